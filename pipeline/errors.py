@@ -1,0 +1,80 @@
+"""Errors a user can cause and cure: each says what, where, observed against expected, what to change.
+
+Exit status: 0 ok, 1 internal, 2 usage, 3 bad or unsupported input, 4 out of memory or disk,
+5 validation failed, 130 interrupted (resumable).
+"""
+
+from __future__ import annotations
+
+
+class PipelineError(Exception):
+    """A failure with a message for the user and an exit status for the shell.
+
+    Args:
+        what: what went wrong, one sentence.
+        where: file, tensor or layer it happened in.
+        observed: what was found there.
+        expected: what should have been found.
+        change: what the user can do about it.
+    """
+
+    exit_status = 1
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: object | None = None,
+        observed: object | None = None,
+        expected: object | None = None,
+        change: str | None = None,
+    ) -> None:
+        super().__init__(what)
+        self.what = what
+        details = {"where": where, "observed": observed, "expected": expected, "change": change}
+        self.details = {name: str(value) for name, value in details.items() if value is not None}
+
+    def __str__(self) -> str:
+        lines = [self.what]
+        lines += [f"  {name + ':':<10} {text}" for name, text in self.details.items()]
+        return "\n".join(lines)
+
+
+class UsageError(PipelineError):
+    """A flag or argument that makes no sense."""
+
+    exit_status = 2
+
+
+class InputError(PipelineError):
+    """A model, file or folder that is missing, broken or not supported."""
+
+    exit_status = 3
+
+
+class ResourceError(PipelineError):
+    """Not enough memory or disk."""
+
+    exit_status = 4
+
+
+class ValidationError(PipelineError):
+    """A stage of the ledger is beyond its tolerance."""
+
+    exit_status = 5
+
+
+class InterruptedRun(PipelineError):
+    """Ctrl-C; what was finished is kept and `--resume` continues from it."""
+
+    exit_status = 130
+
+
+class MissingPackageError(InputError):
+    """An optional package that this verb needs is not installed."""
+
+    def __init__(self, package: str, extra: str, purpose: str) -> None:
+        super().__init__(
+            f"The package '{package}' is needed to {purpose} and is not installed.",
+            change=f"make setup EXTRAS={extra}, or pip install 'skipcat[{extra}]'",
+        )

@@ -1,0 +1,51 @@
+"""Progress on stderr: a bar on a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sized
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+Item = TypeVar("Item")
+SECONDS_BETWEEN_LINES = 20.0
+
+
+def console() -> Console:
+    """Where progress, notes and warnings go."""
+    return Console(file=sys.stderr, highlight=False, soft_wrap=True)
+
+
+def note(message: str) -> None:
+    """Tell the user one thing, on stderr."""
+    console().print(message, markup=False)
+
+
+def track(items: Iterable[Item], description: str, total: int | None = None) -> Iterator[Item]:
+    """Yield the items and show how many are done, with the time that remains."""
+    if total is None and isinstance(items, Sized):
+        total = len(items)
+    target = console()
+    if not target.is_terminal:
+        yield from _track_by_lines(items, description, total)
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=target, transient=True) as progress:
+        task = progress.add_task(description, total=total)
+        for item in items:
+            yield item
+            progress.advance(task)
+
+
+def _track_by_lines(
+    items: Iterable[Item], description: str, total: int | None
+) -> Iterator[Item]:
+    last = time.monotonic()
+    for done, item in enumerate(items):
+        if time.monotonic() - last > SECONDS_BETWEEN_LINES:
+            note(f"{description}: {done} of {total if total is not None else '?'}")
+            last = time.monotonic()
+        yield item

@@ -1,0 +1,62 @@
+"""What produced an artefact: library versions, the commit of this tool, the machine."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import subprocess
+from pathlib import Path
+
+from pipeline import __version__
+
+LIBRARIES = (
+    "torch",
+    "transformers",
+    "safetensors",
+    "numpy",
+    "scipy",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "onnxruntime-genai",
+    "tensorrt",
+    "tensorrt-rtx-cu13",
+    "polygraphy",
+)
+
+
+def library_versions() -> dict[str, str]:
+    """Installed versions of the libraries that decide the numbers, by distribution name."""
+    versions = {}
+    for name in LIBRARIES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def git_commit() -> str | None:
+    """Commit of the checkout this package runs from, with '-dirty' if it has changes; else None."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return answer.stdout.strip() or None
+
+
+def provenance() -> dict[str, object]:
+    """The record written beside every artefact."""
+    return {
+        "tool": "skipcat",
+        "version": __version__,
+        "commit": git_commit(),
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "libraries": library_versions(),
+    }
