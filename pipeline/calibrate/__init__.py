@@ -1,0 +1,1 @@
+"""Calibration text, and the second moments of what each linear layer sees."""

@@ -1,0 +1,143 @@
+"""Carry calibration tokens through a decoder one layer at a time.
+
+Only the input of the current layer is held for all tokens, so the memory needed does not grow
+with the depth of the model beyond its weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from pipeline.calibrate.moments import SecondMoment
+from pipeline.errors import InputError
+from pipeline.model.structure import Layer, hidden_states_of
+
+
+class _FirstLayerReached(Exception):
+    """Ends a forward pass as soon as the first layer's input is known."""
+
+
+class LayerStream:
+    """Hidden states of all calibration tokens, at the input of one layer.
+
+    Args:
+        model: a decoder, in evaluation mode.
+        layers: its layers, as `decoder_structure` found them.
+        tokens: int64 [N, T].
+        batch_size: sequences that go through a layer at once.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        layers: list[Layer],
+        tokens: torch.Tensor,
+        batch_size: int = 8,
+    ) -> None:
+        self.model, self.layers = model, layers
+        self.modules = [model.get_submodule(layer.name) for layer in layers]
+        self.batches = list(tokens.split(batch_size))
+        with torch.no_grad():
+            self.hidden = [self._embed(batch) for batch in self.batches]
+            self.keywords = {
+                len(batch): self._layer_keywords(batch)
+                for batch in {len(batch): batch for batch in self.batches}.values()
+            }
+
+    @torch.no_grad()
+    def advance(self, index: int, *, measure: bool = True) -> dict[str, SecondMoment]:
+        """Run layer `index` on its inputs and keep its outputs in their place.
+
+        Args:
+            index: the layer to run; call with 0, 1, 2, ... in turn.
+            measure: accumulate the second moment of every group's input.
+
+        Returns:
+            Group name -> its second moment; empty without `measure`.
+
+        Raises:
+            InputError: NaN or infinite activations; names the layer.
+        """
+        layer, module = self.layers[index], self.modules[index]
+        moments = {group.name: SecondMoment(group.in_features) for group in layer.groups}
+        with self._measuring(moments if measure else {}):
+            for place, hidden in enumerate(self.hidden):
+                keywords = self.keywords[len(hidden)][index]
+                self.hidden[place] = hidden_states_of(module(hidden, **keywords))
+        return moments if measure else {}
+
+    @contextmanager
+    def _measuring(self, moments: dict[str, SecondMoment]) -> Iterator[None]:
+        hooks = []
+        for name, moment in moments.items():
+            linear = self.model.get_submodule(name)
+            hooks.append(linear.register_forward_pre_hook(_accumulator(name, moment)))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _embed(self, batch: torch.Tensor) -> torch.Tensor:
+        """Input of the first layer, [B, T, H]."""
+        caught: list[torch.Tensor] = []
+
+        def catch(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            caught.append(args[0] if args else kwargs["hidden_states"])
+            raise _FirstLayerReached
+
+        hook = self.modules[0].register_forward_pre_hook(catch, with_kwargs=True)
+        try:
+            self.model(input_ids=batch, use_cache=False)
+        except _FirstLayerReached:
+            pass
+        finally:
+            hook.remove()
+        return caught[0]
+
+    def _layer_keywords(self, batch: torch.Tensor) -> list[dict[str, Any]]:
+        """The arguments beside the hidden states that the model gives each layer.
+
+        They depend on positions and masks alone, so the layers are replaced by the identity.
+        """
+        seen: list[dict[str, Any]] = []
+
+        def identity(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            if args:
+                raise InputError(
+                    "A decoder layer takes positional arguments beside the hidden states.",
+                    where=self.layers[len(seen)].name,
+                )
+            seen.append(kwargs)
+            return hidden_states
+
+        originals = [module.forward for module in self.modules]
+        try:
+            for module in self.modules:
+                module.forward = identity
+            self.model.base_model(input_ids=batch, use_cache=False)
+        finally:
+            for module, original in zip(self.modules, originals, strict=True):
+                module.forward = original
+        return seen
+
+
+def _accumulator(name: str, moment: SecondMoment) -> Any:
+    def accumulate(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        try:
+            moment.add_(args[0])
+        except ValueError as error:
+            raise InputError(
+                "The model's activations are not finite.",
+                where=name,
+                observed=str(error),
+                change="load the model in float32, and check its weights",
+            ) from error
+
+    return accumulate

@@ -1,0 +1,161 @@
+"""Where token windows come from: a text file, a hub dataset, or the model itself.
+
+A specification is `self` (text that the model generates), `wikitext2+c4` (hub datasets, mixed half
+and half as SkipCat does), or the path of a UTF-8 text file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pipeline.calibrate.generate import generate_windows
+from pipeline.errors import InputError, MissingPackageError
+
+HUB_DATASETS = {
+    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "train"),
+    "c4": ("allenai/c4", "en", "train"),
+}
+# Both are streamed; this many documents hold more than enough text for one window.
+DOCUMENTS_PER_WINDOW = 32
+
+
+@dataclass
+class TokenBatch:
+    """Token windows with the record of where they came from.
+
+    Attributes:
+        tokens: int64 [count, length].
+        source: the specification.
+        seed: what the choice of windows or the generation started from.
+        details: whatever else identifies the source (file hash, dataset names).
+    """
+
+    tokens: torch.Tensor
+    source: str
+    seed: int
+    details: dict[str, str] = field(default_factory=dict)
+
+    def describe(self) -> dict[str, object]:
+        """The entry written into the recipe: source, seed, shape, token count and hash."""
+        count, length = self.tokens.shape
+        entry = {key: value for key, value in asdict(self).items() if key != "tokens"}
+        digest = hashlib.sha256(self.tokens.numpy().astype("<i8").tobytes()).hexdigest()
+        return entry | {
+            "windows": count,
+            "window_length": length,
+            "tokens": count * length,
+            "sha256": digest,
+        }
+
+
+def load_tokens(
+    spec: str,
+    tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedModel,
+    *,
+    count: int,
+    length: int,
+    seed: int,
+    sequential: bool = False,
+) -> TokenBatch:
+    """Take `count` windows of `length` tokens from a source.
+
+    Args:
+        spec: `self`, `wikitext2+c4` (or one of the two), or a path.
+        tokenizer: turns text into tokens.
+        model: generates the text for `self`.
+        count: number of windows.
+        length: tokens in each.
+        seed: decides which windows are taken, or what is generated.
+        sequential: take the first windows of the text in order, as perplexity protocols do.
+
+    Raises:
+        InputError: no such file or dataset, or too little text; says how much is needed.
+    """
+    if spec == "self":
+        tokens = generate_windows(model, tokenizer, count=count, length=length, seed=seed)
+        return TokenBatch(tokens, "self", seed, {"text": "sampled from the model, temperature 1"})
+    if set(spec.split("+")) <= set(HUB_DATASETS):
+        stream, details = _hub_stream(spec, tokenizer, count, length), {"datasets": spec}
+    else:
+        stream, details = _file_stream(Path(spec), tokenizer)
+    return TokenBatch(_windows(stream, spec, count, length, seed, sequential), spec, seed, details)
+
+
+def _windows(
+    stream: torch.Tensor, spec: str, count: int, length: int, seed: int, sequential: bool
+) -> torch.Tensor:
+    """Cut windows that do not overlap, in order or chosen at random."""
+    available = stream.numel() // length
+    if available < count:
+        raise InputError(
+            "The text is too short.",
+            where=spec,
+            observed=f"{stream.numel()} tokens, {available} windows of {length}",
+            expected=f"at least {count * length} tokens for {count} windows",
+            change="pass a longer text, or ask for fewer or shorter windows",
+        )
+    windows = stream[: available * length].view(available, length)
+    if sequential:
+        return windows[:count].clone()
+    chosen = np.sort(np.random.default_rng(seed).permutation(available)[:count])
+    return windows[torch.from_numpy(chosen)]
+
+
+def _file_stream(
+    path: Path, tokenizer: PreTrainedTokenizerBase
+) -> tuple[torch.Tensor, dict[str, str]]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            "The text cannot be read.",
+            where=path,
+            observed=str(error),
+            expected="a UTF-8 text file, 'self', or 'wikitext2+c4'",
+        ) from error
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return tokenize(text, tokenizer), {"file": path.name, "file_sha256": digest}
+
+
+def tokenize(text: str, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    """Token ids of a text, int64 [n], with no special tokens added.
+
+    Words that a word-tokenised corpus masked as `<unk>` are left out: the model never saw the mark.
+    """
+    text = text.replace(" <unk>", "")
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+def _hub_stream(
+    spec: str, tokenizer: PreTrainedTokenizerBase, count: int, length: int
+) -> torch.Tensor:
+    """Tokens of hub datasets, an equal share of each, enough for the windows asked for."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise MissingPackageError("datasets", "hub", "read a hub dataset") from error
+    names = spec.split("+")
+    share = -(-count // len(names))
+    parts = []
+    for name in names:
+        repository, subset, split = HUB_DATASETS[name]
+        try:
+            rows = datasets.load_dataset(repository, subset, split=split, streaming=True)
+            text = "\n\n".join(row["text"] for row in rows.take(share * DOCUMENTS_PER_WINDOW * 4))
+        except Exception as error:
+            raise InputError(
+                "A hub dataset could not be read.",
+                where=repository,
+                observed=str(error).splitlines()[0] if str(error) else type(error).__name__,
+                change="check the network, or pass a text file, or 'self'",
+            ) from error
+        parts.append(tokenize(text, tokenizer)[: share * length])
+    return torch.cat(parts)

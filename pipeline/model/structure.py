@@ -1,0 +1,199 @@
+"""What a decoder is made of, found by running it: its layers, and the linears that share an input.
+
+No list of architectures and no list of names. A model is accepted when it is a chain of layers,
+each fed by the one before, whose matrices all belong to nn.Linear modules called once a layer.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from pipeline.errors import InputError
+
+PROBE_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class Group:
+    """Linear layers that read the same input.
+
+    Attributes:
+        members: dotted module names, in the order they are called.
+        in_features: width of the input, n.
+        out_features: height of each member, m.
+    """
+
+    members: tuple[str, ...]
+    in_features: int
+    out_features: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """The first member stands for the group."""
+        return self.members[0]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One decoder layer and its groups."""
+
+    name: str
+    groups: tuple[Group, ...]
+
+
+def decoder_structure(model: PreTrainedModel) -> list[Layer]:
+    """Trace one short forward pass and read off the decoder's layers and groups.
+
+    Raises:
+        InputError: the model is not a chain of layers of nn.Linear; says what was found.
+    """
+    path, layers = _layer_list(model)
+    names = [f"{path}.{index}" for index in range(len(layers))]
+    for name, layer in zip(names, layers, strict=True):
+        _refuse_other_matrices(name, layer)
+    calls = _trace(model, dict(zip(names, layers, strict=True)))
+    _refuse_unchained(names, calls)
+    return [Layer(name, _groups(name, layer, calls)) for name, layer in zip(names, layers)]
+
+
+def _layer_list(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """The ModuleList that holds most of the linear layers' parameters."""
+    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList)]
+    weights = {name: _linear_parameters(module) for name, module in lists}
+    best = max(lists, key=lambda entry: (weights[entry[0]], -len(entry[0])), default=None)
+    if best is None or weights[best[0]] == 0:
+        kinds = sorted({type(m).__name__ for m in model.modules() if not list(m.children())})
+        raise InputError(
+            "No list of decoder layers made of nn.Linear was found.",
+            where=type(model).__name__,
+            observed=f"modules of kind {', '.join(kinds)}",
+        )
+    return best
+
+
+def _linear_parameters(module: nn.Module) -> int:
+    return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
+
+
+def _refuse_other_matrices(name: str, layer: nn.Module) -> None:
+    """A parameter of two or more dimensions outside nn.Linear is not understood."""
+    for child_name, child in layer.named_modules():
+        if isinstance(child, nn.Linear):
+            continue
+        for parameter_name, parameter in child.named_parameters(recurse=False):
+            if parameter.ndim >= 2:
+                raise InputError(
+                    "A decoder layer holds a matrix that is not an nn.Linear.",
+                    where=f"{name}.{child_name}",
+                    observed=f"{type(child).__name__}.{parameter_name} {tuple(parameter.shape)}",
+                    expected="nn.Linear (no experts, no Conv1D)",
+                )
+
+
+@dataclass
+class _Call:
+    """One call of a module: the object it was given, and the one it returned."""
+
+    module: str
+    given: Any
+    returned: Any = None
+
+
+def _trace(model: PreTrainedModel, layers: dict[str, nn.Module]) -> dict[str, list[_Call]]:
+    """Calls of every layer and every linear in it, during one forward pass.
+
+    Inputs are kept alive, so that `is` tells whether two modules were given the same tensor.
+    """
+    calls: dict[str, list[_Call]] = defaultdict(list)
+    watched = dict(layers)
+    for name, layer in layers.items():
+        for child_name, child in layer.named_modules():
+            if isinstance(child, nn.Linear):
+                watched[f"{name}.{child_name}"] = child
+    hooks = [module.register_forward_hook(_recorder(calls, n), with_kwargs=True)
+             for n, module in watched.items()]
+    tokens = torch.arange(PROBE_TOKENS).remainder(model.config.vocab_size).unsqueeze(0)
+    try:
+        with torch.no_grad(), evaluating(model):
+            model(input_ids=tokens.to(model.device), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return calls
+
+
+def _recorder(calls: dict[str, list[_Call]], name: str) -> Any:
+    def record(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        given = args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values()), None))
+        calls[name].append(_Call(name, given, output))
+
+    return record
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside, the earlier mode after."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def hidden_states_of(output: Any) -> torch.Tensor:
+    """A layer's hidden states, whether it returns them alone or first in a tuple."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _refuse_unchained(names: list[str], calls: dict[str, list[_Call]]) -> None:
+    """Every layer must run once, on what the layer before it returned."""
+    previous = None
+    for name in names:
+        if len(calls[name]) != 1:
+            raise InputError(
+                "A decoder layer is not run exactly once in a forward pass.",
+                where=name,
+                observed=f"{len(calls[name])} calls",
+            )
+        if previous is not None and calls[name][0].given is not previous:
+            raise InputError(
+                "A decoder layer is not fed by the layer before it alone.",
+                where=name,
+                observed="another tensor than the previous layer's output",
+                expected="a plain chain of decoder layers",
+            )
+        previous = hidden_states_of(calls[name][0].returned)
+
+
+def _groups(name: str, layer: nn.Module, calls: dict[str, list[_Call]]) -> tuple[Group, ...]:
+    """Linears of one layer, gathered by the tensor object they were given."""
+    by_input: dict[int, list[str]] = {}
+    for child_name, child in layer.named_modules():
+        if not isinstance(child, nn.Linear):
+            continue
+        full_name = f"{name}.{child_name}"
+        if len(calls[full_name]) != 1:
+            raise InputError(
+                "A linear layer is not run exactly once in a forward pass.",
+                where=full_name,
+                observed=f"{len(calls[full_name])} calls",
+                expected="1 (no routed experts, no shared layers)",
+            )
+        by_input.setdefault(id(calls[full_name][0].given), []).append(full_name)
+    return tuple(_group(layer, name, members) for members in by_input.values())
+
+
+def _group(layer: nn.Module, layer_name: str, members: list[str]) -> Group:
+    linears = [layer.get_submodule(member.removeprefix(f"{layer_name}.")) for member in members]
+    return Group(
+        tuple(members), linears[0].in_features, tuple(linear.out_features for linear in linears)
+    )
