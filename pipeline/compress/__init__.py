@@ -1,0 +1,1 @@
+"""Low-rank factorisation: pure mathematics, then its life cycle on a whole model."""

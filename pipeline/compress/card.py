@@ -1,0 +1,75 @@
+"""The model card that a compressed checkpoint carries."""
+
+from __future__ import annotations
+
+from typing import Any
+
+TEMPLATE = """---
+library_name: transformers
+pipeline_tag: text-generation
+base_model_relation: quantized
+tags: [low-rank, skipcat]
+---
+
+# {label}, {kept:.1%} of its decoder parameters kept
+
+Load it with skipcat installed:
+
+```python
+from pipeline.compress.checkpoint import load_checkpoint
+model = load_checkpoint("this folder")
+```
+
+or with transformers alone, which runs `modeling_skipcat.py` from this folder:
+
+```python
+AutoModelForCausalLM.from_pretrained("this folder", trust_remote_code=True)
+```
+
+Without either, transformers fills the factored layers with random numbers and only warns.
+
+| | |
+| --- | --- |
+| original model | {model} |
+| method | whitened truncation{cat}{skip} |
+| decoder linear parameters | {dense_parameters:,} before, {kept_parameters:,} after |
+| all parameters | {total_before:,} before, {total_after:,} after |
+| groups factored, kept dense | {factored}, {kept_dense} |
+| largest entry of A' | {largest:.3f} |
+| calibration | {windows} windows of {window_length} tokens from {source}, seed {seed} |
+| weights stored as | {dtype} |
+
+`recipe.json` says how it was made, `plan.json` the rank of every group, `report.json` the error
+of every group. No fine-tuning took place. Quality was not measured here: `skipcat validate` does.
+"""
+
+
+def model_card(recipe: dict[str, Any], report: dict[str, Any]) -> str:
+    """Fill the card from the recipe and the report."""
+    settings, totals, text = recipe["settings"], report["totals"], recipe["calibration"]
+    return TEMPLATE.format(
+        label=recipe["label"],
+        model=recipe["model"],
+        kept=totals["kept_fraction"],
+        cat=", Cat (matrices that share an input share their right factor)"
+        if settings["cat"]
+        else "",
+        skip=", Skip (block-skip form, strong rank-revealing QR)" if settings["skip"] else "",
+        dtype=recipe["dtype"],
+        windows=text["windows"],
+        window_length=text["window_length"],
+        source=text["source"],
+        seed=text["seed"],
+        **{
+            name: totals[name]
+            for name in (
+                "dense_parameters",
+                "kept_parameters",
+                "total_before",
+                "total_after",
+                "factored",
+                "kept_dense",
+                "largest",
+            )
+        },
+    )

@@ -1,0 +1,135 @@
+"""The compressed checkpoint: an ordinary Hugging Face folder, written whole and loaded strictly."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from pipeline.artefact import write_json
+from pipeline.compress import modeling_skipcat
+from pipeline.compress.modeling_skipcat import SkipCatConfig, SkipCatQuantizer
+from pipeline.errors import InputError
+from pipeline.model.source import check_safetensors
+
+REMOTE_CLASS = "SkipCatForCausalLM"
+
+
+def save_checkpoint(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    modules: dict[str, dict[str, Any]],
+    folder: Path,
+    dtype: torch.dtype,
+) -> None:
+    """Write config, weights, tokenizer, chat template and the code that loads them.
+
+    Args:
+        model: with its factored layers in place.
+        tokenizer: saved beside it.
+        modules: `quantization_config.modules`; empty when nothing was factored.
+        folder: exists.
+        dtype: of all floating-point weights on disk.
+    """
+    config = model.config
+    if modules:
+        quantization = SkipCatConfig(modules)
+        model.hf_quantizer = SkipCatQuantizer(quantization)
+        config.quantization_config = quantization
+        config.auto_map = {"AutoModelForCausalLM": f"modeling_skipcat.{REMOTE_CLASS}"}
+    model.save_pretrained(folder, state_dict=_cast_state(model, dtype))
+    # save_pretrained names the type the weights had in memory.
+    saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    write_json(folder / "config.json", saved | {"dtype": str(dtype).removeprefix("torch.")})
+    tokenizer.save_pretrained(folder)
+    if modules:
+        _ship_code(type(model), folder)
+
+
+def _cast_state(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The state in another type; tensors that share memory go on sharing it."""
+    cast: dict[int, torch.Tensor] = {}
+    state = {}
+    for name, tensor in model.state_dict().items():
+        key = tensor.data_ptr()
+        if key not in cast or cast[key].shape != tensor.shape:
+            cast[key] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        state[name] = cast[key]
+    return state
+
+
+def _ship_code(model_class: type[PreTrainedModel], folder: Path) -> None:
+    """Copy the loading code, ending in the class that `auto_map` names."""
+    source = Path(modeling_skipcat.__file__).read_text(encoding="utf-8")
+    base = model_class.__name__
+    tail = (
+        f"\n\nfrom {model_class.__module__} import {base}  # noqa: E402\n\n\n"
+        f"class {REMOTE_CLASS}({base}):\n"
+        f'    """{base}; importing this file taught transformers to load its factors."""\n'
+    )
+    (folder / "modeling_skipcat.py").write_text(source + tail, encoding="utf-8")
+
+
+def load_checkpoint(folder: Path | str, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """Load a compressed (or plain) checkpoint, refusing one whose tensors do not all match.
+
+    transformers fills tensors that it cannot find with random numbers and goes on; this does not.
+
+    Args:
+        folder: a Hugging Face folder.
+        dtype: what the weights are held in; by default what they are stored in.
+
+    Raises:
+        InputError: no such folder, broken weights, or tensors missing, superfluous or misshapen.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise InputError(
+            "Not a checkpoint folder.", where=folder, expected="a folder that holds config.json"
+        )
+    check_safetensors(folder)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True
+        )
+    except Exception as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            "The checkpoint could not be loaded.", where=folder, observed=first
+        ) from error
+    _require_exact(folder, info)
+    return model.eval()
+
+
+def _require_exact(folder: Path, info: dict[str, Any]) -> None:
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        names = sorted(str(name) for name in info.get(kind) or ())
+        if names:
+            raise InputError(
+                "The checkpoint's tensors are not those its config asks for.",
+                where=folder,
+                observed=f"{len(names)} {kind.replace('_', ' ')}: {', '.join(names[:4])}",
+                expected="every tensor, and no other",
+                change="compress again, or copy the whole folder again",
+            )
+
+
+def read_recipe(folder: Path) -> dict[str, Any]:
+    """recipe.json of a checkpoint; empty for a folder that skipcat did not write."""
+    path = folder / "recipe.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def copy_tokenizer(checkpoint: Path, folder: Path) -> None:
+    """Copy tokenizer, chat template and generation settings from a checkpoint to another folder."""
+    for pattern in ("tokenizer*", "special_tokens_map.json", "chat_template*", "*.jinja",
+                    "generation_config.json", "vocab.*", "merges.txt"):
+        for path in checkpoint.glob(pattern):
+            shutil.copy2(path, folder / path.name)
