@@ -1,0 +1,206 @@
+"""From a checkpoint folder to an ONNX folder: trace, passes, checks, and the files beside it."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import torch
+
+from pipeline.artefact import sha256_of_file, staged_folder, write_json
+from pipeline.compress.checkpoint import copy_tokenizer, load_checkpoint, read_recipe
+from pipeline.errors import InputError, UsageError
+from pipeline.export.block_skip import DOMAIN, VERSION, function_bodies, is_block_skip
+from pipeline.export.genai import genai_config
+from pipeline.export.passes.fold_permutation import fold_permutations
+from pipeline.export.passes.fuse import fuse_operators
+from pipeline.export.passes.merge_shared import merge_shared
+from pipeline.export.profile import PROFILES, Profile
+from pipeline.export.trace import CacheShape, trace
+from pipeline.provenance import provenance
+
+SCHEMA = 1
+DTYPES = {"float32": torch.float32, "float16": torch.float16}
+GRAPH, WEIGHTS = "model.onnx", "model.onnx.data"
+# Below this a tensor stays inside the graph file: shape constants must, for some runtimes.
+EXTERNAL_BYTES = 1024
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """What graph to make.
+
+    Attributes:
+        profile: name in `PROFILES`.
+        dtype: "float32" for the CPU, "float16" for TensorRT.
+        max_length: slots of the static cache, prompt and answer together.
+    """
+
+    profile: str = "opset24"
+    dtype: str = "float32"
+    max_length: int = 2048
+
+    def check(self) -> None:
+        """Refuse what no graph can be made for.
+
+        Raises:
+            UsageError: names the value and what is possible.
+        """
+        for flag, value, choices in (
+            ("--profile", self.profile, PROFILES),
+            ("--dtype", self.dtype, DTYPES),
+        ):
+            if value not in choices:
+                raise UsageError(
+                    "Unknown choice.", where=flag, observed=value, expected=", ".join(choices)
+                )
+        if self.max_length < 2:
+            raise UsageError(
+                "The cache is too short.", where="--max-length", observed=self.max_length
+            )
+
+
+def export_folder(
+    checkpoint: Path, output: Path, request: ExportRequest, *, overwrite: bool = False
+) -> dict[str, Any]:
+    """Export a checkpoint to `model.onnx`, `model.onnx.data` and the files that runtimes want.
+
+    Args:
+        checkpoint: a compressed or a plain Hugging Face folder.
+        output: the folder to write.
+        request: profile, dtype, cache length.
+        overwrite: replace `output` if it exists.
+
+    Returns:
+        export.json's content.
+
+    Raises:
+        PipelineError: a broken checkpoint, a model the exporter cannot handle, or no disk space.
+    """
+    request.check()
+    started = time.monotonic()
+    profile, dtype = PROFILES[request.profile], DTYPES[request.dtype]
+    model = load_checkpoint(checkpoint, dtype=dtype)
+    config = model.config
+    max_length = _bounded_length(request.max_length, config)
+    weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    with staged_folder(
+        output, overwrite=overwrite, required_bytes=weight_bytes * 11 // 10
+    ) as folder:
+        graph, shapes = trace(model, profile, max_length)
+        del model
+        record = _transform(graph, profile)
+        save_graph(graph, profile, folder)
+        check_graph(folder / GRAPH)
+        copy_tokenizer(Path(checkpoint), folder)
+        config.save_pretrained(folder)
+        write_json(folder / "genai_config.json", genai_config(config, profile, shapes, max_length))
+        record |= _describe(graph, folder, request, shapes, max_length)
+        record |= {
+            "checkpoint": str(checkpoint),
+            "recipe": read_recipe(Path(checkpoint)),
+            "weight_bytes": weight_bytes,
+            "seconds": time.monotonic() - started,
+        }
+        write_json(folder / "export.json", record)
+    return record
+
+
+def _bounded_length(wanted: int, config: Any) -> int:
+    """The cache length, never beyond the positions that the model was made for."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None) or wanted
+    return min(wanted, limit)
+
+
+def _transform(graph: ir.Model, profile: Profile) -> dict[str, Any]:
+    """All graph passes, in the order they depend on one another."""
+    fused = fuse_operators(graph) if profile.native_attention else {}
+    folded, kept = fold_permutations(graph)
+    nodes = merge_shared(graph)
+    return {
+        "block_skip_nodes": nodes,
+        "fused": fused,
+        "permutations": {"folded": folded, "indexed": len(kept)},
+    }
+
+
+def save_graph(graph: ir.Model, profile: Profile, folder: Path) -> None:
+    """Add the function bodies and write graph and weights.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    used = {node.op_type for node in graph.graph if is_block_skip(node)}
+    for name, body in function_bodies(profile.opset).items():
+        if name in used:
+            graph.functions[body.identifier()] = body
+    if used:
+        graph.opset_imports[DOMAIN] = VERSION
+    _strip_wrapper_prefix(graph)
+    graph.producer_name = "skipcat"
+    graph.metadata_props["skipcat.profile"] = profile.name
+    ir.save(
+        graph,
+        folder / GRAPH,
+        external_data=WEIGHTS,
+        size_threshold_bytes=EXTERNAL_BYTES,
+    )
+
+
+def _strip_wrapper_prefix(graph: ir.Model) -> None:
+    """Give weights the names they have in the checkpoint: the traced wrapper added one level."""
+    initializers = graph.graph.initializers
+    for name in list(initializers):
+        if name.startswith("model.") and name.removeprefix("model.") not in initializers:
+            value = initializers.pop(name)
+            value.name = name.removeprefix("model.")
+            if value.const_value is not None:
+                value.const_value.name = value.name
+            initializers[value.name] = value
+
+
+def check_graph(path: Path) -> None:
+    """Run onnx's checker with shape inference on the file as written.
+
+    Raises:
+        InputError: what the checker says.
+    """
+    try:
+        onnx.checker.check_model(path, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise InputError(
+            "The exported graph is not valid ONNX.",
+            where=path,
+            observed=str(error).strip().splitlines()[0],
+            change="please report this with the model's config.json",
+        ) from error
+
+
+def _describe(
+    graph: ir.Model, folder: Path, request: ExportRequest, shapes: list[CacheShape], max_length: int
+) -> dict[str, Any]:
+    """export.json: what later stages and users want to know without opening the graph."""
+    logits = graph.graph.outputs[0]
+    counts = Counter(node.op_type for node in graph.graph)
+    return {
+        "schema": SCHEMA,
+        "profile": request.profile,
+        "opset": PROFILES[request.profile].opset,
+        "runs_in": PROFILES[request.profile].runs_in,
+        "dtype": request.dtype,
+        "max_length": max_length,
+        "vocab_size": int(logits.shape[-1]),
+        "num_layers": len(shapes),
+        "cache": [asdict(shape) for shape in shapes],
+        "nodes": dict(counts.most_common()),
+        "graph_bytes": (folder / GRAPH).stat().st_size,
+        "data_bytes": (folder / WEIGHTS).stat().st_size if (folder / WEIGHTS).exists() else 0,
+        "onnx_sha256": sha256_of_file(folder / GRAPH),
+        "data_sha256": sha256_of_file(folder / WEIGHTS) if (folder / WEIGHTS).exists() else None,
+        "provenance": provenance(),
+    }

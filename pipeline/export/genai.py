@@ -1,0 +1,68 @@
+"""genai_config.json, so that onnxruntime-genai runs the exported folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import GenerationConfig, PreTrainedConfig
+
+from pipeline.export.profile import Profile
+from pipeline.export.trace import CacheShape
+
+
+def genai_config(
+    config: PreTrainedConfig, profile: Profile, shapes: list[CacheShape], context_length: int
+) -> dict[str, Any]:
+    """What onnxruntime-genai needs to know beside the graph.
+
+    The type is "decoder", its name for any plain decoder: it refuses model types it has not heard
+    of. A static cache makes past and present share one buffer; so says the flag, for clarity.
+
+    Args:
+        config: of the model.
+        profile: of the graph.
+        shapes: of the caches.
+        context_length: most tokens the graph takes.
+    """
+    text = config.get_text_config()
+    eos = generation_defaults(config).get("eos_token_id", text.eos_token_id)
+    bos = text.bos_token_id if text.bos_token_id is not None else 0
+    pad = text.pad_token_id
+    first_eos = eos[0] if isinstance(eos, list) else eos
+    names = {"past_key_names": "past_key_values.%d.key", "past_value_names": "past_key_values.%d.value"}
+    present = {"present_key_names": "present.%d.key", "present_value_names": "present.%d.value"}
+    plain = {name: name for name in ("input_ids", "attention_mask", "position_ids")}
+    return {
+        "model": {
+            "type": "decoder",
+            "context_length": context_length,
+            "vocab_size": text.vocab_size,
+            "bos_token_id": bos,
+            "eos_token_id": eos if eos is not None else 0,
+            "pad_token_id": pad if pad is not None else (first_eos or 0),
+            "decoder": {
+                "filename": "model.onnx",
+                "hidden_size": text.hidden_size,
+                "head_size": shapes[0].key_width,
+                "num_attention_heads": text.num_attention_heads,
+                "num_key_value_heads": shapes[0].kv_heads,
+                "num_hidden_layers": len(shapes),
+                "inputs": plain | names,
+                "outputs": {"logits": "logits"} | present,
+                "session_options": {"provider_options": []},
+            },
+        },
+        "search": {
+            "max_length": context_length,
+            "past_present_share_buffer": profile.static_cache,
+        },
+    }
+
+
+def generation_defaults(config: PreTrainedConfig) -> dict[str, Any]:
+    """generation_config.json beside the checkpoint, if there is one."""
+    folder = Path(config.name_or_path)
+    if not (folder / "generation_config.json").is_file():
+        return {}
+    return GenerationConfig.from_pretrained(folder).to_diff_dict()

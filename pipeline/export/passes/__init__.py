@@ -1,0 +1,1 @@
+"""Graph passes: each states its algebra, and its test compares the graph before and after."""

@@ -1,0 +1,194 @@
+"""One graph for prefill and decode, through torch's own exporter."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import onnx_ir as ir
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from pipeline.errors import InputError
+from pipeline.export.attention import NAME, active_cache
+from pipeline.export.block_skip import traced_as_nodes
+from pipeline.export.cache import GraphCache
+from pipeline.export.profile import Profile
+
+# Sizes to trace with; all different, so that no two dimensions are taken for the same one.
+TRACE_BATCH, TRACE_LENGTH, TRACE_PAST = 2, 3, 5
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """Width of one layer's cache: [B, kv_heads, length, key or value width]."""
+
+    kv_heads: int
+    key_width: int
+    value_width: int
+
+
+class DecoderStep(nn.Module):
+    """ids, mask, positions and past in; logits and present out."""
+
+    def __init__(self, model: PreTrainedModel, profile: Profile) -> None:
+        super().__init__()
+        self.model, self.profile = model, profile
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        position_ids: torch.Tensor,
+        past: list[torch.Tensor],
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Run S new tokens behind those in `past`.
+
+        Args:
+            input_ids: int64 [B, S].
+            attention_mask: int64 [B, T].
+            position_ids: int64 [B, S].
+            past: key, value of every layer in turn.
+
+        Returns:
+            Logits [B, S, V], and the cache in the order of `past`.
+        """
+        length = input_ids.shape[1]
+        if self.profile.static_cache:
+            places = torch.arange(attention_mask.shape[1])
+            last = (attention_mask * places).amax(dim=(0, 1))
+            slots = last + 1 - length + torch.arange(length)
+        else:
+            slots = past[0].shape[2] + torch.arange(length)
+        slots = slots[None, :] + torch.zeros_like(input_ids)
+        cache = GraphCache(self.profile, past, slots)
+        active_cache.set(cache)
+        output = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return output.logits, cache.present
+
+
+def cache_names(layers: int, prefix: str) -> list[str]:
+    """`prefix.{i}.key`, `prefix.{i}.value` for every layer."""
+    return [f"{prefix}.{i}.{part}" for i in range(layers) for part in ("key", "value")]
+
+
+def cache_shapes(model: PreTrainedModel) -> list[CacheShape]:
+    """Widths of every layer's cache, read off a real one after a short forward pass.
+
+    Raises:
+        InputError: the model keeps something else than keys and values.
+    """
+    with torch.no_grad():
+        cache = model(input_ids=torch.zeros(1, 2, dtype=torch.int64), use_cache=True).past_key_values
+    try:
+        pairs = [(layer.keys, layer.values) for layer in cache.layers]
+        return [CacheShape(k.shape[1], k.shape[3], v.shape[3]) for k, v in pairs]
+    except (AttributeError, IndexError) as error:
+        raise InputError(
+            "The model's cache does not consist of keys and values.",
+            observed=type(cache).__name__,
+        ) from error
+
+
+def trace(
+    model: PreTrainedModel, profile: Profile, max_length: int
+) -> tuple[ir.Model, list[CacheShape]]:
+    """Export one decoder step with dynamic batch and sequence length.
+
+    Args:
+        model: in evaluation mode; its dtype becomes that of the graph.
+        profile: which operators and which cache.
+        max_length: slots of a static cache; unused for a growing one.
+
+    Returns:
+        The model as ONNX IR, weights shared with torch, and the shape of its caches.
+
+    Raises:
+        InputError: the exporter cannot handle the model.
+    """
+    shapes = cache_shapes(model)
+    slots = max_length if profile.static_cache else TRACE_PAST
+    past = [
+        torch.zeros(TRACE_BATCH, shape.kv_heads, slots, width, dtype=model.dtype)
+        for shape in shapes
+        for width in (shape.key_width, shape.value_width)
+    ]
+    ids = torch.zeros(TRACE_BATCH, TRACE_LENGTH, dtype=torch.int64)
+    total = TRACE_PAST + TRACE_LENGTH
+    mask = torch.ones(TRACE_BATCH, total, dtype=torch.int64)
+    positions = torch.arange(TRACE_PAST, total).expand(TRACE_BATCH, -1).contiguous()
+    try:
+        with _attention_of(model), _quiet(), traced_as_nodes(), torch.no_grad():
+            program = torch.onnx.export(
+                DecoderStep(model, profile).eval(),
+                (ids, mask, positions, past),
+                dynamo=True,
+                opset_version=profile.opset,
+                dynamic_shapes=_dynamic_shapes(profile, len(past)),
+                input_names=_input_names(len(shapes)),
+                output_names=["logits", *cache_names(len(shapes), "present")],
+                optimize=True,
+                verify=False,
+            )
+    except Exception as error:
+        raise InputError(
+            "The model cannot be exported to ONNX.",
+            where=type(model).__name__,
+            observed=(str(error).strip().splitlines() or [type(error).__name__])[0],
+            change="run again with -v to see the exporter's own traceback",
+        ) from error
+    return program.model, shapes
+
+
+def _input_names(layers: int) -> list[str]:
+    return ["input_ids", "attention_mask", "position_ids", *cache_names(layers, "past_key_values")]
+
+
+def _dynamic_shapes(profile: Profile, caches: int) -> dict[str, object]:
+    cache = {0: "batch_size"}
+    if not profile.static_cache:
+        cache[2] = "past_sequence_length"
+    return {
+        "input_ids": {0: "batch_size", 1: "sequence_length"},
+        "attention_mask": {0: "batch_size", 1: "total_sequence_length"},
+        "position_ids": {0: "batch_size", 1: "sequence_length"},
+        "past": [cache] * caches,
+    }
+
+
+@contextlib.contextmanager
+def _attention_of(model: PreTrainedModel) -> Iterator[None]:
+    """Trace with our attention, and give the model its own back."""
+    own = model.config._attn_implementation
+    model.set_attn_implementation(NAME)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(own)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's progress prints and warnings off the user's screen."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
