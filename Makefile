@@ -1,0 +1,93 @@
+# `make` lists what there is. Everything runs in .venv, which the first target that needs it creates.
+
+# What `make engine` builds.
+MODEL       ?= smollm2-135m
+KEEP        ?= 0.8
+TARGET      ?= auto
+OUT         ?=
+CALIBRATION ?=
+EVAL        ?=
+RESUME      ?=
+OVERWRITE   ?=
+ARGS        ?=
+
+# How the environment is made.
+PYTHON      ?= python3
+EXTRAS      ?=
+VERBOSE     ?=
+
+STAMP   := .venv/.skipcat-setup.json
+VENV    := .venv/bin/
+SOURCES := pipeline validate trt_plugins tools tests
+
+# RESUME=0 and RESUME=no mean what they say.
+flag    = $(if $(filter-out 0 no false,$($(1))),$(2))
+setting = $(if $($(1)),$(2) "$($(1))")
+engine_flags = $(strip $(call setting,OUT,-o) $(call setting,CALIBRATION,--calibration) \
+    $(call setting,EVAL,--eval-text) $(call flag,RESUME,--resume) \
+    $(call flag,OVERWRITE,--overwrite) $(ARGS))
+setup_flags = $(strip $(call setting,EXTRAS,--extras) $(call flag,VERBOSE,--verbose))
+
+.DEFAULT_GOAL := help
+.PHONY: engine test test-slow lint lint-style lint-format lint-types lint-spelling format table \
+    bench doctor setup clean help
+.DELETE_ON_ERROR:
+
+engine: $(STAMP) ## Compress MODEL, export it, build its engine, and validate every stage
+	$(VENV)skipcat build -m "$(MODEL)" --keep-params $(KEEP) --target $(TARGET) $(engine_flags)
+
+test: $(STAMP) ## Run the fast tests: no network, no GPU
+	$(VENV)python -m pytest $(ARGS)
+
+test-slow: $(STAMP) ## Run the slow tests: the real model, minutes
+	$(VENV)python -m pytest -m slow $(ARGS)
+
+lint: lint-style lint-format lint-types lint-spelling ## Check style, types and spelling
+
+# One target for each, so that `make --keep-going lint` shows the findings of all.
+lint-style: $(STAMP)
+	$(VENV)ruff check .
+
+lint-format: $(STAMP)
+	$(VENV)ruff format --check .
+
+lint-types: $(STAMP)
+	$(VENV)mypy
+
+lint-spelling: $(STAMP)
+	$(VENV)codespell
+
+format: $(STAMP) ## Rewrite the sources in house style
+	$(VENV)ruff check --fix-only --quiet .
+	$(VENV)ruff format .
+
+table: $(STAMP) ## Measure the README's table of compression methods
+	$(VENV)python benchmarks/skipcat_table.py $(ARGS)
+
+bench: $(STAMP) ## Measure speed, stage by stage
+	$(VENV)python benchmarks/speed.py $(ARGS)
+
+doctor: $(STAMP) ## Say what this machine can do, and why
+	$(VENV)skipcat doctor $(ARGS)
+
+setup: ## Create .venv, or find that it is complete; EXTRAS=hub,trt adds to it
+	@$(PYTHON) tools/setup_environment.py $(setup_flags)
+
+$(STAMP): pyproject.toml tools/setup_environment.py
+	@$(PYTHON) tools/setup_environment.py $(setup_flags)
+
+clean: ## Remove caches and build products; .venv and artefacts/ stay
+	rm -rf build .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
+
+help: ## List the targets and the variables
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo
+	@echo 'Variables of make engine, with their defaults:'
+	@echo '  MODEL=$(MODEL)  alias, hub id, local folder or .gguf file'
+	@echo '  KEEP=$(KEEP)  fraction of the decoder-linear parameters that is kept'
+	@echo '  TARGET=$(TARGET)  GPU to build the engine for (skipcat doctor lists them)'
+	@echo '  OUT=  folder to write        CALIBRATION=  text to calibrate on'
+	@echo '  EVAL=  text to evaluate on   RESUME=1, OVERWRITE=1'
+	@echo 'Of every target:  ARGS=  further arguments'
+	@echo 'Of make setup:    EXTRAS=  further packages   PYTHON=$(PYTHON)   VERBOSE=1'

@@ -1,0 +1,112 @@
+"""`skipcat compress`: a model in, a compressed checkpoint out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pipeline.cli import options
+
+calibration_options = options.apply(
+    click.option(
+        "--keep-params",
+        type=float,
+        default=0.8,
+        show_default=True,
+        help="Fraction of the decoder's linear parameters to keep, in (0, 1].",
+    ),
+    click.option("--cat/--no-cat", default=True, help="Share the right factor among q,k,v / gate,up."),
+    click.option("--skip/--no-skip", default=True, help="Store factors in block-skip form."),
+    click.option("--rank-multiple", type=int, default=1, help="Round ranks down to a multiple."),
+    click.option("--plan", type=click.Path(exists=True), help="Follow this plan.json."),
+    click.option(
+        "--calibration",
+        default="self",
+        show_default=True,
+        help="A text file, 'wikitext2+c4' from the hub, or 'self': text the model generates.",
+    ),
+    click.option("--windows", type=int, default=128, show_default=True),
+    click.option("--window-length", type=int, default=256, show_default=True),
+    click.option(
+        "--dtype",
+        type=click.Choice(["auto", "float32", "float16", "bfloat16"]),
+        default="auto",
+        help="Of the weights on disk; auto: as published (float16 for GGUF).",
+    ),
+)
+
+
+@click.command("compress")
+@options.model
+@options.output
+@calibration_options
+@options.seed
+@options.trust_remote_code
+@options.overwrite
+@options.resume
+@options.dry_run
+@options.json_output
+def command(
+    output: Path, overwrite: bool, resume: bool, dry_run: bool, as_json: bool, **settings: Any
+) -> None:
+    """Factor a decoder's linear layers and write a checkpoint that transformers loads.
+
+    \b
+    skipcat compress -m smollm2-135m -o small --keep-params 0.8
+    skipcat compress -m ./my-llama -o small --calibration valid.txt --windows 64 --window-length 512
+    """
+    from pipeline.compress.recipe import CompressRequest, compress_to_folder
+
+    request = CompressRequest(**settings)
+    request.check()
+    if dry_run:
+        _show_plan(request, as_json)
+        return
+    report = compress_to_folder(request, output, overwrite=overwrite, resume=resume)
+    if as_json:
+        click.echo(json.dumps(report, indent=2))
+        return
+    totals = report["totals"]
+    click.echo(f"{output}: {totals['kept_fraction']:.1%} of the decoder's linear parameters kept")
+    click.echo(
+        f"{totals['total_before']:,} parameters before, {totals['total_after']:,} after; "
+        f"{totals['factored']} groups factored, {totals['kept_dense']} kept dense; "
+        f"largest |A'| {totals['largest']:.3f}"
+    )
+    for group in report["groups"]:
+        if group.get("reason"):
+            click.echo(f"dense: {', '.join(group['members'])}: {group['reason']}")
+    click.echo(f"next: skipcat export {output} -o {output}-onnx")
+
+
+def _show_plan(request: Any, as_json: bool) -> None:
+    """What would be done: every group with its shape, rank and parameters."""
+    from rich.table import Table
+
+    from pipeline.cli.options import result_console
+    from pipeline.compress.recipe import plan_for
+    from pipeline.model.load import load_model
+    from pipeline.model.structure import decoder_structure
+
+    loaded = load_model(request.model, trust_remote_code=request.trust_remote_code)
+    plan = plan_for(request, decoder_structure(loaded.model))
+    if as_json:
+        groups = [vars(g) | {"kept_parameters": g.kept_parameters} for g in plan.groups]
+        click.echo(json.dumps({"kept_fraction": plan.kept_fraction, "groups": groups}, indent=2))
+        return
+    table = Table(title=f"{request.model}: {plan.kept_fraction:.2%} would be kept")
+    for heading in ("members", "m x n", "form", "rank", "parameters", "after"):
+        table.add_column(heading)
+    for group in plan.groups:
+        table.add_row(
+            "\n".join(group.members),
+            f"{group.rows} x {group.columns}",
+            group.form,
+            str(group.rank),
+            f"{group.dense_parameters:,}",
+            f"{group.kept_parameters:,}",
+        )
+    result_console().print(table)

@@ -1,0 +1,42 @@
+"""`skipcat doctor`: what this machine can do, and why."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import click
+
+from pipeline.cli import options
+
+if TYPE_CHECKING:
+    from pipeline.doctor import Verdict
+
+
+@click.command("doctor")
+@options.json_output
+def command(as_json: bool) -> None:
+    """Say which stages of the pipeline work on this machine, and why."""
+    from pipeline import doctor
+
+    machine = doctor.look()
+    if as_json:
+        click.echo(json.dumps(doctor.as_json(machine), indent=2))
+    else:
+        print_report(doctor.facts(machine), doctor.stages(machine))
+
+
+def print_report(rows: list[tuple[str, str, str]], verdicts: list[Verdict]) -> None:
+    """Print the facts and the verdicts as two tables on stdout."""
+    from rich.console import Console
+    from rich.table import Table
+
+    machine = Table("", "Found", "Reason", title="This machine", title_justify="left")
+    for row in rows:
+        machine.add_row(*row)
+    pipeline = Table("Stage", "", "Why", title="The pipeline", title_justify="left")
+    for verdict in verdicts:
+        pipeline.add_row(verdict.stage, "yes" if verdict.works else "no", verdict.why)
+    console = Console()
+    for table in (machine, pipeline):
+        console.print(table, markup=False)

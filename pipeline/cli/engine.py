@@ -1,0 +1,186 @@
+"""`skipcat engine ONNX_FOLDER -o ENGINE_FOLDER`: build a TensorRT engine."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from pipeline.cli import options
+
+if TYPE_CHECKING:
+    from pipeline.engine.build import EnginePlan
+
+MEBIBYTE = 1 << 20
+
+limit_options = options.apply(
+    click.option(
+        "--max-batch",
+        type=click.IntRange(min=1),
+        default=1,
+        show_default=True,
+        help="Most sequences at once.",
+    ),
+    click.option(
+        "--max-prefill",
+        type=click.IntRange(min=1),
+        default=1024,
+        show_default=True,
+        help="Most tokens of one call; capped by the cache length.",
+    ),
+    click.option(
+        "--decode",
+        type=click.Choice(["auto", "shared", "separate"]),
+        default="auto",
+        show_default=True,
+        help="Whether decoding shares the prefill's weights, or stores its own in another layout "
+        "(a plan almost twice as large). auto: shared for RTX, separate for standard TensorRT.",
+    ),
+    click.option(
+        "--workspace",
+        type=click.IntRange(min=1),
+        metavar="MIB",
+        help="Most scratch memory a kernel may use; TensorRT's default if not given.",
+    ),
+    click.option(
+        "--timeout",
+        type=click.FloatRange(min=1),
+        default=7200.0,
+        show_default=True,
+        metavar="SECONDS",
+        help="Stop a build that takes longer.",
+    ),
+)
+
+
+@click.command("engine")
+@click.argument("onnx_folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@options.output
+@click.option(
+    "--target",
+    default="auto",
+    show_default=True,
+    help="auto, cpu, tensorrt, orin, or a GPU generation: sm86, 8.9, rtx:sm120.",
+)
+@click.option(
+    "--plugin",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="LIB",
+    help="Block-skip plugin library; standard TensorRT only.",
+)
+@limit_options
+@options.overwrite
+@options.dry_run
+@options.json_output
+def command(
+    onnx_folder: Path,
+    output: Path,
+    target: str,
+    plugin: Path | None,
+    max_batch: int,
+    max_prefill: int,
+    decode: str,
+    workspace: int | None,
+    timeout: float,
+    overwrite: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Build a TensorRT engine out of an exported ONNX folder (float16)."""
+    from pipeline.artefact import refuse_existing
+    from pipeline.engine.build import plan_engine, run_build
+    from pipeline.engine.target import resolve_target
+
+    chosen = resolve_target(target)
+    note(f"target {chosen}: {chosen.reason}")
+    plan = plan_engine(
+        onnx_folder,
+        chosen,
+        max_batch=max_batch,
+        max_prefill=max_prefill,
+        plugin=plugin,
+        decode=None if decode == "auto" else decode,  # type: ignore[arg-type]
+    )
+    refuse_existing(output, overwrite=overwrite)
+    for line in plan.notes:
+        note(line)
+    if dry_run:
+        show(plan.to_json(), plan_rows(plan), "Would build", as_json)
+        return
+    workspace_bytes = None if workspace is None else workspace * MEBIBYTE
+    with waiting(f"building {output.name} for {chosen}"):
+        manifest = run_build(plan, output, overwrite, workspace_bytes, timeout)
+    for line in manifest["notes"][len(plan.notes) :]:
+        note(line)
+    show(manifest, manifest_rows(manifest, output), "Engine", as_json)
+
+
+def note(text: str) -> None:
+    """Tell the user about a choice, on stderr."""
+    print(text, file=sys.stderr)
+
+
+def waiting(text: str) -> Any:
+    """A spinner on stderr, where that is a terminal."""
+    from rich.console import Console
+
+    return Console(stderr=True).status(text)
+
+
+def show(value: dict[str, Any], rows: Iterable[tuple[str, str]], title: str, as_json: bool) -> None:
+    """The result on stdout: JSON, or a short table."""
+    if as_json:
+        print(json.dumps(value, indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, show_header=False)
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def plan_rows(plan: EnginePlan) -> list[tuple[str, str]]:
+    """The table of `--dry-run`."""
+    return [
+        ("target", str(plan.target)),
+        ("why", plan.target.reason),
+        ("graph", f"{plan.folder.onnx_path}, {plan.folder.weight_bytes / MEBIBYTE:.0f} MiB"),
+        ("block-skip nodes", str(plan.folder.block_skip_nodes)),
+        ("plugin", "none" if plan.plugin is None else str(plan.plugin)),
+        *profile_rows([profile.to_json() for profile in plan.profiles]),
+    ]
+
+
+def manifest_rows(manifest: dict[str, Any], output: Path) -> list[tuple[str, str]]:
+    """The table of a finished build."""
+    target, build, path = manifest["target"], manifest["build"], manifest["block_skip"]
+    capability = "".join(map(str, target["compute_capability"]))
+    return [
+        ("folder", str(output)),
+        ("target", f"{target['flavour']} {manifest['tensorrt_version']}, sm{capability}"),
+        ("plan", f"{manifest['plan']['bytes'] / MEBIBYTE:.0f} MiB"),
+        ("block-skip", f"{path['path']}, {path['nodes']} nodes"),
+        *profile_rows(manifest["profiles"]),
+        ("built in", f"{build['parse_seconds'] + build['build_seconds']:.1f} s"),
+        ("peak memory", f"{build['peak_memory_bytes'] / MEBIBYTE:.0f} MiB"),
+    ]
+
+
+def profile_rows(profiles: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """One row for each profile: the range of tokens."""
+    rows = []
+    for profile in profiles:
+        tokens, mask = profile["shapes"]["input_ids"], profile["shapes"]["attention_mask"]
+        text = (
+            f"batch {tokens['min'][0]}..{tokens['max'][0]}, "
+            f"tokens {tokens['min'][1]}..{tokens['max'][1]} (tuned for {tokens['opt'][1]}), "
+            f"context up to {mask['max'][1]}"
+        )
+        rows.append((profile["name"], text))
+    return rows

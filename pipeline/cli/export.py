@@ -1,0 +1,69 @@
+"""`skipcat export`: a checkpoint in, an ONNX folder out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from pipeline.cli import options
+
+
+@click.command("export")
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@options.output
+@click.option(
+    "--profile",
+    type=click.Choice(["opset24", "compat"]),
+    default="opset24",
+    show_default=True,
+    help="opset24: static cache, for ONNX Runtime >= 1.25 and TensorRT >= 10.15; "
+    "compat: primitives and a growing cache, for TensorRT 10.0 and later (JetPack 6.2).",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "float16"]),
+    default="float32",
+    show_default=True,
+    help="float32 for the CPU, float16 for TensorRT.",
+)
+@click.option(
+    "--max-length",
+    type=int,
+    default=2048,
+    show_default=True,
+    help="Length of the static cache: prompt and answer together.",
+)
+@options.overwrite
+@options.json_output
+def command(
+    checkpoint: Path,
+    output: Path,
+    profile: str,
+    dtype: str,
+    max_length: int,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Export one ONNX graph for prefill and decode, with genai_config.json beside it.
+
+    \b
+    skipcat export small -o small-onnx
+    skipcat export small -o small-onnx-fp16 --dtype float16
+    """
+    from pipeline.export.export import ExportRequest, export_folder
+
+    request = ExportRequest(profile, dtype, max_length)
+    record = export_folder(checkpoint, output, request, overwrite=overwrite)
+    if as_json:
+        click.echo(json.dumps(record, indent=2))
+        return
+    total_bytes = record["graph_bytes"] + record["data_bytes"]
+    click.echo(
+        f"{output}: {profile} {dtype}, {sum(record['nodes'].values())} nodes, "
+        f"{record['block_skip_nodes']} block-skip, {total_bytes / 1e6:.1f} MB, "
+        f"{record['max_length']} tokens; {record['seconds']:.0f} s"
+    )
+    click.echo(f"runs in: {record['runs_in']}")
+    click.echo(f'next: skipcat run {output} -p "..."   or   skipcat engine {output} -o engine')

@@ -1,0 +1,27 @@
+"""`skipcat export-dense`: a compressed checkpoint as an ordinary dense model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from pipeline.cli import options
+
+
+@click.command("export-dense")
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@options.output
+@options.overwrite
+def command(checkpoint: Path, output: Path, overwrite: bool) -> None:
+    """Multiply the factors out, for tools that know nothing of skipcat.
+
+    The result is as large as the original and loads in transformers, vLLM, llama.cpp's converter,
+    lm-evaluation-harness and anything else that knows the architecture.
+    """
+    from pipeline.artefact import staged_folder
+    from pipeline.compress.dense import export_dense
+
+    with staged_folder(output, overwrite=overwrite) as folder:
+        export_dense(checkpoint, folder)
+    click.echo(f"{output}: dense weights, same architecture, same outputs")

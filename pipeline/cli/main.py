@@ -1,0 +1,96 @@
+"""`skipcat <verb>`: finds the verb's file, and turns every failure into a message and a status."""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import logging
+import os
+import sys
+import traceback
+
+import click
+
+from pipeline import __version__
+from pipeline.errors import InterruptedRun, PipelineError, ResourceError
+
+VERBS = {
+    "build": "pipeline.cli.build",
+    "compress": "pipeline.cli.compress",
+    "export": "pipeline.cli.export",
+    "export-dense": "pipeline.cli.export_dense",
+    "engine": "pipeline.cli.engine",
+    "validate": "pipeline.cli.validate",
+    "run": "pipeline.cli.run",
+    "inspect": "pipeline.cli.inspect",
+    "doctor": "pipeline.cli.doctor",
+}
+
+
+class LazyGroup(click.Group):
+    """A group that imports a verb's file only when that verb is called, so that --help is quick."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in VERBS:
+            return None
+        return importlib.import_module(VERBS[cmd_name]).command
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="skipcat")
+@click.option("-v", "--verbose", is_flag=True, help="Show details, and tracebacks of failures.")
+def skipcat(verbose: bool) -> None:
+    """Deliver a language model, smaller and provably right, to an edge GPU."""
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING, stream=sys.stderr, format="%(message)s"
+    )
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; return the exit status of `pipeline.errors`."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    verbose = "-v" in arguments or "--verbose" in arguments
+    try:
+        result = skipcat.main(args=arguments, prog_name="skipcat", standalone_mode=False)
+    except click.exceptions.Exit as leave:
+        return leave.exit_code
+    except click.ClickException as error:
+        error.show()
+        return 2
+    except BaseException as error:
+        failure = explain(error)
+        if failure is None:
+            raise
+        if verbose or failure.exit_status == 1:
+            traceback.print_exception(error, file=sys.stderr)
+        print(f"error: {failure}", file=sys.stderr)
+        return failure.exit_status
+    return result if isinstance(result, int) else 0
+
+
+def explain(error: BaseException) -> PipelineError | None:
+    """The user's view of an exception; None for one that must not be caught."""
+    if isinstance(error, PipelineError):
+        return error
+    if isinstance(error, (KeyboardInterrupt, click.exceptions.Abort)):
+        return InterruptedRun(
+            "Interrupted.", change="the same command with --resume continues a compress or a build"
+        )
+    if isinstance(error, MemoryError):
+        return ResourceError("Out of memory.", change="use a smaller model or fewer tokens")
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return ResourceError("No space left on the disk.", where=error.filename)
+    if isinstance(error, Exception):
+        return PipelineError(
+            f"Internal error: {type(error).__name__}: {error}",
+            change="this is a defect of skipcat; please report it with the traceback above",
+        )
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

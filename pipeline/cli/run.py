@@ -1,0 +1,202 @@
+"""`skipcat run FOLDER`: ask the model something, on this machine's CPU."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from pipeline.cli import options
+from pipeline.errors import UsageError
+from pipeline.runtime.open_session import BACKENDS, open_session
+from pipeline.runtime.sample import Sampling
+
+if TYPE_CHECKING:
+    import numpy as np
+    from transformers import PreTrainedTokenizerBase
+
+    from pipeline.runtime.answer import Answer
+    from pipeline.runtime.session import Session
+
+Ask = Callable[[list[int], Callable[[str], None]], "Answer"]
+
+sampling_options = options.apply(
+    click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True),
+    click.option(
+        "--temperature",
+        type=float,
+        default=0.0,
+        show_default=True,
+        help="0 always takes the likeliest token.",
+    ),
+    click.option("--top-k", type=int, default=0, show_default=True, help="0 keeps all."),
+    click.option("--top-p", type=float, default=1.0, show_default=True, help="1 keeps all."),
+    click.option("--min-p", type=float, default=0.0, show_default=True, help="0 keeps all."),
+    click.option("--repetition-penalty", type=float, default=1.0, show_default=True),
+    options.seed,
+)
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A session with what it takes to talk to it."""
+
+    session: Session
+    tokenizer: PreTrainedTokenizerBase
+    ask: Ask
+    system: str | None
+    raw: bool
+
+    def prompt_ids(self, messages: list[dict[str, str]]) -> list[int]:
+        """Ids of the conversation, or of the last message alone when raw."""
+        from pipeline.runtime.tokenizer import chat_prompt_ids
+
+        if self.raw:
+            return self.tokenizer.encode(messages[-1]["content"])
+        return chat_prompt_ids(self.tokenizer, self.opening() + messages)
+
+    def opening(self) -> list[dict[str, str]]:
+        """The system message, if there is one."""
+        return [{"role": "system", "content": self.system}] if self.system else []
+
+
+@click.command("run")
+@click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("-p", "--prompt", help="What to ask; without it, stdin or a conversation.")
+@click.option("--system", help="System message of the conversation.")
+@click.option("--raw", is_flag=True, help="Give the prompt as it is, without a chat template.")
+@click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True)
+@click.option("--threads", type=click.IntRange(min=1), help="Threads of ONNX Runtime.")
+@sampling_options
+@options.json_output
+def command(
+    folder: Path,
+    prompt: str | None,
+    system: str | None,
+    raw: bool,
+    backend: str,
+    threads: int | None,
+    max_new_tokens: int,
+    seed: int,
+    as_json: bool,
+    **sampling: Any,
+) -> None:
+    """Ask the model in FOLDER something and stream its answer to stdout.
+
+    FOLDER is an exported ONNX folder, a compressed checkpoint, or any model folder. Without
+    --prompt the prompt is read from stdin; at a terminal it becomes a conversation.
+
+    \b
+      skipcat run build/onnx -p "What is a whale?"
+      echo "Once upon a time" | skipcat run build/checkpoint --raw
+    """  # noqa: D301 - click reads the escape
+    import numpy as np
+
+    how = Sampling(**sampling)
+    converse = prompt is None and sys.stdin.isatty()
+    require_sensible(raw, system, converse and as_json)
+    if prompt is None and not converse:
+        prompt = sys.stdin.read()
+    generator = np.random.default_rng(seed)
+    chat = open_chat(folder, backend, threads, max_new_tokens, how, generator, system, raw)
+    if prompt is None:
+        hold_conversation(chat)
+    else:
+        answer_once(chat, prompt, as_json)
+
+
+def require_sensible(raw: bool, system: str | None, conversation_as_json: bool) -> None:
+    """Raise UsageError for flags that contradict each other."""
+    if raw and system:
+        raise UsageError("--system needs the chat template, which --raw leaves out.")
+    if conversation_as_json:
+        raise UsageError("--json answers one prompt.", change="pass -p, or a prompt on stdin")
+
+
+def open_chat(
+    folder: Path,
+    backend: str,
+    threads: int | None,
+    max_new_tokens: int,
+    sampling: Sampling,
+    generator: np.random.Generator,
+    system: str | None,
+    raw: bool,
+) -> Chat:
+    """Load tokenizer and session of `folder`."""
+    from pipeline.runtime.answer import answer
+    from pipeline.runtime.tokenizer import load_tokenizer, stop_token_ids
+
+    tokenizer = load_tokenizer(folder)
+    stop_ids = stop_token_ids(tokenizer, folder)
+    session = open_session(folder, backend, threads)
+
+    def ask(prompt_ids: list[int], emit: Callable[[str], None]) -> Answer:
+        return answer(
+            session,
+            tokenizer,
+            prompt_ids,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            stop_ids=stop_ids,
+            generator=generator,
+            emit=emit,
+        )
+
+    return Chat(session, tokenizer, ask, system, raw)
+
+
+def answer_once(chat: Chat, prompt: str, as_json: bool) -> None:
+    """Answer one prompt: the text as it comes, or everything as JSON at the end."""
+    prompt_ids = chat.prompt_ids([{"role": "user", "content": prompt}])
+    if as_json:
+        result = chat.ask(prompt_ids, lambda text: None)
+        click.echo(json.dumps({"schema": 1, "backend": chat.session.name, **result.to_json()}))
+        return
+    result = chat.ask(prompt_ids, write_text)
+    click.echo()
+    report(chat, result)
+
+
+def hold_conversation(chat: Chat) -> None:
+    """Ask and answer until end of input."""
+    click.echo(f"{chat.session.name}; end with Ctrl-D", err=True)
+    messages: list[dict[str, str]] = []
+    while True:
+        click.echo("> ", nl=False, err=True)
+        line = sys.stdin.readline()
+        if not line:
+            click.echo(err=True)
+            return
+        if not line.strip():
+            continue
+        messages.append({"role": "user", "content": line.strip()})
+        result = chat.ask(chat.prompt_ids(messages), write_text)
+        click.echo()
+        messages.append({"role": "assistant", "content": result.text})
+        report(chat, result)
+
+
+def write_text(text: str) -> None:
+    """Put a piece of the answer on stdout at once."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def report(chat: Chat, result: Answer) -> None:
+    """Say on stderr how fast it was, and if the answer was cut short."""
+    rate = "" if result.tokens_per_s is None else f", {result.tokens_per_s:.1f} tokens/s"
+    click.echo(
+        f"[{chat.session.name}: {result.prompt_tokens} + {result.new_tokens} tokens, "
+        f"first after {result.first_token_s:.2f} s{rate}]",
+        err=True,
+    )
+    if result.ended == "length":
+        click.echo("[cut at --max-new-tokens]", err=True)
+    if result.ended == "context":
+        click.echo(f"[the cache of {chat.session.max_length} tokens is full]", err=True)

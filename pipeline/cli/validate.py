@@ -1,0 +1,153 @@
+"""`skipcat validate BUILD_FOLDER`: the same inputs through every stage, and a verdict on each."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from pipeline.artefact import refuse_existing
+from pipeline.cli import options
+from pipeline.errors import UsageError
+
+if TYPE_CHECKING:
+    from validate.record import Ledger
+    from validate.stages import Artefacts
+    from validate.validate import ValidateRequest
+
+existing_folder = click.Path(path_type=Path, exists=True, file_okay=False)
+
+artefact_options = options.apply(
+    click.argument("build_folder", type=existing_folder, required=False),
+    click.option("--original", help="The model before compression: alias, hub id, folder, .gguf."),
+    click.option("--checkpoint", type=existing_folder, help="Compressed checkpoint."),
+    click.option("--onnx", type=existing_folder, multiple=True, help="ONNX export; repeatable."),
+    click.option("--engine", type=existing_folder, multiple=True, help="Engine; repeatable."),
+)
+input_options = options.apply(
+    click.option(
+        "--text",
+        default="self",
+        show_default=True,
+        help="UTF-8 file to evaluate on; 'self' lets the original write the text.",
+    ),
+    click.option("--windows", type=click.IntRange(min=1), default=10, show_default=True),
+    click.option("--window-length", type=click.IntRange(min=32), default=512, show_default=True),
+    click.option("--prompts", type=click.IntRange(min=1), default=8, show_default=True),
+    click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True),
+    options.seed,
+)
+
+
+@click.command("validate")
+@artefact_options
+@input_options
+@click.option(
+    "--max-kl", type=float, help="Fail above this KL to the original, nats per token; no limit."
+)
+@click.option("--strict", is_flag=True, help="Fail also when an engine cannot run here.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="[BUILD_FOLDER/ledger]")
+@options.overwrite
+@options.dry_run
+@options.trust_remote_code
+@options.json_output
+def command(
+    build_folder: Path | None,
+    original: str | None,
+    checkpoint: Path | None,
+    onnx: tuple[Path, ...],
+    engine: tuple[Path, ...],
+    output: Path | None,
+    overwrite: bool,
+    dry_run: bool,
+    as_json: bool,
+    **inputs: Any,
+) -> None:
+    """Run the same tokens through every stage of BUILD_FOLDER and compare.
+
+    BUILD_FOLDER holds checkpoint/, onnx*/ and engine*/. The stages can also be given one by one:
+    an --onnx or --engine should equal the --checkpoint, or the --original if there is none.
+    Writes ledger.json and ledger.html. Exit status 5: a stage is beyond its tolerance.
+    """
+    artefacts = gather(build_folder, original, checkpoint, onnx, engine)
+    output = output or (build_folder / "ledger" if build_folder else None)
+    if dry_run:
+        list_stages(artefacts, output)
+        return
+    if output is not None:
+        refuse_existing(output, overwrite=overwrite)
+
+    from validate.validate import ValidateRequest, require_passed
+
+    ledger = run(ValidateRequest(artefacts, **inputs), output, overwrite)
+    show(ledger, output, as_json)
+    require_passed(ledger)
+
+
+def gather(
+    build_folder: Path | None,
+    original: str | None,
+    checkpoint: Path | None,
+    onnx: tuple[Path, ...],
+    engine: tuple[Path, ...],
+) -> Artefacts:
+    """The artefacts out of the arguments; a flag replaces what the build folder has.
+
+    Raises:
+        UsageError: there is nothing that names the original.
+    """
+    from validate.stages import Artefacts, find_artefacts, original_of
+
+    if build_folder is not None:
+        found = find_artefacts(build_folder)
+        return Artefacts(
+            original or found.original,
+            checkpoint or found.checkpoint,
+            onnx or found.onnx,
+            engine or found.engines,
+        )
+    if original is None and checkpoint is None:
+        raise UsageError(
+            "There is nothing to compare with.",
+            change="give a build folder, or pass --original or --checkpoint",
+        )
+    name = original if original is not None or checkpoint is None else original_of(checkpoint)
+    return Artefacts(str(name), checkpoint, onnx, engine)
+
+
+def run(request: ValidateRequest, output: Path | None, overwrite: bool) -> Ledger:
+    """Run the ledger with progress on stderr, and write its reports."""
+    from validate.validate import validate, write_reports
+
+    ledger = validate(request, lambda message: click.echo(message, err=True))
+    if output is not None:
+        write_reports(ledger, output, overwrite=overwrite)
+    return ledger
+
+
+def show(ledger: Ledger, output: Path | None, as_json: bool) -> None:
+    """The ledger on stdout, as a table or as JSON."""
+    if as_json:
+        click.echo(json.dumps(ledger.to_json(), indent=2))
+        return
+    from validate.report_table import print_ledger
+
+    print_ledger(ledger, sys.stdout)
+    if output is not None:
+        click.echo(f"wrote {output / 'ledger.json'} and {output / 'ledger.html'}", err=True)
+
+
+def list_stages(artefacts: Artefacts, output: Path | None) -> None:
+    """Say what would be compared with what."""
+    from validate.stages import ORIGINAL, standard_stages
+
+    def open_nothing() -> Any:
+        raise UsageError("--dry-run opens nothing.")
+
+    for stage in standard_stages(artefacts, open_nothing):
+        source = artefacts.original if stage.name == ORIGINAL else f"against {stage.reference}"
+        click.echo(f"{stage.name}: {source}")
+    click.echo(f"would write {output}" if output else "would write nothing", err=True)

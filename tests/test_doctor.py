@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from pipeline import doctor
+from pipeline.cli.main import main
+
+PLAIN = doctor.Machine(
+    python="3.11.7",
+    system="Linux x86_64",
+    cores=2,
+    cpu_flags=("avx2",),
+    ram_bytes=24 << 30,
+    ram_free_bytes=20 << 30,
+    disk_free_bytes=50 << 30,
+    versions={
+        "torch": "2.13.0+cpu",
+        "transformers": "5.23.0",
+        "onnx": "1.23.2",
+        "onnxscript": "0.7.2",
+        "onnxruntime": "1.31.1",
+        "tensorrt-rtx": "1.7.1.116",
+    },
+    reasons={"GPU": "nvidia-smi is not installed"},
+)
+H200 = doctor.Gpu("NVIDIA H200", "9.0", 143771, "580.1")
+RTX_4090 = doctor.Gpu("NVIDIA GeForce RTX 4090", "8.9", 24564, "580.1")
+
+
+def verdict(machine: doctor.Machine, stage: str) -> doctor.Verdict:
+    return next(found for found in doctor.stages(machine) if found.stage == stage)
+
+
+def with_versions(machine: doctor.Machine, **versions: str) -> doctor.Machine:
+    named = {name.replace("_", "-"): version for name, version in versions.items()}
+    return dataclasses.replace(machine, versions={**machine.versions, **named})
+
+
+def test_without_a_gpu_rtx_engines_are_built_but_not_run() -> None:
+    assert verdict(PLAIN, "engine, RTX").works
+    assert "SM86" in verdict(PLAIN, "engine, RTX").why
+    for stage in ("engine, standard TensorRT", "run, engine"):
+        assert not verdict(PLAIN, stage).works
+        assert "nvidia-smi is not installed" in verdict(PLAIN, stage).why
+
+
+def test_missing_package_names_the_extra_that_brings_it() -> None:
+    found = verdict(PLAIN, "genai")
+    assert not found.works
+    assert "onnxruntime-genai" in found.why
+    assert "EXTRAS=cpu" in found.why
+
+
+def test_rtx_engine_runs_on_an_rtx_card_and_not_on_a_hopper() -> None:
+    assert verdict(dataclasses.replace(PLAIN, gpus=(RTX_4090,)), "run, engine").works
+    hopper = verdict(dataclasses.replace(PLAIN, gpus=(H200,)), "run, engine")
+    assert not hopper.works
+    assert "9.0" in hopper.why
+
+
+def test_standard_tensorrt_on_a_gpu_builds_and_runs() -> None:
+    machine = with_versions(dataclasses.replace(PLAIN, gpus=(H200,), nvcc="13.0"), tensorrt="11.4")
+    for stage in ("engine, standard TensorRT", "run, engine", "block-skip plugin"):
+        assert verdict(machine, stage).works, stage
+
+
+def test_jetpack_6_gets_the_compat_profile() -> None:
+    machine = dataclasses.replace(PLAIN, jetpack="L4T 36.4: JetPack 6.2")
+    found = verdict(with_versions(machine, tensorrt="10.3.0"), "engine, standard TensorRT")
+    assert found.works
+    assert "compat profile only" in found.why
+
+
+def test_jetson_without_visible_tensorrt_says_where_it_is() -> None:
+    machine = dataclasses.replace(PLAIN, jetpack="L4T 39.2: JetPack 7.2")
+    found = verdict(machine, "engine, standard TensorRT")
+    assert not found.works
+    assert "--system-site-packages" in found.why
+
+
+def test_old_onnxruntime_runs_only_the_compat_profile() -> None:
+    found = verdict(with_versions(PLAIN, onnxruntime="1.24.4"), "run, ONNX on CPU")
+    assert found.works
+    assert "compat profile only" in found.why
+
+
+@pytest.mark.parametrize(
+    ("version", "expected"),
+    [
+        (None, "function body: no TensorRT"),
+        ("8.6.2", "no IPluginV3"),
+        ("10.3.0", "functions are stripped"),
+        ("10.6.0.post2", "functions are stripped"),
+        ("10.7.0", "whenever it is registered"),
+        ("10.14.1.48", "whenever it is registered"),
+        ("10.15.1.29", "plugin_namespace"),
+        ("11.4.0.106", "plugin_namespace"),
+    ],
+)
+def test_plugin_route_follows_the_tensorrt_version(version: str | None, expected: str) -> None:
+    assert expected in doctor.plugin_route(version)
+
+
+def test_plugin_is_never_promised_for_rtx() -> None:
+    machine = dataclasses.replace(PLAIN, gpus=(RTX_4090,), nvcc="13.0")
+    found = verdict(machine, "block-skip plugin")
+    assert not found.works
+    assert "function body" in found.why
+
+
+def test_gpus_are_parsed_with_and_without_memory_of_their_own() -> None:
+    text = "NVIDIA H200, 9.0, 143771, 580.1\nOrin (nvgpu), 8.7, [N/A], 540.4.0\n"
+    assert [gpu.memory_mib for gpu in doctor.parse_gpus(text)] == [143771, None]
+    assert [gpu.capability for gpu in doctor.parse_gpus(text)] == ["9.0", "8.7"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("# R36 (release), REVISION: 4.3, GCID: 1, BOARD: generic\n", "JetPack 6.1 or 6.2"),
+        ("# R39 (release), REVISION: 2.0\n", "JetPack 7.2"),
+        ("# R99 (release), REVISION: 1.0\n", "not known"),
+        ("rubbish\n", "unknown release: rubbish"),
+        ("", "empty file"),
+    ],
+)
+def test_jetpack_is_read_from_the_l4t_release(tmp_path: Path, text: str, expected: str) -> None:
+    path = tmp_path / "nv_tegra_release"
+    path.write_text(text)
+    assert expected in str(doctor.read_jetpack(path))
+
+
+def test_absent_files_mean_unknown_not_failure(tmp_path: Path) -> None:
+    assert doctor.read_jetpack(tmp_path / "absent") is None
+    assert doctor.cpu_flags(tmp_path / "absent") == ()
+
+
+@pytest.mark.parametrize("line", ["flags\t\t: fpu avx2 zz", "Features\t: fp asimd"])
+def test_cpu_flags_of_both_architectures(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "cpuinfo"
+    path.write_text(f"processor : 0\n{line}\n")
+    assert doctor.cpu_flags(path) in {("avx2",), ("asimd",)}
+
+
+def test_command_prints_json_that_agrees_with_the_table(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["doctor", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["schema"] == 1
+    assert all(fact["value"] for fact in report["facts"])
+    assert all(stage["why"] for stage in report["stages"])
+    assert main(["doctor"]) == 0
+    table = capsys.readouterr().out
+    assert all(stage["stage"] in table for stage in report["stages"])
