@@ -153,6 +153,7 @@ def plan_rows(plan: EnginePlan) -> list[tuple[str, str]]:
         ("graph", f"{plan.folder.onnx_path}, {plan.folder.weight_bytes / MEBIBYTE:.0f} MiB"),
         ("block-skip nodes", str(plan.folder.block_skip_nodes)),
         ("plugin", "none" if plan.plugin is None else str(plan.plugin)),
+        ("context", f"{plan.limits.max_length} tokens"),
         *profile_rows([profile.to_json() for profile in plan.profiles]),
     ]
 
@@ -166,6 +167,7 @@ def manifest_rows(manifest: dict[str, Any], output: Path) -> list[tuple[str, str
         ("target", f"{target['flavour']} {manifest['tensorrt_version']}, sm{capability}"),
         ("plan", f"{manifest['plan']['bytes'] / MEBIBYTE:.0f} MiB"),
         ("block-skip", f"{path['path']}, {path['nodes']} nodes"),
+        ("context", f"{manifest['limits']['max_length']} tokens"),
         *profile_rows(manifest["profiles"]),
         ("built in", f"{build['parse_seconds'] + build['build_seconds']:.1f} s"),
         ("peak memory", f"{build['peak_memory_bytes'] / MEBIBYTE:.0f} MiB"),
@@ -176,11 +178,10 @@ def profile_rows(profiles: list[dict[str, Any]]) -> list[tuple[str, str]]:
     """One row for each profile: the range of tokens."""
     rows = []
     for profile in profiles:
-        tokens, mask = profile["shapes"]["input_ids"], profile["shapes"]["attention_mask"]
+        tokens = profile["shapes"]["input_ids"]
         text = (
             f"batch {tokens['min'][0]}..{tokens['max'][0]}, "
-            f"tokens {tokens['min'][1]}..{tokens['max'][1]} (tuned for {tokens['opt'][1]}), "
-            f"context up to {mask['max'][1]}"
+            f"tokens {tokens['min'][1]}..{tokens['max'][1]} (tuned for {tokens['opt'][1]})"
         )
         rows.append((profile["name"], text))
     return rows

@@ -1,0 +1,89 @@
+"""A plugin library: loaded into the registry, checked, and described for the manifest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.artefact import sha256_of_file
+from pipeline.engine.onnx_folder import BLOCK_SKIP_DOMAIN, BLOCK_SKIP_OPS
+from pipeline.errors import InputError
+
+PLUGIN_VERSION = "1"
+
+
+@dataclass(frozen=True)
+class PluginCreator:
+    """What a registered plugin is found by."""
+
+    name: str
+    version: str
+    namespace: str
+
+
+def require_plugin_file(path: Path) -> Path:
+    """The absolute path of a plugin library; raise InputError when there is no such file."""
+    if not path.is_file():
+        raise InputError(
+            "The plugin library is missing.",
+            where=path,
+            change="build it first (make plugin), or leave --plugin out",
+        )
+    return path.resolve()
+
+
+def load_plugin(library: Any, path: Path) -> list[PluginCreator]:
+    """Load a plugin library into the registry and return the block-skip creators it brought.
+
+    Args:
+        library: the imported TensorRT module.
+        path: the `.so`.
+
+    Raises:
+        InputError: it cannot be loaded, or brings no block-skip plugin.
+    """
+    registry = library.get_plugin_registry()
+    if registry.load_library(str(path)) is None:
+        raise InputError(
+            "TensorRT cannot load this plugin library.",
+            where=path,
+            change="build it on this machine against the installed TensorRT; build.log says more",
+        )
+    found = [describe(creator) for creator in registry.all_creators]
+    ours = block_skip_creators(found)
+    if not ours:
+        raise InputError(
+            "This library has no block-skip plugin.",
+            where=path,
+            observed=", ".join(f"{item.namespace}::{item.name} {item.version}" for item in found),
+            expected=f"{BLOCK_SKIP_DOMAIN}::BlockSkipLinear {PLUGIN_VERSION}",
+        )
+    return ours
+
+
+def describe(creator: Any) -> PluginCreator:
+    """Name, version and namespace of a registered creator."""
+    return PluginCreator(creator.name, creator.plugin_version, creator.plugin_namespace)
+
+
+def block_skip_creators(creators: list[PluginCreator]) -> list[PluginCreator]:
+    """Those that the graph's nodes resolve to; another namespace would be passed over silently."""
+    return [
+        creator
+        for creator in creators
+        if creator.name in BLOCK_SKIP_OPS
+        and creator.namespace == BLOCK_SKIP_DOMAIN
+        and creator.version == PLUGIN_VERSION
+    ]
+
+
+def plugin_record(path: Path) -> dict[str, Any]:
+    """The manifest's description of the library the engine needs at run time."""
+    return {
+        "library": path.name,
+        "names": list(BLOCK_SKIP_OPS),
+        "sha256": sha256_of_file(path),
+        "version": PLUGIN_VERSION,
+        "namespace": BLOCK_SKIP_DOMAIN,
+    }

@@ -1,0 +1,211 @@
+"""Optimisation profiles: which shapes the engine must run (min, max) and is tuned for (opt).
+
+Two profiles, decode first. Every rule is by tensor name and axis, so a cache of any width fits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from pipeline.errors import InputError, UsageError
+
+DecodeForm = Literal["shared", "separate"]
+Shape = tuple[int, ...]
+TOKEN_INPUTS = ("input_ids", "position_ids")
+MASK_INPUT = "attention_mask"
+CACHE_PREFIX = "past_key_values."
+OPT_PREFILL = 128
+CACHE_LENGTH_AXIS = 2
+
+
+@dataclass(frozen=True)
+class ShapeRange:
+    """Smallest, tuned-for and largest shape of one input."""
+
+    min: Shape
+    opt: Shape
+    max: Shape
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One optimisation profile: a range for every input, by name."""
+
+    name: str
+    shapes: dict[str, ShapeRange]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dicts and lists, for the manifest and the worker."""
+        shapes = {
+            name: {end: list(shape) for end, shape in asdict(ends).items()}
+            for name, ends in self.shapes.items()
+        }
+        return {"name": self.name, "shapes": shapes}
+
+    @staticmethod
+    def from_json(fields: Mapping[str, Any]) -> Profile:
+        """The inverse of `to_json` after a trip through JSON."""
+        shapes = {
+            name: ShapeRange(*(tuple(ends[end]) for end in ("min", "opt", "max")))
+            for name, ends in fields["shapes"].items()
+        }
+        return Profile(fields["name"], shapes)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the engine must be able to run.
+
+    Attributes:
+        max_batch: most sequences at once.
+        max_prefill: most tokens of one call.
+        max_length: most tokens the cache holds.
+        decode: `shared` lets the decode profile take 1 or 2 tokens, so that both profiles store
+            the weights once; `separate` fixes it at 1, and stores them twice when `max_batch` is
+            1. See docs/engine-size.md.
+    """
+
+    max_batch: int
+    max_prefill: int
+    max_length: int
+    decode: DecodeForm = "shared"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The named dimensions at one end of a profile."""
+
+    batch: int
+    sequence: int
+    past: int
+    total: int
+
+
+def make_limits(max_batch: int, max_prefill: int, max_length: int, decode: DecodeForm) -> Limits:
+    """Limits with `max_prefill` capped by the cache, which cannot take more tokens than it holds.
+
+    Raises:
+        UsageError: a limit below 1.
+    """
+    for flag, value in (("--max-batch", max_batch), ("--max-prefill", max_prefill)):
+        if value < 1:
+            raise UsageError(f"{flag} must be at least 1.", observed=value)
+    return Limits(max_batch, min(max_prefill, max_length), max_length, decode)
+
+
+def make_profiles(inputs: Mapping[str, tuple[int | None, ...]], limits: Limits) -> list[Profile]:
+    """The decode profile, then the prefill profile unless every call is one token.
+
+    Args:
+        inputs: shape of every graph input, None where the axis is dynamic.
+        limits: what the engine must run.
+
+    Raises:
+        InputError: an input that is none of the pipeline's, or a static axis out of the limits.
+    """
+    static_cache = has_static_cache(inputs)
+    decode = (
+        Sizes(1, 1, 0, 1),
+        decode_opt(limits, static_cache),
+        decode_max(limits, static_cache),
+    )
+    profiles = [profile("decode", inputs, decode)]
+    if limits.max_prefill > 1:
+        profiles.append(profile("prefill", inputs, prefill_sizes(limits, static_cache)))
+    return profiles
+
+
+def decode_opt(limits: Limits, static_cache: bool) -> Sizes:
+    """One token, the cache half full."""
+    past = max(limits.max_length // 2 - 1, 0)
+    return Sizes(limits.max_batch, 1, past, past + 1)
+
+
+def decode_max(limits: Limits, static_cache: bool) -> Sizes:
+    """One token, or two in the shared form, with the cache full afterwards."""
+    longest = min(2, limits.max_prefill) if limits.decode == "shared" else 1
+    total = limits.max_length
+    past = total - longest
+    if not static_cache and longest > 1:
+        # One token may follow max_length - 1 others, so past and sequence reach their ends in
+        # different calls; total covers their sum to keep the largest shapes consistent.
+        past, total = limits.max_length - 1, limits.max_length - 1 + longest
+    return Sizes(limits.max_batch, longest, past, total)
+
+
+def prefill_sizes(limits: Limits, static_cache: bool) -> tuple[Sizes, Sizes, Sizes]:
+    """1 to max_prefill tokens, tuned for OPT_PREFILL into an empty cache."""
+    tuned = min(OPT_PREFILL, limits.max_prefill)
+    total = limits.max_length
+    past = limits.max_length - 1
+    if not static_cache:
+        # A chunk may follow any past. A total beyond max_length never occurs, but TensorRT checks
+        # that the largest shapes fit each other: total = past + sequence.
+        total = past + limits.max_prefill
+    return (
+        Sizes(1, 1, 0, 1),
+        Sizes(limits.max_batch, tuned, 0, tuned),
+        Sizes(limits.max_batch, limits.max_prefill, past, total),
+    )
+
+
+def has_static_cache(inputs: Mapping[str, tuple[int | None, ...]]) -> bool:
+    """Whether the cache has a fixed length (`opset24`) rather than a growing one (`compat`)."""
+    lengths = [
+        shape[CACHE_LENGTH_AXIS] for name, shape in inputs.items() if name.startswith(CACHE_PREFIX)
+    ]
+    if not lengths:
+        raise InputError(
+            "The graph has no cache inputs.",
+            observed=", ".join(inputs),
+            expected="past_key_values.0.key and so on",
+            change="give a folder that `skipcat export` wrote",
+        )
+    return lengths[0] is not None
+
+
+def profile(
+    name: str, inputs: Mapping[str, tuple[int | None, ...]], ends: tuple[Sizes, Sizes, Sizes]
+) -> Profile:
+    """The profile that has `ends` as its min, opt and max."""
+    shapes = {
+        tensor: ShapeRange(*(input_shape(tensor, shape, sizes) for sizes in ends))
+        for tensor, shape in inputs.items()
+    }
+    return Profile(name, shapes)
+
+
+def input_shape(name: str, shape: tuple[int | None, ...], sizes: Sizes) -> Shape:
+    """Shape of one input when the named dimensions have these sizes; static axes stay.
+
+    Raises:
+        InputError: an unknown input, or a dynamic axis that has no rule.
+    """
+    rule: tuple[int | None, ...]
+    if name in TOKEN_INPUTS:
+        rule = (sizes.batch, sizes.sequence)
+    elif name == MASK_INPUT:
+        rule = (sizes.batch, sizes.total)
+    elif name.startswith(CACHE_PREFIX):
+        rule = (sizes.batch, None, sizes.past, None)
+    else:
+        raise unknown_input(name, shape)
+    if len(rule) != len(shape):
+        raise unknown_input(name, shape)
+    dims = tuple(wanted if dim is None else dim for dim, wanted in zip(shape, rule, strict=True))
+    if any(dim is None for dim in dims):
+        raise unknown_input(name, shape)
+    return tuple(dim for dim in dims if dim is not None)
+
+
+def unknown_input(name: str, shape: tuple[int | None, ...]) -> InputError:
+    """The error for an input whose shapes cannot be planned."""
+    return InputError(
+        f"The graph input '{name}' has no rule for its shapes.",
+        observed=f"shape {shape}",
+        expected="input_ids, position_ids, attention_mask [batch, n]; "
+        "past_key_values.* [batch, heads, length, width] with heads and width fixed",
+        change="give a folder that `skipcat export` wrote",
+    )

@@ -1,0 +1,87 @@
+"""What the build asks of its worker process, and what the worker answers: plain JSON both ways."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.engine.profiles import Profile
+from pipeline.engine.target import Capability, Flavour
+
+REQUEST_FILE = "request.json"
+RESULT_FILE = "result.json"
+PLAN_FILE = "engine.plan"
+
+
+@dataclass(frozen=True)
+class BuildRequest:
+    """One engine to build.
+
+    Attributes:
+        flavour: `rtx` or `tensorrt`.
+        compute_capability: of the GPU to build for; standard TensorRT takes the one it runs on.
+        onnx_path: `model.onnx`, weights beside it.
+        staging: folder to write `engine.plan` and `result.json` into.
+        profiles: optimisation profiles, in order.
+        shared_weights: ask that profiles after the first store no weights of their own.
+        workspace_bytes: most scratch memory a kernel may use; None leaves TensorRT's default.
+        plugin: library to load before parsing; None for none.
+        block_skip_nodes: how many block-skip nodes the graph holds.
+        onnx_profile: `opset24` or `compat`, which decides the oldest TensorRT that will do.
+    """
+
+    flavour: Flavour
+    compute_capability: Capability
+    onnx_path: Path
+    staging: Path
+    profiles: tuple[Profile, ...]
+    shared_weights: bool
+    workspace_bytes: int | None
+    plugin: Path | None
+    block_skip_nodes: int
+    onnx_profile: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for `request.json`."""
+        fields = asdict(self)
+        fields["profiles"] = [profile.to_json() for profile in self.profiles]
+        for name in ("onnx_path", "staging", "plugin"):
+            fields[name] = None if fields[name] is None else str(fields[name])
+        return fields
+
+    @staticmethod
+    def from_json(fields: Mapping[str, Any]) -> BuildRequest:
+        """The inverse of `to_json`."""
+        values = dict(fields)
+        values["profiles"] = tuple(Profile.from_json(entry) for entry in values["profiles"])
+        values["compute_capability"] = tuple(values["compute_capability"])
+        for name in ("onnx_path", "staging", "plugin"):
+            values[name] = None if values[name] is None else Path(values[name])
+        return BuildRequest(**values)
+
+
+@dataclass(frozen=True)
+class BuildResult:
+    """What a worker read back from a build that succeeded.
+
+    Attributes:
+        library_version: of the TensorRT that built it.
+        block_skip: how the block-skip nodes were taken, see `layers.BlockSkipPath`.
+        layer_types: network layers after parsing, counted by type.
+        engine_layers: layers of the built engine, or why they could not be read.
+        parse_seconds: time to parse the ONNX file.
+        build_seconds: time to build and write the plan.
+        peak_memory_bytes: largest resident size of the worker.
+        notes: every choice that differs from the straight path.
+    """
+
+    library_version: str
+    block_skip: dict[str, Any]
+    layer_types: dict[str, int]
+    engine_layers: dict[str, Any]
+    parse_seconds: float
+    build_seconds: float
+    peak_memory_bytes: int
+    notes: tuple[str, ...]

@@ -1,0 +1,64 @@
+"""The process that holds TensorRT: `python -m pipeline.engine.worker request.json`.
+
+A library that aborts, or that the kernel kills for its memory, takes only this process with it.
+Everything TensorRT says goes to stderr, which the caller sends to `build.log`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import json
+import resource
+import signal
+import sys
+from pathlib import Path
+
+from pipeline.artefact import write_json
+from pipeline.engine.request import RESULT_FILE, BuildRequest, BuildResult
+from pipeline.errors import PipelineError
+
+PR_SET_PDEATHSIG = 1
+
+
+def main(arguments: list[str]) -> int:
+    """Build what the request file says; return the exit status of `pipeline.errors`."""
+    die_with_parent()
+    fields = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))
+    request = BuildRequest.from_json(fields)
+    try:
+        result = build(request)
+    except PipelineError as error:
+        failure = {"error": {"what": error.what, "details": error.details}}
+        write_json(request.staging / RESULT_FILE, failure)
+        return error.exit_status
+    result = dataclasses.replace(result, peak_memory_bytes=peak_memory_bytes())
+    write_json(request.staging / RESULT_FILE, dataclasses.asdict(result))
+    return 0
+
+
+def build(request: BuildRequest) -> BuildResult:
+    """Build with the flavour that the request names; only that library is imported."""
+    if request.flavour == "rtx":
+        from pipeline.engine import rtx
+
+        return rtx.build(request)
+    from pipeline.engine import standard
+
+    return standard.build(request)
+
+
+def peak_memory_bytes() -> int:
+    """Largest resident size of this process so far, in bytes."""
+    kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kibibytes * 1024
+
+
+def die_with_parent() -> None:
+    """Have Linux kill this process when its parent dies by a signal that it cannot pass on."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

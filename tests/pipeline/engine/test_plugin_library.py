@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.engine.plugin_library import (
+    PluginCreator,
+    block_skip_creators,
+    load_plugin,
+    require_plugin_file,
+)
+from pipeline.errors import InputError
+
+OURS = PluginCreator("BlockSkipLinear", "1", "skipcat")
+
+
+def test_only_the_name_version_and_namespace_of_the_nodes_count() -> None:
+    others = [
+        PluginCreator("BlockSkipLinear", "1", ""),
+        PluginCreator("BlockSkipLinear", "2", "skipcat"),
+        PluginCreator("NMS", "1", "skipcat"),
+    ]
+    assert block_skip_creators([*others, OURS]) == [OURS]
+
+
+def test_a_missing_library_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="missing"):
+        require_plugin_file(tmp_path / "absent.so")
+
+
+def test_a_file_that_is_no_library_is_refused(tmp_path: Path) -> None:
+    trt = pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx-cu13")
+    path = tmp_path / "empty.so"
+    path.write_bytes(b"not a library")
+    with pytest.raises(InputError, match="cannot load"):
+        load_plugin(trt, path)
