@@ -1,0 +1,1 @@
+"""Run a model token by token: one interface over torch, ONNX Runtime and TensorRT."""

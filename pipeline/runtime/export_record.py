@@ -1,0 +1,121 @@
+"""`export.json`: what an exported ONNX folder says about itself."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.artefact import sha256_of_file
+from pipeline.errors import InputError
+
+SCHEMA = 1
+PROFILES = ("opset24", "compat")
+DTYPES = ("float32", "float16")
+FIELD_TYPES = {
+    "profile": str,
+    "dtype": str,
+    "max_length": int,
+    "vocab_size": int,
+    "num_layers": int,
+    "onnx_sha256": str,
+}
+
+
+@dataclass(frozen=True)
+class ExportRecord:
+    """The part of `export.json` that running the graph depends on.
+
+    Attributes:
+        profile: `opset24` (static cache, written in place) or `compat` (growing cache).
+        dtype: of weights, cache and logits.
+        max_length: most tokens of prompt and answer.
+        vocab_size: width of the logits.
+        num_layers: number of key/value pairs.
+        onnx_sha256: hex digest of `model.onnx`.
+    """
+
+    profile: str
+    dtype: str
+    max_length: int
+    vocab_size: int
+    num_layers: int
+    onnx_sha256: str
+
+
+def read_export_record(folder: Path) -> ExportRecord:
+    """Read `folder/export.json` and check it against itself and against `model.onnx`.
+
+    Raises:
+        InputError: a file is missing, a field is missing or wrong, or the graph is not the one
+            that the record was written for.
+    """
+    path = require_file(folder / "export.json")
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError("This file is not JSON.", where=path, observed=error) from error
+    record = parse_record(fields, path)
+    require_same_graph(record, require_file(folder / "model.onnx"))
+    return record
+
+
+def parse_record(fields: Any, path: Path) -> ExportRecord:
+    """Build the record out of parsed JSON.
+
+    Raises:
+        InputError: another schema, a field that is missing or has the wrong type, or a profile or
+            dtype that this version does not know.
+    """
+    if not isinstance(fields, dict) or fields.get("schema") != SCHEMA:
+        observed = fields.get("schema") if isinstance(fields, dict) else type(fields).__name__
+        raise InputError(
+            "This export was written by another version of skipcat.",
+            where=path,
+            observed=f"schema {observed}",
+            expected=f"schema {SCHEMA}",
+            change="export the checkpoint again",
+        )
+    for name, expected_type in FIELD_TYPES.items():
+        if not isinstance(fields.get(name), expected_type):
+            raise wrong_field(path, name, fields.get(name), expected_type.__name__)
+    for name, known in (("profile", PROFILES), ("dtype", DTYPES)):
+        if fields[name] not in known:
+            raise wrong_field(path, name, fields[name], " or ".join(known))
+    return ExportRecord(**{name: fields[name] for name in FIELD_TYPES})
+
+
+def require_same_graph(record: ExportRecord, onnx_path: Path) -> None:
+    """Raise InputError when `model.onnx` is not the file that the record describes."""
+    digest = sha256_of_file(onnx_path)
+    if digest != record.onnx_sha256:
+        raise InputError(
+            "model.onnx does not belong to the export.json beside it.",
+            where=onnx_path,
+            observed=f"sha256 {digest}",
+            expected=f"sha256 {record.onnx_sha256}",
+            change="export the checkpoint again",
+        )
+
+
+def require_file(path: Path) -> Path:
+    """Return `path`; raise InputError when there is no such file."""
+    if not path.is_file():
+        raise InputError(
+            f"{path.name} is missing.",
+            where=path.parent,
+            change="give a folder that `skipcat export` wrote",
+        )
+    return path
+
+
+def wrong_field(path: Path, name: str, observed: object, expected: str) -> InputError:
+    """The error for a field of `export.json` with a value this version cannot use."""
+    return InputError(
+        f"The field '{name}' of export.json is wrong.",
+        where=path,
+        observed=repr(observed),
+        expected=expected,
+        change="export the checkpoint again",
+    )

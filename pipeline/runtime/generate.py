@@ -1,0 +1,53 @@
+"""Token by token out of any Session."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+
+import numpy as np
+
+from pipeline.errors import InputError
+from pipeline.runtime.sample import GREEDY, Sampling, choose_token
+from pipeline.runtime.session import Session
+
+
+def generate(
+    session: Session,
+    prompt_ids: Sequence[int],
+    max_new_tokens: int,
+    sampling: Sampling = GREEDY,
+    stop_ids: Collection[int] = (),
+    generator: np.random.Generator | None = None,
+) -> Iterator[int]:
+    """Reset the session, feed the prompt, and yield the answer's ids as they are chosen.
+
+    It ends after `max_new_tokens`, before a stop id (which is not yielded), or when the cache is
+    full.
+
+    Args:
+        session: any backend.
+        prompt_ids: at least one token.
+        max_new_tokens: most ids to yield.
+        sampling: how to choose.
+        stop_ids: ids that end the answer.
+        generator: source of randomness; None is a generator with seed 0.
+
+    Raises:
+        InputError: the prompt is empty, or longer than the cache.
+    """
+    if not len(prompt_ids):
+        raise InputError("The prompt is empty.", change="give at least one token")
+    generator = generator or np.random.default_rng(0)
+    history = [int(token) for token in prompt_ids]
+    session.reset()
+    new_ids = np.array([history], dtype=np.int64)  # [1, S]
+    for _ in range(max_new_tokens):
+        logits = session.forward(new_ids)[0, -1]  # [V]
+        token = choose_token(logits, sampling, np.array(history, dtype=np.int64), generator)
+        if token in stop_ids:
+            return
+        yield token
+        history.append(token)
+        if len(history) > session.max_length:
+            return
+        new_ids = np.array([[token]], dtype=np.int64)

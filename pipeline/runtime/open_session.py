@@ -1,0 +1,71 @@
+"""Which backend a folder is for, and the session over it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipeline.errors import InputError, UsageError
+from pipeline.runtime.session import Session
+
+BACKENDS = ("auto", "torch", "onnx")
+
+
+def open_session(folder: Path, backend: str = "auto", threads: int | None = None) -> Session:
+    """Open an exported ONNX folder or a checkpoint folder.
+
+    Args:
+        folder: has `export.json` (ONNX), or `config.json` and weights (PyTorch).
+        backend: `auto`, `torch` or `onnx`.
+        threads: threads of ONNX Runtime within one operator; None leaves the choice to it.
+
+    Raises:
+        InputError: the folder is of neither kind, or does not load.
+        UsageError: the folder is not of the kind that `backend` reads.
+    """
+    kind = folder_kind(folder)
+    if backend not in ("auto", kind):
+        raise UsageError(
+            f"The backend '{backend}' cannot read this folder.",
+            where=folder,
+            observed=f"a folder for the backend '{kind}'",
+            change=f"pass --backend {kind}, or another folder",
+        )
+    return open_onnx(folder, threads) if kind == "onnx" else open_torch(folder)
+
+
+def folder_kind(folder: Path) -> str:
+    """`onnx` or `torch`.
+
+    Raises:
+        InputError: neither an export nor a checkpoint.
+    """
+    if (folder / "export.json").is_file():
+        return "onnx"
+    if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
+        return "torch"
+    below = [path.parent.name for path in folder.glob("*/export.json")]
+    below += [path.parent.name for path in folder.glob("*/config.json")]
+    hint = f"give {folder / sorted(below)[0]}" if below else "give a folder skipcat wrote"
+    raise InputError(
+        "This folder is neither an ONNX export nor a checkpoint.",
+        where=folder,
+        expected="export.json, or config.json and *.safetensors",
+        change=hint,
+    )
+
+
+def open_onnx(folder: Path, threads: int | None) -> Session:
+    """The session over an ONNX export."""
+    from pipeline.runtime.onnx_session import OnnxSession
+
+    return OnnxSession(folder, threads)
+
+
+def open_torch(folder: Path) -> Session:
+    """The session over a checkpoint, in float32 since CPUs are slow at everything narrower."""
+    import torch
+
+    from pipeline.compress.checkpoint import load_checkpoint
+    from pipeline.runtime.torch_session import TorchSession
+
+    return TorchSession(load_checkpoint(folder, dtype=torch.float32), name="torch float32")

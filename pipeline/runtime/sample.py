@@ -1,0 +1,115 @@
+"""From logits to the next token: pure functions on one vector of logits.
+
+Removed candidates have the logit -inf. Every filter keeps at least the likeliest token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Attributes:
+        temperature: 0 takes the likeliest token; larger values flatten the distribution.
+        top_k: keep this many candidates; 0 keeps all.
+        top_p: keep the smallest set of candidates with at least this probability; 1 keeps all.
+        min_p: drop candidates below this fraction of the likeliest one's probability; 0 keeps all.
+        repetition_penalty: divides positive and multiplies negative logits of tokens that have
+            occurred; 1 changes nothing.
+
+    Raises:
+        UsageError: a value outside its range.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        ranges = {
+            "temperature": self.temperature >= 0,
+            "top_k": self.top_k >= 0,
+            "top_p": 0 < self.top_p <= 1,
+            "min_p": 0 <= self.min_p <= 1,
+            "repetition_penalty": self.repetition_penalty > 0,
+        }
+        for name, is_valid in ranges.items():
+            if not is_valid:
+                raise UsageError(f"{name} is out of range.", observed=getattr(self, name))
+
+
+GREEDY = Sampling()
+
+
+def choose_token(
+    logits: np.ndarray, sampling: Sampling, history: np.ndarray, generator: np.random.Generator
+) -> int:
+    """Choose the next token.
+
+    Args:
+        logits: float [V].
+        sampling: how to choose.
+        history: int64 [N], the tokens so far, for the repetition penalty.
+        generator: source of randomness; not touched when the temperature is 0.
+
+    Returns:
+        A token id.
+    """
+    scores = penalise_repetition(logits.astype(np.float64), history, sampling.repetition_penalty)
+    if sampling.temperature == 0:
+        return int(scores.argmax())
+    scores = scores / sampling.temperature
+    scores = keep_top_k(scores, sampling.top_k)
+    scores = keep_top_p(scores, sampling.top_p)
+    scores = keep_min_p(scores, sampling.min_p)
+    return int(generator.choice(scores.size, p=softmax(scores)))
+
+
+def softmax(scores: np.ndarray) -> np.ndarray:
+    """Probabilities, float64 [V], of float [V]; -inf becomes exactly 0."""
+    weights = np.exp(scores.astype(np.float64) - scores.max())
+    return weights / weights.sum()
+
+
+def penalise_repetition(scores: np.ndarray, history: np.ndarray, penalty: float) -> np.ndarray:
+    """Lower the scores, float [V], of the ids in `history`, int64 [N], each once (CTRL, 2019)."""
+    seen = np.unique(history)
+    result = scores.copy()
+    result[seen] = np.where(scores[seen] > 0, scores[seen] / penalty, scores[seen] * penalty)
+    return result
+
+
+def keep_top_k(scores: np.ndarray, k: int) -> np.ndarray:
+    """Keep the k highest of float [V] (all of a tie at the edge); 0 keeps all."""
+    if k == 0 or k >= scores.size:
+        return scores
+    threshold = np.partition(scores, -k)[-k]
+    return np.where(scores >= threshold, scores, -np.inf)
+
+
+def keep_top_p(scores: np.ndarray, p: float) -> np.ndarray:
+    """Keep the smallest set of the likeliest of float [V] with total probability at least p."""
+    if p >= 1:
+        return scores
+    order = np.argsort(-scores, kind="stable")
+    cumulative = np.cumsum(softmax(scores)[order])
+    kept = order[: int(np.searchsorted(cumulative, p)) + 1]
+    result = np.full_like(scores, -np.inf)
+    result[kept] = scores[kept]
+    return result
+
+
+def keep_min_p(scores: np.ndarray, p: float) -> np.ndarray:
+    """Drop those of float [V] whose probability is below p times the largest one."""
+    if p == 0:
+        return scores
+    return np.where(scores >= scores.max() + np.log(p), scores, -np.inf)

@@ -1,0 +1,38 @@
+"""The interface every backend offers: feed tokens, get logits, keep the cache inside."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+
+
+class Session(Protocol):
+    """A model with its KV cache, on some backend.
+
+    Attributes:
+        name: what the ledger calls this backend.
+        vocab_size: width of the logits.
+        max_length: most tokens the cache holds, prompt and answer together.
+    """
+
+    name: str
+    vocab_size: int
+    max_length: int
+
+    def reset(self) -> None:
+        """Forget the cache."""
+
+    def forward(self, input_ids: np.ndarray) -> np.ndarray:
+        """Append tokens to the cache and return their logits.
+
+        Args:
+            input_ids: int64 [B, S]; every row as long as the others, no padding.
+
+        Returns:
+            float32 [B, S, V], whatever the backend computes in.
+
+        Raises:
+            pipeline.errors.InputError: more tokens than `max_length` allows.
+        """
+        ...

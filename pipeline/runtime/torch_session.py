@@ -1,0 +1,67 @@
+"""A transformers model with its DynamicCache behind the Session interface."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from transformers import DynamicCache
+
+from pipeline.runtime.tokens import require_batch, require_room, require_tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class TorchSession:
+    """PyTorch, on whatever device and in whatever dtype the model already has.
+
+    Args:
+        model: a causal language model; it is put into eval mode.
+        name: what the ledger calls this backend.
+        max_length: most tokens of prompt and answer; None takes the model's own limit.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, name: str = "torch", max_length: int | None = None
+    ) -> None:
+        self.name = name
+        self.model = model.eval()
+        text_config = model.config.get_text_config()
+        self.vocab_size: int = text_config.vocab_size
+        self.max_length: int = max_length or text_config.max_position_embeddings
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the cache."""
+        self._cache = DynamicCache(config=self.model.config)
+        self._length = 0
+        self._rows: int | None = None
+
+    def forward(self, input_ids: np.ndarray) -> np.ndarray:
+        """Append tokens to the cache and return their logits.
+
+        Args:
+            input_ids: int64 [B, S].
+
+        Returns:
+            float32 [B, S, V].
+
+        Raises:
+            InputError: ids outside the vocabulary, another batch size than before, or more tokens
+                than `max_length`.
+        """
+        require_tokens(input_ids, self.vocab_size, self.name)
+        rows, count = input_ids.shape
+        require_batch(rows, self._rows, self.name)
+        require_room(self._length, count, self.max_length, self.name)
+        with torch.inference_mode():
+            output = self.model(
+                input_ids=torch.from_numpy(input_ids).to(self.model.device),
+                past_key_values=self._cache,
+                use_cache=True,
+            )
+        self._length += count
+        self._rows = rows
+        return output.logits.float().cpu().numpy()
