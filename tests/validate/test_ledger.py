@@ -1,0 +1,238 @@
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.errors import InputError, UsageError, ValidationError
+from pipeline.runtime.onnx_session import OnnxSession
+from tests.validate.stages import (
+    CLOSE,
+    ORIGINAL,
+    altered_torch,
+    onnx_stage,
+    perturbed_export,
+    run,
+    unavailable_stage,
+)
+from validate.record import Ledger
+from validate.report_html import render_html
+from validate.report_table import print_ledger
+from validate.stage import Stage, Tolerance
+from validate.validate import require_passed, write_reports
+from validate.verdict import judge
+
+
+@pytest.fixture(scope="module")
+def ledger() -> Ledger:
+    """All kinds of rows but a failed one."""
+    return run(
+        ORIGINAL, onnx_stage("opset24"), onnx_stage("compat"), unavailable_stage(required=False)
+    )
+
+
+@pytest.fixture(scope="module")
+def broken() -> Ledger:
+    """The original, the original with one matrix scaled, and with one matrix of NaN."""
+    return run(
+        ORIGINAL,
+        Stage("scaled", lambda: altered_torch(lambda weight: weight.mul_(1.5)), "original"),
+        Stage("nan", lambda: altered_torch(lambda weight: weight.fill_(torch.nan)), "original"),
+    )
+
+
+def test_exports_of_the_model_pass(ledger: Ledger) -> None:
+    assert [row.verdict.status for row in ledger.rows] == ["measured", "pass", "pass", "not run"]
+    assert not ledger.failures
+    require_passed(ledger)
+    for row in ledger.rows[1:3]:
+        assert row.to_reference is not None
+        assert row.perplexity is not None
+        assert ledger.rows[0].perplexity is not None
+        assert row.to_reference.metrics.top1_agreement == 1
+        assert row.perplexity.value == pytest.approx(ledger.rows[0].perplexity.value, rel=1e-5)
+
+
+def test_polygraphys_statistics_agree_with_ours(ledger: Ledger) -> None:
+    comparison = ledger.rows[1].to_reference
+    assert comparison is not None
+    assert comparison.batch_max_error == pytest.approx(comparison.metrics.max_error, rel=1e-6)
+    assert comparison.batch_mean_error == pytest.approx(comparison.metrics.mean_error, rel=1e-3)
+    assert comparison.batch_cosine == pytest.approx(1, abs=1e-6)
+    assert comparison.metrics.tokens == 32 + 2 * 16
+
+
+def test_greedy_answers_of_an_export_are_identical(ledger: Ledger) -> None:
+    answers = ledger.rows[1].greedy_to_original
+    assert answers is not None
+    assert answers.identical_fraction == 1
+    assert answers.first_divergence == answers.gap == [None, None]
+
+
+def test_a_wrong_matrix_in_an_export_fails(tmp_path: Path) -> None:
+    folder = perturbed_export(tmp_path / "onnx", "opset24")
+    stage = Stage("broken", lambda: OnnxSession(folder), "original", CLOSE)
+    ledger = run(ORIGINAL, stage)
+    assert [row.verdict.status for row in ledger.rows] == ["measured", "fail"]
+    assert [row.name for row in ledger.failures] == ["broken"]
+    with pytest.raises(ValidationError, match=r"0\.99999 is demanded") as failure:
+        require_passed(ledger)
+    assert failure.value.exit_status == 5
+
+
+def test_a_changed_torch_weight_is_measured_by_every_column(broken: Ledger) -> None:
+    row = broken.rows[1]
+    assert row.verdict.status == "measured"
+    assert row.to_original is not None
+    assert row.greedy_to_original is not None
+    assert row.perplexity_change is not None
+    assert row.to_original.metrics.kl_mean > 1e-3
+    assert row.to_original.metrics.top1_agreement < 1
+    assert row.perplexity_change.log_ratio != 0
+    answers = row.greedy_to_original
+    assert answers.identical_fraction < 1
+    for step, gap, margin in zip(
+        answers.first_divergence, answers.gap, answers.other_margin, strict=True
+    ):
+        assert (step is None) == (gap is None) == (margin is None)
+        assert gap is None or gap > 0
+
+
+@pytest.mark.parametrize(
+    ("tolerance", "status"),
+    [
+        (Tolerance(max_kl=100), "pass"),
+        (Tolerance(max_kl=1e-6), "fail"),
+        (Tolerance(max_relative_error=10), "pass"),
+        (Tolerance(max_relative_error=1e-6), "fail"),
+        (Tolerance(min_cosine=-1), "pass"),
+        (Tolerance(max_kl_to_reference=100), "pass"),
+        (Tolerance(max_kl_to_reference=1e-6), "fail"),
+    ],
+)
+def test_each_tolerance_decides(broken: Ledger, tolerance: Tolerance, status: str) -> None:
+    row = broken.rows[1]
+    assert row.perplexity is not None
+    verdict = judge(tolerance, row.to_reference, row.to_original, row.perplexity.value)
+    assert verdict.status == status
+    assert verdict.counts_as_failure == bool(verdict.reasons) == (status == "fail")
+
+
+def test_a_tolerance_given_by_name_replaces_that_of_the_stage() -> None:
+    ledger = run(ORIGINAL, onnx_stage(), tolerances={"onnx opset24": Tolerance(max_kl=-1)})
+    assert ledger.rows[1].verdict.status == "fail"
+    assert "KL to the original" in ledger.rows[1].verdict.reasons[0]
+
+
+def test_nan_fails_even_where_nothing_is_demanded(broken: Ledger) -> None:
+    verdict = broken.rows[2].verdict
+    assert verdict.status == "fail"
+    assert "NaN" in verdict.reasons[0]
+
+
+def test_a_stage_that_cannot_run_is_a_row_and_fails_if_required() -> None:
+    optional = dataclasses.replace(unavailable_stage(required=False), reference=None)
+    required = dataclasses.replace(unavailable_stage(required=True), reference=None)
+    row = run(optional).rows[0]
+    assert row.verdict.status == "not run"
+    assert "no GPU" in row.verdict.reasons[0]
+    assert not run(optional).failures
+    assert run(required).failures
+    assert run(optional, strict=True).failures
+
+
+def test_a_crash_in_one_stage_costs_only_its_row() -> None:
+    def crash() -> OnnxSession:
+        raise RuntimeError("boom")
+
+    ledger = run(ORIGINAL, Stage("crash", crash, "original", required=False), onnx_stage())
+    assert [row.verdict.status for row in ledger.rows] == ["measured", "not run", "pass"]
+    assert "boom" in ledger.rows[1].verdict.reasons[0]
+    assert ledger.failures == [ledger.rows[1]]
+
+
+def test_a_stage_whose_reference_did_not_run_is_not_passed() -> None:
+    follower = dataclasses.replace(onnx_stage(), reference="engine")
+    rows = run(ORIGINAL, unavailable_stage(required=False), follower).rows
+    assert rows[2].verdict.status == "fail"
+    assert "reference did not run" in rows[2].verdict.reasons[0]
+    assert rows[2].to_original is not None
+
+
+def test_stages_in_an_impossible_order_are_refused() -> None:
+    with pytest.raises(UsageError, match="does not come before"):
+        run(onnx_stage(), ORIGINAL)
+    with pytest.raises(UsageError, match="same name"):
+        run(ORIGINAL, ORIGINAL)
+
+
+def test_json_round_trip_keeps_everything(ledger: Ledger) -> None:
+    text = json.dumps(ledger.to_json(), allow_nan=False)
+    assert Ledger.from_json(json.loads(text)) == ledger
+    assert json.loads(text)["provenance"]["tool"] == "skipcat"
+
+
+def test_json_of_nan_is_valid_json(broken: Ledger) -> None:
+    text = json.dumps(broken.to_json(), allow_nan=False)
+    metrics = Ledger.from_json(json.loads(text)).rows[2].to_original
+    assert metrics is not None
+    assert np.isnan(metrics.metrics.min_cosine)
+
+
+def test_another_schema_is_refused(ledger: Ledger) -> None:
+    with pytest.raises(InputError, match="schema 1"):
+        Ledger.from_json(ledger.to_json() | {"schema": 2})
+
+
+def test_html_names_every_stage_and_needs_no_other_file(ledger: Ledger) -> None:
+    page = render_html(ledger)
+    for row in ledger.rows:
+        assert f"<td>{row.name}</td>" in page
+    assert page.count("data:image/svg+xml;base64,") == 4
+    assert "There is no GPU here." in page
+    assert not re.findall(r"(?:src|href)=\"(?!data:)", page)
+
+
+def test_html_escapes_names() -> None:
+    stage = dataclasses.replace(unavailable_stage(required=False), name="<script>", reference=None)
+    page = render_html(run(stage))
+    assert "<script>" not in page
+    assert "&lt;script&gt;" in page
+
+
+def test_html_is_drawn_when_nothing_ran_or_values_are_nan(broken: Ledger) -> None:
+    assert "</html>" in render_html(broken)
+    nothing = dataclasses.replace(unavailable_stage(required=True), reference=None)
+    assert "</html>" in render_html(run(nothing))
+
+
+def test_table_names_every_stage_and_every_reason(ledger: Ledger) -> None:
+    file = io.StringIO()
+    print_ledger(ledger, file)
+    text = file.getvalue()
+    for row in ledger.rows:
+        assert row.name in text
+    assert "not run: engine: There is no GPU here." in text
+
+
+def test_reports_appear_together_and_do_not_replace_without_leave(
+    ledger: Ledger, tmp_path: Path
+) -> None:
+    write_reports(ledger, tmp_path / "ledger")
+    assert sorted(path.name for path in (tmp_path / "ledger").iterdir()) == [
+        "ledger.html",
+        "ledger.json",
+    ]
+    with pytest.raises(UsageError, match="exists already"):
+        write_reports(ledger, tmp_path / "ledger")
+
+
+def test_nothing_is_printed_while_stages_run(capsys: pytest.CaptureFixture[str]) -> None:
+    run(ORIGINAL, Stage("again", ORIGINAL.open, "original", CLOSE))
+    assert capsys.readouterr().out == ""

@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import InputError, UsageError
+from tests.tiny_decoder import MAX_LENGTH, save_tiny_folder, shared_export, write_record
+from tests.validate.stages import ORIGINAL as TINY
+from validate.stages import (
+    DENSE_PRODUCT,
+    ORIGINAL,
+    SAME_IN_FLOAT16,
+    SAME_IN_FLOAT32,
+    SAME_MATRIX,
+    SKIP_FORM,
+    Artefacts,
+    find_artefacts,
+    require_room_for,
+    standard_stages,
+)
+
+
+def half_export(folder: Path) -> Path:
+    """A folder that says it is float16; its graph is never opened here."""
+    folder.mkdir(parents=True)
+    (folder / "model.onnx").write_bytes(b"graph")
+    write_record(folder, "opset24", dtype="float16")
+    return folder
+
+
+def test_every_stage_has_its_reference_and_its_tolerance(tmp_path: Path) -> None:
+    half = half_export(tmp_path / "onnx-fp16")
+    artefacts = Artefacts("name", tmp_path, (shared_export("compat"), half), (tmp_path / "engine",))
+    stages = standard_stages(artefacts, TINY.open)
+    assert [(stage.name, stage.reference, stage.tolerance) for stage in stages[1:]] == [
+        (DENSE_PRODUCT, ORIGINAL, TINY.tolerance),
+        (SKIP_FORM, DENSE_PRODUCT, SAME_MATRIX),
+        ("onnxruntime compat", SKIP_FORM, SAME_IN_FLOAT32),
+        ("onnxruntime onnx-fp16", SKIP_FORM, SAME_IN_FLOAT16),
+        ("tensorrt engine", SKIP_FORM, SAME_IN_FLOAT16),
+    ]
+    assert [stage.required for stage in stages] == [True] * 5 + [False]
+
+
+def test_without_a_checkpoint_exports_are_held_against_the_original() -> None:
+    stages = standard_stages(Artefacts("name", onnx=(shared_export("compat"),)), TINY.open)
+    assert [stage.reference for stage in stages] == [None, ORIGINAL]
+
+
+def test_a_limit_on_kl_holds_for_every_stage_but_the_original(tmp_path: Path) -> None:
+    stages = standard_stages(Artefacts("name", tmp_path), TINY.open, max_kl=0.5)
+    assert [stage.tolerance.max_kl for stage in stages] == [None, 0.5, 0.5]
+    assert stages[2].tolerance.min_cosine == SAME_MATRIX.min_cosine
+
+
+def test_folders_of_the_same_name_stay_apart(tmp_path: Path) -> None:
+    engines = (tmp_path / "a" / "engine", tmp_path / "b" / "engine")
+    names = [stage.name for stage in standard_stages(Artefacts("x", engines=engines), TINY.open)]
+    assert len(set(names)) == 3
+
+
+def test_a_build_folder_is_read_whole(tmp_path: Path) -> None:
+    save_tiny_folder(tmp_path / "checkpoint")
+    (tmp_path / "checkpoint" / "recipe.json").write_text(json.dumps({"model": "the-original"}))
+    half_export(tmp_path / "onnx-fp16")
+    half_export(tmp_path / "onnx")
+    (tmp_path / "engine-sm86").mkdir()
+    (tmp_path / "engine-sm86" / "manifest.json").write_text("{}")
+    assert find_artefacts(tmp_path) == Artefacts(
+        "the-original",
+        tmp_path / "checkpoint",
+        (tmp_path / "onnx", tmp_path / "onnx-fp16"),
+        (tmp_path / "engine-sm86",),
+    )
+
+
+def test_an_incomplete_build_is_refused_and_not_passed_over(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="not a build folder"):
+        find_artefacts(tmp_path)
+    save_tiny_folder(tmp_path / "checkpoint")
+    with pytest.raises(InputError, match="--original"):
+        find_artefacts(tmp_path)
+    (tmp_path / "checkpoint" / "recipe.json").write_text(json.dumps({"model": "the-original"}))
+    (tmp_path / "onnx").mkdir()
+    with pytest.raises(InputError, match=r"export\.json"):
+        find_artefacts(tmp_path)
+
+
+def test_inputs_longer_than_a_cache_are_refused_before_anything_runs() -> None:
+    artefacts = Artefacts("name", onnx=(shared_export("compat"),))
+    require_room_for(artefacts, MAX_LENGTH)
+    with pytest.raises(UsageError, match="--window-length"):
+        require_room_for(artefacts, MAX_LENGTH + 1)

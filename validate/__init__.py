@@ -1,0 +1,1 @@
+"""The ledger: what each stage of the pipeline did to the numbers."""

@@ -1,0 +1,135 @@
+"""Do two stages write the same text? Greedy decoding from the same prompts, compared."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.runtime.session import Session
+
+
+@dataclass(frozen=True)
+class GreedyTrace:
+    """Greedy decoding of one prompt.
+
+    Attributes:
+        tokens: the ids chosen, N of them.
+        margins: at each step, the logit of the choice above that of the runner-up, N of them.
+        gaps: for each trace it was watched against, the logit of its own choice above that of the
+            other's choice where the two first differ; None if they never do.
+    """
+
+    tokens: list[int]
+    margins: list[float]
+    gaps: list[float | None]
+
+
+@dataclass(frozen=True)
+class GreedyAgreement:
+    """Greedy decoding of a stage against that of another one, over P prompts of N tokens.
+
+    Attributes:
+        other: name of the other stage.
+        prompts: P.
+        tokens: P times N.
+        identical_fraction: tokens that are the same at the same place.
+        identical_prompts: prompts answered the same to the end.
+        first_divergence: per prompt, the first step that differs, from 0; None if there is none.
+        gap: per prompt, at that step, how much higher the stage rates its own choice than the
+            other's; a tiny gap is a tie broken by rounding.
+        other_margin: per prompt, at that step, how sure the other stage was of its choice.
+    """
+
+    other: str
+    prompts: int
+    tokens: int
+    identical_fraction: float
+    identical_prompts: int
+    first_divergence: list[int | None]
+    gap: list[float | None]
+    other_margin: list[float | None]
+
+
+def trace_greedy(
+    session: Session,
+    prompts: np.ndarray,
+    max_new_tokens: int,
+    watched: Sequence[Sequence[GreedyTrace]] = (),
+) -> list[GreedyTrace]:
+    """Decode every prompt greedily, without stopping early.
+
+    Args:
+        session: any backend.
+        prompts: int64 [P, S].
+        max_new_tokens: N, tokens per prompt.
+        watched: for each stage to be compared with later, its traces of the same prompts.
+
+    Raises:
+        InputError: prompt and answer are longer than the session's cache.
+    """
+    return [
+        trace_prompt(session, prompt, max_new_tokens, [traces[i].tokens for traces in watched])
+        for i, prompt in enumerate(prompts)
+    ]
+
+
+def trace_prompt(
+    session: Session, prompt: np.ndarray, max_new_tokens: int, watched: list[list[int]]
+) -> GreedyTrace:
+    """Decode one prompt, int64 [S]; note the gap where it leaves each watched answer."""
+    session.reset()
+    tokens: list[int] = []
+    margins: list[float] = []
+    gaps: list[float | None] = [None] * len(watched)
+    new_ids = prompt[None]  # [1, S]
+    for step in range(max_new_tokens):
+        logits = session.forward(new_ids)[0, -1]  # [V]
+        token = int(logits.argmax())
+        runner_up, best = np.partition(logits, -2)[-2:]
+        for i, others in enumerate(watched):
+            if others[step] != token and others[:step] == tokens:
+                gaps[i] = float(logits[token] - logits[others[step]])
+        tokens.append(token)
+        margins.append(float(best - runner_up))
+        new_ids = np.array([[token]], dtype=np.int64)
+    return GreedyTrace(tokens, margins, gaps)
+
+
+def agreement(
+    other: str, own: Sequence[GreedyTrace], others: Sequence[GreedyTrace], watched_index: int
+) -> GreedyAgreement:
+    """Summarise the traces of a stage against those of the stage named `other`.
+
+    Args:
+        other: name of the other stage.
+        own: traces of the stage, made with `others` watched.
+        others: traces of the other stage, for the same prompts.
+        watched_index: place of `others` in the `watched` that `own` was made with.
+    """
+    first = [first_difference(a.tokens, b.tokens) for a, b in zip(own, others, strict=True)]
+    total = sum(len(trace.tokens) for trace in own)
+    same = sum(
+        a == b
+        for mine, theirs in zip(own, others, strict=True)
+        for a, b in zip(mine.tokens, theirs.tokens, strict=True)
+    )
+    return GreedyAgreement(
+        other=other,
+        prompts=len(own),
+        tokens=total,
+        identical_fraction=same / total,
+        identical_prompts=first.count(None),
+        first_divergence=first,
+        gap=[trace.gaps[watched_index] for trace in own],
+        other_margin=[
+            None if step is None else trace.margins[step]
+            for trace, step in zip(others, first, strict=True)
+        ],
+    )
+
+
+def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
+    """Index of the first place where two equally long sequences differ; None if nowhere."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), None)

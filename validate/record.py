@@ -1,0 +1,167 @@
+"""The ledger as data: rows, and their JSON form."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pipeline.errors import InputError
+from validate.compare import Comparison
+from validate.greedy import GreedyAgreement
+from validate.metrics import LogitMetrics
+from validate.perplexity import Perplexity
+from validate.stage import Tolerance
+from validate.verdict import Verdict
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class PerplexityChange:
+    """Perplexity of a stage against the original's, on the same windows.
+
+    Attributes:
+        log_ratio: log(stage / original); 0.01 is one per cent worse.
+        standard_error: of `log_ratio`, paired by window; None for a single window.
+    """
+
+    log_ratio: float
+    standard_error: float | None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One stage of the ledger. What was not measured is None.
+
+    Attributes:
+        name: of the stage.
+        reference: name of the stage it should equal; None for the original.
+        tolerance: how nearly.
+        verdict: pass, fail, measured or not run, and why.
+        to_reference: its logits against the reference's.
+        to_original: its logits against the original's.
+        greedy_to_reference: its answers against the reference's.
+        greedy_to_original: its answers against the original's.
+        perplexity: on the evaluation windows.
+        perplexity_change: against the original.
+        inference_s: seconds for the token batches.
+        total_s: seconds for loading and all measurements.
+    """
+
+    name: str
+    reference: str | None
+    tolerance: Tolerance
+    verdict: Verdict
+    to_reference: Comparison | None = None
+    to_original: Comparison | None = None
+    greedy_to_reference: GreedyAgreement | None = None
+    greedy_to_original: GreedyAgreement | None = None
+    perplexity: Perplexity | None = None
+    perplexity_change: PerplexityChange | None = None
+    inference_s: float | None = None
+    total_s: float | None = None
+
+    @property
+    def closeness(self) -> Comparison | None:
+        """The comparison that its errors are reported from: the reference, else the original."""
+        return self.to_reference or self.to_original
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """Every stage on the same inputs.
+
+    Attributes:
+        rows: in the order of the pipeline, the original first.
+        inputs: what went in: counts, lengths and where the text came from.
+        provenance: of the tool and its libraries.
+    """
+
+    rows: list[Row]
+    inputs: dict[str, Any]
+    provenance: dict[str, Any]
+
+    @property
+    def failures(self) -> list[Row]:
+        """The rows that make the ledger fail."""
+        return [row for row in self.rows if row.verdict.counts_as_failure]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values; NaN and infinities, which JSON lacks, become their names."""
+        return {
+            "schema": SCHEMA,
+            "passed": not self.failures,
+            "rows": [spell_out(asdict(row)) for row in self.rows],
+            "inputs": self.inputs,
+            "provenance": self.provenance,
+        }
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> Ledger:
+        """The ledger that `to_json` was called on.
+
+        Raises:
+            InputError: written under another schema.
+        """
+        if fields.get("schema") != SCHEMA:
+            raise InputError(
+                "This ledger was written by another version of skipcat.",
+                observed=f"schema {fields.get('schema')}",
+                expected=f"schema {SCHEMA}",
+                change="run `skipcat validate` again",
+            )
+        rows = [row_from_json(row) for row in fields["rows"]]
+        return cls(rows, fields["inputs"], fields["provenance"])
+
+
+def row_from_json(fields: dict[str, Any]) -> Row:
+    """The Row of one entry of `rows`."""
+    fields = read_numbers(fields)
+
+    def build(name: str, kind: Any) -> Any:
+        return None if fields[name] is None else kind(**fields[name])
+
+    return Row(
+        **{
+            **fields,
+            "tolerance": Tolerance(**fields["tolerance"]),
+            "verdict": Verdict(**fields["verdict"]),
+            "to_reference": comparison_from_json(fields["to_reference"]),
+            "to_original": comparison_from_json(fields["to_original"]),
+            "greedy_to_reference": build("greedy_to_reference", GreedyAgreement),
+            "greedy_to_original": build("greedy_to_original", GreedyAgreement),
+            "perplexity": build("perplexity", Perplexity),
+            "perplexity_change": build("perplexity_change", PerplexityChange),
+        }
+    )
+
+
+def comparison_from_json(fields: dict[str, Any] | None) -> Comparison | None:
+    """The Comparison of its JSON form."""
+    if fields is None:
+        return None
+    return Comparison(**{**fields, "metrics": LogitMetrics(**fields["metrics"])})
+
+
+NOT_JSON = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+
+
+def spell_out(value: Any) -> Any:
+    """Replace every non-finite float within `value` by its name."""
+    if isinstance(value, dict):
+        return {key: spell_out(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [spell_out(entry) for entry in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
+
+
+def read_numbers(value: Any) -> Any:
+    """Undo `spell_out`."""
+    if isinstance(value, dict):
+        return {key: read_numbers(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [read_numbers(entry) for entry in value]
+    return NOT_JSON.get(value, value) if isinstance(value, str) else value

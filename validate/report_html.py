@@ -1,0 +1,32 @@
+"""The ledger as one HTML file that needs no other file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from validate.record import Ledger
+from validate.report_plots import plot_ledger
+from validate.texts import COLUMNS, cells, reference_text
+
+TEMPLATES = Path(__file__).parent
+
+
+def render_html(ledger: Ledger) -> str:
+    """The page, with its plots inside."""
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("ledger.html.jinja").render(
+        ledger=ledger,
+        columns=COLUMNS,
+        cells=cells,
+        reference_text=reference_text,
+        has_reasons=any(row.verdict.reasons for row in ledger.rows),
+        plots=plot_ledger(ledger),
+    )

@@ -1,0 +1,136 @@
+"""The plots of the ledger's HTML page, each an SVG."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from validate.record import Ledger, Row
+
+COLOURS = {"pass": "#2da44e", "fail": "#c62828", "measured": "#57789c", "not run": "#b0b8c0"}
+SMALLEST_ON_LOG_AXIS = 1e-12
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A picture: its title, and its SVG in base64."""
+
+    title: str
+    svg: str
+
+
+def plot_ledger(ledger: Ledger) -> list[Plot]:
+    """Error, KL, perplexity and top-1 agreement, one bar per stage."""
+    return [
+        log_plot(ledger, "Largest (bar) and mean (dot) logit error", largest_error, mean_error),
+        log_plot(ledger, "KL to the original, nats per token", divergence),
+        perplexity_plot(ledger),
+        top1_plot(ledger),
+    ]
+
+
+def largest_error(row: Row) -> float | None:
+    """Largest absolute error to the reference stage."""
+    return None if row.closeness is None else row.closeness.metrics.max_error
+
+
+def mean_error(row: Row) -> float | None:
+    """Mean absolute error to the reference stage."""
+    return None if row.closeness is None else row.closeness.metrics.mean_error
+
+
+def divergence(row: Row) -> float | None:
+    """Mean KL to the original."""
+    return None if row.to_original is None else row.to_original.metrics.kl_mean
+
+
+def log_plot(
+    ledger: Ledger,
+    title: str,
+    bar: Callable[[Row], float | None],
+    dot: Callable[[Row], float | None] | None = None,
+) -> Plot:
+    """Bars, and dots if asked for, on a logarithmic axis."""
+    figure, axes = new_axes(ledger, title)
+    draw_bars(axes, ledger, [on_log_axis(bar(row)) for row in ledger.rows])
+    if dot is not None:
+        values = [on_log_axis(dot(row)) for row in ledger.rows]
+        axes.plot(values, range(len(values)), "o", color="#1c2733", markersize=4)
+    axes.set_xscale("log")
+    return Plot(title, to_svg(figure))
+
+
+def perplexity_plot(ledger: Ledger) -> Plot:
+    """Perplexities with error bars of one standard error."""
+    title = "Perplexity, with one standard error"
+    figure, axes = new_axes(ledger, title)
+    measured = [row.perplexity for row in ledger.rows]
+    draw_bars(axes, ledger, [drawable(entry.value if entry else None) for entry in measured])
+    for place, entry in enumerate(measured):
+        if entry and entry.standard_error is not None and math.isfinite(entry.value):
+            axes.errorbar(entry.value, place, xerr=entry.standard_error, color="#1c2733", capsize=3)
+    return Plot(title, to_svg(figure))
+
+
+def top1_plot(ledger: Ledger) -> Plot:
+    """Top-1 agreement with the original, per cent."""
+    title = "Top-1 agreement with the original, %"
+    figure, axes = new_axes(ledger, title)
+    metrics = [row.to_original.metrics if row.to_original else None for row in ledger.rows]
+    draw_bars(axes, ledger, [100 * entry.top1_agreement if entry else 0.0 for entry in metrics])
+    axes.set_xlim(0, 100)
+    return Plot(title, to_svg(figure))
+
+
+def new_axes(ledger: Ledger, title: str) -> tuple[Figure, Axes]:
+    """An empty figure with a line for every stage, the first one on top."""
+    figure = Figure(figsize=(6.4, 1.2 + 0.36 * len(ledger.rows)), layout="constrained")
+    axes = figure.subplots()
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.set_yticks(range(len(ledger.rows)), [row.name for row in ledger.rows], fontsize=9)
+    axes.set_ylim(len(ledger.rows) - 0.4, -0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def draw_bars(axes: Axes, ledger: Ledger, values: Sequence[float]) -> None:
+    """One bar per stage in the colour of its verdict; NaN leaves the line empty."""
+    colours = [COLOURS[row.verdict.status] for row in ledger.rows]
+    axes.barh(range(len(values)), values, color=colours, height=0.6)
+    for place, row in enumerate(ledger.rows):
+        if row.verdict.status == "not run":
+            axes.text(
+                0.01,
+                place,
+                "not run",
+                va="center",
+                fontsize=9,
+                color="#6a737d",
+                transform=axes.get_yaxis_transform(),
+            )
+
+
+def on_log_axis(value: float | None) -> float:
+    """A value fit for a logarithmic axis: exact zeros at its far left end."""
+    value = drawable(value)
+    return value if math.isnan(value) else max(value, SMALLEST_ON_LOG_AXIS)
+
+
+def drawable(value: float | None) -> float:
+    """NaN, which matplotlib leaves out, for everything that cannot be drawn."""
+    return value if value is not None and math.isfinite(value) else math.nan
+
+
+def to_svg(figure: Figure) -> str:
+    """The figure as base64 of an SVG that is the same for the same data."""
+    buffer = io.BytesIO()
+    with rc_context({"svg.hashsalt": "skipcat", "svg.fonttype": "none"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return base64.b64encode(buffer.getvalue()).decode("ascii")

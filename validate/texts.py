@@ -1,0 +1,94 @@
+"""The numbers of a row as text, the same in the table and in the HTML page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from validate.record import Row
+
+NOTHING = "-"
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the report.
+
+    Attributes:
+        title: its head.
+        help: what the number means.
+        text: the cell of a row.
+    """
+
+    title: str
+    help: str
+    text: Callable[[Row], str]
+
+
+def cosine(row: Row) -> str:
+    """Worst and mean cosine to the reference stage."""
+    if row.closeness is None:
+        return NOTHING
+    metrics = row.closeness.metrics
+    return f"{metrics.min_cosine:.7f} / {metrics.mean_cosine:.7f}"
+
+
+def error(row: Row) -> str:
+    """Largest and mean absolute error to the reference stage."""
+    if row.closeness is None:
+        return NOTHING
+    metrics = row.closeness.metrics
+    return f"{metrics.max_error:.2e} / {metrics.mean_error:.2e}"
+
+
+def divergence(row: Row) -> str:
+    """Mean KL to the original."""
+    return NOTHING if row.to_original is None else f"{row.to_original.metrics.kl_mean:.2e}"
+
+
+def top1(row: Row) -> str:
+    """Top-1 agreement with the original."""
+    return NOTHING if row.to_original is None else f"{row.to_original.metrics.top1_agreement:.1%}"
+
+
+def greedy(row: Row) -> str:
+    """Greedy agreement with the reference stage and with the original."""
+    both = (row.greedy_to_reference, row.greedy_to_original)
+    if all(one is None for one in both):
+        return NOTHING
+    return " / ".join(NOTHING if one is None else f"{one.identical_fraction:.0%}" for one in both)
+
+
+def perplexity(row: Row) -> str:
+    """Perplexity with its standard error."""
+    if row.perplexity is None:
+        return NOTHING
+    if row.perplexity.standard_error is None:
+        return f"{row.perplexity.value:.5g}"
+    return f"{row.perplexity.value:.5g} ± {row.perplexity.standard_error:#.2g}"
+
+
+def seconds(row: Row) -> str:
+    """Seconds for everything."""
+    return NOTHING if row.total_s is None else f"{row.total_s:.1f}"
+
+
+COLUMNS = (
+    Column("cosine", "Of the logits with those it should equal: worst token / mean.", cosine),
+    Column("error", "Of the logits against those it should equal: largest / mean.", error),
+    Column("KL orig.", "KL(original || stage), nats per token, mean.", divergence),
+    Column("top-1", "Tokens whose likeliest successor is the original's.", top1),
+    Column("greedy", "Tokens decoded alike: with what it should equal / the original.", greedy),
+    Column("perplexity", "With its standard error, windows as independent units.", perplexity),
+    Column("s", "Seconds for loading and all measurements.", seconds),
+)
+
+
+def cells(row: Row) -> list[str]:
+    """The cells of all COLUMNS."""
+    return [column.text(row) for column in COLUMNS]
+
+
+def reference_text(row: Row) -> str:
+    """The stage it should equal."""
+    return row.reference or NOTHING
