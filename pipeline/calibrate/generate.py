@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 @torch.no_grad()
@@ -18,15 +21,17 @@ def generate_windows(
     """Sample windows at temperature 1, each from a random first token after the model's BOS.
 
     The random first token spreads the windows over topics; without it a chat model begins every
-    one of them alike. End-of-text is suppressed, so that every window is full.
+    one of them alike. Special tokens, and ids that the tokenizer does not know, are never sampled, so
+    that every window is full and all text.
 
     Returns:
         int64 [count, length].
     """
     generator = torch.Generator().manual_seed(seed)
     special = torch.tensor(sorted(tokenizer.all_special_ids), dtype=torch.int64)
-    words = torch.arange(min(len(tokenizer), model.config.get_text_config().vocab_size))
-    words = words[~torch.isin(words, special)]
+    ids = torch.arange(model.config.get_text_config().vocab_size)
+    is_word = (ids < len(tokenizer)) & ~torch.isin(ids, special)
+    words = ids[is_word]
     start = words[torch.randint(len(words), (count, 1), generator=generator)]
     if tokenizer.bos_token_id is not None:
         start = torch.cat([torch.full_like(start, tokenizer.bos_token_id), start], dim=1)
@@ -34,7 +39,7 @@ def generate_windows(
     new_tokens = length - start.shape[1]
     if new_tokens == 0:
         return start
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _no_advice(model):
         torch.manual_seed(seed)
         return model.generate(
             start,
@@ -44,7 +49,18 @@ def generate_windows(
             top_k=0,
             top_p=1.0,
             repetition_penalty=1.0,
-            min_new_tokens=new_tokens,
             max_new_tokens=new_tokens,
+            suppress_tokens=ids[~is_word].tolist() or None,
             pad_token_id=tokenizer.pad_token_id or 0,
         )
+
+
+@contextmanager
+def _no_advice(model: PreTrainedModel) -> Iterator[None]:
+    """Leave out the model's generation_config.json, whose values fill whatever a call does not set."""
+    advice = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = advice

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pipeline.artefact import sha256_of_file
 from pipeline.calibrate.generate import generate_windows
 from pipeline.errors import InputError, MissingPackageError
 
@@ -120,8 +121,8 @@ def _file_stream(
             observed=str(error),
             expected="a UTF-8 text file, 'self', or 'wikitext2+c4'",
         ) from error
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    return tokenize(text, tokenizer), {"file": path.name, "file_sha256": digest}
+    details = {"file": path.name, "file_sha256": sha256_of_file(path)}
+    return tokenize(text, tokenizer), details
 
 
 def tokenize(text: str, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
@@ -129,7 +130,7 @@ def tokenize(text: str, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
 
     Words that a word-tokenised corpus masked as `<unk>` are left out: the model never saw the mark.
     """
-    text = text.replace(" <unk>", "")
+    text = text.replace(" <unk>", "").replace("<unk>", "")
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return torch.tensor(ids, dtype=torch.int64)
 

@@ -58,6 +58,7 @@ def command(
     skipcat compress -m smollm2-135m -o small --keep-params 0.8
     skipcat compress -m ./my-llama -o small --calibration valid.txt --windows 64 --window-length 512
     """
+    from pipeline.artefact import refuse_existing
     from pipeline.compress.recipe import CompressRequest, compress_to_folder
 
     request = CompressRequest(**settings)
@@ -65,6 +66,7 @@ def command(
     if dry_run:
         _show_plan(request, as_json)
         return
+    refuse_existing(output, overwrite=overwrite)  # before the model is loaded
     report = compress_to_folder(request, output, overwrite=overwrite, resume=resume)
     if as_json:
         click.echo(json.dumps(report, indent=2))

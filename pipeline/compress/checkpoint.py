@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from pipeline.artefact import write_json
 from pipeline.compress import modeling_skipcat
-from pipeline.compress.modeling_skipcat import SkipCatConfig, SkipCatQuantizer
+from pipeline.compress.modeling_skipcat import SkipCatConfig
 from pipeline.errors import InputError
 from pipeline.model.source import check_safetensors
 
@@ -38,9 +38,8 @@ def save_checkpoint(
     """
     config = model.config
     if modules:
-        quantization = SkipCatConfig(modules)
-        model.hf_quantizer = SkipCatQuantizer(quantization)
-        config.quantization_config = quantization
+        # Not model.hf_quantizer: with one, save_pretrained ignores the state that it is given.
+        config.quantization_config = SkipCatConfig(modules)
         config.auto_map = {"AutoModelForCausalLM": f"modeling_skipcat.{REMOTE_CLASS}"}
     model.save_pretrained(folder, state_dict=_cast_state(model, dtype))
     # save_pretrained names the type the weights had in memory.

@@ -20,7 +20,8 @@ def strong_pivots(a: torch.Tensor, bound: float = BOUND) -> tuple[torch.Tensor, 
     """Choose pivot columns of A and write the others in them.
 
     Args:
-        a: A, float64 [r, n], full row rank, r <= n.
+        a: A, float64 [r, n], r <= n. It may lack full row rank: the pivots are then those of a
+            larger row space, and the identity A2 = A1 A' still holds.
         bound: f, larger than 1.
 
     Returns:
@@ -28,18 +29,17 @@ def strong_pivots(a: torch.Tensor, bound: float = BOUND) -> tuple[torch.Tensor, 
         interpolation: A' = A1^-1 A2, float64 [r, n - r], max |A'| <= bound.
 
     Raises:
-        ValueError: A has not full row rank, or a bound of 1 or less.
+        ValueError: a bound of 1 or less, or more rows than columns.
     """
     rank, columns = a.shape
     if bound <= 1:
         raise ValueError(f"bound {bound} must be larger than 1, or the swaps need not end")
+    if rank > columns:
+        raise ValueError(f"A {tuple(a.shape)} has more rows than columns")
     # A' does not change when A is multiplied from the left, so work on an orthonormal row basis:
     # its conditioning, not that of A, then limits the accuracy.
     basis = scipy.linalg.qr(a.T.double().numpy(), mode="economic")[0].T
     triangle, permutation = scipy.linalg.qr(basis, mode="r", pivoting=True)
-    diagonal = np.abs(np.diag(triangle[:, :rank]))
-    if diagonal.min(initial=1.0) <= columns * np.finfo(np.float64).eps:
-        raise ValueError(f"A {tuple(a.shape)} has numerical rank below {rank}")
     interpolation = scipy.linalg.solve_triangular(triangle[:, :rank], triangle[:, rank:])
     while np.abs(interpolation).max(initial=0.0) > bound:
         permutation = _swap_until_bounded(interpolation, permutation, bound * SAFETY)

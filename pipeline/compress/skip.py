@@ -43,11 +43,11 @@ def skip_block(b: torch.Tensor, a: torch.Tensor, bound: float = BOUND) -> SkipFa
 
     Args:
         b: B, float64 [m, r].
-        a: A, float64 [r, n], full row rank.
+        a: A, float64 [r, n].
         bound: largest |A'| allowed.
 
     Raises:
-        ValueError: shapes that do not fit, or A not of full row rank.
+        ValueError: shapes that do not fit.
     """
     if b.shape[1] != a.shape[0]:
         raise ValueError(f"B {tuple(b.shape)} and A {tuple(a.shape)} do not fit")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import logging
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,13 +16,11 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    modeling_gguf_pytorch_utils,
 )
 
 from pipeline.errors import InputError
 from pipeline.model.source import Source, resolve_source
-
-logger = logging.getLogger(__name__)
-
 
 @dataclass
 class LoadedModel:
@@ -59,11 +59,16 @@ def load_model(
         config = AutoConfig.from_pretrained(source.location, **keywords)
         published = _published_dtype(source, config)
         refuse_unsupported(source, config)
-        model, info = AutoModelForCausalLM.from_pretrained(
-            source.location, dtype=dtype, use_safetensors=True, output_loading_info=True, **keywords
-        )
+        with _quiet_gguf():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                source.location,
+                dtype=dtype,
+                use_safetensors=True,
+                output_loading_info=True,
+                **keywords,
+            )
         tokenizer = AutoTokenizer.from_pretrained(source.location, **keywords)
-    except InputError:
+    except (InputError, MemoryError):
         raise
     except Exception as error:
         raise _explained(source, error) from error
@@ -71,6 +76,17 @@ def load_model(
     _forget_gguf(model)
     model.published_dtype = published
     return LoadedModel(model.eval(), tokenizer, source)
+
+
+@contextmanager
+def _quiet_gguf() -> Iterator[None]:
+    """Silence the one progress bar that transformers' own switch does not reach."""
+    bar = modeling_gguf_pytorch_utils.tqdm
+    modeling_gguf_pytorch_utils.tqdm = functools.partial(bar, disable=True)
+    try:
+        yield
+    finally:
+        modeling_gguf_pytorch_utils.tqdm = bar
 
 
 def refuse_unsupported(source: Source, config: Any) -> None:

@@ -26,7 +26,7 @@ class Group:
     """Linear layers that read the same input.
 
     Attributes:
-        members: dotted module names, in the order they are called.
+        members: dotted module names, in the order the model declares them.
         in_features: width of the input, n.
         out_features: height of each member, m.
     """
@@ -120,7 +120,8 @@ def _trace(model: PreTrainedModel, layers: dict[str, nn.Module]) -> dict[str, li
                 watched[f"{name}.{child_name}"] = child
     hooks = [module.register_forward_hook(_recorder(calls, n), with_kwargs=True)
              for n, module in watched.items()]
-    tokens = torch.arange(PROBE_TOKENS).remainder(model.config.vocab_size).unsqueeze(0)
+    vocab_size = model.config.get_text_config().vocab_size
+    tokens = torch.arange(PROBE_TOKENS).remainder(vocab_size).unsqueeze(0)
     try:
         with torch.no_grad(), evaluating(model):
             model(input_ids=tokens.to(model.device), use_cache=False)

@@ -75,7 +75,9 @@ def _split(
 def _replace(node: ir.Node, value: ir.Value) -> None:
     old = node.outputs[0]
     value.type, value.shape = old.type, old.shape
-    ir.convenience.replace_all_uses_with(old, value)
+    if old.is_graph_output():
+        value.name = old.name
+    ir.convenience.replace_all_uses_with(old, value, replace_graph_outputs=True)
 
 
 def _common_name(weights: list[str]) -> str:

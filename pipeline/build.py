@@ -1,0 +1,220 @@
+"""All stages in order: what `make engine` runs. Finished stages are kept, and resumed from."""
+
+from __future__ import annotations
+
+import gc
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.artefact import folder_bytes, write_json
+from pipeline.compress.recipe import CompressRequest, compress_to_folder
+from pipeline.engine.target import Target, resolve_target
+from pipeline.errors import InputError, UsageError
+from pipeline.export.export import ExportRequest, export_folder
+from pipeline.progress import note
+from pipeline.provenance import provenance
+
+if TYPE_CHECKING:
+    from validate.record import Ledger
+
+SCHEMA = 1
+RECORD = "build.json"
+
+
+@dataclass(frozen=True)
+class BuildRequest:
+    """Everything that decides what a build produces.
+
+    Attributes:
+        compress: model, budget, calibration.
+        target: as `skipcat engine --target` takes it.
+        max_length: cache length of the exported graphs.
+        eval_text: a text file, or `self`.
+        eval_windows: windows of the perplexity.
+        eval_length: tokens in each.
+    """
+
+    compress: CompressRequest
+    target: str = "auto"
+    max_length: int = 2048
+    eval_text: str = "self"
+    eval_windows: int = 16
+    eval_length: int = 256
+
+
+@dataclass
+class Build:
+    """A build under way: its folder, its record, and the stages that are finished."""
+
+    folder: Path
+    request: BuildRequest
+    stages: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def run(self, name: str, folder: str, work: Callable[[Path], Any]) -> None:
+        """Do one stage unless its folder is there already, and record time and memory."""
+        path = self.folder / folder
+        if path.exists():
+            note(f"{name}: finished earlier, kept")
+            return
+        note(f"{name} ...")
+        started = time.monotonic()
+        work(path)
+        gc.collect()
+        self.stages[name] = {
+            "folder": folder,
+            "seconds": round(time.monotonic() - started, 1),
+            "bytes": folder_bytes(path),
+            "peak_bytes": peak_bytes(),
+        }
+        self.save()
+        note(f"{name}: {self.stages[name]['seconds']:.0f} s")
+
+    def save(self) -> None:
+        """Write build.json."""
+        write_json(
+            self.folder / RECORD,
+            {
+                "schema": SCHEMA,
+                "request": asdict(self.request),
+                "stages": self.stages,
+                "provenance": provenance(),
+            },
+        )
+
+
+def peak_bytes() -> int:
+    """Most memory this process has held so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def build(
+    request: BuildRequest, folder: Path, *, overwrite: bool = False, resume: bool = False
+) -> tuple[Build, Target, Ledger]:
+    """Compress, export, build the engine and validate, into sub-folders of `folder`.
+
+    Args:
+        request: what to build.
+        folder: gets checkpoint/, onnx/, onnx-fp16/, engine-<target>/ and ledger/.
+        overwrite: start afresh if it exists.
+        resume: keep the stages that an earlier run of the same request finished.
+
+    Returns:
+        The build's record, its target, and the ledger, whatever its verdict.
+
+    Raises:
+        PipelineError: bad input, a missing package, or not enough memory or disk.
+    """
+    from validate.validate import validate, write_reports
+
+    request.compress.check()
+    target = resolve_target(request.target)
+    note(f"target: {target.flavour}, because {target.reason}")
+    _refuse_missing_packages(target)
+    state = _open(request, folder, overwrite=overwrite, resume=resume)
+    state.run(
+        "compress",
+        "checkpoint",
+        lambda path: compress_to_folder(request.compress, path, resume=resume),
+    )
+    checkpoint = folder / "checkpoint"
+    _export(state, checkpoint, "onnx", "float32")
+    if target.flavour != "cpu":
+        _export(state, checkpoint, "onnx-fp16", "float16")
+        _engine(state, target)
+    ledgers: list[Ledger] = []
+
+    def ledger_stage(path: Path) -> None:
+        ledgers.append(validate(_validate_request(request, folder), note))
+        write_reports(ledgers[0], path)
+
+    state.run("validate", "ledger", ledger_stage)
+    return state, target, ledgers[0] if ledgers else _read_ledger(folder / "ledger")
+
+
+def _refuse_missing_packages(target: Target) -> None:
+    """Say what is missing before minutes of work, not after."""
+    from pipeline.engine.build import require_package
+
+    if target.flavour != "cpu":
+        require_package(target)
+
+
+def _export(state: Build, checkpoint: Path, folder: str, dtype: str) -> None:
+    wanted = ExportRequest("opset24", dtype, state.request.max_length)
+    state.run(f"export {dtype}", folder, lambda path: export_folder(checkpoint, path, wanted))
+
+
+def _engine(state: Build, target: Target) -> None:
+    from pipeline.engine.build import build_engine
+
+    onnx_folder = state.folder / "onnx-fp16"
+    name = f"engine-{target}".replace(" ", "-").replace("/", "-").replace(":", "-").lower()
+    state.run("engine", name, lambda path: build_engine(onnx_folder, path, target))
+
+
+def _validate_request(request: BuildRequest, folder: Path) -> Any:
+    from validate.stages import find_artefacts
+    from validate.validate import ValidateRequest
+
+    return ValidateRequest(
+        artefacts=find_artefacts(folder),
+        text=request.eval_text,
+        windows=request.eval_windows,
+        window_length=request.eval_length,
+        seed=request.compress.seed,
+        trust_remote_code=request.compress.trust_remote_code,
+    )
+
+
+def _read_ledger(folder: Path) -> Ledger:
+    from validate.record import Ledger
+
+    return Ledger.from_json(json.loads((folder / "ledger.json").read_text(encoding="utf-8")))
+
+
+def _open(request: BuildRequest, folder: Path, *, overwrite: bool, resume: bool) -> Build:
+    """Start a record, or take up that of an earlier run of the same request."""
+    import shutil
+
+    record = folder / RECORD
+    if folder.exists() and any(folder.iterdir()):
+        if overwrite and not resume:
+            _refuse_foreign(folder, record)
+            shutil.rmtree(folder)
+        elif not resume:
+            raise UsageError(
+                "The output exists already.",
+                where=folder,
+                change="RESUME=1 (--resume) continues it, OVERWRITE=1 (--overwrite) replaces it",
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    state = Build(folder, request)
+    if resume and record.exists():
+        earlier = json.loads(record.read_text(encoding="utf-8"))
+        if earlier["request"] != json.loads(json.dumps(asdict(request))):
+            raise UsageError(
+                "The unfinished build was started with other settings.",
+                where=record,
+                change="repeat the earlier settings, or replace it with --overwrite",
+            )
+        state.stages = earlier["stages"]
+    state.save()
+    return state
+
+
+def _refuse_foreign(folder: Path, record: Path) -> None:
+    """Never delete a folder that no build wrote."""
+    if not record.exists():
+        raise InputError(
+            "The output folder was not written by skipcat build, so it is not replaced.",
+            where=folder,
+            expected=RECORD,
+            change="choose another --output, or delete it yourself",
+        )

@@ -1,0 +1,119 @@
+"""`skipcat build`: every stage in order, and a short table at the end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from pipeline.cli import options
+from pipeline.cli.compress import calibration_options
+
+if TYPE_CHECKING:
+    from pipeline.build import Build
+    from validate.record import Ledger
+
+
+@click.command("build")
+@options.model
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Folder to write; by default artefacts/<model>-keep<fraction>.",
+)
+@click.option(
+    "--target",
+    default="auto",
+    show_default=True,
+    help="auto, cpu, sm86, sm89, tensorrt, ...; see skipcat doctor.",
+)
+@calibration_options
+@click.option("--max-length", type=int, default=2048, show_default=True, help="Cache length.")
+@click.option(
+    "--eval-text",
+    default="self",
+    show_default=True,
+    help="Text for the ledger: a file, or 'self': text that the original generates.",
+)
+@click.option("--eval-windows", type=int, default=16, show_default=True)
+@click.option("--eval-length", type=int, default=256, show_default=True)
+@options.seed
+@options.trust_remote_code
+@options.overwrite
+@options.resume
+@options.json_output
+def command(
+    output: Path | None,
+    target: str,
+    max_length: int,
+    eval_text: str,
+    eval_windows: int,
+    eval_length: int,
+    overwrite: bool,
+    resume: bool,
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    """Compress, export to ONNX, build a TensorRT engine, validate every stage.
+
+    \b
+    skipcat build -m smollm2-135m --keep-params 0.8
+    skipcat build -m ./my-llama --target sm89 --calibration valid.txt --eval-text test.txt
+    """
+    from pipeline.build import BuildRequest, build
+    from pipeline.compress.recipe import CompressRequest
+    from pipeline.model.source import resolve_source
+    from validate.validate import require_passed
+
+    compress = CompressRequest(**settings)
+    compress.check()
+    folder = output or default_folder(resolve_source(compress.model).label, compress.keep_params)
+    request = BuildRequest(compress, target, max_length, eval_text, eval_windows, eval_length)
+    state, _, ledger = build(request, folder, overwrite=overwrite, resume=resume)
+    if as_json:
+        record = json.loads((folder / "build.json").read_text(encoding="utf-8"))
+        click.echo(json.dumps(record | {"ledger": ledger.to_json()}, indent=2))
+    else:
+        show(state, ledger)
+    require_passed(ledger)
+
+
+def default_folder(label: str, kept: float) -> Path:
+    """artefacts/smollm2-135m-keep0.8."""
+    return Path("artefacts") / f"{label}-keep{kept:g}"
+
+
+def show(state: Build, ledger: Ledger) -> None:
+    """What was made, how large it is, how near to the original, and what to do next."""
+    from rich.table import Table
+
+    from validate.report_table import build_table
+
+    folder = state.folder
+    console = options.result_console()
+    totals = json.loads((folder / "checkpoint" / "report.json").read_text(encoding="utf-8"))["totals"]
+    table = Table(title=f"{state.request.compress.model} -> {folder}")
+    for heading in ("stage", "folder", "MB", "seconds", "peak MB so far"):
+        table.add_column(heading, justify="left" if heading in ("stage", "folder") else "right")
+    for name, stage in state.stages.items():
+        table.add_row(
+            name,
+            stage["folder"] + "/",
+            f"{stage['bytes'] / 1e6:.1f}",
+            f"{stage['seconds']:.0f}",
+            f"{stage['peak_bytes'] / 1e6:.0f}",
+        )
+    console.print(table)
+    console.print(
+        f"decoder linear parameters kept: {totals['kept_fraction']:.1%} "
+        f"({totals['dense_parameters']:,} -> {totals['kept_parameters']:,}); "
+        f"all parameters {totals['total_before']:,} -> {totals['total_after']:,}; "
+        f"{totals['factored']} groups factored, {totals['kept_dense']} kept dense; "
+        f"largest |A'| {totals['largest']:.3f}"
+    )
+    console.print(build_table(ledger))
+    console.print(f"report: {folder / 'ledger' / 'ledger.html'}")
+    console.print(f'next:   skipcat run {folder / "onnx"} -p "What is a low-rank matrix?"')

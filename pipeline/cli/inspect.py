@@ -1,0 +1,121 @@
+"""`skipcat inspect`: what a model, checkpoint, ONNX folder or engine folder is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pipeline.cli import options
+
+
+@click.command("inspect")
+@click.argument("what")
+@options.trust_remote_code
+@options.json_output
+def command(what: str, trust_remote_code: bool, as_json: bool) -> None:
+    """Say what WHAT is: an alias, a model, a checkpoint, an ONNX folder, an engine, a build.
+
+    \b
+    skipcat inspect smollm2-135m
+    skipcat inspect artefacts/smollm2-135m-keep0.8/onnx
+    """
+    kind, facts = describe(what, trust_remote_code=trust_remote_code)
+    if as_json:
+        click.echo(json.dumps({"kind": kind, **facts}, indent=2))
+        return
+    from rich.table import Table
+
+    table = Table(title=f"{what}: {kind}", show_header=False)
+    table.add_column()
+    table.add_column()
+    for name, value in facts.items():
+        table.add_row(name, value if isinstance(value, str) else json.dumps(value))
+    options.result_console().print(table)
+
+
+def describe(what: str, *, trust_remote_code: bool = False) -> tuple[str, dict[str, Any]]:
+    """Kind of artefact and its facts, by the record that its folder holds.
+
+    Raises:
+        pipeline.errors.InputError: nothing that skipcat knows, or its record is broken.
+    """
+    from pipeline.errors import InputError
+
+    folder = Path(what)
+    records = (
+        ("export.json", "ONNX folder", _onnx_facts),
+        ("manifest.json", "engine folder", _record_facts),
+        ("build.json", "build folder", _build_facts),
+        ("report.json", "compressed checkpoint", _checkpoint_facts),
+    )
+    for file, kind, facts in records:
+        if (folder / file).is_file():
+            try:
+                return kind, facts(_read(folder / file), folder)
+            except (KeyError, TypeError, AttributeError) as error:
+                raise InputError(
+                    "The record is not one that skipcat wrote.",
+                    where=folder / file,
+                    observed=f"{type(error).__name__}: {error}",
+                    expected=f"the record of a {kind}",
+                ) from error
+    return "model", _model_facts(what, trust_remote_code)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    from pipeline.errors import InputError
+
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError("The record cannot be read.", where=path, observed=error) from error
+
+
+def _onnx_facts(record: dict[str, Any], folder: Path) -> dict[str, Any]:
+    names = (
+        "profile", "opset", "runs_in", "dtype", "max_length", "num_layers", "block_skip_nodes",
+        "permutations", "fused", "graph_bytes", "data_bytes", "onnx_sha256", "checkpoint",
+    )  # fmt: skip
+    return {name: record[name] for name in names if name in record}
+
+
+def _record_facts(record: dict[str, Any], folder: Path) -> dict[str, Any]:
+    return {name: value for name, value in record.items() if name != "provenance"}
+
+
+def _build_facts(record: dict[str, Any], folder: Path) -> dict[str, Any]:
+    return {"request": record["request"], "stages": record["stages"]}
+
+
+def _checkpoint_facts(record: dict[str, Any], folder: Path) -> dict[str, Any]:
+    recipe = _read(folder / "recipe.json")
+    forms: dict[str, int] = {}
+    for group in record["groups"]:
+        forms[group["form"]] = forms.get(group["form"], 0) + 1
+    chosen = {name: recipe[name] for name in ("model", "dtype", "settings", "calibration")}
+    return chosen | {"groups": forms} | record["totals"]
+
+
+def _model_facts(what: str, trust_remote_code: bool) -> dict[str, Any]:
+    """Architecture and groups of a model that is not compressed; loads it."""
+    from pipeline.model.load import load_model
+    from pipeline.model.structure import decoder_structure
+
+    loaded = load_model(what, trust_remote_code=trust_remote_code)
+    layers = decoder_structure(loaded.model)
+    groups = layers[0].groups
+    return {
+        "source": loaded.source.kind,
+        "architecture": type(loaded.model).__name__,
+        "parameters": f"{sum(p.numel() for p in loaded.model.parameters()):,}",
+        "published as": str(loaded.storage_dtype).removeprefix("torch."),
+        "layers": len(layers),
+        "groups of a layer": "\n".join(
+            f"{', '.join(m.rsplit('.', 1)[-1] for m in group.members)}: "
+            f"{sum(group.out_features)} x {group.in_features}"
+            for group in groups
+        ),
+    }

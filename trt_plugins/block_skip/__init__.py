@@ -1,0 +1,1 @@
+"""Block-skip linear layer: its specification in NumPy."""
