@@ -40,9 +40,7 @@ def track(items: Iterable[Item], description: str, total: int | None = None) -> 
             progress.advance(task)
 
 
-def _track_by_lines(
-    items: Iterable[Item], description: str, total: int | None
-) -> Iterator[Item]:
+def _track_by_lines(items: Iterable[Item], description: str, total: int | None) -> Iterator[Item]:
     last = time.monotonic()
     for done, item in enumerate(items):
         if time.monotonic() - last > SECONDS_BETWEEN_LINES:

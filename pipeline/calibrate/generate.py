@@ -1,4 +1,4 @@
-"""Text that the model generates itself: calibration with no data at hand and no test split touched."""
+"""Text that the model generates itself: calibration with no data, and no test split touched."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def generate_windows(
     """Sample windows at temperature 1, each from a random first token after the model's BOS.
 
     The random first token spreads the windows over topics; without it a chat model begins every
-    one of them alike. Special tokens, and ids that the tokenizer does not know, are never sampled, so
-    that every window is full and all text.
+    one of them alike. Special tokens, and ids that the tokenizer does not know, are never sampled,
+    so that every window is full and all text.
 
     Returns:
         int64 [count, length].
@@ -57,7 +57,7 @@ def generate_windows(
 
 @contextmanager
 def _no_advice(model: PreTrainedModel) -> Iterator[None]:
-    """Leave out the model's generation_config.json, whose values fill whatever a call does not set."""
+    """Set the model's generation_config aside: it fills in whatever a call does not set."""
     advice = model.generation_config
     model.generation_config = GenerationConfig()
     try:

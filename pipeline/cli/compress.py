@@ -18,7 +18,9 @@ calibration_options = options.apply(
         show_default=True,
         help="Fraction of the decoder's linear parameters to keep, in (0, 1].",
     ),
-    click.option("--cat/--no-cat", default=True, help="Share the right factor among q,k,v / gate,up."),
+    click.option(
+        "--cat/--no-cat", default=True, help="Share the right factor among q,k,v / gate,up."
+    ),
     click.option("--skip/--no-skip", default=True, help="Store factors in block-skip form."),
     click.option("--rank-multiple", type=int, default=1, help="Round ranks down to a multiple."),
     click.option("--plan", type=click.Path(exists=True), help="Follow this plan.json."),
@@ -57,7 +59,7 @@ def command(
     \b
     skipcat compress -m smollm2-135m -o small --keep-params 0.8
     skipcat compress -m ./my-llama -o small --calibration valid.txt --windows 64 --window-length 512
-    """
+    """  # noqa: D301 - click reads the escape
     from pipeline.artefact import refuse_existing
     from pipeline.compress.recipe import CompressRequest, compress_to_folder
 

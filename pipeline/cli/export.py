@@ -51,7 +51,7 @@ def command(
     \b
     skipcat export small -o small-onnx
     skipcat export small -o small-onnx-fp16 --dtype float16
-    """
+    """  # noqa: D301 - click reads the escape
     from pipeline.export.export import ExportRequest, export_folder
 
     request = ExportRequest(profile, dtype, max_length)

@@ -21,7 +21,7 @@ def command(what: str, trust_remote_code: bool, as_json: bool) -> None:
     \b
     skipcat inspect smollm2-135m
     skipcat inspect artefacts/smollm2-135m-keep0.8/onnx
-    """
+    """  # noqa: D301 - click reads the escape
     kind, facts = describe(what, trust_remote_code=trust_remote_code)
     if as_json:
         click.echo(json.dumps({"kind": kind, **facts}, indent=2))
@@ -69,9 +69,12 @@ def _read(path: Path) -> dict[str, Any]:
     from pipeline.errors import InputError
 
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError("The record cannot be read.", where=path, observed=error) from error
+    if not isinstance(record, dict):
+        raise InputError("The record is not a JSON object.", where=path)
+    return record
 
 
 def _onnx_facts(record: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from transformers import (
 from pipeline.errors import InputError
 from pipeline.model.source import Source, resolve_source
 
+
 @dataclass
 class LoadedModel:
     """A model in memory, with where it came from."""

@@ -61,7 +61,9 @@ def decoder_structure(model: PreTrainedModel) -> list[Layer]:
         _refuse_other_matrices(name, layer)
     calls = _trace(model, dict(zip(names, layers, strict=True)))
     _refuse_unchained(names, calls)
-    return [Layer(name, _groups(name, layer, calls)) for name, layer in zip(names, layers)]
+    return [
+        Layer(name, _groups(name, layer, calls)) for name, layer in zip(names, layers, strict=True)
+    ]
 
 
 def _layer_list(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
@@ -118,8 +120,10 @@ def _trace(model: PreTrainedModel, layers: dict[str, nn.Module]) -> dict[str, li
         for child_name, child in layer.named_modules():
             if isinstance(child, nn.Linear):
                 watched[f"{name}.{child_name}"] = child
-    hooks = [module.register_forward_hook(_recorder(calls, n), with_kwargs=True)
-             for n, module in watched.items()]
+    hooks = [
+        module.register_forward_hook(_recorder(calls, n), with_kwargs=True)
+        for n, module in watched.items()
+    ]
     vocab_size = model.config.get_text_config().vocab_size
     tokens = torch.arange(PROBE_TOKENS).remainder(vocab_size).unsqueeze(0)
     try:
@@ -194,7 +198,8 @@ def _groups(name: str, layer: nn.Module, calls: dict[str, list[_Call]]) -> tuple
 
 
 def _group(layer: nn.Module, layer_name: str, members: list[str]) -> Group:
-    linears = [layer.get_submodule(member.removeprefix(f"{layer_name}.")) for member in members]
+    modules = (layer.get_submodule(member.removeprefix(f"{layer_name}.")) for member in members)
+    linears = [module for module in modules if isinstance(module, nn.Linear)]
     return Group(
         tuple(members), linears[0].in_features, tuple(linear.out_features for linear in linears)
     )

@@ -57,6 +57,14 @@ def _merge(graph: ir.Graph, nodes: list[ir.Node]) -> None:
     else:
         _split(graph, nodes, output, [len(stack) for stack in stacks], name)
     graph.remove(nodes, safe=True)
+    _forget_unused(graph, [value for node in nodes for value in (node.inputs[2], a)])
+
+
+def _forget_unused(graph: ir.Graph, weights: list[ir.Value | None]) -> None:
+    """Drop weights at once, so that never more than one group is held twice."""
+    for weight in weights:
+        if weight is not None and not weight.uses() and weight.name in graph.initializers:
+            del graph.initializers[weight.name]
 
 
 def _split(

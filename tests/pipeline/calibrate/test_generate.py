@@ -8,7 +8,7 @@ from pipeline.calibrate.generate import generate_windows
 from tests.families import tiny_model
 from tests.tiny_decoder import byte_tokenizer
 
-COUNT, LENGTH = 8, 64
+COUNT, LENGTH = 8, 40
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +48,8 @@ def test_windows_begin_with_bos_and_then_differ(windows: torch.Tensor) -> None:
 
 
 def test_no_token_after_bos_is_special_or_unknown_to_the_tokenizer(windows: torch.Tensor) -> None:
-    # The model has 272 logits and the tokenizer 256 bytes and two special tokens: of 500 tokens
-    # sampled freely, about 30 would be others.
+    # The model has 272 logits and the tokenizer 256 bytes and two special tokens: of 300 tokens
+    # sampled freely, about 18 would be others.
     assert windows[:, 1:].max() < 256
 
 

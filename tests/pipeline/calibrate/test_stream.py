@@ -13,12 +13,15 @@ from pipeline.model.structure import Layer, decoder_structure
 from tests.families import FAMILIES, SLIDING_WINDOW, tiny_model
 
 WINDOWS, LENGTH = 5, 20
-# The same operations on batches of another size, whose float32 sums may be ordered differently.
-CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 
 def random_tokens(seed: int = 0) -> torch.Tensor:
     return torch.randint(256, (WINDOWS, LENGTH), generator=torch.Generator().manual_seed(seed))
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Equal but for the order of float32 sums, which may differ with the size of the batch."""
+    return torch.allclose(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 def last_hidden(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
@@ -62,10 +65,10 @@ def test_streamed_hidden_states_are_those_of_the_model(family: str) -> None:
     stream, _ = streamed(model, batch_size=2)
     hidden = torch.cat(stream.hidden)
     expected = last_hidden(model, random_tokens())
-    assert torch.allclose(hidden, expected, **CLOSE)
+    assert close(hidden, expected)
     with torch.no_grad():
         final = model(random_tokens(), output_hidden_states=True).hidden_states[-1]
-        assert torch.allclose(model.model.norm(hidden), final, **CLOSE)
+        assert close(model.model.norm(hidden), final)
 
 
 @pytest.mark.parametrize("family", ["mistral", "gemma3_text"])
@@ -101,7 +104,7 @@ def test_moments_are_those_of_a_full_forward_pass(family: str) -> None:
         for group in layer.groups:
             for member in group.members:
                 rows = inputs[member].reshape(WINDOWS * LENGTH, -1).double()
-                assert torch.allclose(moments[group.name].total, rows.T @ rows, **CLOSE)
+                assert close(moments[group.name].total, rows.T @ rows)
             assert moments[group.name].tokens == WINDOWS * LENGTH
 
 
@@ -110,7 +113,7 @@ def test_the_batch_size_does_not_matter(batch_size: int) -> None:
     model = tiny_model("gemma3_text")
     stream, _ = streamed(model, batch_size, measure=True)
     assert [len(h) for h in stream.hidden] == [len(t) for t in random_tokens().split(batch_size)]
-    assert torch.allclose(torch.cat(stream.hidden), last_hidden(model, random_tokens()), **CLOSE)
+    assert close(torch.cat(stream.hidden), last_hidden(model, random_tokens()))
 
 
 def test_measuring_does_not_change_the_hidden_states() -> None:
@@ -141,7 +144,7 @@ def test_a_layer_may_be_replaced_once_it_has_been_passed() -> None:
     for index in range(len(layers)):
         stream.advance(index)
         nn.init.zeros_(model.model.layers[index].mlp.down_proj.weight)
-    assert torch.allclose(torch.cat(stream.hidden), expected, **CLOSE)
+    assert close(torch.cat(stream.hidden), expected)
 
 
 def test_the_model_is_left_as_it_was() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import random
 import string
 from pathlib import Path
@@ -55,7 +56,7 @@ def test_windows_are_pieces_of_the_text_that_do_not_overlap(
     assert batch.tokens.shape == (60, LENGTH)
     assert batch.tokens.dtype == torch.int64
     starts = sorted(places(batch, tokenizer))
-    assert all(b - a >= LENGTH for a, b in zip(starts, starts[1:], strict=False))
+    assert all(b - a >= LENGTH for a, b in itertools.pairwise(starts))
 
 
 def test_all_windows_that_fit_can_be_taken(take: Any, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -118,7 +119,7 @@ def test_the_file_hash_is_that_of_its_bytes(
 def test_a_file_that_is_missing_is_named(
     tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel, tmp_path: Path
 ) -> None:
-    for spec in (str(tmp_path / "no.txt"), str(tmp_path), "selv", "wikitext2+c5", ""):
+    for spec in (str(tmp_path / "no.txt"), str(tmp_path), "myself", "wikitext2+c5", ""):
         with pytest.raises(InputError, match=r"(?s)cannot be read.*'self', or 'wikitext2\+c4'"):
             load_tokens(spec, tokenizer, model, count=1, length=4, seed=0)
 

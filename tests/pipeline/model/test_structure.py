@@ -60,12 +60,11 @@ def rename_everything_(model: nn.Module, seed: int) -> dict[str, str]:
     return {before[id(module)]: name for name, module in model.named_modules()}
 
 
-def renamed_class(original: type, nonsense: dict[str, str]) -> type:
+def renamed_class(original: type[nn.Module], nonsense: dict[str, str]) -> type:
     def find(self: Any, name: str) -> Any:
-        return super(renamed, self).__getattr__(nonsense.get(name, name))  # type: ignore[misc]
+        return original.__getattr__(self, nonsense.get(name, name))
 
-    renamed = type(original.__name__, (original,), {"__getattr__": find})
-    return renamed
+    return type(original.__name__, (original,), {"__getattr__": find})
 
 
 @pytest.mark.parametrize("family", FAMILIES)
