@@ -103,11 +103,17 @@ def load_checkpoint(folder: Path | str, *, dtype: torch.dtype | None = None) -> 
         raise InputError(
             "The checkpoint could not be loaded.", where=folder, observed=first
         ) from error
-    _require_exact(folder, info)
+    require_exact(folder, info)
     return model.eval()
 
 
-def _require_exact(folder: Path, info: dict[str, Any]) -> None:
+def require_exact(folder: Path, info: dict[str, Any]) -> None:
+    """Raise InputError when tensors are missing, superfluous or of another shape.
+
+    Args:
+        folder: for the message.
+        info: `missing_keys`, `unexpected_keys`, `mismatched_keys`, as transformers reports them.
+    """
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         names = sorted(str(name) for name in info.get(kind) or ())
         if names:
@@ -122,13 +128,29 @@ def _require_exact(folder: Path, info: dict[str, Any]) -> None:
 
 def read_recipe(folder: Path) -> dict[str, Any]:
     """recipe.json of a checkpoint; empty for a folder that skipcat did not write."""
-    path = folder / "recipe.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return _read_record(folder / "recipe.json")
+
+
+def read_report(folder: Path) -> dict[str, Any]:
+    """report.json of a checkpoint; empty for a folder that skipcat did not write."""
+    return _read_record(folder / "report.json")
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError("A record is broken.", where=path, observed=str(error)) from error
 
 
 def copy_tokenizer(checkpoint: Path, folder: Path) -> None:
     """Copy tokenizer, chat template and generation settings from a checkpoint to another folder."""
-    for pattern in ("tokenizer*", "special_tokens_map.json", "chat_template*", "*.jinja",
-                    "generation_config.json", "vocab.*", "merges.txt"):
+    patterns = (
+        "tokenizer*", "special_tokens_map.json", "chat_template*", "*.jinja",
+        "generation_config.json", "vocab.*", "merges.txt",
+    )  # fmt: skip
+    for pattern in patterns:
         for path in checkpoint.glob(pattern):
             shutil.copy2(path, folder / path.name)

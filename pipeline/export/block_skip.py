@@ -10,15 +10,9 @@ looks functions up by name alone. A bias is an Add behind the node.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import onnx
 import onnx.parser
 import onnx_ir as ir
-import torch
-
-from pipeline.compress.modeling_skipcat import FactoredLinear
 
 DOMAIN = "skipcat"
 VERSION = 1
@@ -56,32 +50,3 @@ def function_bodies(opset: int) -> dict[str, ir.Function]:
     )
     protos = [onnx.parser.parse_function(text) for text in (plain, indexed)]
     return {proto.name: ir.serde.deserialize_function(proto) for proto in protos}
-
-
-@contextmanager
-def traced_as_nodes() -> Iterator[None]:
-    """Inside, a factored layer in skip form is traced as one node instead of its arithmetic.
-
-    Weights enter as torch holds them, `down` [r, n - r] and `up` [m, r]; `pipeline.export.layout`
-    brings them into the order of the op.
-    """
-    original = FactoredLinear.forward
-
-    def forward(self: FactoredLinear, x: torch.Tensor) -> torch.Tensor:
-        if self.form != "skip":
-            return original(self, x)
-        owner = self.owner
-        y = torch.onnx.ops.symbolic(
-            f"{DOMAIN}::{INDEXED}",
-            (x, owner.down.weight, self.up.weight, owner.permutation),
-            dtype=x.dtype,
-            shape=(*x.shape[:-1], self.out_features),
-            version=VERSION,
-        )
-        return y if self.up.bias is None else y + self.up.bias
-
-    FactoredLinear.forward = forward
-    try:
-        yield
-    finally:
-        FactoredLinear.forward = original

@@ -30,7 +30,12 @@ class GraphCache:
         self.slots = slots
 
     def update(
-        self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *args: object, **kwargs: object
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        layer_idx: int,
+        *args: object,
+        **kwargs: object,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Add new keys and values [B, KVH, S, D]; return all of the layer's."""
         self.keys[layer_idx] = self._extend(self.keys[layer_idx], key)

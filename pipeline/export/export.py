@@ -13,14 +13,15 @@ import onnx_ir as ir
 import torch
 
 from pipeline.artefact import sha256_of_file, staged_folder, write_json
-from pipeline.compress.checkpoint import copy_tokenizer, load_checkpoint, read_recipe
+from pipeline.compress.checkpoint import copy_tokenizer, read_recipe
 from pipeline.errors import InputError, UsageError
 from pipeline.export.block_skip import DOMAIN, VERSION, function_bodies, is_block_skip
 from pipeline.export.genai import genai_config
 from pipeline.export.passes.fold_permutation import fold_permutations
 from pipeline.export.passes.fuse import fuse_operators
-from pipeline.export.passes.merge_shared import merge_shared
+from pipeline.export.passes.lay_out import lay_out
 from pipeline.export.profile import PROFILES, Profile
+from pipeline.export.skeleton import load_skeleton
 from pipeline.export.trace import CacheShape, trace
 from pipeline.provenance import provenance
 
@@ -85,15 +86,14 @@ def export_folder(
     request.check()
     started = time.monotonic()
     profile, dtype = PROFILES[request.profile], DTYPES[request.dtype]
-    model = load_checkpoint(checkpoint, dtype=dtype)
-    config = model.config
+    skeleton = load_skeleton(Path(checkpoint), dtype)
+    config = skeleton.model.config
     max_length = _bounded_length(request.max_length, config)
-    weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    weight_bytes = sum(p.numel() * p.element_size() for p in skeleton.model.parameters())
     with staged_folder(
         output, overwrite=overwrite, required_bytes=weight_bytes * 11 // 10
     ) as folder:
-        graph, shapes = trace(model, profile, max_length)
-        del model
+        graph, shapes = trace(skeleton, profile, max_length)
         record = _transform(graph, profile)
         save_graph(graph, profile, folder)
         check_graph(folder / GRAPH)
@@ -121,7 +121,7 @@ def _transform(graph: ir.Model, profile: Profile) -> dict[str, Any]:
     """All graph passes, in the order they depend on one another."""
     fused = fuse_operators(graph) if profile.native_attention else {}
     folded, kept = fold_permutations(graph)
-    nodes = merge_shared(graph)
+    nodes = lay_out(graph)
     return {
         "block_skip_nodes": nodes,
         "fused": fused,
@@ -141,7 +141,6 @@ def save_graph(graph: ir.Model, profile: Profile, folder: Path) -> None:
             graph.functions[body.identifier()] = body
     if used:
         graph.opset_imports[DOMAIN] = VERSION
-    _strip_wrapper_prefix(graph)
     graph.producer_name = "skipcat"
     graph.metadata_props["skipcat.profile"] = profile.name
     ir.save(
@@ -150,18 +149,6 @@ def save_graph(graph: ir.Model, profile: Profile, folder: Path) -> None:
         external_data=WEIGHTS,
         size_threshold_bytes=EXTERNAL_BYTES,
     )
-
-
-def _strip_wrapper_prefix(graph: ir.Model) -> None:
-    """Give weights the names they have in the checkpoint: the traced wrapper added one level."""
-    initializers = graph.graph.initializers
-    for name in list(initializers):
-        if name.startswith("model.") and name.removeprefix("model.") not in initializers:
-            value = initializers.pop(name)
-            value.name = name.removeprefix("model.")
-            if value.const_value is not None:
-                value.const_value.name = value.name
-            initializers[value.name] = value
 
 
 def check_graph(path: Path) -> None:

@@ -30,7 +30,10 @@ def genai_config(
     bos = text.bos_token_id if text.bos_token_id is not None else 0
     pad = text.pad_token_id
     first_eos = eos[0] if isinstance(eos, list) else eos
-    names = {"past_key_names": "past_key_values.%d.key", "past_value_names": "past_key_values.%d.value"}
+    names = {
+        "past_key_names": "past_key_values.%d.key",
+        "past_value_names": "past_key_values.%d.value",
+    }
     present = {"present_key_names": "present.%d.key", "present_value_names": "present.%d.value"}
     plain = {name: name for name in ("input_ids", "attention_mask", "position_ids")}
     return {

@@ -16,12 +16,15 @@ from transformers import PreTrainedModel
 
 from pipeline.errors import InputError
 from pipeline.export.attention import NAME, active_cache
-from pipeline.export.block_skip import traced_as_nodes
 from pipeline.export.cache import GraphCache
+from pipeline.export.linears import traced_as_nodes
 from pipeline.export.profile import Profile
+from pipeline.export.skeleton import Skeleton
 
 # Sizes to trace with; all different, so that no two dimensions are taken for the same one.
 TRACE_BATCH, TRACE_LENGTH, TRACE_PAST = 2, 3, 5
+# Vectors and tables of positions may be computed while tracing; matrices may not.
+LARGEST_COMPUTED_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,9 @@ def cache_shapes(model: PreTrainedModel) -> list[CacheShape]:
         InputError: the model keeps something else than keys and values.
     """
     with torch.no_grad():
-        cache = model(input_ids=torch.zeros(1, 2, dtype=torch.int64), use_cache=True).past_key_values
+        cache = model(
+            input_ids=torch.zeros(1, 2, dtype=torch.int64), use_cache=True
+        ).past_key_values
     try:
         pairs = [(layer.keys, layer.values) for layer in cache.layers]
         return [CacheShape(k.shape[1], k.shape[3], v.shape[3]) for k, v in pairs]
@@ -102,21 +107,22 @@ def cache_shapes(model: PreTrainedModel) -> list[CacheShape]:
 
 
 def trace(
-    model: PreTrainedModel, profile: Profile, max_length: int
+    skeleton: Skeleton, profile: Profile, max_length: int
 ) -> tuple[ir.Model, list[CacheShape]]:
     """Export one decoder step with dynamic batch and sequence length.
 
     Args:
-        model: in evaluation mode; its dtype becomes that of the graph.
+        skeleton: the model without its matrices; its dtype becomes that of the graph.
         profile: which operators and which cache.
         max_length: slots of a static cache; unused for a growing one.
 
     Returns:
-        The model as ONNX IR, weights shared with torch, and the shape of its caches.
+        The model as ONNX IR, whose matrices are read when it is saved, and its caches' shapes.
 
     Raises:
         InputError: the exporter cannot handle the model.
     """
+    model = skeleton.model
     shapes = cache_shapes(model)
     slots = max_length if profile.static_cache else TRACE_PAST
     past = [
@@ -148,7 +154,28 @@ def trace(
             observed=(str(error).strip().splitlines() or [type(error).__name__])[0],
             change="run again with -v to see the exporter's own traceback",
         ) from error
-    return program.model, shapes
+    model_ir: ir.Model = program.model  # type: ignore[union-attr]  # None without dynamo only
+    _name_as_in_checkpoint(model_ir.graph)
+    _attach_matrices(model_ir.graph, skeleton)
+    return model_ir, shapes
+
+
+def _name_as_in_checkpoint(graph: ir.Graph) -> None:
+    """Drop the level that the traced wrapper adds to every weight's name."""
+    weights = list(graph.initializers.values())
+    graph.initializers.clear()
+    for weight in weights:
+        weight.name = weight.name.removeprefix("model.")
+        graph.initializers[weight.name] = weight
+
+
+def _attach_matrices(graph: ir.Graph, skeleton: Skeleton) -> None:
+    """Replace every stand-in by the stored matrix, and make sure that none was computed with."""
+    for name, weight in graph.initializers.items():
+        if name in skeleton.matrices:
+            weight.const_value = skeleton.matrices[name].lazy_tensor(name)
+        elif weight.const_value.nbytes > LARGEST_COMPUTED_BYTES:
+            raise RuntimeError(f"the exporter computed {name} from weights that it does not have")
 
 
 def _input_names(layers: int) -> list[str]:

@@ -9,6 +9,7 @@ the down projection of a gated MLP, and costs nothing at run time.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,7 +17,8 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from pipeline.export.block_skip import INDEXED, PLAIN, is_block_skip
-from pipeline.export.passes.constants import constant_of, new_weight
+from pipeline.export.linears import LINEAR, TRACE_DOMAIN
+from pipeline.export.passes.constants import constant_of, derived_weight, shape_of, weight_shape
 
 ELEMENTWISE = {
     "Add", "Sub", "Mul", "Div", "Pow", "Neg", "Abs", "Sqrt", "Reciprocal", "Exp", "Log", "Erf",
@@ -51,9 +53,11 @@ def fold_permutations(model: ir.Model) -> tuple[int, list[str]]:
             continue
         region = _Region()
         index = constant_of(node.inputs[3])
-        reason = "its index is not constant" if index is None else None
-        reason = reason or _collect(node.inputs[0], len(index), region) or _escapes(region, node)
-        if reason:
+        if index is None:
+            reason: str | None = "its index is not constant"
+        else:
+            reason = _collect(node.inputs[0], len(index), region) or _escapes(region, node)
+        if index is None or reason:
             kept.append(f"{node.name}: {reason}")
             continue
         _permute(model.graph, region, index)
@@ -74,23 +78,23 @@ def _collect(value: ir.Value, width: int, region: _Region) -> str | None:
     if is_block_skip(node):
         region.weights.append((node, 2, 0))
         return None
-    if node.op_type == "MatMul" and constant_of(node.inputs[1]) is not None:
-        region.weights.append((node, 1, 1))
+    if (node.domain, node.op_type) == (TRACE_DOMAIN, LINEAR):
+        region.weights.append((node, 1, 0))
         return None
     if node.domain or node.op_type not in ELEMENTWISE:
         return f"{node.op_type} is not elementwise"
     for number, operand in enumerate(node.inputs):
         if operand is None:
             continue
-        constant = constant_of(operand)
-        if constant is None:
+        shape = shape_of(operand)
+        if shape is None:
             reason = _collect(operand, width, region)
             if reason:
                 return reason
-        elif constant.ndim and constant.shape[-1] == width:
+        elif shape and shape[-1] == width:
             region.constants.append((node, number))
-        elif constant.size != 1:
-            return f"{node.op_type} broadcasts a constant of shape {constant.shape}"
+        elif math.prod(shape) != 1:
+            return f"{node.op_type} broadcasts a constant of shape {shape}"
     return None
 
 
@@ -112,8 +116,14 @@ def _permute(graph: ir.Graph, region: _Region, index: np.ndarray) -> None:
     places += [(node, number, -1) for node, number in region.constants]
     for node, number, axis in places:
         old = node.inputs[number]
-        array = np.take(constant_of(old), index, axis=axis)
-        node.replace_input_with(number, new_weight(graph, f"{old.name}.ordered", array))
+        ordered = derived_weight(
+            graph,
+            f"{old.name}.ordered",
+            [old],
+            weight_shape(old),
+            lambda array, axis=axis: np.take(array, index, axis=axis),
+        )
+        node.replace_input_with(number, ordered)
 
 
 def _drop_index(node: ir.Node) -> None:

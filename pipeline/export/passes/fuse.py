@@ -1,7 +1,7 @@
 """Primitives to single operators, with onnxscript's own rules, then the same node once.
 
-    w * x * (mean(x^2) + eps)^-1/2        -> RMSNormalization(x, w)
-    x * cos + rotate_half(x) * sin        -> RotaryEmbedding(x, cos, sin)
+w * x * (mean(x^2) + eps)^-1/2        -> RMSNormalization(x, w)
+x * cos + rotate_half(x) * sin        -> RotaryEmbedding(x, cos, sin)
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class HalfRotaryEmbedding(RotaryEmbedding23Fusion):
         self, op: Any, x: Any, freqs: Any, start1: Any, end1: Any, start2: Any, end2: Any,
         one1: Any, one2: Any, dtype: Any,
     ) -> Any:  # fmt: skip
-        """x * cos + rotate_half(x) * sin with a Cast behind cos and sin."""
+        """Match x * cos + rotate_half(x) * sin with a Cast behind cos and sin."""
         repeated = op.Concat(freqs, freqs, axis=-1)
         cos = op.Unsqueeze(op.Cast(op.Cos(repeated), to=dtype), one1)
         sin = op.Unsqueeze(op.Cast(op.Sin(repeated), to=dtype), one2)

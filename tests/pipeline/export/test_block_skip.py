@@ -41,7 +41,9 @@ def one_node_model(
 
 @pytest.mark.parametrize("opset", [18, 24])
 @pytest.mark.parametrize("op_type", [PLAIN, INDEXED])
-@pytest.mark.parametrize(("columns", "rank", "rows"), [(16, 8, 24), (17, 5, 3), (9, 8, 1), (5, 1, 7)])
+@pytest.mark.parametrize(
+    ("columns", "rank", "rows"), [(16, 8, 24), (17, 5, 3), (9, 8, 1), (5, 1, 7)]
+)
 def test_body_equals_the_reference(
     op_type: str, opset: int, columns: int, rank: int, rows: int
 ) -> None:

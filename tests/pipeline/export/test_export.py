@@ -75,8 +75,10 @@ def test_prefill_and_decode_equal_torch_in_one_graph(
 
 def test_standard_names_and_axes(exported: Path) -> None:
     graph = onnx.load(exported / "model.onnx", load_external_data=False).graph
-    inputs = {i.name: [d.dim_param or d.dim_value for d in i.type.tensor_type.shape.dim]
-              for i in graph.input}
+    inputs = {
+        i.name: [d.dim_param or d.dim_value for d in i.type.tensor_type.shape.dim]
+        for i in graph.input
+    }
     assert inputs["input_ids"] == ["batch_size", "sequence_length"]
     assert inputs["attention_mask"] == ["batch_size", "total_sequence_length"]
     assert inputs["position_ids"] == ["batch_size", "sequence_length"]

@@ -12,8 +12,9 @@ import onnx_ir as ir
 import onnxruntime
 
 from pipeline.export.block_skip import DOMAIN, VERSION, function_bodies, is_block_skip
+from pipeline.export.linears import TRACE_DOMAIN
 
-HEADER = '<ir_version: 10, opset_import: ["" : 24, "skipcat" : 1]>\n'
+HEADER = '<ir_version: 10, opset_import: ["" : 24, "skipcat" : 1, "skipcat.trace" : 1]>\n'
 
 
 def graph(text: str, **weights: np.ndarray) -> ir.Model:
@@ -24,16 +25,23 @@ def graph(text: str, **weights: np.ndarray) -> ir.Model:
     return ir.serde.deserialize_model(proto)
 
 
-def torch_order(model: ir.Model) -> ir.Model:
-    """The same model with block-skip weights as the op takes them: before `merge_shared`."""
+def runnable(model: ir.Model) -> ir.Model:
+    """A traced model, whose weights are in torch's order, in a form that ONNX Runtime takes."""
     copy = ir.serde.deserialize_model(ir.serde.serialize_model(model))
     for node in list(copy.graph):
         if is_block_skip(node):
             for number in (1, 2):
-                turned = ir.node("Transpose", [node.inputs[number]], {"perm": [1, 0]})
-                copy.graph.insert_before(node, turned)
-                node.replace_input_with(number, turned.outputs[0])
+                transpose_input(copy.graph, node, number)
+        elif node.domain == TRACE_DOMAIN:
+            transpose_input(copy.graph, node, 1)
+            node.domain, node.op_type = "", "MatMul"
     return copy
+
+
+def transpose_input(graph_: ir.Graph, node: ir.Node, number: int) -> None:
+    turned = ir.node("Transpose", [node.inputs[number]], {"perm": [1, 0]})
+    graph_.insert_before(node, turned)
+    node.replace_input_with(number, turned.outputs[0])
 
 
 def run(model: ir.Model, feed: dict[str, np.ndarray]) -> list[np.ndarray]:
@@ -48,12 +56,16 @@ def run(model: ir.Model, feed: dict[str, np.ndarray]) -> list[np.ndarray]:
 
 
 def assert_same_outputs(
-    model: ir.Model, apply: Callable[[ir.Model], Any], feed: dict[str, np.ndarray], *, merges: bool
+    model: ir.Model,
+    apply: Callable[[ir.Model], Any],
+    feed: dict[str, np.ndarray],
+    *,
+    lays_out: bool,
 ) -> Any:
     """Run the graph, apply a pass, run it again, compare; return what the pass returned."""
-    before = run(torch_order(model), feed)
+    before = run(runnable(model), feed)
     result = apply(model)
-    after = run(model if merges else torch_order(model), feed)
+    after = run(model if lays_out else runnable(model), feed)
     for old, new in zip(before, after, strict=True):
         np.testing.assert_allclose(new, old, rtol=1e-5, atol=1e-5)
     return result

@@ -1,0 +1,194 @@
+"""A model whose matrices hold no numbers: enough to trace, whatever the model weighs.
+
+Vectors (norm gains, biases, permutations) are read, because the exporter computes with them; a
+matrix is a stand-in of one number, and its real values go from the checkpoint's file to the ONNX
+file one matrix at a time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+from accelerate import init_empty_weights
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from pipeline.compress.checkpoint import require_exact
+from pipeline.compress.modeling_skipcat import SkipCatQuantizer
+from pipeline.errors import InputError
+from pipeline.model.source import check_safetensors
+
+
+@dataclass(frozen=True)
+class StoredMatrix:
+    """A matrix in a safetensors file.
+
+    Attributes:
+        file: the file.
+        name: of the tensor in it.
+        shape: [m, n].
+        dtype: what it is cast to when it is read.
+    """
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def lazy_tensor(self, name: str) -> ir.LazyTensor:
+        """The matrix as ONNX IR, read each time it is asked for and never kept."""
+        return ir.LazyTensor(
+            lambda: ir.tensor(self.read().numpy(), name=name),
+            dtype=ir.DataType.FLOAT16 if self.dtype == torch.float16 else ir.DataType.FLOAT,
+            shape=ir.Shape(self.shape),
+            name=name,
+        )
+
+    def read(self) -> torch.Tensor:
+        """The values, in `dtype`."""
+        with safe_open(self.file, framework="pt") as tensors:
+            return tensors.get_tensor(self.name).to(self.dtype)
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A model to trace, and where the matrices it lacks are.
+
+    Attributes:
+        model: in evaluation mode; every matrix is a stand-in.
+        matrices: parameter name -> its place on disk.
+    """
+
+    model: PreTrainedModel
+    matrices: dict[str, StoredMatrix]
+
+
+def load_skeleton(folder: Path, dtype: torch.dtype) -> Skeleton:
+    """Read a checkpoint's structure and vectors, and find its matrices.
+
+    Args:
+        folder: a compressed or plain Hugging Face folder.
+        dtype: of the graph to be.
+
+    Raises:
+        InputError: no such folder, broken weights, or tensors missing, superfluous or misshapen.
+    """
+    if not (folder / "config.json").is_file():
+        raise InputError(
+            "Not a checkpoint folder.", where=folder, expected="a folder that holds config.json"
+        )
+    check_safetensors(folder)
+    model = _empty_model(folder, dtype)
+    files = _files_of(folder)
+    _require_match(folder, model, files)
+    matrices = {}
+    for number, (name, file) in enumerate(sorted(files.items())):
+        with safe_open(file, framework="pt") as tensors:
+            shape = tuple(tensors.get_slice(name).get_shape())
+            vector = tensors.get_tensor(name) if len(shape) < 2 else None
+        if vector is None:
+            matrices[name] = StoredMatrix(file, name, shape, dtype)
+            _set(model, name, _stand_in(number, shape, dtype))
+        else:
+            _set(model, name, vector.to(dtype) if vector.is_floating_point() else vector)
+    model.tie_weights()
+    return Skeleton(model.eval(), _with_tied_names(model, matrices))
+
+
+def _with_tied_names(
+    model: PreTrainedModel, matrices: dict[str, StoredMatrix]
+) -> dict[str, StoredMatrix]:
+    """The matrices under every name that the model knows them by."""
+    names = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
+    stored = {names[name]: matrix for name, matrix in matrices.items()}
+    return {name: stored[key] for name, key in names.items() if key in stored}
+
+
+def _empty_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The architecture with factored layers in place, parameters on the meta device."""
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        quantization = getattr(config, "quantization_config", None)
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            if quantization is not None:
+                quantizer = SkipCatQuantizer(_parsed(folder, quantization))
+                quantizer._process_model_before_weight_loading(model)
+    except InputError:
+        raise
+    except Exception as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            "The checkpoint could not be read.", where=folder, observed=first
+        ) from error
+    model.config.name_or_path = str(folder)
+    return model
+
+
+def _parsed(folder: Path, quantization: object) -> object:
+    """`quantization_config` as an object; only skipcat's own can be exported."""
+    from pipeline.compress.modeling_skipcat import QUANT_METHOD, SkipCatConfig
+
+    if isinstance(quantization, SkipCatConfig):
+        return quantization
+    fields = quantization if isinstance(quantization, dict) else vars(quantization)
+    if fields.get("quant_method") != QUANT_METHOD:
+        raise InputError(
+            "The checkpoint is quantised by another tool.",
+            where=folder,
+            observed=f"quant_method {fields.get('quant_method')}",
+            expected=f"{QUANT_METHOD}, or none",
+        )
+    return SkipCatConfig(**fields)
+
+
+def _files_of(folder: Path) -> dict[str, Path]:
+    """Tensor name -> the file that holds it."""
+    names: dict[str, Path] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            names |= dict.fromkeys(tensors.keys(), file)
+    return names
+
+
+def _require_match(folder: Path, model: PreTrainedModel, files: dict[str, Path]) -> None:
+    """Hold the files to what the strict loader asks: every tensor, no other, of its shape."""
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    shapes = {}
+    for name, file in files.items():
+        with safe_open(file, framework="pt") as tensors:
+            shapes[name] = tuple(tensors.get_slice(name).get_shape())
+    differ = [name for name in files if name in expected and shapes[name] != expected[name]]
+    require_exact(
+        folder,
+        {
+            "missing_keys": set(expected) - set(files) - tied,
+            "unexpected_keys": set(files) - set(expected),
+            "mismatched_keys": differ,
+        },
+    )
+
+
+def _stand_in(number: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """A tensor of that shape that occupies one number.
+
+    Each has a value of its own, so that nothing takes two of them for the same constant: the
+    bit patterns 1, 2, ... of float16 are 31,743 different finite numbers.
+    """
+    pattern = torch.tensor(number + 1, dtype=torch.int16)
+    return pattern.view(torch.float16).to(dtype).expand(shape)
+
+
+def _set(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Put a parameter or buffer into its module."""
+    path, _, last = name.rpartition(".")
+    module = model.get_submodule(path)
+    if last in module._buffers:
+        module._buffers[last] = tensor
+    else:
+        module._parameters[last] = nn.Parameter(tensor, requires_grad=False)
