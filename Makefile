@@ -64,8 +64,8 @@ format: $(STAMP) ## Rewrite the sources in house style
 table: $(STAMP) ## Measure the README's table of compression methods
 	$(VENV)python benchmarks/skipcat_table.py $(ARGS)
 
-bench: $(STAMP) ## Measure speed, stage by stage
-	$(VENV)python benchmarks/speed.py $(ARGS)
+bench: $(STAMP) ## Measure time, memory and disk of every stage against the targets
+	$(VENV)python benchmarks/stages.py $(ARGS)
 
 doctor: $(STAMP) ## Say what this machine can do, and why
 	$(VENV)skipcat doctor $(ARGS)

@@ -22,6 +22,8 @@ from pipeline.provenance import provenance
 
 if TYPE_CHECKING:
     from validate.record import Ledger
+    from validate.stages import Artefacts
+    from validate.validate import ValidateRequest
 
 SCHEMA = 1
 RECORD = "build.json"
@@ -46,6 +48,40 @@ class BuildRequest:
     eval_text: str = "self"
     eval_windows: int = 16
     eval_length: int = 256
+
+    def check(self) -> None:
+        """Refuse values that cannot be meant, or that a later stage would refuse.
+
+        Raises:
+            UsageError: names the value and its range.
+        """
+        from validate.stages import Artefacts
+        from validate.validate import longest_input, require_lengths
+
+        self.compress.check()
+        ExportRequest(max_length=self.max_length).check()
+        validation = self.validation(Artefacts(self.compress.model))
+        require_lengths(validation)
+        if longest_input(validation) > self.max_length:
+            raise UsageError(
+                "The cache is too short for the evaluation.",
+                where="--max-length",
+                observed=self.max_length,
+                expected=f"at least {longest_input(validation)}",
+            )
+
+    def validation(self, artefacts: Artefacts) -> ValidateRequest:
+        """What the last stage is asked to do."""
+        from validate.validate import ValidateRequest
+
+        return ValidateRequest(
+            artefacts,
+            text=self.eval_text,
+            windows=self.eval_windows,
+            window_length=self.eval_length,
+            seed=self.compress.seed,
+            trust_remote_code=self.compress.trust_remote_code,
+        )
 
 
 @dataclass
@@ -111,13 +147,16 @@ def build(
     Raises:
         PipelineError: bad input, a missing package, or not enough memory or disk.
     """
+    from validate.stages import find_artefacts
     from validate.validate import validate, write_reports
 
-    request.compress.check()
+    request.check()
     target = resolve_target(request.target)
     note(f"target: {target.flavour}, because {target.reason}")
     _refuse_missing_packages(target)
-    state = _open(request, folder, overwrite=overwrite, resume=resume)
+    earlier = _earlier_stages(request, folder, overwrite=overwrite, resume=resume)
+    _refuse_inputs(request)
+    state = _open(request, folder, earlier)
     state.run(
         "compress",
         "checkpoint",
@@ -131,7 +170,7 @@ def build(
     ledgers: list[Ledger] = []
 
     def ledger_stage(path: Path) -> None:
-        ledgers.append(validate(_validate_request(request, folder), note))
+        ledgers.append(validate(request.validation(find_artefacts(folder)), note))
         write_reports(ledgers[0], path)
 
     state.run("validate", "ledger", ledger_stage)
@@ -159,62 +198,82 @@ def _engine(state: Build, target: Target) -> None:
     state.run("engine", name, lambda path: build_engine(onnx_folder, path, target))
 
 
-def _validate_request(request: BuildRequest, folder: Path) -> Any:
-    from validate.stages import find_artefacts
-    from validate.validate import ValidateRequest
-
-    return ValidateRequest(
-        artefacts=find_artefacts(folder),
-        text=request.eval_text,
-        windows=request.eval_windows,
-        window_length=request.eval_length,
-        seed=request.compress.seed,
-        trust_remote_code=request.compress.trust_remote_code,
-    )
-
-
 def _read_ledger(folder: Path) -> Ledger:
     from validate.record import Ledger
 
     return Ledger.from_json(json.loads((folder / "ledger.json").read_text(encoding="utf-8")))
 
 
-def _open(request: BuildRequest, folder: Path, *, overwrite: bool, resume: bool) -> Build:
-    """Start a record, or take up that of an earlier run of the same request."""
+def _refuse_inputs(request: BuildRequest) -> None:
+    """Find out what is wrong with model and texts before minutes of work, not after.
+
+    Raises:
+        InputError: the model is not supported, or a text is missing or too short.
+        UsageError: windows beyond the model's context.
+    """
+    from pipeline.calibrate.text import require_text
+    from pipeline.model.load import preview_model, refuse_long_windows
+
+    wanted = request.compress
+    preview = preview_model(wanted.model, trust_remote_code=wanted.trust_remote_code)
+    for flag, spec, count, length in (
+        ("--window-length", wanted.calibration, wanted.windows, wanted.window_length),
+        ("--eval-length", request.eval_text, request.eval_windows, request.eval_length),
+    ):
+        refuse_long_windows(flag, length, preview.config)
+        require_text(spec, preview.tokenizer, count=count, length=length)
+
+
+def _earlier_stages(
+    request: BuildRequest, folder: Path, *, overwrite: bool, resume: bool
+) -> dict[str, dict[str, Any]] | None:
+    """The stages that are kept of an earlier build; None when all has to be made.
+
+    Raises:
+        InputError: the folder is not a build's, so it is neither replaced nor added to.
+        UsageError: there is a build and neither flag was given, or it has other settings.
+    """
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return None
+    if not (overwrite or resume):
+        raise UsageError(
+            "The output exists already.",
+            where=folder,
+            change="RESUME=1 (--resume) continues it, OVERWRITE=1 (--overwrite) replaces it",
+        )
+    earlier = _read_build(folder)
+    if not resume:
+        return None
+    if earlier["request"] != json.loads(json.dumps(asdict(request))):
+        raise UsageError(
+            "The unfinished build was started with other settings.",
+            where=folder / RECORD,
+            change="repeat the earlier settings, or replace it with --overwrite",
+        )
+    return earlier["stages"]
+
+
+def _read_build(folder: Path) -> dict[str, Any]:
+    """build.json; without one the folder is not ours to change."""
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        return {name: record[name] for name in ("request", "stages")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            "The output was not written by skipcat build, so it is left as it is.",
+            where=folder,
+            expected=f"a folder with the {RECORD} of a build",
+            change="choose another --output, or delete it yourself",
+        ) from error
+
+
+def _open(request: BuildRequest, folder: Path, earlier: dict[str, Any] | None) -> Build:
+    """Take up the earlier build, or start afresh in an empty folder."""
     import shutil
 
-    record = folder / RECORD
-    if folder.exists() and any(folder.iterdir()):
-        if overwrite and not resume:
-            _refuse_foreign(folder, record)
-            shutil.rmtree(folder)
-        elif not resume:
-            raise UsageError(
-                "The output exists already.",
-                where=folder,
-                change="RESUME=1 (--resume) continues it, OVERWRITE=1 (--overwrite) replaces it",
-            )
+    if earlier is None and folder.exists():
+        shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    state = Build(folder, request)
-    if resume and record.exists():
-        earlier = json.loads(record.read_text(encoding="utf-8"))
-        if earlier["request"] != json.loads(json.dumps(asdict(request))):
-            raise UsageError(
-                "The unfinished build was started with other settings.",
-                where=record,
-                change="repeat the earlier settings, or replace it with --overwrite",
-            )
-        state.stages = earlier["stages"]
+    state = Build(folder, request, earlier or {})
     state.save()
     return state
-
-
-def _refuse_foreign(folder: Path, record: Path) -> None:
-    """Never delete a folder that no build wrote."""
-    if not record.exists():
-        raise InputError(
-            "The output folder was not written by skipcat build, so it is not replaced.",
-            where=folder,
-            expected=RECORD,
-            change="choose another --output, or delete it yourself",
-        )

@@ -1,4 +1,4 @@
-"""Errors a user can cause and cure: each says what, where, observed against expected, what to change.
+"""Errors a user can cause and cure: what, where, observed against expected, what to change.
 
 Exit status: 0 ok, 1 internal, 2 usage, 3 bad or unsupported input, 4 out of memory or disk,
 5 validation failed, 130 interrupted (resumable).

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 # Before anything imports huggingface_hub, which reads it once.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -13,6 +14,17 @@ import importlib.util
 import pytest
 
 from pipeline import doctor
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Run torch on one thread unless slow tests are asked for, in child processes too.
+
+    The models are so small that waking a second thread takes longer than the work.
+    """
+    if config.getoption("markexpr") == "not slow":
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        if "torch" in sys.modules:  # by a conftest of a folder that was named on the command line
+            sys.modules["torch"].set_num_threads(1)
 
 
 def missing_hardware() -> dict[str, str]:

@@ -118,15 +118,31 @@ def validate(
 
 
 def require_lengths(request: ValidateRequest) -> None:
-    """Raise UsageError for lengths that leave nothing to measure or do not fit a cache."""
+    """Raise UsageError for lengths that leave too little to measure or do not fit a cache."""
     if request.window_length < PROMPT_TOKENS:
         raise UsageError(
             "The windows are too short.",
             observed=f"--window-length {request.window_length}",
             expected=f"at least {PROMPT_TOKENS}",
         )
-    longest = max(request.window_length, PROMPT_TOKENS + request.max_new_tokens)
-    require_room_for(request.artefacts, longest)
+    require_prompts(request.prompts, request.windows * (request.window_length // PROMPT_TOKENS))
+    require_room_for(request.artefacts, longest_input(request))
+
+
+def require_prompts(wanted: int, available: int) -> None:
+    """Raise UsageError when the windows cannot be cut into so many prompts."""
+    if wanted > available:
+        raise UsageError(
+            "There is too little text for so many prompts.",
+            observed=f"--prompts {wanted}",
+            expected=f"at most {available}",
+            change="ask for more or longer windows",
+        )
+
+
+def longest_input(request: ValidateRequest) -> int:
+    """Most tokens that a stage will hold at once: a window, or a prompt with its answer."""
+    return max(request.window_length, PROMPT_TOKENS + request.max_new_tokens)
 
 
 def evaluation_tokens(
@@ -163,12 +179,7 @@ def prompts_of(windows: np.ndarray, count: int) -> np.ndarray:
         UsageError: the windows hold fewer pieces.
     """
     pieces = windows.shape[1] // PROMPT_TOKENS
-    if count > pieces * len(windows):
-        raise UsageError(
-            "There is too little text for so many prompts.",
-            observed=f"--prompts {count}",
-            expected=f"at most {pieces * len(windows)}",
-        )
+    require_prompts(count, pieces * len(windows))
     cut = windows[:, : pieces * PROMPT_TOKENS].reshape(len(windows), pieces, PROMPT_TOKENS)
     return cut.transpose(1, 0, 2).reshape(-1, PROMPT_TOKENS)[:count]
 

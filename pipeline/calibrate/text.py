@@ -89,6 +89,17 @@ def load_tokens(
     return TokenBatch(_windows(stream, spec, count, length, seed, sequential), spec, seed, details)
 
 
+def require_text(spec: str, tokenizer: PreTrainedTokenizerBase, *, count: int, length: int) -> None:
+    """Refuse a text file that does not hold the windows asked for; other sources are not opened.
+
+    Raises:
+        InputError: no such file, or too little text.
+    """
+    if not (spec == "self" or set(spec.split("+")) <= set(HUB_DATASETS)):
+        stream, _ = _file_stream(Path(spec), tokenizer)
+        _windows(stream, spec, count, length, seed=0, sequential=True)
+
+
 def _windows(
     stream: torch.Tensor, spec: str, count: int, length: int, seed: int, sequential: bool
 ) -> torch.Tensor:

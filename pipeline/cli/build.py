@@ -62,7 +62,7 @@ def command(
     \b
     skipcat build -m smollm2-135m --keep-params 0.8
     skipcat build -m ./my-llama --target sm89 --calibration valid.txt --eval-text test.txt
-    """
+    """  # noqa: D301 - click reads the escape
     from pipeline.build import BuildRequest, build
     from pipeline.compress.recipe import CompressRequest
     from pipeline.model.source import resolve_source
@@ -94,7 +94,8 @@ def show(state: Build, ledger: Ledger) -> None:
 
     folder = state.folder
     console = options.result_console()
-    totals = json.loads((folder / "checkpoint" / "report.json").read_text(encoding="utf-8"))["totals"]
+    report = json.loads((folder / "checkpoint" / "report.json").read_text(encoding="utf-8"))
+    totals = report["totals"]
     table = Table(title=f"{state.request.compress.model} -> {folder}")
     for heading in ("stage", "folder", "MB", "seconds", "peak MB so far"):
         table.add_column(heading, justify="left" if heading in ("stage", "folder") else "right")
@@ -107,7 +108,7 @@ def show(state: Build, ledger: Ledger) -> None:
             f"{stage['peak_bytes'] / 1e6:.0f}",
         )
     console.print(table)
-    console.print(
+    click.echo(
         f"decoder linear parameters kept: {totals['kept_fraction']:.1%} "
         f"({totals['dense_parameters']:,} -> {totals['kept_parameters']:,}); "
         f"all parameters {totals['total_before']:,} -> {totals['total_after']:,}; "
@@ -115,5 +116,5 @@ def show(state: Build, ledger: Ledger) -> None:
         f"largest |A'| {totals['largest']:.3f}"
     )
     console.print(build_table(ledger))
-    console.print(f"report: {folder / 'ledger' / 'ledger.html'}")
-    console.print(f'next:   skipcat run {folder / "onnx"} -p "What is a low-rank matrix?"')
+    click.echo(f"report: {folder / 'ledger' / 'ledger.html'}")
+    click.echo(f'next:   skipcat run {folder / "onnx"} -p "What is a low-rank matrix?"')

@@ -95,7 +95,11 @@ def _show_plan(request: Any, as_json: bool) -> None:
     from pipeline.model.load import load_model
     from pipeline.model.structure import decoder_structure
 
-    loaded = load_model(request.model, trust_remote_code=request.trust_remote_code)
+    loaded = load_model(
+        request.model,
+        trust_remote_code=request.trust_remote_code,
+        window_length=request.window_length,
+    )
     plan = plan_for(request, decoder_structure(loaded.model))
     if as_json:
         groups = [vars(g) | {"kept_parameters": g.kept_parameters} for g in plan.groups]

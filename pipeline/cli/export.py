@@ -52,6 +52,10 @@ def command(
     skipcat export small -o small-onnx
     skipcat export small -o small-onnx-fp16 --dtype float16
     """  # noqa: D301 - click reads the escape
+    from pipeline.artefact import refuse_existing
+
+    refuse_existing(output, overwrite=overwrite)  # before torch and the model are loaded
+
     from pipeline.export.export import ExportRequest, export_folder
 
     request = ExportRequest(profile, dtype, max_length)

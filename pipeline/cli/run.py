@@ -14,13 +14,13 @@ import click
 from pipeline.cli import options
 from pipeline.errors import UsageError
 from pipeline.runtime.open_session import BACKENDS, open_session
-from pipeline.runtime.sample import Sampling
 
 if TYPE_CHECKING:
     import numpy as np
     from transformers import PreTrainedTokenizerBase
 
     from pipeline.runtime.answer import Answer
+    from pipeline.runtime.sample import Sampling
     from pipeline.runtime.session import Session
 
 Ask = Callable[[list[int], Callable[[str], None]], "Answer"]
@@ -96,6 +96,8 @@ def command(
       echo "Once upon a time" | skipcat run build/checkpoint --raw
     """  # noqa: D301 - click reads the escape
     import numpy as np
+
+    from pipeline.runtime.sample import Sampling
 
     how = Sampling(**sampling)
     converse = prompt is None and sys.stdin.isatty()

@@ -126,5 +126,6 @@ def _factor_one(
     tensors = group_tensors(group.members, [len(w) for w in weights], factors, dtype)
     report["relative_error"] = factors.relative_error
     if group.form == "skip":
-        report["largest_interpolation"] = float(factors.down.abs().max()) if factors.down.numel() else 0.0
+        sizes = factors.down.abs()
+        report["largest_interpolation"] = float(sizes.max()) if sizes.numel() else 0.0
     return tensors, report

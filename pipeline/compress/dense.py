@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 
-from pipeline.compress.checkpoint import load_checkpoint, save_checkpoint
+from pipeline.compress.checkpoint import load_checkpoint, read_report, save_checkpoint
 from pipeline.compress.modeling_skipcat import FactoredLinear
 
 
@@ -33,6 +33,19 @@ def densify_(model: PreTrainedModel) -> PreTrainedModel:
         del model.hf_quantizer
     model.is_quantized = False
     return model
+
+
+def dense_bytes(checkpoint: Path) -> int:
+    """Bytes that the dense weights of a checkpoint will take, from the totals of its report.
+
+    A folder without them is taken to be as large as it is.
+    """
+    stored_bytes = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
+    try:
+        totals = read_report(checkpoint)["totals"]
+        return stored_bytes * totals["total_before"] // totals["total_after"]
+    except (KeyError, TypeError):
+        return stored_bytes
 
 
 def export_dense(checkpoint: Path, folder: Path) -> None:

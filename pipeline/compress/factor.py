@@ -1,4 +1,4 @@
-"""Turn one group of weights and its second moment into factors: the whole of SkipCat for a group."""
+"""One group of weights and its second moment into factors: the whole of SkipCat for a group."""
 
 from __future__ import annotations
 

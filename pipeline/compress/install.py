@@ -46,9 +46,9 @@ def install_(
         tensors: as `group_tensors` makes them.
     """
     for name, entry in entries.items():
-        linear = model.get_submodule(name)
-        dtype, bias = linear.weight.dtype, linear.bias
         factored = factored_linear(model, name, entry, device="meta")
+        bias = getattr(model.get_submodule(name), "bias", None)
+        dtype = factored.up.weight.dtype
         factored.up.weight = nn.Parameter(tensors[f"{name}.up.weight"].to(dtype))
         if bias is not None:
             factored.up.bias = bias

@@ -42,6 +42,10 @@ class FactoredLinear(nn.Module):
         dtype: their type.
     """
 
+    permutation: torch.Tensor  # int32 [n]; only an owner in the form "skip" has one
+    down: nn.Linear
+    up: nn.Linear
+
     def __init__(
         self,
         in_features: int,
@@ -113,6 +117,10 @@ def factored_linear(
     """
     linear = model.get_submodule(name)
     owner = model.get_submodule(entry["owner"]) if entry["owner"] else None
+    if not isinstance(linear, nn.Linear):
+        raise TypeError(f"{name} is a {type(linear).__name__}, not an nn.Linear")
+    if not isinstance(owner, FactoredLinear | None):
+        raise TypeError(f"{name} shares with {entry['owner']}, which is not factored")
     return FactoredLinear(
         linear.in_features,
         linear.out_features,

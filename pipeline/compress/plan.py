@@ -70,9 +70,7 @@ class RankPlan:
 
     def save(self, path: Path) -> None:
         """Write plan.json."""
-        layers = {
-            name: [_entry(group) for group in groups] for name, groups in self.layers.items()
-        }
+        layers = {name: [_entry(group) for group in groups] for name, groups in self.layers.items()}
         value = {"schema": SCHEMA, "kept_fraction": self.kept_fraction, "layers": layers}
         write_json(path, value)
 

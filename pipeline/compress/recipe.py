@@ -127,7 +127,11 @@ def compress_to_folder(
     if partial_path(output).exists() and not resume:
         note(f"an unfinished run in {partial_path(output)} is discarded (--resume continues one)")
         _discard(partial_path(output))
-    loaded = loaded or load_model(request.model, trust_remote_code=request.trust_remote_code)
+    loaded = loaded or load_model(
+        request.model,
+        trust_remote_code=request.trust_remote_code,
+        window_length=request.window_length,
+    )
     dtype = loaded.storage_dtype if request.dtype == "auto" else DTYPES[request.dtype]
     needed_bytes = 2 * sum(p.numel() for p in loaded.model.parameters()) * dtype.itemsize
     with staged_folder(
@@ -144,7 +148,8 @@ def compress_to_folder(
             loaded.model, layers, plan, tokens.tokens, dtype=dtype, finished=work
         )
         report = build_report(compressed, plan, total_before, time.monotonic() - started)
-        _write(folder, loaded, compressed, plan, dtype, recipe_of(request, loaded, dtype, tokens), report)
+        recipe = recipe_of(request, loaded, dtype, tokens)
+        _write(folder, loaded, compressed, plan, dtype, recipe, report)
         _discard(folder / WORK)
     return report
 

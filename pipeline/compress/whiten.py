@@ -1,4 +1,4 @@
-"""Roots of a second moment, from its eigenvalues: no Cholesky, so a singular moment is no failure."""
+"""Roots of a second moment by its eigenvalues: no Cholesky, so a singular one is no failure."""
 
 from __future__ import annotations
 

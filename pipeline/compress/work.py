@@ -73,6 +73,4 @@ class FinishedLayers:
             "tensors": len(tensors),
             "groups": groups,
         }
-        write_json(
-            self.folder / PROGRESS, {"settings": self.settings, "layers": self.records}
-        )
+        write_json(self.folder / PROGRESS, {"settings": self.settings, "layers": self.records})

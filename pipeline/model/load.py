@@ -14,12 +14,13 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     modeling_gguf_pytorch_utils,
 )
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, PipelineError, UsageError
 from pipeline.model.source import Source, resolve_source
 
 
@@ -37,8 +38,21 @@ class LoadedModel:
         return getattr(self.model, "published_dtype", torch.float32)
 
 
+@dataclass
+class Preview:
+    """What a model is, without its weights."""
+
+    config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    source: Source
+
+
 def load_model(
-    name: str, *, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
+    name: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
+    window_length: int = 0,
 ) -> LoadedModel:
     """Load a causal language model by alias, hub id, folder or GGUF file.
 
@@ -46,37 +60,60 @@ def load_model(
         name: see `pipeline.model.source`.
         dtype: what the weights are held in.
         trust_remote_code: let Python code that comes with the model run.
+        window_length: tokens that it will be run on at once.
 
     Raises:
         InputError: unknown, unreachable, broken or not a decoder language model.
+        UsageError: `window_length` is beyond its positions; found before its weights are read.
+    """
+    preview = preview_model(name, trust_remote_code=trust_remote_code)
+    source = preview.source
+    refuse_long_windows("--window-length", window_length, preview.config)
+    with _explaining(source), _quiet_gguf():
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source.location,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            **_keywords(source, trust_remote_code),
+        )
+    _refuse_incomplete(source, info)
+    _forget_gguf(model)
+    model.published_dtype = _published_dtype(source, preview.config)
+    return LoadedModel(model.eval(), preview.tokenizer, source)
+
+
+def preview_model(name: str, *, trust_remote_code: bool = False) -> Preview:
+    """Read all of a model but its weights, and refuse what its config says is not supported.
+
+    Raises:
+        InputError: as `load_model`.
     """
     source = resolve_source(name)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    keywords: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    if source.gguf_file:
-        keywords["gguf_file"] = source.gguf_file
-    try:
+    keywords = _keywords(source, trust_remote_code)
+    with _explaining(source):
         config = AutoConfig.from_pretrained(source.location, **keywords)
-        published = _published_dtype(source, config)
         refuse_unsupported(source, config)
-        with _quiet_gguf():
-            model, info = AutoModelForCausalLM.from_pretrained(
-                source.location,
-                dtype=dtype,
-                use_safetensors=True,
-                output_loading_info=True,
-                **keywords,
-            )
         tokenizer = AutoTokenizer.from_pretrained(source.location, **keywords)
-    except (InputError, MemoryError):
+    return Preview(config, tokenizer, source)
+
+
+def _keywords(source: Source, trust_remote_code: bool) -> dict[str, Any]:
+    keywords: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    return keywords | ({"gguf_file": source.gguf_file} if source.gguf_file else {})
+
+
+@contextmanager
+def _explaining(source: Source) -> Iterator[None]:
+    """Turn whatever transformers raises into an InputError that says what to change."""
+    try:
+        yield
+    except (PipelineError, MemoryError):
         raise
     except Exception as error:
         raise _explained(source, error) from error
-    _refuse_incomplete(source, info)
-    _forget_gguf(model)
-    model.published_dtype = published
-    return LoadedModel(model.eval(), tokenizer, source)
 
 
 @contextmanager
@@ -106,6 +143,18 @@ def refuse_unsupported(source: Source, config: Any) -> None:
             where=source.name,
             observed=f"quant_method {method.get('quant_method')}",
             change="start from the original weights (for a skipcat checkpoint: export-dense)",
+        )
+
+
+def refuse_long_windows(flag: str, length: int, config: Any) -> None:
+    """Raise UsageError for windows of more tokens than the model has positions."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and length > positions:
+        raise UsageError(
+            "The windows are longer than the model's context.",
+            where=flag,
+            observed=f"{length} tokens",
+            expected=f"at most {positions}",
         )
 
 

@@ -53,7 +53,8 @@ def decoder_structure(model: PreTrainedModel) -> list[Layer]:
     """Trace one short forward pass and read off the decoder's layers and groups.
 
     Raises:
-        InputError: the model is not a chain of layers of nn.Linear; says what was found.
+        InputError: the model is not a chain of layers of nn.Linear, or its tokens see those after
+            them; says what was found.
     """
     path, layers = _layer_list(model)
     names = [f"{path}.{index}" for index in range(len(layers))]
@@ -61,6 +62,7 @@ def decoder_structure(model: PreTrainedModel) -> list[Layer]:
         _refuse_other_matrices(name, layer)
     calls = _trace(model, dict(zip(names, layers, strict=True)))
     _refuse_unchained(names, calls)
+    refuse_bidirectional(model)
     return [
         Layer(name, _groups(name, layer, calls)) for name, layer in zip(names, layers, strict=True)
     ]
@@ -124,15 +126,47 @@ def _trace(model: PreTrainedModel, layers: dict[str, nn.Module]) -> dict[str, li
         module.register_forward_hook(_recorder(calls, n), with_kwargs=True)
         for n, module in watched.items()
     ]
-    vocab_size = model.config.get_text_config().vocab_size
-    tokens = torch.arange(PROBE_TOKENS).remainder(vocab_size).unsqueeze(0)
     try:
-        with torch.no_grad(), evaluating(model):
-            model(input_ids=tokens.to(model.device), use_cache=False)
+        _logits(model, probe_tokens(model))
     finally:
         for hook in hooks:
             hook.remove()
     return calls
+
+
+def probe_tokens(model: PreTrainedModel) -> torch.Tensor:
+    """A few different tokens, int64 [1, S]."""
+    vocab_size = model.config.get_text_config().vocab_size
+    return torch.arange(PROBE_TOKENS, device=model.device).remainder(vocab_size).unsqueeze(0)
+
+
+@torch.no_grad()
+def _logits(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
+    """Logits without dropout and without a cache, [1, S, V]."""
+    with evaluating(model):
+        return model(input_ids=tokens, use_cache=False).logits
+
+
+def refuse_bidirectional(model: PreTrainedModel) -> None:
+    """Raise InputError for a model in which a token sees those after it.
+
+    An encoder such as BERT loads as a causal language model when its config does not say
+    `is_decoder`; only running it tells. Two probes differ in their last token alone: before it,
+    their logits must agree but for rounding.
+    """
+    tokens = probe_tokens(model)
+    other = tokens.clone()
+    other[0, -1] = tokens[0, 0]
+    before, after = (_logits(model, probe)[0, :-1].float() for probe in (tokens, other))
+    change = float((before - after).abs().max())
+    if change > 16 * torch.finfo(model.dtype).eps * float(before.abs().max()):
+        kind = getattr(model.config, "model_type", type(model).__name__)
+        raise InputError(
+            "The model is not causal: its tokens see those after them.",
+            where=type(model).__name__,
+            observed=f"{kind}; a change of the last token changes earlier logits by {change:.1e}",
+            expected="a decoder language model",
+        )
 
 
 def _recorder(calls: dict[str, list[_Call]], name: str) -> Any:

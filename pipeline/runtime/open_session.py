@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.errors import InputError, UsageError
-from pipeline.runtime.session import Session
+
+if TYPE_CHECKING:
+    from pipeline.runtime.session import Session
 
 BACKENDS = ("auto", "torch", "onnx")
 

@@ -51,7 +51,14 @@ def altered_torch(change: Callable[[torch.Tensor], object]) -> TorchSession:
 def perturb_onnx(folder: Path) -> None:
     """Add noise of a fifth of its spread to one matrix of an export, and record the new graph."""
     graph = onnx.load(folder / "model.onnx")
-    weight = next(w for w in graph.graph.initializer if len(w.dims) == 2 and 64 in w.dims)
+    matrices = [
+        weight
+        for weight in graph.graph.initializer
+        if weight.data_type == onnx.TensorProto.FLOAT
+        and len(weight.dims) == 2
+        and VOCAB_SIZE not in weight.dims
+    ]
+    weight = max(matrices, key=lambda matrix: matrix.dims[0] * matrix.dims[1])
     values = numpy_helper.to_array(weight)
     noise = np.random.default_rng(0).normal(0, 0.2 * values.std(), values.shape)
     changed = numpy_helper.from_array((values + noise).astype(values.dtype), weight.name)

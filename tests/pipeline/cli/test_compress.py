@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    BertConfig,
+    BertLMHeadModel,
     GPT2Config,
     GPT2LMHeadModel,
     MixtralConfig,
@@ -23,6 +25,7 @@ from transformers import (
 from pipeline.artefact import partial_path
 from pipeline.cli.main import main
 from pipeline.compress import compress
+from pipeline.model import load
 from tests.families import save_family
 from tests.tiny_decoder import byte_tokenizer
 
@@ -264,6 +267,23 @@ def test_a_text_that_cannot_serve_is_refused(
     assert not output.exists()
 
 
+@pytest.mark.parametrize("extra", [[], ["--dry-run"]])
+def test_windows_beyond_the_models_context_are_refused_before_its_weights_are_read(
+    extra: list[str],
+    original: str,
+    output: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(load, "AutoModelForCausalLM", None)
+    arguments = ["compress", "-m", original, "-o", str(output), "--window-length", "257", *extra]
+    assert main(arguments) == 2
+    message = capsys.readouterr().err
+    assert "--window-length" in message
+    assert "at most 256" in message
+    assert list(output.parent.iterdir()) == []
+
+
 def conv1d_model() -> PreTrainedModel:
     return GPT2LMHeadModel(
         GPT2Config(
@@ -286,6 +306,18 @@ def expert_model() -> PreTrainedModel:
     )
 
 
+def encoder_model() -> PreTrainedModel:
+    """Loads as a causal language model, since its config does not say that it is none."""
+    config = BertConfig(
+        vocab_size=272,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+    )
+    return BertLMHeadModel(config)
+
+
 def encoder_decoder_model() -> PreTrainedModel:
     config = T5Config(vocab_size=272, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
     return T5ForConditionalGeneration(config)
@@ -293,7 +325,12 @@ def encoder_decoder_model() -> PreTrainedModel:
 
 @pytest.mark.parametrize(
     ("make", "found"),
-    [(conv1d_model, "Conv1D"), (expert_model, "Router"), (encoder_decoder_model, "t5")],
+    [
+        (conv1d_model, "Conv1D"),
+        (expert_model, "Router"),
+        (encoder_model, "bert; a change of the last token changes earlier logits"),
+        (encoder_decoder_model, "t5"),
+    ],
 )
 def test_other_kinds_of_models_are_refused_with_what_was_found(
     make: Callable[[], PreTrainedModel],

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.cli.main import main
+from pipeline.compress import dense
 from pipeline.compress.checkpoint import load_checkpoint
 from tests.families import save_family, tiny_model
 
@@ -61,6 +63,24 @@ def test_an_existing_output_is_refused_and_can_be_replaced(
     assert main([*arguments, "--overwrite"]) == 0
     assert not (tmp_path / "dense" / "stale.txt").exists()
     assert (tmp_path / "dense" / "model.safetensors").exists()
+
+
+def test_a_disk_too_full_for_the_dense_weights_is_noticed_before_they_are_made(
+    compressed: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    dense_bytes = sum(p.numel() * p.element_size() for p in tiny_model("qwen2").parameters())
+    arguments = ["export-dense", str(compressed), "-o", str(tmp_path / "dense")]
+    with monkeypatch.context() as patch:
+        # More than the factors take, less than their products.
+        free = SimpleNamespace(free=dense_bytes - 1)
+        patch.setattr(shutil, "disk_usage", lambda path: free)
+        patch.setattr(dense, "load_checkpoint", None)
+        assert main(arguments) == 4
+    assert "Not enough disk space" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("damage", ["absent", "empty", "truncated"])

@@ -16,17 +16,21 @@ from pipeline.compress.recipe import CompressRequest, compress_to_folder
 from pipeline.errors import InputError, UsageError
 from tests.families import FAMILIES, save_family
 
-REQUEST = {"keep_params": 0.7, "windows": 4, "window_length": 24, "dtype": "float16"}
-
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make(tmp_path_factory.mktemp("checkpoint"), "llama")
 
 
+def request(source: Path) -> CompressRequest:
+    return CompressRequest(
+        str(source), keep_params=0.7, windows=4, window_length=24, dtype="float16"
+    )
+
+
 def make(folder: Path, family: str) -> Path:
     source = save_family(folder / "source", family)
-    compress_to_folder(CompressRequest(str(source), **REQUEST), folder / "small")
+    compress_to_folder(request(source), folder / "small")
     return folder / "small"
 
 
@@ -152,5 +156,5 @@ def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:
 def test_an_existing_output_is_not_touched(checkpoint: Path) -> None:
     before = (checkpoint / "config.json").read_bytes()
     with pytest.raises(UsageError, match="exists"):
-        compress_to_folder(CompressRequest(str(checkpoint.parent / "source"), **REQUEST), checkpoint)
+        compress_to_folder(request(checkpoint.parent / "source"), checkpoint)
     assert (checkpoint / "config.json").read_bytes() == before

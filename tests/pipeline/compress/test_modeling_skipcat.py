@@ -11,6 +11,7 @@ from torch import nn
 from pipeline.compress.factor import factor_group
 from pipeline.compress.install import group_entries, group_tensors, install_
 from pipeline.compress.modeling_skipcat import FactoredLinear, SkipCatConfig
+from pipeline.compress.rank import Form
 
 
 class Pair(nn.Module):
@@ -25,7 +26,7 @@ class Pair(nn.Module):
         return torch.cat([self.first(x), self.second(x)], dim=-1)
 
 
-def installed(form: str, rank: int) -> tuple[Pair, Pair]:
+def installed(form: Form, rank: int) -> tuple[Pair, Pair]:
     """The pair as it was, and with its stack factored."""
     torch.manual_seed(0)
     dense = Pair().double()
@@ -39,7 +40,7 @@ def installed(form: str, rank: int) -> tuple[Pair, Pair]:
 
 
 @pytest.mark.parametrize("form", ["low_rank", "skip"])
-def test_full_rank_factors_give_the_dense_outputs(form: str) -> None:
+def test_full_rank_factors_give_the_dense_outputs(form: Form) -> None:
     dense, factored = installed(form, 16)
     x = torch.randn(5, 16, dtype=torch.float64)
     torch.testing.assert_close(factored(x), dense(x), rtol=0, atol=1e-10)
@@ -53,7 +54,7 @@ def test_skip_form_equals_low_rank_form_to_1e_10() -> None:
 
 
 @pytest.mark.parametrize("form", ["low_rank", "skip"])
-def test_the_latent_is_stored_once_for_layers_that_share_it(form: str) -> None:
+def test_the_latent_is_stored_once_for_layers_that_share_it(form: Form) -> None:
     _, factored = installed(form, 7)
     names = {name for name, _ in factored.named_parameters()}
     assert names == {"first.down.weight", "first.up.weight", "first.up.bias", "second.up.weight"}
@@ -62,10 +63,12 @@ def test_the_latent_is_stored_once_for_layers_that_share_it(form: str) -> None:
 
 
 @pytest.mark.parametrize("form", ["low_rank", "skip"])
-def test_dense_weight_is_the_matrix_that_the_layer_applies(form: str) -> None:
+def test_dense_weight_is_the_matrix_that_the_layer_applies(form: Form) -> None:
     _, factored = installed(form, 7)
     x = torch.randn(5, 16, dtype=torch.float64)
-    expected = x @ factored.second.dense_weight().T
+    layer = factored.get_submodule("second")
+    assert isinstance(layer, FactoredLinear)
+    expected = x @ layer.dense_weight().T
     torch.testing.assert_close(factored.second(x), expected, rtol=0, atol=1e-12)
 
 

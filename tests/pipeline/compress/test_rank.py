@@ -6,14 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.compress.rank import rank_for_kept, reason_to_stay_dense, stored_parameters
+from pipeline.compress.rank import Form, rank_for_kept, reason_to_stay_dense, stored_parameters
 
 SIZES = st.integers(2, 5000)
+FACTORED: list[Form] = ["skip", "low_rank"]
 
 
-@given(rows=SIZES, columns=SIZES, kept=st.floats(0.01, 1.0), form=st.sampled_from(["skip", "low_rank"]))
+@given(rows=SIZES, columns=SIZES, kept=st.floats(0.01, 1.0), form=st.sampled_from(FACTORED))
 def test_the_budget_is_kept_and_one_more_rank_would_break_it(
-    rows: int, columns: int, kept: float, form: str
+    rows: int, columns: int, kept: float, form: Form
 ) -> None:
     rank = rank_for_kept(form, rows, columns, kept)
     budget = kept * rows * columns

@@ -62,8 +62,10 @@ def test_no_other_product_of_that_rank_does_better(rows: int, columns: int) -> N
     best = (inputs @ (weight - b @ a).T).square().sum()
     generator = torch.Generator().manual_seed(1)
     for size in (1e-1, 1e-3):
-        other_b = b + size * torch.randn(b.shape, dtype=b.dtype, generator=generator) * b.abs().mean()
-        other_a = a + size * torch.randn(a.shape, dtype=a.dtype, generator=generator) * a.abs().mean()
+        other_b, other_a = (
+            x + size * x.abs().mean() * torch.randn(x.shape, dtype=x.dtype, generator=generator)
+            for x in (b, a)
+        )
         other = (inputs @ (weight - other_b @ other_a).T).square().sum()
         assert other > best
     u, s, vt = torch.linalg.svd(weight, full_matrices=False)
@@ -100,7 +102,8 @@ def test_roots_multiply_to_the_moment_and_invert_each_other() -> None:
     moment = second_moment(inputs)
     root, inverse = whitening_roots(moment)
     torch.testing.assert_close(root @ root, moment, rtol=1e-8, atol=1e-8)
-    torch.testing.assert_close(root @ inverse, torch.eye(12, dtype=torch.float64), rtol=0, atol=1e-9)
+    identity = torch.eye(12, dtype=torch.float64)
+    torch.testing.assert_close(root @ inverse, identity, rtol=0, atol=1e-9)
 
 
 def test_a_zero_moment_is_refused_by_name() -> None:

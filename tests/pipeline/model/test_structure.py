@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
+    BertConfig,
+    BertLMHeadModel,
     GPT2Config,
     GPT2LMHeadModel,
     MixtralConfig,
@@ -16,7 +18,7 @@ from transformers import (
 from transformers.models.gemma3 import Gemma3Config, Gemma3ForConditionalGeneration
 
 from pipeline.errors import InputError
-from pipeline.model.structure import decoder_structure
+from pipeline.model.structure import decoder_structure, refuse_bidirectional
 from tests.families import FAMILIES, tiny_model
 
 PARTS = (
@@ -165,3 +167,31 @@ def test_the_text_part_of_a_multimodal_model_is_found() -> None:
     layers = decoder_structure(Gemma3ForConditionalGeneration(config).eval())
     assert len(layers) == 2
     assert [len(group.members) for group in layers[0].groups] == [3, 1, 2, 1]
+
+
+def bert(*, is_decoder: bool) -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=272,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        is_decoder=is_decoder,
+    )
+    return BertLMHeadModel(config).eval()
+
+
+def test_a_model_whose_tokens_see_later_ones_is_refused() -> None:
+    with pytest.raises(InputError, match=r"(?s)not causal.*BertLMHeadModel.*bert"):
+        decoder_structure(bert(is_decoder=False))
+
+
+def test_the_same_model_as_a_decoder_is_accepted() -> None:
+    assert len(decoder_structure(bert(is_decoder=True))) == 2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_family_is_causal(family: str, dtype: torch.dtype) -> None:
+    refuse_bidirectional(tiny_model(family).to(dtype))

@@ -1,0 +1,226 @@
+"""A build makes every stage, keeps what it finished, and says what is wrong before it starts."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline import build
+from pipeline.artefact import sha256_of_file
+from pipeline.cli.main import main
+from pipeline.engine import target
+from tests.families import save_family
+from tests.validate.stages import perturb_onnx
+
+STAGES = ["compress", "export float32", "validate"]
+SIZES = ["--windows", "4", "--window-length", "32", "--eval-windows", "8", "--eval-length", "32"]
+
+
+@pytest.fixture(scope="module")
+def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A build of a tiny model for the CPU, but for its output."""
+    root = tmp_path_factory.mktemp("inputs")
+    model = save_family(root / "tiny", "smollm")
+    text = root / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 20)
+    texts = ["--calibration", str(text), "--eval-text", str(text)]
+    flags = ["--target", "cpu", "--max-length", "128", *SIZES, *texts]
+    return ["build", "-m", str(model), "--keep-params", "0.7", *flags]
+
+
+@pytest.fixture(scope="module")
+def printed(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A finished build, not to be written to, and what it printed on stdout."""
+    folder = tmp_path_factory.mktemp("build") / "tiny"
+    with contextlib.redirect_stdout(io.StringIO()) as stdout:
+        assert main([*arguments, "-o", str(folder)]) == 0
+    return folder, stdout.getvalue()
+
+
+@pytest.fixture
+def built(printed: tuple[Path, str], tmp_path: Path) -> Path:
+    """A copy of the finished build."""
+    return shutil.copytree(printed[0], tmp_path / "tiny")
+
+
+def must_not_run(*args: Any, **kwargs: Any) -> None:
+    pytest.fail("a stage was run")
+
+
+def names_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def stages_of(folder: Path) -> list[str]:
+    return list(json.loads((folder / "build.json").read_text())["stages"])
+
+
+def test_a_build_makes_every_stage_and_prints_a_table(printed: tuple[Path, str]) -> None:
+    folder, text = printed
+    assert names_in(folder) == {"build.json", "checkpoint", "onnx", "ledger"}
+    assert stages_of(folder) == STAGES
+    for word in (*STAGES, "parameters kept", "onnxruntime", "pass"):
+        assert word in text
+    # Whole paths on one line, so that they can be copied.
+    assert f"report: {folder / 'ledger' / 'ledger.html'}\n" in text
+    assert f"skipcat run {folder / 'onnx'} -p" in text
+    ledger = json.loads((folder / "ledger" / "ledger.json").read_text())
+    assert ledger["passed"]
+    statuses = [row["verdict"]["status"] for row in ledger["rows"]]
+    assert statuses == ["measured", "measured", "pass", "pass"]
+
+
+def test_a_finished_build_is_printed_as_json_without_any_work(
+    built: Path,
+    arguments: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    for stage in ("compress_to_folder", "export_folder"):
+        monkeypatch.setattr(build, stage, must_not_run)
+    assert main([*arguments, "-o", str(built), "--resume", "--json"]) == 0
+    record = json.loads(capfd.readouterr().out)
+    assert list(record["stages"]) == STAGES
+    assert record["ledger"] == json.loads((built / "ledger" / "ledger.json").read_text())
+
+
+def test_ctrl_c_keeps_finished_stages_and_resume_does_the_rest(
+    arguments: list[str],
+    printed: tuple[Path, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    output = tmp_path / "tiny"
+    command = [*arguments, "-o", str(output)]
+
+    def interrupt(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "export_folder", interrupt)
+        assert main(command) == 130
+    assert "--resume" in capsys.readouterr().err
+    assert names_in(output) == {"build.json", "checkpoint"}
+    assert stages_of(output) == ["compress"]
+
+    weights = output / "checkpoint" / "model.safetensors"
+    before = weights.stat().st_mtime_ns, sha256_of_file(weights)
+    monkeypatch.setattr(build, "compress_to_folder", must_not_run)
+    assert main([*command, "--resume"]) == 0
+    assert (weights.stat().st_mtime_ns, sha256_of_file(weights)) == before
+    assert names_in(output) == names_in(printed[0])
+    assert stages_of(output) == STAGES
+    for name in ("checkpoint/model.safetensors", "onnx/model.onnx", "onnx/model.onnx.data"):
+        assert sha256_of_file(output / name) == sha256_of_file(printed[0] / name)
+
+
+def test_a_wrong_export_fails_the_build_with_5_after_reporting(
+    built: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    perturb_onnx(built / "onnx")
+    record = json.loads((built / "onnx" / "export.json").read_text())
+    record["onnx_sha256"] = sha256_of_file(built / "onnx" / "model.onnx")
+    (built / "onnx" / "export.json").write_text(json.dumps(record))
+    shutil.rmtree(built / "ledger")
+    assert main([*arguments, "-o", str(built), "--resume"]) == 5
+    captured = capsys.readouterr()
+    assert "fail" in captured.out
+    assert "onnxruntime onnx" in captured.err
+    ledger = json.loads((built / "ledger" / "ledger.json").read_text())
+    assert [row["verdict"]["status"] for row in ledger["rows"]][2:] == ["pass", "fail"]
+    assert (built / "ledger" / "ledger.html").is_file()
+
+
+def test_an_existing_output_is_refused_and_overwrite_replaces_all_of_it(
+    built: Path,
+    arguments: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (built / "stale.txt").write_text("of an earlier run")
+    monkeypatch.setattr(build, "compress_to_folder", lambda request, path, **_: path.mkdir())
+    monkeypatch.setattr(build, "export_folder", must_not_run)
+    before = names_in(built)
+    assert main([*arguments, "-o", str(built)]) == 2
+    assert "OVERWRITE=1" in capsys.readouterr().err
+    assert names_in(built) == before
+    with pytest.raises(pytest.fail.Exception):
+        main([*arguments, "-o", str(built), "--overwrite"])
+    assert names_in(built) == {"build.json", "checkpoint"}
+    assert names_in(built / "checkpoint") == set()
+
+
+@pytest.mark.parametrize("flag", ["--overwrite", "--resume"])
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"status": "ok"}'])
+def test_a_folder_of_something_else_is_left_as_it_is(
+    flag: str,
+    content: str | None,
+    arguments: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    if content is not None:
+        (tmp_path / "build.json").write_text(content)
+    before = names_in(tmp_path)
+    assert main([*arguments, "-o", str(tmp_path), flag]) == 3
+    assert str(tmp_path) in capsys.readouterr().err
+    assert names_in(tmp_path) == before
+
+
+def test_resuming_with_other_settings_is_refused(
+    built: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (built / "build.json").read_bytes()
+    assert main([*arguments, "-o", str(built), "--resume", "--seed", "1"]) == 2
+    assert "other settings" in capsys.readouterr().err
+    assert (built / "build.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("changed", "status", "message"),
+    [
+        (["--keep-params", "1.5"], 2, "--keep-params"),
+        (["--max-length", "1"], 2, "--max-length"),
+        (["--max-length", "95"], 2, "at least 96"),  # a prompt of 32 and its answer of 64
+        (["--eval-length", "31"], 2, "at least 32"),
+        (["--eval-windows", "7"], 2, "at most 7"),  # prompts of 32 tokens; 8 are decoded
+        (["--max-length", "512", "--eval-length", "257"], 2, "at most 256"),
+        (["--window-length", "257"], 2, "at most 256"),
+        (["--eval-windows", "100"], 3, "too short"),
+        (["--eval-text", "/nowhere.txt"], 3, "cannot be read"),
+        (["--windows", "100"], 3, "too short"),
+        (["--target", "sm87"], 3, "Jetson Orin"),
+        (["--target", "nothing"], 2, "not a target"),
+    ],
+)
+def test_what_a_later_stage_would_refuse_is_refused_before_any_work(
+    changed: list[str],
+    status: int,
+    message: str,
+    arguments: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(build, "compress_to_folder", must_not_run)
+    monkeypatch.setattr(target, "look_at_machine", lambda: target.Machine(None, False))
+    assert main([*arguments, "-o", str(tmp_path / "tiny"), *changed]) == status
+    assert message in capsys.readouterr().err
+    assert names_in(tmp_path) == set()
+
+
+def test_a_refused_input_leaves_an_earlier_build_in_place(
+    built: Path, arguments: list[str]
+) -> None:
+    before = names_in(built)
+    changed = ["-o", str(built), "--overwrite", "--eval-text", "/nowhere.txt"]
+    assert main([*arguments, *changed]) == 3
+    assert names_in(built) == before
