@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import resource
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -173,8 +174,15 @@ def build(
         ledgers.append(validate(request.validation(find_artefacts(folder)), note))
         write_reports(ledgers[0], path)
 
+    _forget_failed_ledger(folder / "ledger")
     state.run("validate", "ledger", ledger_stage)
     return state, target, ledgers[0] if ledgers else _read_ledger(folder / "ledger")
+
+
+def _forget_failed_ledger(folder: Path) -> None:
+    """A verdict that failed is measured again when a build is resumed, not repeated."""
+    if (folder / "ledger.json").exists() and _read_ledger(folder).failures:
+        shutil.rmtree(folder)
 
 
 def _refuse_missing_packages(target: Target) -> None:
@@ -269,8 +277,6 @@ def _read_build(folder: Path) -> dict[str, Any]:
 
 def _open(request: BuildRequest, folder: Path, earlier: dict[str, Any] | None) -> Build:
     """Take up the earlier build, or start afresh in an empty folder."""
-    import shutil
-
     if earlier is None and folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)

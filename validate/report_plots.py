@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from matplotlib import rc_context
@@ -29,8 +29,8 @@ class Plot:
 def plot_ledger(ledger: Ledger) -> list[Plot]:
     """Error, KL, perplexity and top-1 agreement, one bar per stage."""
     return [
-        log_plot(ledger, "Largest (bar) and mean (dot) logit error", largest_error, mean_error),
-        log_plot(ledger, "KL to the original, nats per token", divergence),
+        error_plot(ledger),
+        divergence_plot(ledger),
         perplexity_plot(ledger),
         top1_plot(ledger),
     ]
@@ -51,19 +51,27 @@ def divergence(row: Row) -> float | None:
     return None if row.to_original is None else row.to_original.metrics.kl_mean
 
 
-def log_plot(
-    ledger: Ledger,
-    title: str,
-    bar: Callable[[Row], float | None],
-    dot: Callable[[Row], float | None] | None = None,
-) -> Plot:
-    """Bars, and dots if asked for, on a logarithmic axis."""
+def error_plot(ledger: Ledger) -> Plot:
+    """Largest and mean logit error on a logarithmic axis, which starts below the smallest."""
+    title = "Largest (bar) and mean (dot) logit error"
     figure, axes = new_axes(ledger, title)
-    draw_bars(axes, ledger, [on_log_axis(bar(row)) for row in ledger.rows])
-    if dot is not None:
-        values = [on_log_axis(dot(row)) for row in ledger.rows]
-        axes.plot(values, range(len(values)), "o", color="#1c2733", markersize=4)
+    bars = [on_log_axis(largest_error(row)) for row in ledger.rows]
+    dots = [on_log_axis(mean_error(row)) for row in ledger.rows]
+    draw_bars(axes, ledger, bars)
+    axes.plot(dots, range(len(dots)), "o", color="#1c2733", markersize=4)
     axes.set_xscale("log")
+    shown = [value for value in bars + dots if not math.isnan(value)]
+    if shown:
+        axes.set_xlim(left=min(shown) / 10)
+    return Plot(title, to_svg(figure))
+
+
+def divergence_plot(ledger: Ledger) -> Plot:
+    """KL to the original from zero: what compression cost, and that later stages add nothing."""
+    title = "KL to the original, nats per token"
+    figure, axes = new_axes(ledger, title)
+    draw_bars(axes, ledger, [drawable(divergence(row)) for row in ledger.rows])
+    axes.set_xlim(left=0)
     return Plot(title, to_svg(figure))
 
 

@@ -6,7 +6,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+
+from pipeline.progress import track
 
 
 @torch.no_grad()
@@ -52,7 +60,20 @@ def generate_windows(
             max_new_tokens=new_tokens,
             suppress_tokens=ids[~is_word].tolist() or None,
             pad_token_id=tokenizer.pad_token_id or 0,
+            stopping_criteria=StoppingCriteriaList([_Steps(new_tokens)]),
         )
+
+
+class _Steps(StoppingCriteria):
+    """Stops nothing; moves a progress display on by one token at each step."""
+
+    def __init__(self, total: int) -> None:
+        self.steps = track(range(total), "sampling text, token")
+
+    def __call__(self, input_ids: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        """Count a step; False for every row."""
+        next(self.steps, None)
+        return torch.zeros(len(input_ids), dtype=torch.bool)
 
 
 @contextmanager

@@ -46,8 +46,9 @@ def mask_from_slots(
         # Slots behind the end of the mask lie in the future of every query, so any value will do.
         keys = keys.clamp(max=attention_mask.shape[1] - 1)
     present = attention_mask.index_select(1, keys)[:, None, None, :].bool()
-    # Not -inf: a row with nothing to look at (padding) would turn into NaN.
-    closed = torch.finfo(dtype).min
+    # Not -inf, and not so low that a score added to it becomes -inf in half precision: a row with
+    # nothing to look at (padding) would turn into NaN, and poison the cache.
+    closed = torch.finfo(dtype).min / 2
     return torch.where(
         allowed & present, torch.zeros((), dtype=dtype), torch.full((), closed, dtype=dtype)
     )
