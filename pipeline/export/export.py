@@ -18,7 +18,7 @@ from pipeline.errors import InputError, UsageError
 from pipeline.export.block_skip import DOMAIN, VERSION, function_bodies, is_block_skip
 from pipeline.export.genai import genai_config
 from pipeline.export.passes.fold_permutation import fold_permutations
-from pipeline.export.passes.fuse import fuse_operators
+from pipeline.export.passes.fuse import fuse_operators, merge_duplicates
 from pipeline.export.passes.lay_out import lay_out
 from pipeline.export.profile import PROFILES, Profile
 from pipeline.export.skeleton import load_skeleton
@@ -120,6 +120,7 @@ def _bounded_length(wanted: int, config: Any) -> int:
 def _transform(graph: ir.Model, profile: Profile) -> dict[str, Any]:
     """All graph passes, in the order they depend on one another."""
     fused = fuse_operators(graph) if profile.native_attention else {}
+    merge_duplicates(graph)
     folded, kept = fold_permutations(graph)
     nodes = lay_out(graph)
     return {

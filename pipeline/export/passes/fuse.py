@@ -1,4 +1,4 @@
-"""Primitives to single operators, with onnxscript's own rules, then the same node once.
+"""Primitives to single operators, with onnxscript's own rules; and each computation once.
 
 w * x * (mean(x^2) + eps)^-1/2        -> RMSNormalization(x, w)
 x * cos + rotate_half(x) * sin        -> RotaryEmbedding(x, cos, sin)
@@ -48,6 +48,10 @@ def fuse_operators(model: ir.Model) -> dict[str, int]:
         "RMSNormalization": fuse_rms_normalization(model),
         "RotaryEmbedding": fuse_rotary_embedding(model) + HALF_ROTARY.apply_to_model(model),
     }
+    return fused
+
+
+def merge_duplicates(model: ir.Model) -> None:
+    """Compute once, in place, what several nodes compute: a shared latent, cos and sin."""
     CommonSubexpressionEliminationPass()(model)
     RemoveUnusedNodesPass()(model)
-    return fused

@@ -182,6 +182,24 @@ def test_genai_generates_torchs_greedy_tokens_from_the_folder(
     assert len(tokens) > 17
 
 
+@pytest.mark.parametrize("profile", ["opset24", "compat"])
+def test_factors_without_skip_export_with_their_latent_computed_once(
+    profile: str, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    source = checkpoints["qwen2"].with_name("qwen2-source")
+    request = CompressRequest(str(source), 0.7, skip=False, windows=4, window_length=24)
+    compress_to_folder(request, tmp_path / "small")
+    record = export_folder(
+        tmp_path / "small", tmp_path / "onnx", ExportRequest(profile, max_length=MAX_LENGTH)
+    )
+    assert record["block_skip_nodes"] == 0
+    # A layer has 4 latents and 7 outputs; then there is the head, and compat's attention.
+    attention = 0 if profile == "opset24" else 2 * 2
+    assert record["nodes"]["MatMul"] == 2 * (4 + 7) + 1 + attention
+    actual = in_pieces(OnnxSession(tmp_path / "onnx"), IDS, [9])
+    np.testing.assert_allclose(actual, expected_logits(tmp_path / "small"), rtol=2e-4, atol=2e-4)
+
+
 def test_a_plain_checkpoint_exports_too(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     source = checkpoints["llama"].with_name("llama-source")
     record = export_folder(source, tmp_path / "onnx", ExportRequest(max_length=MAX_LENGTH))
