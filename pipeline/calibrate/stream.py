@@ -67,9 +67,10 @@ class LayerStream:
         layer, module = self.layers[index], self.modules[index]
         moments = {group.name: SecondMoment(group.in_features) for group in layer.groups}
         with self._measuring(moments if measure else {}):
-            for place, hidden in enumerate(self.hidden):
+            for hidden in self.hidden:
                 keywords = self.keywords[len(hidden)][index]
-                self.hidden[place] = hidden_states_of(module(hidden, **keywords))
+                # In place: new tensors for every layer would scatter the heap, which then grows.
+                hidden.copy_(hidden_states_of(module(hidden, **keywords)))
         return moments if measure else {}
 
     @contextmanager

@@ -30,8 +30,8 @@ calibration_options = options.apply(
         show_default=True,
         help="A text file, 'wikitext2+c4' from the hub, or 'self': text the model generates.",
     ),
-    click.option("--windows", type=int, default=128, show_default=True),
-    click.option("--window-length", type=int, default=256, show_default=True),
+    click.option("--windows", type=int, default=256, show_default=True),
+    click.option("--window-length", type=int, default=128, show_default=True),
     click.option(
         "--dtype",
         type=click.Choice(["auto", "float32", "float16", "bfloat16"]),

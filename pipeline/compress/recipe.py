@@ -54,8 +54,8 @@ class CompressRequest:
     rank_multiple: int = 1
     plan: str | None = None
     calibration: str = "self"
-    windows: int = 128
-    window_length: int = 256
+    windows: int = 256
+    window_length: int = 128
     seed: int = 0
     dtype: str = "auto"
     trust_remote_code: bool = False
