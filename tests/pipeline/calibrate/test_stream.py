@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import weakref
-
 import pytest
 import torch
 from torch import nn
@@ -129,10 +127,15 @@ def test_only_the_activations_of_one_layer_are_held() -> None:
     stream = LayerStream(model, layers, random_tokens(), 2)
     shapes = [hidden.shape for hidden in stream.hidden]
     for index in range(len(layers)):
-        earlier = [weakref.ref(hidden) for hidden in stream.hidden]
+        earlier = list(stream.hidden)
+        contents = [hidden.clone() for hidden in earlier]
         stream.advance(index)
         assert [hidden.shape for hidden in stream.hidden] == shapes
-        assert [reference() for reference in earlier] == [None] * len(shapes)
+        # The same memory holds the next layer's input: nothing is kept of the one before.
+        assert all(new is old for new, old in zip(stream.hidden, earlier, strict=True))
+        assert not any(
+            torch.equal(new, old) for new, old in zip(stream.hidden, contents, strict=True)
+        )
         assert not any(hidden.requires_grad for hidden in stream.hidden)
 
 

@@ -120,7 +120,10 @@ def test_the_workers_own_error_keeps_its_status_and_details(tmp_path: Path) -> N
 
 def test_ctrl_c_kills_the_worker(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from pipeline.engine.child import run_child\n"
+        "import signal, sys; from pathlib import Path\n"
+        "from pipeline.engine.child import run_child\n"
+        # A job started in the background by a script inherits an ignored SIGINT.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "run_child([sys.executable, '-c', 'import os, time; print(os.getpid(), flush=True); "
         "time.sleep(60)'], Path(sys.argv[1]), 60)"
     )
