@@ -6,9 +6,11 @@ with the depth of the model beyond its weights.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -118,14 +120,10 @@ class LayerStream:
             seen.append(kwargs)
             return hidden_states
 
-        originals = [module.forward for module in self.modules]
-        try:
+        with contextlib.ExitStack() as patches:
             for module in self.modules:
-                module.forward = identity
+                patches.enter_context(patch.object(module, "forward", identity))
             self.model.base_model(input_ids=batch, use_cache=False)
-        finally:
-            for module, original in zip(self.modules, originals, strict=True):
-                module.forward = original
         return seen
 
 
