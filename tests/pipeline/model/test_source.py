@@ -53,7 +53,9 @@ def test_owner_and_name_are_a_hub_id() -> None:
     assert found.label == "some-model-1.5b"
 
 
-@pytest.mark.parametrize("name", ["nonsense", "./no/such/folder", "a/b/c", "../no-such-model", "owner/na me"])
+@pytest.mark.parametrize(
+    "name", ["nonsense", "./no/such/folder", "a/b/c", "../no-model", "owner/na me"]
+)
 def test_an_unknown_name_is_refused_with_what_would_do(name: str) -> None:
     with pytest.raises(InputError, match=r"(?s)Unknown model.*smollm2-135m.*hub id") as caught:
         resolve_source(name)
