@@ -87,11 +87,7 @@ def load_checkpoint(folder: Path | str, *, dtype: torch.dtype | None = None) -> 
         InputError: no such folder, broken weights, or tensors missing, superfluous or misshapen.
     """
     folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        raise InputError(
-            "Not a checkpoint folder.", where=folder, expected="a folder that holds config.json"
-        )
-    check_safetensors(folder)
+    require_checkpoint(folder)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
@@ -105,6 +101,15 @@ def load_checkpoint(folder: Path | str, *, dtype: torch.dtype | None = None) -> 
         ) from error
     require_exact(folder, info)
     return model.eval()
+
+
+def require_checkpoint(folder: Path) -> None:
+    """Raise InputError when a folder has no config, or no whole safetensors."""
+    if not (folder / "config.json").is_file():
+        raise InputError(
+            "Not a checkpoint folder.", where=folder, expected="a folder that holds config.json"
+        )
+    check_safetensors(folder)
 
 
 def require_exact(folder: Path, info: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -230,8 +231,6 @@ def _write(
 
 
 def _discard(folder: Path) -> None:
-    import shutil
-
     try:
         shutil.rmtree(folder)
     except OSError as error:

@@ -17,10 +17,9 @@ from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from pipeline.compress.checkpoint import require_exact
-from pipeline.compress.modeling_skipcat import SkipCatQuantizer
+from pipeline.compress.checkpoint import require_checkpoint, require_exact
+from pipeline.compress.modeling_skipcat import QUANT_METHOD, SkipCatConfig, SkipCatQuantizer
 from pipeline.errors import InputError
-from pipeline.model.source import check_safetensors
 
 
 @dataclass(frozen=True)
@@ -77,11 +76,7 @@ def load_skeleton(folder: Path, dtype: torch.dtype) -> Skeleton:
     Raises:
         InputError: no such folder, broken weights, or tensors missing, superfluous or misshapen.
     """
-    if not (folder / "config.json").is_file():
-        raise InputError(
-            "Not a checkpoint folder.", where=folder, expected="a folder that holds config.json"
-        )
-    check_safetensors(folder)
+    require_checkpoint(folder)
     model = _empty_model(folder, dtype)
     files = _files_of(folder)
     _require_match(folder, model, files)
@@ -131,8 +126,6 @@ def _empty_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
 
 def _parsed(folder: Path, quantization: object) -> object:
     """`quantization_config` as an object; only skipcat's own can be exported."""
-    from pipeline.compress.modeling_skipcat import QUANT_METHOD, SkipCatConfig
-
     if isinstance(quantization, SkipCatConfig):
         return quantization
     fields = quantization if isinstance(quantization, dict) else vars(quantization)

@@ -15,24 +15,12 @@ import onnx
 import onnx.parser
 from onnx import numpy_helper
 
+from pipeline.export.block_skip import BODY
+
 MAX_LENGTH = 16
 VOCAB_SIZE = 32
 BLOCK_SKIP_NODES = 2
 
-# The body that `pipeline.export.block_skip` writes, and that TensorRT for RTX inlines.
-BLOCK_SKIP_BODY = """
-<domain: "skipcat", opset_import: ["" : {opset}]>
-BlockSkipLinear (x, a, b) => (y)
-{{
-    rank = Shape <start = 0, end = 1> (b)
-    rest = Shape <start = 0, end = 1> (a)
-    widths = Concat <axis = 0> (rank, rest)
-    x1, x2 = Split <axis = -1> (x, widths)
-    mixed = MatMul (x2, a)
-    z = Add (x1, mixed)
-    y = MatMul (z, b)
-}}
-"""
 GRAPH = """
 <ir_version: 10, opset_import: ["" : {opset}, "skipcat" : 1]>
 tiny (int64[batch_size,sequence_length] input_ids,
@@ -142,9 +130,7 @@ def make_graph(profile: str, dtype: str, linear: str) -> onnx.ModelProto:
         attention=FUSED_ATTENTION if static else PLAIN_ATTENTION,
     )
     model = onnx.parser.parse_model(text)
-    model.functions.append(
-        onnx.parser.parse_function(BLOCK_SKIP_BODY.format(opset=24 if static else 18))
-    )
+    model.functions.append(onnx.parser.parse_function(BODY.format(opset=24 if static else 18)))
     random = np.random.default_rng(0)
     for name, shape in WEIGHTS.items():
         values = (random.standard_normal(shape) * 0.1).astype(dtype)
