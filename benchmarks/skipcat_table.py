@@ -17,7 +17,6 @@ import gc
 import json
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -41,13 +40,8 @@ from pipeline.model.structure import decoder_structure
 from pipeline.progress import note
 from pipeline.provenance import provenance
 from pipeline.runtime.torch_session import TorchSession
-from validate.metrics import (
-    kl_per_token,
-    log_perplexity_change,
-    nll_per_token,
-    perplexity_with_error,
-)
-from validate.perplexity import CHUNK_TOKENS
+from validate.metrics import log_perplexity_change, perplexity_with_error
+from validate.quality import Quality, measure_quality
 
 SCHEMA = 1
 RESULT = Path(__file__).parent / "results" / "skipcat_table.json"
@@ -76,16 +70,6 @@ class Settings:
     windows: int
     window_length: int
     seed: int
-
-
-@dataclass(frozen=True)
-class Quality:
-    """One model on the test windows, against the dense one."""
-
-    window_nlls: list[float]
-    kl_to_dense: float
-    top1_to_dense: float
-    seconds: float
 
 
 @click.command()
@@ -237,7 +221,7 @@ def dense_row(loaded: LoadedModel, windows: np.ndarray) -> dict[str, Any]:
     layers = decoder_structure(loaded.model)
     linear = sum(sum(g.out_features) * g.in_features for layer in layers for g in layer.groups)
     session = TorchSession(loaded.model, DENSE)
-    quality = measure_quality(session, None, windows)
+    quality = measure_quality(session, None, windows, note)
     return {
         "method": DENSE,
         "kept_fraction": 1.0,
@@ -267,7 +251,7 @@ def compressed_row(
     seconds = time.perf_counter() - started
     note(f"{name}: compressed in {seconds:.0f} s, now measuring")
     sessions = TorchSession(done.model, name), TorchSession(loaded.model, DENSE)
-    quality = measure_quality(*sessions, tests.tokens.numpy())
+    quality = measure_quality(*sessions, tests.tokens.numpy(), note)
     interpolations = [group.get("largest_interpolation") for group in done.groups]
     return {
         "method": name,
@@ -280,49 +264,6 @@ def compressed_row(
     }
 
 
-def measure_quality(
-    session: TorchSession, dense: TorchSession | None, windows: np.ndarray
-) -> Quality:
-    """Run the windows, int64 [W, L], through a model and the dense one side by side.
-
-    `dense` is None for the dense model itself. No more than CHUNK_TOKENS rows of logits of each
-    exist at a time.
-    """
-    started = time.perf_counter()
-    nlls: list[float] = []
-    divergences: list[np.ndarray] = []
-    hits: list[np.ndarray] = []
-    for place, window in enumerate(windows):
-        own: list[np.ndarray] = []
-        for logits, reference, targets in logits_of(session, dense, window):
-            own.append(nll_per_token(logits, targets))
-            if reference is not None:
-                divergences.append(kl_per_token(reference, logits))
-                hits.append(reference.argmax(axis=-1) == logits.argmax(axis=-1))
-        nlls.append(float(np.concatenate(own).mean()))
-        note(f"  window {place + 1} of {len(windows)}: perplexity {np.exp(np.mean(nlls)):.2f}")
-    return Quality(
-        window_nlls=nlls,
-        kl_to_dense=float(np.concatenate(divergences).mean()) if dense else 0.0,
-        top1_to_dense=float(np.concatenate(hits).mean()) if dense else 1.0,
-        seconds=round(time.perf_counter() - started, 1),
-    )
-
-
-def logits_of(
-    session: TorchSession, dense: TorchSession | None, window: np.ndarray
-) -> Iterator[tuple[np.ndarray, np.ndarray | None, np.ndarray]]:
-    """Chunk by chunk of one window, int64 [L]: logits, dense logits, the tokens to predict."""
-    session.reset()
-    if dense is not None:
-        dense.reset()
-    inputs, targets = window[:-1], window[1:]
-    for start in range(0, len(inputs), CHUNK_TOKENS):
-        part = slice(start, start + CHUNK_TOKENS)
-        reference = None if dense is None else dense.forward(inputs[None, part])[0]
-        yield session.forward(inputs[None, part])[0], reference, targets[part]
-
-
 def quality_fields(quality: Quality, dense_nlls: np.ndarray | None) -> dict[str, Any]:
     """What the row says of a model's quality."""
     nlls = np.array(quality.window_nlls)
@@ -333,8 +274,8 @@ def quality_fields(quality: Quality, dense_nlls: np.ndarray | None) -> dict[str,
         "perplexity_standard_error": error,
         "log_perplexity_change": change,
         "log_perplexity_change_standard_error": change_error,
-        "kl_to_dense": quality.kl_to_dense,
-        "top1_to_dense": quality.top1_to_dense,
+        "kl_to_dense": 0.0 if quality.kl is None else quality.kl,
+        "top1_to_dense": 1.0 if quality.top1 is None else quality.top1,
         "window_nlls": quality.window_nlls,
         "measure_seconds": quality.seconds,
     }

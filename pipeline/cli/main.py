@@ -17,10 +17,12 @@ from pipeline.errors import InterruptedRun, PipelineError, ResourceError
 VERBS = {
     "build": "pipeline.cli.build",
     "compress": "pipeline.cli.compress",
+    "recover": "pipeline.cli.recover",
     "export": "pipeline.cli.export",
     "export-dense": "pipeline.cli.export_dense",
     "engine": "pipeline.cli.engine",
     "validate": "pipeline.cli.validate",
+    "evaluate": "pipeline.cli.evaluate",
     "run": "pipeline.cli.run",
     "inspect": "pipeline.cli.inspect",
     "doctor": "pipeline.cli.doctor",
@@ -78,7 +80,8 @@ def explain(error: BaseException) -> PipelineError | None:
         return error
     if isinstance(error, (KeyboardInterrupt, click.exceptions.Abort)):
         return InterruptedRun(
-            "Interrupted.", change="the same command with --resume continues a compress or a build"
+            "Interrupted.",
+            change="the same command with --resume continues a compress, a recover or a build",
         )
     if isinstance(error, MemoryError):
         return ResourceError("Out of memory.", change="use a smaller model or fewer tokens")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -34,5 +34,18 @@ class Session(Protocol):
 
         Raises:
             pipeline.errors.InputError: more tokens than `max_length` allows.
+        """
+        ...
+
+
+@runtime_checkable
+class RepeatingSession(Session, Protocol):
+    """A session that can go on from one sequence in several ways, without reading it again."""
+
+    def repeat(self, rows: int) -> None:
+        """Make the one sequence in the cache into `rows` equal ones, for later calls to continue.
+
+        Raises:
+            pipeline.errors.InputError: the cache holds several sequences.
         """
         ...

@@ -65,3 +65,13 @@ class TorchSession:
         self._length += count
         self._rows = rows
         return output.logits.float().cpu().numpy()
+
+    def repeat(self, rows: int) -> None:
+        """Make the one sequence in the cache into `rows` equal ones.
+
+        Raises:
+            InputError: the cache holds several sequences.
+        """
+        require_batch(1, self._rows, self.name)
+        self._cache.batch_repeat_interleave(rows)
+        self._rows = rows

@@ -24,6 +24,7 @@ GPU = target.Machine(target.Gpu("a Jetson Orin", target.ORIN), has_standard=Fals
         ("tensorrt_rtx", "rtx", ["build", "-m", "{model}", "-o", "{output}", "--target", "sm86"]),
         ("tensorrt", "trt", ["engine", "{onnx}", "-o", "{output}", "--target", "orin"]),
         ("tensorrt", "trt", ["build", "-m", "{model}", "-o", "{output}", "--target", "tensorrt"]),
+        ("lm_eval", "eval", ["evaluate", "{model}", "--tasks", "q.jsonl", "-o", "{output}"]),
         ("datasets", "hub", ["compress", "-m", "{model}", "-o", "{output}", "--calibration", "c4"]),
     ],
 )

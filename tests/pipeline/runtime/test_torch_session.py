@@ -6,6 +6,7 @@ import torch
 
 from pipeline.errors import InputError
 from pipeline.runtime.torch_session import TorchSession
+from tests.families import FAMILIES, tiny_model
 from tests.tiny_decoder import MAX_LENGTH, VOCAB_SIZE, tiny_llama
 
 
@@ -31,3 +32,17 @@ def test_limits_come_from_the_model_unless_given() -> None:
     session = TorchSession(tiny_llama(), max_length=4)
     with pytest.raises(InputError, match="at most 4"):
         session.forward(np.ones((1, 5), dtype=np.int64))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_repeated_sequence_goes_on_as_if_it_had_been_read_in_every_row(family: str) -> None:
+    tokens = np.random.default_rng(0).integers(0, VOCAB_SIZE, (3, 24))
+    tokens[1:, :16] = tokens[0, :16]
+    session = TorchSession(tiny_model(family))
+    expected = session.forward(tokens)[:, 16:]
+    session.reset()
+    session.forward(tokens[:1, :16])
+    session.repeat(3)
+    np.testing.assert_allclose(session.forward(tokens[:, 16:]), expected, atol=5e-5)
+    with pytest.raises(InputError, match="batch size"):
+        session.repeat(2)

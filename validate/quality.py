@@ -1,0 +1,114 @@
+"""How well a session predicts a text, and how far it is from a reference session on the same text.
+
+Both sessions run side by side, so that no logits need be kept.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.runtime.session import Session
+from validate.metrics import kl_per_token, nll_per_token
+from validate.perplexity import CHUNK_TOKENS
+
+
+@dataclass(frozen=True)
+class Quality:
+    """A session on windows of text; the last three lists are empty where there is no reference.
+
+    Attributes:
+        window_nlls: mean negative log-likelihood of each window, nats.
+        reference_nlls: the same, of the reference.
+        window_kls: mean KL(reference || session) per token of each window, nats.
+        window_agreements: fraction of each window's tokens at which both have the same likeliest
+            next token.
+        seconds: what measuring took, both sessions together.
+    """
+
+    window_nlls: list[float]
+    reference_nlls: list[float]
+    window_kls: list[float]
+    window_agreements: list[float]
+    seconds: float
+
+    @property
+    def kl(self) -> float | None:
+        """Mean KL(reference || session) per token, nats; windows are equally long."""
+        return float(np.mean(self.window_kls)) if self.window_kls else None
+
+    @property
+    def top1(self) -> float | None:
+        """Fraction of all tokens at which both have the same likeliest next token."""
+        return float(np.mean(self.window_agreements)) if self.window_agreements else None
+
+
+def measure_quality(
+    session: Session,
+    reference: Session | None,
+    windows: np.ndarray,
+    tell: Callable[[str], None] = lambda message: None,
+) -> Quality:
+    """Run windows through a session and, side by side, through the reference.
+
+    No more than CHUNK_TOKENS rows of logits of each exist at a time.
+
+    Args:
+        session: what is tested.
+        reference: what it should be like; None measures the session alone.
+        windows: int64 [W, L]; each starts on an empty cache and predicts its tokens after the
+            first.
+        tell: is given a line of progress after each window.
+
+    Raises:
+        InputError: a window is longer than a session's cache.
+    """
+    started = time.perf_counter()
+    columns: list[np.ndarray] = []  # [nll] or [nll, reference nll, kl, agreement], a window each
+    for place, window in enumerate(windows):
+        parts = [measure_chunk(*chunk) for chunk in logits_of(session, reference, window)]
+        columns.append(np.concatenate(parts, axis=1).mean(axis=1))
+        perplexity = np.exp(np.mean([column[0] for column in columns]))
+        tell(f"  window {place + 1} of {len(windows)}: perplexity {perplexity:.2f}")
+    own, *others = np.stack(columns, axis=1).tolist()
+    reference_nlls, kls, agreements = others or ([], [], [])
+    seconds = round(time.perf_counter() - started, 1)
+    return Quality(own, reference_nlls, kls, agreements, seconds)
+
+
+def measure_chunk(
+    logits: np.ndarray, reference: np.ndarray | None, targets: np.ndarray
+) -> np.ndarray:
+    """What there is to know of each token of a chunk.
+
+    Args:
+        logits: float32 [S, V].
+        reference: float32 [S, V], or None.
+        targets: int64 [S], the tokens to predict.
+
+    Returns:
+        float64 [1, S]: NLL, nats; with a reference [4, S]: NLL, its NLL, KL, 1 for agreement.
+    """
+    own = nll_per_token(logits, targets)
+    if reference is None:
+        return own[None]
+    same = (reference.argmax(axis=-1) == logits.argmax(axis=-1)).astype(np.float64)
+    divergences = kl_per_token(reference, logits)
+    return np.stack([own, nll_per_token(reference, targets), divergences, same])
+
+
+def logits_of(
+    session: Session, reference: Session | None, window: np.ndarray
+) -> Iterator[tuple[np.ndarray, np.ndarray | None, np.ndarray]]:
+    """Chunk by chunk of one window, int64 [L]: logits, reference logits, tokens to predict."""
+    session.reset()
+    if reference is not None:
+        reference.reset()
+    inputs, targets = window[:-1], window[1:]
+    for start in range(0, len(inputs), CHUNK_TOKENS):
+        part = slice(start, start + CHUNK_TOKENS)
+        others = None if reference is None else reference.forward(inputs[None, part])[0]
+        yield session.forward(inputs[None, part])[0], others, targets[part]
