@@ -51,6 +51,7 @@ DISTRIBUTIONS = {
     "tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"),
     "tensorrt-rtx": ("tensorrt-rtx-cu13", "tensorrt-rtx-cu12", "tensorrt-rtx"),
     "polygraphy": ("polygraphy",),
+    "peft": ("peft",),
 }
 
 
@@ -252,6 +253,7 @@ def stages(machine: Machine) -> list[Verdict]:
     """Each stage of the pipeline: does it work on this machine, and why."""
     return [
         needs("compress", machine, ("torch", "transformers"), "needs no GPU"),
+        needs("recover", machine, ("torch", "transformers", "peft"), "needs no GPU"),
         needs("export", machine, ("torch", "transformers", "onnx", "onnxscript"), "needs no GPU"),
         judge_onnx_cpu(machine),
         needs("genai", machine, ("onnxruntime-genai",), "runs the export by its genai_config.json"),
@@ -267,6 +269,7 @@ EXTRA_OF = {
     "onnxruntime-genai": "cpu",
     "tensorrt": "trt",
     "tensorrt-rtx": "rtx",
+    "peft": "recover",
 }
 
 

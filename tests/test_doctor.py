@@ -48,11 +48,17 @@ def test_without_a_gpu_rtx_engines_are_built_but_not_run() -> None:
         assert "nvidia-smi is not installed" in verdict(PLAIN, stage).why
 
 
-def test_missing_package_names_the_extra_that_brings_it() -> None:
-    found = verdict(PLAIN, "genai")
+@pytest.mark.parametrize(
+    ("stage", "package", "extra"),
+    [("genai", "onnxruntime-genai", "cpu"), ("recover", "peft", "recover")],
+)
+def test_missing_package_names_the_extra_that_brings_it(
+    stage: str, package: str, extra: str
+) -> None:
+    found = verdict(PLAIN, stage)
     assert not found.works
-    assert "onnxruntime-genai" in found.why
-    assert "EXTRAS=cpu" in found.why
+    assert package in found.why
+    assert f"EXTRAS={extra}" in found.why
 
 
 def test_rtx_engine_runs_on_an_rtx_card_and_not_on_a_hopper() -> None:

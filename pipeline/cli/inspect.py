@@ -99,6 +99,8 @@ def _checkpoint_facts(record: dict[str, Any], folder: Path) -> dict[str, Any]:
     for group in record["groups"]:
         forms[group["form"]] = forms.get(group["form"], 0) + 1
     chosen = {name: recipe[name] for name in ("model", "dtype", "settings", "calibration")}
+    if "recovery" in recipe:
+        chosen["loss on held-out windows"] = recipe["recovery"]["loss"]
     return chosen | {"groups": forms} | record["totals"]
 
 

@@ -40,7 +40,8 @@ Without either, transformers fills the factored layers with random numbers and o
 | weights stored as | {dtype} |
 
 `recipe.json` says how it was made, `plan.json` the rank of every group, `report.json` the error
-of every group. No fine-tuning took place. Quality was not measured here: `skipcat validate` does.
+of every group{error_time}. {fine_tuning}
+Quality was not measured here: `skipcat validate` does.
 """
 
 
@@ -56,6 +57,8 @@ def model_card(recipe: dict[str, Any], report: dict[str, Any]) -> str:
         else "",
         skip=", Skip (block-skip form, strong rank-revealing QR)" if settings["skip"] else "",
         dtype=recipe["dtype"],
+        error_time=" when it was compressed" if "recovery" in recipe else "",
+        fine_tuning=fine_tuning(recipe),
         windows=text["windows"],
         window_length=text["window_length"],
         source=text["source"],
@@ -72,4 +75,27 @@ def model_card(recipe: dict[str, Any], report: dict[str, Any]) -> str:
                 "largest",
             )
         },
+    )
+
+
+def fine_tuning(recipe: dict[str, Any]) -> str:
+    """What the card says of the training after the compression, or of its absence."""
+    if "recovery" not in recipe:
+        return "No fine-tuning took place."
+    recovery = recipe["recovery"]
+    settings, text, objective = recovery["settings"], recovery["text"], recovery["objective"]
+    loss = recovery["loss"][objective]
+    source = text["source"] if text["source"] != "self" else f"{settings['teacher']} itself"
+    aims = {
+        "next_token": "next-token cross entropy",
+        "distillation": f"KL divergence from {settings['teacher']}",
+    }
+    earlier = "These were not the first: `recipe.json` has the earlier ones. "
+    return (
+        f"The factors were then fine-tuned with adapters of rank {settings['lora_rank']},\n"
+        f"merged into them: {settings['steps']} steps of {settings['batch_size']} windows of "
+        f"{text['window_length']} tokens from {source}, seed {text['seed']}.\n"
+        f"{earlier if 'earlier' in recovery else ''}"
+        f"On the {recovery['held_out_windows']} windows held out, the {aims[objective]},\n"
+        f"in nats per token, was {loss['before']:.4f} before and {loss['after']:.4f} after."
     )

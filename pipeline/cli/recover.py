@@ -1,0 +1,75 @@
+"""`skipcat recover`: fine-tune the factors of a compressed checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pipeline.cli import options
+
+
+@click.command("recover")
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@options.output
+@click.option(
+    "--text",
+    required=True,
+    help="A text file, 'wikitext2+c4' from the hub, or 'self': text that the teacher generates.",
+)
+@click.option(
+    "--teacher",
+    help="The original model: train towards its distribution instead of the text's next tokens.",
+)
+@click.option("--steps", type=int, required=True, help="Steps of the optimizer.")
+@click.option("--lora-rank", type=int, default=8, show_default=True)
+@click.option("--lora-alpha", type=int, default=16, show_default=True)
+@click.option("--learning-rate", type=float, default=1e-4, show_default=True)
+@click.option("--batch-size", type=int, default=4, show_default=True, help="Windows in a step.")
+@click.option(
+    "--windows",
+    type=int,
+    help="Windows to take, a tenth of them held out; by default as many as the steps read once.",
+)
+@click.option("--window-length", type=int, default=512, show_default=True)
+@click.option("--bfloat16", is_flag=True, help="Multiply in bfloat16; weights stay float32.")
+@click.option("--device", default="cpu", show_default=True, help="Of torch: cpu, cuda, cuda:1.")
+@options.seed
+@options.trust_remote_code
+@options.overwrite
+@options.resume
+@options.json_output
+def command(
+    checkpoint: Path, output: Path, overwrite: bool, resume: bool, as_json: bool, **settings: Any
+) -> None:
+    """Win back some of what compression cost, at the same ranks and the same size.
+
+    Adapters of low rank are trained on the factors and merged into them; the result is an ordinary
+    compressed checkpoint. A run that was interrupted continues with --resume and ends the same;
+    one that diverged, with a smaller --learning-rate as well.
+
+    \b
+    skipcat recover small -o better --text train.txt --steps 500
+    skipcat recover small -o better --text self --teacher smollm2-135m --steps 500
+    """  # noqa: D301 - click reads the escape
+    from pipeline.artefact import refuse_existing
+
+    refuse_existing(output, overwrite=overwrite)  # before torch is loaded
+
+    from pipeline.recover.recover import recover_to_folder
+    from pipeline.recover.request import RecoverRequest
+
+    request = RecoverRequest(checkpoint, **settings)
+    recovery = recover_to_folder(request, output, overwrite=overwrite, resume=resume)
+    if as_json:
+        click.echo(json.dumps(recovery, indent=2))
+        return
+    names = {"next_token": "cross entropy of the next token", "distillation": "KL to the teacher"}
+    for name, loss in recovery["loss"].items():
+        click.echo(
+            f"{names[name]}: {loss['before']:.4f} before, {loss['after']:.4f} after, nats per "
+            f"token over {recovery['held_out_windows']} windows held out"
+        )
+    click.echo(f"{output}: same ranks, same size; next: skipcat export {output} -o {output}-onnx")

@@ -1,0 +1,1 @@
+"""Recovery: fine-tune the factors of a compressed checkpoint; same ranks, same size."""

@@ -1,0 +1,293 @@
+"""From a compressed checkpoint to a fine-tuned one of the same ranks and size, on disk."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import shutil
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers import PreTrainedModel
+
+from pipeline.artefact import partial_path, sha256_of_file, staged_folder, write_json, write_text
+from pipeline.calibrate.text import TokenBatch
+from pipeline.compress.card import model_card
+from pipeline.compress.checkpoint import load_checkpoint, save_checkpoint
+from pipeline.errors import InputError, PipelineError, ResourceError
+from pipeline.model.load import LoadedModel, load_model
+from pipeline.model.source import Source
+from pipeline.progress import note
+from pipeline.provenance import provenance
+from pipeline.recover.adapters import attach, largest_interpolations, merge_
+from pipeline.recover.objective import distillation_loss, next_token_loss
+from pipeline.recover.request import RecoverRequest, Subject, require_recoverable
+from pipeline.recover.schedule import held_out
+from pipeline.recover.text import recovery_windows
+from pipeline.recover.train import Loss, Progress, mean_loss, train_
+
+SCHEMA = 1
+WORK = "training"
+
+
+def recover_to_folder(
+    request: RecoverRequest, output: Path, *, overwrite: bool = False, resume: bool = False
+) -> dict[str, Any]:
+    """Fine-tune the factors of a checkpoint and write the result as another.
+
+    The unfinished folder is kept when the run is interrupted or fails, and `resume` continues it.
+
+    Args:
+        request: what to do.
+        output: the folder to write.
+        overwrite: replace it if it exists.
+        resume: continue an unfinished run of the same request; the learning rate may differ.
+
+    Returns:
+        The `recovery` section of recipe.json.
+
+    Raises:
+        PipelineError: bad input, training that diverged, or not enough disk.
+    """
+    request.check()
+    started = time.monotonic()
+    subject = require_recoverable(request)
+    if partial_path(output).exists() and not resume:
+        note(f"an unfinished run in {partial_path(output)} is discarded (--resume continues one)")
+        _discard(partial_path(output))
+    student, teacher = _load(request, subject)
+    stored_bytes = sum(path.stat().st_size for path in request.checkpoint.glob("*.safetensors"))
+    with staged_folder(
+        output, overwrite=overwrite, resume=True, required_bytes=2 * stored_bytes
+    ) as folder:
+        work = folder / WORK
+        work.mkdir(exist_ok=True)
+        text = recovery_windows(
+            request.text,
+            teacher if teacher and request.text == "self" else student,
+            count=request.window_count,
+            length=request.window_length,
+            seed=request.seed,
+            kept=work / "tokens.safetensors",
+        )
+        identity = _identity(request, text)
+        _require_same_run(identity, work / "run.json")
+        model, measured, progress = _train(request, subject, student, teacher, text, work)
+        recovery = _section(identity, subject, text, measured, progress)
+        recovery["seconds"] = time.monotonic() - started
+        _write(folder, request, subject, model, recovery)
+        write_json(folder / "recovery.json", {"schema": SCHEMA, "losses": progress.losses})
+        _discard(work)
+    return recovery
+
+
+def _load(request: RecoverRequest, subject: Subject) -> tuple[LoadedModel, LoadedModel | None]:
+    """Student and teacher, in float32."""
+    teacher = None
+    if request.teacher is not None:
+        teacher = load_model(
+            request.teacher,
+            trust_remote_code=request.trust_remote_code,
+            window_length=request.window_length,
+        )
+        _require_same_vocabulary(request.teacher, subject, teacher)
+        teacher.model.requires_grad_(False)
+    model = load_checkpoint(request.checkpoint, dtype=torch.float32)
+    # With it, save_pretrained would ignore the state that it is given.
+    del model.hf_quantizer
+    model.is_quantized = False
+    name = str(request.checkpoint)
+    return LoadedModel(model, subject.tokenizer, Source(name, "folder", name)), teacher
+
+
+def _require_same_vocabulary(name: str, subject: Subject, teacher: LoadedModel) -> None:
+    """Refuse a teacher whose logits are about other tokens than the student's."""
+    sizes = teacher.model.config.get_text_config().vocab_size, subject.vocabulary_size
+    if sizes[0] == sizes[1] and teacher.tokenizer.get_vocab() == subject.tokenizer.get_vocab():
+        return
+    raise InputError(
+        "The teacher has another vocabulary than the checkpoint.",
+        where=name,
+        observed=f"{len(teacher.tokenizer)} tokens, {sizes[0]} logits",
+        expected=f"the tokens of the checkpoint: {len(subject.tokenizer)}, {sizes[1]} logits",
+        change="pass the model that the checkpoint was made from",
+    )
+
+
+def _identity(request: RecoverRequest, text: TokenBatch) -> dict[str, Any]:
+    """All that the result depends on, as JSON holds it."""
+    weights = {path.name: sha256_of_file(path) for path in _weight_files(request.checkpoint)}
+    settings = asdict(request) | {"checkpoint": str(request.checkpoint)}
+    return settings | {"weights_sha256": weights, "text_sha256": text.describe()["sha256"]}
+
+
+def _require_same_run(identity: dict[str, Any], record: Path) -> None:
+    """Refuse to go on with a run that other settings began; note them if none did.
+
+    The learning rate may change, because a run that diverged needs a smaller one.
+    """
+    settings = {name: value for name, value in identity.items() if name != "learning_rate"}
+    if not record.exists():
+        write_json(record, settings)
+        return
+    earlier = json.loads(record.read_text(encoding="utf-8"))
+    changed = [name for name in settings if earlier.get(name) != settings[name]]
+    if changed:
+        raise InputError(
+            "The unfinished run was started with other settings.",
+            where=record.parent,
+            observed=f"differs in {', '.join(changed)}",
+            change="repeat the earlier settings, or start afresh without --resume",
+        )
+
+
+def losses_of(model: Any, teacher: PreTrainedModel | None) -> dict[str, Loss]:
+    """The losses of a model, by name; the last is the one to train on.
+
+    Args:
+        model: gives logits for int64 [B, T].
+        teacher: the model to come near to, if there is one.
+    """
+
+    def next_token(batch: torch.Tensor) -> torch.Tensor:
+        return next_token_loss(model(batch, use_cache=False).logits, batch)
+
+    def distillation(batch: torch.Tensor) -> torch.Tensor:
+        assert teacher is not None
+        with torch.no_grad():
+            target = teacher(batch, use_cache=False).logits
+        return distillation_loss(model(batch, use_cache=False).logits, target)
+
+    losses: dict[str, Loss] = {"next_token": next_token}
+    return losses if teacher is None else losses | {"distillation": distillation}
+
+
+def _train(
+    request: RecoverRequest,
+    subject: Subject,
+    student: LoadedModel,
+    teacher: LoadedModel | None,
+    text: TokenBatch,
+    work: Path,
+) -> tuple[PreTrainedModel, dict[str, dict[str, float]], Progress]:
+    """Train, merge, and measure before and after; the model as it will be stored."""
+    device = torch.device(request.device)
+    guide = None if teacher is None else teacher.model.to(device)
+    tokens = text.tokens.to(device)
+    measured = tokens[-held_out(len(tokens)) :]
+    adapted = attach(student.model.to(device), request.lora_rank, request.lora_alpha, request.seed)
+    losses = losses_of(adapted, guide)
+    objective = list(losses.values())[-1]
+
+    def training_loss(batch: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=request.bfloat16):
+            return objective(batch)
+
+    before = _measure(losses, measured, request.batch_size)
+    progress = train_(
+        adapted,
+        training_loss,
+        tokens[: -len(measured)],
+        request.schedule,
+        work / "state.safetensors",
+    )
+    model = merge_(adapted, subject.dtype)
+    after = _measure(losses_of(model, guide), measured, request.batch_size)
+    pairs = {name: {"before": before[name], "after": after[name]} for name in losses}
+    return model.cpu(), pairs, progress
+
+
+def _measure(losses: dict[str, Loss], windows: torch.Tensor, batch_size: int) -> dict[str, float]:
+    """Each loss on the held-out windows, nats per token."""
+    values = {name: mean_loss(loss, windows, batch_size) for name, loss in losses.items()}
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise InputError(
+                "A loss on the held-out windows is not finite.",
+                where=name,
+                observed=value,
+                change="validate the checkpoint, or train with a smaller --learning-rate",
+            )
+    return values
+
+
+def _section(
+    identity: dict[str, Any],
+    subject: Subject,
+    text: TokenBatch,
+    measured: dict[str, dict[str, float]],
+    progress: Progress,
+) -> dict[str, Any]:
+    """The `recovery` section of recipe.json; `earlier` holds that of a recovery before this one."""
+    section = {
+        "method": "LoRA on every factor, merged",
+        "objective": list(measured)[-1],
+        "settings": identity,
+        "learning_rates": progress.learning_rates,
+        "text": text.describe(),
+        "held_out_windows": held_out(len(text.tokens)),
+        "loss": measured,
+        "peft": importlib.metadata.version("peft"),
+        "provenance": provenance(),
+    }
+    earlier = subject.recipe.get("recovery")
+    return section | ({"earlier": earlier} if earlier else {})
+
+
+def _write(
+    folder: Path,
+    request: RecoverRequest,
+    subject: Subject,
+    model: PreTrainedModel,
+    recovery: dict[str, Any],
+) -> None:
+    """The checkpoint and its records; the plan is that of the compression."""
+    save_checkpoint(model, subject.tokenizer, subject.modules, folder, subject.dtype)
+    require_same_tensors(request.checkpoint, folder)
+    recipe = subject.recipe | {"recovery": recovery}
+    report = largest_interpolations(subject.report, model)
+    plan = request.checkpoint / "plan.json"
+    if plan.exists():
+        shutil.copyfile(plan, folder / "plan.json")
+    write_json(folder / "recipe.json", recipe)
+    write_json(folder / "report.json", report)
+    write_text(folder / "README.md", model_card(recipe, report))
+
+
+def require_same_tensors(before: Path, after: Path) -> None:
+    """Raise PipelineError unless two folders hold tensors of the same names, types and shapes.
+
+    The same modules are factored, at the same ranks, and the weights take the same bytes.
+    """
+    first, second = _tensors(before), _tensors(after)
+    if first != second:
+        odd = sorted({name for name, _ in first.items() ^ second.items()})
+        raise PipelineError(
+            "Recovery changed the tensors of the checkpoint.", where=", ".join(odd[:4])
+        )
+
+
+def _tensors(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    found = {}
+    for path in _weight_files(folder):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 - not a dict
+                entry = file.get_slice(name)
+                found[name] = (entry.get_dtype(), tuple(entry.get_shape()))
+    return found
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors"))
+
+
+def _discard(folder: Path) -> None:
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        raise ResourceError("A working folder cannot be removed.", where=folder) from error

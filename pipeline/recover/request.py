@@ -1,0 +1,176 @@
+"""What a recovery is asked to do, and what is refused before any weights are read."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+
+from pipeline.calibrate.text import require_text
+from pipeline.compress.checkpoint import read_recipe, read_report, require_checkpoint
+from pipeline.compress.recipe import DTYPES
+from pipeline.errors import InputError, UsageError
+from pipeline.model.load import refuse_long_windows
+from pipeline.recover.adapters import require_peft
+from pipeline.recover.schedule import Schedule, windows_needed
+
+
+@dataclass(frozen=True)
+class RecoverRequest:
+    """What to fine-tune, on what, and for how long.
+
+    Attributes:
+        checkpoint: a compressed checkpoint's folder.
+        text: a text file, `wikitext2+c4`, or `self`: sampled from the teacher.
+        teacher: model whose distribution is the target; None for the text's own next tokens.
+        steps: of the optimizer.
+        lora_rank: of the adapter of each factor.
+        lora_alpha: an adapter adds alpha / rank times its product.
+        learning_rate: the highest, after the warm-up.
+        batch_size: windows in each step.
+        windows: taken from the text, a tenth of them held out; None for as many as the steps can
+            read once.
+        window_length: tokens in each.
+        seed: of the windows, their order and the adapters.
+        bfloat16: multiply in bfloat16 where torch's autocast does; weights stay float32.
+        device: of torch, where the steps are taken.
+        trust_remote_code: let the teacher's own code run.
+    """
+
+    checkpoint: Path
+    text: str
+    steps: int
+    teacher: str | None = None
+    lora_rank: int = 8
+    lora_alpha: int = 16
+    learning_rate: float = 1e-4
+    batch_size: int = 4
+    windows: int | None = None
+    window_length: int = 512
+    seed: int = 0
+    bfloat16: bool = False
+    device: str = "cpu"
+    trust_remote_code: bool = False
+
+    @property
+    def window_count(self) -> int:
+        """Windows to take from the text, held-out ones included."""
+        return self.windows or windows_needed(self.steps, self.batch_size)
+
+    @property
+    def schedule(self) -> Schedule:
+        """The steps to take."""
+        return Schedule(self.steps, self.batch_size, self.learning_rate, self.seed)
+
+    def check(self) -> None:
+        """Refuse values that cannot be meant, before any file is opened.
+
+        Raises:
+            UsageError: names the value and its range.
+        """
+        least = {"steps": 1, "lora_rank": 1, "lora_alpha": 1, "batch_size": 1, "window_length": 2}
+        if self.windows is not None:
+            least["windows"] = windows_needed(1, max(1, self.batch_size))
+        for name, smallest in least.items():
+            if getattr(self, name) < smallest:
+                raise UsageError(
+                    "A count is too small.",
+                    where="--" + name.replace("_", "-"),
+                    observed=getattr(self, name),
+                    expected=f"at least {smallest}",
+                )
+        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
+            raise UsageError(
+                "The learning rate is out of range.",
+                where="--learning-rate",
+                observed=self.learning_rate,
+                expected="a number above 0",
+            )
+        if self.text == "self" and self.teacher is None:
+            # The expected gradient of the cross entropy of a model's own samples is zero.
+            raise UsageError(
+                "A model learns nothing from text that it sampled itself.",
+                where="--text self",
+                expected="text sampled from the original model",
+                change="pass --teacher MODEL, or a text file",
+            )
+        _require_device(self.device)
+
+
+def _require_device(name: str) -> None:
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(
+            "torch cannot use this device.",
+            where="--device",
+            observed=f"{name}: {str(error).splitlines()[0]}",
+            change="pass --device cpu, or another that torch knows here",
+        ) from error
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A checkpoint that can be recovered, without its weights.
+
+    Attributes:
+        modules: its factored modules, as in `quantization_config.modules`.
+        recipe: recipe.json.
+        report: report.json.
+        tokenizer: its tokenizer.
+        dtype: that its weights are stored in.
+        vocabulary_size: logits that it gives.
+    """
+
+    modules: dict[str, dict[str, Any]]
+    recipe: dict[str, Any]
+    report: dict[str, Any]
+    tokenizer: PreTrainedTokenizerBase
+    dtype: torch.dtype
+    vocabulary_size: int
+
+
+def require_recoverable(request: RecoverRequest) -> Subject:
+    """Read all of a checkpoint but its weights, and refuse what would fail later.
+
+    Raises:
+        InputError: not a compressed checkpoint, its records are missing, or too little text.
+        MissingPackageError: peft is not installed.
+        UsageError: windows longer than the model's context.
+    """
+    require_peft()
+    folder = request.checkpoint
+    require_checkpoint(folder)
+    modules = _factored_modules(folder)
+    recipe, report = read_recipe(folder), read_report(folder)
+    for name, record in (("recipe.json", recipe), ("report.json", report)):
+        if not record:
+            raise InputError(
+                "A record of the checkpoint is missing.",
+                where=folder / name,
+                change="copy the whole folder that skipcat compress wrote",
+            )
+    config = AutoConfig.from_pretrained(folder)
+    refuse_long_windows("--window-length", request.window_length, config)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    require_text(request.text, tokenizer, count=request.window_count, length=request.window_length)
+    vocabulary_size = config.get_text_config().vocab_size
+    return Subject(modules, recipe, report, tokenizer, DTYPES[recipe["dtype"]], vocabulary_size)
+
+
+def _factored_modules(folder: Path) -> dict[str, dict[str, Any]]:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    modules = (config.get("quantization_config") or {}).get("modules")
+    if not modules:
+        raise InputError(
+            "The checkpoint has no factored layers.",
+            where=folder / "config.json",
+            observed="a model that skipcat did not compress, or kept dense throughout",
+            expected="a folder that skipcat compress wrote",
+        )
+    return modules

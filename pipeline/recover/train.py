@@ -1,0 +1,169 @@
+"""The training loop, and its state on disk."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from pipeline.errors import InputError
+from pipeline.progress import track
+from pipeline.recover.schedule import Schedule
+
+Loss = Callable[[torch.Tensor], torch.Tensor]
+SECONDS_BETWEEN_SAVES = 60.0
+LARGEST_GRADIENT = 1.0
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+
+
+@dataclass
+class Progress:
+    """How far a run has come.
+
+    Attributes:
+        step: steps finished.
+        losses: training loss before each of them, nats per token.
+        learning_rates: first step (as text, for JSON) -> highest learning rate from there on.
+    """
+
+    step: int = 0
+    losses: list[float] = field(default_factory=list)
+    learning_rates: dict[str, float] = field(default_factory=dict)
+
+
+class TrainingState:
+    """Parameters and moments of a run in one file, replaced as a whole.
+
+    Args:
+        path: of the file; need not exist.
+        parameters: those that are trained, by name.
+        optimizer: an AdamW over them, in the same order.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        parameters: dict[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+    ) -> None:
+        self.path, self.parameters, self.optimizer = path, parameters, optimizer
+
+    def save(self, progress: Progress) -> None:
+        """Write all that the next step depends on, aside and then renamed."""
+        tensors = {f"value/{name}": value.detach() for name, value in self.parameters.items()}
+        for name, parameter in self.parameters.items():
+            moments = self.optimizer.state.get(parameter, {})
+            tensors |= {f"{kind}/{name}": tensor for kind, tensor in moments.items()}
+        aside = self.path.with_suffix(".writing")
+        save_file(tensors, aside, {"progress": json.dumps(asdict(progress))})
+        aside.replace(self.path)
+
+    def load_(self) -> Progress:
+        """Put parameters and moments where they were; the start of a run if there is no file.
+
+        Raises:
+            InputError: the file is broken, or of other parameters.
+        """
+        if not self.path.exists():
+            return Progress()
+        try:
+            with safe_open(self.path, "pt") as file:
+                progress = Progress(**json.loads(file.metadata()["progress"]))
+            self._put_back(load_file(self.path))
+        except Exception as error:
+            raise InputError(
+                "The state of the unfinished run cannot be read.",
+                where=self.path,
+                observed=f"{type(error).__name__}: {error}",
+                change="start afresh without --resume",
+            ) from error
+        return progress
+
+    @torch.no_grad()
+    def _put_back(self, tensors: dict[str, torch.Tensor]) -> None:
+        moments = {}
+        for index, (name, parameter) in enumerate(self.parameters.items()):
+            parameter.copy_(tensors[f"value/{name}"])
+            if f"step/{name}" in tensors:
+                moments[index] = {kind: tensors[f"{kind}/{name}"] for kind in MOMENTS}
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+
+
+def train_(
+    model: nn.Module, loss_of: Loss, windows: torch.Tensor, schedule: Schedule, path: Path
+) -> Progress:
+    """Take the steps of a schedule that an earlier run has not taken yet.
+
+    Nothing random is left in a step (no dropout, order of the windows from the seed), so that on
+    the CPU, with as many threads, a resumed run ends in the same bits as an uninterrupted one.
+
+    Args:
+        model: changed in place, in those of its parameters that require a gradient.
+        loss_of: the loss of a batch of windows, int64 [B, T], under the model.
+        windows: int64 [count, T].
+        schedule: which windows each step reads, and how far it goes.
+        path: where the state is kept from time to time.
+
+    Raises:
+        InputError: a loss or gradient that is not finite; the state on disk is from before it.
+    """
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(parameters.values(), weight_decay=0.0)
+    state = TrainingState(path, parameters, optimizer)
+    progress = state.load_()
+    if schedule.learning_rate not in list(progress.learning_rates.values())[-1:]:
+        progress.learning_rates[str(progress.step)] = schedule.learning_rate
+    saved = time.monotonic()
+    remaining = range(progress.step, schedule.steps)
+    for step in track(remaining, "recover, step"):
+        chosen = torch.from_numpy(schedule.windows_at(step, len(windows)))
+        optimizer.zero_grad()
+        loss = loss_of(windows[chosen])
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(parameters.values(), LARGEST_GRADIENT)
+        _require_finite(step, loss.item(), norm.item(), path)
+        # Before the update and after its check: what is kept is known to have a finite loss.
+        if time.monotonic() - saved >= SECONDS_BETWEEN_SAVES:
+            state.save(progress)
+            saved = time.monotonic()
+        optimizer.param_groups[0]["lr"] = schedule.rate_at(step)
+        optimizer.step()
+        progress.step = step + 1
+        progress.losses.append(loss.item())
+    return progress
+
+
+def _require_finite(step: int, loss: float, norm: float, path: Path) -> None:
+    if math.isfinite(loss) and math.isfinite(norm):
+        return
+    kept = path.exists()
+    raise InputError(
+        "Training diverged.",
+        where=f"step {step + 1}",
+        observed=f"loss {loss}, gradient norm {norm}",
+        expected="finite numbers",
+        change="a smaller --learning-rate, "
+        + ("with --resume from the last good state" if kept else "from the start"),
+    )
+
+
+@torch.no_grad()
+def mean_loss(loss_of: Loss, windows: torch.Tensor, batch_size: int) -> float:
+    """Mean over windows of a loss, float64 on the way.
+
+    Args:
+        loss_of: mean loss of a batch, int64 [B, T].
+        windows: int64 [count, T].
+        batch_size: the largest B.
+    """
+    total = sum(loss_of(batch).item() * len(batch) for batch in windows.split(batch_size))
+    return total / len(windows)

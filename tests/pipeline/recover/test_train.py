@@ -1,0 +1,170 @@
+"""Interrupted training ends in the same bits, and training that diverges says where."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from pipeline.errors import InputError
+from pipeline.recover import train
+from pipeline.recover.schedule import Schedule
+from pipeline.recover.train import Loss, Progress, mean_loss, train_
+
+SCHEDULE = Schedule(steps=12, batch_size=3, learning_rate=0.05, seed=3)
+WINDOWS = torch.randint(0, 7, (10, 6), generator=torch.Generator().manual_seed(0))
+
+
+class Bigrams(nn.Module):
+    """The smallest language model, with one parameter that is not trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(1)
+        self.table = nn.Parameter(torch.randn(7, 7, generator=generator))
+        self.bias = nn.Parameter(torch.randn(7, generator=generator))
+        self.frozen = nn.Parameter(torch.ones(7), requires_grad=False)
+
+    def loss(self, batch: torch.Tensor) -> torch.Tensor:
+        logits = self.table[batch[:, :-1]] * self.frozen + self.bias
+        return F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+
+
+class Stop(Exception):
+    """Stands for whatever ends a process."""
+
+
+def stopping(loss: Loss, at: int) -> Loss:
+    """The loss until its `at`-th call, counted from 0, which never returns."""
+    calls = iter(range(at))
+
+    def limited(batch: torch.Tensor) -> torch.Tensor:
+        if next(calls, None) is None:
+            raise Stop
+        return loss(batch)
+
+    return limited
+
+
+@pytest.fixture(autouse=True)
+def saving_at_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "SECONDS_BETWEEN_SAVES", 0.0)
+
+
+def uninterrupted(folder: Path, schedule: Schedule = SCHEDULE) -> tuple[Bigrams, Progress]:
+    model = Bigrams()
+    path = folder / "uninterrupted.safetensors"
+    return model, train_(model, model.loss, WINDOWS, schedule, path)
+
+
+def test_training_lowers_the_loss_and_leaves_frozen_parameters(tmp_path: Path) -> None:
+    before = mean_loss(Bigrams().loss, WINDOWS, 4)
+    model, progress = uninterrupted(tmp_path)
+    assert mean_loss(model.loss, WINDOWS, 4) < before
+    assert torch.equal(model.frozen, torch.ones(7))
+    assert progress.step == len(progress.losses) == 12
+
+
+@pytest.mark.parametrize("stops", [(0,), (1,), (7,), (11,), (2, 5, 1)])
+def test_a_resumed_run_ends_in_the_same_bits(stops: tuple[int, ...], tmp_path: Path) -> None:
+    path = tmp_path / "state.safetensors"
+    for stop in stops:
+        model = Bigrams()
+        with pytest.raises(Stop):
+            train_(model, stopping(model.loss, stop), WINDOWS, SCHEDULE, path)
+    model = Bigrams()
+    progress = train_(model, model.loss, WINDOWS, SCHEDULE, path)
+    expected, record = uninterrupted(tmp_path)
+    assert torch.equal(model.table, expected.table)
+    assert torch.equal(model.bias, expected.bias)
+    assert progress == record
+
+
+def test_steps_that_were_taken_are_not_taken_again(tmp_path: Path) -> None:
+    path = tmp_path / "state.safetensors"
+    model = Bigrams()
+    with pytest.raises(Stop):
+        train_(model, stopping(model.loss, 7), WINDOWS, SCHEDULE, path)
+    again = Bigrams()
+    # The state is from before the seventh update, which is taken again; then five are left.
+    train_(again, stopping(again.loss, 6), WINDOWS, SCHEDULE, path)
+
+
+def test_between_saves_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "SECONDS_BETWEEN_SAVES", 1e9)
+    uninterrupted(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def poisoned(loss: Loss, at: int, value: float) -> Loss:
+    """The loss, and at its `at`-th call one that is not finite, or has such a gradient."""
+    calls = iter(range(at))
+
+    def spoiled(batch: torch.Tensor) -> torch.Tensor:
+        return loss(batch) if next(calls, None) is not None else loss(batch) * value
+
+    return spoiled
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_names_its_step_and_keeps_the_state_before_it(
+    value: float, tmp_path: Path
+) -> None:
+    path = tmp_path / "state.safetensors"
+    model = Bigrams()
+    with pytest.raises(InputError, match="diverged") as caught:
+        train_(model, poisoned(model.loss, 5, value), WINDOWS, SCHEDULE, path)
+    assert caught.value.details["where"] == "step 6"
+    assert "--resume" in caught.value.details["change"]
+    again = Bigrams()
+    train_(again, again.loss, WINDOWS, SCHEDULE, path)
+    assert torch.equal(again.table, uninterrupted(tmp_path)[0].table)
+
+
+def test_a_gradient_that_is_not_finite_is_noticed_under_a_finite_loss(tmp_path: Path) -> None:
+    model = Bigrams()
+
+    def kinked(batch: torch.Tensor) -> torch.Tensor:
+        # The slope of the root is infinite at 0.
+        return model.loss(batch) + (model.bias - model.bias.detach()).abs().sum().sqrt()
+
+    with pytest.raises(InputError, match="diverged") as caught:
+        train_(model, kinked, WINDOWS, SCHEDULE, tmp_path / "state.safetensors")
+    assert caught.value.details["where"] == "step 1"
+    assert "from the start" in caught.value.details["change"]
+
+
+def test_a_learning_rate_that_changed_is_recorded_with_its_step(tmp_path: Path) -> None:
+    path = tmp_path / "state.safetensors"
+    model = Bigrams()
+    with pytest.raises(Stop):
+        train_(model, stopping(model.loss, 7), WINDOWS, SCHEDULE, path)
+    again = Bigrams()
+    smaller = replace(SCHEDULE, learning_rate=0.01)
+    progress = train_(again, again.loss, WINDOWS, smaller, path)
+    assert progress.learning_rates == {"0": 0.05, "6": 0.01}
+
+
+@pytest.mark.parametrize("content", [b"", b"not safetensors", None])
+def test_a_broken_state_is_refused(content: bytes | None, tmp_path: Path) -> None:
+    path = tmp_path / "state.safetensors"
+    if content is None:  # that of another model
+        other = nn.Linear(2, 2)
+        train_(other, lambda batch: other(batch[:, :2].float()).sum(), WINDOWS, SCHEDULE, path)
+    else:
+        path.write_bytes(content)
+    with pytest.raises(InputError, match="cannot be read") as caught:
+        train_(Bigrams(), Bigrams().loss, WINDOWS, SCHEDULE, path)
+    assert "without --resume" in caught.value.details["change"]
+
+
+def test_the_mean_loss_does_not_depend_on_the_batch_size() -> None:
+    model = Bigrams()
+    whole = model.loss(WINDOWS).item()
+    for batch_size in (1, 3, 10, 99):
+        # Means of ten float32 losses, in another order.
+        assert mean_loss(model.loss, WINDOWS, batch_size) == pytest.approx(whole, abs=1e-5)
