@@ -223,9 +223,10 @@ def _refuse_inputs(request: BuildRequest) -> None:
     from pipeline.model.load import preview_model, refuse_long_windows
 
     wanted = request.compress
+    effort = wanted.resolved_effort
     preview = preview_model(wanted.model, trust_remote_code=wanted.trust_remote_code)
     for flag, spec, count, length in (
-        ("--window-length", wanted.calibration, wanted.windows, wanted.window_length),
+        ("--window-length", wanted.calibration, effort.windows, effort.window_length),
         ("--eval-length", request.eval_text, request.eval_windows, request.eval_length),
     ):
         refuse_long_windows(flag, length, preview.config)

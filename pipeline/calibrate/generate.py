@@ -16,6 +16,9 @@ from transformers import (
 
 from pipeline.progress import track
 
+# The cache of all sequences sampled together is held at once.
+TOKENS_AT_ONCE = 32768
+
 
 @torch.no_grad()
 def generate_windows(
@@ -47,21 +50,27 @@ def generate_windows(
     new_tokens = length - start.shape[1]
     if new_tokens == 0:
         return start
+    batches = start.split(max(1, TOKENS_AT_ONCE // length))
+    steps = _Steps(new_tokens * len(batches))
     with torch.random.fork_rng(devices=[]), _no_advice(model):
         torch.manual_seed(seed)
-        return model.generate(
-            start,
-            attention_mask=torch.ones_like(start),
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
-            repetition_penalty=1.0,
-            max_new_tokens=new_tokens,
-            suppress_tokens=ids[~is_word].tolist() or None,
-            pad_token_id=tokenizer.pad_token_id or 0,
-            stopping_criteria=StoppingCriteriaList([_Steps(new_tokens)]),
-        )
+        windows = [
+            model.generate(
+                batch,
+                attention_mask=torch.ones_like(batch),
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                repetition_penalty=1.0,
+                max_new_tokens=new_tokens,
+                suppress_tokens=ids[~is_word].tolist() or None,
+                pad_token_id=tokenizer.pad_token_id or 0,
+                stopping_criteria=StoppingCriteriaList([steps]),
+            )
+            for batch in batches
+        ]
+    return torch.cat(windows)
 
 
 class _Steps(StoppingCriteria):

@@ -132,11 +132,16 @@ def _accumulator(name: str, moment: SecondMoment) -> Any:
         try:
             moment.add_(args[0])
         except ValueError as error:
-            raise InputError(
-                "The model's activations are not finite.",
-                where=name,
-                observed=str(error),
-                change="load the model in float32, and check its weights",
-            ) from error
+            raise not_finite(name, error) from error
 
     return accumulate
+
+
+def not_finite(name: str, error: ValueError) -> InputError:
+    """The error for activations that are not finite, at the linear that is given them."""
+    return InputError(
+        "The model's activations are not finite.",
+        where=name,
+        observed=str(error),
+        change="load the model in float32, and check its weights",
+    )

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from pipeline.cli import options
+from pipeline.compress.methods import DEFAULT_EFFORT, DEFAULT_METHOD, EFFORTS, METHODS
 
 calibration_options = options.apply(
     click.option(
@@ -19,10 +20,24 @@ calibration_options = options.apply(
         help="Fraction of the decoder's linear parameters to keep, in (0, 1].",
     ),
     click.option(
-        "--cat/--no-cat", default=True, help="Share the right factor among q,k,v / gate,up."
+        "--effort",
+        type=click.Choice(list(EFFORTS)),
+        default=DEFAULT_EFFORT,
+        show_default=True,
+        help="How much text is read, and how often; README has time and quality of each.",
+    ),
+    click.option(
+        "--method",
+        type=click.Choice(list(METHODS)),
+        default=DEFAULT_METHOD,
+        show_default=True,
+        help="; ".join(f"{name}: {method.summary}" for name, method in METHODS.items()) + ".",
+    ),
+    click.option(
+        "--cat/--no-cat", default=True, help="Let q,k,v and gate,up share their right factor."
     ),
     click.option("--skip/--no-skip", default=True, help="Store factors in block-skip form."),
-    click.option("--rank-multiple", type=int, default=1, help="Round ranks down to a multiple."),
+    click.option("--rank-multiple", type=int, default=1, help="Make ranks multiples of this."),
     click.option("--plan", type=click.Path(exists=True), help="Follow this plan.json."),
     click.option(
         "--calibration",
@@ -30,8 +45,8 @@ calibration_options = options.apply(
         show_default=True,
         help="A text file, 'wikitext2+c4' from the hub, or 'self': text the model generates.",
     ),
-    click.option("--windows", type=int, default=256, show_default=True),
-    click.option("--window-length", type=int, default=128, show_default=True),
+    click.option("--windows", type=int, help="Of calibration text; by default the effort's."),
+    click.option("--window-length", type=int, help="Tokens in each; by default the effort's."),
     click.option(
         "--dtype",
         type=click.Choice(["auto", "float32", "float16", "bfloat16"]),
@@ -87,20 +102,16 @@ def command(
 
 
 def _show_plan(request: Any, as_json: bool) -> None:
-    """What would be done: every group with its shape, rank and parameters."""
+    """What would be done: every group with its shape, rank and parameters.
+
+    A method that searches its plan has to measure the model first, which takes most of its time.
+    """
     from rich.table import Table
 
     from pipeline.cli.options import result_console
-    from pipeline.compress.recipe import plan_for
-    from pipeline.model.load import load_model
-    from pipeline.model.structure import decoder_structure
+    from pipeline.compress.recipe import plan_only
 
-    loaded = load_model(
-        request.model,
-        trust_remote_code=request.trust_remote_code,
-        window_length=request.window_length,
-    )
-    plan = plan_for(request, decoder_structure(loaded.model))
+    plan = plan_only(request)
     if as_json:
         groups = [vars(g) | {"kept_parameters": g.kept_parameters} for g in plan.groups]
         click.echo(json.dumps({"kept_fraction": plan.kept_fraction, "groups": groups}, indent=2))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from pipeline.compress.methods import METHODS
+
 TEMPLATE = """---
 library_name: transformers
 pipeline_tag: text-generation
@@ -31,7 +33,7 @@ Without either, transformers fills the factored layers with random numbers and o
 | | |
 | --- | --- |
 | original model | {model} |
-| method | whitened truncation{cat}{skip} |
+| method | {method}, effort {effort} |
 | decoder linear parameters | {dense_parameters:,} before, {kept_parameters:,} after |
 | all parameters | {total_before:,} before, {total_after:,} after |
 | groups factored, kept dense | {factored}, {kept_dense} |
@@ -52,10 +54,8 @@ def model_card(recipe: dict[str, Any], report: dict[str, Any]) -> str:
         label=recipe["label"],
         model=recipe["model"],
         kept=totals["kept_fraction"],
-        cat=", Cat (matrices that share an input share their right factor)"
-        if settings["cat"]
-        else "",
-        skip=", Skip (block-skip form, strong rank-revealing QR)" if settings["skip"] else "",
+        method=METHODS[settings["method"]].summary,
+        effort=settings["effort"],
         dtype=recipe["dtype"],
         error_time=" when it was compressed" if "recovery" in recipe else "",
         fine_tuning=fine_tuning(recipe),

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from transformers import PreTrainedModel
 
-from pipeline.calibrate.moments import SecondMoment
+from pipeline.calibrate.paired import PairedStream
+from pipeline.calibrate.precision import fast_products
 from pipeline.calibrate.stream import LayerStream
-from pipeline.compress.factor import factor_group
-from pipeline.compress.install import group_entries, group_tensors, install_
+from pipeline.compress.fit import Inputs, fit_group, group_report
+from pipeline.compress.install import group_entries, install_
+from pipeline.compress.methods import ONE_SIDED, Fit
 from pipeline.compress.plan import GroupPlan, RankPlan
+from pipeline.compress.survey import Survey
 from pipeline.compress.work import FinishedLayers
-from pipeline.errors import InputError
 from pipeline.model.structure import Layer
 from pipeline.progress import track
+
+FactorOne = Callable[[GroupPlan, Inputs], tuple[dict[str, torch.Tensor], dict[str, Any]]]
 
 
 @dataclass
@@ -43,13 +49,12 @@ def compress_(
     tokens: torch.Tensor,
     *,
     dtype: torch.dtype,
+    fit: Fit = ONE_SIDED,
+    survey: Survey | None = None,
     finished: FinishedLayers | None = None,
     batch_size: int = 8,
 ) -> Compressed:
     """Replace the model's linears by the factors that the plan asks for, layer by layer.
-
-    Second moments are those of the original model: a layer is replaced only after its outputs
-    have been computed.
 
     Args:
         model: changed in place.
@@ -57,33 +62,137 @@ def compress_(
         plan: form and rank of every group.
         tokens: calibration tokens, int64 [N, T].
         dtype: what the factors are rounded to.
+        fit: how they are fitted.
+        survey: of this model; needed when `fit` is two-sided.
         finished: where finished layers are kept; layers found there are not computed again.
         batch_size: sequences that go through a layer at once.
 
     Raises:
         InputError: activations that are not finite, or a moment that cannot be used.
     """
-    stream = LayerStream(model, layers, tokens, batch_size)
+    factor = partial(fit_group, model, fit=fit, survey=survey, dtype=dtype)
+    if fit.mix is None:
+        walk: Walk = _OneShot(model, layers, tokens, batch_size)
+    else:
+        walk = _Propagated(model, layers, tokens, batch_size)
     modules: dict[str, dict[str, Any]] = {}
     reports: list[dict[str, Any]] = []
     for index, layer in enumerate(track(layers, "compress")):
-        done = finished is not None and layer.name in finished
-        moments = stream.advance(index, measure=not done)
-        if finished is not None and done:
+        planned = plan.layers[layer.name]
+        if finished is not None and layer.name in finished:
             tensors, groups = finished.load(layer.name)
+            walk.repeat(index, planned, tensors)
         else:
-            tensors, groups = _factor_layer(model, layer, plan, moments, dtype)
+            tensors, groups = walk.factor(index, planned, factor)
             if finished is not None:
                 finished.add(layer.name, tensors, groups)
-        entries: dict[str, dict[str, Any]] = {}
-        for group in plan.layers[layer.name]:
-            if group.form != "dense":
-                entries |= group_entries(group.members, group.form, group.rank)
-        install_(model, entries, tensors)
-        modules |= entries
+        modules |= _entries(planned)
         reports += groups
         return_free_memory()
     return Compressed(model, modules, reports)
+
+
+class Walk(Protocol):
+    """A way to go through the layers, leaving each of them factored."""
+
+    def factor(
+        self, index: int, planned: tuple[GroupPlan, ...], factor: FactorOne
+    ) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
+        """Factor and install layer `index`, and go on to the next: tensors and reports."""
+        ...
+
+    def repeat(
+        self, index: int, planned: tuple[GroupPlan, ...], tensors: dict[str, torch.Tensor]
+    ) -> None:
+        """Install what an earlier run made of layer `index`, and go on to the next."""
+        ...
+
+
+class _OneShot:
+    """Second moments are those of the original model: its outputs are computed, then it goes."""
+
+    def __init__(
+        self, model: PreTrainedModel, layers: list[Layer], tokens: torch.Tensor, batch_size: int
+    ) -> None:
+        self.model, self.layers = model, layers
+        self.stream = LayerStream(model, layers, tokens, batch_size)
+
+    def factor(
+        self, index: int, planned: tuple[GroupPlan, ...], factor: FactorOne
+    ) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
+        with fast_products(self.model):
+            moments = self.stream.advance(index)
+        read_by = _read_by(self.layers[index])
+        tensors: dict[str, torch.Tensor] = {}
+        reports = []
+        for group in planned:
+            if group.form == "dense":
+                reports.append(group_report(group))
+                continue
+            new, report = factor(group, Inputs(moments[read_by[group.members[0]]].mean()))
+            tensors |= new
+            reports.append(report)
+        install_(self.model, _entries(planned), tensors)
+        return tensors, reports
+
+    def repeat(
+        self, index: int, planned: tuple[GroupPlan, ...], tensors: dict[str, torch.Tensor]
+    ) -> None:
+        with fast_products(self.model):
+            self.stream.advance(index, measure=False)
+        install_(self.model, _entries(planned), tensors)
+
+
+class _Propagated:
+    """Each group is fitted to what the groups before it, already replaced, will feed it."""
+
+    def __init__(
+        self, model: PreTrainedModel, layers: list[Layer], tokens: torch.Tensor, batch_size: int
+    ) -> None:
+        self.model, self.layers = model, layers
+        self.stream = PairedStream(model, layers, tokens, batch_size)
+
+    def factor(
+        self, index: int, planned: tuple[GroupPlan, ...], factor: FactorOne
+    ) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
+        self.stream.advance_original(index)
+        read_by = _read_by(self.layers[index])
+        tensors: dict[str, torch.Tensor] = {}
+        reports = {g.members: group_report(g) for g in planned}
+        for source in self.layers[index].groups:
+            groups = [
+                g for g in planned if read_by[g.members[0]] == source.name and g.form != "dense"
+            ]
+            if not groups:
+                continue
+            inputs = Inputs(*self.stream.measure(index, source.name))
+            for group in groups:
+                new, reports[group.members] = factor(group, inputs)
+                install_(self.model, _entries((group,)), new)
+                tensors |= new
+        self.stream.advance_compressed(index)
+        return tensors, [reports[g.members] for g in planned]
+
+    def repeat(
+        self, index: int, planned: tuple[GroupPlan, ...], tensors: dict[str, torch.Tensor]
+    ) -> None:
+        self.stream.advance_original(index, measure=False)
+        install_(self.model, _entries(planned), tensors)
+        self.stream.advance_compressed(index)
+
+
+def _read_by(layer: Layer) -> dict[str, str]:
+    """Linear -> name of the group of linears that read the same input."""
+    return {member: group.name for group in layer.groups for member in group.members}
+
+
+def _entries(planned: tuple[GroupPlan, ...]) -> dict[str, dict[str, Any]]:
+    """`quantization_config.modules` entries of the groups that are not dense."""
+    entries: dict[str, dict[str, Any]] = {}
+    for group in planned:
+        if group.form != "dense":
+            entries |= group_entries(group.members, group.form, group.rank)
+    return entries
 
 
 def return_free_memory() -> None:
@@ -94,51 +203,3 @@ def return_free_memory() -> None:
     """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
-
-
-def _factor_layer(
-    model: PreTrainedModel,
-    layer: Layer,
-    plan: RankPlan,
-    moments: dict[str, SecondMoment],
-    dtype: torch.dtype,
-) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
-    """Factors and reports of one layer's groups."""
-    input_of = {member: group.name for group in layer.groups for member in group.members}
-    tensors: dict[str, torch.Tensor] = {}
-    reports = []
-    for group in plan.layers[layer.name]:
-        new, report = _factor_one(model, group, moments[input_of[group.members[0]]], dtype)
-        tensors |= new
-        reports.append(report)
-    return tensors, reports
-
-
-def _factor_one(
-    model: PreTrainedModel, group: GroupPlan, moment: SecondMoment, dtype: torch.dtype
-) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    report: dict[str, Any] = {
-        "members": list(group.members),
-        "form": group.form,
-        "rank": group.rank,
-        "dense_parameters": group.dense_parameters,
-        "kept_parameters": group.kept_parameters,
-    }
-    if group.form == "dense":
-        return {}, report | {"relative_error": 0.0, "reason": group.reason}
-    weights = [model.get_submodule(member).weight.detach() for member in group.members]
-    try:
-        factors = factor_group(torch.cat(weights), moment.mean(), group.form, group.rank)
-    except ValueError as error:
-        raise InputError(
-            "A group of matrices cannot be factored.",
-            where=", ".join(group.members),
-            observed=str(error),
-            change="calibrate on more text, or keep this group dense in the plan",
-        ) from error
-    tensors = group_tensors(group.members, [len(w) for w in weights], factors, dtype)
-    report["relative_error"] = factors.relative_error
-    if group.form == "skip":
-        sizes = factors.down.abs()
-        report["largest_interpolation"] = float(sizes.max()) if sizes.numel() else 0.0
-    return tensors, report

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,22 +33,54 @@ class Factors:
     relative_error: float
 
 
-def factor_group(stack: torch.Tensor, moment: torch.Tensor, form: Form, rank: int) -> Factors:
+def factor_group(
+    stack: torch.Tensor,
+    moment: torch.Tensor,
+    form: Form,
+    rank: int,
+    *,
+    sensitivities: Sequence[torch.Tensor] = (),
+) -> Factors:
     """Factor a stack of matrices that share their input (Cat), or a single matrix.
 
     Args:
-        stack: the members' weights, one above the other, float [m, n].
+        stack: the members' weights, or their targets, one above the other, float [m, n].
         moment: S = E[x x^T] of their input, float64 [n, n].
         form: "low_rank" or "skip".
         rank: r, at most min(m, n).
+        sensitivities: G = E[g g^T] of each member's output, float64 [m_i, m_i]; none for the
+            truncation that weighs all outputs alike.
 
     Raises:
         ValueError: shapes that do not fit, or a moment that is not finite or zero.
     """
-    spectrum = whitened_spectrum(stack, moment)
-    b, a = spectrum.factors(rank)
-    error = spectrum.relative_tail(rank)
+    b, a = whitened_spectrum(stack, moment, sensitivities).factors(rank)
+    return stored_factors(b, a, stack, moment, form)
+
+
+def stored_factors(
+    b: torch.Tensor, a: torch.Tensor, stack: torch.Tensor, moment: torch.Tensor, form: Form
+) -> Factors:
+    """Bring a product B A that stands for `stack` into the form that is stored.
+
+    Args:
+        b: B, float64 [m, r].
+        a: A, float64 [r, n].
+        stack: what it stands for, float [m, n].
+        moment: S of the input, float64 [n, n]; the error is measured in it.
+        form: "low_rank" or "skip".
+    """
+    error = relative_output_error(stack.double(), b @ a, moment)
     if form == "low_rank":
-        return Factors(form, rank, b, a, None, error)
+        return Factors(form, a.shape[0], b, a, None, error)
     skip = skip_block(b, a)
-    return Factors(form, rank, skip.up, skip.interpolation, skip.permutation, error)
+    return Factors(form, a.shape[0], skip.up, skip.interpolation, skip.permutation, error)
+
+
+def relative_output_error(
+    weight: torch.Tensor, approximation: torch.Tensor, moment: torch.Tensor
+) -> float:
+    """E |W x - V x|^2 / E |W x|^2 for float64 W and V [m, n] and S = E[x x^T] [n, n]."""
+    lost = weight - approximation
+    whole = float((weight @ moment * weight).sum())
+    return max(float((lost @ moment * lost).sum()), 0.0) / whole if whole > 0 else 0.0

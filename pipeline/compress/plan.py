@@ -31,6 +31,7 @@ class GroupPlan:
         form: "dense", "low_rank" or "skip".
         rank: r; min(m, n) for dense.
         reason: why it stays dense; None otherwise.
+        expected_kl: what it is expected to cost, nats per token; None when it was not estimated.
     """
 
     members: tuple[str, ...]
@@ -39,6 +40,7 @@ class GroupPlan:
     form: Form
     rank: int
     reason: str | None = None
+    expected_kl: float | None = None
 
     @property
     def dense_parameters(self) -> int:
@@ -194,4 +196,5 @@ def _group_from(entry: dict[str, Any]) -> GroupPlan:
         form,
         int(entry["rank"]),
         entry.get("reason"),
+        entry.get("expected_kl"),
     )

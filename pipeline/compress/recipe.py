@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +15,30 @@ import torch
 from pipeline.artefact import partial_path, staged_folder, write_json, write_text
 from pipeline.calibrate.text import TokenBatch, load_tokens
 from pipeline.compress.card import model_card
+from pipeline.compress.chart import save_plan_chart
 from pipeline.compress.checkpoint import save_checkpoint
 from pipeline.compress.compress import Compressed, compress_
-from pipeline.compress.plan import RankPlan, load_plan, uniform_plan
+from pipeline.compress.methods import (
+    DEFAULT_EFFORT,
+    DEFAULT_METHOD,
+    EFFORTS,
+    METHODS,
+    Effort,
+    Method,
+)
+from pipeline.compress.plan import RankPlan
+from pipeline.compress.planning import make_plan
+from pipeline.compress.survey import Survey
 from pipeline.compress.work import FinishedLayers
-from pipeline.errors import ResourceError, UsageError
+from pipeline.errors import InputError, ResourceError, UsageError
 from pipeline.model.load import LoadedModel, load_model
-from pipeline.model.structure import Layer, decoder_structure
+from pipeline.model.structure import Group, Layer, decoder_structure
 from pipeline.progress import note
 from pipeline.provenance import provenance
 
 SCHEMA = 1
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-WORK = "layers"
+WORK, SURVEY = "layers", "survey"
 
 
 @dataclass(frozen=True)
@@ -36,13 +48,15 @@ class CompressRequest:
     Attributes:
         model: alias, hub id, folder or GGUF file.
         keep_params: fraction of the decoder's linear parameters to keep, in (0, 1].
-        cat: share the right factor among matrices with the same input.
-        skip: store factors in block-skip form.
+        method: a name in METHODS.
+        effort: a name in EFFORTS.
+        cat: whether the method may share the right factor among matrices with the same input.
+        skip: whether it may store factors in block-skip form.
         rank_multiple: round ranks down to a multiple of this.
-        plan: a plan.json to follow instead of the uniform one.
+        plan: a plan.json to follow instead of making one.
         calibration: `self`, `wikitext2+c4`, or a text file.
-        windows: calibration windows.
-        window_length: tokens in each.
+        windows: calibration windows; None for what the effort says.
+        window_length: tokens in each; None for what the effort says.
         seed: of the calibration text.
         dtype: of the weights on disk; "auto" for that of the original.
         trust_remote_code: let the model's own code run.
@@ -50,13 +64,15 @@ class CompressRequest:
 
     model: str
     keep_params: float = 0.8
+    method: str = DEFAULT_METHOD
+    effort: str = DEFAULT_EFFORT
     cat: bool = True
     skip: bool = True
     rank_multiple: int = 1
     plan: str | None = None
     calibration: str = "self"
-    windows: int = 256
-    window_length: int = 128
+    windows: int | None = None
+    window_length: int | None = None
     seed: int = 0
     dtype: str = "auto"
     trust_remote_code: bool = False
@@ -75,25 +91,45 @@ class CompressRequest:
                 expected="a number in (0, 1]; 0.8 keeps 80% of the decoder's linear parameters",
             )
         for name in ("rank_multiple", "windows", "window_length"):
-            if getattr(self, name) < 1:
+            value = getattr(self, name)
+            if value is not None and value < 1:
                 raise UsageError(
                     "A count must be at least 1.",
                     where="--" + name.replace("_", "-"),
-                    observed=getattr(self, name),
+                    observed=value,
+                )
+        for flag, value, known in (
+            ("--method", self.method, METHODS),
+            ("--effort", self.effort, EFFORTS),
+        ):
+            if value not in known:
+                raise UsageError(
+                    "There is no such choice.",
+                    where=flag,
+                    observed=value,
+                    expected=", ".join(known),
                 )
 
+    @property
+    def resolved_effort(self) -> Effort:
+        """The effort, with the windows that were asked for in place of its own."""
+        effort = EFFORTS[self.effort]
+        windows = self.windows or effort.windows
+        return replace(
+            effort,
+            windows=windows,
+            window_length=self.window_length or effort.window_length,
+            survey_windows=min(effort.survey_windows, windows),
+        )
 
-def plan_for(request: CompressRequest, layers: list[Layer]) -> RankPlan:
-    """The plan that the request names, or the uniform one."""
-    if request.plan:
-        return load_plan(Path(request.plan), layers)
-    return uniform_plan(
-        layers,
-        request.keep_params,
-        cat=request.cat,
-        skip=request.skip,
-        multiple=request.rank_multiple,
-    )
+    @property
+    def resolved_method(self) -> Method:
+        """The method, without what was switched off, fitted as the effort allows."""
+        method = METHODS[self.method]
+        fit = method.fit
+        if method.allocation == "searched":
+            fit = replace(fit, mix=self.resolved_effort.mix)
+        return replace(method, cat=method.cat and self.cat, skip=method.skip and self.skip, fit=fit)
 
 
 def compress_to_folder(
@@ -131,7 +167,7 @@ def compress_to_folder(
     loaded = loaded or load_model(
         request.model,
         trust_remote_code=request.trust_remote_code,
-        window_length=request.window_length,
+        window_length=request.resolved_effort.window_length,
     )
     dtype = loaded.storage_dtype if request.dtype == "auto" else DTYPES[request.dtype]
     needed_bytes = 2 * sum(p.numel() for p in loaded.model.parameters()) * dtype.itemsize
@@ -139,37 +175,94 @@ def compress_to_folder(
         output, overwrite=overwrite, resume=True, required_bytes=needed_bytes
     ) as folder:
         layers = decoder_structure(loaded.model)
-        plan = plan_for(request, layers)
         total_before = parameter_count(loaded.model)
         tokens = tokens or calibration_tokens(request, loaded)
+        require_tokens(tokens, layers)
         settings = asdict(request) | {"dtype": str(dtype).removeprefix("torch.")}
         identity = settings | {"text": tokens.describe()["sha256"]}
+        survey = Survey(folder / SURVEY, identity)
+        plan = make_plan(request, loaded.model, layers, tokens.tokens, survey)
         work = FinishedLayers(folder / WORK, identity)
         compressed = compress_(
-            loaded.model, layers, plan, tokens.tokens, dtype=dtype, finished=work
+            loaded.model,
+            layers,
+            plan,
+            tokens.tokens,
+            dtype=dtype,
+            fit=request.resolved_method.fit,
+            survey=survey,
+            finished=work,
         )
         report = build_report(compressed, plan, total_before, time.monotonic() - started)
         recipe = recipe_of(request, loaded, dtype, tokens)
         _write(folder, loaded, compressed, plan, dtype, recipe, report)
         _discard(folder / WORK)
+        _discard(folder / SURVEY)
     return report
+
+
+def plan_only(request: CompressRequest) -> RankPlan:
+    """The plan that compressing would follow; nothing is written.
+
+    Raises:
+        PipelineError: bad input.
+    """
+    request.check()
+    effort = request.resolved_effort
+    loaded = load_model(
+        request.model,
+        trust_remote_code=request.trust_remote_code,
+        window_length=effort.window_length,
+    )
+    layers = decoder_structure(loaded.model)
+    if request.plan or request.resolved_method.allocation == "uniform":
+        return make_plan(request, loaded.model, layers, torch.empty(0), None)
+    tokens = calibration_tokens(request, loaded)
+    require_tokens(tokens, layers)
+    with tempfile.TemporaryDirectory() as folder:
+        survey = Survey(Path(folder), {})
+        return make_plan(request, loaded.model, layers, tokens.tokens, survey)
 
 
 def calibration_tokens(request: CompressRequest, loaded: LoadedModel) -> TokenBatch:
     """The windows that the request asks for."""
+    effort = request.resolved_effort
     if request.calibration == "self":
         note(
-            f"calibration: {request.windows} windows of {request.window_length} tokens, "
+            f"calibration: {effort.windows} windows of {effort.window_length} tokens, "
             "sampled from the model itself (--calibration takes a text file or wikitext2+c4)"
         )
     return load_tokens(
         request.calibration,
         loaded.tokenizer,
         loaded.model,
-        count=request.windows,
-        length=request.window_length,
+        count=effort.windows,
+        length=effort.window_length,
         seed=request.seed,
     )
+
+
+def require_tokens(tokens: TokenBatch, layers: list[Layer]) -> None:
+    """Refuse calibration text that cannot determine the second moments.
+
+    Raises:
+        InputError: fewer tokens than the widest input has entries; says how many are needed.
+    """
+    widest = max((group for layer in layers for group in layer.groups), key=_in_features)
+    count = tokens.tokens.numel()
+    if count < widest.in_features:
+        raise InputError(
+            "The calibration text is too short for the widths of the model.",
+            where=tokens.source,
+            observed=f"{count} tokens; {widest.name} reads {widest.in_features} numbers at once, "
+            "and as many tokens leave directions unseen that factors would then drop",
+            expected=f"at least {widest.in_features} tokens, better {8 * widest.in_features}",
+            change="raise --windows or --window-length",
+        )
+
+
+def _in_features(group: Group) -> int:
+    return group.in_features
 
 
 def parameter_count(model: torch.nn.Module) -> int:
@@ -209,6 +302,8 @@ def recipe_of(
         "label": loaded.source.label,
         "dtype": str(dtype).removeprefix("torch."),
         "settings": asdict(request),
+        "method": asdict(request.resolved_method),
+        "effort": asdict(request.resolved_effort),
         "calibration": tokens.describe(),
         "provenance": provenance(),
     }
@@ -225,6 +320,7 @@ def _write(
 ) -> None:
     save_checkpoint(compressed.model, loaded.tokenizer, compressed.modules, folder, dtype)
     plan.save(folder / "plan.json")
+    save_plan_chart(plan, folder / "plan.svg")
     write_json(folder / "recipe.json", recipe)
     write_json(folder / "report.json", report)
     write_text(folder / "README.md", model_card(recipe, report))

@@ -33,3 +33,45 @@ def whitening_roots(
         raise ValueError("the second moment is zero: the calibration text never reaches this layer")
     roots = eigenvalues.clamp_min(relative_floor * largest).sqrt()
     return (vectors * roots) @ vectors.T, (vectors / roots) @ vectors.T
+
+
+def shrunk(moment: torch.Tensor, share: float) -> torch.Tensor:
+    """A second moment moved towards a multiple of the identity that has its trace.
+
+    Few tokens estimate a wide moment badly: its large eigenvalues come out too large and its small
+    ones too small. (1 - share) S + share tr(S)/n I takes part of that back (Ledoit and Wolf, 2004).
+
+    Args:
+        moment: S, float [n, n].
+        share: in [0, 1].
+
+    Returns:
+        float64 [n, n].
+    """
+    result = moment.double() * (1 - share)
+    result.diagonal().add_(share * moment.diagonal().double().mean())
+    return result
+
+
+def cholesky(moment: torch.Tensor, relative_ridge: float = RELATIVE_FLOOR) -> torch.Tensor:
+    """Lower-triangular C with C C^T = S, up to a ridge that lets a singular S through.
+
+    Args:
+        moment: S, float64 [n, n], symmetric, positive semidefinite up to rounding.
+        relative_ridge: added to the diagonal, as a fraction of the trace; raised tenfold until the
+            factorisation exists.
+
+    Raises:
+        ValueError: the moment is not finite, or is zero.
+    """
+    trace = float(moment.diagonal().sum())
+    if not torch.isfinite(moment).all():
+        raise ValueError("the second moment holds NaN or infinite values")
+    if trace <= 0:
+        raise ValueError("the second moment is zero: the calibration text never reaches this layer")
+    identity = torch.eye(len(moment), dtype=torch.float64)
+    while True:
+        root, failed = torch.linalg.cholesky_ex(moment + relative_ridge * trace * identity)
+        if not failed:
+            return root
+        relative_ridge *= 10

@@ -24,7 +24,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def request(source: Path) -> CompressRequest:
     return CompressRequest(
-        str(source), keep_params=0.7, windows=4, window_length=24, dtype="float16"
+        str(source),
+        keep_params=0.7,
+        method="skipcat",
+        windows=4,
+        window_length=24,
+        dtype="float16",
     )
 
 

@@ -73,7 +73,8 @@ def test_reported_error_is_that_of_the_layer_on_its_calibration_inputs() -> None
     lost = weight - model.get_submodule("model.layers.0.self_attn.o_proj").dense_weight()
     error = ((lost @ moment * lost).sum() / (weight @ moment * weight).sum()).item()
     report = next(g for g in result.groups if g["members"] == ["model.layers.0.self_attn.o_proj"])
-    assert report["relative_error"] == pytest.approx(error, rel=1e-3)
+    # The products of calibration may be in bfloat16.
+    assert report["relative_error"] == pytest.approx(error, rel=2e-2)
 
 
 def test_skip_keeps_more_of_the_model_than_plain_factors_of_the_same_size() -> None:

@@ -1,0 +1,92 @@
+"""One choice for each group under one budget: the multiple-choice knapsack.
+
+min sum_i loss_i[c_i] subject to sum_i size_i[c_i] <= budget. Block skipping stores r (m + n - r)
+numbers, concave in r: the marginal size of a rank falls as r grows, so the rule of equal slopes
+may stop anywhere. The integer program does not care.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import coo_array
+
+RELATIVE_GAP = 1e-4
+TIME_LIMIT_S = 60.0
+
+
+def undominated(sizes: np.ndarray, losses: np.ndarray) -> np.ndarray:
+    """Indices of the candidates that no other beats in both size and loss, by rising size."""
+    order = np.lexsort((losses, sizes))
+    best = np.minimum.accumulate(losses[order])
+    improves = np.r_[True, best[1:] < best[:-1]]
+    return order[improves]
+
+
+def allocate(sizes: Sequence[np.ndarray], losses: Sequence[np.ndarray], budget: int) -> list[int]:
+    """Choose one candidate for each group, losing least within the budget.
+
+    Args:
+        sizes: for each group, the size of each of its candidates, int [K_i].
+        losses: what each candidate loses, float [K_i].
+        budget: largest sum of sizes.
+
+    Returns:
+        The index of the choice of each group; within RELATIVE_GAP of the least loss.
+
+    Raises:
+        ValueError: not even the smallest candidates fit; says how large they are.
+    """
+    smallest = sum(int(s.min()) for s in sizes)
+    if smallest > budget:
+        raise ValueError(f"the smallest choices need {smallest} of {budget}")
+    fronts = [undominated(s, e) for s, e in zip(sizes, losses, strict=True)]
+    front_sizes = [s[front].astype(float) for s, front in zip(sizes, fronts, strict=True)]
+    front_losses = [e[front].astype(float) for e, front in zip(losses, fronts, strict=True)]
+    chosen = _solve(front_sizes, front_losses, budget)
+    _spend_the_rest_(chosen, front_sizes, front_losses, budget)
+    return [int(front[c]) for front, c in zip(fronts, chosen, strict=True)]
+
+
+def _solve(sizes: list[np.ndarray], losses: list[np.ndarray], budget: int) -> list[int]:
+    """The integer program, by HiGHS; both sides scaled to order one."""
+    counts = [len(s) for s in sizes]
+    starts = np.cumsum([0, *counts[:-1]])
+    groups = np.repeat(np.arange(len(counts)), counts)
+    columns = np.arange(groups.size)
+    one_each = coo_array((np.ones(groups.size), (groups, columns)))
+    total = np.concatenate(sizes)[None] / budget
+    objective = np.concatenate(losses)
+    scale = max(sum(float(e.min()) for e in losses), float(objective.max()) * 1e-6, 1e-300)
+    result = milp(
+        objective / scale,
+        integrality=np.ones(groups.size),
+        bounds=Bounds(0, 1),
+        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(total, ub=1)],
+        options={"mip_rel_gap": RELATIVE_GAP, "time_limit": TIME_LIMIT_S},
+    )
+    if result.x is None:
+        raise ValueError(f"the solver found no choice: {result.message}")
+    ends = starts + counts
+    return [int(result.x[a:b].argmax()) for a, b in zip(starts, ends, strict=True)]
+
+
+def _spend_the_rest_(
+    chosen: list[int], sizes: list[np.ndarray], losses: list[np.ndarray], budget: int
+) -> None:
+    """Take the best step that still fits, until none does; changes `chosen`."""
+    left = budget - sum(s[c] for s, c in zip(sizes, chosen, strict=True))
+    while True:
+        gains = []
+        for group, c in enumerate(chosen):
+            fits = np.flatnonzero(sizes[group][c + 1 :] - sizes[group][c] <= left)
+            if fits.size:
+                better = c + 1 + int(fits[-1])
+                gains.append((losses[group][c] - losses[group][better], group, better))
+        if not gains:
+            return
+        _, group, better = max(gains)
+        left -= sizes[group][better] - sizes[group][chosen[group]]
+        chosen[group] = better

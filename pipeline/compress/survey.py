@@ -1,0 +1,139 @@
+"""What every layer's matrices are worth: loss curves and sensitivities, kept layer by layer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from pipeline.calibrate.precision import fast_products
+from pipeline.calibrate.sensitivity import BackwardSweep, LayerMoments
+from pipeline.calibrate.stream import LayerStream
+from pipeline.compress.search import Curves, Members, stacks_of
+from pipeline.compress.truncate import tails_of, whitened_energies
+from pipeline.compress.whiten import shrunk
+from pipeline.compress.work import FinishedLayers
+from pipeline.model.structure import Group, Layer
+from pipeline.progress import track
+
+# Of the sensitivities, which are estimated from few tokens (0.3: KFAC-SVD's choice).
+SENSITIVITY_SHRINKAGE = 0.3
+JOIN = "+"
+
+
+class Survey:
+    """Curves and sensitivities of a model, in a folder, measured as far as they are missing.
+
+    Args:
+        folder: where they are kept; an interrupted survey continues there.
+        settings: everything they depend on; compared when a survey is taken up again.
+
+    Attributes:
+        curves: expected KL, nats per token, of every stack at every rank from 0 to full.
+
+    Raises:
+        InputError: the folder holds a survey with other settings.
+    """
+
+    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
+        self.folder = folder
+        self.finished = FinishedLayers(folder / "layers", settings)
+        self.curves: Curves = {}
+        self._layer_of: dict[str, str] = {}
+
+    def measure(
+        self,
+        model: PreTrainedModel,
+        layers: list[Layer],
+        tokens: torch.Tensor,
+        *,
+        cat: bool,
+        seed: int,
+    ) -> None:
+        """Sweep the model forward and back, but for the layers that are finished.
+
+        Args:
+            model: a decoder in evaluation mode; it is not changed.
+            layers: its structure.
+            tokens: int64 [N, T].
+            cat: whether stacks of several members are wanted.
+            seed: of the tokens that are drawn from the model.
+        """
+        if not all(layer.name in self.finished for layer in layers):
+            sweep = BackwardSweep(model, layers, tokens, self.folder / "sweep", seed=seed)
+            sweep.forward()
+            for index in track(list(reversed(range(len(layers)))), "sensitivity, backward"):
+                layer = layers[index]
+                if layer.name not in self.finished:
+                    moments = sweep.backward(index)
+                    self.finished.add(layer.name, _layer_tensors(model, layer, moments, cat), [])
+            sweep.remove()
+        for layer in layers:
+            self._layer_of |= {m: layer.name for group in layer.groups for m in group.members}
+            tensors, _ = self.finished.load(layer.name)
+            for name, curve in tensors.items():
+                if name.startswith("curve."):
+                    members = tuple(name.removeprefix("curve.").split(JOIN))
+                    self.curves[members] = curve.numpy()
+
+    def sensitivities(self, members: Members) -> list[torch.Tensor]:
+        """Shrunk G of each member's output, float64 [m_i, m_i]."""
+        tensors, _ = self.finished.load(self._layer_of[members[0]])
+        return [shrunk(tensors[f"sensitivity.{m}"], SENSITIVITY_SHRINKAGE) for m in members]
+
+
+def _layer_tensors(
+    model: PreTrainedModel, layer: Layer, moments: LayerMoments, cat: bool
+) -> dict[str, torch.Tensor]:
+    """What is kept of a layer: its sensitivities, and the curve of each stack."""
+    # In bfloat16, which halves the disk they take; what it rounds away is less than the shrinkage.
+    kept = {
+        f"sensitivity.{name}": moment.mean().bfloat16() for name, moment in moments.outputs.items()
+    }
+    for group in layer.groups:
+        kept |= _group_curves(model, group, moments, cat)
+    return kept
+
+
+def _group_curves(
+    model: PreTrainedModel, group: Group, moments: LayerMoments, cat: bool
+) -> dict[str, torch.Tensor]:
+    inputs = moments.inputs[group.name].mean()
+    weight = {m: model.get_submodule(m).weight.detach() for m in group.members}
+    blocks = {m: shrunk(moments.outputs[m].mean(), SENSITIVITY_SHRINKAGE) for m in group.members}
+    curves = {}
+    for stack in stacks_of(group, cat=cat):
+        energies = whitened_energies(
+            torch.cat([weight[m] for m in stack]), inputs, [blocks[m] for m in stack]
+        )
+        curves[f"curve.{JOIN.join(stack)}"] = tails_of(energies) / 2
+    return curves
+
+
+def output_tails(
+    model: PreTrainedModel, layers: list[Layer], tokens: torch.Tensor
+) -> dict[str, np.ndarray]:
+    """What each linear alone loses of its output at each rank: E |(W - W_r) x|^2.
+
+    Args:
+        model: a decoder in evaluation mode; it is not changed.
+        layers: its structure.
+        tokens: int64 [N, T].
+
+    Returns:
+        Linear -> float64 [min(m, n) + 1].
+    """
+    stream = LayerStream(model, layers, tokens)
+    tails = {}
+    for index, layer in enumerate(track(layers, "truncation losses")):
+        with fast_products(model):
+            moments = stream.advance(index)
+        for group in layer.groups:
+            inputs = moments[group.name].mean()
+            for member in group.members:
+                weight = model.get_submodule(member).weight.detach()
+                tails[member] = tails_of(whitened_energies(weight, inputs)).numpy()
+    return tails
