@@ -3,6 +3,7 @@
 # What `make engine` builds.
 MODEL       ?= smollm2-135m
 KEEP        ?= 0.8
+EFFORT      ?= fast
 TARGET      ?= auto
 OUT         ?=
 CALIBRATION ?=
@@ -34,7 +35,7 @@ setup_flags = $(strip $(call setting,EXTRAS,--extras) $(call flag,VERBOSE,--verb
 .DELETE_ON_ERROR:
 
 engine: $(STAMP) ## Compress MODEL, export it, build its engine, and validate every stage
-	$(VENV)skipcat build -m "$(MODEL)" --keep-params $(KEEP) --target $(TARGET) $(engine_flags)
+	$(VENV)skipcat build -m "$(MODEL)" --keep-params $(KEEP) --effort $(EFFORT) --target $(TARGET) $(engine_flags)
 
 test: $(STAMP) ## Run the fast tests: no network, no GPU
 	$(VENV)python -m pytest $(ARGS)
@@ -62,7 +63,7 @@ format: $(STAMP) ## Rewrite the sources in house style
 	$(VENV)ruff format .
 
 table: $(STAMP) ## Measure the README's table of compression methods
-	$(VENV)python benchmarks/skipcat_table.py $(ARGS)
+	$(VENV)python benchmarks/quality.py $(ARGS)
 
 bench: $(STAMP) ## Measure time, memory and disk of every stage against the targets
 	$(VENV)python benchmarks/stages.py $(ARGS)
@@ -86,6 +87,7 @@ help: ## List the targets and the variables
 	@echo 'Variables of make engine, with their defaults:'
 	@echo '  MODEL=$(MODEL)  alias, hub id, local folder or .gguf file'
 	@echo '  KEEP=$(KEEP)  fraction of the decoder-linear parameters that is kept'
+	@echo '  EFFORT=$(EFFORT)  fast, default or max: minutes against quality, see the README'
 	@echo '  TARGET=$(TARGET)  GPU to build the engine for (skipcat doctor lists them)'
 	@echo '  OUT=  folder to write        CALIBRATION=  text to calibrate on'
 	@echo '  EVAL=  text to evaluate on   RESUME=1, OVERWRITE=1'

@@ -32,6 +32,8 @@ class Cost:
         cpu_seconds: of all cores together; the better measure on a machine that others use too.
         peak_bytes: largest resident memory of the process and all its descendants together.
         process_peak_bytes: the largest that any one of them reached, as the kernel counted it.
+        unmapped_peak_bytes: as `peak_bytes`, without the pages of files that are mapped: those the
+            kernel takes back whenever it needs memory.
         load_average: of the last minute, before and after; above the cores, `seconds` is too long.
     """
 
@@ -39,6 +41,7 @@ class Cost:
     cpu_seconds: float
     peak_bytes: int
     process_peak_bytes: int
+    unmapped_peak_bytes: int
     load_average: tuple[float, float]
 
 
@@ -61,7 +64,7 @@ def run_measured(command: Sequence[str], log: Path, environment: dict[str, str])
             stderr=subprocess.STDOUT,
             env=environment,
         )
-        tree_peak, status, usage = watch(child)
+        tree_peak, unmapped_peak, status, usage = watch(child)
     seconds = time.perf_counter() - started
     if status != 0:
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -76,22 +79,24 @@ def run_measured(command: Sequence[str], log: Path, environment: dict[str, str])
         cpu_seconds=round(usage.ru_utime + usage.ru_stime, 1),
         peak_bytes=max(tree_peak, process_peak),
         process_peak_bytes=process_peak,
+        unmapped_peak_bytes=unmapped_peak,
         load_average=(load_before, load_average()),
     )
 
 
-def watch(child: subprocess.Popen[bytes]) -> tuple[int, int, resource.struct_rusage]:
-    """Wait for `child`: largest polled sum of its tree in bytes, its status, the kernel's count."""
+def watch(child: subprocess.Popen[bytes]) -> tuple[int, int, int, resource.struct_rusage]:
+    """Wait for `child`: largest polled sums of its tree, its status, the kernel's count."""
     process = psutil.Process(child.pid)
-    tree_peak = 0
+    peaks = (0, 0)
     try:
         while True:
             pid, status, usage = os.wait4(child.pid, os.WNOHANG)
             if pid:
                 # Popen must not wait for a child that is gone.
                 child.returncode = os.waitstatus_to_exitcode(status)
-                return tree_peak, child.returncode, usage
-            tree_peak = max(tree_peak, tree_bytes(process))
+                return *peaks, child.returncode, usage
+            now = tree_bytes(process)
+            peaks = (max(peaks[0], now[0]), max(peaks[1], now[1]))
             time.sleep(POLL_SECONDS)
     finally:
         if child.returncode is None:
@@ -99,16 +104,18 @@ def watch(child: subprocess.Popen[bytes]) -> tuple[int, int, resource.struct_rus
             child.wait()
 
 
-def tree_bytes(process: psutil.Process) -> int:
-    """Resident memory of a process and its descendants now; 0 for one that has just ended."""
-    total = 0
+def tree_bytes(process: psutil.Process) -> tuple[int, int]:
+    """Resident memory of a process and its descendants now, with and without mapped files."""
+    total = mapped = 0
     try:
         members = [process, *process.children(recursive=True)]
     except psutil.NoSuchProcess:
-        return 0
+        return 0, 0
     for member in members:
         try:
-            total += member.memory_info().rss
+            memory = member.memory_info()
+            total += memory.rss
+            mapped += memory.shared
         except psutil.NoSuchProcess:
             continue
-    return total
+    return total, total - mapped

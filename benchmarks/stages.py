@@ -36,10 +36,15 @@ SCHEMA = 1
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "stages.json"
 SKIPCAT = (sys.executable, "-m", "pipeline.cli.main")
-CALIBRATION = ("--windows", "64", "--window-length", "512")
+CALIBRATION = ("--effort", "fast")
 WORDS = 80_000
 ITEM_BYTES = {"float32": 4, "float16": 2}
 DEPTHS = (4, 8, 16)
+WIDE_DEPTHS = (1, 2, 4)
+# Llama-2-7B but for its depth, and no more text than its widest input needs.
+WIDE = ("--hidden", "4096", "--intermediate", "11008", "--head-width", "128", "--vocab", "32000",
+        "--dtype", "bfloat16")  # fmt: skip
+WIDE_CALIBRATION = ("--effort", "fast", "--windows", "24", "--dtype", "bfloat16")
 # One layer's activations of all calibration tokens, in float32, at the width of random_llama.py:
 # less than this is no leak of one layer's worth.
 LAYER_ACTIVATION_BYTES = 64 * 512 * 256 * 4
@@ -113,7 +118,7 @@ class Row:
 
 
 def compress(bench: Bench) -> Row:
-    """`skipcat compress`, calibrated on 64 x 512 tokens of a text file."""
+    """`skipcat compress`, `--effort fast` (64 x 512 tokens) on a text file."""
     cost = bench.run(
         "compress",
         "compress",
@@ -187,11 +192,35 @@ def depth(bench: Bench, stage: str, calibration: str) -> Row:
     return Row(figures, cost, {"points": points, "calibration": Path(calibration).name})
 
 
-def random_llama(bench: Bench, folder: Path, layers: int) -> int:
+def wide(bench: Bench) -> Row:
+    """`skipcat compress` of a few layers of a 7B shape: memory and time of each further layer."""
+    points = []
+    for layers in WIDE_DEPTHS:
+        folder = bench.work / f"wide-{layers}"
+        weights = random_llama(bench, folder, layers, *WIDE)
+        cost = bench.run("wide", "compress", "-m", str(folder), "--calibration",
+                         str(bench.calibration), *WIDE_CALIBRATION)  # fmt: skip
+        points.append({"layers": layers, "weight_bytes": weights, **asdict(cost)})
+        shutil.rmtree(folder)
+    first, last = points[0], points[-1]
+    further = last["layers"] - first["layers"]
+    growth = (last["unmapped_peak_bytes"] - first["unmapped_peak_bytes"]) / further
+    figures = [
+        Figure("peak without mapped files, GB", last["unmapped_peak_bytes"] / GIGABYTE, 24),
+        Figure("its growth per layer, GB", growth / GIGABYTE),
+        *(
+            Figure(f"cpu per layer, s, {p['layers']} layers", p["cpu_seconds"] / p["layers"])
+            for p in points
+        ),
+    ]
+    return Row(figures, cost, {"points": points})
+
+
+def random_llama(bench: Bench, folder: Path, layers: int, *shape: str) -> int:
     """Write a random model of so many layers, in a process of its own; bytes of its weights."""
     log = bench.work / f"{folder.name}.log"
     script = Path(__file__).with_name("random_llama.py")
-    command = [sys.executable, str(script), str(folder), "--layers", str(layers)]
+    command = [sys.executable, str(script), str(folder), "--layers", str(layers), *shape]
     run_measured(command, log, bench.environment())
     return int(log.read_text(encoding="utf-8").split()[-1])
 
@@ -214,6 +243,7 @@ STAGES: dict[str, Callable[[Bench], Row]] = {
     "engine-sm89": lambda bench: engine(bench, "engine-sm89", "sm89"),
     "depth": lambda bench: depth(bench, "depth", str(bench.calibration)),
     "depth-self": lambda bench: depth(bench, "depth-self", "self"),
+    "wide": wide,
     "build": build,
 }
 

@@ -4,9 +4,22 @@ from __future__ import annotations
 
 import torch
 
-from pipeline.calibrate.precision import has_bfloat16_units
+from pipeline.calibrate.precision import fast
 
 LARGEST_NORM = 10.0
+BLOCK = 256
+
+
+def gram(rows: torch.Tensor) -> torch.Tensor:
+    """X^T X of rows X [t, n]: only the blocks on and above the diagonal are multiplied, [n, n]."""
+    width = rows.shape[1]
+    product = rows.new_empty(width, width)
+    for start in range(0, width, BLOCK):
+        end = min(start + BLOCK, width)
+        block = rows[:, start:end].T @ rows[:, start:]
+        product[start:end, start:] = block
+        product[start:, start:end] = block.T
+    return product
 
 
 class SecondMoment:
@@ -29,7 +42,7 @@ class SecondMoment:
         rows = inputs.reshape(-1, inputs.shape[-1]).float()
         if not torch.isfinite(rows.sum()) and not torch.isfinite(rows).all():
             raise ValueError("NaN or infinite activations")
-        self.total += rows.T @ rows
+        self.total += gram(rows)
         self.tokens += rows.shape[0]
 
     def mean(self) -> torch.Tensor:
@@ -56,8 +69,11 @@ class OutputMoment:
         self.tokens = 0
 
     @torch.no_grad()
-    def add_(self, gradients: torch.Tensor) -> None:
+    def add_(self, gradients: torch.Tensor) -> torch.Tensor:
         """Add a batch of gradients, float [..., m].
+
+        Returns:
+            Their squared lengths after the cut, as fractions of the mean, float32 [tokens].
 
         Raises:
             ValueError: NaN or infinite values.
@@ -66,12 +82,13 @@ class OutputMoment:
         squares = rows.square().sum(dim=1)
         if not torch.isfinite(squares).all():
             raise ValueError("NaN or infinite gradients")
-        limit = LARGEST_NORM * squares.mean().sqrt()
-        rows = rows * (limit / squares.sqrt().clamp_min(1e-30)).clamp_max(1)[:, None]
-        if has_bfloat16_units():
-            rows = rows.bfloat16()
-        self.total += rows.T @ rows
+        limit = LARGEST_NORM**2 * squares.mean()
+        cut = (limit / squares.clamp_min(1e-30)).clamp_max(1)
+        rows = rows * cut.sqrt()[:, None]
+        weights = squares * cut / squares.mean().clamp_min(1e-30)
+        self.total += gram(fast(rows))
         self.tokens += rows.shape[0]
+        return weights
 
     def mean(self) -> torch.Tensor:
         """G / tokens, float32 [m, m].
@@ -82,3 +99,55 @@ class OutputMoment:
         if self.tokens == 0:
             raise ValueError("no tokens were accumulated")
         return self.total / self.tokens
+
+
+class GroupMoments:
+    """Moments of a group of linears that read the same input, over batches run forward and back.
+
+    Attributes:
+        inputs: S of the input.
+        weighted: the same, each token weighted by the squared gradient at the group's outputs.
+        outputs: linear -> G of the gradient by what it returns.
+    """
+
+    def __init__(self, width: int, heights: dict[str, int]) -> None:
+        self.inputs, self.weighted = SecondMoment(width), SecondMoment(width)
+        self.outputs = {name: OutputMoment(height) for name, height in heights.items()}
+        self._rows: torch.Tensor | None = None
+        self._weights: list[torch.Tensor] = []
+
+    def see_input(self, inputs: torch.Tensor) -> None:
+        """Add a batch of inputs, float [..., n]; its gradients follow before the next batch.
+
+        Raises:
+            ValueError: NaN or infinite values.
+        """
+        self._rows = inputs.detach().reshape(-1, inputs.shape[-1]).float()
+        self.inputs.add_(self._rows)
+
+    def see_gradient(self, name: str, gradients: torch.Tensor) -> None:
+        """Add the gradients by the output of one member, float [..., m].
+
+        Raises:
+            ValueError: NaN or infinite values.
+        """
+        self._weights.append(self.outputs[name].add_(gradients))
+        if len(self._weights) == len(self.outputs) and self._rows is not None:
+            weights = torch.stack(self._weights).mean(dim=0)
+            self.weighted.add_(self._rows * weights.sqrt()[:, None])
+            self._rows, self._weights = None, []
+
+
+def balanced(moment: torch.Tensor, weighted: torch.Tensor) -> torch.Tensor:
+    """The mean of a second moment and its gradient-weighted form, brought to the same trace.
+
+    The nearest Kronecker product to the Fisher information weights the tokens; the plain moment is
+    estimated with less variance, and holds for text on which other tokens matter. Tokens that carry
+    huge activations and no gradient, such as attention sinks, count for half.
+
+    Args:
+        moment: S, float64 [n, n].
+        weighted: S with weighted tokens, [n, n].
+    """
+    scale = moment.diagonal().sum() / weighted.diagonal().double().sum().clamp_min(1e-300)
+    return (moment + scale * weighted.double()) / 2

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from pipeline.calibrate.moments import SecondMoment
-from pipeline.calibrate.precision import fast_products
+from pipeline.calibrate.precision import fast, fast_products
 from pipeline.calibrate.stream import LayerStream, not_finite
 from pipeline.model.structure import Layer, hidden_states_of
 
@@ -70,24 +70,27 @@ class PairedStream:
 
     @torch.no_grad()
     def measure(self, index: int, group: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Moments of a group's input x' in the compressed model, and with x in the original.
+        """Moments of a group's input x' in the compressed model, and of its distance from x.
+
+        The distance is small beside x', so that its product may be taken in bfloat16.
 
         Returns:
-            E[x' x'^T] and E[x x'^T], float64 [n, n].
+            E[x' x'^T] and E[(x - x') x'^T], float64 [n, n].
 
         Raises:
             InputError: NaN or infinite activations; names the group.
         """
         width = self.inputs[group][0].shape[-1]
-        seen, cross = SecondMoment(width), torch.zeros(width, width, dtype=torch.float64)
+        seen, drift = SecondMoment(width), torch.zeros(width, width, dtype=torch.float64)
         for place, x in enumerate(self._inputs_of(index, group)):
             try:
                 seen.add_(x)
             except ValueError as error:
                 raise not_finite(group, error) from error
-            cross += self.inputs[group][place].float().T @ x
+            distance = self.inputs[group][place].float() - x
+            drift += fast(distance).T @ fast(x)
         del self.inputs[group]
-        return seen.mean(), cross / seen.tokens
+        return seen.mean(), drift / seen.tokens
 
     @torch.no_grad()
     def advance_compressed(self, index: int) -> None:

@@ -14,11 +14,19 @@ def has_bfloat16_units() -> bool:
 
 
 def fast_products(model: nn.Module) -> contextlib.AbstractContextManager[object]:
-    """A context in which the linears of a float32 model multiply in bfloat16, where that is faster.
+    """A context in which linears multiply in bfloat16, and all else stays in float32.
 
-    Norms, softmax and the residual stream stay in float32.
+    For a float32 model only where that is faster; a model held in half precision, which meets the
+    float32 residual stream of the calibration, always needs it.
     """
-    device = next(model.parameters()).device
-    if device.type == "cpu" and has_bfloat16_units():
+    parameter = next(model.parameters())
+    if parameter.device.type == "cpu" and (
+        parameter.dtype != torch.float32 or has_bfloat16_units()
+    ):
         return torch.autocast("cpu", torch.bfloat16)
     return contextlib.nullcontext()
+
+
+def fast(tensor: torch.Tensor) -> torch.Tensor:
+    """A float32 tensor rounded for a product in bfloat16, where that is faster."""
+    return tensor.bfloat16() if has_bfloat16_units() else tensor

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -23,25 +22,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from pipeline.calibrate.moments import OutputMoment, SecondMoment
+from pipeline.calibrate.moments import GroupMoments
 from pipeline.calibrate.precision import fast_products
 from pipeline.calibrate.stream import LayerStream
 from pipeline.errors import InputError
 from pipeline.model.structure import Layer, hidden_states_of
 from pipeline.progress import track
-
-
-@dataclass
-class LayerMoments:
-    """Second moments of one layer.
-
-    Attributes:
-        inputs: group name -> S of what its members read.
-        outputs: linear name -> G of the gradient by what it returns.
-    """
-
-    inputs: dict[str, SecondMoment]
-    outputs: dict[str, OutputMoment]
 
 
 class BackwardSweep:
@@ -89,11 +75,14 @@ class BackwardSweep:
         ]
         _write(self._gradient_path(len(self.layers)), gradients)
 
-    def backward(self, index: int) -> LayerMoments:
+    def backward(self, index: int) -> dict[str, GroupMoments]:
         """Carry the gradient from the output of layer `index` to its input.
 
         Call with the last layer first. What is needed to call again with `index` + 1, after an
         interruption, is removed only now.
+
+        Returns:
+            Group name -> its moments.
 
         Raises:
             InputError: activations or gradients that are not finite; names the layer.
@@ -101,14 +90,12 @@ class BackwardSweep:
         layer = self.layers[index]
         self._input_path(index + 1).unlink(missing_ok=True)
         self._gradient_path(index + 2).unlink(missing_ok=True)
-        moments = LayerMoments(
-            {group.name: SecondMoment(group.in_features) for group in layer.groups},
-            {
-                member: OutputMoment(height)
-                for group in layer.groups
-                for member, height in zip(group.members, group.out_features, strict=True)
-            },
-        )
+        moments = {
+            group.name: GroupMoments(
+                group.in_features, dict(zip(group.members, group.out_features, strict=True))
+            )
+            for group in layer.groups
+        }
         inputs, gradients = _read(self._input_path(index)), _read(self._gradient_path(index + 1))
         with self._recording(layer, moments):
             before = [
@@ -126,23 +113,23 @@ class BackwardSweep:
     def _through(self, index: int, hidden: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
         """The gradient by the input of a layer, from that by its output; both [B, T, H]."""
         module, keywords = self.stream.modules[index], self.stream.keywords[len(hidden)][index]
-        hidden = hidden.to(self.model.dtype).requires_grad_()
+        hidden = hidden.requires_grad_()
         with torch.enable_grad(), fast_products(self.model):
             output = hidden_states_of(module(hidden, **keywords))
         (before,) = torch.autograd.grad(output, hidden, gradient.to(output.dtype))
         return before
 
     @contextlib.contextmanager
-    def _recording(self, layer: Layer, moments: LayerMoments) -> Iterator[None]:
+    def _recording(self, layer: Layer, moments: dict[str, GroupMoments]) -> Iterator[None]:
         """Add to the moments whatever passes through the layer, forward and back."""
         frozen = [p for p in self.model.parameters() if p.requires_grad]
         hooks: list[Any] = []
-        for name, moment in moments.inputs.items():
+        for name, group in moments.items():
             linear = self.model.get_submodule(name)
-            hooks.append(linear.register_forward_pre_hook(_adding_input(moment)))
-        for name, output in moments.outputs.items():
-            linear = self.model.get_submodule(name)
-            hooks.append(linear.register_forward_hook(_adding_gradient(output)))
+            hooks.append(linear.register_forward_pre_hook(_seeing_input(group)))
+            for member in group.outputs:
+                linear = self.model.get_submodule(member)
+                hooks.append(linear.register_forward_hook(_seeing_gradient(group, member)))
         for parameter in frozen:
             parameter.requires_grad_(False)
         try:
@@ -181,16 +168,16 @@ class BackwardSweep:
         return self.folder / f"gradient-{index}.safetensors"
 
 
-def _adding_input(moment: SecondMoment) -> Any:
-    def add(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        moment.add_(args[0].detach())
+def _seeing_input(moments: GroupMoments) -> Any:
+    def see(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        moments.see_input(args[0])
 
-    return add
+    return see
 
 
-def _adding_gradient(moment: OutputMoment) -> Any:
+def _seeing_gradient(moments: GroupMoments, member: str) -> Any:
     def watch(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        output.register_hook(moment.add_)
+        output.register_hook(lambda gradient: moments.see_gradient(member, gradient))
 
     return watch
 

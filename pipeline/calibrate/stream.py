@@ -88,7 +88,7 @@ class LayerStream:
                 hook.remove()
 
     def _embed(self, batch: torch.Tensor) -> torch.Tensor:
-        """Input of the first layer, [B, T, H]."""
+        """Input of the first layer, float32 [B, T, H], whatever the model is held in."""
         caught: list[torch.Tensor] = []
 
         def catch(module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -102,7 +102,7 @@ class LayerStream:
             pass
         finally:
             hook.remove()
-        return caught[0]
+        return caught[0].float()
 
     def _layer_keywords(self, batch: torch.Tensor) -> list[dict[str, Any]]:
         """The arguments beside the hidden states that the model gives each layer.

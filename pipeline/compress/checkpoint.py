@@ -18,6 +18,8 @@ from pipeline.errors import InputError
 from pipeline.model.source import check_safetensors
 
 REMOTE_CLASS = "SkipCatForCausalLM"
+# save_pretrained holds one shard in memory a second time.
+LARGEST_SHARD = "2GB"
 
 
 def save_checkpoint(
@@ -41,7 +43,9 @@ def save_checkpoint(
         # Not model.hf_quantizer: with one, save_pretrained ignores the state that it is given.
         config.quantization_config = SkipCatConfig(modules)
         config.auto_map = {"AutoModelForCausalLM": f"modeling_skipcat.{REMOTE_CLASS}"}
-    model.save_pretrained(folder, state_dict=_cast_state(model, dtype))
+    model.save_pretrained(
+        folder, state_dict=_cast_state(model, dtype), max_shard_size=LARGEST_SHARD
+    )
     # save_pretrained names the type the weights had in memory.
     saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     write_json(folder / "config.json", saved | {"dtype": str(dtype).removeprefix("torch.")})

@@ -16,7 +16,7 @@ from pipeline.calibrate.paired import PairedStream
 from pipeline.calibrate.precision import fast_products
 from pipeline.calibrate.stream import LayerStream
 from pipeline.compress.fit import Inputs, fit_group, group_report
-from pipeline.compress.install import group_entries, install_
+from pipeline.compress.install import group_entries, install_, rebind_
 from pipeline.compress.methods import ONE_SIDED, Fit
 from pipeline.compress.plan import GroupPlan, RankPlan
 from pipeline.compress.survey import Survey
@@ -86,6 +86,7 @@ def compress_(
             tensors, groups = walk.factor(index, planned, factor)
             if finished is not None:
                 finished.add(layer.name, tensors, groups)
+                rebind_(model, finished.load(layer.name)[0])
         modules |= _entries(planned)
         reports += groups
         return_free_memory()

@@ -1,15 +1,13 @@
-"""One group of weights and its second moment into factors: the whole of SkipCat for a group."""
+"""A product B A in the form that is stored, with the error it makes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from pipeline.compress.rank import Form
 from pipeline.compress.skip import skip_block
-from pipeline.compress.truncate import whitened_spectrum
 
 
 @dataclass(frozen=True)
@@ -31,31 +29,6 @@ class Factors:
     down: torch.Tensor
     permutation: torch.Tensor | None
     relative_error: float
-
-
-def factor_group(
-    stack: torch.Tensor,
-    moment: torch.Tensor,
-    form: Form,
-    rank: int,
-    *,
-    sensitivities: Sequence[torch.Tensor] = (),
-) -> Factors:
-    """Factor a stack of matrices that share their input (Cat), or a single matrix.
-
-    Args:
-        stack: the members' weights, or their targets, one above the other, float [m, n].
-        moment: S = E[x x^T] of their input, float64 [n, n].
-        form: "low_rank" or "skip".
-        rank: r, at most min(m, n).
-        sensitivities: G = E[g g^T] of each member's output, float64 [m_i, m_i]; none for the
-            truncation that weighs all outputs alike.
-
-    Raises:
-        ValueError: shapes that do not fit, or a moment that is not finite or zero.
-    """
-    b, a = whitened_spectrum(stack, moment, sensitivities).factors(rank)
-    return stored_factors(b, a, stack, moment, form)
 
 
 def stored_factors(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from pipeline.compress.factor import Factors, factor_group, stored_factors
+from pipeline.compress.factor import Factors, stored_factors
 from pipeline.compress.install import group_tensors
 from pipeline.compress.methods import Fit
 from pipeline.compress.plan import GroupPlan
@@ -24,11 +24,12 @@ class Inputs:
 
     Attributes:
         seen: of the input the factors will be given, float64 [n, n].
-        cross: of the original model's input with it, float64 [n, n]; None when they are the same.
+        drift: E[(x - x') x'^T], x' that input and x the original model's, float64 [n, n]; None when
+            they are the same.
     """
 
     seen: torch.Tensor
-    cross: torch.Tensor | None = None
+    drift: torch.Tensor | None = None
 
 
 def fit_group(
@@ -45,9 +46,12 @@ def fit_group(
         InputError: the group cannot be factored; names its members.
     """
     weights = [model.get_submodule(member).weight.detach() for member in group.members]
-    sensitivities = survey.sensitivities(group.members) if fit.two_sided and survey else []
+    geometry, sensitivities = inputs.seen, []
+    if fit.two_sided and survey is not None:
+        geometry = survey.geometry(group.members, inputs.seen)
+        sensitivities = survey.sensitivities(group.members)
     try:
-        factors = _factors(torch.cat(weights), group, inputs, fit, sensitivities)
+        factors = _factors(torch.cat(weights), group, inputs, fit, geometry, sensitivities)
     except (ValueError, torch.linalg.LinAlgError) as error:
         raise InputError(
             "A group of matrices cannot be factored.",
@@ -82,16 +86,15 @@ def _factors(
     group: GroupPlan,
     inputs: Inputs,
     fit: Fit,
+    geometry: torch.Tensor,
     sensitivities: list[torch.Tensor],
 ) -> Factors:
-    if inputs.cross is None:
+    if inputs.drift is None:
         target = stack
     else:
-        target = propagated_target(stack, inputs.seen, inputs.cross, fit.mix or 0.0)
-    if not fit.reconstruct:
-        return factor_group(
-            target, inputs.seen, group.form, group.rank, sensitivities=sensitivities
-        )
-    b, a = whitened_spectrum(stack, inputs.seen, sensitivities).factors(group.rank)
-    b, a = reconstructed_factors(b, a, target, inputs.seen)
+        target = propagated_target(stack, inputs.seen, inputs.drift, fit.mix or 0.0)
+    start = stack if fit.reconstruct else target
+    b, a = whitened_spectrum(start, geometry, sensitivities).factors(group.rank)
+    if fit.reconstruct:
+        b, a = reconstructed_factors(b, a, target, inputs.seen)
     return stored_factors(b, a, target, inputs.seen, group.form)

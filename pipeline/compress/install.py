@@ -57,3 +57,20 @@ def install_(
             if entry["form"] == "skip":
                 factored.permutation = tensors[f"{name}.permutation"]
         model.set_submodule(name, factored)
+
+
+def rebind_(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    """Let factors that are installed read from other tensors of equal values.
+
+    Tensors that were read from a file stay in that file until they are used, and leave memory
+    again when it is needed: a model larger than memory is compressed layer by layer.
+
+    Args:
+        model: changed in place.
+        tensors: parameter or buffer name -> tensor, as `group_tensors` makes them.
+    """
+    for name, tensor in tensors.items():
+        path, _, attribute = name.rpartition(".")
+        held = getattr(model.get_submodule(path), attribute)
+        if held.dtype == tensor.dtype:
+            held.data = tensor

@@ -97,6 +97,6 @@ class Effort:
 
 EFFORTS = {
     "fast": Effort(windows=64, window_length=512, survey_windows=16, mix=None),
-    DEFAULT_EFFORT: Effort(windows=128, window_length=512, survey_windows=64, mix=None),
+    DEFAULT_EFFORT: Effort(windows=128, window_length=512, survey_windows=64, mix=0.5),
     "max": Effort(windows=384, window_length=512, survey_windows=128, mix=0.5),
 }

@@ -3,7 +3,7 @@
 With x the input in the original model, x' that in the compressed one, and the wanted output
 y* = (1 - mix) W x' + mix W x, the least-squares fit to y* on x' is
 
-    W* = W ((1 - mix) S' + mix C) S'^-1,  S' = E[x' x'^T],  C = E[x x'^T],
+    W* = W (I + mix D S'^-1),  S' = E[x' x'^T],  D = E[(x - x') x'^T],
 
 and the best rank-r fit is W* cut at rank r in the geometry of S' (reduced-rank regression). mix = 0
 keeps the layer's own weights; mix = 1 asks it to undo all of the error that reaches it.
@@ -19,7 +19,7 @@ RELATIVE_RIDGE = 1e-3
 def propagated_target(
     weight: torch.Tensor,
     seen: torch.Tensor,
-    cross: torch.Tensor,
+    drift: torch.Tensor,
     mix: float,
     relative_ridge: float = RELATIVE_RIDGE,
 ) -> torch.Tensor:
@@ -28,9 +28,9 @@ def propagated_target(
     Args:
         weight: W, float [m, n].
         seen: S' = E[x' x'^T], float64 [n, n].
-        cross: C = E[x x'^T], float64 [n, n].
+        drift: D = E[(x - x') x'^T], float64 [n, n].
         mix: share of the original model's output in the target, in [0, 1].
-        relative_ridge: added to both moments, as a fraction of the mean of S''s diagonal; it pulls
+        relative_ridge: added to S', as a fraction of the mean of S''s diagonal; it pulls
             directions in which x' hardly moves towards W itself.
 
     Returns:
@@ -39,7 +39,7 @@ def propagated_target(
     Raises:
         ValueError: moments that are not finite.
     """
-    if not (torch.isfinite(seen).all() and torch.isfinite(cross).all()):
+    if not (torch.isfinite(seen).all() and torch.isfinite(drift).all()):
         raise ValueError("the second moment holds NaN or infinite values")
     weight = weight.double()
     if mix == 0:
@@ -47,8 +47,7 @@ def propagated_target(
     ridge = relative_ridge * seen.diagonal().mean()
     regular = seen.clone()
     regular.diagonal().add_(ridge)
-    wanted = mix * (cross - seen)  # W* = W (I + mix (C - S') (S' + ridge I)^-1)
-    return weight + torch.linalg.solve(regular, wanted.T @ weight.T).T
+    return weight + mix * torch.linalg.solve(regular, drift.T @ weight.T).T
 
 
 def reconstructed_factors(

@@ -28,7 +28,7 @@ from pipeline.compress.methods import (
 )
 from pipeline.compress.plan import RankPlan
 from pipeline.compress.planning import make_plan
-from pipeline.compress.survey import Survey
+from pipeline.compress.survey import Survey, survey_bytes
 from pipeline.compress.work import FinishedLayers
 from pipeline.errors import InputError, ResourceError, UsageError
 from pipeline.model.load import LoadedModel, load_model
@@ -166,15 +166,19 @@ def compress_to_folder(
         _discard(partial_path(output))
     loaded = loaded or load_model(
         request.model,
+        dtype=None,
         trust_remote_code=request.trust_remote_code,
         window_length=request.resolved_effort.window_length,
     )
     dtype = loaded.storage_dtype if request.dtype == "auto" else DTYPES[request.dtype]
+    layers = decoder_structure(loaded.model)
     needed_bytes = 2 * sum(p.numel() for p in loaded.model.parameters()) * dtype.itemsize
+    if request.resolved_method.needs_survey:
+        effort = request.resolved_effort
+        needed_bytes += survey_bytes(layers, effort.survey_windows * effort.window_length)
     with staged_folder(
         output, overwrite=overwrite, resume=True, required_bytes=needed_bytes
     ) as folder:
-        layers = decoder_structure(loaded.model)
         total_before = parameter_count(loaded.model)
         tokens = tokens or calibration_tokens(request, loaded)
         require_tokens(tokens, layers)
@@ -301,6 +305,7 @@ def recipe_of(
         "model": request.model,
         "label": loaded.source.label,
         "dtype": str(dtype).removeprefix("torch."),
+        "held_dtype": str(loaded.model.dtype).removeprefix("torch."),
         "settings": asdict(request),
         "method": asdict(request.resolved_method),
         "effort": asdict(request.resolved_effort),

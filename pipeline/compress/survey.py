@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from pipeline.calibrate.moments import GroupMoments, balanced
 from pipeline.calibrate.precision import fast_products
-from pipeline.calibrate.sensitivity import BackwardSweep, LayerMoments
+from pipeline.calibrate.sensitivity import BackwardSweep
 from pipeline.calibrate.stream import LayerStream
 from pipeline.compress.search import Curves, Members, stacks_of
 from pipeline.compress.truncate import tails_of, whitened_energies
@@ -19,8 +20,8 @@ from pipeline.compress.work import FinishedLayers
 from pipeline.model.structure import Group, Layer
 from pipeline.progress import track
 
-# Of the sensitivities, which are estimated from few tokens (0.3: KFAC-SVD's choice).
-SENSITIVITY_SHRINKAGE = 0.3
+# Of the sensitivities, which are estimated from few tokens.
+SENSITIVITY_SHRINKAGE = 0.1
 JOIN = "+"
 
 
@@ -43,6 +44,7 @@ class Survey:
         self.finished = FinishedLayers(folder / "layers", settings)
         self.curves: Curves = {}
         self._layer_of: dict[str, str] = {}
+        self._source_of: dict[str, str] = {}
 
     def measure(
         self,
@@ -73,6 +75,7 @@ class Survey:
             sweep.remove()
         for layer in layers:
             self._layer_of |= {m: layer.name for group in layer.groups for m in group.members}
+            self._source_of |= {m: group.name for group in layer.groups for m in group.members}
             tensors, _ = self.finished.load(layer.name)
             for name, curve in tensors.items():
                 if name.startswith("curve."):
@@ -81,33 +84,54 @@ class Survey:
 
     def sensitivities(self, members: Members) -> list[torch.Tensor]:
         """Shrunk G of each member's output, float64 [m_i, m_i]."""
-        tensors, _ = self.finished.load(self._layer_of[members[0]])
+        tensors = self._tensors(members)
         return [shrunk(tensors[f"sensitivity.{m}"], SENSITIVITY_SHRINKAGE) for m in members]
+
+    def geometry(self, members: Members, moment: torch.Tensor) -> torch.Tensor:
+        """What errors of the members are measured in: `moment`, balanced with the weighted one.
+
+        Args:
+            members: that read the same input.
+            moment: S of that input over all calibration tokens, float64 [n, n].
+        """
+        return balanced(moment, self._tensors(members)[f"weighted.{self._source_of[members[0]]}"])
+
+    def _tensors(self, members: Members) -> dict[str, torch.Tensor]:
+        tensors, _ = self.finished.load(self._layer_of[members[0]])
+        return tensors
+
+
+def survey_bytes(layers: list[Layer], tokens: int) -> int:
+    """Bytes on disk that a survey of so many tokens takes, but for its curves."""
+    groups = [group for layer in layers for group in layer.groups]
+    moments = sum(4 * g.in_features**2 + 2 * sum(h * h for h in g.out_features) for g in groups)
+    return moments + 2 * len(layers) * tokens * layers[0].groups[0].in_features
 
 
 def _layer_tensors(
-    model: PreTrainedModel, layer: Layer, moments: LayerMoments, cat: bool
+    model: PreTrainedModel, layer: Layer, moments: dict[str, GroupMoments], cat: bool
 ) -> dict[str, torch.Tensor]:
-    """What is kept of a layer: its sensitivities, and the curve of each stack."""
-    # In bfloat16, which halves the disk they take; what it rounds away is less than the shrinkage.
-    kept = {
-        f"sensitivity.{name}": moment.mean().bfloat16() for name, moment in moments.outputs.items()
-    }
+    """What is kept of a layer: its sensitivities, weighted moments, and the curve of each stack."""
+    kept: dict[str, torch.Tensor] = {}
     for group in layer.groups:
-        kept |= _group_curves(model, group, moments, cat)
+        found = moments[group.name]
+        # In bfloat16, which halves the disk they take; it rounds away less than the shrinkage.
+        kept |= {f"sensitivity.{m}": g.mean().bfloat16() for m, g in found.outputs.items()}
+        kept[f"weighted.{group.name}"] = found.weighted.mean().float()
+        kept |= _group_curves(model, group, found, cat)
     return kept
 
 
 def _group_curves(
-    model: PreTrainedModel, group: Group, moments: LayerMoments, cat: bool
+    model: PreTrainedModel, group: Group, moments: GroupMoments, cat: bool
 ) -> dict[str, torch.Tensor]:
-    inputs = moments.inputs[group.name].mean()
+    geometry = balanced(moments.inputs.mean(), moments.weighted.mean())
     weight = {m: model.get_submodule(m).weight.detach() for m in group.members}
-    blocks = {m: shrunk(moments.outputs[m].mean(), SENSITIVITY_SHRINKAGE) for m in group.members}
+    blocks = {m: shrunk(g.mean(), SENSITIVITY_SHRINKAGE) for m, g in moments.outputs.items()}
     curves = {}
     for stack in stacks_of(group, cat=cat):
         energies = whitened_energies(
-            torch.cat([weight[m] for m in stack]), inputs, [blocks[m] for m in stack]
+            torch.cat([weight[m] for m in stack]), geometry, [blocks[m] for m in stack]
         )
         curves[f"curve.{JOIN.join(stack)}"] = tails_of(energies) / 2
     return curves

@@ -3,14 +3,14 @@
 One-sided: min over rank r of E |W x - W_r x|^2 = min |(W - W_r) R|_F^2 with S = E[x x^T] = R R, and
 its value is the tail of the squared singular values of W R (Eckart-Young).
 
-Two-sided: with g the gradient of the model's log-likelihood by y = W x and G = E[g g^T] = L L, an
+Two-sided: with g the gradient of the model's log-likelihood by y = W x and G = E[g g^T] = L^T L, an
 error D y costs E (g . D y)^2 / 2 nats of KL to second order. K-FAC takes x and g as independent,
 and the cost becomes tr(G (W - W_r) S (W - W_r)^T) / 2 = |L (W - W_r) R|_F^2 / 2. For a stack of
 matrices G is block-diagonal, so that each has its own importance.
 
 Two equal ways to the optimum, of which the one with the smaller eigenproblem is taken:
 
-- m <= n: with L W S W^T L = U diag(s^2) U^T, W_r = (L^-1 U_r) (U_r^T L W): S is never inverted;
+- m <= n: with L W S W^T L^T = U diag(s^2) U^T, W_r = (L^-1 U_r) (U_r^T L W): S is never inverted;
 - m > n: with R W^T G W R = V diag(s^2) V^T, W_r = (W R V_r) (V_r^T R^-1): no root of G is needed.
 
 Both are projections, so at full rank the product is W whatever the accuracy of U or V.
@@ -73,11 +73,10 @@ def whitened_spectrum(
     _require_fit(weight, moment, sensitivities)
     weight = weight.double()
     if rows <= columns:
-        roots = [whitening_roots(block) for block in sensitivities]
-        inner = weighted(weight, [root for root, _ in roots])
+        roots = [cholesky(block).T for block in sensitivities]
+        inner = weighted(weight, roots)
         energies, vectors = _falling_eigen(inner @ moment @ inner.T)
-        left = weighted(vectors, [inverse for _, inverse in roots])
-        return Spectrum(energies, left, vectors.T @ inner)
+        return Spectrum(energies, _unweighted(vectors, roots), vectors.T @ inner)
     root, inverse_root = whitening_roots(moment)
     energies, vectors = _falling_eigen(root @ weighted_gram(weight, sensitivities) @ root)
     return Spectrum(energies, weight @ root @ vectors, vectors.T @ inverse_root)
@@ -88,7 +87,7 @@ def whitened_energies(
 ) -> torch.Tensor:
     """The energies of `whitened_spectrum` alone, at a fraction of its cost: no vectors, no root.
 
-    They are the eigenvalues of L W S W^T L, or equally of C^T W^T G W C with S = C C^T.
+    They are the eigenvalues of L W S W^T L^T, or equally of C^T W^T G W C with S = C C^T.
 
     Returns:
         float64 [min(m, n)], falling.
@@ -114,6 +113,18 @@ def weighted(weight: torch.Tensor, roots: Sequence[torch.Tensor]) -> torch.Tenso
         return weight
     parts = weight.split([root.shape[1] for root in roots])
     return torch.cat([root @ part for root, part in zip(roots, parts, strict=True)])
+
+
+def _unweighted(stack: torch.Tensor, roots: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The inverse of `weighted`, for upper-triangular roots."""
+    if not roots:
+        return stack
+    parts = stack.split([len(root) for root in roots])
+    solved = [
+        torch.linalg.solve_triangular(root, part, upper=True)
+        for root, part in zip(roots, parts, strict=True)
+    ]
+    return torch.cat(solved)
 
 
 def weighted_gram(weight: torch.Tensor, sensitivities: Sequence[torch.Tensor]) -> torch.Tensor:

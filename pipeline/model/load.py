@@ -8,8 +8,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import torch
 import transformers
+from accelerate import init_empty_weights
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -22,6 +24,7 @@ from transformers import (
 
 from pipeline.errors import InputError, PipelineError, UsageError
 from pipeline.model.source import Source, resolve_source
+from pipeline.progress import note
 
 
 @dataclass
@@ -50,7 +53,7 @@ class Preview:
 def load_model(
     name: str,
     *,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = torch.float32,
     trust_remote_code: bool = False,
     window_length: int = 0,
 ) -> LoadedModel:
@@ -58,7 +61,8 @@ def load_model(
 
     Args:
         name: see `pipeline.model.source`.
-        dtype: what the weights are held in.
+        dtype: what the weights are held in; None for float32 if memory has room for it, and as
+            they are published if not: they then stay in their files until they are used.
         trust_remote_code: let Python code that comes with the model run.
         window_length: tokens that it will be run on at once.
 
@@ -69,6 +73,8 @@ def load_model(
     preview = preview_model(name, trust_remote_code=trust_remote_code)
     source = preview.source
     refuse_long_windows("--window-length", window_length, preview.config)
+    if dtype is None:
+        dtype = _held_dtype(source, preview.config, trust_remote_code)
     with _explaining(source), _quiet_gguf():
         model, info = AutoModelForCausalLM.from_pretrained(
             source.location,
@@ -81,6 +87,24 @@ def load_model(
     _forget_gguf(model)
     model.published_dtype = _published_dtype(source, preview.config)
     return LoadedModel(model.eval(), preview.tokenizer, source)
+
+
+def _held_dtype(source: Source, config: Any, trust_remote_code: bool) -> torch.dtype:
+    """float32, or the published type when float32 would fill more than half of the free memory."""
+    published = _published_dtype(source, config)
+    if source.kind == "gguf":
+        return torch.float32
+    with _explaining(source), init_empty_weights():
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    needed_bytes = 4 * sum(parameter.numel() for parameter in model.parameters())
+    free_bytes = psutil.virtual_memory().available
+    if needed_bytes <= free_bytes / 2:
+        return torch.float32
+    note(
+        f"weights stay in their files, in {str(published).removeprefix('torch.')}: "
+        f"float32 would take {needed_bytes / 1e9:.1f} of {free_bytes / 1e9:.1f} GB of memory"
+    )
+    return published
 
 
 def preview_model(name: str, *, trust_remote_code: bool = False) -> Preview:

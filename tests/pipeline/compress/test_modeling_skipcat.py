@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.compress.factor import factor_group
+from pipeline.compress.factor import stored_factors
 from pipeline.compress.install import group_entries, group_tensors, install_
 from pipeline.compress.modeling_skipcat import FactoredLinear, SkipCatConfig
 from pipeline.compress.rank import Form
+from pipeline.compress.truncate import whitened_spectrum
 
 
 class Pair(nn.Module):
@@ -32,7 +33,9 @@ def installed(form: Form, rank: int) -> tuple[Pair, Pair]:
     dense = Pair().double()
     factored = copy.deepcopy(dense)
     stack = torch.cat([dense.first.weight, dense.second.weight]).detach()
-    factors = factor_group(stack, torch.eye(16, dtype=torch.float64), form, rank)
+    moment = torch.eye(16, dtype=torch.float64)
+    b, a = whitened_spectrum(stack, moment).factors(rank)
+    factors = stored_factors(b, a, stack, moment, form)
     members = ("first", "second")
     tensors = group_tensors(members, [12, 6], factors, torch.float64)
     install_(factored, group_entries(members, form, rank), tensors)

@@ -1,12 +1,18 @@
-"""Claims of whitened truncation, against an SVD of W R and against averages over samples."""
+"""Claims of whitened truncation, against an SVD of L W R and against averages over samples."""
 
 from __future__ import annotations
 
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from pipeline.compress.truncate import whitened_spectrum
-from pipeline.compress.whiten import whitening_roots
+from pipeline.compress.truncate import Spectrum, tails_of, whitened_energies, whitened_spectrum
+from pipeline.compress.whiten import shrunk
 
 SHAPES = [(24, 16), (16, 24), (16, 16), (48, 8)]
 
@@ -97,15 +103,168 @@ def test_nan_in_the_moment_is_refused(shape: tuple[int, int]) -> None:
         whitened_spectrum(torch.ones(shape), moment)
 
 
-def test_roots_multiply_to_the_moment_and_invert_each_other() -> None:
-    _, inputs = problem(4, 12)
-    moment = second_moment(inputs)
-    root, inverse = whitening_roots(moment)
-    torch.testing.assert_close(root @ root, moment, rtol=1e-8, atol=1e-8)
-    identity = torch.eye(12, dtype=torch.float64)
-    torch.testing.assert_close(root @ inverse, identity, rtol=0, atol=1e-9)
+# Two-sided: heights of the matrices of a stack, and the width of their input; m <= n and m > n.
+STACKS = [((16,), 24), ((24,), 16), ((5, 7, 4), 24), ((12, 9, 20), 16), ((10, 6), 16)]
 
 
-def test_a_zero_moment_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="never reaches"):
-        whitening_roots(torch.zeros(3, 3, dtype=torch.float64))
+def stacked_problem(
+    heights: tuple[int, ...], columns: int, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """W of a stack, S, and for each of its matrices a G that is as uneven as a shrunk one can be.
+
+    The ridge of the Cholesky roots, 1e-9 of a trace, is then at most 1e-8 m of any eigenvalue.
+    """
+    weight, inputs = problem(sum(heights), columns, seed)
+    blocks = [
+        shrunk(second_moment(problem(1, m, seed + 1 + place)[1]), 0.1)
+        for place, m in enumerate(heights)
+    ]
+    return weight, second_moment(inputs), blocks
+
+
+def two_sided_loss(
+    error: torch.Tensor, moment: torch.Tensor, blocks: list[torch.Tensor]
+) -> torch.Tensor:
+    """tr(G D S D^T), written out."""
+    return torch.trace(torch.block_diag(*blocks) @ error @ moment @ error.T)
+
+
+def lost(
+    spectrum: Spectrum,
+    rank: int,
+    weight: torch.Tensor,
+    moment: torch.Tensor,
+    blocks: list[torch.Tensor],
+) -> float:
+    b, a = spectrum.factors(rank)
+    return two_sided_loss(weight - b @ a, moment, blocks).item()
+
+
+@pytest.mark.parametrize(("heights", "columns"), STACKS)
+def test_two_sided_full_rank_is_exact(heights: tuple[int, ...], columns: int) -> None:
+    weight, moment, blocks = stacked_problem(heights, columns)
+    b, a = whitened_spectrum(weight, moment, blocks).factors(min(weight.shape))
+    torch.testing.assert_close(b @ a, weight, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize(("heights", "columns"), STACKS)
+@pytest.mark.parametrize("rank", [0, 1, 5, 12])
+def test_two_sided_loss_equals_the_tail(
+    heights: tuple[int, ...], columns: int, rank: int
+) -> None:
+    weight, moment, blocks = stacked_problem(heights, columns)
+    spectrum = whitened_spectrum(weight, moment, blocks)
+    expected = tails_of(spectrum.energies)[rank].item()
+    assert lost(spectrum, rank, weight, moment, blocks) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(("heights", "columns"), STACKS)
+def test_two_sided_energies_are_the_squared_singular_values_that_numpy_finds(
+    heights: tuple[int, ...], columns: int
+) -> None:
+    weight, moment, blocks = stacked_problem(heights, columns)
+    left = np.linalg.cholesky(torch.block_diag(*blocks).numpy())
+    right = np.linalg.cholesky(moment.numpy())
+    u, s, vt = np.linalg.svd(left.T @ weight.numpy() @ right, full_matrices=False)
+    spectrum = whitened_spectrum(weight, moment, blocks)
+    # The ridge; and rounding, which takes 1e-16 of the largest.
+    torch.testing.assert_close(
+        spectrum.energies, torch.from_numpy(s**2), rtol=1e-6, atol=1e-12 * s[0] ** 2
+    )
+    rank = 4
+    inner = u[:, :rank] * s[:rank] @ vt[:rank]
+    best = np.linalg.solve(left.T, inner) @ np.linalg.inv(right)
+    b, a = spectrum.factors(rank)
+    scale = np.abs(best).max()
+    torch.testing.assert_close(b @ a, torch.from_numpy(best), rtol=0, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize(("heights", "columns"), STACKS)
+def test_no_other_product_of_that_rank_has_a_lower_two_sided_loss(
+    heights: tuple[int, ...], columns: int
+) -> None:
+    weight, moment, blocks = stacked_problem(heights, columns)
+    rank = 4
+    spectrum = whitened_spectrum(weight, moment, blocks)
+    best = lost(spectrum, rank, weight, moment, blocks)
+    # The truncation that only minds the inputs is not merely no better.
+    assert lost(whitened_spectrum(weight, moment), rank, weight, moment, blocks) > 1.05 * best
+    b, a = spectrum.factors(rank)
+    generator = torch.Generator().manual_seed(1)
+    for size in (1e-1, 1e-3, 1e-5):
+        other_b, other_a = (
+            x + size * x.abs().mean() * torch.randn(x.shape, dtype=x.dtype, generator=generator)
+            for x in (b, a)
+        )
+        assert two_sided_loss(weight - other_b @ other_a, moment, blocks) > best
+
+
+@pytest.mark.parametrize(("heights", "columns"), STACKS)
+def test_sensitivities_of_equal_worth_change_nothing(
+    heights: tuple[int, ...], columns: int
+) -> None:
+    weight, moment, _ = stacked_problem(heights, columns)
+    ones = [torch.eye(m, dtype=torch.float64) for m in heights]
+    equal, plain = whitened_spectrum(weight, moment, ones), whitened_spectrum(weight, moment)
+    torch.testing.assert_close(equal.energies, plain.energies, rtol=1e-7, atol=1e-9)
+    (b, a), (plain_b, plain_a) = equal.factors(3), plain.factors(3)
+    torch.testing.assert_close(b @ a, plain_b @ plain_a, rtol=0, atol=1e-7)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    heights=st.lists(st.integers(1, 9), min_size=1, max_size=3),
+    columns=st.integers(1, 16),
+    seen=st.floats(0.2, 1),
+    two_sided=st.booleans(),
+    seed=st.integers(0, 100),
+)
+def test_energies_alone_are_those_of_the_spectrum_even_if_the_moment_is_singular(
+    heights: list[int], columns: int, seen: float, two_sided: bool, seed: int
+) -> None:
+    weight, inputs = problem(sum(heights), columns, seed)
+    moment = second_moment(inputs[: max(1, round(seen * columns))])
+    blocks = [shrunk(second_moment(problem(1, m, seed)[1]), 0.1) for m in heights]
+    blocks = blocks if two_sided else []
+    energies = whitened_energies(weight, moment, blocks)
+    expected = whitened_spectrum(weight, moment, blocks).energies
+    # Of directions that are never seen one holds the floor 1e-9, the other the ridge 1e-9 and,
+    # where rounding made the moment indefinite, ten or a hundred of them.
+    torch.testing.assert_close(energies, expected, rtol=1e-5, atol=1e-6 * float(expected[0]))
+    assert energies.shape == (min(sum(heights), columns),)
+    assert all(a >= b >= 0 for a, b in pairwise(energies.tolist()))
+
+
+def test_tails_are_the_sums_of_what_is_left() -> None:
+    energies = torch.tensor([5.0, 3.0, 1.0], dtype=torch.float64)
+    assert tails_of(energies).tolist() == [9.0, 4.0, 1.0, 0.0]
+
+
+@pytest.mark.parametrize("decompose", [whitened_spectrum, whitened_energies])
+@pytest.mark.parametrize("shape", [(8, 4), (4, 8)])
+def test_what_does_not_fit_or_is_not_finite_is_refused(
+    decompose: Any, shape: tuple[int, int]
+) -> None:
+    weight = torch.ones(shape)
+    rows, columns = (torch.eye(size, dtype=torch.float64) for size in shape)
+    with pytest.raises(ValueError, match="does not fit"):
+        decompose(weight, rows)
+    with pytest.raises(ValueError, match=r"sensitivities of \[2, 1\] rows do not fit"):
+        decompose(weight, columns, [rows[:2, :2], rows[:1, :1]])
+    for bad in (torch.nan, torch.inf):
+        with pytest.raises(ValueError, match="moment holds NaN"):
+            decompose(weight, columns * bad)
+        with pytest.raises(ValueError, match="sensitivity holds NaN"):
+            decompose(weight, columns, [rows * bad])
+
+
+@pytest.mark.parametrize("shape", [(8, 4), (4, 8)])
+def test_a_shrunk_sensitivity_of_rank_one_still_gives_the_weight_back_at_full_rank(
+    shape: tuple[int, int],
+) -> None:
+    single = torch.zeros(shape[0], shape[0], dtype=torch.float64)
+    single[0, 0] = 1
+    moment = torch.eye(shape[1], dtype=torch.float64)
+    weight = problem(*shape)[0]
+    b, a = whitened_spectrum(weight, moment, [shrunk(single, 0.1)]).factors(min(shape))
+    torch.testing.assert_close(b @ a, weight, rtol=0, atol=1e-10)
