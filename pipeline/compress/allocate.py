@@ -7,7 +7,11 @@ may stop anywhere. The integer program does not care.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import ctypes
+import os
+import sys
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -46,6 +50,7 @@ def allocate(sizes: Sequence[np.ndarray], losses: Sequence[np.ndarray], budget: 
     front_sizes = [s[front].astype(float) for s, front in zip(sizes, fronts, strict=True)]
     front_losses = [e[front].astype(float) for e, front in zip(losses, fronts, strict=True)]
     chosen = _solve(front_sizes, front_losses, budget)
+    _come_within_(chosen, front_sizes, front_losses, budget)
     _spend_the_rest_(chosen, front_sizes, front_losses, budget)
     return [int(front[c]) for front, c in zip(fronts, chosen, strict=True)]
 
@@ -60,17 +65,47 @@ def _solve(sizes: list[np.ndarray], losses: list[np.ndarray], budget: int) -> li
     total = np.concatenate(sizes)[None] / budget
     objective = np.concatenate(losses)
     scale = max(sum(float(e.min()) for e in losses), float(objective.max()) * 1e-6, 1e-300)
-    result = milp(
-        objective / scale,
-        integrality=np.ones(groups.size),
-        bounds=Bounds(0, 1),
-        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(total, ub=1)],
-        options={"mip_rel_gap": RELATIVE_GAP, "time_limit": TIME_LIMIT_S},
-    )
+    with _silent_stdout():
+        result = milp(
+            objective / scale,
+            integrality=np.ones(groups.size),
+            bounds=Bounds(0, 1),
+            constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(total, ub=1)],
+            options={"mip_rel_gap": RELATIVE_GAP, "time_limit": TIME_LIMIT_S},
+        )
     if result.x is None:
         raise ValueError(f"the solver found no choice: {result.message}")
     ends = starts + counts
     return [int(result.x[a:b].argmax()) for a, b in zip(starts, ends, strict=True)]
+
+
+@contextlib.contextmanager
+def _silent_stdout() -> Iterator[None]:
+    """Drop what the solver's C++ prints to stdout when it repairs a choice: results go there."""
+    libc = ctypes.CDLL(None)
+    sys.stdout.flush()
+    libc.fflush(None)
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    try:
+        yield
+    finally:
+        libc.fflush(None)
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
+
+
+def _come_within_(
+    chosen: list[int], sizes: list[np.ndarray], losses: list[np.ndarray], budget: int
+) -> None:
+    """Step down where it loses least, while the budget is exceeded; changes `chosen`.
+
+    The solver allows itself an excess of 1e-6 of the budget, which may be hundreds of numbers.
+    """
+    while sum(s[c] for s, c in zip(sizes, chosen, strict=True)) > budget:
+        steps = [(losses[g][c - 1] - losses[g][c], g) for g, c in enumerate(chosen) if c > 0]
+        chosen[min(steps)[1]] -= 1
 
 
 def _spend_the_rest_(

@@ -124,13 +124,14 @@ class _OneShot:
         with fast_products(self.model):
             moments = self.stream.advance(index)
         read_by = _read_by(self.layers[index])
+        inputs = {name: Inputs(moment.mean()) for name, moment in moments.items()}
         tensors: dict[str, torch.Tensor] = {}
         reports = []
         for group in planned:
             if group.form == "dense":
                 reports.append(group_report(group))
                 continue
-            new, report = factor(group, Inputs(moments[read_by[group.members[0]]].mean()))
+            new, report = factor(group, inputs[read_by[group.members[0]]])
             tensors |= new
             reports.append(report)
         install_(self.model, _entries(planned), tensors)

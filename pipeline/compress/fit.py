@@ -15,12 +15,13 @@ from pipeline.compress.plan import GroupPlan
 from pipeline.compress.propagate import propagated_target, reconstructed_factors
 from pipeline.compress.survey import Survey
 from pipeline.compress.truncate import whitened_spectrum
+from pipeline.compress.whiten import whitening_roots
 from pipeline.errors import InputError
 
 
-@dataclass(frozen=True)
+@dataclass
 class Inputs:
-    """Second moments of what a group reads.
+    """Second moments of what the linears of one group read, however they are stacked.
 
     Attributes:
         seen: of the input the factors will be given, float64 [n, n].
@@ -30,6 +31,13 @@ class Inputs:
 
     seen: torch.Tensor
     drift: torch.Tensor | None = None
+    _roots: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def roots(self, geometry: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """R and R^-1 of the geometry, which is one and the same for every stack of the group."""
+        if self._roots is None:
+            self._roots = whitening_roots(geometry)
+        return self._roots
 
 
 def fit_group(
@@ -94,7 +102,8 @@ def _factors(
     else:
         target = propagated_target(stack, inputs.seen, inputs.drift, fit.mix or 0.0)
     start = stack if fit.reconstruct else target
-    b, a = whitened_spectrum(start, geometry, sensitivities).factors(group.rank)
+    spectrum = whitened_spectrum(start, geometry, sensitivities, inputs.roots)
+    b, a = spectrum.factors(group.rank)
     if fit.reconstruct:
         b, a = reconstructed_factors(b, a, target, inputs.seen)
     return stored_factors(b, a, target, inputs.seen, group.form)

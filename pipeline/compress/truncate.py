@@ -18,7 +18,7 @@ Both are projections, so at full rank the product is W whatever the accuracy of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -56,7 +56,10 @@ def tails_of(energies: torch.Tensor) -> torch.Tensor:
 
 
 def whitened_spectrum(
-    weight: torch.Tensor, moment: torch.Tensor, sensitivities: Sequence[torch.Tensor] = ()
+    weight: torch.Tensor,
+    moment: torch.Tensor,
+    sensitivities: Sequence[torch.Tensor] = (),
+    roots: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] = whitening_roots,
 ) -> Spectrum:
     """Decompose a weight in the geometry of its inputs and, if given, of the loss.
 
@@ -65,6 +68,7 @@ def whitened_spectrum(
         moment: S = E[x x^T], float64 [n, n].
         sensitivities: G = E[g g^T] of each matrix of the stack, float64 [m_i, m_i], of full rank
             (see `shrunk`); none for the one-sided truncation.
+        roots: gives R and R^-1 of the moment, where they are needed.
 
     Raises:
         ValueError: shapes that do not fit, or a moment that is not finite or zero.
@@ -73,11 +77,11 @@ def whitened_spectrum(
     _require_fit(weight, moment, sensitivities)
     weight = weight.double()
     if rows <= columns:
-        roots = [cholesky(block).T for block in sensitivities]
-        inner = weighted(weight, roots)
+        uppers = [cholesky(block).T for block in sensitivities]
+        inner = weighted(weight, uppers)
         energies, vectors = _falling_eigen(inner @ moment @ inner.T)
-        return Spectrum(energies, _unweighted(vectors, roots), vectors.T @ inner)
-    root, inverse_root = whitening_roots(moment)
+        return Spectrum(energies, _unweighted(vectors, uppers), vectors.T @ inner)
+    root, inverse_root = roots(moment)
     energies, vectors = _falling_eigen(root @ weighted_gram(weight, sensitivities) @ root)
     return Spectrum(energies, weight @ root @ vectors, vectors.T @ inverse_root)
 
