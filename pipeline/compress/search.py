@@ -14,7 +14,9 @@ from pipeline.compress.rank import Form, stored_parameters
 from pipeline.errors import UsageError
 from pipeline.model.structure import Group, Layer
 
-RANKS_PER_STACK = 96
+RANKS_PER_STACK = 72
+# Matrix units work on tiles of this many; a grid that is coarser than half of it is made of them.
+TILE = 8
 CANDIDATES_PER_GROUP = 400
 Members = tuple[str, ...]
 # Loss, in nats, of a stack of members at each rank from 0 to min(m, n).
@@ -124,14 +126,21 @@ def group_candidates(
     return _thinned(_front(found))
 
 
+def rank_step(full: int, multiple: int) -> int:
+    """Distance between the ranks that are considered: about RANKS_PER_STACK up to the full rank."""
+    step = multiple * math.ceil(full / RANKS_PER_STACK / multiple)
+    tiled = math.lcm(multiple, TILE)
+    return tiled * math.ceil(step / tiled) if 2 * step > tiled else step
+
+
 def _stack_candidates(
     members: Members, rows: int, columns: int, curve: np.ndarray, *, form: Form, multiple: int
 ) -> list[Candidate]:
-    """Dense, and factored at up to RANKS_PER_STACK ranks that save something."""
+    """Dense, and factored at those ranks of a grid that save something."""
     full = min(rows, columns)
     dense = GroupPlan(members, rows, columns, "dense", full, "it is worth its size", 0.0)
     found = [Candidate((dense,), rows * columns, 0.0)]
-    step = multiple * math.ceil(full / RANKS_PER_STACK / multiple)
+    step = rank_step(full, multiple)
     for rank in range(step, full, step):
         size = stored_parameters(form, rows, columns, rank)
         if size < rows * columns:

@@ -100,7 +100,7 @@ class Built:
 def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Built]:
     folder = tmp_path_factory.mktemp("default-model")
     loaded = load_model(MODEL)
-    request = CompressRequest(MODEL, keep_params=0.8, windows=32, window_length=256)
+    request = CompressRequest(MODEL, keep_params=0.8, effort="fast", windows=32, window_length=256)
     compress_to_folder(request, folder / "checkpoint", loaded=loaded)
     result = Built(folder, loaded.model.state_dict())
     export_folder(result.checkpoint, result.onnx, ExportRequest(dtype="float32"))
