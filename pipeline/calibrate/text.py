@@ -1,7 +1,8 @@
 """Where token windows come from: a text file, a hub dataset, or the model itself.
 
 A specification is `self` (text that the model generates), `wikitext2+c4` (hub datasets, mixed half
-and half as SkipCat does), or the path of a UTF-8 text file.
+and half as SkipCat does), the path of a UTF-8 text file, or several of these joined by `+`: a model
+calibrated on one kind of text alone does worse on every other.
 """
 
 from __future__ import annotations
@@ -68,7 +69,8 @@ def load_tokens(
     """Take `count` windows of `length` tokens from a source.
 
     Args:
-        spec: `self`, `wikitext2+c4` (or one of the two), or a path.
+        spec: `self`, `wikitext2+c4` (or one of the two), a path, or a mixture joined by `+`, of
+            which every part gives the same number of windows.
         tokenizer: turns text into tokens.
         model: generates the text for `self`.
         count: number of windows.
@@ -79,6 +81,23 @@ def load_tokens(
     Raises:
         InputError: no such file or dataset, or too little text; says how much is needed.
     """
+    parts = parts_of(spec)
+    if len(parts) > 1:
+        shares = [count // len(parts) + (i < count % len(parts)) for i in range(len(parts))]
+        batches = [
+            load_tokens(
+                part,
+                tokenizer,
+                model,
+                count=share,
+                length=length,
+                seed=seed,
+                sequential=sequential,
+            )
+            for part, share in zip(parts, shares, strict=True)
+            if share
+        ]
+        return _mixed(batches, spec, seed)
     if spec == "self":
         tokens = generate_windows(model, tokenizer, count=count, length=length, seed=seed)
         return TokenBatch(tokens, "self", seed, {"text": "sampled from the model, temperature 1"})
@@ -89,15 +108,38 @@ def load_tokens(
     return TokenBatch(_windows(stream, spec, count, length, seed, sequential), spec, seed, details)
 
 
+def parts_of(spec: str) -> list[str]:
+    """The parts of a mixture; hub datasets, which are mixed as they are read, count as one.
+
+    A file whose name holds a `+` is one part.
+    """
+    if Path(spec).exists() or set(spec.split("+")) <= set(HUB_DATASETS):
+        return [spec]
+    return spec.split("+")
+
+
+def _mixed(batches: list[TokenBatch], spec: str, seed: int) -> TokenBatch:
+    """The windows of all parts, spread so that any stretch of them holds every part."""
+    places = torch.cat([(torch.arange(len(b.tokens)) + 0.5) / len(b.tokens) for b in batches])
+    tokens = torch.cat([batch.tokens for batch in batches])[places.argsort(stable=True)]
+    details = {
+        f"{batch.source}: {key}": value for batch in batches for key, value in batch.details.items()
+    }
+    return TokenBatch(tokens, spec, seed, details)
+
+
 def require_text(spec: str, tokenizer: PreTrainedTokenizerBase, *, count: int, length: int) -> None:
-    """Refuse a text file that does not hold the windows asked for; other sources are not opened.
+    """Refuse text files that do not hold the windows asked for; other sources are not opened.
 
     Raises:
         InputError: no such file, or too little text.
     """
-    if not (spec == "self" or set(spec.split("+")) <= set(HUB_DATASETS)):
-        stream, _ = _file_stream(Path(spec), tokenizer)
-        _windows(stream, spec, count, length, seed=0, sequential=True)
+    parts = parts_of(spec)
+    for place, part in enumerate(parts):
+        if not (part == "self" or set(part.split("+")) <= set(HUB_DATASETS)):
+            stream, _ = _file_stream(Path(part), tokenizer)
+            share = count // len(parts) + (place < count % len(parts))
+            _windows(stream, part, share, length, seed=0, sequential=True)
 
 
 def _windows(

@@ -24,7 +24,7 @@ calibration_options = options.apply(
         type=click.Choice(list(EFFORTS)),
         default=DEFAULT_EFFORT,
         show_default=True,
-        help="How much text is read, and how often; README has time and quality of each.",
+        help="Minutes against quality: how much text is read, and how layers are fitted.",
     ),
     click.option(
         "--method",
@@ -43,7 +43,8 @@ calibration_options = options.apply(
         "--calibration",
         default="self",
         show_default=True,
-        help="A text file, 'wikitext2+c4' from the hub, or 'self': text the model generates.",
+        help="A text file, 'wikitext2+c4' from the hub, 'self': text the model generates; or several, "
+        "joined by '+'.",
     ),
     click.option("--windows", type=int, help="Of calibration text; by default the effort's."),
     click.option("--window-length", type=int, help="Tokens in each; by default the effort's."),

@@ -171,3 +171,25 @@ def test_text_of_the_model_itself_is_recorded_as_such(
     assert same == again
     assert same["sha256"] != other["sha256"]
     assert (same["source"], same["windows"], same["window_length"]) == ("self", 2, 8)
+
+
+def test_a_mixture_takes_as_much_of_every_part_and_spreads_them(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel
+) -> None:
+    for name, letter in (("a.txt", "a"), ("b.txt", "b")):
+        (tmp_path / name).write_text(letter * 500)
+    spec = f"{tmp_path / 'a.txt'}+{tmp_path / 'b.txt'}"
+    batch = load_tokens(spec, tokenizer, model, count=9, length=LENGTH, seed=0)
+    letters = [tokenizer.decode(window)[0] for window in batch.tokens]
+    assert sorted(letters) == ["a"] * 5 + ["b"] * 4
+    assert all(set(pair) == {"a", "b"} for pair in itertools.pairwise(letters))
+    entry = batch.describe()
+    assert entry["source"] == spec
+    assert "a.txt" in str(entry["details"])
+
+
+def test_a_mixture_with_a_part_that_is_not_there_is_refused(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel
+) -> None:
+    with pytest.raises(InputError, match="cannot be read"):
+        load_tokens("self+missing.txt", tokenizer, model, count=2, length=LENGTH, seed=0)

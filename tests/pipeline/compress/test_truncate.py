@@ -149,9 +149,7 @@ def test_two_sided_full_rank_is_exact(heights: tuple[int, ...], columns: int) ->
 
 @pytest.mark.parametrize(("heights", "columns"), STACKS)
 @pytest.mark.parametrize("rank", [0, 1, 5, 12])
-def test_two_sided_loss_equals_the_tail(
-    heights: tuple[int, ...], columns: int, rank: int
-) -> None:
+def test_two_sided_loss_equals_the_tail(heights: tuple[int, ...], columns: int, rank: int) -> None:
     weight, moment, blocks = stacked_problem(heights, columns)
     spectrum = whitened_spectrum(weight, moment, blocks)
     expected = tails_of(spectrum.energies)[rank].item()
