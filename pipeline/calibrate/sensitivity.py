@@ -56,10 +56,20 @@ class BackwardSweep:
         self.stream = LayerStream(model, layers, tokens, batch_size)
         folder.mkdir(parents=True, exist_ok=True)
 
-    def forward(self) -> None:
-        """Keep the input of every layer, and the gradient by the output of the last."""
-        if any(self._gradient_path(i).exists() for i in range(len(self.layers) + 1)):
-            return
+    def forward(self, last: int | None = None) -> int:
+        """Keep the input of every layer, and the gradient by the output of the last.
+
+        Args:
+            last: highest layer that is wanted, where an interrupted sweep may stand; None for the
+                last layer of the model.
+
+        Returns:
+            The layer to go back from: `last` if what it needs is kept, else the last of the model.
+        """
+        end = len(self.layers) - 1
+        last = end if last is None else last
+        if self._gradient_path(last + 1).exists() and self._input_path(last).exists():
+            return last
         for index in track(range(len(self.layers)), "sensitivity, forward"):
             _write(self._input_path(index), self.stream.hidden)
             with fast_products(self.model):
@@ -74,6 +84,7 @@ class BackwardSweep:
             )
         ]
         _write(self._gradient_path(len(self.layers)), gradients)
+        return end
 
     def backward(self, index: int) -> dict[str, GroupMoments]:
         """Carry the gradient from the output of layer `index` to its input.

@@ -83,6 +83,8 @@ def load_tokens(
     """
     parts = parts_of(spec)
     if len(parts) > 1:
+        for part in filter(_is_file, parts):
+            _read(Path(part))  # before a part that takes minutes
         shares = [count // len(parts) + (i < count % len(parts)) for i in range(len(parts))]
         batches = [
             load_tokens(
@@ -136,7 +138,7 @@ def require_text(spec: str, tokenizer: PreTrainedTokenizerBase, *, count: int, l
     """
     parts = parts_of(spec)
     for place, part in enumerate(parts):
-        if not (part == "self" or set(part.split("+")) <= set(HUB_DATASETS)):
+        if _is_file(part):
             stream, _ = _file_stream(Path(part), tokenizer)
             share = count // len(parts) + (place < count % len(parts))
             _windows(stream, part, share, length, seed=0, sequential=True)
@@ -162,11 +164,14 @@ def _windows(
     return windows[torch.from_numpy(chosen)]
 
 
-def _file_stream(
-    path: Path, tokenizer: PreTrainedTokenizerBase
-) -> tuple[torch.Tensor, dict[str, str]]:
+def _is_file(part: str) -> bool:
+    """Whether a part of a specification can only be a path."""
+    return part != "self" and not set(part.split("+")) <= set(HUB_DATASETS)
+
+
+def _read(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
             "The text cannot be read.",
@@ -174,6 +179,12 @@ def _file_stream(
             observed=str(error),
             expected="a UTF-8 text file, 'self', or 'wikitext2+c4'",
         ) from error
+
+
+def _file_stream(
+    path: Path, tokenizer: PreTrainedTokenizerBase
+) -> tuple[torch.Tensor, dict[str, str]]:
+    text = _read(path)
     details = {"file": path.name, "file_sha256": sha256_of_file(path)}
     return tokenize(text, tokenizer), details
 

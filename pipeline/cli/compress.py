@@ -43,8 +43,8 @@ calibration_options = options.apply(
         "--calibration",
         default="self",
         show_default=True,
-        help="A text file, 'wikitext2+c4' from the hub, 'self': text the model generates; or several, "
-        "joined by '+'.",
+        help="A text file, 'wikitext2+c4' from the hub, 'self': text the model generates; or "
+        "several, joined by '+'.",
     ),
     click.option("--windows", type=int, help="Of calibration text; by default the effort's."),
     click.option("--window-length", type=int, help="Tokens in each; by default the effort's."),

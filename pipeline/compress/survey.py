@@ -64,14 +64,15 @@ class Survey:
             cat: whether stacks of several members are wanted.
             seed: of the tokens that are drawn from the model.
         """
-        if not all(layer.name in self.finished for layer in layers):
+        missing = [i for i, layer in enumerate(layers) if layer.name not in self.finished]
+        if missing:
             sweep = BackwardSweep(model, layers, tokens, self.folder / "sweep", seed=seed)
-            sweep.forward()
-            for index in track(list(reversed(range(len(layers)))), "sensitivity, backward"):
-                layer = layers[index]
-                if layer.name not in self.finished:
-                    moments = sweep.backward(index)
-                    self.finished.add(layer.name, _layer_tensors(model, layer, moments, cat), [])
+            back = range(sweep.forward(missing[-1]), missing[0] - 1, -1)
+            for index in track(back, "sensitivity, backward"):
+                moments = sweep.backward(index)
+                if index in missing:
+                    tensors = _layer_tensors(model, layers[index], moments, cat)
+                    self.finished.add(layers[index].name, tensors, [])
             sweep.remove()
         for layer in layers:
             self._layer_of |= {m: layer.name for group in layer.groups for m in group.members}

@@ -32,6 +32,7 @@ class FinishedLayers:
         folder.mkdir(parents=True, exist_ok=True)
         progress = folder / PROGRESS
         if not progress.exists():
+            self._write_progress()
             return
         earlier = json.loads(progress.read_text(encoding="utf-8"))
         if earlier["settings"] != self.settings:
@@ -73,4 +74,7 @@ class FinishedLayers:
             "tensors": len(tensors),
             "groups": groups,
         }
+        self._write_progress()
+
+    def _write_progress(self) -> None:
         write_json(self.folder / PROGRESS, {"settings": self.settings, "layers": self.records})
