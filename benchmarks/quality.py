@@ -6,8 +6,8 @@
 Perplexity on the first windows of the test text, each on an empty cache, with no special tokens;
 every window predicts its own tokens after the first. Model and factors in float32. Each row is an
 ordinary run of what `skipcat compress` does, on a copy of the model; its seconds hold all but
-loading and saving. Every method gets the same calibration tokens, but for the rows of our other
-efforts. The JSON is written after every row, and `--resume` goes on from it.
+loading and saving. Rows of one effort have the same calibration tokens. The JSON is written after
+every row, and `--resume` goes on from it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ from pipeline.compress.compress import compress_
 from pipeline.compress.methods import DEFAULT_EFFORT, DEFAULT_METHOD, METHODS
 from pipeline.compress.plan import RankPlan
 from pipeline.compress.planning import make_plan
-from pipeline.compress.recipe import CompressRequest, parameter_count
+from pipeline.compress.recipe import parameter_count
+from pipeline.compress.request import CompressRequest
 from pipeline.compress.survey import Survey
 from pipeline.errors import UsageError
 from pipeline.model.load import load_model
@@ -77,13 +78,11 @@ def is_asked(cell: Cell) -> bool:
 
 def all_cells() -> list[Cell]:
     """Every row, those that the README's table is made of first."""
-    cells = [Cell(method, keep) for keep in TABLE for method in ("svd-llm", *SWEPT)]
-    for keep in SWEEP:
-        cells += [Cell("skipcat", keep), Cell(DEFAULT_METHOD, keep, "fast")]
-    others = [name for name in METHODS if name not in ("svd-llm", *SWEPT)]
+    cells = [Cell(method, keep) for keep in TABLE for method in ASKED]
+    cells += [Cell(method, keep, "fast") for keep in SWEEP for method in SWEPT]
+    others = [name for name in METHODS if name not in ASKED]
     cells += [Cell(method, keep) for keep in TABLE for method in others]
-    cells += [Cell(DEFAULT_METHOD, keep, "max") for keep in TABLE]
-    return list(dict.fromkeys(cells))
+    return [*cells, *(Cell(DEFAULT_METHOD, keep, "max") for keep in TABLE)]
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.artefact import folder_bytes, write_json
-from pipeline.compress.recipe import CompressRequest, compress_to_folder
+from pipeline.compress.recipe import compress_to_folder
+from pipeline.compress.request import CompressRequest
 from pipeline.engine.target import Target, resolve_target
 from pipeline.errors import InputError, UsageError
 from pipeline.export.export import ExportRequest, export_folder

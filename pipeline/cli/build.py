@@ -64,7 +64,7 @@ def command(
     skipcat build -m ./my-llama --target sm89 --calibration valid.txt --eval-text test.txt
     """  # noqa: D301 - click reads the escape
     from pipeline.build import BuildRequest, build
-    from pipeline.compress.recipe import CompressRequest
+    from pipeline.compress.request import CompressRequest
     from pipeline.model.source import resolve_source
     from validate.validate import require_passed
 

@@ -37,6 +37,15 @@ calibration_options = options.apply(
         "--cat/--no-cat", default=True, help="Let q,k,v and gate,up share their right factor."
     ),
     click.option("--skip/--no-skip", default=True, help="Store factors in block-skip form."),
+    click.option("--one-sided", is_flag=True, help="Weigh all outputs of a matrix alike."),
+    click.option(
+        "--one-shot", is_flag=True, help="Fit layers to the original's inputs, whatever the effort."
+    ),
+    click.option(
+        "--mix",
+        type=float,
+        help="Share of the original's output in the targets of layers; by default the effort's.",
+    ),
     click.option("--rank-multiple", type=int, default=1, help="Make ranks multiples of this."),
     click.option("--plan", type=click.Path(exists=True), help="Follow this plan.json."),
     click.option(
@@ -77,7 +86,8 @@ def command(
     skipcat compress -m ./my-llama -o small --calibration valid.txt --windows 64 --window-length 512
     """  # noqa: D301 - click reads the escape
     from pipeline.artefact import refuse_existing
-    from pipeline.compress.recipe import CompressRequest, compress_to_folder
+    from pipeline.compress.recipe import compress_to_folder
+    from pipeline.compress.request import CompressRequest
 
     request = CompressRequest(**settings)
     request.check()

@@ -15,7 +15,7 @@ from pipeline.compress.survey import Survey, output_tails
 from pipeline.model.structure import Layer
 
 if TYPE_CHECKING:
-    from pipeline.compress.recipe import CompressRequest
+    from pipeline.compress.request import CompressRequest
 
 
 def make_plan(

@@ -23,7 +23,8 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.artefact import folder_bytes
 from pipeline.compress.checkpoint import load_checkpoint
-from pipeline.compress.recipe import CompressRequest, compress_to_folder
+from pipeline.compress.recipe import compress_to_folder
+from pipeline.compress.request import CompressRequest
 from pipeline.engine.build import build_engine
 from pipeline.engine.manifest import Runtime, check_manifest
 from pipeline.engine.target import resolve_target

@@ -12,7 +12,7 @@ from pipeline.calibrate.generate import generate_windows
 from pipeline.calibrate.text import TokenBatch
 from pipeline.compress.compress import compress_
 from pipeline.compress.planning import make_plan
-from pipeline.compress.recipe import CompressRequest
+from pipeline.compress.request import CompressRequest
 from pipeline.compress.survey import Survey
 from pipeline.model.load import LoadedModel, load_model
 from pipeline.model.structure import decoder_structure

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from transformers import dynamic_module_utils
 
-from pipeline.compress.recipe import CompressRequest, compress_to_folder
+from pipeline.compress.recipe import compress_to_folder
+from pipeline.compress.request import CompressRequest
 from pipeline.errors import InputError, UsageError
 from pipeline.runtime.torch_session import TorchSession
 from tests.tiny_decoder import save_tiny_folder, tiny_llama

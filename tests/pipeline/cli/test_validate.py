@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.cli.main import main
-from pipeline.compress.recipe import CompressRequest, compress_to_folder
+from pipeline.compress.recipe import compress_to_folder
+from pipeline.compress.request import CompressRequest
 from tests.tiny_decoder import export_tiny, save_tiny_folder, write_record
 from tests.validate.stages import perturb_onnx
 

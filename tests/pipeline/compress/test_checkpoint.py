@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline.compress.checkpoint import load_checkpoint
-from pipeline.compress.recipe import CompressRequest, compress_to_folder
+from pipeline.compress.recipe import compress_to_folder
+from pipeline.compress.request import CompressRequest
 from pipeline.errors import InputError, UsageError
 from tests.families import FAMILIES, save_family
 

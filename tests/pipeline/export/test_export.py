@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from pipeline.compress.checkpoint import load_checkpoint
-from pipeline.compress.recipe import CompressRequest, compress_to_folder
+from pipeline.compress.recipe import compress_to_folder
+from pipeline.compress.request import CompressRequest
 from pipeline.errors import InputError, UsageError
 from pipeline.export.export import ExportRequest, export_folder
 from pipeline.runtime.onnx_session import OnnxSession
