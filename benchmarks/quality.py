@@ -73,7 +73,7 @@ class Cell:
 
 def is_asked(cell: Cell) -> bool:
     """Whether the questions are put to this row; they take longer than the text."""
-    return cell.method in ASKED and cell.keep in TABLE and cell.effort == DEFAULT_EFFORT
+    return cell.method in ASKED and cell.keep == TABLE[0] and cell.effort == DEFAULT_EFFORT
 
 
 def all_cells() -> list[Cell]:

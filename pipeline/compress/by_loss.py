@@ -19,7 +19,7 @@ def removed_by_loss(losses: np.ndarray, removed: float) -> np.ndarray:
 
     Args:
         losses: L, the Frobenius norm |(W - W_r) X| of each at the uniform rank, float [N].
-        removed: mean fraction to remove, in [0, 1).
+        removed: mean fraction to remove, in [0, 1 - LEAST_KEPT].
 
     Returns:
         float64 [N], mean `removed`, each at most 1 - LEAST_KEPT.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from pipeline.compress.plan import RankPlan
@@ -31,7 +32,9 @@ def save_plan_chart(plan: RankPlan, path: Path) -> None:
             kept[rows, column] = group.kept_parameters / group.dense_parameters
             if len(rows) > 1 and group.form != "dense":
                 shared.append((column, rows))
-    _draw(kept, roles, shared, plan.kept_fraction).savefig(path, metadata={"Date": None})
+    # Without a date, and with names inside that do not change from run to run.
+    with rc_context({"svg.hashsalt": "skipcat"}):
+        _draw(kept, roles, shared, plan.kept_fraction).savefig(path, metadata={"Date": None})
 
 
 def _draw(

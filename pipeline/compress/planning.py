@@ -9,9 +9,11 @@ import torch
 from transformers import PreTrainedModel
 
 from pipeline.compress.by_loss import plan_by_loss
+from pipeline.compress.methods import DEFAULT_METHOD, Method
 from pipeline.compress.plan import RankPlan, load_plan, uniform_plan
 from pipeline.compress.search import searched_plan
 from pipeline.compress.survey import Survey, output_tails
+from pipeline.errors import UsageError
 from pipeline.model.structure import Layer
 
 if TYPE_CHECKING:
@@ -39,13 +41,34 @@ def make_plan(
         UsageError: a budget that no plan can meet.
         InputError: a plan file that does not fit the model.
     """
-    method = request.resolved_method
+    method, kept = request.resolved_method, request.keep_params
     given = load_plan(Path(request.plan), layers) if request.plan else None
-    if method.needs_survey and survey is not None:
+    wanted = given is not None or kept < 1
+    if method.needs_survey and survey is not None and wanted:
         chosen = spread(tokens, request.resolved_effort.survey_windows)
         survey.measure(model, layers, chosen, cat=method.cat, seed=request.seed)
     if given is not None:
         return given
+    plan = _plan_of(method, request, model, layers, tokens, survey)
+    if plan.kept_fraction > kept:
+        raise UsageError(
+            "The method keeps more than the budget, or leaves matrices with no rank at all.",
+            where=f"--method {request.method}",
+            observed=f"{plan.kept_fraction:.4f} kept",
+            expected=f"at most {kept:.4f}",
+            change=f"raise --keep-params, or use --method {DEFAULT_METHOD}",
+        )
+    return plan
+
+
+def _plan_of(
+    method: Method,
+    request: CompressRequest,
+    model: PreTrainedModel,
+    layers: list[Layer],
+    tokens: torch.Tensor,
+    survey: Survey | None,
+) -> RankPlan:
     kept, multiple = request.keep_params, request.rank_multiple
     if method.allocation == "searched" and kept < 1 and survey is not None:
         return searched_plan(

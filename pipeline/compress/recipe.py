@@ -12,7 +12,13 @@ from typing import Any
 import psutil
 import torch
 
-from pipeline.artefact import partial_path, staged_folder, write_json, write_text
+from pipeline.artefact import (
+    partial_path,
+    sha256_of_file,
+    staged_folder,
+    write_json,
+    write_text,
+)
 from pipeline.calibrate.text import TokenBatch, load_tokens
 from pipeline.compress.card import model_card
 from pipeline.compress.chart import save_plan_chart
@@ -88,7 +94,8 @@ def compress_to_folder(
         identity = settings | {"text": tokens.describe()["sha256"]}
         survey = Survey(folder / SURVEY, identity)
         plan = make_plan(request, loaded.model, layers, tokens.tokens, survey)
-        work = FinishedLayers(folder / WORK, identity)
+        followed = sha256_of_file(Path(request.plan)) if request.plan else None
+        work = FinishedLayers(folder / WORK, identity | {"plan": followed})
         compressed = compress_(
             loaded.model,
             layers,
@@ -117,6 +124,7 @@ def plan_only(request: CompressRequest) -> RankPlan:
     effort = request.resolved_effort
     loaded = load_model(
         request.model,
+        dtype=None,
         trust_remote_code=request.trust_remote_code,
         window_length=effort.window_length,
     )

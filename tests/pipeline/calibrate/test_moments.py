@@ -3,7 +3,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pipeline.calibrate.moments import SecondMoment
+from pipeline.calibrate import precision
+from pipeline.calibrate.moments import (
+    BLOCK,
+    LARGEST_NORM,
+    GroupMoments,
+    OutputMoment,
+    SecondMoment,
+    balanced,
+    gram,
+)
 
 
 def relative_error(moment: torch.Tensor, exact: torch.Tensor) -> float:
@@ -66,3 +75,124 @@ def test_opposite_infinities_do_not_cancel() -> None:
 def test_a_mean_of_no_tokens_is_refused() -> None:
     with pytest.raises(ValueError, match="no tokens"):
         SecondMoment(4).mean()
+
+
+@pytest.mark.parametrize("width", [1, 7, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK + 45])
+def test_a_product_of_blocks_is_the_whole_product(width: int) -> None:
+    # Small integers, of which float32 sums are exact.
+    rows = torch.randint(-8, 9, (50, width), generator=torch.Generator().manual_seed(0)).float()
+    product = gram(rows)
+    assert product.dtype == torch.float32
+    assert torch.equal(product, rows.T @ rows)
+
+
+def test_a_product_in_bfloat16_is_accurate_to_its_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    gradients = torch.randn(400, 12, generator=torch.Generator().manual_seed(0))
+    means = []
+    for fast_units in (False, True):
+        monkeypatch.setattr(
+            precision, "has_bfloat16_units", lambda fast_units=fast_units: fast_units
+        )
+        moment = OutputMoment(12)
+        moment.add_(gradients)
+        means.append(moment.mean())
+    exact, fast = means
+    # 2^-9 for the rounding of each factor, more where the product itself is rounded to bfloat16.
+    assert relative_error(fast, exact) < 2**-7
+
+
+def with_one_long(length: float) -> torch.Tensor:
+    """999 gradients of length one and one of another length."""
+    gradients = torch.zeros(1000, 4)
+    gradients[:, 0] = 1
+    gradients[0] = torch.tensor([0.0, length, 0.0, 0.0])
+    return gradients
+
+
+@pytest.fixture
+def exact_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "has_bfloat16_units", lambda: False)
+
+
+@pytest.mark.usefixtures("exact_products")
+def test_an_output_moment_of_ordinary_gradients_is_their_second_moment() -> None:
+    gradients = torch.randn(3, 5, 6, generator=torch.Generator().manual_seed(0))
+    moment = OutputMoment(6)
+    weights = moment.add_(gradients)
+    rows = gradients.reshape(15, 6).double()
+    torch.testing.assert_close(moment.mean().double(), rows.T @ rows / 15, rtol=1e-5, atol=1e-6)
+    squares = rows.square().sum(1)
+    torch.testing.assert_close(weights.double(), squares / squares.mean(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.usefixtures("exact_products")
+def test_a_gradient_far_longer_than_the_rest_is_cut() -> None:
+    moment = OutputMoment(4)
+    weights = moment.add_(with_one_long(1e4))
+    mean_square = (999 + 1e8) / 1000
+    limit = LARGEST_NORM**2 * mean_square
+    assert moment.total[1, 1].item() == pytest.approx(limit, rel=1e-5)
+    assert moment.total[0, 0].item() == pytest.approx(999, rel=1e-5)
+    assert weights[0].item() == pytest.approx(LARGEST_NORM**2, rel=1e-5)
+    assert weights[1].item() == pytest.approx(1 / mean_square, rel=1e-5)
+
+
+@pytest.mark.usefixtures("exact_products")
+def test_a_gradient_that_is_not_so_long_is_not_cut() -> None:
+    # Ten times the root mean square would be about 10.5.
+    moment = OutputMoment(4)
+    moment.add_(with_one_long(10.0))
+    assert moment.total[1, 1].item() == pytest.approx(100, rel=1e-5)
+
+
+def test_gradients_that_are_all_zero_have_a_moment_of_zero() -> None:
+    moment = OutputMoment(4)
+    weights = moment.add_(torch.zeros(3, 4))
+    assert torch.equal(moment.mean(), torch.zeros(4, 4))
+    assert torch.equal(weights, torch.zeros(3))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_gradients_that_are_not_finite_are_refused_and_not_added(bad: float) -> None:
+    moment = OutputMoment(2)
+    with pytest.raises(ValueError, match="NaN or infinite gradients"):
+        moment.add_(torch.tensor([[1.0, bad]]))
+    assert moment.tokens == 0
+    with pytest.raises(ValueError, match="no tokens"):
+        moment.mean()
+
+
+@pytest.mark.usefixtures("exact_products")
+@pytest.mark.parametrize("members", [1, 3])
+def test_the_weighted_moment_weights_each_token_by_its_squared_gradients(members: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    names = [f"linear{i}" for i in range(members)]
+    moments = GroupMoments(6, dict.fromkeys(names, 4))
+    weighted = torch.zeros(6, 6, dtype=torch.float64)
+    plain = torch.zeros(6, 6, dtype=torch.float64)
+    for _ in range(3):
+        x = torch.randn(2, 5, 6, generator=generator)
+        moments.see_input(x)
+        rows, weights = x.reshape(10, 6).double(), torch.zeros(10, dtype=torch.float64)
+        # Backward reaches the members in the opposite order.
+        for name in reversed(names):
+            gradients = torch.randn(2, 5, 4, generator=generator)
+            moments.see_gradient(name, gradients)
+            squares = gradients.reshape(10, 4).double().square().sum(1)
+            weights += squares / squares.mean() / members
+        for row, weight in zip(rows, weights, strict=True):
+            plain += torch.outer(row, row)
+            weighted += weight * torch.outer(row, row)
+    torch.testing.assert_close(moments.inputs.total, plain, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(moments.weighted.total, weighted, rtol=1e-5, atol=1e-5)
+    assert moments.weighted.tokens == moments.inputs.tokens == 30
+
+
+def test_balanced_moments_have_the_trace_of_the_plain_one_and_half_of_each() -> None:
+    rows, others = torch.randn(2, 20, 5, generator=torch.Generator().manual_seed(0)).double()
+    plain, weighted = rows.T @ rows, 1e3 * others.T @ others
+    both = balanced(plain, weighted)
+    assert both.trace().item() == pytest.approx(plain.trace().item(), rel=1e-12)
+    scaled = weighted * (plain.trace() / weighted.trace())
+    torch.testing.assert_close(both, (plain + scaled) / 2, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(balanced(plain, 7 * plain), plain, rtol=1e-12, atol=1e-12)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -144,6 +146,18 @@ def test_the_budget_it_names_works_whatever_the_shape(rows: int, columns: int) -
     assert searched_plan(layers, curves, feasible).kept_fraction <= feasible
 
 
+@given(full=st.integers(1, 20_000), multiple=st.integers(1, 64))
+def test_a_grid_of_ranks_is_no_finer_than_meant_and_of_tiles_where_it_is_coarse(
+    full: int, multiple: int
+) -> None:
+    step = search.rank_step(full, multiple)
+    assert step % multiple == 0
+    assert full / step <= search.RANKS_PER_STACK
+    assert step % search.TILE == 0 or step <= math.lcm(multiple, search.TILE) / 2
+    if full <= search.RANKS_PER_STACK:
+        assert search.rank_step(full, 1) == 1
+
+
 def test_three_matrices_are_divided_in_every_way_and_more_in_two() -> None:
     assert sorted(partitions(("q", "k", "v"), cat=True)) == [
         (("k", "v"), ("q",)),
@@ -170,7 +184,7 @@ def test_candidates_rise_in_size_fall_in_loss_and_end_dense(
 ) -> None:
     group, curves = random_group(heights, width, seed)
     found = group_candidates(group, curves, cat=True, skip=skip, multiple=1)
-    assert all(a.size < b.size and a.loss > b.loss for a, b in zip(found, found[1:], strict=False))
+    assert all(a.size < b.size and a.loss > b.loss for a, b in pairwise(found))
     assert found[-1].loss == 0
     assert {stack.form for stack in found[-1].stacks} == {"dense"}
     for candidate in found:

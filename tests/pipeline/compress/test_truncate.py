@@ -266,3 +266,16 @@ def test_a_shrunk_sensitivity_of_rank_one_still_gives_the_weight_back_at_full_ra
     weight = problem(*shape)[0]
     b, a = whitened_spectrum(weight, moment, [shrunk(single, 0.1)]).factors(min(shape))
     torch.testing.assert_close(b @ a, weight, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("shape", [(7, 12), (20, 9)])
+def test_refitting_the_left_factor_on_the_latent_changes_nothing(shape: tuple[int, int]) -> None:
+    """B is the least-squares fit of W x on A x already: a refit after Skip has nothing to win."""
+    rows, columns = shape
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(rows, columns, dtype=torch.float64, generator=generator)
+    x = torch.randn(3 * columns, columns, dtype=torch.float64, generator=generator)
+    moment = x.T @ x / len(x)
+    b, a = whitened_spectrum(weight, moment).factors(4)
+    refit = torch.linalg.lstsq(x @ a.T, x @ weight.T).solution.T
+    torch.testing.assert_close(refit, b)

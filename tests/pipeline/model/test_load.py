@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, T5Config, T5ForConditionalGeneration, dynamic_module_utils
 
 from pipeline.errors import InputError
+from pipeline.model import load
 from pipeline.model.load import load_model
 from tests.families import FAMILIES, save_family, tiny_model
 from tests.tiny_decoder import byte_tokenizer
@@ -68,6 +70,32 @@ def test_the_published_type_is_remembered_though_weights_are_held_in_float32(
     loaded = load_model(str(tmp_path))
     assert loaded.storage_dtype == torch.bfloat16
     assert {p.dtype for p in loaded.model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("free_bytes", "held"), [(10**9, torch.float32), (2 * 144_000, torch.bfloat16)]
+)
+def test_weights_are_held_as_published_only_where_float32_has_no_room(
+    free_bytes: int,
+    held: torch.dtype,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    published = tiny_model("llama").to(torch.bfloat16)
+    published.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    # In float32 it takes 4 x 36,000 bytes, of which there must be twice as many.
+    assert 4 * sum(p.numel() for p in published.parameters()) == 144_000
+    monkeypatch.setattr(
+        load.psutil, "virtual_memory", lambda: SimpleNamespace(available=free_bytes - 1)
+    )
+    loaded = load_model(str(tmp_path), dtype=None)
+    assert {p.dtype for p in loaded.model.parameters()} == {held}
+    assert loaded.storage_dtype == torch.bfloat16
+    for name, tensor in published.state_dict().items():
+        assert torch.equal(loaded.model.state_dict()[name].bfloat16(), tensor), name
+    assert ("weights stay in their files" in capsys.readouterr().err) == (held != torch.float32)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,86 @@
+"""Requests: what they refuse, and what they come down to."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from pipeline.compress.methods import DEFAULT_EFFORT, DEFAULT_METHOD, EFFORTS, METHODS
+from pipeline.compress.request import CompressRequest
+from pipeline.errors import UsageError
+
+
+def request(method: str, **changes: object) -> CompressRequest:
+    return CompressRequest("tiny", method=method, **changes)  # type: ignore[arg-type]
+
+
+def test_switching_cat_and_skip_off_narrows_a_method() -> None:
+    asked = request(DEFAULT_METHOD, cat=False, skip=False).resolved_method
+    assert not asked.cat
+    assert not asked.skip
+    assert not request("svd-llm", cat=True, skip=True).resolved_method.cat
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("effort", EFFORTS)
+def test_the_effort_changes_how_ours_is_fitted_and_no_other(method: str, effort: str) -> None:
+    resolved = request(method, effort=effort).resolved_method
+    stated = METHODS[method]
+    if stated.allocation == "searched":
+        assert resolved.fit == replace(stated.fit, mix=EFFORTS[effort].mix)
+    else:
+        assert resolved == stated
+
+
+def test_windows_that_are_asked_for_replace_those_of_the_effort() -> None:
+    effort = EFFORTS[DEFAULT_EFFORT]
+    assert request("skipcat").resolved_effort == effort
+    asked = request("skipcat", windows=5, window_length=7).resolved_effort
+    assert (asked.windows, asked.window_length, asked.survey_windows) == (5, 7, 5)
+    many = request("skipcat", windows=10_000).resolved_effort
+    assert many.survey_windows == effort.survey_windows
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"), [({"method": "pruning"}, "--method"), ({"effort": "huge"}, "--effort")]
+)
+def test_a_name_that_does_not_exist_is_refused_with_those_that_do(
+    changes: dict[str, str], named: str
+) -> None:
+    with pytest.raises(UsageError, match="no such choice") as caught:
+        CompressRequest("tiny", **changes).check()  # type: ignore[arg-type]
+    assert caught.value.details["where"] == named
+    known = METHODS if named == "--method" else EFFORTS
+    assert caught.value.details["expected"] == ", ".join(known)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_one_shot_fits_to_the_original_alone(method: str) -> None:
+    fit = request(method, effort="max", one_shot=True).resolved_method.fit
+    assert fit.mix is None
+    assert not fit.reconstruct
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_one_sided_weighs_all_outputs_alike_and_keeps_the_allocation(method: str) -> None:
+    resolved = request(method, one_sided=True).resolved_method
+    assert not resolved.fit.two_sided
+    assert resolved.allocation == METHODS[method].allocation
+    assert resolved.needs_survey == (resolved.allocation == "searched")
+
+
+@pytest.mark.parametrize("mix", [0.0, 0.3, 1.0])
+def test_a_mix_replaces_that_of_the_effort(mix: float) -> None:
+    asked = request(DEFAULT_METHOD, mix=mix)
+    asked.check()
+    assert asked.resolved_method.fit.mix == mix
+
+
+@pytest.mark.parametrize(
+    "changes", [{"mix": -0.1}, {"mix": 1.1}, {"mix": float("nan")}, {"mix": 0.5, "one_shot": True}]
+)
+def test_a_mix_that_cannot_be_is_refused(changes: dict[str, float]) -> None:
+    with pytest.raises(UsageError, match="no such mixture") as caught:
+        request(DEFAULT_METHOD, **changes).check()
+    assert caught.value.details["where"] == "--mix"
