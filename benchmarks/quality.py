@@ -77,12 +77,18 @@ def is_asked(cell: Cell) -> bool:
 
 
 def all_cells() -> list[Cell]:
-    """Every row, those that the README's table is made of first."""
+    """Every row, those that the README shows first.
+
+    All methods meet at the effort "fast", on the same tokens; ours and those it is held against
+    get more text besides.
+    """
     cells = [Cell(method, keep) for keep in TABLE for method in ASKED]
+    cells += [Cell(method, TABLE[0], "fast") for method in METHODS if method != "mpifa"]
     cells += [Cell(method, keep, "fast") for keep in SWEEP for method in SWEPT]
-    others = [name for name in METHODS if name not in ASKED]
-    cells += [Cell(method, keep) for keep in TABLE for method in others]
-    return [*cells, *(Cell(DEFAULT_METHOD, keep, "max") for keep in TABLE)]
+    cells += [Cell(method, TABLE[1], "fast") for method in METHODS if method != "mpifa"]
+    cells += [Cell("mpifa", keep, "fast") for keep in TABLE]
+    cells += [Cell(DEFAULT_METHOD, keep, "max") for keep in TABLE]
+    return list(dict.fromkeys(cells))
 
 
 @dataclass(frozen=True)
