@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.compress import pivot
 from pipeline.compress.pivot import strong_pivots
 
 
@@ -79,3 +80,17 @@ def test_a_matrix_without_full_row_rank_is_still_interpolated_exactly(
 def test_more_rows_than_columns_are_refused() -> None:
     with pytest.raises(ValueError, match="more rows"):
         strong_pivots(torch.ones(3, 2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(("rank", "columns"), [(1, 1), (1, 9), (7, 7), (12, 40), (60, 200)])
+@pytest.mark.parametrize("seed", range(5))
+def test_the_start_for_wide_matrices_ends_as_well_as_the_other(
+    rank: int, columns: int, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pivot, "WIDE", 0)
+    a = wide(rank, columns, seed)
+    permutation, interpolation = strong_pivots(a)
+    assert sorted(permutation.tolist()) == list(range(columns))
+    assert interpolation.abs().amax().item() <= 2.0 if columns > rank else True
+    pivots, others = a[:, permutation[:rank]], a[:, permutation[rank:]]
+    torch.testing.assert_close(pivots @ interpolation, others, rtol=0, atol=1e-10)
