@@ -40,11 +40,12 @@ CALIBRATION = ("--effort", "fast")
 WORDS = 80_000
 ITEM_BYTES = {"float32": 4, "float16": 2}
 DEPTHS = (4, 8, 16)
-WIDE_DEPTHS = (1, 2, 4)
+WIDE_DEPTHS = (1, 2)
 # Llama-2-7B but for its depth, and no more text than its widest input needs.
 WIDE = ("--hidden", "4096", "--intermediate", "11008", "--head-width", "128", "--vocab", "32000",
         "--dtype", "bfloat16")  # fmt: skip
 WIDE_CALIBRATION = ("--effort", "fast", "--windows", "24", "--dtype", "bfloat16")
+WIDE_METHOD = "skipcat"
 # One layer's activations of all calibration tokens, in float32, at the width of random_llama.py:
 # less than this is no leak of one layer's worth.
 LAYER_ACTIVATION_BYTES = 64 * 512 * 256 * 4
@@ -199,7 +200,8 @@ def wide(bench: Bench) -> Row:
         folder = bench.work / f"wide-{layers}"
         weights = random_llama(bench, folder, layers, *WIDE)
         cost = bench.run("wide", "compress", "-m", str(folder), "--calibration",
-                         str(bench.calibration), *WIDE_CALIBRATION)  # fmt: skip
+                         str(bench.calibration), *WIDE_CALIBRATION,
+                         "--method", WIDE_METHOD)  # fmt: skip
         points.append({"layers": layers, "weight_bytes": weights, **asdict(cost)})
         shutil.rmtree(folder)
     first, last = points[0], points[-1]
@@ -213,7 +215,7 @@ def wide(bench: Bench) -> Row:
             for p in points
         ),
     ]
-    return Row(figures, cost, {"points": points})
+    return Row(figures, cost, {"points": points, "method": WIDE_METHOD})
 
 
 def random_llama(bench: Bench, folder: Path, layers: int, *shape: str) -> int:
