@@ -14,6 +14,8 @@ from pipeline.compress.methods import (
 )
 from pipeline.errors import UsageError
 
+SHORTENING = 4
+
 
 @dataclass(frozen=True)
 class CompressRequest:
@@ -101,6 +103,14 @@ class CompressRequest:
     def resolved_effort(self) -> Effort:
         """The effort, with the windows that were asked for in place of its own."""
         effort = EFFORTS[self.effort]
+        if self.calibration == "self" and self.windows is None and self.window_length is None:
+            # As many tokens in shorter windows: sampling takes a step for each token of a window.
+            effort = replace(
+                effort,
+                windows=SHORTENING * effort.windows,
+                window_length=effort.window_length // SHORTENING,
+                survey_windows=SHORTENING * effort.survey_windows,
+            )
         windows = self.windows or effort.windows
         return replace(
             effort,

@@ -35,11 +35,19 @@ def test_the_effort_changes_how_ours_is_fitted_and_no_other(method: str, effort:
 
 def test_windows_that_are_asked_for_replace_those_of_the_effort() -> None:
     effort = EFFORTS[DEFAULT_EFFORT]
-    assert request("skipcat").resolved_effort == effort
+    assert request("skipcat", calibration="text.txt").resolved_effort == effort
     asked = request("skipcat", windows=5, window_length=7).resolved_effort
     assert (asked.windows, asked.window_length, asked.survey_windows) == (5, 7, 5)
     many = request("skipcat", windows=10_000).resolved_effort
     assert many.survey_windows == effort.survey_windows
+
+
+@pytest.mark.parametrize("name", EFFORTS)
+def test_text_of_the_model_itself_is_as_long_in_shorter_windows(name: str) -> None:
+    effort, own = EFFORTS[name], request("skipcat", effort=name, calibration="self").resolved_effort
+    assert own.window_length < effort.window_length
+    assert own.windows * own.window_length == effort.windows * effort.window_length
+    assert own.survey_windows * own.window_length == effort.survey_windows * effort.window_length
 
 
 @pytest.mark.parametrize(
