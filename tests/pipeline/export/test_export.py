@@ -29,7 +29,9 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("families")
     for family in FAMILIES:
         source = save_family(root / f"{family}-source", family)
-        request = CompressRequest(str(source), 0.7, windows=4, window_length=24, dtype="float32")
+        request = CompressRequest(
+            str(source), 0.7, method="skipcat", windows=4, window_length=24, dtype="float32"
+        )
         compress_to_folder(request, root / family)
     return {family: root / family for family in FAMILIES}
 
@@ -53,6 +55,19 @@ def in_pieces(session: OnnxSession, ids: np.ndarray, cuts: list[int]) -> np.ndar
     session.reset()
     pieces = np.split(ids, cuts, axis=1)
     return np.concatenate([session.forward(piece) for piece in pieces], axis=1)
+
+
+def test_a_searched_plan_that_shares_some_and_keeps_some_dense_equals_torch(
+    tmp_path: Path,
+) -> None:
+    source = save_family(tmp_path / "source", "qwen2")
+    request = CompressRequest(str(source), 0.9, windows=8, window_length=24, dtype="float32")
+    report = compress_to_folder(request, tmp_path / "checkpoint")
+    assert {group["form"] for group in report["groups"]} == {"dense", "skip"}
+    export_folder(tmp_path / "checkpoint", tmp_path / "onnx", ExportRequest(max_length=MAX_LENGTH))
+    actual = in_pieces(OnnxSession(tmp_path / "onnx"), IDS, [5, 6, 7])
+    expected = expected_logits(tmp_path / "checkpoint")
+    np.testing.assert_allclose(actual, expected, rtol=2e-4, atol=2e-4)
 
 
 @pytest.mark.parametrize("profile", ["opset24", "compat"])
@@ -188,7 +203,9 @@ def test_factors_without_skip_export_with_their_latent_computed_once(
     profile: str, checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
     source = checkpoints["qwen2"].with_name("qwen2-source")
-    request = CompressRequest(str(source), 0.7, skip=False, windows=4, window_length=24)
+    request = CompressRequest(
+        str(source), 0.7, method="skipcat", skip=False, windows=4, window_length=24
+    )
     compress_to_folder(request, tmp_path / "small")
     record = export_folder(
         tmp_path / "small", tmp_path / "onnx", ExportRequest(profile, max_length=MAX_LENGTH)
