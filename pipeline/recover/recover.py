@@ -251,9 +251,9 @@ def _write(
     require_same_tensors(request.checkpoint, folder)
     recipe = subject.recipe | {"recovery": recovery}
     report = largest_interpolations(subject.report, model)
-    plan = request.checkpoint / "plan.json"
-    if plan.exists():
-        shutil.copyfile(plan, folder / "plan.json")
+    for name in ("plan.json", "plan.svg"):
+        if (request.checkpoint / name).exists():
+            shutil.copyfile(request.checkpoint / name, folder / name)
     write_json(folder / "recipe.json", recipe)
     write_json(folder / "report.json", report)
     write_text(folder / "README.md", model_card(recipe, report))

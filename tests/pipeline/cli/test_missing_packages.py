@@ -25,7 +25,12 @@ GPU = target.Machine(target.Gpu("a Jetson Orin", target.ORIN), has_standard=Fals
         ("tensorrt", "trt", ["engine", "{onnx}", "-o", "{output}", "--target", "orin"]),
         ("tensorrt", "trt", ["build", "-m", "{model}", "-o", "{output}", "--target", "tensorrt"]),
         ("lm_eval", "eval", ["evaluate", "{model}", "--tasks", "q.jsonl", "-o", "{output}"]),
-        ("datasets", "hub", ["compress", "-m", "{model}", "-o", "{output}", "--calibration", "c4"]),
+        (
+            "datasets",
+            "hub",
+            ["compress", "-m", "{model}", "-o", "{output}", "--calibration", "c4"]
+            + ["--window-length", "32"],
+        ),
     ],
 )
 def test_a_missing_package_is_named_with_its_extra_and_status_3(
