@@ -28,8 +28,10 @@ GPU = target.Machine(target.Gpu("a Jetson Orin", target.ORIN), has_standard=Fals
         (
             "datasets",
             "hub",
-            ["compress", "-m", "{model}", "-o", "{output}", "--calibration", "c4"]
-            + ["--window-length", "32"],
+            [
+                *("compress", "-m", "{model}", "-o", "{output}"),
+                *("--calibration", "c4", "--window-length", "32"),
+            ],
         ),
     ],
 )
