@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import ResourceError, UsageError
+from pipeline.progress import note
 
 MEBIBYTE = 1 << 20
 
@@ -49,6 +50,30 @@ def staged_folder(
     if output.exists():
         shutil.rmtree(output)
     staging.rename(output)
+
+
+def discard_unfinished(output: Path, *, resume: bool) -> None:
+    """Remove what an interrupted run left of `output`, and say so; keep it with `resume`.
+
+    Raises:
+        ResourceError: it cannot be removed.
+    """
+    staging = partial_path(output)
+    if staging.exists() and not resume:
+        note(f"an unfinished run in {staging} is discarded (--resume continues one)")
+        discard(staging)
+
+
+def discard(folder: Path) -> None:
+    """Remove a working folder.
+
+    Raises:
+        ResourceError: it cannot be removed.
+    """
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        raise ResourceError("A working folder cannot be removed.", where=folder) from error
 
 
 def refuse_existing(output: Path, *, overwrite: bool) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from transformers import PreTrainedModel
@@ -11,13 +10,11 @@ from transformers import PreTrainedModel
 from pipeline.compress.by_loss import plan_by_loss
 from pipeline.compress.methods import DEFAULT_METHOD, Method
 from pipeline.compress.plan import RankPlan, load_plan, uniform_plan
+from pipeline.compress.request import CompressRequest
 from pipeline.compress.search import searched_plan
 from pipeline.compress.survey import Survey, output_tails
 from pipeline.errors import UsageError
 from pipeline.model.structure import Layer
-
-if TYPE_CHECKING:
-    from pipeline.compress.request import CompressRequest
 
 
 def make_plan(

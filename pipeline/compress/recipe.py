@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 import time
 from dataclasses import asdict
@@ -13,7 +12,8 @@ import psutil
 import torch
 
 from pipeline.artefact import (
-    partial_path,
+    discard,
+    discard_unfinished,
     sha256_of_file,
     staged_folder,
     write_json,
@@ -29,7 +29,7 @@ from pipeline.compress.planning import make_plan
 from pipeline.compress.request import CompressRequest
 from pipeline.compress.survey import Survey, survey_bytes
 from pipeline.compress.work import FinishedLayers
-from pipeline.errors import InputError, ResourceError
+from pipeline.errors import InputError
 from pipeline.model.load import LoadedModel, load_model
 from pipeline.model.structure import Group, Layer, decoder_structure
 from pipeline.progress import note
@@ -69,49 +69,71 @@ def compress_to_folder(
     """
     request.check()
     started = time.monotonic()
-    if partial_path(output).exists() and not resume:
-        note(f"an unfinished run in {partial_path(output)} is discarded (--resume continues one)")
-        _discard(partial_path(output))
-    loaded = loaded or load_model(
-        request.model,
-        dtype=None,
-        trust_remote_code=request.trust_remote_code,
-        window_length=request.resolved_effort.window_length,
-    )
+    discard_unfinished(output, resume=resume)
+    loaded = loaded or _load(request)
     dtype = loaded.storage_dtype if request.dtype == "auto" else DTYPES[request.dtype]
     layers = decoder_structure(loaded.model)
-    needed_bytes = 2 * sum(p.numel() for p in loaded.model.parameters()) * dtype.itemsize
-    if request.resolved_method.needs_survey:
-        effort = request.resolved_effort
-        needed_bytes += survey_bytes(layers, effort.survey_windows * effort.window_length)
+    needed_bytes = _needed_bytes(request, loaded, layers, dtype)
     with staged_folder(
         output, overwrite=overwrite, resume=True, required_bytes=needed_bytes
     ) as folder:
         total_before = parameter_count(loaded.model)
         tokens = tokens or calibration_tokens(request, loaded)
         require_tokens(tokens, layers)
-        settings = asdict(request) | {"dtype": str(dtype).removeprefix("torch.")}
-        identity = settings | {"text": tokens.describe()["sha256"]}
-        survey = Survey(folder / SURVEY, identity)
-        plan = make_plan(request, loaded.model, layers, tokens.tokens, survey)
-        followed = sha256_of_file(Path(request.plan)) if request.plan else None
-        work = FinishedLayers(folder / WORK, identity | {"plan": followed})
-        compressed = compress_(
-            loaded.model,
-            layers,
-            plan,
-            tokens.tokens,
-            dtype=dtype,
-            fit=request.resolved_method.fit,
-            survey=survey,
-            finished=work,
-        )
+        plan, compressed = _compress_in(folder, request, loaded, layers, tokens, dtype)
         report = build_report(compressed, plan, total_before, time.monotonic() - started)
         recipe = recipe_of(request, loaded, dtype, tokens)
         _write(folder, loaded, compressed, plan, dtype, recipe, report)
-        _discard(folder / WORK)
-        _discard(folder / SURVEY)
+        discard(folder / WORK)
+        discard(folder / SURVEY)
     return report
+
+
+def _load(request: CompressRequest) -> LoadedModel:
+    return load_model(
+        request.model,
+        dtype=None,
+        trust_remote_code=request.trust_remote_code,
+        window_length=request.resolved_effort.window_length,
+    )
+
+
+def _needed_bytes(
+    request: CompressRequest, loaded: LoadedModel, layers: list[Layer], dtype: torch.dtype
+) -> int:
+    """Bytes on disk: the checkpoint, its finished layers beside it, and the survey."""
+    needed_bytes = 2 * sum(p.numel() for p in loaded.model.parameters()) * dtype.itemsize
+    if request.resolved_method.needs_survey:
+        effort = request.resolved_effort
+        needed_bytes += survey_bytes(layers, effort.survey_windows * effort.window_length)
+    return needed_bytes
+
+
+def _compress_in(
+    folder: Path,
+    request: CompressRequest,
+    loaded: LoadedModel,
+    layers: list[Layer],
+    tokens: TokenBatch,
+    dtype: torch.dtype,
+) -> tuple[RankPlan, Compressed]:
+    """Plan and compress, with all that an interrupted run needs kept in the folder."""
+    settings = asdict(request) | {"dtype": str(dtype).removeprefix("torch.")}
+    identity = settings | {"text": tokens.describe()["sha256"]}
+    survey = Survey(folder / SURVEY, identity)
+    plan = make_plan(request, loaded.model, layers, tokens.tokens, survey)
+    followed = sha256_of_file(Path(request.plan)) if request.plan else None
+    compressed = compress_(
+        loaded.model,
+        layers,
+        plan,
+        tokens.tokens,
+        dtype=dtype,
+        fit=request.resolved_method.fit,
+        survey=survey,
+        finished=FinishedLayers(folder / WORK, identity | {"plan": followed}),
+    )
+    return plan, compressed
 
 
 def plan_only(request: CompressRequest) -> RankPlan:
@@ -121,13 +143,7 @@ def plan_only(request: CompressRequest) -> RankPlan:
         PipelineError: bad input.
     """
     request.check()
-    effort = request.resolved_effort
-    loaded = load_model(
-        request.model,
-        dtype=None,
-        trust_remote_code=request.trust_remote_code,
-        window_length=effort.window_length,
-    )
+    loaded = _load(request)
     layers = decoder_structure(loaded.model)
     if request.plan or request.resolved_method.allocation == "uniform":
         return make_plan(request, loaded.model, layers, torch.empty(0), None)
@@ -239,10 +255,3 @@ def _write(
     write_json(folder / "recipe.json", recipe)
     write_json(folder / "report.json", report)
     write_text(folder / "README.md", model_card(recipe, report))
-
-
-def _discard(folder: Path) -> None:
-    try:
-        shutil.rmtree(folder)
-    except OSError as error:
-        raise ResourceError("A working folder cannot be removed.", where=folder) from error

@@ -35,14 +35,7 @@ class FinishedLayers:
             self._write_progress()
             return
         earlier = json.loads(progress.read_text(encoding="utf-8"))
-        if earlier["settings"] != self.settings:
-            changed = [k for k in self.settings if earlier["settings"].get(k) != self.settings[k]]
-            raise InputError(
-                "The unfinished run was started with other settings.",
-                where=folder,
-                observed=f"differs in {', '.join(changed) or 'its settings'}",
-                change="repeat the earlier settings, or start afresh without --resume",
-            )
+        require_same_settings(earlier["settings"], self.settings, folder)
         self.records = earlier["layers"]
 
     def __contains__(self, name: str) -> bool:
@@ -78,3 +71,25 @@ class FinishedLayers:
 
     def _write_progress(self) -> None:
         write_json(self.folder / PROGRESS, {"settings": self.settings, "layers": self.records})
+
+
+def require_same_settings(earlier: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
+    """Refuse to go on with a run that other settings began.
+
+    Args:
+        earlier: what the run was started with, as JSON holds it.
+        now: what is asked for, likewise.
+        folder: of the unfinished run, for the message.
+
+    Raises:
+        InputError: they differ; says in what.
+    """
+    if earlier == now:
+        return
+    changed = [name for name in now if earlier.get(name) != now[name]]
+    raise InputError(
+        "The unfinished run was started with other settings.",
+        where=folder,
+        observed=f"differs in {', '.join(changed) or 'its settings'}",
+        change="repeat the earlier settings, or start afresh without --resume",
+    )

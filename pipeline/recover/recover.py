@@ -15,14 +15,21 @@ import torch
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
-from pipeline.artefact import partial_path, sha256_of_file, staged_folder, write_json, write_text
+from pipeline.artefact import (
+    discard,
+    discard_unfinished,
+    sha256_of_file,
+    staged_folder,
+    write_json,
+    write_text,
+)
 from pipeline.calibrate.text import TokenBatch
 from pipeline.compress.card import model_card
 from pipeline.compress.checkpoint import load_checkpoint, save_checkpoint
-from pipeline.errors import InputError, PipelineError, ResourceError
+from pipeline.compress.work import require_same_settings
+from pipeline.errors import InputError, PipelineError
 from pipeline.model.load import LoadedModel, load_model
 from pipeline.model.source import Source
-from pipeline.progress import note
 from pipeline.provenance import provenance
 from pipeline.recover.adapters import attach, largest_interpolations, merge_
 from pipeline.recover.objective import distillation_loss, next_token_loss
@@ -57,9 +64,7 @@ def recover_to_folder(
     request.check()
     started = time.monotonic()
     subject = require_recoverable(request)
-    if partial_path(output).exists() and not resume:
-        note(f"an unfinished run in {partial_path(output)} is discarded (--resume continues one)")
-        _discard(partial_path(output))
+    discard_unfinished(output, resume=resume)
     student, teacher = _load(request, subject)
     stored_bytes = sum(path.stat().st_size for path in request.checkpoint.glob("*.safetensors"))
     with staged_folder(
@@ -82,7 +87,7 @@ def recover_to_folder(
         recovery["seconds"] = time.monotonic() - started
         _write(folder, request, subject, model, recovery)
         write_json(folder / "recovery.json", {"schema": SCHEMA, "losses": progress.losses})
-        _discard(work)
+        discard(work)
     return recovery
 
 
@@ -135,15 +140,7 @@ def _require_same_run(identity: dict[str, Any], record: Path) -> None:
     if not record.exists():
         write_json(record, settings)
         return
-    earlier = json.loads(record.read_text(encoding="utf-8"))
-    changed = [name for name in settings if earlier.get(name) != settings[name]]
-    if changed:
-        raise InputError(
-            "The unfinished run was started with other settings.",
-            where=record.parent,
-            observed=f"differs in {', '.join(changed)}",
-            change="repeat the earlier settings, or start afresh without --resume",
-        )
+    require_same_settings(json.loads(record.read_text(encoding="utf-8")), settings, record.parent)
 
 
 def losses_of(model: Any, teacher: PreTrainedModel | None) -> dict[str, Loss]:
@@ -284,10 +281,3 @@ def _tensors(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 def _weight_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.safetensors"))
-
-
-def _discard(folder: Path) -> None:
-    try:
-        shutil.rmtree(folder)
-    except OSError as error:
-        raise ResourceError("A working folder cannot be removed.", where=folder) from error
