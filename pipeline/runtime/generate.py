@@ -42,7 +42,7 @@ def generate(
     session.reset()
     new_ids = np.array([history], dtype=np.int64)  # [1, S]
     for _ in range(max_new_tokens):
-        logits = session.forward(new_ids)[0, -1]  # [V]
+        logits = session.forward(new_ids, last_only=True)[0, -1]  # [V]
         token = choose_token(logits, sampling, np.array(history, dtype=np.int64), generator)
         if token in stop_ids:
             return

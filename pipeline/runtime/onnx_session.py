@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 TOKEN_INPUTS = ("input_ids", "attention_mask", "position_ids")
 FIRST_RUNTIME_WITH_TENSOR_SCATTER = (1, 25)
+# 512 rows of logits at most are held while a prompt is read: 100 MB for 49,152 words.
+PREFILL_TOKENS = 512
 ORT_TYPES = {"float32": "tensor(float)", "float16": "tensor(float16)"}
 
 
@@ -54,14 +56,36 @@ class OnnxSession:
         self._length = 0
         self._rows: int | None = None
 
-    def forward(self, input_ids: np.ndarray) -> np.ndarray:
+    @property
+    def length(self) -> int:
+        """Tokens in the cache."""
+        return self._length
+
+    def rewind(self, length: int) -> None:
+        """Forget all but the first `length` tokens.
+
+        A static cache keeps what stands behind them: every slot is written before a mask shows it.
+        """
+        if length == 0:
+            self.reset()
+        elif length < self._length:
+            self._length = length
+            if self.record.profile == "compat":
+                self._cache = {
+                    name: share_buffer(np.ascontiguousarray(value.numpy()[:, :, :length]))
+                    for name, value in self._cache.items()
+                }
+
+    def forward(self, input_ids: np.ndarray, last_only: bool = False) -> np.ndarray:
         """Append tokens to the cache and return their logits.
 
         Args:
             input_ids: int64 [B, S].
+            last_only: only the last token's logits are wanted. The graph computes all, so a long
+                block is fed by parts of `PREFILL_TOKENS`.
 
         Returns:
-            float32 [B, S, V].
+            float32 [B, S, V], or [B, 1, V].
 
         Raises:
             InputError: ids outside the vocabulary, another batch size than before, or more tokens
@@ -73,10 +97,12 @@ class OnnxSession:
         require_room(self._length, count, self.max_length, self.name)
         if self._rows is None:
             self._start_cache(rows)
-        logits = self._run(input_ids)
-        self._length += count
+        for start in range(0, count, PREFILL_TOKENS if last_only else count):
+            part = input_ids[:, start : start + PREFILL_TOKENS] if last_only else input_ids
+            logits = self._run(part)
+            self._length += part.shape[1]
         self._rows = rows
-        return logits.astype(np.float32, copy=False)
+        return (logits[:, -1:] if last_only else logits).astype(np.float32, copy=False)
 
     def _run(self, input_ids: np.ndarray) -> np.ndarray:
         """One call of the graph: logits [B, S, V] in the graph's dtype; moves the cache on."""

@@ -23,17 +23,35 @@ class Session(Protocol):
     def reset(self) -> None:
         """Forget the cache."""
 
-    def forward(self, input_ids: np.ndarray) -> np.ndarray:
+    def forward(self, input_ids: np.ndarray, last_only: bool = False) -> np.ndarray:
         """Append tokens to the cache and return their logits.
 
         Args:
             input_ids: int64 [B, S]; every row as long as the others, no padding.
+            last_only: only the last token's logits are wanted, as when a prompt is read.
 
         Returns:
-            float32 [B, S, V], whatever the backend computes in.
+            float32 [B, S, V], or [B, 1, V], whatever the backend computes in.
 
         Raises:
             pipeline.errors.InputError: more tokens than `max_length` allows.
+        """
+        ...
+
+
+@runtime_checkable
+class RewindingSession(Session, Protocol):
+    """A session that can take tokens back, so that a later prompt may go on from an earlier one."""
+
+    @property
+    def length(self) -> int:
+        """Tokens in the cache."""
+        ...
+
+    def rewind(self, length: int) -> None:
+        """Forget all but the first `length` tokens, or all of them where that cannot be done.
+
+        More than there are is no error. `length` tells how many are left.
         """
         ...
 

@@ -80,14 +80,26 @@ class TensorRTSession:
         self._length = 0
         self._rows: int | None = None
 
-    def forward(self, input_ids: np.ndarray) -> np.ndarray:
+    @property
+    def length(self) -> int:
+        """Tokens in the cache."""
+        return self._length
+
+    def rewind(self, length: int) -> None:
+        """Forget all but the first `length` tokens; their slots are written anew before use."""
+        self._length = min(self._length, length)
+        if length == 0:
+            self.reset()
+
+    def forward(self, input_ids: np.ndarray, last_only: bool = False) -> np.ndarray:
         """Append tokens to the cache and return their logits.
 
         Args:
             input_ids: int64 [B, S]; more than the engine's longest call are run in pieces.
+            last_only: only the last token's logits are wanted.
 
         Returns:
-            float32 [B, S, V].
+            float32 [B, S, V], or [B, 1, V].
 
         Raises:
             InputError: ids outside the vocabulary, another batch size than before, more rows than
@@ -101,9 +113,10 @@ class TensorRTSession:
         require_room(self._length, count, self.max_length, self.name)
         if self._rows is None:
             self._start_cache(rows)
-        pieces = []
+        pieces: list[np.ndarray] = []
         for start, stop in split_call(count, self.manifest["limits"]["max_prefill"]):
-            pieces.append(self._run(input_ids[:, start:stop]))
+            logits = self._run(input_ids[:, start:stop])
+            pieces = [logits[:, -1:]] if last_only else [*pieces, logits]
             self._length += stop - start
         self._rows = rows
         return np.concatenate(pieces, axis=1)

@@ -1,28 +1,105 @@
-"""The tokenizer of a folder: prompts in, stop ids out."""
+"""The tokenizer of a folder: prompts in, stop ids out.
+
+`tokenizer.json` and the chat template are all that answering needs, and the two small libraries
+behind them load in a tenth of a second; transformers takes three. It is asked only where a folder
+leaves something to it: no tokenizer.json, or special tokens that it adds by itself.
+"""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 from pipeline.errors import InputError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from pipeline.runtime.chat_template import ChatTemplate, find_template
 
 Message = dict[str, str]
+SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token")
+# Settings by which transformers changes what tokenizer.json says.
+ADDING = ("add_bos_token", "add_eos_token")
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+class TextTokenizer(Protocol):
+    """What answering needs of a tokenizer; transformers' have it, and `FolderTokenizer`."""
+
+    name_or_path: Any
+    chat_template: Any
+    eos_token_id: Any
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Ids of a text."""
+        ...
+
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool = False) -> str:
+        """Text of ids."""
+        ...
+
+    def apply_chat_template(
+        self, messages: list[Message], *, add_generation_prompt: bool, tokenize: bool
+    ) -> str:
+        """A conversation in the model's own format."""
+        ...
+
+
+class FolderTokenizer:
+    """tokenizer.json through the tokenizers library, with the folder's chat template.
+
+    Args:
+        folder: holds tokenizer.json and tokenizer_config.json.
+        settings: content of tokenizer_config.json.
+
+    Raises:
+        ValueError: the files do not load.
+    """
+
+    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
+        from tokenizers import Tokenizer
+
+        try:
+            self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        except Exception as error:  # the library raises nothing narrower
+            raise ValueError(str(error)) from error
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self.name_or_path = str(folder)
+        self._special = {
+            name: token if isinstance(token, str) else token["content"]
+            for name in SPECIAL
+            if (token := settings.get(name)) is not None
+        }
+        eos = self._special.get("eos_token")
+        self.eos_token_id = None if eos is None else self._tokenizer.token_to_id(eos)
+        self.chat_template = find_template(folder, settings)
+        self._template = ChatTemplate(self.chat_template) if self.chat_template else None
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Ids of a text."""
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        return ids
+
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool = False) -> str:
+        """Text of ids."""
+        text: str = self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        return text
+
+    def apply_chat_template(
+        self, messages: list[Message], *, add_generation_prompt: bool, tokenize: bool
+    ) -> str:
+        """A conversation in the model's own format; always as text."""
+        assert self._template is not None, "callers look at chat_template first"
+        assert not tokenize, "callers encode the text themselves"
+        return self._template.render(messages, add_generation_prompt, self._special)
+
+
+def load_tokenizer(folder: Path) -> TextTokenizer:
     """Load the tokenizer files of an exported or a checkpoint folder.
 
     Raises:
         InputError: there are none, or they do not load.
     """
-    from transformers import AutoTokenizer
-
-    if not (folder / "tokenizer_config.json").is_file():
+    path = folder / "tokenizer_config.json"
+    if not path.is_file():
         raise InputError(
             "The folder has no tokenizer.",
             where=folder,
@@ -30,16 +107,26 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             change="give a folder that `skipcat export` or `skipcat compress` wrote",
         )
     try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except (ValueError, OSError) as error:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        if (folder / "tokenizer.json").is_file() and not any(settings.get(n) for n in ADDING):
+            return FolderTokenizer(folder, settings)
+        return _load_with_transformers(folder)
+    except (ValueError, OSError, KeyError) as error:
         raise InputError("The tokenizer does not load.", where=folder, observed=error) from error
 
 
-def chat_prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> list[int]:
+def _load_with_transformers(folder: Path) -> TextTokenizer:
+    from transformers import AutoTokenizer
+
+    tokenizer: TextTokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    return tokenizer
+
+
+def chat_prompt_ids(tokenizer: TextTokenizer, messages: list[Message]) -> list[int]:
     """Ids of a conversation in the model's own chat format, up to where the answer begins.
 
     Raises:
-        InputError: the tokenizer has no chat template.
+        InputError: the tokenizer has no chat template, or the template refuses the conversation.
     """
     if not tokenizer.chat_template:
         raise InputError(
@@ -51,7 +138,7 @@ def chat_prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: list[Message])
     return tokenizer.encode(text, add_special_tokens=False)
 
 
-def stop_token_ids(tokenizer: PreTrainedTokenizerBase, folder: Path) -> frozenset[int]:
+def stop_token_ids(tokenizer: TextTokenizer, folder: Path) -> frozenset[int]:
     """Ids that end an answer: the tokenizer's and those of `generation_config.json`."""
     ids = {tokenizer.eos_token_id}
     path = folder / "generation_config.json"

@@ -39,14 +39,31 @@ class TorchSession:
         self._length = 0
         self._rows: int | None = None
 
-    def forward(self, input_ids: np.ndarray) -> np.ndarray:
+    @property
+    def length(self) -> int:
+        """Tokens in the cache."""
+        return self._length
+
+    def rewind(self, length: int) -> None:
+        """Forget all but the first `length` tokens."""
+        if length == 0:
+            self.reset()
+        elif length < self._length:
+            try:
+                self._cache.crop(length - self._length)
+                self._length = length
+            except RuntimeError:  # a sliding window has dropped what would be needed again
+                self.reset()
+
+    def forward(self, input_ids: np.ndarray, last_only: bool = False) -> np.ndarray:
         """Append tokens to the cache and return their logits.
 
         Args:
             input_ids: int64 [B, S].
+            last_only: only the last token's logits are wanted.
 
         Returns:
-            float32 [B, S, V].
+            float32 [B, S, V], or [B, 1, V].
 
         Raises:
             InputError: ids outside the vocabulary, another batch size than before, or more tokens
@@ -61,6 +78,7 @@ class TorchSession:
                 input_ids=torch.from_numpy(input_ids).to(self.model.device),
                 past_key_values=self._cache,
                 use_cache=True,
+                logits_to_keep=1 if last_only else 0,
             )
         self._length += count
         self._rows = rows

@@ -1,0 +1,119 @@
+"""The light tokenizer gives what transformers gives, or leaves the work to it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from pipeline.errors import InputError
+from pipeline.runtime.tokenizer import (
+    FolderTokenizer,
+    chat_prompt_ids,
+    load_tokenizer,
+    stop_token_ids,
+)
+from tests.tiny_decoder import byte_tokenizer
+
+TEXTS = ["", "plain", "Grüße, 世界 🙂", " two  blanks ", "<s>special</s>"]
+CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": 'Say "hé"'}]
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}\n    {% if m.role == 'system' %}[{{ m.content }}]"
+    "{% else %}{{ m | tojson }}{% endif %}{% if loop.last %}{% break %}{% endif %}\n"
+    "{% endfor %}{{ strftime_now('%Y') }}{% if add_generation_prompt %}>{% endif %}"
+)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    byte_tokenizer().save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_ids_and_text_equal_those_of_transformers(folder: Path) -> None:
+    ours, theirs = load_tokenizer(folder), AutoTokenizer.from_pretrained(str(folder))
+    assert isinstance(ours, FolderTokenizer)
+    assert ours.eos_token_id == theirs.eos_token_id
+    for text in TEXTS:
+        for special in (True, False):
+            ids = ours.encode(text, add_special_tokens=special)
+            assert ids == theirs.encode(text, add_special_tokens=special)
+        for skip in (True, False):
+            expected = theirs.decode(ids, skip_special_tokens=skip)
+            assert ours.decode(ids, skip_special_tokens=skip) == expected
+
+
+def test_a_template_renders_as_in_transformers(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
+    ours, theirs = load_tokenizer(folder), AutoTokenizer.from_pretrained(str(folder))
+    for opened in (True, False):
+        text = ours.apply_chat_template(CHAT, add_generation_prompt=opened, tokenize=False)
+        expected = theirs.apply_chat_template(CHAT, add_generation_prompt=opened, tokenize=False)
+        assert text == expected
+
+
+def test_a_template_may_stand_in_the_settings(folder: Path) -> None:
+    (folder / "chat_template.jinja").unlink()
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    named = [{"name": "tools", "template": "x"}, {"name": "default", "template": "d"}]
+    for template, expected in (("{{ messages[0].role }}", "system"), (named, "d")):
+        path.write_text(json.dumps(settings | {"chat_template": template}))
+        text = load_tokenizer(folder).apply_chat_template(
+            CHAT, add_generation_prompt=False, tokenize=False
+        )
+        assert text == expected
+
+
+def test_a_template_that_refuses_says_why(folder: Path) -> None:
+    template = "{{ raise_exception('roles must alternate') }}"
+    (folder / "chat_template.jinja").write_text(template)
+    with pytest.raises(InputError, match="roles must alternate"):
+        chat_prompt_ids(load_tokenizer(folder), CHAT)
+
+
+def test_a_template_cannot_leave_its_sandbox(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_text("{{ messages.__class__.__mro__ }}")
+    with pytest.raises(InputError, match="refuses"):
+        chat_prompt_ids(load_tokenizer(folder), CHAT)
+
+
+def test_without_a_template_the_message_says_what_to_do(folder: Path) -> None:
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(InputError, match="--raw"):
+        chat_prompt_ids(load_tokenizer(folder), CHAT)
+
+
+def test_what_transformers_adds_by_itself_is_left_to_it(folder: Path) -> None:
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"add_bos_token": True}))
+    assert not isinstance(load_tokenizer(folder), FolderTokenizer)
+
+
+def test_stop_ids_come_from_tokenizer_and_generation_config(folder: Path) -> None:
+    tokenizer = load_tokenizer(folder)
+    assert stop_token_ids(tokenizer, folder) == {tokenizer.eos_token_id}
+    (folder / "generation_config.json").write_text('{"eos_token_id": [5, 7]}')
+    assert stop_token_ids(tokenizer, folder) == {tokenizer.eos_token_id, 5, 7}
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_broken_files_are_named(folder: Path, name: str) -> None:
+    (folder / name).write_text("{")
+    with pytest.raises(InputError, match="does not load"):
+        load_tokenizer(folder)
+
+
+def test_loading_needs_neither_torch_nor_transformers(folder: Path) -> None:
+    import subprocess
+
+    code = (
+        "import sys; from pathlib import Path; from pipeline.runtime.tokenizer import *; "
+        f"t = load_tokenizer(Path({str(folder)!r})); "
+        "chat_prompt_ids(t, [{'role': 'user', 'content': 'x'}]); "
+        "assert not {'torch', 'transformers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
