@@ -35,28 +35,34 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def tiny_model(
-    family: str, seed: int = 0, layers: int = 2, vocab_size: int = 272
+    family: str, seed: int = 0, layers: int = 2, vocab_size: int = 272, **changes: Any
 ) -> PreTrainedModel:
     """A random model, float32, whose every kind of parameter differs from its neutral value.
+
+    `changes` go into the configuration.
 
     Biases and norm gains are random too: initialised to 0 and 1 they would hide a forgotten bias or
     gain. The logits are far from flat, so that an error shows in them.
     """
-    keywords: dict[str, Any] = {
-        "vocab_size": vocab_size,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 256,
-        "initializer_range": 0.2,
-        "tie_word_embeddings": False,
-        # Those of `byte_tokenizer`.
-        "bos_token_id": 256,
-        "eos_token_id": 257,
-        "pad_token_id": 257,
-    } | FAMILIES[family]
+    keywords: dict[str, Any] = (
+        {
+            "vocab_size": vocab_size,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": layers,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 256,
+            "initializer_range": 0.2,
+            "tie_word_embeddings": False,
+            # Those of `byte_tokenizer`.
+            "bos_token_id": 256,
+            "eos_token_id": 257,
+            "pad_token_id": 257,
+        }
+        | FAMILIES[family]
+        | changes
+    )
     if family == "gemma3_text":
         kinds = ("sliding_attention", "full_attention")
         keywords["layer_types"] = [kinds[index % 2] for index in range(layers)]
@@ -75,8 +81,8 @@ def randomize_vectors_(model: nn.Module) -> None:
             parameter.add_(0.2 * torch.randn_like(parameter))
 
 
-def save_family(folder: Path, family: str) -> Path:
-    """Write model and tokenizer as an ordinary Hugging Face folder."""
-    tiny_model(family).save_pretrained(folder)
+def save_family(folder: Path, family: str, **changes: Any) -> Path:
+    """Write model and tokenizer as an ordinary Hugging Face folder; `changes` as above."""
+    tiny_model(family, **changes).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder

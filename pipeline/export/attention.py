@@ -1,4 +1,4 @@
-"""Attention and its mask in the form that both ONNX Runtime and TensorRT take.
+"""Attention and its mask in the forms that ONNX Runtime and TensorRT take.
 
 Registered with transformers under one name, so that every architecture that supports its
 attention interface is traced with them, whatever its masks (causal, sliding window) are.
@@ -15,9 +15,11 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from pipeline.export.cache import GraphCache
-from pipeline.export.profile import Profile
+from pipeline.export.profile import CONTRIB, Profile
 
 NAME = "skipcat_export"
+# ONNX Runtime's own attention takes heads whose width is a multiple of this.
+HEAD_WIDTH = 16
 # transformers calls the functions below with no place for our own arguments.
 active_cache: ContextVar[GraphCache] = ContextVar("active_cache")
 
@@ -29,8 +31,10 @@ def mask_from_slots(
     attention_mask: torch.Tensor,
     dtype: torch.dtype = torch.float32,
     **unused: Any,
-) -> torch.Tensor:
+) -> torch.Tensor | None:
     """Additive mask, float [B, 1, S, K]: 0 where a query may look, very negative elsewhere.
+
+    None where the attention node is causal by itself.
 
     Args:
         kv_length: K.
@@ -38,8 +42,15 @@ def mask_from_slots(
         attention_mask: [B, T], T tokens so far or any padding of them.
         dtype: of the mask.
         unused: what else transformers passes.
+
+    Raises:
+        NotImplementedError: another mask than the causal one, where the node knows no other.
     """
     cache = active_cache.get()
+    if cache.profile.contrib:
+        if not torch.compiler.is_exporting():  # there tensors have no values to look at
+            _require_causal(mask_function, cache.keys[0].shape[2])
+        return None
     keys = torch.arange(kv_length)
     allowed = mask_function(0, 0, cache.slots[:, None, :, None], keys[None, None, None, :])
     if cache.profile.static_cache:
@@ -54,12 +65,21 @@ def mask_from_slots(
     )
 
 
+def _require_causal(mask_function: Callable[..., torch.Tensor], length: int) -> None:
+    """Raise NotImplementedError when some query within `length` tokens looks elsewhere."""
+    slots = torch.arange(length)
+    allowed = mask_function(0, 0, slots[None, None, :, None], slots[None, None, None, :])
+    causal = slots[:, None] >= slots
+    if not bool((torch.as_tensor(allowed).broadcast_to(1, 1, length, length) == causal).all()):
+        raise NotImplementedError("attention that is not plainly causal, in the profile 'cpu'")
+
+
 def attend(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor,
+    attention_mask: torch.Tensor | None,
     scaling: float,
     dropout: float = 0.0,
     **kwargs: Any,
@@ -71,7 +91,11 @@ def attend(
     """
     if kwargs.get("softcap") is not None:
         raise NotImplementedError("attention with soft-capped logits")
-    profile: Profile = active_cache.get().profile
+    cache = active_cache.get()
+    if cache.profile.contrib:
+        return _grouped(query, key, value, cache, scaling), None
+    assert attention_mask is not None, "mask_from_slots gives one to every other profile"
+    profile: Profile = cache.profile
     operation = _native if profile.native_attention else _primitive
     return operation(query, key, value, attention_mask, scaling).transpose(1, 2), None
 
@@ -88,6 +112,34 @@ def _native(
         shape=(*query.shape[:3], value.shape[3]),
         version=23,
     )
+
+
+def _grouped(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cache: GraphCache, scaling: float
+) -> torch.Tensor:
+    """ONNX Runtime's attention: writes the cache in place; [B, S, H, D].
+
+    Raises:
+        NotImplementedError: heads of a width that it does not take.
+    """
+    batch, heads, length, width = query.shape
+    if width % HEAD_WIDTH or value.shape[3] != width:
+        raise NotImplementedError(
+            f"heads {width} wide in the profile 'cpu', whose attention takes a multiple of "
+            f"{HEAD_WIDTH}"
+        )
+    rows = [t.transpose(1, 2).reshape(batch, length, -1) for t in (query, key, value)]
+    past = (cache.keys[cache.layer], cache.values[cache.layer])
+    mixed, *present = torch.onnx.ops.symbolic_multi_out(
+        f"{CONTRIB}::GroupQueryAttention",
+        (*rows, *past, *(cache.lengths or ())),
+        {"num_heads": heads, "kv_num_heads": key.shape[1], "scale": float(scaling)},
+        dtypes=(query.dtype,) * 3,
+        shapes=(rows[0].shape, past[0].shape, past[1].shape),
+        version=1,
+    )
+    cache.keys[cache.layer], cache.values[cache.layer] = present
+    return mixed.reshape(batch, length, heads, width)
 
 
 def _primitive(

@@ -4,6 +4,9 @@ Slots: the tokens of this call are written behind those of earlier calls, at slo
 last + 1 - S ... last, where `last` is the last slot that the attention mask marks in any row. So a
 mask as long as the tokens so far (ONNX Runtime, onnxruntime-genai) and one padded with zeros to
 the cache's length (CUDA graphs) mean the same, and padded rows keep their columns.
+
+With ONNX Runtime's own attention the node itself writes the cache: `update` only notes which layer
+comes next. There every row counts its own tokens: those that its mask marks.
 """
 
 from __future__ import annotations
@@ -19,15 +22,24 @@ class GraphCache:
     Args:
         profile: static (TensorScatter) or growing (Concat).
         past: key and value of layer 0, of layer 1, ...: [B, KVH, past or max length, D] each.
-        slots: int64 [B, S], where the new tokens go.
+        slots: int64 [B, S], where the new tokens go; unused where the attention node knows.
+        lengths: int32 [B], the tokens of each row with this call's, less one; and int32 [], those
+            of the longest row. Only for ONNX Runtime's own attention.
     """
 
     is_compileable = False
 
-    def __init__(self, profile: Profile, past: list[torch.Tensor], slots: torch.Tensor) -> None:
+    def __init__(
+        self,
+        profile: Profile,
+        past: list[torch.Tensor],
+        slots: torch.Tensor,
+        lengths: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> None:
         self.profile = profile
         self.keys, self.values = list(past[0::2]), list(past[1::2])
-        self.slots = slots
+        self.slots, self.lengths = slots, lengths
+        self.layer = 0
 
     def update(
         self,
@@ -37,7 +49,13 @@ class GraphCache:
         *args: object,
         **kwargs: object,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add new keys and values [B, KVH, S, D]; return all of the layer's."""
+        """Add new keys and values [B, KVH, S, D]; return all of the layer's.
+
+        With ONNX Runtime's own attention, return the new ones alone.
+        """
+        self.layer = layer_idx
+        if self.profile.contrib:
+            return key, value
         self.keys[layer_idx] = self._extend(self.keys[layer_idx], key)
         self.values[layer_idx] = self._extend(self.values[layer_idx], value)
         return self.keys[layer_idx], self.values[layer_idx]
@@ -75,4 +93,6 @@ class GraphCache:
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         """Number of keys that attention will see, and the slot of the first."""
         past = self.keys[layer_idx].shape[2]
+        if self.profile.contrib:
+            return query_length, 0
         return (past if self.profile.static_cache else past + query_length), 0

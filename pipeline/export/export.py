@@ -17,16 +17,21 @@ from pipeline.compress.checkpoint import copy_tokenizer, read_recipe
 from pipeline.errors import InputError, UsageError
 from pipeline.export.block_skip import DOMAIN, VERSION, function_bodies, is_block_skip
 from pipeline.export.genai import genai_config
+from pipeline.export.passes.attention import simplify_attention
+from pipeline.export.passes.few_bits import FORMATS, quantize_linears
+from pipeline.export.passes.first_logit import choose_first_logit
 from pipeline.export.passes.fold_permutation import fold_permutations
 from pipeline.export.passes.fuse import fuse_operators, merge_duplicates
 from pipeline.export.passes.lay_out import lay_out
-from pipeline.export.profile import PROFILES, Profile
+from pipeline.export.passes.residual_norm import fuse_residual_norms
+from pipeline.export.profile import CONTRIB, PROFILES, Profile
 from pipeline.export.skeleton import load_skeleton
 from pipeline.export.trace import CacheShape, trace
 from pipeline.provenance import provenance
 
 SCHEMA = 1
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
+WEIGHTS_AS = ("float", *FORMATS)
 GRAPH, WEIGHTS = "model.onnx", "model.onnx.data"
 # Below this a tensor stays inside the graph file: shape constants must, for some runtimes.
 EXTERNAL_BYTES = 1024
@@ -40,11 +45,19 @@ class ExportRequest:
         profile: name in `PROFILES`.
         dtype: "float32" for the CPU, "float16" for TensorRT.
         max_length: slots of the static cache, prompt and answer together.
+        weights: "float", which is as `dtype` says, "int8" or "int4"; None is int8 in the profile
+            `cpu`, which alone has the operators for it, and float elsewhere.
     """
 
     profile: str = "opset24"
     dtype: str = "float32"
     max_length: int = 2048
+    weights: str | None = None
+
+    @property
+    def stored_weights(self) -> str:
+        """How the matrices are stored."""
+        return self.weights or ("int8" if self.profile == "cpu" else "float")
 
     def check(self) -> None:
         """Refuse what no graph can be made for.
@@ -55,11 +68,26 @@ class ExportRequest:
         for flag, value, choices in (
             ("--profile", self.profile, PROFILES),
             ("--dtype", self.dtype, DTYPES),
+            ("--weights", self.stored_weights, WEIGHTS_AS),
         ):
             if value not in choices:
                 raise UsageError(
                     "Unknown choice.", where=flag, observed=value, expected=", ".join(choices)
                 )
+        if self.profile != "cpu" and self.stored_weights != "float":
+            raise UsageError(
+                "Only ONNX Runtime's own operators hold weights of few bits.",
+                where="--weights",
+                observed=f"{self.weights}, with --profile {self.profile}",
+                change="pass --profile cpu, or leave --weights out",
+            )
+        if self.profile == "cpu" and self.dtype != "float32":
+            raise UsageError(
+                "On the CPU everything but the weights is computed in float32.",
+                where="--dtype",
+                observed=f"{self.dtype}, with --profile cpu",
+                change="leave --dtype out",
+            )
         if self.max_length < 2:
             raise UsageError(
                 "The cache is too short.", where="--max-length", observed=self.max_length
@@ -94,7 +122,7 @@ def export_folder(
         output, overwrite=overwrite, required_bytes=weight_bytes * 11 // 10
     ) as folder:
         graph, shapes = trace(skeleton, profile, max_length)
-        record = _transform(graph, profile)
+        record = _transform(graph, profile, request.stored_weights, max_length)
         save_graph(graph, profile, folder)
         check_graph(folder / GRAPH)
         copy_tokenizer(Path(checkpoint), folder)
@@ -117,16 +145,24 @@ def _bounded_length(wanted: int, config: Any) -> int:
     return min(wanted, limit)
 
 
-def _transform(graph: ir.Model, profile: Profile) -> dict[str, Any]:
+def _transform(graph: ir.Model, profile: Profile, weights: str, max_length: int) -> dict[str, Any]:
     """All graph passes, in the order they depend on one another."""
     fused = fuse_operators(graph) if profile.native_attention else {}
     merge_duplicates(graph)
     folded, kept = fold_permutations(graph)
+    if profile.contrib:
+        fused |= simplify_attention(graph, max_length)
+        fused["SkipSimplifiedLayerNormalization"] = fuse_residual_norms(graph)
+        fused["first_logit"] = choose_first_logit(graph)
+        graph.opset_imports[CONTRIB] = VERSION
+    quantized = quantize_linears(graph, FORMATS[weights]) if weights in FORMATS else {}
     nodes = lay_out(graph)
     return {
         "block_skip_nodes": nodes,
         "fused": fused,
         "permutations": {"folded": folded, "indexed": len(kept)},
+        "weights": weights,
+        "quantized": quantized,
     }
 
 

@@ -61,15 +61,7 @@ class DecoderStep(nn.Module):
         Returns:
             Logits [B, S, V], and the cache in the order of `past`.
         """
-        length = input_ids.shape[1]
-        if self.profile.static_cache:
-            places = torch.arange(attention_mask.shape[1])
-            last = (attention_mask * places).amax(dim=(0, 1))
-            slots = last + 1 - length + torch.arange(length)
-        else:
-            slots = past[0].shape[2] + torch.arange(length)
-        slots = slots[None, :] + torch.zeros_like(input_ids)
-        cache = GraphCache(self.profile, past, slots)
+        cache = self._cache(input_ids, attention_mask, past)
         active_cache.set(cache)
         output = self.model(
             input_ids=input_ids,
@@ -79,6 +71,23 @@ class DecoderStep(nn.Module):
             use_cache=True,
         )
         return output.logits, cache.present
+
+    def _cache(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, past: list[torch.Tensor]
+    ) -> GraphCache:
+        length = input_ids.shape[1]
+        if self.profile.contrib:
+            rows = attention_mask.sum(dim=1).to(torch.int32) - 1
+            longest = torch.zeros((), dtype=torch.int32) + attention_mask.shape[1]
+            return GraphCache(self.profile, past, input_ids, (rows, longest))
+        if self.profile.static_cache:
+            places = torch.arange(attention_mask.shape[1])
+            last = (attention_mask * places).amax(dim=(0, 1))
+            slots = last + 1 - length + torch.arange(length)
+        else:
+            slots = past[0].shape[2] + torch.arange(length)
+        slots = slots[None, :] + torch.zeros_like(input_ids)
+        return GraphCache(self.profile, past, slots)
 
 
 def cache_names(layers: int, prefix: str) -> list[str]:
@@ -136,9 +145,12 @@ def trace(
     positions = torch.arange(TRACE_PAST, total).expand(TRACE_BATCH, -1).contiguous()
     try:
         with _attention_of(model), _quiet(), traced_as_nodes(), torch.no_grad():
+            step, inputs = DecoderStep(model, profile).eval(), (ids, mask, positions, past)
+            if profile.contrib:
+                step(*inputs)  # where masks have values, they are looked at
             program = torch.onnx.export(
-                DecoderStep(model, profile).eval(),
-                (ids, mask, positions, past),
+                step,
+                inputs,
                 dynamo=True,
                 opset_version=profile.opset,
                 dynamic_shapes=_dynamic_shapes(profile, len(past)),
@@ -184,7 +196,9 @@ def _input_names(layers: int) -> list[str]:
 
 def _dynamic_shapes(profile: Profile, caches: int) -> dict[str, object]:
     cache = {0: "batch_size"}
-    if not profile.static_cache:
+    if profile.contrib:
+        cache[2] = "cache_length"
+    elif not profile.static_cache:
         cache[2] = "past_sequence_length"
     return {
         "input_ids": {0: "batch_size", 1: "sequence_length"},

@@ -11,7 +11,7 @@ from pipeline.artefact import sha256_of_file
 from pipeline.errors import InputError
 
 SCHEMA = 1
-PROFILES = ("opset24", "compat")
+PROFILES = ("opset24", "compat", "cpu")
 DTYPES = ("float32", "float16")
 FIELD_TYPES = {
     "profile": str,
@@ -28,12 +28,14 @@ class ExportRecord:
     """The part of `export.json` that running the graph depends on.
 
     Attributes:
-        profile: `opset24` (static cache, written in place) or `compat` (growing cache).
+        profile: `opset24` (static cache, written in place), `compat` (growing cache) or `cpu`
+            (ONNX Runtime's own operators).
         dtype: of weights, cache and logits.
         max_length: most tokens of prompt and answer.
         vocab_size: width of the logits.
         num_layers: number of key/value pairs.
         onnx_sha256: hex digest of `model.onnx`.
+        weights: `float`, which is `dtype`, or how many bits the matrices are rounded to.
     """
 
     profile: str
@@ -42,6 +44,7 @@ class ExportRecord:
     vocab_size: int
     num_layers: int
     onnx_sha256: str
+    weights: str = "float"
 
 
 def read_export_record(folder: Path) -> ExportRecord:
@@ -83,7 +86,8 @@ def parse_record(fields: Any, path: Path) -> ExportRecord:
     for name, known in (("profile", PROFILES), ("dtype", DTYPES)):
         if fields[name] not in known:
             raise wrong_field(path, name, fields[name], " or ".join(known))
-    return ExportRecord(**{name: fields[name] for name in FIELD_TYPES})
+    known_fields = {name: fields[name] for name in FIELD_TYPES}
+    return ExportRecord(**known_fields, weights=str(fields.get("weights", "float")))
 
 
 def require_same_graph(record: ExportRecord, onnx_path: Path) -> None:

@@ -59,6 +59,12 @@ def folder_kind(folder: Path) -> str:
 
 def open_onnx(folder: Path, threads: int | None) -> Session:
     """The session over an ONNX export."""
+    from pipeline.runtime.export_record import read_export_record
+
+    if read_export_record(folder).profile == "cpu":
+        from pipeline.runtime.cpu_session import CpuSession
+
+        return CpuSession(folder, threads)
     from pipeline.runtime.onnx_session import OnnxSession
 
     return OnnxSession(folder, threads)

@@ -43,6 +43,7 @@ def derived_weight(
     sources: list[ir.Value],
     shape: tuple[int, ...],
     function: Callable[..., np.ndarray],
+    dtype: ir.DataType | None = None,
 ) -> ir.Value:
     """Add a weight that is computed from others when it is written, and not kept.
 
@@ -51,7 +52,8 @@ def derived_weight(
         name: of it; a number is added if it is taken.
         sources: constants that `function` is given as arrays, in this order.
         shape: of the result.
-        function: arrays to an array of the same type.
+        function: arrays to an array.
+        dtype: of the result; None is that of the sources.
     """
     tensors = [ir.convenience.get_const_tensor(source) for source in sources]
 
@@ -61,7 +63,7 @@ def derived_weight(
                 np.ascontiguousarray(function(*(tensor.numpy() for tensor in tensors))),
                 name=unique,
             ),
-            dtype=tensors[0].dtype,
+            dtype=dtype or tensors[0].dtype,
             shape=ir.Shape(shape),
             name=unique,
         )

@@ -22,17 +22,29 @@ from pipeline.export.passes.constants import derived_weight, new_constant, weigh
 def lay_out(model: ir.Model) -> int:
     """Bring every linear layer into its final form, in place; return the block-skip nodes left."""
     graph = model.graph
-    groups: dict[tuple[ir.Value | None, ...], list[ir.Node]] = {}
+    groups = same_latent(graph)
     for node in list(graph):
-        if is_block_skip(node):
-            index = node.inputs[3] if len(node.inputs) > 3 else None
-            groups.setdefault((node.inputs[0], node.inputs[1], index), []).append(node)
-        elif (node.domain, node.op_type) == (TRACE_DOMAIN, LINEAR):
+        if is_linear(node):
             _matmul(graph, node)
-    for nodes in groups.values():
+    for nodes in groups:
         _merge(graph, nodes)
     RemoveUnusedNodesPass()(model)
     return len(groups)
+
+
+def is_linear(node: ir.Node) -> bool:
+    """Whether a node is a traced linear layer."""
+    return (node.domain, node.op_type) == (TRACE_DOMAIN, LINEAR)
+
+
+def same_latent(graph: ir.Graph) -> list[list[ir.Node]]:
+    """Block-skip nodes, those with one input, one A' and one index together."""
+    groups: dict[tuple[ir.Value | None, ...], list[ir.Node]] = {}
+    for node in graph:
+        if is_block_skip(node):
+            index = node.inputs[3] if len(node.inputs) > 3 else None
+            groups.setdefault((node.inputs[0], node.inputs[1], index), []).append(node)
+    return list(groups.values())
 
 
 def _matmul(graph: ir.Graph, node: ir.Node) -> None:
@@ -51,7 +63,7 @@ def _matmul(graph: ir.Graph, node: ir.Node) -> None:
     product = ir.node("MatMul", [x, transposed], name=name)
     product.outputs[0].name = f"{name}.output"
     graph.insert_before(node, product)
-    _replace(node, product.outputs[0])
+    take_place(node, product.outputs[0])
     graph.remove(node, safe=True)
 
 
@@ -61,7 +73,7 @@ def _merge(graph: ir.Graph, nodes: list[ir.Node]) -> None:
     ups = [node.inputs[2] for node in nodes]
     heights = [weight_shape(up)[0] for up in ups]
     rank, rest = weight_shape(a)
-    name = _common_name([up.name for up in ups])
+    name = common_name([up.name for up in ups])
     weights = [
         derived_weight(graph, f"{name}.a", [a], (rest, rank), np.transpose),
         derived_weight(graph, f"{name}.b", ups, (rank, sum(heights)), _stack_and_transpose),
@@ -80,9 +92,9 @@ def _merge(graph: ir.Graph, nodes: list[ir.Node]) -> None:
     output.shape = ir.Shape([*first.outputs[0].shape[:-1], sum(heights)])
     graph.insert_before(first, merged)
     if len(nodes) == 1:
-        _replace(first, output)
+        take_place(first, output)
     else:
-        _split(graph, nodes, output, heights, name)
+        split_between(graph, nodes, output, heights, name)
     graph.remove(nodes, safe=True)
 
 
@@ -90,9 +102,10 @@ def _stack_and_transpose(*arrays: np.ndarray) -> np.ndarray:
     return np.concatenate(arrays).T
 
 
-def _split(
+def split_between(
     graph: ir.Graph, nodes: list[ir.Node], output: ir.Value, heights: list[int], name: str
 ) -> None:
+    """Let the parts of `output` take the place of the nodes' outputs, in their order."""
     sizes = new_constant(graph, f"{name}.heights", np.array(heights, dtype=np.int64))
     split = ir.node(
         "Split", [output, sizes], {"axis": -1}, num_outputs=len(nodes), name=f"{name}.split"
@@ -100,10 +113,10 @@ def _split(
     graph.insert_before(nodes[0], split)
     for node, part in zip(nodes, split.outputs, strict=True):
         part.name = f"{node.inputs[2].name}.part"
-        _replace(node, part)
+        take_place(node, part)
 
 
-def _replace(node: ir.Node, value: ir.Value) -> None:
+def take_place(node: ir.Node, value: ir.Value) -> None:
     """Let `value` take the place of a node's only output."""
     old = node.outputs[0]
     value.type, value.shape = old.type, old.shape
@@ -112,7 +125,7 @@ def _replace(node: ir.Node, value: ir.Value) -> None:
     ir.convenience.replace_all_uses_with(old, value, replace_graph_outputs=True)
 
 
-def _common_name(weights: list[str]) -> str:
+def common_name(weights: list[str]) -> str:
     """`layers.0.self_attn.q_proj+k_proj+v_proj` from the names of the members' weights."""
     modules = [weight.split(".up.weight")[0] for weight in weights]
     return "+".join([modules[0], *(module.rsplit(".", 1)[-1] for module in modules[1:])])

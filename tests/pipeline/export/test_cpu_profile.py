@@ -1,0 +1,158 @@
+"""The profile `cpu`: the same numbers from ONNX Runtime's own operators, and few bits close by."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+from pipeline.compress.checkpoint import load_checkpoint
+from pipeline.compress.recipe import compress_to_folder
+from pipeline.compress.request import CompressRequest
+from pipeline.errors import InputError, UsageError
+from pipeline.export.export import ExportRequest, export_folder
+from pipeline.runtime.cpu_session import CpuSession
+from tests.families import save_family
+
+MAX_LENGTH = 48
+# With heads as wide as ONNX Runtime's attention takes them; the others have sliding windows.
+FAMILIES = ("llama", "qwen2", "qwen3", "smollm")
+IDS = np.random.default_rng(0).integers(3, 250, size=(2, 17))
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A dense and a compressed checkpoint of every family."""
+    root = tmp_path_factory.mktemp("families")
+    folders: dict[str, Path] = {}
+    for family in FAMILIES:
+        dense = save_family(root / f"{family}-dense", family, head_dim=16)
+        request = CompressRequest(
+            str(dense), 0.7, method="skipcat", windows=4, window_length=24, dtype="float32"
+        )
+        compress_to_folder(request, root / family)
+        folders |= {f"{family} dense": dense, family: root / family}
+    return folders
+
+
+def torch_logits(folder: Path) -> np.ndarray:
+    with torch.no_grad():
+        model = load_checkpoint(folder, dtype=torch.float32)
+        return model(torch.from_numpy(IDS)).logits.numpy()
+
+
+def in_pieces(session: CpuSession, cuts: list[int]) -> np.ndarray:
+    session.reset()
+    pieces = np.split(IDS, cuts, axis=1)
+    return np.concatenate([session.forward(piece) for piece in pieces], axis=1)
+
+
+def cosine(a: np.ndarray, b: np.ndarray) -> float:
+    return float((a * b).sum() / np.linalg.norm(a) / np.linalg.norm(b))
+
+
+def optypes(folder: Path) -> list[str]:
+    graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
+    return [node.op_type for node in graph.node]
+
+
+@pytest.mark.parametrize("kind", [k for family in FAMILIES for k in (family, f"{family} dense")])
+def test_in_float_prefill_and_decode_equal_torch(
+    kind: str, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    request = ExportRequest("cpu", "float32", MAX_LENGTH, "float")
+    record = export_folder(checkpoints[kind], tmp_path / "onnx", request)
+    expected = torch_logits(checkpoints[kind])
+    session = CpuSession(tmp_path / "onnx")
+    for cuts in ([], [9], [5, 6, 7, 8], list(range(1, 17))):
+        np.testing.assert_allclose(in_pieces(session, cuts), expected, rtol=2e-4, atol=2e-4)
+    assert record["fused"]["SkipSimplifiedLayerNormalization"] == 4
+    assert record["fused"]["first_logit"]
+
+
+# Random layers pass every rounding on undamped, so 4 bits are not close; real models are closer.
+@pytest.mark.parametrize(("weights", "least"), [("int8", 0.998), ("int4", 0.88)])
+@pytest.mark.parametrize("kind", ["llama", "llama dense", "qwen2", "qwen2 dense"])
+def test_few_bits_stay_close_to_torch(
+    kind: str, weights: str, least: float, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    request = ExportRequest("cpu", "float32", MAX_LENGTH, weights)
+    record = export_folder(checkpoints[kind], tmp_path / "onnx", request)
+    logits = in_pieces(CpuSession(tmp_path / "onnx"), [9, 10, 11])
+    assert cosine(logits, torch_logits(checkpoints[kind])) > least
+    assert "MatMul" not in optypes(tmp_path / "onnx")
+    assert record["weights"] == weights
+    assert sum(record["quantized"].values()) == optypes(tmp_path / "onnx").count("MatMulNBits")
+
+
+def test_a_tied_embedding_is_read_from_the_heads_codes(
+    checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    export_folder(checkpoints["llama dense"], tmp_path / "onnx", ExportRequest("cpu"))
+    graph = onnx.load(tmp_path / "onnx" / "model.onnx", load_external_data=False).graph
+    config = json.loads((tmp_path / "onnx" / "config.json").read_text())
+    nodes = {node.op_type: node for node in graph.node}
+    if config["tie_word_embeddings"]:
+        head = next(n for n in graph.node if "logits" in n.output)
+        assert nodes["GatherBlockQuantized"].input[0] == head.input[1]
+    else:
+        assert "GatherBlockQuantized" not in nodes
+
+
+def test_logits_of_the_last_token_alone_are_those_of_the_last_token(
+    checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    export_folder(checkpoints["llama"], tmp_path / "onnx", ExportRequest("cpu", weights="float"))
+    session = CpuSession(tmp_path / "onnx")
+    every = session.forward(IDS)
+    session.reset()
+    last = session.forward(IDS, last_only=True)
+    assert last.shape == (2, 1, every.shape[2])
+    np.testing.assert_allclose(last, every[:, -1:], rtol=1e-4, atol=1e-5)
+
+
+def test_a_runtime_that_knows_nothing_of_first_logit_gets_all_logits(
+    checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    export_folder(checkpoints["llama"], tmp_path / "onnx", ExportRequest("cpu", weights="float"))
+    session = onnxruntime.InferenceSession(tmp_path / "onnx" / "model.onnx")
+    positions = np.broadcast_to(np.arange(IDS.shape[1]), IDS.shape)
+    feeds = {"input_ids": IDS, "attention_mask": np.ones_like(IDS), "position_ids": positions}
+    shapes = {node.name: node.shape for node in session.get_inputs()}
+    for name, shape in shapes.items():
+        if name.startswith("past"):
+            feeds[name] = np.zeros((2, shape[1], 0, shape[3]), np.float32)
+    logits = session.run(["logits"], {name: feeds[name] for name in shapes if name in feeds})[0]
+    expected = torch_logits(checkpoints["llama"])
+    np.testing.assert_allclose(logits, expected, rtol=2e-4, atol=2e-4)
+
+
+def test_heads_too_narrow_for_the_operator_are_refused(tmp_path: Path) -> None:
+    source = save_family(tmp_path / "llama", "llama", head_dim=8)
+    with pytest.raises(InputError, match="multiple of 16"):
+        export_folder(source, tmp_path / "onnx", ExportRequest("cpu", max_length=MAX_LENGTH))
+
+
+def test_attention_that_is_not_plainly_causal_is_refused(tmp_path: Path) -> None:
+    source = save_family(tmp_path / "mistral", "mistral", head_dim=16)
+    with pytest.raises(InputError, match="not plainly causal"):
+        export_folder(source, tmp_path / "onnx", ExportRequest("cpu", max_length=MAX_LENGTH))
+    assert not (tmp_path / "onnx").exists()
+
+
+@pytest.mark.parametrize(
+    ("request_", "flag"),
+    [
+        (ExportRequest("opset24", weights="int8"), "--profile cpu"),
+        (ExportRequest("cpu", dtype="float16"), "--dtype"),
+        (ExportRequest("cpu", weights="int3"), "int8"),
+    ],
+)
+def test_what_the_profile_cannot_store_is_refused(request_: ExportRequest, flag: str) -> None:
+    with pytest.raises(UsageError, match=flag):
+        request_.check()
