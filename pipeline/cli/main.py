@@ -24,6 +24,7 @@ VERBS = {
     "validate": "pipeline.cli.validate",
     "evaluate": "pipeline.cli.evaluate",
     "run": "pipeline.cli.run",
+    "serve": "pipeline.cli.serve",
     "inspect": "pipeline.cli.inspect",
     "doctor": "pipeline.cli.doctor",
 }

@@ -1,0 +1,140 @@
+"""`skipcat serve FOLDER`: an HTTP server with OpenAI's interface."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pipeline.cli import options
+from pipeline.errors import MissingPackageError, UsageError
+from pipeline.runtime.open_session import BACKENDS
+
+PACKAGES = ("starlette", "uvicorn", "pydantic")
+positive = click.IntRange(min=1)
+seconds = click.FloatRange(min=0, min_open=True)
+
+address_options = options.apply(
+    click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at."),
+    click.option(
+        "--port",
+        type=click.IntRange(0, 65535),
+        default=8000,
+        show_default=True,
+        help="0 takes a free one.",
+    ),
+    click.option(
+        "--api-key-file",
+        type=click.Path(path_type=Path, exists=True, dir_okay=False),
+        help="Accepted keys, one a line; without it everybody is served.",
+    ),
+    click.option("--model-name", help="What clients call the model.  [the folder's name]"),
+)
+load_options = options.apply(
+    click.option(
+        "--slots",
+        type=positive,
+        default=4,
+        show_default=True,
+        help="Requests answered together; each has a cache of its own.",
+    ),
+    click.option(
+        "--queue",
+        type=click.IntRange(min=0),
+        default=64,
+        show_default=True,
+        help="Requests that wait for a slot; further ones get a 429.",
+    ),
+    click.option(
+        "--prefill-chunk",
+        type=positive,
+        default=64,
+        show_default=True,
+        help="Tokens of a prompt read between two tokens of the other answers.",
+    ),
+    click.option(
+        "--prefix-reuse/--no-prefix-reuse",
+        "reuse",
+        default=True,
+        show_default=True,
+        help="Go on from what a slot still holds of an earlier conversation.",
+    ),
+)
+limit_options = options.apply(
+    click.option(
+        "--max-new-tokens", type=positive, help="Most tokens of one answer.  [the context's]"
+    ),
+    click.option("--max-body-bytes", type=positive, default=1 << 20, show_default=True),
+    click.option(
+        "--client-timeout-s",
+        type=seconds,
+        default=30.0,
+        show_default=True,
+        help="Longest a client may take to send, to read, or between requests.",
+    ),
+    click.option(
+        "--grace-s",
+        type=click.FloatRange(min=0),
+        default=10.0,
+        show_default=True,
+        help="Time for running answers after SIGTERM or Ctrl-C.",
+    ),
+)
+
+
+@click.command("serve")
+@click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True)
+@click.option("--threads", type=positive, help="Threads of ONNX Runtime.")
+@address_options
+@load_options
+@limit_options
+def command(
+    folder: Path,
+    api_key_file: Path | None,
+    max_new_tokens: int | None,
+    max_body_bytes: int,
+    client_timeout_s: float,
+    **settings: Any,
+) -> int:
+    """Serve the model in FOLDER to any client of OpenAI's interface.
+
+    FOLDER is what `skipcat run` takes. SIGTERM and Ctrl-C end the running answers and then the
+    server.
+
+    \b
+      skipcat serve build/onnx
+      curl http://127.0.0.1:8000/v1/models
+    """  # noqa: D301 - click reads the escape
+    require_packages()
+    from pipeline.serve.app import Limits
+    from pipeline.serve.server import ServeRequest, serve
+
+    keys = read_keys(api_key_file) if api_key_file else ()
+    limits = Limits(max_body_bytes, max_new_tokens, client_timeout_s)
+    return serve(ServeRequest(folder=folder, keys=keys, limits=limits, **settings))
+
+
+def require_packages() -> None:
+    """Raise MissingPackageError when a package of the extra `serve` is not installed."""
+    for package in PACKAGES:
+        if importlib.util.find_spec(package) is None:
+            raise MissingPackageError(package, "serve", "serve a model")
+
+
+def read_keys(path: Path) -> tuple[str, ...]:
+    """The keys of a file, one a line.
+
+    Raises:
+        UsageError: there is none, or it is not text.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError("The key file cannot be read.", where=path, observed=error) from error
+    keys = tuple(line.strip() for line in lines if line.strip())
+    if not keys:
+        raise UsageError("The key file holds no key.", where=path, expected="one key a line")
+    return keys

@@ -1,0 +1,248 @@
+"""The routes of the server, each from a request to an answer in OpenAI's shape."""
+
+from __future__ import annotations
+
+import hmac
+import secrets
+import time
+from dataclasses import asdict, dataclass
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from pipeline.serve.exchange import (
+    EventStream,
+    collect_answer,
+    first_pieces,
+    read_body,
+    unless_gone,
+)
+from pipeline.serve.failure import RequestFailure, internal
+from pipeline.serve.job import Job, Outbox
+from pipeline.serve.prompt import PromptReader
+from pipeline.serve.reply import Reply
+from pipeline.serve.request import Body, ChatRequest, CompletionRequest, Generation, parse_body
+from pipeline.serve.scheduler import Scheduler
+
+SEEDS = 2**64
+GONE = 499  # as nginx calls a client that left; nobody reads it
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a client may ask for.
+
+    Attributes:
+        max_body_bytes: longest body of a request.
+        max_new_tokens: most tokens of an answer; None leaves it to the context.
+        client_timeout_s: longest that a client may take to send a request, to take what was sent,
+            or to say nothing between two requests.
+    """
+
+    max_body_bytes: int = 1 << 20
+    max_new_tokens: int | None = None
+    client_timeout_s: float = 30.0
+
+
+class Api:
+    """The endpoints over one model.
+
+    Args:
+        model: the name that requests must give.
+        max_length: tokens that the context holds.
+        scheduler: runs the model.
+        prompts: makes ids of prompts.
+        limits: what a client may ask for.
+        keys: accepted API keys; none accepts everybody.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        max_length: int,
+        scheduler: Scheduler,
+        prompts: PromptReader,
+        limits: Limits,
+        keys: tuple[str, ...] = (),
+    ) -> None:
+        self._model, self._max_length = model, max_length
+        self._scheduler, self._prompts, self._limits = scheduler, prompts, limits
+        self._keys = keys
+        self._created = int(time.time())
+
+    def app(self) -> Starlette:
+        """The ASGI application."""
+        routes = [
+            Route("/health", self.health, methods=["GET"]),
+            Route("/v1/models", self.models, methods=["GET"]),
+            Route("/v1/models/{model:path}", self.model, methods=["GET"]),
+            Route("/v1/chat/completions", self.chat, methods=["POST"]),
+            Route("/v1/completions", self.completions, methods=["POST"]),
+        ]
+        handlers = {
+            RequestFailure: answer_failure,
+            HTTPException: answer_http_error,
+            ClientDisconnect: answer_nobody,
+            Exception: answer_defect,
+        }
+        app = Starlette(routes=routes, exception_handlers=handlers)  # type: ignore[arg-type]
+        app.router.redirect_slashes = False
+        return app
+
+    async def health(self, request: Request) -> Response:
+        """Whether jobs are taken, and how busy it is; needs no key."""
+        is_open = self._scheduler.is_open
+        body = {"status": "ok" if is_open else "stopping", **asdict(self._scheduler.load())}
+        return JSONResponse(body, 200 if is_open else 503)
+
+    async def models(self, request: Request) -> Response:
+        """The one model."""
+        self._authorize(request)
+        return JSONResponse({"object": "list", "data": [self._card()]})
+
+    async def model(self, request: Request) -> Response:
+        """The one model, by name."""
+        self._authorize(request)
+        self._require_model(request.path_params["model"])
+        return JSONResponse(self._card())
+
+    async def chat(self, request: Request) -> Response:
+        """`POST /v1/chat/completions`."""
+        wanted = await self._read(request, ChatRequest)
+        messages = [message.to_message() for message in wanted.messages]
+        return await self._answer(request, wanted, await self._prompts.chat_ids(messages), True)
+
+    async def completions(self, request: Request) -> Response:
+        """`POST /v1/completions`."""
+        wanted = await self._read(request, CompletionRequest)
+        prompt = wanted.one_prompt()
+        if isinstance(prompt, str):
+            ids = await self._prompts.text_ids(prompt)
+        else:
+            ids = self._prompts.given_ids(prompt)
+        return await self._answer(request, wanted, ids, False)
+
+    async def _read(self, request: Request, kind: type[Body]) -> Body:
+        self._authorize(request)
+        limits = self._limits
+        body = await read_body(request, limits.max_body_bytes, limits.client_timeout_s)
+        wanted = parse_body(body, kind)
+        self._require_model(wanted.model)
+        return wanted
+
+    async def _answer(
+        self, request: Request, wanted: Generation, prompt_ids: list[int], is_chat: bool
+    ) -> Response:
+        """Put the job into the queue, and give its answer whole or as it comes."""
+        job = self._job(wanted, prompt_ids)
+        options = wanted.stream_options
+        usage = options is not None and options.include_usage
+        reply = Reply(self._model, is_chat, len(prompt_ids), usage)
+        self._scheduler.submit(job)
+        try:
+            if not wanted.stream:
+                text, ending = await unless_gone(collect_answer(job.outbox), request.receive)
+                return JSONResponse(reply.whole(text, ending))
+            first = await unless_gone(first_pieces(job.outbox), request.receive)
+        except BaseException:
+            self._scheduler.cancel(job)
+            raise
+        timeout_s = self._limits.client_timeout_s
+        return EventStream(job, first, reply, self._scheduler, timeout_s)
+
+    def _job(self, wanted: Generation, prompt_ids: list[int]) -> Job:
+        seed = secrets.randbelow(SEEDS) if wanted.seed is None else wanted.seed % SEEDS
+        return Job(
+            prompt_ids=prompt_ids,
+            max_new_tokens=self._most_tokens(wanted),
+            sampling=wanted.sampling(),
+            seed=seed,
+            stops=wanted.stops(),
+            outbox=Outbox(self._scheduler.wake),
+        )
+
+    def _most_tokens(self, wanted: Generation) -> int:
+        """Most tokens of the answer.
+
+        Raises:
+            RequestFailure: more than this server gives.
+        """
+        limit, asked = self._limits.max_new_tokens, wanted.wanted_tokens()
+        if limit is not None and asked is not None and asked > limit:
+            raise RequestFailure(
+                400,
+                f"This server gives at most {limit} tokens of an answer; {asked} were asked for.",
+                param="max_tokens" if wanted.max_tokens == asked else "max_completion_tokens",
+                code="too_many_tokens",
+            )
+        usual = (limit, wanted.default_tokens, self._max_length)
+        return asked or min(count for count in usual if count is not None)
+
+    def _authorize(self, request: Request) -> None:
+        """Raise RequestFailure unless the request has one of the keys."""
+        if not self._keys:
+            return
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        # Every key is compared, in constant time: how long it takes tells nothing about them.
+        matches = [hmac.compare_digest(given.strip().encode(), key.encode()) for key in self._keys]
+        if scheme.lower() != "bearer" or not any(matches):
+            raise RequestFailure(
+                401,
+                "Give an API key as 'Authorization: Bearer KEY'.",
+                kind="authentication_error",
+                code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+
+    def _require_model(self, name: str) -> None:
+        if name != self._model:
+            raise RequestFailure(
+                404,
+                f"The model '{name}' is not served here; '{self._model}' is.",
+                param="model",
+                code="model_not_found",
+            )
+
+    def _card(self) -> dict[str, object]:
+        return {
+            "id": self._model,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "skipcat",
+            "max_model_len": self._max_length,
+        }
+
+
+async def answer_failure(request: Request, failure: RequestFailure) -> Response:
+    """A failure that was foreseen."""
+    return JSONResponse(failure.to_json(), failure.status, failure.headers)
+
+
+async def answer_http_error(request: Request, error: HTTPException) -> Response:
+    """Unknown routes and wrong methods."""
+    messages = {
+        404: f"There is nothing at {request.method} {request.url.path}.",
+        405: f"{request.url.path} does not take {request.method}.",
+    }
+    message = messages.get(error.status_code, error.detail)
+    codes = {404: "not_found", 405: "method_not_allowed"}
+    failure = RequestFailure(
+        error.status_code,
+        message,
+        code=codes.get(error.status_code),
+        headers=dict(error.headers or {}),
+    )
+    return await answer_failure(request, failure)
+
+
+async def answer_nobody(request: Request, error: ClientDisconnect) -> Response:
+    """The client left before its answer was ready."""
+    return Response(status_code=GONE)
+
+
+async def answer_defect(request: Request, error: Exception) -> Response:
+    """Anything else is a defect of this server; the traceback goes to its log."""
+    return await answer_failure(request, internal("Internal error; the server's log says more."))

@@ -1,0 +1,114 @@
+"""uvicorn's HTTP/1.1 connection with limits it lacks: slow clients, too many, errors as JSON."""
+
+from __future__ import annotations
+
+import asyncio
+import http
+import json
+from typing import Any
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from pipeline.serve.failure import RequestFailure, too_busy
+
+
+class LimitedConnection(H11Protocol):
+    """A connection that a client cannot hold without using it.
+
+    uvicorn times the pause between two requests alone. Here a request's header, the rest of a body
+    that was refused, and the taking of an answer's last bytes have the same limit; the application
+    watches over everything between.
+
+    Args:
+        timeout_s: longest that the client may take while it is the client's turn.
+        max_connections: further ones are turned away with 429.
+        **settings: uvicorn's own.
+    """
+
+    def __init__(self, *, timeout_s: float, max_connections: int, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._timeout_s, self._max_connections = timeout_s, max_connections
+        self._deadline: asyncio.TimerHandle | None = None
+        self._has_begun = False
+        # So that the application can drop a client that does not read.
+        self.app_state = {**self.app_state, "abort": lambda: self.transport.abort()}
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if len(self.connections) > self._max_connections:
+            self._refuse(too_busy(1))
+        else:
+            self._arm()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._disarm()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if not self._is_clients_turn():
+            self._has_begun = False
+            self._disarm()
+        elif not self._has_begun:  # further bytes of the same header buy no further time
+            self._has_begun = True
+            self._arm()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self._is_clients_turn():
+            self._has_begun = False
+            self._arm()
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer bytes that are not HTTP."""
+        if self.cycle is not None and self.cycle.response_started:
+            self.transport.close()
+        else:
+            self._refuse(RequestFailure(400, msg, code="invalid_http"))
+
+    def timeout_keep_alive_handler(self) -> None:
+        """Leave idle connections to the one deadline."""
+
+    def _is_clients_turn(self) -> bool:
+        return self.cycle is None or self.cycle.response_complete
+
+    def _arm(self) -> None:
+        self._disarm()
+        self._deadline = self.loop.call_later(self._timeout_s, self._give_up)
+
+    def _disarm(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def _give_up(self) -> None:
+        """The client let the time pass."""
+        is_in_header = self._has_begun and self.conn.their_state is h11.IDLE
+        if self.transport.is_closing() or self.transport.get_write_buffer_size():
+            self.transport.abort()  # a close would wait until the client has taken everything
+        elif is_in_header and self.conn.our_state is h11.IDLE:
+            message = f"The request's header did not come within {self._timeout_s:g} s."
+            self._refuse(RequestFailure(408, message, code="request_timeout"))
+        else:
+            self.transport.close()
+
+    def _refuse(self, failure: RequestFailure) -> None:
+        """Answer without the application, and close."""
+        self.transport.write(as_http(failure))
+        self.transport.close()
+        self._arm()
+
+
+def as_http(failure: RequestFailure) -> bytes:
+    """A whole HTTP/1.1 answer, after which the connection closes."""
+    body = json.dumps(failure.to_json()).encode()
+    headers = {
+        "Content-Type": "application/json",
+        "Content-Length": str(len(body)),
+        "Connection": "close",
+        **failure.headers,
+    }
+    lines = [f"HTTP/1.1 {failure.status} {http.HTTPStatus(failure.status).phrase}"]
+    lines += [f"{name}: {value}" for name, value in headers.items()]
+    return "\r\n".join([*lines, "", ""]).encode() + body

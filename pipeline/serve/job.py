@@ -1,0 +1,101 @@
+"""What the scheduler is asked for, and the bounded box its answer travels through."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from pipeline.runtime.sample import Sampling
+from pipeline.serve.failure import RequestFailure
+
+# Pieces of text, each of a token or a few, that may wait for a reader before its slot pauses.
+OUTBOX_PIECES = 64
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How an answer ended.
+
+    Attributes:
+        reason: `stop` or `length`, as OpenAI calls them.
+        completion_tokens: tokens of the answer, without the one that ended it.
+        cached_tokens: tokens of the prompt that were in the cache already.
+    """
+
+    reason: str
+    completion_tokens: int
+    cached_tokens: int
+
+
+Piece = str | Ending | RequestFailure
+
+
+class Outbox:
+    """Pieces of an answer: one thread puts them in, one coroutine takes them out.
+
+    It holds a bounded number: the scheduler looks at `is_full` and leaves the slot alone until
+    there is room, so a slow reader costs neither memory nor other readers' time.
+
+    Args:
+        on_room: called, from the event loop, when a full box was emptied.
+    """
+
+    def __init__(self, on_room: Callable[[], None], capacity: int = OUTBOX_PIECES) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._ready = asyncio.Event()
+        self._on_room = on_room
+        self._capacity = capacity
+        self._lock = threading.Lock()
+        self._pieces: deque[Piece] = deque()
+
+    @property
+    def is_full(self) -> bool:
+        """Whether no further text should be put in; an end always may."""
+        return len(self._pieces) >= self._capacity
+
+    def put(self, piece: Piece) -> None:
+        """Add a piece; from any thread, and without waiting."""
+        with self._lock:
+            was_empty = not self._pieces
+            self._pieces.append(piece)
+        if was_empty and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._ready.set)
+
+    async def take(self) -> list[Piece]:
+        """Wait for pieces; take all there are."""
+        while not self._pieces:
+            self._ready.clear()
+            if not self._pieces:
+                await self._ready.wait()
+        with self._lock:
+            pieces = list(self._pieces)
+            self._pieces.clear()
+        if len(pieces) >= self._capacity:
+            self._on_room()
+        return pieces
+
+
+@dataclass(eq=False)
+class Job:
+    """One answer that is wanted.
+
+    Attributes:
+        prompt_ids: at least one token, at most as many as a slot holds.
+        max_new_tokens: most tokens of the answer.
+        sampling: how to choose them.
+        seed: of this answer's own source of randomness; not negative.
+        stops: strings that end the answer.
+        outbox: where the answer goes.
+        is_cancelled: nobody waits for the answer any more; set through `Scheduler.cancel`.
+    """
+
+    prompt_ids: list[int]
+    max_new_tokens: int
+    sampling: Sampling
+    seed: int
+    stops: tuple[str, ...]
+    outbox: Outbox
+    is_cancelled: bool = field(default=False, init=False)

@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import pytest
+
+from pipeline.serve.slot_table import SlotTable, common_length
+
+
+def test_a_prompt_gets_the_slot_that_shares_most_with_it() -> None:
+    table = SlotTable(3)
+    table.tokens = [[1, 2, 3], [1, 2, 3, 4, 5], [1, 9]]
+    assert table.take([1, 2, 3, 4, 7]) == (1, 4)
+    assert table.take([1, 2, 3, 4, 7]) == (0, 3)
+    assert table.take([5]) == (2, 0)
+    with pytest.raises(LookupError):
+        table.take([5])
+
+
+def test_the_last_token_of_a_prompt_is_always_read() -> None:
+    table = SlotTable(1)
+    table.tokens = [[1, 2, 3]]
+    assert table.take([1, 2, 3]) == (0, 2)
+
+
+def test_without_a_common_beginning_the_slot_free_for_longest_is_taken() -> None:
+    table = SlotTable(2)
+    first, second = table.take([1])[0], table.take([1])[0]
+    table.release(second)
+    table.release(first)
+    table.tokens = [[7], [8]]
+    assert table.take([1, 2])[0] == second
+
+
+def test_nothing_is_shared_when_that_is_not_wanted() -> None:
+    table = SlotTable(1)
+    table.tokens = [[1, 2, 3]]
+    assert table.take([1, 2, 3, 4], reuse=False) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "length"),
+    [([], [1], 0), ([1, 2], [1, 2, 3], 2), ([1, 2, 3], [1, 5, 3], 1), ([4], [5], 0)],
+)
+def test_common_length_counts_the_common_beginning(
+    first: list[int], second: list[int], length: int
+) -> None:
+    assert common_length(first, second) == common_length(second, first) == length
