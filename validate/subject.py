@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from pipeline.errors import UsageError
 from pipeline.runtime.open_session import open_session
 from pipeline.runtime.session import Session
-from pipeline.runtime.tokenizer import load_tokenizer, stop_token_ids
+from pipeline.runtime.tokenizer import load_whole_tokenizer, stop_token_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,7 +44,7 @@ def open_subject(
     needs_code = trust_remote_code and not (folder / "recipe.json").is_file()
     is_checkpoint = (folder / "config.json").is_file() and not needs_code
     if is_checkpoint or (folder / "export.json").is_file():
-        tokenizer = load_tokenizer(folder)
+        tokenizer = load_whole_tokenizer(folder)
         session = open_session(folder, backend, threads)
         return Subject(session, tokenizer, stop_token_ids(tokenizer, folder))
     if backend == "onnx":

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pipeline.errors import InputError
 from pipeline.runtime.chat_template import ChatTemplate, find_template
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Message = dict[str, str]
 SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token")
@@ -93,11 +96,37 @@ class FolderTokenizer:
 
 
 def load_tokenizer(folder: Path) -> TextTokenizer:
-    """Load the tokenizer files of an exported or a checkpoint folder.
+    """Load the tokenizer files of an exported or a checkpoint folder, with transformers if needed.
 
     Raises:
         InputError: there are none, or they do not load.
     """
+    settings = _settings(folder)
+    if not (folder / "tokenizer.json").is_file() or any(settings.get(n) for n in ADDING):
+        return load_whole_tokenizer(folder)
+    try:
+        return FolderTokenizer(folder, settings)
+    except (ValueError, KeyError) as error:
+        raise _not_loading(folder, error) from error
+
+
+def load_whole_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Load the same through transformers, for callers that need all that its tokenizers can do.
+
+    Raises:
+        InputError: there are none, or they do not load.
+    """
+    from transformers import AutoTokenizer
+
+    _settings(folder)
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except (ValueError, OSError) as error:
+        raise _not_loading(folder, error) from error
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """Content of tokenizer_config.json."""
     path = folder / "tokenizer_config.json"
     if not path.is_file():
         raise InputError(
@@ -107,19 +136,14 @@ def load_tokenizer(folder: Path) -> TextTokenizer:
             change="give a folder that `skipcat export` or `skipcat compress` wrote",
         )
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-        if (folder / "tokenizer.json").is_file() and not any(settings.get(n) for n in ADDING):
-            return FolderTokenizer(folder, settings)
-        return _load_with_transformers(folder)
-    except (ValueError, OSError, KeyError) as error:
-        raise InputError("The tokenizer does not load.", where=folder, observed=error) from error
+        settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise _not_loading(folder, error) from error
+    return settings
 
 
-def _load_with_transformers(folder: Path) -> TextTokenizer:
-    from transformers import AutoTokenizer
-
-    tokenizer: TextTokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    return tokenizer
+def _not_loading(folder: Path, error: Exception) -> InputError:
+    return InputError("The tokenizer does not load.", where=folder, observed=error)
 
 
 def chat_prompt_ids(tokenizer: TextTokenizer, messages: list[Message]) -> list[int]:
