@@ -7,8 +7,8 @@
         --text ../shared/data/wikitext2_test.txt --tokenizer cpu-int8
 
 Each engine lives in a process of its own and waits in a read while the others are measured; they
-take turns, repetition by repetition. A turn reads a prompt (prefill) and generates greedily (decode,
-tokens after the first by the time they took together: what a user waits for; the median of the
+take turns by repetition. A turn reads a prompt (prefill) and generates greedily (decode: the
+tokens after the first by the time they took together, which a user waits for; the median of the
 single tokens beside it). Every engine then scores the same tokens of the text, with its own
 arithmetic; and starts once more from a cold process. Memory is the process's own peak after a
 context of 2,048 tokens.
