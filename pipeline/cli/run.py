@@ -13,15 +13,11 @@ import click
 
 from pipeline.cli import options
 from pipeline.errors import UsageError
-from pipeline.runtime.open_session import BACKENDS, open_session
+from pipeline.runtime.open_session import BACKENDS
 
 if TYPE_CHECKING:
-    import numpy as np
-    from transformers import PreTrainedTokenizerBase
-
     from pipeline.runtime.answer import Answer
-    from pipeline.runtime.sample import Sampling
-    from pipeline.runtime.session import Session
+    from pipeline.runtime.language_model import LanguageModel
 
 Ask = Callable[[list[int], Callable[[str], None]], "Answer"]
 
@@ -38,16 +34,16 @@ sampling_options = options.apply(
     click.option("--top-p", type=float, default=1.0, show_default=True, help="1 keeps all."),
     click.option("--min-p", type=float, default=0.0, show_default=True, help="0 keeps all."),
     click.option("--repetition-penalty", type=float, default=1.0, show_default=True),
+    click.option("--stop", "stops", multiple=True, help="Text that ends the answer; repeatable."),
     options.seed,
 )
 
 
 @dataclass(frozen=True)
 class Chat:
-    """A session with what it takes to talk to it."""
+    """A model, and how it is asked."""
 
-    session: Session
-    tokenizer: PreTrainedTokenizerBase
+    model: LanguageModel
     ask: Ask
     system: str | None
     raw: bool
@@ -57,8 +53,8 @@ class Chat:
         from pipeline.runtime.tokenizer import chat_prompt_ids
 
         if self.raw:
-            return self.tokenizer.encode(messages[-1]["content"])
-        return chat_prompt_ids(self.tokenizer, self.opening() + messages)
+            return self.model.tokenizer.encode(messages[-1]["content"])
+        return chat_prompt_ids(self.model.tokenizer, self.opening() + messages)
 
     def opening(self) -> list[dict[str, str]]:
         """The system message, if there is one."""
@@ -82,14 +78,16 @@ def command(
     backend: str,
     threads: int | None,
     max_new_tokens: int,
+    stops: tuple[str, ...],
     seed: int,
     as_json: bool,
     **sampling: Any,
 ) -> None:
     """Ask the model in FOLDER something and stream its answer to stdout.
 
-    FOLDER is an exported ONNX folder, a compressed checkpoint, or any model folder. Without
-    --prompt the prompt is read from stdin; at a terminal it becomes a conversation.
+    FOLDER is an exported ONNX folder, an engine, a compressed checkpoint, or any model folder.
+    Without --prompt the prompt is read from stdin; at a terminal it becomes a conversation, of
+    which each turn reads only what is new.
 
     \b
       skipcat run build/onnx -p "What is a whale?"
@@ -105,7 +103,12 @@ def command(
     if prompt is None and not converse:
         prompt = sys.stdin.read()
     generator = np.random.default_rng(seed)
-    chat = open_chat(folder, backend, threads, max_new_tokens, how, generator, system, raw)
+    model = open_model(folder, backend, threads)
+
+    def ask(prompt_ids: list[int], emit: Callable[[str], None]) -> Answer:
+        return model.generate(prompt_ids, max_new_tokens, how, stops, generator, emit)
+
+    chat = Chat(model, ask, system, raw)
     if prompt is None:
         hold_conversation(chat)
     else:
@@ -120,37 +123,11 @@ def require_sensible(raw: bool, system: str | None, conversation_as_json: bool) 
         raise UsageError("--json answers one prompt.", change="pass -p, or a prompt on stdin")
 
 
-def open_chat(
-    folder: Path,
-    backend: str,
-    threads: int | None,
-    max_new_tokens: int,
-    sampling: Sampling,
-    generator: np.random.Generator,
-    system: str | None,
-    raw: bool,
-) -> Chat:
+def open_model(folder: Path, backend: str, threads: int | None) -> LanguageModel:
     """Load tokenizer and session of `folder`."""
-    from pipeline.runtime.answer import answer
-    from pipeline.runtime.tokenizer import load_tokenizer, stop_token_ids
+    from pipeline.runtime.language_model import LanguageModel
 
-    tokenizer = load_tokenizer(folder)
-    stop_ids = stop_token_ids(tokenizer, folder)
-    session = open_session(folder, backend, threads)
-
-    def ask(prompt_ids: list[int], emit: Callable[[str], None]) -> Answer:
-        return answer(
-            session,
-            tokenizer,
-            prompt_ids,
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
-            stop_ids=stop_ids,
-            generator=generator,
-            emit=emit,
-        )
-
-    return Chat(session, tokenizer, ask, system, raw)
+    return LanguageModel.open(folder, backend, threads)
 
 
 def answer_once(chat: Chat, prompt: str, as_json: bool) -> None:
@@ -158,7 +135,7 @@ def answer_once(chat: Chat, prompt: str, as_json: bool) -> None:
     prompt_ids = chat.prompt_ids([{"role": "user", "content": prompt}])
     if as_json:
         result = chat.ask(prompt_ids, lambda text: None)
-        click.echo(json.dumps({"schema": 1, "backend": chat.session.name, **result.to_json()}))
+        click.echo(json.dumps({"schema": 1, "backend": chat.model.name, **result.to_json()}))
         return
     result = chat.ask(prompt_ids, write_text)
     click.echo()
@@ -167,7 +144,7 @@ def answer_once(chat: Chat, prompt: str, as_json: bool) -> None:
 
 def hold_conversation(chat: Chat) -> None:
     """Ask and answer until end of input."""
-    click.echo(f"{chat.session.name}; end with Ctrl-D", err=True)
+    click.echo(f"{chat.model.name}; end with Ctrl-D", err=True)
     messages: list[dict[str, str]] = []
     while True:
         click.echo("> ", nl=False, err=True)
@@ -194,11 +171,11 @@ def report(chat: Chat, result: Answer) -> None:
     """Say on stderr how fast it was, and if the answer was cut short."""
     rate = "" if result.tokens_per_s is None else f", {result.tokens_per_s:.1f} tokens/s"
     click.echo(
-        f"[{chat.session.name}: {result.prompt_tokens} + {result.new_tokens} tokens, "
+        f"[{chat.model.name}: {result.prompt_tokens} + {result.new_tokens} tokens, "
         f"first after {result.first_token_s:.2f} s{rate}]",
         err=True,
     )
     if result.ended == "length":
         click.echo("[cut at --max-new-tokens]", err=True)
     if result.ended == "context":
-        click.echo(f"[the cache of {chat.session.max_length} tokens is full]", err=True)
+        click.echo(f"[the cache of {chat.model.max_length} tokens is full]", err=True)

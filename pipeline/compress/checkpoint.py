@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -152,14 +151,3 @@ def _read_record(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError("A record is broken.", where=path, observed=str(error)) from error
-
-
-def copy_tokenizer(checkpoint: Path, folder: Path) -> None:
-    """Copy tokenizer, chat template and generation settings from a checkpoint to another folder."""
-    patterns = (
-        "tokenizer*", "special_tokens_map.json", "chat_template*", "*.jinja",
-        "generation_config.json", "vocab.*", "merges.txt",
-    )  # fmt: skip
-    for pattern in patterns:
-        for path in checkpoint.glob(pattern):
-            shutil.copy2(path, folder / path.name)

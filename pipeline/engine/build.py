@@ -10,7 +10,7 @@ from typing import Any
 
 import psutil
 
-from pipeline.artefact import refuse_existing, staged_folder, write_json
+from pipeline.artefact import copy_tokenizer, refuse_existing, staged_folder, write_json
 from pipeline.engine.child import LOG_FILE, read_result, run_child, worker_command
 from pipeline.engine.manifest import MANIFEST_FILE, make_manifest, target_record
 from pipeline.engine.onnx_folder import OnnxFolder, read_onnx_folder, require_float16
@@ -192,6 +192,7 @@ def run_build(
             shutil.copy(plan.plugin, staging)
         manifest = make_manifest(plan.target, plan.limits, plan.folder, request, result, plan.notes)
         write_json(staging / MANIFEST_FILE, manifest)
+        copy_tokenizer(plan.folder.onnx_path.parent, staging)
         for name in (REQUEST_FILE, RESULT_FILE):
             (staging / name).unlink()
     return manifest

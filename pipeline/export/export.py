@@ -12,8 +12,8 @@ import onnx
 import onnx_ir as ir
 import torch
 
-from pipeline.artefact import sha256_of_file, staged_folder, write_json
-from pipeline.compress.checkpoint import copy_tokenizer, read_recipe
+from pipeline.artefact import copy_tokenizer, sha256_of_file, staged_folder, write_json
+from pipeline.compress.checkpoint import read_recipe
 from pipeline.errors import InputError, UsageError
 from pipeline.export.block_skip import DOMAIN, VERSION, function_bodies, is_block_skip
 from pipeline.export.genai import genai_config

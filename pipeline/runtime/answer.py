@@ -13,6 +13,8 @@ from pipeline.runtime.detokenize import Decoder, Detokenizer
 from pipeline.runtime.generate import generate
 from pipeline.runtime.sample import Sampling
 from pipeline.runtime.session import Session
+from pipeline.runtime.stop import StopStrings
+from pipeline.runtime.transcript import Transcript
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,8 @@ class Answer:
         new_tokens: length of the answer.
         first_token_s: seconds to the first token (reading the prompt).
         tokens_per_s: tokens after the first, per second; None for fewer than two.
-        ended: `stop` (a stop token), `length` (the limit asked for) or `context` (cache full).
+        ended: `stop` (a stop token or string), `length` (the limit asked for) or `context` (the
+            cache is full).
     """
 
     text: str
@@ -41,7 +44,7 @@ class Answer:
 
 
 def answer(
-    session: Session,
+    session: Session | Transcript,
     tokenizer: Decoder,
     prompt_ids: Sequence[int],
     *,
@@ -50,13 +53,14 @@ def answer(
     stop_ids: Collection[int],
     generator: np.random.Generator,
     emit: Callable[[str], None],
+    stops: Sequence[str] = (),
 ) -> Answer:
-    """Generate an answer and pass its text to `emit` piece by piece.
+    """Generate an answer and pass its text to `emit` piece by piece, up to the first of `stops`.
 
     Raises:
         InputError: the prompt is empty, or longer than the session's cache.
     """
-    detokenizer = Detokenizer(tokenizer)
+    detokenizer, watcher = Detokenizer(tokenizer), StopStrings(stops)
     pieces: list[str] = []
     times_s = [time.perf_counter()]
 
@@ -68,16 +72,20 @@ def answer(
     ids = generate(session, prompt_ids, max_new_tokens, sampling, stop_ids, generator)
     for token in ids:
         times_s.append(time.perf_counter())
-        put(detokenizer.push(token))
-    put(detokenizer.finish())
+        put(watcher.push(detokenizer.push(token)))
+        if watcher.found is not None:
+            break
+    put(watcher.push(detokenizer.finish()))
+    put(watcher.finish())
     new_tokens = len(times_s) - 1
+    ended = why_ended(len(prompt_ids), new_tokens, max_new_tokens, session.max_length)
     return Answer(
         text="".join(pieces),
         prompt_tokens=len(prompt_ids),
         new_tokens=new_tokens,
         first_token_s=times_s[1] - times_s[0] if new_tokens else time.perf_counter() - times_s[0],
         tokens_per_s=decode_rate(times_s),
-        ended=why_ended(len(prompt_ids), new_tokens, max_new_tokens, session.max_length),
+        ended=ended if watcher.found is None else "stop",
     )
 
 

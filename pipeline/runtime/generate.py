@@ -9,23 +9,25 @@ import numpy as np
 from pipeline.errors import InputError
 from pipeline.runtime.sample import GREEDY, Sampling, choose_token
 from pipeline.runtime.session import Session
+from pipeline.runtime.transcript import Transcript
 
 
 def generate(
-    session: Session,
+    session: Session | Transcript,
     prompt_ids: Sequence[int],
     max_new_tokens: int,
     sampling: Sampling = GREEDY,
     stop_ids: Collection[int] = (),
     generator: np.random.Generator | None = None,
 ) -> Iterator[int]:
-    """Reset the session, feed the prompt, and yield the answer's ids as they are chosen.
+    """Feed the prompt, and yield the answer's ids as they are chosen.
 
     It ends after `max_new_tokens`, before a stop id (which is not yielded), or when the cache is
     full.
 
     Args:
-        session: any backend.
+        session: any backend, which starts anew; or a transcript, which goes on from what its
+            cache and the prompt have in common.
         prompt_ids: at least one token.
         max_new_tokens: most ids to yield.
         sampling: how to choose.
@@ -39,10 +41,10 @@ def generate(
         raise InputError("The prompt is empty.", change="give at least one token")
     generator = generator or np.random.default_rng(0)
     history = [int(token) for token in prompt_ids]
-    session.reset()
-    new_ids = np.array([history], dtype=np.int64)  # [1, S]
+    transcript = session if isinstance(session, Transcript) else Transcript(session)
+    new_ids = transcript.begin(history)
     for _ in range(max_new_tokens):
-        logits = session.forward(new_ids, last_only=True)[0, -1]  # [V]
+        logits = transcript.read(new_ids)
         token = choose_token(logits, sampling, np.array(history, dtype=np.int64), generator)
         if token in stop_ids:
             return
@@ -50,4 +52,4 @@ def generate(
         history.append(token)
         if len(history) > session.max_length:
             return
-        new_ids = np.array([[token]], dtype=np.int64)
+        new_ids = [token]

@@ -10,15 +10,16 @@ from pipeline.errors import InputError, UsageError
 if TYPE_CHECKING:
     from pipeline.runtime.session import Session
 
-BACKENDS = ("auto", "torch", "onnx")
+BACKENDS = ("auto", "torch", "onnx", "tensorrt")
 
 
 def open_session(folder: Path, backend: str = "auto", threads: int | None = None) -> Session:
-    """Open an exported ONNX folder or a checkpoint folder.
+    """Open an exported ONNX folder, a checkpoint folder or an engine folder.
 
     Args:
-        folder: has `export.json` (ONNX), or `config.json` and weights (PyTorch).
-        backend: `auto`, `torch` or `onnx`.
+        folder: has `export.json` (ONNX), `engine.plan` (TensorRT), or `config.json` and weights
+            (PyTorch).
+        backend: `auto`, `torch`, `onnx` or `tensorrt`.
         threads: threads of ONNX Runtime within one operator; None leaves the choice to it.
 
     Raises:
@@ -33,15 +34,21 @@ def open_session(folder: Path, backend: str = "auto", threads: int | None = None
             observed=f"a folder for the backend '{kind}'",
             change=f"pass --backend {kind}, or another folder",
         )
+    if kind == "tensorrt":
+        from pipeline.runtime.tensorrt_session import TensorRTSession
+
+        return TensorRTSession(folder)
     return open_onnx(folder, threads) if kind == "onnx" else open_torch(folder)
 
 
 def folder_kind(folder: Path) -> str:
-    """`onnx` or `torch`.
+    """`onnx`, `tensorrt` or `torch`.
 
     Raises:
-        InputError: neither an export nor a checkpoint.
+        InputError: none of them.
     """
+    if (folder / "engine.plan").is_file():
+        return "tensorrt"
     if (folder / "export.json").is_file():
         return "onnx"
     if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
@@ -50,9 +57,9 @@ def folder_kind(folder: Path) -> str:
     below += [path.parent.name for path in folder.glob("*/config.json")]
     hint = f"give {folder / sorted(below)[0]}" if below else "give a folder skipcat wrote"
     raise InputError(
-        "This folder is neither an ONNX export nor a checkpoint.",
+        "This folder is neither an ONNX export nor a checkpoint nor an engine.",
         where=folder,
-        expected="export.json, or config.json and *.safetensors",
+        expected="export.json, or config.json and *.safetensors, or engine.plan",
         change=hint,
     )
 

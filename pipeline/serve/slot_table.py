@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import count
 
+from pipeline.runtime.transcript import common_length
+
 
 class SlotTable:
     """Tokens of every slot, and which slots are free.
@@ -53,11 +55,3 @@ class SlotTable:
     def release(self, slot: int) -> None:
         """Free a slot; what it holds may be of use to a later prompt."""
         self._free[slot] = next(self._clock)
-
-
-def common_length(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many tokens two sequences have in common at the beginning."""
-    shorter = min(len(first), len(second))
-    if first[:shorter] == second[:shorter]:
-        return shorter
-    return next(i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)

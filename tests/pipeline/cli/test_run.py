@@ -116,3 +116,16 @@ def test_a_build_folder_is_refused_with_the_folder_to_take(
     assert main(["run", str(tmp_path), "-p", "abc"]) == 3
     assert main(["run", str(tmp_path / "nothing"), "-p", "abc"]) == 2
     capsys.readouterr()
+
+
+def test_stop_strings_end_the_answer(
+    folders: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["run", folders["onnx"], "-p", "hello", "--max-new-tokens", "30", "--json"]
+    assert main(arguments) == 0
+    free = json.loads(capsys.readouterr().out)["text"]
+    stop = free[len(free) // 2 :][:2]
+    assert main([*arguments, "--stop", "never there", "--stop", stop]) == 0
+    stopped = json.loads(capsys.readouterr().out)
+    assert stopped["text"] == free[: free.index(stop)]
+    assert stopped["ended"] == "stop"

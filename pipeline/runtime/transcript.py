@@ -1,0 +1,56 @@
+"""What stands in a session's cache, so that a prompt reads only what is new."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from pipeline.runtime.session import RewindingSession, Session
+
+
+class Transcript:
+    """A session of one sequence, and the tokens it has read.
+
+    Args:
+        session: used by nothing else; a new prompt starts from nothing where it cannot rewind.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.max_length = session.max_length
+        self._ids: list[int] = []
+        session.reset()
+
+    def begin(self, prompt_ids: Sequence[int]) -> list[int]:
+        """Keep what the cache and a prompt have in common; return the rest, at least one token."""
+        shared = common_length(self._ids, prompt_ids[:-1])
+        if shared and isinstance(self.session, RewindingSession):
+            self.session.rewind(shared)
+            shared = self.session.length
+        else:
+            self.session.reset()
+            shared = 0
+        self._ids = list(prompt_ids[:shared])
+        return list(prompt_ids[shared:])
+
+    def read(self, new_ids: Sequence[int]) -> np.ndarray:
+        """Append tokens; float32 [V], the logits of the last one.
+
+        Raises:
+            InputError: more tokens than the cache holds, or ids outside the vocabulary.
+        """
+        known = self._ids
+        self._ids = []  # whatever is in the cache after a failure is not to be built on
+        block = np.array([new_ids], dtype=np.int64)
+        logits: np.ndarray = self.session.forward(block, last_only=True)[0, -1]
+        self._ids = known + list(new_ids)
+        return logits
+
+
+def common_length(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens two sequences have in common at the beginning."""
+    shorter = min(len(first), len(second))
+    if list(first[:shorter]) == list(second[:shorter]):
+        return shorter
+    return next(i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)

@@ -1,0 +1,112 @@
+"""The Python API: the same text by every way, and nothing read twice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.errors import InputError
+from pipeline.runtime.batch import generate_batch
+from pipeline.runtime.generate import generate
+from pipeline.runtime.language_model import LanguageModel
+from pipeline.runtime.open_session import open_session
+from pipeline.runtime.sample import Sampling
+from pipeline.runtime.slots import open_slots
+from pipeline.runtime.transcript import Transcript
+from tests.tiny_decoder import save_tiny_folder, shared_export
+
+SAMPLING = Sampling(temperature=1.0, top_k=20)
+PROMPTS = [[5, 6, 7, 8], [9], [1, 2, 3, 4, 5, 6, 7], [8, 8], [40, 41, 42]]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    exports = {profile: shared_export(profile) for profile in ("opset24", "compat", "cpu")}
+    return exports | {"torch": save_tiny_folder(tmp_path_factory.mktemp("torch"))}
+
+
+@pytest.fixture(params=["opset24", "compat", "cpu", "torch"])
+def folder(request: pytest.FixtureRequest, folders: dict[str, Path]) -> Path:
+    return folders[request.param]
+
+
+def test_streaming_gives_the_pieces_of_the_same_text(folder: Path) -> None:
+    model = LanguageModel.open(folder)
+    whole = model.generate("hello", 20, SAMPLING, seed=3)
+    assert "".join(model.stream("hello", 20, SAMPLING, seed=3)) == whole.text
+    assert whole.new_tokens <= 20
+
+
+def test_a_stop_string_ends_text_and_stream(folder: Path) -> None:
+    model = LanguageModel.open(folder)
+    free = model.generate("hello", 40, SAMPLING).text
+    stop = free[len(free) // 2 :][:2]
+    stopped = model.generate("hello", 40, SAMPLING, stops=[stop])
+    assert stopped.text == free[: free.index(stop)]
+    assert stopped.ended == "stop"
+    assert "".join(model.stream("hello", 40, SAMPLING, stops=[stop])) == stopped.text
+
+
+def test_a_conversation_answers_as_if_each_turn_were_read_from_the_start(folder: Path) -> None:
+    model = LanguageModel.open(folder)
+    messages = [{"role": "user", "content": "hello"}]
+    for _ in range(3):
+        answer = model.chat(messages, 6).text
+        assert answer == LanguageModel.open(folder).chat(messages, 6).text
+        messages += [
+            {"role": "assistant", "content": answer},
+            {"role": "user", "content": "and then?"},
+        ]
+
+
+def test_a_second_prompt_reads_only_what_is_new(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = open_session(folder)
+    transcript = Transcript(session)
+    list(generate(transcript, [5, 6, 7, 8], 3))
+    read: list[int] = []
+    forward = session.forward
+
+    def counting(input_ids: np.ndarray, last_only: bool = False) -> np.ndarray:
+        read.append(input_ids.shape[1])
+        return forward(input_ids, last_only)
+
+    monkeypatch.setattr(session, "forward", counting)
+    list(generate(transcript, [5, 6, 7, 8, 9, 10], 1))
+    assert read[0] <= 2
+
+
+def test_after_a_failure_nothing_is_built_on(folder: Path) -> None:
+    transcript = Transcript(open_session(folder))
+    expected = list(generate(transcript, [5, 6, 7, 8], 5))
+    with pytest.raises(InputError):
+        list(generate(transcript, [5, 6, 7, 8, 10**6], 5))
+    assert list(generate(transcript, [5, 6, 7, 8], 5)) == expected
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), SAMPLING])
+@pytest.mark.parametrize("slots", [1, 3, 8])
+def test_a_batch_answers_each_prompt_as_alone(folder: Path, slots: int, sampling: Sampling) -> None:
+    answers = generate_batch(open_slots(folder, slots=slots), PROMPTS, 9, sampling, {250})
+    for number, prompt in enumerate(PROMPTS):
+        generator = np.random.default_rng([0, number])
+        alone = generate(open_session(folder), prompt, 9, sampling, {250}, generator)
+        assert answers[number] == list(alone)
+
+
+def test_a_batch_refuses_an_empty_prompt(folder: Path) -> None:
+    with pytest.raises(InputError, match="empty"):
+        generate_batch(open_slots(folder, slots=2), [[1], []], 3)
+
+
+def test_an_engine_says_that_it_needs_a_gpu(folders: dict[str, Path], tmp_path: Path) -> None:
+    from pipeline.engine.target import find_gpu
+
+    if find_gpu() is not None:
+        pytest.skip("a GPU is here, so the engine's own tests cover it")
+    (tmp_path / "engine.plan").write_bytes(b"plan")
+    with pytest.raises(InputError, match="GPU"):
+        open_session(tmp_path)
