@@ -339,12 +339,31 @@ def memory_figures(samples: list[int]) -> dict[str, Any]:
     }
 
 
+def weights_of(folder: Path | None) -> str:
+    """`float`, or how many bits an export's weights have."""
+    path = folder / "export.json" if folder else None
+    if path is None or not path.is_file():
+        return "float"
+    weights: str = json.loads(path.read_text(encoding="utf-8")).get("weights", "float")
+    return weights
+
+
+def least_equal(record: dict[str, Any]) -> float:
+    """The fraction of answers that must be those of the same prompt alone.
+
+    All, but for weights of few bits: their products round their input, so that a near-tie between
+    two tokens may turn with the rows that are decoded beside it.
+    """
+    return 1.0 if record["weights"] == "float" else 0.95
+
+
 def failures(record: dict[str, Any]) -> list[str]:
     """What does not hold."""
     files, health = record["open_files"], record["health_after"]
     claims = {
         "none lost": not record["lost"] and record["answered"] == record["good"],
-        "none crossed": record["equal_to_alone"] == record["answered"],
+        "none crossed": record["crossed"] == 0,
+        "as alone": record["equal_to_alone"] >= record["answered"] * least_equal(record),
         "every bad one a 4xx": record["bad_with_their_4xx"] == record["bad"],
         "no growth in memory": record["memory"]["growth"] <= ALLOWED_GROWTH,
         "no connection left": files["after"] <= files["before"],
@@ -384,7 +403,8 @@ def command(
         figures = asyncio.run(measure(url, process, requests, clients, prompts, tokens))
     record = {
         "schema": SCHEMA,
-        "model": str(folder) if folder else "tiny random Llama, opset24 float32",
+        "model": folder.name if folder else "tiny random Llama, opset24 float32",
+        "weights": weights_of(folder),
         "machine": describe_machine(),
         "load_average": [before, load_average()],
         "clients": clients,
