@@ -17,6 +17,7 @@ from pipeline.compress.request import CompressRequest
 from pipeline.errors import InputError, UsageError
 from pipeline.export.export import ExportRequest, export_folder
 from pipeline.runtime.cpu_session import CpuSession
+from pipeline.runtime.generate import generate
 from tests.families import save_family
 
 MAX_LENGTH = 48
@@ -156,3 +157,25 @@ def test_attention_that_is_not_plainly_causal_is_refused(tmp_path: Path) -> None
 def test_what_the_profile_cannot_store_is_refused(request_: ExportRequest, flag: str) -> None:
     with pytest.raises(UsageError, match=flag):
         request_.check()
+
+
+@pytest.mark.parametrize("weights", ["float", "int8"])
+def test_onnxruntime_genai_runs_the_folder_as_it_is(tmp_path: Path, weights: str) -> None:
+    genai = pytest.importorskip("onnxruntime_genai")
+    source = save_family(tmp_path / "llama", "llama", head_dim=16)
+    folder = tmp_path / "onnx"
+    export_folder(source, folder, ExportRequest("cpu", max_length=MAX_LENGTH, weights=weights))
+    settings = json.loads((folder / "genai_config.json").read_text())
+    settings["model"]["eos_token_id"] = 271  # its generator ends there; ours goes on
+    (folder / "genai_config.json").write_text(json.dumps(settings))
+    prompt = IDS[0, :9]
+    expected = list(generate(CpuSession(folder), prompt.tolist(), 12))
+    parameters = genai.GeneratorParams(model := genai.Model(str(folder)))
+    parameters.set_search_options(do_sample=False, max_length=21)
+    generator = genai.Generator(model, parameters)
+    generator.append_tokens(prompt)
+    while not generator.is_done():
+        generator.generate_next_token()
+    written = generator.get_sequence(0)[9:].tolist()
+    assert len(written) > 3
+    assert written == expected[: len(written)]
