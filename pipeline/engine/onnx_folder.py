@@ -65,7 +65,15 @@ def read_onnx_folder(folder: Path) -> OnnxFolder:
 
 
 def require_float16(folder: OnnxFolder) -> None:
-    """Raise InputError for a float32 export, before TensorRT is asked to build it."""
+    """Raise InputError for an export that TensorRT cannot build, before it is asked to."""
+    if folder.record.profile == "cpu":
+        raise InputError(
+            "This export has ONNX Runtime's own operators, which TensorRT does not know.",
+            where=folder.path,
+            observed="profile cpu",
+            expected="profile opset24 or compat, float16",
+            change="export the checkpoint again with --dtype float16, without --profile cpu",
+        )
     if folder.record.dtype != "float16":
         raise InputError(
             f"TensorRT engines are built from a float16 export, and this one is "

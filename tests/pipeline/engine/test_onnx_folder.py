@@ -65,3 +65,12 @@ def test_a_file_that_is_not_onnx_is_refused(
     (folder / "export.json").write_text(json.dumps(record))
     with pytest.raises(InputError, match="not ONNX"):
         read_onnx_folder(folder)
+
+
+def test_the_cpu_profile_is_refused_before_its_dtype_is_looked_at(
+    tmp_path: Path, export_writer: Callable[..., Path]
+) -> None:
+    folder = read_onnx_folder(export_writer(tmp_path / "cpu", profile="cpu", dtype="float32"))
+    with pytest.raises(InputError, match="own operators") as caught:
+        require_float16(folder)
+    assert "without --profile cpu" in caught.value.details["change"]
