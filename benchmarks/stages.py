@@ -40,7 +40,7 @@ CALIBRATION = ("--effort", "fast")
 WORDS = 80_000
 ITEM_BYTES = {"float32": 4, "float16": 2}
 DEPTHS = (4, 8, 16)
-WIDE_DEPTHS = (1, 2)
+WIDE_DEPTHS = (2, 3)
 # Llama-2-7B but for its depth, and no more text than its widest input needs.
 WIDE = ("--hidden", "4096", "--intermediate", "11008", "--head-width", "128", "--vocab", "32000",
         "--dtype", "bfloat16")  # fmt: skip

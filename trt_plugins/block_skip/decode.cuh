@@ -1,0 +1,250 @@
+// Few rows (up to 8): out = init + in w, bound by reading w once.
+//
+// A block owns a tile of columns and a slice of the reduction; its 8 warps take steps of 16 rows in
+// turn. The rows of `in` are the 8 columns of the matrix unit's second operand, so one row costs what
+// eight cost. Slices of one tile meet in `partial`: the block that comes last, by a counter, adds them
+// in order, so that the sum does not depend on who that was.
+
+#ifndef SKIPCAT_DECODE_CUH
+#define SKIPCAT_DECODE_CUH
+
+#include "weights.cuh"
+
+namespace skipcat
+{
+
+constexpr int kDecodeRows = 8;
+constexpr int kDecodeThreads = 256;
+constexpr int kDecodeWarps = kDecodeThreads / 32;
+constexpr int kStep = 16;
+constexpr int kRound = kStep * kDecodeWarps;
+
+template <typename T>
+struct DecodeArguments
+{
+    T const* in;          // [rows, inStride]; x itself where there is an init
+    T const* init;        // null, or x: its first w.columns columns are added, `in` is what follows them
+    int32_t const* index; // null, or the order of the columns of x
+    T* out;               // [rows, outStride]
+    float* partial;       // [slices, rows, columns]
+    uint32_t* counters;   // one for each tile, zero
+    Matrix w;
+    int rows;
+    int inStride;
+    int outStride;
+    int slice; // rows of w for each block, a multiple of kRound
+};
+
+template <WeightType W>
+__host__ __device__ constexpr int decodeTile()
+{
+    return 8 * Weights<__half, W>::kColumns;
+}
+
+// Numbers of one staged row of `in`: no two rows start at the same bank.
+__host__ __device__ constexpr int stagedStride(int slice)
+{
+    return slice + 4;
+}
+
+// Bytes of shared memory: the staged inputs, then in their place the warps' sums; and the ticket.
+template <WeightType W>
+__host__ __device__ constexpr size_t decodeSharedBytes(int rows, int slice)
+{
+    size_t const staged = static_cast<size_t>(rows) * stagedStride(slice) * 2;
+    size_t const sums = static_cast<size_t>(kDecodeWarps) * rows * decodeTile<W>() * 4;
+    return (staged > sums ? staged : sums) + 16;
+}
+
+// The block's slice of `in`, gathered, and zeros up to a whole step.
+template <typename T>
+__device__ __forceinline__ void stageInputs(DecodeArguments<T> const& p, T* staged, int begin, int end)
+{
+    int const padded = (end - begin + kStep - 1) / kStep * kStep;
+    int const first = p.init != nullptr ? p.w.columns : 0;
+    for (int row = 0; row < p.rows; ++row)
+    {
+        T const* const from = p.in + static_cast<int64_t>(row) * p.inStride;
+        for (int k = static_cast<int>(threadIdx.x); k < padded; k += kDecodeThreads)
+        {
+            T value;
+            fromFloat(0.0f, value);
+            if (begin + k < end)
+            {
+                value = from[p.index != nullptr ? p.index[first + begin + k] : first + begin + k];
+            }
+            staged[row * stagedStride(p.slice) + k] = value;
+        }
+    }
+}
+
+template <typename T>
+__device__ __forceinline__ void finish(DecodeArguments<T> const& p, int row, int column, float sum)
+{
+    if (p.init != nullptr)
+    {
+        int const from = p.index != nullptr ? p.index[column] : column;
+        sum += toFloat(p.init[static_cast<int64_t>(row) * p.inStride + from]);
+    }
+    fromFloat(sum, p.out[static_cast<int64_t>(row) * p.outStride + column]);
+}
+
+// One step: 16 rows of w against 16 columns of the staged inputs, 2 columns of w to a product.
+template <typename T, typename W, int PAIR = 0>
+__device__ __forceinline__ void multiplyStep(float (&sums)[W::kColumns / 2][4], W const& w, uint2 in)
+{
+    if constexpr (PAIR < W::kColumns / 2)
+    {
+        constexpr int kLeft = 2 * PAIR;
+        multiply(T{}, sums[PAIR], w.template pair<0, kLeft>(), w.template pair<0, kLeft + 1>(),
+            w.template pair<1, kLeft>(), w.template pair<1, kLeft + 1>(), in.x, in.y);
+        multiplyStep<T, W, PAIR + 1>(sums, w, in);
+    }
+}
+
+// Sums of the block's warps, for each row and column of the tile; then those of all slices.
+template <typename T, WeightType W>
+__device__ __forceinline__ void reduce(
+    DecodeArguments<T> const& p, float const (&sums)[Weights<T, W>::kColumns / 2][4], unsigned char* shared)
+{
+    constexpr int kTile = decodeTile<W>();
+    constexpr int kColumns = Weights<T, W>::kColumns;
+    float* const warps = reinterpret_cast<float*>(shared);
+    int const thread = static_cast<int>(threadIdx.x);
+    int const lane = thread % 32;
+    int const warp = thread / 32;
+#pragma unroll
+    for (int i = 0; i < kColumns / 2; ++i)
+    {
+#pragma unroll
+        for (int e = 0; e < 4; ++e)
+        {
+            int const row = 2 * (lane % 4) + e % 2;
+            if (row < p.rows)
+            {
+                warps[(warp * p.rows + row) * kTile + kColumns * (lane / 4) + 2 * i + e / 2] = sums[i][e];
+            }
+        }
+    }
+    __syncthreads();
+    int const slices = static_cast<int>(gridDim.y);
+    int const left = static_cast<int>(blockIdx.x) * kTile;
+    for (int o = thread; o < p.rows * kTile; o += kDecodeThreads)
+    {
+        int const row = o / kTile;
+        int const column = left + o % kTile;
+        float sum = 0.0f;
+        for (int i = 0; i < kDecodeWarps; ++i)
+        {
+            sum += warps[i * p.rows * kTile + o];
+        }
+        if (column < p.w.columns && slices == 1)
+        {
+            finish(p, row, column, sum);
+        }
+        else if (column < p.w.columns)
+        {
+            p.partial[(static_cast<int64_t>(blockIdx.y) * p.rows + row) * p.w.columns + column] = sum;
+        }
+    }
+}
+
+// The last block of a tile adds the slices and leaves the counter at zero.
+template <typename T, WeightType W>
+__device__ __forceinline__ void addSlices(DecodeArguments<T> const& p, unsigned* ticket)
+{
+    constexpr int kTile = decodeTile<W>();
+    int const thread = static_cast<int>(threadIdx.x);
+    int const slices = static_cast<int>(gridDim.y);
+    __threadfence();
+    __syncthreads();
+    if (thread == 0)
+    {
+        *ticket = atomicAdd(p.counters + blockIdx.x, 1u);
+    }
+    __syncthreads();
+    if (*ticket != static_cast<unsigned>(slices - 1))
+    {
+        return;
+    }
+    __threadfence();
+    for (int o = thread; o < p.rows * kTile; o += kDecodeThreads)
+    {
+        int const row = o / kTile;
+        int const column = static_cast<int>(blockIdx.x) * kTile + o % kTile;
+        if (column < p.w.columns)
+        {
+            float sum = 0.0f;
+            for (int s = 0; s < slices; ++s)
+            {
+                sum += loadShared(p.partial + (static_cast<int64_t>(s) * p.rows + row) * p.w.columns + column);
+            }
+            finish(p, row, column, sum);
+        }
+    }
+    if (thread == 0)
+    {
+        p.counters[blockIdx.x] = 0;
+    }
+}
+
+template <typename T, WeightType W, bool VECTOR>
+__global__ void __launch_bounds__(kDecodeThreads, 2) decodeProduct(DecodeArguments<T> p)
+{
+    // Steps of each warp that are under way at once; as many as the registers of two blocks hold.
+    constexpr int kDepth = !VECTOR ? 1 : (W == WeightType::kInt8 ? 2 : 3);
+    constexpr int kColumns = Weights<T, W>::kColumns;
+    unsigned char* const shared = sharedMemory();
+    T* const staged = reinterpret_cast<T*>(shared);
+    int const lane = static_cast<int>(threadIdx.x) % 32;
+    int const warp = static_cast<int>(threadIdx.x) / 32;
+    int const column = static_cast<int>(blockIdx.x) * decodeTile<W>() + kColumns * (lane / 4);
+    int const begin = static_cast<int>(blockIdx.y) * p.slice;
+    int const end = begin + p.slice < p.w.rows ? begin + p.slice : p.w.rows;
+
+    releaseNext();
+    Weights<T, W> ahead[kDepth];
+    int const first = begin + warp * kStep;
+#pragma unroll
+    for (int d = 0; d < kDepth; ++d)
+    {
+        if (first + d * kRound < end)
+        {
+            ahead[d].template load<VECTOR>(p.w, first + d * kRound + 4 * (lane % 4), end, column);
+        }
+    }
+    awaitPrevious();
+    stageInputs(p, staged, begin, end);
+    __syncthreads();
+
+    float sums[kColumns / 2][4] = {};
+    T const* const mine = staged + (lane / 4) * stagedStride(p.slice) + 4 * (lane % 4) - begin;
+    for (int base = first; base < end; base += kDepth * kRound)
+    {
+#pragma unroll
+        for (int d = 0; d < kDepth; ++d)
+        {
+            int const k = base + d * kRound;
+            if (k < end)
+            {
+                uint2 const in = lane / 4 < p.rows ? *reinterpret_cast<uint2 const*>(mine + k) : uint2{0, 0};
+                multiplyStep<T>(sums, ahead[d], in);
+            }
+            int const next = k + kDepth * kRound;
+            if (next < end)
+            {
+                ahead[d].template load<VECTOR>(p.w, next + 4 * (lane % 4), end, column);
+            }
+        }
+    }
+    __syncthreads();
+    reduce<T, W>(p, sums, shared);
+    if (gridDim.y > 1)
+    {
+        addSlices<T, W>(p, reinterpret_cast<unsigned*>(shared + decodeSharedBytes<W>(p.rows, p.slice) - 16));
+    }
+}
+
+} // namespace skipcat
+
+#endif
