@@ -1,4 +1,4 @@
-"""The CUDA kernels themselves, compiled by the host compiler and run thread by thread on the CPU."""
+"""The CUDA kernels themselves, compiled for the CPU and run there thread by thread."""
 
 from __future__ import annotations
 
@@ -30,7 +30,14 @@ def compile_comparison(folder: Path, flags: tuple[str, ...], defines: tuple[str,
     if shutil.which("g++") is None:
         pytest.skip("g++ is not installed")
     common = ["g++", "-std=c++17", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-clobbered"]
-    common += [*flags, *defines, "-DSKIPCAT_EMULATE", f"-I{KERNELS}", "-isystem", str(cuda_headers())]
+    common += [
+        *flags,
+        *defines,
+        "-DSKIPCAT_EMULATE",
+        f"-I{KERNELS}",
+        "-isystem",
+        str(cuda_headers()),
+    ]
     objects = [folder / (source.stem + ".o") for source in SOURCES]
     running = [
         subprocess.Popen([*common, "-x", "c++", "-c", str(source), "-o", str(target)])

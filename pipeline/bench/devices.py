@@ -1,0 +1,78 @@
+"""Devices whose speed can be predicted: their memory, and where the numbers come from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pipeline.errors import UsageError
+
+ORIN = "NVIDIA Jetson Orin data sheets (LPDDR5)"
+SUPER = "NVIDIA's Super mode of JetPack 6.1 and later: 68 to 102 GB/s"
+GEFORCE = "NVIDIA's GeForce specifications (memory bus, data rate)"
+
+
+@dataclass(frozen=True)
+class Device:
+    """Memory of a device, whose bandwidth bounds the decoding of one sequence.
+
+    Attributes:
+        name: as on the command line.
+        bus_bits: width of its memory bus.
+        gbit_per_pin: data rate, 10^9 transfers a second.
+        memory_gb: capacity, 10^9 bytes, as it is sold; a Jetson's CPU shares it.
+        source: of these numbers.
+    """
+
+    name: str
+    bus_bits: int
+    gbit_per_pin: float
+    memory_gb: int
+    source: str
+
+    @property
+    def gb_per_s(self) -> float:
+        """Peak bandwidth, 10^9 bytes a second."""
+        return self.bus_bits * self.gbit_per_pin / 8
+
+
+DEVICES = {
+    device.name: device
+    for device in (
+        Device("orin-nano-4gb", 64, 4.266, 4, ORIN),
+        Device("orin-nano-8gb", 128, 4.266, 8, ORIN),
+        Device("orin-nano-8gb-super", 128, 6.4, 8, SUPER),
+        Device("orin-nx-8gb", 128, 6.4, 8, ORIN),
+        Device("orin-nx-16gb", 128, 6.4, 16, ORIN),
+        Device("agx-orin-32gb", 256, 6.4, 32, ORIN),
+        Device("agx-orin-64gb", 256, 6.4, 64, ORIN),
+        Device("thor", 256, 8.533, 128, "NVIDIA Jetson Thor data sheet (LPDDR5X, 273 GB/s)"),
+        Device("rtx-3060", 192, 15.0, 12, GEFORCE),
+        Device("rtx-3090", 384, 19.5, 24, GEFORCE),
+        Device("rtx-4060", 128, 17.0, 8, GEFORCE),
+        Device("rtx-4070", 192, 21.0, 12, GEFORCE),
+        Device("rtx-4080", 256, 22.4, 16, GEFORCE),
+        Device("rtx-4090", 384, 21.0, 24, GEFORCE),
+        Device("rtx-5070", 192, 28.0, 12, GEFORCE),
+        Device("rtx-5080", 256, 30.0, 16, GEFORCE),
+        Device("rtx-5090", 512, 28.0, 32, GEFORCE),
+    )
+}
+
+
+def find_devices(names: str) -> list[Device]:
+    """Devices by their names, separated by commas.
+
+    Raises:
+        UsageError: one is not known, or none is named.
+    """
+    wanted = [name.strip().lower() for name in names.split(",") if name.strip()]
+    unknown = [name for name in wanted if name not in DEVICES]
+    if unknown or not wanted:
+        raise UsageError(
+            "There is no such device.",
+            where="--predict",
+            observed=", ".join(unknown) or "none",
+            expected=", ".join(DEVICES),
+            change="name one or several of these, separated by commas",
+        )
+    return [DEVICES[name] for name in dict.fromkeys(wanted)]

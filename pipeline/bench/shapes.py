@@ -1,0 +1,199 @@
+"""Architectures by name, to be built with no weights on hand; the published numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from pipeline.compress.plan import RankPlan
+
+# Linears of a decoder layer that read the same input, in both families.
+GROUPS = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("self_attn.o_proj",),
+    ("mlp.gate_proj", "mlp.up_proj"),
+    ("mlp.down_proj",),
+)
+SEED = 0
+FILL_BLOCK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a decoder.
+
+    Attributes:
+        model_type: the family, by transformers' name for it.
+        hidden: width of the residual stream.
+        intermediate: width between the matrices of the MLP.
+        layers: how many.
+        heads: of queries.
+        kv_heads: of keys and values.
+        head_dim: width of a head.
+        vocab: rows of the embedding.
+        tied: whether the head is the embedding.
+        positions: longest context.
+    """
+
+    model_type: str
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    tied: bool
+    positions: int
+
+    def config(self) -> Any:
+        """The transformers configuration."""
+        from transformers import AutoConfig
+
+        return AutoConfig.for_model(
+            self.model_type,
+            hidden_size=self.hidden,
+            intermediate_size=self.intermediate,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            vocab_size=self.vocab,
+            tie_word_embeddings=self.tied,
+            max_position_embeddings=self.positions,
+        )
+
+
+SHAPES = {
+    "llama-3.1-70b": Shape("llama", 8192, 28672, 80, 64, 8, 128, 128256, False, 131072),
+    # One layer, and a vocabulary so small that the head does not hide it.
+    "llama-3.1-70b-layer": Shape("llama", 8192, 28672, 1, 64, 8, 128, 256, False, 131072),
+    "llama-3.1-8b": Shape("llama", 4096, 14336, 32, 32, 8, 128, 128256, False, 131072),
+    "llama-3.2-1b": Shape("llama", 2048, 8192, 16, 32, 8, 64, 128256, True, 131072),
+    "llama-3.2-3b": Shape("llama", 3072, 8192, 28, 24, 8, 128, 128256, True, 131072),
+    "qwen3-0.6b": Shape("qwen3", 1024, 3072, 28, 16, 8, 128, 151936, True, 40960),
+    "qwen3-1.7b": Shape("qwen3", 2048, 6144, 28, 16, 8, 128, 151936, True, 40960),
+    "qwen3-4b": Shape("qwen3", 2560, 9728, 36, 32, 8, 128, 151936, True, 40960),
+    "qwen3-8b": Shape("qwen3", 4096, 12288, 36, 32, 8, 128, 151936, False, 40960),
+    "smollm2-135m": Shape("llama", 576, 1536, 30, 9, 3, 64, 49152, True, 8192),
+    "smollm2-360m": Shape("llama", 960, 2560, 32, 15, 5, 64, 49152, True, 8192),
+    "smollm2-1.7b": Shape("llama", 2048, 8192, 24, 32, 32, 64, 49152, True, 8192),
+}
+
+
+def find_shape(name: str) -> Shape:
+    """The shape of that name.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if name.lower() not in SHAPES:
+        raise UsageError(
+            "There is no such shape.",
+            where="--shape",
+            observed=name,
+            expected=", ".join(SHAPES),
+        )
+    return SHAPES[name.lower()]
+
+
+def empty_model(shape: Shape, kept: float = 1.0) -> Any:
+    """The architecture with all parameters on the meta device; buffers are real.
+
+    Args:
+        shape: sizes.
+        kept: fraction of the parameters of each group of linears to keep, in (0, 1]. Factors get
+            the ranks of the uniform plan.
+
+    Raises:
+        UsageError: `kept` outside (0, 1].
+    """
+    import torch
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    from pipeline.compress.install import group_entries
+    from pipeline.compress.modeling_skipcat import factored_linear
+
+    plan = shape_plan(shape, kept)
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(shape.config(), dtype=torch.float32)
+    for group in plan.groups:
+        if group.form == "dense":
+            continue
+        entries = group_entries(group.members, group.form, group.rank)
+        for name, entry in entries.items():
+            model.set_submodule(name, factored_linear(model, name, entry, device="meta"))
+    model.tie_weights()
+    return model.eval()
+
+
+def shape_plan(shape: Shape, kept: float) -> RankPlan:
+    """The uniform plan for an architecture, from its sizes alone.
+
+    Raises:
+        UsageError: `kept` outside (0, 1].
+    """
+    from pipeline.compress.plan import uniform_plan
+    from pipeline.model.structure import Group, Layer
+
+    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    heights = ((queries, keys, keys), (shape.hidden,), 2 * (shape.intermediate,), (shape.hidden,))
+    widths = (shape.hidden, queries, shape.hidden, shape.intermediate)
+    layers = []
+    for index in range(shape.layers):
+        name = f"model.layers.{index}"
+        groups = tuple(
+            Group(tuple(f"{name}.{member}" for member in members), width, tall)
+            for members, width, tall in zip(GROUPS, widths, heights, strict=True)
+        )
+        layers.append(Layer(name, groups))
+    return uniform_plan(layers, kept)
+
+
+def fill_randomly_(model: nn.Module, dtype: Any) -> None:
+    """Give a model of `empty_model` random weights in memory, the same ones each time.
+
+    A matrix repeats one block of a million normal numbers, so that 8 billion are there in seconds;
+    gains are 1 and permutations are random. Its text is nonsense, its speed is the real one's.
+
+    Args:
+        model: changed in place.
+        dtype: of the weights, a torch dtype.
+    """
+    import torch
+    from torch import nn
+
+    generator = torch.Generator().manual_seed(SEED)
+    block = torch.randn(FILL_BLOCK, generator=generator).mul_(0.02).to(dtype)
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            if id(parameter) not in made:
+                values = _filled(parameter.shape, block)
+                made[id(parameter)] = nn.Parameter(values, requires_grad=False)
+            module._parameters[name] = made[id(parameter)]
+        if getattr(module, "permutation", None) is not None:
+            width = len(module.permutation)
+            order = torch.randperm(width, generator=generator, dtype=torch.int32)
+            module.permutation = order
+
+
+def _filled(shape: Any, block: Any) -> Any:
+    """A tensor of that shape: ones for a vector, repeats of the block for a matrix."""
+    import torch
+
+    if len(shape) < 2:
+        return torch.ones(shape, dtype=block.dtype)
+    flat = torch.empty(shape, dtype=block.dtype).view(-1)
+    for start in range(0, len(flat), len(block)):
+        piece = flat[start : start + len(block)]
+        piece.copy_(block[: len(piece)])
+    return flat.view(shape)

@@ -1,0 +1,1 @@
+"""The block-skip kernels of `trt_plugins/block_skip` as a PyTorch operator."""

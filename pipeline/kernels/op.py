@@ -1,0 +1,213 @@
+"""`skipcat::block_skip_linear`, a PyTorch operator on the CPU and on NVIDIA GPUs.
+
+    y = (x1 + x2 a) b,  [x1 x2] = x[..., index]
+
+x [..., n], a [n - r, r], b [r, m], index int32 [n] or None, y [..., m]. On a GPU it is the kernel
+of `trt_plugins/block_skip`, compiled when it is first called; on the CPU, and for gradients, four
+operations of PyTorch. It has a shape function, so `torch.compile` and CUDA graphs work through it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+
+import torch
+
+from pipeline.errors import InputError
+from pipeline.kernels.build import build_library
+from pipeline.kernels.interface import (
+    BF16,
+    FLOAT_WEIGHTS,
+    FP16,
+    Device,
+    Pointers,
+    Problem,
+    open_library,
+)
+
+TYPES = {torch.float16: FP16, torch.bfloat16: BF16}
+CUDA_MOST_ROWS = 4096
+
+
+@torch.library.custom_op("skipcat::block_skip_linear", mutates_args=(), device_types="cpu")
+def block_skip_linear(
+    x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, index: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Compute the layer.
+
+    Args:
+        x: inputs, [..., n].
+        a: A' transposed, [n - r, r], of the type of x.
+        b: B' transposed, [r, m], of the type of x.
+        index: int32 [n], the order of the inputs with the r pivots first; None when x has it.
+
+    Returns:
+        [..., m], of the type of x.
+
+    Raises:
+        ValueError: shapes or types that do not fit.
+        InputError: on a GPU, the kernels cannot be compiled, or do not know the type.
+    """
+    require_fit(x, a, b, index)
+    latent, _ = mix(x, a, index)
+    return latent @ b
+
+
+@block_skip_linear.register_fake
+def shape_of_result(
+    x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, index: torch.Tensor | None = None
+) -> torch.Tensor:
+    """An empty result: what compilers ask for."""
+    require_fit(x, a, b, index)
+    return x.new_empty((*x.shape[:-1], b.shape[1]))
+
+
+def mix(
+    x: torch.Tensor, a: torch.Tensor, index: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The latent z = x1 + x2 a, [..., r], and x2, [..., n - r]."""
+    rank = a.shape[1]
+    ordered = x if index is None else x.index_select(-1, index)
+    rest = ordered[..., rank:]
+    return ordered[..., :rank] + rest @ a, rest
+
+
+def require_fit(
+    x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, index: torch.Tensor | None
+) -> None:
+    """Raise ValueError when shapes or types do not fit."""
+    shapes = f"x {tuple(x.shape)}, a {tuple(a.shape)}, b {tuple(b.shape)}"
+    if x.dim() == 0 or a.dim() != 2 or b.dim() != 2:
+        raise ValueError(f"{shapes}: x needs a dimension, a and b two")
+    if a.shape[1] != b.shape[0] or x.shape[-1] != a.shape[0] + a.shape[1]:
+        raise ValueError(f"{shapes} do not fit: x [..., n], a [n - r, r], b [r, m]")
+    if not x.dtype == a.dtype == b.dtype:
+        raise ValueError(f"x {x.dtype}, a {a.dtype} and b {b.dtype} must be of one type")
+    if index is not None and (index.shape != x.shape[-1:] or index.dtype != torch.int32):
+        raise ValueError(f"index must be int32 [{x.shape[-1]}], not {index.dtype} {index.shape}")
+
+
+def save_for_gradient(
+    ctx: torch.autograd.function.FunctionCtx,
+    inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None],
+    output: torch.Tensor,
+) -> None:
+    """Keep the inputs; the latent is computed again."""
+    del output
+    ctx.save_for_backward(*inputs)  # type: ignore[arg-type] # None is fine
+
+
+def gradients(
+    ctx: torch.autograd.function.FunctionCtx, grad: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:
+    """With dz = dy bᵀ: dx[index] = [dz, dz aᵀ]; da = x2ᵀ dz; db = zᵀ dy, summed over rows."""
+    x, a, b, index = ctx.saved_tensors  # type: ignore[attr-defined]
+    latent, rest = mix(x, a, index)
+    grad_latent = grad @ b.T
+    grad_ordered = torch.cat([grad_latent, grad_latent @ a.T], dim=-1)
+    grad_x = grad_ordered
+    if index is not None:
+        grad_x = torch.zeros_like(x).index_copy(-1, index.long(), grad_ordered)
+    grad_a = rest.flatten(0, -2).T @ grad_latent.flatten(0, -2)
+    grad_b = latent.flatten(0, -2).T @ grad.flatten(0, -2)
+    return grad_x, grad_a, grad_b, None
+
+
+block_skip_linear.register_autograd(gradients, setup_context=save_for_gradient)
+
+
+@block_skip_linear.register_kernel("cuda")
+def launch(
+    x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, index: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The kernel, on the current stream of x's device; more than 4096 rows go in several calls."""
+    require_fit(x, a, b, index)
+    if x.dtype not in TYPES:
+        raise InputError(
+            "The block-skip kernels compute in half precision.",
+            observed=f"x of {x.dtype}",
+            expected="torch.float16 or torch.bfloat16",
+        )
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    y = torch.empty((rows.shape[0], b.shape[1]), dtype=x.dtype, device=x.device)
+    a, b = a.contiguous(), b.contiguous()
+    with torch.cuda.device(x.device):
+        for part, out in zip(rows.split(CUDA_MOST_ROWS), y.split(CUDA_MOST_ROWS), strict=True):
+            if part.shape[0]:
+                launch_rows(part, a, b, index, out)
+    return y.reshape(*x.shape[:-1], b.shape[1])
+
+
+def launch_rows(
+    x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, index: torch.Tensor | None, y: torch.Tensor
+) -> None:
+    """One call of the library: x [rows, n] to y [rows, m], all contiguous, 1 <= rows <= 4096.
+
+    Raises:
+        InputError: the library refuses the problem.
+    """
+    device = device_of(x.device.index)
+    library = library_for(device.capability)
+    problem = Problem(
+        rows=x.shape[0],
+        n=x.shape[1],
+        m=b.shape[1],
+        rank=b.shape[0],
+        type=TYPES[x.dtype],
+        weights=FLOAT_WEIGHTS,
+        group_size=0,
+        indexed=index is not None,
+        tactic=0,
+    )
+    refusal = library.skipcatWhyRefused(ctypes.byref(problem))
+    if refusal is not None:
+        raise InputError("The block-skip kernels refuse this layer.", observed=refusal.decode())
+    needed = library.skipcatWorkspaceBytes(ctypes.byref(problem), ctypes.byref(device))
+    workspace = torch.empty(needed, dtype=torch.uint8, device=x.device)
+    stream = torch.cuda.current_stream().cuda_stream
+    counters = counters_for(x.device.index, stream, counter_numbers(library, problem))
+    pointers = Pointers(
+        x=x.data_ptr(),
+        index=None if index is None else index.data_ptr(),
+        a=a.data_ptr() or None,
+        b=b.data_ptr(),
+        y=y.data_ptr(),
+    )
+    status = library.skipcatBlockSkipLinear(
+        ctypes.byref(problem), ctypes.byref(pointers), ctypes.byref(device),
+        workspace.data_ptr(), counters.data_ptr(), stream,
+    )  # fmt: skip
+    if status != 0:
+        raise RuntimeError(f"the block-skip kernel failed: CUDA error {status}")
+
+
+@cache
+def device_of(index: int) -> Device:
+    """What the library must know of a GPU."""
+    properties = torch.cuda.get_device_properties(index)
+    capability = 10 * properties.major + properties.minor
+    return Device(multiprocessors=properties.multi_processor_count, capability=capability)
+
+
+@cache
+def library_for(capability: int) -> ctypes.CDLL:
+    """The library for GPUs of a capability, compiled if need be."""
+    return open_library(build_library(capability))
+
+
+def counter_numbers(library: ctypes.CDLL, problem: Problem) -> int:
+    """Counters of a call, rounded up to a power of two so that few sizes are ever kept."""
+    numbers: int = library.skipcatCounterBytes(ctypes.byref(problem)) // 4
+    return 1 << (numbers - 1).bit_length()
+
+
+@cache
+def counters_for(device: int, stream: int, numbers: int) -> torch.Tensor:
+    """Counters of one stream: calls on it cannot overlap, and each leaves them zero.
+
+    They must exist before a CUDA graph is captured, whose memory they would otherwise be in: the
+    warm-up run that capturing needs anyway makes them.
+    """
+    del stream
+    return torch.zeros(numbers, dtype=torch.int32, device=f"cuda:{device}")

@@ -1,0 +1,79 @@
+"""A model whose factored layers call the operator computes what it did before."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from pipeline.compress.modeling_skipcat import FactoredLinear
+from pipeline.kernels import install
+from pipeline.kernels.install import use_operator_
+
+
+class Block(nn.Module):
+    """Two layers that share a latent, one of its own, one in the other form."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q = FactoredLinear(10, 6, 4, "skip", bias=True, dtype=torch.float64)
+        self.k = FactoredLinear(10, 3, 4, "skip", owner=self.q, dtype=torch.float64)
+        self.o = FactoredLinear(9, 10, 5, "skip", dtype=torch.float64)
+        self.plain = FactoredLinear(10, 10, 3, "low_rank", dtype=torch.float64)
+        for layer in (self.q, self.o):
+            layer.permutation = torch.randperm(layer.in_features).to(torch.int32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.plain(self.o(torch.cat([self.q(x), self.k(x)], dim=-1)))
+
+
+def test_the_model_computes_the_same() -> None:
+    torch.manual_seed(0)
+    block = Block()
+    x = torch.randn(2, 3, 10, dtype=torch.float64)
+    with torch.inference_mode():
+        expected = block(x)
+        assert use_operator_(block) == 3
+        torch.testing.assert_close(block(x), expected)
+        torch.testing.assert_close(block(x + 1), Block.forward(block, x + 1))
+    assert isinstance(block.plain, FactoredLinear)
+
+
+def test_layers_of_one_latent_take_one_call(monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    calls = []
+
+    def counted(*inputs: torch.Tensor) -> torch.Tensor:
+        calls.append(inputs)
+        return real(*inputs)
+
+    real = install.block_skip_linear
+    monkeypatch.setattr(install, "block_skip_linear", counted)
+    block = Block()
+    use_operator_(block)
+    with torch.inference_mode():
+        block(torch.randn(1, 10, dtype=torch.float64))
+    assert len(calls) == 2
+
+
+def test_a_repeated_input_is_computed_again_and_not_remembered() -> None:
+    block = Block()
+    use_operator_(block)
+    x = torch.randn(1, 10, dtype=torch.float64)
+    with torch.inference_mode():
+        first = block(x)
+        x.mul_(2)  # in place: the same tensor, other numbers
+        assert not torch.allclose(block(x), first)
+
+
+def test_the_factors_move_with_the_model_and_are_held_once() -> None:
+    block = Block()
+    use_operator_(block)
+    names = [name for name, _ in block.named_buffers()]
+    assert sorted(name.rsplit(".", 1)[1] for name in names) == [
+        "a",
+        "a",
+        "b",
+        "b",
+        "index",
+        "index",
+    ]
+    assert {buffer.dtype for buffer in block.float().buffers()} == {torch.float32, torch.int32}

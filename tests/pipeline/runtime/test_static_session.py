@@ -1,0 +1,70 @@
+"""The session over a static cache says what the one over a growing cache says, step by step."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from pipeline.errors import InputError
+from pipeline.runtime.static_session import StaticSession
+from pipeline.runtime.torch_session import TorchSession
+from tests.families import tiny_model
+from tests.tiny_decoder import MAX_LENGTH, VOCAB_SIZE, tiny_llama
+
+TOKENS = np.random.default_rng(0).integers(0, VOCAB_SIZE, (1, 14))
+PIECES = ((0, 7), (7, 8), (8, 9), (9, 12), (12, 13), (13, 14))
+
+
+def session(max_length: int = 64) -> StaticSession:
+    return StaticSession(tiny_llama(), "torch static", max_length)
+
+
+def test_it_equals_the_growing_cache_piece_by_piece() -> None:
+    expected = TorchSession(tiny_llama()).forward(TOKENS)
+    under_test = session()
+    for _ in range(2):
+        pieces = [under_test.forward(TOKENS[:, a:b]) for a, b in PIECES]
+        np.testing.assert_allclose(np.concatenate(pieces, 1), expected, atol=5e-5)
+        under_test.reset()
+
+
+def test_what_was_taken_back_is_forgotten() -> None:
+    under_test = session()
+    expected = under_test.forward(TOKENS)
+    under_test.rewind(20)
+    assert under_test.length == 14
+    under_test.rewind(5)
+    under_test.forward(np.full((1, 3), 9))
+    under_test.rewind(5)
+    np.testing.assert_allclose(under_test.forward(TOKENS[:, 5:]), expected[:, 5:], atol=5e-5)
+
+
+def test_the_cache_keeps_its_memory() -> None:
+    under_test = session()
+    under_test.forward(TOKENS)
+    before = [layer.keys.data_ptr() for layer in under_test._cache.layers]
+    under_test.reset()
+    under_test.forward(TOKENS[:, :1])
+    assert [layer.keys.data_ptr() for layer in under_test._cache.layers] == before
+
+
+def test_limits_are_kept() -> None:
+    assert session(10 * MAX_LENGTH).max_length == MAX_LENGTH
+    with pytest.raises(InputError, match="at most 8"):
+        session(8).forward(TOKENS)
+    with pytest.raises(InputError, match="batch size"):
+        session().forward(np.ones((2, 3), dtype=np.int64))
+
+
+def test_a_sliding_window_is_refused() -> None:
+    with pytest.raises(InputError, match="full attention"):
+        StaticSession(tiny_model("gemma3_text"), "torch static", 64)
+
+
+@pytest.mark.gpu
+def test_the_captured_step_equals_the_eager_one() -> None:
+    expected = TorchSession(tiny_llama()).forward(TOKENS)
+    under_test = StaticSession(tiny_llama().to("cuda"), "torch cuda", 64)
+    pieces = [under_test.forward(TOKENS[:, a:b]) for a, b in PIECES]
+    assert under_test._graph is not None
+    np.testing.assert_allclose(np.concatenate(pieces, 1), expected, atol=1e-2)
