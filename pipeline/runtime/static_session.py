@@ -1,7 +1,7 @@
 """A transformers model over a cache of fixed size, one CUDA graph for each decode step.
 
-On a GPU a step of a small model is bound by launching its kernels; a graph launches them all at once.
-Prompts, whose length varies, are read without one.
+On a GPU a step of a small model is bound by launching its kernels; a graph launches them all at
+once. Prompts, whose length varies, are read without one.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class StaticSession:
         return self._logits
 
     def _capture(self) -> None:
-        """Record one decode step; the warm-up before it compiles kernels and makes their buffers."""
+        """Record one decode step; warming up before compiles kernels and makes their buffers."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         length = self._length

@@ -169,9 +169,10 @@ __device__ __forceinline__ void multiplyTile(
     }
 }
 
-// Calls visit(row, column, sum) for each number of the tile that this thread holds and the matrix has.
+// Calls visit(row, column, pair) for each two neighbouring columns that this thread holds sums of and the
+// matrix has, the second of them perhaps not.
 template <typename T, int TILE_ROWS, typename Visit>
-__device__ __forceinline__ void eachSum(PrefillArguments<T> const& p,
+__device__ __forceinline__ void eachPair(PrefillArguments<T> const& p,
     float (&sums)[Shape<TILE_ROWS>::kDown][Shape<TILE_ROWS>::kAcross][4], int top, int left, int lane, Visit visit)
 {
     using S = Shape<TILE_ROWS>;
@@ -182,16 +183,36 @@ __device__ __forceinline__ void eachSum(PrefillArguments<T> const& p,
         for (int j = 0; j < S::kAcross; ++j)
         {
 #pragma unroll
-            for (int e = 0; e < 4; ++e)
+            for (int half = 0; half < 2; ++half)
             {
-                int const row = top + 16 * i + lane / 4 + e / 2 * 8;
-                int const column = left + 8 * j + lane % 4 * 2 + e % 2;
+                int const row = top + 16 * i + lane / 4 + 8 * half;
+                int const column = left + 8 * j + lane % 4 * 2;
                 if (row < p.rows && column < p.w.columns)
                 {
-                    visit(row, column, sums[i][j][e]);
+                    visit(row, column, &sums[i][j][2 * half]);
                 }
             }
         }
+    }
+}
+
+// Both in one store where that is aligned: `out` is, and `column` is even.
+template <typename T>
+__device__ __forceinline__ void storePair(PrefillArguments<T> const& p, int row, int column, float const* pair)
+{
+    T* const to = p.out + static_cast<int64_t>(row) * p.outStride + column;
+    T both[2];
+    fromFloat(pair[0], both[0]);
+    fromFloat(pair[1], both[1]);
+    if (p.outStride % 2 == 0 && column + 1 < p.w.columns)
+    {
+        *reinterpret_cast<uint32_t*>(to) = reinterpret_cast<uint32_t const&>(both);
+        return;
+    }
+    to[0] = both[0];
+    if (column + 1 < p.w.columns)
+    {
+        to[1] = both[1];
     }
 }
 
@@ -224,8 +245,13 @@ __global__ void __launch_bounds__(kTileThreads) prefillProduct(PrefillArguments<
     float sums[S::kDown][S::kAcross][4] = {};
     if (p.init != nullptr)
     {
-        eachSum<T, TILE_ROWS>(p, sums, top + warpTop, left + warpLeft, lane, [&](int row, int column, float& sum)
-            { sum = toFloat(p.init[static_cast<int64_t>(row) * p.initStride + column]); });
+        eachPair<T, TILE_ROWS>(p, sums, top + warpTop, left + warpLeft, lane,
+            [&](int row, int column, float* pair)
+            {
+                T const* const from = p.init + static_cast<int64_t>(row) * p.initStride + column;
+                pair[0] = toFloat(from[0]);
+                pair[1] = column + 1 < p.w.columns ? toFloat(from[1]) : 0.0f;
+            });
     }
     for (int step = 0; step < steps; ++step)
     {
@@ -236,8 +262,8 @@ __global__ void __launch_bounds__(kTileThreads) prefillProduct(PrefillArguments<
         multiplyTile<T, TILE_ROWS>(
             sums, stage + warpTop * kInStride, stage + TILE_ROWS * kInStride + warpLeft, lane);
     }
-    eachSum<T, TILE_ROWS>(p, sums, top + warpTop, left + warpLeft, lane, [&](int row, int column, float& sum)
-        { fromFloat(sum, p.out[static_cast<int64_t>(row) * p.outStride + column]); });
+    eachPair<T, TILE_ROWS>(p, sums, top + warpTop, left + warpLeft, lane,
+        [&](int row, int column, float* pair) { storePair(p, row, column, pair); });
 }
 
 // x[..., index] in two aligned halves, so that tiles of either can be copied 16 bytes at a time.
