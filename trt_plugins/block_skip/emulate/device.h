@@ -137,6 +137,11 @@ uint32_t permute(uint32_t low, uint32_t high)
     return result;
 }
 
+inline uint32_t maskOr(uint32_t x, uint32_t mask, uint32_t bits)
+{
+    return (x & mask) | bits;
+}
+
 template <typename Vector>
 Vector loadAligned(void const* from)
 {
