@@ -137,6 +137,13 @@ uint32_t permute(uint32_t low, uint32_t high)
     return result;
 }
 
+// CUDA's headers give host compilers no fused multiply of pairs; in float it is exact for the codes here.
+inline __half2 __hfma2(__half2 x, __half2 y, __half2 z)
+{
+    return __floats2half2_rn(__half2float(x.x) * __half2float(y.x) + __half2float(z.x),
+        __half2float(x.y) * __half2float(y.y) + __half2float(z.y));
+}
+
 inline uint32_t maskOr(uint32_t x, uint32_t mask, uint32_t bits)
 {
     return (x & mask) | bits;
