@@ -40,11 +40,13 @@ CALIBRATION = ("--effort", "fast")
 WORDS = 80_000
 ITEM_BYTES = {"float32": 4, "float16": 2}
 DEPTHS = (4, 8, 16)
-WIDE_DEPTHS = (2, 3)
+WIDE_DEPTHS = (1, 2)
 # Llama-2-7B but for its depth, and no more text than its widest input needs.
 WIDE = ("--hidden", "4096", "--intermediate", "11008", "--head-width", "128", "--vocab", "32000",
         "--dtype", "bfloat16")  # fmt: skip
-WIDE_CALIBRATION = ("--effort", "fast", "--windows", "24", "--dtype", "bfloat16")
+# Streamed, as a whole Llama-2-7B would be here: few layers of it would fit memory.
+WIDE_CALIBRATION = ("--effort", "fast", "--windows", "24", "--dtype", "bfloat16",
+                    "--stream-weights")  # fmt: skip
 WIDE_METHOD = "skipcat"
 # One layer's activations of all calibration tokens, in float32, at the width of random_llama.py:
 # less than this is no leak of one layer's worth.

@@ -63,6 +63,12 @@ calibration_options = options.apply(
         default="auto",
         help="Of the weights on disk; auto: as published (float16 for GGUF).",
     ),
+    click.option(
+        "--stream-weights",
+        is_flag=True,
+        help="Leave the weights in their files, as published, even where memory has room for "
+        "them in float32; a model that is too large for that is streamed without asking.",
+    ),
 )
 
 

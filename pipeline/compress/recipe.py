@@ -93,6 +93,7 @@ def _load(request: CompressRequest) -> LoadedModel:
     return load_model(
         request.model,
         dtype=None,
+        stream_weights=request.stream_weights,
         trust_remote_code=request.trust_remote_code,
         window_length=request.resolved_effort.window_length,
     )

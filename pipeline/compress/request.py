@@ -38,6 +38,8 @@ class CompressRequest:
         window_length: tokens in each; None for what the effort says.
         seed: of the calibration text.
         dtype: of the weights on disk; "auto" for that of the original.
+        stream_weights: leave the weights in their files, as published, even where memory has room
+            for them in float32.
         trust_remote_code: let the model's own code run.
     """
 
@@ -57,6 +59,7 @@ class CompressRequest:
     window_length: int | None = None
     seed: int = 0
     dtype: str = "auto"
+    stream_weights: bool = False
     trust_remote_code: bool = False
 
     def check(self) -> None:

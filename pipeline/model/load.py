@@ -54,6 +54,7 @@ def load_model(
     name: str,
     *,
     dtype: torch.dtype | None = torch.float32,
+    stream_weights: bool = False,
     trust_remote_code: bool = False,
     window_length: int = 0,
 ) -> LoadedModel:
@@ -63,6 +64,7 @@ def load_model(
         name: see `pipeline.model.source`.
         dtype: what the weights are held in; None for float32 if memory has room for it, and as
             they are published if not: they then stay in their files until they are used.
+        stream_weights: with `dtype` None, leave them there even if memory has room; not for GGUF.
         trust_remote_code: let Python code that comes with the model run.
         window_length: tokens that it will be run on at once.
 
@@ -74,7 +76,7 @@ def load_model(
     source = preview.source
     refuse_long_windows("--window-length", window_length, preview.config)
     if dtype is None:
-        dtype = _held_dtype(source, preview.config, trust_remote_code)
+        dtype = _held_dtype(source, preview.config, trust_remote_code, stream_weights)
     with _explaining(source), _quiet_gguf():
         model, info = AutoModelForCausalLM.from_pretrained(
             source.location,
@@ -89,8 +91,10 @@ def load_model(
     return LoadedModel(model.eval(), preview.tokenizer, source)
 
 
-def _held_dtype(source: Source, config: Any, trust_remote_code: bool) -> torch.dtype:
-    """float32, or the published type when float32 would fill more than half of the free memory."""
+def _held_dtype(
+    source: Source, config: Any, trust_remote_code: bool, stream_weights: bool
+) -> torch.dtype:
+    """float32, or the published type: when asked, or float32 would fill half of the free memory."""
     published = _published_dtype(source, config)
     if source.kind == "gguf":
         return torch.float32
@@ -98,7 +102,7 @@ def _held_dtype(source: Source, config: Any, trust_remote_code: bool) -> torch.d
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     needed_bytes = 4 * sum(parameter.numel() for parameter in model.parameters())
     free_bytes = psutil.virtual_memory().available
-    if needed_bytes <= free_bytes / 2:
+    if needed_bytes <= free_bytes / 2 and not stream_weights:
         return torch.float32
     note(
         f"weights stay in their files, in {str(published).removeprefix('torch.')}: "

@@ -98,6 +98,16 @@ def test_weights_are_held_as_published_only_where_float32_has_no_room(
     assert ("weights stay in their files" in capsys.readouterr().err) == (held != torch.float32)
 
 
+def test_weights_are_streamed_when_asked_though_memory_has_room(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_model("llama").to(torch.bfloat16).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    loaded = load_model(str(tmp_path), dtype=None, stream_weights=True)
+    assert {p.dtype for p in loaded.model.parameters()} == {torch.bfloat16}
+    assert "weights stay in their files" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "lost", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight", "lm_head.weight"]
 )
