@@ -1,0 +1,112 @@
+#include "shapes.h"
+
+namespace skipcat
+{
+namespace
+{
+
+bool isMatrix(nvinfer1::Dims const& dims, int64_t rows, int64_t columns)
+{
+    return dims.nbDims == 2 && dims.d[0] == rows && dims.d[1] == columns;
+}
+
+int64_t rowsOf(nvinfer1::Dims const& x)
+{
+    int64_t rows = 1;
+    for (int32_t i = 0; i + 1 < x.nbDims; ++i)
+    {
+        rows *= x.d[i];
+    }
+    return rows;
+}
+
+std::string expected(char const* name, nvinfer1::Dims const& observed, int64_t rows, int64_t columns)
+{
+    return std::string(name) + " is " + text(observed) + ", expected [" + std::to_string(rows) + ", "
+        + std::to_string(columns) + "]";
+}
+
+// Codes and scales of one matrix [rows, columns].
+std::string whyMatrixRefused(char const* name, Format const& format, nvinfer1::Dims const& codes,
+    nvinfer1::Dims const* scale, int64_t rows, int64_t columns)
+{
+    int64_t const stored = format.bits == 4 ? (columns + 1) / 2 : columns;
+    if (!isMatrix(codes, rows, stored))
+    {
+        return expected(name, codes, rows, stored);
+    }
+    if (scale != nullptr)
+    {
+        int64_t const groups = (rows + format.groupSize - 1) / format.groupSize;
+        if (!isMatrix(*scale, groups, columns))
+        {
+            return expected((std::string("the scale of ") + name).c_str(), *scale, groups, columns);
+        }
+    }
+    return "";
+}
+
+} // namespace
+
+std::string text(nvinfer1::Dims const& dims)
+{
+    std::string result = "[";
+    for (int32_t i = 0; i < dims.nbDims; ++i)
+    {
+        result += (i > 0 ? ", " : "") + std::to_string(dims.d[i]);
+    }
+    return result + "]";
+}
+
+Problem problemOf(Op const& op, Format const& format, nvinfer1::DataType type, nvinfer1::Dims const* inputs,
+    std::string& refusal)
+{
+    Problem problem;
+    nvinfer1::Dims const& x = inputs[0];
+    nvinfer1::Dims const& b = inputs[op.b()];
+    nvinfer1::Dims const* const bScale = op.quantized ? &inputs[op.bScale()] : nullptr;
+    if (x.nbDims < 1 || b.nbDims != 2 || (bScale != nullptr && bScale->nbDims != 2))
+    {
+        refusal = "x is " + text(x) + " and b is " + text(b) + ", expected [..., n] and two dimensions";
+        return problem;
+    }
+    int64_t const n = x.d[x.nbDims - 1];
+    int64_t const rank = b.d[0];
+    int64_t const m = bScale != nullptr ? bScale->d[1] : b.d[1];
+    int64_t const rows = rowsOf(x);
+    if (n < 1 || n > INT32_MAX || m < 1 || m > INT32_MAX || rank < 1 || rank > n || rows < 1 || rows > kMaxRows)
+    {
+        refusal = "x is " + text(x) + " and b is " + text(b) + ", expected 1 to " + std::to_string(kMaxRows)
+            + " rows of x, and from 1 to n rows of b";
+        return problem;
+    }
+    nvinfer1::Dims const* const aScale = op.quantized ? &inputs[op.aScale()] : nullptr;
+    refusal = whyMatrixRefused("a", format, inputs[op.a()], aScale, n - rank, rank);
+    if (refusal.empty())
+    {
+        refusal = whyMatrixRefused("b", format, b, bScale, rank, m);
+    }
+    if (refusal.empty() && op.indexed)
+    {
+        nvinfer1::Dims const& index = inputs[op.index()];
+        if (index.nbDims != 1 || index.d[0] != n)
+        {
+            refusal = "index is " + text(index) + ", expected [" + std::to_string(n) + "]";
+        }
+    }
+    problem.rows = static_cast<int32_t>(rows);
+    problem.n = static_cast<int32_t>(n);
+    problem.m = static_cast<int32_t>(m);
+    problem.rank = static_cast<int32_t>(rank);
+    problem.type = type == nvinfer1::DataType::kBF16 ? Float::kBF16 : Float::kFP16;
+    problem.weights = static_cast<WeightType>(format.bits);
+    problem.groupSize = format.groupSize;
+    problem.indexed = op.indexed;
+    if (refusal.empty() && whyRefused(problem) != nullptr)
+    {
+        refusal = whyRefused(problem);
+    }
+    return problem;
+}
+
+} // namespace skipcat
