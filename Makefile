@@ -30,12 +30,15 @@ engine_flags = $(strip $(call setting,OUT,-o) $(call setting,CALIBRATION,--calib
 setup_flags = $(strip $(call setting,EXTRAS,--extras) $(call flag,VERBOSE,--verbose))
 
 .DEFAULT_GOAL := help
-.PHONY: engine test test-slow lint lint-style lint-format lint-types lint-spelling format table \
+.PHONY: engine plugin test test-slow lint lint-style lint-format lint-types lint-spelling format table \
     bench doctor setup clean help
 .DELETE_ON_ERROR:
 
 engine: $(STAMP) ## Compress MODEL, export it, build its engine, and validate every stage
 	$(VENV)skipcat build -m "$(MODEL)" --keep-params $(KEEP) --effort $(EFFORT) --target $(TARGET) $(engine_flags)
+
+plugin: ## Compile the TensorRT plugin; TENSORRT_ROOT=, CUDA_HOME= choose; ARGS="--architectures 86-real"
+	$(PYTHON) tools/build_plugin.py $(ARGS)
 
 test: $(STAMP) ## Run the fast tests: no network, no GPU
 	$(VENV)python -m pytest $(ARGS)
