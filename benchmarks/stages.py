@@ -48,6 +48,9 @@ WIDE = ("--hidden", "4096", "--intermediate", "11008", "--head-width", "128", "-
 WIDE_CALIBRATION = ("--effort", "fast", "--windows", "24", "--dtype", "bfloat16",
                     "--stream-weights")  # fmt: skip
 WIDE_METHOD = "skipcat"
+# Four times narrower, so that many layers take minutes.
+STREAMED_DEPTHS = (4, 8, 16)
+STREAMED = ("--hidden", "1024", "--intermediate", "2752", "--dtype", "bfloat16")
 # One layer's activations of all calibration tokens, in float32, at the width of random_llama.py:
 # less than this is no leak of one layer's worth.
 LAYER_ACTIVATION_BYTES = 64 * 512 * 256 * 4
@@ -220,6 +223,38 @@ def wide(bench: Bench) -> Row:
     return Row(figures, cost, {"points": points, "method": WIDE_METHOD})
 
 
+def streamed(bench: Bench) -> Row:
+    """`skipcat compress` of deeper and deeper models that stay in their files."""
+    points = []
+    for layers in STREAMED_DEPTHS:
+        folder = bench.work / f"streamed-{layers}"
+        weights = random_llama(bench, folder, layers, *STREAMED)
+        cost = bench.run("streamed", "compress", "-m", str(folder), "--calibration",
+                         str(bench.calibration), *WIDE_CALIBRATION)  # fmt: skip
+        points.append({"layers": layers, "weight_bytes": weights, **asdict(cost)})
+        shutil.rmtree(folder)
+    first, last = points[0], points[-1]
+    growth = (last["unmapped_peak_bytes"] - first["unmapped_peak_bytes"]) / MEGABYTE
+    layer_bytes = (last["weight_bytes"] - first["weight_bytes"]) / (
+        last["layers"] - first["layers"]
+    )
+    figures = [
+        *(
+            Figure(
+                f"peak without mapped files, MB, {p['layers']} layers",
+                p["unmapped_peak_bytes"] / MEGABYTE,
+            )
+            for p in points
+        ),
+        Figure("its growth, MB; at most one layer", growth, layer_bytes / MEGABYTE),
+        *(
+            Figure(f"cpu per layer, s, {p['layers']} layers", p["cpu_seconds"] / p["layers"])
+            for p in points
+        ),
+    ]
+    return Row(figures, cost, {"points": points})
+
+
 def random_llama(bench: Bench, folder: Path, layers: int, *shape: str) -> int:
     """Write a random model of so many layers, in a process of its own; bytes of its weights."""
     log = bench.work / f"{folder.name}.log"
@@ -248,6 +283,7 @@ STAGES: dict[str, Callable[[Bench], Row]] = {
     "depth": lambda bench: depth(bench, "depth", str(bench.calibration)),
     "depth-self": lambda bench: depth(bench, "depth-self", "self"),
     "wide": wide,
+    "streamed": streamed,
     "build": build,
 }
 

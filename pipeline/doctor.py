@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipeline.engine.plugin_library import BUILT_PLUGIN
+
 GIBIBYTE = 1 << 30
 TEGRA_RELEASE = Path("/etc/nv_tegra_release")
 CPU_FLAGS = {
@@ -79,6 +81,7 @@ class Machine:
     gpus: tuple[Gpu, ...] = ()
     jetpack: str | None = None
     nvcc: str | None = None
+    plugin: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
     providers: tuple[str, ...] = ()
     reasons: dict[str, str] = field(default_factory=dict)
@@ -113,6 +116,7 @@ def look(folder: Path | None = None) -> Machine:
         gpus=gpus,
         jetpack=jetpack,
         nvcc=nvcc,
+        plugin=str(BUILT_PLUGIN) if BUILT_PLUGIN.is_file() else None,
         versions=installed_versions(),
         providers=providers,
         reasons={
@@ -338,9 +342,12 @@ def judge_plugin(machine: Machine) -> Verdict:
     if version is None and "tensorrt-rtx" in machine.versions:
         return Verdict(stage, False, "function body: TensorRT for RTX takes no plugins on Linux")
     route = plugin_route(version)
-    if version is not None and machine.nvcc is None:
-        return Verdict(stage, False, f"no nvcc to compile it with; otherwise: {route}")
-    return Verdict(stage, version is not None and has_gpu and release(version) >= (10, 0), route)
+    if version is None or not has_gpu or release(version) < (10, 0):
+        return Verdict(stage, False, route)
+    if machine.plugin is None:
+        compiler = machine.nvcc or "nvcc from PyPI"
+        return Verdict(stage, False, f"not built: make plugin (with {compiler}); then: {route}")
+    return Verdict(stage, True, f"{machine.plugin}; {route}")
 
 
 def facts(machine: Machine) -> list[tuple[str, str, str]]:

@@ -69,9 +69,17 @@ def test_rtx_engine_runs_on_an_rtx_card_and_not_on_a_hopper() -> None:
 
 
 def test_standard_tensorrt_on_a_gpu_builds_and_runs() -> None:
-    machine = with_versions(dataclasses.replace(PLAIN, gpus=(H200,), nvcc="13.0"), tensorrt="11.4")
+    machine = dataclasses.replace(PLAIN, gpus=(H200,), nvcc="13.0", plugin="lib/plugin.so")
+    machine = with_versions(machine, tensorrt="11.4")
     for stage in ("engine, standard TensorRT", "run, engine", "block-skip plugin"):
         assert verdict(machine, stage).works, stage
+
+
+def test_a_plugin_that_is_not_built_names_the_command_that_builds_it() -> None:
+    machine = with_versions(dataclasses.replace(PLAIN, gpus=(H200,)), tensorrt="11.4")
+    found = verdict(machine, "block-skip plugin")
+    assert not found.works
+    assert "make plugin (with nvcc from PyPI)" in found.why
 
 
 def test_jetpack_6_gets_the_compat_profile() -> None:

@@ -70,7 +70,7 @@ limit_options = options.apply(
     "--plugin",
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="LIB",
-    help="Block-skip plugin library; standard TensorRT only.",
+    help="Block-skip plugin library, for standard TensorRT; by default what `make plugin` built.",
 )
 @limit_options
 @options.overwrite

@@ -14,7 +14,7 @@ from pipeline.artefact import copy_tokenizer, refuse_existing, staged_folder, wr
 from pipeline.engine.child import LOG_FILE, read_result, run_child, worker_command
 from pipeline.engine.manifest import MANIFEST_FILE, make_manifest, target_record
 from pipeline.engine.onnx_folder import OnnxFolder, read_onnx_folder, require_float16
-from pipeline.engine.plugin_library import require_plugin_file
+from pipeline.engine.plugin_library import choose_plugin
 from pipeline.engine.profiles import DecodeForm, Limits, Profile, make_limits, make_profiles
 from pipeline.engine.request import REQUEST_FILE, RESULT_FILE, BuildRequest
 from pipeline.engine.rtx import plugin_refused
@@ -91,7 +91,8 @@ def build_engine(
         target: what to build for, from `target.resolve_target`.
         max_batch: most sequences at once.
         max_prefill: most tokens of one call; capped by the cache length.
-        plugin: block-skip plugin library; standard TensorRT only.
+        plugin: block-skip plugin library, for standard TensorRT only; None takes the one that
+            `make plugin` built, if it did.
         overwrite: replace `output` if it exists.
         decode: see `profiles.Limits`; None takes `shared` for RTX and `separate` otherwise.
         workspace_bytes: most scratch memory a kernel may use; None leaves TensorRT's default.
@@ -142,13 +143,20 @@ def plan_engine(
     require_package(target)
     form: DecodeForm = decode or ("shared" if target.flavour == "rtx" else "separate")
     limits = make_limits(max_batch, max_prefill, folder.record.max_length, form)
+    library, plugin_note = None, ""
+    if target.flavour != "rtx" and (plugin is not None or folder.block_skip_nodes):
+        library, plugin_note = choose_plugin(plugin)
     return EnginePlan(
         target=target,
         folder=folder,
         limits=limits,
         profiles=tuple(make_profiles(folder.inputs, limits)),
-        plugin=None if plugin is None else require_plugin_file(plugin),
-        notes=(*prefill_notes(limits, max_prefill), *memory_notes(target, folder, form)),
+        plugin=library,
+        notes=(
+            *prefill_notes(limits, max_prefill),
+            *memory_notes(target, folder, form),
+            *filter(None, (plugin_note,)),
+        ),
     )
 
 

@@ -11,6 +11,9 @@ from pipeline.engine.onnx_folder import BLOCK_SKIP_DOMAIN, BLOCK_SKIP_OPS
 from pipeline.errors import InputError
 
 PLUGIN_VERSION = "1"
+BUILT_PLUGIN = (
+    Path(__file__).parents[2] / "trt_plugins" / "block_skip" / "lib" / "libskipcat_block_skip.so"
+)
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,22 @@ def require_plugin_file(path: Path) -> Path:
             change="build it first (make plugin), or leave --plugin out",
         )
     return path.resolve()
+
+
+def choose_plugin(given: Path | None) -> tuple[Path | None, str]:
+    """The plugin library to build with, and what to say of it.
+
+    Args:
+        given: what the user named; None takes what `make plugin` built, if it did.
+
+    Raises:
+        InputError: the file that was named does not exist.
+    """
+    if given is not None:
+        return require_plugin_file(given), f"block-skip plugin: {given}"
+    if BUILT_PLUGIN.is_file():
+        return BUILT_PLUGIN, f"block-skip plugin: {BUILT_PLUGIN}, built by make plugin"
+    return None, "no block-skip plugin: none is built (make plugin), so its function body is used"
 
 
 def load_plugin(library: Any, path: Path) -> list[PluginCreator]:

@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.engine import plugin_library
 from pipeline.engine.plugin_library import (
     PluginCreator,
     block_skip_creators,
+    choose_plugin,
     load_plugin,
     require_plugin_file,
 )
@@ -35,3 +37,18 @@ def test_a_file_that_is_no_library_is_refused(tmp_path: Path) -> None:
     path.write_bytes(b"not a library")
     with pytest.raises(InputError, match="cannot load"):
         load_plugin(trt, path)
+
+
+def test_the_plugin_that_was_built_is_taken_unless_another_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built, named = tmp_path / "built.so", tmp_path / "named.so"
+    monkeypatch.setattr(plugin_library, "BUILT_PLUGIN", built)
+    path, said = choose_plugin(None)
+    assert path is None
+    assert "make plugin" in said
+    assert "function body" in said
+    built.write_bytes(b"")
+    assert choose_plugin(None)[0] == built
+    named.write_bytes(b"")
+    assert choose_plugin(named)[0] == named
