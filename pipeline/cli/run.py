@@ -13,7 +13,7 @@ import click
 
 from pipeline.cli import options
 from pipeline.errors import UsageError
-from pipeline.runtime.open_session import BACKENDS
+from pipeline.runtime.open_session import BACKENDS, DEVICES
 
 if TYPE_CHECKING:
     from pipeline.runtime.answer import Answer
@@ -67,6 +67,13 @@ class Chat:
 @click.option("--system", help="System message of the conversation.")
 @click.option("--raw", is_flag=True, help="Give the prompt as it is, without a chat template.")
 @click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True)
+@click.option(
+    "--device",
+    type=click.Choice(DEVICES),
+    default="cpu",
+    show_default=True,
+    help="Where a checkpoint is computed; cuda: half precision, with the block-skip kernels.",
+)
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of ONNX Runtime.")
 @sampling_options
 @options.json_output
@@ -76,6 +83,7 @@ def command(
     system: str | None,
     raw: bool,
     backend: str,
+    device: str,
     threads: int | None,
     max_new_tokens: int,
     stops: tuple[str, ...],
@@ -103,7 +111,7 @@ def command(
     if prompt is None and not converse:
         prompt = sys.stdin.read()
     generator = np.random.default_rng(seed)
-    model = open_model(folder, backend, threads)
+    model = open_model(folder, backend, threads, device)
 
     def ask(prompt_ids: list[int], emit: Callable[[str], None]) -> Answer:
         return model.generate(prompt_ids, max_new_tokens, how, stops, generator, emit)
@@ -123,11 +131,13 @@ def require_sensible(raw: bool, system: str | None, conversation_as_json: bool) 
         raise UsageError("--json answers one prompt.", change="pass -p, or a prompt on stdin")
 
 
-def open_model(folder: Path, backend: str, threads: int | None) -> LanguageModel:
+def open_model(
+    folder: Path, backend: str, threads: int | None, device: str = "cpu"
+) -> LanguageModel:
     """Load tokenizer and session of `folder`."""
     from pipeline.runtime.language_model import LanguageModel
 
-    return LanguageModel.open(folder, backend, threads)
+    return LanguageModel.open(folder, backend, threads, device)
 
 
 def answer_once(chat: Chat, prompt: str, as_json: bool) -> None:

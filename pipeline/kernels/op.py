@@ -190,6 +190,15 @@ def device_of(index: int) -> Device:
     return Device(multiprocessors=properties.multi_processor_count, capability=capability)
 
 
+def prepare(device: int) -> None:
+    """Compile and load the kernels for a GPU now, so that whatever is wrong is said before work.
+
+    Raises:
+        InputError: as `build_library`.
+    """
+    library_for(device_of(device).capability)
+
+
 @cache
 def library_for(capability: int) -> ctypes.CDLL:
     """The library for GPUs of a capability, compiled if need be."""

@@ -51,7 +51,11 @@ class LanguageModel:
 
     @classmethod
     def open(
-        cls, folder: str | Path, backend: str = "auto", threads: int | None = None
+        cls,
+        folder: str | Path,
+        backend: str = "auto",
+        threads: int | None = None,
+        device: str = "cpu",
     ) -> LanguageModel:
         """Open an ONNX export, a checkpoint or an engine folder.
 
@@ -61,7 +65,7 @@ class LanguageModel:
         """
         folder = Path(folder)
         tokenizer = load_tokenizer(folder)
-        session = open_session(folder, backend, threads)
+        session = open_session(folder, backend, threads, device)
         return cls(session, tokenizer, stop_token_ids(tokenizer, folder))
 
     def generate(

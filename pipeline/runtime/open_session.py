@@ -11,9 +11,14 @@ if TYPE_CHECKING:
     from pipeline.runtime.session import Session
 
 BACKENDS = ("auto", "torch", "onnx", "tensorrt")
+DEVICES = ("cpu", "cuda")
+# Attention over a static cache reads all of it at every step.
+CUDA_CACHE_TOKENS = 2048
 
 
-def open_session(folder: Path, backend: str = "auto", threads: int | None = None) -> Session:
+def open_session(
+    folder: Path, backend: str = "auto", threads: int | None = None, device: str = "cpu"
+) -> Session:
     """Open an exported ONNX folder, a checkpoint folder or an engine folder.
 
     Args:
@@ -21,10 +26,11 @@ def open_session(folder: Path, backend: str = "auto", threads: int | None = None
             (PyTorch).
         backend: `auto`, `torch`, `onnx` or `tensorrt`.
         threads: threads of ONNX Runtime within one operator; None leaves the choice to it.
+        device: where PyTorch computes; the other backends have one of their own.
 
     Raises:
-        InputError: the folder is of neither kind, or does not load.
-        UsageError: the folder is not of the kind that `backend` reads.
+        InputError: the folder is of neither kind, or does not load; or there is no such device.
+        UsageError: the folder is not of the kind that `backend` reads, or `device` is for another.
     """
     kind = folder_kind(folder)
     if backend not in ("auto", kind):
@@ -34,6 +40,15 @@ def open_session(folder: Path, backend: str = "auto", threads: int | None = None
             observed=f"a folder for the backend '{kind}'",
             change=f"pass --backend {kind}, or another folder",
         )
+    if device == "cuda":
+        if kind != "torch":
+            raise UsageError(
+                "--device cuda is for a checkpoint, which PyTorch runs.",
+                where=folder,
+                observed=f"a folder for the backend '{kind}'",
+                change="give the checkpoint it was made from, or leave --device out",
+            )
+        return open_cuda(folder)
     if kind == "tensorrt":
         from pipeline.runtime.tensorrt_session import TensorRTSession
 
@@ -85,3 +100,33 @@ def open_torch(folder: Path) -> Session:
     from pipeline.runtime.torch_session import TorchSession
 
     return TorchSession(load_checkpoint(folder, dtype=torch.float32), name="torch float32")
+
+
+def open_cuda(folder: Path) -> Session:
+    """The session over a checkpoint on the GPU: half precision, our kernels, one graph a step.
+
+    Raises:
+        InputError: PyTorch sees no GPU, or the kernels cannot be compiled.
+    """
+    import torch
+
+    from pipeline.compress.checkpoint import load_checkpoint
+    from pipeline.kernels.install import use_operator_
+    from pipeline.kernels.op import prepare
+    from pipeline.runtime.static_session import StaticSession
+
+    if not torch.cuda.is_available():
+        built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+        raise InputError(
+            "PyTorch sees no NVIDIA GPU.",
+            observed=f"torch {torch.__version__}, {built}; {torch.cuda.device_count()} devices",
+            change="leave --device out to run on the CPU",
+        )
+    model = load_checkpoint(folder)
+    dtype = torch.bfloat16 if model.dtype == torch.bfloat16 else torch.float16
+    replaced = use_operator_(model.to(dtype))
+    if replaced:
+        prepare(torch.cuda.current_device())
+    kind = f"block-skip kernels in {replaced} layers" if replaced else "no block-skip layers"
+    name = f"torch cuda {str(dtype).removeprefix('torch.')}, {kind}"
+    return StaticSession(model.to("cuda"), name, CUDA_CACHE_TOKENS)

@@ -129,3 +129,40 @@ def test_stop_strings_end_the_answer(
     stopped = json.loads(capsys.readouterr().out)
     assert stopped["text"] == free[: free.index(stop)]
     assert stopped["ended"] == "stop"
+
+
+def test_a_gpu_that_is_not_there_is_said_and_no_cpu_takes_its_place(
+    folders: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert main(["run", folders["torch"], "-p", "abc", "--device", "cuda"]) == 3
+    captured = capsys.readouterr()
+    assert "PyTorch sees no NVIDIA GPU" in captured.err
+    assert captured.out == ""
+
+
+def test_only_a_checkpoint_goes_to_the_gpu(
+    folders: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", folders["onnx"], "-p", "abc", "--device", "cuda"]) == 2
+    assert "for a checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+def test_a_compressed_checkpoint_answers_on_the_gpu_as_on_the_cpu(
+    folders: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = str(tmp_path / "small")
+    compress = ["compress", "-m", folders["torch"], "-o", small, "--method", "skipcat"]
+    assert main([*compress, "--keep-params", "0.7", "--windows", "4", "--window-length", "32"]) == 0
+    capsys.readouterr()
+    answers = []
+    for device in ("cpu", "cuda"):
+        arguments = ["run", small, "-p", "hello", "--max-new-tokens", "12", "--json"]
+        assert main([*arguments, "--device", device]) == 0
+        answers.append(json.loads(capsys.readouterr().out))
+    assert "block-skip kernels" in answers[1]["backend"]
+    assert answers[0]["text"] == answers[1]["text"]
