@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pipeline.cli import options
+from pipeline.cli.prompts import answer_all, read_prompts
 from pipeline.errors import UsageError
 from pipeline.runtime.open_session import BACKENDS, DEVICES
 
@@ -64,6 +65,12 @@ class Chat:
 @click.command("run")
 @click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.option("-p", "--prompt", help="What to ask; without it, stdin or a conversation.")
+@click.option(
+    "--prompts",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="A prompt a line, or a .jsonl of prompt or messages: answered side by side, in order.",
+)
+@click.option("--batch-size", type=click.IntRange(1, 256), default=8, show_default=True)
 @click.option("--system", help="System message of the conversation.")
 @click.option("--raw", is_flag=True, help="Give the prompt as it is, without a chat template.")
 @click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True)
@@ -80,6 +87,8 @@ class Chat:
 def command(
     folder: Path,
     prompt: str | None,
+    prompts: Path | None,
+    batch_size: int,
     system: str | None,
     raw: bool,
     backend: str,
@@ -99,6 +108,7 @@ def command(
 
     \b
       skipcat run build/onnx -p "What is a whale?"
+      skipcat run build/cpu --prompts questions.txt --json > answers.jsonl
       echo "Once upon a time" | skipcat run build/checkpoint --raw
     """  # noqa: D301 - click reads the escape
     import numpy as np
@@ -106,6 +116,25 @@ def command(
     from pipeline.runtime.sample import Sampling
 
     how = Sampling(**sampling)
+    if prompts is not None:
+        if prompt is not None or device != "cpu":
+            raise UsageError("--prompts goes with neither --prompt nor --device cuda.")
+        require_sensible(raw, system, False)
+        opening = [{"role": "system", "content": system}] if system else []
+        answer_all(
+            folder,
+            [opening + messages for messages in read_prompts(prompts)],
+            raw=raw,
+            backend=backend,
+            threads=threads,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+            sampling=how,
+            stops=stops,
+            seed=seed,
+            as_json=as_json,
+        )
+        return
     converse = prompt is None and sys.stdin.isatty()
     require_sensible(raw, system, converse and as_json)
     if prompt is None and not converse:
