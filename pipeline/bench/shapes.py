@@ -133,8 +133,8 @@ def empty_model(shape: Shape, kept: float = 1.0) -> Any:
     return model.eval()
 
 
-def shape_plan(shape: Shape, kept: float) -> RankPlan:
-    """The uniform plan for an architecture, from its sizes alone.
+def shape_plan(shape: Shape, kept: float, multiple: int = 1) -> RankPlan:
+    """The uniform plan for an architecture, from its sizes alone; ranks in multiples.
 
     Raises:
         UsageError: `kept` outside (0, 1].
@@ -153,7 +153,7 @@ def shape_plan(shape: Shape, kept: float) -> RankPlan:
             for members, width, tall in zip(GROUPS, widths, heights, strict=True)
         )
         layers.append(Layer(name, groups))
-    return uniform_plan(layers, kept)
+    return uniform_plan(layers, kept, multiple=multiple)
 
 
 def fill_randomly_(model: nn.Module, dtype: Any) -> None:
@@ -180,10 +180,10 @@ def fill_randomly_(model: nn.Module, dtype: Any) -> None:
                 values = _filled(parameter.shape, block)
                 made[id(parameter)] = nn.Parameter(values, requires_grad=False)
             module._parameters[name] = made[id(parameter)]
-        if getattr(module, "permutation", None) is not None:
-            width = len(module.permutation)
-            order = torch.randperm(width, generator=generator, dtype=torch.int32)
-            module.permutation = order
+        permutation = module._buffers.get("permutation")
+        if permutation is not None:
+            order = torch.randperm(len(permutation), generator=generator, dtype=torch.int32)
+            module._buffers["permutation"] = order
 
 
 def _filled(shape: Any, block: Any) -> Any:
