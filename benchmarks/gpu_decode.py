@@ -203,16 +203,15 @@ def judge(figures: list[Figure]) -> list[dict[str, Any]]:
 def show(name: str, rows: list[dict[str, Any]]) -> None:
     """A line for each way."""
     click.echo(f"\n{name}: batch 1")
-    click.echo("way       kept   GB read   ms/token    GB/s  x compiled  of bytes  x low-rank")
+    click.echo("way       kept   GB read   ms/token       GB/s x compiled   of bytes x low-rank")
     for row in rows:
+        columns = {"ms": 3, "gb_per_s": 0, "speed_up": 2, "of_bytes": 2, "over_low_rank": 2}
         numbers = [
-            f"{row[key]:{width}}" if row.get(key) is not None else "-".rjust(int(width.split(".")[0]))
-            for key, width in (("ms", "10.3f"), ("gb_per_s", "7.0f"), ("speed_up", "11.2f"),
-                               ("of_bytes", "9.2f"), ("over_low_rank", "11.2f"))
-        ]  # fmt: skip
-        line = (
-            f"{row['way']:<9} {row['kept']:<5} {row['read_bytes'] / 1e9:8.3f} {' '.join(numbers)}"
-        )
+            f"{row[name]:10.{digits}f}" if row.get(name) is not None else f"{'-':>10}"
+            for name, digits in columns.items()
+        ]
+        start = f"{row['way']:<9} {row['kept']:<5} {row['read_bytes'] / 1e9:8.3f}"
+        line = f"{start} {' '.join(numbers)}"
         click.echo(f"{line}  {row.get('verdict', '')}")
 
 
