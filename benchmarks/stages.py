@@ -48,9 +48,9 @@ WIDE = ("--hidden", "4096", "--intermediate", "11008", "--head-width", "128", "-
 WIDE_CALIBRATION = ("--effort", "fast", "--windows", "24", "--dtype", "bfloat16",
                     "--stream-weights")  # fmt: skip
 WIDE_METHOD = "skipcat"
-# Four times narrower, so that many layers take minutes.
+# Eight times narrower, so that many layers take minutes.
 STREAMED_DEPTHS = (4, 8, 16)
-STREAMED = ("--hidden", "1024", "--intermediate", "2752", "--dtype", "bfloat16")
+STREAMED = ("--hidden", "512", "--intermediate", "1376", "--dtype", "bfloat16")
 # One layer's activations of all calibration tokens, in float32, at the width of random_llama.py:
 # less than this is no leak of one layer's worth.
 LAYER_ACTIVATION_BYTES = 64 * 512 * 256 * 4

@@ -1,4 +1,4 @@
-"""Devices whose speed can be predicted: their memory, and where the numbers come from."""
+"""Devices whose speed can be predicted: memory and clock, and where the numbers come from."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 from pipeline.errors import UsageError
 
-ORIN = "NVIDIA Jetson Orin data sheets (LPDDR5)"
-SUPER = "NVIDIA's Super mode of JetPack 6.1 and later: 68 to 102 GB/s"
-GEFORCE = "NVIDIA's GeForce specifications (memory bus, data rate)"
+ORIN = "NVIDIA Jetson Orin data sheets (LPDDR5; clock of the mode without Super)"
+SUPER = "NVIDIA's Super mode, JetPack 6.1 and later: 68 to 102 GB/s, 625 to 1020 MHz"
+THOR = "NVIDIA Jetson AGX Thor data sheet (LPDDR5X, 273 GB/s)"
+GEFORCE = "NVIDIA's GeForce specifications (memory bus, data rate, boost clock)"
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class Device:
         name: as on the command line.
         bus_bits: width of its memory bus.
         gbit_per_pin: data rate, 10^9 transfers a second.
+        ghz: highest clock of its GPU.
         memory_gb: capacity, 10^9 bytes, as it is sold; a Jetson's CPU shares it.
         source: of these numbers.
     """
@@ -26,6 +28,7 @@ class Device:
     name: str
     bus_bits: int
     gbit_per_pin: float
+    ghz: float
     memory_gb: int
     source: str
 
@@ -38,23 +41,23 @@ class Device:
 DEVICES = {
     device.name: device
     for device in (
-        Device("orin-nano-4gb", 64, 4.266, 4, ORIN),
-        Device("orin-nano-8gb", 128, 4.266, 8, ORIN),
-        Device("orin-nano-8gb-super", 128, 6.4, 8, SUPER),
-        Device("orin-nx-8gb", 128, 6.4, 8, ORIN),
-        Device("orin-nx-16gb", 128, 6.4, 16, ORIN),
-        Device("agx-orin-32gb", 256, 6.4, 32, ORIN),
-        Device("agx-orin-64gb", 256, 6.4, 64, ORIN),
-        Device("thor", 256, 8.533, 128, "NVIDIA Jetson Thor data sheet (LPDDR5X, 273 GB/s)"),
-        Device("rtx-3060", 192, 15.0, 12, GEFORCE),
-        Device("rtx-3090", 384, 19.5, 24, GEFORCE),
-        Device("rtx-4060", 128, 17.0, 8, GEFORCE),
-        Device("rtx-4070", 192, 21.0, 12, GEFORCE),
-        Device("rtx-4080", 256, 22.4, 16, GEFORCE),
-        Device("rtx-4090", 384, 21.0, 24, GEFORCE),
-        Device("rtx-5070", 192, 28.0, 12, GEFORCE),
-        Device("rtx-5080", 256, 30.0, 16, GEFORCE),
-        Device("rtx-5090", 512, 28.0, 32, GEFORCE),
+        Device("orin-nano-4gb", 64, 4.266, 0.625, 4, ORIN),
+        Device("orin-nano-8gb", 128, 4.266, 0.625, 8, ORIN),
+        Device("orin-nano-8gb-super", 128, 6.4, 1.02, 8, SUPER),
+        Device("orin-nx-8gb", 128, 6.4, 0.765, 8, ORIN),
+        Device("orin-nx-16gb", 128, 6.4, 0.918, 16, ORIN),
+        Device("agx-orin-32gb", 256, 6.4, 0.93, 32, ORIN),
+        Device("agx-orin-64gb", 256, 6.4, 1.3, 64, ORIN),
+        Device("thor", 256, 8.533, 1.575, 128, THOR),
+        Device("rtx-3060", 192, 15.0, 1.777, 12, GEFORCE),
+        Device("rtx-3090", 384, 19.5, 1.695, 24, GEFORCE),
+        Device("rtx-4060", 128, 17.0, 2.46, 8, GEFORCE),
+        Device("rtx-4070", 192, 21.0, 2.475, 12, GEFORCE),
+        Device("rtx-4080", 256, 22.4, 2.505, 16, GEFORCE),
+        Device("rtx-4090", 384, 21.0, 2.52, 24, GEFORCE),
+        Device("rtx-5070", 192, 28.0, 2.512, 12, GEFORCE),
+        Device("rtx-5080", 256, 30.0, 2.617, 16, GEFORCE),
+        Device("rtx-5090", 512, 28.0, 2.407, 32, GEFORCE),
     )
 }
 

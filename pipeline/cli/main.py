@@ -25,6 +25,7 @@ VERBS = {
     "evaluate": "pipeline.cli.evaluate",
     "run": "pipeline.cli.run",
     "serve": "pipeline.cli.serve",
+    "bench": "pipeline.cli.bench",
     "inspect": "pipeline.cli.inspect",
     "doctor": "pipeline.cli.doctor",
 }
