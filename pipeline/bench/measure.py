@@ -1,0 +1,215 @@
+"""Measure models against the memory they are read from, turn by turn, each in its own process."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline import doctor
+from pipeline.bench.process import Child
+from pipeline.bench.targets import (
+    Target,
+    choose_device,
+    require_length,
+    require_memory,
+)
+from pipeline.progress import note, track
+from pipeline.provenance import provenance
+
+SCHEMA = 1
+WARM_UP_TOKENS = 4
+MEMORY_BUFFER_BYTES = 512 << 20
+Turn = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to measure.
+
+    Attributes:
+        prompt_tokens: read at once.
+        new_tokens: fed one by one.
+        context: tokens in the cache before the first of them; at least `prompt_tokens`.
+        rounds: turns of every model, after one that warms up.
+        threads: of PyTorch, of ONNX Runtime, and of the reading of memory.
+        device: `auto`, `cpu` or `cuda`.
+    """
+
+    prompt_tokens: int
+    new_tokens: int
+    context: int
+    rounds: int
+    threads: int
+    device: str = "auto"
+
+    @property
+    def mean_context(self) -> float:
+        """Tokens in the cache at a decode step, on average over the steps."""
+        return self.context + (self.new_tokens + 1) / 2
+
+    def asked(self, new_tokens: int) -> dict[str, int]:
+        """The request of one turn."""
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "context": self.context,
+            "new_tokens": new_tokens,
+        }
+
+
+def measure(
+    targets: Sequence[Target], settings: Settings, tell: Callable[[str], None] = lambda text: None
+) -> dict[str, Any]:
+    """Prefill and decode of every model, interleaved, and the bandwidth of the memory between.
+
+    Args:
+        targets: what to measure.
+        settings: how.
+        tell: takes a line for every turn.
+
+    Returns:
+        The record: machine, settings, bandwidth, and a row for each model.
+
+    Raises:
+        UsageError: tokens beyond a model's context, or a device that it does not run on.
+        InputError: a model does not load, or there is no GPU.
+        ResourceError: not enough memory.
+    """
+    device = choose_device(targets, settings.device)
+    require_length(targets, settings.context, settings.new_tokens)
+    if device == "cpu":
+        length = settings.context + settings.new_tokens
+        require_memory(targets, length, MEMORY_BUFFER_BYTES)
+    before = load_average()
+    with contextlib.ExitStack() as stack:
+        memory_target = {"kind": "memory", "device": device, "threads": settings.threads}
+        memory = stack.enter_context(Child("memory", memory_target))
+        memory.wait_until_open()
+        memory.ask()
+        children = []
+        for target in targets:  # one after the other: then the GPU's memory tells what each took
+            note(f"loading {target.label}")
+            request = target.request(device, settings.threads)
+            child = stack.enter_context(Child(target.label, request))
+            child.wait_until_open()
+            child.ask(**settings.asked(min(WARM_UP_TOKENS, settings.new_tokens)))
+            children.append(child)
+        speeds, turns = take_turns(memory, children, settings, tell)
+        bandwidth = {"device": device, **memory.ready, "bytes_per_s": summary(speeds)}
+        rows = [
+            row_of(target, child.ready, found, settings, bandwidth["bytes_per_s"]["median"])
+            for target, child, found in zip(targets, children, turns, strict=True)
+        ]
+    return {
+        "schema": SCHEMA,
+        "kind": "measurement",
+        "machine": describe_machine(),
+        "provenance": provenance(),
+        "settings": asdict(settings) | {"device": device},
+        "load_average": [before, load_average()],
+        "bandwidth": bandwidth,
+        "rows": rows,
+    }
+
+
+def take_turns(
+    memory: Child, children: Sequence[Child], settings: Settings, tell: Callable[[str], None]
+) -> tuple[list[float], list[list[Turn]]]:
+    """Bytes a second of the memory in each round, and the turns of each child."""
+    speeds: list[float] = []
+    turns: list[list[Turn]] = [[] for _ in children]
+    for number in track(range(settings.rounds), "rounds"):
+        speeds.append(memory.ask()["bytes_per_s"])
+        tell(f"round {number + 1}: memory {speeds[-1] / 1e9:.1f} GB/s")
+        for child, found in zip(children, turns, strict=True):
+            found.append(child.ask(**settings.asked(settings.new_tokens)))
+            rate = settings.new_tokens / sum(found[-1]["token_s"])
+            tell(f"round {number + 1}: {child.label} {rate:.1f} tokens/s")
+    return speeds, turns
+
+
+def row_of(
+    target: Target,
+    ready: dict[str, Any],
+    turns: Sequence[Turn],
+    settings: Settings,
+    bytes_per_s: float,
+) -> dict[str, Any]:
+    """The figures of one model.
+
+    Args:
+        target: the model.
+        ready: what its process said of it.
+        turns: what it measured.
+        settings: how.
+        bytes_per_s: of the memory.
+    """
+    widths = ready["float_bytes"]
+    weights = target.traffic.weight_bytes(widths["weights"])
+    tokens = ready["cache_tokens"] or settings.mean_context
+    cache = target.traffic.cache_bytes(tokens, widths["cache"])
+    prefill = summary([settings.prompt_tokens / turn["prefill_s"] for turn in turns])
+    decode = summary([settings.new_tokens / sum(turn["token_s"]) for turn in turns])
+    tokens_s = [second for turn in turns for second in turn["token_s"]]
+    achieved = (weights + cache) * decode["median"]
+    return {
+        "model": target.label,
+        **target.what,
+        "session": ready["session"],
+        "prefill_tokens_per_s": prefill,
+        "decode_tokens_per_s": decode,
+        "token_ms": 1000 * statistics.median(tokens_s),
+        "stored_bytes": target.traffic.stored_bytes,
+        "weight_bytes_per_token": weights,
+        "cache_bytes_per_token": cache,
+        "bytes_per_token": weights + cache,
+        "bytes_counted_from": target.traffic.counted_from,
+        "bytes_per_s": achieved,
+        "bandwidth_share": achieved / bytes_per_s,
+        "peak_bytes": max(turn["peak_bytes"] for turn in turns),
+        "peak_device_bytes": max(turn["peak_device_bytes"] or 0 for turn in turns) or None,
+    }
+
+
+def summary(values: Sequence[float]) -> dict[str, Any]:
+    """Median, extremes and all values."""
+    return {
+        "median": statistics.median(values),
+        "min": min(values),
+        "max": max(values),
+        "all": list(values),
+    }
+
+
+def load_average() -> float:
+    """Processes that wanted a core over the last minute: above the cores, times are too long."""
+    return round(os.getloadavg()[0], 2)
+
+
+def describe_machine() -> dict[str, Any]:
+    """Processor, cores, memory and GPUs of this machine."""
+    import psutil
+
+    gpus, why = doctor.find_gpus()
+    return {
+        "cpu": cpu_name(),
+        "cores": doctor.usable_cores(),
+        "cpu_flags": list(doctor.cpu_flags()),
+        "memory_bytes": psutil.virtual_memory().total,
+        "gpus": [asdict(gpu) for gpu in gpus] or why,
+        "jetpack": doctor.read_jetpack(),
+    }
+
+
+def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """The processor's name, as Linux knows it."""
+    try:
+        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return "unknown"
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "unknown")

@@ -1,0 +1,139 @@
+"""What an ONNX export or an engine reads for a token."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+
+from pipeline.bench.traffic import CacheTensor, StoredTensor, Traffic
+from pipeline.engine.manifest import read_manifest
+from pipeline.errors import InputError
+from pipeline.export.block_skip import DOMAIN
+from pipeline.runtime.export_record import ExportRecord, read_export_record
+
+CACHE_PREFIX = "past_key_values."
+# Operator -> inputs of which one row is read for a token.
+LOOKED_UP = {
+    "Gather": (0,),
+    "GatherBlockQuantized": (0, 2, 3),
+    "GroupQueryAttention": (7, 8),
+}
+# Operator -> input that is the matrix of a product. A head that is also the embedding is turned
+# first, which ONNX Runtime does once, as it loads.
+PRODUCTS = {"MatMul": (0, 1), "Gemm": (1,), "MatMulNBits": (1,), "Transpose": (0,)}
+Use = tuple[str, str, int]  # domain, operator, number of the input
+
+
+def traffic_of_export(folder: Path) -> Traffic:
+    """Count an ONNX export from the initializers and the cache inputs of its graph.
+
+    Raises:
+        InputError: files are missing, or the graph is not the one that the record is for.
+    """
+    record = read_export_record(folder)
+    path = folder / "model.onnx"
+    try:
+        graph = onnx.load(str(path), load_external_data=False).graph
+    except Exception as error:  # protobuf's errors share no base class but this one
+        raise InputError("The graph cannot be read.", where=path, observed=error) from error
+    require_weights(folder, graph.initializer)
+    uses = uses_of_inputs(graph.node)
+    tensors = tuple(
+        stored_tensor(initializer, uses[initializer.name]) for initializer in graph.initializer
+    )
+    cache = tuple(
+        cache_input(value, record) for value in graph.input if value.name.startswith(CACHE_PREFIX)
+    )
+    return Traffic(tensors, cache, record.max_length, "model.onnx")
+
+
+def require_weights(folder: Path, initializers: Iterable[Any]) -> None:
+    """Raise InputError when a file that weights are in is missing or too short."""
+    ends: dict[str, int] = defaultdict(int)
+    for initializer in initializers:
+        place = {entry.key: entry.value for entry in initializer.external_data}
+        if "location" in place:
+            end = int(place.get("offset", 0)) + int(place.get("length", 0))
+            ends[place["location"]] = max(ends[place["location"]], end)
+    for name, end in ends.items():
+        path = folder / name
+        stored = path.stat().st_size if path.is_file() else 0
+        if stored < end:
+            raise InputError(
+                "The weights of this export are missing or truncated.",
+                where=path,
+                observed=f"{stored} bytes",
+                expected=f"at least {end}",
+                change="copy the whole folder again, or export again",
+            )
+
+
+def uses_of_inputs(nodes: Iterable[Any]) -> dict[str, list[Use]]:
+    """Who reads each tensor."""
+    uses: dict[str, list[Use]] = defaultdict(list)
+    for node in nodes:
+        for place, name in enumerate(node.input):
+            uses[name].append((node.domain, node.op_type, place))
+    return uses
+
+
+def stored_tensor(initializer: Any, uses: list[Use]) -> StoredTensor:
+    """An initializer, judged by the nodes that read it."""
+    kind = ir.DataType(initializer.data_type)
+    shape = tuple(initializer.dims)
+    product = len(shape) >= 2 and any(
+        domain == DOMAIN or place in PRODUCTS.get(operator, ()) for domain, operator, place in uses
+    )
+    looked_up = bool(uses) and all(
+        place in LOOKED_UP.get(operator, ()) for _, operator, place in uses
+    )
+    # ONNX Runtime's CPU kernels widen float16 as they load; scales of rounded weights stay.
+    floating = kind == ir.DataType.FLOAT16
+    return StoredTensor(initializer.name, shape, kind.bitwidth, looked_up, product, floating)
+
+
+def cache_input(value: Any, record: ExportRecord) -> CacheTensor:
+    """Keys or values of a layer, from the graph's input [B, heads, length, width]."""
+    dims = [dim.dim_value for dim in value.type.tensor_type.shape.dim]
+    bits = ir.DataType(value.type.tensor_type.elem_type).bitwidth
+    # The static cache is read to its end under a mask.
+    static = record.max_length if record.profile == "opset24" else None
+    return CacheTensor(dims[1] * dims[3], bits, static_length=static)
+
+
+def traffic_of_engine(folder: Path) -> Traffic:
+    """Count an engine by the ONNX folder beside it that it was built from, or by its plan.
+
+    Raises:
+        InputError: the manifest is missing or broken.
+    """
+    manifest = read_manifest(folder)
+    try:
+        digest = manifest["onnx"]["sha256"]
+        length = manifest["limits"]["max_length"]
+        plan = StoredTensor("engine.plan", (manifest["plan"]["bytes"],), 8, floating=False)
+        cache = tuple(engine_cache(manifest))
+    except (KeyError, TypeError, IndexError) as error:
+        raise InputError("The manifest of this engine is broken.", where=folder) from error
+    for record in sorted(folder.absolute().parent.glob("*/export.json")):
+        if json.loads(record.read_text(encoding="utf-8")).get("onnx_sha256") == digest:
+            counted = traffic_of_export(record.parent)
+            return Traffic(counted.tensors, cache, length, f"{record.parent.name}/model.onnx")
+    # Kernels, and an embedding that is not the head, are counted too.
+    return Traffic((plan,), cache, length, "engine.plan, all of it")
+
+
+def engine_cache(manifest: dict[str, Any]) -> Iterable[CacheTensor]:
+    """Keys and values of an engine, from the ranges of its decode profile."""
+    bits = 16 if manifest["onnx"]["dtype"] == "float16" else 32
+    static = manifest["limits"]["max_length"] if manifest["onnx"]["profile"] == "opset24" else None
+    for name, ends in manifest["profiles"][0]["shapes"].items():
+        if name.startswith(CACHE_PREFIX):
+            _, heads, _, width = ends["max"]
+            yield CacheTensor(heads * width, bits, static_length=static)

@@ -1,0 +1,128 @@
+"""The roofline of decoding: tokens/s against bytes a token, under the line of the bandwidth."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+
+from pipeline.artefact import write_text
+
+INK = "#1c2733"
+COLOURS = ("#57789c", "#2da44e", "#c62828", "#8a63d2", "#bf8700", "#1b7c83")
+MARKERS = "osD^vPX<>*"
+MARGIN = 1.6
+
+
+@dataclass(frozen=True)
+class Point:
+    """One model under one line.
+
+    Attributes:
+        label: of the model.
+        line: number of the line it belongs to.
+        read_bytes: for a token.
+        tokens_per_s: median, or what is expected.
+        low: lowest of the rounds.
+        high: highest of the rounds.
+    """
+
+    label: str
+    line: int
+    read_bytes: float
+    tokens_per_s: float
+    low: float
+    high: float
+
+
+def write_measured(record: dict[str, Any], path: Path) -> None:
+    """The SVG of a measurement: a line for the bandwidth, and a dot for each model."""
+    points = []
+    for row in record["rows"]:
+        rate = row["decode_tokens_per_s"]
+        label = f"{row['model']}, {row['session']}"
+        place = row["bytes_per_token"], rate["median"], rate["min"], rate["max"]
+        points.append(Point(label, 0, *place))
+    bandwidth = record["bandwidth"]["bytes_per_s"]["median"]
+    lines = [(f"memory, {bandwidth / 1e9:.1f} GB/s", bandwidth)]
+    write_text(path, draw("decode, measured", lines, points, measured=True))
+
+
+def write_predicted(record: dict[str, Any], path: Path) -> None:
+    """The SVG of a prediction: a line for each device, and circles for what is expected."""
+    speeds = {row["device"]: row["gb_per_s"] * 1e9 for row in record["rows"]}
+    lines = [(f"{name}, {speed / 1e9:.0f} GB/s", speed) for name, speed in speeds.items()]
+    order = list(speeds)
+    points = []
+    for row in record["rows"]:
+        rate = row["expected_tokens_per_s"]
+        line = order.index(row["device"])
+        points.append(Point(row["model"], line, row["bytes_per_token"], rate, rate, rate))
+    write_text(path, draw("decode, PREDICTED, not measured", lines, points, measured=False))
+
+
+def draw(
+    title: str, lines: Sequence[tuple[str, float]], points: Sequence[Point], *, measured: bool
+) -> str:
+    """The SVG, the same for the same data.
+
+    Args:
+        title: above it.
+        lines: name and bytes a second.
+        points: at least one.
+        measured: solid, each model in a colour; otherwise hollow, in the colour of the line.
+    """
+    labels = list(dict.fromkeys(point.label for point in points))
+    height = 3.6 + 0.2 * (len(lines) + len(labels))
+    figure = Figure(figsize=(7.2, height), layout="constrained")
+    axes = figure.subplots()
+    axes.set(xscale="log", yscale="log", xlabel="MB read for a token", ylabel="tokens/s")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(FuncFormatter(plain))
+        axis.set_minor_formatter(FuncFormatter(plain))
+    axes.tick_params(which="both", labelsize=7)
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.spines[["top", "right"]].set_visible(False)
+    sizes = [point.read_bytes for point in points]
+    ends = [min(sizes) / MARGIN, max(sizes) * MARGIN]
+    for number, (name, speed) in enumerate(lines):
+        colour = INK if measured else COLOURS[number % len(COLOURS)]
+        rates = [speed / end for end in ends]
+        axes.plot([end / 1e6 for end in ends], rates, color=colour, linewidth=1.2, label=name)
+    for point in points:
+        draw_point(axes, point, labels.index(point.label), measured=measured)
+    figure.legend(fontsize=8, frameon=False, loc="outside lower left")
+    buffer = io.StringIO()
+    with rc_context({"svg.hashsalt": "skipcat", "svg.fonttype": "none"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue()
+
+
+def draw_point(axes: Axes, point: Point, number: int, *, measured: bool) -> None:
+    """One point, with a bar from the lowest round to the highest; `number` is its model's."""
+    colour = COLOURS[(number if measured else point.line) % len(COLOURS)]
+    spread = [[point.tokens_per_s - point.low], [point.high - point.tokens_per_s]]
+    first = measured or point.line == 0
+    axes.errorbar(
+        point.read_bytes / 1e6,
+        point.tokens_per_s,
+        yerr=spread if measured else None,
+        fmt=MARKERS[number % len(MARKERS)],
+        color=colour,
+        markersize=6,
+        markerfacecolor=colour if measured else "white",
+        capsize=3,
+        label=point.label if first else None,
+    )
+
+
+def plain(value: float, place: int | None = None) -> str:
+    """A tick's number, at 1, 2 and 5 times a power of ten."""
+    return f"{value:,.6g}" if f"{value:e}"[0] in "125" else ""

@@ -1,0 +1,164 @@
+"""What a Hugging Face folder, or an architecture without weights, reads for a token."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import DynamicCache, PreTrainedModel
+
+from pipeline.bench.shapes import Shape, empty_model
+from pipeline.bench.traffic import CacheTensor, StoredTensor, Traffic
+from pipeline.errors import InputError
+from pipeline.export.skeleton import load_skeleton
+
+PROBE_TOKENS = 4
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Bits of an element: in the decoder's matrices, and in embedding and head."""
+
+    matrix: float
+    head: float
+
+    @property
+    def wide(self) -> float:
+        """Bits of vectors and of the cache."""
+        return max(16.0, self.head)
+
+
+# Rounded weights: a code of 4 or 8 bits, and a float16 scale for every 128 (q4f16: for every 32);
+# NVFP4 has a scale of 8 bits for every 16.
+PRECISIONS = {
+    "bfloat16": Precision(16, 16),
+    "float16": Precision(16, 16),
+    "float32": Precision(32, 32),
+    "int8": Precision(8 + 16 / 128, 16),
+    "int4": Precision(4 + 16 / 128, 16),
+    "nvfp4": Precision(4 + 8 / 16, 16),
+    "q4f16": Precision(4 + 16 / 32, 4 + 16 / 32),
+}
+
+
+def traffic_of_checkpoint(folder: Path) -> Traffic:
+    """Count a checkpoint from the headers of its safetensors files.
+
+    Raises:
+        InputError: broken weights, or tensors missing, superfluous or misshapen.
+    """
+    model = load_skeleton(folder, torch.float32).model.to("meta")
+    model.tie_weights()  # the move has made two tensors of a shared one
+    stored: dict[str, StoredTensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - a handle, not a dict
+                header = tensors.get_slice(name)
+                kind = header.get_dtype()
+                floating = "F" in kind
+                shape = tuple(header.get_shape())
+                stored[name] = StoredTensor(name, shape, bits_of(kind), floating=floating)
+    named = dict(_every_tensor(model))
+    counted: dict[int, StoredTensor] = {}
+    looked_up = lookup_tensors(model)
+    for name, tensor in stored.items():
+        key = id(named[name])  # a tied head may be in the file twice, and is in memory once
+        rows_only = key in looked_up
+        matrix = tensor.floating and len(tensor.shape) >= 2 and not rows_only
+        counted[key] = StoredTensor(
+            name, tensor.shape, tensor.bits, rows_only, matrix, tensor.floating
+        )
+    floats = [tensor.bits for tensor in counted.values() if tensor.product]
+    cache = cache_of_model(model, max(floats, default=32.0))
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return Traffic(tuple(counted.values()), cache, positions, "safetensors")
+
+
+def _every_tensor(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """Parameters and buffers under every name that they have."""
+    return [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]
+
+
+def bits_of(kind: str) -> float:
+    """Bits of an element, from safetensors' name of its type, such as BF16 or F8_E4M3."""
+    digits = re.search(r"\d+", kind)
+    return float(digits.group()) if digits else 8.0
+
+
+def lookup_tensors(model: nn.Module) -> set[int]:
+    """Ids of the parameters that are embeddings and nothing else."""
+    tables: set[int] = set()
+    others: set[int] = set()
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            (tables if isinstance(module, nn.Embedding) else others).add(id(parameter))
+    return tables - others
+
+
+def traffic_of_shape(shape: Shape, dtype: str, kept: float = 1.0) -> Traffic:
+    """Count an architecture; no weights are made.
+
+    Args:
+        shape: its sizes.
+        dtype: a name in PRECISIONS.
+        kept: fraction of the decoder's linear parameters to keep.
+
+    Raises:
+        pipeline.errors.UsageError: `kept` outside (0, 1].
+    """
+    precision = PRECISIONS[dtype]
+    model = empty_model(shape, kept).to("meta")
+    layers = {id(parameter) for parameter in model.get_decoder().layers.parameters()}
+    looked_up = lookup_tensors(model)
+    tensors = []
+    for name, parameter in model.named_parameters():
+        bits = precision.matrix if id(parameter) in layers else precision.head
+        if parameter.ndim < 2:
+            bits = precision.wide
+        rows_only = id(parameter) in looked_up
+        product = parameter.ndim >= 2 and not rows_only
+        tensors.append(StoredTensor(name, tuple(parameter.shape), bits, rows_only, product))
+    tensors += [
+        StoredTensor(name, tuple(buffer.shape), 32, floating=False)
+        for name, buffer in model.named_buffers()
+        if name.endswith(".permutation")
+    ]
+    cache = cache_of_model(model, precision.wide)
+    return Traffic(tensors, cache, shape.positions, "the architecture's sizes")
+
+
+@torch.no_grad()
+def cache_of_model(model: PreTrainedModel, bits: float) -> tuple[CacheTensor, ...]:
+    """The cache that a model on the meta device makes of a few tokens.
+
+    Args:
+        model: all of it on the meta device.
+        bits: of a number in the cache.
+
+    Raises:
+        InputError: it cannot be run without weights.
+    """
+    cache: Any = DynamicCache(config=model.config)
+    tokens = torch.zeros((1, PROBE_TOKENS), dtype=torch.int64, device="meta")
+    try:
+        model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    except Exception as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            "The size of this model's cache cannot be found.",
+            where=type(model).__name__,
+            observed=first,
+        ) from error
+    return tuple(
+        CacheTensor(held.shape[1] * held.shape[3], bits, getattr(layer, "sliding_window", None))
+        for layer in cache.layers
+        for held in (layer.keys, layer.values)
+    )

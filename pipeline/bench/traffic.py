@@ -1,0 +1,139 @@
+"""Bytes that one decode step reads: every weight once, one row of a table, and the cache."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A weight, as a file holds it.
+
+    Attributes:
+        name: in that file.
+        shape: its dimensions, as they are stored.
+        bits: of one element.
+        looked_up: only one row is read for a token, as of an embedding or of a table of positions.
+        product: it is a matrix that the token is multiplied with.
+        floating: it holds floating-point numbers, which a session may keep in another type.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    bits: float
+    looked_up: bool = False
+    product: bool = False
+    floating: bool = True
+
+    @property
+    def elements(self) -> int:
+        """Numbers in it."""
+        return math.prod(self.shape)
+
+    @property
+    def elements_per_token(self) -> int:
+        """Numbers read for one token."""
+        if self.looked_up and self.shape:
+            return self.elements // max(1, self.shape[0])
+        return self.elements
+
+    def bits_held(self, float_bytes: int | None) -> float:
+        """Bits of an element in memory, where floating-point numbers take `float_bytes`."""
+        return 8 * float_bytes if self.floating and float_bytes else self.bits
+
+
+@dataclass(frozen=True)
+class CacheTensor:
+    """Keys or values of one layer.
+
+    Attributes:
+        width: numbers for one token: heads times head width.
+        bits: of one number.
+        window: most tokens that it keeps; None for all.
+        static_length: slots that are read however many are filled; None if only the filled are.
+    """
+
+    width: int
+    bits: float
+    window: int | None = None
+    static_length: int | None = None
+
+    def tokens_read(self, context: float) -> float:
+        """Slots that one step reads with `context` tokens in the cache."""
+        if self.static_length is not None:
+            return self.static_length
+        return context if self.window is None else min(context, self.window)
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What a model reads for a token.
+
+    Attributes:
+        tensors: its weights.
+        cache: keys and values of all layers.
+        max_length: most tokens that it can hold; None when that is not known.
+        counted_from: the file or files that were counted.
+    """
+
+    tensors: Sequence[StoredTensor]
+    cache: Sequence[CacheTensor]
+    max_length: int | None
+    counted_from: str
+
+    @property
+    def stored_bytes(self) -> int:
+        """All weights, as they are stored."""
+        return round(sum(tensor.elements * tensor.bits for tensor in self.tensors) / 8)
+
+    @property
+    def products(self) -> int:
+        """Matrices that a token is multiplied with."""
+        return sum(tensor.product for tensor in self.tensors)
+
+    @property
+    def layers(self) -> int:
+        """Decoder layers: each has keys and values."""
+        return len(self.cache) // 2
+
+    def held_bytes(self, float_bytes: int | None = None) -> int:
+        """All weights in memory, with floating-point numbers of `float_bytes`, or as stored."""
+        bits = (tensor.elements * tensor.bits_held(float_bytes) for tensor in self.tensors)
+        return round(sum(bits) / 8)
+
+    def weight_bytes(self, float_bytes: int | None = None) -> int:
+        """Weights that one step reads, with floating-point numbers of `float_bytes`."""
+        bits = (t.elements_per_token * t.bits_held(float_bytes) for t in self.tensors)
+        return round(sum(bits) / 8)
+
+    def cache_bytes(self, context: float, float_bytes: int | None = None) -> int:
+        """Cache that one step reads with `context` tokens in it."""
+        return round(
+            sum(
+                tensor.tokens_read(context) * tensor.width * (float_bytes or tensor.bits / 8)
+                for tensor in self.cache
+            )
+        )
+
+
+def traffic_of_folder(folder: Path) -> Traffic:
+    """Count what a checkpoint, an ONNX export or an engine reads, from its own files.
+
+    Raises:
+        pipeline.errors.InputError: the folder is none of them, or its files are broken.
+    """
+    from pipeline.runtime.open_session import folder_kind
+
+    kind = folder_kind(folder)
+    if kind == "torch":
+        from pipeline.bench.torch_traffic import traffic_of_checkpoint
+
+        return traffic_of_checkpoint(folder)
+    from pipeline.bench import onnx_traffic
+
+    if kind == "onnx":
+        return onnx_traffic.traffic_of_export(folder)
+    return onnx_traffic.traffic_of_engine(folder)
