@@ -151,14 +151,14 @@ int32_t BlockSkipPlugin::getOutputShapes(nvinfer1::DimsExprs const* inputs, int3
     return 0;
 }
 
-bool BlockSkipPlugin::supportsFormatCombination(int32_t pos, nvinfer1::DynamicPluginTensorDesc const* inOut,
+bool BlockSkipPlugin::supportsFormatCombination(int32_t pos, nvinfer1::DynamicPluginTensorDesc const* descriptors,
     int32_t nbInputs, int32_t nbOutputs) noexcept
 {
     if (nbInputs != mOp.inputs() || nbOutputs != 1 || pos < 0 || pos > nbInputs)
     {
         return false;
     }
-    nvinfer1::PluginTensorDesc const& tensor = inOut[pos].desc;
+    nvinfer1::PluginTensorDesc const& tensor = descriptors[pos].desc;
     if (tensor.format != nvinfer1::TensorFormat::kLINEAR)
     {
         return false;
@@ -175,7 +175,7 @@ bool BlockSkipPlugin::supportsFormatCombination(int32_t pos, nvinfer1::DynamicPl
     {
         return tensor.type == nvinfer1::DataType::kINT8;
     }
-    return tensor.type == inOut[0].desc.type;
+    return tensor.type == descriptors[0].desc.type;
 }
 
 int32_t BlockSkipPlugin::configurePlugin(nvinfer1::DynamicPluginTensorDesc const* in, int32_t nbInputs,
