@@ -8,22 +8,23 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.image_processing_base import ImageProcessingMixin
 
 from pipeline.artefact import write_json
 from pipeline.compress import modeling_skipcat
 from pipeline.compress.modeling_skipcat import SkipCatConfig
 from pipeline.errors import InputError
 from pipeline.model.source import check_safetensors
+from pipeline.model.task import AUTO_CLASSES, Task, task_of_config, task_of_folder
 
-REMOTE_CLASS = "SkipCatForCausalLM"
 # save_pretrained holds one shard in memory a second time.
 LARGEST_SHARD = "2GB"
 
 
 def save_checkpoint(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | ImageProcessingMixin,
     modules: dict[str, dict[str, Any]],
     folder: Path,
     dtype: torch.dtype,
@@ -32,16 +33,17 @@ def save_checkpoint(
 
     Args:
         model: with its factored layers in place.
-        tokenizer: saved beside it.
+        tokenizer: saved beside it; of an image classifier, its image processor.
         modules: `quantization_config.modules`; empty when nothing was factored.
         folder: exists.
         dtype: of all floating-point weights on disk.
     """
     config = model.config
+    task = task_of_config({"architectures": [type(model).__name__]})
     if modules:
         # Not model.hf_quantizer: with one, save_pretrained ignores the state that it is given.
         config.quantization_config = SkipCatConfig(modules)
-        config.auto_map = {"AutoModelForCausalLM": f"modeling_skipcat.{REMOTE_CLASS}"}
+        config.auto_map = {AUTO_CLASSES[task]: f"modeling_skipcat.{remote_class(task)}"}
     model.save_pretrained(
         folder, state_dict=_cast_state(model, dtype), max_shard_size=LARGEST_SHARD
     )
@@ -50,7 +52,12 @@ def save_checkpoint(
     write_json(folder / "config.json", saved | {"dtype": str(dtype).removeprefix("torch.")})
     tokenizer.save_pretrained(folder)
     if modules:
-        _ship_code(type(model), folder)
+        _ship_code(type(model), remote_class(task), folder)
+
+
+def remote_class(task: Task) -> str:
+    """Name of the class that a checkpoint's own code ends in."""
+    return "SkipCat" + AUTO_CLASSES[task].removeprefix("AutoModel")
 
 
 def _cast_state(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -65,13 +72,13 @@ def _cast_state(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.T
     return state
 
 
-def _ship_code(model_class: type[PreTrainedModel], folder: Path) -> None:
+def _ship_code(model_class: type[PreTrainedModel], remote: str, folder: Path) -> None:
     """Copy the loading code, ending in the class that `auto_map` names."""
     source = Path(modeling_skipcat.__file__).read_text(encoding="utf-8")
     base = model_class.__name__
     tail = (
         f"\n\nfrom {model_class.__module__} import {base}  # noqa: E402\n\n\n"
-        f"class {REMOTE_CLASS}({base}):\n"
+        f"class {remote}({base}):\n"
         f'    """{base}; importing this file taught transformers to load its factors."""\n'
     )
     (folder / "modeling_skipcat.py").write_text(source + tail, encoding="utf-8")
@@ -94,7 +101,8 @@ def load_checkpoint(folder: Path | str, *, dtype: torch.dtype | None = None) -> 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        auto_class = getattr(transformers, AUTO_CLASSES[task_of_folder(folder)])
+        model, info = auto_class.from_pretrained(
             folder, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True
         )
     except Exception as error:

@@ -19,7 +19,7 @@ from pipeline.compress.fit import Inputs, fit_group, group_report
 from pipeline.compress.install import group_entries, install_, rebind_
 from pipeline.compress.methods import ONE_SIDED, Fit
 from pipeline.compress.plan import GroupPlan, RankPlan
-from pipeline.compress.survey import Survey
+from pipeline.compress.statistics import GroupStatistics
 from pipeline.compress.work import FinishedLayers
 from pipeline.model.structure import Layer
 from pipeline.progress import track
@@ -50,9 +50,10 @@ def compress_(
     *,
     dtype: torch.dtype,
     fit: Fit = ONE_SIDED,
-    survey: Survey | None = None,
+    survey: GroupStatistics | None = None,
     finished: FinishedLayers | None = None,
     batch_size: int = 8,
+    walk: Walk | None = None,
 ) -> Compressed:
     """Replace the model's linears by the factors that the plan asks for, layer by layer.
 
@@ -66,15 +67,15 @@ def compress_(
         survey: of this model; needed when `fit` is two-sided.
         finished: where finished layers are kept; layers found there are not computed again.
         batch_size: sequences that go through a layer at once.
+        walk: how the layers are gone through, of a model that takes no tokens; None for a decoder.
 
     Raises:
         InputError: activations that are not finite, or a moment that cannot be used.
     """
     factor = partial(fit_group, model, fit=fit, survey=survey, dtype=dtype)
-    if fit.mix is None:
-        walk: Walk = _OneShot(model, layers, tokens, batch_size)
-    else:
-        walk = _Propagated(model, layers, tokens, batch_size)
+    if walk is None:
+        kind = _OneShot if fit.mix is None else _Propagated
+        walk = kind(model, layers, tokens, batch_size)
     modules: dict[str, dict[str, Any]] = {}
     reports: list[dict[str, Any]] = []
     for index, layer in enumerate(track(layers, "compress")):

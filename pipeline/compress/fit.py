@@ -13,7 +13,7 @@ from pipeline.compress.install import group_tensors
 from pipeline.compress.methods import Fit
 from pipeline.compress.plan import GroupPlan
 from pipeline.compress.propagate import propagated_target, reconstructed_factors
-from pipeline.compress.survey import Survey
+from pipeline.compress.statistics import GroupStatistics
 from pipeline.compress.truncate import whitened_spectrum
 from pipeline.compress.whiten import whitening_roots
 from pipeline.errors import InputError
@@ -45,7 +45,7 @@ def fit_group(
     group: GroupPlan,
     inputs: Inputs,
     fit: Fit,
-    survey: Survey | None,
+    survey: GroupStatistics | None,
     dtype: torch.dtype,
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """The tensors a checkpoint stores for a group that is not dense, and its report.
