@@ -23,6 +23,7 @@ from pipeline.kernels.interface import (
     Device,
     Pointers,
     Problem,
+    make_counters,
     open_library,
 )
 
@@ -100,17 +101,25 @@ def save_for_gradient(
 
 def gradients(
     ctx: torch.autograd.function.FunctionCtx, grad: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:
-    """With dz = dy bᵀ: dx[index] = [dz, dz aᵀ]; da = x2ᵀ dz; db = zᵀ dy, summed over rows."""
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, None]:
+    """With dz = dy bᵀ: dx[index] = [dz, dz aᵀ]; da = x2ᵀ dz; db = zᵀ dy, summed over rows.
+
+    Factors that are frozen, as beside adapters, cost no product of theirs.
+    """
     x, a, b, index = ctx.saved_tensors  # type: ignore[attr-defined]
-    latent, rest = mix(x, a, index)
+    for_x, for_a, for_b = ctx.needs_input_grad[:3]  # type: ignore[attr-defined]
     grad_latent = grad @ b.T
-    grad_ordered = torch.cat([grad_latent, grad_latent @ a.T], dim=-1)
-    grad_x = grad_ordered
-    if index is not None:
-        grad_x = torch.zeros_like(x).index_copy(-1, index.long(), grad_ordered)
-    grad_a = rest.flatten(0, -2).T @ grad_latent.flatten(0, -2)
-    grad_b = latent.flatten(0, -2).T @ grad.flatten(0, -2)
+    grad_x = grad_a = grad_b = None
+    if for_x:
+        grad_x = torch.cat([grad_latent, grad_latent @ a.T], dim=-1)
+        if index is not None:
+            grad_x = torch.zeros_like(x).index_copy(-1, index.long(), grad_x)
+    if for_a or for_b:
+        latent, rest = mix(x, a, index)
+        if for_a:
+            grad_a = rest.flatten(0, -2).T @ grad_latent.flatten(0, -2)
+        if for_b:
+            grad_b = latent.flatten(0, -2).T @ grad.flatten(0, -2)
     return grad_x, grad_a, grad_b, None
 
 
@@ -176,7 +185,7 @@ def launch_rows(
     )
     status = library.skipcatBlockSkipLinear(
         ctypes.byref(problem), ctypes.byref(pointers), ctypes.byref(device),
-        workspace.data_ptr(), counters.data_ptr(), stream,
+        workspace.data_ptr(), counters, stream,
     )  # fmt: skip
     if status != 0:
         raise RuntimeError(f"the block-skip kernel failed: CUDA error {status}")
@@ -212,11 +221,21 @@ def counter_numbers(library: ctypes.CDLL, problem: Problem) -> int:
 
 
 @cache
-def counters_for(device: int, stream: int, numbers: int) -> torch.Tensor:
-    """Counters of one stream: calls on it cannot overlap, and each leaves them zero.
+def counters_for(device: int, stream: int, numbers: int) -> int:
+    """Address of the counters of one stream: calls on it cannot overlap, and each leaves them zero.
 
-    They must exist before a CUDA graph is captured, whose memory they would otherwise be in: the
-    warm-up run that capturing needs anyway makes them.
+    They outlive the call, so PyTorch's allocator must not make them: while `torch.compile` warms up
+    for CUDA graphs, it hands out memory of a pool in which it tolerates nothing that stays.
+
+    Raises:
+        InputError: the stream is being captured: the warm-up run that capturing needs was left out.
+        ResourceError: the GPU's memory is full.
     """
-    del stream
-    return torch.zeros(numbers, dtype=torch.int32, device=f"cuda:{device}")
+    if torch.cuda.is_current_stream_capturing():
+        raise InputError(
+            "A CUDA graph is captured of a block-skip layer that never ran on its stream.",
+            where=f"cuda:{device}, stream {stream:#x}",
+            change="run the layer once on the stream that captures, before capturing",
+        )
+    library = library_for(device_of(device).capability)
+    return make_counters(library, device, 4 * numbers)

@@ -37,4 +37,24 @@ __attribute__((visibility("default"))) int skipcatBlockSkipLinear(skipcat::Probl
         skipcat::blockSkipLinear(*problem, *pointers, *device, workspace, counters, stream));
 }
 
+// Counters for blockSkipLinear, zero, in memory that no allocator of the caller's knows: PyTorch's takes
+// memory back that was handed out while it records a graph. They stay for the life of the process.
+__attribute__((visibility("default"))) int skipcatMakeCounters(int device, size_t bytes, void** counters)
+{
+    cudaError_t status = cudaSetDevice(device);
+    if (status == cudaSuccess)
+    {
+        status = cudaMalloc(counters, bytes);
+    }
+    if (status == cudaSuccess)
+    {
+        status = cudaMemset(*counters, 0, bytes);
+    }
+    if (status == cudaSuccess)
+    {
+        status = cudaDeviceSynchronize(); // streams that do not wait for the default one may use them
+    }
+    return static_cast<int>(status);
+}
+
 } // extern "C"

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, ResourceError
 from pipeline.kernels import build
 from pipeline.kernels.build import build_library, compile_library, find_nvcc, library_name
-from pipeline.kernels.interface import Device, Problem, open_library
+from pipeline.kernels.interface import Device, Problem, make_counters, open_library
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +35,14 @@ def test_the_library_answers_without_a_gpu(library: ctypes.CDLL) -> None:
     assert 2 * 1536 + 4 * 4096 <= needed < 4 << 20
     problem.rank = 5000
     assert b"rank" in library.skipcatWhyRefused(ctypes.byref(problem))
+
+
+def test_a_machine_that_gives_no_memory_is_said_plainly(library: ctypes.CDLL) -> None:
+    with pytest.raises(ResourceError, match="no memory") as raised:
+        make_counters(library, 99, 256)
+    assert raised.value.exit_status == 4
+    assert "cuda:99" in str(raised.value)
+    assert "CUDA error" in str(raised.value)
 
 
 def test_a_second_call_compiles_nothing(

@@ -77,3 +77,15 @@ def test_the_factors_move_with_the_model_and_are_held_once() -> None:
         "index",
     ]
     assert {buffer.dtype for buffer in block.float().buffers()} == {torch.float32, torch.int32}
+
+
+def test_torch_compile_keeps_the_model_whole_and_compiles_it_once() -> None:
+    block = Block()
+    use_operator_(block)
+    x = torch.randn(2, 3, 10, dtype=torch.float64)
+    compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
+    torch._dynamo.utils.counters.clear()
+    with torch.inference_mode():
+        for scale in (1, 2, 3):
+            torch.testing.assert_close(compiled(scale * x), block(scale * x))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1

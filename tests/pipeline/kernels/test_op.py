@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.kernels.op import block_skip_linear
+from pipeline.errors import InputError
+from pipeline.kernels.op import block_skip_linear, counters_for
 from trt_plugins.block_skip.reference import block_skip_linear as reference
 
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]
@@ -40,6 +41,17 @@ def test_gradients_are_those_of_finite_differences(indexed: bool) -> None:
     assert torch.autograd.gradcheck(lambda *moved: block_skip_linear(*moved, index), (x, a, b))
 
 
+def test_frozen_factors_leave_the_gradient_of_the_input_as_it_is() -> None:
+    x, a, b, index = inputs(gradients=True)
+    block_skip_linear(x, a, b, index).square().sum().backward()
+    expected, x.grad = x.grad, None
+    block_skip_linear(x, a.detach(), b.detach(), index).square().sum().backward()
+    assert expected is not None
+    torch.testing.assert_close(x.grad, expected)
+    block_skip_linear(x.detach(), a, b.detach(), index).sum().backward()
+    assert a.grad is not None
+
+
 def test_a_full_rank_layer_is_a_dense_one() -> None:
     x, b = torch.randn(4, 6), torch.randn(6, 8)
     y = block_skip_linear(x, torch.empty(0, 6), b)
@@ -56,6 +68,12 @@ def test_torch_compile_keeps_it_whole() -> None:
 def test_no_rows_give_no_rows() -> None:
     _, a, b, index = inputs()
     assert block_skip_linear(torch.empty(0, 12, dtype=torch.float64), a, b, index).shape == (0, 9)
+
+
+def test_a_layer_that_was_never_run_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(InputError, match="never ran on its stream"):
+        counters_for(0, 12345, 64)
 
 
 def test_misfits_are_refused() -> None:
@@ -79,3 +97,17 @@ def test_the_kernel_agrees_with_the_cpu(dtype: torch.dtype, rows: int) -> None:
     y = block_skip_linear(x.cuda(), a.cuda(), b.cuda(), index.cuda()).cpu().double()
     bound = 1e-3 if dtype == torch.float16 else 1e-2
     assert (y - expected).norm() <= bound * expected.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 100])
+def test_torch_compile_puts_it_into_cuda_graphs(rows: int) -> None:
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(block_skip_linear, mode="reduce-overhead", fullgraph=True)
+    x, a, b = torch.randn(rows, 300), torch.randn(203, 97) / 14, torch.randn(97, 131) / 10
+    x, a, b = (tensor.half().cuda() for tensor in (x, a, b))
+    with torch.inference_mode():
+        expected = block_skip_linear(x, a, b)
+        for _ in range(4):  # warms up, captures, replays
+            torch.testing.assert_close(compiled(x, a, b).clone(), expected)
+    assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0
