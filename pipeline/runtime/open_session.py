@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from pipeline.errors import InputError, UsageError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from pipeline.runtime.session import Session
 
 BACKENDS = ("auto", "torch", "onnx", "tensorrt")
@@ -110,8 +112,6 @@ def open_cuda(folder: Path) -> Session:
     """
     import torch
 
-    from pipeline.compress.checkpoint import load_checkpoint
-    from pipeline.kernels.install import use_operator_
     from pipeline.kernels.op import prepare
     from pipeline.runtime.static_session import StaticSession
 
@@ -122,11 +122,30 @@ def open_cuda(folder: Path) -> Session:
             observed=f"torch {torch.__version__}, {built}; {torch.cuda.device_count()} devices",
             change="leave --device out to run on the CPU",
         )
-    model = load_checkpoint(folder)
-    dtype = torch.bfloat16 if model.dtype == torch.bfloat16 else torch.float16
-    replaced = use_operator_(model.to(dtype))
+    model, replaced = load_half(folder)
     if replaced:
         prepare(torch.cuda.current_device())
     kind = f"block-skip kernels in {replaced} layers" if replaced else "no block-skip layers"
-    name = f"torch cuda {str(dtype).removeprefix('torch.')}, {kind}"
+    name = f"torch cuda {str(model.dtype).removeprefix('torch.')}, {kind}"
     return StaticSession(model.to("cuda"), name, CUDA_CACHE_TOKENS)
+
+
+def load_half(folder: Path) -> tuple[PreTrainedModel, int]:
+    """A checkpoint in half precision with its block-skip layers by the operator, and their number.
+
+    bfloat16 stays, all else becomes float16. Only weights do: the frequencies of the rotation turn
+    with the position, and in half precision would be off by radians after a thousand tokens.
+
+    Raises:
+        InputError: as `load_checkpoint`.
+    """
+    import torch
+
+    from pipeline.compress.checkpoint import load_checkpoint
+    from pipeline.kernels.install import use_operator_
+
+    model = load_checkpoint(folder)
+    dtype = torch.bfloat16 if model.dtype == torch.bfloat16 else torch.float16
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model, use_operator_(model)

@@ -78,11 +78,23 @@ class StaticSession:
         rows, count = input_ids.shape
         require_batch(rows, 1, self.name)
         require_room(self._length, count, self.max_length, self.name)
-        ids = torch.from_numpy(input_ids)
+        return self.logits(torch.from_numpy(input_ids), last_only).float().cpu().numpy()
+
+    def logits(self, input_ids: torch.Tensor, last_only: bool = False) -> torch.Tensor:
+        """`forward` on the model's device: nothing is checked, copied away or waited for.
+
+        Args:
+            input_ids: int64 [1, S].
+            last_only: only the last token's logits are wanted.
+
+        Returns:
+            [1, S, V], or [1, 1, V], in the model's dtype; the next step writes over it.
+        """
+        count = input_ids.shape[1]
         with torch.inference_mode():
-            logits = self._step(ids) if count == 1 else self._run(ids, last_only)
+            logits = self._step(input_ids) if count == 1 else self._run(input_ids, last_only)
         self._length += count
-        return logits.float().cpu().numpy()
+        return logits
 
     def _run(self, ids: torch.Tensor, last_only: bool) -> torch.Tensor:
         return self.model(
@@ -121,9 +133,14 @@ class StaticSession:
         self._set_length(length)
 
     def _set_length(self, length: int) -> None:
-        """Make every layer's counter say `length`, in place: the graph reads it from there."""
-        for layer in self._cache.layers:
-            layer.cumulative_length.fill_(length)
+        """Make every layer's counter say `length`, in place: the graph reads it from there.
+
+        The cache moves its counters to the GPU in its first step, so they are inference tensors,
+        which only inference mode may change.
+        """
+        with torch.inference_mode():
+            for layer in self._cache.layers:
+                layer.cumulative_length.fill_(length)
         self._length = length
 
 

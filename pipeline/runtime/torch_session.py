@@ -73,16 +73,30 @@ class TorchSession:
         rows, count = input_ids.shape
         require_batch(rows, self._rows, self.name)
         require_room(self._length, count, self.max_length, self.name)
+        logits = self.logits(torch.from_numpy(input_ids).to(self.model.device), last_only)
+        self._rows = rows
+        return logits.float().cpu().numpy()
+
+    def logits(self, input_ids: torch.Tensor, last_only: bool = False) -> torch.Tensor:
+        """`forward` on the model's device: nothing is checked, copied away or waited for.
+
+        Args:
+            input_ids: int64 [B, S].
+            last_only: only the last token's logits are wanted.
+
+        Returns:
+            [B, S, V], or [B, 1, V], in the model's dtype.
+        """
         with torch.inference_mode():
             output = self.model(
-                input_ids=torch.from_numpy(input_ids).to(self.model.device),
+                input_ids=input_ids,
                 past_key_values=self._cache,
                 use_cache=True,
                 logits_to_keep=1 if last_only else 0,
             )
-        self._length += count
-        self._rows = rows
-        return output.logits.float().cpu().numpy()
+        self._length += input_ids.shape[1]
+        logits: torch.Tensor = output.logits
+        return logits
 
     def repeat(self, rows: int) -> None:
         """Make the one sequence in the cache into `rows` equal ones.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from pipeline.errors import InputError
 from pipeline.runtime.static_session import StaticSession
@@ -46,6 +47,26 @@ def test_the_cache_keeps_its_memory() -> None:
     under_test.reset()
     under_test.forward(TOKENS[:, :1])
     assert [layer.keys.data_ptr() for layer in under_test._cache.layers] == before
+
+
+def test_counters_made_in_a_step_as_on_a_gpu_can_be_set_back() -> None:
+    under_test = session()
+    expected = under_test.forward(TOKENS)
+    with torch.inference_mode():  # where the cache moves them to the GPU
+        for layer in under_test._cache.layers:
+            layer.cumulative_length = layer.cumulative_length.clone()
+    under_test.reset()
+    np.testing.assert_allclose(under_test.forward(TOKENS), expected, atol=5e-5)
+
+
+def test_logits_on_the_device_are_those_of_forward() -> None:
+    for under_test in (session(), TorchSession(tiny_llama())):
+        expected = [under_test.forward(TOKENS[:, a:b]) for a, b in PIECES]
+        under_test.reset()
+        for (a, b), logits in zip(PIECES, expected, strict=True):
+            found = under_test.logits(torch.from_numpy(TOKENS[:, a:b]))
+            np.testing.assert_array_equal(found.numpy(), logits)
+        assert under_test.length == TOKENS.shape[1]
 
 
 def test_limits_are_kept() -> None:
