@@ -24,6 +24,7 @@ from transformers import (
 
 from pipeline.errors import InputError, PipelineError, UsageError
 from pipeline.model.source import Source, resolve_source
+from pipeline.model.task import IMAGES, task_of_config
 from pipeline.progress import note
 
 
@@ -77,17 +78,17 @@ def load_model(
     refuse_long_windows("--window-length", window_length, preview.config)
     if dtype is None:
         dtype = _held_dtype(source, preview.config, trust_remote_code, stream_weights)
-    with _explaining(source), _quiet_gguf():
+    with explaining(source), _quiet_gguf():
         model, info = AutoModelForCausalLM.from_pretrained(
             source.location,
             dtype=dtype,
             use_safetensors=True,
             output_loading_info=True,
-            **_keywords(source, trust_remote_code),
+            **loading_keywords(source, trust_remote_code),
         )
-    _refuse_incomplete(source, info)
+    refuse_incomplete(source, info)
     _forget_gguf(model)
-    model.published_dtype = _published_dtype(source, preview.config)
+    model.published_dtype = published_dtype(source, preview.config)
     return LoadedModel(model.eval(), preview.tokenizer, source)
 
 
@@ -95,10 +96,10 @@ def _held_dtype(
     source: Source, config: Any, trust_remote_code: bool, stream_weights: bool
 ) -> torch.dtype:
     """float32, or the published type: when asked, or float32 would fill half of the free memory."""
-    published = _published_dtype(source, config)
+    published = published_dtype(source, config)
     if source.kind == "gguf":
         return torch.float32
-    with _explaining(source), init_empty_weights():
+    with explaining(source), init_empty_weights():
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     needed_bytes = 4 * sum(parameter.numel() for parameter in model.parameters())
     free_bytes = psutil.virtual_memory().available
@@ -120,21 +121,22 @@ def preview_model(name: str, *, trust_remote_code: bool = False) -> Preview:
     source = resolve_source(name)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    keywords = _keywords(source, trust_remote_code)
-    with _explaining(source):
+    keywords = loading_keywords(source, trust_remote_code)
+    with explaining(source):
         config = AutoConfig.from_pretrained(source.location, **keywords)
         refuse_unsupported(source, config)
         tokenizer = AutoTokenizer.from_pretrained(source.location, **keywords)
     return Preview(config, tokenizer, source)
 
 
-def _keywords(source: Source, trust_remote_code: bool) -> dict[str, Any]:
+def loading_keywords(source: Source, trust_remote_code: bool) -> dict[str, Any]:
+    """What transformers' from_pretrained is given for a source."""
     keywords: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     return keywords | ({"gguf_file": source.gguf_file} if source.gguf_file else {})
 
 
 @contextmanager
-def _explaining(source: Source) -> Iterator[None]:
+def explaining(source: Source) -> Iterator[None]:
     """Turn whatever transformers raises into an InputError that says what to change."""
     try:
         yield
@@ -157,6 +159,13 @@ def _quiet_gguf() -> Iterator[None]:
 
 def refuse_unsupported(source: Source, config: Any) -> None:
     """Raise InputError for a model that is no plain decoder, or is quantised already."""
+    if task_of_config(config) == IMAGES:
+        raise InputError(
+            "This takes decoder language models.",
+            where=source.name,
+            observed=f"{config.model_type}, an image classifier",
+            change="use compress, export, engine, validate, export-dense or inspect",
+        )
     if getattr(config, "is_encoder_decoder", False):
         raise InputError(
             "Only decoder language models are supported.",
@@ -186,7 +195,8 @@ def refuse_long_windows(flag: str, length: int, config: Any) -> None:
         )
 
 
-def _published_dtype(source: Source, config: Any) -> torch.dtype:
+def published_dtype(source: Source, config: Any) -> torch.dtype:
+    """The type that the weights are in on disk; float16 for GGUF, which names none."""
     if source.kind == "gguf":
         return torch.float16
     declared = getattr(config, "dtype", None) or torch.float32
@@ -206,7 +216,8 @@ def _explained(source: Source, error: Exception) -> InputError:
     )
 
 
-def _refuse_incomplete(source: Source, info: dict[str, Any]) -> None:
+def refuse_incomplete(source: Source, info: dict[str, Any]) -> None:
+    """Raise InputError when transformers found tensors missing or of another shape."""
     missing = sorted(info["missing_keys"])
     mismatched = sorted(str(entry) for entry in info["mismatched_keys"])
     if missing or mismatched:
