@@ -102,10 +102,10 @@ __device__ __forceinline__ void multiplyStep(float (&sums)[W::kColumns / 2][4], 
     }
 }
 
-// Sums of the block's warps, for each row and column of the tile; then those of all slices.
+// Sums of the block's warps, for each row and column of the tile: the results, or one of several slices.
 template <typename T, WeightType W>
-__device__ __forceinline__ void reduce(
-    DecodeArguments<T> const& p, float const (&sums)[Weights<T, W>::kColumns / 2][4], unsigned char* shared)
+__device__ __forceinline__ void reduce(DecodeArguments<T> const& p,
+    float const (&sums)[Weights<T, W>::kColumns / 2][4], unsigned char* shared, int slices)
 {
     constexpr int kTile = decodeTile<W>();
     constexpr int kColumns = Weights<T, W>::kColumns;
@@ -127,7 +127,6 @@ __device__ __forceinline__ void reduce(
         }
     }
     __syncthreads();
-    int const slices = static_cast<int>(gridDim.y);
     int const left = static_cast<int>(blockIdx.x) * kTile;
     for (int o = thread; o < p.rows * kTile; o += kDecodeThreads)
     {
@@ -188,21 +187,17 @@ __device__ __forceinline__ void addSlices(DecodeArguments<T> const& p, unsigned*
     }
 }
 
+// sums += rows [begin, end) of w, for the thread's columns, against the same part of `in`. Loads the first
+// weights, then stages the inputs, then goes on: p.slice or fewer rows.
 template <typename T, WeightType W, bool VECTOR>
-__global__ void __launch_bounds__(kDecodeThreads, 2) decodeProduct(DecodeArguments<T> p)
+__device__ __forceinline__ void accumulate(
+    DecodeArguments<T> const& p, float (&sums)[Weights<T, W>::kColumns / 2][4], T* staged, int begin, int end)
 {
     // Steps of each warp that are under way at once; as many as the registers of two blocks hold.
     constexpr int kDepth = !VECTOR ? 1 : (W == WeightType::kInt8 ? 2 : 3);
-    constexpr int kColumns = Weights<T, W>::kColumns;
-    unsigned char* const shared = sharedMemory();
-    T* const staged = reinterpret_cast<T*>(shared);
     int const lane = static_cast<int>(threadIdx.x) % 32;
     int const warp = static_cast<int>(threadIdx.x) / 32;
-    int const column = static_cast<int>(blockIdx.x) * decodeTile<W>() + kColumns * (lane / 4);
-    int const begin = static_cast<int>(blockIdx.y) * p.slice;
-    int const end = begin + p.slice < p.w.rows ? begin + p.slice : p.w.rows;
-
-    releaseNext();
+    int const column = static_cast<int>(blockIdx.x) * decodeTile<W>() + Weights<T, W>::kColumns * (lane / 4);
     Weights<T, W> ahead[kDepth];
     int const first = begin + warp * kStep;
 #pragma unroll
@@ -217,7 +212,6 @@ __global__ void __launch_bounds__(kDecodeThreads, 2) decodeProduct(DecodeArgumen
     stageInputs(p, staged, begin, end);
     __syncthreads();
 
-    float sums[kColumns / 2][4] = {};
     T const* const mine = staged + (lane / 4) * stagedStride(p.slice) + 4 * (lane % 4) - begin;
     for (int base = first; base < end; base += kDepth * kRound)
     {
@@ -237,8 +231,20 @@ __global__ void __launch_bounds__(kDecodeThreads, 2) decodeProduct(DecodeArgumen
             }
         }
     }
+    // The staged inputs may be written over now.
     __syncthreads();
-    reduce<T, W>(p, sums, shared);
+}
+
+template <typename T, WeightType W, bool VECTOR>
+__global__ void __launch_bounds__(kDecodeThreads, 2) decodeProduct(DecodeArguments<T> p)
+{
+    unsigned char* const shared = sharedMemory();
+    int const begin = static_cast<int>(blockIdx.y) * p.slice;
+    int const end = begin + p.slice < p.w.rows ? begin + p.slice : p.w.rows;
+    releaseNext();
+    float sums[Weights<T, W>::kColumns / 2][4] = {};
+    accumulate<T, W, VECTOR>(p, sums, reinterpret_cast<T*>(shared), begin, end);
+    reduce<T, W>(p, sums, shared, static_cast<int>(gridDim.y));
     if (gridDim.y > 1)
     {
         addSlices<T, W>(p, reinterpret_cast<unsigned*>(shared + decodeSharedBytes<W>(p.rows, p.slice) - 16));

@@ -21,7 +21,7 @@ constexpr int kWeightStride = kTileColumns + 8;
 template <typename T>
 struct PrefillArguments
 {
-    T const* in;   // [rows, inStride], 16-byte aligned rows
+    T const* in;   // [rows, inStride], 16-byte aligned rows; x itself where inputs are gathered
     T const* init; // null or [rows, initStride]
     T* out;        // [rows, outStride]
     Matrix w;
@@ -29,6 +29,7 @@ struct PrefillArguments
     int inStride;
     int initStride;
     int outStride;
+    int32_t const* index{nullptr}; // order of the columns of x, where inputs are gathered; or null
 };
 
 __host__ __device__ constexpr int prefillStageNumbers(int tileRows)
@@ -36,9 +37,9 @@ __host__ __device__ constexpr int prefillStageNumbers(int tileRows)
     return tileRows * kInStride + kTileDepth * kWeightStride;
 }
 
-__host__ __device__ constexpr size_t prefillSharedBytes(int tileRows)
+__host__ __device__ constexpr size_t prefillSharedBytes(int tileRows, int ring = kRing)
 {
-    return static_cast<size_t>(kRing) * prefillStageNumbers(tileRows) * 2;
+    return static_cast<size_t>(ring) * prefillStageNumbers(tileRows) * 2;
 }
 
 __device__ __forceinline__ int bytesInside(int from, int end)
@@ -63,6 +64,32 @@ __device__ __forceinline__ void fetchInputs(PrefillArguments<T> const& p, T* to,
             T const* const from = p.in + static_cast<int64_t>(top + row) * p.inStride + k + column;
             copyAsync16(to + row * kInStride + column, bytes > 0 ? from : p.in, bytes);
         }
+    }
+}
+
+// Column of x that stands at `place` of the ordered x.
+template <typename T>
+__device__ __forceinline__ int64_t columnOf(PrefillArguments<T> const& p, int place)
+{
+    return p.index != nullptr ? p.index[place] : place;
+}
+
+// The same number by number, in order: for an x that is indexed, or whose rows or halves are not aligned.
+template <typename T, int TILE_ROWS>
+__device__ __forceinline__ void gatherInputs(PrefillArguments<T> const& p, T* to, int top, int k)
+{
+    int const first = p.init != nullptr ? p.w.columns : 0;
+    for (int i = static_cast<int>(threadIdx.x); i < TILE_ROWS * kTileDepth; i += kTileThreads)
+    {
+        int const row = i / kTileDepth;
+        int const column = i % kTileDepth;
+        T value;
+        fromFloat(0.0f, value);
+        if (top + row < p.rows && k + column < p.w.rows)
+        {
+            value = p.in[static_cast<int64_t>(top + row) * p.inStride + columnOf(p, first + k + column)];
+        }
+        to[row * kInStride + column] = value;
     }
 }
 
@@ -216,8 +243,9 @@ __device__ __forceinline__ void storePair(PrefillArguments<T> const& p, int row,
     }
 }
 
-template <typename T, WeightType W, bool VECTOR, int TILE_ROWS>
-__global__ void __launch_bounds__(kTileThreads) prefillProduct(PrefillArguments<T> p)
+// One tile of the results. RING stages of copies; GATHER takes x number by number (gatherInputs).
+template <typename T, WeightType W, bool VECTOR, int TILE_ROWS, int RING, bool GATHER>
+__device__ __forceinline__ void prefillTile(PrefillArguments<T> const& p)
 {
     using S = Shape<TILE_ROWS>;
     T* const ring = reinterpret_cast<T*>(sharedMemory());
@@ -232,13 +260,20 @@ __global__ void __launch_bounds__(kTileThreads) prefillProduct(PrefillArguments<
     {
         if (step < steps)
         {
-            T* const stage = ring + step % kRing * prefillStageNumbers(TILE_ROWS);
-            fetchInputs<T, TILE_ROWS>(p, stage, top, step * kTileDepth);
+            T* const stage = ring + step % RING * prefillStageNumbers(TILE_ROWS);
+            if constexpr (GATHER)
+            {
+                gatherInputs<T, TILE_ROWS>(p, stage, top, step * kTileDepth);
+            }
+            else
+            {
+                fetchInputs<T, TILE_ROWS>(p, stage, top, step * kTileDepth);
+            }
             fetchWeights<T, W, VECTOR>(p, stage + TILE_ROWS * kInStride, left, step * kTileDepth);
         }
         closeCopies();
     };
-    for (int step = 0; step < kRing - 1; ++step)
+    for (int step = 0; step < RING - 1; ++step)
     {
         fetch(step);
     }
@@ -248,22 +283,29 @@ __global__ void __launch_bounds__(kTileThreads) prefillProduct(PrefillArguments<
         eachPair<T, TILE_ROWS>(p, sums, top + warpTop, left + warpLeft, lane,
             [&](int row, int column, float* pair)
             {
-                T const* const from = p.init + static_cast<int64_t>(row) * p.initStride + column;
-                pair[0] = toFloat(from[0]);
-                pair[1] = column + 1 < p.w.columns ? toFloat(from[1]) : 0.0f;
+                T const* const from = p.init + static_cast<int64_t>(row) * p.initStride;
+                auto const place = [&](int j) { return GATHER ? columnOf(p, j) : static_cast<int64_t>(j); };
+                pair[0] = toFloat(from[place(column)]);
+                pair[1] = column + 1 < p.w.columns ? toFloat(from[place(column + 1)]) : 0.0f;
             });
     }
     for (int step = 0; step < steps; ++step)
     {
-        awaitCopies<kRing - 2>();
+        awaitCopies<RING - 2>();
         __syncthreads();
-        fetch(step + kRing - 1);
-        T const* const stage = ring + step % kRing * prefillStageNumbers(TILE_ROWS);
+        fetch(step + RING - 1);
+        T const* const stage = ring + step % RING * prefillStageNumbers(TILE_ROWS);
         multiplyTile<T, TILE_ROWS>(
             sums, stage + warpTop * kInStride, stage + TILE_ROWS * kInStride + warpLeft, lane);
     }
     eachPair<T, TILE_ROWS>(p, sums, top + warpTop, left + warpLeft, lane,
         [&](int row, int column, float* pair) { storePair(p, row, column, pair); });
+}
+
+template <typename T, WeightType W, bool VECTOR, int TILE_ROWS>
+__global__ void __launch_bounds__(kTileThreads) prefillProduct(PrefillArguments<T> p)
+{
+    prefillTile<T, W, VECTOR, TILE_ROWS, kRing, false>(p);
 }
 
 // x[..., index] in two aligned halves, so that tiles of either can be copied 16 bytes at a time.

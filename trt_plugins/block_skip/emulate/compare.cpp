@@ -13,33 +13,13 @@
 
 #include "block_skip.h"
 #include "device.cuh"
+#include "emulate/buffer.h"
 
 namespace
 {
 
 using namespace skipcat;
-
-template <typename N>
-struct Buffer
-{
-    explicit Buffer(size_t count, unsigned char fill = 0xff)
-        : bytes(count * sizeof(N))
-        , data(static_cast<N*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64)))
-    {
-        std::memset(static_cast<void*>(data), fill, bytes);
-    }
-
-    Buffer(Buffer const&) = delete;
-    Buffer& operator=(Buffer const&) = delete;
-
-    ~Buffer()
-    {
-        std::free(data);
-    }
-
-    size_t bytes;
-    N* data;
-};
+using emulate::Buffer;
 
 // A matrix as the layer gets it, and the numbers it stands for.
 template <typename T>

@@ -1,0 +1,43 @@
+"""Programs out of the kernels, by a host compiler."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+KERNELS = Path(__file__).parents[3] / "trt_plugins" / "block_skip"
+FAST = ("-O1",)
+CHECKED = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
+
+
+def cuda_headers() -> Path:
+    """The folder with cuda_fp16.h; skip the test where there is none."""
+    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    roots = [Path(nvcc).resolve().parents[1]] if nvcc else []
+    for root in (*roots, *Path("/usr/local").glob("cuda*")):
+        if (root / "include" / "cuda_fp16.h").is_file():
+            return root / "include"
+    pytest.skip("no CUDA headers: nvcc is not installed")
+
+
+def compile_program(
+    folder: Path, sources: tuple[str, ...], flags: tuple[str, ...], defines: tuple[str, ...] = ()
+) -> Path:
+    """Build a program out of files of the plugin's folder, every file on its own core."""
+    if shutil.which("g++") is None:
+        pytest.skip("g++ is not installed")
+    common = ["g++", "-std=c++17", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-clobbered"]
+    common += [*flags, *defines, "-DSKIPCAT_EMULATE", f"-I{KERNELS}"]
+    common += ["-isystem", str(cuda_headers())]
+    objects = [folder / f"{place}.o" for place in range(len(sources))]
+    running = [
+        subprocess.Popen([*common, "-x", "c++", "-c", str(KERNELS / source), "-o", str(target)])
+        for source, target in zip(sources, objects, strict=True)
+    ]
+    assert [process.wait() for process in running] == [0] * len(sources)
+    program = folder / "program"
+    subprocess.run([*common, *map(str, objects), "-o", str(program)], check=True)
+    return program
