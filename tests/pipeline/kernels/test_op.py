@@ -111,3 +111,9 @@ def test_torch_compile_puts_it_into_cuda_graphs(rows: int) -> None:
         for _ in range(4):  # warms up, captures, replays
             torch.testing.assert_close(compiled(x, a, b).clone(), expected)
     assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0
+
+
+@pytest.mark.gpu
+def test_torch_finds_no_fault_with_the_kernel() -> None:
+    x, a, b, index = (t.cuda() for t in inputs(dtype=torch.float16) if t is not None)
+    torch.library.opcheck(block_skip_linear, (x, a, b, index))
