@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.engine.plugin_library import BUILT_PLUGIN
+from trt_plugins.block_skip.aot import OLDEST_TENSORRT as FIRST_EMBEDDING_TENSORRT
 
 GIBIBYTE = 1 << 30
 TEGRA_RELEASE = Path("/etc/nv_tegra_release")
@@ -344,10 +345,13 @@ def judge_plugin(machine: Machine) -> Verdict:
     route = plugin_route(version)
     if version is None or not has_gpu or release(version) < (10, 0):
         return Verdict(stage, False, route)
+    embeds = release(version) >= FIRST_EMBEDDING_TENSORRT
+    embedding = "; or no library, with engine --embed-kernels" if embeds else ""
     if machine.plugin is None:
         compiler = machine.nvcc or "nvcc from PyPI"
-        return Verdict(stage, False, f"not built: make plugin (with {compiler}); then: {route}")
-    return Verdict(stage, True, f"{machine.plugin}; {route}")
+        how = f"not built: make plugin (with {compiler}); then: {route}{embedding}"
+        return Verdict(stage, False, how)
+    return Verdict(stage, True, f"{machine.plugin}; {route}{embedding}")
 
 
 def facts(machine: Machine) -> list[tuple[str, str, str]]:

@@ -80,6 +80,13 @@ def test_a_plugin_that_is_not_built_names_the_command_that_builds_it() -> None:
     found = verdict(machine, "block-skip plugin")
     assert not found.works
     assert "make plugin (with nvcc from PyPI)" in found.why
+    assert "--embed-kernels" in found.why
+
+
+def test_kernels_in_the_engine_are_not_promised_before_tensorrt_10_9() -> None:
+    machine = dataclasses.replace(PLAIN, jetpack="L4T 36.4: JetPack 6.2")
+    found = verdict(with_versions(machine, tensorrt="10.3.0"), "block-skip plugin")
+    assert "--embed-kernels" not in found.why
 
 
 def test_jetpack_6_gets_the_compat_profile() -> None:

@@ -72,6 +72,12 @@ limit_options = options.apply(
     metavar="LIB",
     help="Block-skip plugin library, for standard TensorRT; by default what `make plugin` built.",
 )
+@click.option(
+    "--embed-kernels",
+    is_flag=True,
+    help="Compile the block-skip kernels into the engine, which then needs no plugin library; "
+    "standard TensorRT 10.9 or newer.",
+)
 @limit_options
 @options.overwrite
 @options.dry_run
@@ -81,6 +87,7 @@ def command(
     output: Path,
     target: str,
     plugin: Path | None,
+    embed_kernels: bool,
     max_batch: int,
     max_prefill: int,
     decode: str,
@@ -103,6 +110,7 @@ def command(
         max_batch=max_batch,
         max_prefill=max_prefill,
         plugin=plugin,
+        embed=embed_kernels,
         decode=None if decode == "auto" else decode,  # type: ignore[arg-type]
     )
     refuse_existing(output, overwrite=overwrite)
@@ -152,7 +160,7 @@ def plan_rows(plan: EnginePlan) -> list[tuple[str, str]]:
         ("why", plan.target.reason),
         ("graph", f"{plan.folder.onnx_path}, {plan.folder.weight_bytes / MEBIBYTE:.0f} MiB"),
         ("block-skip nodes", str(plan.folder.block_skip_nodes)),
-        ("plugin", "none" if plan.plugin is None else str(plan.plugin)),
+        ("plugin", str(plan.plugin or ("kernels in the engine" if plan.embed else "none"))),
         ("context", f"{plan.limits.max_length} tokens"),
         *profile_rows([profile.to_json() for profile in plan.profiles]),
     ]

@@ -43,6 +43,7 @@ class EnginePlan:
         limits: batch, tokens per call, cache length.
         profiles: optimisation profiles, in order.
         plugin: absolute path of the plugin library, or None.
+        embed: whether the block-skip kernels become part of the engine instead.
         notes: choices the user should know about.
     """
 
@@ -51,6 +52,7 @@ class EnginePlan:
     limits: Limits
     profiles: tuple[Profile, ...]
     plugin: Path | None
+    embed: bool
     notes: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -64,6 +66,7 @@ class EnginePlan:
             ),
             "block_skip_nodes": self.folder.block_skip_nodes,
             "plugin": None if self.plugin is None else str(self.plugin),
+            "embed_kernels": self.embed,
             "decode_profile": self.limits.decode,
             "profiles": [profile.to_json() for profile in self.profiles],
             "notes": list(self.notes),
@@ -78,6 +81,7 @@ def build_engine(
     max_batch: int = 1,
     max_prefill: int = 1024,
     plugin: Path | None = None,
+    embed: bool = False,
     overwrite: bool = False,
     decode: DecodeForm | None = None,
     workspace_bytes: int | None = None,
@@ -93,6 +97,7 @@ def build_engine(
         max_prefill: most tokens of one call; capped by the cache length.
         plugin: block-skip plugin library, for standard TensorRT only; None takes the one that
             `make plugin` built, if it did.
+        embed: put the block-skip kernels into the engine instead (TensorRT 10.9 or newer).
         overwrite: replace `output` if it exists.
         decode: see `profiles.Limits`; None takes `shared` for RTX and `separate` otherwise.
         workspace_bytes: most scratch memory a kernel may use; None leaves TensorRT's default.
@@ -113,6 +118,7 @@ def build_engine(
         max_batch=max_batch,
         max_prefill=max_prefill,
         plugin=plugin,
+        embed=embed,
         decode=decode,
     )
     refuse_existing(output, overwrite=overwrite)
@@ -126,6 +132,7 @@ def plan_engine(
     max_batch: int = 1,
     max_prefill: int = 1024,
     plugin: Path | None = None,
+    embed: bool = False,
     decode: DecodeForm | None = None,
 ) -> EnginePlan:
     """Check everything that can be checked without TensorRT, and decide the profiles.
@@ -133,10 +140,15 @@ def plan_engine(
     Raises:
         InputError: the folder or plugin is refused.
         MissingPackageError: the TensorRT flavour is not installed.
-        UsageError: a limit below 1, or a target that needs no engine.
+        UsageError: a limit below 1, a target that needs no engine, or `plugin` and `embed`.
     """
     require_engine_target(target)
-    if plugin is not None and target.flavour == "rtx":
+    if plugin is not None and embed:
+        raise UsageError(
+            "The kernels come from a library or become part of the engine, not both.",
+            change="leave out --plugin or --embed-kernels",
+        )
+    if (plugin is not None or embed) and target.flavour == "rtx":
         raise plugin_refused()
     folder = read_onnx_folder(onnx_folder)
     require_float16(folder)
@@ -144,7 +156,9 @@ def plan_engine(
     form: DecodeForm = decode or ("shared" if target.flavour == "rtx" else "separate")
     limits = make_limits(max_batch, max_prefill, folder.record.max_length, form)
     library, plugin_note = None, ""
-    if target.flavour != "rtx" and (plugin is not None or folder.block_skip_nodes):
+    if embed:
+        plugin_note = "block-skip kernels: compiled into the engine"
+    elif target.flavour != "rtx" and (plugin is not None or folder.block_skip_nodes):
         library, plugin_note = choose_plugin(plugin)
     return EnginePlan(
         target=target,
@@ -152,6 +166,7 @@ def plan_engine(
         limits=limits,
         profiles=tuple(make_profiles(folder.inputs, limits)),
         plugin=library,
+        embed=embed,
         notes=(
             *prefill_notes(limits, max_prefill),
             *memory_notes(target, folder, form),
@@ -221,6 +236,7 @@ def make_request(plan: EnginePlan, staging: Path, workspace_bytes: int | None) -
         plugin=plan.plugin,
         block_skip_nodes=plan.folder.block_skip_nodes,
         onnx_profile=plan.folder.record.profile,
+        embed=plan.embed,
     )
 
 

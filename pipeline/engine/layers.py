@@ -23,11 +23,12 @@ class BlockSkipPath:
     """How the block-skip nodes of a graph were taken.
 
     Attributes:
-        path: `plugin`, `function body` (inlined into native layers), or `none` without such nodes.
+        path: `plugin`, `embedded kernels` (see `embed`), `function body` (inlined into native
+            layers), or `none` without such nodes.
         nodes: how many there are.
     """
 
-    path: Literal["plugin", "function body", "none"]
+    path: Literal["plugin", "embedded kernels", "function body", "none"]
     nodes: int
 
 

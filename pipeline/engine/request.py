@@ -30,6 +30,7 @@ class BuildRequest:
         plugin: library to load before parsing; None for none.
         block_skip_nodes: how many block-skip nodes the graph holds.
         onnx_profile: `opset24` or `compat`, which decides the oldest TensorRT that will do.
+        embed: put the block-skip kernels into the engine, in place of a plugin library.
     """
 
     flavour: Flavour
@@ -42,6 +43,7 @@ class BuildRequest:
     plugin: Path | None
     block_skip_nodes: int
     onnx_profile: str
+    embed: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for `request.json`."""

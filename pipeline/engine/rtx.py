@@ -92,10 +92,10 @@ def engine_layers(library: Any, request: BuildRequest, gpu: Gpu | None) -> dict[
 
 
 def plugin_refused() -> InputError:
-    """The error for --plugin with an RTX target."""
+    """The error for --plugin or --embed-kernels with an RTX target."""
     return InputError(
         "TensorRT for RTX takes no plugins on Linux: parsing a node that resolves to one aborts "
         "the process.",
-        change="leave --plugin out (the function bodies are inlined into native layers), or use "
+        change="leave --plugin and --embed-kernels out (the function bodies are inlined into native layers), or use "
         "--target tensorrt",
     )

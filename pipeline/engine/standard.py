@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from pipeline.engine.embed import embedded_path, write_split_graph
 from pipeline.engine.layers import block_skip_path, count_layer_types, read_engine_layers
 from pipeline.engine.network import make_config, parse_network, write_plan
 from pipeline.engine.plugin_library import load_plugin
@@ -31,12 +32,17 @@ def build(request: BuildRequest) -> BuildResult:
     require_version(version, request.onnx_profile)
     if request.plugin is not None:
         load_plugin(library, request.plugin)
+    if request.embed:
+        register_kernels(request)
     onnx_path, notes = graph_to_parse(request, version)
     started = time.monotonic()
     parsed = parse_network(library, onnx_path)
     parse_seconds = time.monotonic() - started
     layer_types = count_layer_types(parsed.network)
-    path = block_skip_path(layer_types, request.block_skip_nodes, request.plugin is not None)
+    if request.embed:
+        path = embedded_path(layer_types, request.block_skip_nodes)
+    else:
+        path = block_skip_path(layer_types, request.block_skip_nodes, request.plugin is not None)
     config = make_config(library, parsed, request)
     started = time.monotonic()
     plan_path = request.staging / PLAN_FILE
@@ -67,6 +73,14 @@ def load_library() -> Any:
     return tensorrt
 
 
+def register_kernels(request: BuildRequest) -> None:
+    """Offer the block-skip kernels to this TensorRT; raise InputError when it cannot embed them."""
+    from trt_plugins.block_skip.aot import register
+
+    major, minor = request.compute_capability
+    register(10 * major + minor)
+
+
 def parse_version(text: str) -> tuple[int, ...]:
     """'10.3.0' or '11.4.0.106' -> (10, 3, 0) or (11, 4, 0, 106); a suffix ends it."""
     parts: list[int] = []
@@ -93,6 +107,9 @@ def require_version(version: tuple[int, ...], onnx_profile: str) -> None:
 
 def graph_to_parse(request: BuildRequest, version: tuple[int, ...]) -> tuple[Path, tuple[str, ...]]:
     """The graph this TensorRT must be given, and what to note about it."""
+    if request.embed:
+        split = write_split_graph(request.onnx_path, request.staging / "split")
+        return split, ("block-skip kernels are part of the engine: it needs no plugin library",)
     if not needs_stripping(version, request.plugin is not None):
         return request.onnx_path, ()
     stripped = write_stripped_graph(request.onnx_path, request.staging / "stripped")

@@ -124,6 +124,16 @@ def test_a_plugin_is_refused_for_rtx_before_anything_is_built(
         build_engine(tiny_export, tmp_path / "engine", SM86, plugin=tmp_path / "plugin.so")
 
 
+def test_kernels_come_from_a_library_or_the_engine_and_not_both(
+    tiny_export: Path, tmp_path: Path
+) -> None:
+    hopper = Target("tensorrt", (9, 0), "test")
+    with pytest.raises(UsageError, match="not both"):
+        build_engine(
+            tiny_export, tmp_path / "engine", hopper, plugin=tmp_path / "plugin.so", embed=True
+        )
+
+
 def test_a_float32_export_is_refused_before_the_library_is_loaded(
     tmp_path: Path, export_writer: Callable[..., Path]
 ) -> None:

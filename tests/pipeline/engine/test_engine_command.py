@@ -52,6 +52,7 @@ def test_dry_run_shows_the_profiles_and_writes_nothing(
         (["--target", "cpu"], 2),
         (["--target", "sm90"], 3),
         (["--target", "sm86", "--plugin", "absent.so"], 3),
+        (["--target", "sm86", "--embed-kernels"], 3),
         (["--target", "sm86", "--max-batch", "0"], 2),
     ],
 )
