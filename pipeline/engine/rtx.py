@@ -96,6 +96,6 @@ def plugin_refused() -> InputError:
     return InputError(
         "TensorRT for RTX takes no plugins on Linux: parsing a node that resolves to one aborts "
         "the process.",
-        change="leave --plugin and --embed-kernels out (the function bodies are inlined into native layers), or use "
-        "--target tensorrt",
+        change="leave --plugin and --embed-kernels out (function bodies are inlined into native "
+        "layers), or use --target tensorrt",
     )
