@@ -53,9 +53,12 @@ calibration_options = options.apply(
         default="self",
         show_default=True,
         help="A text file, 'wikitext2+c4' from the hub, 'self': text the model generates; or "
-        "several, joined by '+'.",
+        "several, joined by '+'. For an image classifier a folder of images, or a .npz, .npy or "
+        ".safetensors of arrays.",
     ),
-    click.option("--windows", type=int, help="Of calibration text; by default the effort's."),
+    click.option(
+        "--windows", type=int, help="Of calibration text, or images; by default the effort's."
+    ),
     click.option("--window-length", type=int, help="Tokens in each; by default the effort's."),
     click.option(
         "--dtype",
@@ -85,11 +88,12 @@ calibration_options = options.apply(
 def command(
     output: Path, overwrite: bool, resume: bool, dry_run: bool, as_json: bool, **settings: Any
 ) -> None:
-    """Factor a decoder's linear layers and write a checkpoint that transformers loads.
+    """Factor the linear layers of a decoder or image classifier; transformers loads the result.
 
     \b
     skipcat compress -m smollm2-135m -o small --keep-params 0.8
     skipcat compress -m ./my-llama -o small --calibration valid.txt --windows 64 --window-length 512
+    skipcat compress -m ./my-vit -o small --keep-params 0.6 --calibration images/
     """  # noqa: D301 - click reads the escape
     from pipeline.artefact import refuse_existing
     from pipeline.compress.recipe import compress_to_folder
@@ -106,7 +110,7 @@ def command(
         click.echo(json.dumps(report, indent=2))
         return
     totals = report["totals"]
-    click.echo(f"{output}: {totals['kept_fraction']:.1%} of the decoder's linear parameters kept")
+    click.echo(f"{output}: {totals['kept_fraction']:.1%} of the linear parameters kept")
     click.echo(
         f"{totals['total_before']:,} parameters before, {totals['total_after']:,} after; "
         f"{totals['factored']} groups factored, {totals['kept_dense']} kept dense; "

@@ -32,6 +32,7 @@ from pipeline.compress.work import FinishedLayers
 from pipeline.errors import InputError
 from pipeline.model.load import LoadedModel, load_model
 from pipeline.model.structure import Group, Layer, decoder_structure
+from pipeline.model.task import IMAGES, task_of_model
 from pipeline.progress import note
 from pipeline.provenance import provenance
 
@@ -67,6 +68,10 @@ def compress_to_folder(
     Raises:
         PipelineError: bad input, or not enough disk.
     """
+    if loaded is None and task_of_model(request.model) == IMAGES:
+        from pipeline.vision.recipe import compress_images_to_folder
+
+        return compress_images_to_folder(request, output, overwrite=overwrite, resume=resume)
     request.check()
     started = time.monotonic()
     discard_unfinished(output, resume=resume)
@@ -143,6 +148,10 @@ def plan_only(request: CompressRequest) -> RankPlan:
     Raises:
         PipelineError: bad input.
     """
+    if task_of_model(request.model) == IMAGES:
+        from pipeline.vision.recipe import plan_images_only
+
+        return plan_images_only(request)
     request.check()
     loaded = _load(request)
     layers = decoder_structure(loaded.model)

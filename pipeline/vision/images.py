@@ -266,9 +266,7 @@ def _process(
     return torch.cat(parts)
 
 
-def _pixels_of(
-    images: list[np.ndarray], shape: Shape, processor: Any, path: Path
-) -> torch.Tensor:
+def _pixels_of(images: list[np.ndarray], shape: Shape, processor: Any, path: Path) -> torch.Tensor:
     try:
         made = processor(images=images, input_data_format="channels_last", return_tensors="pt")
         pixels = made["pixel_values"].float()

@@ -67,8 +67,7 @@ def make_image_plan(
 def _require_equal_layers(method: str, layers: list[Layer]) -> None:
     """Raise UsageError where there are no kinds of equal matrices, which by-loss plans compare."""
     shapes = {
-        tuple((group.in_features, group.out_features) for group in layer.groups)
-        for layer in layers
+        tuple((group.in_features, group.out_features) for group in layer.groups) for layer in layers
     }
     if len(shapes) > 1:
         raise UsageError(

@@ -139,9 +139,7 @@ class ImageSurvey:
         """Shrunk G of each member's output, summed over an image, float64 [m_i, m_i]."""
         sums = self.sums[self.groups[members[0]].name]
         scale = 1 / (DRAWS * self.images)
-        return [
-            shrunk(sums.outputs[member] * scale, SENSITIVITY_SHRINKAGE) for member in members
-        ]
+        return [shrunk(sums.outputs[member] * scale, SENSITIVITY_SHRINKAGE) for member in members]
 
     def geometry(self, members: Members, moment: torch.Tensor) -> torch.Tensor:
         """What errors of the members are measured in: `moment`, balanced with the weighted one."""

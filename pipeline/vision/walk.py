@@ -93,9 +93,7 @@ class PropagatedWalk:
         reports = {group.members: group_report(group) for group in planned}
         given: list[tuple[_Given, _Given]] = []
         for source in layer.groups:
-            wanted = [
-                g for g in planned if g.members[0] in source.members and g.form != "dense"
-            ]
+            wanted = [g for g in planned if g.members[0] in source.members and g.form != "dense"]
             if not wanted:
                 continue
             given = given or [self._given(layer.name, batch) for batch in self.batches]
