@@ -37,7 +37,7 @@ from machine import describe_machine
 from pipeline.artefact import write_json
 from pipeline.bench.shapes import Shape, empty_model, fill_randomly_, find_shape, shape_plan
 from pipeline.compress.install import group_entries
-from pipeline.compress.modeling_skipcat import factored_linear
+from pipeline.compress.modeling_skipcat import stored_layer
 from pipeline.compress.plan import RankPlan
 from pipeline.kernels.install import use_operator_
 from pipeline.runtime.static_session import StaticSession
@@ -104,7 +104,7 @@ def make_model(shape: Shape, kept: float, form: str, device: str) -> Any:
         for group in plan_of(shape, kept).groups:
             entries = group_entries(group.members, form, group.rank)
             for name, entry in entries.items() if group.form != "dense" else ():
-                model.set_submodule(name, factored_linear(model, name, entry, device="meta"))
+                model.set_submodule(name, stored_layer(model, name, entry, device="meta"))
     fill_randomly_(model, torch.float16 if device == "cuda" else torch.float32)
     if form == "skip":
         use_operator_(model)

@@ -118,7 +118,7 @@ def empty_model(shape: Shape, kept: float = 1.0) -> Any:
     from transformers import AutoModelForCausalLM
 
     from pipeline.compress.install import group_entries
-    from pipeline.compress.modeling_skipcat import factored_linear
+    from pipeline.compress.modeling_skipcat import stored_layer
 
     plan = shape_plan(shape, kept)
     with init_empty_weights(include_buffers=False):
@@ -128,7 +128,7 @@ def empty_model(shape: Shape, kept: float = 1.0) -> Any:
             continue
         entries = group_entries(group.members, group.form, group.rank)
         for name, entry in entries.items():
-            model.set_submodule(name, factored_linear(model, name, entry, device="meta"))
+            model.set_submodule(name, stored_layer(model, name, entry, device="meta"))
     model.tie_weights()
     return model.eval()
 

@@ -129,7 +129,7 @@ class _OneShot:
         tensors: dict[str, torch.Tensor] = {}
         reports = []
         for group in planned:
-            if group.form == "dense":
+            if group.is_unchanged:
                 reports.append(group_report(group))
                 continue
             new, report = factor(group, inputs[read_by[group.members[0]]])
@@ -164,7 +164,7 @@ class _Propagated:
         reports = {g.members: group_report(g) for g in planned}
         for source in self.layers[index].groups:
             groups = [
-                g for g in planned if read_by[g.members[0]] == source.name and g.form != "dense"
+                g for g in planned if read_by[g.members[0]] == source.name and not g.is_unchanged
             ]
             if not groups:
                 continue
@@ -190,11 +190,12 @@ def _read_by(layer: Layer) -> dict[str, str]:
 
 
 def _entries(planned: tuple[GroupPlan, ...]) -> dict[str, dict[str, Any]]:
-    """`quantization_config.modules` entries of the groups that are not dense."""
+    """`quantization_config.modules` entries of the groups that change."""
     entries: dict[str, dict[str, Any]] = {}
     for group in planned:
-        if group.form != "dense":
-            entries |= group_entries(group.members, group.form, group.rank)
+        if not group.is_unchanged:
+            styles = (group.down_style, group.up_style)
+            entries |= group_entries(group.members, group.form, group.rank, *styles)
     return entries
 
 

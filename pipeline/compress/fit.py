@@ -8,15 +8,25 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from pipeline.compress.factor import Factors, stored_factors
-from pipeline.compress.install import group_tensors
+from pipeline.compress.factor import Factors, relative_output_error, stored_factors
+from pipeline.compress.install import dense_tensors, group_tensors
 from pipeline.compress.methods import Fit
 from pipeline.compress.plan import GroupPlan
 from pipeline.compress.propagate import propagated_target, reconstructed_factors
+from pipeline.compress.round import (
+    RoundedFactors,
+    latent_map,
+    nearest,
+    nearest_factors,
+    round_factors,
+    values_of,
+)
 from pipeline.compress.statistics import GroupStatistics
 from pipeline.compress.truncate import whitened_spectrum
 from pipeline.compress.whiten import whitening_roots
 from pipeline.errors import InputError
+from pipeline.quantize.feedback import round_with_feedback
+from pipeline.quantize.formats import Format, parse_format
 
 
 @dataclass
@@ -48,30 +58,39 @@ def fit_group(
     survey: GroupStatistics | None,
     dtype: torch.dtype,
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The tensors a checkpoint stores for a group that is not dense, and its report.
+    """The tensors a checkpoint stores for a group that changes, and its report.
 
     Raises:
-        InputError: the group cannot be factored; names its members.
+        InputError: the group cannot be factored or rounded; names its members.
     """
     weights = [model.get_submodule(member).weight.detach() for member in group.members]
     geometry, sensitivities = inputs.seen, []
     if fit.two_sided and survey is not None:
         geometry = survey.geometry(group.members, inputs.seen)
         sensitivities = survey.sensitivities(group.members)
+    stack, heights = torch.cat(weights), [len(w) for w in weights]
     try:
-        factors = _factors(torch.cat(weights), group, inputs, fit, geometry, sensitivities)
+        target = _target(stack, inputs, fit)
+        if group.form == "dense":
+            return _few_bit_dense(group, target, heights, fit, inputs, geometry, sensitivities)
+        factors = _factors(stack, target, group, inputs, fit, geometry, sensitivities)
+        rounded = _rounded(factors, group, target, fit, geometry, sensitivities)
     except (ValueError, torch.linalg.LinAlgError) as error:
         raise InputError(
-            "A group of matrices cannot be factored.",
+            "A group of matrices cannot be factored or rounded.",
             where=", ".join(group.members),
             observed=str(error),
             change="calibrate on more text, or keep this group dense in the plan",
         ) from error
     report = group_report(group) | {"relative_error": factors.relative_error}
+    if rounded.down is not None or rounded.up is not None:
+        product = rounded.factors.up @ latent_map(rounded.factors)
+        report["rounded_relative_error"] = relative_output_error(target, product, inputs.seen)
     if group.form == "skip":
-        sizes = factors.down.abs()
+        sizes = rounded.factors.down.abs()
         report["largest_interpolation"] = float(sizes.max()) if sizes.numel() else 0.0
-    return group_tensors(group.members, [len(w) for w in weights], factors, dtype), report
+    codes = (rounded.down, rounded.up)
+    return group_tensors(group.members, heights, rounded.factors, dtype, codes), report
 
 
 def group_report(group: GroupPlan) -> dict[str, Any]:
@@ -84,26 +103,72 @@ def group_report(group: GroupPlan) -> dict[str, Any]:
         "kept_parameters": group.kept_parameters,
         "expected_kl": group.expected_kl,
     }
-    if group.form == "dense":
+    styles = {"down_style": group.down_style, "up_style": group.up_style}
+    report |= {name: style for name, style in styles.items() if style is not None}
+    if group.is_unchanged:
         report |= {"relative_error": 0.0, "reason": group.reason}
     return report
 
 
+def _target(stack: torch.Tensor, inputs: Inputs, fit: Fit) -> torch.Tensor:
+    """What the stack should be, given what it will be fed; float64 [m, n]."""
+    if inputs.drift is None:
+        return stack.double()
+    return propagated_target(stack, inputs.seen, inputs.drift, fit.mix or 0.0)
+
+
 def _factors(
     stack: torch.Tensor,
+    target: torch.Tensor,
     group: GroupPlan,
     inputs: Inputs,
     fit: Fit,
     geometry: torch.Tensor,
     sensitivities: list[torch.Tensor],
 ) -> Factors:
-    if inputs.drift is None:
-        target = stack
-    else:
-        target = propagated_target(stack, inputs.seen, inputs.drift, fit.mix or 0.0)
     start = stack if fit.reconstruct else target
     spectrum = whitened_spectrum(start, geometry, sensitivities, inputs.roots)
     b, a = spectrum.factors(group.rank)
     if fit.reconstruct:
         b, a = reconstructed_factors(b, a, target, inputs.seen)
     return stored_factors(b, a, target, inputs.seen, group.form)
+
+
+def _rounded(
+    factors: Factors,
+    group: GroupPlan,
+    target: torch.Tensor,
+    fit: Fit,
+    geometry: torch.Tensor,
+    sensitivities: list[torch.Tensor],
+) -> RoundedFactors:
+    """The factors in the formats that the plan names."""
+    styles = (_style(group.down_style), _style(group.up_style))
+    if fit.nearest:
+        return nearest_factors(factors, styles)
+    return round_factors(factors, target, geometry, sensitivities, styles)
+
+
+def _few_bit_dense(
+    group: GroupPlan,
+    target: torch.Tensor,
+    heights: list[int],
+    fit: Fit,
+    inputs: Inputs,
+    geometry: torch.Tensor,
+    sensitivities: list[torch.Tensor],
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Tensors and report of matrices that stay dense, in few bits."""
+    style = parse_format(group.up_style or "")
+    codes = (
+        nearest(target, style)
+        if fit.nearest
+        else round_with_feedback(target, style, geometry, sensitivities)
+    )
+    error = relative_output_error(target, values_of(codes), inputs.seen)
+    report = group_report(group) | {"relative_error": 0.0, "rounded_relative_error": error}
+    return dense_tensors(group.members, heights, codes), report
+
+
+def _style(name: str | None) -> Format | None:
+    return None if name is None else parse_format(name)

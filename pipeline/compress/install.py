@@ -1,4 +1,4 @@
-"""Put factors into a model in place of its linear layers."""
+"""Put factors, and matrices in few bits, into a model in place of its own."""
 
 from __future__ import annotations
 
@@ -8,29 +8,80 @@ import torch
 from torch import nn
 
 from pipeline.compress.factor import Factors
-from pipeline.compress.modeling_skipcat import factored_linear
+from pipeline.compress.modeling_skipcat import FactoredLinear, stored_layer
+from pipeline.quantize.blocks import Blocks
+from pipeline.quantize.store import rows_of, stored_tensors
 
 
 def group_tensors(
-    members: tuple[str, ...], heights: list[int], factors: Factors, dtype: torch.dtype
+    members: tuple[str, ...],
+    heights: list[int],
+    factors: Factors,
+    dtype: torch.dtype,
+    codes: tuple[Blocks | None, Blocks | None] = (None, None),
 ) -> dict[str, torch.Tensor]:
     """The tensors a checkpoint stores for one group, by name.
 
     The first member owns `down` and `permutation`; every member has its own rows of `up`.
+
+    Args:
+        members: dotted names of the linears, in stacking order.
+        heights: their rows.
+        factors: of the stack.
+        dtype: of what is not in few bits.
+        codes: of `down` and `up`, where they are in few bits.
     """
-    owner = members[0]
-    tensors = {f"{owner}.down.weight": factors.down.to(dtype).contiguous()}
+    owner, (down, up) = members[0], codes
+    if down is None:
+        tensors = {f"{owner}.down.weight": factors.down.to(dtype).contiguous()}
+    else:
+        tensors = _prefixed(f"{owner}.down.stored", stored_tensors(down))
     if factors.permutation is not None:
         tensors[f"{owner}.permutation"] = factors.permutation.to(torch.int32)
+    if up is not None:
+        return tensors | _few_bit_rows(members, heights, up, ".up.stored")
     for member, rows in zip(members, factors.up.split(heights), strict=True):
         tensors[f"{member}.up.weight"] = rows.to(dtype).contiguous()
     return tensors
 
 
-def group_entries(members: tuple[str, ...], form: str, rank: int) -> dict[str, dict[str, Any]]:
+def dense_tensors(
+    members: tuple[str, ...], heights: list[int], codes: Blocks
+) -> dict[str, torch.Tensor]:
+    """The tensors a checkpoint stores for dense matrices in few bits, by name."""
+    return _few_bit_rows(members, heights, codes, ".stored")
+
+
+def _few_bit_rows(
+    members: tuple[str, ...], heights: list[int], codes: Blocks, suffix: str
+) -> dict[str, torch.Tensor]:
+    """Each member's rows of a stack in few bits."""
+    tensors: dict[str, torch.Tensor] = {}
+    start = 0
+    for member, height in zip(members, heights, strict=True):
+        rows = rows_of(codes, start, start + height)
+        tensors |= _prefixed(member + suffix, stored_tensors(rows))
+        start += height
+    return tensors
+
+
+def _prefixed(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {f"{prefix}.{name}": tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def group_entries(
+    members: tuple[str, ...],
+    form: str,
+    rank: int,
+    down_style: str | None = None,
+    up_style: str | None = None,
+) -> dict[str, dict[str, Any]]:
     """`quantization_config.modules` entries of one group, owner first."""
+    styles = {"down_style": down_style, "up_style": up_style}
+    entry = {"form": form, "rank": rank} | {k: v for k, v in styles.items() if v is not None}
+    shares = form != "dense"
     return {
-        member: {"form": form, "rank": rank, "owner": None if member == members[0] else members[0]}
+        member: entry | {"owner": members[0] if shares and member != members[0] else None}
         for member in members
     }
 
@@ -38,25 +89,32 @@ def group_entries(members: tuple[str, ...], form: str, rank: int) -> dict[str, d
 def install_(
     model: nn.Module, entries: dict[str, dict[str, Any]], tensors: dict[str, torch.Tensor]
 ) -> None:
-    """Replace linears by factored layers that hold `tensors`; biases are taken over.
+    """Replace linears and embeddings by layers that hold `tensors`; biases are taken over.
 
     Args:
         model: changed in place.
-        entries: as `group_entries` makes them.
-        tensors: as `group_tensors` makes them.
+        entries: as `group_entries` makes them; owners before those that share with them.
+        tensors: as `group_tensors` and `dense_tensors` make them.
     """
     for name, entry in entries.items():
-        factored = factored_linear(model, name, entry, device="meta")
+        layer = stored_layer(model, name, entry, device="meta")
         bias = getattr(model.get_submodule(name), "bias", None)
-        dtype = factored.up.weight.dtype
-        factored.up.weight = nn.Parameter(tensors[f"{name}.up.weight"].to(dtype))
         if bias is not None:
-            factored.up.bias = bias
-        if entry["owner"] is None:
-            factored.down.weight = nn.Parameter(tensors[f"{name}.down.weight"].to(dtype))
-            if entry["form"] == "skip":
-                factored.permutation = tensors[f"{name}.permutation"]
-        model.set_submodule(name, factored)
+            (layer.up if isinstance(layer, FactoredLinear) else layer).bias = bias
+        own = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
+        for part, empty in own.items():
+            if empty.is_meta:
+                _set(layer, part, tensors[f"{name}.{part}"], empty)
+        model.set_submodule(name, layer)
+
+
+def _set(layer: nn.Module, part: str, tensor: torch.Tensor, empty: torch.Tensor) -> None:
+    """Put a tensor in the place of a parameter or buffer of the same kind."""
+    path, _, attribute = part.rpartition(".")
+    value = tensor.to(empty.dtype)
+    if isinstance(empty, nn.Parameter):
+        value = nn.Parameter(value, requires_grad=empty.requires_grad)
+    setattr(layer.get_submodule(path), attribute, value)
 
 
 def rebind_(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:

@@ -22,11 +22,13 @@ class Fit:
         mix: None fits every layer to what it saw in the original model; a number fits it to what
             the compressed model feeds it, with this share of the original's output in its target.
         reconstruct: after a one-sided start, one update of each factor in turn, as MPIFA does.
+        nearest: what goes into few bits is rounded to the nearest, and no error is fed forward.
     """
 
     two_sided: bool = True
     mix: float | None = None
     reconstruct: bool = False
+    nearest: bool = False
 
 
 @dataclass(frozen=True)

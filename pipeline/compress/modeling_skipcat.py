@@ -1,4 +1,4 @@
-"""Factored linear layers, and what transformers needs to load a checkpoint that holds them.
+"""Factored and few-bit layers, and what transformers needs to load a checkpoint that holds them.
 
 This file travels with every compressed checkpoint and depends on torch and transformers alone, so
 `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` works where skipcat is not
@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
@@ -19,7 +20,186 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 QUANT_METHOD = "skipcat"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+
+
+class FewBits(nn.Module):
+    """A matrix [m, n] in codes of few bits: w = (code - zero point) * scale.
+
+    Args:
+        rows: m.
+        columns: n.
+        style: `int4-b32-asym`: bits of a code, weights of a row that share a scale (`row` for all
+            of them), and whether zero points are stored or are 2^(bits - 1).
+        device: where the codes are.
+
+    Attributes:
+        codes: uint8 [m, bytes]; the codes of a row one behind the other, the first in the lowest
+            bits; the last block is filled up.
+        scales: int16 [m, blocks], the bits of float16, which no cast of the model changes.
+        zero_points: uint8 [m, bytes], packed likewise; only where the format has them.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    zero_points: torch.Tensor
+
+    def __init__(
+        self, rows: int, columns: int, style: str, device: torch.device | str | None = None
+    ) -> None:
+        super().__init__()
+        kind, block, symmetry = style.split("-")
+        self.rows, self.columns, self.style = rows, columns, style
+        self.bits = int(kind.removeprefix("int"))
+        self.block = columns if block == "row" else int(block.removeprefix("b"))
+        self.blocks = -(-columns // self.block)
+        code_bytes, zero_bytes = (
+            -(-count * self.bits // 8) for count in (self.blocks * self.block, self.blocks)
+        )
+        self.symmetric = symmetry == "sym"
+        self.register_buffer(
+            "codes", torch.zeros(rows, code_bytes, dtype=torch.uint8, device=device)
+        )
+        self.register_buffer(
+            "scales", torch.zeros(rows, self.blocks, dtype=torch.int16, device=device)
+        )
+        if not self.symmetric:
+            self.register_buffer(
+                "zero_points", torch.zeros(rows, zero_bytes, dtype=torch.uint8, device=device)
+            )
+        self._held: torch.Tensor | None = None
+
+    def _add(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device | str | None,
+    ) -> None:
+        self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=device))
+
+    def values(self, dtype: torch.dtype) -> torch.Tensor:
+        """The matrix in a type; computed at first use, and kept."""
+        held = self._held
+        if held is None or held.dtype != dtype or held.device != self.codes.device:
+            held = self.picked(slice(None)).to(dtype)
+            self._held = held
+        return held
+
+    def picked(self, rows: torch.Tensor | slice) -> torch.Tensor:
+        """Some rows of the matrix, float32 [k, n]."""
+        codes = _unpacked(self.codes[rows], self.bits, self.blocks * self.block)
+        zeros: torch.Tensor | int = 2 ** (self.bits - 1)
+        if not self.symmetric:
+            zeros = _unpacked(self.zero_points[rows], self.bits, self.blocks).float()[..., None]
+        scales = self.scales[rows].view(torch.float16).float()
+        centred = codes.view(len(codes), self.blocks, self.block).float() - zeros
+        return (centred * scales[..., None]).flatten(1)[:, : self.columns]
+
+
+def _unpacked(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
+    """The first `count` codes of each row, uint8 [m, count]."""
+    if 8 % bits == 0:
+        shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
+        slots = (packed[..., None] >> shifts) & (2**bits - 1)
+        return slots.flatten(1)[:, :count]
+    places = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    every = ((packed[..., None] >> places) & 1).flatten(1)[:, : count * bits]
+    weights = 2 ** torch.arange(bits, dtype=torch.uint8, device=packed.device)
+    return (every.view(len(packed), count, bits) * weights).sum(-1, dtype=torch.uint8)
+
+
+class FewBitLinear(nn.Module):
+    """A linear layer whose matrix is stored in few bits and multiplied in the type of its input.
+
+    Args:
+        in_features: n.
+        out_features: m.
+        style: see `FewBits`.
+        bias: whether it has one.
+        table: the embedding whose matrix this is, too; None if it has its own.
+        device: where the parameters are made.
+        dtype: of the bias, and of `weight`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        style: str,
+        *,
+        bias: bool = False,
+        table: FewBitEmbedding | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.dtype = dtype or torch.get_default_dtype()
+        # A plain list hides the table from nn.Module, which would otherwise register it twice.
+        self.table_reference = [] if table is None else [table]
+        if table is None:
+            self.stored = FewBits(out_features, in_features, style, device)
+        empty = torch.empty(out_features, device=device, dtype=dtype) if bias else None
+        self.bias = None if empty is None else nn.Parameter(empty)
+
+    @property
+    def matrix(self) -> FewBits:
+        """The codes, its own or those of the table."""
+        return self.table_reference[0].stored if self.table_reference else self.stored
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """What the codes stand for, [m, n]."""
+        return self.matrix.values(self.dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """y, [..., n] to [..., m]."""
+        return F.linear(x, self.matrix.values(x.dtype), self.bias)
+
+    def extra_repr(self) -> str:
+        """What print(model) shows."""
+        return f"{self.in_features}, {self.out_features}, {self.matrix.style}"
+
+
+class FewBitEmbedding(nn.Module):
+    """An embedding whose table is stored in few bits; a row is computed when it is looked up.
+
+    Args:
+        num_embeddings: rows of the table.
+        embedding_dim: columns.
+        style: see `FewBits`.
+        device: where the codes are.
+        dtype: of what it returns.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        style: str,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        self.dtype = dtype or torch.get_default_dtype()
+        self.stored = FewBits(num_embeddings, embedding_dim, style, device)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """What the codes stand for, [rows, columns]."""
+        return self.stored.values(self.dtype)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Rows of the table, int64 [...] to [..., columns]."""
+        rows = self.stored.picked(ids.flatten()).to(self.dtype)
+        return rows.view(*ids.shape, self.embedding_dim)
+
+    def extra_repr(self) -> str:
+        """What print(model) shows."""
+        return f"{self.num_embeddings}, {self.embedding_dim}, {self.stored.style}"
 
 
 class FactoredLinear(nn.Module):
@@ -38,13 +218,15 @@ class FactoredLinear(nn.Module):
         form: "low_rank" or "skip".
         bias: whether `up` has a bias.
         owner: the layer whose latent this one reads; None if it has its own.
+        down_style: format of few bits of `down` (see `FewBits`); None for numbers of `dtype`.
+        up_style: of `up`, likewise.
         device: where the parameters are made.
         dtype: their type.
     """
 
     permutation: torch.Tensor  # int32 [n]; only an owner in the form "skip" has one
-    down: nn.Linear
-    up: nn.Linear
+    down: nn.Linear | FewBitLinear
+    up: nn.Linear | FewBitLinear
 
     def __init__(
         self,
@@ -55,6 +237,8 @@ class FactoredLinear(nn.Module):
         *,
         bias: bool = False,
         owner: FactoredLinear | None = None,
+        down_style: str | None = None,
+        up_style: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -67,11 +251,11 @@ class FactoredLinear(nn.Module):
         self.owner_reference = [] if owner is None else [owner]
         if owner is None:
             width = in_features - rank if form == "skip" else in_features
-            self.down = nn.Linear(width, rank, bias=False, device=device, dtype=dtype)
+            self.down = _matrix_layer(width, rank, down_style, device=device, dtype=dtype)
             if form == "skip":
                 places = torch.arange(in_features, dtype=torch.int32, device=device)
                 self.register_buffer("permutation", places)
-        self.up = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
+        self.up = _matrix_layer(rank, out_features, up_style, bias=bias, device=device, dtype=dtype)
 
     @property
     def owner(self) -> FactoredLinear:
@@ -104,40 +288,68 @@ class FactoredLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, rank={self.rank}, {self.form}{shared}"
 
 
-def factored_linear(
+def _matrix_layer(
+    in_features: int, out_features: int, style: str | None, **keywords: Any
+) -> nn.Linear | FewBitLinear:
+    """An nn.Linear, or a FewBitLinear where a format is given; without bias unless asked."""
+    if style is None:
+        return nn.Linear(in_features, out_features, **({"bias": False} | keywords))
+    return FewBitLinear(in_features, out_features, style, **keywords)
+
+
+def stored_layer(
     model: nn.Module, name: str, entry: dict[str, Any], device: torch.device | str | None = None
-) -> FactoredLinear:
-    """Make the empty factored layer that `entry` describes.
+) -> nn.Module:
+    """Make the empty layer that `entry` describes.
 
     Args:
         model: the model `name` belongs to; the layer's owner, if any, is in place already.
-        name: dotted name of the nn.Linear to be replaced.
-        entry: {"form", "rank", "owner"} as in `quantization_config.modules`.
-        device: where its parameters are made; by default where those of the linear are.
+        name: dotted name of the nn.Linear or nn.Embedding to be replaced.
+        entry: {"form", "rank", "owner"} as in `quantization_config.modules`, and for matrices in
+            few bits "down_style" and "up_style". Forms: "skip" and "low_rank" are factored;
+            "dense" is a matrix in few bits; "table" an embedding in few bits; "head" a linear layer
+            that reads the table of its owner.
+        device: where its parameters are made; by default where those of the layer are.
     """
-    linear = model.get_submodule(name)
+    layer = model.get_submodule(name)
     owner = model.get_submodule(entry["owner"]) if entry["owner"] else None
-    if not isinstance(linear, nn.Linear):
-        raise TypeError(f"{name} is a {type(linear).__name__}, not an nn.Linear")
+    form, down_style, up_style = entry["form"], entry.get("down_style"), entry.get("up_style")
+    weight = layer.weight
+    keywords: dict[str, Any] = {
+        "device": weight.device if device is None else device,
+        "dtype": weight.dtype,
+    }
+    if form == "table":
+        if not isinstance(layer, nn.Embedding):
+            raise TypeError(f"{name} is a {type(layer).__name__}, not an nn.Embedding")
+        return FewBitEmbedding(layer.num_embeddings, layer.embedding_dim, up_style, **keywords)
+    if not isinstance(layer, nn.Linear):
+        raise TypeError(f"{name} is a {type(layer).__name__}, not an nn.Linear")
+    shape = (layer.in_features, layer.out_features)
+    keywords["bias"] = layer.bias is not None
+    if form in ("dense", "head"):
+        if not isinstance(owner, FewBitEmbedding | None):
+            raise TypeError(f"{name} reads {entry['owner']}, which is no table in few bits")
+        return FewBitLinear(*shape, up_style, table=owner, **keywords)
     if not isinstance(owner, FactoredLinear | None):
         raise TypeError(f"{name} shares with {entry['owner']}, which is not factored")
     return FactoredLinear(
-        linear.in_features,
-        linear.out_features,
+        *shape,
         entry["rank"],
-        entry["form"],
-        bias=linear.bias is not None,
+        form,
         owner=owner,
-        device=linear.weight.device if device is None else device,
-        dtype=linear.weight.dtype,
+        down_style=down_style,
+        up_style=up_style,
+        **keywords,
     )
 
 
 class SkipCatConfig(QuantizationConfigMixin):
-    """`quantization_config` of a compressed checkpoint: which modules are factored, and how.
+    """`quantization_config` of a compressed checkpoint: how which modules are stored.
 
     Args:
-        modules: module name -> {"form", "rank", "owner"}; "owner" is None for an owner.
+        modules: module name -> {"form", "rank", "owner"} and formats, as `stored_layer` reads them;
+            "owner" is None for an owner.
         version: of this format.
     """
 
@@ -154,7 +366,7 @@ class SkipCatConfig(QuantizationConfigMixin):
 
 
 class SkipCatQuantizer(HfQuantizer):
-    """Puts factored layers into the empty model before transformers fills in the weights."""
+    """Puts the layers into the empty model before transformers fills in the weights."""
 
     requires_calibration = True
 
@@ -162,7 +374,7 @@ class SkipCatQuantizer(HfQuantizer):
         modules = self.quantization_config.modules
         # Owners first: config.json is written with its keys sorted.
         for name, entry in sorted(modules.items(), key=lambda item: bool(item[1]["owner"])):
-            model.set_submodule(name, factored_linear(model, name, entry))
+            model.set_submodule(name, stored_layer(model, name, entry))
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from pipeline.compress.rank import (
 )
 from pipeline.errors import InputError, UsageError
 from pipeline.model.structure import Layer
+from pipeline.quantize.formats import parse_format
 
 SCHEMA = 1
 
@@ -32,6 +33,9 @@ class GroupPlan:
         rank: r; min(m, n) for dense.
         reason: why it stays dense; None otherwise.
         expected_kl: what it is expected to cost, nats per token; None when it was not estimated.
+        down_style: format of few bits of A' or A (see `pipeline.quantize.formats`); None for
+            numbers of the checkpoint's type.
+        up_style: of B' or B, or of the dense matrices, likewise.
     """
 
     members: tuple[str, ...]
@@ -41,6 +45,13 @@ class GroupPlan:
     rank: int
     reason: str | None = None
     expected_kl: float | None = None
+    down_style: str | None = None
+    up_style: str | None = None
+
+    @property
+    def is_unchanged(self) -> bool:
+        """Whether the matrices are stored as they were."""
+        return self.form == "dense" and self.up_style is None
 
     @property
     def dense_parameters(self) -> int:
@@ -55,9 +66,16 @@ class GroupPlan:
 
 @dataclass(frozen=True)
 class RankPlan:
-    """One GroupPlan for every group, layer by layer."""
+    """What becomes of every group, layer by layer, and of the embedding and the head.
+
+    Attributes:
+        layers: layer name -> its groups.
+        tables: module name of an embedding or a head -> its format of few bits; those that are not
+            named stay as they are.
+    """
 
     layers: dict[str, tuple[GroupPlan, ...]]
+    tables: dict[str, str] = field(default_factory=dict)
 
     @property
     def groups(self) -> list[GroupPlan]:
@@ -74,7 +92,7 @@ class RankPlan:
         """Write plan.json."""
         layers = {name: [_entry(group) for group in groups] for name, groups in self.layers.items()}
         value = {"schema": SCHEMA, "kept_fraction": self.kept_fraction, "layers": layers}
-        write_json(path, value)
+        write_json(path, value | {"tables": self.tables})
 
 
 def uniform_plan(
@@ -138,10 +156,11 @@ def load_plan(path: Path, layers: list[Layer]) -> RankPlan:
             name: tuple(_group_from(entry) for entry in entries)
             for name, entries in raw["layers"].items()
         }
+        tables = {str(name): _style_from(style) for name, style in raw.get("tables", {}).items()}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError("The rank plan cannot be read.", where=path, observed=error) from error
     _check_fit(path, planned, layers)
-    return RankPlan(planned)
+    return RankPlan(planned, {name: style for name, style in tables.items() if style})
 
 
 def _check_fit(path: Path, planned: dict[str, tuple[GroupPlan, ...]], layers: list[Layer]) -> None:
@@ -197,4 +216,11 @@ def _group_from(entry: dict[str, Any]) -> GroupPlan:
         int(entry["rank"]),
         entry.get("reason"),
         entry.get("expected_kl"),
+        _style_from(entry.get("down_style")),
+        _style_from(entry.get("up_style")),
     )
+
+
+def _style_from(name: str | None) -> str | None:
+    """A format's name as it is written, checked."""
+    return None if name is None else parse_format(name).name

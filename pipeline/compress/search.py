@@ -122,8 +122,8 @@ def group_candidates(
             )
             for stack in partition
         ]
-        found += _combined(stacks)
-    return _thinned(_front(found))
+        found += combined(stacks)
+    return thinned(front_of(found))
 
 
 def rank_step(full: int, multiple: int) -> int:
@@ -147,33 +147,34 @@ def _stack_candidates(
             loss = float(curve[rank])
             plan = GroupPlan(members, rows, columns, form, rank, None, loss)
             found.append(Candidate((plan,), size, loss))
-    return _front(found)
+    return front_of(found)
 
 
-def _combined(stacks: list[list[Candidate]]) -> list[Candidate]:
+def combined(stacks: list[list[Candidate]]) -> list[Candidate]:
     """One candidate from each stack, in every way that no other beats."""
-    combined = stacks[0]
+    joined = stacks[0]
     for options in stacks[1:]:
         # Only the survivors become objects: there are thousands of pairs for each of them.
-        sizes = np.add.outer([c.size for c in combined], [c.size for c in options])
-        losses = np.add.outer([c.loss for c in combined], [c.loss for c in options])
+        sizes = np.add.outer([c.size for c in joined], [c.size for c in options])
+        losses = np.add.outer([c.loss for c in joined], [c.loss for c in options])
         best = undominated(sizes.ravel(), losses.ravel())
-        pairs = [(combined[i // len(options)], options[i % len(options)]) for i in best]
-        combined = [
+        pairs = [(joined[i // len(options)], options[i % len(options)]) for i in best]
+        joined = [
             Candidate(a.stacks + b.stacks, a.size + b.size, a.loss + b.loss) for a, b in pairs
         ]
-    return combined
+    return joined
 
 
-def _front(candidates: list[Candidate]) -> list[Candidate]:
+def front_of(candidates: list[Candidate]) -> list[Candidate]:
+    """The candidates that no other beats in both size and loss, by rising size."""
     sizes = np.array([c.size for c in candidates])
     losses = np.array([c.loss for c in candidates])
     return [candidates[i] for i in undominated(sizes, losses)]
 
 
-def _thinned(candidates: list[Candidate]) -> list[Candidate]:
+def thinned(candidates: list[Candidate], largest: int = CANDIDATES_PER_GROUP) -> list[Candidate]:
     """Evenly chosen ones, both ends among them, when there are too many for the solver."""
-    if len(candidates) <= CANDIDATES_PER_GROUP:
+    if len(candidates) <= largest:
         return candidates
-    places = np.linspace(0, len(candidates) - 1, CANDIDATES_PER_GROUP).round().astype(int)
+    places = np.linspace(0, len(candidates) - 1, largest).round().astype(int)
     return [candidates[i] for i in np.unique(places)]

@@ -6,6 +6,7 @@ from typing import Protocol
 
 import torch
 
+from pipeline.compress.bits import Noises
 from pipeline.compress.search import Curves, Members
 
 
@@ -17,9 +18,11 @@ class GroupStatistics(Protocol):
 
     Attributes:
         curves: expected KL to the original, nats, of every stack at every rank from 0 to full.
+        noises: what rounding is expected to add to it; empty where no formats were asked for.
     """
 
     curves: Curves
+    noises: Noises
 
     def sensitivities(self, members: Members) -> list[torch.Tensor]:
         """Shrunk G = E[g g^T] of each member's output, float64 [m_i, m_i], of full rank."""

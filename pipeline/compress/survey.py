@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,16 @@ from pipeline.calibrate.moments import GroupMoments, balanced
 from pipeline.calibrate.precision import fast_products
 from pipeline.calibrate.sensitivity import BackwardSweep
 from pipeline.calibrate.stream import LayerStream
+from pipeline.compress.bits import Noises
+from pipeline.compress.noises import StackNoise, stack_noise
+from pipeline.compress.rank import Form
 from pipeline.compress.search import Curves, Members, stacks_of
 from pipeline.compress.truncate import tails_of, whitened_energies
 from pipeline.compress.whiten import shrunk
 from pipeline.compress.work import FinishedLayers
 from pipeline.model.structure import Group, Layer
 from pipeline.progress import track
+from pipeline.quantize.formats import Format
 
 # Of the sensitivities, which are estimated from few tokens.
 SENSITIVITY_SHRINKAGE = 0.1
@@ -34,6 +39,7 @@ class Survey:
 
     Attributes:
         curves: expected KL, nats per token, of every stack at every rank from 0 to full.
+        noises: what rounding is expected to add to it; empty where no formats were asked for.
 
     Raises:
         InputError: the folder holds a survey with other settings.
@@ -43,6 +49,7 @@ class Survey:
         self.folder = folder
         self.finished = FinishedLayers(folder / "layers", settings)
         self.curves: Curves = {}
+        self.noises: Noises = {}
         self._layer_of: dict[str, str] = {}
         self._source_of: dict[str, str] = {}
 
@@ -54,6 +61,8 @@ class Survey:
         *,
         cat: bool,
         seed: int,
+        styles: Sequence[Format] = (),
+        form: Form = "skip",
     ) -> None:
         """Sweep the model forward and back, but for the layers that are finished.
 
@@ -63,6 +72,8 @@ class Survey:
             tokens: int64 [N, T].
             cat: whether stacks of several members are wanted.
             seed: of the tokens that are drawn from the model.
+            styles: formats of few bits whose cost is wanted, too.
+            form: of the factors that will be rounded.
         """
         missing = [i for i, layer in enumerate(layers) if layer.name not in self.finished]
         if missing:
@@ -71,7 +82,7 @@ class Survey:
             for index in track(back, "sensitivity, backward"):
                 moments = sweep.backward(index)
                 if index in missing:
-                    tensors = _layer_tensors(model, layers[index], moments, cat)
+                    tensors = _layer_tensors(model, layers[index], moments, cat, styles, form)
                     self.finished.add(layers[index].name, tensors, [])
             sweep.remove()
         for layer in layers:
@@ -82,6 +93,7 @@ class Survey:
                 if name.startswith("curve."):
                     members = tuple(name.removeprefix("curve.").split(JOIN))
                     self.curves[members] = curve.numpy()
+            self.noises |= noises_in(tensors)
 
     def sensitivities(self, members: Members) -> list[torch.Tensor]:
         """Shrunk G of each member's output, float64 [m_i, m_i]."""
@@ -110,32 +122,63 @@ def survey_bytes(layers: list[Layer], tokens: int) -> int:
 
 
 def _layer_tensors(
-    model: PreTrainedModel, layer: Layer, moments: dict[str, GroupMoments], cat: bool
+    model: PreTrainedModel,
+    layer: Layer,
+    moments: dict[str, GroupMoments],
+    cat: bool,
+    styles: Sequence[Format],
+    form: Form,
 ) -> dict[str, torch.Tensor]:
-    """What is kept of a layer: its sensitivities, weighted moments, and the curve of each stack."""
+    """What is kept of a layer: sensitivities, weighted moments, curve and noise of each stack."""
     kept: dict[str, torch.Tensor] = {}
     for group in layer.groups:
         found = moments[group.name]
         # In bfloat16, which halves the disk they take; it rounds away less than the shrinkage.
         kept |= {f"sensitivity.{m}": g.mean().bfloat16() for m, g in found.outputs.items()}
         kept[f"weighted.{group.name}"] = found.weighted.mean().float()
-        kept |= _group_curves(model, group, found, cat)
+        kept |= _group_curves(model, group, found, cat, styles, form)
     return kept
 
 
 def _group_curves(
-    model: PreTrainedModel, group: Group, moments: GroupMoments, cat: bool
+    model: PreTrainedModel,
+    group: Group,
+    moments: GroupMoments,
+    cat: bool,
+    styles: Sequence[Format],
+    form: Form,
 ) -> dict[str, torch.Tensor]:
     geometry = balanced(moments.inputs.mean(), moments.weighted.mean())
     weight = {m: model.get_submodule(m).weight.detach() for m in group.members}
     blocks = {m: shrunk(g.mean(), SENSITIVITY_SHRINKAGE) for m, g in moments.outputs.items()}
     curves = {}
     for stack in stacks_of(group, cat=cat):
-        energies = whitened_energies(
-            torch.cat([weight[m] for m in stack]), geometry, [blocks[m] for m in stack]
-        )
+        stacked, parts = torch.cat([weight[m] for m in stack]), [blocks[m] for m in stack]
+        energies = whitened_energies(stacked, geometry, parts)
         curves[f"curve.{JOIN.join(stack)}"] = tails_of(energies) / 2
+        if styles:
+            noise = stack_noise(stacked, geometry, parts, styles, form)
+            curves |= noise_tensors(stack, noise)
     return curves
+
+
+def noise_tensors(members: Members, noise: StackNoise) -> dict[str, torch.Tensor]:
+    """A stack's noise as tensors to be kept, by name."""
+    return {
+        f"noise.{name}.{JOIN.join(members)}": torch.from_numpy(array)
+        for name, array in vars(noise).items()
+    }
+
+
+def noises_in(tensors: dict[str, torch.Tensor]) -> Noises:
+    """The inverse of `noise_tensors`, for all stacks among the tensors of a layer."""
+    parts: dict[Members, dict[str, np.ndarray]] = {}
+    for name, tensor in tensors.items():
+        kind, _, rest = name.partition(".")
+        if kind == "noise":
+            field, _, members = rest.partition(".")
+            parts.setdefault(tuple(members.split(JOIN)), {})[field] = tensor.numpy()
+    return {members: StackNoise(**fields) for members, fields in parts.items()}
 
 
 def output_tails(

@@ -27,7 +27,8 @@ from pipeline.export.passes.lay_out import (
     take_place,
 )
 from pipeline.export.profile import CONTRIB
-from pipeline.quantize.blocks import Blocks, pack_codes, quantize_blocks
+from pipeline.quantize.blocks import Blocks, quantize_blocks
+from pipeline.quantize.pack import pack_codes
 
 INTEGER_PRODUCTS = 4
 

@@ -1,0 +1,153 @@
+"""Formats of few bits: how many, how many weights share a scale, and which runtimes take them.
+
+A matrix [m, n] is cut along its rows into blocks of neighbouring inputs; each block has a scale
+and, where the format is not symmetric, a zero point.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+SCALE_BYTES = 2
+BITS = (2, 3, 4, 6, 8)
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a matrix is stored in few bits.
+
+    Attributes:
+        bits: of a code.
+        block: weights of a row that share a scale; 0 for the whole row ("per channel").
+        symmetric: without zero points.
+    """
+
+    bits: int
+    block: int
+    symmetric: bool
+
+    @property
+    def name(self) -> str:
+        """`int4-b32-asym`, as plans and messages write it."""
+        block = f"b{self.block}" if self.block else "row"
+        return f"int{self.bits}-{block}-{'sym' if self.symmetric else 'asym'}"
+
+    def width(self, columns: int) -> int:
+        """Weights in a block of a matrix of so many columns."""
+        return self.block or columns
+
+    def blocks(self, columns: int) -> int:
+        """Blocks in a row of so many columns."""
+        return -(-columns // self.width(columns))
+
+    def stored_bytes(self, rows: int, columns: int, scale_bytes: int = SCALE_BYTES) -> int:
+        """Bytes of codes, scales and zero points of a matrix, with what fills the last block."""
+        blocks = self.blocks(columns)
+        code_bytes = rows * -(-blocks * self.width(columns) * self.bits // 8)
+        zero_bytes = 0 if self.symmetric else rows * -(-blocks * self.bits // 8)
+        return code_bytes + zero_bytes + rows * blocks * scale_bytes
+
+
+def parse_format(name: str) -> Format:
+    """The format that a name such as `int4-b32-asym` or `int8-row-sym` stands for.
+
+    Raises:
+        ValueError: no such format; says how they are written.
+    """
+    try:
+        kind, block, symmetry = name.split("-")
+        bits = int(kind.removeprefix("int"))
+        width = 0 if block == "row" else int(block.removeprefix("b"))
+    except ValueError:
+        raise ValueError(f"{name!r} is no format: write int4-b32-asym or int8-row-sym") from None
+    if bits not in BITS or width < 0 or symmetry not in ("sym", "asym"):
+        raise ValueError(f"{name!r}: bits are one of {BITS}, the last word is sym or asym")
+    return Format(bits, width, symmetry == "sym")
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What a runtime takes, and how it stores it.
+
+    Attributes:
+        name: as the user writes it.
+        formats: the choices of a search for this runtime.
+        table: formats of an embedding that is also the head.
+        scale_bytes: of a scale in its file.
+        float_bytes: of a number that is not in few bits.
+        takes: for messages.
+    """
+
+    name: str
+    formats: tuple[Format, ...]
+    table: tuple[Format, ...]
+    scale_bytes: int
+    float_bytes: int
+    takes: str
+
+    def accepts(self, style: Format) -> bool:
+        """Whether its kernels multiply with matrices of that format."""
+        if self.name == "cpu":
+            return style.bits in (2, 4, 8) and style.block in (16, 32, 64, 128, 256)
+        if self.name == "tensorrt":
+            if not style.symmetric:
+                return False
+            return (style.bits, style.block) in ((4, 64), (4, 128), (8, 0))
+        return True
+
+
+def _formats(*names: str) -> tuple[Format, ...]:
+    return tuple(parse_format(name) for name in names)
+
+
+RUNTIMES = {
+    "cpu": Runtime(
+        "cpu",
+        _formats(
+            "int2-b32-asym",
+            "int2-b64-asym",
+            "int4-b128-asym",
+            "int4-b64-asym",
+            "int4-b32-asym",
+            "int8-b128-sym",
+            "int8-b32-sym",
+        ),
+        _formats("int4-b64-asym", "int4-b32-asym", "int8-b64-sym"),
+        4,
+        4,
+        "2, 4 or 8 bits, blocks of 16 to 256",
+    ),
+    "tensorrt": Runtime(
+        "tensorrt",
+        _formats("int4-b128-sym", "int4-b64-sym", "int8-row-sym"),
+        _formats("int8-row-sym"),
+        2,
+        2,
+        "4 bits in symmetric blocks of 64 or 128, or 8 bits by row",
+    ),
+    "any": Runtime(
+        "any",
+        _formats(
+            "int2-b32-asym",
+            "int2-b64-asym",
+            "int3-b64-asym",
+            "int3-b32-asym",
+            "int4-b128-asym",
+            "int4-b64-asym",
+            "int4-b32-asym",
+            "int6-b64-sym",
+            "int8-b128-sym",
+        ),
+        _formats(
+            "int2-b32-asym",
+            "int3-b32-asym",
+            "int4-b64-asym",
+            "int4-b32-asym",
+            "int6-b64-sym",
+            "int8-b64-sym",
+        ),
+        2,
+        2,
+        "2, 3, 4, 6 or 8 bits; no runtime yet, torch alone",
+    ),
+}
