@@ -127,10 +127,10 @@ def folder_bytes(folder: Path) -> int:
 
 
 def copy_tokenizer(checkpoint: Path, folder: Path) -> None:
-    """Copy tokenizer, chat template and generation settings from a checkpoint to another folder."""
+    """Copy tokenizer, chat template and generation settings, or the image processor's settings."""
     patterns = (
         "tokenizer*", "special_tokens_map.json", "chat_template*", "*.jinja",
-        "generation_config.json", "vocab.*", "merges.txt",
+        "generation_config.json", "vocab.*", "merges.txt", "preprocessor_config.json",
     )  # fmt: skip
     for pattern in patterns:
         for path in checkpoint.glob(pattern):

@@ -161,7 +161,7 @@ def plan_rows(plan: EnginePlan) -> list[tuple[str, str]]:
         ("graph", f"{plan.folder.onnx_path}, {plan.folder.weight_bytes / MEBIBYTE:.0f} MiB"),
         ("block-skip nodes", str(plan.folder.block_skip_nodes)),
         ("plugin", str(plan.plugin or ("kernels in the engine" if plan.embed else "none"))),
-        ("context", f"{plan.limits.max_length} tokens"),
+        *context_rows(plan.limits.max_length),
         *profile_rows([profile.to_json() for profile in plan.profiles]),
     ]
 
@@ -175,17 +175,27 @@ def manifest_rows(manifest: dict[str, Any], output: Path) -> list[tuple[str, str
         ("target", f"{target['flavour']} {manifest['tensorrt_version']}, sm{capability}"),
         ("plan", f"{manifest['plan']['bytes'] / MEBIBYTE:.0f} MiB"),
         ("block-skip", f"{path['path']}, {path['nodes']} nodes"),
-        ("context", f"{manifest['limits']['max_length']} tokens"),
+        *context_rows(manifest["limits"].get("max_length", 0)),
         *profile_rows(manifest["profiles"]),
         ("built in", f"{build['parse_seconds'] + build['build_seconds']:.1f} s"),
         ("peak memory", f"{build['peak_memory_bytes'] / MEBIBYTE:.0f} MiB"),
     ]
 
 
+def context_rows(max_length: int) -> list[tuple[str, str]]:
+    """The row of the cache's length; none for a model that takes no tokens."""
+    return [("context", f"{max_length} tokens")] if max_length else []
+
+
 def profile_rows(profiles: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    """One row for each profile: the range of tokens."""
+    """One row for each profile: the range of tokens, or of images."""
     rows = []
     for profile in profiles:
+        if "pixel_values" in profile["shapes"]:
+            images = profile["shapes"]["pixel_values"]
+            size = "x".join(map(str, images["max"][1:]))
+            rows.append((profile["name"], f"{images['min'][0]}..{images['max'][0]} of {size}"))
+            continue
         tokens = profile["shapes"]["input_ids"]
         text = (
             f"batch {tokens['min'][0]}..{tokens['max'][0]}, "

@@ -56,6 +56,8 @@ def command(
 ) -> None:
     """Export one ONNX graph for prefill and decode, with genai_config.json beside it.
 
+    Of an image classifier: one graph from pixel values to logits, any number of images at once.
+
     \b
     skipcat export small -o small-onnx
     skipcat export small -o small-onnx-fp16 --dtype float16
@@ -72,13 +74,20 @@ def command(
     if as_json:
         click.echo(json.dumps(record, indent=2))
         return
+    images = "pixel_values" in record
+    size = "x".join(map(str, record["pixel_values"])) if images else record["max_length"]
     total_bytes = record["graph_bytes"] + record["data_bytes"]
     click.echo(
         f"{output}: {profile} {dtype}, weights {record['weights']}, "
         f"{sum(record['nodes'].values())} nodes, "
         f"{record['block_skip_nodes']} block-skip, {total_bytes / 1e6:.1f} MB, "
-        f"{record['max_length']} tokens; {record['seconds']:.0f} s"
+        f"{size} {'pixels' if images else 'tokens'}; {record['seconds']:.0f} s"
     )
     click.echo(f"runs in: {record['runs_in']}")
+    if images:
+        click.echo(
+            f"next: skipcat engine {output} -o engine   or   skipcat validate --onnx {output}"
+        )
+        return
     other = f"skipcat serve {output}" if profile == "cpu" else f"skipcat engine {output} -o engine"
     click.echo(f'next: skipcat run {output} -p "..."   or   {other}')

@@ -15,11 +15,19 @@ from pipeline.engine.child import LOG_FILE, read_result, run_child, worker_comma
 from pipeline.engine.manifest import MANIFEST_FILE, make_manifest, target_record
 from pipeline.engine.onnx_folder import OnnxFolder, read_onnx_folder, require_float16
 from pipeline.engine.plugin_library import choose_plugin
-from pipeline.engine.profiles import DecodeForm, Limits, Profile, make_limits, make_profiles
+from pipeline.engine.profiles import (
+    DecodeForm,
+    Limits,
+    Profile,
+    image_limits,
+    make_limits,
+    make_profiles,
+)
 from pipeline.engine.request import REQUEST_FILE, RESULT_FILE, BuildRequest
 from pipeline.engine.rtx import plugin_refused
 from pipeline.engine.target import Target
 from pipeline.errors import MissingPackageError, UsageError
+from pipeline.model.task import IMAGES
 
 DEFAULT_TIMEOUT_S = 7200.0
 # Measured on SmolLM2-135M with TensorRT for RTX 1.7, see docs/engine-size.md.
@@ -154,7 +162,14 @@ def plan_engine(
     require_float16(folder)
     require_package(target)
     form: DecodeForm = decode or ("shared" if target.flavour == "rtx" else "separate")
-    limits = make_limits(max_batch, max_prefill, folder.record.max_length, form)
+    images = folder.record.task == IMAGES
+    if images and decode is not None:
+        raise UsageError("An image classifier has no decode profile.", where="--decode")
+    limits = (
+        image_limits(max_batch)
+        if images
+        else make_limits(max_batch, max_prefill, folder.record.max_length, form)
+    )
     library, plugin_note = None, ""
     if embed:
         plugin_note = "block-skip kernels: compiled into the engine"
@@ -168,7 +183,7 @@ def plan_engine(
         plugin=library,
         embed=embed,
         notes=(
-            *prefill_notes(limits, max_prefill),
+            *(() if images else prefill_notes(limits, max_prefill)),
             *memory_notes(target, folder, form),
             *filter(None, (plugin_note,)),
         ),
@@ -215,7 +230,7 @@ def run_build(
             shutil.copy(plan.plugin, staging)
         manifest = make_manifest(plan.target, plan.limits, plan.folder, request, result, plan.notes)
         write_json(staging / MANIFEST_FILE, manifest)
-        copy_tokenizer(plan.folder.onnx_path.parent, staging)
+        copy_tokenizer(plan.folder.path, staging)
         for name in (REQUEST_FILE, RESULT_FILE):
             (staging / name).unlink()
     return manifest

@@ -16,6 +16,7 @@ from pipeline.engine.request import PLAN_FILE, BuildRequest, BuildResult
 from pipeline.engine.target import Capability, Target, capability_name
 from pipeline.errors import InputError
 from pipeline.provenance import provenance
+from pipeline.runtime.export_record import TASK_FIELDS
 
 SCHEMA = 1
 MANIFEST_FILE = "manifest.json"
@@ -46,12 +47,7 @@ def make_manifest(
         "schema": SCHEMA,
         "target": target_record(target),
         "tensorrt_version": result.library_version,
-        "limits": {
-            "max_batch": limits.max_batch,
-            "max_prefill": limits.max_prefill,
-            "max_length": limits.max_length,
-        },
-        "decode_profile": limits.decode,
+        **limits_record(limits),
         "workspace_bytes": request.workspace_bytes,
         "profiles": [profile.to_json() for profile in request.profiles],
         "block_skip": block_skip_record(request, result),
@@ -67,6 +63,15 @@ def make_manifest(
         "notes": [*notes, *result.notes],
         "provenance": provenance(),
     }
+
+
+def limits_record(limits: Limits) -> dict[str, Any]:
+    """What the engine can run; of tokens only where it takes tokens."""
+    record: dict[str, Any] = {"limits": {"max_batch": limits.max_batch}}
+    if limits.max_length:
+        record["limits"] |= {"max_prefill": limits.max_prefill, "max_length": limits.max_length}
+        record["decode_profile"] = limits.decode
+    return record
 
 
 def target_record(target: Target) -> dict[str, Any]:
@@ -89,14 +94,14 @@ def block_skip_record(request: BuildRequest, result: BuildResult) -> dict[str, A
 def onnx_record(folder: OnnxFolder) -> dict[str, Any]:
     """What identifies the ONNX folder: the graph's hash alone would not tell two models apart."""
     record = folder.record
+    own = TASK_FIELDS[record.task]
     return {
         "sha256": record.onnx_sha256,
         "data_sha256": folder.data_sha256(),
+        "task": record.task,
         "profile": record.profile,
         "dtype": record.dtype,
-        "max_length": record.max_length,
-        "vocab_size": record.vocab_size,
-        "num_layers": record.num_layers,
+        **{name: getattr(record, name) for name in own},
     }
 
 

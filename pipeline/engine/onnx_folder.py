@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.artefact import sha256_of_file
 from pipeline.errors import InputError
+from pipeline.model.task import IMAGES, TEXT
 from pipeline.runtime.export_record import ExportRecord, read_export_record, wrong_field
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def read_onnx_folder(folder: Path) -> OnnxFolder:
         InputError: files missing, not matching each other, or not what `export.json` promises.
     """
     folder = folder.resolve()
-    record = read_export_record(folder)
+    record = read_export_record(folder, tasks=(TEXT, IMAGES))
     model = load_graph(folder / "model.onnx")
     found = count_block_skip_nodes(model)
     require_node_count(folder / "export.json", found)

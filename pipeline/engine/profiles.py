@@ -16,6 +16,7 @@ Shape = tuple[int, ...]
 TOKEN_INPUTS = ("input_ids", "position_ids")
 MASK_INPUT = "attention_mask"
 CACHE_PREFIX = "past_key_values."
+IMAGE_INPUT = "pixel_values"
 OPT_PREFILL = 128
 CACHE_LENGTH_AXIS = 2
 
@@ -98,6 +99,8 @@ def make_limits(max_batch: int, max_prefill: int, max_length: int, decode: Decod
 def make_profiles(inputs: Mapping[str, tuple[int | None, ...]], limits: Limits) -> list[Profile]:
     """The decode profile, then the prefill profile unless every call is one token.
 
+    A graph that takes images has one profile.
+
     Args:
         inputs: shape of every graph input, None where the axis is dynamic.
         limits: what the engine must run.
@@ -105,6 +108,8 @@ def make_profiles(inputs: Mapping[str, tuple[int | None, ...]], limits: Limits) 
     Raises:
         InputError: an input that is none of the pipeline's, or a static axis out of the limits.
     """
+    if set(inputs) == {IMAGE_INPUT}:
+        return [image_profile(inputs[IMAGE_INPUT], limits.max_batch)]
     static_cache = has_static_cache(inputs)
     decode = (
         Sizes(1, 1, 0, 1),
@@ -115,6 +120,28 @@ def make_profiles(inputs: Mapping[str, tuple[int | None, ...]], limits: Limits) 
     if limits.max_prefill > 1:
         profiles.append(profile("prefill", inputs, prefill_sizes(limits, static_cache)))
     return profiles
+
+
+def image_limits(max_batch: int) -> Limits:
+    """Limits of a graph that takes images: no tokens and no cache.
+
+    Raises:
+        UsageError: a limit below 1.
+    """
+    return Limits(make_limits(max_batch, 1, 1, "shared").max_batch, 0, 0)
+
+
+def image_profile(shape: tuple[int | None, ...], max_batch: int) -> Profile:
+    """1 to `max_batch` images, tuned for the most.
+
+    Raises:
+        InputError: an axis other than the batch is dynamic.
+    """
+    if len(shape) != 4 or shape[0] is not None or None in shape[1:]:
+        raise unknown_input(IMAGE_INPUT, shape)
+    sizes = tuple(size for size in shape[1:] if size is not None)
+    ends = ((1, *sizes), (max_batch, *sizes), (max_batch, *sizes))
+    return Profile("images", {IMAGE_INPUT: ShapeRange(*ends)})
 
 
 def decode_opt(limits: Limits, static_cache: bool) -> Sizes:
@@ -206,6 +233,7 @@ def unknown_input(name: str, shape: tuple[int | None, ...]) -> InputError:
         f"The graph input '{name}' has no rule for its shapes.",
         observed=f"shape {shape}",
         expected="input_ids, position_ids, attention_mask [batch, n]; "
-        "past_key_values.* [batch, heads, length, width] with heads and width fixed",
+        "past_key_values.* [batch, heads, length, width] with heads and width fixed; or "
+        "pixel_values alone, [batch, channels, height, width] with only the batch free",
         change="give a folder that `skipcat export` wrote",
     )

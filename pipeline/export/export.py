@@ -27,6 +27,7 @@ from pipeline.export.passes.residual_norm import fuse_residual_norms
 from pipeline.export.profile import CONTRIB, PROFILES, Profile
 from pipeline.export.skeleton import load_skeleton
 from pipeline.export.trace import CacheShape, trace
+from pipeline.model.task import IMAGES, task_of_folder
 from pipeline.provenance import provenance
 
 SCHEMA = 1
@@ -111,6 +112,10 @@ def export_folder(
     Raises:
         PipelineError: a broken checkpoint, a model the exporter cannot handle, or no disk space.
     """
+    if task_of_folder(Path(checkpoint)) == IMAGES:
+        from pipeline.vision.export import export_images_folder
+
+        return export_images_folder(Path(checkpoint), output, request, overwrite=overwrite)
     request.check()
     started = time.monotonic()
     profile, dtype = PROFILES[request.profile], DTYPES[request.dtype]

@@ -144,7 +144,7 @@ def trace(
     mask = torch.ones(TRACE_BATCH, total, dtype=torch.int64)
     positions = torch.arange(TRACE_PAST, total).expand(TRACE_BATCH, -1).contiguous()
     try:
-        with _attention_of(model), _quiet(), traced_as_nodes(), torch.no_grad():
+        with traced_with(model, NAME), quiet_exporter(), traced_as_nodes(), torch.no_grad():
             step, inputs = DecoderStep(model, profile).eval(), (ids, mask, positions, past)
             if profile.contrib:
                 step(*inputs)  # where masks have values, they are looked at
@@ -167,12 +167,12 @@ def trace(
             change="run again with -v to see the exporter's own traceback",
         ) from error
     model_ir: ir.Model = program.model  # type: ignore[union-attr]  # None without dynamo only
-    _name_as_in_checkpoint(model_ir.graph)
+    name_as_in_checkpoint(model_ir.graph)
     _attach_matrices(model_ir.graph, skeleton)
     return model_ir, shapes
 
 
-def _name_as_in_checkpoint(graph: ir.Graph) -> None:
+def name_as_in_checkpoint(graph: ir.Graph) -> None:
     """Drop the level that the traced wrapper adds to every weight's name."""
     weights = list(graph.initializers.values())
     graph.initializers.clear()
@@ -209,10 +209,10 @@ def _dynamic_shapes(profile: Profile, caches: int) -> dict[str, object]:
 
 
 @contextlib.contextmanager
-def _attention_of(model: PreTrainedModel) -> Iterator[None]:
-    """Trace with our attention, and give the model its own back."""
+def traced_with(model: PreTrainedModel, attention: str) -> Iterator[None]:
+    """Trace with an attention of ours, and give the model its own back."""
     own = model.config._attn_implementation
-    model.set_attn_implementation(NAME)
+    model.set_attn_implementation(attention)
     try:
         yield
     finally:
@@ -220,7 +220,7 @@ def _attention_of(model: PreTrainedModel) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_exporter() -> Iterator[None]:
     """Keep the exporter's progress prints and warnings off the user's screen."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]

@@ -9,17 +9,16 @@ from typing import Any
 
 from pipeline.artefact import sha256_of_file
 from pipeline.errors import InputError
+from pipeline.model.task import IMAGES, TEXT, Task
 
 SCHEMA = 1
 PROFILES = ("opset24", "compat", "cpu")
 DTYPES = ("float32", "float16")
-FIELD_TYPES = {
-    "profile": str,
-    "dtype": str,
-    "max_length": int,
-    "vocab_size": int,
-    "num_layers": int,
-    "onnx_sha256": str,
+FIELD_TYPES: dict[str, type] = {"profile": str, "dtype": str, "onnx_sha256": str}
+# What the record of each task has beside those.
+TASK_FIELDS: dict[Task, dict[str, type]] = {
+    TEXT: {"max_length": int, "vocab_size": int, "num_layers": int},
+    IMAGES: {"pixel_values": list, "classes": int},
 }
 
 
@@ -31,28 +30,38 @@ class ExportRecord:
         profile: `opset24` (static cache, written in place), `compat` (growing cache) or `cpu`
             (ONNX Runtime's own operators).
         dtype: of weights, cache and logits.
-        max_length: most tokens of prompt and answer.
-        vocab_size: width of the logits.
-        num_layers: number of key/value pairs.
         onnx_sha256: hex digest of `model.onnx`.
+        max_length: most tokens of prompt and answer; 0 for a model that takes none.
+        vocab_size: width of the logits; 0 for an image classifier.
+        num_layers: number of key/value pairs; 0 for a model without a cache.
         weights: `float`, which is `dtype`, or how many bits the matrices are rounded to.
+        task: what the graph does.
+        pixel_values: channels, height and width of an image; empty for a language model.
+        classes: width of an image classifier's logits; 0 for a language model.
     """
 
     profile: str
     dtype: str
-    max_length: int
-    vocab_size: int
-    num_layers: int
     onnx_sha256: str
+    max_length: int = 0
+    vocab_size: int = 0
+    num_layers: int = 0
     weights: str = "float"
+    task: Task = TEXT
+    pixel_values: tuple[int, ...] = ()
+    classes: int = 0
 
 
-def read_export_record(folder: Path) -> ExportRecord:
+def read_export_record(folder: Path, tasks: tuple[Task, ...] = (TEXT,)) -> ExportRecord:
     """Read `folder/export.json` and check it against itself and against `model.onnx`.
 
+    Args:
+        folder: what `skipcat export` wrote.
+        tasks: those that the caller can do something with.
+
     Raises:
-        InputError: a file is missing, a field is missing or wrong, or the graph is not the one
-            that the record was written for.
+        InputError: a file is missing, a field is missing or wrong, the graph is not the one that
+            the record was written for, or does something else than `tasks`.
     """
     path = require_file(folder / "export.json")
     try:
@@ -60,6 +69,13 @@ def read_export_record(folder: Path) -> ExportRecord:
     except ValueError as error:
         raise InputError("This file is not JSON.", where=path, observed=error) from error
     record = parse_record(fields, path)
+    if record.task not in tasks:
+        raise InputError(
+            "This export is of another kind of model than is needed here.",
+            where=folder,
+            observed=f"a graph for {record.task}",
+            expected=f"one for {' or '.join(tasks)}",
+        )
     require_same_graph(record, require_file(folder / "model.onnx"))
     return record
 
@@ -80,14 +96,20 @@ def parse_record(fields: Any, path: Path) -> ExportRecord:
             expected=f"schema {SCHEMA}",
             change="export the checkpoint again",
         )
-    for name, expected_type in FIELD_TYPES.items():
+    task = fields.get("task", TEXT)
+    if task not in TASK_FIELDS:
+        raise wrong_field(path, "task", task, " or ".join(TASK_FIELDS))
+    expected_types = FIELD_TYPES | TASK_FIELDS[task]
+    for name, expected_type in expected_types.items():
         if not isinstance(fields.get(name), expected_type):
             raise wrong_field(path, name, fields.get(name), expected_type.__name__)
     for name, known in (("profile", PROFILES), ("dtype", DTYPES)):
         if fields[name] not in known:
             raise wrong_field(path, name, fields[name], " or ".join(known))
-    known_fields = {name: fields[name] for name in FIELD_TYPES}
-    return ExportRecord(**known_fields, weights=str(fields.get("weights", "float")))
+    known_fields = {name: fields[name] for name in expected_types}
+    if "pixel_values" in known_fields:
+        known_fields["pixel_values"] = tuple(known_fields["pixel_values"])
+    return ExportRecord(**known_fields, weights=str(fields.get("weights", "float")), task=task)
 
 
 def require_same_graph(record: ExportRecord, onnx_path: Path) -> None:
