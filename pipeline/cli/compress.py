@@ -10,6 +10,7 @@ import click
 
 from pipeline.cli import options
 from pipeline.compress.methods import DEFAULT_EFFORT, DEFAULT_METHOD, EFFORTS, METHODS
+from pipeline.quantize.formats import DEFAULT_RUNTIME, RUNTIMES
 
 calibration_options = options.apply(
     click.option(
@@ -74,11 +75,38 @@ calibration_options = options.apply(
     ),
 )
 
+bits_options = options.apply(
+    click.option(
+        "--memory",
+        help="Bytes that all weights may take, such as 60MB: ranks and bits are searched together, "
+        "and --keep-params is not looked at.",
+    ),
+    click.option(
+        "--keep-bytes",
+        type=float,
+        help="The same, as a fraction of the model's bytes in float16.",
+    ),
+    click.option(
+        "--runtime",
+        type=click.Choice(list(RUNTIMES)),
+        default=DEFAULT_RUNTIME,
+        show_default=True,
+        help="Whose formats may be used, and in whose file bytes are counted: "
+        + "; ".join(f"{name}: {runtime.takes}" for name, runtime in RUNTIMES.items())
+        + ".",
+    ),
+    click.option(
+        "--weights", help="One format for all matrices of the layers, such as int8-b64-sym."
+    ),
+    click.option("--table", help="One for the embedding and the head, such as int4-b32-asym."),
+)
+
 
 @click.command("compress")
 @options.model
 @options.output
 @calibration_options
+@bits_options
 @options.seed
 @options.trust_remote_code
 @options.overwrite
@@ -93,6 +121,7 @@ def command(
     \b
     skipcat compress -m smollm2-135m -o small --keep-params 0.8
     skipcat compress -m ./my-llama -o small --calibration valid.txt --windows 64 --window-length 512
+    skipcat compress -m smollm2-135m -o small --memory 60MB
     skipcat compress -m ./my-vit -o small --keep-params 0.6 --calibration images/
     """  # noqa: D301 - click reads the escape
     from pipeline.artefact import refuse_existing
@@ -116,6 +145,8 @@ def command(
         f"{totals['factored']} groups factored, {totals['kept_dense']} kept dense; "
         f"largest |A'| {totals['largest']:.3f}"
     )
+    if totals["in_few_bits"]:
+        click.echo(f"{totals['stored_bytes'] / 1e6:.2f} MB of weights on disk")
     for group in report["groups"]:
         if group.get("reason"):
             click.echo(f"dense: {', '.join(group['members'])}: {group['reason']}")
@@ -138,7 +169,7 @@ def _show_plan(request: Any, as_json: bool) -> None:
         click.echo(json.dumps({"kept_fraction": plan.kept_fraction, "groups": groups}, indent=2))
         return
     table = Table(title=f"{request.model}: {plan.kept_fraction:.2%} would be kept")
-    for heading in ("members", "m x n", "form", "rank", "parameters", "after"):
+    for heading in ("members", "m x n", "form", "rank", "few bits", "parameters", "after"):
         table.add_column(heading)
     for group in plan.groups:
         table.add_row(
@@ -146,6 +177,7 @@ def _show_plan(request: Any, as_json: bool) -> None:
             f"{group.rows} x {group.columns}",
             group.form,
             str(group.rank),
+            " ".join(style or "-" for style in (group.down_style, group.up_style)),
             f"{group.dense_parameters:,}",
             f"{group.kept_parameters:,}",
         )

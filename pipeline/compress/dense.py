@@ -9,23 +9,34 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 
 from pipeline.compress.checkpoint import load_checkpoint, read_report, save_checkpoint
-from pipeline.compress.modeling_skipcat import FactoredLinear
+from pipeline.compress.modeling_skipcat import FactoredLinear, FewBitEmbedding, FewBitLinear
 
 
 def densify_(model: PreTrainedModel) -> PreTrainedModel:
-    """Replace every factored layer by an nn.Linear that holds the product of its factors.
+    """Replace every factored layer by the product of its factors, and few bits by numbers.
 
     Args:
         model: changed in place, and returned.
     """
-    factored = [(n, m) for n, m in model.named_modules() if isinstance(m, FactoredLinear)]
     # All products first: replacing an owner would take the factors from those that share them.
-    products = {name: module.dense_weight() for name, module in factored}
-    for name, module in factored:
-        linear = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
-        linear.weight = nn.Parameter(products.pop(name).to(module.up.weight.dtype))
-        linear.bias = module.up.bias
-        model.set_submodule(name, linear)
+    products = {
+        name: (module.dense_weight().to(module.up.weight.dtype), module.up.bias)
+        for name, module in model.named_modules()
+        if isinstance(module, FactoredLinear)
+    }
+    inside = tuple(f"{name}." for name in products)
+    tables: dict[int, nn.Parameter] = {}
+    for name, module in list(model.named_modules()):
+        if isinstance(module, FewBitEmbedding):
+            weight = tables.setdefault(id(module.stored), _frozen(module.weight))
+            model.set_submodule(name, nn.Embedding.from_pretrained(weight))
+        elif isinstance(module, FewBitLinear) and not name.startswith(inside):
+            weight = tables.setdefault(id(module.matrix), _frozen(module.weight))
+            model.set_submodule(name, _linear(weight, module.bias))
+            if module.table_reference:
+                model.config.tie_word_embeddings = True
+    for name, (product, bias) in products.items():
+        model.set_submodule(name, _linear(_frozen(product), bias))
     for attribute in ("quantization_config", "auto_map"):
         if hasattr(model.config, attribute):
             delattr(model.config, attribute)
@@ -33,6 +44,16 @@ def densify_(model: PreTrainedModel) -> PreTrainedModel:
         del model.hf_quantizer
     model.is_quantized = False
     return model
+
+
+def _frozen(weight: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(weight.detach(), requires_grad=False)
+
+
+def _linear(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight, linear.bias = weight, bias
+    return linear
 
 
 def dense_bytes(checkpoint: Path) -> int:

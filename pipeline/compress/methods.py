@@ -43,6 +43,7 @@ class Method:
             is taken where truncation loses less, among matrices of one kind (SVD-LLM v2).
             "searched": least expected KL to the original under one global budget.
         fit: how the factors are fitted.
+        quantizer: matrices stay dense, in one format of few bits that the user names.
     """
 
     summary: str
@@ -50,6 +51,7 @@ class Method:
     skip: bool
     allocation: Allocation
     fit: Fit
+    quantizer: bool = False
 
     @property
     def needs_survey(self) -> bool:
@@ -73,6 +75,22 @@ METHODS = {
     "cat": Method("whitened SVD, shared (Cat)", True, False, "uniform", ONE_SIDED),
     "skip": Method("whitened SVD, block-skip (Skip)", False, True, "uniform", ONE_SIDED),
     "skipcat": Method("shared and block-skip (SkipCat)", True, True, "uniform", ONE_SIDED),
+    "rtn": Method(
+        "every number rounded to its nearest (RTN)",
+        False,
+        False,
+        "uniform",
+        Fit(two_sided=False, nearest=True),
+        quantizer=True,
+    ),
+    "gptq": Method(
+        "rounded with errors fed forward along rows (GPTQ)",
+        False,
+        False,
+        "uniform",
+        Fit(two_sided=False, mix=0.0),
+        quantizer=True,
+    ),
     DEFAULT_METHOD: Method(
         "block-skip, two-sided, ranks and sharing by expected KL", True, True, "searched", Fit()
     ),

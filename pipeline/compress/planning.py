@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
+from pipeline.compress.bits import BitsRequest, searched_bits
 from pipeline.compress.by_loss import plan_by_loss
 from pipeline.compress.methods import DEFAULT_METHOD, Method
-from pipeline.compress.plan import RankPlan, load_plan, uniform_plan
+from pipeline.compress.plan import GroupPlan, RankPlan, load_plan, uniform_plan
 from pipeline.compress.request import CompressRequest
 from pipeline.compress.search import searched_plan
+from pipeline.compress.stored_bytes import NAME_BYTES
 from pipeline.compress.survey import Survey, output_tails
+from pipeline.compress.tables import table_choices
 from pipeline.errors import UsageError
 from pipeline.model.structure import Layer
+from pipeline.model.tables import find_tables
+from pipeline.progress import note
+from pipeline.quantize.formats import RUNTIMES, Runtime
+
+# Of an export.
+DEFAULT_MAX_LENGTH = 2048
 
 
 def make_plan(
@@ -40,12 +50,23 @@ def make_plan(
     """
     method, kept = request.resolved_method, request.keep_params
     given = load_plan(Path(request.plan), layers) if request.plan else None
-    wanted = given is not None or kept < 1
+    wanted = given is not None or kept < 1 or request.searches_bits or request.weights is not None
     if method.needs_survey and survey is not None and wanted:
         chosen = spread(tokens, request.resolved_effort.survey_windows)
-        survey.measure(model, layers, chosen, cat=method.cat, seed=request.seed)
+        runtime = RUNTIMES[request.runtime]
+        survey.measure(
+            model,
+            layers,
+            chosen,
+            cat=method.cat,
+            seed=request.seed,
+            styles=runtime.formats if request.searches_bits else (),
+            form="skip" if method.skip else "low_rank",
+        )
     if given is not None:
         return given
+    if request.searches_bits:
+        return _plan_in_bytes(request, model, layers, tokens, survey)
     plan = _plan_of(method, request, model, layers, tokens, survey)
     if plan.kept_fraction > kept:
         raise UsageError(
@@ -55,7 +76,78 @@ def make_plan(
             expected=f"at most {kept:.4f}",
             change=f"raise --keep-params, or use --method {DEFAULT_METHOD}",
         )
-    return plan
+    return in_one_format(plan, model, request)
+
+
+def in_one_format(plan: RankPlan, model: PreTrainedModel, request: CompressRequest) -> RankPlan:
+    """The plan with the formats that the request names for all matrices, if it names any."""
+    layers = plan.layers
+    if request.weights is not None:
+        layers = {
+            name: tuple(_in_format(group, request.weights) for group in groups)
+            for name, groups in layers.items()
+        }
+    tables = {}
+    if request.table is not None:
+        found = find_tables(model).groups
+        if not found:
+            note("--table: the embedding and the head are of no known kind, and stay as they are")
+        tables = {name: request.table for names in found for name in names}
+    return RankPlan(layers, tables)
+
+
+def _in_format(group: GroupPlan, style: str) -> GroupPlan:
+    down = None if group.form == "dense" else style
+    return replace(group, down_style=down, up_style=style, reason=None)
+
+
+def _plan_in_bytes(
+    request: CompressRequest,
+    model: PreTrainedModel,
+    layers: list[Layer],
+    tokens: torch.Tensor,
+    survey: Survey | None,
+) -> RankPlan:
+    """Ranks and bits under the budget of bytes that the request names."""
+    assert survey is not None
+    method, runtime = request.resolved_method, RUNTIMES[request.runtime]
+    tables = survey.kept_choices("tables", lambda: table_choices(model, tokens, runtime))
+    named = {name for names in find_tables(model).groups for name in names}
+    whole = sum(parameter.numel() for parameter in model.parameters())
+    return searched_bits(
+        layers,
+        survey.curves,
+        survey.noises,
+        tables,
+        BitsRequest(
+            budget_bytes=request.budget_bytes(2 * whole),
+            fixed_bytes=fixed_bytes(model, layers, named, runtime),
+            runtime=runtime,
+            cat=method.cat,
+            skip=method.skip,
+            multiple=request.rank_multiple,
+        ),
+    )
+
+
+def fixed_bytes(
+    model: PreTrainedModel, layers: list[Layer], tables: set[str], runtime: Runtime
+) -> int:
+    """Bytes of the weights that nothing is chosen for, in a runtime's file, names included."""
+    chosen = {m for layer in layers for group in layer.groups for m in group.members} | tables
+    total = 0
+    for name, parameter in model.named_parameters():
+        module, _, kind = name.rpartition(".")
+        if not (kind == "weight" and module in chosen):
+            total += parameter.numel() * runtime.float_bytes + NAME_BYTES
+    if runtime.name == "cpu":
+        # The graph holds the angles of every position, cosines and sines.
+        config = model.config.get_text_config()
+        width = (
+            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        )
+        total += DEFAULT_MAX_LENGTH * width * runtime.float_bytes
+    return total
 
 
 def _plan_of(

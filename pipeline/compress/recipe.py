@@ -28,6 +28,7 @@ from pipeline.compress.plan import RankPlan
 from pipeline.compress.planning import make_plan
 from pipeline.compress.request import CompressRequest
 from pipeline.compress.survey import Survey, survey_bytes
+from pipeline.compress.tables import round_tables_
 from pipeline.compress.work import FinishedLayers
 from pipeline.errors import InputError
 from pipeline.model.load import LoadedModel, load_model
@@ -76,7 +77,7 @@ def compress_to_folder(
     started = time.monotonic()
     discard_unfinished(output, resume=resume)
     loaded = loaded or _load(request)
-    dtype = loaded.storage_dtype if request.dtype == "auto" else DTYPES[request.dtype]
+    dtype = stored_dtype(request, loaded.storage_dtype)
     layers = decoder_structure(loaded.model)
     needed_bytes = _needed_bytes(request, loaded, layers, dtype)
     with staged_folder(
@@ -92,6 +93,16 @@ def compress_to_folder(
         discard(folder / WORK)
         discard(folder / SURVEY)
     return report
+
+
+def stored_dtype(request: CompressRequest, published: torch.dtype) -> torch.dtype:
+    """Of what is not in few bits: as asked, as published, or float16 under a budget of bytes."""
+    if request.dtype != "auto":
+        return DTYPES[request.dtype]
+    if request.searches_bits and published.itemsize > torch.float16.itemsize:
+        note("under a budget of bytes what is not in few bits is stored in float16")
+        return torch.float16
+    return published
 
 
 def _load(request: CompressRequest) -> LoadedModel:
@@ -139,6 +150,9 @@ def _compress_in(
         survey=survey,
         finished=FinishedLayers(folder / WORK, identity | {"plan": followed}),
     )
+    nearest = request.resolved_method.fit.nearest
+    entries, _ = round_tables_(loaded.model, plan.tables, tokens.tokens, plain=nearest)
+    compressed.modules |= entries
     return plan, compressed
 
 
@@ -155,7 +169,8 @@ def plan_only(request: CompressRequest) -> RankPlan:
     request.check()
     loaded = _load(request)
     layers = decoder_structure(loaded.model)
-    if request.plan or request.resolved_method.allocation == "uniform":
+    uniform = request.resolved_method.allocation == "uniform"
+    if request.plan or uniform:
         return make_plan(request, loaded.model, layers, torch.empty(0), None)
     tokens = calibration_tokens(request, loaded)
     require_tokens(tokens, layers)
@@ -222,9 +237,12 @@ def build_report(
         "dense_parameters": sum(group["dense_parameters"] for group in groups),
         "kept_parameters": sum(group["kept_parameters"] for group in groups),
         "total_before": total_before,
-        "total_after": parameter_count(compressed.model),
+        "total_after": total_before
+        - sum(g["dense_parameters"] - g["kept_parameters"] for g in groups),
         "factored": len(factored),
         "kept_dense": len(groups) - len(factored),
+        "in_few_bits": sum("up_style" in group for group in groups)
+        + len(set(plan.tables.values())),
         "largest": max((g.get("largest_interpolation", 0.0) for g in factored), default=0.0),
         "seconds": seconds,
         "resident_bytes": memory.rss,
@@ -260,6 +278,8 @@ def _write(
     report: dict[str, Any],
 ) -> None:
     save_checkpoint(compressed.model, loaded.tokenizer, compressed.modules, folder, dtype)
+    report["totals"]["stored_bytes"] = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+    report["tables"] = plan.tables
     plan.save(folder / "plan.json")
     save_plan_chart(plan, folder / "plan.svg")
     write_json(folder / "recipe.json", recipe)

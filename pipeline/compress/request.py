@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 
 from pipeline.compress.methods import (
@@ -13,6 +14,7 @@ from pipeline.compress.methods import (
     Method,
 )
 from pipeline.errors import UsageError
+from pipeline.quantize.formats import DEFAULT_RUNTIME, RUNTIMES, parse_format
 
 SHORTENING = 4
 
@@ -41,6 +43,12 @@ class CompressRequest:
         stream_weights: leave the weights in their files, as published, even where memory has room
             for them in float32.
         trust_remote_code: let the model's own code run.
+        memory: bytes that all weights may take, such as "60MB"; ranks and bits are then searched
+            together, and `keep_params` is not looked at.
+        keep_bytes: the same, as a fraction of the bytes that the model has in float16.
+        runtime: whose formats of few bits may be used, and in whose file bytes are counted.
+        weights: one format of few bits for all matrices of the decoder's layers.
+        table: one for the embedding and the head.
     """
 
     model: str
@@ -61,6 +69,11 @@ class CompressRequest:
     dtype: str = "auto"
     stream_weights: bool = False
     trust_remote_code: bool = False
+    memory: str | None = None
+    keep_bytes: float | None = None
+    runtime: str = DEFAULT_RUNTIME
+    weights: str | None = None
+    table: str | None = None
 
     def check(self) -> None:
         """Refuse values that cannot be meant, before any work is done.
@@ -93,6 +106,7 @@ class CompressRequest:
         for flag, value, known in (
             ("--method", self.method, METHODS),
             ("--effort", self.effort, EFFORTS),
+            ("--runtime", self.runtime, RUNTIMES),
         ):
             if value not in known:
                 raise UsageError(
@@ -101,6 +115,66 @@ class CompressRequest:
                     observed=value,
                     expected=", ".join(known),
                 )
+        self._check_bits()
+
+    def _check_bits(self) -> None:
+        """Refuse budgets of bytes, and formats, that cannot be meant."""
+        if sum(x is not None for x in (self.memory, self.keep_bytes, self.weights)) > 1:
+            raise UsageError(
+                "Formats are either searched under one budget of bytes, or given.",
+                where="--memory, --keep-bytes, --weights",
+                expected="at most one of them",
+            )
+        if self.keep_bytes is not None and not 0 < self.keep_bytes <= 1:
+            raise UsageError(
+                "The fraction of bytes is out of range.",
+                where="--keep-bytes",
+                observed=self.keep_bytes,
+                expected="a number in (0, 1]; 0.25 keeps a quarter of the float16 bytes",
+            )
+        if self.memory is not None:
+            parse_bytes(self.memory, "--memory")
+        if self.searches_bits and METHODS[self.method].allocation != "searched":
+            raise UsageError(
+                "This method does not search ranks and bits.",
+                where=f"--method {self.method}",
+                expected=f"--method {DEFAULT_METHOD} with a budget of bytes",
+            )
+        if METHODS[self.method].quantizer and self.weights is None:
+            raise UsageError(
+                "A quantiser needs a format.",
+                where=f"--method {self.method}",
+                expected="--weights int4-b32-asym, and --table for the embedding and the head",
+            )
+        for flag, name in (("--weights", self.weights), ("--table", self.table)):
+            if name is not None:
+                self._check_format(flag, name)
+
+    def _check_format(self, flag: str, name: str) -> None:
+        try:
+            style = parse_format(name)
+        except ValueError as error:
+            raise UsageError("There is no such format.", where=flag, observed=error) from error
+        runtime = RUNTIMES[self.runtime]
+        if not runtime.accepts(style):
+            raise UsageError(
+                "The runtime does not multiply with matrices of this format.",
+                where=flag,
+                observed=f"{name}, with --runtime {runtime.name}",
+                expected=runtime.takes,
+                change="choose another format, or --runtime any for PyTorch alone",
+            )
+
+    @property
+    def searches_bits(self) -> bool:
+        """Whether there is a budget of bytes."""
+        return self.memory is not None or self.keep_bytes is not None
+
+    def budget_bytes(self, float16_bytes: int) -> int:
+        """The budget of a model whose weights take so many bytes in float16."""
+        if self.memory is not None:
+            return parse_bytes(self.memory, "--memory")
+        return int((self.keep_bytes or 1.0) * float16_bytes)
 
     @property
     def resolved_effort(self) -> Effort:
@@ -136,3 +210,22 @@ class CompressRequest:
         if self.one_sided:
             fit = replace(fit, two_sided=False)
         return replace(method, cat=method.cat and self.cat, skip=method.skip and self.skip, fit=fit)
+
+
+def parse_bytes(text: str, flag: str) -> int:
+    """The bytes that `60MB`, `1.5 GiB` or `60000000` name.
+
+    Raises:
+        UsageError: it names none, or not one.
+    """
+    found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([kmg]?)(i?)b?\s*", text.lower())
+    size = 0
+    if found:
+        number, prefix, binary = found.groups()
+        base = 1024 if binary else 1000
+        size = int(float(number) * base ** ("", "k", "m", "g").index(prefix))
+    if size < 1:
+        raise UsageError(
+            "This is no number of bytes.", where=flag, observed=text, expected="60MB or 1.5GiB"
+        )
+    return size

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,12 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from pipeline.artefact import write_json
 from pipeline.calibrate.moments import GroupMoments, balanced
 from pipeline.calibrate.precision import fast_products
 from pipeline.calibrate.sensitivity import BackwardSweep
 from pipeline.calibrate.stream import LayerStream
-from pipeline.compress.bits import Noises
+from pipeline.compress.bits import Noises, TableChoice
 from pipeline.compress.noises import StackNoise, stack_noise
 from pipeline.compress.rank import Form
 from pipeline.compress.search import Curves, Members, stacks_of
@@ -94,6 +97,18 @@ class Survey:
                     members = tuple(name.removeprefix("curve.").split(JOIN))
                     self.curves[members] = curve.numpy()
             self.noises |= noises_in(tensors)
+
+    def kept_choices(
+        self, name: str, measure: Callable[[], list[list[TableChoice]]]
+    ) -> list[list[TableChoice]]:
+        """What `measure` returns, kept in the folder so that it is measured once."""
+        path = self.folder / f"{name}.json"
+        if path.exists():
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            return [[TableChoice(**choice) for choice in choices] for choices in kept]
+        found = measure()
+        write_json(path, [[asdict(choice) for choice in choices] for choices in found])
+        return found
 
     def sensitivities(self, members: Members) -> list[torch.Tensor]:
         """Shrunk G of each member's output, float64 [m_i, m_i]."""

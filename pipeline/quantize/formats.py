@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 SCALE_BYTES = 2
+DEFAULT_RUNTIME = "cpu"
 BITS = (2, 3, 4, 6, 8)
 
 
