@@ -88,7 +88,7 @@ def compress_(
             if finished is not None:
                 finished.add(layer.name, tensors, groups)
                 rebind_(model, finished.load(layer.name)[0])
-        modules |= _entries(planned)
+        modules |= plan_entries(planned)
         reports += groups
         return_free_memory()
     return Compressed(model, modules, reports)
@@ -135,7 +135,7 @@ class _OneShot:
             new, report = factor(group, inputs[read_by[group.members[0]]])
             tensors |= new
             reports.append(report)
-        install_(self.model, _entries(planned), tensors)
+        install_(self.model, plan_entries(planned), tensors)
         return tensors, reports
 
     def repeat(
@@ -143,7 +143,7 @@ class _OneShot:
     ) -> None:
         with fast_products(self.model):
             self.stream.advance(index, measure=False)
-        install_(self.model, _entries(planned), tensors)
+        install_(self.model, plan_entries(planned), tensors)
 
 
 class _Propagated:
@@ -171,7 +171,7 @@ class _Propagated:
             inputs = Inputs(*self.stream.measure(index, source.name))
             for group in groups:
                 new, reports[group.members] = factor(group, inputs)
-                install_(self.model, _entries((group,)), new)
+                install_(self.model, plan_entries((group,)), new)
                 tensors |= new
         self.stream.advance_compressed(index)
         return tensors, [reports[g.members] for g in planned]
@@ -180,7 +180,7 @@ class _Propagated:
         self, index: int, planned: tuple[GroupPlan, ...], tensors: dict[str, torch.Tensor]
     ) -> None:
         self.stream.advance_original(index, measure=False)
-        install_(self.model, _entries(planned), tensors)
+        install_(self.model, plan_entries(planned), tensors)
         self.stream.advance_compressed(index)
 
 
@@ -189,7 +189,7 @@ def _read_by(layer: Layer) -> dict[str, str]:
     return {member: group.name for group in layer.groups for member in group.members}
 
 
-def _entries(planned: tuple[GroupPlan, ...]) -> dict[str, dict[str, Any]]:
+def plan_entries(planned: tuple[GroupPlan, ...]) -> dict[str, dict[str, Any]]:
     """`quantization_config.modules` entries of the groups that change."""
     entries: dict[str, dict[str, Any]] = {}
     for group in planned:
