@@ -6,14 +6,18 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from pipeline.compress.bits import BitsRequest, searched_bits
 from pipeline.compress.by_loss import plan_by_loss
 from pipeline.compress.methods import DEFAULT_METHOD
 from pipeline.compress.plan import RankPlan, load_plan, uniform_plan
+from pipeline.compress.planning import in_one_format
 from pipeline.compress.request import CompressRequest
 from pipeline.compress.search import searched_plan
+from pipeline.compress.stored_bytes import NAME_BYTES
 from pipeline.compress.truncate import tails_of, whitened_energies
 from pipeline.errors import UsageError
 from pipeline.model.structure import Layer
+from pipeline.quantize.formats import RUNTIMES, Runtime
 from pipeline.vision.survey import ImageSurvey
 
 
@@ -35,6 +39,8 @@ def make_image_plan(
     method, kept, multiple = request.resolved_method, request.keep_params, request.rank_multiple
     if request.plan:
         return load_plan(Path(request.plan), layers)
+    if request.searches_bits:
+        return _plan_in_bytes(request, model, layers, survey)
     if kept == 1 or method.allocation == "uniform":
         plan = uniform_plan(layers, kept, cat=method.cat, skip=method.skip, multiple=multiple)
     elif method.allocation == "searched":
@@ -61,7 +67,39 @@ def make_image_plan(
             expected=f"at most {kept:.4f}",
             change=f"raise --keep-params, or use --method {DEFAULT_METHOD}",
         )
-    return plan
+    return in_one_format(plan, model, request)
+
+
+def _plan_in_bytes(
+    request: CompressRequest, model: PreTrainedModel, layers: list[Layer], survey: ImageSurvey
+) -> RankPlan:
+    """Ranks and bits under the budget of bytes that the request names; no tables to choose for."""
+    method, runtime = request.resolved_method, RUNTIMES[request.runtime]
+    whole = sum(parameter.numel() for parameter in model.parameters())
+    return searched_bits(
+        layers,
+        survey.curves,
+        survey.noises,
+        [],
+        BitsRequest(
+            budget_bytes=request.budget_bytes(2 * whole),
+            fixed_bytes=fixed_bytes(model, layers, runtime),
+            runtime=runtime,
+            cat=method.cat,
+            skip=method.skip,
+            multiple=request.rank_multiple,
+        ),
+    )
+
+
+def fixed_bytes(model: PreTrainedModel, layers: list[Layer], runtime: Runtime) -> int:
+    """Bytes of the weights that nothing is chosen for, in a runtime's file, names included."""
+    chosen = {f"{m}.weight" for layer in layers for g in layer.groups for m in g.members}
+    return sum(
+        parameter.numel() * runtime.float_bytes + NAME_BYTES
+        for name, parameter in model.named_parameters()
+        if name not in chosen
+    )
 
 
 def _require_equal_layers(method: str, layers: list[Layer]) -> None:

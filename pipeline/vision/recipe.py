@@ -27,6 +27,7 @@ from pipeline.compress.work import FinishedLayers
 from pipeline.errors import InputError, UsageError
 from pipeline.progress import note
 from pipeline.provenance import provenance
+from pipeline.quantize.formats import RUNTIMES
 from pipeline.vision.card import image_card
 from pipeline.vision.images import ImageBatch, load_images, require_source
 from pipeline.vision.load import LoadedClassifier, load_classifier
@@ -68,14 +69,14 @@ def compress_images_to_folder(
     Raises:
         PipelineError: bad input, or not enough disk.
     """
-    from pipeline.compress.recipe import DTYPES, build_report, parameter_count
+    from pipeline.compress.recipe import build_report, parameter_count, stored_dtype
 
     check_image_request(request)
     started = time.monotonic()
     discard_unfinished(output, resume=resume)
     ready = calibrate(request)
     loaded = ready.loaded
-    dtype = loaded.storage_dtype if request.dtype == "auto" else DTYPES[request.dtype]
+    dtype = stored_dtype(request, loaded.storage_dtype)
     total_before = parameter_count(loaded.model)
     with staged_folder(
         output, overwrite=overwrite, resume=True, required_bytes=2 * total_before * dtype.itemsize
@@ -115,6 +116,7 @@ def check_image_request(request: CompressRequest) -> None:
     for flag, given in (
         ("--window-length", request.window_length is not None),
         ("--stream-weights", request.stream_weights),
+        ("--table", request.table is not None),
     ):
         if given:
             raise UsageError("This option is for language models.", where=flag)
@@ -140,8 +142,16 @@ def calibrate(request: CompressRequest) -> Calibrated:
     survey = ImageSurvey(loaded.model, structure.layers)
     method = request.resolved_method
     # A plan that keeps everything needs no gradients, nor does a method that is one-sided.
-    gradients = method.needs_survey and (request.plan is not None or request.keep_params < 1)
-    survey.measure(images.pixels, gradients=gradients, cat=method.cat, seed=request.seed)
+    bits = request.searches_bits or request.weights is not None
+    gradients = bits or request.plan is not None or request.keep_params < 1
+    survey.measure(
+        images.pixels,
+        gradients=gradients and method.needs_survey,
+        cat=method.cat,
+        seed=request.seed,
+        styles=RUNTIMES[request.runtime].formats if request.searches_bits else (),
+        form="skip" if method.skip else "low_rank",
+    )
     return Calibrated(loaded, structure, images, survey)
 
 
@@ -241,6 +251,7 @@ def _write(
     report: dict[str, Any],
 ) -> None:
     save_checkpoint(compressed.model, ready.loaded.processor, compressed.modules, folder, dtype)
+    report["totals"]["stored_bytes"] = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
     plan.save(folder / "plan.json")
     save_plan_chart(plan, folder / "plan.svg")
     write_json(folder / "recipe.json", recipe)

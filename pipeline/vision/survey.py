@@ -9,7 +9,7 @@ of x x^T, an error D of W costs tr(G D S D^T) / 2 nats an image, x and g taken a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +19,9 @@ from transformers import PreTrainedModel
 
 from pipeline.calibrate.moments import SecondMoment, balanced, gram
 from pipeline.calibrate.stream import not_finite
+from pipeline.compress.bits import Noises
+from pipeline.compress.noises import stack_noise
+from pipeline.compress.rank import Form
 from pipeline.compress.search import Curves, Members, stacks_of
 from pipeline.compress.survey import SENSITIVITY_SHRINKAGE
 from pipeline.compress.truncate import tails_of, whitened_energies
@@ -26,6 +29,7 @@ from pipeline.compress.whiten import shrunk
 from pipeline.errors import InputError
 from pipeline.model.structure import Group, Layer, evaluating
 from pipeline.progress import track
+from pipeline.quantize.formats import Format
 
 # Labels drawn for an image: a class that is almost sure leaves almost no gradient, so the few draws
 # that differ carry most of the Fisher information.
@@ -87,6 +91,7 @@ class ImageSurvey:
 
     Attributes:
         curves: expected KL, nats an image, of every stack at every rank from 0 to full.
+        noises: what rounding is expected to add to it; empty where no formats were asked for.
         images: how many were seen.
     """
 
@@ -95,6 +100,7 @@ class ImageSurvey:
         self.groups = {m: g for layer in layers for g in layer.groups for m in g.members}
         self.sums = {g.name: GroupSums(g) for layer in layers for g in layer.groups}
         self.curves: Curves = {}
+        self.noises: Noises = {}
         self.images = 0
 
     def measure(
@@ -104,6 +110,8 @@ class ImageSurvey:
         gradients: bool,
         cat: bool = True,
         seed: int = 0,
+        styles: Sequence[Format] = (),
+        form: Form = "skip",
         batch_size: int = 16,
     ) -> None:
         """Run the images forward and, if asked, back; then compute the curves.
@@ -113,6 +121,8 @@ class ImageSurvey:
             gradients: whether sensitivities and curves are wanted.
             cat: whether stacks of several members are wanted.
             seed: of the labels that are drawn.
+            styles: formats of few bits whose cost is wanted, too.
+            form: of the factors that will be rounded.
             batch_size: images at once.
 
         Raises:
@@ -129,7 +139,7 @@ class ImageSurvey:
                         self.model(pixel_values=batch)
         self.images += len(pixels)
         if gradients:
-            self._make_curves(cat)
+            self._make_curves(cat, styles, form)
 
     def moment(self, members: Members) -> torch.Tensor:
         """S = E[x x^T] of what the members read in the original model, float64 [n, n]."""
@@ -145,15 +155,16 @@ class ImageSurvey:
         """What errors of the members are measured in: `moment`, balanced with the weighted one."""
         return balanced(moment, self.sums[self.groups[members[0]].name].weighted)
 
-    def _make_curves(self, cat: bool) -> None:
+    def _make_curves(self, cat: bool, styles: Sequence[Format], form: Form) -> None:
         for group in dict.fromkeys(self.groups.values()):
             geometry = self.geometry(group.members, self.moment(group.members))
             weights = {m: self.model.get_submodule(m).weight.detach() for m in group.members}
             for stack in stacks_of(group, cat=cat):
+                stacked, blocks = torch.cat([weights[m] for m in stack]), self.sensitivities(stack)
                 try:
-                    energies = whitened_energies(
-                        torch.cat([weights[m] for m in stack]), geometry, self.sensitivities(stack)
-                    )
+                    energies = whitened_energies(stacked, geometry, blocks)
+                    if styles:
+                        self.noises[stack] = stack_noise(stacked, geometry, blocks, styles, form)
                 except ValueError as error:
                     raise not_finite(", ".join(stack), error) from error
                 self.curves[stack] = (tails_of(energies) / 2).numpy()

@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 
 from pipeline.calibrate.moments import SecondMoment
 from pipeline.calibrate.stream import not_finite
-from pipeline.compress.compress import FactorOne
+from pipeline.compress.compress import FactorOne, plan_entries
 from pipeline.compress.fit import Inputs, group_report
-from pipeline.compress.install import group_entries, install_
+from pipeline.compress.install import install_
 from pipeline.compress.plan import GroupPlan
 from pipeline.model.structure import Layer
 from pipeline.vision.survey import ImageSurvey
@@ -44,7 +44,7 @@ class OneShotWalk:
         reports = []
         inputs: dict[str, Inputs] = {}
         for group in planned:
-            if group.form == "dense":
+            if group.is_unchanged:
                 reports.append(group_report(group))
                 continue
             source = self.survey.groups[group.members[0]].name
@@ -53,14 +53,14 @@ class OneShotWalk:
             new, report = factor(group, inputs[source])
             tensors |= new
             reports.append(report)
-        install_groups(self.model, planned, tensors)
+        install_(self.model, plan_entries(planned), tensors)
         return tensors, reports
 
     def repeat(
         self, index: int, planned: tuple[GroupPlan, ...], tensors: dict[str, torch.Tensor]
     ) -> None:
         """Install what an earlier run made of layer `index`."""
-        install_groups(self.model, planned, tensors)
+        install_(self.model, plan_entries(planned), tensors)
 
 
 class PropagatedWalk:
@@ -93,14 +93,14 @@ class PropagatedWalk:
         reports = {group.members: group_report(group) for group in planned}
         given: list[tuple[_Given, _Given]] = []
         for source in layer.groups:
-            wanted = [g for g in planned if g.members[0] in source.members and g.form != "dense"]
+            wanted = [g for g in planned if g.members[0] in source.members and not g.is_unchanged]
             if not wanted:
                 continue
             given = given or [self._given(layer.name, batch) for batch in self.batches]
             inputs = self._measure(layer.name, source.name, given)
             for group in wanted:
                 new, reports[group.members] = factor(group, inputs)
-                install_groups(self.model, (group,), new)
+                install_(self.model, plan_entries((group,)), new)
                 tensors |= new
         return tensors, [reports[group.members] for group in planned]
 
@@ -108,7 +108,7 @@ class PropagatedWalk:
         self, index: int, planned: tuple[GroupPlan, ...], tensors: dict[str, torch.Tensor]
     ) -> None:
         """Install what an earlier run made of layer `index`."""
-        install_groups(self.model, planned, tensors)
+        install_(self.model, plan_entries(planned), tensors)
 
     @torch.no_grad()
     def _given(self, layer: str, batch: torch.Tensor) -> tuple[_Given, _Given]:
@@ -146,17 +146,6 @@ class _Given:
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.args, self.kwargs = args, kwargs
-
-
-def install_groups(
-    model: PreTrainedModel, planned: tuple[GroupPlan, ...], tensors: dict[str, torch.Tensor]
-) -> None:
-    """Put the factors of the groups that are not dense into a model."""
-    entries: dict[str, dict[str, Any]] = {}
-    for group in planned:
-        if group.form != "dense":
-            entries |= group_entries(group.members, group.form, group.rank)
-    install_(model, entries, tensors)
 
 
 def _input_of(model: PreTrainedModel, layer: str, linear: str, given: _Given) -> torch.Tensor:
