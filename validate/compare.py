@@ -15,8 +15,16 @@ from polygraphy.comparator import (
 )
 
 from pipeline.runtime.session import Session
+from pipeline.vision.session import ImageSession
 from validate.metrics import LogitMetrics, compare_logits
-from validate.runners import INPUT, OUTPUT, SessionRunner, quiet_polygraphy
+from validate.runners import (
+    IMAGE_INPUT,
+    INPUT,
+    OUTPUT,
+    ImageRunner,
+    SessionRunner,
+    quiet_polygraphy,
+)
 
 
 @dataclass(frozen=True)
@@ -33,7 +41,7 @@ class StageLogits:
     inference_s: float
 
     def arrays(self) -> list[np.ndarray]:
-        """The logits, one float32 [B, S, V] per batch."""
+        """The logits, one float32 [B, S, V] per batch; of images, [B, classes]."""
         return [iteration[OUTPUT] for iteration in self.results[self.name]]
 
 
@@ -54,6 +62,27 @@ class Comparison:
     batch_cosine: float
     batch_max_error: float
     batch_mean_error: float
+
+
+@dataclass(frozen=True)
+class ImageInputs:
+    """What every stage of an image classifier is given.
+
+    Attributes:
+        batches: float32 [B, C, H, W] each.
+        labels: int64 [N] of all images, or None.
+    """
+
+    batches: list[np.ndarray]
+    labels: np.ndarray | None
+
+
+def run_images(name: str, session: ImageSession, batches: Sequence[np.ndarray]) -> StageLogits:
+    """Feed every batch, float32 [B, C, H, W], to a session."""
+    feeds = [{IMAGE_INPUT: np.ascontiguousarray(batch)} for batch in batches]
+    with quiet_polygraphy():
+        results = Comparator.run([ImageRunner(name, session)], data_loader=feeds)
+    return StageLogits(name, results, sum(iteration.runtime for iteration in results[name]))
 
 
 def run_batches(name: str, session: Session, token_batches: Sequence[np.ndarray]) -> StageLogits:

@@ -31,6 +31,21 @@ class PerplexityChange:
 
 
 @dataclass(frozen=True)
+class Accuracy:
+    """Share of labelled images that a stage classifies as labelled.
+
+    Attributes:
+        value: in [0, 1].
+        standard_error: of it, images as independent.
+        images: how many.
+    """
+
+    value: float
+    standard_error: float
+    images: int
+
+
+@dataclass(frozen=True)
 class Row:
     """One stage of the ledger. What was not measured is None.
 
@@ -47,6 +62,7 @@ class Row:
         perplexity_change: against the original.
         inference_s: seconds for the token batches.
         total_s: seconds for loading and all measurements.
+        accuracy: of an image classifier, where there are labels.
     """
 
     name: str
@@ -61,6 +77,7 @@ class Row:
     perplexity_change: PerplexityChange | None = None
     inference_s: float | None = None
     total_s: float | None = None
+    accuracy: Accuracy | None = None
 
     @property
     def closeness(self) -> Comparison | None:
@@ -120,7 +137,7 @@ def row_from_json(fields: dict[str, Any]) -> Row:
     fields = read_numbers(fields)
 
     def build(name: str, kind: Any) -> Any:
-        return None if fields[name] is None else kind(**fields[name])
+        return None if fields.get(name) is None else kind(**fields[name])
 
     return Row(
         **{
@@ -133,6 +150,7 @@ def row_from_json(fields: dict[str, Any]) -> Row:
             "greedy_to_original": build("greedy_to_original", GreedyAgreement),
             "perplexity": build("perplexity", Perplexity),
             "perplexity_change": build("perplexity_change", PerplexityChange),
+            "accuracy": build("accuracy", Accuracy),
         }
     )
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from validate.record import Ledger
 from validate.report_plots import plot_ledger
-from validate.texts import COLUMNS, cells, reference_text
+from validate.texts import cells, columns_of, reference_text
 
 TEMPLATES = Path(__file__).parent
 
@@ -24,8 +25,8 @@ def render_html(ledger: Ledger) -> str:
     )
     return environment.get_template("ledger.html.jinja").render(
         ledger=ledger,
-        columns=COLUMNS,
-        cells=cells,
+        columns=columns_of(ledger),
+        cells=partial(cells, columns=columns_of(ledger)),
         reference_text=reference_text,
         has_reasons=any(row.verdict.reasons for row in ledger.rows),
         plots=plot_ledger(ledger),

@@ -12,6 +12,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from pipeline.model.task import IMAGES
 from validate.record import Ledger, Row
 
 COLOURS = {"pass": "#2da44e", "fail": "#c62828", "measured": "#57789c", "not run": "#b0b8c0"}
@@ -27,11 +28,12 @@ class Plot:
 
 
 def plot_ledger(ledger: Ledger) -> list[Plot]:
-    """Error, KL, perplexity and top-1 agreement, one bar per stage."""
+    """Error, KL, perplexity or accuracy, and top-1 agreement, one bar per stage."""
+    images = ledger.inputs.get("task") == IMAGES
     return [
         error_plot(ledger),
         divergence_plot(ledger),
-        perplexity_plot(ledger),
+        accuracy_plot(ledger) if images else perplexity_plot(ledger),
         top1_plot(ledger),
     ]
 
@@ -68,7 +70,8 @@ def error_plot(ledger: Ledger) -> Plot:
 
 def divergence_plot(ledger: Ledger) -> Plot:
     """KL to the original from zero: what compression cost, and that later stages add nothing."""
-    title = "KL to the original, nats per token"
+    unit = "an image" if ledger.inputs.get("task") == IMAGES else "per token"
+    title = f"KL to the original, nats {unit}"
     figure, axes = new_axes(ledger, title)
     draw_bars(axes, ledger, [drawable(divergence(row)) for row in ledger.rows])
     axes.set_xlim(left=0)
@@ -84,6 +87,20 @@ def perplexity_plot(ledger: Ledger) -> Plot:
     for place, entry in enumerate(measured):
         if entry and entry.standard_error is not None and math.isfinite(entry.value):
             axes.errorbar(entry.value, place, xerr=entry.standard_error, color="#1c2733", capsize=3)
+    return Plot(title, to_svg(figure))
+
+
+def accuracy_plot(ledger: Ledger) -> Plot:
+    """Accuracies with error bars of one standard error."""
+    title = "Accuracy, %, with one standard error"
+    figure, axes = new_axes(ledger, title)
+    measured = [row.accuracy for row in ledger.rows]
+    draw_bars(axes, ledger, [100 * entry.value if entry else math.nan for entry in measured])
+    for place, entry in enumerate(measured):
+        if entry:
+            error = 100 * entry.standard_error
+            axes.errorbar(100 * entry.value, place, xerr=error, color="#1c2733", capsize=3)
+    axes.set_xlim(0, 100)
     return Plot(title, to_svg(figure))
 
 

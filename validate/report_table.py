@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from validate.record import Ledger, Row
-from validate.texts import COLUMNS, cells, reference_text
+from validate.texts import cells, columns_of, reference_text
 
 WIDTH_WITHOUT_TERMINAL = 170
 STYLES = {"pass": "green", "fail": "bold red", "not run": "yellow", "measured": ""}
@@ -35,10 +35,13 @@ def build_table(ledger: Ledger) -> Table:
     table.add_column("stage")
     table.add_column("verdict")
     table.add_column("should equal")
-    for column in COLUMNS:
+    columns = columns_of(ledger)
+    for column in columns:
         table.add_column(column.title, justify="right")
     for row in ledger.rows:
-        table.add_row(escape(row.name), verdict_cell(row), reference_text(row), *cells(row))
+        table.add_row(
+            escape(row.name), verdict_cell(row), reference_text(row), *cells(row, columns)
+        )
     return table
 
 

@@ -13,8 +13,10 @@ from polygraphy.common import TensorMetadata
 from polygraphy.logger import G_LOGGER
 
 from pipeline.runtime.session import Session
+from pipeline.vision.session import ImageSession
 
 INPUT = "input_ids"
+IMAGE_INPUT = "pixel_values"
 OUTPUT = "logits"
 
 
@@ -52,6 +54,36 @@ class SessionRunner(BaseRunner):
     def deactivate_impl(self) -> None:
         """Let go of the session."""
         del self.session
+
+
+class ImageRunner(BaseRunner):
+    """Runs each batch of images.
+
+    Args:
+        name: of the stage.
+        session: an image classifier.
+    """
+
+    def __init__(self, name: str, session: ImageSession) -> None:
+        super().__init__(name=name)
+        self._session = session
+
+    def activate_impl(self) -> None:
+        """Nothing: the session is open."""
+
+    def get_input_metadata_impl(self) -> TensorMetadata:
+        """`pixel_values`: float32 [B, C, H, W], all free."""
+        return TensorMetadata().add(IMAGE_INPUT, dtype=np.float32, shape=(None,) * 4)
+
+    def infer_impl(self, feed_dict: Mapping[str, np.ndarray]) -> OrderedDict[str, np.ndarray]:
+        """`logits`, float32 [B, classes]."""
+        start = time.perf_counter()
+        logits = self._session.classify(feed_dict[IMAGE_INPUT])
+        self.inference_time = time.perf_counter() - start
+        return OrderedDict({OUTPUT: logits})
+
+    def deactivate_impl(self) -> None:
+        """Nothing: the session belongs to the caller."""
 
 
 @contextlib.contextmanager

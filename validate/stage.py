@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-
-from pipeline.runtime.session import Session
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -43,14 +42,15 @@ class Stage:
 
     Attributes:
         name: unique within the ledger.
-        open: loads it; an exception of this makes the row 'not run'.
+        open: loads it, a Session or, of an image classifier, an ImageSession; an exception of this
+            makes the row 'not run'.
         reference: name of an earlier stage that it should equal; None for the original.
         tolerance: how nearly.
         required: whether 'not run' counts as a failure.
     """
 
     name: str
-    open: Callable[[], Session]
+    open: Callable[[], Any]
     reference: str | None = None
     tolerance: Tolerance = Tolerance()
     required: bool = True

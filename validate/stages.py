@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.errors import InputError, UsageError
+from pipeline.model.task import IMAGES, TEXT
 from pipeline.runtime.export_record import ExportRecord, read_export_record
 from pipeline.runtime.session import Session
 from validate.stage import Stage, Tolerance
@@ -144,16 +145,20 @@ def labelled(paths: tuple[Path, ...]) -> list[tuple[Path, str]]:
 
 def onnx_stage(folder: Path, name: str, reference: str) -> Stage:
     """ONNX Runtime on an export, held to what its dtype can keep."""
-    record = export_record_if_readable(folder)
-    is_half = record is not None and record.dtype == "float16"
-    tolerance = SAME_IN_FLOAT16 if is_half else SAME_IN_FLOAT32
+    tolerance = onnx_tolerance(export_record_if_readable(folder))
     return Stage(name, functools.partial(open_onnx, folder, name), reference, tolerance)
+
+
+def onnx_tolerance(record: ExportRecord | None) -> Tolerance:
+    """What an export's dtype can keep to."""
+    is_half = record is not None and record.dtype == "float16"
+    return SAME_IN_FLOAT16 if is_half else SAME_IN_FLOAT32
 
 
 def export_record_if_readable(folder: Path) -> ExportRecord | None:
     """The export's record; None for a broken one, whose stage will say so when it is opened."""
     try:
-        return read_export_record(folder)
+        return read_export_record(folder, tasks=(TEXT, IMAGES))
     except InputError:
         return None
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from validate.record import Row
+from pipeline.model.task import IMAGES
+from validate.record import Ledger, Row
 
 NOTHING = "-"
 
@@ -68,6 +69,13 @@ def perplexity(row: Row) -> str:
     return f"{row.perplexity.value:.5g} ± {row.perplexity.standard_error:#.2g}"
 
 
+def accuracy(row: Row) -> str:
+    """Accuracy with its standard error."""
+    if row.accuracy is None:
+        return NOTHING
+    return f"{row.accuracy.value:.2%} ± {row.accuracy.standard_error:.2%}"
+
+
 def seconds(row: Row) -> str:
     """Seconds for everything."""
     return NOTHING if row.total_s is None else f"{row.total_s:.1f}"
@@ -84,9 +92,24 @@ COLUMNS = (
 )
 
 
-def cells(row: Row) -> list[str]:
-    """The cells of all COLUMNS."""
-    return [column.text(row) for column in COLUMNS]
+IMAGE_COLUMNS = (
+    Column("cosine", "Of the logits with those it should equal: worst image / mean.", cosine),
+    Column("error", "Of the logits against those it should equal: largest / mean.", error),
+    Column("KL orig.", "KL(original || stage), nats an image, mean.", divergence),
+    Column("top-1", "Images whose likeliest class is the original's.", top1),
+    Column("accuracy", "Images classified as labelled, with its standard error.", accuracy),
+    Column("s", "Seconds for loading and all measurements.", seconds),
+)
+
+
+def columns_of(ledger: Ledger) -> tuple[Column, ...]:
+    """The columns of a ledger: of tokens, or of images."""
+    return IMAGE_COLUMNS if ledger.inputs.get("task") == IMAGES else COLUMNS
+
+
+def cells(row: Row, columns: tuple[Column, ...] = COLUMNS) -> list[str]:
+    """The cells of some columns."""
+    return [column.text(row) for column in columns]
 
 
 def reference_text(row: Row) -> str:

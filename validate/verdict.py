@@ -37,7 +37,7 @@ def judge(
     tolerance: Tolerance,
     to_reference: Comparison | None,
     to_original: Comparison | None,
-    perplexity: float,
+    perplexity: float | None,
     *,
     is_original: bool = False,
 ) -> Verdict:
@@ -47,7 +47,7 @@ def judge(
         tolerance: what is demanded.
         to_reference: against the stage it should equal; None if that one did not run.
         to_original: against the original; None if that one did not run.
-        perplexity: its own; NaN is a failure whatever the tolerance.
+        perplexity: its own; NaN is a failure whatever the tolerance. None for images.
         is_original: it is the baseline, and there is nothing to compare it with.
     """
     reasons = finite_reasons(to_reference or to_original, perplexity)
@@ -59,12 +59,12 @@ def judge(
     return Verdict(MEASURED if tolerance.is_free else PASS)
 
 
-def finite_reasons(comparison: Comparison | None, perplexity: float) -> list[str]:
+def finite_reasons(comparison: Comparison | None, perplexity: float | None) -> list[str]:
     """Complaints about NaN and infinity."""
     reasons = []
     if comparison is not None and not comparison.metrics.is_finite:
         reasons.append("its logits hold NaN or infinity")
-    if not perplexity < float("inf"):
+    if perplexity is not None and not perplexity < float("inf"):
         reasons.append(f"its perplexity is {perplexity}")
     return reasons
 

@@ -14,6 +14,7 @@ from pipeline.cli import options
 from pipeline.errors import UsageError
 
 if TYPE_CHECKING:
+    from validate.images import ImageValidateRequest
     from validate.record import Ledger
     from validate.stages import Artefacts
     from validate.validate import ValidateRequest
@@ -40,11 +41,20 @@ input_options = options.apply(
     click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True),
     options.seed,
 )
+image_options = options.apply(
+    click.option(
+        "--images",
+        help="Of an image classifier, in place of the text: a folder of images (in sub-folders by "
+        "class if labelled), or a .npz, .npy or .safetensors of arrays.",
+    ),
+    click.option("--image-count", type=click.IntRange(min=1), help="Images to draw. [1024]"),
+)
 
 
 @click.command("validate")
 @artefact_options
 @input_options
+@image_options
 @click.option(
     "--max-kl", type=float, help="Fail above this KL to the original, nats per token; no limit."
 )
@@ -64,12 +74,15 @@ def command(
     overwrite: bool,
     dry_run: bool,
     as_json: bool,
+    images: str | None,
+    image_count: int | None,
     **inputs: Any,
 ) -> None:
     """Run the same tokens through every stage of BUILD_FOLDER and compare.
 
     BUILD_FOLDER holds checkpoint/, onnx*/ and engine*/. The stages can also be given one by one:
     an --onnx or --engine should equal the --checkpoint, or the --original if there is none.
+    An image classifier is given --images instead; its accuracy is measured where they are labelled.
     Writes ledger.json and ledger.html. Exit status 5: a stage is beyond its tolerance.
     """
     artefacts = gather(build_folder, original, checkpoint, onnx, engine)
@@ -80,11 +93,41 @@ def command(
     if output is not None:
         refuse_existing(output, overwrite=overwrite)
 
-    from validate.validate import ValidateRequest, require_passed
+    from validate.validate import require_passed
 
-    ledger = run(ValidateRequest(artefacts, **inputs), output, overwrite)
+    ledger = run(request_of(artefacts, images, image_count, inputs), output, overwrite)
     show(ledger, output, as_json)
     require_passed(ledger)
+
+
+def request_of(
+    artefacts: Artefacts, images: str | None, image_count: int | None, inputs: dict[str, Any]
+) -> ValidateRequest | ImageValidateRequest:
+    """What to do with the artefacts, by what kind of model they are of.
+
+    Raises:
+        UsageError: images for a language model, or none for an image classifier.
+    """
+    from pipeline.model.task import IMAGES, task_of_model
+    from validate.images import DEFAULT_IMAGES, ImageValidateRequest, require_images
+    from validate.validate import ValidateRequest
+
+    if task_of_model(artefacts.original) == IMAGES:
+        names = ("max_kl", "strict", "seed", "trust_remote_code")
+        return ImageValidateRequest(
+            artefacts,
+            require_images(images),
+            image_count or DEFAULT_IMAGES,
+            **{name: inputs[name] for name in names},
+        )
+    if images is not None or image_count is not None:
+        raise UsageError(
+            "A language model takes no images.",
+            where="--images",
+            observed=artefacts.original,
+            change="give --text",
+        )
+    return ValidateRequest(artefacts, **inputs)
 
 
 def gather(
@@ -118,11 +161,20 @@ def gather(
     return Artefacts(str(name), checkpoint, onnx, engine)
 
 
-def run(request: ValidateRequest, output: Path | None, overwrite: bool) -> Ledger:
+def run(
+    request: ValidateRequest | ImageValidateRequest, output: Path | None, overwrite: bool
+) -> Ledger:
     """Run the ledger with progress on stderr, and write its reports."""
+    from validate.images import ImageValidateRequest, validate_images
     from validate.validate import validate, write_reports
 
-    ledger = validate(request, lambda message: click.echo(message, err=True))
+    def tell(message: str) -> None:
+        click.echo(message, err=True)
+
+    if isinstance(request, ImageValidateRequest):
+        ledger = validate_images(request, tell)
+    else:
+        ledger = validate(request, tell)
     if output is not None:
         write_reports(ledger, output, overwrite=overwrite)
     return ledger
