@@ -30,7 +30,7 @@ engine_flags = $(strip $(call setting,OUT,-o) $(call setting,CALIBRATION,--calib
 setup_flags = $(strip $(call setting,EXTRAS,--extras) $(call flag,VERBOSE,--verbose))
 
 .DEFAULT_GOAL := help
-.PHONY: engine plugin test test-slow lint lint-style lint-format lint-types lint-spelling format table \
+.PHONY: engine plugin test test-slow lint lint-style lint-format lint-types lint-spelling lint-tensorrt format table \
     bench doctor setup clean help
 .DELETE_ON_ERROR:
 
@@ -60,6 +60,9 @@ lint-types: $(STAMP)
 
 lint-spelling: $(STAMP)
 	$(VENV)codespell
+
+lint-tensorrt: $(STAMP) ## Check what calls TensorRT against its published stubs, from PyPI
+	$(VENV)python tools/check_tensorrt_types.py
 
 format: $(STAMP) ## Rewrite the sources in house style
 	$(VENV)ruff check --fix-only --quiet .

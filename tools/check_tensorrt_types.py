@@ -8,6 +8,7 @@ release of the stubs is all there is, 10.13; `tensorrt.plugin` they leave out.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -52,7 +53,9 @@ def fetch(folder: Path) -> None:
         with zipfile.ZipFile(wheel) as archive:
             for name in archive.namelist():
                 if name.endswith(".pyi"):
-                    archive.extract(name, aside)
+                    target = aside / name
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    target.write_text(mended(archive.read(name).decode()), encoding="utf-8")
                 elif name.startswith(PLUGIN_SOURCES) and name.endswith(".py"):
                     target = aside / "tensorrt" / "plugin" / Path(name).name
                     target.parent.mkdir(parents=True, exist_ok=True)
@@ -67,6 +70,18 @@ def fetch(folder: Path) -> None:
     aside.rename(folder)
 
 
+def mended(stub: str) -> str:
+    """A stub that Python can parse, and that takes tuples for Dims where the library does."""
+    # Parameters called `in`, one that lacks its default, and pybind's implicit conversion.
+    named = re.sub(r"([(,] ?)in: ", r"\1in_: ", stub)
+    whole = re.sub(r"(def add_scale_nd\(.*channel_axis: \w+)\)", r"\1 = ...)", named)
+    return re.sub(
+        r"def set_shape\(.*",
+        lambda line: line[0].replace(": Dims", ": Dims | tuple[int, ...]"),
+        whole,
+    )
+
+
 def findings(output: str) -> list[str]:
     """Mypy's errors in this project's files; those in TensorRT's own are not ours to mend."""
     lines = [line for line in output.splitlines() if ": error:" in line]
@@ -74,7 +89,7 @@ def findings(output: str) -> list[str]:
 
 
 def main() -> int:
-    """Fetch once, check; 0 without findings, 1 with, 3 when PyPI is out of reach."""
+    """Fetch once, check; 0 without findings, 1 with, 3 when it cannot be done."""
     try:
         if not FOLDER.is_dir():
             fetch(FOLDER)
@@ -86,6 +101,9 @@ def main() -> int:
     answer = subprocess.run(
         command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment
     )
+    if "prevented further checking" in answer.stdout or answer.returncode > 1:
+        print(f"error: mypy stopped:\n{answer.stdout[-2000:]}{answer.stderr}", file=sys.stderr)
+        return 3
     found = findings(answer.stdout)
     print("\n".join(found) or f"no findings in {', '.join(CHECKED)}")
     return 1 if found else 0

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline.engine.layers import PLUGIN_LAYER, BlockSkipPath
 from pipeline.engine.onnx_folder import (
@@ -35,7 +35,11 @@ def split_node(node: onnx.NodeProto) -> list[onnx.NodeProto]:
     x, a, b, *index = node.input
     latent = f"{node.output[0]}/latent"
     # `aot`: embedded or refused, whatever the network's flags prefer.
-    attributes = {"plugin_namespace": BLOCK_SKIP_DOMAIN, "plugin_version": "1", "aot": 1}
+    attributes: dict[str, Any] = {
+        "plugin_namespace": BLOCK_SKIP_DOMAIN,
+        "plugin_version": "1",
+        "aot": 1,
+    }
     name = node.name or node.output[0]
     mix = helper.make_node(
         MIX_INDEXED if index else MIX, [x, a, *index], [latent], name=f"{name}/mix",
