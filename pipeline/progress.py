@@ -5,10 +5,11 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sized
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+# rich is imported where it is used: answering a prompt needs none of it, and it takes 5 MB.
+if TYPE_CHECKING:
+    from rich.console import Console
 
 Item = TypeVar("Item")
 SECONDS_BETWEEN_LINES = 20.0
@@ -16,6 +17,8 @@ SECONDS_BETWEEN_LINES = 20.0
 
 def console() -> Console:
     """Where progress, notes and warnings go."""
+    from rich.console import Console
+
     return Console(file=sys.stderr, highlight=False, soft_wrap=True)
 
 
@@ -32,6 +35,14 @@ def track(items: Iterable[Item], description: str, total: int | None = None) -> 
     if not target.is_terminal:
         yield from _track_by_lines(items, description, total)
         return
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeRemainingColumn(), console=target, transient=True) as progress:
         task = progress.add_task(description, total=total)

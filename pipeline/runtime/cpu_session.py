@@ -20,7 +20,7 @@ from pipeline.runtime.onnx_session import open_graph, present_name, share_buffer
 from pipeline.runtime.tokens import require_batch, require_room, require_tokens
 
 # A long prompt goes in by parts: activations stay small, and so does the arena that keeps them.
-PREFILL_TOKENS = 512
+PREFILL_TOKENS = 128
 # From which token of a call on the graph computes logits.
 ALL, LAST = np.array([0], np.int64), np.array([-1], np.int64)
 
@@ -49,7 +49,7 @@ class CpuSession:
         self.name = name or f"onnxruntime cpu {record.weights}"
         self.vocab_size = record.vocab_size
         self.max_length = record.max_length
-        self._session = open_graph(folder, record, threads)
+        self._session, self._weights = open_graph(folder, record, threads)
         nodes = [*self._session.get_inputs(), *self._session.get_overridable_initializers()]
         self._inputs = {node.name: node for node in nodes}
         self._lengths = np.zeros(slots, np.int64)
@@ -206,6 +206,8 @@ class CpuSession:
         logits = np.empty((rows, wanted, self.vocab_size), np.float32)
         binding.bind_ortvalue_output("logits", share_buffer(logits))
         self._session.run_with_iobinding(binding)
+        if self._weights is not None and count > 1:
+            self._weights.give_back()  # rows of the embedding, each with the pages around it
         self._lengths[row : row + rows] = ends
         return logits if first is ALL else logits[:, -1:]
 

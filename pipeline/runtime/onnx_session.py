@@ -7,6 +7,7 @@ slots in place and copies nothing. `compat` feeds each `present` back as the nex
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ import numpy as np
 
 from pipeline.errors import InputError, MissingPackageError
 from pipeline.runtime.export_record import ExportRecord, read_export_record
+from pipeline.runtime.mapped_weights import MappedWeights, map_weights
 from pipeline.runtime.tokens import require_batch, require_room, require_tokens
 
 if TYPE_CHECKING:
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
 
 TOKEN_INPUTS = ("input_ids", "attention_mask", "position_ids")
 FIRST_RUNTIME_WITH_TENSOR_SCATTER = (1, 25)
+FIRST_RUNTIME_THAT_BORROWS_FILES = (1, 32)
+BORROW_FILES = "session.use_external_initializer_file_buffers_directly"
+WEIGHTS = "model.onnx.data"
 # 512 rows of logits at most are held while a prompt is read: 100 MB for 49,152 words.
 PREFILL_TOKENS = 512
 ORT_TYPES = {"float32": "tensor(float)", "float16": "tensor(float16)"}
@@ -45,7 +50,7 @@ class OnnxSession:
         self.name = name or f"onnxruntime {self.record.profile} {self.record.dtype}"
         self.vocab_size = self.record.vocab_size
         self.max_length = self.record.max_length
-        self._session = open_graph(folder, self.record, threads)
+        self._session, self._weights = open_graph(folder, self.record, threads)
         self._widths = cache_widths(self._session, self.record, folder)
         self._buffers: dict[str, np.ndarray] = {}
         self._cache: dict[str, Any] = {}
@@ -175,8 +180,12 @@ def share_buffer(buffer: np.ndarray) -> Any:
 
 def open_graph(
     folder: Path, record: ExportRecord, threads: int | None
-) -> onnxruntime.InferenceSession:
+) -> tuple[onnxruntime.InferenceSession, MappedWeights | None]:
     """Load `folder/model.onnx`, with every failure explained.
+
+    Returns:
+        The session, and the weights it borrows, which must outlive it; None where it has mapped
+        the file by itself.
 
     Raises:
         InputError: the installed ONNX Runtime is too old for the profile, or refuses the graph.
@@ -192,8 +201,12 @@ def open_graph(
     if threads is not None:
         options.intra_op_num_threads = threads
     path = folder / "model.onnx"
+    weights = map_weights(folder / WEIGHTS) if borrows_files(onnxruntime.__version__) else None
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        with lend_weights(options, weights):
+            session = onnxruntime.InferenceSession(
+                str(path), options, providers=["CPUExecutionProvider"]
+            )
     except Exception as error:  # ONNX Runtime's exceptions share no base class but this one
         raise InputError(
             "ONNX Runtime cannot load this graph.",
@@ -201,6 +214,25 @@ def open_graph(
             observed=str(error).strip(),
             change="check that model.onnx.data lies beside it, or export again",
         ) from error
+    return session, weights
+
+
+def lend_weights(
+    options: onnxruntime.SessionOptions, weights: MappedWeights | None
+) -> AbstractContextManager[None]:
+    """Let a session use mapped weights as they are, and give their pages back while it loads."""
+    if weights is None:
+        return nullcontext()
+    pages = weights.pages
+    options.add_external_initializers_from_files_in_memory([weights.name], [pages], [len(pages)])
+    options.add_session_config_entry(BORROW_FILES, "1")
+    return weights.given_back_meanwhile()
+
+
+def borrows_files(version: str) -> bool:
+    """Whether this ONNX Runtime uses a file lent to it without copying it."""
+    major, minor = (int(part) for part in version.split(".")[:2])
+    return (major, minor) >= FIRST_RUNTIME_THAT_BORROWS_FILES
 
 
 def require_runtime_version(version: str, profile: str) -> None:
