@@ -31,9 +31,18 @@ from pipeline.cli import options
 )
 @click.option(
     "--weights",
-    type=click.Choice(["float", "int8", "int4"]),
-    help="Bits of the matrices, with --profile cpu: int8 (its default) loses next to nothing, "
-    "int4 is smaller and faster and loses much; elsewhere they are as --dtype says.",
+    type=click.Choice(["float", "int8", "int4", "stored"]),
+    help="Bits of the matrices. stored: the codes of a checkpoint in few bits, and the default for "
+    "one where the runtime takes them. With --profile cpu also int8 (the default for others), which "
+    "loses next to nothing, and int4, which loses much; elsewhere they are as --dtype says.",
+)
+@click.option(
+    "--products",
+    type=click.Choice(["integer", "float"]),
+    default="integer",
+    show_default=True,
+    help="With --profile cpu: integer rounds the inputs of products to 8 bits, which is fast; float "
+    "does not, and shows what the graph alone costs.",
 )
 @click.option(
     "--max-length",
@@ -50,6 +59,7 @@ def command(
     profile: str,
     dtype: str,
     weights: str | None,
+    products: str,
     max_length: int,
     overwrite: bool,
     as_json: bool,
@@ -69,7 +79,7 @@ def command(
 
     from pipeline.export.export import ExportRequest, export_folder
 
-    request = ExportRequest(profile, dtype, max_length, weights)
+    request = ExportRequest(profile, dtype, max_length, weights, products)
     record = export_folder(checkpoint, output, request, overwrite=overwrite)
     if as_json:
         click.echo(json.dumps(record, indent=2))

@@ -60,7 +60,8 @@ def table_choices(
             + [
                 TableChoice(
                     dict.fromkeys(names, style.name),
-                    matrix_bytes(rows, columns, style, runtime),
+                    matrix_bytes(rows, columns, style, runtime)
+                    + _looked_up_bytes(names, rows, columns, style, runtime),
                     loss,
                 )
                 for style, loss in zip(styles, losses, strict=True)
@@ -103,6 +104,18 @@ def round_tables_(
             model.config.tie_word_embeddings = False
             model.all_tied_weights_keys = {}
     return entries, tensors
+
+
+def _looked_up_bytes(
+    names: tuple[str, ...], rows: int, columns: int, style: Format, runtime: Runtime
+) -> int:
+    """What looking rows up takes beside what multiplying takes: both read the same codes.
+
+    ONNX Runtime's operators want scales in two shapes, and one of them a byte for a zero point.
+    """
+    if runtime.name != "cpu" or len(names) < 2:
+        return 0
+    return rows * style.blocks(columns) * (runtime.scale_bytes + (0 if style.symmetric else 1))
 
 
 def table_entries(

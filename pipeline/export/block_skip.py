@@ -17,12 +17,13 @@ import onnx_ir as ir
 DOMAIN = "skipcat"
 VERSION = 1
 PLAIN, INDEXED = "BlockSkipLinear", "BlockSkipLinearIndexed"
+FEW_BITS, FEW_BITS_INDEXED = "BlockSkipLinearFewBits", "BlockSkipLinearFewBitsIndexed"
 # What TensorRT looks for in its plugin registry; without the plugin it takes the function body.
 PLUGIN_ATTRIBUTES = {"plugin_namespace": DOMAIN, "plugin_version": str(VERSION)}
 
 
 def is_block_skip(node: ir.Node) -> bool:
-    """Whether a node is one of the two ops."""
+    """Whether a node is one of the two ops whose factors are numbers."""
     return node.domain == DOMAIN and node.op_type in (PLAIN, INDEXED)
 
 
@@ -41,12 +42,42 @@ BlockSkipLinear (x, a, b) => (y)
 """
 
 
+FEW_BITS_BODY = """
+<domain: "skipcat", opset_import: ["" : {opset}]>
+BlockSkipLinearFewBits <a_axis, a_block, b_axis, b_block> (x, a, a_scale, b, b_scale) => (y)
+{{
+    a_values = DequantizeLinear <axis: int = @a_axis, block_size: int = @a_block> (a, a_scale)
+    b_values = DequantizeLinear <axis: int = @b_axis, block_size: int = @b_block> (b, b_scale)
+    rank = Shape <start = 0, end = 1> (b)
+    rest = Shape <start = 0, end = 1> (a)
+    widths = Concat <axis = 0> (rank, rest)
+    x1, x2 = Split <axis = -1> (x, widths)
+    mixed = MatMul (x2, a_values)
+    z = Add (x1, mixed)
+    y = MatMul (z, b_values)
+}}
+"""
+BLOCKED_OPSET = 21  # the first in which DequantizeLinear takes blocks
+
+
 def function_bodies(opset: int) -> dict[str, ir.Function]:
-    """The two ops as ONNX functions over the default domain, by op type."""
-    plain = BODY.format(opset=opset)
-    indexed = plain.replace(f"{PLAIN} (x, a, b)", f"{INDEXED} (x, a, b, index)").replace(
-        "x1, x2 = Split <axis = -1> (x, widths)",
-        "ordered = Gather <axis = -1> (x, index)\n    x1, x2 = Split <axis = -1> (ordered, widths)",
-    )
-    protos = [onnx.parser.parse_function(text) for text in (plain, indexed)]
+    """The ops that an opset can express, as ONNX functions over the default domain, by op type."""
+    texts = [BODY.format(opset=opset)]
+    if opset >= BLOCKED_OPSET:
+        texts.append(FEW_BITS_BODY.format(opset=opset))
+    protos = [onnx.parser.parse_function(t) for text in texts for t in (text, _indexed(text))]
     return {proto.name: ir.serde.deserialize_function(proto) for proto in protos}
+
+
+def _indexed(text: str) -> str:
+    """The body of the op whose last input says in which order it wants x."""
+    name = FEW_BITS if FEW_BITS in text else PLAIN
+    return (
+        text.replace(name, name + "Indexed", 1)
+        .replace(") => (y)", ", index) => (y)")
+        .replace(
+            "x1, x2 = Split <axis = -1> (x, widths)",
+            "ordered = Gather <axis = -1> (x, index)\n"
+            "    x1, x2 = Split <axis = -1> (ordered, widths)",
+        )
+    )

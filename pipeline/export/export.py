@@ -15,24 +15,30 @@ import torch
 from pipeline.artefact import copy_tokenizer, sha256_of_file, staged_folder, write_json
 from pipeline.compress.checkpoint import read_recipe
 from pipeline.errors import InputError, UsageError
-from pipeline.export.block_skip import DOMAIN, VERSION, function_bodies, is_block_skip
+from pipeline.export.block_skip import BLOCKED_OPSET, DOMAIN, VERSION, function_bodies
 from pipeline.export.genai import genai_config
 from pipeline.export.passes.attention import simplify_attention
-from pipeline.export.passes.few_bits import FORMATS, quantize_linears
+from pipeline.export.passes.dequantize import dequantize_linears
+from pipeline.export.passes.few_bits import FORMATS, INTEGER_PRODUCTS, quantize_linears
 from pipeline.export.passes.first_logit import choose_first_logit
 from pipeline.export.passes.fold_permutation import fold_permutations
 from pipeline.export.passes.fuse import fuse_operators, merge_duplicates
 from pipeline.export.passes.lay_out import lay_out
 from pipeline.export.passes.residual_norm import fuse_residual_norms
 from pipeline.export.profile import CONTRIB, PROFILES, Profile
-from pipeline.export.skeleton import load_skeleton
+from pipeline.export.skeleton import FewBitMatrix, load_skeleton
 from pipeline.export.trace import CacheShape, trace
 from pipeline.model.task import IMAGES, task_of_folder
+from pipeline.progress import note
 from pipeline.provenance import provenance
+from pipeline.quantize.formats import RUNTIMES, Format
 
 SCHEMA = 1
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
-WEIGHTS_AS = ("float", *FORMATS)
+STORED = "stored"
+WEIGHTS_AS = ("float", *FORMATS, STORED)
+# What `accuracy_level` of ONNX Runtime's products each is.
+PRODUCTS = {"integer": INTEGER_PRODUCTS, "float": 0}
 GRAPH, WEIGHTS = "model.onnx", "model.onnx.data"
 # Below this a tensor stays inside the graph file: shape constants must, for some runtimes.
 EXTERNAL_BYTES = 1024
@@ -46,19 +52,65 @@ class ExportRequest:
         profile: name in `PROFILES`.
         dtype: "float32" for the CPU, "float16" for TensorRT.
         max_length: slots of the static cache, prompt and answer together.
-        weights: "float", which is as `dtype` says, "int8" or "int4"; None is int8 in the profile
-            `cpu`, which alone has the operators for it, and float elsewhere.
+        weights: "float", which is as `dtype` says, "int8", "int4", or "stored": the codes that the
+            checkpoint holds. None is "stored" where the runtime takes them; else int8 in the
+            profile `cpu`, which alone has the operators for it, and float elsewhere.
+        products: of matrices in few bits in the profile `cpu`: "integer" rounds inputs to 8 bits
+            and is fast, "float" multiplies in float32.
     """
 
     profile: str = "opset24"
     dtype: str = "float32"
     max_length: int = 2048
     weights: str | None = None
+    products: str = "integer"
 
     @property
     def stored_weights(self) -> str:
-        """How the matrices are stored."""
+        """How the matrices are stored, of a checkpoint that holds none in few bits."""
         return self.weights or ("int8" if self.profile == "cpu" else "float")
+
+    def weights_of(self, styles: set[Format]) -> str:
+        """How the matrices are stored, of a checkpoint that holds some in these formats.
+
+        Raises:
+            UsageError: the runtimes of the profile do not take them, or there are none to keep.
+        """
+        if not styles:
+            if self.weights == STORED:
+                raise UsageError(
+                    "The checkpoint holds no matrix in few bits.",
+                    where="--weights stored",
+                    change="leave --weights out, or compress with --memory or --weights",
+                )
+            return self.stored_weights
+        runtime = RUNTIMES["cpu" if self.profile == "cpu" else "tensorrt"]
+        others = sorted(style.name for style in styles if not runtime.accepts(style))
+        takes = not others and PROFILES[self.profile].opset >= BLOCKED_OPSET
+        if self.weights in FORMATS:
+            raise UsageError(
+                "The checkpoint's matrices are in few bits already.",
+                where="--weights",
+                observed=f"{self.weights}, of {', '.join(sorted(style.name for style in styles))}",
+                change="leave --weights out",
+            )
+        if takes:
+            return self.weights or STORED
+        if self.profile == "cpu" or self.weights == STORED:
+            raise UsageError(
+                "The runtime does not take the checkpoint's formats.",
+                where=f"--profile {self.profile}",
+                observed=", ".join(others) or "blocks, which opset 21 is the first to have",
+                expected=runtime.takes,
+                change=f"compress with --runtime {runtime.name}, or pass --weights float with "
+                "--profile opset24, which undoes the rounding's savings",
+            )
+        if self.weights is None:
+            note(
+                f"weights are exported as {self.dtype}, not in few bits: --profile {self.profile} "
+                f"takes {runtime.takes}; the checkpoint has {', '.join(others) or 'blocks'}"
+            )
+        return "float"
 
     def check(self) -> None:
         """Refuse what no graph can be made for.
@@ -70,12 +122,13 @@ class ExportRequest:
             ("--profile", self.profile, PROFILES),
             ("--dtype", self.dtype, DTYPES),
             ("--weights", self.stored_weights, WEIGHTS_AS),
+            ("--products", self.products, PRODUCTS),
         ):
             if value not in choices:
                 raise UsageError(
                     "Unknown choice.", where=flag, observed=value, expected=", ".join(choices)
                 )
-        if self.profile != "cpu" and self.stored_weights != "float":
+        if self.profile != "cpu" and self.stored_weights in FORMATS:
             raise UsageError(
                 "Only ONNX Runtime's own operators hold weights of few bits.",
                 where="--weights",
@@ -120,6 +173,9 @@ def export_folder(
     started = time.monotonic()
     profile, dtype = PROFILES[request.profile], DTYPES[request.dtype]
     skeleton = load_skeleton(Path(checkpoint), dtype)
+    weights = request.weights_of(
+        {m.style for m in skeleton.matrices.values() if isinstance(m, FewBitMatrix)}
+    )
     config = skeleton.model.config
     max_length = _bounded_length(request.max_length, config)
     weight_bytes = sum(p.numel() * p.element_size() for p in skeleton.model.parameters())
@@ -127,7 +183,7 @@ def export_folder(
         output, overwrite=overwrite, required_bytes=weight_bytes * 11 // 10
     ) as folder:
         graph, shapes = trace(skeleton, profile, max_length)
-        record = _transform(graph, profile, request.stored_weights, max_length)
+        record = _transform(graph, profile, weights, PRODUCTS[request.products], max_length)
         save_graph(graph, profile, folder)
         check_graph(folder / GRAPH)
         copy_tokenizer(Path(checkpoint), folder)
@@ -150,7 +206,9 @@ def _bounded_length(wanted: int, config: Any) -> int:
     return min(wanted, limit)
 
 
-def _transform(graph: ir.Model, profile: Profile, weights: str, max_length: int) -> dict[str, Any]:
+def _transform(
+    graph: ir.Model, profile: Profile, weights: str, accuracy: int, max_length: int
+) -> dict[str, Any]:
     """All graph passes, in the order they depend on one another."""
     fused = fuse_operators(graph) if profile.native_attention else {}
     merge_duplicates(graph)
@@ -160,13 +218,18 @@ def _transform(graph: ir.Model, profile: Profile, weights: str, max_length: int)
         fused["SkipSimplifiedLayerNormalization"] = fuse_residual_norms(graph)
         fused["first_logit"] = choose_first_logit(graph)
         graph.opset_imports[CONTRIB] = VERSION
-    quantized = quantize_linears(graph, FORMATS[weights]) if weights in FORMATS else {}
+    quantized: dict[str, int] = {}
+    if profile.contrib and weights != "float":
+        quantized = quantize_linears(graph, FORMATS.get(weights), accuracy=accuracy)
+    elif weights == STORED:
+        quantized = dequantize_linears(graph)
     nodes = lay_out(graph)
     return {
         "block_skip_nodes": nodes,
         "fused": fused,
         "permutations": {"folded": folded, "indexed": len(kept)},
         "weights": weights,
+        "accuracy_level": accuracy if quantized else None,
         "quantized": quantized,
     }
 
@@ -177,7 +240,7 @@ def save_graph(graph: ir.Model, profile: Profile, folder: Path) -> None:
     Raises:
         OSError: the disk is full.
     """
-    used = {node.op_type for node in graph.graph if is_block_skip(node)}
+    used = {node.op_type for node in graph.graph if node.domain == DOMAIN}
     for name, body in function_bodies(profile.opset).items():
         if name in used:
             graph.functions[body.identifier()] = body

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -18,8 +19,16 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from pipeline.compress.checkpoint import require_checkpoint, require_exact
-from pipeline.compress.modeling_skipcat import QUANT_METHOD, SkipCatConfig, SkipCatQuantizer
+from pipeline.compress.modeling_skipcat import (
+    QUANT_METHOD,
+    FewBits,
+    SkipCatConfig,
+    SkipCatQuantizer,
+)
 from pipeline.errors import InputError
+from pipeline.quantize.blocks import Blocks, dequantize_blocks
+from pipeline.quantize.formats import Format, parse_format
+from pipeline.quantize.store import blocks_of
 
 
 @dataclass(frozen=True)
@@ -54,6 +63,29 @@ class StoredMatrix:
 
 
 @dataclass(frozen=True)
+class FewBitMatrix(StoredMatrix):
+    """A matrix that a safetensors file holds in few bits, as three tensors.
+
+    Attributes:
+        name: what the names of its tensors begin with.
+        style: its format.
+    """
+
+    style: Format
+
+    def read(self) -> torch.Tensor:
+        """What the codes stand for, in `dtype`."""
+        return torch.from_numpy(dequantize_blocks(self.codes())).to(self.dtype)
+
+    def codes(self) -> Blocks:
+        """Codes, scales and zero points."""
+        with safe_open(self.file, framework="pt") as tensors:
+            names = [n for n in tensors.keys() if n.startswith(self.name)]  # noqa: SIM118 - no dict
+            parts = {n.removeprefix(self.name): tensors.get_tensor(n) for n in names}
+        return blocks_of(parts, self.style, self.shape[1])
+
+
+@dataclass(frozen=True)
 class Skeleton:
     """A model to trace, and where the matrices it lacks are.
 
@@ -77,10 +109,14 @@ def load_skeleton(folder: Path, dtype: torch.dtype) -> Skeleton:
         InputError: no such folder, broken weights, or tensors missing, superfluous or misshapen.
     """
     require_checkpoint(folder)
-    model = _empty_model(folder, dtype)
+    model, styles = _empty_model(folder, dtype)
     files = _files_of(folder)
-    _require_match(folder, model, files)
-    matrices = {}
+    matrices: dict[str, StoredMatrix] = {}
+    for name, style in styles.items():
+        matrices[f"{name}.weight"] = _few_bit_matrix(folder, model, name, style, files, dtype)
+    _require_match(folder, model, files, set(matrices))
+    for number, (name, matrix) in enumerate(matrices.items(), start=len(files)):
+        _set(model, name, _stand_in(number, matrix.shape, dtype))
     for number, (name, file) in enumerate(sorted(files.items())):
         with safe_open(file, framework="pt") as tensors:
             shape = tuple(tensors.get_slice(name).get_shape())
@@ -103,15 +139,54 @@ def _with_tied_names(
     return {name: stored[key] for name, key in names.items() if key in stored}
 
 
-def _empty_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """The architecture with factored layers in place, parameters on the meta device."""
+def _few_bit_matrix(
+    folder: Path,
+    model: PreTrainedModel,
+    name: str,
+    style: str,
+    files: dict[str, Path],
+    dtype: torch.dtype,
+) -> FewBitMatrix:
+    """The matrix behind `name`; takes its tensors out of `files`."""
+    prefix = f"{name}.stored."
+    shape = tuple(model.get_submodule(name).weight.shape)
+    expected = {f"{prefix}{n}": t for n, t in FewBits(*shape, style, "meta").named_buffers()}
+    with_file = {n: files.pop(n) for n in expected if n in files}
+    require_exact(
+        folder,
+        {
+            "missing_keys": set(expected) - set(with_file),
+            "mismatched_keys": [
+                n for n, file in with_file.items() if _shape_of(file, n) != tuple(expected[n].shape)
+            ],
+        },
+    )
+    file = next(iter(with_file.values()))
+    return FewBitMatrix(file, prefix, shape, dtype, parse_format(style))
+
+
+def _shape_of(file: Path, name: str) -> tuple[int, ...]:
+    with safe_open(file, framework="pt") as tensors:
+        return tuple(tensors.get_slice(name).get_shape())
+
+
+def _empty_model(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, dict[str, str]]:
+    """The architecture with factored layers in place, parameters on the meta device.
+
+    Matrices in few bits are ordinary ones there; their formats are returned by the module's name.
+    """
+    styles: dict[str, str] = {}
     try:
         config = AutoConfig.from_pretrained(folder)
         quantization = getattr(config, "quantization_config", None)
+        modules = {} if quantization is None else _parsed(folder, quantization).modules
+        if any(entry["form"] == "head" for entry in modules.values()):
+            config.tie_word_embeddings = True
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
             if quantization is not None:
-                quantizer = SkipCatQuantizer(_parsed(folder, quantization))
+                factored, styles = without_few_bits(modules)
+                quantizer = SkipCatQuantizer(SkipCatConfig(factored))
                 quantizer._process_model_before_weight_loading(model)
     except InputError:
         raise
@@ -121,10 +196,31 @@ def _empty_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
             "The checkpoint could not be read.", where=folder, observed=first
         ) from error
     model.config.name_or_path = str(folder)
-    return model
+    return model, styles
 
 
-def _parsed(folder: Path, quantization: object) -> object:
+def without_few_bits(
+    modules: dict[str, dict[str, Any]],
+) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """The entries of factored layers alone, and the format of every matrix in few bits.
+
+    Returns:
+        `quantization_config.modules` as if nothing was in few bits, and nn.Linear or nn.Embedding
+        -> its format.
+    """
+    factored, styles = {}, {}
+    for name, entry in modules.items():
+        is_factored = entry["form"] in ("skip", "low_rank")
+        if is_factored:
+            factored[name] = {key: entry[key] for key in ("form", "rank", "owner")}
+        if is_factored and entry["owner"] is None and "down_style" in entry:
+            styles[f"{name}.down"] = entry["down_style"]
+        if "up_style" in entry and entry["form"] != "head":
+            styles[f"{name}.up" if is_factored else name] = entry["up_style"]
+    return factored, styles
+
+
+def _parsed(folder: Path, quantization: object) -> SkipCatConfig:
     """`quantization_config` as an object; only skipcat's own can be exported."""
     if isinstance(quantization, SkipCatConfig):
         return quantization
@@ -148,14 +244,20 @@ def _files_of(folder: Path) -> dict[str, Path]:
     return names
 
 
-def _require_match(folder: Path, model: PreTrainedModel, files: dict[str, Path]) -> None:
-    """Hold the files to what the strict loader asks: every tensor, no other, of its shape."""
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+def _require_match(
+    folder: Path, model: PreTrainedModel, files: dict[str, Path], found: set[str]
+) -> None:
+    """Hold the files to what the strict loader asks: every tensor, no other, of its shape.
+
+    `found` are matrices in few bits, which were looked at already.
+    """
+    expected = {
+        name: tuple(tensor.shape)
+        for name, tensor in model.state_dict().items()
+        if name not in found
+    }
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    shapes = {}
-    for name, file in files.items():
-        with safe_open(file, framework="pt") as tensors:
-            shapes[name] = tuple(tensors.get_slice(name).get_shape())
+    shapes = {name: _shape_of(file, name) for name, file in files.items()}
     differ = [name for name in files if name in expected and shapes[name] != expected[name]]
     require_exact(
         folder,

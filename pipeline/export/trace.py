@@ -18,8 +18,9 @@ from pipeline.errors import InputError
 from pipeline.export.attention import NAME, active_cache
 from pipeline.export.cache import GraphCache
 from pipeline.export.linears import traced_as_nodes
+from pipeline.export.passes.stored_codes import StoredCodes, note_codes
 from pipeline.export.profile import Profile
-from pipeline.export.skeleton import Skeleton
+from pipeline.export.skeleton import FewBitMatrix, Skeleton
 
 # Sizes to trace with; all different, so that no two dimensions are taken for the same one.
 TRACE_BATCH, TRACE_LENGTH, TRACE_PAST = 2, 3, 5
@@ -185,7 +186,10 @@ def _attach_matrices(graph: ir.Graph, skeleton: Skeleton) -> None:
     """Replace every stand-in by the stored matrix, and make sure that none was computed with."""
     for name, weight in graph.initializers.items():
         if name in skeleton.matrices:
-            weight.const_value = skeleton.matrices[name].lazy_tensor(name)
+            matrix = skeleton.matrices[name]
+            weight.const_value = matrix.lazy_tensor(name)
+            if isinstance(matrix, FewBitMatrix):
+                note_codes(weight, StoredCodes(matrix.style, matrix.codes))
         elif weight.const_value.nbytes > LARGEST_COMPUTED_BYTES:
             raise RuntimeError(f"the exporter computed {name} from weights that it does not have")
 

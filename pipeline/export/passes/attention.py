@@ -24,6 +24,7 @@ from pipeline.export.passes.constants import (
     new_constant,
     weight_shape,
 )
+from pipeline.export.passes.stored_codes import one_format, stacked_rows
 from pipeline.export.profile import CONTRIB
 
 ATTENTION = "GroupQueryAttention"
@@ -188,11 +189,18 @@ def _pack(graph: ir.Graph, node: ir.Node) -> bool:
     if not node.attributes.get_int("do_rotary", 0):  # it rejects packed rows that it need not turn
         return False
     weights = [p.inputs[1] for p in linears]
+    if not one_format(weights):
+        return False
     height = sum(weight_shape(w)[0] for w in weights)
     names = [w.name.removesuffix(".weight") for w in weights]
     name = "+".join([names[0], *(n.rsplit(".", 1)[-1] for n in names[1:])])
     stacked = derived_weight(
-        graph, f"{name}.weight", weights, (height, weight_shape(weights[0])[1]), _stack
+        graph,
+        f"{name}.weight",
+        weights,
+        (height, weight_shape(weights[0])[1]),
+        stacked_rows,
+        moves_rows=True,
     )
     product = ir.node(LINEAR, [linears[0].inputs[0], stacked], domain=TRACE_DOMAIN, name=name)
     product.outputs[0].name = f"{name}.output"
@@ -203,7 +211,3 @@ def _pack(graph: ir.Graph, node: ir.Node) -> bool:
     node.replace_input_with(1, None)
     node.replace_input_with(2, None)
     return True
-
-
-def _stack(*arrays: np.ndarray) -> np.ndarray:
-    return np.concatenate(arrays)

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import numpy as np
 import onnx_ir as ir
 
+from pipeline.export.passes.stored_codes import note_moved_rows
+
 
 def constant_of(value: ir.Value | None) -> np.ndarray | None:
     """The array behind an initializer or a Constant node; None for anything computed."""
@@ -44,6 +46,7 @@ def derived_weight(
     shape: tuple[int, ...],
     function: Callable[..., np.ndarray],
     dtype: ir.DataType | None = None,
+    moves_rows: bool = False,
 ) -> ir.Value:
     """Add a weight that is computed from others when it is written, and not kept.
 
@@ -53,7 +56,8 @@ def derived_weight(
         sources: constants that `function` is given as arrays, in this order.
         shape: of the result.
         function: arrays to an array.
-        dtype: of the result; None is that of the sources.
+        dtype: of the result; None is that of the sources, of which there is one at least.
+        moves_rows: `function` moves whole rows, so that codes of few bits may go with them.
     """
     tensors = [ir.convenience.get_const_tensor(source) for source in sources]
 
@@ -68,7 +72,10 @@ def derived_weight(
             name=unique,
         )
 
-    return _register(graph, name, make)
+    value = _register(graph, name, make)
+    if moves_rows:
+        note_moved_rows(value, sources, function)
+    return value
 
 
 def _register(graph: ir.Graph, name: str, make: Callable[[str], ir.TensorProtocol]) -> ir.Value:

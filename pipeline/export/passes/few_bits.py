@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_ir as ir
@@ -26,26 +26,13 @@ from pipeline.export.passes.lay_out import (
     split_between,
     take_place,
 )
+from pipeline.export.passes.stored_codes import codes_of, moved_rows, one_format, stacked_rows
 from pipeline.export.profile import CONTRIB
 from pipeline.quantize.blocks import Blocks, quantize_blocks
+from pipeline.quantize.formats import Format
 from pipeline.quantize.pack import pack_codes
 
 INTEGER_PRODUCTS = 4
-
-
-@dataclass(frozen=True)
-class Format:
-    """How a matrix is stored.
-
-    Attributes:
-        bits: of a code, 4 or 8.
-        block: weights that share a scale.
-        symmetric: without zero points.
-    """
-
-    bits: int
-    block: int
-    symmetric: bool
 
 
 # Measured (docs/cpu.md): the node rounds its input in the blocks of the weights, which costs more
@@ -57,49 +44,90 @@ FORMATS = {"int8": INT8, "int4": INT4}
 
 
 class Rounder:
-    """Rounds weights when they are written; keeps the last one, whose parts are written in turn."""
+    """Reads or rounds weights when they are written; keeps the last one, written in parts."""
 
     def __init__(self) -> None:
         self._last: tuple[str, Blocks] | None = None
 
-    def __call__(self, name: str, style: Format, *arrays: np.ndarray) -> Blocks:
-        """The weight `name`, stacked from arrays [m_i, n], rounded."""
+    def __call__(self, name: str, style: Format, weights: list[ir.Value]) -> Blocks:
+        """The stack of weights [m_i, n] under `name`: its stored codes, or rounded here."""
         if self._last is None or self._last[0] != name:
-            stacked = np.concatenate(arrays)
-            blocks = quantize_blocks(stacked, style.bits, style.block, symmetric=style.symmetric)
-            self._last = (name, blocks)
+            stored = [codes.read() for w in weights if (codes := codes_of(w)) is not None]
+            if stored:
+                self._last = (name, moved_rows(stored, stacked_rows))
+            else:
+                stacked = np.concatenate([_array_of(weight) for weight in weights])
+                keywords = {"symmetric": style.symmetric}
+                self._last = (name, quantize_blocks(stacked, style.bits, style.block, **keywords))
         return self._last[1]
 
 
-def quantize_linears(model: ir.Model, style: Format) -> dict[str, int]:
-    """Bring every linear layer into few bits, in place; the head and the embedding into 8.
+def _array_of(weight: ir.Value) -> np.ndarray:
+    tensor = ir.convenience.get_const_tensor(weight)
+    assert tensor is not None
+    return tensor.numpy()
+
+
+@dataclass
+class _Pass:
+    """What all steps need to know.
+
+    Attributes:
+        graph: changed in place.
+        style: of matrices that the checkpoint does not hold in few bits; None leaves them.
+        accuracy: `accuracy_level` of the nodes.
+        rounder: of their weights.
+        counts: how many nodes there are of each kind.
+    """
+
+    graph: ir.Graph
+    style: Format | None
+    accuracy: int
+    rounder: Rounder = field(default_factory=Rounder)
+    counts: Counter[str] = field(default_factory=Counter)
+
+    def format_of(self, weights: list[ir.Value], other: Format | None) -> Format | None:
+        """The format that weights are stored in, or `other`."""
+        codes = codes_of(weights[0])
+        return codes.style if codes is not None and one_format(weights) else other
+
+
+def quantize_linears(
+    model: ir.Model, style: Format | None, *, accuracy: int = INTEGER_PRODUCTS
+) -> dict[str, int]:
+    """Bring linear layers into few bits, in place.
+
+    Matrices that the checkpoint holds in few bits keep their codes. The others are rounded to
+    `style`, the head and the embedding to 8 bits; without a style they stay as they are.
 
     Args:
         model: traced; weights in torch's order, float32.
-        style: of all but the head.
+        style: of matrices that are not in few bits yet.
+        accuracy: 4 rounds the inputs of products to 8 bits, too; 0 multiplies in float32.
 
     Returns:
         How many nodes there are of each number of bits.
     """
-    graph, rounder = model.graph, Rounder()
-    counts: Counter[str] = Counter()
-    for node in list(graph):
+    work = _Pass(model.graph, style, accuracy)
+    for node in list(model.graph):
         if is_linear(node):
             is_head = node.outputs[0].is_graph_output()
-            chosen = HEAD if is_head else style
-            _linear(graph, node, chosen, rounder)
-            counts[f"MatMulNBits {chosen.bits}"] += 1
-    for nodes in same_latent(graph):
-        _block_skip(graph, nodes, style, rounder)
-        counts[f"MatMulNBits {style.bits}"] += 2
+            other = HEAD if is_head and style is not None else style
+            chosen = work.format_of([node.inputs[1]], other)
+            if chosen is not None:
+                _linear(work, node, chosen)
+    for nodes in same_latent(model.graph):
+        parts = [[nodes[0].inputs[1]], [node.inputs[2] for node in nodes]]
+        if any(work.format_of(weights, style) is not None for weights in parts):
+            _block_skip(work, nodes)
     RemoveUnusedNodesPass()(model)
-    return dict(counts)
+    return dict(work.counts)
 
 
-def _linear(graph: ir.Graph, node: ir.Node, style: Format, rounder: Rounder) -> None:
+def _linear(work: _Pass, node: ir.Node, style: Format) -> None:
     x, weight = node.inputs
     gathers = [user for user, _ in weight.uses() if user.op_type == "Gather"]
-    product, codes = _product(graph, node, x, [weight], weight.name, style, rounder)
+    product, codes = _product(work, node, x, [weight], weight.name, style)
     bias = _bias_behind(node)
     last = node if bias is None else bias[0]
     if bias is not None:
@@ -107,8 +135,8 @@ def _linear(graph: ir.Graph, node: ir.Node, style: Format, rounder: Rounder) -> 
         product.replace_input_with(5, bias[1])
     take_place(last, product.outputs[0])
     for gather in gathers:
-        _embedding(graph, gather, weight, codes, style, rounder)
-    graph.remove([last, node] if last is not node else node, safe=True)
+        _embedding(work, gather, weight, codes, style)
+    work.graph.remove([last, node] if last is not node else node, safe=True)
 
 
 def _bias_behind(node: ir.Node) -> tuple[ir.Node, ir.Value] | None:
@@ -125,30 +153,25 @@ def _bias_behind(node: ir.Node) -> tuple[ir.Node, ir.Value] | None:
 
 
 def _product(
-    graph: ir.Graph,
+    work: _Pass,
     before: ir.Node,
     x: ir.Value,
     weights: list[ir.Value],
     name: str,
     style: Format,
-    rounder: Rounder,
 ) -> tuple[ir.Node, ir.Value]:
     """MatMulNBits of x with stacked weights, inserted before a node; and the value of its codes."""
     rows, columns = sum(weight_shape(w)[0] for w in weights), weight_shape(weights[0])[1]
-    blocks = -(-columns // style.block)
+    blocks = style.blocks(columns)
     name = name.removesuffix(".weight")
 
     def part(
         kind: str, shape: tuple[int, ...], dtype: ir.DataType, of: Callable[[Blocks], np.ndarray]
     ) -> ir.Value:
-        return derived_weight(
-            graph,
-            f"{name}.{kind}",
-            weights,
-            shape,
-            lambda *arrays: of(rounder(name, style, *arrays)).reshape(shape),
-            dtype,
-        )
+        def make() -> np.ndarray:
+            return of(work.rounder(name, style, weights)).reshape(shape)
+
+        return derived_weight(work.graph, f"{name}.{kind}", [], shape, make, dtype)
 
     code_bytes = style.block * style.bits // 8
     inputs: list[ir.Value | None] = [
@@ -163,13 +186,39 @@ def _product(
     node = ir.node(
         "MatMulNBits",
         inputs,
-        sizes | {"accuracy_level": INTEGER_PRODUCTS},
+        sizes | {"accuracy_level": work.accuracy},
         domain=CONTRIB,
         name=name,
     )
     node.outputs[0].name = f"{name}.output"
-    graph.insert_before(before, node)
+    work.graph.insert_before(before, node)
+    work.counts[f"MatMulNBits {style.bits}"] += 1
     return node, inputs[1]  # type: ignore[return-value]  # the codes are there
+
+
+def _any_product(
+    work: _Pass,
+    before: ir.Node,
+    x: ir.Value,
+    weights: list[ir.Value],
+    name: str,
+) -> ir.Value:
+    """The product of x with stacked weights: in few bits, or as numbers where nothing says so."""
+    style = work.format_of(weights, work.style)
+    if style is not None:
+        return _product(work, before, x, weights, name, style)[0].outputs[0]
+    rows, columns = sum(weight_shape(w)[0] for w in weights), weight_shape(weights[0])[1]
+    turned = derived_weight(
+        work.graph,
+        f"{name}.T",
+        weights,
+        (columns, rows),
+        lambda *arrays: np.concatenate(arrays).T,
+    )
+    product = ir.node("MatMul", [x, turned], name=name)
+    product.outputs[0].name = f"{name}.output"
+    work.graph.insert_before(before, product)
+    return product.outputs[0]
 
 
 def _codes(blocks: Blocks) -> np.ndarray:
@@ -182,27 +231,29 @@ def _zeros(blocks: Blocks) -> np.ndarray:
 
 
 def _embedding(
-    graph: ir.Graph,
-    gather: ir.Node,
-    weight: ir.Value,
-    codes: ir.Value,
-    style: Format,
-    rounder: Rounder,
+    work: _Pass, gather: ir.Node, weight: ir.Value, codes: ir.Value, style: Format
 ) -> None:
     """Look rows up in the head's codes; [B, S, blocks, block], then joined again."""
+    graph = work.graph
     rows, columns = weight_shape(weight)
-    blocks, name = -(-columns // style.block), weight.name.removesuffix(".weight")
-    scales = derived_weight(
-        graph,
-        f"{name}.row_scales",
-        [weight],
-        (rows, blocks, 1),
-        lambda array: rounder(name, style, array).scales[..., None],
-        ir.DataType.FLOAT,
-    )
+    blocks, name = style.blocks(columns), weight.name.removesuffix(".weight")
+    parts = [("row_scales", ir.DataType.FLOAT, "scales")]
+    if not style.symmetric:
+        parts.append(("row_zeros", ir.DataType.UINT8, "zero_points"))  # here one to a byte
+    tables = [
+        derived_weight(
+            graph,
+            f"{name}.{kind}",
+            [],
+            (rows, blocks, 1),
+            lambda of=of: getattr(work.rounder(name, style, [weight]), of)[..., None],
+            dtype,
+        )
+        for kind, dtype, of in parts
+    ]
     sizes = {"bits": style.bits, "block_size": style.block, "gather_axis": 0, "quantize_axis": 2}
     looked_up = ir.node(
-        "GatherBlockQuantized", [codes, gather.inputs[1], scales], sizes, domain=CONTRIB
+        "GatherBlockQuantized", [codes, gather.inputs[1], *tables], sizes, domain=CONTRIB
     )
     joined = ir.node(
         "Reshape",
@@ -225,8 +276,8 @@ def _embedding(
     graph.remove(gather, safe=True)
 
 
-def _block_skip(graph: ir.Graph, nodes: list[ir.Node], style: Format, rounder: Rounder) -> None:
-    first = nodes[0]
+def _block_skip(work: _Pass, nodes: list[ir.Node]) -> None:
+    graph, first = work.graph, nodes[0]
     x, a = first.inputs[0], first.inputs[1]
     ups = [node.inputs[2] for node in nodes]
     heights = [weight_shape(up)[0] for up in ups]
@@ -241,13 +292,13 @@ def _block_skip(graph: ir.Graph, nodes: list[ir.Node], style: Format, rounder: R
     split = ir.node("Split", [x, sizes], {"axis": -1}, num_outputs=2, name=f"{name}.skip")
     graph.insert_before(first, split)
     split.outputs[0].name, split.outputs[1].name = f"{name}.x1", f"{name}.x2"
-    mixed, _ = _product(graph, first, split.outputs[1], [a], f"{name}.a", style, rounder)
-    latent = ir.node("Add", [split.outputs[0], mixed.outputs[0]], name=f"{name}.latent")
+    mixed = _any_product(work, first, split.outputs[1], [a], f"{name}.a")
+    latent = ir.node("Add", [split.outputs[0], mixed], name=f"{name}.latent")
     graph.insert_before(first, latent)
     latent.outputs[0].name = f"{name}.z"
-    product, _ = _product(graph, first, latent.outputs[0], ups, f"{name}.b", style, rounder)
+    product = _any_product(work, first, latent.outputs[0], ups, f"{name}.b")
     if len(nodes) == 1:
-        take_place(first, product.outputs[0])
+        take_place(first, product)
     else:
-        split_between(graph, nodes, product.outputs[0], heights, name)
+        split_between(graph, nodes, product, heights, name)
     graph.remove(nodes, safe=True)

@@ -122,6 +122,7 @@ def _permute(graph: ir.Graph, region: _Region, index: np.ndarray) -> None:
             [old],
             weight_shape(old),
             lambda array, axis=axis: np.take(array, index, axis=axis),
+            moves_rows=axis == 0,
         )
         node.replace_input_with(number, ordered)
 

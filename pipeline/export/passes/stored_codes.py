@@ -1,0 +1,81 @@
+"""Weights that a checkpoint holds in few bits, and what becomes of their codes as passes move rows.
+
+A pass sees such a weight as the matrix that its codes stand for. The codes themselves go along as
+a note on the value, so that a runtime is given exactly those.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from pipeline.quantize.blocks import Blocks
+from pipeline.quantize.formats import Format
+
+NOTE = "skipcat.few_bits"
+
+
+@dataclass(frozen=True)
+class StoredCodes:
+    """The codes behind a weight [m, n] in torch's order.
+
+    Attributes:
+        style: their format.
+        read: reads or computes them, each time anew.
+    """
+
+    style: Format
+    read: Callable[[], Blocks]
+
+
+def note_codes(value: ir.Value, codes: StoredCodes) -> None:
+    """Remember the codes of a weight."""
+    value.meta[NOTE] = codes
+
+
+def codes_of(value: ir.Value | None) -> StoredCodes | None:
+    """The codes of a weight; None for one that is not in few bits."""
+    return None if value is None else value.meta.get(NOTE)
+
+
+def one_format(values: Sequence[ir.Value]) -> bool:
+    """Whether all weights are stored alike: as numbers, or in the same format of few bits."""
+    styles = [codes.style if (codes := codes_of(value)) else None for value in values]
+    return len(set(styles)) == 1
+
+
+def note_moved_rows(
+    value: ir.Value, sources: Sequence[ir.Value], function: Callable[..., np.ndarray]
+) -> None:
+    """Give a weight whose rows are those of others, moved by `function`, their codes moved alike.
+
+    Does nothing where the sources are not all in one format of few bits.
+    """
+    every = [codes for source in sources if (codes := codes_of(source)) is not None]
+    if len(every) < len(sources) or not one_format(sources):
+        return
+
+    def read() -> Blocks:
+        return moved_rows([codes.read() for codes in every], function)
+
+    note_codes(value, StoredCodes(every[0].style, read))
+
+
+def moved_rows(parts: Sequence[Blocks], function: Callable[..., np.ndarray]) -> Blocks:
+    """Codes, scales and zero points of one format, each moved by a function that moves rows."""
+    zeros = [part.zero_points for part in parts if part.zero_points is not None]
+    return Blocks(
+        function(*(part.codes for part in parts)),
+        function(*(part.scales for part in parts)),
+        function(*zeros) if zeros else None,
+        parts[0].bits,
+        parts[0].columns,
+    )
+
+
+def stacked_rows(*arrays: np.ndarray) -> np.ndarray:
+    """Arrays one below the other."""
+    return np.concatenate(arrays)
