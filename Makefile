@@ -3,6 +3,8 @@
 # What `make engine` builds.
 MODEL       ?= smollm2-135m
 KEEP        ?= 0.8
+MEMORY      ?=
+RUNTIME     ?=
 EFFORT      ?= fast
 TARGET      ?= auto
 OUT         ?=
@@ -24,7 +26,7 @@ SOURCES := pipeline validate trt_plugins tools tests
 # RESUME=0 and RESUME=no mean what they say.
 flag    = $(if $(filter-out 0 no false,$($(1))),$(2))
 setting = $(if $($(1)),$(2) "$($(1))")
-engine_flags = $(strip $(call setting,OUT,-o) $(call setting,CALIBRATION,--calibration) \
+engine_flags = $(strip $(call setting,OUT,-o) $(call setting,MEMORY,--memory) $(call setting,RUNTIME,--runtime) $(call setting,CALIBRATION,--calibration) \
     $(call setting,EVAL,--eval-text) $(call flag,RESUME,--resume) \
     $(call flag,OVERWRITE,--overwrite) $(ARGS))
 setup_flags = $(strip $(call setting,EXTRAS,--extras) $(call flag,VERBOSE,--verbose))
@@ -93,6 +95,8 @@ help: ## List the targets and the variables
 	@echo 'Variables of make engine, with their defaults:'
 	@echo '  MODEL=$(MODEL)  alias, hub id, local folder or .gguf file'
 	@echo '  KEEP=$(KEEP)  fraction of the decoder-linear parameters that is kept'
+	@echo '  MEMORY=  bytes that all weights may take, such as 70MB: ranks and bits are searched, not KEEP'
+	@echo '  RUNTIME=  whose formats of few bits: cpu (default) or tensorrt'
 	@echo '  EFFORT=$(EFFORT)  fast, default or max: minutes against quality, see the README'
 	@echo '  TARGET=$(TARGET)  GPU to build the engine for (skipcat doctor lists them)'
 	@echo '  OUT=  folder to write        CALIBRATION=  text to calibrate on'

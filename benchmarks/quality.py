@@ -372,7 +372,7 @@ def quality_fields(quality: Quality, dense_nlls: np.ndarray | None) -> dict[str,
     }
 
 
-def main() -> int:
+def main_of(command: click.Command) -> int:
     """Run; failures become the messages and exit status of `skipcat`."""
     try:
         command.main(standalone_mode=False)
@@ -389,4 +389,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main_of(command))

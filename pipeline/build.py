@@ -139,7 +139,8 @@ def build(
 
     Args:
         request: what to build.
-        folder: gets checkpoint/, onnx/, onnx-fp16/, engine-<target>/ and ledger/.
+        folder: gets checkpoint/, onnx/, onnx-fp16/, engine-<target>/ and ledger/; onnx-cpu/, too,
+            when weights are in formats of few bits for ONNX Runtime.
         overwrite: start afresh if it exists.
         resume: keep the stages that an earlier run of the same request finished.
 
@@ -166,6 +167,8 @@ def build(
     )
     checkpoint = folder / "checkpoint"
     _export(state, checkpoint, "onnx", "float32")
+    if request.compress.in_few_bits and request.compress.runtime == "cpu":
+        _export(state, checkpoint, "onnx-cpu", "float32", "cpu")
     if target.flavour != "cpu":
         _export(state, checkpoint, "onnx-fp16", "float16")
         _engine(state, target)
@@ -194,9 +197,12 @@ def _refuse_missing_packages(target: Target) -> None:
         require_package(target)
 
 
-def _export(state: Build, checkpoint: Path, folder: str, dtype: str) -> None:
-    wanted = ExportRequest("opset24", dtype, state.request.max_length)
-    state.run(f"export {dtype}", folder, lambda path: export_folder(checkpoint, path, wanted))
+def _export(
+    state: Build, checkpoint: Path, folder: str, dtype: str, profile: str = "opset24"
+) -> None:
+    wanted = ExportRequest(profile, dtype, state.request.max_length)
+    name = f"export {dtype}" if profile == "opset24" else f"export {profile}"
+    state.run(name, folder, lambda path: export_folder(checkpoint, path, wanted))
 
 
 def _engine(state: Build, target: Target) -> None:

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pipeline.cli import options
-from pipeline.cli.compress import calibration_options
+from pipeline.cli.compress import bits_options, calibration_options
 
 if TYPE_CHECKING:
     from pipeline.build import Build
+    from pipeline.compress.request import CompressRequest
     from validate.record import Ledger
 
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     help="auto, cpu, sm86, sm89, tensorrt, ...; see skipcat doctor.",
 )
 @calibration_options
+@bits_options
 @click.option("--max-length", type=int, default=2048, show_default=True, help="Cache length.")
 @click.option(
     "--eval-text",
@@ -62,6 +64,7 @@ def command(
     \b
     skipcat build -m smollm2-135m --keep-params 0.8
     skipcat build -m ./my-llama --target sm89 --calibration valid.txt --eval-text test.txt
+    skipcat build -m smollm2-135m --memory 70MB --target cpu
     """  # noqa: D301 - click reads the escape
     from pipeline.build import BuildRequest, build
     from pipeline.compress.request import CompressRequest
@@ -70,7 +73,7 @@ def command(
 
     compress = CompressRequest(**settings)
     compress.check()
-    folder = output or default_folder(resolve_source(compress.model).label, compress.keep_params)
+    folder = output or default_folder(resolve_source(compress.model).label, compress)
     request = BuildRequest(compress, target, max_length, eval_text, eval_windows, eval_length)
     state, _, ledger = build(request, folder, overwrite=overwrite, resume=resume)
     if as_json:
@@ -81,9 +84,13 @@ def command(
     require_passed(ledger)
 
 
-def default_folder(label: str, kept: float) -> Path:
-    """artefacts/smollm2-135m-keep0.8."""
-    return Path("artefacts") / f"{label}-keep{kept:g}"
+def default_folder(label: str, compress: CompressRequest) -> Path:
+    """artefacts/smollm2-135m-keep0.8, or what the budget of bytes or the format says."""
+    budgets = {"": compress.memory, "keep-bytes": compress.keep_bytes}
+    budget = next((f"{name}{value}" for name, value in budgets.items() if value is not None), None)
+    kept = budget or f"keep{compress.keep_params:g}"
+    parts = (label, kept.replace(" ", ""), compress.weights)
+    return Path("artefacts") / "-".join(part for part in parts if part)
 
 
 def show(state: Build, ledger: Ledger) -> None:
@@ -115,6 +122,9 @@ def show(state: Build, ledger: Ledger) -> None:
         f"{totals['factored']} groups factored, {totals['kept_dense']} kept dense; "
         f"largest |A'| {totals['largest']:.3f}"
     )
+    if totals["in_few_bits"]:
+        click.echo(f"weights on disk: {totals['stored_bytes'] / 1e6:.2f} MB")
     console.print(build_table(ledger))
     click.echo(f"report: {folder / 'ledger' / 'ledger.html'}")
-    click.echo(f'next:   skipcat run {folder / "onnx"} -p "What is a low-rank matrix?"')
+    runs = "onnx-cpu" if (folder / "onnx-cpu").exists() else "onnx"
+    click.echo(f'next:   skipcat run {folder / runs} -p "What is a low-rank matrix?"')

@@ -32,17 +32,17 @@ from pipeline.cli import options
 @click.option(
     "--weights",
     type=click.Choice(["float", "int8", "int4", "stored"]),
-    help="Bits of the matrices. stored: the codes of a checkpoint in few bits, and the default for "
-    "one where the runtime takes them. With --profile cpu also int8 (the default for others), which "
-    "loses next to nothing, and int4, which loses much; elsewhere they are as --dtype says.",
+    help="Bits of the matrices. stored: the codes of a checkpoint in few bits, the default where "
+    "the runtime takes them. With --profile cpu also int8 (the default for others), which loses "
+    "next to nothing, and int4, which loses much; elsewhere they are as --dtype says.",
 )
 @click.option(
     "--products",
     type=click.Choice(["integer", "float"]),
     default="integer",
     show_default=True,
-    help="With --profile cpu: integer rounds the inputs of products to 8 bits, which is fast; float "
-    "does not, and shows what the graph alone costs.",
+    help="With --profile cpu: integer rounds the inputs of products to 8 bits, which is fast; "
+    "float does not, and shows what the graph alone costs.",
 )
 @click.option(
     "--max-length",

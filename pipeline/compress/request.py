@@ -170,6 +170,11 @@ class CompressRequest:
         """Whether there is a budget of bytes."""
         return self.memory is not None or self.keep_bytes is not None
 
+    @property
+    def in_few_bits(self) -> bool:
+        """Whether any matrix may end up in few bits; a plan of the user's may say so, too."""
+        return self.searches_bits or self.weights is not None or self.table is not None
+
     def budget_bytes(self, float16_bytes: int) -> int:
         """The budget of a model whose weights take so many bytes in float16."""
         if self.memory is not None:
