@@ -198,6 +198,8 @@ def open_graph(
     require_runtime_version(onnxruntime.__version__, record.profile)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    # Products behind DequantizeLinear would otherwise have their inputs rounded to 8 bits unasked.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     if threads is not None:
         options.intra_op_num_threads = threads
     path = folder / "model.onnx"
