@@ -6,10 +6,11 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel
 
 from pipeline.compress.checkpoint import load_checkpoint, read_report, save_checkpoint
 from pipeline.compress.modeling_skipcat import FactoredLinear, FewBitEmbedding, FewBitLinear
+from pipeline.model.task import IMAGES, task_of_folder
 
 
 def densify_(model: PreTrainedModel) -> PreTrainedModel:
@@ -52,7 +53,9 @@ def _frozen(weight: torch.Tensor) -> nn.Parameter:
 
 def _linear(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    linear.weight, linear.bias = weight, bias
+    linear.weight = weight
+    if bias is not None:
+        linear.bias = bias
     return linear
 
 
@@ -80,5 +83,7 @@ def export_dense(checkpoint: Path, folder: Path) -> None:
     model = load_checkpoint(checkpoint)
     dtype: torch.dtype = model.dtype
     densify_(model)
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    # Of an image classifier, what makes its inputs is the image processor.
+    images = task_of_folder(Path(checkpoint)) == IMAGES
+    tokenizer = (AutoImageProcessor if images else AutoTokenizer).from_pretrained(checkpoint)
     save_checkpoint(model, tokenizer, {}, folder, dtype)

@@ -7,6 +7,7 @@ installed. Where skipcat is installed, importing it is enough and no remote code
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -69,15 +70,6 @@ class FewBits(nn.Module):
             )
         self._held: torch.Tensor | None = None
 
-    def _add(
-        self,
-        name: str,
-        shape: tuple[int, ...],
-        dtype: torch.dtype,
-        device: torch.device | str | None,
-    ) -> None:
-        self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=device))
-
     def values(self, dtype: torch.dtype) -> torch.Tensor:
         """The matrix in a type; computed at first use, and kept."""
         held = self._held
@@ -109,7 +101,18 @@ def _unpacked(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     return (every.view(len(packed), count, bits) * weights).sum(-1, dtype=torch.uint8)
 
 
-class FewBitLinear(nn.Module):
+class _Typed(nn.Module):
+    """A module whose `dtype` follows casts of the model, though its codes do not."""
+
+    dtype: torch.dtype
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> _Typed:
+        super()._apply(fn, recurse)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        return self
+
+
+class FewBitLinear(_Typed):
     """A linear layer whose matrix is stored in few bits and multiplied in the type of its input.
 
     Args:
@@ -162,7 +165,7 @@ class FewBitLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, {self.matrix.style}"
 
 
-class FewBitEmbedding(nn.Module):
+class FewBitEmbedding(_Typed):
     """An embedding whose table is stored in few bits; a row is computed when it is looked up.
 
     Args:
@@ -314,6 +317,8 @@ def stored_layer(
     layer = model.get_submodule(name)
     owner = model.get_submodule(entry["owner"]) if entry["owner"] else None
     form, down_style, up_style = entry["form"], entry.get("down_style"), entry.get("up_style")
+    if form in ("table", "dense") and up_style is None:
+        raise ValueError(f"{name} is {form}, and no format of few bits is given")
     weight = layer.weight
     keywords: dict[str, Any] = {
         "device": weight.device if device is None else device,
@@ -322,7 +327,7 @@ def stored_layer(
     if form == "table":
         if not isinstance(layer, nn.Embedding):
             raise TypeError(f"{name} is a {type(layer).__name__}, not an nn.Embedding")
-        return FewBitEmbedding(layer.num_embeddings, layer.embedding_dim, up_style, **keywords)
+        return FewBitEmbedding(layer.num_embeddings, layer.embedding_dim, str(up_style), **keywords)
     if not isinstance(layer, nn.Linear):
         raise TypeError(f"{name} is a {type(layer).__name__}, not an nn.Linear")
     shape = (layer.in_features, layer.out_features)
@@ -330,7 +335,7 @@ def stored_layer(
     if form in ("dense", "head"):
         if not isinstance(owner, FewBitEmbedding | None):
             raise TypeError(f"{name} reads {entry['owner']}, which is no table in few bits")
-        return FewBitLinear(*shape, up_style, table=owner, **keywords)
+        return FewBitLinear(*shape, str(up_style), table=owner, **keywords)
     if not isinstance(owner, FactoredLinear | None):
         raise TypeError(f"{name} shares with {entry['owner']}, which is not factored")
     return FactoredLinear(

@@ -48,7 +48,8 @@ def make_plan(
         UsageError: a budget that no plan can meet.
         InputError: a plan file that does not fit the model.
     """
-    method, kept = request.resolved_method, request.keep_params
+    method = request.resolved_method
+    kept = 1.0 if method.quantizer else request.keep_params
     given = load_plan(Path(request.plan), layers) if request.plan else None
     wanted = given is not None or kept < 1 or request.searches_bits or request.weights is not None
     if method.needs_survey and survey is not None and wanted:
@@ -158,7 +159,8 @@ def _plan_of(
     tokens: torch.Tensor,
     survey: Survey | None,
 ) -> RankPlan:
-    kept, multiple = request.keep_params, request.rank_multiple
+    kept = 1.0 if method.quantizer else request.keep_params
+    multiple = request.rank_multiple
     if method.allocation == "searched" and kept < 1 and survey is not None:
         return searched_plan(
             layers, survey.curves, kept, cat=method.cat, skip=method.skip, multiple=multiple

@@ -81,10 +81,11 @@ def nearest_factors(factors: Factors, styles: Styles) -> RoundedFactors:
     down_style, up_style = styles
     down = nearest(factors.down, down_style) if down_style and factors.down.numel() else None
     up = nearest(factors.up, up_style) if up_style else None
-    values = {
-        name: values_of(codes) for name, codes in (("down", down), ("up", up)) if codes is not None
-    }
-    return RoundedFactors(replace(factors, **values), down, up)
+    if down is not None:
+        factors = replace(factors, down=values_of(down))
+    if up is not None:
+        factors = replace(factors, up=values_of(up))
+    return RoundedFactors(factors, down, up)
 
 
 def nearest(weight: torch.Tensor, style: Format) -> Blocks:

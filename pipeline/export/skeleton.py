@@ -149,8 +149,9 @@ def _few_bit_matrix(
 ) -> FewBitMatrix:
     """The matrix behind `name`; takes its tensors out of `files`."""
     prefix = f"{name}.stored."
-    shape = tuple(model.get_submodule(name).weight.shape)
-    expected = {f"{prefix}{n}": t for n, t in FewBits(*shape, style, "meta").named_buffers()}
+    rows, columns = model.get_submodule(name).weight.shape
+    empty = FewBits(rows, columns, style, "meta")
+    expected = {f"{prefix}{n}": tensor for n, tensor in empty.named_buffers()}
     with_file = {n: files.pop(n) for n in expected if n in files}
     require_exact(
         folder,
@@ -162,7 +163,7 @@ def _few_bit_matrix(
         },
     )
     file = next(iter(with_file.values()))
-    return FewBitMatrix(file, prefix, shape, dtype, parse_format(style))
+    return FewBitMatrix(file, prefix, (rows, columns), dtype, parse_format(style))
 
 
 def _shape_of(file: Path, name: str) -> tuple[int, ...]:

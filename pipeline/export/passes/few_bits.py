@@ -57,8 +57,10 @@ class Rounder:
                 self._last = (name, moved_rows(stored, stacked_rows))
             else:
                 stacked = np.concatenate([_array_of(weight) for weight in weights])
-                keywords = {"symmetric": style.symmetric}
-                self._last = (name, quantize_blocks(stacked, style.bits, style.block, **keywords))
+                blocks = quantize_blocks(
+                    stacked, style.bits, style.block, symmetric=style.symmetric
+                )
+                self._last = (name, blocks)
         return self._last[1]
 
 

@@ -19,6 +19,7 @@ def layer() -> FactoredLinear:
 
 def test_reference_equals_the_factored_layer() -> None:
     made = layer()
+    assert made.up.bias is not None
     x = torch.randn(2, 3, 12, dtype=torch.float64)
     y = block_skip_linear(
         x.numpy(),
