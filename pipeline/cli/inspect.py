@@ -79,7 +79,8 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _onnx_facts(record: dict[str, Any], folder: Path) -> dict[str, Any]:
     names = (
-        "profile", "opset", "runs_in", "dtype", "max_length", "num_layers", "block_skip_nodes",
+        "task", "profile", "opset", "runs_in", "dtype", "pixel_values", "classes",
+        "max_length", "num_layers", "block_skip_nodes",
         "permutations", "fused", "graph_bytes", "data_bytes", "onnx_sha256", "checkpoint",
     )  # fmt: skip
     return {name: record[name] for name in names if name in record}
@@ -108,7 +109,10 @@ def _model_facts(what: str, trust_remote_code: bool) -> dict[str, Any]:
     """Architecture and groups of a model that is not compressed; loads it."""
     from pipeline.model.load import load_model
     from pipeline.model.structure import decoder_structure
+    from pipeline.model.task import IMAGES, task_of_model
 
+    if task_of_model(what) == IMAGES:
+        return _classifier_facts(what, trust_remote_code)
     loaded = load_model(what, trust_remote_code=trust_remote_code)
     layers = decoder_structure(loaded.model)
     groups = layers[0].groups
@@ -124,3 +128,30 @@ def _model_facts(what: str, trust_remote_code: bool) -> dict[str, Any]:
             for group in groups
         ),
     }
+
+
+def _classifier_facts(what: str, trust_remote_code: bool) -> dict[str, Any]:
+    """Architecture and groups of an image classifier that is not compressed; loads it."""
+    from pipeline.vision.load import load_classifier
+    from pipeline.vision.structure import image_structure
+
+    loaded = load_classifier(what, trust_remote_code=trust_remote_code)
+    structure = image_structure(loaded.model, loaded.input_shape)
+    return {
+        "task": "image-classification",
+        "source": loaded.source.kind,
+        "architecture": type(loaded.model).__name__,
+        "image processor": type(loaded.processor).__name__,
+        "pixel values": "x".join(map(str, loaded.input_shape)),
+        "classes": loaded.model.config.num_labels,
+        "parameters": f"{sum(p.numel() for p in loaded.model.parameters()):,}",
+        "published as": str(loaded.storage_dtype).removeprefix("torch."),
+        "layers": len(structure.layers),
+        "groups": "\n".join(
+            f"{', '.join(m.removeprefix(layer.name + '.') for m in group.members)} of "
+            f"{layer.name}: {sum(group.out_features)} x {group.in_features}, "
+            f"{structure.rows[group.name]} an image"
+            for layer in structure.layers
+            for group in layer.groups
+        ),
+    } | ({"left as they are": structure.left_out} if structure.left_out else {})

@@ -66,11 +66,16 @@ def task_of_model(name: str) -> Task:
     return task_of_config(fields)
 
 
-def require_text(folder: Path, verb: str) -> None:
-    """Raise InputError when a checkpoint is an image classifier, and a verb only takes decoders."""
-    if task_of_folder(folder) == IMAGES:
+def refuse_images(folder: Path) -> None:
+    """Refuse an image classifier where only decoders will do: a checkpoint, an export or an engine.
+
+    Raises:
+        InputError: it is one.
+    """
+    # Every artefact that is made of a classifier carries the settings of its image processor.
+    if (folder / "preprocessor_config.json").is_file() or task_of_folder(folder) == IMAGES:
         raise InputError(
-            f"`skipcat {verb}` takes decoder language models.",
+            "This takes decoder language models.",
             where=folder,
             observed="an image classifier",
             change="use compress, export, engine, validate, export-dense or inspect",

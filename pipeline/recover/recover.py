@@ -30,6 +30,7 @@ from pipeline.compress.work import require_same_settings
 from pipeline.errors import InputError, PipelineError
 from pipeline.model.load import LoadedModel, load_model
 from pipeline.model.source import Source
+from pipeline.model.task import refuse_images
 from pipeline.provenance import provenance
 from pipeline.recover.adapters import attach, largest_interpolations, merge_
 from pipeline.recover.objective import distillation_loss, next_token_loss
@@ -102,6 +103,7 @@ def _load(request: RecoverRequest, subject: Subject) -> tuple[LoadedModel, Loade
         )
         _require_same_vocabulary(request.teacher, subject, teacher)
         teacher.model.requires_grad_(False)
+    refuse_images(Path(request.checkpoint))
     model = load_checkpoint(request.checkpoint, dtype=torch.float32)
     # With it, save_pretrained would ignore the state that it is given.
     del model.hf_quantizer

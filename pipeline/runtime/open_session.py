@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.errors import InputError, UsageError
+from pipeline.model.task import refuse_images
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,6 +36,7 @@ def open_session(
         UsageError: the folder is not of the kind that `backend` reads, or `device` is for another.
     """
     kind = folder_kind(folder)
+    refuse_images(folder)
     if backend not in ("auto", kind):
         raise UsageError(
             f"The backend '{backend}' cannot read this folder.",

@@ -40,6 +40,8 @@ SCHEMA = 1
 WORK = "layers"
 # However many patches an image has, so few images say too little about the model's own output.
 LEAST_IMAGES = 256
+# Inputs of a linear that go through the model at once, in as many images as have them.
+ROWS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
@@ -151,6 +153,7 @@ def calibrate(request: CompressRequest) -> Calibrated:
         seed=request.seed,
         styles=RUNTIMES[request.runtime].formats if request.searches_bits else (),
         form="skip" if method.skip else "low_rank",
+        batch_size=batch_size(structure),
     )
     return Calibrated(loaded, structure, images, survey)
 
@@ -173,6 +176,11 @@ def image_count(request: CompressRequest, structure: ImageStructure) -> int:
     effort = request.resolved_effort
     wanted = math.ceil(effort.windows * effort.window_length / max(structure.rows.values()))
     return max(wanted, LEAST_IMAGES)
+
+
+def batch_size(structure: ImageStructure) -> int:
+    """Images that go through the model at once."""
+    return max(1, ROWS_AT_ONCE // max(structure.rows.values()))
 
 
 def require_images(images: ImageBatch, structure: ImageStructure) -> None:
@@ -210,7 +218,8 @@ def _compress(
     if fit.mix is None:
         walk = OneShotWalk(model, ready.survey)
     else:
-        walk = PropagatedWalk(model, ready.structure.layers, ready.images.pixels)
+        layers, pixels = ready.structure.layers, ready.images.pixels
+        walk = PropagatedWalk(model, layers, pixels, batch_size(ready.structure))
     return compress_(
         model,
         ready.structure.layers,

@@ -68,7 +68,7 @@ class OnnxImages:
 
         self.name = name
         self.record = read_export_record(folder, tasks=(IMAGES,))
-        self._session = open_graph(folder, self.record, None)
+        self._session, self._weights = open_graph(folder, self.record, None)
 
     def classify(self, pixels: np.ndarray) -> np.ndarray:
         """Logits of a batch.
