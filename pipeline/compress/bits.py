@@ -7,6 +7,7 @@ Then one choice for each group, and for the embedding and the head, by one integ
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -34,6 +35,8 @@ from pipeline.quantize.formats import Format, Runtime
 Noises = dict[Members, StackNoise]
 # Pairs of these are formed where matrices share an input.
 CANDIDATES_PER_STACK = 150
+# More bytes than any matrix has: of a factor that the runtime does not take.
+REFUSED = 1 << 60
 
 
 @dataclass(frozen=True)
@@ -147,15 +150,16 @@ def _stack_candidates(
     found = [
         _candidate(members, shape, "dense", full, None, style, loss, request)
         for style, loss in zip(styles, (0.0, *noise.dense), strict=True)
+        if style is None or request.runtime.accepts(style, columns)
     ]
-    step = rank_step(full, request.multiple)
-    ranks = np.arange(step, full, step)
+    ranks = _ranks(full, request)
     if not len(ranks):
         return front_of(found)
     form: Form = "skip" if request.skip else "low_rank"
     down, up = (np.pad(table, ((0, 0), (1, 0))) for table in noise.at(ranks))
     losses = curve[ranks][:, None, None] + down[:, :, None] + up[:, None, :]
     sizes = _factored_bytes(shape, ranks, styles, form, request.runtime)
+    losses = np.where(sizes < REFUSED, losses, np.inf)
     for place in undominated(sizes.ravel(), losses.ravel()):
         i, d, u = np.unravel_index(place, losses.shape)
         found.append(
@@ -166,6 +170,17 @@ def _stack_candidates(
     return front_of(found)
 
 
+def _ranks(full: int, request: BitsRequest) -> np.ndarray:
+    """A grid, and where the runtime takes whole blocks only also the ranks that are some."""
+    step = rank_step(full, request.multiple)
+    ranks = np.arange(step, full, step)
+    widths = [style.block for style in request.runtime.formats if style.block]
+    if not widths or request.runtime.accepts(request.runtime.formats[0], 1):
+        return ranks
+    whole = math.lcm(request.multiple, min(widths))
+    return np.union1d(ranks, np.arange(whole, full, whole))
+
+
 def _factored_bytes(
     shape: tuple[int, int],
     ranks: np.ndarray,
@@ -173,14 +188,24 @@ def _factored_bytes(
     form: Form,
     runtime: Runtime,
 ) -> np.ndarray:
-    """Bytes at every rank with every pair of formats, but for names and indices, [ranks, s, s]."""
+    """Bytes at every rank with every pair of formats, but for indices, [ranks, s, s].
+
+    REFUSED or more where the runtime does not take a factor.
+    """
     rows, columns = shape
     widths = columns - ranks if form == "skip" else np.full_like(ranks, columns)
     down, up = (
-        np.array([[matrix_bytes(m, n, style, runtime) for style in styles] for m, n in sizes])
+        np.array([[_taken_bytes(m, n, style, runtime) for style in styles] for m, n in sizes])
         for sizes in (zip(ranks, widths, strict=True), ((rows, rank) for rank in ranks))
     )
     return down[:, :, None] + up[:, None, :]
+
+
+def _taken_bytes(rows: int, columns: int, style: Format | None, runtime: Runtime) -> int:
+    """Bytes of a factor, or REFUSED."""
+    if style is not None and not runtime.accepts(style, columns):
+        return REFUSED
+    return matrix_bytes(rows, columns, style, runtime)
 
 
 def _candidate(

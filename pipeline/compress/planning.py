@@ -21,7 +21,7 @@ from pipeline.errors import UsageError
 from pipeline.model.structure import Layer
 from pipeline.model.tables import find_tables
 from pipeline.progress import note
-from pipeline.quantize.formats import RUNTIMES, Runtime
+from pipeline.quantize.formats import RUNTIMES, Runtime, parse_format
 
 # Of an export.
 DEFAULT_MAX_LENGTH = 2048
@@ -81,7 +81,11 @@ def make_plan(
 
 
 def in_one_format(plan: RankPlan, model: PreTrainedModel, request: CompressRequest) -> RankPlan:
-    """The plan with the formats that the request names for all matrices, if it names any."""
+    """The plan with the formats that the request names for all matrices, if it names any.
+
+    Raises:
+        UsageError: the runtime does not take a matrix of that width in its format.
+    """
     layers = plan.layers
     if request.weights is not None:
         layers = {
@@ -94,7 +98,36 @@ def in_one_format(plan: RankPlan, model: PreTrainedModel, request: CompressReque
         if not found:
             note("--table: the embedding and the head are of no known kind, and stay as they are")
         tables = {name: request.table for names in found for name in names}
+    widths = {name: model.get_submodule(name).weight.shape[1] for name in tables}
+    for group in (group for groups in layers.values() for group in groups):
+        for part, (style, columns) in _matrices_of(group).items():
+            _require_taken(f"{part} of {group.members[0]}", style, columns, request)
+    for name, style in tables.items():
+        _require_taken(name, style, widths[name], request)
     return RankPlan(layers, tables)
+
+
+def _matrices_of(group: GroupPlan) -> dict[str, tuple[str | None, int]]:
+    """Format and columns of what a group stores."""
+    if group.form == "dense":
+        return {"the matrix": (group.up_style, group.columns)}
+    width = group.columns - group.rank if group.form == "skip" else group.columns
+    return {"A'": (group.down_style, width), "B'": (group.up_style, group.rank)}
+
+
+def _require_taken(name: str, style: str | None, columns: int, request: CompressRequest) -> None:
+    """Raise UsageError for a matrix that the runtime does not take."""
+    runtime = RUNTIMES[request.runtime]
+    if style is None or runtime.accepts(parse_format(style), columns):
+        return
+    block = parse_format(style).block
+    raise UsageError(
+        "The runtime takes matrices of whole blocks only.",
+        where=f"--runtime {runtime.name}, {style}",
+        observed=f"{columns} columns: {name}",
+        expected=f"a multiple of {block}",
+        change=f"pass --rank-multiple {block}, or another format: {runtime.takes}",
+    )
 
 
 def _in_format(group: GroupPlan, style: str) -> GroupPlan:

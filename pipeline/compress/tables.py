@@ -52,7 +52,8 @@ def table_choices(
     for names in find_tables(model).groups:
         rows, columns = model.get_submodule(names[0]).weight.shape
         whole = TableChoice({}, matrix_bytes(rows, columns, None, runtime), 0.0)
-        styles = list(track(runtime.table, f"formats of {names[0]}"))
+        taken = [style for style in runtime.table if runtime.accepts(style, columns)]
+        styles = list(track(taken, f"formats of {names[0]}"))
         codes = [round_table(model, names, style, windows) for style in styles]
         losses = _losses(model, names, styles, codes, windows)
         every.append(

@@ -6,6 +6,11 @@
 x [..., n], a [n - r, r] = A'^T, b [r, m] = B'^T, index int32 [n], y [..., m]. Two names rather than
 an optional input, because a function body cannot leave an input out, and because TensorRT's parser
 looks functions up by name alone. A bias is an Add behind the node.
+
+BlockSkipLinearFewBits and its Indexed form compute the same. Their a or b comes out of a
+DequantizeLinear, and they have a name of their own because no plugin should take them: it would be
+given numbers, written out of the codes before every product. The DequantizeLinear nodes are outside
+the body: TensorRT's parser gives those of a body used twice the same name, and refuses the second.
 """
 
 from __future__ import annotations
@@ -42,29 +47,15 @@ BlockSkipLinear (x, a, b) => (y)
 """
 
 
-FEW_BITS_BODY = """
-<domain: "skipcat", opset_import: ["" : {opset}]>
-BlockSkipLinearFewBits <a_axis, a_block, b_axis, b_block> (x, a, a_scale, b, b_scale) => (y)
-{{
-    a_values = DequantizeLinear <axis: int = @a_axis, block_size: int = @a_block> (a, a_scale)
-    b_values = DequantizeLinear <axis: int = @b_axis, block_size: int = @b_block> (b, b_scale)
-    rank = Shape <start = 0, end = 1> (b)
-    rest = Shape <start = 0, end = 1> (a)
-    widths = Concat <axis = 0> (rank, rest)
-    x1, x2 = Split <axis = -1> (x, widths)
-    mixed = MatMul (x2, a_values)
-    z = Add (x1, mixed)
-    y = MatMul (z, b_values)
-}}
-"""
 BLOCKED_OPSET = 21  # the first in which DequantizeLinear takes blocks
 
 
 def function_bodies(opset: int) -> dict[str, ir.Function]:
     """The ops that an opset can express, as ONNX functions over the default domain, by op type."""
-    texts = [BODY.format(opset=opset)]
+    plain = BODY.format(opset=opset)
+    texts = [plain]
     if opset >= BLOCKED_OPSET:
-        texts.append(FEW_BITS_BODY.format(opset=opset))
+        texts.append(plain.replace(PLAIN, FEW_BITS))
     protos = [onnx.parser.parse_function(t) for text in texts for t in (text, _indexed(text))]
     return {proto.name: ir.serde.deserialize_function(proto) for proto in protos}
 

@@ -70,13 +70,16 @@ class ExportRequest:
         """How the matrices are stored, of a checkpoint that holds none in few bits."""
         return self.weights or ("int8" if self.profile == "cpu" else "float")
 
-    def weights_of(self, styles: set[Format]) -> str:
-        """How the matrices are stored, of a checkpoint that holds some in these formats.
+    def weights_of(self, widths: dict[Format, set[int]]) -> str:
+        """How the matrices are stored, of a checkpoint that holds some in few bits.
+
+        Args:
+            widths: format -> columns of the matrices that are in it.
 
         Raises:
             UsageError: the runtimes of the profile do not take them, or there are none to keep.
         """
-        if not styles:
+        if not widths:
             if self.weights == STORED:
                 raise UsageError(
                     "The checkpoint holds no matrix in few bits.",
@@ -85,13 +88,17 @@ class ExportRequest:
                 )
             return self.stored_weights
         runtime = RUNTIMES["cpu" if self.profile == "cpu" else "tensorrt"]
-        others = sorted(style.name for style in styles if not runtime.accepts(style))
+        others = sorted(
+            style.name
+            for style, columns in widths.items()
+            if not all(runtime.accepts(style, count) for count in columns)
+        )
         takes = not others and PROFILES[self.profile].opset >= BLOCKED_OPSET
         if self.weights in FORMATS:
             raise UsageError(
                 "The checkpoint's matrices are in few bits already.",
                 where="--weights",
-                observed=f"{self.weights}, of {', '.join(sorted(style.name for style in styles))}",
+                observed=f"{self.weights}, of {', '.join(sorted(style.name for style in widths))}",
                 change="leave --weights out",
             )
         if takes:
@@ -173,9 +180,11 @@ def export_folder(
     started = time.monotonic()
     profile, dtype = PROFILES[request.profile], DTYPES[request.dtype]
     skeleton = load_skeleton(Path(checkpoint), dtype)
-    weights = request.weights_of(
-        {m.style for m in skeleton.matrices.values() if isinstance(m, FewBitMatrix)}
-    )
+    widths: dict[Format, set[int]] = {}
+    for matrix in skeleton.matrices.values():
+        if isinstance(matrix, FewBitMatrix):
+            widths.setdefault(matrix.style, set()).add(matrix.shape[1])
+    weights = request.weights_of(widths)
     config = skeleton.model.config
     max_length = _bounded_length(request.max_length, config)
     weight_bytes = sum(p.numel() * p.element_size() for p in skeleton.model.parameters())

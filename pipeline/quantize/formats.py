@@ -86,8 +86,15 @@ class Runtime:
     float_bytes: int
     takes: str
 
-    def accepts(self, style: Format) -> bool:
-        """Whether its kernels multiply with matrices of that format."""
+    def accepts(self, style: Format, columns: int | None = None) -> bool:
+        """Whether its kernels multiply with matrices of that format.
+
+        Args:
+            style: the format.
+            columns: of one matrix; None asks whether any will do. TensorRT takes whole blocks only.
+        """
+        if self.name == "tensorrt" and columns is not None and columns % style.width(columns):
+            return False
         if self.name == "cpu":
             return style.bits in (2, 4, 8) and style.block in (16, 32, 64, 128, 256)
         if self.name == "tensorrt":
@@ -124,7 +131,7 @@ RUNTIMES = {
         _formats("int8-row-sym"),
         2,
         2,
-        "4 bits in symmetric blocks of 64 or 128, or 8 bits by row",
+        "4 bits in whole symmetric blocks of 64 or 128, or 8 bits by row",
     ),
     "any": Runtime(
         "any",

@@ -1,12 +1,11 @@
 """Linear layers in few bits, as ONNX itself holds them: DequantizeLinear before the product.
 
     Linear(x, Q)        -> MatMul(x, DequantizeLinear(Q^T, scales^T))
-    BlockSkip(x, A', B) -> BlockSkipLinearFewBits(x, A'^T, scales, B^T, scales)
-
-The second dequantises in its function body.
+    BlockSkip(x, A', B) -> BlockSkipLinearFewBits(x, DequantizeLinear(A'^T), DequantizeLinear(B^T))
 
 Blocks run along the inputs, which is axis 0 of what MatMul takes. TensorRT multiplies with the
-codes as they are. A matrix that is one block to a row has one scale for each output.
+codes as they are, also where the product is in the body of a function. A matrix that is one block
+to a row has one scale for each output.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from pipeline.export.passes.lay_out import (
     take_place,
 )
 from pipeline.export.passes.stored_codes import (
-    NOTE,
+    StoredCodes,
     codes_of,
     moved_rows,
     one_format,
@@ -55,22 +54,18 @@ def dequantize_linears(model: ir.Model) -> dict[str, int]:
             _linear(model.graph, node)
             counts[f"DequantizeLinear {codes.style.bits}"] += 1
     for nodes in same_latent(model.graph):
-        weights = [nodes[0].inputs[1], *(node.inputs[2] for node in nodes)]
-        every = [codes_of(weight) for weight in weights]
-        if all(codes is not None for codes in every):
+        parts = [[nodes[0].inputs[1]], [node.inputs[2] for node in nodes]]
+        styles = [codes.style for part in parts if (codes := _common_codes(part)) is not None]
+        if styles:
             _block_skip(model.graph, nodes)
-            for codes in every[:2]:
-                counts[f"DequantizeLinear {codes.style.bits}"] += 1  # type: ignore[union-attr]
-        else:
-            _floats_again(weights)
+            counts.update(f"DequantizeLinear {style.bits}" for style in styles)
     RemoveUnusedNodesPass()(model)
     return dict(counts)
 
 
-def _floats_again(weights: list[ir.Value]) -> None:
-    """Where one factor is in few bits and the other is not, the body takes neither as codes."""
-    for weight in weights:
-        weight.meta.pop(NOTE, None)
+def _common_codes(weights: list[ir.Value]) -> StoredCodes | None:
+    """The codes of the first of some matrices, if all are in its format of few bits."""
+    return codes_of(weights[0]) if one_format(weights) else None
 
 
 def _linear(graph: ir.Graph, node: ir.Node) -> None:
@@ -99,6 +94,18 @@ def _embedding(graph: ir.Graph, gather: ir.Node, source: ir.Node | None, name: s
     graph.insert_before(gather, [values, turned, looked_up])
     take_place(gather, looked_up.outputs[0])
     graph.remove(gather, safe=True)
+
+
+def _matrix(
+    graph: ir.Graph, before: ir.Node, weights: list[ir.Value], name: str, dtype: ir.DataType
+) -> ir.Value:
+    """W^T [n, m] of a stack: from its codes, by a node inserted before another, or as numbers."""
+    if _common_codes(weights) is not None:
+        return _dequantized(graph, before, weights, name, dtype)
+    shape = (weight_shape(weights[0])[1], sum(weight_shape(weight)[0] for weight in weights))
+    return derived_weight(
+        graph, f"{name}.T", weights, shape, lambda *arrays: np.concatenate(arrays).T
+    )
 
 
 def _dequantized(
@@ -148,17 +155,13 @@ def _block_skip(graph: ir.Graph, nodes: list[ir.Node]) -> None:
     ups = [node.inputs[2] for node in nodes]
     heights = [weight_shape(up)[0] for up in ups]
     name = common_name([up.name for up in ups])
-    parts: list[ir.Value] = []
-    attributes: dict[str, int] = {}
-    for letter, weights in (("a", [a]), ("b", ups)):
-        codes, scales, found = _codes_and_scales(graph, weights, f"{name}.{letter}", x.dtype)
-        parts += [codes, scales]
-        attributes[f"{letter}_axis"] = found["axis"]
-        attributes[f"{letter}_block"] = found.get("block_size", 0)
+    factors = [
+        _matrix(graph, first, weights, f"{name}.{letter}", x.dtype)
+        for letter, weights in (("a", [a]), ("b", ups))
+    ]
     node = ir.node(
         FEW_BITS_INDEXED if index else FEW_BITS,
-        [x, *parts, *index],
-        attributes,
+        [x, *factors, *index],
         domain=DOMAIN,
         version=VERSION,
         name=name,
