@@ -164,7 +164,14 @@ def _stack_candidates(
         i, d, u = np.unravel_index(place, losses.shape)
         found.append(
             _candidate(
-                members, shape, form, int(ranks[i]), styles[d], styles[u], losses[i, d, u], request
+                members,
+                shape,
+                form,
+                int(ranks[i]),
+                styles[d],
+                styles[u],
+                float(losses[i, d, u]),
+                request,
             )
         )
     return front_of(found)
