@@ -37,7 +37,7 @@ SWIN: dict[str, Any] = {
     "image_size": 16,
     "patch_size": 2,
     "embed_dim": 32,
-    "depths": [2, 2],
+    "depths": [2, 1],
     "num_heads": [2, 4],
     "window_size": 4,
     "num_labels": CLASSES,

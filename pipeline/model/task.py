@@ -72,8 +72,11 @@ def refuse_images(folder: Path) -> None:
     Raises:
         InputError: it is one.
     """
-    # Every artefact that is made of a classifier carries the settings of its image processor.
-    if (folder / "preprocessor_config.json").is_file() or task_of_folder(folder) == IMAGES:
+    # Every artefact made of a classifier carries the settings of its image processor; a decoder
+    # that also sees has a tokenizer beside it.
+    sees = (folder / "preprocessor_config.json").is_file()
+    reads = (folder / "tokenizer_config.json").is_file()
+    if (sees and not reads) or task_of_folder(folder) == IMAGES:
         raise InputError(
             "This takes decoder language models.",
             where=folder,

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -178,7 +179,7 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
             raise InputError(
                 "This is no file of images.", where=path, observed=path.suffix, expected=FORMATS
             )
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError, BadZipFile) as error:
         raise InputError("The file of images is broken.", where=path, observed=error) from error
     if ("images" in arrays) == ("pixel_values" in arrays):
         raise InputError(
