@@ -14,15 +14,15 @@ import numpy as np
 import torch
 
 from pipeline.compress.factor import Factors
+from pipeline.compress.pivot import quick_pivots
 from pipeline.compress.rank import Form
 from pipeline.compress.round import latent_map, moment_of_down
-from pipeline.compress.skip import skip_block
 from pipeline.compress.truncate import Spectrum, weighted_gram, whitened_spectrum
 from pipeline.quantize.formats import Format
 from pipeline.quantize.noise import InputPivots, expected_noise, input_pivots, output_pivots
 
 # Of the full rank.
-SHARES = (0.15, 0.4, 0.65, 0.9)
+SHARES = (0.15, 0.5, 0.85)
 SMALLEST_NOISE = 1e-30
 
 
@@ -99,8 +99,8 @@ def _factors(spectrum: Spectrum, rank: int, form: Form) -> Factors:
     b, a = spectrum.factors(rank)
     if form == "low_rank":
         return Factors(form, rank, b, a, None, 0.0)
-    skip = skip_block(b, a)
-    return Factors(form, rank, skip.up, skip.interpolation, skip.permutation, 0.0)
+    permutation, interpolation = quick_pivots(a)
+    return Factors(form, rank, b @ a[:, permutation[:rank]], interpolation, permutation, 0.0)
 
 
 def _of_formats(

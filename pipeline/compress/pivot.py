@@ -2,19 +2,16 @@
 
 Gu and Eisenstat 1996. For A of full row rank r the criterion is max |A1^-1 A2| <= f: as long as an
 entry p of A1^-1 A2 exceeds f, swapping its two columns multiplies |det A1| by |p| > f, so the loop
-ends. Column-pivoted QR gives a start from which few swaps, if any, remain. It runs at the speed of
-memory; for wide matrices LU with partial pivoting, which runs at that of the matrix units, gives a
-start from which a few more remain.
+ends. LU with partial pivoting, which runs at the speed of the matrix units, gives a start from
+which few swaps remain; column-pivoted QR leaves fewer, and runs at the speed of memory.
 """
 
 from __future__ import annotations
 
 import numpy as np
-import scipy.linalg
 import torch
 
 BOUND = 2.0
-WIDE = 2048
 # The loop aims a little below the bound, so that recomputing A' afterwards cannot cross it.
 SAFETY = 1.0 - 1e-6
 
@@ -41,32 +38,33 @@ def strong_pivots(a: torch.Tensor, bound: float = BOUND) -> tuple[torch.Tensor, 
         raise ValueError(f"A {tuple(a.shape)} has more rows than columns")
     # A' does not change when A is multiplied from the left, so work on an orthonormal row basis:
     # its conditioning, not that of A, then limits the accuracy.
-    basis = scipy.linalg.qr(a.T.double().numpy(), mode="economic")[0].T
-    permutation, interpolation = (_start_by_lu if columns > WIDE else _start_by_qr)(basis)
-    while np.abs(interpolation).max(initial=0.0) > bound:
-        permutation = _swap_until_bounded(interpolation, permutation, bound * SAFETY)
+    basis = torch.linalg.qr(a.T.double())[0].T
+    permutation, interpolation = quick_pivots(basis)
+    while interpolation.numel() and float(interpolation.abs().max()) > bound:
+        table = interpolation.numpy().copy()
+        swapped = _swap_until_bounded(table, permutation.numpy(), bound * SAFETY)
+        permutation = torch.from_numpy(swapped)
         pivots, others = permutation[:rank], permutation[rank:]
-        interpolation = np.linalg.solve(basis[:, pivots], basis[:, others])
-    return torch.from_numpy(permutation.astype(np.int64)), torch.from_numpy(interpolation)
+        interpolation = torch.linalg.solve(basis[:, pivots], basis[:, others])
+    return permutation, interpolation.contiguous()
 
 
-def _start_by_qr(basis: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Pivot columns first, int [n], and the interpolation [r, n - r] of the others."""
-    rank = len(basis)
-    triangle, permutation = scipy.linalg.qr(basis, mode="r", pivoting=True)
-    return permutation, scipy.linalg.solve_triangular(triangle[:, :rank], triangle[:, rank:])
+def quick_pivots(a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same by LU with partial pivoting alone: without the bound.
 
-
-def _start_by_lu(basis: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The same from P L U = basis^T: its rows in the order of P, A' = L1^-T L2^T."""
-    rank = len(basis)
-    place, lower, _ = scipy.linalg.lu(basis.T, p_indices=True)
-    permutation = np.argsort(place)
-    # `lower` is in the order of elimination already: unit triangle first.
-    interpolation = scipy.linalg.solve_triangular(
-        lower[:rank].T, lower[rank:].T, unit_diagonal=True
+    From P L U = A^T: its rows in the order of P, and A' = L1^-T L2^T. Good enough for what is
+    estimated from the factors, not for what is stored.
+    """
+    rank = a.shape[0]
+    factored, swaps = torch.linalg.lu_factor(a.T.double())
+    order = torch.arange(a.shape[1])
+    for row, other in enumerate((swaps - 1).tolist()):
+        order[[row, other]] = order[[other, row]]
+    triangle = factored[:rank].tril(-1).T
+    interpolation = torch.linalg.solve_triangular(
+        triangle, factored[rank:].T, upper=True, unitriangular=True
     )
-    return permutation, interpolation
+    return order, interpolation
 
 
 def _swap_until_bounded(table: np.ndarray, permutation: np.ndarray, bound: float) -> np.ndarray:

@@ -55,7 +55,7 @@ def round_with_feedback(
         values, style.bits, width, symmetric=style.symmetric, importance=np.diagonal(hessian)
     )
     order = falling(hessian)
-    upper = inverse_root(hessian[np.ix_(order, order)]).astype(np.float32)
+    upper = _inverse_of(upper_root(hessian[np.ix_(order, order)]))
     spread = _spread(grid, width, order)
     codes = np.empty((len(values), columns), np.float32)
     for start, stop, sensitivity in _matrices(len(values), sensitivities):
@@ -113,7 +113,7 @@ def _down_the_rows(
         return _along_rows(values[:, spread.order], spread, upper)[0]
     hessian = damped(sensitivity)
     order = falling(hessian)
-    root = inverse_root(hessian[np.ix_(order, order)]).astype(np.float32)
+    root = _inverse_of(upper_root(hessian[np.ix_(order, order)]))
     target = values[np.ix_(order, spread.order)]
     codes = np.empty_like(target)
     for start in range(0, len(target), ROWS_AT_ONCE):
@@ -169,7 +169,11 @@ def falling(matrix: np.ndarray) -> np.ndarray:
 
 
 def damped(moment: torch.Tensor) -> np.ndarray:
-    """The moment with a hundredth of its mean diagonal added, float64 [n, n]."""
+    """The moment with a hundredth of its mean diagonal added, float64 [n, n].
+
+    Raises:
+        ValueError: a moment that is not finite.
+    """
     matrix = moment.double().numpy()
     if not np.isfinite(matrix).all():
         raise ValueError("the second moment holds NaN or infinite values")
@@ -178,7 +182,19 @@ def damped(moment: torch.Tensor) -> np.ndarray:
     return matrix + (RELATIVE_DAMPING * mean if mean > 0 else 1.0) * np.eye(len(matrix))
 
 
-def inverse_root(matrix: np.ndarray) -> np.ndarray:
-    """Upper triangular U with U^T U = M^-1."""
-    inverse = scipy.linalg.cho_solve(scipy.linalg.cho_factor(matrix), np.eye(len(matrix)))
-    return scipy.linalg.cholesky((inverse + inverse.T) / 2, lower=False)
+def upper_root(matrix: np.ndarray) -> np.ndarray:
+    """Upper triangular M with M M^T = S, float64 [n, n].
+
+    M[j, j]^2 is the variance of input j that the inputs behind it do not explain. The inverse U of
+    M has U^T U = S^-1.
+    """
+    flipped = torch.from_numpy(np.ascontiguousarray(matrix[::-1, ::-1]))
+    root = torch.linalg.cholesky(flipped).numpy()
+    return np.ascontiguousarray(root[::-1, ::-1])
+
+
+def _inverse_of(root: np.ndarray) -> np.ndarray:
+    """The inverse of an upper triangular matrix, float32."""
+    identity = torch.eye(len(root), dtype=torch.float64)
+    solved = torch.linalg.solve_triangular(torch.from_numpy(root), identity, upper=True)
+    return solved.float().numpy()

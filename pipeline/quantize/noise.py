@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from pipeline.quantize.blocks import BITS_TO_CLIP, fit_grid, pad_to_blocks
-from pipeline.quantize.feedback import ROWS_AT_ONCE, damped, falling, inverse_root
+from pipeline.quantize.feedback import ROWS_AT_ONCE, damped, falling, upper_root
 from pipeline.quantize.formats import Format
 
 # The rows of a matrix have much the same error: so many of them tell what all have.
@@ -38,7 +38,7 @@ class InputPivots:
 def input_pivots(moment: torch.Tensor) -> InputPivots:
     """From S of the input, float64 [n, n].
 
-    d_j = 1 / U[j, j]^2 with U^T U = S^-1, columns taken by falling S[j, j].
+    d_j = M[j, j]^2 with M M^T = S, columns taken by falling S[j, j].
 
     Raises:
         ValueError: a moment that is not finite.
@@ -46,8 +46,8 @@ def input_pivots(moment: torch.Tensor) -> InputPivots:
     hessian = damped(moment)
     order = falling(hessian)
     pivots = np.empty(len(hessian))
-    root = inverse_root(hessian[np.ix_(order, order)])
-    pivots[order] = 1 / np.square(np.diagonal(root))
+    root = upper_root(hessian[np.ix_(order, order)])
+    pivots[order] = np.square(np.diagonal(root))
     return InputPivots(pivots, np.diagonal(hessian))
 
 
@@ -93,10 +93,10 @@ def expected_noise(
 
 def _block_pivots(matrix: np.ndarray) -> np.ndarray:
     order = falling(matrix)
-    root = inverse_root(matrix[np.ix_(order, order)])
+    root = upper_root(matrix[np.ix_(order, order)])
     result = np.empty(len(matrix))
     for start in range(0, len(matrix), ROWS_AT_ONCE):
         stop = min(start + ROWS_AT_ONCE, len(matrix))
-        inverse = np.linalg.inv(root[start:stop, start:stop])
-        result[order[start:stop]] = np.square(inverse).sum(axis=1)
+        part = root[start:stop, start:stop]
+        result[order[start:stop]] = np.square(part).sum(axis=1)
     return result

@@ -7,8 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.compress import pivot
-from pipeline.compress.pivot import strong_pivots
+from pipeline.compress.pivot import quick_pivots, strong_pivots
 
 
 def wide(rank: int, columns: int, seed: int) -> torch.Tensor:
@@ -84,13 +83,21 @@ def test_more_rows_than_columns_are_refused() -> None:
 
 @pytest.mark.parametrize(("rank", "columns"), [(1, 1), (1, 9), (7, 7), (12, 40), (60, 200)])
 @pytest.mark.parametrize("seed", range(5))
-def test_the_start_for_wide_matrices_ends_as_well_as_the_other(
-    rank: int, columns: int, seed: int, monkeypatch: pytest.MonkeyPatch
+def test_graded_columns_of_any_shape_end_within_the_bound(
+    rank: int, columns: int, seed: int
 ) -> None:
-    monkeypatch.setattr(pivot, "WIDE", 0)
     a = wide(rank, columns, seed)
     permutation, interpolation = strong_pivots(a)
     assert sorted(permutation.tolist()) == list(range(columns))
     assert interpolation.abs().amax().item() <= 2.0 if columns > rank else True
     pivots, others = a[:, permutation[:rank]], a[:, permutation[rank:]]
     torch.testing.assert_close(pivots @ interpolation, others, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(("rank", "columns"), [(1, 1), (7, 7), (12, 40), (60, 200)])
+def test_quick_pivots_reproduce_all_others_too(rank: int, columns: int) -> None:
+    a = wide(rank, columns, 0)
+    permutation, interpolation = quick_pivots(a)
+    assert sorted(permutation.tolist()) == list(range(columns))
+    pivots, others = a[:, permutation[:rank]], a[:, permutation[rank:]]
+    torch.testing.assert_close(pivots @ interpolation, others, rtol=0, atol=1e-9)
