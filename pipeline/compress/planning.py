@@ -180,7 +180,8 @@ def fixed_bytes(
         width = (
             getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         )
-        total += DEFAULT_MAX_LENGTH * width * runtime.float_bytes
+        limit = getattr(config, "max_position_embeddings", None) or DEFAULT_MAX_LENGTH
+        total += min(DEFAULT_MAX_LENGTH, limit) * width * runtime.float_bytes
     return total
 
 

@@ -188,9 +188,9 @@ def upper_root(matrix: np.ndarray) -> np.ndarray:
     M[j, j]^2 is the variance of input j that the inputs behind it do not explain. The inverse U of
     M has U^T U = S^-1.
     """
-    flipped = torch.from_numpy(np.ascontiguousarray(matrix[::-1, ::-1]))
+    flipped = torch.from_numpy(matrix[::-1, ::-1].copy())
     root = torch.linalg.cholesky(flipped).numpy()
-    return np.ascontiguousarray(root[::-1, ::-1])
+    return root[::-1, ::-1].copy()
 
 
 def _inverse_of(root: np.ndarray) -> np.ndarray:

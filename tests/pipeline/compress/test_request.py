@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from pipeline.compress.methods import DEFAULT_EFFORT, DEFAULT_METHOD, EFFORTS, METHODS
-from pipeline.compress.request import CompressRequest
+from pipeline.compress.request import CompressRequest, parse_bytes
 from pipeline.errors import UsageError
+from pipeline.quantize.formats import RUNTIMES
 
 
 def request(method: str, **changes: object) -> CompressRequest:
@@ -92,3 +94,74 @@ def test_a_mix_that_cannot_be_is_refused(changes: dict[str, float]) -> None:
     with pytest.raises(UsageError, match="no such mixture") as caught:
         request(DEFAULT_METHOD, **changes).check()
     assert caught.value.details["where"] == "--mix"
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"memory": "1MB", "keep_bytes": 0.5}, "--memory, --keep-bytes, --weights"),
+        ({"memory": "1MB", "weights": "int8-b32-sym"}, "--memory, --keep-bytes, --weights"),
+        ({"keep_bytes": 0.5, "weights": "int8-b32-sym"}, "--memory, --keep-bytes, --weights"),
+        ({"keep_bytes": 0.0}, "--keep-bytes"),
+        ({"keep_bytes": 1.01}, "--keep-bytes"),
+        ({"keep_bytes": float("nan")}, "--keep-bytes"),
+        ({"memory": "much"}, "--memory"),
+        ({"memory": "0"}, "--memory"),
+        ({"memory": "-5MB"}, "--memory"),
+        ({"memory": "60MB", "method": "skipcat"}, "--method skipcat"),
+        ({"keep_bytes": 0.5, "method": "svd-llm"}, "--method svd-llm"),
+        ({"method": "rtn"}, "--method rtn"),
+        ({"method": "gptq", "table": "int8-b64-sym"}, "--method gptq"),
+        ({"weights": "int5-b32-asym"}, "--weights"),
+        ({"weights": "int4-b32"}, "--weights"),
+        ({"weights": "four bits"}, "--weights"),
+        ({"table": "int4-b32-both"}, "--table"),
+        ({"weights": "int3-b32-asym"}, "--weights"),
+        ({"weights": "int8-row-sym"}, "--weights"),
+        ({"table": "int4-b32-asym", "runtime": "tensorrt"}, "--table"),
+        ({"weights": "int4-b32-sym", "runtime": "tensorrt"}, "--weights"),
+        ({"runtime": "abacus"}, "--runtime"),
+    ],
+)
+def test_budgets_and_formats_that_cannot_be_meant_are_refused(
+    changes: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(UsageError) as caught:
+        CompressRequest("tiny", **changes).check()
+    assert caught.value.details["where"] == named
+    assert "expected" in caught.value.details or "observed" in caught.value.details
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_a_format_that_a_runtime_does_not_take_is_refused_with_those_it_does(runtime: str) -> None:
+    refused = CompressRequest("tiny", weights="int5-b32-asym", runtime=runtime)
+    with pytest.raises(UsageError, match="no such format"):
+        refused.check()
+    for style in RUNTIMES[runtime].formats:
+        CompressRequest("tiny", weights=style.name, runtime=runtime).check()
+    if runtime != "any":
+        with pytest.raises(UsageError, match="does not multiply") as caught:
+            CompressRequest("tiny", weights="int3-b32-asym", runtime=runtime).check()
+        assert caught.value.details["expected"] == RUNTIMES[runtime].takes
+        assert "--runtime any" in caught.value.details["change"]
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("60MB", 60_000_000),
+        ("60mb", 60_000_000),
+        (" 1.5 GiB ", 3 << 29),
+        ("512KiB", 512 << 10),
+        ("12345", 12345),
+        (".5k", 500),
+        ("2G", 2_000_000_000),
+    ],
+)
+def test_bytes_are_read_as_they_are_written(text: str, size: int) -> None:
+    assert parse_bytes(text, "--memory") == size
+    assert CompressRequest("tiny", memory=text).budget_bytes(1) == size
+
+
+def test_a_share_of_bytes_is_one_of_the_float16_bytes() -> None:
+    assert CompressRequest("tiny", keep_bytes=0.25).budget_bytes(1000) == 250

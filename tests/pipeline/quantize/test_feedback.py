@@ -98,3 +98,15 @@ def test_expected_noise_is_what_rounding_leaves(name: str) -> None:
     left = _lost(round_with_feedback(WEIGHT, style, S, [G]), G) / 2
     # Below 6 bits ranges are clipped, and what feedback moves beyond them costs more than expected.
     assert 0.55 * left < expected < 1.2 * left
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (1, 40), (40, 1), (2, 3)])
+def test_matrices_of_one_row_or_column_are_rounded_too(rows: int, columns: int) -> None:
+    weight = torch.randn(rows, columns, generator=GENERATOR)
+    style = parse_format("int8-b32-sym")
+    inputs, outputs = (torch.eye(size, dtype=torch.float64) for size in (columns, rows))
+    for sensitivities in ([], [outputs]):
+        codes = round_with_feedback(weight, style, inputs, sensitivities)
+        values = torch.from_numpy(dequantize_blocks(codes))
+        assert (values - weight).abs().max() <= codes.scales.max() / 2 * (1 + 1e-5)
+    assert expected_noise(weight, style, input_pivots(inputs), output_pivots([outputs])) > 0

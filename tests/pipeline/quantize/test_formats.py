@@ -43,3 +43,12 @@ def test_a_search_for_a_runtime_offers_what_the_runtime_takes(runtime: str) -> N
 
 def test_three_bits_are_not_for_the_cpu() -> None:
     assert not RUNTIMES["cpu"].accepts(parse_format("int3-b32-asym"))
+
+
+@pytest.mark.parametrize("columns", [64, 100, 128, 192])
+def test_tensorrt_takes_whole_blocks_only(columns: int) -> None:
+    runtime = RUNTIMES["tensorrt"]
+    assert runtime.accepts(parse_format("int4-b64-sym"), columns) == (columns % 64 == 0)
+    assert runtime.accepts(parse_format("int4-b128-sym"), columns) == (columns % 128 == 0)
+    assert runtime.accepts(parse_format("int8-row-sym"), columns)
+    assert RUNTIMES["cpu"].accepts(parse_format("int4-b64-asym"), columns)
