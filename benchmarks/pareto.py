@@ -30,6 +30,7 @@ from quality import Bench, Settings, main_of, open_table, quality_fields, refuse
 from texts import hash_of_text, tokens_of
 
 from pipeline.artefact import write_json
+from pipeline.compress.balance import balance_
 from pipeline.compress.checkpoint import save_checkpoint
 from pipeline.compress.compress import compress_
 from pipeline.compress.planning import make_plan
@@ -57,19 +58,24 @@ FORMATS = {
 
 @dataclass(frozen=True)
 class Cell:
-    """One row: a plain quantiser at some bits, or ours at a fraction of the float16 bytes."""
+    """One row: a plain quantiser at some bits, or ours at a fraction of the float16 bytes.
+
+    `balance` scales channels before anything else.
+    """
 
     method: str
     size: float
+    balance: float = 0.0
 
     @property
     def name(self) -> str:
-        """`gptq:4`, `ours:0.25`, `int8:0.8`."""
-        return f"{self.method}:{self.size:g}"
+        """`gptq:4`, `ours:0.25`, `factors-int8:0.8`, `ours:0.25:0.5`."""
+        return f"{self.method}:{self.size:g}" + (f":{self.balance:g}" if self.balance else "")
 
     def request(self, model: str, calibration: str, seed: int) -> CompressRequest:
         """What `skipcat compress` is asked for."""
-        shared = {"calibration": calibration, "seed": seed, "effort": EFFORT, "runtime": "any"}
+        shared: dict[str, Any] = {"calibration": calibration, "seed": seed, "effort": EFFORT}
+        shared |= {"runtime": "any", "balance": self.balance}
         if self.method == "ours":
             return CompressRequest(model, mix=MIX, keep_bytes=self.size, **shared)
         if self.method in ("factors", "factors-int8"):
@@ -141,11 +147,11 @@ def parsed(text: str) -> Cell:
     Raises:
         UsageError: it is none.
     """
-    method, _, size = text.partition(":")
+    method, *numbers = text.split(":")
     cells = {cell.name: cell for cell in all_cells()}
     try:
-        return cells.get(text) or Cell(method, float(size))
-    except ValueError as error:
+        return cells.get(text) or Cell(method, *map(float, numbers))
+    except (ValueError, TypeError) as error:
         raise UsageError(
             "This is not a row.", where="--only", observed=text, expected=", ".join(cells)
         ) from error
@@ -192,8 +198,11 @@ def measured_row(bench: Bench, cell: Cell, dense_nlls: np.ndarray) -> dict[str, 
     model = copy.deepcopy(bench.loaded.model)
     layers = decoder_structure(model)
     # Of every budget the survey is the same.
-    survey = Survey(bench.work / f"survey-{cell.method}", {"text": tokens.describe()["sha256"]})
+    folder = f"survey-{cell.method}" + (f"-{cell.balance:g}" if cell.balance else "")
+    survey = Survey(bench.work / folder, {"text": tokens.describe()["sha256"]})
     started, cpu_started = time.perf_counter(), time.process_time()
+    if cell.balance:
+        balance_(model, layers, tokens.tokens, cell.balance)
     plan = make_plan(request, model, layers, tokens.tokens, survey)
     plan_seconds, plan_cpu = time.perf_counter() - started, time.process_time() - cpu_started
     fit = request.resolved_method.fit

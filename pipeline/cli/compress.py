@@ -99,6 +99,14 @@ bits_options = options.apply(
         "--weights", help="One format for all matrices of the layers, such as int8-b64-sym."
     ),
     click.option("--table", help="One for the embedding and the head, such as int4-b32-asym."),
+    click.option(
+        "--balance",
+        type=float,
+        default=0.0,
+        show_default=True,
+        help="Scale the channels that norms feed by this power of their size, in [0, 1]: outliers "
+        "go from the inputs into the weights.",
+    ),
 )
 
 

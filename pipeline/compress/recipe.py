@@ -20,6 +20,7 @@ from pipeline.artefact import (
     write_text,
 )
 from pipeline.calibrate.text import TokenBatch, load_tokens
+from pipeline.compress.balance import balance_
 from pipeline.compress.card import model_card
 from pipeline.compress.chart import save_plan_chart
 from pipeline.compress.checkpoint import save_checkpoint
@@ -138,6 +139,8 @@ def _compress_in(
     settings = asdict(request) | {"dtype": str(dtype).removeprefix("torch.")}
     identity = settings | {"text": tokens.describe()["sha256"]}
     survey = Survey(folder / SURVEY, identity)
+    if request.balance:
+        balance_(loaded.model, layers, tokens.tokens, request.balance)
     plan = make_plan(request, loaded.model, layers, tokens.tokens, survey)
     followed = sha256_of_file(Path(request.plan)) if request.plan else None
     compressed = compress_(

@@ -49,6 +49,8 @@ class CompressRequest:
         runtime: whose formats of few bits may be used, and in whose file bytes are counted.
         weights: one format of few bits for all matrices of the decoder's layers.
         table: one for the embedding and the head.
+        balance: channels that norms feed are scaled by this power of their size, in [0, 1]; 0 for
+            not at all.
     """
 
     model: str
@@ -74,6 +76,7 @@ class CompressRequest:
     runtime: str = DEFAULT_RUNTIME
     weights: str | None = None
     table: str | None = None
+    balance: float = 0.0
 
     def check(self) -> None:
         """Refuse values that cannot be meant, before any work is done.
@@ -131,6 +134,13 @@ class CompressRequest:
                 where="--keep-bytes",
                 observed=self.keep_bytes,
                 expected="a number in (0, 1]; 0.25 keeps a quarter of the float16 bytes",
+            )
+        if not 0 <= self.balance <= 1:
+            raise UsageError(
+                "The power that scales channels is out of range.",
+                where="--balance",
+                observed=self.balance,
+                expected="a number in [0, 1]",
             )
         if self.memory is not None:
             parse_bytes(self.memory, "--memory")
