@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from pipeline.artefact import sha256_of_file, staged_folder, write_json
 from pipeline.compress.checkpoint import load_checkpoint, read_recipe
+from pipeline.export.passes.dequantize import dequantize_linears
 from pipeline.export.passes.few_bits import FORMATS, quantize_linears
 from pipeline.export.passes.fold_permutation import fold_permutations
 from pipeline.export.passes.fuse import merge_duplicates
@@ -20,6 +21,7 @@ from pipeline.export.trace import name_as_in_checkpoint
 from pipeline.model.task import IMAGES
 from pipeline.provenance import provenance
 from pipeline.vision.load import Shape, input_shape, load_processor
+from pipeline.vision.stored import note_all, take_codes_, widths_of
 from pipeline.vision.trace import trace_classifier
 
 if TYPE_CHECKING:
@@ -43,7 +45,7 @@ def export_images_folder(
     Raises:
         PipelineError: a broken checkpoint, a model the exporter cannot handle, or no disk space.
     """
-    from pipeline.export.export import DTYPES, GRAPH, check_graph, save_graph
+    from pipeline.export.export import DTYPES, GRAPH, PRODUCTS, check_graph, save_graph
 
     request.check()
     started = time.monotonic()
@@ -51,13 +53,16 @@ def export_images_folder(
     model = load_checkpoint(checkpoint, dtype=DTYPES[request.dtype])
     shape = input_shape(model.config, str(checkpoint))
     processor = load_processor(str(checkpoint))
+    codes = take_codes_(model)
+    weights = request.weights_of(widths_of(model, codes))
     weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     with staged_folder(
         output, overwrite=overwrite, required_bytes=weight_bytes * 11 // 10
     ) as folder:
         graph = trace_classifier(model, shape, profile)
         name_as_in_checkpoint(graph.graph)
-        record = _transform(graph, profile, request.stored_weights)
+        note_all(graph.graph, codes)
+        record = _transform(graph, profile, weights, PRODUCTS[request.products])
         save_graph(graph, profile, folder)
         check_graph(folder / GRAPH)
         processor.save_pretrained(folder)
@@ -73,18 +78,24 @@ def export_images_folder(
     return record
 
 
-def _transform(graph: ir.Model, profile: Profile, weights: str) -> dict[str, Any]:
+def _transform(graph: ir.Model, profile: Profile, weights: str, accuracy: int) -> dict[str, Any]:
     """The graph passes that are the same as a decoder's, in the same order."""
+    from pipeline.export.export import STORED
+
     merge_duplicates(graph)
     folded, kept = fold_permutations(graph)
-    quantized = quantize_linears(graph, FORMATS[weights]) if weights in FORMATS else {}
-    if quantized:
+    quantized: dict[str, int] = {}
+    if profile.contrib and weights != "float":
+        quantized = quantize_linears(graph, FORMATS.get(weights), accuracy=accuracy)
         graph.opset_imports[CONTRIB] = 1
+    elif weights == STORED:
+        quantized = dequantize_linears(graph)
     nodes = lay_out(graph)
     return {
         "block_skip_nodes": nodes,
         "permutations": {"folded": folded, "indexed": len(kept)},
         "weights": weights,
+        "accuracy_level": accuracy if quantized else None,
         "quantized": quantized,
     }
 

@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from pipeline.compress.checkpoint import load_checkpoint
+from pipeline.compress.recipe import compress_to_folder
+from pipeline.compress.request import CompressRequest
 from pipeline.engine.build import build_engine, plan_engine
 from pipeline.engine.target import Target
 from pipeline.errors import InputError, UsageError
@@ -33,7 +35,7 @@ def expected(checkpoint: Path, pixels: np.ndarray) -> np.ndarray:
         return model(pixel_values=torch.from_numpy(pixels)).logits.numpy()
 
 
-def images(count: int) -> np.ndarray:
+def pixels_of(count: int) -> np.ndarray:
     return np.random.default_rng(count).standard_normal((count, 3, 16, 16)).astype(np.float32)
 
 
@@ -58,8 +60,8 @@ def test_any_number_of_images_is_classified_as_by_torch(
     record = export_folder(checkpoints[family], tmp_path / "onnx", ExportRequest(profile))
     for count in (1, 4):
         np.testing.assert_allclose(
-            classified(tmp_path / "onnx", images(count)),
-            expected(checkpoints[family], images(count)),
+            classified(tmp_path / "onnx", pixels_of(count)),
+            expected(checkpoints[family], pixels_of(count)),
             rtol=1e-4,
             atol=1e-4,
         )
@@ -86,10 +88,29 @@ def test_few_bits_on_the_cpu_stay_close(checkpoints: dict[str, Path], tmp_path: 
     record = export_folder(checkpoints["vit"], tmp_path / "onnx", ExportRequest("cpu"))
     assert record["weights"] == "int8"
     assert record["nodes"]["MatMulNBits"] == 17
-    own, wanted = classified(tmp_path / "onnx", images(8)), expected(checkpoints["vit"], images(8))
+    own, wanted = (
+        classified(tmp_path / "onnx", pixels_of(8)),
+        expected(checkpoints["vit"], pixels_of(8)),
+    )
     cosine = (own * wanted).sum() / np.linalg.norm(own) / np.linalg.norm(wanted)
     # Inputs and weights are rounded to 8 bits, in 32-wide layers.
     assert cosine > 0.995
+
+
+def test_codes_of_the_checkpoint_are_exported_as_they_are(
+    sources: dict[str, Path], images: Path, tmp_path: Path
+) -> None:
+    request = CompressRequest(
+        str(sources["vit"]), 0.8, weights="int8-b32-sym", effort="fast", calibration=str(images)
+    )
+    compress_to_folder(request, tmp_path / "checkpoint")
+    record = export_folder(tmp_path / "checkpoint", tmp_path / "onnx", ExportRequest("cpu"))
+    assert record["weights"] == "stored"
+    pixels = pixels_of(8)
+    own, wanted = classified(tmp_path / "onnx", pixels), expected(tmp_path / "checkpoint", pixels)
+    cosine = (own * wanted).sum() / np.linalg.norm(own) / np.linalg.norm(wanted)
+    # The weights are the same; the node rounds its inputs to 8 bits.
+    assert cosine > 0.999
 
 
 def test_a_plain_classifier_exports_without_block_skip_nodes(
@@ -98,8 +119,8 @@ def test_a_plain_classifier_exports_without_block_skip_nodes(
     record = export_folder(sources["deit-student"], tmp_path / "onnx", ExportRequest())
     assert record["block_skip_nodes"] == 0
     np.testing.assert_allclose(
-        classified(tmp_path / "onnx", images(3)),
-        expected(sources["deit-student"], images(3)),
+        classified(tmp_path / "onnx", pixels_of(3)),
+        expected(sources["deit-student"], pixels_of(3)),
         rtol=1e-4,
         atol=1e-4,
     )
@@ -109,9 +130,9 @@ def test_a_plain_classifier_exports_without_block_skip_nodes(
 def test_half_precision_stays_close(
     family: str, exported: dict[str, Path], checkpoints: dict[str, Path]
 ) -> None:
-    own = classified(exported[family], images(6).astype(np.float16))
+    own = classified(exported[family], pixels_of(6).astype(np.float16))
     # Logits of about 3, through a dozen layers of 11 bits.
-    np.testing.assert_allclose(own, expected(checkpoints[family], images(6)), atol=2e-2)
+    np.testing.assert_allclose(own, expected(checkpoints[family], pixels_of(6)), atol=2e-2)
 
 
 @pytest.mark.parametrize("family", PROFILES)
