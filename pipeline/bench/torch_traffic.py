@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +65,7 @@ def traffic_of_checkpoint(folder: Path) -> Traffic:
                 shape = tuple(header.get_shape())
                 stored[name] = StoredTensor(name, shape, bits_of(kind), floating=floating)
     named = dict(_every_tensor(model))
+    stored = _with_few_bits_joined(stored, named)
     counted: dict[int, StoredTensor] = {}
     looked_up = lookup_tensors(model)
     for name, tensor in stored.items():
@@ -77,6 +79,26 @@ def traffic_of_checkpoint(folder: Path) -> Traffic:
     cache = cache_of_model(model, max(floats, default=32.0))
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return Traffic(tuple(counted.values()), cache, positions, "safetensors")
+
+
+def _with_few_bits_joined(
+    stored: dict[str, StoredTensor], named: dict[str, torch.Tensor]
+) -> dict[str, StoredTensor]:
+    """Codes, scales and zero points of each matrix in few bits as that one matrix.
+
+    PyTorch multiplies with what they stand for, in the session's type.
+    """
+    bits: dict[str, float] = {}
+    for name, tensor in stored.items():
+        owner, found, _ = name.partition(".stored.")
+        if found:
+            whole = f"{owner}.weight"
+            bits[whole] = bits.get(whole, 0.0) + tensor.bits * math.prod(tensor.shape)
+    joined = {name: tensor for name, tensor in stored.items() if ".stored." not in name}
+    for name, total in bits.items():
+        shape = tuple(named[name].shape)
+        joined[name] = StoredTensor(name, shape, total / math.prod(shape), floating=True)
+    return joined
 
 
 def _every_tensor(model: nn.Module) -> list[tuple[str, torch.Tensor]]:

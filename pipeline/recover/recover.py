@@ -26,6 +26,7 @@ from pipeline.artefact import (
 from pipeline.calibrate.text import TokenBatch
 from pipeline.compress.card import model_card
 from pipeline.compress.checkpoint import load_checkpoint, save_checkpoint
+from pipeline.compress.modeling_skipcat import FewBits
 from pipeline.compress.work import require_same_settings
 from pipeline.errors import InputError, PipelineError
 from pipeline.model.load import LoadedModel, load_model
@@ -105,11 +106,24 @@ def _load(request: RecoverRequest, subject: Subject) -> tuple[LoadedModel, Loade
         teacher.model.requires_grad_(False)
     refuse_images(Path(request.checkpoint))
     model = load_checkpoint(request.checkpoint, dtype=torch.float32)
+    _refuse_few_bits(request, model)
     # With it, save_pretrained would ignore the state that it is given.
     del model.hf_quantizer
     model.is_quantized = False
     name = str(request.checkpoint)
     return LoadedModel(model, subject.tokenizer, Source(name, "folder", name)), teacher
+
+
+def _refuse_few_bits(request: RecoverRequest, model: PreTrainedModel) -> None:
+    """Codes have no gradient, and adapters merged into them would have to be rounded again."""
+    name = next((n for n, m in model.named_modules() if isinstance(m, FewBits)), None)
+    if name is not None:
+        raise InputError(
+            "Matrices in few bits are not fine-tuned.",
+            where=request.checkpoint,
+            observed=f"{name.removesuffix('.stored')} is in few bits",
+            change="recover a checkpoint of the same ranks without --memory or --weights",
+        )
 
 
 def _require_same_vocabulary(name: str, subject: Subject, teacher: LoadedModel) -> None:

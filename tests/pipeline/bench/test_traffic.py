@@ -13,8 +13,10 @@ from transformers import PreTrainedModel
 from pipeline.bench.traffic import CacheTensor, StoredTensor, traffic_of_folder
 from pipeline.compress.checkpoint import save_checkpoint
 from pipeline.compress.factor import Factors
-from pipeline.compress.install import group_entries, group_tensors, install_
+from pipeline.compress.install import dense_tensors, group_entries, group_tensors, install_
+from pipeline.compress.round import nearest
 from pipeline.errors import InputError
+from pipeline.quantize.formats import parse_format
 from pipeline.runtime.torch_session import TorchSession
 from tests.families import save_family, tiny_model
 from tests.tiny_decoder import MAX_LENGTH, byte_tokenizer, shared_export, tiny_llama
@@ -61,6 +63,21 @@ def test_factors_and_permutations_of_a_compressed_checkpoint_are_counted(tmp_pat
     assert traffic.stored_bytes == stored
     assert traffic.weight_bytes(4) == 2 * stored - 32 * 4  # the permutation stays in int32
     assert traffic.products == 2 * 7 + 1 + 1
+
+
+def test_matrices_in_few_bits_are_stored_as_codes_and_read_in_the_type_of_the_session(
+    tmp_path: Path,
+) -> None:
+    model = tiny_llama()
+    members = ("model.layers.0.mlp.gate_proj",)
+    entries = group_entries(members, "dense", 32, None, "int4-b32-asym")
+    codes = nearest(model.get_submodule(members[0]).weight.detach(), parse_format("int4-b32-asym"))
+    install_(model, entries, dense_tensors(members, [64], codes))
+    save_checkpoint(model, byte_tokenizer(), entries, tmp_path, torch.float16)
+    stored = sum(tensor.nbytes for tensor in load_file(tmp_path / "model.safetensors").values())
+    traffic = traffic_of_folder(tmp_path)
+    assert traffic.stored_bytes == stored
+    assert traffic.weight_bytes(4) == 2 * parameter_bytes(tiny_llama().half())
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text"])
