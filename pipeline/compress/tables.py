@@ -62,7 +62,7 @@ def table_choices(
                 TableChoice(
                     dict.fromkeys(names, style.name),
                     matrix_bytes(rows, columns, style, runtime)
-                    + _looked_up_bytes(names, rows, columns, style, runtime),
+                    + _looked_up_bytes(model, names, style, runtime),
                     loss,
                 )
                 for style, loss in zip(styles, losses, strict=True)
@@ -108,15 +108,21 @@ def round_tables_(
 
 
 def _looked_up_bytes(
-    names: tuple[str, ...], rows: int, columns: int, style: Format, runtime: Runtime
+    model: PreTrainedModel, names: tuple[str, ...], style: Format, runtime: Runtime
 ) -> int:
     """What looking rows up takes beside what multiplying takes: both read the same codes.
 
     ONNX Runtime's operators want scales in two shapes, and one of them a byte for a zero point.
     """
-    if runtime.name != "cpu" or len(names) < 2:
+    owner = model.get_submodule(names[0])
+    if runtime.name != "cpu" or not isinstance(owner, nn.Embedding):
         return 0
-    return rows * style.blocks(columns) * (runtime.scale_bytes + (0 if style.symmetric else 1))
+    rows, columns = owner.weight.shape
+    blocks = style.blocks(columns)
+    zeros = 0 if style.symmetric else blocks
+    if len(names) > 1:
+        return rows * (blocks * runtime.scale_bytes + zeros)
+    return rows * (zeros - -(-zeros * style.bits // 8))
 
 
 def table_entries(

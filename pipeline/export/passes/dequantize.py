@@ -27,6 +27,7 @@ from pipeline.export.passes.lay_out import (
 )
 from pipeline.export.passes.stored_codes import (
     StoredCodes,
+    alone_in_few_bits,
     codes_of,
     moved_rows,
     one_format,
@@ -59,6 +60,12 @@ def dequantize_linears(model: ir.Model) -> dict[str, int]:
         if styles:
             _block_skip(model.graph, nodes)
             counts.update(f"DequantizeLinear {style.bits}" for style in styles)
+    for gather, codes in alone_in_few_bits(model.graph):
+        weight = gather.inputs[0]
+        name, dtype = weight.name.removesuffix(".weight"), gather.outputs[0].dtype
+        values = _dequantized(model.graph, gather, [weight], name, dtype)
+        _look_up(model.graph, gather, values, name)
+        counts[f"DequantizeLinear {codes.style.bits}"] += 1
     RemoveUnusedNodesPass()(model)
     return dict(counts)
 
@@ -82,16 +89,23 @@ def _linear(graph: ir.Graph, node: ir.Node) -> None:
 
 
 def _embedding(graph: ir.Graph, gather: ir.Node, source: ir.Node | None, name: str) -> None:
-    """Look rows up in the matrix that the head's codes stand for, turned back."""
+    """Look rows up in the matrix that the head's codes stand for."""
     assert source is not None
     values = ir.node(
         "DequantizeLinear", source.inputs, {n: a.value for n, a in source.attributes.items()}
     )
-    turned = ir.node("Transpose", [values.outputs[0]], {"perm": [1, 0]}, name=f"{name}.table")
+    values.outputs[0].name = f"{name}.embedded"
+    graph.insert_before(gather, values)
+    _look_up(graph, gather, values.outputs[0], name)
+
+
+def _look_up(graph: ir.Graph, gather: ir.Node, values: ir.Value, name: str) -> None:
+    """Look rows of W up in W^T, turned back."""
+    turned = ir.node("Transpose", [values], {"perm": [1, 0]}, name=f"{name}.table")
     looked_up = ir.node("Gather", [turned.outputs[0], gather.inputs[1]])
-    for node, last in ((values, "embedded"), (turned, "rows"), (looked_up, "row")):
+    for node, last in ((turned, "rows"), (looked_up, "row")):
         node.outputs[0].name = f"{name}.{last}"
-    graph.insert_before(gather, [values, turned, looked_up])
+    graph.insert_before(gather, [turned, looked_up])
     take_place(gather, looked_up.outputs[0])
     graph.remove(gather, safe=True)
 

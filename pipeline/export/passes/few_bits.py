@@ -26,7 +26,13 @@ from pipeline.export.passes.lay_out import (
     split_between,
     take_place,
 )
-from pipeline.export.passes.stored_codes import codes_of, moved_rows, one_format, stacked_rows
+from pipeline.export.passes.stored_codes import (
+    alone_in_few_bits,
+    codes_of,
+    moved_rows,
+    one_format,
+    stacked_rows,
+)
 from pipeline.export.profile import CONTRIB
 from pipeline.quantize.blocks import Blocks, quantize_blocks
 from pipeline.quantize.formats import Format
@@ -122,6 +128,12 @@ def quantize_linears(
         parts = [[nodes[0].inputs[1]], [node.inputs[2] for node in nodes]]
         if any(work.format_of(weights, style) is not None for weights in parts):
             _block_skip(work, nodes)
+    for gather, found in alone_in_few_bits(work.graph):
+        weight = gather.inputs[0]
+        name = weight.name.removesuffix(".weight")
+        codes = _part(work, name, "codes", found.style, [weight])
+        _embedding(work, gather, weight, codes, found.style)
+        work.counts[f"GatherBlockQuantized {found.style.bits}"] += 1
     RemoveUnusedNodesPass()(model)
     return dict(work.counts)
 
@@ -164,26 +176,9 @@ def _product(
 ) -> tuple[ir.Node, ir.Value]:
     """MatMulNBits of x with stacked weights, inserted before a node; and the value of its codes."""
     rows, columns = sum(weight_shape(w)[0] for w in weights), weight_shape(weights[0])[1]
-    blocks = style.blocks(columns)
     name = name.removesuffix(".weight")
-
-    def part(
-        kind: str, shape: tuple[int, ...], dtype: ir.DataType, of: Callable[[Blocks], np.ndarray]
-    ) -> ir.Value:
-        def make() -> np.ndarray:
-            return of(work.rounder(name, style, weights)).reshape(shape)
-
-        return derived_weight(work.graph, f"{name}.{kind}", [], shape, make, dtype)
-
-    code_bytes = style.block * style.bits // 8
-    inputs: list[ir.Value | None] = [
-        x,
-        part("codes", (rows, blocks, code_bytes), ir.DataType.UINT8, _codes),
-        part("scales", (rows * blocks,), ir.DataType.FLOAT, lambda b: b.scales),
-    ]
-    if not style.symmetric:
-        zero_bytes = -(-blocks * style.bits // 8)
-        inputs.append(part("zeros", (rows * zero_bytes,), ir.DataType.UINT8, _zeros))
+    kinds = ("codes", "scales") if style.symmetric else ("codes", "scales", "zeros")
+    inputs = [x, *(_part(work, name, kind, style, weights) for kind in kinds)]
     sizes = {"K": columns, "N": rows, "bits": style.bits, "block_size": style.block}
     node = ir.node(
         "MatMulNBits",
@@ -195,7 +190,25 @@ def _product(
     node.outputs[0].name = f"{name}.output"
     work.graph.insert_before(before, node)
     work.counts[f"MatMulNBits {style.bits}"] += 1
-    return node, inputs[1]  # type: ignore[return-value]  # the codes are there
+    return node, inputs[1]
+
+
+def _part(work: _Pass, name: str, kind: str, style: Format, weights: list[ir.Value]) -> ir.Value:
+    """Codes, scales or zeros of stacked weights, as MatMulNBits wants them."""
+    rows, columns = sum(weight_shape(w)[0] for w in weights), weight_shape(weights[0])[1]
+    blocks = style.blocks(columns)
+    bytes_, float_ = ir.DataType.UINT8, ir.DataType.FLOAT
+    parts: dict[str, tuple[tuple[int, ...], ir.DataType, Callable[[Blocks], np.ndarray]]] = {
+        "codes": ((rows, blocks, style.block * style.bits // 8), bytes_, _codes),
+        "scales": ((rows * blocks,), float_, lambda found: found.scales),
+        "zeros": ((rows * -(-blocks * style.bits // 8),), bytes_, _zeros),
+    }
+    shape, dtype, of = parts[kind]
+
+    def make() -> np.ndarray:
+        return of(work.rounder(name, style, weights)).reshape(shape)
+
+    return derived_weight(work.graph, f"{name}.{kind}", [], shape, make, dtype)
 
 
 def _any_product(

@@ -41,6 +41,12 @@ def codes_of(value: ir.Value | None) -> StoredCodes | None:
     return None if value is None else value.meta.get(NOTE)
 
 
+def alone_in_few_bits(graph: ir.Graph) -> list[tuple[ir.Node, StoredCodes]]:
+    """Look-ups in a table of few bits that is no head's matrix as well, and the table's codes."""
+    gathers = [node for node in graph if node.op_type == "Gather" and not node.domain]
+    return [(node, codes) for node in gathers if (codes := codes_of(node.inputs[0]))]
+
+
 def one_format(values: Sequence[ir.Value]) -> bool:
     """Whether all weights are stored alike: as numbers, or in the same format of few bits."""
     styles = [codes.style if (codes := codes_of(value)) else None for value in values]

@@ -8,7 +8,15 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
-from pipeline.export.block_skip import DOMAIN, INDEXED, PLAIN, PLUGIN_ATTRIBUTES, function_bodies
+from pipeline.export.block_skip import (
+    DOMAIN,
+    FEW_BITS,
+    FEW_BITS_INDEXED,
+    INDEXED,
+    PLAIN,
+    PLUGIN_ATTRIBUTES,
+    function_bodies,
+)
 from trt_plugins.block_skip.reference import block_skip_linear
 
 
@@ -70,3 +78,12 @@ def test_without_a_body_onnx_runtime_refuses_the_node() -> None:
     del model.functions[:]
     with pytest.raises(Exception, match="not a registered function"):
         onnxruntime.InferenceSession(model.SerializeToString())
+
+
+def test_the_ops_of_few_bits_have_the_same_bodies_from_the_opset_that_has_blocks() -> None:
+    bodies = function_bodies(24)
+    for few, plain in ((FEW_BITS, PLAIN), (FEW_BITS_INDEXED, INDEXED)):
+        first, second = (ir.serde.serialize_function(bodies[name]) for name in (few, plain))
+        first.name = second.name
+        assert first == second
+    assert set(function_bodies(18)) == {PLAIN, INDEXED}
