@@ -4,9 +4,10 @@
         --calibration ../shared/data/wikitext2_valid_tokenised.txt
 
 Bytes are those of the safetensors files that `skipcat compress` writes, embedding and head
-included. Every row has the same calibration windows and the same test windows as the rows of
-`quality.py` at the effort `fast`, whose low-rank methods are drawn beside (float16). The JSON is
-written after every row; `--resume` goes on from it.
+included. Every row is fitted to the same FIT_WINDOWS calibration windows, and tested on the first
+windows of the test text. Drawn beside are the low-rank methods of `quality.py` at the effort `fast`
+in float16, which were fitted to four times as many. The JSON is written after every row; `--resume`
+goes on from it.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from pipeline.artefact import write_json
 from pipeline.compress.balance import balance_
 from pipeline.compress.checkpoint import save_checkpoint
 from pipeline.compress.compress import compress_
-from pipeline.compress.planning import make_plan
+from pipeline.compress.planning import make_plan, spread
 from pipeline.compress.request import CompressRequest
 from pipeline.compress.survey import Survey
 from pipeline.compress.tables import round_tables_
@@ -47,6 +48,8 @@ from validate.quality import measure_quality
 RESULT = Path(__file__).parent / "results" / "pareto.json"
 BUDGETS = (0.25, 0.18, 0.32, 0.5, 0.14, 0.21, 0.1, 0.4, 0.75, 1.0)
 EFFORT, MIX = "fast", 0.5
+# Of the calibration windows, so many are fitted to; the survey has its own 16 of all of them.
+FIT_WINDOWS = 16
 # Weights of the layers, and of the embedding and head, of each plain quantiser.
 FORMATS = {
     8: ("int8-b128-sym", "int8-b128-sym"),
@@ -207,8 +210,9 @@ def measured_row(bench: Bench, cell: Cell, dense_nlls: np.ndarray) -> dict[str, 
     plan_seconds, plan_cpu = time.perf_counter() - started, time.process_time() - cpu_started
     fit = request.resolved_method.fit
     dtype = torch.float32 if cell.method == "factors" else torch.float16
-    done = compress_(model, layers, plan, tokens.tokens, dtype=dtype, fit=fit, survey=survey)
-    entries, _ = round_tables_(model, plan.tables, tokens.tokens, plain=fit.nearest)
+    fitted = spread(tokens.tokens, FIT_WINDOWS)
+    done = compress_(model, layers, plan, fitted, dtype=dtype, fit=fit, survey=survey)
+    entries, _ = round_tables_(model, plan.tables, fitted, plain=fit.nearest)
     seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
     with tempfile.TemporaryDirectory() as folder:
         modules = done.modules | entries

@@ -30,7 +30,7 @@ from pipeline.quantize.formats import Format, Runtime, parse_format
 # A matrix that is embedding and head answers for both: half of what its error costs is taken to be
 # the same in every direction.
 TIED_SHRINKAGE = 0.5
-WINDOWS = 6
+WINDOWS = 3
 
 
 @torch.no_grad()
