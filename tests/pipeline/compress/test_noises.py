@@ -51,8 +51,8 @@ def test_between_measured_ranks_costs_lie_between_and_beyond_them_the_nearest_st
     for between, table in zip(
         noise.at(np.array([(low + high) // 2])), (noise.down, noise.up), strict=True
     ):
-        ends = np.sort(table[1:3], axis=0)
-        assert ((ends[0] <= between[0] * (1 + 1e-9)) & (between[0] <= ends[1] * (1 + 1e-9))).all()
+        pair = np.sort(table[1:3], axis=0)
+        assert ((pair[0] <= between[0] * (1 + 1e-9)) & (between[0] <= pair[1] * (1 + 1e-9))).all()
     ends = noise.at(np.array([1, COLUMNS]))
     np.testing.assert_allclose(ends[0], noise.down[[0, -1]], rtol=1e-9)
     np.testing.assert_allclose(ends[1], noise.up[[0, -1]], rtol=1e-9)
