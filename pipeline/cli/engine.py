@@ -175,11 +175,19 @@ def manifest_rows(manifest: dict[str, Any], output: Path) -> list[tuple[str, str
         ("target", f"{target['flavour']} {manifest['tensorrt_version']}, sm{capability}"),
         ("plan", f"{manifest['plan']['bytes'] / MEBIBYTE:.0f} MiB"),
         ("block-skip", f"{path['path']}, {path['nodes']} nodes"),
+        *few_bits_rows(manifest["few_bits"]),
         *context_rows(manifest["limits"].get("max_length", 0)),
         *profile_rows(manifest["profiles"]),
         ("built in", f"{build['parse_seconds'] + build['build_seconds']:.1f} s"),
         ("peak memory", f"{build['peak_memory_bytes'] / MEBIBYTE:.0f} MiB"),
     ]
+
+
+def few_bits_rows(few_bits: dict[str, Any]) -> list[tuple[str, str]]:
+    """The row of matrices in few bits; none for a graph without them."""
+    if not few_bits["matrices"]:
+        return []
+    return [("few bits", f"{few_bits['matrices']} matrices, read as codes")]
 
 
 def context_rows(max_length: int) -> list[tuple[str, str]]:

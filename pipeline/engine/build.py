@@ -252,6 +252,8 @@ def make_request(plan: EnginePlan, staging: Path, workspace_bytes: int | None) -
         block_skip_nodes=plan.folder.block_skip_nodes,
         onnx_profile=plan.folder.record.profile,
         embed=plan.embed,
+        dequantized=plan.folder.dequantized,
+        few_bit_nodes=plan.folder.few_bit_nodes,
     )
 
 

@@ -19,6 +19,7 @@ from pipeline.engine.onnx_folder import (
     data_files,
     load_graph,
 )
+from pipeline.engine.strip import without_block_skip_bodies
 from pipeline.errors import InputError
 from trt_plugins.block_skip.aot import MIX, MIX_INDEXED, PRODUCT
 
@@ -69,7 +70,7 @@ def write_split_graph(onnx_path: Path, folder: Path) -> Path:
         nodes += split_node(node) if ours else [node]
     del model.graph.node[:]
     model.graph.node.extend(nodes)
-    kept = [function for function in model.functions if function.domain != BLOCK_SKIP_DOMAIN]
+    kept = without_block_skip_bodies(model)
     del model.functions[:]
     model.functions.extend(kept)
     folder.mkdir(parents=True)

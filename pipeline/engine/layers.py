@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import tensorrt as trt
 
 PLUGIN_LAYER = "PLUGIN_V3"
+DEQUANTIZE_LAYER = "DEQUANTIZE"
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,29 @@ def block_skip_path(
     if nodes == 0:
         return BlockSkipPath("none", 0)
     return BlockSkipPath("plugin" if plugin_layers else "function body", nodes)
+
+
+def few_bits_path(layer_types: Mapping[str, int], matrices: int, nodes: int) -> dict[str, Any]:
+    """How the matrices in few bits were taken, for the manifest.
+
+    Args:
+        layer_types: layers of the parsed network by type.
+        matrices: DequantizeLinear nodes in the ONNX graph.
+        nodes: block-skip nodes with a factor in few bits.
+
+    Raises:
+        InputError: some matrices are codes no longer after parsing: the plan would hold numbers.
+    """
+    layers = layer_types.get(DEQUANTIZE_LAYER, 0)
+    if layers < matrices:
+        raise InputError(
+            "TensorRT wrote codes of few bits out as numbers while parsing.",
+            observed=f"{layers} layers of the kind {DEQUANTIZE_LAYER}",
+            expected=f"{matrices}, one for each matrix in few bits",
+            change="export with --weights float, or use the TensorRT that this was tested with",
+        )
+    path = "function body" if nodes else "none"
+    return {"matrices": matrices, "block_skip_nodes": nodes, "path": path}
 
 
 def read_engine_layers(library: Any, plan_path: Path) -> dict[str, Any]:

@@ -51,6 +51,7 @@ def make_manifest(
         "workspace_bytes": request.workspace_bytes,
         "profiles": [profile.to_json() for profile in request.profiles],
         "block_skip": block_skip_record(request, result),
+        "few_bits": result.few_bits,
         "layer_types": result.layer_types,
         "engine_layers": result.engine_layers,
         "plan": {"bytes": plan.stat().st_size, "sha256": sha256_of_file(plan)},

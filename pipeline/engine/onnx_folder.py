@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 BLOCK_SKIP_DOMAIN = "skipcat"
 BLOCK_SKIP_OPS = ("BlockSkipLinear", "BlockSkipLinearIndexed")
+# Of the same body, with a factor in few bits; no plugin takes them.
+FEW_BIT_OPS = ("BlockSkipLinearFewBits", "BlockSkipLinearFewBitsIndexed")
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,8 @@ class OnnxFolder:
         inputs: shape of every graph input, None where dynamic.
         block_skip_nodes: how many block-skip nodes the graph holds.
         data_files: the external weight files, absolute.
+        few_bit_nodes: how many block-skip nodes there are beside, with a factor in few bits.
+        dequantized: matrices that are read from codes of few bits.
     """
 
     path: Path
@@ -36,6 +40,8 @@ class OnnxFolder:
     inputs: dict[str, tuple[int | None, ...]]
     block_skip_nodes: int
     data_files: tuple[Path, ...]
+    few_bit_nodes: int = 0
+    dequantized: int = 0
 
     @property
     def onnx_path(self) -> Path:
@@ -60,9 +66,17 @@ def read_onnx_folder(folder: Path) -> OnnxFolder:
     folder = folder.resolve()
     record = read_export_record(folder, tasks=(TEXT, IMAGES))
     model = load_graph(folder / "model.onnx")
-    found = count_block_skip_nodes(model)
+    found = count_nodes(model, BLOCK_SKIP_OPS)
     require_node_count(folder / "export.json", found)
-    return OnnxFolder(folder, record, input_shapes(model), found, data_files(model, folder))
+    return OnnxFolder(
+        folder,
+        record,
+        input_shapes(model),
+        found,
+        data_files(model, folder),
+        count_nodes(model, FEW_BIT_OPS),
+        count_nodes(model, ("DequantizeLinear",), domain=""),
+    )
 
 
 def require_float16(folder: OnnxFolder) -> None:
@@ -113,12 +127,11 @@ def input_shapes(model: onnx.ModelProto) -> dict[str, tuple[int | None, ...]]:
     }
 
 
-def count_block_skip_nodes(model: onnx.ModelProto) -> int:
-    """Block-skip nodes of the main graph."""
-    return sum(
-        node.domain == BLOCK_SKIP_DOMAIN and node.op_type in BLOCK_SKIP_OPS
-        for node in model.graph.node
-    )
+def count_nodes(
+    model: onnx.ModelProto, op_types: tuple[str, ...], domain: str = BLOCK_SKIP_DOMAIN
+) -> int:
+    """Nodes of the main graph of some types."""
+    return sum(node.domain == domain and node.op_type in op_types for node in model.graph.node)
 
 
 def require_node_count(record_path: Path, found: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ class BuildRequest:
         block_skip_nodes: how many block-skip nodes the graph holds.
         onnx_profile: `opset24` or `compat`, which decides the oldest TensorRT that will do.
         embed: put the block-skip kernels into the engine, in place of a plugin library.
+        dequantized: matrices that the graph reads from codes of few bits.
+        few_bit_nodes: block-skip nodes with a factor in few bits, which no plugin takes.
     """
 
     flavour: Flavour
@@ -44,6 +46,8 @@ class BuildRequest:
     block_skip_nodes: int
     onnx_profile: str
     embed: bool = False
+    dequantized: int = 0
+    few_bit_nodes: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for `request.json`."""
@@ -77,6 +81,7 @@ class BuildResult:
         build_seconds: time to build and write the plan.
         peak_memory_bytes: largest resident size of the worker.
         notes: every choice that differs from the straight path.
+        few_bits: how the matrices in few bits were taken, see `layers.few_bits_path`.
     """
 
     library_version: str
@@ -87,3 +92,4 @@ class BuildResult:
     build_seconds: float
     peak_memory_bytes: int
     notes: tuple[str, ...]
+    few_bits: dict[str, Any] = field(default_factory=dict)

@@ -6,7 +6,12 @@ import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from pipeline.engine.layers import block_skip_path, count_layer_types, read_engine_layers
+from pipeline.engine.layers import (
+    block_skip_path,
+    count_layer_types,
+    few_bits_path,
+    read_engine_layers,
+)
 from pipeline.engine.network import make_config, parse_network, write_plan
 from pipeline.engine.request import PLAN_FILE, BuildRequest, BuildResult
 from pipeline.engine.target import Capability, Gpu, capability_name, find_gpu
@@ -32,6 +37,7 @@ def build(request: BuildRequest) -> BuildResult:
     parse_seconds = time.monotonic() - started
     layer_types = count_layer_types(parsed.network)
     path = block_skip_path(layer_types, request.block_skip_nodes, plugin_wanted=False)
+    few_bits = few_bits_path(layer_types, request.dequantized, request.few_bit_nodes)
     config = make_config(library, parsed, request)
     set_capability(library, config, request.compute_capability)
     started = time.monotonic()
@@ -47,6 +53,7 @@ def build(request: BuildRequest) -> BuildResult:
         build_seconds=build_seconds,
         peak_memory_bytes=0,
         notes=(),
+        few_bits=few_bits,
     )
 
 

@@ -9,7 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.engine.embed import embedded_path, write_split_graph
-from pipeline.engine.layers import block_skip_path, count_layer_types, read_engine_layers
+from pipeline.engine.layers import (
+    block_skip_path,
+    count_layer_types,
+    few_bits_path,
+    read_engine_layers,
+)
 from pipeline.engine.network import make_config, parse_network, write_plan
 from pipeline.engine.plugin_library import load_plugin
 from pipeline.engine.request import PLAN_FILE, BuildRequest, BuildResult
@@ -43,6 +48,7 @@ def build(request: BuildRequest) -> BuildResult:
         path = embedded_path(layer_types, request.block_skip_nodes)
     else:
         path = block_skip_path(layer_types, request.block_skip_nodes, request.plugin is not None)
+    few_bits = few_bits_path(layer_types, request.dequantized, request.few_bit_nodes)
     config = make_config(library, parsed, request)
     started = time.monotonic()
     plan_path = request.staging / PLAN_FILE
@@ -59,6 +65,7 @@ def build(request: BuildRequest) -> BuildResult:
         build_seconds=build_seconds,
         peak_memory_bytes=0,
         notes=notes,
+        few_bits=few_bits,
     )
 
 

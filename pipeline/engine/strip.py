@@ -7,6 +7,7 @@ from a file that has no such function.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.engine.onnx_folder import (
     BLOCK_SKIP_DOMAIN,
@@ -14,6 +15,9 @@ from pipeline.engine.onnx_folder import (
     data_files,
     load_graph,
 )
+
+if TYPE_CHECKING:
+    import onnx
 
 FIRST_PLUGIN_OVER_FUNCTION = (10, 7)
 
@@ -35,11 +39,7 @@ def write_stripped_graph(onnx_path: Path, folder: Path) -> Path:
         Path of the stripped graph.
     """
     model = load_graph(onnx_path)
-    kept = [
-        function
-        for function in model.functions
-        if not (function.domain == BLOCK_SKIP_DOMAIN and function.name in BLOCK_SKIP_OPS)
-    ]
+    kept = without_block_skip_bodies(model)
     del model.functions[:]
     model.functions.extend(kept)
     folder.mkdir(parents=True)
@@ -48,3 +48,15 @@ def write_stripped_graph(onnx_path: Path, folder: Path) -> Path:
     for weights in data_files(model, onnx_path.parent):
         (folder / weights.name).symlink_to(weights)
     return stripped
+
+
+def without_block_skip_bodies(model: onnx.ModelProto) -> list[onnx.FunctionProto]:
+    """The functions of a graph, but for those that a plugin takes the place of.
+
+    Bodies of nodes with factors in few bits stay: nothing else computes those.
+    """
+    return [
+        function
+        for function in model.functions
+        if not (function.domain == BLOCK_SKIP_DOMAIN and function.name in BLOCK_SKIP_OPS)
+    ]

@@ -1,0 +1,135 @@
+"""Exports whose matrices are codes of few bits, through TensorRT for RTX, which needs no GPU."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.cli.main import main
+from pipeline.compress.checkpoint import load_checkpoint
+from pipeline.compress.plan import uniform_plan
+from pipeline.compress.recipe import compress_to_folder
+from pipeline.compress.request import CompressRequest
+from pipeline.engine.build import build_engine
+from pipeline.engine.embed import write_split_graph
+from pipeline.engine.layers import few_bits_path
+from pipeline.engine.onnx_folder import load_graph, read_onnx_folder
+from pipeline.engine.strip import write_stripped_graph
+from pipeline.engine.target import Target
+from pipeline.errors import InputError
+from pipeline.export.block_skip import FEW_BITS, FEW_BITS_INDEXED
+from pipeline.export.export import ExportRequest, export_folder
+from pipeline.model.structure import decoder_structure
+from tests.families import save_family
+
+SM86 = Target("rtx", (8, 6), "a test")
+# TensorRT has no fused attention for narrower heads.
+SHAPE = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 2, "head_dim": 64}
+# A' and B' by the group's first member; one group stays as numbers, and one factor of another.
+STYLES: dict[str, tuple[str | None, str | None]] = {
+    "layers.0.self_attn.q_proj": ("int4-b64-sym", "int4-b64-sym"),
+    "layers.0.self_attn.o_proj": ("int8-row-sym", None),
+    "layers.0.mlp.gate_proj": (None, None),
+    "layers.1.self_attn.q_proj": ("int8-row-sym", "int8-row-sym"),
+    "layers.1.self_attn.o_proj": ("int4-b64-sym", "int8-row-sym"),
+    "layers.1.mlp.gate_proj": ("int8-row-sym", "int4-b64-sym"),
+}
+
+
+def plan_of(source: Path, path: Path) -> str:
+    """Ranks of 64, and dense down projections; formats as above."""
+    uniform_plan(decoder_structure(load_checkpoint(source)), 0.7, multiple=64).save(path)
+    plan = json.loads(path.read_text())
+    for groups in plan["layers"].values():
+        for group in groups:
+            styles = STYLES.get(group["members"][0].removeprefix("model."))
+            if styles is None:
+                group |= {"form": "dense", "rank": 128, "down_style": None}
+                group |= {"up_style": "int4-b64-sym", "reason": None}
+            else:
+                group |= {"form": "skip", "rank": 64, "reason": None}
+                group |= {"down_style": styles[0], "up_style": styles[1]}
+    plan["tables"] = dict.fromkeys(("model.embed_tokens", "lm_head"), "int8-row-sym")
+    path.write_text(json.dumps(plan))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A float16 export of opset24 with int4 and int8 codes; not to be written to."""
+    root = tmp_path_factory.mktemp("few-bits")
+    source = save_family(root / "source", "smollm", **SHAPE)
+    (root / "text.txt").write_text("the quick brown fox jumps over the lazy dog; " * 60)
+    settings: dict[str, Any] = {"windows": 8, "window_length": 64, "method": "skipcat"}
+    settings |= {"calibration": str(root / "text.txt"), "runtime": "tensorrt"}
+    plan = plan_of(source, root / "plan.json")
+    compress_to_folder(CompressRequest(str(source), plan=plan, **settings), root / "small")
+    export_folder(root / "small", root / "onnx", ExportRequest("opset24", "float16", 32))
+    return root / "onnx"
+
+
+def test_the_engine_reads_every_matrix_as_codes(exported: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx-cu13")
+    manifest = build_engine(exported, tmp_path / "engine", SM86)
+    record = json.loads((exported / "export.json").read_text())
+    matrices = record["nodes"]["DequantizeLinear"]
+    assert matrices == sum(record["quantized"].values()) + 1  # the table is looked up as well
+    assert manifest["few_bits"] == {
+        "matrices": matrices,
+        "block_skip_nodes": 5,
+        "path": "function body",
+    }
+    assert manifest["block_skip"] == {"path": "function body", "nodes": 1, "plugin": None}
+    assert manifest["layer_types"]["DEQUANTIZE"] == matrices
+
+
+def test_the_command_names_the_matrices_that_are_codes(
+    exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx-cu13")
+    arguments = ["engine", str(exported), "-o", str(tmp_path / "engine"), "--target", "sm86"]
+    assert main(arguments) == 0
+    assert "matrices, read as codes" in capsys.readouterr().out
+
+
+def test_the_folder_counts_nodes_of_few_bits_apart(exported: Path) -> None:
+    folder = read_onnx_folder(exported)
+    assert (folder.block_skip_nodes, folder.few_bit_nodes) == (1, 5)
+    assert folder.dequantized > 10
+
+
+@pytest.mark.parametrize("write", [write_stripped_graph, write_split_graph])
+def test_bodies_that_no_plugin_replaces_stay_in_the_graph(
+    write: Any, exported: Path, tmp_path: Path
+) -> None:
+    graph = load_graph(write(exported / "model.onnx", tmp_path / "changed"))
+    used = {node.op_type for node in graph.graph.node if "FewBits" in node.op_type}
+    assert {function.name for function in graph.functions} == used
+    assert used <= {FEW_BITS, FEW_BITS_INDEXED}
+
+
+def test_codes_that_became_numbers_while_parsing_are_refused() -> None:
+    with pytest.raises(InputError, match="as numbers") as caught:
+        few_bits_path({"DEQUANTIZE": 3, "MATRIX_MULTIPLY": 4}, 4, 1)
+    assert caught.value.details["observed"].startswith("3 layers")
+
+
+def test_a_graph_of_numbers_has_no_path_for_codes() -> None:
+    expected = {"matrices": 0, "block_skip_nodes": 0, "path": "none"}
+    assert few_bits_path({"MATRIX_MULTIPLY": 4}, 0, 0) == expected
+
+
+def test_dense_codes_alone_need_no_body() -> None:
+    assert few_bits_path({"DEQUANTIZE": 4}, 4, 0)["path"] == "none"
+
+
+def test_weights_that_do_not_match_the_graph_are_noticed(exported: Path, tmp_path: Path) -> None:
+    """The codes are external data like any other weights."""
+    shutil.copytree(exported, tmp_path / "onnx")
+    (tmp_path / "onnx" / "model.onnx.data").unlink()
+    with pytest.raises(InputError, match="missing"):
+        read_onnx_folder(tmp_path / "onnx")
