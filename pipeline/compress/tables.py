@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -180,14 +179,14 @@ def _losses(
     windows: torch.Tensor,
 ) -> list[float]:
     """Mean KL to the model as it is, nats per token, of each format."""
-    losses = np.zeros(len(styles))
-    for window in track(list(windows), f"cost of {names[0]}"):
-        expected = _log_chances(model, window)
-        for place, (style, blocks) in enumerate(zip(styles, codes, strict=True)):
-            with _rounded(model, names, style, blocks):
-                found = _log_chances(model, window)
-            losses[place] += float((expected.exp() * (expected - found)).sum(-1).mean())
-    return [float(loss) / len(windows) for loss in losses]
+    expected = [_log_chances(model, window) for window in windows]
+    losses = []
+    for style, blocks in track(list(zip(styles, codes, strict=True)), f"cost of {names[0]}"):
+        with _rounded(model, names, style, blocks):
+            found = [_log_chances(model, window) for window in windows]
+        kls = [(p.exp() * (p - q)).sum(-1).mean() for p, q in zip(expected, found, strict=True)]
+        losses.append(float(torch.stack(kls).mean()))
+    return losses
 
 
 def _log_chances(model: PreTrainedModel, window: torch.Tensor) -> torch.Tensor:
