@@ -8,7 +8,13 @@ from transformers import PreTrainedModel
 
 from pipeline.compress.modeling_skipcat import FewBitEmbedding, FewBitLinear
 from pipeline.compress.round import nearest, values_of
-from pipeline.compress.tables import round_table, round_tables_, table_choices, table_entries
+from pipeline.compress.tables import (
+    WINDOWS,
+    round_table,
+    round_tables_,
+    table_choices,
+    table_entries,
+)
 from pipeline.model.tables import find_tables
 from pipeline.quantize.formats import RUNTIMES, parse_format
 from tests.families import tiny_model
@@ -40,7 +46,7 @@ def test_every_format_is_measured_and_the_model_is_as_it_was(family: str, groups
 
 def test_the_cost_of_a_format_is_the_kl_to_the_model_as_it_is() -> None:
     model = tiny_model("smollm")
-    windows = TOKENS[:6]
+    windows = TOKENS[:WINDOWS]
     choice = table_choices(model, TOKENS, RUNTIMES["any"])[0][1]
     with torch.no_grad():
         before = model(windows).logits.log_softmax(-1)
