@@ -16,6 +16,7 @@ from pipeline.errors import PipelineError, UsageError
 from pipeline.provenance import provenance
 from validate.compare import Comparison, ImageInputs, compare_stages, run_images
 from validate.record import Accuracy, Ledger, Row
+from validate.rounding import read_rounding
 from validate.stage import Stage
 from validate.stages import (
     DENSE_PRODUCT,
@@ -85,7 +86,9 @@ def validate_images(
     progress(f"{len(batch.pixels)} images of {batch.source}")
     stages = image_stages(request, lambda: TorchImages(loaded.model, ORIGINAL))
     rows = run_image_stages(stages, batch, strict=request.strict, progress=progress)
-    return Ledger(rows, describe(request, batch), provenance())
+    checkpoint = request.artefacts.checkpoint
+    rounding = None if checkpoint is None else read_rounding(checkpoint)
+    return Ledger(rows, describe(request, batch), provenance(), rounding)
 
 
 def image_stages(

@@ -11,6 +11,7 @@ from validate.compare import Comparison
 from validate.greedy import GreedyAgreement
 from validate.metrics import LogitMetrics
 from validate.perplexity import Perplexity
+from validate.rounding import Rounding
 from validate.stage import Tolerance
 from validate.verdict import Verdict
 
@@ -93,11 +94,13 @@ class Ledger:
         rows: in the order of the pipeline, the original first.
         inputs: what went in: counts, lengths and where the text came from.
         provenance: of the tool and its libraries.
+        rounding: what is in few bits, and what that cost when it was made; None for nothing.
     """
 
     rows: list[Row]
     inputs: dict[str, Any]
     provenance: dict[str, Any]
+    rounding: Rounding | None = None
 
     @property
     def failures(self) -> list[Row]:
@@ -112,6 +115,7 @@ class Ledger:
             "rows": [spell_out(asdict(row)) for row in self.rows],
             "inputs": self.inputs,
             "provenance": self.provenance,
+            "rounding": None if self.rounding is None else asdict(self.rounding),
         }
 
     @classmethod
@@ -129,7 +133,9 @@ class Ledger:
                 change="run `skipcat validate` again",
             )
         rows = [row_from_json(row) for row in fields["rows"]]
-        return cls(rows, fields["inputs"], fields["provenance"])
+        kept = fields.get("rounding")
+        rounding = None if kept is None else Rounding(**kept)
+        return cls(rows, fields["inputs"], fields["provenance"], rounding)
 
 
 def row_from_json(fields: dict[str, Any]) -> Row:

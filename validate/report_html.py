@@ -9,7 +9,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from validate.record import Ledger
 from validate.report_plots import plot_ledger
-from validate.texts import cells, columns_of, reference_text
+from validate.texts import cells, columns_of, reference_text, rounding_text
 
 TEMPLATES = Path(__file__).parent
 
@@ -28,6 +28,7 @@ def render_html(ledger: Ledger) -> str:
         columns=columns_of(ledger),
         cells=partial(cells, columns=columns_of(ledger)),
         reference_text=reference_text,
+        rounding=rounding_text(ledger),
         has_reasons=any(row.verdict.reasons for row in ledger.rows),
         plots=plot_ledger(ledger),
     )

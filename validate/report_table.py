@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from validate.record import Ledger, Row
-from validate.texts import cells, columns_of, reference_text
+from validate.texts import cells, columns_of, reference_text, rounding_text
 
 WIDTH_WITHOUT_TERMINAL = 170
 STYLES = {"pass": "green", "fail": "bold red", "not run": "yellow", "measured": ""}
@@ -22,6 +22,8 @@ def print_ledger(ledger: Ledger, file: IO[str] | None = None) -> None:
     if not console.is_terminal:
         console = Console(file=file or sys.stdout, highlight=False, width=WIDTH_WITHOUT_TERMINAL)
     console.print(build_table(ledger))
+    if ledger.rounding is not None:
+        console.print(escape(rounding_text(ledger)))
     for row in ledger.rows:
         for reason in row.verdict.reasons:
             style = STYLES[row.verdict.status]

@@ -112,6 +112,25 @@ def cells(row: Row, columns: tuple[Column, ...] = COLUMNS) -> list[str]:
     return [column.text(row) for column in columns]
 
 
+def rounding_text(ledger: Ledger) -> str:
+    """What is in few bits, and of the error of its outputs what rounding added; else empty."""
+    found = ledger.rounding
+    if found is None:
+        return ""
+    formats = ", ".join(f"{style} {count}" for style, count in found.formats.items())
+    tables = ", ".join(f"{name} {style}" for name, style in found.tables.items())
+    text = f"in few bits: {found.groups} of {found.all_groups} groups"
+    text += f" ({formats})" if formats else ""
+    text += f"; {tables}" if tables else ""
+    if found.truncated is None or found.rounded is None:
+        return text
+    share = "" if found.share is None else f"; of it, rounding {found.share:.0%}"
+    return (
+        f"{text}. Mean relative error of their outputs when they were fitted: "
+        f"{found.truncated:.2e} before rounding, {found.rounded:.2e} after{share}"
+    )
+
+
 def reference_text(row: Row) -> str:
     """The stage it should equal."""
     return row.reference or NOTHING

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from pipeline.artefact import staged_folder, write_json, write_text
 from pipeline.errors import UsageError, ValidationError
 from validate.ledger import run_ledger
 from validate.record import Ledger
+from validate.rounding import read_rounding
 from validate.stages import ORIGINAL, Artefacts, require_room_for, standard_stages
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ def validate(
     stages = standard_stages(request.artefacts, original.open_session, request.max_kl)
     batch = evaluation_tokens(request, original, progress)
     windows = batch.tokens.numpy()
-    return run_ledger(
+    ledger = run_ledger(
         stages,
         token_batches_of(windows),
         windows,
@@ -115,6 +116,8 @@ def validate(
         description=describe(request, batch),
         progress=progress,
     )
+    checkpoint = request.artefacts.checkpoint
+    return replace(ledger, rounding=None if checkpoint is None else read_rounding(checkpoint))
 
 
 def require_lengths(request: ValidateRequest) -> None:

@@ -34,7 +34,10 @@ class ExportRecord:
         max_length: most tokens of prompt and answer; 0 for a model that takes none.
         vocab_size: width of the logits; 0 for an image classifier.
         num_layers: number of key/value pairs; 0 for a model without a cache.
-        weights: `float`, which is `dtype`, or how many bits the matrices are rounded to.
+        weights: `float`, which is `dtype`, `stored` for the codes of the checkpoint, or how many
+            bits the export rounds the matrices to.
+        accuracy_level: of ONNX Runtime's products in few bits: 4 rounds their inputs to 8 bits, 0
+            does not; None where there are none.
         task: what the graph does.
         pixel_values: channels, height and width of an image; empty for a language model.
         classes: width of an image classifier's logits; 0 for a language model.
@@ -50,6 +53,7 @@ class ExportRecord:
     task: Task = TEXT
     pixel_values: tuple[int, ...] = ()
     classes: int = 0
+    accuracy_level: int | None = None
 
 
 def read_export_record(folder: Path, tasks: tuple[Task, ...] = (TEXT,)) -> ExportRecord:
@@ -109,7 +113,12 @@ def parse_record(fields: Any, path: Path) -> ExportRecord:
     known_fields = {name: fields[name] for name in expected_types}
     if "pixel_values" in known_fields:
         known_fields["pixel_values"] = tuple(known_fields["pixel_values"])
-    return ExportRecord(**known_fields, weights=str(fields.get("weights", "float")), task=task)
+    return ExportRecord(
+        **known_fields,
+        weights=str(fields.get("weights", "float")),
+        accuracy_level=fields.get("accuracy_level"),
+        task=task,
+    )
 
 
 def require_same_graph(record: ExportRecord, onnx_path: Path) -> None:
