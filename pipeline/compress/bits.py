@@ -18,6 +18,7 @@ from pipeline.compress.noises import StackNoise
 from pipeline.compress.plan import GroupPlan, RankPlan
 from pipeline.compress.rank import Form
 from pipeline.compress.search import (
+    CANDIDATES_PER_GROUP,
     Candidate,
     Curves,
     Members,
@@ -133,7 +134,7 @@ def bit_candidates(
                 every = _stack_candidates(stack, shape, curves[stack], noises[stack], request)
                 known[stack] = thinned(every, CANDIDATES_PER_STACK)
         found += combined([known[stack] for stack in partition])
-    return thinned(front_of(found))
+    return thinned(front_of(found), CANDIDATES_PER_GROUP)
 
 
 def _stack_candidates(

@@ -123,7 +123,7 @@ def group_candidates(
             for stack in partition
         ]
         found += combined(stacks)
-    return thinned(front_of(found))
+    return thinned(front_of(found), CANDIDATES_PER_GROUP)
 
 
 def rank_step(full: int, multiple: int) -> int:
@@ -172,7 +172,7 @@ def front_of(candidates: list[Candidate]) -> list[Candidate]:
     return [candidates[i] for i in undominated(sizes, losses)]
 
 
-def thinned(candidates: list[Candidate], largest: int = CANDIDATES_PER_GROUP) -> list[Candidate]:
+def thinned(candidates: list[Candidate], largest: int) -> list[Candidate]:
     """Evenly chosen ones, both ends among them, when there are too many for the solver."""
     if len(candidates) <= largest:
         return candidates

@@ -36,5 +36,5 @@ def test_nothing_is_scaled_by_power_zero_or_for_an_input_that_is_always_zero() -
 def test_powers_out_of_range_and_broken_moments_are_refused(
     moment: torch.Tensor, power: float
 ) -> None:
-    with pytest.raises(ValueError, match="outside|NaN"):
+    with pytest.raises(ValueError, match=r"outside|NaN"):
         channel_scales(moment, power)
