@@ -43,7 +43,7 @@ plugin: ## Compile the TensorRT plugin; TENSORRT_ROOT=, CUDA_HOME= choose; ARGS=
 	$(PYTHON) tools/build_plugin.py $(ARGS)
 
 test: $(STAMP) ## Run the fast tests: no network, no GPU
-	$(VENV)python -m pytest $(ARGS)
+	$(VENV)python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 test-slow: $(STAMP) ## Run the slow tests: the real model, minutes
 	$(VENV)python -m pytest -m slow $(ARGS)

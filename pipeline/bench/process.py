@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -102,7 +103,8 @@ class Child:
         """End the process, at once if something failed."""
         for stream in (self._process.stdin, self._process.stdout):
             if stream is not None:
-                stream.close()
+                with contextlib.suppress(BrokenPipeError):  # of a line that a dead child never read
+                    stream.close()
         if error is not None:
             self._process.kill()
         try:

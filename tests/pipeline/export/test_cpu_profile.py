@@ -62,7 +62,14 @@ def optypes(folder: Path) -> list[str]:
     return [node.op_type for node in graph.node]
 
 
-@pytest.mark.parametrize("kind", [k for family in FAMILIES for k in (family, f"{family} dense")])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *FAMILIES,
+        "llama dense",
+        *(pytest.param(f"{f} dense", marks=pytest.mark.slow) for f in FAMILIES if f != "llama"),
+    ],
+)
 def test_in_float_prefill_and_decode_equal_torch(
     kind: str, checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -78,7 +85,14 @@ def test_in_float_prefill_and_decode_equal_torch(
 
 # Random layers pass every rounding on undamped, so 4 bits are not close; real models are closer.
 @pytest.mark.parametrize(("weights", "least"), [("int8", 0.998), ("int4", 0.88)])
-@pytest.mark.parametrize("kind", ["llama", "llama dense", "qwen2", "qwen2 dense"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "llama",
+        "qwen2 dense",
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("llama dense", "qwen2")),
+    ],
+)
 def test_few_bits_stay_close_to_torch(
     kind: str, weights: str, least: float, checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
