@@ -13,7 +13,7 @@ import importlib.util
 
 import pytest
 
-from pipeline import doctor
+from pipeline import machine
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -30,7 +30,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def missing_hardware() -> dict[str, str]:
     """For each marker whose requirement is not met here, the reason to skip."""
     reasons = {}
-    gpus, why = doctor.find_gpus()
+    gpus, why = machine.find_gpus()
     if not gpus:
         reasons["gpu"] = f"needs an NVIDIA GPU: {why}"
     if importlib.util.find_spec("tensorrt") is None:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline import doctor
+from pipeline import machine
 from pipeline.bench.process import Child
 from pipeline.bench.targets import (
     Target,
@@ -194,14 +194,14 @@ def describe_machine() -> dict[str, Any]:
     """Processor, cores, memory and GPUs of this machine."""
     import psutil
 
-    gpus, why = doctor.find_gpus()
+    gpus, why = machine.find_gpus()
     return {
         "cpu": cpu_name(),
-        "cores": doctor.usable_cores(),
-        "cpu_flags": list(doctor.cpu_flags()),
+        "cores": machine.usable_cores(),
+        "cpu_flags": list(machine.cpu_flags()),
         "memory_bytes": psutil.virtual_memory().total,
         "gpus": [asdict(gpu) for gpu in gpus] or why,
-        "jetpack": doctor.read_jetpack(),
+        "jetpack": machine.read_jetpack(),
     }
 
 

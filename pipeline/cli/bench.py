@@ -146,7 +146,7 @@ def measured_record(
     """Measure, and print the table."""
     from pipeline.bench.measure import Settings, measure
     from pipeline.bench.report import measured_table
-    from pipeline.doctor import usable_cores
+    from pipeline.machine import usable_cores
     from pipeline.progress import note
 
     prompt_tokens = rest["prompt_tokens"]

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 def command(as_json: bool) -> None:
     """Say which stages of the pipeline work on this machine, and why."""
     from pipeline import doctor
+    from pipeline.machine import look
 
-    machine = doctor.look()
+    machine = look()
     if as_json:
         click.echo(json.dumps(doctor.as_json(machine), indent=2))
     else:

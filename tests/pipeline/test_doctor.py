@@ -2,14 +2,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from pathlib import Path
 
 import pytest
 
 from pipeline import doctor
 from pipeline.cli.main import main
+from pipeline.machine import Gpu, Machine
 
-PLAIN = doctor.Machine(
+PLAIN = Machine(
     python="3.11.7",
     system="Linux x86_64",
     cores=2,
@@ -27,15 +27,15 @@ PLAIN = doctor.Machine(
     },
     reasons={"GPU": "nvidia-smi is not installed"},
 )
-H200 = doctor.Gpu("NVIDIA H200", "9.0", 143771, "580.1")
-RTX_4090 = doctor.Gpu("NVIDIA GeForce RTX 4090", "8.9", 24564, "580.1")
+H200 = Gpu("NVIDIA H200", "9.0", 143771, "580.1")
+RTX_4090 = Gpu("NVIDIA GeForce RTX 4090", "8.9", 24564, "580.1")
 
 
-def verdict(machine: doctor.Machine, stage: str) -> doctor.Verdict:
+def verdict(machine: Machine, stage: str) -> doctor.Verdict:
     return next(found for found in doctor.stages(machine) if found.stage == stage)
 
 
-def with_versions(machine: doctor.Machine, **versions: str) -> doctor.Machine:
+def with_versions(machine: Machine, **versions: str) -> Machine:
     named = {name.replace("_", "-"): version for name, version in versions.items()}
     return dataclasses.replace(machine, versions={**machine.versions, **named})
 
@@ -131,40 +131,6 @@ def test_plugin_is_never_promised_for_rtx() -> None:
     found = verdict(machine, "block-skip plugin")
     assert not found.works
     assert "function body" in found.why
-
-
-def test_gpus_are_parsed_with_and_without_memory_of_their_own() -> None:
-    text = "NVIDIA H200, 9.0, 143771, 580.1\nOrin (nvgpu), 8.7, [N/A], 540.4.0\n"
-    assert [gpu.memory_mib for gpu in doctor.parse_gpus(text)] == [143771, None]
-    assert [gpu.capability for gpu in doctor.parse_gpus(text)] == ["9.0", "8.7"]
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("# R36 (release), REVISION: 4.3, GCID: 1, BOARD: generic\n", "JetPack 6.1 or 6.2"),
-        ("# R39 (release), REVISION: 2.0\n", "JetPack 7.2"),
-        ("# R99 (release), REVISION: 1.0\n", "not known"),
-        ("rubbish\n", "unknown release: rubbish"),
-        ("", "empty file"),
-    ],
-)
-def test_jetpack_is_read_from_the_l4t_release(tmp_path: Path, text: str, expected: str) -> None:
-    path = tmp_path / "nv_tegra_release"
-    path.write_text(text)
-    assert expected in str(doctor.read_jetpack(path))
-
-
-def test_absent_files_mean_unknown_not_failure(tmp_path: Path) -> None:
-    assert doctor.read_jetpack(tmp_path / "absent") is None
-    assert doctor.cpu_flags(tmp_path / "absent") == ()
-
-
-@pytest.mark.parametrize("line", ["flags\t\t: fpu avx2 zz", "Features\t: fp asimd"])
-def test_cpu_flags_of_both_architectures(tmp_path: Path, line: str) -> None:
-    path = tmp_path / "cpuinfo"
-    path.write_text(f"processor : 0\n{line}\n")
-    assert doctor.cpu_flags(path) in {("avx2",), ("asimd",)}
 
 
 def test_command_prints_json_that_agrees_with_the_table(
