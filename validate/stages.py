@@ -164,7 +164,7 @@ def onnx_tolerance(record: ExportRecord | None) -> Tolerance:
         return SAME_IN_FLOAT32
     if record.dtype == "float16":
         return SAME_IN_FLOAT16
-    if record.weights == "int4":
+    if record.weights in ("int4", "int4-offset") and not record.exact_weights:
         return Tolerance()
     if record.weights == "int8" or record.accuracy_level:
         return NEAR_IN_INTEGERS

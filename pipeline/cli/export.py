@@ -31,10 +31,12 @@ from pipeline.cli import options
 )
 @click.option(
     "--weights",
-    type=click.Choice(["float", "int8", "int4", "stored"]),
+    type=click.Choice(["float", "int8", "int4", "int4-offset", "stored"]),
     help="Bits of the matrices. stored: the codes of a checkpoint in few bits, the default where "
     "the runtime takes them. With --profile cpu also int8 (the default for others), which loses "
-    "next to nothing, and int4, which loses much; elsewhere they are as --dtype says.",
+    "next to nothing, int4, which loses much, and int4-offset, which loses less and nothing of "
+    "what was read from a GGUF file in 4 bits (the default for these); elsewhere they are as "
+    "--dtype says.",
 )
 @click.option(
     "--products",

@@ -27,11 +27,14 @@ FORMAT_VERSION = 2
 class FewBits(nn.Module):
     """A matrix [m, n] in codes of few bits: w = (code - zero point) * scale.
 
+    With offsets the zero point is -offset / scale, so that w = code * scale + offset.
+
     Args:
         rows: m.
         columns: n.
         style: `int4-b32-asym`: bits of a code, weights of a row that share a scale (`row` for all
-            of them), and whether zero points are stored or are 2^(bits - 1).
+            of them), and whether zero points are stored (`asym`), offsets are (`offset`), or
+            neither and the zero points are 2^(bits - 1) (`sym`).
         device: where the codes are.
 
     Attributes:
@@ -39,17 +42,19 @@ class FewBits(nn.Module):
             bits; the last block is filled up.
         scales: int16 [m, blocks], the bits of float16, which no cast of the model changes.
         zero_points: uint8 [m, bytes], packed likewise; only where the format has them.
+        offsets: int16 [m, blocks], as scales; only where the format has them.
     """
 
     codes: torch.Tensor
     scales: torch.Tensor
     zero_points: torch.Tensor
+    offsets: torch.Tensor
 
     def __init__(
         self, rows: int, columns: int, style: str, device: torch.device | str | None = None
     ) -> None:
         super().__init__()
-        kind, block, symmetry = style.split("-")
+        kind, block, self.zero = style.split("-")
         self.rows, self.columns, self.style = rows, columns, style
         self.bits = int(kind.removeprefix("int"))
         self.block = columns if block == "row" else int(block.removeprefix("b"))
@@ -57,16 +62,19 @@ class FewBits(nn.Module):
         code_bytes, zero_bytes = (
             -(-count * self.bits // 8) for count in (self.blocks * self.block, self.blocks)
         )
-        self.symmetric = symmetry == "sym"
         self.register_buffer(
             "codes", torch.zeros(rows, code_bytes, dtype=torch.uint8, device=device)
         )
         self.register_buffer(
             "scales", torch.zeros(rows, self.blocks, dtype=torch.int16, device=device)
         )
-        if not self.symmetric:
+        if self.zero == "asym":
             self.register_buffer(
                 "zero_points", torch.zeros(rows, zero_bytes, dtype=torch.uint8, device=device)
+            )
+        elif self.zero == "offset":
+            self.register_buffer(
+                "offsets", torch.zeros(rows, self.blocks, dtype=torch.int16, device=device)
             )
         self._held: torch.Tensor | None = None
 
@@ -81,10 +89,12 @@ class FewBits(nn.Module):
     def picked(self, rows: torch.Tensor | slice) -> torch.Tensor:
         """Some rows of the matrix, float32 [k, n]."""
         codes = _unpacked(self.codes[rows], self.bits, self.blocks * self.block)
-        zeros: torch.Tensor | int = 2 ** (self.bits - 1)
-        if not self.symmetric:
-            zeros = _unpacked(self.zero_points[rows], self.bits, self.blocks).float()[..., None]
         scales = self.scales[rows].view(torch.float16).float()
+        zeros: torch.Tensor | int = 2 ** (self.bits - 1)
+        if self.zero == "asym":
+            zeros = _unpacked(self.zero_points[rows], self.bits, self.blocks).float()[..., None]
+        elif self.zero == "offset":
+            zeros = -(self.offsets[rows].view(torch.float16).float() / scales)[..., None]
         centred = codes.view(len(codes), self.blocks, self.block).float() - zeros
         return (centred * scales[..., None]).flatten(1)[:, : self.columns]
 

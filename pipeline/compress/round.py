@@ -91,7 +91,7 @@ def nearest_factors(factors: Factors, styles: Styles) -> RoundedFactors:
 def nearest(weight: torch.Tensor, style: Format) -> Blocks:
     """A matrix [m, n] in few bits, each number to its nearest."""
     values, width = weight.float().numpy(), style.width(weight.shape[1])
-    return quantize_blocks(values, style.bits, width, symmetric=style.symmetric)
+    return quantize_blocks(values, style.bits, width, zero=style.zero)
 
 
 def latent_map(factors: Factors) -> torch.Tensor:

@@ -118,6 +118,8 @@ def _looked_up_bytes(
         return 0
     rows, columns = owner.weight.shape
     blocks = style.blocks(columns)
+    if style.zero == "offset":
+        return rows * blocks * runtime.scale_bytes * (2 if len(names) > 1 else 0)
     zeros = 0 if style.symmetric else blocks
     if len(names) > 1:
         return rows * (blocks * runtime.scale_bytes + zeros)

@@ -16,17 +16,18 @@ from pipeline.artefact import copy_tokenizer, sha256_of_file, staged_folder, wri
 from pipeline.compress.checkpoint import read_recipe
 from pipeline.errors import InputError, UsageError
 from pipeline.export.block_skip import BLOCKED_OPSET, DOMAIN, VERSION, function_bodies
+from pipeline.export.few_bit_weights import few_bit_widths, is_in_four_bits
 from pipeline.export.genai import genai_config
 from pipeline.export.passes.attention import simplify_attention
 from pipeline.export.passes.dequantize import dequantize_linears
-from pipeline.export.passes.few_bits import FORMATS, INTEGER_PRODUCTS, quantize_linears
+from pipeline.export.passes.few_bits import FORMATS, INTEGER_PRODUCTS, OFFSET, quantize_linears
 from pipeline.export.passes.first_logit import choose_first_logit
 from pipeline.export.passes.fold_permutation import fold_permutations
 from pipeline.export.passes.fuse import fuse_operators, merge_duplicates
 from pipeline.export.passes.lay_out import lay_out
 from pipeline.export.passes.residual_norm import fuse_residual_norms
 from pipeline.export.profile import CONTRIB, PROFILES, Profile
-from pipeline.export.skeleton import FewBitMatrix, load_skeleton
+from pipeline.export.skeleton import load_skeleton
 from pipeline.export.trace import CacheShape, trace
 from pipeline.model.task import IMAGES, task_of_folder
 from pipeline.progress import note
@@ -52,9 +53,10 @@ class ExportRequest:
         profile: name in `PROFILES`.
         dtype: "float32" for the CPU, "float16" for TensorRT.
         max_length: slots of the static cache, prompt and answer together.
-        weights: "float", which is as `dtype` says, "int8", "int4", or "stored": the codes that the
-            checkpoint holds. None is "stored" where the runtime takes them; else int8 in the
-            profile `cpu`, which alone has the operators for it, and float elsewhere.
+        weights: "float", which is as `dtype` says, "int8", "int4", "int4-offset", or "stored": the
+            codes that the checkpoint holds. None is "stored" where the runtime takes them; else
+            float, but in the profile `cpu`, which alone has the operators for it, int8, or
+            int4-offset where that rounds nothing.
         products: of matrices in few bits in the profile `cpu`: "integer" rounds inputs to 8 bits
             and is fast, "float" multiplies in float32.
     """
@@ -180,11 +182,15 @@ def export_folder(
     started = time.monotonic()
     profile, dtype = PROFILES[request.profile], DTYPES[request.dtype]
     skeleton = load_skeleton(Path(checkpoint), dtype)
-    widths: dict[Format, set[int]] = {}
-    for matrix in skeleton.matrices.values():
-        if isinstance(matrix, FewBitMatrix):
-            widths.setdefault(matrix.style, set()).add(matrix.shape[1])
-    weights = request.weights_of(widths)
+    weights = request.weights_of(few_bit_widths(skeleton))
+    undecided = request.weights is None and weights in FORMATS
+    exact = (undecided or weights == OFFSET) and is_in_four_bits(skeleton)
+    if exact and undecided:
+        weights = OFFSET
+        note(
+            f"weights are exported as {OFFSET}: the checkpoint's own are on such grids, so 4 bits "
+            "round nothing; --weights int8 takes 8"
+        )
     config = skeleton.model.config
     max_length = _bounded_length(request.max_length, config)
     weight_bytes = sum(p.numel() * p.element_size() for p in skeleton.model.parameters())
@@ -203,6 +209,7 @@ def export_folder(
             "checkpoint": str(checkpoint),
             "recipe": read_recipe(Path(checkpoint)),
             "weight_bytes": weight_bytes,
+            "exact_weights": exact,
             "seconds": time.monotonic() - started,
         }
         write_json(folder / "export.json", record)

@@ -2,14 +2,18 @@
 
 One scale for every block of weights that are multiplied with neighbouring inputs, as ONNX's
 block-wise formats have it. Scales are numbers of float16, so that they are the same wherever they
-are stored.
+are stored. A zero point that is no whole number stands for an offset, -zero point * scale, which
+is a number of float16 likewise.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+
+from pipeline.quantize.formats import Zero
 
 # Ranges shorter than the block's own: clipping the largest weight lets the others be finer.
 SHRINKAGES = np.linspace(1.0, 0.7, 16, dtype=np.float32)
@@ -25,7 +29,8 @@ class Blocks:
     Attributes:
         codes: uint8 [m, blocks, block], each below 2^bits.
         scales: float32 [m, blocks], each a number of float16.
-        zero_points: uint8 [m, blocks]; None stands for 2^(bits - 1) everywhere.
+        zero_points: uint8 [m, blocks]; float32 where there are offsets; None stands for
+            2^(bits - 1) everywhere.
         bits: of a code.
         columns: n.
     """
@@ -36,6 +41,17 @@ class Blocks:
     bits: int
     columns: int
 
+    @property
+    def has_offsets(self) -> bool:
+        """Whether codes are counted from offsets."""
+        return self.zero_points is not None and self.zero_points.dtype == np.float32
+
+    @property
+    def offsets(self) -> np.ndarray:
+        """What the code 0 stands for in formats with offsets, float32 [m, blocks]."""
+        assert self.zero_points is not None
+        return _as_float16(-self.zero_points * self.scales)
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -43,7 +59,7 @@ class Grid:
 
     Attributes:
         scales: float32 [m, blocks], each a number of float16.
-        zero_points: float32 [m, blocks], whole numbers.
+        zero_points: float32 [m, blocks]; whole numbers, but for formats with offsets.
         bits: of a code.
     """
 
@@ -53,7 +69,7 @@ class Grid:
 
     def codes(self, padded: np.ndarray) -> np.ndarray:
         """The nearest code of every weight of [m, blocks, block], float32 of the same shape."""
-        codes = np.rint(padded / self.scales[..., None]) + self.zero_points[..., None]
+        codes = np.rint(padded / self.scales[..., None] + self.zero_points[..., None])
         clipped: np.ndarray = np.clip(codes, 0, 2**self.bits - 1)
         return clipped
 
@@ -68,7 +84,7 @@ def quantize_blocks(
     bits: int,
     block: int,
     *,
-    symmetric: bool,
+    zero: Zero,
     importance: np.ndarray | None = None,
 ) -> Blocks:
     """Round every weight to the nearest point of the grid that is best for its block.
@@ -77,15 +93,15 @@ def quantize_blocks(
         weight: float [m, n].
         bits: of a code, 2 to 8.
         block: weights that share a scale.
-        symmetric: see `fit_grid`.
+        zero: see `fit_grid`.
         importance: see `fit_grid`.
 
     Raises:
         ValueError: another number of bits.
     """
-    grid = fit_grid(weight, bits, block, symmetric=symmetric, importance=importance)
+    grid = fit_grid(weight, bits, block, zero=zero, importance=importance)
     codes = grid.codes(pad_to_blocks(weight.astype(np.float32), block))
-    return on_grid(codes, grid, symmetric=symmetric, columns=weight.shape[1])
+    return on_grid(codes, grid, zero=zero, columns=weight.shape[1])
 
 
 def fit_grid(
@@ -93,17 +109,18 @@ def fit_grid(
     bits: int,
     block: int,
     *,
-    symmetric: bool,
+    zero: Zero,
     importance: np.ndarray | None = None,
 ) -> Grid:
-    """For each block the grid, among ranges shortened by `SHRINKAGES`, of least squared error.
+    """For each block the grid, of those that `_candidates` tries, of least squared error.
 
     Args:
         weight: float [m, n].
         bits: of a code, 2 to 8.
         block: weights that share a scale.
-        symmetric: zero points in the middle of the range, which then need not be stored; else
-            between the block's least and greatest weight.
+        zero: "sym" has zero points in the middle of the range, which then need not be stored;
+            "asym" between the block's least and greatest weight, and 0 on the grid; "offset" has
+            them anywhere.
         importance: what a squared error costs in each column, [n]; the same everywhere for None.
 
     Raises:
@@ -114,13 +131,12 @@ def fit_grid(
     padded = pad_to_blocks(weight.astype(np.float32), block)
     weights = np.ones(weight.shape[1]) if importance is None else importance
     cost = pad_to_blocks(weights[None].astype(np.float32), block)
-    lowest, highest = _ranges(padded, symmetric)
-    best = _grid(lowest, highest, bits, symmetric)
+    grids = _candidates(padded, bits, zero)
+    best = next(grids)
     if bits > BITS_TO_CLIP:
         return best
     least = _squared_error(best, padded, cost)
-    for shrinkage in SHRINKAGES[1:]:
-        grid = _grid(lowest * shrinkage, highest * shrinkage, bits, symmetric)
+    for grid in grids:
         error = _squared_error(grid, padded, cost)
         better = error < least
         least = np.where(better, error, least)
@@ -132,10 +148,11 @@ def fit_grid(
     return best
 
 
-def on_grid(codes: np.ndarray, grid: Grid, *, symmetric: bool, columns: int) -> Blocks:
+def on_grid(codes: np.ndarray, grid: Grid, *, zero: Zero, columns: int) -> Blocks:
     """Codes [m, blocks, block] as they are stored."""
-    stored = None if symmetric else grid.zero_points.astype(np.uint8)
-    return Blocks(codes.astype(np.uint8), grid.scales, stored, grid.bits, columns)
+    stored = grid.zero_points if zero == "offset" else grid.zero_points.astype(np.uint8)
+    kept = None if zero == "sym" else stored
+    return Blocks(codes.astype(np.uint8), grid.scales, kept, grid.bits, columns)
 
 
 def dequantize_blocks(blocks: Blocks) -> np.ndarray:
@@ -155,23 +172,57 @@ def pad_to_blocks(weight: np.ndarray, block: int) -> np.ndarray:
     return padded.reshape(rows, -1, block)
 
 
-def _ranges(padded: np.ndarray, symmetric: bool) -> tuple[np.ndarray, np.ndarray]:
+def _candidates(padded: np.ndarray, bits: int, zero: Zero) -> Iterator[Grid]:
+    """Grids over the whole range of each block first, then over parts of it.
+
+    With offsets the range is cut into fewer steps as well: weights that lie on such a grid
+    already, not all of whose codes occur, are then met exactly. Half as many steps are enough,
+    since twice the steps of a coarser grid hold its points, too.
+    """
+    most = 2**bits - (2 if zero == "sym" else 1)
+    if zero == "offset":
+        lowest, highest = padded.min(axis=-1), padded.max(axis=-1)
+        for steps in range(most, most // 2, -1):
+            yield _offset_grid(lowest, highest, bits, steps)
+        for shrinkage in SHRINKAGES[1:]:
+            cut = (highest - lowest) * (1 - shrinkage) / 2
+            yield _offset_grid(lowest + cut, highest - cut, bits, most)
+        return
+    lowest, highest = _ranges(padded, zero)
+    for shrinkage in SHRINKAGES:
+        yield _grid(lowest * shrinkage, highest * shrinkage, bits, most, zero)
+
+
+def _ranges(padded: np.ndarray, zero: Zero) -> tuple[np.ndarray, np.ndarray]:
     """Least and greatest value of each block, zero among them."""
-    if symmetric:
+    if zero == "sym":
         highest = np.abs(padded).max(axis=-1)
         return -highest, highest
     return np.minimum(padded.min(axis=-1), 0), np.maximum(padded.max(axis=-1), 0)
 
 
-def _grid(lowest: np.ndarray, highest: np.ndarray, bits: int, symmetric: bool) -> Grid:
-    """Grids that reach from `lowest` to `highest`."""
-    steps = 2**bits - (2 if symmetric else 1)
-    width = highest - lowest
-    exact = np.where(width > 0, width / steps, np.float32(1))
-    scales = np.maximum(exact.astype(np.float16).astype(np.float32), SMALLEST_SCALE)
-    if symmetric:
+def _grid(lowest: np.ndarray, highest: np.ndarray, bits: int, steps: int, zero: Zero) -> Grid:
+    """Grids that reach from `lowest` to `highest` and have 0 among their points."""
+    scales = _scales(highest - lowest, steps)
+    if zero == "sym":
         return Grid(scales, np.full(scales.shape, 2 ** (bits - 1), np.float32), bits)
     return Grid(scales, np.clip(np.rint(-lowest / scales), 0, steps).astype(np.float32), bits)
+
+
+def _offset_grid(lowest: np.ndarray, highest: np.ndarray, bits: int, steps: int) -> Grid:
+    """Grids that begin at `lowest` and reach `highest` in so many steps."""
+    scales = _scales(highest - lowest, steps)
+    return Grid(scales, -_as_float16(lowest) / scales, bits)
+
+
+def _scales(width: np.ndarray, steps: int) -> np.ndarray:
+    exact = np.where(width > 0, width / steps, np.float32(1))
+    return np.maximum(_as_float16(exact), SMALLEST_SCALE)
+
+
+def _as_float16(numbers: np.ndarray) -> np.ndarray:
+    """The nearest numbers of float16, in float32."""
+    return numbers.astype(np.float16).astype(np.float32)
 
 
 def _squared_error(grid: Grid, padded: np.ndarray, cost: np.ndarray) -> np.ndarray:

@@ -51,9 +51,7 @@ def round_with_feedback(
     hessian = damped(moment)
     values = weight.detach().float().numpy()
     columns, width = values.shape[1], style.width(values.shape[1])
-    grid = fit_grid(
-        values, style.bits, width, symmetric=style.symmetric, importance=np.diagonal(hessian)
-    )
+    grid = fit_grid(values, style.bits, width, zero=style.zero, importance=np.diagonal(hessian))
     order = falling(hessian)
     upper = _inverse_of(upper_root(hessian[np.ix_(order, order)]))
     spread = _spread(grid, width, order)
@@ -63,9 +61,7 @@ def round_with_feedback(
             values[start:stop], spread.rows(slice(start, stop)), upper, sensitivity
         )
     back = codes[:, np.argsort(order)]
-    return on_grid(
-        _padded_codes(back, grid, width), grid, symmetric=style.symmetric, columns=columns
-    )
+    return on_grid(_padded_codes(back, grid, width), grid, zero=style.zero, columns=columns)
 
 
 @dataclass(frozen=True)
@@ -142,8 +138,9 @@ def _along_rows(
         stop = min(start + COLUMNS_AT_ONCE, len(moved))
         steps = np.empty_like(moved[start:stop])
         for j in range(start, stop):
-            code = np.rint(moved[j] / scales[j])
+            code = moved[j] / scales[j]
             code += zeros[j]
+            np.rint(code, out=code)
             np.clip(code, 0, spread.largest, out=code)
             codes[j] = code
             rounded[j] = (code - zeros[j]) * scales[j]
@@ -155,11 +152,12 @@ def _along_rows(
 
 
 def _padded_codes(codes: np.ndarray, grid: Grid, width: int) -> np.ndarray:
-    """[m, n] as [m, blocks, width]; what fills the last block stands for zero."""
+    """[m, n] as [m, blocks, width]; what fills the last block stands for zero, or is near it."""
     padded = pad_to_blocks(codes, width)
     filling = padded.shape[1] * width - codes.shape[1]
     if filling:
-        padded[:, -1, width - filling :] = grid.zero_points[:, -1, None]
+        nearest_zero = np.rint(grid.zero_points[:, -1, None]).clip(0, 2**grid.bits - 1)
+        padded[:, -1, width - filling :] = nearest_zero
     return padded
 
 

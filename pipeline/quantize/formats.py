@@ -1,16 +1,24 @@
 """Formats of few bits: how many, how many weights share a scale, and which runtimes take them.
 
-A matrix [m, n] is cut along its rows into blocks of neighbouring inputs; each block has a scale
-and, where the format is not symmetric, a zero point.
+A matrix [m, n] is cut along its rows into blocks of neighbouring inputs; each block has a scale,
+and what the codes are counted from is one of
+
+    sym     w = (code - 2^(bits - 1)) * scale
+    asym    w = (code - zero point) * scale, the zero point itself a code
+    offset  w = code * scale + offset, any number: what GGUF's Q4_0, Q4_1 and Q4_K hold
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 SCALE_BYTES = 2
 DEFAULT_RUNTIME = "cpu"
 BITS = (2, 3, 4, 6, 8)
+
+Zero = Literal["sym", "asym", "offset"]
+ZEROS: tuple[Zero, ...] = get_args(Zero)
 
 
 @dataclass(frozen=True)
@@ -20,18 +28,23 @@ class Format:
     Attributes:
         bits: of a code.
         block: weights of a row that share a scale; 0 for the whole row ("per channel").
-        symmetric: without zero points.
+        zero: what codes are counted from.
     """
 
     bits: int
     block: int
-    symmetric: bool
+    zero: Zero
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether a block has a scale alone."""
+        return self.zero == "sym"
 
     @property
     def name(self) -> str:
         """`int4-b32-asym`, as plans and messages write it."""
         block = f"b{self.block}" if self.block else "row"
-        return f"int{self.bits}-{block}-{'sym' if self.symmetric else 'asym'}"
+        return f"int{self.bits}-{block}-{self.zero}"
 
     def width(self, columns: int) -> int:
         """Weights in a block of a matrix of so many columns."""
@@ -42,11 +55,11 @@ class Format:
         return -(-columns // self.width(columns))
 
     def stored_bytes(self, rows: int, columns: int, scale_bytes: int = SCALE_BYTES) -> int:
-        """Bytes of codes, scales and zero points of a matrix, with what fills the last block."""
+        """Bytes of codes, scales, and zero points or offsets, with what fills the last block."""
         blocks = self.blocks(columns)
         code_bytes = rows * -(-blocks * self.width(columns) * self.bits // 8)
-        zero_bytes = 0 if self.symmetric else rows * -(-blocks * self.bits // 8)
-        return code_bytes + zero_bytes + rows * blocks * scale_bytes
+        zero_bytes = {"sym": 0, "asym": -(-blocks * self.bits // 8), "offset": blocks * scale_bytes}
+        return code_bytes + rows * (zero_bytes[self.zero] + blocks * scale_bytes)
 
 
 def parse_format(name: str) -> Format:
@@ -56,14 +69,15 @@ def parse_format(name: str) -> Format:
         ValueError: no such format; says how they are written.
     """
     try:
-        kind, block, symmetry = name.split("-")
+        kind, block, word = name.split("-")
         bits = int(kind.removeprefix("int"))
         width = 0 if block == "row" else int(block.removeprefix("b"))
     except ValueError:
         raise ValueError(f"{name!r} is no format: write int4-b32-asym or int8-row-sym") from None
-    if bits not in BITS or width < 0 or symmetry not in ("sym", "asym"):
-        raise ValueError(f"{name!r}: bits are one of {BITS}, the last word is sym or asym")
-    return Format(bits, width, symmetry == "sym")
+    zero = next((zero for zero in ZEROS if zero == word), None)
+    if bits not in BITS or width < 0 or zero is None:
+        raise ValueError(f"{name!r}: bits are one of {BITS}, the last word of {', '.join(ZEROS)}")
+    return Format(bits, width, zero)
 
 
 @dataclass(frozen=True)

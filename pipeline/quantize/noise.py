@@ -78,7 +78,7 @@ def expected_noise(
     sample = np.linspace(0, rows - 1, min(rows, SAMPLED_ROWS)).round().astype(int)
     values, width = weight.detach().float().numpy()[sample], style.width(columns)
     importance = inputs.importance
-    grid = fit_grid(values, style.bits, width, symmetric=style.symmetric, importance=importance)
+    grid = fit_grid(values, style.bits, width, zero=style.zero, importance=importance)
     pivots = pad_to_blocks(inputs.pivots[None], width)
     if style.bits >= BITS_TO_CLIP:
         by_row = (np.square(grid.scales) / 12 * pivots.sum(axis=-1)).sum(axis=-1)

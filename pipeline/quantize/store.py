@@ -1,7 +1,7 @@
 """A matrix in few bits as the tensors that a checkpoint holds, and back.
 
-`{name}.codes`, `{name}.scales` and, in formats that have them, `{name}.zero_points`, as
-`pipeline.compress.modeling_skipcat.FewBits` registers them.
+`{name}.codes`, `{name}.scales` and, in formats that have them, `{name}.zero_points` or
+`{name}.offsets`, as `pipeline.compress.modeling_skipcat.FewBits` registers them.
 """
 
 from __future__ import annotations
@@ -13,17 +13,24 @@ from pipeline.quantize.blocks import Blocks
 from pipeline.quantize.formats import Format
 from pipeline.quantize.pack import pack_codes, unpack_codes
 
-CODES, SCALES, ZERO_POINTS = "codes", "scales", "zero_points"
+CODES, SCALES, ZERO_POINTS, OFFSETS = "codes", "scales", "zero_points", "offsets"
 
 
 def stored_tensors(blocks: Blocks) -> dict[str, torch.Tensor]:
-    """Codes uint8 [m, bytes], scales int16 [m, blocks], zero points uint8 [m, bytes] or none."""
+    """A matrix in few bits as a checkpoint holds it.
+
+    Returns:
+        codes uint8 [m, bytes], scales int16 [m, blocks], and, in formats that have them, zero
+        points uint8 [m, bytes] or offsets int16 [m, blocks].
+    """
     rows = len(blocks.codes)
     tensors = {
         CODES: torch.from_numpy(pack_codes(blocks.codes.reshape(rows, -1), blocks.bits)),
-        SCALES: torch.from_numpy(blocks.scales.astype(np.float16).view(np.int16)),
+        SCALES: _float16_bits(blocks.scales),
     }
-    if blocks.zero_points is not None:
+    if blocks.has_offsets:
+        tensors[OFFSETS] = _float16_bits(blocks.offsets)
+    elif blocks.zero_points is not None:
         tensors[ZERO_POINTS] = torch.from_numpy(pack_codes(blocks.zero_points, blocks.bits))
     return tensors
 
@@ -38,9 +45,11 @@ def blocks_of(tensors: dict[str, torch.Tensor], style: Format, columns: int) -> 
     """
     width, count = style.width(columns), style.blocks(columns)
     codes = unpack_codes(tensors[CODES].numpy(), style.bits, count * width)
-    scales = tensors[SCALES].numpy().view(np.float16).astype(np.float32)
+    scales = _from_float16_bits(tensors[SCALES])
     zero_points = None
-    if not style.symmetric:
+    if style.zero == "offset":
+        zero_points = -_from_float16_bits(tensors[OFFSETS]) / scales
+    elif style.zero == "asym":
         zero_points = unpack_codes(tensors[ZERO_POINTS].numpy(), style.bits, count)
     return Blocks(codes.reshape(len(codes), count, width), scales, zero_points, style.bits, columns)
 
@@ -50,3 +59,11 @@ def rows_of(blocks: Blocks, start: int, stop: int) -> Blocks:
     zero_points = None if blocks.zero_points is None else blocks.zero_points[start:stop]
     part = blocks.codes[start:stop], blocks.scales[start:stop], zero_points
     return Blocks(*part, blocks.bits, blocks.columns)
+
+
+def _float16_bits(numbers: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(numbers.astype(np.float16).view(np.int16))
+
+
+def _from_float16_bits(bits: torch.Tensor) -> np.ndarray:
+    return bits.numpy().view(np.float16).astype(np.float32)

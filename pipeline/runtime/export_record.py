@@ -38,6 +38,8 @@ class ExportRecord:
             bits the export rounds the matrices to.
         accuracy_level: of ONNX Runtime's products in few bits: 4 rounds their inputs to 8 bits, 0
             does not; None where there are none.
+        exact_weights: whether the export kept the checkpoint's matrices as they are, up to the
+            last bits of float16.
         task: what the graph does.
         pixel_values: channels, height and width of an image; empty for a language model.
         classes: width of an image classifier's logits; 0 for a language model.
@@ -54,6 +56,7 @@ class ExportRecord:
     pixel_values: tuple[int, ...] = ()
     classes: int = 0
     accuracy_level: int | None = None
+    exact_weights: bool = False
 
 
 def read_export_record(folder: Path, tasks: tuple[Task, ...] = (TEXT,)) -> ExportRecord:
@@ -117,6 +120,7 @@ def parse_record(fields: Any, path: Path) -> ExportRecord:
         **known_fields,
         weights=str(fields.get("weights", "float")),
         accuracy_level=fields.get("accuracy_level"),
+        exact_weights=fields.get("exact_weights") is True,
         task=task,
     )
 

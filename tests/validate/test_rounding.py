@@ -165,6 +165,7 @@ def test_a_broken_report_is_refused(tmp_path: Path) -> None:
         ("float", None, "float32", SAME_IN_FLOAT32),
         ("int8", 4, "float32", NEAR_IN_INTEGERS),
         ("int4", 4, "float32", Tolerance()),
+        ("int4-offset", 4, "float32", Tolerance()),
     ],
 )
 def test_an_export_is_held_to_what_its_products_can_keep(
@@ -172,3 +173,10 @@ def test_an_export_is_held_to_what_its_products_can_keep(
 ) -> None:
     record = ExportRecord("cpu", dtype, "", weights=weights, accuracy_level=accuracy_level)
     assert onnx_tolerance(record) == expected
+
+
+def test_an_export_whose_4_bits_round_nothing_is_held_to_what_its_products_can_keep() -> None:
+    record = ExportRecord(
+        "cpu", "float32", "", weights="int4-offset", accuracy_level=4, exact_weights=True
+    )
+    assert onnx_tolerance(record) == NEAR_IN_INTEGERS

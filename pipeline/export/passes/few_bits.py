@@ -5,7 +5,8 @@
     Gather(W, ids), W the head's -> GatherBlockQuantized(Q(W), ids), from the same bytes
 
 Q rounds in blocks along a row (`pipeline.quantize.blocks`). The node multiplies integers: it rounds
-its input to 8 bits, too, in the same blocks (accuracy_level 4), which makes it fast on CPUs.
+its input to 8 bits, too, in the same blocks (accuracy_level 4), which makes it fast on CPUs. What
+formats with offsets have beyond that is in `pipeline.export.passes.offsets`.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from pipeline.export.passes.lay_out import (
     split_between,
     take_place,
 )
+from pipeline.export.passes.look_up import look_up_rows
+from pipeline.export.passes.offsets import BlockSums, add_rests, rests_of
 from pipeline.export.passes.stored_codes import (
     alone_in_few_bits,
     codes_of,
@@ -43,10 +46,12 @@ INTEGER_PRODUCTS = 4
 
 # Measured (docs/cpu.md): the node rounds its input in the blocks of the weights, which costs more
 # than rounding the weights does; blocks of 16 make that small. The head's input needs them less.
-INT8 = Format(8, 16, True)
-INT4 = Format(4, 32, False)
-HEAD = Format(8, 64, True)
-FORMATS = {"int8": INT8, "int4": INT4}
+INT8 = Format(8, 16, "sym")
+INT4 = Format(4, 32, "asym")
+INT4_OFFSET = Format(4, 32, "offset")
+OFFSET = "int4-offset"
+HEAD = Format(8, 64, "sym")
+FORMATS = {"int8": INT8, "int4": INT4, OFFSET: INT4_OFFSET}
 
 
 class Rounder:
@@ -63,9 +68,7 @@ class Rounder:
                 self._last = (name, moved_rows(stored, stacked_rows))
             else:
                 stacked = np.concatenate([_array_of(weight) for weight in weights])
-                blocks = quantize_blocks(
-                    stacked, style.bits, style.block, symmetric=style.symmetric
-                )
+                blocks = quantize_blocks(stacked, style.bits, style.block, zero=style.zero)
                 self._last = (name, blocks)
         return self._last[1]
 
@@ -86,6 +89,7 @@ class _Pass:
         accuracy: `accuracy_level` of the nodes.
         rounder: of their weights.
         counts: how many nodes there are of each kind.
+        sums: of inputs, for formats with offsets.
     """
 
     graph: ir.Graph
@@ -93,6 +97,9 @@ class _Pass:
     accuracy: int
     rounder: Rounder = field(default_factory=Rounder)
     counts: Counter[str] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        self.sums = BlockSums(self.graph)
 
     def format_of(self, weights: list[ir.Value], other: Format | None) -> Format | None:
         """The format that weights are stored in, or `other`."""
@@ -141,13 +148,10 @@ def quantize_linears(
 def _linear(work: _Pass, node: ir.Node, style: Format) -> None:
     x, weight = node.inputs
     gathers = [user for user, _ in weight.uses() if user.op_type == "Gather"]
-    product, codes = _product(work, node, x, [weight], weight.name, style)
     bias = _bias_behind(node)
-    last = node if bias is None else bias[0]
-    if bias is not None:
-        product.resize_inputs(6)
-        product.replace_input_with(5, bias[1])
-    take_place(last, product.outputs[0])
+    last, vector = (node, None) if bias is None else bias
+    product, codes = _product(work, node, x, [weight], weight.name, style, vector)
+    take_place(last, product)
     for gather in gathers:
         _embedding(work, gather, weight, codes, style)
     work.graph.remove([last, node] if last is not node else node, safe=True)
@@ -173,11 +177,12 @@ def _product(
     weights: list[ir.Value],
     name: str,
     style: Format,
-) -> tuple[ir.Node, ir.Value]:
-    """MatMulNBits of x with stacked weights, inserted before a node; and the value of its codes."""
+    bias: ir.Value | None = None,
+) -> tuple[ir.Value, ir.Value]:
+    """The product of x with stacked weights, inserted before a node, and the value of its codes."""
     rows, columns = sum(weight_shape(w)[0] for w in weights), weight_shape(weights[0])[1]
     name = name.removesuffix(".weight")
-    kinds = ("codes", "scales") if style.symmetric else ("codes", "scales", "zeros")
+    kinds = ("codes", "scales", "zeros") if style.zero == "asym" else ("codes", "scales")
     inputs = [x, *(_part(work, name, kind, style, weights) for kind in kinds)]
     sizes = {"K": columns, "N": rows, "bits": style.bits, "block_size": style.block}
     node = ir.node(
@@ -187,14 +192,22 @@ def _product(
         domain=CONTRIB,
         name=name,
     )
-    node.outputs[0].name = f"{name}.output"
+    if bias is not None:
+        node.resize_inputs(6)
+        node.replace_input_with(5, bias)
+    product = node.outputs[0]
+    product.name = f"{name}.output"
     work.graph.insert_before(before, node)
     work.counts[f"MatMulNBits {style.bits}"] += 1
-    return node, inputs[1]
+    if style.zero == "offset":
+        rests = _part(work, name, "rests", style, weights)
+        sums = work.sums(x, columns, style.block)
+        product = add_rests(work.graph, before, product, sums, rests)
+    return product, inputs[1]
 
 
 def _part(work: _Pass, name: str, kind: str, style: Format, weights: list[ir.Value]) -> ir.Value:
-    """Codes, scales or zeros of stacked weights, as MatMulNBits wants them."""
+    """Codes, scales or zeros of stacked weights as MatMulNBits wants them, or their rests."""
     rows, columns = sum(weight_shape(w)[0] for w in weights), weight_shape(weights[0])[1]
     blocks = style.blocks(columns)
     bytes_, float_ = ir.DataType.UINT8, ir.DataType.FLOAT
@@ -202,6 +215,7 @@ def _part(work: _Pass, name: str, kind: str, style: Format, weights: list[ir.Val
         "codes": ((rows, blocks, style.block * style.bits // 8), bytes_, _codes),
         "scales": ((rows * blocks,), float_, lambda found: found.scales),
         "zeros": ((rows * -(-blocks * style.bits // 8),), bytes_, _zeros),
+        "rests": ((blocks, rows), float_, lambda found: rests_of(found).T),
     }
     shape, dtype, of = parts[kind]
 
@@ -221,7 +235,7 @@ def _any_product(
     """The product of x with stacked weights: in few bits, or as numbers where nothing says so."""
     style = work.format_of(weights, work.style)
     if style is not None:
-        return _product(work, before, x, weights, name, style)[0].outputs[0]
+        return _product(work, before, x, weights, name, style)[0]
     rows, columns = sum(weight_shape(w)[0] for w in weights), weight_shape(weights[0])[1]
     turned = derived_weight(
         work.graph,
@@ -248,47 +262,9 @@ def _zeros(blocks: Blocks) -> np.ndarray:
 def _embedding(
     work: _Pass, gather: ir.Node, weight: ir.Value, codes: ir.Value, style: Format
 ) -> None:
-    """Look rows up in the head's codes; [B, S, blocks, block], then joined again."""
-    graph = work.graph
-    rows, columns = weight_shape(weight)
-    blocks, name = style.blocks(columns), weight.name.removesuffix(".weight")
-    parts = [("row_scales", ir.DataType.FLOAT, "scales")]
-    if not style.symmetric:
-        parts.append(("row_zeros", ir.DataType.UINT8, "zero_points"))  # here one to a byte
-    tables = [
-        derived_weight(
-            graph,
-            f"{name}.{kind}",
-            [],
-            (rows, blocks, 1),
-            lambda of=of: getattr(work.rounder(name, style, [weight]), of)[..., None],
-            dtype,
-        )
-        for kind, dtype, of in parts
-    ]
-    sizes = {"bits": style.bits, "block_size": style.block, "gather_axis": 0, "quantize_axis": 2}
-    looked_up = ir.node(
-        "GatherBlockQuantized", [codes, gather.inputs[1], *tables], sizes, domain=CONTRIB
-    )
-    joined = ir.node(
-        "Reshape",
-        [looked_up.outputs[0], new_constant(graph, "row", np.array([0, 0, -1], np.int64))],
-    )
-    graph.insert_before(gather, [looked_up, joined])
-    looked_up.outputs[0].name, joined.outputs[0].name = f"{name}.blocks", f"{name}.row"
-    whole = joined.outputs[0]
-    if blocks * style.block != columns:
-        end = new_constant(graph, "row.width", np.array([columns], np.int64))
-        starts, axes = (
-            new_constant(graph, f"row.{kind}", np.array([number], np.int64))
-            for kind, number in (("start", 0), ("axis", 2))
-        )
-        cut = ir.node("Slice", [whole, starts, end, axes])
-        graph.insert_before(gather, cut)
-        cut.outputs[0].name = f"{name}.cut"
-        whole = cut.outputs[0]
-    take_place(gather, whole)
-    graph.remove(gather, safe=True)
+    """Look rows up in the codes of a matrix."""
+    name = weight.name.removesuffix(".weight")
+    look_up_rows(work.graph, gather, codes, style, lambda: work.rounder(name, style, [weight]))
 
 
 def _block_skip(work: _Pass, nodes: list[ir.Node]) -> None:

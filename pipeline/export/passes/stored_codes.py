@@ -71,7 +71,7 @@ def note_moved_rows(
 
 
 def moved_rows(parts: Sequence[Blocks], function: Callable[..., np.ndarray]) -> Blocks:
-    """Codes, scales and zero points of one format, each moved by a function that moves rows."""
+    """Codes of one format with all that goes with them, moved by a function that moves rows."""
     zeros = [part.zero_points for part in parts if part.zero_points is not None]
     return Blocks(
         function(*(part.codes for part in parts)),

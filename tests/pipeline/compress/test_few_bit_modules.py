@@ -41,6 +41,8 @@ FORMATS = (
     "int6-b32-asym",
     "int8-row-sym",
     "int8-b16-asym",
+    "int4-b16-offset",
+    "int2-b32-offset",
 )
 ROWS, COLUMNS = 12, 50  # the last block is not full
 GENERATOR = torch.Generator().manual_seed(0)
@@ -53,7 +55,7 @@ TABLE = "model.embed_tokens"
 def codes_in(style: str, weight: torch.Tensor = WEIGHT) -> Blocks:
     form = parse_format(style)
     width = form.width(weight.shape[1])
-    return quantize_blocks(weight.numpy(), form.bits, width, symmetric=form.symmetric)
+    return quantize_blocks(weight.numpy(), form.bits, width, zero=form.zero)
 
 
 def filled(module: FewBitLinear | FewBitEmbedding, codes: Blocks) -> None:

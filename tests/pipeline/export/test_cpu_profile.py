@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from pipeline.compress.recipe import compress_to_folder
 from pipeline.compress.request import CompressRequest
 from pipeline.errors import InputError, UsageError
 from pipeline.export.export import ExportRequest, export_folder
+from pipeline.quantize.blocks import dequantize_blocks, quantize_blocks
 from pipeline.runtime.cpu_session import CpuSession
 from pipeline.runtime.generate import generate
 from tests.families import save_family
@@ -103,6 +105,84 @@ def test_few_bits_stay_close_to_torch(
     assert "MatMul" not in optypes(tmp_path / "onnx")
     assert record["weights"] == weights
     assert sum(record["quantized"].values()) == optypes(tmp_path / "onnx").count("MatMulNBits")
+
+
+def on_grids(weight: torch.Tensor) -> torch.Tensor:
+    """The matrix as a file in GGUF's Q4_1 would give it back."""
+    blocks = quantize_blocks(weight.detach().numpy(), 4, 32, zero="offset")
+    return torch.from_numpy(dequantize_blocks(blocks))
+
+
+@pytest.fixture(scope="module")
+def from_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense checkpoint of a model whose layers have been in 4 bits with offsets."""
+    folder = save_family(tmp_path_factory.mktemp("gguf") / "model", "llama", head_dim=16)
+    model = load_checkpoint(folder, dtype=torch.float32)
+    with torch.no_grad():
+        for module in model.model.layers.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.weight.copy_(on_grids(module.weight))
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_weights_that_are_on_grids_of_4_bits_are_stored_in_4_bits_and_it_is_said(
+    from_gguf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = export_folder(from_gguf, tmp_path / "onnx", ExportRequest("cpu", max_length=48))
+    assert (record["weights"], record["exact_weights"]) == ("int4-offset", True)
+    assert set(record["quantized"]) == {"MatMulNBits 4", "MatMulNBits 8"}  # 8: the head
+    assert "4 bits round nothing" in capsys.readouterr().err
+    logits = in_pieces(CpuSession(tmp_path / "onnx"), [9, 10, 11])
+    assert cosine(logits, torch_logits(from_gguf)) > 0.999
+
+
+def test_4_bits_with_offsets_round_nothing_but_the_head(from_gguf: Path, tmp_path: Path) -> None:
+    """In float products, against a model whose head is what 8 bits stand for."""
+    request = ExportRequest("cpu", max_length=48, products="float")
+    export_folder(from_gguf, tmp_path / "onnx", request)
+    model = load_checkpoint(from_gguf, dtype=torch.float32)
+    tables = [model.get_output_embeddings()]
+    if model.config.tie_word_embeddings:
+        tables.append(model.get_input_embeddings())
+    with torch.no_grad():
+        for table in tables:
+            blocks = quantize_blocks(table.weight.detach().numpy(), 8, 64, zero="sym")
+            table.weight = torch.nn.Parameter(torch.from_numpy(dequantize_blocks(blocks)))
+        expected = model(torch.from_numpy(IDS)).logits.numpy()
+    found = in_pieces(CpuSession(tmp_path / "onnx"), [9, 10, 11])
+    np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_what_is_asked_for_goes_before_what_rounds_nothing(
+    weights: str, from_gguf: Path, tmp_path: Path
+) -> None:
+    request = ExportRequest("cpu", max_length=48, weights=weights)
+    record = export_folder(from_gguf, tmp_path / "onnx", request)
+    assert (record["weights"], record["exact_weights"]) == (weights, False)
+
+
+def test_other_weights_are_not_taken_for_such(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    source = checkpoints["llama dense"]
+    record = export_folder(source, tmp_path / "onnx", ExportRequest("cpu", max_length=48))
+    assert (record["weights"], record["exact_weights"]) == ("int8", False)
+    request = ExportRequest("cpu", max_length=48, weights="int4-offset")
+    record = export_folder(source, tmp_path / "four", request)
+    assert (record["weights"], record["exact_weights"]) == ("int4-offset", False)
+    logits = in_pieces(CpuSession(tmp_path / "four"), [9, 10, 11])
+    assert cosine(logits, torch_logits(source)) > 0.88
+
+
+def test_the_sums_of_an_input_are_computed_once_for_all_products(
+    from_gguf: Path, tmp_path: Path
+) -> None:
+    export_folder(from_gguf, tmp_path / "onnx", ExportRequest("cpu", max_length=48))
+    graph = onnx.load(tmp_path / "onnx" / "model.onnx", load_external_data=False).graph
+    products = Counter(n.input[0] for n in graph.node if n.op_type == "MatMulNBits")
+    sums = Counter(n.input[0] for n in graph.node if ".sums." in n.name)
+    assert max(products.values()) > 1
+    assert set(sums.values()) == {1}
 
 
 def test_a_tied_embedding_is_read_from_the_heads_codes(

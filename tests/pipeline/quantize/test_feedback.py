@@ -36,7 +36,7 @@ def _lost(blocks: Blocks, sensitivity: torch.Tensor | None = None) -> float:
 
 
 def _nearest() -> Blocks:
-    return quantize_blocks(WEIGHT.numpy(), STYLE.bits, STYLE.block, symmetric=STYLE.symmetric)
+    return quantize_blocks(WEIGHT.numpy(), STYLE.bits, STYLE.block, zero=STYLE.zero)
 
 
 def test_feedback_along_rows_loses_less_than_half_of_rounding_to_the_nearest() -> None:
@@ -57,7 +57,7 @@ def test_one_step_of_feedback_is_the_least_squares_answer() -> None:
     error = 0.3 - values[0]
     # d/dw2 of e^T S e = 0: w2 - q2 = -(S12 / S22) e1, S22 damped by a hundredth of the mean.
     best = 0.2 + error * 1.0 / (1.0 + 0.015)
-    step = quantize_blocks(weight.numpy(), 8, 16, symmetric=True).scales[0, 0]
+    step = quantize_blocks(weight.numpy(), 8, 16, zero="sym").scales[0, 0]
     assert abs(values[1] - best) <= step / 2 * (1 + 1e-5)
 
 

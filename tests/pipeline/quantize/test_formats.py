@@ -5,12 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pipeline.quantize.blocks import quantize_blocks
-from pipeline.quantize.formats import BITS, RUNTIMES, Format, parse_format
-from pipeline.quantize.pack import pack_codes
+from pipeline.quantize.blocks import dequantize_blocks, quantize_blocks
+from pipeline.quantize.formats import BITS, RUNTIMES, ZEROS, Format, Zero, parse_format
+from pipeline.quantize.store import blocks_of, stored_tensors
 
 
-@pytest.mark.parametrize("name", ["int4-b32-asym", "int8-row-sym", "int3-b64-sym"])
+@pytest.mark.parametrize(
+    "name", ["int4-b32-asym", "int8-row-sym", "int3-b64-sym", "int4-b32-offset"]
+)
 def test_a_format_is_found_by_its_name(name: str) -> None:
     assert parse_format(name).name == name
 
@@ -23,16 +25,17 @@ def test_other_names_are_refused(name: str) -> None:
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("block", [0, 16, 32])
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_stored_bytes_are_those_of_the_packed_arrays(
-    bits: int, block: int, symmetric: bool
+@pytest.mark.parametrize("zero", ZEROS)
+def test_stored_bytes_are_those_of_the_stored_tensors_and_nothing_is_lost_in_them(
+    bits: int, block: int, zero: Zero
 ) -> None:
-    style = Format(bits, block, symmetric)
+    style = Format(bits, block, zero)
     weight = np.random.default_rng(0).normal(size=(5, 72)).astype(np.float32)
-    blocks = quantize_blocks(weight, bits, style.width(72), symmetric=symmetric)
-    codes = pack_codes(blocks.codes.reshape(5, -1), bits).nbytes
-    zeros = 0 if blocks.zero_points is None else pack_codes(blocks.zero_points, bits).nbytes
-    assert style.stored_bytes(5, 72) == codes + zeros + 2 * blocks.scales.size
+    blocks = quantize_blocks(weight, bits, style.width(72), zero=zero)
+    tensors = stored_tensors(blocks)
+    assert style.stored_bytes(5, 72) == sum(tensor.nbytes for tensor in tensors.values())
+    back = blocks_of(tensors, style, 72)
+    np.testing.assert_array_equal(dequantize_blocks(back), dequantize_blocks(blocks))
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)

@@ -1,0 +1,84 @@
+"""Offsets of blocks, as a small product of their own beside one whose codes count from the middle.
+
+w = code * scale + offset is (code - 2^(bits - 1)) * scale + rest, with one `rest` for each block,
+and ONNX Runtime has fast kernels for the first part alone. With s the sums of x over the blocks:
+
+    W x                          = MatMulNBits(x, Q) + rest s
+    rows of W, blocks side by side = GatherBlockQuantized(Q, ids) + rest[ids]
+
+`rest` has one number where W has `block` of them. Sums and their product stay in float32.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from pipeline.export.passes.constants import new_constant
+from pipeline.quantize.blocks import Blocks
+
+
+def rests_of(blocks: Blocks) -> np.ndarray:
+    """What every weight of a block has beyond (code - 2^(bits - 1)) * scale, float32 [m, blocks].
+
+    Of formats with offsets.
+    """
+    middle = np.float32(2 ** (blocks.bits - 1))
+    rests: np.ndarray = blocks.offsets + middle * blocks.scales
+    return rests
+
+
+class BlockSums:
+    """Sums of inputs over blocks of neighbours, computed once however many products read them."""
+
+    def __init__(self, graph: ir.Graph) -> None:
+        self._graph = graph
+        self._sums: dict[tuple[ir.Value, int], ir.Value] = {}
+        self._ones: dict[tuple[int, int], ir.Value] = {}
+
+    def __call__(self, x: ir.Value, columns: int, block: int) -> ir.Value:
+        """Sums [..., blocks] of x [..., columns], the last block being what is left."""
+        key = (x, block)
+        if key not in self._sums:
+            name = f"{x.name}.sums.{block}"
+            node = ir.node("MatMul", [x, self._block_ones(columns, block)], name=name)
+            node.outputs[0].name = name
+            producer = x.producer()
+            if producer is None:
+                self._graph.insert_before(self._graph[0], node)
+            else:
+                self._graph.insert_after(producer, node)
+            self._sums[key] = node.outputs[0]
+        return self._sums[key]
+
+    def _block_ones(self, columns: int, block: int) -> ir.Value:
+        """[columns, blocks], 1 where a column is in a block."""
+        key = (columns, block)
+        if key not in self._ones:
+            blocks = -(-columns // block)
+            ones = np.repeat(np.eye(blocks, dtype=np.float32), block, axis=0)[:columns]
+            self._ones[key] = new_constant(self._graph, f"blocks.{columns}.{block}", ones)
+        return self._ones[key]
+
+
+def add_rests(
+    graph: ir.Graph, before: ir.Node, product: ir.Value, sums: ir.Value, rests: ir.Value
+) -> ir.Value:
+    """Add what a product lacks, sums rests, in nodes inserted before one.
+
+    Args:
+        graph: changed in place.
+        before: the node to insert before.
+        product: [..., m].
+        sums: [..., blocks].
+        rests: a weight [blocks, m].
+
+    Returns:
+        [..., m].
+    """
+    name = f"{product.name}.rest"
+    rest = ir.node("MatMul", [sums, rests], name=name)
+    whole = ir.node("Add", [product, rest.outputs[0]], name=f"{product.name}.whole")
+    rest.outputs[0].name, whole.outputs[0].name = name, whole.name
+    graph.insert_before(before, [rest, whole])
+    return whole.outputs[0]
