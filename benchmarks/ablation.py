@@ -19,12 +19,12 @@ from typing import Any
 
 import click
 import torch
-from machine import describe_machine, load_average
 from recorded_session import RecordedSession
 from rich.table import Table
 from texts import hash_of_text, tokens_of
 
 from pipeline.artefact import write_json
+from pipeline.bench.measure import describe_machine, load_average
 from pipeline.cli.options import result_console
 from pipeline.compress.compress import compress_
 from pipeline.compress.methods import EFFORTS, Fit

@@ -30,10 +30,10 @@ import click
 import torch
 from block_skip_layer import BOUNDS, Kernels, Layer, measure_errors
 from block_skip_ways import Stopwatch, Way, dense_way, our_ways, unfused_way
-from machine import describe_machine
 
 from pipeline.artefact import write_json
 from pipeline.bench.bandwidth import DeviceMemory, HostMemory
+from pipeline.bench.measure import describe_machine
 from pipeline.bench.shapes import Shape, find_shape
 from pipeline.compress.rank import rank_for_kept
 from pipeline.provenance import provenance

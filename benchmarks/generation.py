@@ -27,10 +27,10 @@ from typing import Any
 
 import click
 import numpy as np
-from machine import describe_machine, load_average
 from rich.table import Table
 
 from pipeline.artefact import write_json
+from pipeline.bench.measure import describe_machine, load_average
 from pipeline.cli.options import result_console
 from pipeline.progress import note
 from pipeline.provenance import provenance

@@ -32,9 +32,9 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from machine import describe_machine
 
 from pipeline.artefact import write_json
+from pipeline.bench.measure import describe_machine
 from pipeline.bench.shapes import Shape, empty_model, fill_randomly_, find_shape, shape_plan
 from pipeline.compress.install import group_entries
 from pipeline.compress.modeling_skipcat import stored_layer

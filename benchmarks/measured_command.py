@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-from machine import load_average
 
+from pipeline.bench.measure import load_average
 from pipeline.errors import PipelineError
 
 POLL_SECONDS = 0.05

@@ -25,12 +25,12 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from machine import load_average
 from pareto_report import PLAIN, save_front, show_front
 from quality import Bench, Settings, main_of, open_table, quality_fields, refuse_test_text
 from texts import hash_of_text, tokens_of
 
 from pipeline.artefact import write_json
+from pipeline.bench.measure import load_average
 from pipeline.compress.balance import balance_
 from pipeline.compress.checkpoint import save_checkpoint
 from pipeline.compress.compress import compress_

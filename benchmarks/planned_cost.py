@@ -20,12 +20,12 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from machine import describe_machine
 from quality import main_of
 from scipy.stats import spearmanr
 from texts import hash_of_text, tokens_of
 
 from pipeline.artefact import write_json
+from pipeline.bench.measure import describe_machine
 from pipeline.compress.compress import compress_
 from pipeline.compress.install import group_entries, install_
 from pipeline.compress.methods import Fit

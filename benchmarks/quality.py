@@ -27,12 +27,12 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from machine import describe_machine, load_average
 from quality_report import DENSE, save_chart, show
 from recorded_session import RecordedSession
 from texts import hash_of_text, tokens_of
 
 from pipeline.artefact import write_json
+from pipeline.bench.measure import describe_machine, load_average
 from pipeline.calibrate.text import TokenBatch
 from pipeline.cli.main import explain
 from pipeline.compress.compress import compress_

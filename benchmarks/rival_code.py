@@ -27,12 +27,12 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from machine import describe_machine, load_average
 from rich.table import Table
 from rivals import RIVALS, Trial, commit_of, product_of
 from texts import hash_of_text, tokens_of
 
 from pipeline.artefact import write_json
+from pipeline.bench.measure import describe_machine, load_average
 from pipeline.cli.main import explain
 from pipeline.cli.options import result_console
 from pipeline.compress.compress import compress_

@@ -29,10 +29,10 @@ import click
 import httpx2
 import openai
 import psutil
-from machine import describe_machine, load_average
 from server_load_report import ALLOWED_STATUS, failures, summary, weights_of
 
 from pipeline.artefact import write_json
+from pipeline.bench.measure import describe_machine, load_average
 from pipeline.progress import note, track
 from pipeline.provenance import provenance
 

@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import click
-from machine import describe_machine
 from measured_command import Cost, run_measured
 from rich.table import Table
 
 from pipeline.artefact import folder_bytes, write_json
+from pipeline.bench.measure import describe_machine
 from pipeline.cli.options import result_console
 from pipeline.errors import PipelineError
 from pipeline.progress import note

@@ -16,7 +16,8 @@ from typing import Any
 
 import click
 import torch
-from machine import describe_machine, load_average
+
+from pipeline.bench.measure import describe_machine, load_average
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
