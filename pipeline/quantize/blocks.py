@@ -19,6 +19,8 @@ from pipeline.quantize.formats import Zero
 SHRINKAGES = np.linspace(1.0, 0.7, 16, dtype=np.float32)
 # With so many codes nothing is gained by clipping.
 BITS_TO_CLIP = 6
+# A root mean square error of so many steps is none.
+EXACT_STEPS = np.float32(1e-4)
 SMALLEST_SCALE = np.float32(2.0**-24)
 
 
@@ -137,6 +139,8 @@ def fit_grid(
         return best
     least = _squared_error(best, padded, cost)
     for grid in grids:
+        if (least <= np.square(EXACT_STEPS * best.scales) * cost.sum(axis=-1)).all():
+            break  # the weights were on such grids before
         error = _squared_error(grid, padded, cost)
         better = error < least
         least = np.where(better, error, least)
