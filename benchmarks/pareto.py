@@ -46,17 +46,35 @@ from validate.metrics import perplexity_with_error
 from validate.quality import measure_quality
 
 RESULT = Path(__file__).parent / "results" / "pareto.json"
-# The last four are the bytes of the plain quantisers below.
-BUDGETS = (0.25, 0.18, 0.32, 0.5, 0.14, 0.21, 0.1, 0.4, 0.75, 1.0, 0.2704, 0.207, 0.391, 0.5534)
+# The last five are the bytes of the plain quantisers below.
+BUDGETS = (
+    0.25,
+    0.18,
+    0.32,
+    0.5,
+    0.14,
+    0.21,
+    0.1,
+    0.4,
+    0.75,
+    1.0,
+    0.2704,
+    0.207,
+    0.391,
+    0.5534,
+    0.3555,
+)
 EFFORT, MIX = "fast", 0.5
 # Of the calibration windows, so many are fitted to; the survey has its own 16 of all of them.
 FIT_WINDOWS = 16
-# Weights of the layers, and of the embedding and head, of each plain quantiser.
+# Weights of the layers, and of the embedding and head, of each plain quantiser; about so many bits.
 FORMATS = {
     8: ("int8-b128-sym", "int8-b128-sym"),
     6: ("int6-b64-sym", "int6-b64-sym"),
     4: ("int4-b64-asym", "int4-b64-asym"),
     3: ("int3-b64-asym", "int3-b64-asym"),
+    # 4 bits, a scale and an offset for every 32: as GGUF's Q4_1, which the model came in.
+    5: ("int4-b32-offset", "int8-b64-sym"),
 }
 
 
@@ -94,7 +112,7 @@ class Cell:
 def all_cells() -> list[Cell]:
     """Every row: ours and the quantisers in turn, so that an early end leaves a picture."""
     ours = [Cell("ours", budget) for budget in BUDGETS]
-    plain = [Cell(method, bits) for bits in (4, 3, 8, 6) for method in PLAIN]
+    plain = [Cell(method, bits) for bits in (4, 3, 8, 6, 5) for method in PLAIN]
     paper = [Cell("factors", 0.8), Cell("factors-int8", 0.8)]
     return ours[:4] + plain[:4] + paper + ours[4:] + plain[4:]
 
@@ -203,7 +221,8 @@ def measured_row(bench: Bench, cell: Cell, dense_nlls: np.ndarray) -> dict[str, 
     layers = decoder_structure(model)
     # Of every budget the survey is the same.
     folder = f"survey-{cell.method}" + (f"-{cell.balance:g}" if cell.balance else "")
-    survey = Survey(bench.work / folder, {"text": tokens.describe()["sha256"]})
+    formats = [style.name for style in request.formats]
+    survey = Survey(bench.work / folder, {"text": tokens.describe()["sha256"], "formats": formats})
     started, cpu_started = time.perf_counter(), time.process_time()
     if cell.balance:
         balance_(model, layers, tokens.tokens, cell.balance)

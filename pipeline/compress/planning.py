@@ -54,14 +54,13 @@ def make_plan(
     wanted = given is not None or kept < 1 or request.searches_bits or request.weights is not None
     if method.needs_survey and survey is not None and wanted:
         chosen = spread(tokens, request.resolved_effort.survey_windows)
-        runtime = RUNTIMES[request.runtime]
         survey.measure(
             model,
             layers,
             chosen,
             cat=method.cat,
             seed=request.seed,
-            styles=runtime.formats if request.searches_bits else (),
+            styles=request.formats,
             form="skip" if method.skip else "low_rank",
         )
     if given is not None:

@@ -137,7 +137,8 @@ def _compress_in(
 ) -> tuple[RankPlan, Compressed]:
     """Plan and compress, with all that an interrupted run needs kept in the folder."""
     settings = asdict(request) | {"dtype": str(dtype).removeprefix("torch.")}
-    identity = settings | {"text": tokens.describe()["sha256"]}
+    formats = [style.name for style in request.formats]
+    identity = settings | {"text": tokens.describe()["sha256"], "formats": formats}
     survey = Survey(folder / SURVEY, identity)
     if request.balance:
         balance_(loaded.model, layers, tokens.tokens, request.balance)

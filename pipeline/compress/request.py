@@ -14,7 +14,7 @@ from pipeline.compress.methods import (
     Method,
 )
 from pipeline.errors import UsageError
-from pipeline.quantize.formats import DEFAULT_RUNTIME, RUNTIMES, parse_format
+from pipeline.quantize.formats import DEFAULT_RUNTIME, RUNTIMES, Format, parse_format
 
 SHORTENING = 4
 
@@ -179,6 +179,11 @@ class CompressRequest:
     def searches_bits(self) -> bool:
         """Whether there is a budget of bytes."""
         return self.memory is not None or self.keep_bytes is not None
+
+    @property
+    def formats(self) -> tuple[Format, ...]:
+        """What a search of bits chooses from; nothing where there is none."""
+        return RUNTIMES[self.runtime].formats if self.searches_bits else ()
 
     @property
     def in_few_bits(self) -> bool:
