@@ -62,20 +62,13 @@ class FewBits(nn.Module):
         code_bytes, zero_bytes = (
             -(-count * self.bits // 8) for count in (self.blocks * self.block, self.blocks)
         )
-        self.register_buffer(
-            "codes", torch.zeros(rows, code_bytes, dtype=torch.uint8, device=device)
-        )
-        self.register_buffer(
-            "scales", torch.zeros(rows, self.blocks, dtype=torch.int16, device=device)
-        )
+        widths = {"codes": (code_bytes, torch.uint8), "scales": (self.blocks, torch.int16)}
         if self.zero == "asym":
-            self.register_buffer(
-                "zero_points", torch.zeros(rows, zero_bytes, dtype=torch.uint8, device=device)
-            )
+            widths["zero_points"] = (zero_bytes, torch.uint8)
         elif self.zero == "offset":
-            self.register_buffer(
-                "offsets", torch.zeros(rows, self.blocks, dtype=torch.int16, device=device)
-            )
+            widths["offsets"] = (self.blocks, torch.int16)
+        for name, (width, dtype) in widths.items():
+            self.register_buffer(name, torch.zeros(rows, width, dtype=dtype, device=device))
         self._held: torch.Tensor | None = None
 
     def values(self, dtype: torch.dtype) -> torch.Tensor:

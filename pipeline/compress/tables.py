@@ -118,12 +118,11 @@ def _looked_up_bytes(
         return 0
     rows, columns = owner.weight.shape
     blocks = style.blocks(columns)
-    if style.zero == "offset":
-        return rows * blocks * runtime.scale_bytes * (2 if len(names) > 1 else 0)
-    zeros = 0 if style.symmetric else blocks
+    scales = blocks * runtime.scale_bytes
+    zeros = {"sym": 0, "asym": blocks, "offset": scales}[style.zero]
     if len(names) > 1:
-        return rows * (blocks * runtime.scale_bytes + zeros)
-    return rows * (zeros - -(-zeros * style.bits // 8))
+        return rows * (scales + zeros)
+    return rows * (zeros - style.zero_bytes(columns, runtime.scale_bytes))
 
 
 def table_entries(

@@ -154,9 +154,10 @@ def fit_grid(
 
 def on_grid(codes: np.ndarray, grid: Grid, *, zero: Zero, columns: int) -> Blocks:
     """Codes [m, blocks, block] as they are stored."""
-    stored = grid.zero_points if zero == "offset" else grid.zero_points.astype(np.uint8)
-    kept = None if zero == "sym" else stored
-    return Blocks(codes.astype(np.uint8), grid.scales, kept, grid.bits, columns)
+    stored: np.ndarray | None = None
+    if zero != "sym":
+        stored = grid.zero_points.astype(np.uint8 if zero == "asym" else np.float32)
+    return Blocks(codes.astype(np.uint8), grid.scales, stored, grid.bits, columns)
 
 
 def dequantize_blocks(blocks: Blocks) -> np.ndarray:

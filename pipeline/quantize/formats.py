@@ -58,8 +58,14 @@ class Format:
         """Bytes of codes, scales, and zero points or offsets, with what fills the last block."""
         blocks = self.blocks(columns)
         code_bytes = rows * -(-blocks * self.width(columns) * self.bits // 8)
-        zero_bytes = {"sym": 0, "asym": -(-blocks * self.bits // 8), "offset": blocks * scale_bytes}
-        return code_bytes + rows * (zero_bytes[self.zero] + blocks * scale_bytes)
+        return code_bytes + rows * (self.zero_bytes(columns, scale_bytes) + blocks * scale_bytes)
+
+    def zero_bytes(self, columns: int, scale_bytes: int = SCALE_BYTES) -> int:
+        """Bytes of zero points or offsets in a row of so many columns; an offset is as a scale."""
+        blocks = self.blocks(columns)
+        return {"sym": 0, "asym": -(-blocks * self.bits // 8), "offset": blocks * scale_bytes}[
+            self.zero
+        ]
 
 
 def parse_format(name: str) -> Format:
