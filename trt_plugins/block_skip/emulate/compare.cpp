@@ -84,6 +84,8 @@ struct RandomMatrix
     Buffer<T> scales;
 };
 
+// The size of the error by the size that the output has when its terms have random signs: a sum of few terms
+// may cancel to nothing, and what rounding does to it still has the size of the terms.
 template <typename T>
 double relativeError(Problem const& problem, std::mt19937& random)
 {
@@ -129,13 +131,18 @@ double relativeError(Problem const& problem, std::mt19937& random)
     for (int row = 0; row < problem.rows; ++row)
     {
         std::vector<double> z(static_cast<size_t>(problem.rank));
+        std::vector<double> squares(z.size());
         T const* const from = x.data + static_cast<size_t>(row) * problem.n;
         for (int j = 0; j < problem.rank; ++j)
         {
             z[j] = toFloat(from[index.data[j]]);
+            squares[j] = z[j] * z[j];
             for (int k = 0; k < rest; ++k)
             {
-                z[j] += toFloat(from[index.data[problem.rank + k]]) * a.values[static_cast<size_t>(k) * problem.rank + j];
+                double const term
+                    = toFloat(from[index.data[problem.rank + k]]) * a.values[static_cast<size_t>(k) * problem.rank + j];
+                z[j] += term;
+                squares[j] += term * term;
             }
         }
         for (int j = 0; j < problem.m; ++j)
@@ -143,11 +150,12 @@ double relativeError(Problem const& problem, std::mt19937& random)
             double exact = 0.0;
             for (int k = 0; k < problem.rank; ++k)
             {
-                exact += z[k] * b.values[static_cast<size_t>(k) * problem.m + j];
+                double const factor = b.values[static_cast<size_t>(k) * problem.m + j];
+                exact += z[k] * factor;
+                norm += squares[k] * factor * factor;
             }
             double const difference = toFloat(y.data[static_cast<size_t>(row) * problem.m + j]) - exact;
             error += difference * difference;
-            norm += exact * exact;
         }
     }
     return std::sqrt(error / norm);
