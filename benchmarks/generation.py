@@ -52,6 +52,7 @@ class Engine:
         command: what starts it.
         ours: whether it is this project's.
         turns: what was measured: prompt length -> list of answers.
+        lookup: whether it guesses tokens out of prompt and answer.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Engine:
     ours: bool
     turns: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
     process: subprocess.Popen[str] | None = None
+    lookup: bool = False
 
     def start(self) -> float:
         """Start the process and wait until the model is loaded; seconds."""
@@ -108,6 +110,9 @@ class Engine:
 @click.option("--genai", multiple=True, help="Folder of onnxruntime-genai's builder.")
 @click.option("--llama", help="Folder with node_modules/node-llama-cpp.")
 @click.option("--gguf", help="Model for llama.cpp.")
+@click.option(
+    "--lookup", is_flag=True, help="Once more with guesses out of the text: ours and llama.cpp."
+)
 @click.option("--text", type=click.Path(path_type=Path), required=True, help="To score.")
 @click.option("--tokenizer", type=click.Path(path_type=Path), required=True, help="Folder.")
 @click.option("--threads", type=int, default=2, show_default=True)
@@ -121,6 +126,7 @@ def command(
     genai: tuple[str, ...],
     llama: str | None,
     gguf: str | None,
+    lookup: bool,
     text: Path,
     tokenizer: Path,
     threads: int,
@@ -136,6 +142,12 @@ def command(
     words = load_tokenizer(tokenizer).encode(read[: 20 * CONTEXT * 8], add_special_tokens=False)
     ids = np.array(words)
     engines = make_engines(ours, genai, llama, gguf, threads)
+    if lookup:
+        engines += [
+            Engine(f"{engine.name}, lookup", engine.command, engine.ours, lookup=True)
+            for engine in engines
+            if engine.ours or engine.name == "llama.cpp"
+        ]
     rows = measure(engines, ids, repetitions, new_tokens, windows, window_length)
     record = {
         "schema": SCHEMA,
@@ -196,7 +208,10 @@ def measure(
             for engine in engines:
                 start = repetition * 512
                 turn = engine.ask(
-                    do="generate", ids=ids[start : start + prompt].tolist(), new=new_tokens
+                    do="generate",
+                    ids=ids[start : start + prompt].tolist(),
+                    new=new_tokens,
+                    lookup=engine.lookup,
                 )
                 if repetition:  # the first warms up
                     engine.turns.setdefault(prompt, []).append(turn)
@@ -217,9 +232,9 @@ def cold_and_full(engine: Engine, ids: np.ndarray) -> dict[str, Any]:
     """Seconds from the start of the process to the first token; peak memory of a full context."""
     started = time.perf_counter()
     engine.start()
-    engine.ask(do="generate", ids=ids[:COLD_PROMPT].tolist(), new=1)
+    engine.ask(do="generate", ids=ids[:COLD_PROMPT].tolist(), new=1, lookup=engine.lookup)
     first = time.perf_counter() - started
-    engine.ask(do="generate", ids=ids[: CONTEXT - 16].tolist(), new=15)
+    engine.ask(do="generate", ids=ids[: CONTEXT - 16].tolist(), new=15, lookup=engine.lookup)
     peak = engine.peak_bytes()
     engine.stop()
     return {"cold_first_token_s": first, "peak_bytes_at_2048": peak}

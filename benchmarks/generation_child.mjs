@@ -1,7 +1,7 @@
 // llama.cpp in a process of its own, for generation.py: requests and answers in lines of JSON.
 // Copied beside node_modules when it is run, because that is where node looks for packages.
 import readline from "node:readline";
-import {getLlama, LlamaLogLevel} from "node-llama-cpp";
+import {getLlama, InputLookupTokenPredictor, LlamaLogLevel} from "node-llama-cpp";
 
 const [model_path, threads] = [process.argv[2], Number(process.argv[3])];
 const llama = await getLlama({
@@ -9,7 +9,17 @@ const llama = await getLlama({
 });
 const model = await llama.loadModel({modelPath: model_path});
 const context = await model.createContext({contextSize: 2304, batchSize: 512, threads, sequences: 1});
-const sequence = context.getSequence();
+let guesses = false;
+let sequence = context.getSequence();
+
+// A sequence has its guesses for life.
+function use(lookup) {
+    if (lookup === guesses) return;
+    sequence.dispose();
+    sequence = context.getSequence(lookup ? {tokenPredictor: new InputLookupTokenPredictor()} : {});
+    guesses = lookup;
+}
+
 const say = (answer) => process.stdout.write(JSON.stringify(answer) + "\n");
 
 // Greedy; the first token's time is that of reading the prompt.
@@ -43,6 +53,8 @@ async function score(ids) {
 say({ready: true, features: llama.systemInfo, release: llama.llamaCppRelease});
 for await (const line of readline.createInterface({input: process.stdin})) {
     const request = JSON.parse(line);
+    use(request.lookup ?? false);
+    if (guesses) sequence.tokenPredictor.updateInputTokens(request.ids);
     say(await (request.do === "generate" ? generate(request.ids, request.new) : score(request.ids)));
 }
 process.exit(0);

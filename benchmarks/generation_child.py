@@ -69,8 +69,11 @@ class Genai:
         return np.asarray(self.generator.get_output("logits"))[0]
 
 
-def generate(engine: Ours | Genai, ids: list[int], new: int) -> dict[str, Any]:
+def generate(engine: Ours | Genai, ids: list[int], new: int, lookup: bool) -> dict[str, Any]:
     """Read a prompt and generate greedily; seconds of both."""
+    if lookup:
+        assert isinstance(engine, Ours)
+        return generate_by_lookup(engine.session, ids, new)
     engine.reset(len(ids) + new + 1)
     started = time.perf_counter()
     token = engine.feed(ids)
@@ -82,6 +85,21 @@ def generate(engine: Ours | Genai, ids: list[int], new: int) -> dict[str, Any]:
         token_s.append(time.perf_counter() - started)
         tokens.append(token)
     return {"prefill_s": prefill_s, "token_s": token_s, "tokens": tokens}
+
+
+def generate_by_lookup(session: Any, ids: list[int], new: int) -> dict[str, Any]:
+    """The same, with guesses out of prompt and answer, as `skipcat run` does it."""
+    from pipeline.runtime.generate import generate as generated
+    from pipeline.runtime.lookup import Lookup
+
+    lookup = Lookup(session.row_cost)
+    tokens, times = [], [time.perf_counter()]
+    for token in generated(session, ids, new + 1, lookup=lookup):
+        times.append(time.perf_counter())
+        tokens.append(token)
+    seconds = np.diff(times).tolist()
+    taken = {"drafted": lookup.drafted, "taken": lookup.taken}
+    return {"prefill_s": seconds[0], "token_s": seconds[1:], "tokens": tokens, **taken}
 
 
 def score(engine: Ours | Genai, ids: list[int]) -> dict[str, float]:
@@ -100,7 +118,9 @@ def main() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         if request["do"] == "generate":
-            answer: dict[str, Any] = generate(engine, request["ids"], request["new"])
+            answer: dict[str, Any] = generate(
+                engine, request["ids"], request["new"], request.get("lookup", False)
+            )
         else:
             answer = score(engine, request["ids"])
         print(json.dumps(answer), flush=True)

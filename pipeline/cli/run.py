@@ -82,6 +82,12 @@ class Chat:
     help="Where a checkpoint is computed; cuda: half precision, with the block-skip kernels.",
 )
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of ONNX Runtime.")
+@click.option(
+    "--lookup/--no-lookup",
+    default=True,
+    show_default=True,
+    help="Guess tokens out of the conversation, and check several in one call (profile cpu).",
+)
 @sampling_options
 @options.json_output
 def command(
@@ -94,6 +100,7 @@ def command(
     backend: str,
     device: str,
     threads: int | None,
+    lookup: bool,
     max_new_tokens: int,
     stops: tuple[str, ...],
     seed: int,
@@ -140,7 +147,7 @@ def command(
     if prompt is None and not converse:
         prompt = sys.stdin.read()
     generator = np.random.default_rng(seed)
-    model = open_model(folder, backend, threads, device)
+    model = open_model(folder, backend, threads, device, lookup)
 
     def ask(prompt_ids: list[int], emit: Callable[[str], None]) -> Answer:
         return model.generate(prompt_ids, max_new_tokens, how, stops, generator, emit)
@@ -161,12 +168,12 @@ def require_sensible(raw: bool, system: str | None, conversation_as_json: bool) 
 
 
 def open_model(
-    folder: Path, backend: str, threads: int | None, device: str = "cpu"
+    folder: Path, backend: str, threads: int | None, device: str = "cpu", lookup: bool = True
 ) -> LanguageModel:
     """Load tokenizer and session of `folder`."""
     from pipeline.runtime.language_model import LanguageModel
 
-    return LanguageModel.open(folder, backend, threads, device)
+    return LanguageModel.open(folder, backend, threads, device, lookup)
 
 
 def answer_once(chat: Chat, prompt: str, as_json: bool) -> None:
@@ -209,6 +216,8 @@ def write_text(text: str) -> None:
 def report(chat: Chat, result: Answer) -> None:
     """Say on stderr how fast it was, and if the answer was cut short."""
     rate = "" if result.tokens_per_s is None else f", {result.tokens_per_s:.1f} tokens/s"
+    if result.drafted_tokens:
+        rate += f", {result.taken_tokens} of {result.drafted_tokens} guessed tokens taken"
     click.echo(
         f"[{chat.model.name}: {result.prompt_tokens} + {result.new_tokens} tokens, "
         f"first after {result.first_token_s:.2f} s{rate}]",

@@ -11,6 +11,7 @@ import numpy as np
 
 from pipeline.runtime.detokenize import Decoder, Detokenizer
 from pipeline.runtime.generate import generate
+from pipeline.runtime.lookup import Lookup
 from pipeline.runtime.sample import Sampling
 from pipeline.runtime.session import Session
 from pipeline.runtime.stop import StopStrings
@@ -27,6 +28,8 @@ class Answer:
         new_tokens: length of the answer.
         first_token_s: seconds to the first token (reading the prompt).
         tokens_per_s: tokens after the first, per second; None for fewer than two.
+        drafted_tokens: tokens that were guessed, for a call to read several; 0 without a lookup.
+        taken_tokens: how many of them were right.
         ended: `stop` (a stop token or string), `length` (the limit asked for) or `context` (the
             cache is full).
     """
@@ -36,6 +39,8 @@ class Answer:
     new_tokens: int
     first_token_s: float
     tokens_per_s: float | None
+    drafted_tokens: int
+    taken_tokens: int
     ended: str
 
     def to_json(self) -> dict[str, Any]:
@@ -54,6 +59,7 @@ def answer(
     generator: np.random.Generator,
     emit: Callable[[str], None],
     stops: Sequence[str] = (),
+    lookup: Lookup | None = None,
 ) -> Answer:
     """Generate an answer and pass its text to `emit` piece by piece, up to the first of `stops`.
 
@@ -69,7 +75,7 @@ def answer(
             pieces.append(text)
             emit(text)
 
-    ids = generate(session, prompt_ids, max_new_tokens, sampling, stop_ids, generator)
+    ids = generate(session, prompt_ids, max_new_tokens, sampling, stop_ids, generator, lookup)
     for token in ids:
         times_s.append(time.perf_counter())
         put(watcher.push(detokenizer.push(token)))
@@ -85,6 +91,8 @@ def answer(
         new_tokens=new_tokens,
         first_token_s=times_s[1] - times_s[0] if new_tokens else time.perf_counter() - times_s[0],
         tokens_per_s=decode_rate(times_s),
+        drafted_tokens=lookup.drafted if lookup else 0,
+        taken_tokens=lookup.taken if lookup else 0,
         ended=ended if watcher.found is None else "stop",
     )
 

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator, Sequence
 import numpy as np
 
 from pipeline.errors import InputError
+from pipeline.runtime.lookup import Lookup
 from pipeline.runtime.sample import GREEDY, Sampling, choose_token
 from pipeline.runtime.session import Session
 from pipeline.runtime.transcript import Transcript
@@ -19,6 +20,7 @@ def generate(
     sampling: Sampling = GREEDY,
     stop_ids: Collection[int] = (),
     generator: np.random.Generator | None = None,
+    lookup: Lookup | None = None,
 ) -> Iterator[int]:
     """Feed the prompt, and yield the answer's ids as they are chosen.
 
@@ -33,6 +35,8 @@ def generate(
         sampling: how to choose.
         stop_ids: ids that end the answer.
         generator: source of randomness; None is a generator with seed 0.
+        lookup: fresh, guesses tokens for a call to read together; only for a session that can
+            rewind. Without it every call gives one token.
 
     Raises:
         InputError: the prompt is empty, or longer than the cache.
@@ -42,14 +46,25 @@ def generate(
     generator = generator or np.random.default_rng(0)
     history = [int(token) for token in prompt_ids]
     transcript = session if isinstance(session, Transcript) else Transcript(session)
-    new_ids = transcript.begin(history)
-    for _ in range(max_new_tokens):
-        logits = transcript.read(new_ids)
-        token = choose_token(logits, sampling, np.array(history, dtype=np.int64), generator)
-        if token in stop_ids:
-            return
-        yield token
-        history.append(token)
-        if len(history) > session.max_length:
+    last = min(len(history) + max_new_tokens, session.max_length + 1)
+    new_ids, drafted = transcript.begin(history), list[int]()
+    if lookup is not None:
+        lookup.extend(history)
+    while max_new_tokens > 0:
+        rows = transcript.read(new_ids, drafted)
+        read = len(history)
+        for logits, guess in zip(rows, [*drafted, None], strict=True):
+            token = choose_token(logits, sampling, np.array(history, dtype=np.int64), generator)
+            if token in stop_ids:
+                return
+            yield token
+            history.append(token)
+            if token != guess or len(history) == last:
+                break
+        if len(history) == last:
             return
         new_ids = [token]
+        if lookup is not None:
+            lookup.learn(drafted, history[read:])
+            transcript.keep(len(history) - 1)
+            drafted = lookup.draft(last - 1 - len(history))

@@ -17,6 +17,7 @@ import numpy as np
 
 from pipeline.runtime.answer import Answer, answer
 from pipeline.runtime.generate import generate
+from pipeline.runtime.lookup import Lookup
 from pipeline.runtime.open_session import open_session
 from pipeline.runtime.sample import GREEDY, Sampling
 from pipeline.runtime.session import Session
@@ -40,14 +41,22 @@ class LanguageModel:
         session: any backend; used by this object alone.
         tokenizer: of the same model.
         stop_ids: tokens that end an answer.
+        lookup: whether guesses out of the conversation are read beside a token, where a call of
+            several costs the session less than their calls would. What is chosen is the model's
+            choice either way; only its rounding may differ, as that of any block of tokens does.
     """
 
     def __init__(
-        self, session: Session, tokenizer: TextTokenizer, stop_ids: frozenset[int] = frozenset()
+        self,
+        session: Session,
+        tokenizer: TextTokenizer,
+        stop_ids: frozenset[int] = frozenset(),
+        lookup: bool = True,
     ) -> None:
         self.name, self.max_length = session.name, session.max_length
         self.tokenizer, self.stop_ids = tokenizer, stop_ids
         self._transcript = Transcript(session)
+        self._row_cost = self._transcript.row_cost if lookup else None
 
     @classmethod
     def open(
@@ -56,6 +65,7 @@ class LanguageModel:
         backend: str = "auto",
         threads: int | None = None,
         device: str = "cpu",
+        lookup: bool = True,
     ) -> LanguageModel:
         """Open an ONNX export, a checkpoint or an engine folder.
 
@@ -66,7 +76,7 @@ class LanguageModel:
         folder = Path(folder)
         tokenizer = load_tokenizer(folder)
         session = open_session(folder, backend, threads, device)
-        return cls(session, tokenizer, stop_token_ids(tokenizer, folder))
+        return cls(session, tokenizer, stop_token_ids(tokenizer, folder), lookup)
 
     def generate(
         self,
@@ -92,6 +102,7 @@ class LanguageModel:
             stops=stops,
             generator=np.random.default_rng(seed),
             emit=emit,
+            lookup=self._lookup(),
         )
 
     def chat(self, messages: list[Message], max_new_tokens: int = 256, **how: object) -> Answer:
@@ -121,7 +132,13 @@ class LanguageModel:
         detokenizer, watcher = Detokenizer(self.tokenizer), StopStrings(stops)
         generator = np.random.default_rng(seed)
         ids = generate(
-            self._transcript, self._ids(prompt), max_new_tokens, sampling, self.stop_ids, generator
+            self._transcript,
+            self._ids(prompt),
+            max_new_tokens,
+            sampling,
+            self.stop_ids,
+            generator,
+            self._lookup(),
         )
         for token in ids:
             if text := watcher.push(detokenizer.push(token)):
@@ -130,6 +147,9 @@ class LanguageModel:
                 return
         if text := watcher.push(detokenizer.finish()) + watcher.finish():
             yield text
+
+    def _lookup(self) -> Lookup | None:
+        return None if self._row_cost is None else Lookup(self._row_cost)
 
     def _ids(self, prompt: Prompt) -> Sequence[int]:
         return self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt

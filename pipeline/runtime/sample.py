@@ -64,10 +64,10 @@ def choose_token(
     Returns:
         A token id.
     """
-    scores = penalise_repetition(logits.astype(np.float64), history, sampling.repetition_penalty)
+    scores = penalise_repetition(logits, history, sampling.repetition_penalty)
     if sampling.temperature == 0:
         return int(scores.argmax())
-    scores = scores / sampling.temperature
+    scores = scores.astype(np.float64) / sampling.temperature
     scores = keep_top_k(scores, sampling.top_k)
     scores = keep_top_p(scores, sampling.top_p)
     scores = keep_min_p(scores, sampling.min_p)
@@ -82,9 +82,11 @@ def softmax(scores: np.ndarray) -> np.ndarray:
 
 def penalise_repetition(scores: np.ndarray, history: np.ndarray, penalty: float) -> np.ndarray:
     """Lower the scores, float [V], of the ids in `history`, int64 [N], each once (CTRL, 2019)."""
+    if penalty == 1:
+        return scores
     seen = np.unique(history)
-    result = scores.copy()
-    result[seen] = np.where(scores[seen] > 0, scores[seen] / penalty, scores[seen] * penalty)
+    result = scores.astype(np.float64)
+    result[seen] = np.where(result[seen] > 0, result[seen] / penalty, result[seen] * penalty)
     return result
 
 

@@ -57,6 +57,17 @@ class RewindingSession(Session, Protocol):
 
 
 @runtime_checkable
+class BlockSession(RewindingSession, Protocol):
+    """A session that reads several tokens in one call for less than their calls would cost.
+
+    Attributes:
+        row_cost: what one more token in a call costs, as a share of a call of one token.
+    """
+
+    row_cost: float
+
+
+@runtime_checkable
 class RepeatingSession(Session, Protocol):
     """A session that can go on from one sequence in several ways, without reading it again."""
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pipeline.runtime.session import RewindingSession, Session
+from pipeline.runtime.session import BlockSession, RewindingSession, Session
 
 
 class Transcript:
@@ -14,11 +14,16 @@ class Transcript:
 
     Args:
         session: used by nothing else; a new prompt starts from nothing where it cannot rewind.
+
+    Attributes:
+        max_length: most tokens of the cache.
+        row_cost: the session's, None where it has none.
     """
 
     def __init__(self, session: Session) -> None:
         self.session = session
         self.max_length = session.max_length
+        self.row_cost = session.row_cost if isinstance(session, BlockSession) else None
         self._ids: list[int] = []
         session.reset()
 
@@ -34,18 +39,41 @@ class Transcript:
         self._ids = list(prompt_ids[:shared])
         return list(prompt_ids[shared:])
 
-    def read(self, new_ids: Sequence[int]) -> np.ndarray:
-        """Append tokens; float32 [V], the logits of the last one.
+    def read(self, new_ids: Sequence[int], drafted: Sequence[int] = ()) -> np.ndarray:
+        """Append tokens, and guesses behind them.
+
+        Args:
+            new_ids: at least one token.
+            drafted: what may come next.
+
+        Returns:
+            float32 [1 + len(drafted), V], the logits of the last token and of every guess.
 
         Raises:
             InputError: more tokens than the cache holds, or ids outside the vocabulary.
         """
         known = self._ids
         self._ids = []  # whatever is in the cache after a failure is not to be built on
-        block = np.array([new_ids], dtype=np.int64)
-        logits: np.ndarray = self.session.forward(block, last_only=True)[0, -1]
-        self._ids = known + list(new_ids)
+        block = np.array([[*new_ids, *drafted]], dtype=np.int64)
+        logits = self.session.forward(block, last_only=not drafted)[0, -1 - len(drafted) :]
+        self._ids = [*known, *new_ids, *drafted]
         return logits
+
+    def keep(self, length: int) -> None:
+        """Forget all but the first `length` tokens: the guesses that were wrong.
+
+        Raises:
+            RuntimeError: the session cannot.
+        """
+        if length == len(self._ids):
+            return
+        known, self._ids = self._ids, []
+        if isinstance(self.session, RewindingSession):
+            self.session.rewind(length)
+            if self.session.length == length:
+                self._ids = known[:length]
+                return
+        raise RuntimeError(f"{self.session.name} cannot go back to {length} tokens")
 
 
 def common_length(first: Sequence[int], second: Sequence[int]) -> int:
