@@ -246,14 +246,15 @@ def row_of(engine: Engine, perplexity: float) -> dict[str, Any]:
     for prompt, turns in engine.turns.items():
         prefill = [prompt / turn["prefill_s"] for turn in turns]
         decode = [len(turn["token_s"]) / sum(turn["token_s"]) for turn in turns]
-        single = [1 / statistics.median(turn["token_s"]) for turn in turns]
         row |= {
             f"prefill_{prompt}_tokens_per_s": statistics.median(prefill),
             f"decode_after_{prompt}_tokens_per_s": statistics.median(decode),
-            f"decode_after_{prompt}_single_token_median": statistics.median(single),
             f"all_prefill_{prompt}": prefill,
             f"all_decode_{prompt}": decode,
         }
+        if not engine.lookup:  # whose tokens come several at once
+            single = [1 / statistics.median(turn["token_s"]) for turn in turns]
+            row[f"decode_after_{prompt}_single_token_median"] = statistics.median(single)
     return row
 
 
@@ -270,7 +271,7 @@ def show(rows: list[dict[str, Any]]) -> None:
     ]
     table = Table("engine", *(title for title, _, _ in columns), "MB at 2048")
     for row in rows:
-        cells = [f"{row[key]:.{digits}f}" for _, key, digits in columns]
+        cells = [f"{row[key]:.{digits}f}" if key in row else "" for _, key, digits in columns]
         table.add_row(row["engine"], *cells, f"{row['peak_bytes_at_2048'] / 1e6:.0f}")
     result_console().print(table)
     for mine in (row for row in rows if row["ours"]):

@@ -61,6 +61,12 @@ load_options = options.apply(
         show_default=True,
         help="Go on from what a slot still holds of an earlier conversation.",
     ),
+    click.option(
+        "--lookup/--no-lookup",
+        default=True,
+        show_default=True,
+        help="Guess tokens of an answer that runs alone, several in one call (profile cpu).",
+    ),
 )
 limit_options = options.apply(
     click.option(

@@ -138,10 +138,23 @@ class CpuSession:
         Raises:
             InputError: ids outside the vocabulary, or more tokens than `max_length`.
         """
-        require_tokens(input_ids[None], self.vocab_size, self.name)
-        require_room(int(self._lengths[slot]), len(input_ids), self.max_length, self.name)
-        logits: np.ndarray = self._read(slot, input_ids, last_only=True)[0, 0]
+        logits: np.ndarray = self._read_checked(slot, input_ids, last_only=True)[0]
         return logits
+
+    def read_block(self, slot: int, input_ids: np.ndarray) -> np.ndarray:
+        """Append tokens to one slot; return the logits of every one.
+
+        Args:
+            slot: which.
+            input_ids: int64 [S].
+
+        Returns:
+            float32 [S, V].
+
+        Raises:
+            InputError: ids outside the vocabulary, or more tokens than `max_length`.
+        """
+        return self._read_checked(slot, input_ids, last_only=False)
 
     def decode(self, slots: Sequence[int], tokens: Sequence[int]) -> np.ndarray:
         """Append one token to each of several slots, in one call.
@@ -183,6 +196,12 @@ class CpuSession:
         return int(self._lengths[slot])
 
     # --- the graph ---
+
+    def _read_checked(self, slot: int, input_ids: np.ndarray, last_only: bool) -> np.ndarray:
+        """Append [S] tokens to a slot, unless there is something wrong: [S, V] or [1, V]."""
+        require_tokens(input_ids[None], self.vocab_size, self.name)
+        require_room(int(self._lengths[slot]), len(input_ids), self.max_length, self.name)
+        return self._read(slot, input_ids, last_only)[0]
 
     def _read(self, row: int, input_ids: np.ndarray, last_only: bool) -> np.ndarray:
         """Append [S] tokens to a row by parts: [1, S, V] or [1, 1, V]."""

@@ -43,6 +43,10 @@ class Lookup:
         self._wrong = dict.fromkeys(range(SHORTEST, LONGEST + 1), 1.0)
         self._agreeing = SHORTEST
 
+    def __len__(self) -> int:
+        """Tokens that were appended."""
+        return len(self._ids)
+
     def extend(self, ids: Sequence[int]) -> None:
         """Append tokens of the prompt."""
         for token in ids:

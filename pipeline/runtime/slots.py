@@ -72,6 +72,25 @@ class SlotSession(Protocol):
         ...
 
 
+@runtime_checkable
+class BlockSlotSession(SlotSession, Protocol):
+    """Slots of which one reads several tokens in one call for less than their calls would cost.
+
+    Attributes:
+        row_cost: what one more token in a call costs, as a share of a call of one token.
+    """
+
+    row_cost: float
+
+    def read_block(self, slot: int, input_ids: np.ndarray) -> np.ndarray:
+        """Append int64 [S] to a slot; return float32 [S, V], the logits of every token.
+
+        Raises:
+            pipeline.errors.InputError: ids outside the vocabulary, or more than `max_length`.
+        """
+        ...
+
+
 class SlotsOneByOne:
     """Slots over any backend: the weights once, a cache for each slot, one slot after the other.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from pipeline.runtime.detokenize import Decoder, Detokenizer
+from pipeline.runtime.lookup import Lookup
 from pipeline.runtime.sample import choose_token
 from pipeline.runtime.stop import StopStrings
 from pipeline.serve.failure import internal
@@ -22,6 +23,7 @@ class Answering:
         room: most tokens of prompt and answer in the slot.
         decoder: turns tokens into text.
         stop_ids: tokens that end an answer.
+        lookup: fresh, guesses tokens; None guesses none.
 
     Attributes:
         pending: tokens of the prompt that the slot does not hold yet.
@@ -36,6 +38,7 @@ class Answering:
         room: int,
         decoder: Decoder,
         stop_ids: frozenset[int],
+        lookup: Lookup | None = None,
     ) -> None:
         self.job, self.slot = job, slot
         self.pending = list(job.prompt_ids)
@@ -43,6 +46,8 @@ class Answering:
         self.ending: Ending | None = None
         self._most_tokens = min(job.max_new_tokens, room + 1 - len(job.prompt_ids))
         self._stop_ids = stop_ids
+        self._lookup = lookup
+        self._drafted: list[int] = []
         self._cached = 0
         self._answer: list[int] = []
         self._detokenizer = Detokenizer(decoder)
@@ -72,6 +77,16 @@ class Answering:
             self._end("stop")
         elif len(self._answer) == self._most_tokens:
             self._end("length")
+
+    def draft(self) -> list[int]:
+        """Guess what comes after `token`: no more than may be handed on, often nothing."""
+        if self._lookup is None:
+            return []
+        known = len(self._lookup)
+        self._lookup.learn(self._drafted, (self.job.prompt_ids + self._answer)[known:])
+        room = min(self._most_tokens - len(self._answer), self.job.outbox.room)
+        self._drafted = self._lookup.draft(room - 1)
+        return self._drafted
 
     def _end(self, reason: str) -> None:
         """Hand on what was held back, and the end."""

@@ -56,6 +56,11 @@ class Outbox:
         """Whether no further text should be put in; an end always may."""
         return len(self._pieces) >= self._capacity
 
+    @property
+    def room(self) -> int:
+        """How many pieces of text should be put in at most."""
+        return max(0, self._capacity - len(self._pieces))
+
     def put(self, piece: Piece) -> None:
         """Add a piece; from any thread, and without waiting."""
         with self._lock:

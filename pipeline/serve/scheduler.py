@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.runtime.detokenize import Decoder
-from pipeline.runtime.slots import SlotSession
+from pipeline.runtime.lookup import Lookup
+from pipeline.runtime.slots import BlockSlotSession, SlotSession
 from pipeline.serve.answering import Answering
 from pipeline.serve.failure import RequestFailure, internal, shutting_down, too_busy
 from pipeline.serve.job import Job
@@ -51,6 +52,8 @@ class Scheduler:
         queue: most jobs that wait for a slot.
         prefill_chunk: most tokens of a prompt that one step reads.
         reuse: whether a new prompt may go on from what a slot still holds.
+        lookup: whether an answer that runs alone reads guesses beside its last token, where the
+            session offers that.
     """
 
     def __init__(
@@ -62,7 +65,9 @@ class Scheduler:
         queue: int,
         prefill_chunk: int = PREFILL_CHUNK,
         reuse: bool = True,
+        lookup: bool = True,
     ) -> None:
+        self._blocks = session if lookup and isinstance(session, BlockSlotSession) else None
         self._session, self._decoder, self._stop_ids = session, decoder, stop_ids
         self._queue, self._chunk, self._reuse = queue, prefill_chunk, reuse
         self._table = SlotTable(session.slots)
@@ -199,7 +204,8 @@ class Scheduler:
                 job = self._waiting.popleft()
                 slot, shared = self._table.take(job.prompt_ids, self._reuse)
                 room = self._session.max_length
-                answering = Answering(job, slot, room, self._decoder, self._stop_ids)
+                lookup = Lookup(self._blocks.row_cost) if self._blocks else None
+                answering = Answering(job, slot, room, self._decoder, self._stop_ids, lookup)
                 self._running[slot] = answering
             try:
                 answering.skip(self._go_back(slot, shared))
@@ -245,6 +251,9 @@ class Scheduler:
         if not ready:
             return
         try:
+            if len(self._running) == 1 and (drafted := ready[0].draft()):
+                self._decode_drafted(ready[0], drafted)
+                return
             logits = self._decode(ready)
         except Exception:
             logger.exception("Decoding %d slots together failed; trying one by one.", len(ready))
@@ -260,6 +269,21 @@ class Scheduler:
         for answering, token in zip(ready, tokens, strict=True):
             self._table.tokens[answering.slot].append(token)
         return logits
+
+    def _decode_drafted(self, answering: Answering, drafted: list[int]) -> None:
+        """Feed the last token of the only answer and guesses behind it; keep those it chooses."""
+        assert self._blocks is not None
+        assert answering.token is not None
+        slot, held = answering.slot, self._table.tokens[answering.slot]
+        block = np.array([answering.token, *drafted], np.int64)
+        rows = self._blocks.read_block(slot, block)
+        held.append(answering.token)
+        for logits, guess in zip(rows, [*drafted, None], strict=True):
+            self._take(answering, logits)
+            if answering.slot not in self._running or answering.token != guess:
+                break
+            held.append(answering.token)
+        self._take_back(slot, len(held))
 
     def _decode_apart(self, ready: list[Answering]) -> None:
         """After a failure of all together: each alone, so that only the one at fault fails."""

@@ -47,6 +47,7 @@ class ServeRequest:
         queue: requests that may wait for a slot.
         prefill_chunk: most tokens of a prompt between two tokens of the other answers.
         reuse: whether prompts may go on from what a slot holds.
+        lookup: whether an answer that runs alone guesses tokens.
         limits: what a client may ask for.
         keys: accepted API keys; none accepts everybody.
         grace_s: how long running answers may take after the signal to stop.
@@ -62,6 +63,7 @@ class ServeRequest:
     queue: int = 64
     prefill_chunk: int = PREFILL_CHUNK
     reuse: bool = True
+    lookup: bool = True
     limits: Limits = field(default_factory=Limits)
     keys: tuple[str, ...] = ()
     grace_s: float = 10.0
@@ -143,6 +145,7 @@ def running_server(request: ServeRequest, session: SlotSession) -> Iterator[Serv
         queue=request.queue,
         prefill_chunk=request.prefill_chunk,
         reuse=request.reuse,
+        lookup=request.lookup,
     )
     prompts = PromptReader(tokenizer, session.vocab_size, session.max_length)
     try:

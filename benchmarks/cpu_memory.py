@@ -1,0 +1,115 @@
+"""Peak memory of the CPU session at 2,048 tokens against weights and cache, for models of any size.
+
+    PYTHONPATH=. python benchmarks/random_llama.py llama-1b --layers 16 --hidden 2048 ...
+    skipcat export llama-1b -o llama-1b-int8 --profile cpu
+    python benchmarks/cpu_memory.py cpu-int8 llama-1b-int8
+
+Each folder is an export of the profile `cpu`, opened in a process of its own, which reads a prompt
+of random tokens and generates 15; the peak is the process's own, as the kernel counted it. Random
+tokens touch more of the embedding than text does. `fixed` is what the same process had before it
+opened the model: Python, NumPy and ONNX Runtime.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from generation import CONTEXT, HERE, Engine
+from rich.table import Table
+
+from pipeline.artefact import write_json
+from pipeline.bench.measure import describe_machine, load_average
+from pipeline.cli.options import result_console
+from pipeline.progress import note
+from pipeline.provenance import provenance
+from pipeline.runtime.export_record import read_export_record
+
+SCHEMA = 1
+RESULT = HERE / "results" / "cpu_memory.json"
+TARGET = 1.3
+
+
+@click.command()
+@click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
+@click.option("--threads", type=int, default=2, show_default=True)
+@click.option("--json", "result", type=click.Path(path_type=Path), default=RESULT)
+def command(folders: tuple[Path, ...], threads: int, result: Path) -> None:
+    """Measure every folder, one after the other."""
+    loads = [load_average()]
+    rows = [measure(folder, threads) for folder in folders]
+    record = {
+        "schema": SCHEMA,
+        "machine": describe_machine() | {"threads": threads},
+        "provenance": provenance(),
+        "settings": {"context": CONTEXT},
+        "load_average": [*loads, load_average()],
+        "rows": rows,
+    }
+    write_json(result, record)
+    show(rows)
+
+
+def measure(folder: Path, threads: int) -> dict[str, Any]:
+    """Bytes of weights, cache and peak of one folder."""
+    weights = sum(path.stat().st_size for path in folder.glob("model.onnx*"))
+    cache, vocab = cache_bytes(folder)
+    command_line = [sys.executable, str(HERE / "generation_child.py"), "ours"]
+    engine = Engine(folder.name, [*command_line, str(folder.resolve()), str(threads)], True)
+    engine.start()
+    ids = np.random.default_rng(0).integers(0, vocab, CONTEXT - 16)
+    engine.ask(do="generate", ids=ids.tolist(), new=15)
+    peak = engine.peak_bytes()
+    engine.stop()
+    note(f"{folder.name}: {peak / 1e6:.0f} MB")
+    return {
+        "folder": folder.name,
+        "weights": read_export_record(folder).weights,
+        "weight_bytes": weights,
+        "cache_bytes": cache,
+        "fixed_bytes": fixed_bytes(),
+        "peak_bytes": peak,
+        "ratio": peak / (weights + cache),
+    }
+
+
+def cache_bytes(folder: Path) -> tuple[int, int]:
+    """Bytes of keys and values of a full context in float32, and the size of the vocabulary."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    width = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    numbers = 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * width
+    return 4 * CONTEXT * numbers, config["vocab_size"]
+
+
+def fixed_bytes() -> int:
+    """Peak of a process that imports what the session imports, and opens nothing."""
+    code = (
+        "import onnxruntime, numpy, pipeline.runtime.cpu_session; "
+        "print(1, flush=True); print(input())"
+    )
+    empty = Engine("nothing", [sys.executable, "-c", code], True)
+    empty.start()
+    peak = empty.peak_bytes()
+    empty.stop()
+    return peak
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """The table."""
+    table = Table("folder", "weights", "MB", "cache MB", "fixed MB", "peak MB", "peak / (w + c)")
+    for row in rows:
+        megabytes = (
+            f"{row[key] / 1e6:.0f}"
+            for key in ("weight_bytes", "cache_bytes", "fixed_bytes", "peak_bytes")
+        )
+        ratio = f"{row['ratio']:.2f}" + ("" if row["ratio"] <= TARGET else " !")
+        table.add_row(row["folder"], row["weights"], *megabytes, ratio)
+    result_console().print(table)
+
+
+if __name__ == "__main__":
+    command()
