@@ -88,8 +88,8 @@ def cache_bytes(folder: Path) -> tuple[int, int]:
 def fixed_bytes() -> int:
     """Peak of a process that imports what the session imports, and opens nothing."""
     code = (
-        "import onnxruntime, numpy, pipeline.runtime.cpu_session; "
-        "print(1, flush=True); print(input())"
+        "import sys, onnxruntime, numpy, pipeline.runtime.cpu_session; "
+        "print(1, flush=True); sys.stdin.read()"
     )
     empty = Engine("nothing", [sys.executable, "-c", code], True)
     empty.start()

@@ -63,9 +63,10 @@ load_options = options.apply(
     ),
     click.option(
         "--lookup/--no-lookup",
-        default=True,
+        default=False,
         show_default=True,
-        help="Guess tokens of an answer that runs alone, several in one call (profile cpu).",
+        help="Guess tokens of an answer that runs alone, several in one call (profile cpu). "
+        "Near-ties may then turn with who else asks.",
     ),
 )
 limit_options = options.apply(

@@ -53,7 +53,8 @@ class Scheduler:
         prefill_chunk: most tokens of a prompt that one step reads.
         reuse: whether a new prompt may go on from what a slot still holds.
         lookup: whether an answer that runs alone reads guesses beside its last token, where the
-            session offers that.
+            session offers that. A block of tokens rounds otherwise than single ones do, so with
+            weights of few bits an answer may then depend on who else asks.
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class Scheduler:
         queue: int,
         prefill_chunk: int = PREFILL_CHUNK,
         reuse: bool = True,
-        lookup: bool = True,
+        lookup: bool = False,
     ) -> None:
         self._blocks = session if lookup and isinstance(session, BlockSlotSession) else None
         self._session, self._decoder, self._stop_ids = session, decoder, stop_ids

@@ -63,7 +63,7 @@ class ServeRequest:
     queue: int = 64
     prefill_chunk: int = PREFILL_CHUNK
     reuse: bool = True
-    lookup: bool = True
+    lookup: bool = False
     limits: Limits = field(default_factory=Limits)
     keys: tuple[str, ...] = ()
     grace_s: float = 10.0

@@ -53,7 +53,7 @@ def slots() -> BlockSlots:
 
 def test_an_answer_alone_is_the_same_in_fewer_calls(folder: Path, slots: BlockSlots) -> None:
     assert isinstance(slots, BlockSlotSession)
-    with live_server(folder, slots, slots=3) as server:
+    with live_server(folder, slots, slots=3, lookup=True) as server:
         assert complete(server, "abcabcabc") == alone("abcabcabc", NEW_TOKENS)
         assert complete(server, "xyz", temperature=0.5, seed=7) == alone(
             "xyz", NEW_TOKENS, Sampling(temperature=0.5), 7
@@ -64,7 +64,7 @@ def test_an_answer_alone_is_the_same_in_fewer_calls(folder: Path, slots: BlockSl
 
 def test_answers_together_are_those_alone(folder: Path, slots: BlockSlots) -> None:
     prompts = ["abcabcabc", "a", "ba" * 20, "hello", "abcabcabc", "zzzz"]
-    with live_server(folder, slots, slots=3) as server, ThreadPoolExecutor(6) as pool:
+    with live_server(folder, slots, slots=3, lookup=True) as server, ThreadPoolExecutor(6) as pool:
         answers = list(pool.map(lambda prompt: complete(server, prompt), prompts))
     assert answers == [alone(prompt, NEW_TOKENS) for prompt in prompts]
 
@@ -72,7 +72,7 @@ def test_answers_together_are_those_alone(folder: Path, slots: BlockSlots) -> No
 def test_the_next_prompt_goes_on_from_an_answer_that_was_guessed(
     folder: Path, slots: BlockSlots
 ) -> None:
-    with live_server(folder, slots, slots=3) as server:
+    with live_server(folder, slots, slots=3, lookup=True) as server:
         first = complete(server, "abcabcabc", max_tokens=50)
         longer = "abcabcabc" + first + "and"
         assert complete(server, longer, max_tokens=20) == alone(longer, 20)
@@ -81,19 +81,19 @@ def test_the_next_prompt_goes_on_from_an_answer_that_was_guessed(
 def test_a_stop_string_ends_it_among_the_guesses(folder: Path, slots: BlockSlots) -> None:
     free = alone("abcabcabc", NEW_TOKENS)
     stop = free[len(free) // 2 :][:2]
-    with live_server(folder, slots, slots=3) as server:
+    with live_server(folder, slots, slots=3, lookup=True) as server:
         assert complete(server, "abcabcabc", stop=[stop]) == free[: free.index(stop)]
         assert complete(server, "abcabcabc") == free
 
 
 def test_a_block_that_fails_is_decoded_token_by_token(folder: Path, slots: BlockSlots) -> None:
     slots.is_broken = True
-    with live_server(folder, slots, slots=3) as server:
+    with live_server(folder, slots, slots=3, lookup=True) as server:
         assert complete(server, "abcabcabc") == alone("abcabcabc", NEW_TOKENS)
 
 
-def test_it_can_be_turned_off(folder: Path, slots: BlockSlots) -> None:
-    with live_server(folder, slots, slots=3, lookup=False) as server:
+def test_it_is_off_unless_asked_for(folder: Path, slots: BlockSlots) -> None:
+    with live_server(folder, slots, slots=3) as server:
         assert complete(server, "abcabcabc") == alone("abcabcabc", NEW_TOKENS)
     assert not slots.blocks
 
@@ -102,13 +102,14 @@ def test_it_can_be_turned_off(folder: Path, slots: BlockSlots) -> None:
 def test_an_outbox_never_holds_more_than_it_may(
     folder: Path, slots: BlockSlots, capacity: int
 ) -> None:
-    scheduler = Scheduler(slots, load_tokenizer(folder), frozenset({257}), queue=2)
+    scheduler = Scheduler(slots, load_tokenizer(folder), frozenset({257}), queue=2, lookup=True)
 
     async def scene() -> tuple[str, int]:
         box = Outbox(scheduler.wake, capacity)
         ids = byte_tokenizer().encode("abcabcabc")
         scheduler.submit(Job(ids, NEW_TOKENS, GREEDY, 0, (), box))
-        texts, most = [], 0
+        texts: list[str] = []
+        most = 0
         while True:
             await asyncio.sleep(0.02)
             for piece in await box.take():
