@@ -59,6 +59,8 @@ class CpuSession:
         self._lengths = np.zeros(slots, np.int64)
         self._allocate(slots)
         self._rows: int | None = None
+        # One row of a product with 4 bits is summed in another order than several are.
+        self._sums_one_row_alike = record.weights in ("float", "int8")
 
     @property
     def slots(self) -> int:
@@ -160,7 +162,8 @@ class CpuSession:
         """Append one token to each of several slots, in one call.
 
         Rows between the wanted ones are computed with them: what is written into one lands behind
-        its last token, where its next token will be written.
+        its last token, where its next token will be written. With weights of 4 bits a slot alone
+        has a neighbour computed with it, so that its logits are those it has in company.
 
         Returns:
             float32 [len(slots), V].
@@ -168,7 +171,7 @@ class CpuSession:
         Raises:
             InputError: ids outside the vocabulary, or a slot that is full.
         """
-        first, last = min(slots), max(slots)
+        first, last = self._decoded_rows(slots)
         ids = np.zeros((last + 1 - first, 1), np.int64)
         ids[np.array(slots) - first, 0] = tokens
         require_tokens(ids, self.vocab_size, self.name)
@@ -194,6 +197,15 @@ class CpuSession:
     def slot_length(self, slot: int) -> int:
         """Tokens in a slot."""
         return int(self._lengths[slot])
+
+    def _decoded_rows(self, slots: Sequence[int]) -> tuple[int, int]:
+        """First and last row of the call that decodes `slots`."""
+        first, last = min(slots), max(slots)
+        if first < last or self._sums_one_row_alike or self.slots == 1:
+            return first, last
+        neighbours = [row for row in (first - 1, first + 1) if 0 <= row < self.slots]
+        shortest = min(neighbours, key=lambda row: self._lengths[row])
+        return min(first, shortest), max(first, shortest)
 
     # --- the graph ---
 

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 from pipeline.errors import InputError
+from pipeline.export.export import ExportRequest, export_folder
 from pipeline.runtime import cpu_session
 from pipeline.runtime.cpu_session import CpuSession
 from pipeline.runtime.open_session import open_session
 from pipeline.runtime.session import RepeatingSession, RewindingSession
 from pipeline.runtime.slots import SlotSession
-from tests.tiny_decoder import MAX_LENGTH, VOCAB_SIZE, shared_export
+from tests.tiny_decoder import MAX_LENGTH, VOCAB_SIZE, save_tiny_folder, shared_export
 
 IDS = np.random.default_rng(0).integers(0, 250, size=(3, 40))
 
@@ -79,6 +80,25 @@ def test_a_slot_between_two_others_is_not_changed_by_their_decoding(
     session.decode([0, 2], [1, 2])
     session.decode([0, 2], [3, 4])
     close(session.decode([1], [IDS[1, 8]])[0], alone(folder, IDS[1, :9])[-1])
+
+
+@pytest.mark.parametrize("weights", ["int4", "int4-offset", "int8"])
+def test_with_rounded_weights_company_changes_no_bit_of_an_answer(
+    tmp_path: Path, weights: str
+) -> None:
+    model = save_tiny_folder(tmp_path / "model")
+    export_folder(model, tmp_path / "cpu", ExportRequest("cpu", weights=weights, max_length=48))
+    together, apart = (CpuSession(tmp_path / "cpu", threads=2, slots=3) for _ in range(2))
+    for session in (together, apart):
+        for slot in range(3):
+            session.prefill(slot, IDS[slot, : 5 + slot])
+    for step in range(8, 12):
+        tokens = [int(IDS[slot, step]) for slot in range(3)]
+        expected = together.decode(range(3), tokens)
+        for slot in (1, 0, 2):
+            logits = apart.decode([slot], [tokens[slot]])[0]
+            np.testing.assert_array_equal(logits, expected[slot])
+    assert [apart.slot_length(slot) for slot in range(3)] == [9, 10, 11]
 
 
 def test_a_cleared_and_a_rewound_slot_start_where_they_should(
