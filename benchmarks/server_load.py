@@ -3,8 +3,9 @@ r"""The server under load: 64 clients, 1,000 requests, with broken ones, large o
     python benchmarks/server_load.py                                    # a tiny random model
     python benchmarks/server_load.py --folder build/onnx --slots 8      # a real one
 
-Each prompt is first asked alone; under load its streamed text must be the same, greedily. The
-memory of the server process is taken all along, and its open files before and after.
+Each prompt is first asked alone, twice; under load its streamed text must be one of the two (which
+are the same, but where rounded weights turn a near-tie), greedily. The memory of the server process
+is taken all along, and its open files before and after.
 """
 
 from __future__ import annotations
@@ -256,7 +257,8 @@ async def measure(
         load = Load(url, model.id, length, texts, tokens, client, http)
         alone = {}
         for prompt in track(range(prompts), "alone"):
-            alone[prompt] = (await ask(load, prompt)).text
+            # The second goes on from what the first has left, and a near-tie may turn with that.
+            alone[prompt] = [(await ask(load, prompt)).text for _ in range(2)]
         files_before = process.num_fds()
         kinds = make_kinds(requests, generator)
         note(f"{clients} clients, {requests} requests")

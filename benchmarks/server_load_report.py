@@ -31,12 +31,14 @@ ALLOWED_STATUS = {
 }
 
 
-def summary(load: Load, alone: dict[int, str], kinds: list[str], seconds: float) -> dict[str, Any]:
+def summary(
+    load: Load, alone: dict[int, list[str]], kinds: list[str], seconds: float
+) -> dict[str, Any]:
     """Figures of a run."""
     tally, wanted = load.tally, Counter(kinds)
-    texts = Counter(alone.values())
-    different = [answer for answer in tally.answers if answer.text != alone[answer.prompt]]
-    crossed = [answer for answer in different if texts[answer.text]]
+    texts = {text for both in alone.values() for text in both}
+    different = [answer for answer in tally.answers if answer.text not in alone[answer.prompt]]
+    crossed = [answer for answer in different if answer.text in texts]
     bad = sum(wanted[kind] for kind in ALLOWED_STATUS)
     as_expected = sum(
         count for (kind, code), count in tally.refused.items() if code == ALLOWED_STATUS[kind]
@@ -48,11 +50,12 @@ def summary(load: Load, alone: dict[int, str], kinds: list[str], seconds: float)
         "answered": len(tally.answers),
         "different_prompts": len(alone),
         "different_texts": len(texts),
+        "turned_by_reuse": sum(first != second for first, second in alone.values()),
         "equal_to_alone": len(tally.answers) - len(different),
         "crossed": len(crossed),
         "first_differences": [
-            {"prompt": load.prompts[a.prompt], "alone": alone[a.prompt], "load": a.text}
-            for a in different[:3]
+            {"prompt": load.prompts[a.prompt], "alone": alone[a.prompt][0], "load": a.text}
+            for a in [*crossed, *different][:3]
         ],
         "bad": bad,
         "bad_with_their_4xx": as_expected,

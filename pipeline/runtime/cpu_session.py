@@ -10,6 +10,7 @@ small inputs and runs.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -216,11 +217,16 @@ class CpuSession:
         return self._read(slot, input_ids, last_only)[0]
 
     def _read(self, row: int, input_ids: np.ndarray, last_only: bool) -> np.ndarray:
-        """Append [S] tokens to a row by parts: [1, S, V] or [1, 1, V]."""
+        """Append [S] tokens to a row by parts: [1, S, V] or [1, 1, V].
+
+        No part is of one token, whose sums would be taken in another order than those of several:
+        bits should not depend on where a prompt was cut.
+        """
+        count = len(input_ids)
+        starts = [0, *(s for s in range(PREFILL_TOKENS, count, PREFILL_TOKENS) if s < count - 1)]
         parts = []
-        for start in range(0, len(input_ids), PREFILL_TOKENS):
-            part = input_ids[None, start : start + PREFILL_TOKENS]
-            parts.append(self._run(row, part, LAST if last_only else ALL))
+        for start, end in pairwise([*starts, count]):
+            parts.append(self._run(row, input_ids[None, start:end], LAST if last_only else ALL))
         return parts[-1] if last_only else np.concatenate(parts, axis=1)
 
     def _run(self, row: int, input_ids: np.ndarray, first: np.ndarray) -> np.ndarray:

@@ -28,8 +28,12 @@ class Transcript:
         session.reset()
 
     def begin(self, prompt_ids: Sequence[int]) -> list[int]:
-        """Keep what the cache and a prompt have in common; return the rest, at least one token."""
-        shared = common_length(self._ids, prompt_ids[:-1])
+        """Keep what the cache and a prompt have in common; return the rest, at least one token.
+
+        It is two where the prompt has as many: one token alone is summed in another order than
+        several are, and the same prompt should give the same answer twice.
+        """
+        shared = common_length(self._ids, prompt_ids[:-2])
         if shared and isinstance(self.session, RewindingSession):
             self.session.rewind(shared)
             shared = self.session.length

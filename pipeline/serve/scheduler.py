@@ -21,7 +21,7 @@ from pipeline.runtime.slots import BlockSlotSession, SlotSession
 from pipeline.serve.answering import Answering
 from pipeline.serve.failure import RequestFailure, internal, shutting_down, too_busy
 from pipeline.serve.job import Job
-from pipeline.serve.slot_table import SlotTable
+from pipeline.serve.slot_table import SlotTable, kept_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -204,6 +204,7 @@ class Scheduler:
                     return
                 job = self._waiting.popleft()
                 slot, shared = self._table.take(job.prompt_ids, self._reuse)
+                shared = kept_tokens(shared, len(job.prompt_ids), self._chunk)
                 room = self._session.max_length
                 lookup = Lookup(self._blocks.row_cost) if self._blocks else None
                 answering = Answering(job, slot, room, self._decoder, self._stop_ids, lookup)

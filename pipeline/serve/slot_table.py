@@ -55,3 +55,13 @@ class SlotTable:
     def release(self, slot: int) -> None:
         """Free a slot; what it holds may be of use to a later prompt."""
         self._free[slot] = next(self._clock)
+
+
+def kept_tokens(shared: int, length: int, chunk: int) -> int:
+    """How many of the tokens that a slot shares with a prompt are not read again.
+
+    All, but where a single token would be left to read of a chunk of several: one alone is summed
+    in another order, and the same prompt should give the same answer twice.
+    """
+    end = min(length, (shared // chunk + 1) * chunk)
+    return shared - 1 if end - shared == 1 and shared % chunk else shared

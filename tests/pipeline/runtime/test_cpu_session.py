@@ -14,6 +14,7 @@ from pipeline.runtime.cpu_session import CpuSession
 from pipeline.runtime.open_session import open_session
 from pipeline.runtime.session import RepeatingSession, RewindingSession
 from pipeline.runtime.slots import SlotSession
+from pipeline.runtime.transcript import Transcript
 from tests.tiny_decoder import MAX_LENGTH, VOCAB_SIZE, save_tiny_folder, shared_export
 
 IDS = np.random.default_rng(0).integers(0, 250, size=(3, 40))
@@ -82,13 +83,16 @@ def test_a_slot_between_two_others_is_not_changed_by_their_decoding(
     close(session.decode([1], [IDS[1, 8]])[0], alone(folder, IDS[1, :9])[-1])
 
 
-@pytest.mark.parametrize("weights", ["int4", "int4-offset", "int8"])
-def test_with_rounded_weights_company_changes_no_bit_of_an_answer(
-    tmp_path: Path, weights: str
-) -> None:
-    model = save_tiny_folder(tmp_path / "model")
-    export_folder(model, tmp_path / "cpu", ExportRequest("cpu", weights=weights, max_length=48))
-    together, apart = (CpuSession(tmp_path / "cpu", threads=2, slots=3) for _ in range(2))
+@pytest.fixture(scope="module", params=["int4", "int4-offset", "int8"])
+def rounded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("rounded")
+    wanted = ExportRequest("cpu", weights=request.param, max_length=48)
+    export_folder(save_tiny_folder(root / "model"), root / "cpu", wanted)
+    return root / "cpu"
+
+
+def test_with_rounded_weights_company_changes_no_bit_of_an_answer(rounded: Path) -> None:
+    together, apart = (CpuSession(rounded, threads=2, slots=3) for _ in range(2))
     for session in (together, apart):
         for slot in range(3):
             session.prefill(slot, IDS[slot, : 5 + slot])
@@ -99,6 +103,28 @@ def test_with_rounded_weights_company_changes_no_bit_of_an_answer(
             logits = apart.decode([slot], [tokens[slot]])[0]
             np.testing.assert_array_equal(logits, expected[slot])
     assert [apart.slot_length(slot) for slot in range(3)] == [9, 10, 11]
+
+
+@pytest.mark.parametrize("count", [2, 8, 9, 16, 17, 39, 40])
+def test_with_rounded_weights_no_bit_depends_on_where_a_prompt_was_cut(
+    rounded: Path, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = CpuSession(rounded, threads=2)
+    whole = session.forward(IDS[:1, :count])
+    monkeypatch.setattr(cpu_session, "PREFILL_TOKENS", 8)
+    session.reset()
+    np.testing.assert_array_equal(session.forward(IDS[:1, :count]), whole)
+    session.reset()
+    np.testing.assert_array_equal(session.forward(IDS[:1, :count], last_only=True), whole[:, -1:])
+
+
+def test_with_rounded_weights_the_same_prompt_gives_the_same_bits_again(rounded: Path) -> None:
+    transcript = Transcript(CpuSession(rounded, threads=2))
+    prompt = IDS[0, :20].tolist()
+    first = transcript.read(transcript.begin(prompt)).copy()
+    for ids in ([3], [3, 4], [5, 6, 7]):
+        transcript.read(ids)
+        np.testing.assert_array_equal(transcript.read(transcript.begin(prompt)), first)
 
 
 def test_a_cleared_and_a_rewound_slot_start_where_they_should(

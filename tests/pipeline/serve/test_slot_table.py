@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.serve.slot_table import SlotTable, common_length
+from pipeline.serve.slot_table import SlotTable, common_length, kept_tokens
 
 
 def test_a_prompt_gets_the_slot_that_shares_most_with_it() -> None:
@@ -28,6 +28,16 @@ def test_without_a_common_beginning_the_slot_free_for_longest_is_taken() -> None
     table.release(first)
     table.tokens = [[7], [8]]
     assert table.take([1, 2])[0] == second
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 8])
+def test_of_a_chunk_of_several_tokens_never_one_alone_is_read(chunk: int) -> None:
+    for length in range(1, 30):
+        for shared in range(length):
+            kept = kept_tokens(shared, length, chunk)
+            read = min(length, (kept // chunk + 1) * chunk) - kept
+            assert shared - 1 <= kept <= shared
+            assert read > 1 or kept % chunk == 0
 
 
 def test_nothing_is_shared_when_that_is_not_wanted() -> None:
