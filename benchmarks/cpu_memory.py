@@ -12,18 +12,18 @@ opened the model: Python, NumPy and ONNX Runtime.
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
-from generation import CONTEXT, HERE, Engine
+from generation import CONTEXT, HERE, Engine, make_engines
 from rich.table import Table
 
 from pipeline.artefact import write_json
 from pipeline.bench.measure import describe_machine, load_average
+from pipeline.bench.traffic import traffic_of_folder
 from pipeline.cli.options import result_console
 from pipeline.progress import note
 from pipeline.provenance import provenance
@@ -57,32 +57,24 @@ def command(folders: tuple[Path, ...], threads: int, result: Path) -> None:
 def measure(folder: Path, threads: int) -> dict[str, Any]:
     """Bytes of weights, cache and peak of one folder."""
     weights = sum(path.stat().st_size for path in folder.glob("model.onnx*"))
-    cache, vocab = cache_bytes(folder)
-    command_line = [sys.executable, str(HERE / "generation_child.py"), "ours"]
-    engine = Engine(folder.name, [*command_line, str(folder.resolve()), str(threads)], True)
+    cache = traffic_of_folder(folder).cache_bytes(CONTEXT)
+    exported = read_export_record(folder)
+    ids = np.random.default_rng(0).integers(0, exported.vocab_size, CONTEXT - 16)
+    (engine,) = make_engines((str(folder),), (), None, None, threads)
     engine.start()
-    ids = np.random.default_rng(0).integers(0, vocab, CONTEXT - 16)
     engine.ask(do="generate", ids=ids.tolist(), new=15)
     peak = engine.peak_bytes()
     engine.stop()
     note(f"{folder.name}: {peak / 1e6:.0f} MB")
     return {
         "folder": folder.name,
-        "weights": read_export_record(folder).weights,
+        "weights": exported.weights,
         "weight_bytes": weights,
         "cache_bytes": cache,
         "fixed_bytes": fixed_bytes(),
         "peak_bytes": peak,
         "ratio": peak / (weights + cache),
     }
-
-
-def cache_bytes(folder: Path) -> tuple[int, int]:
-    """Bytes of keys and values of a full context in float32, and the size of the vocabulary."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    width = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    numbers = 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * width
-    return 4 * CONTEXT * numbers, config["vocab_size"]
 
 
 def fixed_bytes() -> int:

@@ -217,14 +217,18 @@ def measure(
                     engine.turns.setdefault(prompt, []).append(turn)
         note(f"repetition {repetition} of {repetitions}")
     rows = []
+    perplexities: dict[tuple[str, ...], float] = {}  # the same with guesses and without
     for engine in engines:
         note(f"{engine.name}: perplexity, memory, cold start")
-        nlls = [
-            engine.ask(do="score", ids=ids[k * window_length :][:window_length].tolist())["nll"]
-            for k in range(windows)
-        ]
+        model = tuple(engine.command)
+        if model not in perplexities:
+            nlls = [
+                engine.ask(do="score", ids=ids[k * window_length :][:window_length].tolist())["nll"]
+                for k in range(windows)
+            ]
+            perplexities[model] = float(np.exp(np.mean(nlls)))
         engine.stop()
-        rows.append(row_of(engine, float(np.exp(np.mean(nlls)))) | cold_and_full(engine, ids))
+        rows.append(row_of(engine, perplexities[model]) | cold_and_full(engine, ids))
     return rows
 
 

@@ -45,7 +45,7 @@ def generate_batch(
     def take(slot: int, logits: np.ndarray) -> None:
         """Choose a token for the prompt in a slot, or free the slot."""
         number = running[slot]
-        history = np.array([*prompts[number], *answers[number]], np.int64)
+        history = [*prompts[number], *answers[number]]
         token = choose_token(logits, sampling, history, generators[number])
         if token not in stop_ids:
             answers[number].append(token)

@@ -22,7 +22,7 @@ from pipeline.runtime.tokens import require_batch, require_room, require_tokens
 
 # A long prompt goes in by parts: activations stay small, and so does the arena that keeps them.
 PREFILL_TOKENS = 128
-# What one more token in a call of a few costs, as a share of a call of one: 0.23 to 0.27 for 4 and
+# What one more token in a call of a few costs, as a share of a call of one: 0.14 to 0.29 for 4 and
 # 8 bits on two cores with AVX2 (benchmarks/lookup.py).
 ROW_COST = 0.25
 # From which token of a call on the graph computes logits.

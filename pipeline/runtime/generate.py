@@ -54,7 +54,7 @@ def generate(
         rows = transcript.read(new_ids, drafted)
         read = len(history)
         for logits, guess in zip(rows, [*drafted, None], strict=True):
-            token = choose_token(logits, sampling, np.array(history, dtype=np.int64), generator)
+            token = choose_token(logits, sampling, history, generator)
             if token in stop_ids:
                 return
             yield token

@@ -5,6 +5,7 @@ Removed candidates have the logit -inf. Every filter keeps at least the likelies
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,14 +52,17 @@ GREEDY = Sampling()
 
 
 def choose_token(
-    logits: np.ndarray, sampling: Sampling, history: np.ndarray, generator: np.random.Generator
+    logits: np.ndarray,
+    sampling: Sampling,
+    history: Sequence[int] | np.ndarray,
+    generator: np.random.Generator,
 ) -> int:
     """Choose the next token.
 
     Args:
         logits: float [V].
         sampling: how to choose.
-        history: int64 [N], the tokens so far, for the repetition penalty.
+        history: the N tokens so far, for the repetition penalty; not looked at without one.
         generator: source of randomness; not touched when the temperature is 0.
 
     Returns:
@@ -80,11 +84,13 @@ def softmax(scores: np.ndarray) -> np.ndarray:
     return weights / weights.sum()
 
 
-def penalise_repetition(scores: np.ndarray, history: np.ndarray, penalty: float) -> np.ndarray:
-    """Lower the scores, float [V], of the ids in `history`, int64 [N], each once (CTRL, 2019)."""
+def penalise_repetition(
+    scores: np.ndarray, history: Sequence[int] | np.ndarray, penalty: float
+) -> np.ndarray:
+    """Lower the scores, float [V], of the N ids in `history`, each once (CTRL, 2019)."""
     if penalty == 1:
         return scores
-    seen = np.unique(history)
+    seen = np.unique(np.asarray(history, np.int64))
     result = scores.astype(np.float64)
     result[seen] = np.where(result[seen] > 0, result[seen] / penalty, result[seen] * penalty)
     return result

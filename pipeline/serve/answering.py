@@ -11,8 +11,6 @@ from pipeline.runtime.stop import StopStrings
 from pipeline.serve.failure import internal
 from pipeline.serve.job import Ending, Job
 
-NOTHING = np.zeros(0, np.int64)
-
 
 class Answering:
     """A job in a slot.
@@ -83,7 +81,7 @@ class Answering:
         if self._lookup is None:
             return []
         known = len(self._lookup)
-        self._lookup.learn(self._drafted, (self.job.prompt_ids + self._answer)[known:])
+        self._lookup.learn(self._drafted, self._history()[known:])
         room = min(self._most_tokens - len(self._answer), self.job.outbox.room)
         self._drafted = self._lookup.draft(room - 1)
         return self._drafted
@@ -104,11 +102,9 @@ class Answering:
         if text:
             self.job.outbox.put(text)
 
-    def _history(self) -> np.ndarray:
-        """Tokens so far, int64 [N], where the sampling looks at them."""
-        if self.job.sampling.repetition_penalty == 1:
-            return NOTHING
-        return np.array(self.job.prompt_ids + self._answer, np.int64)
+    def _history(self) -> list[int]:
+        """Tokens of prompt and answer so far."""
+        return self.job.prompt_ids + self._answer
 
 
 def require_numbers(logits: np.ndarray) -> None:

@@ -54,7 +54,7 @@ class Outbox:
     @property
     def is_full(self) -> bool:
         """Whether no further text should be put in; an end always may."""
-        return len(self._pieces) >= self._capacity
+        return self.room == 0
 
     @property
     def room(self) -> int:
