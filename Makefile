@@ -71,10 +71,10 @@ format: $(STAMP) ## Rewrite the sources in house style
 	$(VENV)ruff format .
 
 table: $(STAMP) ## Measure the README's table of compression methods
-	$(VENV)python benchmarks/quality.py $(ARGS)
+	$(VENV)python benchmarks/quality/quality.py $(ARGS)
 
 bench: $(STAMP) ## Measure time, memory and disk of every stage against the targets
-	$(VENV)python benchmarks/stages.py $(ARGS)
+	$(VENV)python benchmarks/stages/stages.py $(ARGS)
 
 doctor: $(STAMP) ## Say what this machine can do, and why
 	$(VENV)skipcat doctor $(ARGS)

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.artefact import folder_bytes, write_json
-from pipeline.compress.recipe import compress_to_folder
 from pipeline.compress.request import CompressRequest
+from pipeline.compress.run import compress_to_folder
 from pipeline.engine.target import Target, resolve_target
 from pipeline.errors import InputError, UsageError
 from pipeline.export.export import ExportRequest, export_folder
@@ -24,8 +24,8 @@ from pipeline.provenance import provenance
 
 if TYPE_CHECKING:
     from validate.record import Ledger
+    from validate.run import ValidateRequest
     from validate.stages import Artefacts
-    from validate.validate import ValidateRequest
 
 SCHEMA = 1
 RECORD = "build.json"
@@ -57,8 +57,8 @@ class BuildRequest:
         Raises:
             UsageError: names the value and its range.
         """
+        from validate.run import longest_input, require_lengths
         from validate.stages import Artefacts
-        from validate.validate import longest_input, require_lengths
 
         self.compress.check()
         ExportRequest(max_length=self.max_length).check()
@@ -74,7 +74,7 @@ class BuildRequest:
 
     def validation(self, artefacts: Artefacts) -> ValidateRequest:
         """What the last stage is asked to do."""
-        from validate.validate import ValidateRequest
+        from validate.run import ValidateRequest
 
         return ValidateRequest(
             artefacts,
@@ -150,8 +150,8 @@ def build(
     Raises:
         PipelineError: bad input, a missing package, or not enough memory or disk.
     """
+    from validate.run import validate, write_reports
     from validate.stages import find_artefacts
-    from validate.validate import validate, write_reports
 
     request.check()
     target = resolve_target(request.target)

@@ -24,7 +24,11 @@ FOLDER = ROOT / "build" / "tensorrt-types"
 STUBS = "tensorrt-stubs==10.13.0.35.1"
 BINDINGS = "tensorrt-cu13-bindings==11.4.0.106"
 PLUGIN_SOURCES = "tensorrt_bindings/plugin/"
-CHECKED = ("pipeline/engine", "pipeline/runtime/tensorrt_session.py", "trt_plugins/block_skip")
+CHECKED = (
+    "pipeline/engine",
+    "pipeline/runtime/sessions/tensorrt_session.py",
+    "trt_plugins/block_skip",
+)
 # `public_api` sets these at run time; type checkers have to be told.
 PUBLIC = {
     "_tensor": (

@@ -14,8 +14,8 @@ from polygraphy.comparator import (
     SimpleCompareFunc,
 )
 
-from pipeline.runtime.session import Session
-from pipeline.vision.session import ImageSession
+from pipeline.runtime.sessions.image_sessions import ImageSession
+from pipeline.runtime.sessions.session import Session
 from validate.metrics import LogitMetrics, compare_logits
 from validate.runners import (
     IMAGE_INPUT,

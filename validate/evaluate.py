@@ -18,11 +18,11 @@ from pipeline.calibrate.text import TokenBatch, load_tokens
 from pipeline.errors import InputError, MissingPackageError, UsageError
 from pipeline.provenance import provenance
 from pipeline.runtime.answer import answer
-from pipeline.runtime.sample import GREEDY
+from pipeline.runtime.sampling import GREEDY
 from pipeline.runtime.tokenizer import chat_prompt_ids
 from validate.metrics import log_perplexity_change, perplexity_with_error, standard_error
+from validate.opened_model import Subject, open_subject
 from validate.quality import Quality, measure_quality
-from validate.subject import Subject, open_subject
 
 if TYPE_CHECKING:
     from lm_eval.api.group import Group

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.runtime.session import Session
+from pipeline.runtime.sessions.session import Session
 
 
 @dataclass(frozen=True)

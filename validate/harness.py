@@ -24,7 +24,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from pipeline.errors import InputError
 from pipeline.progress import track
 from pipeline.runtime.generate import generate
-from pipeline.runtime.session import RepeatingSession, Session
+from pipeline.runtime.sessions.session import RepeatingSession, Session
 from validate.metrics import nll_per_token
 from validate.perplexity import CHUNK_TOKENS
 

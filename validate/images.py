@@ -17,7 +17,6 @@ from pipeline.provenance import provenance
 from validate.compare import Comparison, ImageInputs, compare_stages, run_images
 from validate.record import Accuracy, Ledger, Row
 from validate.rounding import read_rounding
-from validate.stage import Stage
 from validate.stages import (
     DENSE_PRODUCT,
     ORIGINAL,
@@ -25,6 +24,7 @@ from validate.stages import (
     SAME_MATRIX,
     SKIP_FORM,
     Artefacts,
+    Stage,
     export_record_if_readable,
     labelled,
     onnx_tolerance,
@@ -32,8 +32,8 @@ from validate.stages import (
 from validate.verdict import judge, not_run
 
 if TYPE_CHECKING:
-    from pipeline.vision.images import ImageBatch
-    from pipeline.vision.session import ImageSession
+    from pipeline.calibrate.images import ImageBatch
+    from pipeline.runtime.sessions.image_sessions import ImageSession
 
 logger = logging.getLogger(__name__)
 BATCH = 16
@@ -47,7 +47,7 @@ class ImageValidateRequest:
 
     Attributes:
         artefacts: the stages' files.
-        images: as `pipeline.vision.images.load_images` takes them.
+        images: as `pipeline.calibrate.images.load_images` takes them.
         count: how many of them, drawn; None for all.
         max_kl: most KL to the original, nats an image; None sets no limit.
         strict: let an engine that cannot run here count as a failure.
@@ -72,9 +72,9 @@ def validate_images(
     Raises:
         InputError: the original or the images do not load, or do not fit each other.
     """
-    from pipeline.vision.images import load_images
-    from pipeline.vision.load import load_classifier
-    from pipeline.vision.session import TorchImages
+    from pipeline.calibrate.images import load_images
+    from pipeline.model.load_classifier import load_classifier
+    from pipeline.runtime.sessions.image_sessions import TorchImages
 
     progress(f"loading {request.artefacts.original}")
     loaded = load_classifier(
@@ -207,7 +207,7 @@ def describe(request: ImageValidateRequest, batch: ImageBatch) -> dict[str, Any]
 def require_images(images: str | None) -> str:
     """The images of a command line; raise UsageError where there are none."""
     if images is None:
-        from pipeline.vision.images import FORMATS
+        from pipeline.calibrate.images import FORMATS
 
         raise UsageError(
             "An image classifier is validated on images.", where="--images", expected=FORMATS
@@ -218,9 +218,9 @@ def require_images(images: str | None) -> str:
 def _open_checkpoint(folder: Path, *, dense: bool) -> ImageSession:
     import torch
 
-    from pipeline.compress.checkpoint import load_checkpoint
-    from pipeline.compress.dense import densify_
-    from pipeline.vision.session import TorchImages
+    from pipeline.checkpoint.dense import densify_
+    from pipeline.checkpoint.folder import load_checkpoint
+    from pipeline.runtime.sessions.image_sessions import TorchImages
 
     model = load_checkpoint(folder, dtype=torch.float32)
     if dense:
@@ -229,12 +229,12 @@ def _open_checkpoint(folder: Path, *, dense: bool) -> ImageSession:
 
 
 def _open_onnx(folder: Path, name: str) -> ImageSession:
-    from pipeline.vision.session import OnnxImages
+    from pipeline.runtime.sessions.image_sessions import OnnxImages
 
     return OnnxImages(folder, name)
 
 
 def _open_engine(folder: Path, name: str) -> ImageSession:
-    from pipeline.vision.session import EngineImages
+    from pipeline.runtime.sessions.image_sessions import EngineImages
 
     return EngineImages(folder, name)

@@ -17,7 +17,7 @@ from validate.greedy import GreedyAgreement, GreedyTrace, agreement, trace_greed
 from validate.metrics import log_perplexity_change
 from validate.perplexity import Perplexity, measure_perplexity
 from validate.record import Ledger, PerplexityChange, Row
-from validate.stage import Stage, Tolerance
+from validate.stages import Stage, Tolerance
 from validate.verdict import judge, not_run
 
 logger = logging.getLogger(__name__)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.runtime.session import Session
+from pipeline.runtime.sessions.session import Session
 from validate.metrics import nll_per_token, perplexity_with_error
 
 CHUNK_TOKENS = 128

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.runtime.session import Session
+from pipeline.runtime.sessions.session import Session
 from validate.metrics import kl_per_token, nll_per_token
 from validate.perplexity import CHUNK_TOKENS
 

@@ -12,7 +12,7 @@ from validate.greedy import GreedyAgreement
 from validate.metrics import LogitMetrics
 from validate.perplexity import Perplexity
 from validate.rounding import Rounding
-from validate.stage import Tolerance
+from validate.stages import Tolerance
 from validate.verdict import Verdict
 
 SCHEMA = 1

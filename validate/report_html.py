@@ -8,8 +8,8 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from validate.record import Ledger
+from validate.report_columns import cells, columns_of, reference_text, rounding_text
 from validate.report_plots import plot_ledger
-from validate.texts import cells, columns_of, reference_text, rounding_text
 
 TEMPLATES = Path(__file__).parent
 

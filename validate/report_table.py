@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from validate.record import Ledger, Row
-from validate.texts import cells, columns_of, reference_text, rounding_text
+from validate.report_columns import cells, columns_of, reference_text, rounding_text
 
 WIDTH_WITHOUT_TERMINAL = 170
 STYLES = {"pass": "green", "fail": "bold red", "not run": "yellow", "measured": ""}

@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from pipeline.compress.checkpoint import read_report
+from pipeline.checkpoint.folder import read_report
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from polygraphy.backend.base import BaseRunner
 from polygraphy.common import TensorMetadata
 from polygraphy.logger import G_LOGGER
 
-from pipeline.runtime.session import Session
-from pipeline.vision.session import ImageSession
+from pipeline.runtime.sessions.image_sessions import ImageSession
+from pipeline.runtime.sessions.session import Session
 
 INPUT = "input_ids"
 IMAGE_INPUT = "pixel_values"

@@ -6,12 +6,62 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from pipeline.errors import InputError, UsageError
+from pipeline.export.record import ExportRecord, read_export_record
 from pipeline.model.task import IMAGES, TEXT
-from pipeline.runtime.export_record import ExportRecord, read_export_record
-from pipeline.runtime.session import Session
-from validate.stage import Stage, Tolerance
+from pipeline.runtime.sessions.session import Session
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """What a stage must keep to; None leaves a quantity free.
+
+    Attributes:
+        min_cosine: least cosine, over the tokens, of its logits with those of its reference.
+        max_relative_error: largest error against its reference over the largest reference logit.
+        max_kl_to_reference: largest mean KL(reference || stage), nats per token. The cosine alone
+            is a blunt test: noise that leaves 0.9994 changes 1 % of SmolLM2's top-1 choices.
+        max_kl: largest mean KL(original || stage), nats per token.
+    """
+
+    min_cosine: float | None = None
+    max_relative_error: float | None = None
+    max_kl_to_reference: float | None = None
+    max_kl: float | None = None
+
+    @property
+    def is_free(self) -> bool:
+        """Whether nothing is demanded."""
+        return self == Tolerance()
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether it can be judged only against the reference stage."""
+        demands = (self.min_cosine, self.max_relative_error, self.max_kl_to_reference)
+        return any(demand is not None for demand in demands)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A way to run the model.
+
+    Attributes:
+        name: unique within the ledger.
+        open: loads it, a Session or, of an image classifier, an ImageSession; an exception of this
+            makes the row 'not run'.
+        reference: name of an earlier stage that it should equal; None for the original.
+        tolerance: how nearly.
+        required: whether 'not run' counts as a failure.
+    """
+
+    name: str
+    open: Callable[[], Any]
+    reference: str | None = None
+    tolerance: Tolerance = Tolerance()
+    required: bool = True
+
 
 ORIGINAL = "original"
 DENSE_PRODUCT = "compressed, dense product"
@@ -91,7 +141,7 @@ def original_of(checkpoint: Path) -> str:
     Raises:
         InputError: the recipe is missing or names none.
     """
-    from pipeline.compress.checkpoint import read_recipe
+    from pipeline.checkpoint.folder import read_recipe
 
     name = read_recipe(checkpoint).get("model")
     if not name:
@@ -200,9 +250,9 @@ def open_checkpoint(folder: Path, *, dense: bool) -> Session:
     """The compressed model in PyTorch, factored or multiplied out, in float32."""
     import torch
 
-    from pipeline.compress.checkpoint import load_checkpoint
-    from pipeline.compress.dense import densify_
-    from pipeline.runtime.torch_session import TorchSession
+    from pipeline.checkpoint.dense import densify_
+    from pipeline.checkpoint.folder import load_checkpoint
+    from pipeline.runtime.sessions.torch_session import TorchSession
 
     model = load_checkpoint(folder, dtype=torch.float32)
     if dense:
@@ -213,16 +263,16 @@ def open_checkpoint(folder: Path, *, dense: bool) -> Session:
 def open_onnx(folder: Path, name: str) -> Session:
     """An export in ONNX Runtime."""
     if read_export_record(folder).profile == "cpu":
-        from pipeline.runtime.cpu_session import CpuSession
+        from pipeline.runtime.sessions.onnx_cpu_session import CpuSession
 
         return CpuSession(folder, name=name)
-    from pipeline.runtime.onnx_session import OnnxSession
+    from pipeline.runtime.sessions.onnx_session import OnnxSession
 
     return OnnxSession(folder, name=name)
 
 
 def open_engine(folder: Path, name: str) -> Session:
     """An engine in TensorRT; an InputError says why not, on a machine that cannot run it."""
-    from pipeline.runtime.tensorrt_session import TensorRTSession
+    from pipeline.runtime.sessions.tensorrt_session import TensorRTSession
 
     return TensorRTSession(folder, name=name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from validate.compare import Comparison
-from validate.stage import Tolerance
+from validate.stages import Tolerance
 
 PASS = "pass"
 FAIL = "fail"

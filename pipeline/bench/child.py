@@ -18,7 +18,7 @@ import numpy as np
 from pipeline.errors import PipelineError
 
 if TYPE_CHECKING:
-    from pipeline.runtime.session import Session
+    from pipeline.runtime.sessions.session import Session
 
 Request = dict[str, Any]
 Answer = dict[str, Any]
@@ -80,7 +80,7 @@ def open_memory(target: Request) -> tuple[Callable[[Request], Answer], Answer]:
 
 def open_folder(target: Request) -> Session:
     """The session that `skipcat run` would open."""
-    from pipeline.runtime.open_session import open_session
+    from pipeline.runtime.sessions.open_session import open_session
 
     on_gpu = target["device"] == "cuda" and target["library"] == "torch"
     device = "cuda" if on_gpu else "cpu"
@@ -92,7 +92,7 @@ def open_shape(target: Request) -> Session:
     import torch
 
     from pipeline.bench.shapes import empty_model, fill_randomly_, find_shape
-    from pipeline.runtime.torch_session import TorchSession
+    from pipeline.runtime.sessions.torch_session import TorchSession
 
     model = empty_model(find_shape(target["shape"]), target["kept"])
     fill_randomly_(model, getattr(torch, target["dtype"]))
@@ -107,8 +107,8 @@ def open_on_gpu(model: Any, dtype: str) -> Session:
 
     from pipeline.kernels.install import use_operator_
     from pipeline.kernels.op import prepare
-    from pipeline.runtime.open_session import CUDA_CACHE_TOKENS
-    from pipeline.runtime.static_session import StaticSession
+    from pipeline.runtime.sessions.open_session import CUDA_CACHE_TOKENS
+    from pipeline.runtime.sessions.static_session import StaticSession
 
     if use_operator_(model):
         prepare(torch.cuda.current_device())

@@ -15,7 +15,7 @@ from pipeline.bench.traffic import CacheTensor, StoredTensor, Traffic
 from pipeline.engine.manifest import read_manifest
 from pipeline.errors import InputError
 from pipeline.export.block_skip import DOMAIN
-from pipeline.runtime.export_record import ExportRecord, read_export_record
+from pipeline.export.record import ExportRecord, read_export_record
 
 CACHE_PREFIX = "past_key_values."
 # Operator -> inputs of which one row is read for a token.

@@ -10,7 +10,7 @@ from pipeline.errors import UsageError
 if TYPE_CHECKING:
     from torch import nn
 
-    from pipeline.compress.plan import RankPlan
+    from pipeline.compress.plan.plan import RankPlan
 
 # Linears of a decoder layer that read the same input, in both families.
 GROUPS = (
@@ -117,8 +117,8 @@ def empty_model(shape: Shape, kept: float = 1.0) -> Any:
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
-    from pipeline.compress.install import group_entries
-    from pipeline.compress.modeling_skipcat import stored_layer
+    from pipeline.checkpoint.install import group_entries
+    from pipeline.checkpoint.modeling_skipcat import stored_layer
 
     plan = shape_plan(shape, kept)
     with init_empty_weights(include_buffers=False):
@@ -139,7 +139,7 @@ def shape_plan(shape: Shape, kept: float, multiple: int = 1) -> RankPlan:
     Raises:
         UsageError: `kept` outside (0, 1].
     """
-    from pipeline.compress.plan import uniform_plan
+    from pipeline.compress.plan.plan import uniform_plan
     from pipeline.model.structure import Group, Layer
 
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim

@@ -48,7 +48,7 @@ def folder_target(folder: Path) -> Target:
     Raises:
         InputError: the folder is none of them, or its files are broken.
     """
-    from pipeline.runtime.open_session import folder_kind
+    from pipeline.runtime.sessions.open_session import folder_kind
 
     if not folder.is_dir():
         raise InputError("There is no such folder.", where=folder)

@@ -15,8 +15,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from pipeline.bench.shapes import Shape, empty_model
 from pipeline.bench.traffic import CacheTensor, StoredTensor, Traffic
+from pipeline.checkpoint.skeleton import load_skeleton
 from pipeline.errors import InputError
-from pipeline.export.skeleton import load_skeleton
 
 PROBE_TOKENS = 4
 

@@ -125,7 +125,7 @@ def traffic_of_folder(folder: Path) -> Traffic:
     Raises:
         pipeline.errors.InputError: the folder is none of them, or its files are broken.
     """
-    from pipeline.runtime.open_session import folder_kind
+    from pipeline.runtime.sessions.open_session import folder_kind
 
     kind = folder_kind(folder)
     if kind == "torch":

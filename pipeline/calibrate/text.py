@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.artefact import sha256_of_file
-from pipeline.calibrate.generate import generate_windows
+from pipeline.calibrate.sampled_text import generate_windows
 from pipeline.errors import InputError, MissingPackageError
 
 HUB_DATASETS = {

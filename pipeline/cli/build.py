@@ -69,7 +69,7 @@ def command(
     from pipeline.build import BuildRequest, build
     from pipeline.compress.request import CompressRequest
     from pipeline.model.source import resolve_source
-    from validate.validate import require_passed
+    from validate.run import require_passed
 
     compress = CompressRequest(**settings)
     compress.check()

@@ -133,8 +133,8 @@ def command(
     skipcat compress -m ./my-vit -o small --keep-params 0.6 --calibration images/
     """  # noqa: D301 - click reads the escape
     from pipeline.artefact import refuse_existing
-    from pipeline.compress.recipe import compress_to_folder
     from pipeline.compress.request import CompressRequest
+    from pipeline.compress.run import compress_to_folder
 
     request = CompressRequest(**settings)
     request.check()
@@ -169,7 +169,7 @@ def _show_plan(request: Any, as_json: bool) -> None:
     from rich.table import Table
 
     from pipeline.cli.options import result_console
-    from pipeline.compress.recipe import plan_only
+    from pipeline.compress.run import plan_only
 
     plan = plan_only(request)
     if as_json:

@@ -10,7 +10,7 @@ import click
 
 from pipeline.artefact import refuse_existing, write_json
 from pipeline.cli import options
-from pipeline.runtime.open_session import BACKENDS
+from pipeline.runtime.sessions.open_session import BACKENDS
 
 positive = click.IntRange(min=1)
 

@@ -23,7 +23,7 @@ def command(checkpoint: Path, output: Path, overwrite: bool) -> None:
 
     refuse_existing(output, overwrite=overwrite)  # before torch is loaded
 
-    from pipeline.compress.dense import dense_bytes, export_dense
+    from pipeline.checkpoint.dense import dense_bytes, export_dense
 
     needed_bytes = dense_bytes(checkpoint)
     with staged_folder(output, overwrite=overwrite, required_bytes=needed_bytes) as folder:

@@ -132,8 +132,8 @@ def _model_facts(what: str, trust_remote_code: bool) -> dict[str, Any]:
 
 def _classifier_facts(what: str, trust_remote_code: bool) -> dict[str, Any]:
     """Architecture and groups of an image classifier that is not compressed; loads it."""
-    from pipeline.vision.load import load_classifier
-    from pipeline.vision.structure import image_structure
+    from pipeline.model.classifier_structure import image_structure
+    from pipeline.model.load_classifier import load_classifier
 
     loaded = load_classifier(what, trust_remote_code=trust_remote_code)
     structure = image_structure(loaded.model, loaded.input_shape)

@@ -11,7 +11,7 @@ import click
 from pipeline.errors import InputError
 
 if TYPE_CHECKING:
-    from pipeline.runtime.sample import Sampling
+    from pipeline.runtime.sampling import Sampling
 
 Messages = list[dict[str, str]]
 
@@ -94,7 +94,7 @@ def answer_all(
         InputError: as `open_slots` and `generate_batch`.
     """
     from pipeline.runtime.batch import generate_batch
-    from pipeline.runtime.slots import open_slots
+    from pipeline.runtime.sessions.slots import open_slots
     from pipeline.runtime.tokenizer import chat_prompt_ids, load_tokenizer, stop_token_ids
 
     tokenizer = load_tokenizer(folder)

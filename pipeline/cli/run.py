@@ -14,7 +14,7 @@ import click
 from pipeline.cli import options
 from pipeline.cli.prompts import answer_all, read_prompts
 from pipeline.errors import UsageError
-from pipeline.runtime.open_session import BACKENDS, DEVICES
+from pipeline.runtime.sessions.open_session import BACKENDS, DEVICES
 
 if TYPE_CHECKING:
     from pipeline.runtime.answer import Answer
@@ -120,7 +120,7 @@ def command(
     """  # noqa: D301 - click reads the escape
     import numpy as np
 
-    from pipeline.runtime.sample import Sampling
+    from pipeline.runtime.sampling import Sampling
 
     how = Sampling(**sampling)
     if prompts is not None:

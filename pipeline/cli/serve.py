@@ -10,7 +10,7 @@ import click
 
 from pipeline.cli import options
 from pipeline.errors import MissingPackageError, UsageError
-from pipeline.runtime.open_session import BACKENDS
+from pipeline.runtime.sessions.open_session import BACKENDS
 
 PACKAGES = ("starlette", "uvicorn", "pydantic")
 positive = click.IntRange(min=1)

@@ -16,8 +16,8 @@ from pipeline.errors import UsageError
 if TYPE_CHECKING:
     from validate.images import ImageValidateRequest
     from validate.record import Ledger
+    from validate.run import ValidateRequest
     from validate.stages import Artefacts
-    from validate.validate import ValidateRequest
 
 existing_folder = click.Path(path_type=Path, exists=True, file_okay=False)
 
@@ -93,7 +93,7 @@ def command(
     if output is not None:
         refuse_existing(output, overwrite=overwrite)
 
-    from validate.validate import require_passed
+    from validate.run import require_passed
 
     ledger = run(request_of(artefacts, images, image_count, inputs), output, overwrite)
     show(ledger, output, as_json)
@@ -110,7 +110,7 @@ def request_of(
     """
     from pipeline.model.task import IMAGES, task_of_model
     from validate.images import DEFAULT_IMAGES, ImageValidateRequest, require_images
-    from validate.validate import ValidateRequest
+    from validate.run import ValidateRequest
 
     if task_of_model(artefacts.original) == IMAGES:
         names = ("max_kl", "strict", "seed", "trust_remote_code")
@@ -166,7 +166,7 @@ def run(
 ) -> Ledger:
     """Run the ledger with progress on stderr, and write its reports."""
     from validate.images import ImageValidateRequest, validate_images
-    from validate.validate import validate, write_reports
+    from validate.run import validate, write_reports
 
     def tell(message: str) -> None:
         click.echo(message, err=True)

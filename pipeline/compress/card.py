@@ -18,7 +18,7 @@ tags: [low-rank, skipcat]
 Load it with skipcat installed:
 
 ```python
-from pipeline.compress.checkpoint import load_checkpoint
+from pipeline.checkpoint.folder import load_checkpoint
 model = load_checkpoint("this folder")
 ```
 

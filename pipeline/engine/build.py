@@ -13,7 +13,6 @@ import psutil
 from pipeline.artefact import copy_tokenizer, refuse_existing, staged_folder, write_json
 from pipeline.engine.child import LOG_FILE, read_result, run_child, worker_command
 from pipeline.engine.manifest import MANIFEST_FILE, make_manifest, target_record
-from pipeline.engine.onnx_folder import OnnxFolder, read_onnx_folder, require_float16
 from pipeline.engine.plugin_library import choose_plugin
 from pipeline.engine.profiles import (
     DecodeForm,
@@ -23,10 +22,11 @@ from pipeline.engine.profiles import (
     make_limits,
     make_profiles,
 )
-from pipeline.engine.request import REQUEST_FILE, RESULT_FILE, BuildRequest
 from pipeline.engine.rtx import plugin_refused
 from pipeline.engine.target import Target
+from pipeline.engine.worker_protocol import REQUEST_FILE, RESULT_FILE, BuildRequest
 from pipeline.errors import MissingPackageError, UsageError
+from pipeline.export.onnx_folder import OnnxFolder, read_onnx_folder, require_float16
 from pipeline.model.task import IMAGES
 
 DEFAULT_TIMEOUT_S = 7200.0

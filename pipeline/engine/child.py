@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.engine.network import OUT_OF_MEMORY_WORDS
-from pipeline.engine.request import RESULT_FILE, BuildResult
+from pipeline.engine.worker_protocol import RESULT_FILE, BuildResult
 from pipeline.errors import InputError, PipelineError, ResourceError
 
 LOG_FILE = "build.log"

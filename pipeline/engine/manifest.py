@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.artefact import sha256_of_file
-from pipeline.engine.onnx_folder import OnnxFolder
 from pipeline.engine.plugin_library import plugin_record
 from pipeline.engine.profiles import Limits, Profile
-from pipeline.engine.request import PLAN_FILE, BuildRequest, BuildResult
 from pipeline.engine.target import Capability, Target, capability_name
+from pipeline.engine.worker_protocol import PLAN_FILE, BuildRequest, BuildResult
 from pipeline.errors import InputError
+from pipeline.export.onnx_folder import OnnxFolder
+from pipeline.export.record import TASK_FIELDS
 from pipeline.provenance import provenance
-from pipeline.runtime.export_record import TASK_FIELDS
 
 SCHEMA = 1
 MANIFEST_FILE = "manifest.json"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.engine.profiles import Profile
-from pipeline.engine.request import BuildRequest
+from pipeline.engine.worker_protocol import BuildRequest
 from pipeline.errors import InputError, ResourceError
 
 if TYPE_CHECKING:

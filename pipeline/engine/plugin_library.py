@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.artefact import sha256_of_file
-from pipeline.engine.onnx_folder import BLOCK_SKIP_DOMAIN, BLOCK_SKIP_OPS
 from pipeline.errors import InputError
+from pipeline.export.onnx_folder import BLOCK_SKIP_DOMAIN, BLOCK_SKIP_OPS
 
 PLUGIN_VERSION = "1"
 BUILT_PLUGIN = (

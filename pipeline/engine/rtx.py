@@ -13,8 +13,8 @@ from pipeline.engine.layers import (
     read_engine_layers,
 )
 from pipeline.engine.network import make_config, parse_network, write_plan
-from pipeline.engine.request import PLAN_FILE, BuildRequest, BuildResult
 from pipeline.engine.target import Capability, Gpu, capability_name, find_gpu
+from pipeline.engine.worker_protocol import PLAN_FILE, BuildRequest, BuildResult
 from pipeline.errors import InputError, MissingPackageError
 
 if TYPE_CHECKING:

@@ -8,7 +8,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pipeline.engine.embed import embedded_path, write_split_graph
+from pipeline.engine.graph_variants import (
+    embedded_path,
+    needs_stripping,
+    write_split_graph,
+    write_stripped_graph,
+)
 from pipeline.engine.layers import (
     block_skip_path,
     count_layer_types,
@@ -17,8 +22,7 @@ from pipeline.engine.layers import (
 )
 from pipeline.engine.network import make_config, parse_network, write_plan
 from pipeline.engine.plugin_library import load_plugin
-from pipeline.engine.request import PLAN_FILE, BuildRequest, BuildResult
-from pipeline.engine.strip import needs_stripping, write_stripped_graph
+from pipeline.engine.worker_protocol import PLAN_FILE, BuildRequest, BuildResult
 from pipeline.errors import InputError, MissingPackageError
 
 OLDEST = {"compat": (10, 3), "opset24": (10, 15)}

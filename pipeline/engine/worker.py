@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from pipeline.artefact import write_json
-from pipeline.engine.request import RESULT_FILE, BuildRequest, BuildResult
+from pipeline.engine.worker_protocol import RESULT_FILE, BuildRequest, BuildResult
 from pipeline.errors import PipelineError
 
 PR_SET_PDEATHSIG = 1

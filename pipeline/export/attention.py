@@ -14,8 +14,8 @@ import torch
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
-from pipeline.export.cache import GraphCache
-from pipeline.export.profile import CONTRIB, Profile
+from pipeline.export.contract import CONTRIB, Profile
+from pipeline.export.traced_cache import GraphCache
 
 NAME = "skipcat_export"
 # ONNX Runtime's own attention takes heads whose width is a multiple of this.

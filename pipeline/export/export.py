@@ -13,22 +13,22 @@ import onnx_ir as ir
 import torch
 
 from pipeline.artefact import copy_tokenizer, sha256_of_file, staged_folder, write_json
-from pipeline.compress.checkpoint import read_recipe
+from pipeline.checkpoint.folder import read_recipe
+from pipeline.checkpoint.skeleton import load_skeleton
 from pipeline.errors import InputError, UsageError
 from pipeline.export.block_skip import BLOCKED_OPSET, DOMAIN, VERSION, function_bodies
-from pipeline.export.few_bit_weights import few_bit_widths, is_in_four_bits
+from pipeline.export.contract import CONTRIB, PROFILES, Profile
 from pipeline.export.genai import genai_config
-from pipeline.export.passes.attention import simplify_attention
-from pipeline.export.passes.dequantize import dequantize_linears
-from pipeline.export.passes.few_bits import FORMATS, INTEGER_PRODUCTS, OFFSET, quantize_linears
-from pipeline.export.passes.first_logit import choose_first_logit
+from pipeline.export.passes.dequantize_linear import dequantize_linears
 from pipeline.export.passes.fold_permutation import fold_permutations
 from pipeline.export.passes.fuse import fuse_operators, merge_duplicates
+from pipeline.export.passes.group_query_attention import simplify_attention
+from pipeline.export.passes.last_logits import choose_first_logit
 from pipeline.export.passes.lay_out import lay_out
-from pipeline.export.passes.residual_norm import fuse_residual_norms
-from pipeline.export.profile import CONTRIB, PROFILES, Profile
-from pipeline.export.skeleton import load_skeleton
-from pipeline.export.trace import CacheShape, trace
+from pipeline.export.passes.matmul_nbits import FORMATS, INTEGER_PRODUCTS, OFFSET, quantize_linears
+from pipeline.export.passes.skip_norm import fuse_residual_norms
+from pipeline.export.quantized_weights import few_bit_widths, is_in_four_bits
+from pipeline.export.trace_decoder import CacheShape, trace
 from pipeline.model.task import IMAGES, task_of_folder
 from pipeline.progress import note
 from pipeline.provenance import provenance

@@ -7,8 +7,8 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedConfig
 
-from pipeline.export.profile import Profile
-from pipeline.export.trace import CacheShape
+from pipeline.export.contract import Profile
+from pipeline.export.trace_decoder import CacheShape
 
 
 def genai_config(

@@ -7,7 +7,7 @@ from collections import defaultdict
 import torch
 from torch import nn
 
-from pipeline.compress.modeling_skipcat import FactoredLinear
+from pipeline.checkpoint.modeling_skipcat import FactoredLinear
 from pipeline.kernels.op import block_skip_linear
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from pipeline.compress.modeling_skipcat import FactoredLinear
+from pipeline.checkpoint.modeling_skipcat import FactoredLinear
 from pipeline.errors import MissingPackageError, PipelineError
 
 if TYPE_CHECKING:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from pipeline.artefact import (
@@ -23,22 +24,27 @@ from pipeline.artefact import (
     write_json,
     write_text,
 )
-from pipeline.calibrate.text import TokenBatch
+from pipeline.calibrate.text import TokenBatch, load_tokens
+from pipeline.checkpoint.folder import load_checkpoint, save_checkpoint
+from pipeline.checkpoint.modeling_skipcat import FewBits
 from pipeline.compress.card import model_card
-from pipeline.compress.checkpoint import load_checkpoint, save_checkpoint
-from pipeline.compress.modeling_skipcat import FewBits
-from pipeline.compress.work import require_same_settings
+from pipeline.compress.finished_layers import require_same_settings
 from pipeline.errors import InputError, PipelineError
 from pipeline.model.load import LoadedModel, load_model
 from pipeline.model.source import Source
 from pipeline.model.task import refuse_images
 from pipeline.provenance import provenance
 from pipeline.recover.adapters import attach, largest_interpolations, merge_
-from pipeline.recover.objective import distillation_loss, next_token_loss
 from pipeline.recover.request import RecoverRequest, Subject, require_recoverable
-from pipeline.recover.schedule import held_out
-from pipeline.recover.text import recovery_windows
-from pipeline.recover.train import Loss, Progress, mean_loss, train_
+from pipeline.recover.train import (
+    Loss,
+    Progress,
+    distillation_loss,
+    held_out,
+    mean_loss,
+    next_token_loss,
+    train_,
+)
 
 SCHEMA = 1
 WORK = "training"
@@ -297,3 +303,55 @@ def _tensors(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 def _weight_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.safetensors"))
+
+
+# Windows are sampled side by side, and each holds a cache: this many tokens at once.
+TOKENS_AT_ONCE = 1 << 15
+
+
+def recovery_windows(
+    spec: str, source: LoadedModel, *, count: int, length: int, seed: int, kept: Path
+) -> TokenBatch:
+    """Take windows from a text, or sample them and keep them for a run that is taken up again.
+
+    Args:
+        spec: as `pipeline.calibrate.text.load_tokens` takes it.
+        source: the model that `self` is sampled from, and the tokenizer of any other text.
+        count: number of windows.
+        length: tokens in each.
+        seed: decides which windows are taken, or what is sampled.
+        kept: file of sampled windows; read if it exists, and written if not.
+
+    Raises:
+        InputError: no such text, or too little.
+    """
+    if spec != "self":
+        return load_tokens(
+            spec, source.tokenizer, source.model, count=count, length=length, seed=seed
+        )
+    if kept.exists():
+        tokens = load_file(kept)["tokens"]
+    else:
+        tokens = _sample(source, count=count, length=length, seed=seed)
+        aside = kept.with_suffix(".writing")
+        save_file({"tokens": tokens}, aside)
+        aside.replace(kept)
+    details = {"text": f"sampled from {source.source.name}, temperature 1"}
+    return TokenBatch(tokens, spec, seed, details)
+
+
+def _sample(source: LoadedModel, *, count: int, length: int, seed: int) -> torch.Tensor:
+    """Windows that a model generates, int64 [count, length], some at a time."""
+    at_once = max(1, TOKENS_AT_ONCE // length)
+    parts = [
+        load_tokens(
+            "self",
+            source.tokenizer,
+            source.model,
+            count=min(at_once, count - done),
+            length=length,
+            seed=seed + index,
+        ).tokens
+        for index, done in enumerate(range(0, count, at_once))
+    ]
+    return torch.cat(parts)

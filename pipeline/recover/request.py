@@ -12,12 +12,12 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from pipeline.calibrate.text import require_text
-from pipeline.compress.checkpoint import read_recipe, read_report, require_checkpoint
-from pipeline.compress.recipe import DTYPES
+from pipeline.checkpoint.folder import read_recipe, read_report, require_checkpoint
+from pipeline.compress.run import DTYPES
 from pipeline.errors import InputError, UsageError
 from pipeline.model.load import refuse_long_windows
 from pipeline.recover.adapters import require_peft
-from pipeline.recover.schedule import Schedule, windows_needed
+from pipeline.recover.train import Schedule, windows_needed
 
 
 @dataclass(frozen=True)

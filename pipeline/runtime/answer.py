@@ -9,13 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.runtime.detokenize import Decoder, Detokenizer
+from pipeline.runtime.drafting import Lookup
 from pipeline.runtime.generate import generate
-from pipeline.runtime.lookup import Lookup
-from pipeline.runtime.sample import Sampling
-from pipeline.runtime.session import Session
-from pipeline.runtime.stop import StopStrings
-from pipeline.runtime.transcript import Transcript
+from pipeline.runtime.prefix_cache import Transcript
+from pipeline.runtime.sampling import Sampling
+from pipeline.runtime.sessions.session import Session
+from pipeline.runtime.text_stream import Decoder, Detokenizer, StopStrings
 
 
 @dataclass(frozen=True)

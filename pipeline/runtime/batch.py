@@ -7,8 +7,8 @@ from collections.abc import Collection, Sequence
 import numpy as np
 
 from pipeline.errors import InputError
-from pipeline.runtime.sample import GREEDY, Sampling, choose_token
-from pipeline.runtime.slots import SlotSession
+from pipeline.runtime.sampling import GREEDY, Sampling, choose_token
+from pipeline.runtime.sessions.slots import SlotSession
 
 
 def generate_batch(

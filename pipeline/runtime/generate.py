@@ -7,10 +7,10 @@ from collections.abc import Collection, Iterator, Sequence
 import numpy as np
 
 from pipeline.errors import InputError
-from pipeline.runtime.lookup import Lookup
-from pipeline.runtime.sample import GREEDY, Sampling, choose_token
-from pipeline.runtime.session import Session
-from pipeline.runtime.transcript import Transcript
+from pipeline.runtime.drafting import Lookup
+from pipeline.runtime.prefix_cache import Transcript
+from pipeline.runtime.sampling import GREEDY, Sampling, choose_token
+from pipeline.runtime.sessions.session import Session
 
 
 def generate(

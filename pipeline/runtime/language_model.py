@@ -16,12 +16,13 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.runtime.answer import Answer, answer
+from pipeline.runtime.drafting import Lookup
 from pipeline.runtime.generate import generate
-from pipeline.runtime.lookup import Lookup
-from pipeline.runtime.open_session import open_session
-from pipeline.runtime.sample import GREEDY, Sampling
-from pipeline.runtime.session import Session
-from pipeline.runtime.stop import StopStrings
+from pipeline.runtime.prefix_cache import Transcript
+from pipeline.runtime.sampling import GREEDY, Sampling
+from pipeline.runtime.sessions.open_session import open_session
+from pipeline.runtime.sessions.session import Session
+from pipeline.runtime.text_stream import StopStrings
 from pipeline.runtime.tokenizer import (
     Message,
     TextTokenizer,
@@ -29,7 +30,6 @@ from pipeline.runtime.tokenizer import (
     load_tokenizer,
     stop_token_ids,
 )
-from pipeline.runtime.transcript import Transcript
 
 Prompt = str | Sequence[int]
 
@@ -127,7 +127,7 @@ class LanguageModel:
         Raises:
             InputError: the prompt is empty, or longer than the cache.
         """
-        from pipeline.runtime.detokenize import Detokenizer
+        from pipeline.runtime.text_stream import Detokenizer
 
         detokenizer, watcher = Detokenizer(self.tokenizer), StopStrings(stops)
         generator = np.random.default_rng(seed)

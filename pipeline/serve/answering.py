@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from pipeline.runtime.detokenize import Decoder, Detokenizer
-from pipeline.runtime.lookup import Lookup
-from pipeline.runtime.sample import choose_token
-from pipeline.runtime.stop import StopStrings
+from pipeline.runtime.drafting import Lookup
+from pipeline.runtime.sampling import choose_token
+from pipeline.runtime.text_stream import Decoder, Detokenizer, StopStrings
 from pipeline.serve.failure import internal
 from pipeline.serve.job import Ending, Job
 

@@ -13,19 +13,19 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from pipeline.serve.exchange import (
+from pipeline.serve.failure import RequestFailure, internal
+from pipeline.serve.job import Job, Outbox
+from pipeline.serve.prompt import PromptReader
+from pipeline.serve.reply import Reply
+from pipeline.serve.scheduler import Scheduler
+from pipeline.serve.schema import Body, ChatRequest, CompletionRequest, Generation, parse_body
+from pipeline.serve.streaming import (
     EventStream,
     collect_answer,
     first_pieces,
     read_body,
     unless_gone,
 )
-from pipeline.serve.failure import RequestFailure, internal
-from pipeline.serve.job import Job, Outbox
-from pipeline.serve.prompt import PromptReader
-from pipeline.serve.reply import Reply
-from pipeline.serve.request import Body, ChatRequest, CompletionRequest, Generation, parse_body
-from pipeline.serve.scheduler import Scheduler
 
 SEEDS = 2**64
 GONE = 499  # as nginx calls a client that left; nobody reads it

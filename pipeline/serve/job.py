@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from pipeline.runtime.sample import Sampling
+from pipeline.runtime.sampling import Sampling
 from pipeline.serve.failure import RequestFailure
 
 # Pieces of text, each of a token or a few, that may wait for a reader before its slot pauses.

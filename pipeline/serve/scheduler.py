@@ -15,9 +15,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.runtime.detokenize import Decoder
-from pipeline.runtime.lookup import Lookup
-from pipeline.runtime.slots import BlockSlotSession, SlotSession
+from pipeline.runtime.drafting import Lookup
+from pipeline.runtime.sessions.slots import BlockSlotSession, SlotSession
+from pipeline.runtime.text_stream import Decoder
 from pipeline.serve.answering import Answering
 from pipeline.serve.failure import RequestFailure, internal, shutting_down, too_busy
 from pipeline.serve.job import Job

@@ -19,7 +19,7 @@ import uvicorn
 
 from pipeline.errors import UsageError
 from pipeline.progress import note
-from pipeline.runtime.slots import SlotSession, open_slots
+from pipeline.runtime.sessions.slots import SlotSession, open_slots
 from pipeline.runtime.tokenizer import load_tokenizer, stop_token_ids
 from pipeline.serve.app import Api, Limits
 from pipeline.serve.connection import LimitedConnection

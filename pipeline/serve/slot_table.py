@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import count
 
-from pipeline.runtime.transcript import common_length
+from pipeline.runtime.prefix_cache import common_length
 
 
 class SlotTable:

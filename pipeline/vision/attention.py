@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers.modeling_utils import AttentionInterface
 
-from pipeline.export.profile import Profile
+from pipeline.export.contract import Profile
 
 NAME = "skipcat_image_export"
 # transformers calls `attend` with no place for our own arguments.

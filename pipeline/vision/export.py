@@ -10,19 +10,19 @@ from typing import TYPE_CHECKING, Any
 import onnx_ir as ir
 
 from pipeline.artefact import sha256_of_file, staged_folder, write_json
-from pipeline.compress.checkpoint import load_checkpoint, read_recipe
-from pipeline.export.passes.dequantize import dequantize_linears
-from pipeline.export.passes.few_bits import FORMATS, quantize_linears
+from pipeline.checkpoint.folder import load_checkpoint, read_recipe
+from pipeline.export.contract import CONTRIB, PROFILES, Profile
+from pipeline.export.passes.dequantize_linear import dequantize_linears
 from pipeline.export.passes.fold_permutation import fold_permutations
 from pipeline.export.passes.fuse import merge_duplicates
 from pipeline.export.passes.lay_out import lay_out
-from pipeline.export.profile import CONTRIB, PROFILES, Profile
-from pipeline.export.trace import name_as_in_checkpoint
+from pipeline.export.passes.matmul_nbits import FORMATS, quantize_linears
+from pipeline.export.trace_classifier import trace_classifier
+from pipeline.export.trace_decoder import name_as_in_checkpoint
+from pipeline.model.load_classifier import Shape, input_shape, load_processor
 from pipeline.model.task import IMAGES
 from pipeline.provenance import provenance
-from pipeline.vision.load import Shape, input_shape, load_processor
 from pipeline.vision.stored import note_all, take_codes_, widths_of
-from pipeline.vision.trace import trace_classifier
 
 if TYPE_CHECKING:
     from pipeline.export.export import ExportRequest

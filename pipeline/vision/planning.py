@@ -6,19 +6,19 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from pipeline.compress.bits import BitsRequest, searched_bits
-from pipeline.compress.by_loss import plan_by_loss
+from pipeline.calibrate.whole_model import ImageSurvey
+from pipeline.compress.factorize.whitened_svd import tails_of, whitened_energies
 from pipeline.compress.methods import DEFAULT_METHOD
-from pipeline.compress.plan import RankPlan, load_plan, uniform_plan
-from pipeline.compress.planning import in_one_format
+from pipeline.compress.plan.bit_search import BitsRequest, searched_bits
+from pipeline.compress.plan.file_bytes import NAME_BYTES
+from pipeline.compress.plan.make_plan import in_one_format
+from pipeline.compress.plan.plan import RankPlan, load_plan, uniform_plan
+from pipeline.compress.plan.rank_search import searched_plan
+from pipeline.compress.plan.svd_llm_v2 import plan_by_loss
 from pipeline.compress.request import CompressRequest
-from pipeline.compress.search import searched_plan
-from pipeline.compress.stored_bytes import NAME_BYTES
-from pipeline.compress.truncate import tails_of, whitened_energies
 from pipeline.errors import UsageError
 from pipeline.model.structure import Layer
 from pipeline.quantize.formats import RUNTIMES, Runtime
-from pipeline.vision.survey import ImageSurvey
 
 
 def make_image_plan(

@@ -18,23 +18,23 @@ from pipeline.artefact import (
     write_json,
     write_text,
 )
-from pipeline.compress.chart import save_plan_chart
-from pipeline.compress.checkpoint import save_checkpoint
-from pipeline.compress.compress import Compressed, Walk, compress_
-from pipeline.compress.plan import RankPlan
+from pipeline.calibrate.images import ImageBatch, load_images, require_source
+from pipeline.calibrate.whole_model import ImageSurvey
+from pipeline.checkpoint.folder import save_checkpoint
+from pipeline.compress.classifier import OneShotWalk, PropagatedWalk
+from pipeline.compress.finished_layers import FinishedLayers
+from pipeline.compress.plan.chart import save_plan_chart
+from pipeline.compress.plan.plan import RankPlan
 from pipeline.compress.request import CompressRequest
-from pipeline.compress.work import FinishedLayers
+from pipeline.compress.walk import Compressed, Walk, compress_
 from pipeline.errors import InputError, UsageError
+from pipeline.model.classifier_structure import ImageStructure, image_structure
+from pipeline.model.load_classifier import LoadedClassifier, load_classifier
 from pipeline.progress import note
 from pipeline.provenance import provenance
 from pipeline.quantize.formats import RUNTIMES
 from pipeline.vision.card import image_card
-from pipeline.vision.images import ImageBatch, load_images, require_source
-from pipeline.vision.load import LoadedClassifier, load_classifier
 from pipeline.vision.planning import make_image_plan
-from pipeline.vision.structure import ImageStructure, image_structure
-from pipeline.vision.survey import ImageSurvey
-from pipeline.vision.walk import OneShotWalk, PropagatedWalk
 
 SCHEMA = 1
 WORK = "layers"
@@ -71,7 +71,7 @@ def compress_images_to_folder(
     Raises:
         PipelineError: bad input, or not enough disk.
     """
-    from pipeline.compress.recipe import build_report, parameter_count, stored_dtype
+    from pipeline.compress.run import build_report, parameter_count, stored_dtype
 
     check_image_request(request)
     started = time.monotonic()

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from pipeline.compress.modeling_skipcat import FewBitLinear, FewBits
-from pipeline.export.passes.stored_codes import StoredCodes, note_codes
-from pipeline.quantize.blocks import Blocks
+from pipeline.checkpoint.modeling_skipcat import FewBitLinear, FewBits
+from pipeline.export.passes.weights import StoredCodes, note_codes
 from pipeline.quantize.formats import Format, parse_format
-from pipeline.quantize.store import blocks_of
+from pipeline.quantize.groupwise import Blocks
+from pipeline.quantize.packing import blocks_of
 
 
 def take_codes_(model: PreTrainedModel) -> dict[str, StoredCodes]:

@@ -15,8 +15,8 @@ from pipeline import build
 from pipeline.artefact import sha256_of_file
 from pipeline.cli.main import main
 from pipeline.engine import target
-from tests.families import save_family
-from tests.validate.stages import perturb_onnx
+from tests.support.families import save_family
+from tests.support.ledger_stages import perturb_onnx
 
 STAGES = ["compress", "export float32", "validate"]
 SIZES = ["--windows", "4", "--window-length", "32", "--eval-windows", "8", "--eval-length", "32"]

@@ -22,9 +22,9 @@ from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.artefact import folder_bytes
-from pipeline.compress.checkpoint import load_checkpoint
-from pipeline.compress.recipe import compress_to_folder
+from pipeline.checkpoint.folder import load_checkpoint
 from pipeline.compress.request import CompressRequest
+from pipeline.compress.run import compress_to_folder
 from pipeline.engine.build import build_engine
 from pipeline.engine.manifest import Runtime, check_manifest
 from pipeline.engine.target import resolve_target
@@ -32,10 +32,10 @@ from pipeline.errors import InputError
 from pipeline.export.export import ExportRequest, export_folder
 from pipeline.model.load import load_model
 from pipeline.runtime.generate import generate
-from pipeline.runtime.onnx_session import OnnxSession
-from pipeline.runtime.session import Session
+from pipeline.runtime.sessions.onnx_session import OnnxSession
+from pipeline.runtime.sessions.session import Session
+from pipeline.runtime.sessions.torch_session import TorchSession
 from pipeline.runtime.tokenizer import chat_prompt_ids, load_whole_tokenizer, stop_token_ids
-from pipeline.runtime.torch_session import TorchSession
 from validate.greedy import trace_prompt
 from validate.metrics import cosine_per_token
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.calibrate.generate import generate_windows
+from pipeline.calibrate.sampled_text import generate_windows
 from pipeline.calibrate.text import TokenBatch
-from pipeline.compress.compress import compress_
-from pipeline.compress.planning import make_plan
+from pipeline.compress.plan.layer_costs import Survey
+from pipeline.compress.plan.make_plan import make_plan
 from pipeline.compress.request import CompressRequest
-from pipeline.compress.survey import Survey
+from pipeline.compress.walk import compress_
 from pipeline.model.load import LoadedModel, load_model
 from pipeline.model.structure import decoder_structure
 

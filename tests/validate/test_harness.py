@@ -10,10 +10,10 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from pipeline.errors import InputError
-from pipeline.runtime.onnx_session import OnnxSession
-from pipeline.runtime.torch_session import TorchSession
-from tests.families import FAMILIES, tiny_model
-from tests.tiny_decoder import MAX_LENGTH, byte_tokenizer, shared_export, tiny_llama
+from pipeline.runtime.sessions.onnx_session import OnnxSession
+from pipeline.runtime.sessions.torch_session import TorchSession
+from tests.support.families import FAMILIES, tiny_model
+from tests.support.tiny_decoder import MAX_LENGTH, byte_tokenizer, shared_export, tiny_llama
 from validate.harness import SessionLM, batches_by_prefix, shared_length
 
 # float32 logits of the same numbers in another order of summation, up to 160 of them added.

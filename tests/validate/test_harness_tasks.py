@@ -13,8 +13,8 @@ import yaml
 from lm_eval.api.task import ConfigurableTask
 
 from pipeline.errors import InputError, UsageError
-from pipeline.runtime.torch_session import TorchSession
-from tests.tiny_decoder import byte_tokenizer, tiny_llama
+from pipeline.runtime.sessions.torch_session import TorchSession
+from tests.support.tiny_decoder import byte_tokenizer, tiny_llama
 from validate.harness import SessionLM
 from validate.harness_tasks import (
     LOCAL_CONFIG,

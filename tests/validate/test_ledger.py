@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from pipeline.errors import InputError, UsageError, ValidationError
-from pipeline.runtime.onnx_session import OnnxSession
-from tests.validate.stages import (
+from pipeline.runtime.sessions.onnx_session import OnnxSession
+from tests.support.ledger_stages import (
     CLOSE,
     ORIGINAL,
     altered_torch,
@@ -24,8 +24,8 @@ from tests.validate.stages import (
 from validate.record import Ledger
 from validate.report_html import render_html
 from validate.report_table import print_ledger
-from validate.stage import Stage, Tolerance
-from validate.validate import require_passed, write_reports
+from validate.run import require_passed, write_reports
+from validate.stages import Stage, Tolerance
 from validate.verdict import judge
 
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from pipeline.errors import InputError
-from pipeline.runtime.torch_session import TorchSession
-from tests.tiny_decoder import MAX_LENGTH, VOCAB_SIZE, tiny_llama
+from pipeline.runtime.sessions.torch_session import TorchSession
+from tests.support.tiny_decoder import MAX_LENGTH, VOCAB_SIZE, tiny_llama
 from validate.perplexity import CHUNK_TOKENS, measure_perplexity
 
 

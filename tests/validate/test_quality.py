@@ -3,8 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pipeline.runtime.torch_session import TorchSession
-from tests.tiny_decoder import VOCAB_SIZE, tiny_llama
+from pipeline.runtime.sessions.torch_session import TorchSession
+from tests.support.tiny_decoder import VOCAB_SIZE, tiny_llama
 from validate.metrics import compare_logits
 from validate.perplexity import CHUNK_TOKENS, measure_perplexity
 from validate.quality import measure_quality

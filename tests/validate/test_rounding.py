@@ -10,17 +10,17 @@ from typing import Any
 
 import pytest
 
-from pipeline.compress.recipe import compress_to_folder
 from pipeline.compress.request import CompressRequest
+from pipeline.compress.run import compress_to_folder
 from pipeline.errors import InputError
 from pipeline.export.export import ExportRequest, export_folder
-from pipeline.runtime.export_record import ExportRecord
-from tests.families import save_family
+from pipeline.export.record import ExportRecord
+from tests.support.families import save_family
 from validate.record import Ledger
 from validate.report_html import render_html
 from validate.report_table import print_ledger
 from validate.rounding import Rounding, read_rounding
-from validate.stage import Tolerance
+from validate.run import ValidateRequest, validate
 from validate.stages import (
     DENSE_PRODUCT,
     NEAR_IN_INTEGERS,
@@ -30,9 +30,9 @@ from validate.stages import (
     SAME_MATRIX,
     SKIP_FORM,
     Artefacts,
+    Tolerance,
     onnx_tolerance,
 )
-from validate.validate import ValidateRequest, validate
 
 # ONNX Runtime's attention takes heads of whole 16s.
 SHAPE = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import InputError, UsageError
-from tests.tiny_decoder import MAX_LENGTH, save_tiny_folder, shared_export, write_record
-from tests.validate.stages import ORIGINAL as TINY
+from tests.support.ledger_stages import ORIGINAL as TINY
+from tests.support.tiny_decoder import MAX_LENGTH, save_tiny_folder, shared_export, write_record
 from validate.stages import (
     DENSE_PRODUCT,
     ORIGINAL,

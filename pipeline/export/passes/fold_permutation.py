@@ -17,8 +17,8 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from pipeline.export.block_skip import INDEXED, PLAIN, is_block_skip
-from pipeline.export.linears import LINEAR, TRACE_DOMAIN
-from pipeline.export.passes.constants import constant_of, derived_weight, shape_of, weight_shape
+from pipeline.export.passes.weights import constant_of, derived_weight, shape_of, weight_shape
+from pipeline.export.tracing import LINEAR, TRACE_DOMAIN
 
 ELEMENTWISE = {
     "Add", "Sub", "Mul", "Div", "Pow", "Neg", "Abs", "Sqrt", "Reciprocal", "Exp", "Log", "Erf",

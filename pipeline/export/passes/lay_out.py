@@ -15,8 +15,8 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from pipeline.export.block_skip import DOMAIN, PLUGIN_ATTRIBUTES, VERSION, is_block_skip
-from pipeline.export.linears import LINEAR, TRACE_DOMAIN
-from pipeline.export.passes.constants import derived_weight, new_constant, weight_shape
+from pipeline.export.passes.weights import derived_weight, new_constant, weight_shape
+from pipeline.export.tracing import LINEAR, TRACE_DOMAIN
 
 
 def lay_out(model: ir.Model) -> int:

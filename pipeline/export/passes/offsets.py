@@ -14,8 +14,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from pipeline.export.passes.constants import new_constant
-from pipeline.quantize.blocks import Blocks
+from pipeline.export.passes.weights import new_constant
+from pipeline.quantize.groupwise import Blocks
 
 
 def rests_of(blocks: Blocks) -> np.ndarray:

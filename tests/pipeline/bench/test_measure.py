@@ -14,7 +14,7 @@ from pipeline.bench.shapes import Shape
 from pipeline.bench.targets import Target, choose_device, folder_target, require_memory
 from pipeline.bench.traffic import CacheTensor, StoredTensor, Traffic
 from pipeline.errors import InputError, ResourceError, UsageError
-from tests.tiny_decoder import shared_export
+from tests.support.tiny_decoder import shared_export
 
 
 def target_of(library: str, bytes_stored: int = 8) -> Target:

@@ -14,11 +14,11 @@ from pipeline.bench.shapes import (
     find_shape,
     shape_plan,
 )
-from pipeline.compress.modeling_skipcat import FactoredLinear
-from pipeline.compress.rank import rank_for_kept
+from pipeline.checkpoint.modeling_skipcat import FactoredLinear
+from pipeline.compress.forms import rank_for_kept
 from pipeline.errors import UsageError
 from pipeline.model.structure import decoder_structure
-from tests.families import tiny_model
+from tests.support.families import tiny_model
 
 # As the model cards and transformers count them, a tied head once.
 PUBLISHED_PARAMETERS = {

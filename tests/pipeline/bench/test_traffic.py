@@ -11,15 +11,15 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from pipeline.bench.traffic import CacheTensor, StoredTensor, traffic_of_folder
-from pipeline.compress.checkpoint import save_checkpoint
-from pipeline.compress.factor import Factors
-from pipeline.compress.install import dense_tensors, group_entries, group_tensors, install_
-from pipeline.compress.round import nearest
+from pipeline.checkpoint.folder import save_checkpoint
+from pipeline.checkpoint.install import dense_tensors, group_entries, group_tensors, install_
+from pipeline.compress.factorize.factors import Factors
+from pipeline.compress.factorize.quantized_factors import nearest
 from pipeline.errors import InputError
 from pipeline.quantize.formats import parse_format
-from pipeline.runtime.torch_session import TorchSession
-from tests.families import save_family, tiny_model
-from tests.tiny_decoder import MAX_LENGTH, byte_tokenizer, shared_export, tiny_llama
+from pipeline.runtime.sessions.torch_session import TorchSession
+from tests.support.families import save_family, tiny_model
+from tests.support.tiny_decoder import MAX_LENGTH, byte_tokenizer, shared_export, tiny_llama
 
 
 def parameter_bytes(model: PreTrainedModel) -> int:

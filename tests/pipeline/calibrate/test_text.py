@@ -13,8 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from pipeline.calibrate.text import TokenBatch, load_tokens, tokenize
 from pipeline.errors import InputError, MissingPackageError
-from tests.families import tiny_model
-from tests.tiny_decoder import byte_tokenizer
+from tests.support.families import tiny_model
+from tests.support.tiny_decoder import byte_tokenizer
 
 LENGTH = 10
 TEXT = "".join(random.Random(0).choices(string.ascii_letters, k=995))

@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.bench.traffic import traffic_of_folder
 from pipeline.cli.main import main
-from tests.tiny_decoder import save_tiny_folder, shared_export
+from tests.support.tiny_decoder import save_tiny_folder, shared_export
 
 QUICK = ["--prompt-tokens", "8", "--new-tokens", "4", "--rounds", "2", "--threads", "1"]
 

@@ -24,11 +24,11 @@ from transformers import (
 
 from pipeline.artefact import partial_path
 from pipeline.cli.main import main
-from pipeline.compress import compress
-from pipeline.compress.plan import GroupPlan
+from pipeline.compress import walk as compress
+from pipeline.compress.plan.plan import GroupPlan
 from pipeline.model import load
-from tests.families import save_family
-from tests.tiny_decoder import byte_tokenizer
+from tests.support.families import save_family
+from tests.support.tiny_decoder import byte_tokenizer
 
 SETTINGS = ["--calibration", "self", "--windows", "4", "--window-length", "32"]
 WRITTEN = {

@@ -16,15 +16,15 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.artefact import sha256_of_file
-from pipeline.calibrate.sensitivity import BackwardSweep
+from pipeline.calibrate.fisher import BackwardSweep
+from pipeline.checkpoint.folder import load_checkpoint
 from pipeline.cli.main import main
-from pipeline.compress import recipe
-from pipeline.compress.checkpoint import load_checkpoint
-from pipeline.compress.survey import Survey
-from pipeline.compress.work import FinishedLayers
+from pipeline.compress import run as recipe
+from pipeline.compress.finished_layers import FinishedLayers
+from pipeline.compress.plan.layer_costs import Survey
 from pipeline.export.export import ExportRequest, export_folder
 from pipeline.quantize.formats import RUNTIMES, parse_format
-from tests.families import save_family
+from tests.support.families import save_family
 
 WEIGHTS = "model.safetensors"
 SHAPE = {

@@ -16,16 +16,16 @@ import pytest
 import torch
 
 from pipeline.artefact import partial_path, sha256_of_file
-from pipeline.calibrate.sensitivity import BackwardSweep
+from pipeline.calibrate.fisher import BackwardSweep
+from pipeline.checkpoint.dense import densify_
+from pipeline.checkpoint.folder import load_checkpoint
 from pipeline.cli.main import main
-from pipeline.compress import recipe
-from pipeline.compress.checkpoint import load_checkpoint
-from pipeline.compress.dense import densify_
+from pipeline.compress import run as recipe
+from pipeline.compress.finished_layers import FinishedLayers
 from pipeline.compress.methods import DEFAULT_EFFORT, DEFAULT_METHOD, EFFORTS, METHODS
-from pipeline.compress.work import FinishedLayers
 from pipeline.model import load
-from tests.families import save_family, tiny_model
-from tests.tiny_decoder import byte_tokenizer
+from tests.support.families import save_family, tiny_model
+from tests.support.tiny_decoder import byte_tokenizer
 
 SETTINGS = ["--windows", "4", "--window-length", "32"]
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from pipeline.cli.main import main
-from tests.families import tiny_model
-from tests.tiny_decoder import byte_tokenizer, save_tiny_folder, shared_export
+from tests.support.families import tiny_model
+from tests.support.tiny_decoder import byte_tokenizer, save_tiny_folder, shared_export
 
 QUESTION = {"question": "Is water wet?", "choices": ["yes", "no, never"], "answer": 0}
 TEXT = "The quick brown fox jumps over the lazy dog. " * 8

@@ -6,7 +6,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from pipeline.cli.main import main
-from tests.families import save_family
+from tests.support.families import save_family
 
 
 @pytest.fixture

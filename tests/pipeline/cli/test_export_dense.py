@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from pipeline.checkpoint import dense
+from pipeline.checkpoint.folder import load_checkpoint
 from pipeline.cli.main import main
-from pipeline.compress import dense
-from pipeline.compress.checkpoint import load_checkpoint
-from tests.families import save_family, tiny_model
+from tests.support.families import save_family, tiny_model
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.cli.main import main
-from tests.families import save_family
+from tests.support.families import save_family
 
 
 def test_a_model_is_shown_with_its_groups(

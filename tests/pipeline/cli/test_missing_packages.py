@@ -9,9 +9,9 @@ import pytest
 
 from pipeline.cli.main import main
 from pipeline.engine import target
-from tests.families import save_family
-from tests.pipeline.engine.tiny_graph import write_export
-from tests.tiny_decoder import byte_tokenizer
+from tests.support.families import save_family
+from tests.support.tiny_decoder import byte_tokenizer
+from tests.support.tiny_graph import write_export
 
 GPU = target.Machine(target.Gpu("a Jetson Orin", target.ORIN), has_standard=False)
 

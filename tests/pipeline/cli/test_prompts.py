@@ -10,7 +10,7 @@ import pytest
 from pipeline.cli.main import main
 from pipeline.cli.prompts import before_stop, read_prompts
 from pipeline.errors import InputError
-from tests.tiny_decoder import save_tiny_folder, shared_export
+from tests.support.tiny_decoder import save_tiny_folder, shared_export
 
 PROMPTS = ["hello", "a much longer prompt than the first", "xyz"]
 

@@ -18,7 +18,7 @@ from pipeline.artefact import partial_path
 from pipeline.cli.main import main
 from pipeline.model import load
 from pipeline.recover import recover, train
-from tests.pipeline.recover.tiny_recovery import save_small, write_train_text
+from tests.support.tiny_recovery import save_small, write_train_text
 
 SETTINGS = ["--steps", "12", "--lora-rank", "4", "--window-length", "32"]
 SETTINGS += ["--learning-rate", "1e-2"]

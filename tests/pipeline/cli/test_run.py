@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.cli.main import main
-from tests.tiny_decoder import save_tiny_folder, shared_export
+from tests.support.tiny_decoder import save_tiny_folder, shared_export
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import pytest
 
 from pipeline.cli.main import main
 from pipeline.cli.serve import read_keys
-from tests.tiny_decoder import save_tiny_folder
+from tests.support.tiny_decoder import save_tiny_folder
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +123,7 @@ def test_a_missing_package_is_named_with_its_extra(
 def test_another_host_than_this_machine_is_warned_about(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from pipeline.runtime.slots import open_slots
+    from pipeline.runtime.sessions.slots import open_slots
     from pipeline.serve.server import ServeRequest, announce, listen
 
     session = open_slots(folder)

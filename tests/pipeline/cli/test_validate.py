@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from pipeline.cli.main import main
-from pipeline.compress.recipe import compress_to_folder
 from pipeline.compress.request import CompressRequest
-from tests.tiny_decoder import export_tiny, save_tiny_folder, write_record
-from tests.validate.stages import perturb_onnx
+from pipeline.compress.run import compress_to_folder
+from tests.support.ledger_stages import perturb_onnx
+from tests.support.tiny_decoder import export_tiny, save_tiny_folder, write_record
 
 SMALL = ["--windows", "3", "--window-length", "64", "--prompts", "2", "--max-new-tokens", "8"]
 

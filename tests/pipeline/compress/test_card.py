@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
+from pipeline.checkpoint.folder import read_recipe, read_report
 from pipeline.compress.card import model_card
-from pipeline.compress.checkpoint import read_recipe, read_report
-from tests.pipeline.recover.tiny_recovery import save_small
+from tests.support.tiny_recovery import save_small
 
 RECOVERY = {
     "objective": "next_token",

@@ -11,25 +11,25 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from pipeline.compress.checkpoint import load_checkpoint, save_checkpoint
-from pipeline.compress.dense import densify_, export_dense
-from pipeline.compress.factor import stored_factors
-from pipeline.compress.install import (
+from pipeline.checkpoint.dense import densify_, export_dense
+from pipeline.checkpoint.folder import load_checkpoint, save_checkpoint
+from pipeline.checkpoint.install import (
     dense_tensors,
     group_entries,
     group_tensors,
     install_,
 )
-from pipeline.compress.modeling_skipcat import FewBitEmbedding, FewBitLinear, FewBits
-from pipeline.compress.round import nearest_factors
-from pipeline.compress.tables import round_tables_
-from pipeline.compress.truncate import whitened_spectrum
+from pipeline.checkpoint.modeling_skipcat import FewBitEmbedding, FewBitLinear, FewBits
+from pipeline.compress.embeddings import round_tables_
+from pipeline.compress.factorize.factors import stored_factors
+from pipeline.compress.factorize.quantized_factors import nearest_factors
+from pipeline.compress.factorize.whitened_svd import whitened_spectrum
 from pipeline.errors import InputError
-from pipeline.quantize.blocks import Blocks, dequantize_blocks, quantize_blocks
 from pipeline.quantize.formats import parse_format
-from pipeline.quantize.store import blocks_of, stored_tensors
-from tests.families import tiny_model
-from tests.tiny_decoder import byte_tokenizer
+from pipeline.quantize.groupwise import Blocks, dequantize_blocks, quantize_blocks
+from pipeline.quantize.packing import blocks_of, stored_tensors
+from tests.support.families import tiny_model
+from tests.support.tiny_decoder import byte_tokenizer
 
 FORMATS = (
     "int2-b16-asym",

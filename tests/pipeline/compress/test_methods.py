@@ -10,14 +10,14 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from pipeline.compress.compress import Compressed, compress_
-from pipeline.compress.dense import densify_
+from pipeline.checkpoint.dense import densify_
 from pipeline.compress.methods import DEFAULT_EFFORT, DEFAULT_METHOD, EFFORTS, METHODS
-from pipeline.compress.plan import RankPlan
-from pipeline.compress.planning import make_plan
-from pipeline.compress.recipe import parameter_count
+from pipeline.compress.plan.make_plan import make_plan
+from pipeline.compress.plan.plan import RankPlan
 from pipeline.compress.request import CompressRequest
-from tests.pipeline.compress.tiny_survey import TOKENS, divergence, surveyed
+from pipeline.compress.run import parameter_count
+from pipeline.compress.walk import Compressed, compress_
+from tests.support.tiny_survey import TOKENS, divergence, surveyed
 
 KEPT = 0.6
 FAMILIES = ("llama", "gemma3_text")

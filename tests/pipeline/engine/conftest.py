@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.pipeline.engine.tiny_graph import write_export
+from tests.support.tiny_graph import write_export
 
 
 @pytest.fixture(scope="session")

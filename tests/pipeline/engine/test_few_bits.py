@@ -9,22 +9,21 @@ from typing import Any
 
 import pytest
 
+from pipeline.checkpoint.folder import load_checkpoint
 from pipeline.cli.main import main
-from pipeline.compress.checkpoint import load_checkpoint
-from pipeline.compress.plan import uniform_plan
-from pipeline.compress.recipe import compress_to_folder
+from pipeline.compress.plan.plan import uniform_plan
 from pipeline.compress.request import CompressRequest
+from pipeline.compress.run import compress_to_folder
 from pipeline.engine.build import build_engine
-from pipeline.engine.embed import write_split_graph
+from pipeline.engine.graph_variants import write_split_graph, write_stripped_graph
 from pipeline.engine.layers import few_bits_path
-from pipeline.engine.onnx_folder import load_graph, read_onnx_folder
-from pipeline.engine.strip import write_stripped_graph
 from pipeline.engine.target import Target
 from pipeline.errors import InputError
 from pipeline.export.block_skip import FEW_BITS, FEW_BITS_INDEXED
 from pipeline.export.export import ExportRequest, export_folder
+from pipeline.export.onnx_folder import load_graph, read_onnx_folder
 from pipeline.model.structure import decoder_structure
-from tests.families import save_family
+from tests.support.families import save_family
 
 SM86 = Target("rtx", (8, 6), "a test")
 # TensorRT has no fused attention for narrower heads.

@@ -12,15 +12,15 @@ import onnxruntime
 import pytest
 import torch
 
-from pipeline.compress.checkpoint import load_checkpoint
-from pipeline.compress.recipe import compress_to_folder
+from pipeline.checkpoint.folder import load_checkpoint
 from pipeline.compress.request import CompressRequest
+from pipeline.compress.run import compress_to_folder
 from pipeline.errors import InputError, UsageError
 from pipeline.export.export import ExportRequest, export_folder
-from pipeline.quantize.blocks import dequantize_blocks, quantize_blocks
-from pipeline.runtime.cpu_session import CpuSession
+from pipeline.quantize.groupwise import dequantize_blocks, quantize_blocks
 from pipeline.runtime.generate import generate
-from tests.families import save_family
+from pipeline.runtime.sessions.onnx_cpu_session import CpuSession
+from tests.support.families import save_family
 
 MAX_LENGTH = 48
 # With heads as wide as ONNX Runtime's attention takes them; the others have sliding windows.

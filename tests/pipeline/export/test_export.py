@@ -11,13 +11,13 @@ import onnxruntime
 import pytest
 import torch
 
-from pipeline.compress.checkpoint import load_checkpoint
-from pipeline.compress.recipe import compress_to_folder
+from pipeline.checkpoint.folder import load_checkpoint
 from pipeline.compress.request import CompressRequest
+from pipeline.compress.run import compress_to_folder
 from pipeline.errors import InputError, UsageError
 from pipeline.export.export import ExportRequest, export_folder
-from pipeline.runtime.onnx_session import OnnxSession
-from tests.families import FAMILIES, save_family
+from pipeline.runtime.sessions.onnx_session import OnnxSession
+from tests.support.families import FAMILIES, save_family
 
 MAX_LENGTH = 48
 # An export takes seconds. Of the oldest opset the fast run sees one plain family and the one that

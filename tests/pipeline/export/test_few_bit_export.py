@@ -14,19 +14,19 @@ import onnx
 import pytest
 import torch
 
+from pipeline.checkpoint.folder import load_checkpoint
 from pipeline.cli.main import main
-from pipeline.compress.checkpoint import load_checkpoint
-from pipeline.compress.plan import uniform_plan
-from pipeline.compress.recipe import compress_to_folder
+from pipeline.compress.plan.plan import uniform_plan
 from pipeline.compress.request import CompressRequest
+from pipeline.compress.run import compress_to_folder
 from pipeline.errors import UsageError
 from pipeline.export.block_skip import FEW_BITS, FEW_BITS_INDEXED
 from pipeline.export.export import ExportRequest, export_folder
 from pipeline.model.structure import decoder_structure
 from pipeline.quantize.formats import RUNTIMES, parse_format
-from pipeline.runtime.cpu_session import CpuSession
-from pipeline.runtime.onnx_session import OnnxSession
-from tests.families import save_family
+from pipeline.runtime.sessions.onnx_cpu_session import CpuSession
+from pipeline.runtime.sessions.onnx_session import OnnxSession
+from tests.support.families import save_family
 
 MAX_LENGTH = 48
 IDS = np.random.default_rng(0).integers(3, 250, size=(1, 19))

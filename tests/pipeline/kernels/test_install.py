@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from pipeline.compress.modeling_skipcat import FactoredLinear
+from pipeline.checkpoint.modeling_skipcat import FactoredLinear
 from pipeline.kernels import install
 from pipeline.kernels.install import use_operator_
 

@@ -13,8 +13,8 @@ from transformers import AutoConfig, T5Config, T5ForConditionalGeneration, dynam
 from pipeline.errors import InputError
 from pipeline.model import load
 from pipeline.model.load import load_model
-from tests.families import FAMILIES, save_family, tiny_model
-from tests.tiny_decoder import byte_tokenizer
+from tests.support.families import FAMILIES, save_family, tiny_model
+from tests.support.tiny_decoder import byte_tokenizer
 
 SPY_CODE = """
 from pathlib import Path

@@ -19,7 +19,7 @@ from transformers.models.gemma3 import Gemma3Config, Gemma3ForConditionalGenerat
 
 from pipeline.errors import InputError
 from pipeline.model.structure import decoder_structure, refuse_bidirectional
-from tests.families import FAMILIES, tiny_model
+from tests.support.families import FAMILIES, tiny_model
 
 PARTS = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pipeline.quantize.blocks import dequantize_blocks, quantize_blocks
 from pipeline.quantize.formats import BITS, RUNTIMES, ZEROS, Format, Zero, parse_format
-from pipeline.quantize.store import blocks_of, stored_tensors
+from pipeline.quantize.groupwise import dequantize_blocks, quantize_blocks
+from pipeline.quantize.packing import blocks_of, stored_tensors
 
 
 @pytest.mark.parametrize(

@@ -12,14 +12,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from pipeline.compress.compress import compress_
-from pipeline.compress.modeling_skipcat import FactoredLinear
-from pipeline.compress.plan import uniform_plan
+from pipeline.checkpoint.modeling_skipcat import FactoredLinear
+from pipeline.compress.plan.plan import uniform_plan
+from pipeline.compress.walk import compress_
 from pipeline.errors import MissingPackageError, PipelineError
 from pipeline.model.structure import decoder_structure
 from pipeline.recover import adapters
 from pipeline.recover.adapters import attach, factor_names, largest_interpolations, merge_
-from tests.families import FAMILIES, tiny_model
+from tests.support.families import FAMILIES, tiny_model
 
 TOKENS = torch.randint(0, 256, (12, 24), generator=torch.Generator().manual_seed(0))
 # Sums of some tens of float32 products, in another order; the logits are of size 10.

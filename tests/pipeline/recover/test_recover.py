@@ -14,15 +14,15 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.artefact import partial_path
 from pipeline.calibrate.text import load_tokens
-from pipeline.compress.checkpoint import load_checkpoint
+from pipeline.checkpoint.folder import load_checkpoint
 from pipeline.errors import InputError, PipelineError, ResourceError, UsageError
 from pipeline.model.load import load_model
-from pipeline.recover import recover, text
-from pipeline.recover.objective import distillation_loss, next_token_loss
+from pipeline.recover import recover
 from pipeline.recover.recover import recover_to_folder, require_same_tensors
-from tests.families import FAMILIES, save_family, tiny_model
-from tests.pipeline.recover.tiny_recovery import save_small, tiny_request, write_train_text
-from tests.tiny_decoder import byte_tokenizer
+from pipeline.recover.train import distillation_loss, next_token_loss
+from tests.support.families import FAMILIES, save_family, tiny_model
+from tests.support.tiny_decoder import byte_tokenizer
+from tests.support.tiny_recovery import save_small, tiny_request, write_train_text
 
 
 @pytest.fixture(scope="module")
@@ -94,13 +94,13 @@ def test_windows_are_sampled_in_parts_and_kept(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = load_model(str(small.parent / "original"))
-    monkeypatch.setattr(text, "TOKENS_AT_ONCE", 64)
+    monkeypatch.setattr(recover, "TOKENS_AT_ONCE", 64)
     wanted = {"count": 5, "length": 32, "seed": 4, "kept": tmp_path / "tokens.safetensors"}
-    first = text.recovery_windows("self", source, **wanted)  # type: ignore[arg-type]
+    first = recover.recovery_windows("self", source, **wanted)  # type: ignore[arg-type]
     assert first.tokens.shape == (5, 32)
     assert len(first.tokens.unique(dim=0)) == 5
-    monkeypatch.setattr(text, "load_tokens", None)
-    again = text.recovery_windows("self", source, **wanted)  # type: ignore[arg-type]
+    monkeypatch.setattr(recover, "load_tokens", None)
+    again = recover.recovery_windows("self", source, **wanted)  # type: ignore[arg-type]
     assert again.describe() == first.describe()
 
 

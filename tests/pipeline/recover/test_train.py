@@ -5,15 +5,27 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
 from pipeline.errors import InputError
 from pipeline.recover import train
-from pipeline.recover.schedule import Schedule
-from pipeline.recover.train import Loss, Progress, mean_loss, train_
+from pipeline.recover.train import (
+    Loss,
+    Progress,
+    Schedule,
+    distillation_loss,
+    held_out,
+    mean_loss,
+    next_token_loss,
+    train_,
+    windows_needed,
+)
 
 SCHEDULE = Schedule(steps=12, batch_size=3, learning_rate=0.05, seed=3)
 WINDOWS = torch.randint(0, 7, (10, 6), generator=torch.Generator().manual_seed(0))
@@ -168,3 +180,94 @@ def test_the_mean_loss_does_not_depend_on_the_batch_size() -> None:
     for batch_size in (1, 3, 10, 99):
         # Means of ten float32 losses, in another order.
         assert mean_loss(model.loss, WINDOWS, batch_size) == pytest.approx(whole, abs=1e-5)
+
+
+# float32 sums of some tens of terms against float64 ones.
+TOLERANCE = 1e-5
+
+
+def random_logits(seed: int) -> torch.Tensor:
+    return 3 * torch.randn(2, 5, 11, generator=torch.Generator().manual_seed(seed))
+
+
+def probabilities(logits: torch.Tensor) -> np.ndarray:
+    exponentials = np.exp(logits.double().numpy())
+    return exponentials / exponentials.sum(-1, keepdims=True)
+
+
+def test_next_token_loss_scores_each_token_by_the_logits_before_it() -> None:
+    logits, tokens = random_logits(0), torch.randint(11, (2, 5))
+    p = probabilities(logits)
+    expected = -np.mean([np.log(p[b, t, tokens[b, t + 1]]) for b in range(2) for t in range(4)])
+    assert next_token_loss(logits, tokens).item() == pytest.approx(expected, abs=TOLERANCE)
+
+
+def test_distillation_loss_is_the_divergence_from_teacher_to_student() -> None:
+    student, teacher = random_logits(1), random_logits(2)
+    q, p = probabilities(student), probabilities(teacher)
+    expected = (p * np.log(p / q)).sum(-1).mean()
+    swapped = (q * np.log(q / p)).sum(-1).mean()
+    loss = distillation_loss(student, teacher).item()
+    assert loss == pytest.approx(expected, abs=TOLERANCE)
+    assert abs(loss - swapped) > 0.01  # the two directions differ, so the test tells them apart
+
+
+def test_distillation_loss_is_zero_for_logits_that_differ_by_a_constant() -> None:
+    logits = random_logits(3)
+    assert distillation_loss(logits + 5, logits).item() == pytest.approx(0, abs=TOLERANCE)
+
+
+def test_losses_of_half_precision_logits_are_summed_in_float32() -> None:
+    logits = random_logits(4).bfloat16()
+    tokens = torch.randint(11, (2, 5))
+    assert next_token_loss(logits, tokens).item() == next_token_loss(logits.float(), tokens).item()
+    assert distillation_loss(logits, random_logits(5)).dtype == torch.float32
+
+
+@given(batch=st.integers(1, 6), extra=st.integers(0, 20), seed=st.integers(0, 5))
+def test_every_window_is_read_once_before_any_is_read_again(
+    batch: int, extra: int, seed: int
+) -> None:
+    count = batch + extra
+    schedule = Schedule(100, batch, 1e-3, seed)
+    per_epoch = count // batch
+    for epoch in range(3):
+        steps = range(epoch * per_epoch, (epoch + 1) * per_epoch)
+        read = np.concatenate([schedule.windows_at(step, count) for step in steps])
+        assert len(set(read.tolist())) == len(read) == per_epoch * batch
+        assert set(read.tolist()) <= set(range(count))
+
+
+def test_a_step_reads_the_same_windows_whenever_it_is_asked() -> None:
+    first, second = Schedule(50, 4, 1e-3, 7), Schedule(50, 4, 1e-3, 7)
+    forwards = [first.windows_at(step, 21).tolist() for step in range(50)]
+    backwards = [second.windows_at(step, 21).tolist() for step in reversed(range(50))]
+    assert forwards == backwards[::-1]
+    assert forwards[:5] != forwards[5:10]
+
+
+@given(steps=st.integers(1, 2000))
+def test_the_learning_rate_rises_to_its_peak_and_falls_towards_zero(steps: int) -> None:
+    schedule = Schedule(steps, 1, 2e-4, 0)
+    rates = [schedule.rate_at(step) for step in range(steps)]
+    peak = int(np.argmax(rates))
+    assert max(rates) == 2e-4
+    assert min(rates) > 0
+    assert np.all(np.diff(rates[: peak + 1]) >= 0)
+    assert np.all(np.diff(rates[peak:]) <= 0)
+    if steps > 100:
+        assert rates[-1] < 1e-3 * 2e-4
+
+
+@given(steps=st.integers(1, 300), batch=st.integers(1, 9))
+def test_the_windows_needed_let_each_step_read_new_ones(steps: int, batch: int) -> None:
+    needed = windows_needed(steps, batch)
+    assert needed - held_out(needed) >= steps * batch
+    # One of them at most could be spared.
+    assert needed - 2 - held_out(max(1, needed - 2)) < steps * batch
+
+
+@given(windows=st.integers(2, 1000))
+def test_a_tenth_is_held_out_but_never_none_and_never_all(windows: int) -> None:
+    assert 1 <= held_out(windows) < windows
+    assert held_out(windows) in {1, windows // 10}

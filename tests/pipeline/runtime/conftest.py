@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny_decoder import shared_export
+from tests.support.tiny_decoder import shared_export
 
 
 @pytest.fixture(scope="session")

@@ -9,10 +9,10 @@ import torch
 from pipeline.errors import InputError
 from pipeline.runtime.answer import answer
 from pipeline.runtime.generate import generate
-from pipeline.runtime.onnx_session import OnnxSession
-from pipeline.runtime.sample import GREEDY, Sampling
-from pipeline.runtime.torch_session import TorchSession
-from tests.tiny_decoder import MAX_LENGTH, byte_tokenizer, tiny_llama
+from pipeline.runtime.sampling import GREEDY, Sampling
+from pipeline.runtime.sessions.onnx_session import OnnxSession
+from pipeline.runtime.sessions.torch_session import TorchSession
+from tests.support.tiny_decoder import MAX_LENGTH, byte_tokenizer, tiny_llama
 
 PROMPT = [5, 6, 7, 8]
 

@@ -11,11 +11,11 @@ from pipeline.errors import InputError
 from pipeline.runtime.batch import generate_batch
 from pipeline.runtime.generate import generate
 from pipeline.runtime.language_model import LanguageModel
-from pipeline.runtime.open_session import open_session
-from pipeline.runtime.sample import Sampling
-from pipeline.runtime.slots import open_slots
-from pipeline.runtime.transcript import Transcript
-from tests.tiny_decoder import save_tiny_folder, shared_export
+from pipeline.runtime.prefix_cache import Transcript
+from pipeline.runtime.sampling import Sampling
+from pipeline.runtime.sessions.open_session import open_session
+from pipeline.runtime.sessions.slots import open_slots
+from tests.support.tiny_decoder import save_tiny_folder, shared_export
 
 SAMPLING = Sampling(temperature=1.0, top_k=20)
 PROMPTS = [[5, 6, 7, 8], [9], [1, 2, 3, 4, 5, 6, 7], [8, 8], [40, 41, 42]]

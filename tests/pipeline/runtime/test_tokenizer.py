@@ -16,7 +16,7 @@ from pipeline.runtime.tokenizer import (
     load_tokenizer,
     stop_token_ids,
 )
-from tests.tiny_decoder import byte_tokenizer
+from tests.support.tiny_decoder import byte_tokenizer
 
 TEXTS = ["", "plain", "Grüße, 世界 🙂", " two  blanks ", "<s>special</s>"]
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": 'Say "hé"'}]

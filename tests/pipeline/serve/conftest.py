@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.pipeline.serve.live_server import LiveServer, live_server
-from tests.tiny_decoder import save_tiny_folder
+from tests.support.live_server import LiveServer, live_server
+from tests.support.tiny_decoder import save_tiny_folder
 
 
 @pytest.fixture(scope="session")

@@ -12,8 +12,8 @@ import openai
 import pytest
 
 from pipeline.serve.app import Limits
-from tests.pipeline.serve.live_server import MODEL, LiveServer, alone, live_server
-from tests.tiny_decoder import MAX_LENGTH
+from tests.support.live_server import MODEL, LiveServer, alone, live_server
+from tests.support.tiny_decoder import MAX_LENGTH
 
 MAX_BODY_BYTES = 4096
 CHAT = "/v1/chat/completions"

@@ -16,14 +16,14 @@ import numpy as np
 import openai
 import pytest
 
-from pipeline.runtime.sample import GREEDY
-from pipeline.runtime.slots import SlotsOneByOne, open_slots
+from pipeline.runtime.sampling import GREEDY
+from pipeline.runtime.sessions.slots import SlotsOneByOne, open_slots
+from pipeline.runtime.sessions.torch_session import TorchSession
 from pipeline.runtime.tokenizer import load_tokenizer
-from pipeline.runtime.torch_session import TorchSession
 from pipeline.serve.app import Limits
 from pipeline.serve.job import Ending, Job, Outbox
 from pipeline.serve.scheduler import Scheduler
-from tests.pipeline.serve.live_server import (
+from tests.support.live_server import (
     MODEL,
     LiveServer,
     alone,
@@ -31,7 +31,7 @@ from tests.pipeline.serve.live_server import (
     live_server,
     send_json,
 )
-from tests.tiny_decoder import MAX_LENGTH, byte_tokenizer, tiny_llama
+from tests.support.tiny_decoder import MAX_LENGTH, byte_tokenizer, tiny_llama
 
 LONG: dict[str, Any] = {"model": MODEL, "prompt": "abc", "max_tokens": 120, "temperature": 0}
 

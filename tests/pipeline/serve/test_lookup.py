@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.runtime.sample import GREEDY, Sampling
-from pipeline.runtime.slots import BlockSlotSession, SlotsOneByOne, open_slots
+from pipeline.runtime.sampling import GREEDY, Sampling
+from pipeline.runtime.sessions.slots import BlockSlotSession, SlotsOneByOne, open_slots
+from pipeline.runtime.sessions.torch_session import TorchSession
 from pipeline.runtime.tokenizer import load_tokenizer
-from pipeline.runtime.torch_session import TorchSession
 from pipeline.serve.job import Ending, Job, Outbox
 from pipeline.serve.scheduler import Scheduler
-from tests.pipeline.serve.live_server import MODEL, LiveServer, alone, live_server
-from tests.tiny_decoder import byte_tokenizer, shared_export, tiny_llama
+from tests.support.live_server import MODEL, LiveServer, alone, live_server
+from tests.support.tiny_decoder import byte_tokenizer, shared_export, tiny_llama
 
 NEW_TOKENS = 100
 

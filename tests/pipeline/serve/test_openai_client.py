@@ -8,9 +8,9 @@ from typing import Any
 import openai
 import pytest
 
-from pipeline.runtime.sample import Sampling
-from tests.pipeline.serve.live_server import MODEL, LiveServer, alone
-from tests.tiny_decoder import MAX_LENGTH
+from pipeline.runtime.sampling import Sampling
+from tests.support.live_server import MODEL, LiveServer, alone
+from tests.support.tiny_decoder import MAX_LENGTH
 
 CHAT: list[Any] = [{"role": "system", "content": "S"}, {"role": "user", "content": "hello"}]
 CHAT_TEXT = "<system>S\n<user>hello\n<assistant>"

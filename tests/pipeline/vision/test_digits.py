@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.cli.main import main
-from tests.digits import Digits
+from tests.support.digits import Digits
 from validate.record import Ledger
 
 

@@ -11,14 +11,14 @@ import onnxruntime
 import pytest
 import torch
 
-from pipeline.compress.checkpoint import load_checkpoint
-from pipeline.compress.recipe import compress_to_folder
+from pipeline.checkpoint.folder import load_checkpoint
 from pipeline.compress.request import CompressRequest
+from pipeline.compress.run import compress_to_folder
 from pipeline.engine.build import build_engine, plan_engine
 from pipeline.engine.target import Target
 from pipeline.errors import InputError, UsageError
 from pipeline.export.export import ExportRequest, export_folder
-from pipeline.runtime.open_session import open_session
+from pipeline.runtime.sessions.open_session import open_session
 
 SM86 = Target("rtx", (8, 6), "a test")
 PROFILES = {"vit": "opset24", "swin": "compat"}

@@ -13,14 +13,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 
-from pipeline.compress.checkpoint import load_checkpoint
-from pipeline.compress.dense import export_dense
-from pipeline.compress.recipe import compress_to_folder, plan_only
+from pipeline.calibrate.images import load_images
+from pipeline.checkpoint.dense import export_dense
+from pipeline.checkpoint.folder import load_checkpoint
 from pipeline.compress.request import CompressRequest
+from pipeline.compress.run import compress_to_folder, plan_only
 from pipeline.errors import InputError, UsageError
-from pipeline.vision.images import load_images
-from pipeline.vision.structure import image_structure
-from tests.classifiers import (
+from pipeline.model.classifier_structure import image_structure
+from tests.support.classifiers import (
     FAMILIES,
     processor,
     save_classifier,
@@ -181,7 +181,7 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(
         with pytest.raises(KeyboardInterrupt):
             compress_to_folder(request, tmp_path / "again")
     assert not (tmp_path / "again").exists()
-    monkeypatch.setattr("pipeline.compress.compress.partial", stop_factoring)
+    monkeypatch.setattr("pipeline.compress.walk.partial", stop_factoring)
     compress_to_folder(request, tmp_path / "again", resume=True)
     first, second = (load_file(tmp_path / n / "model.safetensors") for n in ("whole", "again"))
     assert all(torch.equal(first[name], second[name]) for name in first)

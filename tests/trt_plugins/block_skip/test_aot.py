@@ -12,7 +12,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from pipeline.errors import InputError, MissingPackageError
-from tests.trt_plugins.block_skip.emulated import CHECKED, FAST, compile_program
+from tests.support.emulated import CHECKED, FAST, compile_program
 from trt_plugins.block_skip import aot
 from trt_plugins.block_skip.aot import (
     MIX,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.trt_plugins.block_skip.emulated import CHECKED, FAST, compile_program
+from tests.support.emulated import CHECKED, FAST, compile_program
 
 SOURCES = ("block_skip_kernel.cu", "emulate/compare.cpp")
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.compress.modeling_skipcat import FactoredLinear
+from pipeline.checkpoint.modeling_skipcat import FactoredLinear
 from trt_plugins.block_skip.reference import block_skip_linear
 
 

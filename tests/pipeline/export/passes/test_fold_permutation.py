@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.export.block_skip import INDEXED, PLAIN
 from pipeline.export.passes.fold_permutation import fold_permutations
-from tests.pipeline.export.passes.graphs import assert_same_outputs, graph
+from tests.support.graphs import assert_same_outputs, graph
 
 RANDOM = np.random.default_rng(0)
 X = {"x": RANDOM.normal(size=(2, 6)).astype(np.float32)}

@@ -7,7 +7,7 @@ import onnx_ir as ir
 
 from pipeline.export.block_skip import PLUGIN_ATTRIBUTES, is_block_skip
 from pipeline.export.passes.lay_out import lay_out
-from tests.pipeline.export.passes.graphs import assert_same_outputs, graph
+from tests.support.graphs import assert_same_outputs, graph
 
 RANDOM = np.random.default_rng(0)
 X = {"x": RANDOM.normal(size=(2, 6)).astype(np.float32)}

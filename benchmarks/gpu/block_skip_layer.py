@@ -1,0 +1,327 @@
+"""The kernel library on random layers: calls of every width and tactic, and their error.
+
+python benchmarks/gpu/block_skip_layer.py --cases 200     # on a GPU; compute-sanitizer runs it
+python benchmarks/gpu/block_skip_layer.py --device cpu --cases 50
+
+Data are drawn on the CPU and copied, results start as NaN, and the reference is computed in
+float64, so that on a GPU no kernel runs but ours.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import secrets
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from pipeline.errors import InputError
+from pipeline.kernels.build import SOURCE_FOLDER, SOURCES, build_library, find_nvcc
+from pipeline.kernels.interface import BF16, FP16, Device, Pointers, Problem, open_library
+
+BOUNDS = {torch.float16: 1e-3, torch.bfloat16: 1e-2}
+TYPES = {torch.float16: FP16, torch.bfloat16: BF16}
+TACTICS = 4
+GROUP = 128
+EMULATED = Path(__file__).parents[2] / "build" / "benchmarks" / "block_skip_emulated.so"
+# A chip of the emulation's own: what matters is that reductions are cut.
+EMULATED_DEVICE = Device(multiprocessors=4, capability=90)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer to compute.
+
+    Attributes:
+        rows, n, m, rank: x [rows, n], y [rows, m], r pivots.
+        dtype: of x, y, scales and 16-bit weights.
+        bits: 16, 8 or 4.
+        group: rows of the weights that share a scale; of 8 and 4 bits.
+        indexed: whether x is out of order.
+    """
+
+    rows: int
+    n: int
+    m: int
+    rank: int
+    dtype: torch.dtype = torch.float16
+    bits: int = 16
+    group: int = GROUP
+    indexed: bool = True
+
+    def weight_bytes(self) -> int:
+        """Codes or numbers of both factors, and scales."""
+        total = 0
+        for rows, columns in ((self.n - self.rank, self.rank), (self.rank, self.m)):
+            total += rows * -(-columns * self.bits // 8)
+            total += 0 if self.bits == 16 else 2 * -(-rows // self.group) * columns
+        return total
+
+    def dense_bytes(self) -> int:
+        """Of the matrix [m, n] in 16 bits."""
+        return 2 * self.m * self.n
+
+
+@dataclass
+class Factor:
+    """A weight matrix as the kernels read it, and how to get its numbers back."""
+
+    stored: torch.Tensor
+    scale: torch.Tensor | None
+    layer: Layer
+
+    def numbers(self) -> torch.Tensor:
+        """float64 [rows, columns]."""
+        if self.scale is None:
+            return self.stored.double()
+        columns = self.scale.shape[1]
+        codes = self.stored.view(torch.int8)
+        if self.layer.bits == 4:
+            pairs = torch.stack([self.stored & 15, self.stored >> 4], dim=-1)
+            codes = pairs.flatten(1)[:, :columns].to(torch.int8) - 8
+        scales = self.scale.double().repeat_interleave(self.layer.group, 0)
+        return codes.double() * scales[: codes.shape[0]]
+
+    def pointer(self) -> int | None:
+        """Address of the numbers; None where there are none."""
+        return self.stored.data_ptr() or None
+
+    def scale_pointer(self) -> int | None:
+        """Address of the scales; None without."""
+        return None if self.scale is None else self.scale.data_ptr() or None
+
+
+def random_factor(
+    layer: Layer, rows: int, columns: int, where: str, random: torch.Generator
+) -> Factor:
+    """Numbers of deviation 0.05, or uniform codes with scales about that large."""
+    device = random.device
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=random, device=device)
+
+    if layer.bits == 16:
+        return Factor((0.05 * normal(rows, columns)).to(layer.dtype).to(where), None, layer)
+    groups = -(-rows // layer.group)
+    scale = (0.001 + 0.01 * normal(groups, columns).abs() * 0.05).to(layer.dtype)
+    width = columns if layer.bits == 8 else (columns + 1) // 2
+    codes = torch.randint(0, 256, (rows, width), generator=random, device=device, dtype=torch.uint8)
+    if layer.bits == 8:
+        codes = torch.where(codes == 128, torch.zeros_like(codes), codes)  # no -128
+    return Factor(codes.to(where), scale.to(where), layer)
+
+
+class Call:
+    """One layer with data of its own, in memory of a device, ready to be computed.
+
+    Args:
+        layer: what to compute.
+        where: `cuda` or `cpu`.
+        random: draws the data, on its own device.
+    """
+
+    def __init__(self, layer: Layer, where: str, random: torch.Generator) -> None:
+        self.layer = layer
+        self.a = random_factor(layer, layer.n - layer.rank, layer.rank, where, random)
+        self.b = random_factor(layer, layer.rank, layer.m, where, random)
+        shape = (layer.rows, layer.n)
+        drawn = torch.randn(shape, generator=random, device=random.device)
+        self.x = drawn.to(layer.dtype).to(where)
+        order = torch.randperm(layer.n, generator=random, device=random.device)
+        self.index = order.to(torch.int32).to(where) if layer.indexed else None
+        nothing = torch.full((layer.rows, layer.m), float("nan"), dtype=layer.dtype)
+        self.y = nothing.to(where)
+
+    def reference(self, where: str) -> torch.Tensor:
+        """The result in float64, computed on `where`, z rounded nowhere."""
+        x = self.x.to(where).double()
+        if self.index is not None:
+            x = x.index_select(1, self.index.to(where).long())
+        rank = self.layer.rank
+        a, b = (
+            Factor(
+                factor.stored.to(where),
+                None if factor.scale is None else factor.scale.to(where),
+                self.layer,
+            ).numbers()
+            for factor in (self.a, self.b)
+        )
+        return (x[:, :rank] + x[:, rank:] @ a) @ b
+
+    def error(self, where: str = "cpu") -> float:
+        """Relative Frobenius error of what `y` holds; NaN where a number was not written."""
+        exact = self.reference(where)
+        difference = self.y.to(where).double() - exact
+        return (difference.norm() / exact.norm()).item()
+
+
+class Kernels:
+    """The kernel library on one device: `cuda` by nvcc, `cpu` by the emulation."""
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+        if where == "cuda":
+            properties = torch.cuda.get_device_properties(0)
+            capability = 10 * properties.major + properties.minor
+            self.device = Device(properties.multi_processor_count, capability)
+            path = build_library(capability)
+        else:
+            self.device = EMULATED_DEVICE
+            path = emulated_library()
+        self.library = open_library(path)
+
+    def prepare(self, call: Call, tactic: int) -> PreparedCall:
+        """Scratch memory and arguments of a call.
+
+        Raises:
+            InputError: the library refuses the problem.
+        """
+        layer = call.layer
+        quantised = layer.bits != 16
+        problem = Problem(
+            rows=layer.rows, n=layer.n, m=layer.m, rank=layer.rank, type=TYPES[layer.dtype],
+            weights=layer.bits if quantised else 0, group_size=layer.group if quantised else 0,
+            indexed=layer.indexed, tactic=tactic,
+        )  # fmt: skip
+        refusal = self.library.skipcatWhyRefused(ctypes.byref(problem))
+        if refusal is not None:
+            raise InputError("The kernels refuse this layer.", observed=refusal.decode())
+        pointers = Pointers(
+            x=call.x.data_ptr(),
+            index=None if call.index is None else call.index.data_ptr(),
+            a=call.a.pointer(),
+            a_scale=call.a.scale_pointer(),
+            b=call.b.pointer(),
+            b_scale=call.b.scale_pointer(),
+            y=call.y.data_ptr(),
+        )
+        needed = self.library.skipcatWorkspaceBytes(
+            ctypes.byref(problem), ctypes.byref(self.device)
+        )
+        counters = self.library.skipcatCounterBytes(ctypes.byref(problem))
+        return PreparedCall(
+            self,
+            problem,
+            pointers,
+            torch.empty(needed, dtype=torch.uint8).to(self.where),
+            torch.zeros(counters, dtype=torch.uint8).to(self.where),
+            call,
+        )
+
+
+@dataclass
+class PreparedCall:
+    """A call that only has to be launched; it keeps all its memory alive."""
+
+    kernels: Kernels
+    problem: Problem
+    pointers: Pointers
+    workspace: torch.Tensor
+    counters: torch.Tensor
+    call: Call
+
+    def __call__(self) -> None:
+        """Launch on the current stream."""
+        on_gpu = self.kernels.where == "cuda"
+        stream = torch.cuda.current_stream().cuda_stream if on_gpu else None
+        status = self.kernels.library.skipcatBlockSkipLinear(
+            ctypes.byref(self.problem), ctypes.byref(self.pointers),
+            ctypes.byref(self.kernels.device), self.workspace.data_ptr(),
+            self.counters.data_ptr(), stream,
+        )  # fmt: skip
+        if status != 0:
+            raise RuntimeError(f"the block-skip kernel failed: CUDA error {status}")
+
+
+def cuda_toolkit() -> Path:
+    """The folder of CUDA's headers and libraries; raise InputError where there is none."""
+    nvcc = find_nvcc()
+    places = [nvcc.resolve().parents[2]] if nvcc else []
+    for place in (*places, *sorted(Path("/usr/local").glob("cuda*"))):
+        if (place / "include" / "cuda_fp16.h").is_file():
+            return place
+    raise InputError("The emulation needs CUDA's headers.", change="install the CUDA toolkit")
+
+
+@cache
+def emulated_library() -> Path:
+    """The same sources compiled for the CPU, where every CUDA thread is a fiber.
+
+    Raises:
+        InputError: there are no CUDA headers, or g++ fails.
+    """
+    toolkit = cuda_toolkit()
+    EMULATED.parent.mkdir(parents=True, exist_ok=True)
+    command = ["g++", "-std=c++17", "-O2", "-shared", "-fPIC", "-w", "-DSKIPCAT_EMULATE"]
+    command += [f"-I{SOURCE_FOLDER}", "-isystem", str(toolkit / "include"), "-x", "c++"]
+    command += [str(SOURCE_FOLDER / name) for name in SOURCES]
+    command += ["-x", "none", f"-L{toolkit / 'lib64'}", "-lcudart_static", "-ldl", "-lrt"]
+    command += ["-lpthread", "-o", str(EMULATED)]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    if answer.returncode != 0:
+        raise InputError("g++ cannot compile the emulation.", observed=answer.stderr[-800:])
+    return EMULATED
+
+
+def random_layer(random: torch.Generator, small: bool) -> Layer:
+    """Any layer: odd and even sizes, one row to many, every type and width."""
+
+    def pick(low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, (1,), generator=random))
+
+    unit = (1, 16, 16)[pick(0, 2)]
+    rows = ((1, 1), (1, 1), (2, 8), (9, 64), (65, 140 if small else 4096))[pick(0, 4)]
+    widest = 600 if small else (8192 if rows[1] <= 8 else 1024)
+    n = unit * pick(1, max(1, widest // unit))
+    rank = n if pick(0, 9) == 0 else unit * pick(1, n // unit)
+    m = unit * pick(1, max(1, (200 if small else 1024) // unit))
+    return Layer(
+        rows=pick(*rows), n=n, m=m, rank=rank,
+        dtype=(torch.float16, torch.bfloat16)[pick(0, 1)],
+        bits=(16, 16, 8, 4)[pick(0, 3)], group=16 * pick(1, 8), indexed=pick(0, 1) == 1,
+    )  # fmt: skip
+
+
+def measure_errors(kernels: Kernels, cases: int, seed: int) -> dict[str, Any]:
+    """Errors of random layers by random tactics: the worst of each type and width, all beyond."""
+    random = torch.Generator().manual_seed(seed)
+    worst: dict[str, float] = {}
+    beyond = []
+    for _ in range(cases):
+        layer = random_layer(random, kernels.where == "cpu")
+        tactic = int(torch.randint(0, TACTICS, (1,), generator=random))
+        call = Call(layer, kernels.where, random)
+        kernels.prepare(call, tactic)()
+        error = call.error()
+        kind = f"{str(layer.dtype).removeprefix('torch.')}, {layer.bits} bits"
+        # `not <=` so that NaN counts.
+        if not error <= BOUNDS[layer.dtype]:
+            described = replace(layer, dtype=str(layer.dtype))  # type: ignore[arg-type]
+            beyond.append({"layer": vars(described), "tactic": tactic, "error": error})
+        worst[kind] = max(worst.get(kind, 0.0), error)
+    return {"cases": cases, "seed": seed, "worst": worst, "beyond": beyond}
+
+
+@click.command()
+@click.option("--device", type=click.Choice(["cuda", "cpu"]), default="cuda", show_default=True)
+@click.option("--cases", type=click.IntRange(min=1), default=100, show_default=True)
+@click.option("--seed", type=int, help="By default a fresh one.")
+def command(device: str, cases: int, seed: int | None) -> None:
+    """Print the errors of random layers as JSON; exit status 1 when one is beyond its bound."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise click.ClickException("PyTorch sees no GPU; --device cpu needs none")
+    chosen = secrets.randbelow(1 << 31) if seed is None else seed
+    found = measure_errors(Kernels(device), cases, chosen)
+    click.echo(json.dumps(found, indent=1))
+    sys.exit(1 if found["beyond"] else 0)
+
+
+if __name__ == "__main__":
+    command()

@@ -1,0 +1,1 @@
+"""Perplexity, KL and accuracy against bytes and parameters."""

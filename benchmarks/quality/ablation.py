@@ -1,0 +1,162 @@
+"""What each idea gives, alone and together, on text that no final figure is measured on.
+
+    python benchmarks/quality/ablation.py --calibration ../shared/data/wikitext2_valid_tokenised.txt
+
+The first nine tenths of the calibration text calibrate, and the rest tests: choices that were made
+by these rows are not choices made on the test split. KL to the dense model, and perplexity, on
+windows of 2048 tokens.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from recorded_session import RecordedSession
+from rich.table import Table
+from texts import hash_of_text, tokens_of
+
+from pipeline.artefact import write_json
+from pipeline.bench.measure import describe_machine, load_average
+from pipeline.cli.options import result_console
+from pipeline.compress.methods import EFFORTS, Fit
+from pipeline.compress.plan.layer_costs import Survey
+from pipeline.compress.plan.make_plan import spread
+from pipeline.compress.plan.plan import RankPlan, uniform_plan
+from pipeline.compress.plan.rank_search import searched_plan
+from pipeline.compress.walk import compress_
+from pipeline.model.load import load_model
+from pipeline.model.structure import Layer, decoder_structure
+from pipeline.progress import note
+from pipeline.provenance import provenance
+from pipeline.runtime.sessions.torch_session import TorchSession
+from validate.quality import measure_quality
+
+RESULT = Path(__file__).parent / "results" / "ablation.json"
+CALIBRATING = 0.9
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row: where rank goes, whether matrices may share, and how they are fitted."""
+
+    name: str
+    searched: bool
+    cat: bool
+    fit: Fit
+
+    def plan(self, layers: list[Layer], survey: Survey, keep: float) -> RankPlan:
+        """The plan at a budget."""
+        if self.searched:
+            return searched_plan(layers, survey.curves, keep, cat=self.cat)
+        return uniform_plan(layers, keep, cat=self.cat)
+
+
+VARIANTS = (
+    Variant("SkipCat", False, True, Fit(two_sided=False)),
+    Variant("two-sided, uniform ranks", False, True, Fit()),
+    Variant("searched ranks, one-sided", True, True, Fit(two_sided=False)),
+    Variant("searched ranks, nothing shared, two-sided", True, False, Fit()),
+    Variant("searched ranks and sharing, two-sided", True, True, Fit()),
+    Variant("that, targets of mix 0.5", True, True, Fit(mix=0.5)),
+    Variant("that, targets of mix 0", True, True, Fit(mix=0.0)),
+    Variant("that, targets of mix 1", True, True, Fit(mix=1.0)),
+)
+
+
+@click.command()
+@click.option("--calibration", type=click.Path(path_type=Path), required=True)
+@click.option("--model", default="smollm2-135m", show_default=True)
+@click.option("--keep", type=float, default=0.8, show_default=True)
+@click.option("--effort", type=click.Choice(list(EFFORTS)), default="fast", show_default=True)
+@click.option("--test-windows", type=int, default=4, show_default=True)
+@click.option("--json", "result", type=click.Path(path_type=Path), default=RESULT)
+def command(
+    calibration: Path, model: str, keep: float, effort: str, test_windows: int, result: Path
+) -> None:
+    """Measure every variant on the same tokens."""
+    record: dict[str, Any] = {
+        "settings": {"model": model, "keep": keep, "effort": EFFORTS[effort].__dict__,
+                     "calibration": calibration.name, "sha256": hash_of_text(calibration)},
+        "machine": describe_machine(), "provenance": provenance(), "rows": [],
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory() as scratch:
+        for row in measured_rows(calibration, model, keep, effort, test_windows, Path(scratch)):
+            record["rows"].append(row)
+            write_json(result, record)
+            note(f"{row['variant']}: KL {row['kl_to_dense']:.4f}")
+    show(record["rows"])
+
+
+def measured_rows(
+    calibration: Path, model: str, keep: float, effort: str, test_windows: int, scratch: Path
+) -> Any:
+    """Yield a row for each variant."""
+    loaded = load_model(model, dtype=torch.float32)
+    layers = decoder_structure(loaded.model)
+    texts = split(calibration, scratch)
+    count, length = EFFORTS[effort].windows, EFFORTS[effort].window_length
+    tokens = tokens_of(str(texts[0]), loaded, count, length, 0).tokens
+    tests = tokens_of(str(texts[1]), loaded, test_windows, 2048, 0, sequential=True).tokens.numpy()
+    reference = RecordedSession(TorchSession(loaded.model, "dense"), scratch / "logits")
+    survey = Survey(scratch / "survey", {})
+    chosen = spread(tokens, EFFORTS[effort].survey_windows)
+    survey.measure(loaded.model, layers, chosen, cat=True, seed=0)
+    for variant in VARIANTS:
+        started = time.perf_counter()
+        plan = variant.plan(layers, survey, keep)
+        compressed = copy.deepcopy(loaded.model)
+        compress_(compressed, layers, plan, tokens, dtype=torch.float32, fit=variant.fit,
+                  survey=survey)  # fmt: skip
+        seconds = time.perf_counter() - started
+        quality = measure_quality(TorchSession(compressed, variant.name), reference, tests)
+        yield {
+            "variant": variant.name,
+            "kept_fraction": plan.kept_fraction,
+            "kl_to_dense": quality.kl,
+            "top1_to_dense": quality.top1,
+            "perplexity": float(torch.tensor(quality.window_nlls).mean().exp()),
+            "dense_perplexity": float(torch.tensor(quality.reference_nlls).mean().exp()),
+            "seconds": round(seconds, 1),
+            "load_average": load_average(),
+        }
+        del compressed
+        gc.collect()  # a model is a web of cycles, and the next row needs its memory
+
+
+def split(text: Path, folder: Path) -> tuple[Path, Path]:
+    """The part of a text that calibrates, and the part that tests."""
+    lines = text.read_text(encoding="utf-8").splitlines(keepends=True)
+    cut = int(CALIBRATING * len(lines))
+    parts = folder / "calibrates.txt", folder / "tests.txt"
+    for path, part in zip(parts, (lines[:cut], lines[cut:]), strict=True):
+        path.write_text("".join(part), encoding="utf-8")
+    return parts
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """The table on stdout."""
+    view = Table(title=f"dense perplexity {rows[0]['dense_perplexity']:.2f}")
+    for heading in ("variant", "kept", "KL to dense", "top-1", "perplexity", "s"):
+        view.add_column(heading, justify="left" if heading == "variant" else "right")
+    for row in rows:
+        view.add_row(
+            row["variant"],
+            f"{row['kept_fraction']:.1%}",
+            f"{row['kl_to_dense']:.4f}",
+            f"{row['top1_to_dense']:.1%}",
+            f"{row['perplexity']:.2f}",
+            f"{row['seconds']:.0f}",
+        )
+    result_console().print(view)
+
+
+if __name__ == "__main__":
+    command()

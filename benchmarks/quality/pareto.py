@@ -1,0 +1,284 @@
+"""Quality against bytes: ranks and bits searched together, plain quantisers, low rank in float16.
+
+    python benchmarks/quality/pareto.py --test ../shared/data/wikitext2_test.txt \
+        --calibration ../shared/data/wikitext2_valid_tokenised.txt
+
+Bytes are those of the safetensors files that `skipcat compress` writes, embedding and head
+included. Every row is fitted to the same FIT_WINDOWS calibration windows, and tested on the first
+windows of the test text. Drawn beside are the low-rank methods of `quality.py` at the effort `fast`
+in float16, which were fitted to four times as many. The JSON is written after every row; `--resume`
+goes on from it.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import json
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from pareto_report import PLAIN, save_front, show_front
+from quality import Bench, Settings, main_of, open_table, quality_fields, refuse_test_text
+from texts import hash_of_text, tokens_of
+
+from pipeline.artefact import write_json
+from pipeline.bench.measure import load_average
+from pipeline.checkpoint.folder import save_checkpoint
+from pipeline.compress.channel_scaling import balance_
+from pipeline.compress.embeddings import round_tables_
+from pipeline.compress.plan.layer_costs import Survey
+from pipeline.compress.plan.make_plan import make_plan, spread
+from pipeline.compress.request import CompressRequest
+from pipeline.compress.walk import compress_
+from pipeline.errors import UsageError
+from pipeline.model.structure import decoder_structure
+from pipeline.progress import note
+from pipeline.runtime.sessions.torch_session import TorchSession
+from validate.metrics import perplexity_with_error
+from validate.quality import measure_quality
+
+RESULT = Path(__file__).parent / "results" / "pareto.json"
+BUDGETS = (0.25, 0.18, 0.32, 0.5, 0.14, 0.21, 0.1, 0.4, 0.75, 1.0)
+# The bytes of the plain quantisers below.
+BUDGETS_OF_PLAIN = (0.2704, 0.207, 0.391, 0.5534, 0.3555)
+EFFORT, MIX = "fast", 0.5
+# Of the calibration windows, so many are fitted to; the survey has its own 16 of all of them.
+FIT_WINDOWS = 16
+# Weights of the layers, and of the embedding and head, of each plain quantiser; about so many bits.
+FORMATS = {
+    8: ("int8-b128-sym", "int8-b128-sym"),
+    6: ("int6-b64-sym", "int6-b64-sym"),
+    4: ("int4-b64-asym", "int4-b64-asym"),
+    3: ("int3-b64-asym", "int3-b64-asym"),
+    # 4 bits, a scale and an offset for every 32: as GGUF's Q4_1, which the model came in.
+    5: ("int4-b32-offset", "int8-b64-sym"),
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row: a plain quantiser at some bits, or ours at a fraction of the float16 bytes.
+
+    `balance` scales channels before anything else.
+    """
+
+    method: str
+    size: float
+    balance: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """`gptq:4`, `ours:0.25`, `factors-int8:0.8`, `ours:0.25:0.5`."""
+        return f"{self.method}:{self.size:g}" + (f":{self.balance:g}" if self.balance else "")
+
+    def request(self, model: str, calibration: str, seed: int) -> CompressRequest:
+        """What `skipcat compress` is asked for."""
+        shared: dict[str, Any] = {"calibration": calibration, "seed": seed, "effort": EFFORT}
+        shared |= {"runtime": "any", "balance": self.balance}
+        if self.method == "ours":
+            return CompressRequest(model, mix=MIX, keep_bytes=self.size, **shared)
+        if self.method in ("factors", "factors-int8"):
+            weights = "int8-b64-sym" if self.method == "factors-int8" else None
+            return CompressRequest(model, self.size, method="skipcat", weights=weights, **shared)
+        weights, table = FORMATS[int(self.size)]
+        return CompressRequest(
+            model, 1.0, method=self.method, weights=weights, table=table, **shared
+        )
+
+
+def all_cells() -> list[Cell]:
+    """Every row: ours and the quantisers in turn, so that an early end leaves a picture."""
+    ours = [Cell("ours", budget) for budget in BUDGETS + BUDGETS_OF_PLAIN]
+    plain = [Cell(method, bits) for bits in (4, 3, 8, 6, 5) for method in PLAIN]
+    paper = [Cell("factors", 0.8), Cell("factors-int8", 0.8)]
+    return ours[:4] + plain[:4] + paper + ours[4:] + plain[4:]
+
+
+@click.command()
+@click.option("--test", type=click.Path(path_type=Path), required=True, help="Test text, UTF-8.")
+@click.option("--calibration", required=True, help="Calibration text.")
+@click.option("--model", default="smollm2-135m", show_default=True)
+@click.option("--only", default="", help="Rows, such as ours:0.25,gptq:4.")
+@click.option("--work", type=click.Path(path_type=Path), help="Keep the survey and logits here.")
+@click.option("--test-windows", type=click.IntRange(min=1), default=4, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--json", "result", type=click.Path(path_type=Path), default=RESULT)
+@click.option("--resume", is_flag=True, help="Keep the rows that the JSON has already.")
+def command(
+    test: Path,
+    calibration: str,
+    model: str,
+    only: str,
+    work: Path | None,
+    test_windows: int,
+    seed: int,
+    result: Path,
+    resume: bool,
+) -> None:
+    """Measure perplexity against bytes for ours and for every plain quantiser."""
+    settings = Settings(
+        model=model,
+        test=test.name,
+        test_sha256=hash_of_text(test),
+        test_windows=test_windows,
+        test_window_length=2048,
+        calibration=Path(calibration).name,
+        calibration_sha256=hash_of_text(Path(calibration)),
+        questions=None,
+        limit=None,
+        seed=seed,
+    )
+    refuse_test_text(settings)
+    table = open_table(settings, result, resume=resume)
+    cells = [parsed(text) for text in only.split(",")] if only else all_cells()
+    with tempfile.TemporaryDirectory() as scratch:
+        bench = Bench(settings, test, calibration, None, work or Path(scratch))
+        measure(bench, cells, table, result)
+    table["low_rank"] = low_rank_rows(settings)
+    write_json(result, table)
+    show_front(table)
+    save_front(table, result.with_suffix(".svg"))
+
+
+def parsed(text: str) -> Cell:
+    """A row from "method:size".
+
+    Raises:
+        UsageError: it is none.
+    """
+    method, *numbers = text.split(":")
+    cells = {cell.name: cell for cell in all_cells()}
+    try:
+        return cells.get(text) or Cell(method, *map(float, numbers))
+    except (ValueError, TypeError) as error:
+        raise UsageError(
+            "This is not a row.", where="--only", observed=text, expected=", ".join(cells)
+        ) from error
+
+
+def measure(bench: Bench, cells: list[Cell], table: dict[str, Any], result: Path) -> None:
+    """Measure every row that `table` lacks, and write it as it is finished."""
+    finished = {row["name"] for row in table["rows"]}
+    if "dense" not in finished:
+        add(table, result, dense_row(bench))
+    dense = next(row for row in table["rows"] if row["name"] == "dense")
+    for cell in cells:
+        if cell.name not in finished:
+            note(f"{cell.name} ...")
+            loads = [load_average()]
+            row = measured_row(bench, cell, np.array(dense["window_nlls"]))
+            add(table, result, row | {"load_average": [*loads, load_average()]})
+            gc.collect()  # a model is a web of cycles, and the next row needs its memory
+
+
+def add(table: dict[str, Any], result: Path, row: dict[str, Any]) -> None:
+    """Put a row into the table and onto the disk."""
+    table["rows"].append(row)
+    result.parent.mkdir(parents=True, exist_ok=True)
+    write_json(result, table)
+    note(f"{row['name']}: {row['stored_bytes'] / 1e6:.2f} MB, perplexity {row['perplexity']:.2f}")
+
+
+def dense_row(bench: Bench) -> dict[str, Any]:
+    """The model as it is, in float16."""
+    quality = measure_quality(bench.reference, None, bench.tests.tokens.numpy(), note)
+    numbers = sum(parameter.numel() for parameter in bench.loaded.model.parameters())
+    return {"name": "dense", "stored_bytes": 2 * numbers, **quality_fields(quality, None)}
+
+
+def measured_row(bench: Bench, cell: Cell, dense_nlls: np.ndarray) -> dict[str, Any]:
+    """Compress a copy as the row asks, write it, and test it beside the dense model."""
+    request = cell.request(bench.settings.model, bench.calibration, bench.settings.seed)
+    request.check()
+    effort = request.resolved_effort
+    tokens = tokens_of(
+        bench.calibration, bench.loaded, effort.windows, effort.window_length, request.seed
+    )
+    model = copy.deepcopy(bench.loaded.model)
+    layers = decoder_structure(model)
+    # Of every budget the survey is the same.
+    folder = f"survey-{cell.method}" + (f"-{cell.balance:g}" if cell.balance else "")
+    formats = [style.name for style in request.formats]
+    survey = Survey(bench.work / folder, {"text": tokens.describe()["sha256"], "formats": formats})
+    started, cpu_started = time.perf_counter(), time.process_time()
+    if cell.balance:
+        balance_(model, layers, tokens.tokens, cell.balance)
+    plan = make_plan(request, model, layers, tokens.tokens, survey)
+    plan_seconds, plan_cpu = time.perf_counter() - started, time.process_time() - cpu_started
+    fit = request.resolved_method.fit
+    dtype = torch.float32 if cell.method == "factors" else torch.float16
+    fitted = spread(tokens.tokens, FIT_WINDOWS)
+    done = compress_(model, layers, plan, fitted, dtype=dtype, fit=fit, survey=survey)
+    entries, _ = round_tables_(model, plan.tables, fitted, plain=fit.nearest)
+    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
+    with tempfile.TemporaryDirectory() as folder:
+        modules = done.modules | entries
+        save_checkpoint(model, bench.loaded.tokenizer, modules, Path(folder), torch.float16)
+        stored_bytes = sum(f.stat().st_size for f in Path(folder).glob("*.safetensors"))
+    note(f"{cell.name}: {stored_bytes / 1e6:.2f} MB after {seconds:.0f} s, now measuring")
+    quality = measure_quality(
+        TorchSession(model, cell.name), bench.reference, bench.tests.tokens.numpy(), note
+    )
+    numbers = sum(parameter.numel() for parameter in bench.loaded.model.parameters())
+    return {
+        "name": cell.name,
+        "method": cell.method,
+        "stored_bytes": stored_bytes,
+        "budget_bytes": request.budget_bytes(2 * numbers) if request.searches_bits else None,
+        "kept_fraction": plan.kept_fraction,
+        "expected_kl": sum(group.expected_kl or 0.0 for group in plan.groups),
+        "forms": forms_of(plan),
+        "tables": plan.tables,
+        **quality_fields(quality, dense_nlls),
+        "plan_seconds": round(plan_seconds, 1),
+        "plan_cpu_seconds": round(plan_cpu, 1),
+        "seconds": round(seconds, 1),
+        "cpu_seconds": round(cpu_seconds, 1),
+    }
+
+
+def forms_of(plan: Any) -> dict[str, int]:
+    """How many groups there are of each form and pair of formats."""
+    counts: dict[str, int] = {}
+    for group in plan.groups:
+        name = " ".join(filter(None, (group.form, group.down_style, group.up_style)))
+        counts[name] = counts.get(name, 0) + 1
+    return dict(sorted(counts.items(), key=lambda item: -item[1]))
+
+
+def low_rank_rows(settings: Settings) -> list[dict[str, Any]]:
+    """The low-rank methods of quality.json, on the same windows; float16, embedding included."""
+    path = RESULT.with_name("quality.json")
+    if not path.is_file():
+        return []
+    table = json.loads(path.read_text(encoding="utf-8"))
+    same = ("model", "test_sha256", "calibration_sha256", "test_window_length", "seed")
+    if any(table["settings"][key] != getattr(settings, key) for key in same):
+        return []
+    rows = []
+    for row in table["rows"]:
+        if row["effort"] == EFFORT:
+            nlls = np.array(row["window_nlls"][: settings.test_windows])
+            perplexity, error = perplexity_with_error(nlls)
+            rows.append(
+                {
+                    "name": f"{row['method']}:{row['keep']:g}",
+                    "method": row["method"],
+                    "stored_bytes": 2 * row["parameters"],
+                    "perplexity": perplexity,
+                    "perplexity_standard_error": error,
+                }
+            )
+    return rows
+
+
+if __name__ == "__main__":
+    sys.exit(main_of(command))

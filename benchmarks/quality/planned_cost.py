@@ -1,0 +1,180 @@
+"""What each group of matrices was expected to cost, against what it costs.
+
+    python benchmarks/quality/planned_cost.py --calibration CALIBRATION.txt
+
+A plan under a budget of bytes is made as `skipcat compress --keep-bytes` makes it. Then every group
+in turn is compressed alone, all others left as they are, and the KL to the original is measured on
+the last tenth of the calibration text. The figure is the rank correlation of the two costs over
+all groups, and over the layers (all groups of a layer together).
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from quality import main_of
+from scipy.stats import spearmanr
+from texts import hash_of_text, tokens_of
+
+from pipeline.artefact import write_json
+from pipeline.bench.measure import describe_machine
+from pipeline.checkpoint.install import group_entries, install_
+from pipeline.compress.finished_layers import FinishedLayers
+from pipeline.compress.methods import Fit
+from pipeline.compress.plan.layer_costs import Survey
+from pipeline.compress.plan.make_plan import make_plan
+from pipeline.compress.plan.plan import GroupPlan, RankPlan
+from pipeline.compress.request import CompressRequest
+from pipeline.compress.walk import compress_
+from pipeline.model.load import LoadedModel, load_model
+from pipeline.model.structure import decoder_structure
+from pipeline.progress import note, track
+from pipeline.provenance import provenance
+
+RESULT = Path(__file__).parent / "results" / "planned_cost.json"
+
+
+@click.command()
+@click.option("--calibration", required=True, help="Calibration text.")
+@click.option("--model", default="smollm2-135m", show_default=True)
+@click.option("--keep-bytes", type=float, default=0.25, show_default=True)
+@click.option("--held-out", type=int, default=4, show_default=True, help="Windows of 256 tokens.")
+@click.option("--work", type=click.Path(path_type=Path), help="Keep the survey here.")
+@click.option("--json", "result", type=click.Path(path_type=Path), default=RESULT)
+def command(
+    calibration: str, model: str, keep_bytes: float, held_out: int, work: Path | None, result: Path
+) -> None:
+    """Correlate expected and measured KL over groups and layers."""
+    request = CompressRequest(
+        model, keep_bytes=keep_bytes, runtime="any", effort="fast", calibration=calibration
+    )
+    request.check()
+    loaded = load_model(model, dtype=torch.float32)
+    effort = request.resolved_effort
+    tokens = tokens_of(calibration, loaded, effort.windows, effort.window_length, request.seed)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = work or Path(scratch)
+        survey = Survey(folder / "survey-ours", {"text": tokens.describe()["sha256"]})
+        layers = decoder_structure(loaded.model)
+        plan = make_plan(request, loaded.model, layers, tokens.tokens, survey)
+        finished = FinishedLayers(Path(scratch) / "layers", {"keep_bytes": keep_bytes})
+        compress_(
+            copy.deepcopy(loaded.model),
+            layers,
+            plan,
+            tokens.tokens,
+            dtype=torch.float32,
+            fit=Fit(),
+            survey=survey,
+            finished=finished,
+        )
+        rows = costs(loaded, plan, finished, last_windows(calibration, loaded, held_out))
+    record = {
+        "schema": 1,
+        "model": model,
+        "keep_bytes": keep_bytes,
+        "calibration_sha256": hash_of_text(Path(calibration)),
+        "held_out_tokens": held_out * 256,
+        "machine": describe_machine(),
+        "provenance": provenance(),
+        "correlation": correlations(rows),
+        "rows": rows,
+    }
+    write_json(result, record)
+    click.echo(json.dumps(record["correlation"], indent=2))
+
+
+def last_windows(calibration: str, loaded: LoadedModel, count: int) -> torch.Tensor:
+    """The end of the calibration text, int64 [count, 256]; windows for fitting come from all of it.
+
+    Costs are compared with one another, not claimed for unseen text.
+    """
+    text = Path(calibration).read_text(encoding="utf-8")
+    ids = loaded.tokenizer(text[-count * 256 * 8 :])["input_ids"][-count * 256 :]
+    return torch.tensor(ids).view(count, 256)
+
+
+def costs(
+    loaded: LoadedModel, plan: RankPlan, finished: FinishedLayers, windows: torch.Tensor
+) -> list[dict[str, Any]]:
+    """Expected and measured KL of every group that the plan changes, and of every layer."""
+    model = loaded.model
+    expected = [_log_chances(model, window) for window in windows]
+    rows = []
+    for layer, groups in track(list(plan.layers.items()), "costs"):
+        tensors, _ = finished.load(layer)
+        changed = [group for group in groups if not group.is_unchanged]
+        parts = [[group] for group in changed] + ([changed] if len(changed) > 1 else [])
+        for part in parts:
+            rows.append(
+                {
+                    "layer": layer,
+                    "members": [m for group in part for m in group.members],
+                    "whole_layer": len(part) == len(changed),
+                    "alone": len(part) == 1,
+                    "form": part[0].form,
+                    "styles": [part[0].down_style, part[0].up_style],
+                    "rank": part[0].rank,
+                    "expected_kl": sum(group.expected_kl or 0.0 for group in part),
+                    "measured_kl": _measured(model, part, tensors, windows, expected),
+                }
+            )
+    return rows
+
+
+@torch.no_grad()
+def _measured(
+    model: Any,
+    groups: list[GroupPlan],
+    tensors: dict[str, torch.Tensor],
+    windows: torch.Tensor,
+    expected: list[torch.Tensor],
+) -> float:
+    """Mean KL to the original with some groups compressed; the model is as it was afterwards."""
+    before = {m: model.get_submodule(m) for group in groups for m in group.members}
+    for group in groups:
+        styles = (group.down_style, group.up_style)
+        install_(model, group_entries(group.members, group.form, group.rank, *styles), tensors)
+    losses = []
+    for window, log_p in zip(windows, expected, strict=True):
+        log_q = _log_chances(model, window)
+        losses.append(float((log_p.exp() * (log_p - log_q)).sum(-1).mean()))
+    for name, module in before.items():
+        model.set_submodule(name, module)
+    return float(np.mean(losses))
+
+
+@torch.no_grad()
+def _log_chances(model: Any, window: torch.Tensor) -> torch.Tensor:
+    return model(input_ids=window[None], use_cache=False).logits[0].log_softmax(-1)
+
+
+def correlations(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Spearman's rank correlation, and the median ratio of measured to expected."""
+    found = {}
+    for name, chosen in (
+        ("groups", [row for row in rows if row["alone"]]),
+        ("layers", [row for row in rows if row["whole_layer"]]),
+    ):
+        planned, measured = (
+            np.array([row[key] for row in chosen]) for key in ("expected_kl", "measured_kl")
+        )
+        found[name] = {
+            "count": len(chosen),
+            "rank_correlation": float(spearmanr(planned, measured).statistic),
+            "median_measured_over_expected": float(np.median(measured / planned)),
+        }
+    return found
+
+
+if __name__ == "__main__":
+    note("planned against measured cost")
+    sys.exit(main_of(command))

@@ -1,0 +1,392 @@
+"""Quality of every method at every budget: ours, and the rivals as methods of ours.
+
+    python benchmarks/quality/quality.py --test ../shared/data/wikitext2_test.txt \
+        --calibration ../shared/data/wikitext2_valid_tokenised.txt
+
+Perplexity on the first windows of the test text, each on an empty cache, with no special tokens;
+every window predicts its own tokens after the first. Model and factors in float32. Each row is an
+ordinary run of what `skipcat compress` does, on a copy of the model; its seconds hold all but
+loading and saving. Rows of one effort have the same calibration tokens. The JSON is written after
+every row, and `--resume` goes on from it.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from quality_report import DENSE, save_chart, show
+from recorded_session import RecordedSession
+from texts import hash_of_text, tokens_of
+
+from pipeline.artefact import write_json
+from pipeline.bench.measure import describe_machine, load_average
+from pipeline.calibrate.text import TokenBatch
+from pipeline.cli.main import explain
+from pipeline.compress.methods import DEFAULT_EFFORT, DEFAULT_METHOD, METHODS
+from pipeline.compress.plan.layer_costs import Survey
+from pipeline.compress.plan.make_plan import make_plan
+from pipeline.compress.plan.plan import RankPlan
+from pipeline.compress.request import CompressRequest
+from pipeline.compress.run import parameter_count
+from pipeline.compress.walk import compress_
+from pipeline.errors import UsageError
+from pipeline.model.load import load_model
+from pipeline.model.structure import Layer, decoder_structure
+from pipeline.progress import note
+from pipeline.provenance import provenance
+from pipeline.runtime.sessions.session import Session
+from pipeline.runtime.sessions.torch_session import TorchSession
+from validate.harness import SessionLM
+from validate.harness_tasks import load_tasks, score_tasks, scores_of
+from validate.metrics import log_perplexity_change, perplexity_with_error
+from validate.quality import Quality, measure_quality
+
+SCHEMA = 1
+RESULT = Path(__file__).parent / "results" / "quality.json"
+SWEEP = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
+TABLE = (0.8, 0.7)
+SWEPT = ("skipcat", DEFAULT_METHOD)
+ASKED = ("svd-llm", *SWEPT)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row to measure: a method at a budget, with the calibration of an effort."""
+
+    method: str
+    keep: float
+    effort: str = DEFAULT_EFFORT
+
+
+def is_asked(cell: Cell) -> bool:
+    """Whether the questions are put to this row; they take longer than the text."""
+    return cell.method in ASKED and cell.keep == TABLE[0] and cell.effort == DEFAULT_EFFORT
+
+
+def all_cells() -> list[Cell]:
+    """Every row, those that the README shows first.
+
+    All methods meet at the effort "fast", on the same tokens; ours and those it is held against
+    get more text besides.
+    """
+    cells = [Cell(method, keep) for keep in TABLE for method in ASKED]
+    cells += [Cell(method, TABLE[0], "fast") for method in METHODS if method != "mpifa"]
+    cells += [Cell(method, keep, "fast") for keep in SWEEP for method in SWEPT]
+    cells += [Cell(method, TABLE[1], "fast") for method in METHODS if method != "mpifa"]
+    cells += [Cell("mpifa", keep, "fast") for keep in TABLE]
+    cells += [Cell(DEFAULT_METHOD, keep, "max") for keep in TABLE]
+    return list(dict.fromkeys(cells))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that the numbers depend on."""
+
+    model: str
+    test: str
+    test_sha256: str
+    test_windows: int
+    test_window_length: int
+    calibration: str
+    calibration_sha256: str
+    questions: str | None
+    limit: int | None
+    seed: int
+
+
+@click.command()
+@click.option("--test", type=click.Path(path_type=Path), required=True, help="Test text, UTF-8.")
+@click.option("--calibration", required=True, help="Calibration text, or 'self'.")
+@click.option("--model", default="smollm2-135m", show_default=True)
+@click.option("--questions", type=click.Path(path_type=Path), help="JSONL, scored as ARC is.")
+@click.option("--limit", type=click.IntRange(min=1), default=300, help="First questions only.")
+@click.option("--only", default="", help="Rows, such as skipcat:0.8,skipcat-kl:0.7:fast.")
+@click.option("--work", type=click.Path(path_type=Path), help="Keep surveys and logits here.")
+@click.option("--test-windows", type=click.IntRange(min=1), default=10, show_default=True)
+@click.option("--test-window-length", type=click.IntRange(min=2), default=2048, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--json", "result", type=click.Path(path_type=Path), default=RESULT)
+@click.option("--resume", is_flag=True, help="Keep the rows that the JSON has already.")
+def command(
+    test: Path,
+    calibration: str,
+    model: str,
+    questions: Path | None,
+    limit: int,
+    only: str,
+    work: Path | None,
+    test_windows: int,
+    test_window_length: int,
+    seed: int,
+    result: Path,
+    resume: bool,
+) -> None:
+    """Measure perplexity and agreement of every method at every budget."""
+    settings = Settings(
+        model=model,
+        test=test.name,
+        test_sha256=hash_of_text(test),
+        test_windows=test_windows,
+        test_window_length=test_window_length,
+        calibration=Path(calibration).name,
+        calibration_sha256="" if calibration == "self" else hash_of_text(Path(calibration)),
+        questions=questions.name if questions else None,
+        limit=limit if questions else None,
+        seed=seed,
+    )
+    refuse_test_text(settings)
+    table = open_table(settings, result, resume=resume)
+    cells = [parsed_cell(text) for text in only.split(",")] if only else all_cells()
+    with tempfile.TemporaryDirectory() as scratch:
+        bench = Bench(settings, test, calibration, questions, work or Path(scratch))
+        measure_table(bench, cells, table, result)
+    show(table)
+    save_chart(table["rows"], result.with_suffix(".svg"))
+
+
+def refuse_test_text(settings: Settings) -> None:
+    """Raise UsageError when the model would be calibrated on the text it is tested on."""
+    if settings.test_sha256 == settings.calibration_sha256:
+        raise UsageError(
+            "Calibration and test are the same text, so the perplexity would mean nothing.",
+            observed=settings.calibration,
+            change="calibrate on the validation split, or pass --calibration self",
+        )
+
+
+def open_table(settings: Settings, result: Path, *, resume: bool) -> dict[str, Any]:
+    """A new table, or the unfinished one of an earlier run with the same settings.
+
+    Raises:
+        UsageError: the earlier run had other settings.
+    """
+    fresh = {
+        "schema": SCHEMA,
+        "settings": asdict(settings),
+        "machine": describe_machine() | {"threads": torch.get_num_threads()},
+        "provenance": provenance(),
+        "rows": [],
+    }
+    if not resume or not result.is_file():
+        return fresh
+    earlier: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
+    if earlier["settings"] != fresh["settings"]:
+        changed = [k for k, v in asdict(settings).items() if earlier["settings"].get(k) != v]
+        raise UsageError(
+            "The rows there were measured with other settings.",
+            where=result,
+            observed=f"differs in {', '.join(changed)}",
+            change="repeat those settings, pass another --json, or leave out --resume",
+        )
+    return earlier
+
+
+def parsed_cell(text: str) -> Cell:
+    """A row from "method:keep" or "method:keep:effort".
+
+    Raises:
+        UsageError: it is neither.
+    """
+    method, _, rest = text.partition(":")
+    keep, _, effort = rest.partition(":")
+    try:
+        return Cell(method, float(keep), effort or DEFAULT_EFFORT)
+    except ValueError as error:
+        raise UsageError(
+            "This is not a row.", where="--only", observed=text, expected="method:keep[:effort]"
+        ) from error
+
+
+class Bench:
+    """The model, the texts, and what several rows share."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        test: Path,
+        calibration: str,
+        questions: Path | None,
+        work: Path,
+    ) -> None:
+        self.settings, self.calibration, self.work = settings, calibration, work
+        self.questions = questions
+        note(f"loading {settings.model}")
+        self.loaded = load_model(settings.model, dtype=torch.float32)
+        count, length = settings.test_windows, settings.test_window_length
+        self.tests = tokens_of(
+            str(test), self.loaded, count, length, settings.seed, sequential=True
+        )
+        self.reference = RecordedSession(TorchSession(self.loaded.model, DENSE), work / "logits")
+
+    def request(self, cell: Cell) -> CompressRequest:
+        """What `skipcat compress` would be asked."""
+        request = CompressRequest(
+            self.settings.model,
+            cell.keep,
+            method=cell.method,
+            effort=cell.effort,
+            calibration=self.calibration,
+            seed=self.settings.seed,
+        )
+        request.check()
+        return request
+
+    def question_scores(self, session: Session) -> dict[str, Any] | None:
+        """Accuracy and its standard error on the questions; None without any."""
+        if self.questions is None:
+            return None
+        tasks = load_tasks([str(self.questions)])
+        model = SessionLM(session, self.loaded.tokenizer)
+        results = score_tasks(model, tasks, limit=self.settings.limit, num_fewshot=None)
+        return {score.metric: [score.value, score.standard_error] for score in scores_of(results)}
+
+
+def measure_table(bench: Bench, cells: list[Cell], table: dict[str, Any], result: Path) -> None:
+    """Measure every row that `table` lacks, and write it to `result` as it is finished."""
+    table["texts"] = {"test": bench.tests.describe()}
+    finished = {(row["method"], row["keep"], row["effort"]) for row in table["rows"]}
+    if (DENSE, 1.0, None) not in finished:
+        add_row(table, result, lambda: dense_row(bench))
+    dense = next(row for row in table["rows"] if row["method"] == DENSE)
+    for cell in cells:
+        if (cell.method, cell.keep, cell.effort) not in finished:
+            note(f"{cell.method} at {cell.keep}, {cell.effort} ...")
+            add_row(table, result, partial(compressed_row, bench, cell, dense))
+            gc.collect()  # a model is a web of cycles, and the next row needs its memory
+
+
+def add_row(table: dict[str, Any], result: Path, measure: Callable[[], dict[str, Any]]) -> None:
+    """Measure a row and write the table with it."""
+    loads = [load_average()]
+    row = measure()
+    table["rows"].append(row | {"load_average": [*loads, load_average()]})
+    result.parent.mkdir(parents=True, exist_ok=True)
+    write_json(result, table)
+    note(f"{row['method']}: perplexity {row['perplexity']:.2f}")
+
+
+def dense_row(bench: Bench) -> dict[str, Any]:
+    """The row of the model as it is."""
+    layers = decoder_structure(bench.loaded.model)
+    linear = sum(sum(g.out_features) * g.in_features for layer in layers for g in layer.groups)
+    quality = measure_quality(bench.reference, None, bench.tests.tokens.numpy(), note)
+    return {
+        "method": DENSE,
+        "keep": 1.0,
+        "effort": None,
+        "kept_fraction": 1.0,
+        "decoder_linear_parameters": linear,
+        "parameters": parameter_count(bench.loaded.model),
+        **quality_fields(quality, None),
+        "questions": bench.question_scores(bench.reference.session),
+        "plan_seconds": None,
+        "compress_seconds": None,
+        "largest_interpolation": None,
+    }
+
+
+def compressed_row(bench: Bench, cell: Cell, dense: dict[str, Any]) -> dict[str, Any]:
+    """The row of one method: compress a copy, then test it beside the dense model."""
+    request = bench.request(cell)
+    effort = request.resolved_effort
+    tokens = tokens_of(
+        bench.calibration, bench.loaded, effort.windows, effort.window_length, request.seed
+    )
+    model = copy.deepcopy(bench.loaded.model)
+    layers = decoder_structure(model)
+    survey, plan, plan_seconds = planned(bench, request, model, layers, tokens)
+    started = time.perf_counter()
+    fit = request.resolved_method.fit
+    done = compress_(
+        model, layers, plan, tokens.tokens, dtype=torch.float32, fit=fit, survey=survey
+    )
+    seconds = time.perf_counter() - started
+    note(f"{cell.method}: compressed in {seconds:.0f} s, now measuring")
+    session = TorchSession(done.model, cell.method)
+    quality = measure_quality(session, bench.reference, bench.tests.tokens.numpy(), note)
+    interpolations = [group.get("largest_interpolation") for group in done.groups]
+    return {
+        "method": cell.method,
+        "keep": cell.keep,
+        "effort": cell.effort,
+        "calibration": tokens.describe(),
+        "kept_fraction": plan.kept_fraction,
+        "decoder_linear_parameters": sum(group.kept_parameters for group in plan.groups),
+        "parameters": parameter_count(done.model),
+        **quality_fields(quality, np.array(dense["window_nlls"])),
+        "questions": bench.question_scores(session) if is_asked(cell) else None,
+        "plan_seconds": round(plan_seconds, 1),
+        "compress_seconds": round(seconds + plan_seconds, 1),
+        "largest_interpolation": max((x for x in interpolations if x is not None), default=None),
+    }
+
+
+def planned(
+    bench: Bench, request: CompressRequest, model: Any, layers: list[Layer], tokens: TokenBatch
+) -> tuple[Survey, RankPlan, float]:
+    """Survey, plan, and the seconds of both; a survey of the same effort is taken over.
+
+    The seconds that a survey took are kept beside it and count for every row that uses it.
+    """
+    folder = bench.work / f"survey-{request.effort}"
+    survey = Survey(folder, {"text": tokens.describe()["sha256"]})
+    clock = folder / "seconds"
+    fresh = request.resolved_method.needs_survey and not clock.exists()
+    started = time.perf_counter()
+    plan = make_plan(request, model, layers, tokens.tokens, survey)
+    seconds = time.perf_counter() - started
+    if fresh:
+        clock.write_text(str(seconds))
+    elif request.resolved_method.needs_survey:
+        seconds += float(clock.read_text())
+    return survey, plan, seconds
+
+
+def quality_fields(quality: Quality, dense_nlls: np.ndarray | None) -> dict[str, Any]:
+    """What the row says of a model's quality."""
+    nlls = np.array(quality.window_nlls)
+    perplexity, error = perplexity_with_error(nlls)
+    change, change_error = log_perplexity_change(nlls if dense_nlls is None else dense_nlls, nlls)
+    return {
+        "perplexity": perplexity,
+        "perplexity_standard_error": error,
+        "log_perplexity_change": change,
+        "log_perplexity_change_standard_error": change_error,
+        "kl_to_dense": 0.0 if quality.kl is None else quality.kl,
+        "top1_to_dense": 1.0 if quality.top1 is None else quality.top1,
+        "window_nlls": quality.window_nlls,
+        "measure_seconds": quality.seconds,
+    }
+
+
+def main_of(command: click.Command) -> int:
+    """Run; failures become the messages and exit status of `skipcat`."""
+    try:
+        command.main(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        return 2
+    except Exception as error:
+        failure = explain(error)
+        if failure is None or failure.exit_status == 1:
+            raise
+        print(f"error: {failure}", file=sys.stderr)
+        return failure.exit_status
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main_of(command))

@@ -1,0 +1,1 @@
+"""Published methods, measured with their own code."""

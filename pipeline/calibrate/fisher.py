@@ -1,0 +1,228 @@
+"""How much the model's own output minds an error at each linear layer: one sweep back.
+
+For y = W x, g is the gradient of log p(t) by y, with t drawn from the model's own distribution:
+E[g g^T] is then the Fisher information of y, and half of E (g . d)^2 is the KL, in nats, that a
+small error d costs. No label, and no text but the calibration tokens, is needed.
+
+A sweep forward keeps the input of every layer on disk; the sweep back recomputes one layer at a
+time from it, so that memory does not grow with depth.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from pipeline.calibrate.layer_stream import LayerStream
+from pipeline.calibrate.moments import GroupMoments
+from pipeline.calibrate.precision import fast_products
+from pipeline.errors import InputError
+from pipeline.model.structure import Layer, hidden_states_of
+from pipeline.progress import track
+
+
+class BackwardSweep:
+    """Gradients of a model's log-likelihood, carried from its last layer to its first.
+
+    Args:
+        model: a decoder in evaluation mode; its parameters are not changed.
+        layers: its layers, as `decoder_structure` found them.
+        tokens: int64 [N, T].
+        folder: for the inputs of the layers and the gradient; an interrupted sweep continues there.
+        seed: of the tokens that are drawn from the model's distribution.
+        batch_size: sequences that go through a layer at once.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        layers: list[Layer],
+        tokens: torch.Tensor,
+        folder: Path,
+        *,
+        seed: int = 0,
+        batch_size: int = 2,
+    ) -> None:
+        self.model, self.layers, self.folder, self.seed = model, layers, folder, seed
+        self.stream = LayerStream(model, layers, tokens, batch_size)
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def forward(self, last: int | None = None) -> int:
+        """Keep the input of every layer, and the gradient by the output of the last.
+
+        Args:
+            last: highest layer that is wanted, where an interrupted sweep may stand; None for the
+                last layer of the model.
+
+        Returns:
+            The layer to go back from: `last` if what it needs is kept, else the last of the model.
+        """
+        end = len(self.layers) - 1
+        last = end if last is None else last
+        if self._gradient_path(last + 1).exists() and self._input_path(last).exists():
+            return last
+        for index in track(range(len(self.layers)), "sensitivity, forward"):
+            _write(self._input_path(index), self.stream.hidden)
+            with fast_products(self.model):
+                self.stream.advance(index, measure=False)
+            _require_finite(self.layers[index].name, self.stream.hidden)
+        generator = torch.Generator().manual_seed(self.seed)
+        gradients = [
+            self._loss_gradient(batch, hidden, generator)
+            for batch, hidden in track(
+                list(zip(self.stream.batches, self.stream.hidden, strict=True)),
+                "sensitivity, output",
+            )
+        ]
+        _write(self._gradient_path(len(self.layers)), gradients)
+        return end
+
+    def backward(self, index: int) -> dict[str, GroupMoments]:
+        """Carry the gradient from the output of layer `index` to its input.
+
+        Call with the last layer first. What is needed to call again with `index` + 1, after an
+        interruption, is removed only now.
+
+        Returns:
+            Group name -> its moments.
+
+        Raises:
+            InputError: activations or gradients that are not finite; names the layer.
+        """
+        layer = self.layers[index]
+        self._input_path(index + 1).unlink(missing_ok=True)
+        self._gradient_path(index + 2).unlink(missing_ok=True)
+        moments = {
+            group.name: GroupMoments(
+                group.in_features, dict(zip(group.members, group.out_features, strict=True))
+            )
+            for group in layer.groups
+        }
+        inputs, gradients = _read(self._input_path(index)), _read(self._gradient_path(index + 1))
+        with self._recording(layer, moments):
+            before = [
+                self._through(index, hidden, gradient)
+                for hidden, gradient in zip(inputs, gradients, strict=True)
+            ]
+        _require_finite(layer.name, before)
+        _write(self._gradient_path(index), before)
+        return moments
+
+    def remove(self) -> None:
+        """Remove what the sweep kept on disk."""
+        shutil.rmtree(self.folder)
+
+    def _through(self, index: int, hidden: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        """The gradient by the input of a layer, from that by its output; both [B, T, H]."""
+        module, keywords = self.stream.modules[index], self.stream.keywords[len(hidden)][index]
+        hidden = hidden.requires_grad_()
+        with torch.enable_grad(), fast_products(self.model):
+            output = hidden_states_of(module(hidden, **keywords))
+        (before,) = torch.autograd.grad(output, hidden, gradient.to(output.dtype))
+        return before
+
+    @contextlib.contextmanager
+    def _recording(self, layer: Layer, moments: dict[str, GroupMoments]) -> Iterator[None]:
+        """Add to the moments whatever passes through the layer, forward and back."""
+        frozen = [p for p in self.model.parameters() if p.requires_grad]
+        hooks: list[Any] = []
+        for name, group in moments.items():
+            linear = self.model.get_submodule(name)
+            hooks.append(linear.register_forward_pre_hook(_seeing_input(group)))
+            for member in group.outputs:
+                linear = self.model.get_submodule(member)
+                hooks.append(linear.register_forward_hook(_seeing_gradient(group, member)))
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        except ValueError as error:
+            raise _not_finite(layer.name, str(error)) from error
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for parameter in frozen:
+                parameter.requires_grad_(True)
+
+    def _loss_gradient(
+        self, batch: torch.Tensor, hidden: torch.Tensor, generator: torch.Generator
+    ) -> torch.Tensor:
+        """Gradient of the log-likelihood of drawn tokens by the last layer's output, [B, T, H].
+
+        The model runs as it is with its layers taken out, so that whatever it does behind them
+        (norm, head, soft cap) is in the gradient.
+        """
+        last = hidden.detach().clone().requires_grad_()
+        with contextlib.ExitStack() as patches:
+            for module in self.stream.modules:
+                patches.enter_context(patch.object(module, "forward", lambda *_, **__: last))
+            with torch.enable_grad(), fast_products(self.model):
+                logits = self.model(input_ids=batch, use_cache=False).logits
+        residual = _drawn_minus_expected(logits.detach().float(), generator)
+        (gradient,) = torch.autograd.grad(logits, last, residual.to(logits.dtype))
+        _require_finite(self.layers[-1].name, [gradient])
+        return gradient
+
+    def _input_path(self, index: int) -> Path:
+        return self.folder / f"input-{index}.safetensors"
+
+    def _gradient_path(self, index: int) -> Path:
+        return self.folder / f"gradient-{index}.safetensors"
+
+
+def _seeing_input(moments: GroupMoments) -> Any:
+    def see(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        moments.see_input(args[0])
+
+    return see
+
+
+def _seeing_gradient(moments: GroupMoments, member: str) -> Any:
+    def watch(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        output.register_hook(lambda gradient: moments.see_gradient(member, gradient))
+
+    return watch
+
+
+def _drawn_minus_expected(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Gradient of log p(t) by the logits, t drawn from p: onehot(t) - p, float32 [..., V]."""
+    shape = logits.shape
+    chances = logits.reshape(-1, shape[-1]).softmax(dim=-1)
+    level = torch.rand(len(chances), 1, generator=generator)
+    drawn = torch.searchsorted(chances.cumsum(dim=-1), level).clamp_max(shape[-1] - 1)
+    return chances.neg_().scatter_add_(1, drawn, torch.ones_like(level)).view(shape)
+
+
+def _require_finite(layer: str, tensors: list[torch.Tensor]) -> None:
+    if not all(torch.isfinite(tensor).all() for tensor in tensors):
+        raise _not_finite(layer, "NaN or infinite values")
+
+
+def _not_finite(layer: str, observed: str) -> InputError:
+    return InputError(
+        "The model's activations or gradients are not finite.",
+        where=layer,
+        observed=observed,
+        change="load the model in float32, and check its weights",
+    )
+
+
+def _write(path: Path, batches: list[torch.Tensor]) -> None:
+    """Keep batches, rounded to bfloat16: sensitivities need its range, not more digits."""
+    aside = path.with_suffix(".writing")
+    save_file({str(i): b.bfloat16().contiguous() for i, b in enumerate(batches)}, aside)
+    aside.replace(path)
+
+
+def _read(path: Path) -> list[torch.Tensor]:
+    tensors = load_file(path)
+    return [tensors[str(i)].float() for i in range(len(tensors))]

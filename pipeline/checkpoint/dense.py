@@ -1,0 +1,89 @@
+"""Back to ordinary matrices: no smaller, but loadable by every other tool."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel
+
+from pipeline.checkpoint.folder import load_checkpoint, read_report, save_checkpoint
+from pipeline.checkpoint.modeling_skipcat import FactoredLinear, FewBitEmbedding, FewBitLinear
+from pipeline.model.task import IMAGES, task_of_folder
+
+
+def densify_(model: PreTrainedModel) -> PreTrainedModel:
+    """Replace every factored layer by the product of its factors, and few bits by numbers.
+
+    Args:
+        model: changed in place, and returned.
+    """
+    # All products first: replacing an owner would take the factors from those that share them.
+    products = {
+        name: (module.dense_weight().to(module.up.weight.dtype), module.up.bias)
+        for name, module in model.named_modules()
+        if isinstance(module, FactoredLinear)
+    }
+    inside = tuple(f"{name}." for name in products)
+    tables: dict[int, nn.Parameter] = {}
+    for name, module in list(model.named_modules()):
+        if isinstance(module, FewBitEmbedding):
+            weight = tables.setdefault(id(module.stored), _frozen(module.weight))
+            model.set_submodule(name, nn.Embedding.from_pretrained(weight))
+        elif isinstance(module, FewBitLinear) and not name.startswith(inside):
+            weight = tables.setdefault(id(module.matrix), _frozen(module.weight))
+            model.set_submodule(name, _linear(weight, module.bias))
+            if module.table_reference:
+                model.config.tie_word_embeddings = True
+    for name, (product, bias) in products.items():
+        model.set_submodule(name, _linear(_frozen(product), bias))
+    for attribute in ("quantization_config", "auto_map"):
+        if hasattr(model.config, attribute):
+            delattr(model.config, attribute)
+    if hasattr(model, "hf_quantizer"):
+        del model.hf_quantizer
+    model.is_quantized = False
+    return model
+
+
+def _frozen(weight: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(weight.detach(), requires_grad=False)
+
+
+def _linear(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = weight
+    if bias is not None:
+        linear.bias = bias
+    return linear
+
+
+def dense_bytes(checkpoint: Path) -> int:
+    """Bytes that the dense weights of a checkpoint will take, from the totals of its report.
+
+    A folder without them is taken to be as large as it is.
+    """
+    stored_bytes = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
+    try:
+        totals = read_report(checkpoint)["totals"]
+        return stored_bytes * totals["total_before"] // totals["total_after"]
+    except (KeyError, TypeError):
+        return stored_bytes
+
+
+def export_dense(checkpoint: Path, folder: Path) -> None:
+    """Write a compressed checkpoint as an ordinary dense model of the same architecture.
+
+    The products are formed in float64 from the stored factors and rounded to the stored type.
+
+    Raises:
+        InputError: `checkpoint` is not a whole checkpoint.
+    """
+    model = load_checkpoint(checkpoint)
+    dtype: torch.dtype = model.dtype
+    densify_(model)
+    # Of an image classifier, what makes its inputs is the image processor.
+    images = task_of_folder(Path(checkpoint)) == IMAGES
+    tokenizer = (AutoImageProcessor if images else AutoTokenizer).from_pretrained(checkpoint)
+    save_checkpoint(model, tokenizer, {}, folder, dtype)

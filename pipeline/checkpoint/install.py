@@ -1,0 +1,134 @@
+"""Put factors, and matrices in few bits, into a model in place of its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipeline.checkpoint.modeling_skipcat import FactoredLinear, stored_layer
+from pipeline.compress.factorize.factors import Factors
+from pipeline.quantize.groupwise import Blocks
+from pipeline.quantize.packing import rows_of, stored_tensors
+
+
+def group_tensors(
+    members: tuple[str, ...],
+    heights: list[int],
+    factors: Factors,
+    dtype: torch.dtype,
+    codes: tuple[Blocks | None, Blocks | None] = (None, None),
+) -> dict[str, torch.Tensor]:
+    """The tensors a checkpoint stores for one group, by name.
+
+    The first member owns `down` and `permutation`; every member has its own rows of `up`.
+
+    Args:
+        members: dotted names of the linears, in stacking order.
+        heights: their rows.
+        factors: of the stack.
+        dtype: of what is not in few bits.
+        codes: of `down` and `up`, where they are in few bits.
+    """
+    owner, (down, up) = members[0], codes
+    if down is None:
+        tensors = {f"{owner}.down.weight": factors.down.to(dtype).contiguous()}
+    else:
+        tensors = _prefixed(f"{owner}.down.stored", stored_tensors(down))
+    if factors.permutation is not None:
+        tensors[f"{owner}.permutation"] = factors.permutation.to(torch.int32)
+    if up is not None:
+        return tensors | _few_bit_rows(members, heights, up, ".up.stored")
+    for member, rows in zip(members, factors.up.split(heights), strict=True):
+        tensors[f"{member}.up.weight"] = rows.to(dtype).contiguous()
+    return tensors
+
+
+def dense_tensors(
+    members: tuple[str, ...], heights: list[int], codes: Blocks
+) -> dict[str, torch.Tensor]:
+    """The tensors a checkpoint stores for dense matrices in few bits, by name."""
+    return _few_bit_rows(members, heights, codes, ".stored")
+
+
+def _few_bit_rows(
+    members: tuple[str, ...], heights: list[int], codes: Blocks, suffix: str
+) -> dict[str, torch.Tensor]:
+    """Each member's rows of a stack in few bits."""
+    tensors: dict[str, torch.Tensor] = {}
+    start = 0
+    for member, height in zip(members, heights, strict=True):
+        rows = rows_of(codes, start, start + height)
+        tensors |= _prefixed(member + suffix, stored_tensors(rows))
+        start += height
+    return tensors
+
+
+def _prefixed(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {f"{prefix}.{name}": tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def group_entries(
+    members: tuple[str, ...],
+    form: str,
+    rank: int,
+    down_style: str | None = None,
+    up_style: str | None = None,
+) -> dict[str, dict[str, Any]]:
+    """`quantization_config.modules` entries of one group, owner first."""
+    styles = {"down_style": down_style, "up_style": up_style}
+    entry = {"form": form, "rank": rank} | {k: v for k, v in styles.items() if v is not None}
+    shares = form != "dense"
+    return {
+        member: entry | {"owner": members[0] if shares and member != members[0] else None}
+        for member in members
+    }
+
+
+def install_(
+    model: nn.Module, entries: dict[str, dict[str, Any]], tensors: dict[str, torch.Tensor]
+) -> None:
+    """Replace linears and embeddings by layers that hold `tensors`; biases are taken over.
+
+    Args:
+        model: changed in place.
+        entries: as `group_entries` makes them; owners before those that share with them.
+        tensors: as `group_tensors` and `dense_tensors` make them.
+    """
+    for name, entry in entries.items():
+        layer = stored_layer(model, name, entry, device="meta")
+        bias = getattr(model.get_submodule(name), "bias", None)
+        if bias is not None:
+            (layer.up if isinstance(layer, FactoredLinear) else layer).bias = bias
+        own = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
+        for part, empty in own.items():
+            if empty.is_meta:
+                _set(layer, part, tensors[f"{name}.{part}"], empty)
+        model.set_submodule(name, layer)
+
+
+def _set(layer: nn.Module, part: str, tensor: torch.Tensor, empty: torch.Tensor) -> None:
+    """Put a tensor in the place of a parameter or buffer of the same kind."""
+    path, _, attribute = part.rpartition(".")
+    value = tensor.to(empty.dtype)
+    if isinstance(empty, nn.Parameter):
+        value = nn.Parameter(value, requires_grad=empty.requires_grad)
+    setattr(layer.get_submodule(path), attribute, value)
+
+
+def rebind_(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    """Let factors that are installed read from other tensors of equal values.
+
+    Tensors that were read from a file stay in that file until they are used, and leave memory
+    again when it is needed: a model larger than memory is compressed layer by layer.
+
+    Args:
+        model: changed in place.
+        tensors: parameter or buffer name -> tensor, as `group_tensors` makes them.
+    """
+    for name, tensor in tensors.items():
+        path, _, attribute = name.rpartition(".")
+        held = getattr(model.get_submodule(path), attribute)
+        if held.dtype == tensor.dtype:
+            held.data = tensor

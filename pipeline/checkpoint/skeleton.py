@@ -1,0 +1,290 @@
+"""A model whose matrices hold no numbers: enough to trace, whatever the model weighs.
+
+Vectors (norm gains, biases, permutations) are read, because the exporter computes with them; a
+matrix is a stand-in of one number, and its real values go from the checkpoint's file to the ONNX
+file one matrix at a time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from accelerate import init_empty_weights
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from pipeline.checkpoint.folder import require_checkpoint, require_exact
+from pipeline.checkpoint.modeling_skipcat import (
+    QUANT_METHOD,
+    FewBits,
+    SkipCatConfig,
+    SkipCatQuantizer,
+)
+from pipeline.errors import InputError
+from pipeline.quantize.formats import Format, parse_format
+from pipeline.quantize.groupwise import Blocks, dequantize_blocks
+from pipeline.quantize.packing import blocks_of
+
+
+@dataclass(frozen=True)
+class StoredMatrix:
+    """A matrix in a safetensors file.
+
+    Attributes:
+        file: the file.
+        name: of the tensor in it.
+        shape: [m, n].
+        dtype: what it is cast to when it is read.
+    """
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def lazy_tensor(self, name: str) -> ir.LazyTensor:
+        """The matrix as ONNX IR, read each time it is asked for and never kept."""
+        return ir.LazyTensor(
+            lambda: ir.tensor(self.read().numpy(), name=name),
+            dtype=ir.DataType.FLOAT16 if self.dtype == torch.float16 else ir.DataType.FLOAT,
+            shape=ir.Shape(self.shape),
+            name=name,
+        )
+
+    def read(self) -> torch.Tensor:
+        """The values, in `dtype`."""
+        with safe_open(self.file, framework="pt") as tensors:
+            return tensors.get_tensor(self.name).to(self.dtype)
+
+
+@dataclass(frozen=True)
+class FewBitMatrix(StoredMatrix):
+    """A matrix that a safetensors file holds in few bits, as three tensors.
+
+    Attributes:
+        name: what the names of its tensors begin with.
+        style: its format.
+    """
+
+    style: Format
+
+    def read(self) -> torch.Tensor:
+        """What the codes stand for, in `dtype`."""
+        return torch.from_numpy(dequantize_blocks(self.codes())).to(self.dtype)
+
+    def codes(self) -> Blocks:
+        """Codes, scales and zero points."""
+        with safe_open(self.file, framework="pt") as tensors:
+            names = [n for n in tensors.keys() if n.startswith(self.name)]  # noqa: SIM118 - no dict
+            parts = {n.removeprefix(self.name): tensors.get_tensor(n) for n in names}
+        return blocks_of(parts, self.style, self.shape[1])
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A model to trace, and where the matrices it lacks are.
+
+    Attributes:
+        model: in evaluation mode; every matrix is a stand-in.
+        matrices: parameter name -> its place on disk.
+    """
+
+    model: PreTrainedModel
+    matrices: dict[str, StoredMatrix]
+
+
+def load_skeleton(folder: Path, dtype: torch.dtype) -> Skeleton:
+    """Read a checkpoint's structure and vectors, and find its matrices.
+
+    Args:
+        folder: a compressed or plain Hugging Face folder.
+        dtype: of the graph to be.
+
+    Raises:
+        InputError: no such folder, broken weights, or tensors missing, superfluous or misshapen.
+    """
+    require_checkpoint(folder)
+    model, styles = _empty_model(folder, dtype)
+    files = _files_of(folder)
+    matrices: dict[str, StoredMatrix] = {}
+    for name, style in styles.items():
+        matrices[f"{name}.weight"] = _few_bit_matrix(folder, model, name, style, files, dtype)
+    _require_match(folder, model, files, set(matrices))
+    for number, (name, matrix) in enumerate(matrices.items(), start=len(files)):
+        _set(model, name, _stand_in(number, matrix.shape, dtype))
+    for number, (name, file) in enumerate(sorted(files.items())):
+        with safe_open(file, framework="pt") as tensors:
+            shape = tuple(tensors.get_slice(name).get_shape())
+            vector = tensors.get_tensor(name) if len(shape) < 2 else None
+        if vector is None:
+            matrices[name] = StoredMatrix(file, name, shape, dtype)
+            _set(model, name, _stand_in(number, shape, dtype))
+        else:
+            _set(model, name, vector.to(dtype) if vector.is_floating_point() else vector)
+    model.tie_weights()
+    return Skeleton(model.eval(), _with_tied_names(model, matrices))
+
+
+def _with_tied_names(
+    model: PreTrainedModel, matrices: dict[str, StoredMatrix]
+) -> dict[str, StoredMatrix]:
+    """The matrices under every name that the model knows them by."""
+    names = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
+    stored = {names[name]: matrix for name, matrix in matrices.items()}
+    return {name: stored[key] for name, key in names.items() if key in stored}
+
+
+def _few_bit_matrix(
+    folder: Path,
+    model: PreTrainedModel,
+    name: str,
+    style: str,
+    files: dict[str, Path],
+    dtype: torch.dtype,
+) -> FewBitMatrix:
+    """The matrix behind `name`; takes its tensors out of `files`."""
+    prefix = f"{name}.stored."
+    rows, columns = model.get_submodule(name).weight.shape
+    empty = FewBits(rows, columns, style, "meta")
+    expected = {f"{prefix}{n}": tensor for n, tensor in empty.named_buffers()}
+    with_file = {n: files.pop(n) for n in expected if n in files}
+    require_exact(
+        folder,
+        {
+            "missing_keys": set(expected) - set(with_file),
+            "mismatched_keys": [
+                n for n, file in with_file.items() if _shape_of(file, n) != tuple(expected[n].shape)
+            ],
+        },
+    )
+    file = next(iter(with_file.values()))
+    return FewBitMatrix(file, prefix, (rows, columns), dtype, parse_format(style))
+
+
+def _shape_of(file: Path, name: str) -> tuple[int, ...]:
+    with safe_open(file, framework="pt") as tensors:
+        return tuple(tensors.get_slice(name).get_shape())
+
+
+def _empty_model(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, dict[str, str]]:
+    """The architecture with factored layers in place, parameters on the meta device.
+
+    Matrices in few bits are ordinary ones there; their formats are returned by the module's name.
+    """
+    styles: dict[str, str] = {}
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        quantization = getattr(config, "quantization_config", None)
+        modules = {} if quantization is None else _parsed(folder, quantization).modules
+        if any(entry["form"] == "head" for entry in modules.values()):
+            config.tie_word_embeddings = True
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            if quantization is not None:
+                factored, styles = without_few_bits(modules)
+                quantizer = SkipCatQuantizer(SkipCatConfig(factored))
+                quantizer._process_model_before_weight_loading(model)
+    except InputError:
+        raise
+    except Exception as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            "The checkpoint could not be read.", where=folder, observed=first
+        ) from error
+    model.config.name_or_path = str(folder)
+    return model, styles
+
+
+def without_few_bits(
+    modules: dict[str, dict[str, Any]],
+) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """The entries of factored layers alone, and the format of every matrix in few bits.
+
+    Returns:
+        `quantization_config.modules` as if nothing was in few bits, and nn.Linear or nn.Embedding
+        -> its format.
+    """
+    factored, styles = {}, {}
+    for name, entry in modules.items():
+        is_factored = entry["form"] in ("skip", "low_rank")
+        if is_factored:
+            factored[name] = {key: entry[key] for key in ("form", "rank", "owner")}
+        if is_factored and entry["owner"] is None and "down_style" in entry:
+            styles[f"{name}.down"] = entry["down_style"]
+        if "up_style" in entry and entry["form"] != "head":
+            styles[f"{name}.up" if is_factored else name] = entry["up_style"]
+    return factored, styles
+
+
+def _parsed(folder: Path, quantization: object) -> SkipCatConfig:
+    """`quantization_config` as an object; only skipcat's own can be exported."""
+    if isinstance(quantization, SkipCatConfig):
+        return quantization
+    fields = quantization if isinstance(quantization, dict) else vars(quantization)
+    if fields.get("quant_method") != QUANT_METHOD:
+        raise InputError(
+            "The checkpoint is quantised by another tool.",
+            where=folder,
+            observed=f"quant_method {fields.get('quant_method')}",
+            expected=f"{QUANT_METHOD}, or none",
+        )
+    return SkipCatConfig(**fields)
+
+
+def _files_of(folder: Path) -> dict[str, Path]:
+    """Tensor name -> the file that holds it."""
+    names: dict[str, Path] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            names |= dict.fromkeys(tensors.keys(), file)
+    return names
+
+
+def _require_match(
+    folder: Path, model: PreTrainedModel, files: dict[str, Path], found: set[str]
+) -> None:
+    """Hold the files to what the strict loader asks: every tensor, no other, of its shape.
+
+    `found` are matrices in few bits, which were looked at already.
+    """
+    expected = {
+        name: tuple(tensor.shape)
+        for name, tensor in model.state_dict().items()
+        if name not in found
+    }
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    shapes = {name: _shape_of(file, name) for name, file in files.items()}
+    differ = [name for name in files if name in expected and shapes[name] != expected[name]]
+    require_exact(
+        folder,
+        {
+            "missing_keys": set(expected) - set(files) - tied,
+            "unexpected_keys": set(files) - set(expected),
+            "mismatched_keys": differ,
+        },
+    )
+
+
+def _stand_in(number: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """A tensor of that shape that occupies one number.
+
+    Each has a value of its own, so that nothing takes two of them for the same constant: the
+    bit patterns 1, 2, ... of float16 are 31,743 different finite numbers.
+    """
+    pattern = torch.tensor(number + 1, dtype=torch.int16)
+    return pattern.view(torch.float16).to(dtype).expand(shape)
+
+
+def _set(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Put a parameter or buffer into its module."""
+    path, _, last = name.rpartition(".")
+    module = model.get_submodule(path)
+    if last in module._buffers:
+        module._buffers[last] = tensor
+    else:
+        module._parameters[last] = nn.Parameter(tensor, requires_grad=False)

@@ -1,0 +1,233 @@
+"""Whitened truncation: the rank-r matrix that loses least, one-sided or two-sided.
+
+One-sided: min over rank r of E |W x - W_r x|^2 = min |(W - W_r) R|_F^2 with S = E[x x^T] = R R, and
+its value is the tail of the squared singular values of W R (Eckart-Young).
+
+Two-sided: with g the gradient of the model's log-likelihood by y = W x and G = E[g g^T] = L^T L, an
+error D y costs E (g . D y)^2 / 2 nats of KL to second order. K-FAC takes x and g as independent,
+and the cost becomes tr(G (W - W_r) S (W - W_r)^T) / 2 = |L (W - W_r) R|_F^2 / 2. For a stack of
+matrices G is block-diagonal, so that each has its own importance.
+
+Two equal ways to the optimum, of which the one with the smaller eigenproblem is taken:
+
+- m <= n: with L W S W^T L^T = U diag(s^2) U^T, W_r = (L^-1 U_r) (U_r^T L W): S is never inverted;
+- m > n: with R W^T G W R = V diag(s^2) V^T, W_r = (W R V_r) (V_r^T R^-1): no root of G is needed.
+
+Both are projections, so at full rank the product is W whatever the accuracy of U or V.
+
+Roots of a second moment by its eigenvalues: no Cholesky, so a singular one is no failure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+RELATIVE_FLOOR = 1e-9
+
+
+def whitening_roots(
+    moment: torch.Tensor, relative_floor: float = RELATIVE_FLOOR
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Symmetric root R and its inverse, with S = R R and eigenvalues floored.
+
+    Directions that the calibration text never excites would have eigenvalue zero, and no inverse;
+    they are given `relative_floor` times the largest eigenvalue, so W R R^-1 = W holds exactly.
+
+    Args:
+        moment: S = E[x x^T], float64 [n, n], symmetric.
+        relative_floor: smallest eigenvalue allowed, as a fraction of the largest.
+
+    Returns:
+        R and R^-1, float64 [n, n].
+
+    Raises:
+        ValueError: the moment is not finite, or is zero.
+    """
+    if not torch.isfinite(moment).all():
+        raise ValueError("the second moment holds NaN or infinite values")
+    eigenvalues, vectors = torch.linalg.eigh(moment)
+    largest = eigenvalues[-1].item()
+    if largest <= 0:
+        raise ValueError("the second moment is zero: the calibration text never reaches this layer")
+    roots = eigenvalues.clamp_min(relative_floor * largest).sqrt()
+    return (vectors * roots) @ vectors.T, (vectors / roots) @ vectors.T
+
+
+def shrunk(moment: torch.Tensor, share: float) -> torch.Tensor:
+    """A second moment moved towards a multiple of the identity that has its trace.
+
+    Few tokens estimate a wide moment badly: its large eigenvalues come out too large and its small
+    ones too small. (1 - share) S + share tr(S)/n I takes part of that back (Ledoit and Wolf, 2004).
+
+    Args:
+        moment: S, float [n, n].
+        share: in [0, 1].
+
+    Returns:
+        float64 [n, n].
+    """
+    result = moment.double() * (1 - share)
+    result.diagonal().add_(share * moment.diagonal().double().mean())
+    return result
+
+
+def cholesky(moment: torch.Tensor, relative_ridge: float = RELATIVE_FLOOR) -> torch.Tensor:
+    """Lower-triangular C with C C^T = S, up to a ridge that lets a singular S through.
+
+    Args:
+        moment: S, float64 [n, n], symmetric, positive semidefinite up to rounding.
+        relative_ridge: added to the diagonal, as a fraction of the trace; raised tenfold until the
+            factorisation exists.
+
+    Raises:
+        ValueError: the moment is not finite, or is zero.
+    """
+    trace = float(moment.diagonal().sum())
+    if not torch.isfinite(moment).all():
+        raise ValueError("the second moment holds NaN or infinite values")
+    if trace <= 0:
+        raise ValueError("the second moment is zero: the calibration text never reaches this layer")
+    identity = torch.eye(len(moment), dtype=torch.float64)
+    while True:
+        root, failed = torch.linalg.cholesky_ex(moment + relative_ridge * trace * identity)
+        if not failed:
+            return root
+        relative_ridge *= 10
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """A matrix in its whitened basis, ready to be cut at any rank.
+
+    Attributes:
+        energies: squared singular values of L W R in falling order, float64 [min(m, n)].
+        left: B at full rank, float64 [m, k].
+        right: A at full rank, float64 [k, n].
+    """
+
+    energies: torch.Tensor
+    left: torch.Tensor
+    right: torch.Tensor
+
+    def factors(self, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """B [m, rank] and A [rank, n] of the best rank-r product B A."""
+        return self.left[:, :rank], self.right[:rank]
+
+    def relative_tail(self, rank: int) -> float:
+        """What rank r loses as a fraction of what rank 0 loses, in [0, 1]."""
+        total = self.energies.sum()
+        return float(self.energies[rank:].sum() / total) if total > 0 else 0.0
+
+
+def tails_of(energies: torch.Tensor) -> torch.Tensor:
+    """Sums of what is left of falling energies [k] behind each rank, float64 [k + 1]."""
+    return torch.cat([energies.flip(0).cumsum(0).flip(0), energies.new_zeros(1)])
+
+
+def whitened_spectrum(
+    weight: torch.Tensor,
+    moment: torch.Tensor,
+    sensitivities: Sequence[torch.Tensor] = (),
+    roots: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] = whitening_roots,
+) -> Spectrum:
+    """Decompose a weight in the geometry of its inputs and, if given, of the loss.
+
+    Args:
+        weight: W, float [m, n]; perhaps a stack of matrices.
+        moment: S = E[x x^T], float64 [n, n].
+        sensitivities: G = E[g g^T] of each matrix of the stack, float64 [m_i, m_i], of full rank
+            (see `shrunk`); none for the one-sided truncation.
+        roots: gives R and R^-1 of the moment, where they are needed.
+
+    Raises:
+        ValueError: shapes that do not fit, or a moment that is not finite or zero.
+    """
+    rows, columns = weight.shape
+    _require_fit(weight, moment, sensitivities)
+    weight = weight.double()
+    if rows <= columns:
+        uppers = [cholesky(block).T for block in sensitivities]
+        inner = weighted(weight, uppers)
+        energies, vectors = _falling_eigen(inner @ moment @ inner.T)
+        return Spectrum(energies, _unweighted(vectors, uppers), vectors.T @ inner)
+    root, inverse_root = roots(moment)
+    energies, vectors = _falling_eigen(root @ weighted_gram(weight, sensitivities) @ root)
+    return Spectrum(energies, weight @ root @ vectors, vectors.T @ inverse_root)
+
+
+def whitened_energies(
+    weight: torch.Tensor, moment: torch.Tensor, sensitivities: Sequence[torch.Tensor] = ()
+) -> torch.Tensor:
+    """The energies of `whitened_spectrum` alone, at a fraction of its cost: no vectors, no root.
+
+    They are the eigenvalues of L W S W^T L^T, or equally of C^T W^T G W C with S = C C^T.
+
+    Returns:
+        float64 [min(m, n)], falling.
+
+    Raises:
+        ValueError: as `whitened_spectrum`.
+    """
+    rows, columns = weight.shape
+    _require_fit(weight, moment, sensitivities)
+    weight = weight.double()
+    if rows <= columns:
+        inner = weighted(weight, [cholesky(block).T for block in sensitivities])
+        product = inner @ moment @ inner.T
+    else:
+        root = cholesky(moment)
+        product = root.T @ weighted_gram(weight, sensitivities) @ root
+    return torch.linalg.eigvalsh((product + product.T) / 2).flip(0).clamp_min(0)
+
+
+def weighted(weight: torch.Tensor, roots: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Each matrix of a stack multiplied from the left by its own; the stack itself for none."""
+    if not roots:
+        return weight
+    parts = weight.split([root.shape[1] for root in roots])
+    return torch.cat([root @ part for root, part in zip(roots, parts, strict=True)])
+
+
+def _unweighted(stack: torch.Tensor, roots: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The inverse of `weighted`, for upper-triangular roots."""
+    if not roots:
+        return stack
+    parts = stack.split([len(root) for root in roots])
+    solved = [
+        torch.linalg.solve_triangular(root, part, upper=True)
+        for root, part in zip(roots, parts, strict=True)
+    ]
+    return torch.cat(solved)
+
+
+def weighted_gram(weight: torch.Tensor, sensitivities: Sequence[torch.Tensor]) -> torch.Tensor:
+    """W^T G W with block-diagonal G, or W^T W without one; float64 [n, n]."""
+    weight = weight.double()
+    if not sensitivities:
+        return weight.T @ weight
+    parts = weight.split([len(block) for block in sensitivities])
+    products = (w.T @ (g.double() @ w) for w, g in zip(parts, sensitivities, strict=True))
+    return torch.stack(list(products)).sum(0)
+
+
+def _falling_eigen(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eigenvalues, not below zero, in falling order, and their vectors as columns."""
+    eigenvalues, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
+    return eigenvalues.flip(0).clamp_min(0), vectors.flip(1)
+
+
+def _require_fit(
+    weight: torch.Tensor, moment: torch.Tensor, sensitivities: Sequence[torch.Tensor]
+) -> None:
+    rows, columns = weight.shape
+    if moment.shape != (columns, columns):
+        raise ValueError(f"moment {tuple(moment.shape)} does not fit weight {(rows, columns)}")
+    if sensitivities and sum(len(block) for block in sensitivities) != rows:
+        heights = [len(block) for block in sensitivities]
+        raise ValueError(f"sensitivities of {heights} rows do not fit weight {(rows, columns)}")
+    for name, matrix in (("second moment", moment), *(("sensitivity", g) for g in sensitivities)):
+        if not torch.isfinite(matrix).all():
+            raise ValueError(f"the {name} holds NaN or infinite values")

@@ -1,0 +1,226 @@
+"""The rank plan: for every group of matrices, its form and rank, as data that can be edited."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.artefact import write_json
+from pipeline.compress.forms import (
+    Form,
+    rank_for_kept,
+    reason_to_stay_dense,
+    stored_parameters,
+)
+from pipeline.errors import InputError, UsageError
+from pipeline.model.structure import Layer
+from pipeline.quantize.formats import parse_format
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class GroupPlan:
+    """What becomes of one stack of matrices that share an input.
+
+    Attributes:
+        members: dotted names of the linears, in stacking order.
+        rows: m, the height of the stack.
+        columns: n, the width of the input.
+        form: "dense", "low_rank" or "skip".
+        rank: r; min(m, n) for dense.
+        reason: why it stays dense; None otherwise.
+        expected_kl: what it is expected to cost, nats per token; None when it was not estimated.
+        down_style: format of few bits of A' or A (see `pipeline.quantize.formats`); None for
+            numbers of the checkpoint's type.
+        up_style: of B' or B, or of the dense matrices, likewise.
+    """
+
+    members: tuple[str, ...]
+    rows: int
+    columns: int
+    form: Form
+    rank: int
+    reason: str | None = None
+    expected_kl: float | None = None
+    down_style: str | None = None
+    up_style: str | None = None
+
+    @property
+    def is_unchanged(self) -> bool:
+        """Whether the matrices are stored as they were."""
+        return self.form == "dense" and self.up_style is None
+
+    @property
+    def dense_parameters(self) -> int:
+        """Numbers in the matrices as they were."""
+        return self.rows * self.columns
+
+    @property
+    def kept_parameters(self) -> int:
+        """Numbers stored under this plan."""
+        return stored_parameters(self.form, self.rows, self.columns, self.rank)
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """What becomes of every group, layer by layer, and of the embedding and the head.
+
+    Attributes:
+        layers: layer name -> its groups.
+        tables: module name of an embedding or a head -> its format of few bits; those that are not
+            named stay as they are.
+    """
+
+    layers: dict[str, tuple[GroupPlan, ...]]
+    tables: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def groups(self) -> list[GroupPlan]:
+        """All groups, first layer first."""
+        return [group for layer in self.layers.values() for group in layer]
+
+    @property
+    def kept_fraction(self) -> float:
+        """Parameters kept, as a fraction of those of the decoder's linear layers."""
+        dense = sum(group.dense_parameters for group in self.groups)
+        return sum(group.kept_parameters for group in self.groups) / dense
+
+    def save(self, path: Path) -> None:
+        """Write plan.json."""
+        layers = {name: [_entry(group) for group in groups] for name, groups in self.layers.items()}
+        value = {"schema": SCHEMA, "kept_fraction": self.kept_fraction, "layers": layers}
+        write_json(path, value | {"tables": self.tables})
+
+
+def uniform_plan(
+    layers: list[Layer], kept: float, *, cat: bool = True, skip: bool = True, multiple: int = 1
+) -> RankPlan:
+    """Keep the same fraction of every group.
+
+    Args:
+        layers: the decoder's structure.
+        kept: fraction of the parameters to keep, in (0, 1].
+        cat: matrices that share an input are stacked and share their right factor.
+        skip: factors are stored in block-skip form.
+        multiple: ranks are rounded down to a multiple of this.
+
+    Raises:
+        UsageError: `kept` outside (0, 1].
+    """
+    if not 0 < kept <= 1:
+        raise UsageError(
+            "The kept fraction is out of range.",
+            observed=kept,
+            expected="a number in (0, 1]: 0.8 keeps 80% of the decoder's linear parameters",
+        )
+    form: Form = "skip" if skip else "low_rank"
+    planned = {}
+    for layer in layers:
+        stacks = []
+        for group in layer.groups:
+            heights = dict(zip(group.members, group.out_features, strict=True))
+            parts = [group.members] if cat else [(member,) for member in group.members]
+            stacks += [(part, sum(heights[m] for m in part), group.in_features) for part in parts]
+        planned[layer.name] = tuple(
+            _uniform_group(members, rows, columns, form, kept, multiple)
+            for members, rows, columns in stacks
+        )
+    return RankPlan(planned)
+
+
+def _uniform_group(
+    members: tuple[str, ...], rows: int, columns: int, form: Form, kept: float, multiple: int
+) -> GroupPlan:
+    full = min(rows, columns)
+    if kept == 1:
+        return GroupPlan(members, rows, columns, "dense", full, "everything is kept")
+    rank = rank_for_kept(form, rows, columns, kept, multiple)
+    reason = reason_to_stay_dense(form, rows, columns, rank)
+    if reason:
+        return GroupPlan(members, rows, columns, "dense", full, reason)
+    return GroupPlan(members, rows, columns, form, rank)
+
+
+def load_plan(path: Path, layers: list[Layer]) -> RankPlan:
+    """Read a plan, perhaps edited by hand, and check it against a model.
+
+    Raises:
+        InputError: not a plan, or not one for this model.
+    """
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        planned = {
+            name: tuple(_group_from(entry) for entry in entries)
+            for name, entries in raw["layers"].items()
+        }
+        tables = {str(name): _style_from(style) for name, style in raw.get("tables", {}).items()}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError("The rank plan cannot be read.", where=path, observed=error) from error
+    _check_fit(path, planned, layers)
+    return RankPlan(planned, {name: style for name, style in tables.items() if style})
+
+
+def _check_fit(path: Path, planned: dict[str, tuple[GroupPlan, ...]], layers: list[Layer]) -> None:
+    shapes = {
+        member: (height, group.in_features, group.members)
+        for layer in layers
+        for group in layer.groups
+        for member, height in zip(group.members, group.out_features, strict=True)
+    }
+    groups = [group for layer in planned.values() for group in layer]
+    named = [member for group in groups for member in group.members]
+    if sorted(named) != sorted(shapes) or list(planned) != [layer.name for layer in layers]:
+        odd = sorted(set(named) ^ set(shapes))
+        raise InputError(
+            "The rank plan is for another model.", where=path, observed=f"differs in {odd[:4]}"
+        )
+    for group in groups:
+        heights = sum(shapes[member][0] for member in group.members)
+        siblings = shapes[group.members[0]][2]
+        if not set(group.members) <= set(siblings) or group.columns != shapes[group.members[0]][1]:
+            raise InputError(
+                "The rank plan stacks matrices that do not share an input.",
+                where=f"{path}: {group.members[0]}",
+                observed=", ".join(group.members),
+                expected=f"a subset of {', '.join(siblings)}",
+            )
+        if heights != group.rows or not 1 <= group.rank <= min(group.rows, group.columns):
+            raise InputError(
+                "The rank plan has a group of impossible size.",
+                where=f"{path}: {group.members[0]}",
+                observed=f"{group.rows} rows, rank {group.rank}",
+                expected=f"{heights} rows, rank 1 to {min(heights, group.columns)}",
+            )
+
+
+def _entry(group: GroupPlan) -> dict[str, Any]:
+    return asdict(group) | {
+        "members": list(group.members),
+        "dense_parameters": group.dense_parameters,
+        "kept_parameters": group.kept_parameters,
+    }
+
+
+def _group_from(entry: dict[str, Any]) -> GroupPlan:
+    form = entry["form"]
+    if form not in ("dense", "low_rank", "skip"):
+        raise ValueError(f"form {form!r} of {entry['members']} is not dense, low_rank or skip")
+    return GroupPlan(
+        tuple(entry["members"]),
+        int(entry["rows"]),
+        int(entry["columns"]),
+        form,
+        int(entry["rank"]),
+        entry.get("reason"),
+        entry.get("expected_kl"),
+        _style_from(entry.get("down_style")),
+        _style_from(entry.get("up_style")),
+    )
+
+
+def _style_from(name: str | None) -> str | None:
+    """A format's name as it is written, checked."""
+    return None if name is None else parse_format(name).name

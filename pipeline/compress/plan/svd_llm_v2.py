@@ -1,0 +1,88 @@
+"""SVD-LLM v2's allocation: of matrices of one kind, more is taken where truncation loses less."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+
+import numpy as np
+
+from pipeline.compress.forms import Form, rank_for_kept, reason_to_stay_dense
+from pipeline.compress.plan.plan import GroupPlan, RankPlan
+from pipeline.model.structure import Layer
+
+LEAST_KEPT = 0.05
+
+
+def removed_by_loss(losses: np.ndarray, removed: float) -> np.ndarray:
+    """Fraction to remove of each of N matrices of one size: N removed s_i / sum(s), s = 1 / log L.
+
+    Args:
+        losses: L, the Frobenius norm |(W - W_r) X| of each at the uniform rank, float [N].
+        removed: mean fraction to remove, in [0, 1 - LEAST_KEPT].
+
+    Returns:
+        float64 [N], mean `removed`, each at most 1 - LEAST_KEPT.
+    """
+    scores = 1 / np.log(np.maximum(losses, np.e))
+    shares = np.full(len(scores), float(removed))
+    free = np.ones(len(scores), dtype=bool)
+    for _ in range(len(scores)):
+        wanted = len(scores) * removed - shares[~free].sum()
+        shares[free] = wanted * scores[free] / scores[free].sum()
+        over = free & (shares > 1 - LEAST_KEPT)
+        if not over.any():
+            break
+        shares[over], free = 1 - LEAST_KEPT, free & ~over
+    return shares
+
+
+def plan_by_loss(
+    layers: list[Layer],
+    tails: Mapping[str, np.ndarray],
+    tokens: int,
+    kept: float,
+    *,
+    skip: bool = False,
+    multiple: int = 1,
+) -> RankPlan:
+    """Ranks by truncation loss, kind by kind (Wang et al., NAACL 2025).
+
+    Matrices are of one kind when they stand at the same place of their layers.
+
+    Args:
+        layers: the decoder's structure.
+        tails: linear -> E |(W - W_r) x|^2 at each rank r from 0 to full.
+        tokens: calibration tokens; the loss is summed over them.
+        kept: fraction of the parameters to keep, in (0, 1].
+        skip: factors are stored in block-skip form.
+        multiple: ranks are rounded down to a multiple of this.
+    """
+    form: Form = "skip" if skip else "low_rank"
+    kinds: dict[tuple[int, int], list[tuple[str, str, int, int]]] = defaultdict(list)
+    for layer in layers:
+        for place, group in enumerate(layer.groups):
+            for row, (member, rows) in enumerate(
+                zip(group.members, group.out_features, strict=True)
+            ):
+                kinds[place, row].append((layer.name, member, rows, group.in_features))
+    planned: dict[str, tuple[GroupPlan, ...]] = {layer.name: () for layer in layers}
+    for kind in kinds.values():
+        losses = [
+            np.sqrt(tokens * tails[member][rank_for_kept(form, rows, columns, kept, multiple)])
+            for _, member, rows, columns in kind
+        ]
+        removed = removed_by_loss(np.array(losses), 1 - kept)
+        for (layer_name, member, rows, columns), share in zip(kind, removed, strict=True):
+            planned[layer_name] += (_group(member, rows, columns, form, 1 - share, multiple),)
+    return RankPlan(planned)
+
+
+def _group(
+    member: str, rows: int, columns: int, form: Form, kept: float, multiple: int
+) -> GroupPlan:
+    rank = rank_for_kept(form, rows, columns, min(kept, 1.0), multiple)
+    reason = reason_to_stay_dense(form, rows, columns, rank)
+    if reason:
+        return GroupPlan((member,), rows, columns, "dense", min(rows, columns), reason)
+    return GroupPlan((member,), rows, columns, form, rank)

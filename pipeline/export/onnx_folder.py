@@ -1,0 +1,164 @@
+"""The ONNX folder an engine is built from, read and checked without loading its weights."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.artefact import sha256_of_file
+from pipeline.errors import InputError
+from pipeline.export.record import ExportRecord, read_export_record, wrong_field
+from pipeline.model.task import IMAGES, TEXT
+
+if TYPE_CHECKING:
+    import onnx
+
+BLOCK_SKIP_DOMAIN = "skipcat"
+BLOCK_SKIP_OPS = ("BlockSkipLinear", "BlockSkipLinearIndexed")
+# Of the same body, with a factor in few bits; no plugin takes them.
+FEW_BIT_OPS = ("BlockSkipLinearFewBits", "BlockSkipLinearFewBitsIndexed")
+
+
+@dataclass(frozen=True)
+class OnnxFolder:
+    """An exported graph, ready to be built.
+
+    Attributes:
+        path: the folder.
+        record: the checked part of `export.json`.
+        inputs: shape of every graph input, None where dynamic.
+        block_skip_nodes: how many block-skip nodes the graph holds.
+        data_files: the external weight files, absolute.
+        few_bit_nodes: how many block-skip nodes there are beside, with a factor in few bits.
+        dequantized: matrices that are read from codes of few bits.
+    """
+
+    path: Path
+    record: ExportRecord
+    inputs: dict[str, tuple[int | None, ...]]
+    block_skip_nodes: int
+    data_files: tuple[Path, ...]
+    few_bit_nodes: int = 0
+    dequantized: int = 0
+
+    @property
+    def onnx_path(self) -> Path:
+        return self.path / "model.onnx"
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of graph and weights on disk."""
+        return sum(path.stat().st_size for path in (self.onnx_path, *self.data_files))
+
+    def data_sha256(self) -> dict[str, str]:
+        """Hex SHA-256 of each weight file, by file name."""
+        return {path.name: sha256_of_file(path) for path in self.data_files}
+
+
+def read_onnx_folder(folder: Path) -> OnnxFolder:
+    """Read and check an exported folder.
+
+    Raises:
+        InputError: files missing, not matching each other, or not what `export.json` promises.
+    """
+    folder = folder.resolve()
+    record = read_export_record(folder, tasks=(TEXT, IMAGES))
+    model = load_graph(folder / "model.onnx")
+    found = count_nodes(model, BLOCK_SKIP_OPS)
+    require_node_count(folder / "export.json", found)
+    return OnnxFolder(
+        folder,
+        record,
+        input_shapes(model),
+        found,
+        data_files(model, folder),
+        count_nodes(model, FEW_BIT_OPS),
+        count_nodes(model, ("DequantizeLinear",), domain=""),
+    )
+
+
+def require_float16(folder: OnnxFolder) -> None:
+    """Raise InputError for an export that TensorRT cannot build, before it is asked to."""
+    if folder.record.profile == "cpu":
+        raise InputError(
+            "This export has ONNX Runtime's own operators, which TensorRT does not know.",
+            where=folder.path,
+            observed="profile cpu",
+            expected="profile opset24 or compat, float16",
+            change="export the checkpoint again with --dtype float16, without --profile cpu",
+        )
+    if folder.record.dtype != "float16":
+        raise InputError(
+            f"TensorRT engines are built from a float16 export, and this one is "
+            f"{folder.record.dtype}: the fused attention and cache layers have no "
+            "float32 kernels ('not supported by a dedicated kernel').",
+            where=folder.path,
+            observed=folder.record.dtype,
+            expected="float16",
+            change="export the checkpoint again with --dtype float16",
+        )
+
+
+def load_graph(path: Path) -> onnx.ModelProto:
+    """Parse the graph alone.
+
+    Raises:
+        InputError: not an ONNX file.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        return onnx.load(str(path), load_external_data=False)
+    except DecodeError as error:
+        raise InputError("This file is not ONNX.", where=path, observed=error) from error
+
+
+def input_shapes(model: onnx.ModelProto) -> dict[str, tuple[int | None, ...]]:
+    """Shape of every graph input, None where the axis has a name or nothing."""
+    return {
+        value.name: tuple(
+            dim.dim_value if dim.HasField("dim_value") else None
+            for dim in value.type.tensor_type.shape.dim
+        )
+        for value in model.graph.input
+    }
+
+
+def count_nodes(
+    model: onnx.ModelProto, op_types: tuple[str, ...], domain: str = BLOCK_SKIP_DOMAIN
+) -> int:
+    """Nodes of the main graph of some types."""
+    return sum(node.domain == domain and node.op_type in op_types for node in model.graph.node)
+
+
+def require_node_count(record_path: Path, found: int) -> None:
+    """Raise InputError when `export.json` promises another number of block-skip nodes."""
+    promised = json.loads(record_path.read_text(encoding="utf-8")).get("block_skip_nodes")
+    if promised != found:
+        raise wrong_field(record_path, "block_skip_nodes", promised, f"{found}, as in model.onnx")
+
+
+def data_files(model: onnx.ModelProto, folder: Path) -> tuple[Path, ...]:
+    """The files that the initializers lie in.
+
+    Raises:
+        InputError: one of them is missing.
+    """
+    names = {
+        entry.value
+        for tensor in model.graph.initializer
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
+    paths = tuple(folder / name for name in sorted(names))
+    for path in paths:
+        if not path.is_file():
+            raise InputError(
+                f"The weights {path.name} are missing.",
+                where=folder,
+                change="copy the whole ONNX folder, or export the checkpoint again",
+            )
+    return paths

@@ -1,0 +1,298 @@
+"""Linear layers and the embedding in few bits, as ONNX Runtime's own operators hold them.
+
+    Linear(x, W) + c             -> MatMulNBits(x, Q(W), c)
+    BlockSkip(x, A', B)          -> MatMulNBits(x1 + MatMulNBits(x2, Q(A')), Q(B))
+    Gather(W, ids), W the head's -> GatherBlockQuantized(Q(W), ids), from the same bytes
+
+Q rounds in blocks along a row (`quantize.groupwise`). The node multiplies integers: it rounds
+its input to 8 bits, too, in the same blocks (accuracy_level 4), which makes it fast on CPUs. What
+formats with offsets have beyond that is in `pipeline.export.passes.offsets`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from pipeline.export.contract import CONTRIB
+from pipeline.export.passes.gather_nbits import look_up_rows
+from pipeline.export.passes.lay_out import (
+    common_name,
+    is_linear,
+    same_latent,
+    split_between,
+    take_place,
+)
+from pipeline.export.passes.offsets import BlockSums, add_rests, rests_of
+from pipeline.export.passes.weights import (
+    alone_in_few_bits,
+    codes_of,
+    derived_weight,
+    moved_rows,
+    new_constant,
+    one_format,
+    shape_of,
+    stacked_rows,
+    weight_shape,
+)
+from pipeline.quantize.formats import Format
+from pipeline.quantize.groupwise import Blocks, quantize_blocks
+from pipeline.quantize.packing import pack_codes
+
+INTEGER_PRODUCTS = 4
+
+
+# Measured (docs/cpu.md): the node rounds its input in the blocks of the weights, which costs more
+# than rounding the weights does; blocks of 16 make that small. The head's input needs them less.
+INT8 = Format(8, 16, "sym")
+INT4 = Format(4, 32, "asym")
+INT4_OFFSET = Format(4, 32, "offset")
+OFFSET = "int4-offset"
+HEAD = Format(8, 64, "sym")
+FORMATS = {"int8": INT8, "int4": INT4, OFFSET: INT4_OFFSET}
+
+
+class Rounder:
+    """Reads or rounds weights when they are written; keeps the last one, written in parts."""
+
+    def __init__(self) -> None:
+        self._last: tuple[str, Blocks] | None = None
+
+    def __call__(self, name: str, style: Format, weights: list[ir.Value]) -> Blocks:
+        """The stack of weights [m_i, n] under `name`: its stored codes, or rounded here."""
+        if self._last is None or self._last[0] != name:
+            stored = [codes.read() for w in weights if (codes := codes_of(w)) is not None]
+            if stored:
+                self._last = (name, moved_rows(stored, stacked_rows))
+            else:
+                stacked = np.concatenate([_array_of(weight) for weight in weights])
+                blocks = quantize_blocks(stacked, style.bits, style.block, zero=style.zero)
+                self._last = (name, blocks)
+        return self._last[1]
+
+
+def _array_of(weight: ir.Value) -> np.ndarray:
+    tensor = ir.convenience.get_const_tensor(weight)
+    assert tensor is not None
+    return tensor.numpy()
+
+
+@dataclass
+class _Pass:
+    """What all steps need to know.
+
+    Attributes:
+        graph: changed in place.
+        style: of matrices that the checkpoint does not hold in few bits; None leaves them.
+        accuracy: `accuracy_level` of the nodes.
+        rounder: of their weights.
+        counts: how many nodes there are of each kind.
+        sums: of inputs, for formats with offsets.
+    """
+
+    graph: ir.Graph
+    style: Format | None
+    accuracy: int
+    rounder: Rounder = field(default_factory=Rounder)
+    counts: Counter[str] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        self.sums = BlockSums(self.graph)
+
+    def format_of(self, weights: list[ir.Value], other: Format | None) -> Format | None:
+        """The format that weights are stored in, or `other`."""
+        codes = codes_of(weights[0])
+        return codes.style if codes is not None and one_format(weights) else other
+
+
+def quantize_linears(
+    model: ir.Model, style: Format | None, *, accuracy: int = INTEGER_PRODUCTS
+) -> dict[str, int]:
+    """Bring linear layers into few bits, in place.
+
+    Matrices that the checkpoint holds in few bits keep their codes. The others are rounded to
+    `style`, the head and the embedding to 8 bits; without a style they stay as they are.
+
+    Args:
+        model: traced; weights in torch's order, float32.
+        style: of matrices that are not in few bits yet.
+        accuracy: 4 rounds the inputs of products to 8 bits, too; 0 multiplies in float32.
+
+    Returns:
+        How many nodes there are of each number of bits.
+    """
+    work = _Pass(model.graph, style, accuracy)
+    for node in list(model.graph):
+        if is_linear(node):
+            is_head = node.outputs[0].is_graph_output()
+            other = HEAD if is_head and style is not None else style
+            chosen = work.format_of([node.inputs[1]], other)
+            if chosen is not None:
+                _linear(work, node, chosen)
+    for nodes in same_latent(model.graph):
+        parts = [[nodes[0].inputs[1]], [node.inputs[2] for node in nodes]]
+        if any(work.format_of(weights, style) is not None for weights in parts):
+            _block_skip(work, nodes)
+    for gather, found in alone_in_few_bits(work.graph):
+        weight = gather.inputs[0]
+        name = weight.name.removesuffix(".weight")
+        codes = _part(work, name, "codes", found.style, [weight])
+        _embedding(work, gather, weight, codes, found.style)
+        work.counts[f"GatherBlockQuantized {found.style.bits}"] += 1
+    RemoveUnusedNodesPass()(model)
+    return dict(work.counts)
+
+
+def _linear(work: _Pass, node: ir.Node, style: Format) -> None:
+    x, weight = node.inputs
+    gathers = [user for user, _ in weight.uses() if user.op_type == "Gather"]
+    bias = _bias_behind(node)
+    last, vector = (node, None) if bias is None else bias
+    product, codes = _product(work, node, x, [weight], weight.name, style, vector)
+    take_place(last, product)
+    for gather in gathers:
+        _embedding(work, gather, weight, codes, style)
+    work.graph.remove([last, node] if last is not node else node, safe=True)
+
+
+def _bias_behind(node: ir.Node) -> tuple[ir.Node, ir.Value] | None:
+    """The Add of a constant vector that alone reads the product, and the vector."""
+    uses = node.outputs[0].uses()
+    user = uses[0][0] if len(uses) == 1 else None
+    if user is None or user.op_type != "Add" or user.domain or node.outputs[0].is_graph_output():
+        return None
+    vector = next((v for v in user.inputs if v is not node.outputs[0]), None)
+    shape = shape_of(vector)
+    if vector is None or shape is None or len(shape) != 1:
+        return None
+    return user, vector
+
+
+def _product(
+    work: _Pass,
+    before: ir.Node,
+    x: ir.Value,
+    weights: list[ir.Value],
+    name: str,
+    style: Format,
+    bias: ir.Value | None = None,
+) -> tuple[ir.Value, ir.Value]:
+    """The product of x with stacked weights, inserted before a node, and the value of its codes."""
+    rows, columns = sum(weight_shape(w)[0] for w in weights), weight_shape(weights[0])[1]
+    name = name.removesuffix(".weight")
+    kinds = ("codes", "scales", "zeros") if style.zero == "asym" else ("codes", "scales")
+    inputs = [x, *(_part(work, name, kind, style, weights) for kind in kinds)]
+    sizes = {"K": columns, "N": rows, "bits": style.bits, "block_size": style.block}
+    node = ir.node(
+        "MatMulNBits",
+        inputs,
+        sizes | {"accuracy_level": work.accuracy},
+        domain=CONTRIB,
+        name=name,
+    )
+    if bias is not None:
+        node.resize_inputs(6)
+        node.replace_input_with(5, bias)
+    product = node.outputs[0]
+    product.name = f"{name}.output"
+    work.graph.insert_before(before, node)
+    work.counts[f"MatMulNBits {style.bits}"] += 1
+    if style.zero == "offset":
+        rests = _part(work, name, "rests", style, weights)
+        sums = work.sums(x, columns, style.block)
+        product = add_rests(work.graph, before, product, sums, rests)
+    return product, inputs[1]
+
+
+def _part(work: _Pass, name: str, kind: str, style: Format, weights: list[ir.Value]) -> ir.Value:
+    """Codes, scales or zeros of stacked weights as MatMulNBits wants them, or their rests."""
+    rows, columns = sum(weight_shape(w)[0] for w in weights), weight_shape(weights[0])[1]
+    blocks = style.blocks(columns)
+    bytes_, float_ = ir.DataType.UINT8, ir.DataType.FLOAT
+    parts: dict[str, tuple[tuple[int, ...], ir.DataType, Callable[[Blocks], np.ndarray]]] = {
+        "codes": ((rows, blocks, style.block * style.bits // 8), bytes_, _codes),
+        "scales": ((rows * blocks,), float_, lambda found: found.scales),
+        "zeros": ((rows * -(-blocks * style.bits // 8),), bytes_, _zeros),
+        "rests": ((blocks, rows), float_, lambda found: rests_of(found).T),
+    }
+    shape, dtype, of = parts[kind]
+
+    def make() -> np.ndarray:
+        return of(work.rounder(name, style, weights)).reshape(shape)
+
+    return derived_weight(work.graph, f"{name}.{kind}", [], shape, make, dtype)
+
+
+def _any_product(
+    work: _Pass,
+    before: ir.Node,
+    x: ir.Value,
+    weights: list[ir.Value],
+    name: str,
+) -> ir.Value:
+    """The product of x with stacked weights: in few bits, or as numbers where nothing says so."""
+    style = work.format_of(weights, work.style)
+    if style is not None:
+        return _product(work, before, x, weights, name, style)[0]
+    rows, columns = sum(weight_shape(w)[0] for w in weights), weight_shape(weights[0])[1]
+    turned = derived_weight(
+        work.graph,
+        f"{name}.T",
+        weights,
+        (columns, rows),
+        lambda *arrays: np.concatenate(arrays).T,
+    )
+    product = ir.node("MatMul", [x, turned], name=name)
+    product.outputs[0].name = f"{name}.output"
+    work.graph.insert_before(before, product)
+    return product.outputs[0]
+
+
+def _codes(blocks: Blocks) -> np.ndarray:
+    return pack_codes(blocks.codes, blocks.bits)
+
+
+def _zeros(blocks: Blocks) -> np.ndarray:
+    assert blocks.zero_points is not None
+    return pack_codes(blocks.zero_points, blocks.bits)
+
+
+def _embedding(
+    work: _Pass, gather: ir.Node, weight: ir.Value, codes: ir.Value, style: Format
+) -> None:
+    """Look rows up in the codes of a matrix."""
+    name = weight.name.removesuffix(".weight")
+    look_up_rows(work.graph, gather, codes, style, lambda: work.rounder(name, style, [weight]))
+
+
+def _block_skip(work: _Pass, nodes: list[ir.Node]) -> None:
+    graph, first = work.graph, nodes[0]
+    x, a = first.inputs[0], first.inputs[1]
+    ups = [node.inputs[2] for node in nodes]
+    heights = [weight_shape(up)[0] for up in ups]
+    rank, rest = weight_shape(a)
+    name = common_name([up.name for up in ups])
+    if len(first.inputs) > 3:
+        gather = ir.node("Gather", [x, first.inputs[3]], {"axis": -1}, name=f"{name}.ordered")
+        graph.insert_before(first, gather)
+        gather.outputs[0].name = f"{name}.x"
+        x = gather.outputs[0]
+    sizes = new_constant(graph, f"{name}.widths", np.array([rank, rest], np.int64))
+    split = ir.node("Split", [x, sizes], {"axis": -1}, num_outputs=2, name=f"{name}.skip")
+    graph.insert_before(first, split)
+    split.outputs[0].name, split.outputs[1].name = f"{name}.x1", f"{name}.x2"
+    mixed = _any_product(work, first, split.outputs[1], [a], f"{name}.a")
+    latent = ir.node("Add", [split.outputs[0], mixed], name=f"{name}.latent")
+    graph.insert_before(first, latent)
+    latent.outputs[0].name = f"{name}.z"
+    product = _any_product(work, first, latent.outputs[0], ups, f"{name}.b")
+    if len(nodes) == 1:
+        take_place(first, product)
+    else:
+        split_between(graph, nodes, product, heights, name)
+    graph.remove(nodes, safe=True)

@@ -1,0 +1,55 @@
+"""A residual sum and the norm behind it in one node.
+
+s = a + b, RMSNormalization(s, w)  ->  SkipSimplifiedLayerNormalization(a, b, w), which gives s, too
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from pipeline.export.contract import CONTRIB
+from pipeline.export.passes.weights import shape_of
+
+
+def fuse_residual_norms(model: ir.Model) -> int:
+    """Fuse in place wherever a norm's input is a sum of two activations; return how often."""
+    fused = 0
+    for node in list(model.graph):
+        if node.op_type == "RMSNormalization" and not node.domain:
+            fused += _fuse(model.graph, node)
+    RemoveUnusedNodesPass()(model)
+    return fused
+
+
+def _fuse(graph: ir.Graph, norm: ir.Node) -> bool:
+    total, gain = norm.inputs
+    add = total.producer()
+    if add is None or add.domain or add.op_type != "Add":
+        return False
+    if norm.attributes.get_int("axis", -1) != -1 or len(total.shape or ()) != 3:
+        return False
+    if (
+        any(v is None or v.shape != total.shape for v in add.inputs)
+        or len(shape_of(gain) or ()) != 1
+    ):
+        return False
+    epsilon = norm.attributes.get_float("epsilon", 1e-5)
+    both = ir.node(
+        "SkipSimplifiedLayerNormalization",
+        [*add.inputs, gain],
+        {"epsilon": epsilon},
+        domain=CONTRIB,
+        num_outputs=4,
+        name=f"{gain.name}.{norm.outputs[0].name}",
+    )
+    graph.insert_before(add, both)
+    for number, old in ((0, norm.outputs[0]), (3, total)):
+        new = both.outputs[number]
+        new.type, new.shape = old.type, old.shape
+        ir.convenience.replace_all_uses_with(old, new)
+    for number, kind in ((0, "normed"), (3, "sum")):
+        both.outputs[number].name = f"{both.name}.{kind}"
+    for number in (1, 2):
+        both.outputs[number].name = ""
+    return True

@@ -1,0 +1,258 @@
+"""Grids in blocks along a row, and rounding to the nearest: w = (code - zero point) * scale.
+
+One scale for every block of weights that are multiplied with neighbouring inputs, as ONNX's
+block-wise formats have it. Scales are numbers of float16, so that they are the same wherever they
+are stored. A zero point that is no whole number stands for an offset, -zero point * scale, which
+is a number of float16 likewise.
+
+Whether a matrix is on the grids of a format already, as one read from a GGUF file may be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.quantize.formats import Format, Zero
+
+# Ranges shorter than the block's own: clipping the largest weight lets the others be finer.
+SHRINKAGES = np.linspace(1.0, 0.7, 16, dtype=np.float32)
+# With so many codes nothing is gained by clipping.
+BITS_TO_CLIP = 6
+# A root mean square error of so many steps is none.
+EXACT_STEPS = np.float32(1e-4)
+SMALLEST_SCALE = np.float32(2.0**-24)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A matrix [m, n] in few bits; n is padded to whole blocks.
+
+    Attributes:
+        codes: uint8 [m, blocks, block], each below 2^bits.
+        scales: float32 [m, blocks], each a number of float16.
+        zero_points: uint8 [m, blocks]; float32 where there are offsets; None stands for
+            2^(bits - 1) everywhere.
+        bits: of a code.
+        columns: n.
+    """
+
+    codes: np.ndarray
+    scales: np.ndarray
+    zero_points: np.ndarray | None
+    bits: int
+    columns: int
+
+    @property
+    def has_offsets(self) -> bool:
+        """Whether codes are counted from offsets."""
+        return self.zero_points is not None and self.zero_points.dtype == np.float32
+
+    @property
+    def offsets(self) -> np.ndarray:
+        """What the code 0 stands for in formats with offsets, float32 [m, blocks]."""
+        assert self.zero_points is not None
+        return _as_float16(-self.zero_points * self.scales)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The values that the weights of each block may take.
+
+    Attributes:
+        scales: float32 [m, blocks], each a number of float16.
+        zero_points: float32 [m, blocks]; whole numbers, but for formats with offsets.
+        bits: of a code.
+    """
+
+    scales: np.ndarray
+    zero_points: np.ndarray
+    bits: int
+
+    def codes(self, padded: np.ndarray) -> np.ndarray:
+        """The nearest code of every weight of [m, blocks, block], float32 of the same shape."""
+        codes = np.rint(padded / self.scales[..., None] + self.zero_points[..., None])
+        clipped: np.ndarray = np.clip(codes, 0, 2**self.bits - 1)
+        return clipped
+
+    def values(self, codes: np.ndarray) -> np.ndarray:
+        """What codes [m, blocks, block] stand for, float32."""
+        value: np.ndarray = codes.astype(np.float32) - self.zero_points[..., None]
+        return value * self.scales[..., None]
+
+
+def quantize_blocks(
+    weight: np.ndarray,
+    bits: int,
+    block: int,
+    *,
+    zero: Zero,
+    importance: np.ndarray | None = None,
+) -> Blocks:
+    """Round every weight to the nearest point of the grid that is best for its block.
+
+    Args:
+        weight: float [m, n].
+        bits: of a code, 2 to 8.
+        block: weights that share a scale.
+        zero: see `fit_grid`.
+        importance: see `fit_grid`.
+
+    Raises:
+        ValueError: another number of bits.
+    """
+    grid = fit_grid(weight, bits, block, zero=zero, importance=importance)
+    codes = grid.codes(pad_to_blocks(weight.astype(np.float32), block))
+    return on_grid(codes, grid, zero=zero, columns=weight.shape[1])
+
+
+def fit_grid(
+    weight: np.ndarray,
+    bits: int,
+    block: int,
+    *,
+    zero: Zero,
+    importance: np.ndarray | None = None,
+) -> Grid:
+    """For each block the grid, of those that `_candidates` tries, of least squared error.
+
+    Args:
+        weight: float [m, n].
+        bits: of a code, 2 to 8.
+        block: weights that share a scale.
+        zero: "sym" has zero points in the middle of the range, which then need not be stored;
+            "asym" between the block's least and greatest weight, and 0 on the grid; "offset" has
+            them anywhere.
+        importance: what a squared error costs in each column, [n]; the same everywhere for None.
+
+    Raises:
+        ValueError: another number of bits.
+    """
+    if not 2 <= bits <= 8:
+        raise ValueError(f"bits must be 2 to 8, not {bits}")
+    padded = pad_to_blocks(weight.astype(np.float32), block)
+    weights = np.ones(weight.shape[1]) if importance is None else importance
+    cost = pad_to_blocks(weights[None].astype(np.float32), block)
+    grids = _candidates(padded, bits, zero)
+    best = next(grids)
+    if bits > BITS_TO_CLIP:
+        return best
+    least = _squared_error(best, padded, cost)
+    for grid in grids:
+        if (least <= np.square(EXACT_STEPS * best.scales) * cost.sum(axis=-1)).all():
+            break  # the weights were on such grids before
+        error = _squared_error(grid, padded, cost)
+        better = error < least
+        least = np.where(better, error, least)
+        best = Grid(
+            np.where(better, grid.scales, best.scales),
+            np.where(better, grid.zero_points, best.zero_points),
+            bits,
+        )
+    return best
+
+
+def on_grid(codes: np.ndarray, grid: Grid, *, zero: Zero, columns: int) -> Blocks:
+    """Codes [m, blocks, block] as they are stored."""
+    stored: np.ndarray | None = None
+    if zero != "sym":
+        stored = grid.zero_points.astype(np.uint8 if zero == "asym" else np.float32)
+    return Blocks(codes.astype(np.uint8), grid.scales, stored, grid.bits, columns)
+
+
+def dequantize_blocks(blocks: Blocks) -> np.ndarray:
+    """The matrix that the codes stand for, float32 [m, n]."""
+    zero_points = blocks.zero_points
+    if zero_points is None:
+        zero_points = np.full(blocks.scales.shape, 2 ** (blocks.bits - 1), np.float32)
+    grid = Grid(blocks.scales, zero_points.astype(np.float32), blocks.bits)
+    values = grid.values(blocks.codes)
+    return values.reshape(len(values), -1)[:, : blocks.columns]
+
+
+def pad_to_blocks(weight: np.ndarray, block: int) -> np.ndarray:
+    """[m, n] as [m, blocks, block], with zeros behind."""
+    rows, columns = weight.shape
+    padded = np.pad(weight, ((0, 0), (0, -columns % block)))
+    return padded.reshape(rows, -1, block)
+
+
+def _candidates(padded: np.ndarray, bits: int, zero: Zero) -> Iterator[Grid]:
+    """Grids over the whole range of each block first, then over parts of it.
+
+    With offsets the range is cut into fewer steps as well: weights that lie on such a grid
+    already, not all of whose codes occur, are then met exactly. Half as many steps are enough,
+    since twice the steps of a coarser grid hold its points, too.
+    """
+    most = 2**bits - (2 if zero == "sym" else 1)
+    if zero == "offset":
+        lowest, highest = padded.min(axis=-1), padded.max(axis=-1)
+        for steps in range(most, most // 2, -1):
+            yield _offset_grid(lowest, highest, bits, steps)
+        for shrinkage in SHRINKAGES[1:]:
+            cut = (highest - lowest) * (1 - shrinkage) / 2
+            yield _offset_grid(lowest + cut, highest - cut, bits, most)
+        return
+    lowest, highest = _ranges(padded, zero)
+    for shrinkage in SHRINKAGES:
+        yield _grid(lowest * shrinkage, highest * shrinkage, bits, most, zero)
+
+
+def _ranges(padded: np.ndarray, zero: Zero) -> tuple[np.ndarray, np.ndarray]:
+    """Least and greatest value of each block, zero among them."""
+    if zero == "sym":
+        highest = np.abs(padded).max(axis=-1)
+        return -highest, highest
+    return np.minimum(padded.min(axis=-1), 0), np.maximum(padded.max(axis=-1), 0)
+
+
+def _grid(lowest: np.ndarray, highest: np.ndarray, bits: int, steps: int, zero: Zero) -> Grid:
+    """Grids that reach from `lowest` to `highest` and have 0 among their points."""
+    scales = _scales(highest - lowest, steps)
+    if zero == "sym":
+        return Grid(scales, np.full(scales.shape, 2 ** (bits - 1), np.float32), bits)
+    return Grid(scales, np.clip(np.rint(-lowest / scales), 0, steps).astype(np.float32), bits)
+
+
+def _offset_grid(lowest: np.ndarray, highest: np.ndarray, bits: int, steps: int) -> Grid:
+    """Grids that begin at `lowest` and reach `highest` in so many steps."""
+    scales = _scales(highest - lowest, steps)
+    return Grid(scales, -_as_float16(lowest) / scales, bits)
+
+
+def _scales(width: np.ndarray, steps: int) -> np.ndarray:
+    exact = np.where(width > 0, width / steps, np.float32(1))
+    return np.maximum(_as_float16(exact), SMALLEST_SCALE)
+
+
+def _as_float16(numbers: np.ndarray) -> np.ndarray:
+    """The nearest numbers of float16, in float32."""
+    return numbers.astype(np.float16).astype(np.float32)
+
+
+def _squared_error(grid: Grid, padded: np.ndarray, cost: np.ndarray) -> np.ndarray:
+    """Of each block, [m, blocks]; `cost` is [1, blocks, block]."""
+    error: np.ndarray = (np.square(grid.values(grid.codes(padded)) - padded) * cost).sum(axis=-1)
+    return error
+
+
+# Half a step of 8 bits over -max|w| to max|w|.
+HALF_STEP_OF_8_BITS = 1 / 254
+
+
+def is_kept_by(style: Format, weight: np.ndarray) -> bool:
+    """Whether no weight is changed by more than rounding its block to 8 bits may change it.
+
+    Weights that were on such grids and were then stored in float16 or bfloat16 pass, too.
+
+    Args:
+        style: the format.
+        weight: float [m, n].
+    """
+    width = style.width(weight.shape[1])
+    rounded = dequantize_blocks(quantize_blocks(weight, style.bits, width, zero=style.zero))
+    error = np.abs(pad_to_blocks(rounded - weight, width)).max(axis=-1)
+    largest = np.abs(pad_to_blocks(weight, width)).max(axis=-1)
+    return bool((error <= largest * HALF_STEP_OF_8_BITS).all())

@@ -1,0 +1,1 @@
+"""One session for each backend, and what opens them."""

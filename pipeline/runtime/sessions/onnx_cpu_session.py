@@ -1,0 +1,283 @@
+"""An ONNX folder of the profile `cpu`: ONNX Runtime's own attention, several sequences at once.
+
+Each sequence has a row of the cache. A node of attention writes a row's new tokens behind those
+that the row's mask marks, in place, so rows may be of different lengths, and nothing needs zeros to
+begin with. Rows side by side decode in one call; each is read in (prefilled) in calls of its own,
+through a view of its part of the same memory. What is bound stays bound: a decode step binds a few
+small inputs and runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.export.record import read_export_record
+from pipeline.runtime.sessions.checks import require_batch, require_room, require_tokens
+from pipeline.runtime.sessions.onnx_session import open_graph, present_name, share_buffer
+
+# A long prompt goes in by parts: activations stay small, and so does the arena that keeps them.
+PREFILL_TOKENS = 128
+# What one more token in a call of a few costs, as a share of a call of one: 0.14 to 0.29 for 4 and
+# 8 bits on two cores with AVX2 (benchmarks/cpu/lookup.py).
+ROW_COST = 0.25
+# From which token of a call on the graph computes logits.
+ALL, LAST = np.array([0], np.int64), np.array([-1], np.int64)
+
+
+class CpuSession:
+    """ONNX Runtime on the CPU, with operators of its own.
+
+    It is a `Session` of any number of rows of equal length, and a `SlotSession` of rows that come
+    and go. The two do not mix: `reset` starts the one, `clear` a slot of the other.
+
+    Args:
+        folder: an export of the profile `cpu`.
+        threads: threads within one operator; None leaves the choice to ONNX Runtime.
+        name: what the ledger calls this backend.
+        slots: rows of the cache to begin with. Memory is used only as tokens come.
+
+    Raises:
+        InputError: files missing, not matching each other, or not loadable.
+        MissingPackageError: onnxruntime is not installed.
+    """
+
+    def __init__(
+        self, folder: Path, threads: int | None = None, name: str | None = None, slots: int = 1
+    ) -> None:
+        record = read_export_record(folder)
+        self.name = name or f"onnxruntime cpu {record.weights}"
+        self.vocab_size = record.vocab_size
+        self.max_length = record.max_length
+        self.row_cost = ROW_COST
+        self._session, self._weights = open_graph(folder, record, threads)
+        nodes = [*self._session.get_inputs(), *self._session.get_overridable_initializers()]
+        self._inputs = {node.name: node for node in nodes}
+        self._lengths = np.zeros(slots, np.int64)
+        self._allocate(slots)
+        self._rows: int | None = None
+        # One row of a product with 4 bits is summed in another order than several are.
+        self._sums_one_row_alike = record.weights in ("float", "int8")
+
+    @property
+    def slots(self) -> int:
+        """Rows of the cache."""
+        return len(self._lengths)
+
+    # --- Session ---
+
+    def reset(self) -> None:
+        """Forget all rows."""
+        self._lengths[:] = 0
+        self._rows = None
+
+    @property
+    def length(self) -> int:
+        """Tokens in the cache, in every row that `forward` uses."""
+        return int(self._lengths[0])
+
+    def rewind(self, length: int) -> None:
+        """Forget all but the first `length` tokens of every row."""
+        self._lengths[:] = np.minimum(self._lengths, length)
+        if length == 0:
+            self._rows = None
+
+    def forward(self, input_ids: np.ndarray, last_only: bool = False) -> np.ndarray:
+        """Append tokens to the cache and return their logits.
+
+        Args:
+            input_ids: int64 [B, S].
+            last_only: only the last token's logits are wanted.
+
+        Returns:
+            float32 [B, S, V], or [B, 1, V].
+
+        Raises:
+            InputError: ids outside the vocabulary, another batch size than before, or more tokens
+                than the export's `max_length`.
+        """
+        require_tokens(input_ids, self.vocab_size, self.name)
+        rows, count = input_ids.shape
+        require_batch(rows, self._rows, self.name)
+        require_room(self.length, count, self.max_length, self.name)
+        if rows > self.slots:
+            self._grow(rows)
+        self._rows = rows
+        if count == 1:
+            return self._run(0, input_ids, LAST)
+        parts = [self._read(row, input_ids[row], last_only) for row in range(rows)]
+        return np.concatenate(parts)
+
+    def repeat(self, rows: int) -> None:
+        """Make the one sequence in the cache into `rows` equal ones.
+
+        Raises:
+            InputError: the cache holds several sequences.
+        """
+        require_batch(1, self._rows, self.name)
+        if rows > self.slots:
+            self._grow(rows)
+        for buffer in self._buffers.values():
+            buffer[1:rows, :, : self.length] = buffer[:1, :, : self.length]
+        self._lengths[:rows] = self.length
+        self._rows = rows
+
+    # --- SlotSession ---
+
+    def prefill(self, slot: int, input_ids: np.ndarray) -> np.ndarray:
+        """Append tokens to one slot; return the last one's logits.
+
+        Args:
+            slot: which.
+            input_ids: int64 [S].
+
+        Returns:
+            float32 [V].
+
+        Raises:
+            InputError: ids outside the vocabulary, or more tokens than `max_length`.
+        """
+        logits: np.ndarray = self._read_checked(slot, input_ids, last_only=True)[0]
+        return logits
+
+    def read_block(self, slot: int, input_ids: np.ndarray) -> np.ndarray:
+        """Append tokens to one slot; return the logits of every one.
+
+        Args:
+            slot: which.
+            input_ids: int64 [S].
+
+        Returns:
+            float32 [S, V].
+
+        Raises:
+            InputError: ids outside the vocabulary, or more tokens than `max_length`.
+        """
+        return self._read_checked(slot, input_ids, last_only=False)
+
+    def decode(self, slots: Sequence[int], tokens: Sequence[int]) -> np.ndarray:
+        """Append one token to each of several slots, in one call.
+
+        Rows between the wanted ones are computed with them: what is written into one lands behind
+        its last token, where its next token will be written. With weights of 4 bits a slot alone
+        has a neighbour computed with it, so that its logits are those it has in company.
+
+        Returns:
+            float32 [len(slots), V].
+
+        Raises:
+            InputError: ids outside the vocabulary, or a slot that is full.
+        """
+        first, last = self._decoded_rows(slots)
+        ids = np.zeros((last + 1 - first, 1), np.int64)
+        ids[np.array(slots) - first, 0] = tokens
+        require_tokens(ids, self.vocab_size, self.name)
+        for slot in slots:
+            require_room(int(self._lengths[slot]), 1, self.max_length, self.name)
+        lengths = self._lengths.copy()
+        # A full row that only happens to lie between gives up its last token.
+        self._lengths = np.minimum(self._lengths, self.max_length - 1)
+        kept = self._lengths.copy()
+        logits = self._run(first, ids, LAST)
+        kept[list(slots)] = lengths[list(slots)] + 1
+        self._lengths = kept
+        return logits[np.array(slots) - first, 0]
+
+    def rewind_slot(self, slot: int, length: int) -> None:
+        """Forget all but the first `length` tokens of a slot."""
+        self._lengths[slot] = min(int(self._lengths[slot]), length)
+
+    def clear(self, slot: int) -> None:
+        """Forget what is in a slot."""
+        self._lengths[slot] = 0
+
+    def slot_length(self, slot: int) -> int:
+        """Tokens in a slot."""
+        return int(self._lengths[slot])
+
+    def _decoded_rows(self, slots: Sequence[int]) -> tuple[int, int]:
+        """First and last row of the call that decodes `slots`."""
+        first, last = min(slots), max(slots)
+        if first < last or self._sums_one_row_alike or self.slots == 1:
+            return first, last
+        neighbours = [row for row in (first - 1, first + 1) if 0 <= row < self.slots]
+        shortest = min(neighbours, key=lambda row: self._lengths[row])
+        return min(first, shortest), max(first, shortest)
+
+    # --- the graph ---
+
+    def _read_checked(self, slot: int, input_ids: np.ndarray, last_only: bool) -> np.ndarray:
+        """Append [S] tokens to a slot, unless there is something wrong: [S, V] or [1, V]."""
+        require_tokens(input_ids[None], self.vocab_size, self.name)
+        require_room(int(self._lengths[slot]), len(input_ids), self.max_length, self.name)
+        return self._read(slot, input_ids, last_only)[0]
+
+    def _read(self, row: int, input_ids: np.ndarray, last_only: bool) -> np.ndarray:
+        """Append [S] tokens to a row by parts: [1, S, V] or [1, 1, V].
+
+        No part is of one token, whose sums would be taken in another order than those of several:
+        bits should not depend on where a prompt was cut.
+        """
+        count = len(input_ids)
+        starts = [0, *(s for s in range(PREFILL_TOKENS, count, PREFILL_TOKENS) if s < count - 1)]
+        parts = []
+        for start, end in pairwise([*starts, count]):
+            parts.append(self._run(row, input_ids[None, start:end], LAST if last_only else ALL))
+        return parts[-1] if last_only else np.concatenate(parts, axis=1)
+
+    def _run(self, row: int, input_ids: np.ndarray, first: np.ndarray) -> np.ndarray:
+        """One call for rows that lie side by side: logits [B, 1 or S, V]."""
+        rows, count = input_ids.shape
+        binding = self._bound(row, rows)
+        ends = self._lengths[row : row + rows] + count
+        mask = (np.arange(ends.max()) < ends[:, None]).astype(np.int64)
+        feeds = {
+            "input_ids": np.ascontiguousarray(input_ids),
+            "attention_mask": mask,
+            "position_ids": np.ascontiguousarray(ends[:, None] - count + np.arange(count)),
+            "first_logit": first,
+        }
+        for name in self._inputs.keys() & feeds:
+            binding.bind_ortvalue_input(name, share_buffer(feeds[name]))
+        wanted = count if first is ALL or "first_logit" not in self._inputs else 1
+        logits = np.empty((rows, wanted, self.vocab_size), np.float32)
+        binding.bind_ortvalue_output("logits", share_buffer(logits))
+        self._session.run_with_iobinding(binding)
+        if self._weights is not None and count > 1:
+            self._weights.give_back()  # rows of the embedding, each with the pages around it
+        self._lengths[row : row + rows] = ends
+        return logits if first is ALL else logits[:, -1:]
+
+    def _bound(self, row: int, rows: int) -> Any:
+        """A binding with the cache of these rows bound as past and as present."""
+        if (row, rows) not in self._bindings:
+            binding = self._session.io_binding()
+            for name, buffer in self._buffers.items():
+                value = share_buffer(buffer[row : row + rows])
+                binding.bind_ortvalue_input(name, value)
+                binding.bind_ortvalue_output(present_name(name), value)
+            self._bindings[row, rows] = binding
+        return self._bindings[row, rows]
+
+    def _allocate(self, slots: int) -> None:
+        """Empty rows; the system gives memory to zeros only when something is written."""
+        self._bindings: dict[tuple[int, int], Any] = {}
+        self._buffers = {}
+        for name, node in self._inputs.items():
+            if name.startswith("past_key_values."):
+                _, heads, _, width = node.shape
+                self._buffers[name] = np.zeros((slots, heads, self.max_length, width), np.float32)
+
+    def _grow(self, slots: int) -> None:
+        """More rows, the present ones kept."""
+        old, lengths = self._buffers, self._lengths
+        self._allocate(slots)
+        self._lengths = np.zeros(slots, np.int64)
+        self._lengths[: len(lengths)] = lengths
+        used = int(lengths.max())
+        for name, buffer in old.items():
+            self._buffers[name][: len(lengths), :, :used] = buffer[:, :, :used]

@@ -1,0 +1,302 @@
+"""An exported ONNX folder in ONNX Runtime on the CPU behind the Session interface.
+
+Both profiles keep the cache in OrtValues, so that no key or value passes through numpy between two
+calls. `opset24` binds one buffer as `past` and as `present`: TensorScatter then writes the new
+slots in place and copies nothing. `compat` feeds each `present` back as the next `past`.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pipeline.errors import InputError, MissingPackageError
+from pipeline.export.record import ExportRecord, read_export_record
+from pipeline.runtime.sessions.checks import require_batch, require_room, require_tokens
+from pipeline.runtime.sessions.mapped_weights import MappedWeights, map_weights
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+TOKEN_INPUTS = ("input_ids", "attention_mask", "position_ids")
+FIRST_RUNTIME_WITH_TENSOR_SCATTER = (1, 25)
+FIRST_RUNTIME_THAT_BORROWS_FILES = (1, 32)
+BORROW_FILES = "session.use_external_initializer_file_buffers_directly"
+WEIGHTS = "model.onnx.data"
+# 512 rows of logits at most are held while a prompt is read: 100 MB for 49,152 words.
+PREFILL_TOKENS = 512
+ORT_TYPES = {"float32": "tensor(float)", "float16": "tensor(float16)"}
+
+
+class OnnxSession:
+    """ONNX Runtime, CPU execution provider.
+
+    Args:
+        folder: holds `export.json`, `model.onnx` and `model.onnx.data`.
+        threads: threads within one operator; None leaves the choice to ONNX Runtime.
+        name: what the ledger calls this backend; None makes one out of profile and dtype.
+
+    Raises:
+        InputError: files missing, not matching each other, or not loadable by the installed
+            ONNX Runtime.
+        MissingPackageError: onnxruntime is not installed.
+    """
+
+    def __init__(self, folder: Path, threads: int | None = None, name: str | None = None) -> None:
+        self.record = read_export_record(folder)
+        self.name = name or f"onnxruntime {self.record.profile} {self.record.dtype}"
+        self.vocab_size = self.record.vocab_size
+        self.max_length = self.record.max_length
+        self._session, self._weights = open_graph(folder, self.record, threads)
+        self._widths = cache_widths(self._session, self.record, folder)
+        self._buffers: dict[str, np.ndarray] = {}
+        self._cache: dict[str, Any] = {}
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the cache."""
+        self._length = 0
+        self._rows: int | None = None
+
+    @property
+    def length(self) -> int:
+        """Tokens in the cache."""
+        return self._length
+
+    def rewind(self, length: int) -> None:
+        """Forget all but the first `length` tokens.
+
+        A static cache keeps what stands behind them: every slot is written before a mask shows it.
+        """
+        if length == 0:
+            self.reset()
+        elif length < self._length:
+            self._length = length
+            if self.record.profile == "compat":
+                self._cache = {
+                    name: share_buffer(np.ascontiguousarray(value.numpy()[:, :, :length]))
+                    for name, value in self._cache.items()
+                }
+
+    def forward(self, input_ids: np.ndarray, last_only: bool = False) -> np.ndarray:
+        """Append tokens to the cache and return their logits.
+
+        Args:
+            input_ids: int64 [B, S].
+            last_only: only the last token's logits are wanted. The graph computes all, so a long
+                block is fed by parts of `PREFILL_TOKENS`.
+
+        Returns:
+            float32 [B, S, V], or [B, 1, V].
+
+        Raises:
+            InputError: ids outside the vocabulary, another batch size than before, or more tokens
+                than the export's `max_length`.
+        """
+        require_tokens(input_ids, self.vocab_size, self.name)
+        rows, count = input_ids.shape
+        require_batch(rows, self._rows, self.name)
+        require_room(self._length, count, self.max_length, self.name)
+        if self._rows is None:
+            self._start_cache(rows)
+        for start in range(0, count, PREFILL_TOKENS if last_only else count):
+            part = input_ids[:, start : start + PREFILL_TOKENS] if last_only else input_ids
+            logits = self._run(part)
+            self._length += part.shape[1]
+        self._rows = rows
+        return (logits[:, -1:] if last_only else logits).astype(np.float32, copy=False)
+
+    def _run(self, input_ids: np.ndarray) -> np.ndarray:
+        """One call of the graph: logits [B, S, V] in the graph's dtype; moves the cache on."""
+        binding = self._session.io_binding()
+        for name, values in token_feeds(input_ids, self._length).items():
+            binding.bind_cpu_input(name, values)
+        binding.bind_output("logits")
+        for past_name, value in self._cache.items():
+            binding.bind_ortvalue_input(past_name, value)
+            if self.record.profile == "opset24":
+                binding.bind_ortvalue_output(present_name(past_name), value)
+            else:
+                binding.bind_output(present_name(past_name))
+        self._session.run_with_iobinding(binding)
+        logits, *present = binding.get_outputs()
+        if self.record.profile == "compat":
+            self._cache = dict(zip(self._cache, present, strict=True))
+        return logits.numpy()
+
+    def _start_cache(self, rows: int) -> None:
+        """Bind an empty cache for `rows` sequences, in the buffers of the last one if they fit.
+
+        A static cache is zeroed, not only forgotten: the mask gives stale slots the weight 0, and
+        0 times a NaN of an earlier sequence would still be NaN.
+        """
+        length = self.max_length if self.record.profile == "opset24" else 0
+        shapes = {name: (rows, heads, length, d) for name, (heads, d) in self._widths.items()}
+        if any(
+            name not in self._buffers or self._buffers[name].shape != shape
+            for name, shape in shapes.items()
+        ):
+            dtype = np.dtype(self.record.dtype)
+            self._buffers = {name: np.zeros(shape, dtype) for name, shape in shapes.items()}
+        for buffer in self._buffers.values():
+            buffer.fill(0)
+        self._cache = {name: share_buffer(buffer) for name, buffer in self._buffers.items()}
+
+
+def token_feeds(input_ids: np.ndarray, past_length: int) -> dict[str, np.ndarray]:
+    """The graph's integer inputs for tokens that follow `past_length` cached ones.
+
+    Args:
+        input_ids: int64 [B, S].
+        past_length: tokens already in the cache.
+
+    Returns:
+        `input_ids` [B, S], `attention_mask` [B, past_length + S] of ones, `position_ids` [B, S].
+    """
+    rows, count = input_ids.shape
+    total = past_length + count
+    positions = np.arange(past_length, total, dtype=np.int64)
+    return {
+        "input_ids": np.ascontiguousarray(input_ids),
+        "attention_mask": np.ones((rows, total), np.int64),
+        "position_ids": np.ascontiguousarray(np.broadcast_to(positions, (rows, count))),
+    }
+
+
+def present_name(past_name: str) -> str:
+    """`past_key_values.3.key` -> `present.3.key`."""
+    return past_name.replace("past_key_values.", "present.", 1)
+
+
+def share_buffer(buffer: np.ndarray) -> Any:
+    """An OrtValue over the memory of `buffer`, which must outlive it."""
+    import onnxruntime
+
+    return onnxruntime.OrtValue.ortvalue_from_numpy(buffer)
+
+
+def open_graph(
+    folder: Path, record: ExportRecord, threads: int | None
+) -> tuple[onnxruntime.InferenceSession, MappedWeights | None]:
+    """Load `folder/model.onnx`, with every failure explained.
+
+    Returns:
+        The session, and the weights it borrows, which must outlive it; None where it has mapped
+        the file by itself.
+
+    Raises:
+        InputError: the installed ONNX Runtime is too old for the profile, or refuses the graph.
+        MissingPackageError: onnxruntime is not installed.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingPackageError("onnxruntime", "cpu", "run an ONNX export") from error
+    require_runtime_version(onnxruntime.__version__, record.profile)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    # Products behind DequantizeLinear would otherwise have their inputs rounded to 8 bits unasked.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    path = folder / "model.onnx"
+    weights = map_weights(folder / WEIGHTS) if borrows_files(onnxruntime.__version__) else None
+    try:
+        with lend_weights(options, weights):
+            session = onnxruntime.InferenceSession(
+                str(path), options, providers=["CPUExecutionProvider"]
+            )
+    except Exception as error:  # ONNX Runtime's exceptions share no base class but this one
+        raise InputError(
+            "ONNX Runtime cannot load this graph.",
+            where=path,
+            observed=str(error).strip(),
+            change="check that model.onnx.data lies beside it, or export again",
+        ) from error
+    return session, weights
+
+
+def lend_weights(
+    options: onnxruntime.SessionOptions, weights: MappedWeights | None
+) -> AbstractContextManager[None]:
+    """Let a session use mapped weights as they are, and give their pages back while it loads."""
+    if weights is None:
+        return nullcontext()
+    pages = weights.pages
+    options.add_external_initializers_from_files_in_memory([weights.name], [pages], [len(pages)])
+    options.add_session_config_entry(BORROW_FILES, "1")
+    return weights.given_back_meanwhile()
+
+
+def borrows_files(version: str) -> bool:
+    """Whether this ONNX Runtime uses a file lent to it without copying it."""
+    major, minor = (int(part) for part in version.split(".")[:2])
+    return (major, minor) >= FIRST_RUNTIME_THAT_BORROWS_FILES
+
+
+def require_runtime_version(version: str, profile: str) -> None:
+    """Raise InputError when this ONNX Runtime lacks the operators of `profile`."""
+    major, minor = (int(part) for part in version.split(".")[:2])
+    if profile == "opset24" and (major, minor) < FIRST_RUNTIME_WITH_TENSOR_SCATTER:
+        raise InputError(
+            "This ONNX Runtime has no TensorScatter, which the profile 'opset24' needs.",
+            observed=f"onnxruntime {version}",
+            expected="onnxruntime 1.25 or newer",
+            change="pip install -U onnxruntime, or export with --profile compat",
+        )
+
+
+def cache_widths(
+    session: onnxruntime.InferenceSession, record: ExportRecord, folder: Path
+) -> dict[str, tuple[int, int]]:
+    """(heads, width) of each `past_key_values.*` input, after checking the graph's interface.
+
+    The width is read from the graph, since a compressed cache need not be head_dim wide.
+
+    Raises:
+        InputError: the graph's inputs and outputs are not those that `export.json` promises.
+    """
+    inputs = {node.name: node for node in session.get_inputs()}
+    outputs = {node.name for node in session.get_outputs()}
+    past = [
+        f"past_key_values.{i}.{kind}" for i in range(record.num_layers) for kind in ("key", "value")
+    ]
+    promised = {*TOKEN_INPUTS, *past}
+    require_names(set(inputs), promised, "inputs", folder)
+    require_names(outputs, {"logits", *map(present_name, past)}, "outputs", folder)
+    for name in past:
+        require_cache_input(inputs[name], record, folder)
+    return {name: (inputs[name].shape[1], inputs[name].shape[3]) for name in past}
+
+
+def require_names(observed: set[str], expected: set[str], kind: str, folder: Path) -> None:
+    """Raise InputError when two sets of tensor names differ, naming the difference."""
+    if observed != expected:
+        raise InputError(
+            f"The graph's {kind} are not those that export.json promises.",
+            where=folder / "model.onnx",
+            observed=f"unexpected {sorted(observed - expected)[:4]}",
+            expected=f"missing {sorted(expected - observed)[:4]}",
+            change="export the checkpoint again",
+        )
+
+
+def require_cache_input(node: Any, record: ExportRecord, folder: Path) -> None:
+    """Raise InputError when a cache input has another dtype or static length than promised."""
+    length = node.shape[2]
+    expected_length = record.max_length if record.profile == "opset24" else "any length"
+    length_is_right = length == expected_length or (
+        record.profile == "compat" and not isinstance(length, int)
+    )
+    widths_are_static = isinstance(node.shape[1], int) and isinstance(node.shape[3], int)
+    if node.type != ORT_TYPES[record.dtype] or not length_is_right or not widths_are_static:
+        raise InputError(
+            f"The cache input {node.name} is not what export.json promises.",
+            where=folder / "model.onnx",
+            observed=f"{node.type} {node.shape}",
+            expected=f"{ORT_TYPES[record.dtype]} [batch, heads, {expected_length}, width]",
+            change="export the checkpoint again",
+        )

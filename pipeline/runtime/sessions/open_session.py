@@ -1,0 +1,153 @@
+"""Which backend a folder is for, and the session over it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.errors import InputError, UsageError
+from pipeline.model.task import refuse_images
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from pipeline.runtime.sessions.session import Session
+
+BACKENDS = ("auto", "torch", "onnx", "tensorrt")
+DEVICES = ("cpu", "cuda")
+# Attention over a static cache reads all of it at every step.
+CUDA_CACHE_TOKENS = 2048
+
+
+def open_session(
+    folder: Path, backend: str = "auto", threads: int | None = None, device: str = "cpu"
+) -> Session:
+    """Open an exported ONNX folder, a checkpoint folder or an engine folder.
+
+    Args:
+        folder: has `export.json` (ONNX), `engine.plan` (TensorRT), or `config.json` and weights
+            (PyTorch).
+        backend: `auto`, `torch`, `onnx` or `tensorrt`.
+        threads: threads of ONNX Runtime within one operator; None leaves the choice to it.
+        device: where PyTorch computes; the other backends have one of their own.
+
+    Raises:
+        InputError: the folder is of neither kind, or does not load; or there is no such device.
+        UsageError: the folder is not of the kind that `backend` reads, or `device` is for another.
+    """
+    kind = folder_kind(folder)
+    refuse_images(folder)
+    if backend not in ("auto", kind):
+        raise UsageError(
+            f"The backend '{backend}' cannot read this folder.",
+            where=folder,
+            observed=f"a folder for the backend '{kind}'",
+            change=f"pass --backend {kind}, or another folder",
+        )
+    if device == "cuda":
+        if kind != "torch":
+            raise UsageError(
+                "--device cuda is for a checkpoint, which PyTorch runs.",
+                where=folder,
+                observed=f"a folder for the backend '{kind}'",
+                change="give the checkpoint it was made from, or leave --device out",
+            )
+        return open_cuda(folder)
+    if kind == "tensorrt":
+        from pipeline.runtime.sessions.tensorrt_session import TensorRTSession
+
+        return TensorRTSession(folder)
+    return open_onnx(folder, threads) if kind == "onnx" else open_torch(folder)
+
+
+def folder_kind(folder: Path) -> str:
+    """`onnx`, `tensorrt` or `torch`.
+
+    Raises:
+        InputError: none of them.
+    """
+    if (folder / "engine.plan").is_file():
+        return "tensorrt"
+    if (folder / "export.json").is_file():
+        return "onnx"
+    if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
+        return "torch"
+    below = [path.parent.name for path in folder.glob("*/export.json")]
+    below += [path.parent.name for path in folder.glob("*/config.json")]
+    hint = f"give {folder / sorted(below)[0]}" if below else "give a folder skipcat wrote"
+    raise InputError(
+        "This folder is neither an ONNX export nor a checkpoint nor an engine.",
+        where=folder,
+        expected="export.json, or config.json and *.safetensors, or engine.plan",
+        change=hint,
+    )
+
+
+def open_onnx(folder: Path, threads: int | None) -> Session:
+    """The session over an ONNX export."""
+    from pipeline.export.record import read_export_record
+
+    if read_export_record(folder).profile == "cpu":
+        from pipeline.runtime.sessions.onnx_cpu_session import CpuSession
+
+        return CpuSession(folder, threads)
+    from pipeline.runtime.sessions.onnx_session import OnnxSession
+
+    return OnnxSession(folder, threads)
+
+
+def open_torch(folder: Path) -> Session:
+    """The session over a checkpoint, in float32 since CPUs are slow at everything narrower."""
+    import torch
+
+    from pipeline.checkpoint.folder import load_checkpoint
+    from pipeline.runtime.sessions.torch_session import TorchSession
+
+    return TorchSession(load_checkpoint(folder, dtype=torch.float32), name="torch float32")
+
+
+def open_cuda(folder: Path) -> Session:
+    """The session over a checkpoint on the GPU: half precision, our kernels, one graph a step.
+
+    Raises:
+        InputError: PyTorch sees no GPU, or the kernels cannot be compiled.
+    """
+    import torch
+
+    from pipeline.kernels.op import prepare
+    from pipeline.runtime.sessions.static_session import StaticSession
+
+    if not torch.cuda.is_available():
+        built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+        raise InputError(
+            "PyTorch sees no NVIDIA GPU.",
+            observed=f"torch {torch.__version__}, {built}; {torch.cuda.device_count()} devices",
+            change="leave --device out to run on the CPU",
+        )
+    model, replaced = load_half(folder)
+    if replaced:
+        prepare(torch.cuda.current_device())
+    kind = f"block-skip kernels in {replaced} layers" if replaced else "no block-skip layers"
+    name = f"torch cuda {str(model.dtype).removeprefix('torch.')}, {kind}"
+    return StaticSession(model.to("cuda"), name, CUDA_CACHE_TOKENS)
+
+
+def load_half(folder: Path) -> tuple[PreTrainedModel, int]:
+    """A checkpoint in half precision with its block-skip layers by the operator, and their number.
+
+    bfloat16 stays, all else becomes float16. Only weights do: the frequencies of the rotation turn
+    with the position, and in half precision would be off by radians after a thousand tokens.
+
+    Raises:
+        InputError: as `load_checkpoint`.
+    """
+    import torch
+
+    from pipeline.checkpoint.folder import load_checkpoint
+    from pipeline.kernels.install import use_operator_
+
+    model = load_checkpoint(folder)
+    dtype = torch.bfloat16 if model.dtype == torch.bfloat16 else torch.float16
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model, use_operator_(model)

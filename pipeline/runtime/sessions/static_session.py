@@ -1,0 +1,156 @@
+"""A transformers model over a cache of fixed size, one CUDA graph for each decode step.
+
+On a GPU a step of a small model is bound by launching its kernels; a graph launches them all at
+once. Prompts, whose length varies, are read without one.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from transformers import StaticCache
+from transformers.cache_utils import StaticLayer
+
+from pipeline.errors import InputError
+from pipeline.runtime.sessions.checks import require_batch, require_room, require_tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+WARM_UP_STEPS = 2
+
+
+class StaticSession:
+    """PyTorch over a static cache; on a GPU the decode step is a captured graph.
+
+    Args:
+        model: a causal language model, on its device and in its dtype; it is put into eval mode.
+        name: what the ledger calls this backend.
+        max_length: most tokens of prompt and answer: the size of the cache.
+
+    Raises:
+        InputError: a layer's cache cannot be of fixed size (a sliding window).
+    """
+
+    def __init__(self, model: PreTrainedModel, name: str, max_length: int) -> None:
+        self.name = name
+        self.model = model.eval()
+        text_config = model.config.get_text_config()
+        self.vocab_size: int = text_config.vocab_size
+        self.max_length = min(max_length, text_config.max_position_embeddings)
+        self._cache = StaticCache(config=model.config, max_cache_len=self.max_length)
+        require_static_layers(self._cache)
+        self._token = torch.zeros((1, 1), dtype=torch.int64, device=model.device)
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._logits: torch.Tensor | None = None
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the cache, and keep its memory: the graph writes there."""
+        self._set_length(0)
+        self._rows: int | None = None
+
+    @property
+    def length(self) -> int:
+        """Tokens in the cache."""
+        return self._length
+
+    def rewind(self, length: int) -> None:
+        """Forget all but the first `length` tokens; what lies behind them is masked out."""
+        self._set_length(min(length, self._length))
+
+    def forward(self, input_ids: np.ndarray, last_only: bool = False) -> np.ndarray:
+        """Append tokens to the cache and return their logits.
+
+        Args:
+            input_ids: int64 [1, S].
+            last_only: only the last token's logits are wanted.
+
+        Returns:
+            float32 [1, S, V], or [1, 1, V].
+
+        Raises:
+            InputError: ids outside the vocabulary, several rows, or more tokens than `max_length`.
+        """
+        require_tokens(input_ids, self.vocab_size, self.name)
+        rows, count = input_ids.shape
+        require_batch(rows, 1, self.name)
+        require_room(self._length, count, self.max_length, self.name)
+        return self.logits(torch.from_numpy(input_ids), last_only).float().cpu().numpy()
+
+    def logits(self, input_ids: torch.Tensor, last_only: bool = False) -> torch.Tensor:
+        """`forward` on the model's device: nothing is checked, copied away or waited for.
+
+        Args:
+            input_ids: int64 [1, S].
+            last_only: only the last token's logits are wanted.
+
+        Returns:
+            [1, S, V], or [1, 1, V], in the model's dtype; the next step writes over it.
+        """
+        count = input_ids.shape[1]
+        with torch.inference_mode():
+            logits = self._step(input_ids) if count == 1 else self._run(input_ids, last_only)
+        self._length += count
+        return logits
+
+    def _run(self, ids: torch.Tensor, last_only: bool) -> torch.Tensor:
+        return self.model(
+            input_ids=ids.to(self.model.device),
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1 if last_only else 0,
+        ).logits
+
+    def _step(self, ids: torch.Tensor) -> torch.Tensor:
+        """One token: replay the graph, or run what it would be captured from."""
+        self._token.copy_(ids)
+        if self.model.device.type != "cuda":
+            return self._run(self._token, last_only=False)
+        if self._graph is None:
+            self._capture()
+        assert self._graph is not None
+        assert self._logits is not None
+        self._graph.replay()
+        return self._logits
+
+    def _capture(self) -> None:
+        """Record one decode step; warming up before compiles kernels and makes their buffers."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        length = self._length
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP_STEPS):
+                self._run(self._token, last_only=False)
+                self._set_length(length)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=stream):
+                self._logits = self._run(self._token, last_only=False)
+        torch.cuda.current_stream().wait_stream(stream)
+        self._graph = graph
+        self._set_length(length)
+
+    def _set_length(self, length: int) -> None:
+        """Make every layer's counter say `length`, in place: the graph reads it from there.
+
+        The cache moves its counters to the GPU in its first step, so they are inference tensors,
+        which only inference mode may change.
+        """
+        with torch.inference_mode():
+            for layer in self._cache.layers:
+                layer.cumulative_length.fill_(length)
+        self._length = length
+
+
+def require_static_layers(cache: StaticCache) -> None:
+    """Raise InputError when a layer keeps anything but keys and values of fixed size."""
+    others = {type(layer).__name__ for layer in cache.layers if type(layer) is not StaticLayer}
+    if others:
+        raise InputError(
+            "The decode step of this model cannot be captured in a CUDA graph.",
+            observed=f"cache layers of the kinds {', '.join(sorted(others))}",
+            expected="full attention in every layer",
+            change="run it on --device cpu, or build an engine",
+        )

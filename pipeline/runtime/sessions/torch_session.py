@@ -1,0 +1,109 @@
+"""A transformers model with its DynamicCache behind the Session interface."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from transformers import DynamicCache
+
+from pipeline.runtime.sessions.checks import require_batch, require_room, require_tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class TorchSession:
+    """PyTorch, on whatever device and in whatever dtype the model already has.
+
+    Args:
+        model: a causal language model; it is put into eval mode.
+        name: what the ledger calls this backend.
+        max_length: most tokens of prompt and answer; None takes the model's own limit.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, name: str = "torch", max_length: int | None = None
+    ) -> None:
+        self.name = name
+        self.model = model.eval()
+        text_config = model.config.get_text_config()
+        self.vocab_size: int = text_config.vocab_size
+        self.max_length: int = max_length or text_config.max_position_embeddings
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the cache."""
+        self._cache = DynamicCache(config=self.model.config)
+        self._length = 0
+        self._rows: int | None = None
+
+    @property
+    def length(self) -> int:
+        """Tokens in the cache."""
+        return self._length
+
+    def rewind(self, length: int) -> None:
+        """Forget all but the first `length` tokens."""
+        if length == 0:
+            self.reset()
+        elif length < self._length:
+            try:
+                self._cache.crop(length - self._length)
+                self._length = length
+            except RuntimeError:  # a sliding window has dropped what would be needed again
+                self.reset()
+
+    def forward(self, input_ids: np.ndarray, last_only: bool = False) -> np.ndarray:
+        """Append tokens to the cache and return their logits.
+
+        Args:
+            input_ids: int64 [B, S].
+            last_only: only the last token's logits are wanted.
+
+        Returns:
+            float32 [B, S, V], or [B, 1, V].
+
+        Raises:
+            InputError: ids outside the vocabulary, another batch size than before, or more tokens
+                than `max_length`.
+        """
+        require_tokens(input_ids, self.vocab_size, self.name)
+        rows, count = input_ids.shape
+        require_batch(rows, self._rows, self.name)
+        require_room(self._length, count, self.max_length, self.name)
+        logits = self.logits(torch.from_numpy(input_ids).to(self.model.device), last_only)
+        self._rows = rows
+        return logits.float().cpu().numpy()
+
+    def logits(self, input_ids: torch.Tensor, last_only: bool = False) -> torch.Tensor:
+        """`forward` on the model's device: nothing is checked, copied away or waited for.
+
+        Args:
+            input_ids: int64 [B, S].
+            last_only: only the last token's logits are wanted.
+
+        Returns:
+            [B, S, V], or [B, 1, V], in the model's dtype.
+        """
+        with torch.inference_mode():
+            output = self.model(
+                input_ids=input_ids,
+                past_key_values=self._cache,
+                use_cache=True,
+                logits_to_keep=1 if last_only else 0,
+            )
+        self._length += input_ids.shape[1]
+        logits: torch.Tensor = output.logits
+        return logits
+
+    def repeat(self, rows: int) -> None:
+        """Make the one sequence in the cache into `rows` equal ones.
+
+        Raises:
+            InputError: the cache holds several sequences.
+        """
+        require_batch(1, self._rows, self.name)
+        self._cache.batch_repeat_interleave(rows)
+        self._rows = rows

@@ -1,0 +1,260 @@
+"""The bodies of requests: which fields there are, what they may hold, and what is refused.
+
+A field that this server does not know is refused when it would change the answer, and accepted when
+it holds what it is anyway (`"n": 1`) or only tells about the request (`"user"`).
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from pipeline.runtime.sampling import Sampling
+from pipeline.runtime.tokenizer import Message
+from pipeline.serve.failure import RequestFailure
+
+# Smaller temperatures overflow float64; they would choose as 0 does.
+LEAST_TEMPERATURE = 1e-6
+
+# They say something about the request, or only how quickly it is answered.
+IGNORED = frozenset(
+    (
+        "user",
+        "metadata",
+        "store",
+        "service_tier",
+        "safety_identifier",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "parallel_tool_calls",
+        "prediction",
+    )
+)
+# What OpenAI's interface does when the field is absent, which is all that this server does.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "best_of": (1,),
+    "echo": (False,),
+    "suffix": ("",),
+    "logprobs": (False,),
+    "logit_bias": ({},),
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "tools": ([],),
+    "functions": ([],),
+    "tool_choice": ("none", "auto"),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "reasoning_effort": ("none",),
+    "verbosity": ("medium",),
+}
+# Of a message: what an answer of OpenAI's own client holds when it is sent back.
+NEUTRAL_IN_MESSAGE: dict[str, tuple[Any, ...]] = {"tool_calls": ([],), "annotations": ([],)}
+
+Body = TypeVar("Body", bound="Generation")
+
+
+class StreamOptions(BaseModel):
+    """`stream_options`."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    include_usage: bool = False
+    include_obfuscation: Literal[False] = False
+
+
+class Generation(BaseModel):
+    """What both kinds of request have in common.
+
+    Attributes:
+        default_tokens: most tokens of an answer when nothing is said, as in OpenAI's interface;
+            None leaves it to the server's limits.
+    """
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+    default_tokens: ClassVar[int | None] = None
+
+    model: str
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = Field(default=None, ge=1)
+    temperature: float | None = Field(default=None, ge=0, le=2)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_k: int | None = Field(default=None, ge=-1)
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    repetition_penalty: float | None = Field(default=None, ge=0.1, le=10)
+    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
+    stop: str | list[str] | None = None
+
+    @field_validator("temperature")
+    @classmethod
+    def _not_almost_zero(cls, value: float | None) -> float | None:
+        if value and value < LEAST_TEMPERATURE:
+            raise ValueError(f"give 0, or at least {LEAST_TEMPERATURE}")
+        return value
+
+    @field_validator("stop")
+    @classmethod
+    def _few_stops(cls, value: str | list[str] | None) -> str | list[str] | None:
+        stops = as_list(value)
+        if len(stops) > 4:
+            raise ValueError("at most 4 stop strings")
+        if not all(0 < len(stop) <= 1000 for stop in stops):
+            raise ValueError("a stop string has 1 to 1000 characters")
+        return value
+
+    def sampling(self) -> Sampling:
+        """How tokens are chosen; as in OpenAI's interface, temperature 1 unless it is given."""
+        penalty = self.repetition_penalty
+        return Sampling(
+            temperature=1.0 if self.temperature is None else self.temperature,
+            top_k=max(0, self.top_k or 0),
+            top_p=1.0 if self.top_p is None else self.top_p,
+            min_p=self.min_p or 0.0,
+            repetition_penalty=1.0 if penalty is None else penalty,
+        )
+
+    def stops(self) -> tuple[str, ...]:
+        """Strings that end the answer."""
+        return tuple(as_list(self.stop))
+
+    def wanted_tokens(self) -> int | None:
+        """Most tokens of the answer; None when the client leaves it open."""
+        return self.max_tokens
+
+    def require_known(self) -> None:
+        """Check what the types cannot say.
+
+        Raises:
+            RequestFailure: a field that would change the answer and that this server does not
+                know, or fields that contradict each other.
+        """
+        require_neutral(self.model_extra or {}, NEUTRAL, "")
+        if self.stream_options is not None and not self.stream:
+            raise RequestFailure(
+                400, 'stream_options needs "stream": true.', param="stream_options"
+            )
+
+
+class TextPart(BaseModel):
+    """A part of a message's content."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(BaseModel):
+    """One message of a conversation."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+
+    def to_message(self) -> Message:
+        """As chat templates take it; `developer` is OpenAI's newer name of `system`."""
+        content = self.content
+        text = content if isinstance(content, str) else "".join(part.text for part in content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+
+
+class ChatRequest(Generation):
+    """`POST /v1/chat/completions`."""
+
+    messages: list[ChatMessage] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+
+    def wanted_tokens(self) -> int | None:
+        """Most tokens of the answer, by either of the two names."""
+        return self.max_completion_tokens or self.max_tokens
+
+    def require_known(self) -> None:
+        """As `Generation.require_known`, for the messages too."""
+        super().require_known()
+        both = {self.max_tokens, self.max_completion_tokens} - {None}
+        if len(both) > 1:
+            raise RequestFailure(
+                400, "max_tokens and max_completion_tokens differ.", param="max_tokens"
+            )
+        for index, message in enumerate(self.messages):
+            extra = message.model_extra or {}
+            require_neutral(extra, NEUTRAL_IN_MESSAGE, f"messages[{index}].")
+
+
+class CompletionRequest(Generation):
+    """`POST /v1/completions`."""
+
+    default_tokens: ClassVar[int | None] = 16
+
+    prompt: str | list[int] | list[str] | list[list[int]]
+
+    def one_prompt(self) -> str | list[int]:
+        """The prompt, out of a list of one if need be.
+
+        Raises:
+            RequestFailure: several prompts, or none.
+        """
+        prompt = self.prompt
+        if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
+            return prompt  # type: ignore[return-value] # a list whose first item is an int
+        if len(prompt) != 1:
+            raise RequestFailure(
+                400, f"One prompt at a time; here are {len(prompt)}.", param="prompt"
+            )
+        return prompt[0]  # type: ignore[return-value] # str or list of int
+
+
+def parse_body(body: bytes, kind: type[Body]) -> Body:
+    """Read a request.
+
+    Raises:
+        RequestFailure: 400; not JSON, a field missing or wrong, or one that is not known.
+    """
+    try:
+        request = kind.model_validate_json(body)
+    except ValidationError as error:
+        raise explain(error) from error
+    request.require_known()
+    return request
+
+
+def explain(error: ValidationError) -> RequestFailure:
+    """The first thing that is wrong with a body."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    if first["type"] == "json_invalid":
+        return RequestFailure(400, f"The body is not JSON: {first['msg']}", code="invalid_json")
+    path = [str(part) for part in first["loc"]]
+    # Behind the field, the path names alternatives of a union: not the client's business.
+    name = path[0] if path and path[0] != "messages" else ".".join(path[:3])
+    message = f"{name}: {first['msg']}" if name else first["msg"]
+    return RequestFailure(400, message, param=name or None, code="invalid_value")
+
+
+def require_neutral(fields: dict[str, Any], neutral: dict[str, tuple[Any, ...]], at: str) -> None:
+    """Raise RequestFailure for the first field that would change the answer."""
+    for name, value in fields.items():
+        if value is None or (not at and name in IGNORED):
+            continue
+        if not any(is_same(value, allowed) for allowed in neutral.get(name, ())):
+            raise RequestFailure(
+                400,
+                f"This server does not support {at}{name} with this value; leave it out.",
+                param=f"{at}{name}",
+                code="unsupported_parameter",
+            )
+
+
+def is_same(value: Any, allowed: Any) -> bool:
+    """Equality that tells True from 1."""
+    return value == allowed and isinstance(value, bool) == isinstance(allowed, bool)
+
+
+def as_list(value: str | list[str] | None) -> list[str]:
+    """A string, several or none, as a list."""
+    if value is None:
+        return []
+    return [value] if isinstance(value, str) else value

@@ -1,0 +1,59 @@
+"""From a request to its plan."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.compress.methods import METHODS
+from pipeline.compress.plan.layer_costs import Survey
+from pipeline.compress.plan.make_plan import make_plan, spread
+from pipeline.compress.plan.plan import uniform_plan
+from pipeline.compress.request import CompressRequest
+from tests.support.tiny_survey import TOKENS, surveyed
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 12, 40])
+def test_windows_are_spread_evenly_with_both_ends(count: int) -> None:
+    tokens = torch.arange(12)[:, None]
+    chosen = spread(tokens, count)[:, 0].tolist()
+    assert len(set(chosen)) == len(chosen) == min(count, 12)
+    assert chosen[0] == 0
+    if count > 1:
+        assert chosen[-1] == 11
+        gaps = [b - a for a, b in pairwise(chosen)]
+        assert max(gaps) - min(gaps) <= 1
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_keeping_everything_is_the_plan_that_changes_nothing(method: str) -> None:
+    tiny = surveyed("llama")
+    request = CompressRequest("tiny", keep_params=1.0, method=method)
+    plan = make_plan(request, tiny.model, tiny.layers, TOKENS, tiny.survey)
+    assert {group.form for group in plan.groups} == {"dense"}
+    assert plan.kept_fraction == 1
+
+
+def test_a_plan_that_is_given_is_followed_and_measured_for(tmp_path: Path) -> None:
+    tiny = surveyed("llama")
+    path = tmp_path / "plan.json"
+    given = uniform_plan(tiny.layers, 0.5)
+    given.save(path)
+    request = CompressRequest("tiny", plan=str(path))
+    # Its factors are fitted two-sided, which needs the sensitivities.
+    survey = Survey(tmp_path / "survey", {})
+    assert make_plan(request, tiny.model, tiny.layers, TOKENS, survey) == given
+    assert survey.curves.keys() == tiny.survey.curves.keys()
+    assert make_plan(request, tiny.model, tiny.layers, torch.empty(0), None) == given
+
+
+@pytest.mark.parametrize("method", [name for name, m in METHODS.items() if not m.needs_survey])
+def test_a_method_that_needs_no_gradients_takes_none(method: str, tmp_path: Path) -> None:
+    tiny = surveyed("llama")
+    survey = Survey(tmp_path, {})
+    request = CompressRequest("tiny", method=method)
+    make_plan(request, tiny.model, tiny.layers, TOKENS, survey)
+    assert survey.curves == {}

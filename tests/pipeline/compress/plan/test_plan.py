@@ -1,0 +1,90 @@
+"""Plans: uniform, written, edited, read back, and refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pipeline.compress.plan.plan import load_plan, uniform_plan
+from pipeline.errors import InputError, UsageError
+from pipeline.model.structure import Layer, decoder_structure
+from tests.support.families import tiny_model
+
+
+@pytest.fixture(scope="module")
+def layers() -> list[Layer]:
+    return decoder_structure(tiny_model("llama"))
+
+
+def edited(path: Path, **changes: object) -> Path:
+    """The plan with fields of its first group changed."""
+    plan = json.loads(path.read_text())
+    next(iter(plan["layers"].values()))[0].update(changes)
+    path.write_text(json.dumps(plan))
+    return path
+
+
+def test_a_saved_plan_reads_back_the_same(layers: list[Layer], tmp_path: Path) -> None:
+    plan = uniform_plan(layers, 0.7)
+    plan.save(tmp_path / "plan.json")
+    assert load_plan(tmp_path / "plan.json", layers) == plan
+
+
+def test_cat_stacks_what_shares_an_input_and_no_cat_does_not(layers: list[Layer]) -> None:
+    stacked = uniform_plan(layers, 0.7, cat=True).groups
+    single = uniform_plan(layers, 0.7, cat=False).groups
+    assert sorted(len(group.members) for group in stacked) == [1, 1, 1, 1, 2, 2, 3, 3]
+    assert {len(group.members) for group in single} == {1}
+    assert sum(g.dense_parameters for g in stacked) == sum(g.dense_parameters for g in single)
+
+
+def test_an_edited_rank_is_followed(layers: list[Layer], tmp_path: Path) -> None:
+    uniform_plan(layers, 0.7).save(tmp_path / "plan.json")
+    plan = load_plan(edited(tmp_path / "plan.json", rank=3), layers)
+    assert plan.groups[0].rank == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rank": 0}, "impossible size"),
+        ({"rank": 10_000}, "impossible size"),
+        ({"members": ["model.layers.9.nothing"]}, "another model"),
+        ({"form": "diagonal"}, "cannot be read"),
+    ],
+)
+def test_an_impossible_plan_is_refused(
+    layers: list[Layer], tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
+    uniform_plan(layers, 0.7).save(tmp_path / "plan.json")
+    with pytest.raises(InputError, match=message):
+        load_plan(edited(tmp_path / "plan.json", **changes), layers)
+
+
+def test_stacking_matrices_with_different_inputs_is_refused(
+    layers: list[Layer], tmp_path: Path
+) -> None:
+    path = tmp_path / "plan.json"
+    uniform_plan(layers, 0.7).save(path)
+    plan = json.loads(path.read_text())
+    groups = next(iter(plan["layers"].values()))
+    groups[0]["members"] += groups[1]["members"]
+    groups[0]["rows"] += groups[1]["rows"]
+    del groups[1]
+    path.write_text(json.dumps(plan))
+    with pytest.raises(InputError, match="do not share an input"):
+        load_plan(path, layers)
+
+
+@pytest.mark.parametrize("kept", [0.0, -1.0, 1.5])
+def test_a_kept_fraction_outside_the_range_is_refused(layers: list[Layer], kept: float) -> None:
+    with pytest.raises(UsageError, match="out of range"):
+        uniform_plan(layers, kept)
+
+
+def test_a_file_that_is_no_plan_is_refused(layers: list[Layer], tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text("[]")
+    with pytest.raises(InputError, match="cannot be read"):
+        load_plan(tmp_path / "plan.json", layers)

@@ -1,0 +1,72 @@
+"""Scaling channels changes no output, and gives up where a norm does not allow it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pipeline.compress.channel_scaling import balance_, channel_scales
+from pipeline.model.structure import decoder_structure
+from tests.support.families import FAMILIES, tiny_model
+
+TOKENS = torch.randint(0, 256, (4, 24), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_output_changes(family: str) -> None:
+    model = tiny_model(family)
+    with torch.no_grad():
+        before = model(TOKENS).logits
+        balance_(model, decoder_structure(model), TOKENS, 0.5)
+        after = model(TOKENS).logits
+    assert float((before - after).abs().max()) < 1e-5 * float(before.abs().max())
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_every_group_behind_a_norm_is_scaled(family: str) -> None:
+    model = tiny_model(family)
+    weight = model.model.layers[0].self_attn.q_proj.weight.clone()
+    names = balance_(model, decoder_structure(model), TOKENS, 0.5)
+    assert [name.rsplit(".", 1)[-1] for name in names] == ["q_proj", "gate_proj"] * 2
+    assert not torch.equal(weight, model.model.layers[0].self_attn.q_proj.weight)
+
+
+def test_gains_that_are_added_to_one_are_found_out_and_left_alone(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model = tiny_model("gemma3_text")
+    assert balance_(model, decoder_structure(model), TOKENS, 0.5) == []
+    assert "not scaled" in capsys.readouterr().err
+
+
+SIZES = torch.tensor([8.0, 1.0, 0.5, 2.0], dtype=torch.float64)
+MOMENT = torch.diag(SIZES.square())
+
+
+def test_power_one_makes_all_inputs_equally_large() -> None:
+    scaled = SIZES / channel_scales(MOMENT, 1.0)
+    torch.testing.assert_close(scaled, scaled.mean().expand(4))
+
+
+def test_half_of_the_power_halves_the_spread_on_a_logarithmic_scale() -> None:
+    scaled = (SIZES / channel_scales(MOMENT, 0.5)).log()
+    assert float(scaled.std()) == pytest.approx(float(SIZES.log().std()) / 2)
+
+
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
+def test_the_scales_have_geometric_mean_one(power: float) -> None:
+    assert float(channel_scales(MOMENT, power).log().mean()) == pytest.approx(0, abs=1e-12)
+
+
+def test_nothing_is_scaled_by_power_zero_or_for_an_input_that_is_always_zero() -> None:
+    ones = torch.ones(4, dtype=torch.float64)
+    torch.testing.assert_close(channel_scales(MOMENT, 0.0), ones)
+    torch.testing.assert_close(channel_scales(0 * MOMENT, 0.5), ones)
+
+
+@pytest.mark.parametrize(("moment", "power"), [(MOMENT, 1.5), (MOMENT * float("nan"), 0.5)])
+def test_powers_out_of_range_and_broken_moments_are_refused(
+    moment: torch.Tensor, power: float
+) -> None:
+    with pytest.raises(ValueError, match=r"outside|NaN"):
+        channel_scales(moment, power)

@@ -1,0 +1,151 @@
+"""One group of a tiny model, fitted in every way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from pipeline.calibrate.layer_stream import LayerStream
+from pipeline.compress.factorize.targets import propagated_target
+from pipeline.compress.fit_group import Inputs, fit_group
+from pipeline.compress.forms import Form
+from pipeline.compress.methods import ONE_SIDED, Fit
+from pipeline.compress.plan.plan import GroupPlan
+from pipeline.errors import InputError
+from tests.support.tiny_survey import TOKENS, surveyed
+
+QKV = tuple(f"model.layers.0.self_attn.{name}_proj" for name in "qkv")
+ROWS, COLUMNS = 64, 32
+MPIFA = Fit(two_sided=False, mix=0.25, reconstruct=True)
+
+
+def weight() -> torch.Tensor:
+    model = surveyed("llama").model
+    return torch.cat([model.get_submodule(member).weight.detach() for member in QKV]).double()
+
+
+@pytest.fixture(scope="module")
+def inputs() -> Inputs:
+    """Of the first layer's q, k and v; a drift as if 5% of every input had been lost."""
+    tiny = surveyed("llama")
+    moment = LayerStream(tiny.model, tiny.layers, TOKENS).advance(0)[QKV[0]].mean()
+    return Inputs(moment, 0.05 * moment)
+
+
+def fitted(
+    inputs: Inputs, fit: Fit, rank: int, form: Form = "skip", dtype: torch.dtype = torch.float64
+) -> tuple[dict[str, torch.Tensor], dict]:
+    tiny = surveyed("llama")
+    group = GroupPlan(QKV, ROWS, COLUMNS, form, rank, expected_kl=0.25)
+    return fit_group(tiny.model, group, inputs, fit, tiny.survey, dtype)
+
+
+def product(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    """B A of the stored tensors."""
+    up = torch.cat([tensors[f"{member}.up.weight"] for member in QKV])
+    down = tensors[f"{QKV[0]}.down.weight"]
+    if f"{QKV[0]}.permutation" not in tensors:
+        return up @ down
+    order = tensors[f"{QKV[0]}.permutation"].long()
+    whole = torch.empty(ROWS, COLUMNS, dtype=up.dtype)
+    whole[:, order] = torch.cat([up, up @ down], dim=1)
+    return whole
+
+
+def output_error(target: torch.Tensor, found: torch.Tensor, moment: torch.Tensor) -> float:
+    lost = target - found
+    return float((lost @ moment * lost).sum() / (target @ moment * target).sum())
+
+
+@pytest.mark.parametrize("fit", [ONE_SIDED, Fit(), Fit(mix=0.5), MPIFA])
+@pytest.mark.parametrize("form", ["skip", "low_rank"])
+def test_full_rank_gives_the_target_back(fit: Fit, form: Form, inputs: Inputs) -> None:
+    target = weight()
+    if fit.mix is None:
+        inputs = Inputs(inputs.seen)
+    else:
+        assert inputs.drift is not None
+        target = propagated_target(target, inputs.seen, inputs.drift, fit.mix)
+    tensors, report = fitted(inputs, fit, COLUMNS, form)
+    torch.testing.assert_close(product(tensors), target, rtol=0, atol=1e-6)
+    assert report["relative_error"] < 1e-10
+
+
+@pytest.mark.parametrize("fit", [ONE_SIDED, Fit(), Fit(mix=0.5), MPIFA])
+def test_the_reported_error_is_that_of_the_stored_product(fit: Fit, inputs: Inputs) -> None:
+    target = weight()
+    if fit.mix is None:
+        inputs = Inputs(inputs.seen)
+    else:
+        assert inputs.drift is not None
+        target = propagated_target(target, inputs.seen, inputs.drift, fit.mix)
+    tensors, report = fitted(inputs, fit, 12)
+    expected = output_error(target, product(tensors), inputs.seen)
+    assert report["relative_error"] == pytest.approx(expected, rel=1e-6)
+    assert report["largest_interpolation"] <= 2.0
+    assert {report[key] for key in ("form", "rank", "expected_kl")} == {"skip", 12, 0.25}
+
+
+def test_two_sided_gives_up_output_error_for_what_the_model_minds(inputs: Inputs) -> None:
+    survey = surveyed("llama").survey
+    inputs = Inputs(inputs.seen)
+    geometry = survey.geometry(QKV, inputs.seen)
+    sensitivity = torch.block_diag(*survey.sensitivities(QKV))
+    minded, lost = {}, {}
+    for fit in (ONE_SIDED, Fit()):
+        tensors, report = fitted(inputs, fit, 12)
+        error = weight() - product(tensors)
+        minded[fit.two_sided] = float(torch.trace(sensitivity @ error @ geometry @ error.T))
+        lost[fit.two_sided] = report["relative_error"]
+    assert minded[True] < minded[False]
+    assert lost[True] > lost[False]
+
+
+def test_the_survey_is_not_needed_for_a_one_sided_fit(inputs: Inputs) -> None:
+    group = GroupPlan(QKV, ROWS, COLUMNS, "skip", 12)
+    model = surveyed("llama").model
+    alone, _ = fit_group(model, group, Inputs(inputs.seen), ONE_SIDED, None, torch.float32)
+    beside, _ = fitted(Inputs(inputs.seen), ONE_SIDED, 12, dtype=torch.float32)
+    assert alone.keys() == beside.keys()
+    assert all(torch.equal(alone[name], beside[name]) for name in alone)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_factors_have_the_type_that_is_stored(dtype: torch.dtype, inputs: Inputs) -> None:
+    tensors, _ = fitted(Inputs(inputs.seen), Fit(), 12, dtype=dtype)
+    assert {t.dtype for name, t in tensors.items() if "permutation" not in name} == {dtype}
+    assert tensors[f"{QKV[0]}.permutation"].dtype == torch.int32
+
+
+def with_nan(inputs: Inputs) -> Inputs:
+    return Inputs(inputs.seen * torch.nan, inputs.drift)
+
+
+def with_drift_of_nan(inputs: Inputs) -> Inputs:
+    assert inputs.drift is not None
+    return Inputs(inputs.seen, inputs.drift * torch.nan)
+
+
+def with_nothing(inputs: Inputs) -> Inputs:
+    return Inputs(torch.zeros_like(inputs.seen), inputs.drift)
+
+
+@pytest.mark.parametrize(
+    ("fit", "spoil", "observed"),
+    [
+        (ONE_SIDED, with_nothing, "never reaches"),
+        (ONE_SIDED, with_nan, "NaN"),
+        (Fit(), with_nan, "NaN"),
+        (Fit(mix=0.5), with_drift_of_nan, "NaN"),
+        (MPIFA, with_nan, "NaN"),
+    ],
+)
+def test_moments_that_cannot_be_used_name_the_group(
+    fit: Fit, spoil: Callable[[Inputs], Inputs], observed: str, inputs: Inputs
+) -> None:
+    with pytest.raises(InputError, match="cannot be factored") as caught:
+        fitted(spoil(inputs), fit, 12)
+    assert caught.value.details["where"] == ", ".join(QKV)
+    assert observed in caught.value.details["observed"]

@@ -1,0 +1,181 @@
+"""The graph for embedded kernels computes what the exported one does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx.parser
+import pytest
+
+from pipeline.engine.graph_variants import (
+    embedded_path,
+    needs_stripping,
+    write_split_graph,
+    write_stripped_graph,
+)
+from pipeline.engine.layers import BlockSkipPath
+from pipeline.engine.network import parse_network
+from pipeline.engine.standard import parse_version, require_version
+from pipeline.errors import InputError
+from pipeline.export.onnx_folder import load_graph
+
+# What TensorRT's embedded kernels compute, for ONNX Runtime.
+MIX = """
+<domain: "skipcat", opset_import: ["" : 18]>
+BlockSkipMix (x, a) => (z)
+{
+    rank = Shape <start = 1, end = 2> (a)
+    rest = Shape <start = 0, end = 1> (a)
+    widths = Concat <axis = 0> (rank, rest)
+    x1, x2 = Split <axis = -1> (x, widths)
+    mixed = MatMul (x2, a)
+    z = Add (x1, mixed)
+}
+"""
+MIX_INDEXED = MIX.replace("BlockSkipMix (x, a)", "BlockSkipMixIndexed (x, a, index)").replace(
+    "x1, x2 = Split <axis = -1> (x,",
+    "ordered = Gather <axis = -1> (x, index)\n    x1, x2 = Split <axis = -1> (ordered,",
+)
+PRODUCT = """
+<domain: "skipcat", opset_import: ["" : 18]>
+BlockSkipProduct (z, b) => (y) { y = MatMul (z, b) }
+"""
+
+
+def answers(path: Path) -> list[np.ndarray]:
+    """Outputs of the tiny compat model on fixed inputs."""
+    import onnxruntime as ort
+
+    session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    random = np.random.default_rng(1)
+    past = (1, 2, 3, 64)
+    inputs: dict[str, Any] = {
+        "input_ids": np.array([[4, 5]]),
+        "attention_mask": np.ones((1, 5), dtype=np.int64),
+        "position_ids": np.array([[3, 4]]),
+        "past_key_values.0.key": random.standard_normal(past).astype(np.float32),
+        "past_key_values.0.value": random.standard_normal(past).astype(np.float32),
+    }
+    return [np.asarray(output) for output in session.run(None, inputs)]
+
+
+def test_the_split_graph_computes_the_same(
+    tmp_path: Path, export_writer: Callable[..., Path]
+) -> None:
+    source = export_writer(tmp_path / "onnx", profile="compat", dtype="float32") / "model.onnx"
+    split = write_split_graph(source, tmp_path / "split")
+    model = load_graph(split)
+    model.functions.extend(map(onnx.parser.parse_function, (MIX, PRODUCT)))
+    # ONNX Runtime follows no link to weights.
+    runnable = source.with_name("split.onnx")
+    runnable.write_bytes(model.SerializeToString())
+    for ours, original in zip(answers(runnable), answers(source), strict=True):
+        np.testing.assert_array_equal(ours, original)
+
+
+def test_an_indexed_node_passes_its_index_to_the_first_product(
+    tmp_path: Path, export_writer: Callable[..., Path]
+) -> None:
+    path = export_writer(tmp_path / "onnx") / "model.onnx"
+    model = load_graph(path)
+    for node in model.graph.node:
+        if node.op_type == "BlockSkipLinear":
+            node.op_type = "BlockSkipLinearIndexed"
+            node.input.append("order")
+    path.write_bytes(model.SerializeToString())
+    nodes = load_graph(write_split_graph(path, tmp_path / "split")).graph.node
+    mixes = [node for node in nodes if node.op_type == "BlockSkipMixIndexed"]
+    assert [list(node.input)[2:] for node in mixes] == [["order"], ["order"]]
+
+
+def test_every_node_becomes_two_that_must_be_embedded(tiny_export: Path, tmp_path: Path) -> None:
+    before = (tiny_export / "model.onnx").read_bytes()
+    split = write_split_graph(tiny_export / "model.onnx", tmp_path / "split")
+    model = load_graph(split)
+    ours = [node for node in model.graph.node if node.domain == "skipcat"]
+    assert [node.op_type for node in ours] == ["BlockSkipMix", "BlockSkipProduct"] * 2
+    for node in ours:
+        values = {item.name: onnx.helper.get_attribute_value(item) for item in node.attribute}
+        assert values == {"plugin_namespace": b"skipcat", "plugin_version": b"1", "aot": 1}
+    assert len({node.name for node in ours}) == len(ours)
+    assert len(model.functions) == 0
+    assert split.with_name("model.onnx.data").is_file()
+    assert (tiny_export / "model.onnx").read_bytes() == before
+
+
+def test_two_plugin_layers_for_each_node_are_embedded_kernels() -> None:
+    assert embedded_path({"PLUGIN_V3": 14}, 7) == BlockSkipPath("embedded kernels", 7)
+    assert embedded_path({}, 0) == BlockSkipPath("none", 0)
+
+
+@pytest.mark.parametrize("layers", [0, 7, 13, 15])
+def test_a_node_that_was_not_embedded_is_refused(layers: int) -> None:
+    with pytest.raises(InputError, match="embedded"):
+        embedded_path({"PLUGIN_V3": layers}, 7)
+
+
+@pytest.mark.parametrize(
+    ("version", "registered", "expected"),
+    [
+        ("10.3.0", True, True),
+        ("10.6.0.26", True, True),
+        ("10.7.0", True, False),
+        ("11.4.0.106", True, False),
+        ("10.3.0", False, False),
+    ],
+)
+def test_only_versions_that_prefer_the_function_need_stripping(
+    version: str, registered: bool, expected: bool
+) -> None:
+    assert needs_stripping(parse_version(version), registered) is expected
+
+
+def test_stripping_leaves_nodes_and_weights_and_takes_the_bodies(
+    tiny_export: Path, tmp_path: Path
+) -> None:
+    source = tiny_export / "model.onnx"
+    stripped = write_stripped_graph(source, tmp_path / "stripped")
+    before, after = load_graph(source), load_graph(stripped)
+    assert len(before.functions) == 1
+    assert len(after.functions) == 0
+    assert [node.op_type for node in after.graph.node] == [
+        node.op_type for node in before.graph.node
+    ]
+    assert list(after.graph.initializer) == list(before.graph.initializer)
+    weights = stripped.with_name("model.onnx.data")
+    assert weights.read_bytes() == (tiny_export / "model.onnx.data").read_bytes()
+
+
+def test_tensorrts_parser_follows_the_link_to_the_weights(
+    tiny_export: Path, tmp_path: Path
+) -> None:
+    """The real function bodies put back: only the weights' link is in question."""
+    trt = pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx-cu13")
+    stripped = write_stripped_graph(tiny_export / "model.onnx", tmp_path / "stripped")
+    stripped.write_bytes((tiny_export / "model.onnx").read_bytes())
+    assert parse_network(trt, stripped).network.num_layers > 0
+
+
+def test_the_original_graph_is_not_touched(tiny_export: Path, tmp_path: Path) -> None:
+    before = (tiny_export / "model.onnx").read_bytes()
+    write_stripped_graph(tiny_export / "model.onnx", tmp_path / "stripped")
+    assert (tiny_export / "model.onnx").read_bytes() == before
+
+
+@pytest.mark.parametrize(("version", "profile"), [("10.14.1", "opset24"), ("10.0.1", "compat")])
+def test_a_tensorrt_too_old_for_the_export_is_refused(version: str, profile: str) -> None:
+    with pytest.raises(InputError, match=profile):
+        require_version(parse_version(version), profile)
+
+
+@pytest.mark.parametrize(("version", "profile"), [("10.15.0", "opset24"), ("10.3.0", "compat")])
+def test_the_oldest_tensorrt_of_each_export_is_taken(version: str, profile: str) -> None:
+    require_version(parse_version(version), profile)
+
+
+def test_a_version_suffix_is_left_out() -> None:
+    assert parse_version("11.4.0.post1") == (11, 4, 0)

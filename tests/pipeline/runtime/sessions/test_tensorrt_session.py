@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.engine.build import build_engine
+from pipeline.engine.profiles import Limits, make_profiles
+from pipeline.engine.target import find_gpu, resolve_target
+from pipeline.errors import InputError
+from pipeline.runtime.sessions.onnx_session import OnnxSession
+from pipeline.runtime.sessions.tensorrt_session import (
+    TensorRTSession,
+    load_engine_plugin,
+    pick_profile,
+    require_rows,
+    split_call,
+)
+from tests.support.tiny_graph import write_export
+
+INPUTS: dict[str, tuple[int | None, ...]] = {
+    "input_ids": (None, None),
+    "attention_mask": (None, None),
+    "past_key_values.0.key": (None, 3, 512, 64),
+}
+PROFILES = make_profiles(INPUTS, Limits(2, 256, 512))
+
+
+def shapes(rows: int, count: int, total: int) -> dict[str, tuple[int, ...]]:
+    return {
+        "input_ids": (rows, count),
+        "attention_mask": (rows, total),
+        "past_key_values.0.key": (rows, 3, 512, 64),
+    }
+
+
+def test_without_a_gpu_the_reason_is_given(tmp_path: Path) -> None:
+    if find_gpu() is not None:
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(InputError, match="no NVIDIA GPU: the engine was built ahead of time"):
+        TensorRTSession(tmp_path)
+
+
+@pytest.mark.parametrize(("count", "index"), [(1, 0), (2, 0), (3, 1), (256, 1)])
+def test_one_token_takes_the_decode_profile_and_many_the_prefill(count: int, index: int) -> None:
+    assert pick_profile(PROFILES, shapes(1, count, 300)) == index
+
+
+@pytest.mark.parametrize(("rows", "count", "total"), [(3, 1, 1), (1, 257, 257), (1, 1, 513)])
+def test_a_call_beyond_the_limits_has_no_profile(rows: int, count: int, total: int) -> None:
+    with pytest.raises(InputError, match="No profile"):
+        pick_profile(PROFILES, shapes(rows, count, total))
+
+
+def test_long_prompts_are_run_in_pieces() -> None:
+    assert split_call(5, 2) == [(0, 2), (2, 4), (4, 5)]
+    assert split_call(1, 256) == [(0, 1)]
+
+
+def test_more_rows_than_the_engine_takes_are_refused() -> None:
+    with pytest.raises(InputError, match="More rows"):
+        require_rows(3, 2, "here")
+
+
+def test_an_engine_with_a_plugin_refuses_another_library(tmp_path: Path) -> None:
+    record = {"library": "libskip.so", "sha256": "0" * 64}
+    manifest = {"block_skip": {"plugin": record}}
+    with pytest.raises(InputError, match="missing"):
+        load_engine_plugin(None, manifest, None, tmp_path)
+    (tmp_path / "libskip.so").write_bytes(b"another build")
+    with pytest.raises(InputError, match="plugin library"):
+        load_engine_plugin(None, manifest, None, tmp_path)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("profile", ["opset24", "compat"])
+def test_an_engine_agrees_with_onnx_runtime_in_prefill_and_decode(
+    tmp_path: Path, profile: str
+) -> None:
+    source = write_export(tmp_path / "onnx", profile=profile)
+    build_engine(source, tmp_path / "engine", resolve_target("auto"))
+    engine, reference = TensorRTSession(tmp_path / "engine", source), OnnxSession(source)
+    for start, stop in ((0, 6), (6, 7), (7, 8), (8, 12)):
+        tokens = np.arange(start, stop, dtype=np.int64)[None]
+        difference = np.abs(engine.forward(tokens) - reference.forward(tokens)).max()
+        # float16 sums of 256 products of order 0.1, in another order.
+        assert difference < 0.02

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import scipy.special
+
+from pipeline.errors import UsageError
+from pipeline.runtime.sampling import (
+    GREEDY,
+    Sampling,
+    choose_token,
+    keep_min_p,
+    keep_top_k,
+    keep_top_p,
+    penalise_repetition,
+    softmax,
+)
+
+LOGITS = np.log(np.array([0.05, 0.5, 0.15, 0.3]))
+NO_HISTORY = np.array([], dtype=np.int64)
+
+
+def kept(scores: np.ndarray) -> list[int]:
+    return np.flatnonzero(np.isfinite(scores)).tolist()
+
+
+def test_softmax_equals_scipys() -> None:
+    logits = np.random.default_rng(0).normal(size=50) * 30
+    np.testing.assert_allclose(softmax(logits), scipy.special.softmax(logits), rtol=1e-12)
+
+
+def test_top_k_keeps_the_k_likeliest() -> None:
+    assert kept(keep_top_k(LOGITS, 2)) == [1, 3]
+    assert kept(keep_top_k(LOGITS, 0)) == kept(keep_top_k(LOGITS, 9)) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(("p", "expected"), [(0.4, [1]), (0.6, [1, 3]), (0.81, [1, 2, 3])])
+def test_top_p_keeps_the_smallest_set_that_reaches_p(p: float, expected: list[int]) -> None:
+    assert kept(keep_top_p(LOGITS, p)) == expected
+
+
+def test_min_p_drops_what_is_far_below_the_likeliest() -> None:
+    assert kept(keep_min_p(LOGITS, 0.5)) == [1, 3]
+    assert kept(keep_min_p(LOGITS, 0.0)) == [0, 1, 2, 3]
+
+
+def test_every_filter_keeps_the_likeliest() -> None:
+    for scores in (keep_top_k(LOGITS, 1), keep_top_p(LOGITS, 1e-9), keep_min_p(LOGITS, 1.0)):
+        assert kept(scores) == [1]
+
+
+def test_repetition_penalty_lowers_seen_tokens_of_either_sign_once() -> None:
+    scores = penalise_repetition(np.array([2.0, -2.0, 1.0]), np.array([0, 0, 1]), 2.0)
+    assert scores.tolist() == [1.0, -4.0, 1.0]
+
+
+def test_temperature_zero_is_argmax_and_draws_nothing() -> None:
+    generator = np.random.default_rng(0)
+    state = generator.bit_generator.state
+    assert choose_token(LOGITS, GREEDY, NO_HISTORY, generator) == 1
+    assert generator.bit_generator.state == state
+
+
+def test_samples_follow_the_distribution() -> None:
+    generator = np.random.default_rng(0)
+    how = Sampling(temperature=1.0)
+    drawn = [choose_token(LOGITS, how, NO_HISTORY, generator) for _ in range(4000)]
+    frequencies = np.bincount(drawn, minlength=4) / len(drawn)
+    # Four standard errors of a frequency of 0.5 over 4000 draws.
+    np.testing.assert_allclose(frequencies, np.exp(LOGITS), atol=4 * 0.5 / np.sqrt(4000))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"temperature": -1}, {"top_k": -1}, {"top_p": 0}, {"min_p": 2}, {"repetition_penalty": 0}],
+)
+def test_values_out_of_range_are_refused(values: dict[str, float]) -> None:
+    with pytest.raises(UsageError, match="out of range"):
+        Sampling(**values)  # type: ignore[arg-type]

@@ -1,0 +1,82 @@
+"""Real stages over the tiny model, whole and broken."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import numpy_helper
+
+from pipeline.errors import InputError
+from pipeline.runtime.sessions.onnx_session import OnnxSession
+from pipeline.runtime.sessions.session import Session
+from pipeline.runtime.sessions.torch_session import TorchSession
+from tests.support.tiny_decoder import VOCAB_SIZE, shared_export, tiny_llama, write_record
+from validate.ledger import run_ledger
+from validate.record import Ledger
+from validate.stages import Stage, Tolerance
+
+CLOSE = Tolerance(min_cosine=0.99999)
+ORIGINAL = Stage("original", lambda: TorchSession(tiny_llama()))
+
+
+def onnx_stage(profile: str = "opset24", **fields: Any) -> Stage:
+    """An export of the original."""
+    name = f"onnx {profile}"
+    return Stage(name, lambda: OnnxSession(shared_export(profile)), "original", CLOSE, **fields)
+
+
+def unavailable_stage(*, required: bool) -> Stage:
+    """A stage that says why it cannot run."""
+
+    def refuse() -> Session:
+        raise InputError("There is no GPU here.")
+
+    return Stage("engine", refuse, "original", CLOSE, required=required)
+
+
+def altered_torch(change: Callable[[torch.Tensor], object]) -> TorchSession:
+    """The original with one weight changed."""
+    model = tiny_llama()
+    with torch.no_grad():
+        change(model.model.layers[1].mlp.down_proj.weight)
+    return TorchSession(model)
+
+
+def perturb_onnx(folder: Path) -> None:
+    """Add noise of a fifth of its spread to one matrix of an export, and record the new graph."""
+    graph = onnx.load(folder / "model.onnx")
+    matrices = [
+        weight
+        for weight in graph.graph.initializer
+        if weight.data_type == onnx.TensorProto.FLOAT
+        and len(weight.dims) == 2
+        and VOCAB_SIZE not in weight.dims
+    ]
+    weight = max(matrices, key=lambda matrix: matrix.dims[0] * matrix.dims[1])
+    values = numpy_helper.to_array(weight)
+    noise = np.random.default_rng(0).normal(0, 0.2 * values.std(), values.shape)
+    changed = numpy_helper.from_array((values + noise).astype(values.dtype), weight.name)
+    weight.CopyFrom(changed)
+    (folder / "model.onnx.data").unlink()
+    onnx.save(graph, folder / "model.onnx", save_as_external_data=True, location="model.onnx.data")
+
+
+def perturbed_export(folder: Path, profile: str) -> Path:
+    """A copy of the shared export with one wrong matrix."""
+    shutil.copytree(shared_export(profile), folder)
+    perturb_onnx(folder)
+    write_record(folder, profile)
+    return folder
+
+
+def run(*stages: Stage, **keywords: Any) -> Ledger:
+    """A ledger over random tokens, small enough to take a second."""
+    tokens = np.random.default_rng(0).integers(0, VOCAB_SIZE, (3, 48))
+    batches = [tokens[:1, :32], tokens[1:, :16]]
+    return run_ledger(stages, batches, tokens, tokens[:2, :8], max_new_tokens=8, **keywords)
