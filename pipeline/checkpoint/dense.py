@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+import transformers
 from torch import nn
-from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from pipeline.checkpoint.folder import load_checkpoint, read_report, save_checkpoint
 from pipeline.checkpoint.modeling_skipcat import FactoredLinear, FewBitEmbedding, FewBitLinear
-from pipeline.model.task import IMAGES, task_of_folder
+from pipeline.model.task import TASKS, task_of_folder
 
 
 def densify_(model: PreTrainedModel) -> PreTrainedModel:
@@ -83,7 +84,6 @@ def export_dense(checkpoint: Path, folder: Path) -> None:
     model = load_checkpoint(checkpoint)
     dtype: torch.dtype = model.dtype
     densify_(model)
-    # Of an image classifier, what makes its inputs is the image processor.
-    images = task_of_folder(Path(checkpoint)) == IMAGES
-    tokenizer = (AutoImageProcessor if images else AutoTokenizer).from_pretrained(checkpoint)
-    save_checkpoint(model, tokenizer, {}, folder, dtype)
+    processor_class = TASKS[task_of_folder(Path(checkpoint))].processor_class
+    processor = getattr(transformers, processor_class).from_pretrained(checkpoint)
+    save_checkpoint(model, processor, {}, folder, dtype)

@@ -16,7 +16,7 @@ from pipeline.checkpoint import modeling_skipcat
 from pipeline.checkpoint.modeling_skipcat import SkipCatConfig
 from pipeline.errors import InputError
 from pipeline.model.source import check_safetensors
-from pipeline.model.task import AUTO_CLASSES, Task, task_of_config, task_of_folder
+from pipeline.model.task import TASKS, Task, task_of_config, task_of_folder
 
 # save_pretrained holds one shard in memory a second time.
 LARGEST_SHARD = "2GB"
@@ -43,7 +43,7 @@ def save_checkpoint(
     if modules:
         # Not model.hf_quantizer: with one, save_pretrained ignores the state that it is given.
         config.quantization_config = SkipCatConfig(modules)
-        config.auto_map = {AUTO_CLASSES[task]: f"modeling_skipcat.{remote_class(task)}"}
+        config.auto_map = {TASKS[task].auto_class: f"modeling_skipcat.{remote_class(task)}"}
     model.save_pretrained(
         folder, state_dict=_cast_state(model, dtype), max_shard_size=LARGEST_SHARD
     )
@@ -57,7 +57,7 @@ def save_checkpoint(
 
 def remote_class(task: Task) -> str:
     """Name of the class that a checkpoint's own code ends in."""
-    return "SkipCat" + AUTO_CLASSES[task].removeprefix("AutoModel")
+    return "SkipCat" + TASKS[task].auto_class.removeprefix("AutoModel")
 
 
 def _cast_state(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -101,7 +101,7 @@ def load_checkpoint(folder: Path | str, *, dtype: torch.dtype | None = None) -> 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
-        auto_class = getattr(transformers, AUTO_CLASSES[task_of_folder(folder)])
+        auto_class = getattr(transformers, TASKS[task_of_folder(folder)].auto_class)
         model, info = auto_class.from_pretrained(
             folder, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True
         )

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from pipeline.checkpoint.modeling_skipcat import FactoredLinear, stored_layer
-from pipeline.compress.factorize.factors import Factors
 from pipeline.quantize.groupwise import Blocks
 from pipeline.quantize.packing import rows_of, stored_tensors
 
@@ -16,9 +15,10 @@ from pipeline.quantize.packing import rows_of, stored_tensors
 def group_tensors(
     members: tuple[str, ...],
     heights: list[int],
-    factors: Factors,
+    down: torch.Tensor | Blocks,
+    up: torch.Tensor | Blocks,
+    permutation: torch.Tensor | None,
     dtype: torch.dtype,
-    codes: tuple[Blocks | None, Blocks | None] = (None, None),
 ) -> dict[str, torch.Tensor]:
     """The tensors a checkpoint stores for one group, by name.
 
@@ -27,20 +27,21 @@ def group_tensors(
     Args:
         members: dotted names of the linears, in stacking order.
         heights: their rows.
-        factors: of the stack.
-        dtype: of what is not in few bits.
-        codes: of `down` and `up`, where they are in few bits.
+        down: A' [r, n - r] or A [r, n], as numbers or as codes.
+        up: B' or B [m, r], likewise.
+        permutation: int [n] of the block-skip form, else None.
+        dtype: of what is stored as numbers.
     """
-    owner, (down, up) = members[0], codes
-    if down is None:
-        tensors = {f"{owner}.down.weight": factors.down.to(dtype).contiguous()}
-    else:
+    owner = members[0]
+    if isinstance(down, Blocks):
         tensors = _prefixed(f"{owner}.down.stored", stored_tensors(down))
-    if factors.permutation is not None:
-        tensors[f"{owner}.permutation"] = factors.permutation.to(torch.int32)
-    if up is not None:
+    else:
+        tensors = {f"{owner}.down.weight": down.to(dtype).contiguous()}
+    if permutation is not None:
+        tensors[f"{owner}.permutation"] = permutation.to(torch.int32)
+    if isinstance(up, Blocks):
         return tensors | _few_bit_rows(members, heights, up, ".up.stored")
-    for member, rows in zip(members, factors.up.split(heights), strict=True):
+    for member, rows in zip(members, up.split(heights), strict=True):
         tensors[f"{member}.up.weight"] = rows.to(dtype).contiguous()
     return tensors
 

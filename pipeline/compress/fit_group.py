@@ -88,8 +88,11 @@ def fit_group(
     if group.form == "skip":
         sizes = rounded.factors.down.abs()
         report["largest_interpolation"] = float(sizes.max()) if sizes.numel() else 0.0
-    codes = (rounded.down, rounded.up)
-    return group_tensors(group.members, heights, rounded.factors, dtype, codes), report
+    numbers = rounded.factors
+    down = numbers.down if rounded.down is None else rounded.down
+    up = numbers.up if rounded.up is None else rounded.up
+    tensors = group_tensors(group.members, heights, down, up, numbers.permutation, dtype)
+    return tensors, report
 
 
 def group_report(group: GroupPlan) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,21 +12,78 @@ from pipeline.errors import InputError, PipelineError
 from pipeline.model.source import resolve_source
 
 Task = Literal["text-generation", "image-classification"]
+Stage = Literal["compress", "export", "engine", "ledger", "inspect"]
 TEXT: Task = "text-generation"
 IMAGES: Task = "image-classification"
-# What transformers calls the class that loads a model of a task.
-AUTO_CLASSES: dict[Task, str] = {
-    TEXT: "AutoModelForCausalLM",
-    IMAGES: "AutoModelForImageClassification",
+
+
+@dataclass(frozen=True)
+class TaskRow:
+    """What is different about a task; every stage reads it here, and asks for no task by name.
+
+    Attributes:
+        kind: a model of this task, for messages.
+        auto_class: what transformers calls the class that loads a model of it.
+        class_word: what the names of its architectures hold.
+        processor_class: what transformers calls the class that loads what makes its inputs.
+        record_fields: what an export's record says of its graph, beside what it says of any.
+        adapters: what each stage needs of the task, as `module:name`; imported when it is asked
+            for, so that this table depends on no stage.
+    """
+
+    kind: str
+    auto_class: str
+    class_word: str
+    processor_class: str
+    record_fields: dict[str, type]
+    adapters: dict[Stage, str]
+
+
+TASKS: dict[Task, TaskRow] = {
+    TEXT: TaskRow(
+        kind="a decoder language model",
+        auto_class="AutoModelForCausalLM",
+        class_word="ForCausalLM",
+        processor_class="AutoTokenizer",
+        record_fields={"max_length": int, "vocab_size": int, "num_layers": int},
+        adapters={
+            "compress": "pipeline.compress.decoder:prepare",
+            "export": "pipeline.export.trace_decoder:trace_decoder",
+            "engine": "pipeline.engine.profiles:decoder_limits",
+            "ledger": "validate.decoder:DECODER",
+            "inspect": "pipeline.cli.inspect:decoder_facts",
+        },
+    ),
+    IMAGES: TaskRow(
+        kind="an image classifier",
+        auto_class="AutoModelForImageClassification",
+        class_word="ForImageClassification",
+        processor_class="AutoImageProcessor",
+        record_fields={"pixel_values": list, "classes": int},
+        adapters={
+            "compress": "pipeline.compress.classifier:prepare",
+            "export": "pipeline.export.trace_classifier:trace_classifier",
+            "engine": "pipeline.engine.profiles:image_limits",
+            "ledger": "validate.classifier:CLASSIFIER",
+            "inspect": "pipeline.cli.inspect:classifier_facts",
+        },
+    ),
 }
-CLASS_WORD = "ForImageClassification"
+
+
+def adapter_of(task: Task, stage: Stage) -> Any:
+    """What a stage needs of a task, imported now."""
+    module, _, name = TASKS[task].adapters[stage].partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def task_of_config(config: Any) -> Task:
     """The task of a config, object or dict, by the classes that it names."""
     fields = config if isinstance(config, dict) else config.to_dict()
     named = [*(fields.get("architectures") or ()), *(fields.get("auto_map") or {})]
-    return IMAGES if any(CLASS_WORD in str(name) for name in named) else TEXT
+    words = {task: row.class_word for task, row in TASKS.items() if task != TEXT}
+    found = (task for task, word in words.items() if any(word in str(name) for name in named))
+    return next(found, TEXT)
 
 
 def task_of_folder(folder: Path) -> Task:

@@ -37,7 +37,8 @@ def installed(form: Form, rank: int) -> tuple[Pair, Pair]:
     b, a = whitened_spectrum(stack, moment).factors(rank)
     factors = stored_factors(b, a, stack, moment, form)
     members = ("first", "second")
-    tensors = group_tensors(members, [12, 6], factors, torch.float64)
+    stored = (factors.down, factors.up, factors.permutation)
+    tensors = group_tensors(members, [12, 6], *stored, torch.float64)
     install_(factored, group_entries(members, form, rank), tensors)
     return dense, factored
 

@@ -144,8 +144,10 @@ def few_bit_model(
     styles = ("int6-b16-sym", "int8-row-sym")
     rounded = nearest_factors(factors, (parse_format(styles[0]), parse_format(styles[1])))
     entries |= group_entries((DOWN,), "skip", 20, *styles)
-    codes = (rounded.down, rounded.up)
-    tensors |= group_tensors((DOWN,), [len(down)], rounded.factors, torch.float16, codes)
+    assert rounded.down is not None
+    assert rounded.up is not None
+    stored = (rounded.down, rounded.up, rounded.factors.permutation)
+    tensors |= group_tensors((DOWN,), [len(down)], *stored, torch.float16)
     install_(model, entries, tensors)
     names = (TABLE, "lm_head")
     entries |= round_tables_(model, dict.fromkeys(names, table), IDS, plain=True)[0]

@@ -25,7 +25,8 @@ def save_compressed(folder: Path, dtype: torch.dtype) -> None:
     entries = group_entries(members, "skip", rank)
     up, down = torch.randn(128, rank), torch.randn(rank, 32 - rank)
     factors = Factors("skip", rank, up, down, torch.randperm(32), 0.0)
-    install_(model, entries, group_tensors(members, [64, 64], factors, torch.float32))
+    stored = (factors.down, factors.up, factors.permutation)
+    install_(model, entries, group_tensors(members, [64, 64], *stored, torch.float32))
     save_checkpoint(model, byte_tokenizer(), entries, folder, dtype)
 
 
