@@ -12,20 +12,17 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 from unittest.mock import patch
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 from transformers import PreTrainedModel
 
+from pipeline.calibrate.hooks import not_finite, seeing_gradients
 from pipeline.calibrate.layer_stream import LayerStream
 from pipeline.calibrate.moments import GroupMoments
 from pipeline.calibrate.precision import fast_products
-from pipeline.errors import InputError
 from pipeline.model.structure import Layer, hidden_states_of
 from pipeline.progress import track
 
@@ -108,7 +105,7 @@ class BackwardSweep:
             for group in layer.groups
         }
         inputs, gradients = _read(self._input_path(index)), _read(self._gradient_path(index + 1))
-        with self._recording(layer, moments):
+        with seeing_gradients(self.model, moments):
             before = [
                 self._through(index, hidden, gradient)
                 for hidden, gradient in zip(inputs, gradients, strict=True)
@@ -129,29 +126,6 @@ class BackwardSweep:
             output = hidden_states_of(module(hidden, **keywords))
         (before,) = torch.autograd.grad(output, hidden, gradient.to(output.dtype))
         return before
-
-    @contextlib.contextmanager
-    def _recording(self, layer: Layer, moments: dict[str, GroupMoments]) -> Iterator[None]:
-        """Add to the moments whatever passes through the layer, forward and back."""
-        frozen = [p for p in self.model.parameters() if p.requires_grad]
-        hooks: list[Any] = []
-        for name, group in moments.items():
-            linear = self.model.get_submodule(name)
-            hooks.append(linear.register_forward_pre_hook(_seeing_input(group)))
-            for member in group.outputs:
-                linear = self.model.get_submodule(member)
-                hooks.append(linear.register_forward_hook(_seeing_gradient(group, member)))
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-        try:
-            yield
-        except ValueError as error:
-            raise _not_finite(layer.name, str(error)) from error
-        finally:
-            for hook in hooks:
-                hook.remove()
-            for parameter in frozen:
-                parameter.requires_grad_(True)
 
     def _loss_gradient(
         self, batch: torch.Tensor, hidden: torch.Tensor, generator: torch.Generator
@@ -179,20 +153,6 @@ class BackwardSweep:
         return self.folder / f"gradient-{index}.safetensors"
 
 
-def _seeing_input(moments: GroupMoments) -> Any:
-    def see(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        moments.see_input(args[0])
-
-    return see
-
-
-def _seeing_gradient(moments: GroupMoments, member: str) -> Any:
-    def watch(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        output.register_hook(lambda gradient: moments.see_gradient(member, gradient))
-
-    return watch
-
-
 def _drawn_minus_expected(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Gradient of log p(t) by the logits, t drawn from p: onehot(t) - p, float32 [..., V]."""
     shape = logits.shape
@@ -204,16 +164,7 @@ def _drawn_minus_expected(logits: torch.Tensor, generator: torch.Generator) -> t
 
 def _require_finite(layer: str, tensors: list[torch.Tensor]) -> None:
     if not all(torch.isfinite(tensor).all() for tensor in tensors):
-        raise _not_finite(layer, "NaN or infinite values")
-
-
-def _not_finite(layer: str, observed: str) -> InputError:
-    return InputError(
-        "The model's activations or gradients are not finite.",
-        where=layer,
-        observed=observed,
-        change="load the model in float32, and check its weights",
-    )
+        raise not_finite(layer, "NaN or infinite values")
 
 
 def _write(path: Path, batches: list[torch.Tensor]) -> None:

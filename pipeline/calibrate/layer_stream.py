@@ -7,22 +7,16 @@ with the depth of the model beyond its weights.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
+from pipeline.calibrate.hooks import seeing_inputs, stopping_at
 from pipeline.calibrate.moments import SecondMoment
 from pipeline.errors import InputError
 from pipeline.model.structure import Layer, hidden_states_of
-
-
-class _FirstLayerReached(Exception):
-    """Ends a forward pass as soon as the first layer's input is known."""
 
 
 class LayerStream:
@@ -68,41 +62,20 @@ class LayerStream:
         """
         layer, module = self.layers[index], self.modules[index]
         moments = {group.name: SecondMoment(group.in_features) for group in layer.groups}
-        with self._measuring(moments if measure else {}):
+        takers = {name: moment.add_ for name, moment in moments.items()} if measure else {}
+        with seeing_inputs(self.model, takers):
             for hidden in self.hidden:
                 keywords = self.keywords[len(hidden)][index]
                 # In place: new tensors for every layer would scatter the heap, which then grows.
                 hidden.copy_(hidden_states_of(module(hidden, **keywords)))
         return moments if measure else {}
 
-    @contextmanager
-    def _measuring(self, moments: dict[str, SecondMoment]) -> Iterator[None]:
-        hooks = []
-        for name, moment in moments.items():
-            linear = self.model.get_submodule(name)
-            hooks.append(linear.register_forward_pre_hook(_accumulator(name, moment)))
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-
     def _embed(self, batch: torch.Tensor) -> torch.Tensor:
         """Input of the first layer, float32 [B, T, H], whatever the model is held in."""
-        caught: list[torch.Tensor] = []
-
-        def catch(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            caught.append(args[0] if args else kwargs["hidden_states"])
-            raise _FirstLayerReached
-
-        hook = self.modules[0].register_forward_pre_hook(catch, with_kwargs=True)
-        try:
+        with stopping_at(self.modules[0]) as caught:
             self.model(input_ids=batch, use_cache=False)
-        except _FirstLayerReached:
-            pass
-        finally:
-            hook.remove()
-        return caught[0].float()
+        call = caught[0]
+        return (call.args[0] if call.args else call.kwargs["hidden_states"]).float()
 
     def _layer_keywords(self, batch: torch.Tensor) -> list[dict[str, Any]]:
         """The arguments beside the hidden states that the model gives each layer.
@@ -125,23 +98,3 @@ class LayerStream:
                 patches.enter_context(patch.object(module, "forward", identity))
             self.model.base_model(input_ids=batch, use_cache=False)
         return seen
-
-
-def _accumulator(name: str, moment: SecondMoment) -> Any:
-    def accumulate(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        try:
-            moment.add_(args[0])
-        except ValueError as error:
-            raise not_finite(name, error) from error
-
-    return accumulate
-
-
-def not_finite(name: str, error: ValueError) -> InputError:
-    """The error for activations that are not finite, at the linear that is given them."""
-    return InputError(
-        "The model's activations are not finite.",
-        where=name,
-        observed=str(error),
-        change="load the model in float32, and check its weights",
-    )

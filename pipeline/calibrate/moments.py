@@ -10,6 +10,11 @@ LARGEST_NORM = 10.0
 BLOCK = 256
 
 
+def rows_of(inputs: torch.Tensor) -> torch.Tensor:
+    """Vectors [t, n] of a batch of them [..., n]."""
+    return inputs.reshape(-1, inputs.shape[-1])
+
+
 def gram(rows: torch.Tensor) -> torch.Tensor:
     """X^T X of rows X [t, n]: only the blocks on and above the diagonal are multiplied, [n, n]."""
     width = rows.shape[1]
@@ -39,7 +44,7 @@ class SecondMoment:
         Raises:
             ValueError: NaN or infinite values.
         """
-        rows = inputs.reshape(-1, inputs.shape[-1]).float()
+        rows = rows_of(inputs).float()
         if not torch.isfinite(rows.sum()) and not torch.isfinite(rows).all():
             raise ValueError("NaN or infinite activations")
         self.total += gram(rows)
@@ -78,7 +83,7 @@ class OutputMoment:
         Raises:
             ValueError: NaN or infinite values.
         """
-        rows = gradients.detach().reshape(-1, gradients.shape[-1]).float()
+        rows = rows_of(gradients.detach()).float()
         squares = rows.square().sum(dim=1)
         if not torch.isfinite(squares).all():
             raise ValueError("NaN or infinite gradients")
@@ -113,6 +118,7 @@ class GroupMoments:
     def __init__(self, width: int, heights: dict[str, int]) -> None:
         self.inputs, self.weighted = SecondMoment(width), SecondMoment(width)
         self.outputs = {name: OutputMoment(height) for name, height in heights.items()}
+        self.members = tuple(heights)
         self._rows: torch.Tensor | None = None
         self._weights: list[torch.Tensor] = []
 
@@ -122,7 +128,7 @@ class GroupMoments:
         Raises:
             ValueError: NaN or infinite values.
         """
-        self._rows = inputs.detach().reshape(-1, inputs.shape[-1]).float()
+        self._rows = rows_of(inputs.detach()).float()
         self.inputs.add_(self._rows)
 
     def see_gradient(self, name: str, gradients: torch.Tensor) -> None:
@@ -136,6 +142,51 @@ class GroupMoments:
             weights = torch.stack(self._weights).mean(dim=0)
             self.weighted.add_(self._rows * weights.sqrt()[:, None])
             self._rows, self._weights = None, []
+
+
+class DrawnMoments:
+    """Moments of a group of linears, of a model of whose outputs several are drawn for each input.
+
+    Nothing is cut: the few draws that differ from what is almost sure carry most of the gradient.
+
+    Attributes:
+        inputs: S of the input.
+        weighted: the sum of x x^T, each input weighted by its squared gradient; float32 [n, n].
+        outputs: member -> sum of g g^T over all draws, float32 [m, m].
+    """
+
+    def __init__(self, width: int, heights: dict[str, int]) -> None:
+        self.inputs, self.members = SecondMoment(width), tuple(heights)
+        self.weighted = torch.zeros(width, width)
+        self.outputs = {name: torch.zeros(height, height) for name, height in heights.items()}
+        self._rows = torch.empty(0, width)
+        self._squares: list[torch.Tensor] = []
+
+    def see_input(self, inputs: torch.Tensor) -> None:
+        """Add a batch of inputs, float [..., n]; gradients of it follow.
+
+        Raises:
+            ValueError: NaN or infinite values.
+        """
+        self._rows = rows_of(inputs.detach()).float()
+        self.inputs.add_(self._rows)
+
+    def see_gradient(self, member: str, gradients: torch.Tensor) -> None:
+        """Add the gradients by a member's output for one draw, float [..., m].
+
+        Raises:
+            ValueError: NaN or infinite values.
+        """
+        rows = rows_of(gradients.detach()).float()
+        squares = rows.square().sum(dim=1)
+        if not torch.isfinite(squares).all():
+            raise ValueError("NaN or infinite gradients")
+        self.outputs[member] += gram(rows)
+        self._squares.append(squares)
+        if len(self._squares) == len(self.outputs):
+            weights = torch.stack(self._squares).mean(dim=0)
+            self.weighted += gram(self._rows * weights.sqrt()[:, None])
+            self._squares = []
 
 
 def balanced(moment: torch.Tensor, weighted: torch.Tensor) -> torch.Tensor:

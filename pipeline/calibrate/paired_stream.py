@@ -6,29 +6,23 @@ original model wanted. Both need the layer's inputs in both models.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
-from pipeline.calibrate.layer_stream import LayerStream, not_finite
-from pipeline.calibrate.moments import SecondMoment
+from pipeline.calibrate.hooks import not_finite, seeing_inputs, stopping_at
+from pipeline.calibrate.layer_stream import LayerStream
+from pipeline.calibrate.moments import SecondMoment, rows_of
 from pipeline.calibrate.precision import fast, fast_products
 from pipeline.model.structure import Layer, hidden_states_of
-
-
-class _InputReached(Exception):
-    """Ends a layer's forward pass as soon as the input asked for is known."""
 
 
 class PairedStream:
     """Hidden states of all calibration tokens in both models, at the input of one layer.
 
-    For each layer in turn: `advance_original` while it is still the original, then for each group
-    in the order the layer runs them `measure` and replace it, then `advance_compressed`.
+    For each layer in turn: `enter` while it is still the original, then for each group
+    in the order the layer runs them `measure` and replace it, then `leave`.
 
     Args:
         model: a decoder, in evaluation mode, whose layers are replaced one after the other.
@@ -50,23 +44,16 @@ class PairedStream:
         self.inputs: dict[str, list[torch.Tensor]] = {}
 
     @torch.no_grad()
-    def advance_original(self, index: int, *, measure: bool = True) -> None:
+    def enter(self, index: int, *, measure: bool = True) -> None:
         """Carry the original's hidden states through layer `index`, and keep what its groups read.
 
         The inputs are kept in bfloat16: the moments are sums over thousands of tokens.
         """
         groups = self.layers[index].groups if measure else ()
         self.inputs = {group.name: [] for group in groups}
-        hooks = [
-            self.model.get_submodule(name).register_forward_pre_hook(_keeping(kept))
-            for name, kept in self.inputs.items()
-        ]
-        try:
-            with fast_products(self.model):
-                self.original.advance(index, measure=False)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        takers = {name: _keeping(kept) for name, kept in self.inputs.items()}
+        with seeing_inputs(self.model, takers), fast_products(self.model):
+            self.original.advance(index, measure=False)
 
     @torch.no_grad()
     def measure(self, index: int, group: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -93,7 +80,7 @@ class PairedStream:
         return seen.mean(), drift / seen.tokens
 
     @torch.no_grad()
-    def advance_compressed(self, index: int) -> None:
+    def leave(self, index: int) -> None:
         """Carry the compressed model's hidden states through layer `index`, as it is now."""
         module = self.original.modules[index]
         for hidden in self.compressed:
@@ -106,31 +93,10 @@ class PairedStream:
         module = self.original.modules[index]
         linear = self.model.get_submodule(group)
         for hidden in self.compressed:
-            caught: list[torch.Tensor] = []
-            with _stopping_at(linear, caught), fast_products(self.model):
+            with stopping_at(linear) as caught, fast_products(self.model):
                 module(hidden, **self.original.keywords[len(hidden)][index])
-            yield caught[0]
+            yield rows_of(caught[0].args[0]).float()
 
 
-@contextmanager
-def _stopping_at(linear: nn.Module, caught: list[torch.Tensor]) -> Iterator[None]:
-    """End the forward pass inside at `linear`, and keep what it was given."""
-
-    def catch(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        caught.append(args[0].reshape(-1, args[0].shape[-1]).float())
-        raise _InputReached
-
-    hook = linear.register_forward_pre_hook(catch)
-    try:
-        yield
-    except _InputReached:
-        pass
-    finally:
-        hook.remove()
-
-
-def _keeping(kept: list[torch.Tensor]) -> Any:
-    def keep(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        kept.append(args[0].reshape(-1, args[0].shape[-1]).bfloat16())
-
-    return keep
+def _keeping(kept: list[torch.Tensor]) -> Callable[[torch.Tensor], None]:
+    return lambda inputs: kept.append(rows_of(inputs).bfloat16())

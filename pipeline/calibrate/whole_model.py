@@ -9,223 +9,161 @@ of x x^T, an error D of W costs tr(G D S D^T) / 2 nats an image, x and g taken a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+import copy
+from contextlib import AbstractContextManager
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
-from pipeline.calibrate.layer_stream import not_finite
-from pipeline.calibrate.moments import SecondMoment, balanced, gram
-from pipeline.compress.factorize.whitened_svd import shrunk, tails_of, whitened_energies
-from pipeline.compress.forms import Form
-from pipeline.compress.plan.bit_search import Noises
-from pipeline.compress.plan.layer_costs import SENSITIVITY_SHRINKAGE
-from pipeline.compress.plan.quantization_costs import stack_noise
-from pipeline.compress.plan.rank_search import Curves, Members, stacks_of
+from pipeline.calibrate.hooks import (
+    Call,
+    not_finite,
+    seeing_gradients,
+    seeing_inputs,
+    stopping_at,
+)
+from pipeline.calibrate.moments import DrawnMoments, SecondMoment, rows_of
 from pipeline.errors import InputError
-from pipeline.model.structure import Group, Layer, evaluating
+from pipeline.model.structure import Layer, evaluating
 from pipeline.progress import track
-from pipeline.quantize.formats import Format
 
 # Labels drawn for an image: a class that is almost sure leaves almost no gradient, so the few draws
 # that differ carry most of the Fisher information.
 DRAWS = 4
 
 
-class GroupSums:
-    """Running sums for the linears of one group.
-
-    Attributes:
-        inputs: S of the input.
-        weighted: the same, each input weighted by its squared gradient; float32 [n, n].
-        outputs: member -> sum of g g^T, float32 [m, m].
-    """
-
-    def __init__(self, group: Group) -> None:
-        self.inputs = SecondMoment(group.in_features)
-        self.weighted = torch.zeros(group.in_features, group.in_features)
-        self.outputs = {
-            member: torch.zeros(height, height)
-            for member, height in zip(group.members, group.out_features, strict=True)
-        }
-        self._rows = torch.empty(0, group.in_features)
-        self._squares: list[torch.Tensor] = []
-
-    def see_input(self, inputs: torch.Tensor) -> None:
-        """Add a batch of inputs, float [..., n]; gradients of it follow.
-
-        Raises:
-            ValueError: NaN or infinite values.
-        """
-        self._rows = inputs.detach().reshape(-1, inputs.shape[-1]).float()
-        self.inputs.add_(self._rows)
-
-    def see_gradient(self, member: str, gradients: torch.Tensor) -> None:
-        """Add the gradients by a member's output for one draw of labels, float [..., m].
-
-        Raises:
-            ValueError: NaN or infinite values.
-        """
-        rows = gradients.detach().reshape(-1, gradients.shape[-1]).float()
-        squares = rows.square().sum(dim=1)
-        if not torch.isfinite(squares).all():
-            raise ValueError("NaN or infinite gradients")
-        self.outputs[member] += gram(rows)
-        self._squares.append(squares)
-        if len(self._squares) == len(self.outputs):
-            weights = torch.stack(self._squares).mean(dim=0)
-            self.weighted += gram(self._rows * weights.sqrt()[:, None])
-            self._squares = []
-
-
-class ImageSurvey:
-    """Statistics of an image classifier, in memory: `GroupStatistics` and the plain moments.
+def measure_whole(
+    model: PreTrainedModel,
+    layers: list[Layer],
+    pixels: torch.Tensor,
+    *,
+    gradients: bool,
+    seed: int = 0,
+    batch_size: int = 16,
+) -> dict[str, DrawnMoments]:
+    """Run the images forward and, if asked, back, with every linear of the groups watched.
 
     Args:
-        model: in evaluation mode, float32; it is not changed.
+        model: a classifier in float32; it is not changed.
         layers: its structure.
+        pixels: float32 [N, C, H, W].
+        gradients: whether what the outputs are worth is wanted.
+        seed: of the labels that are drawn.
+        batch_size: images at once.
 
-    Attributes:
-        curves: expected KL, nats an image, of every stack at every rank from 0 to full.
-        noises: what rounding is expected to add to it; empty where no formats were asked for.
-        images: how many were seen.
+    Returns:
+        Group name -> its moments, DRAWS gradients an image.
+
+    Raises:
+        InputError: activations or gradients that are not finite.
+    """
+    groups = [group for layer in layers for group in layer.groups]
+    found = {
+        g.name: DrawnMoments(g.in_features, dict(zip(g.members, g.out_features, strict=True)))
+        for g in groups
+    }
+    generator = torch.Generator().manual_seed(seed)
+    watching: AbstractContextManager[None] = (
+        seeing_gradients(model, found)
+        if gradients
+        else seeing_inputs(model, {name: moments.see_input for name, moments in found.items()})
+    )
+    with watching, evaluating(model):
+        for batch in track(list(pixels.split(batch_size)), "what the linears see"):
+            if gradients:
+                _forward_and_back(model, batch, generator)
+            else:
+                with torch.no_grad():
+                    model(pixel_values=batch)
+    return found
+
+
+def _forward_and_back(
+    model: PreTrainedModel, batch: torch.Tensor, generator: torch.Generator
+) -> None:
+    pixels = batch.clone().requires_grad_()  # parameters are frozen: the graph starts here
+    with torch.enable_grad():
+        logits = model(pixel_values=pixels).logits
+    chances = logits.detach().double().softmax(dim=-1)
+    if not torch.isfinite(chances).all():
+        raise InputError(
+            "The model's logits are not finite.",
+            where=type(model).__name__,
+            change="load the model in float32, and check its weights and images",
+        )
+    for draw in range(DRAWS):
+        drawn = torch.multinomial(chances, 1, generator=generator)
+        residual = -chances.scatter_add(1, drawn, -torch.ones_like(drawn).double())
+        torch.autograd.grad(
+            logits, pixels, residual.to(logits.dtype), retain_graph=draw + 1 < DRAWS
+        )
+
+
+class PairedModel:
+    """The original and the compressed classifier side by side, at the inputs of one layer.
+
+    For each layer in turn: `enter`, then for each group in the order the layer runs them `measure`
+    and replace it in `model`, then `leave`.
+
+    Args:
+        model: changed as the layers are replaced; a copy of it stays the original.
+        layers: its structure, in the order in which they run.
+        pixels: float32 [N, C, H, W].
+        batch_size: images at once.
     """
 
-    def __init__(self, model: PreTrainedModel, layers: list[Layer]) -> None:
-        self.model, self.layers = model, layers
-        self.groups = {m: g for layer in layers for g in layer.groups for m in g.members}
-        self.sums = {g.name: GroupSums(g) for layer in layers for g in layer.groups}
-        self.curves: Curves = {}
-        self.noises: Noises = {}
-        self.images = 0
-
-    def measure(
-        self,
-        pixels: torch.Tensor,
-        *,
-        gradients: bool,
-        cat: bool = True,
-        seed: int = 0,
-        styles: Sequence[Format] = (),
-        form: Form = "skip",
-        batch_size: int = 16,
+    def __init__(
+        self, model: PreTrainedModel, layers: list[Layer], pixels: torch.Tensor, batch_size: int
     ) -> None:
-        """Run the images forward and, if asked, back; then compute the curves.
+        self.model, self.layers = model, layers
+        self.original = copy.deepcopy(model)
+        self.batches = list(pixels.split(batch_size))
+        self._given: list[tuple[Call, Call]] = []
 
-        Args:
-            pixels: float32 [N, C, H, W].
-            gradients: whether sensitivities and curves are wanted.
-            cat: whether stacks of several members are wanted.
-            seed: of the labels that are drawn.
-            styles: formats of few bits whose cost is wanted, too.
-            form: of the factors that will be rounded.
-            batch_size: images at once.
+    def enter(self, index: int, *, measure: bool = True) -> None:
+        """Go on to layer `index`."""
+        self._given = []
+
+    @torch.no_grad()
+    def measure(self, index: int, group: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Moments of the group's input x' in the compressed model, and of its distance from x.
+
+        Returns:
+            E[x' x'^T] and E[(x - x') x'^T], float64 [n, n].
 
         Raises:
-            InputError: activations or gradients that are not finite, or gradients that are zero.
+            InputError: activations that are not finite.
         """
-        generator = torch.Generator().manual_seed(seed)
-        batches = list(pixels.split(batch_size))
-        with self._watching(gradients), evaluating(self.model):
-            for batch in track(batches, "what the linears see"):
-                if gradients:
-                    self._forward_and_back(batch, generator)
-                else:
-                    with torch.no_grad():
-                        self.model(pixel_values=batch)
-        self.images += len(pixels)
-        if gradients:
-            self._make_curves(cat, styles, form)
+        layer = self.layers[index].name
+        self._given = self._given or [self._calls(layer, batch) for batch in self.batches]
+        width = self.original.get_submodule(group).in_features
+        seen, drift = SecondMoment(width), torch.zeros(width, width, dtype=torch.float64)
+        for original, compressed in self._given:
+            x = _input_of(self.original, layer, group, original)
+            own = _input_of(self.model, layer, group, compressed)
+            try:
+                seen.add_(own)
+            except ValueError as error:
+                raise not_finite(group, error) from error
+            drift += (x - own).T @ own
+        return seen.mean(), drift / seen.tokens
 
-    def moment(self, members: Members) -> torch.Tensor:
-        """S = E[x x^T] of what the members read in the original model, float64 [n, n]."""
-        return self.sums[self.groups[members[0]].name].inputs.mean()
+    def leave(self, index: int) -> None:
+        """Let go of what layer `index` was called with."""
+        self._given = []
 
-    def sensitivities(self, members: Members) -> list[torch.Tensor]:
-        """Shrunk G of each member's output, summed over an image, float64 [m_i, m_i]."""
-        sums = self.sums[self.groups[members[0]].name]
-        scale = 1 / (DRAWS * self.images)
-        return [shrunk(sums.outputs[member] * scale, SENSITIVITY_SHRINKAGE) for member in members]
-
-    def geometry(self, members: Members, moment: torch.Tensor) -> torch.Tensor:
-        """What errors of the members are measured in: `moment`, balanced with the weighted one."""
-        return balanced(moment, self.sums[self.groups[members[0]].name].weighted)
-
-    def _make_curves(self, cat: bool, styles: Sequence[Format], form: Form) -> None:
-        for group in dict.fromkeys(self.groups.values()):
-            geometry = self.geometry(group.members, self.moment(group.members))
-            weights = {m: self.model.get_submodule(m).weight.detach() for m in group.members}
-            for stack in stacks_of(group, cat=cat):
-                stacked, blocks = torch.cat([weights[m] for m in stack]), self.sensitivities(stack)
-                try:
-                    energies = whitened_energies(stacked, geometry, blocks)
-                    if styles:
-                        self.noises[stack] = stack_noise(stacked, geometry, blocks, styles, form)
-                except ValueError as error:
-                    raise not_finite(", ".join(stack), error) from error
-                self.curves[stack] = (tails_of(energies) / 2).numpy()
-
-    def _forward_and_back(self, batch: torch.Tensor, generator: torch.Generator) -> None:
-        pixels = batch.clone().requires_grad_()  # parameters are frozen: the graph starts here
-        with torch.enable_grad():
-            logits = self.model(pixel_values=pixels).logits
-        chances = logits.detach().double().softmax(dim=-1)
-        if not torch.isfinite(chances).all():
-            raise InputError(
-                "The model's logits are not finite.",
-                where=type(self.model).__name__,
-                change="load the model in float32, and check its weights and images",
-            )
-        for draw in range(DRAWS):
-            drawn = torch.multinomial(chances, 1, generator=generator)
-            residual = -chances.scatter_add(1, drawn, -torch.ones_like(drawn).double())
-            torch.autograd.grad(
-                logits, pixels, residual.to(logits.dtype), retain_graph=draw + 1 < DRAWS
-            )
-
-    @contextmanager
-    def _watching(self, gradients: bool) -> Iterator[None]:
-        """Hooks on every linear of the groups, and frozen parameters."""
-        hooks: list[Any] = []
-        for name, sums in self.sums.items():
-            linear = self.model.get_submodule(name)
-            hooks.append(linear.register_forward_pre_hook(_seeing_input(name, sums)))
-            for member in sums.outputs if gradients else ():
-                linear = self.model.get_submodule(member)
-                hooks.append(linear.register_forward_hook(_seeing_gradient(member, sums)))
-        frozen = [p for p in self.model.parameters() if p.requires_grad]
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-            for parameter in frozen:
-                parameter.requires_grad_(True)
+    def _calls(self, layer: str, batch: torch.Tensor) -> tuple[Call, Call]:
+        """What the layer is called with in the original and in the compressed model."""
+        pair = []
+        for model in (self.original, self.model):
+            with stopping_at(model.get_submodule(layer)) as caught:
+                model(pixel_values=batch)
+            pair.append(caught[0])
+        return pair[0], pair[1]
 
 
-def _seeing_input(name: str, sums: GroupSums) -> Any:
-    def see(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        try:
-            sums.see_input(args[0])
-        except ValueError as error:
-            raise not_finite(name, error) from error
-
-    return see
-
-
-def _seeing_gradient(member: str, sums: GroupSums) -> Any:
-    def see(gradient: torch.Tensor) -> None:
-        try:
-            sums.see_gradient(member, gradient)
-        except ValueError as error:
-            raise not_finite(member, error) from error
-
-    def watch(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        output.register_hook(see)
-
-    return watch
+def _input_of(model: PreTrainedModel, layer: str, linear: str, call: Call) -> torch.Tensor:
+    """What a linear reads when its layer is called so, float32 [tokens, n]."""
+    with stopping_at(model.get_submodule(linear)) as caught:
+        model.get_submodule(layer)(*call.args, **call.kwargs)
+    return rows_of(caught[0].args[0]).float()

@@ -19,7 +19,8 @@ from pipeline.model.source import check_safetensors
 from pipeline.model.task import TASKS, Task, task_of_config, task_of_folder
 
 # save_pretrained holds one shard in memory a second time.
-LARGEST_SHARD = "2GB"
+_LARGEST_SHARD = "2GB"
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def save_checkpoint(
@@ -45,7 +46,7 @@ def save_checkpoint(
         config.quantization_config = SkipCatConfig(modules)
         config.auto_map = {TASKS[task].auto_class: f"modeling_skipcat.{remote_class(task)}"}
     model.save_pretrained(
-        folder, state_dict=_cast_state(model, dtype), max_shard_size=LARGEST_SHARD
+        folder, state_dict=_cast_state(model, dtype), max_shard_size=_LARGEST_SHARD
     )
     # save_pretrained names the type the weights had in memory.
     saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))

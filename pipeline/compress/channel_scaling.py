@@ -48,7 +48,7 @@ RELATIVE_CHANGE = 1e-4
 
 
 @torch.no_grad()
-def balance_(
+def scale_channels_(
     model: PreTrainedModel, layers: list[Layer], tokens: torch.Tensor, power: float
 ) -> list[str]:
     """Scale the inputs of every group that a norm feeds.

@@ -1,174 +1,212 @@
-"""Ways through the layers of an image classifier, leaving each of them factored."""
+"""What compressing needs of an image classifier: images, and the model run as a whole."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
+import math
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
-from transformers import PreTrainedModel
 
-from pipeline.calibrate.layer_stream import not_finite
-from pipeline.calibrate.moments import SecondMoment
-from pipeline.calibrate.whole_model import ImageSurvey
-from pipeline.checkpoint.install import install_
-from pipeline.compress.fit_group import Inputs, group_report
-from pipeline.compress.plan.plan import GroupPlan
-from pipeline.compress.walk import FactorOne, plan_entries
-from pipeline.model.structure import Layer
+from pipeline.calibrate.images import ImageBatch, load_images, require_source
+from pipeline.calibrate.whole_model import PairedModel, measure_whole
+from pipeline.compress.calibrated import Stream, cost_request
+from pipeline.compress.factorize.quantized_factors import Rounding
+from pipeline.compress.methods import Fit
+from pipeline.compress.plan.bit_search import EmbeddingChoice
+from pipeline.compress.plan.layer_costs import WholeModelCosts
+from pipeline.compress.plan.plan import Curves
+from pipeline.compress.request import CompressRequest
+from pipeline.errors import InputError, UsageError
+from pipeline.model.classifier_structure import ImageStructure, image_structure
+from pipeline.model.load_classifier import LoadedClassifier, load_classifier
+from pipeline.model.task import IMAGES
+from pipeline.progress import note
+from pipeline.quantize.formats import Runtime
+
+# However many patches an image has, so few images say too little about the model's own output.
+_LEAST_IMAGES = 256
+# Inputs of a linear that go through the model at once, in as many images as have them.
+_ROWS_AT_ONCE = 4096
 
 
-class _Reached(Exception):
-    """Ends a forward pass as soon as what was wanted is known."""
+def prepare(request: CompressRequest) -> OpenedClassifier:
+    """Load the image classifier that a request names; its `windows` are images.
+
+    Raises:
+        PipelineError: a request that cannot be meant, or a model that cannot be compressed.
+    """
+    request.check()
+    require_source(request.calibration)
+    for flag, given in (
+        ("--window-length", request.window_length is not None),
+        ("--stream-weights", request.stream_weights),
+        ("--table", request.table is not None),
+        ("--balance", request.balance > 0),
+    ):
+        if given:
+            raise UsageError("This option is for language models.", where=flag)
+    loaded = load_classifier(request.model, trust_remote_code=request.trust_remote_code)
+    return OpenedClassifier(request, loaded)
 
 
-class OneShotWalk:
-    """Every group is fitted to what it saw in the original model.
+class OpenedClassifier:
+    """An image classifier in memory (see `pipeline.compress.calibrated.Opened`).
 
     Args:
-        model: changed in place.
-        survey: of the original.
+        request: what to do with it.
+        loaded: the model; changed in place when it is compressed.
     """
 
-    def __init__(self, model: PreTrainedModel, survey: ImageSurvey) -> None:
-        self.model, self.survey = model, survey
+    def __init__(self, request: CompressRequest, loaded: LoadedClassifier) -> None:
+        self.request, self.loaded, self.model = request, loaded, loaded.model
+        self.structure = image_structure(loaded.model, loaded.input_shape)
+        self.layers = self.structure.layers
+        self.source, self.processor = loaded.source, loaded.processor
+        self.storage_dtype = loaded.storage_dtype
+        self.recipe_fields: dict[str, Any] = {"task": IMAGES}
+        self.report_fields: dict[str, Any] = {"left_out": self.structure.left_out}
+        note(f"found: {self._summary()}")
+        for name, reason in self.structure.left_out.items():
+            note(f"stays as it is: {name}: {reason}")
 
-    def factor(
-        self, index: int, planned: tuple[GroupPlan, ...], factor: FactorOne
-    ) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
-        """Factor and install layer `index`: tensors and reports."""
-        tensors: dict[str, torch.Tensor] = {}
-        reports = []
-        inputs: dict[str, Inputs] = {}
-        for group in planned:
-            if group.is_unchanged:
-                reports.append(group_report(group))
-                continue
-            source = self.survey.groups[group.members[0]].name
-            if source not in inputs:
-                inputs[source] = Inputs(self.survey.moment(group.members))
-            new, report = factor(group, inputs[source])
-            tensors |= new
-            reports.append(report)
-        install_(self.model, plan_entries(planned), tensors)
-        return tensors, reports
+    def _summary(self) -> str:
+        """One line for the user: what the model is."""
+        groups = [group for layer in self.layers for group in layer.groups]
+        linears = sum(len(group.members) for group in groups)
+        return (
+            f"{type(self.model).__name__}, an image classifier of {self.model.config.num_labels} "
+            f"classes on {'x'.join(map(str, self.loaded.input_shape))} pixels; {linears} linear "
+            f"layers in {len(groups)} groups that share an input; all else stays as it is"
+        )
 
-    def repeat(
-        self, index: int, planned: tuple[GroupPlan, ...], tensors: dict[str, torch.Tensor]
-    ) -> None:
-        """Install what an earlier run made of layer `index`."""
-        install_(self.model, plan_entries(planned), tensors)
+    def needed_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes on disk: the checkpoint, and its finished layers beside it."""
+        return 2 * sum(p.numel() for p in self.model.parameters()) * dtype.itemsize
+
+    def calibrate(self, folder: Path, settings: dict[str, Any]) -> CalibratedClassifier:
+        """The classifier with its calibration images; nothing of it is kept on disk."""
+        images = load_images(
+            self.request.calibration,
+            self.model,
+            self.processor,
+            count=self._image_count(),
+            seed=self.request.seed,
+        )
+        note(f"calibration: {len(images.pixels)} images of {images.source}")
+        _require_images(images, self.structure)
+        return CalibratedClassifier(self, images)
+
+    def _image_count(self) -> int:
+        """Images to read: as asked for, or as many as have the patches of the effort's tokens."""
+        if self.request.windows is not None:
+            return self.request.windows
+        effort = self.request.resolved_effort
+        patches = max(self.structure.rows.values())
+        return max(math.ceil(effort.windows * effort.window_length / patches), _LEAST_IMAGES)
 
 
-class PropagatedWalk:
-    """Each group is fitted to what the groups before it, already replaced, will feed it.
+class CalibratedClassifier:
+    """A classifier and its calibration images (see `pipeline.compress.calibrated.Calibrated`).
 
     Args:
-        model: changed in place; a copy of it stays the original.
-        layers: its structure, in the order in which they run.
-        pixels: float32 [N, C, H, W].
-        batch_size: images at once.
+        opened: the model; changed in place.
+        images: that it is calibrated on.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        layers: list[Layer],
-        pixels: torch.Tensor,
-        batch_size: int = 16,
-    ) -> None:
-        self.model, self.layers = model, layers
-        self.original = copy.deepcopy(model)
-        self.batches = list(pixels.split(batch_size))
+    embeddings: tuple[tuple[str, ...], ...] = ()
+    rotary_width = 0
 
-    def factor(
-        self, index: int, planned: tuple[GroupPlan, ...], factor: FactorOne
-    ) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
-        """Factor and install layer `index`, group after group: tensors and reports."""
-        layer = self.layers[index]
-        tensors: dict[str, torch.Tensor] = {}
-        reports = {group.members: group_report(group) for group in planned}
-        given: list[tuple[_Given, _Given]] = []
-        for source in layer.groups:
-            wanted = [g for g in planned if g.members[0] in source.members and not g.is_unchanged]
-            if not wanted:
-                continue
-            given = given or [self._given(layer.name, batch) for batch in self.batches]
-            inputs = self._measure(layer.name, source.name, given)
-            for group in wanted:
-                new, reports[group.members] = factor(group, inputs)
-                install_(self.model, plan_entries((group,)), new)
-                tensors |= new
-        return tensors, [reports[group.members] for group in planned]
+    def __init__(self, opened: OpenedClassifier, images: ImageBatch) -> None:
+        self.model, self.layers, self.images = opened.model, opened.layers, images
+        self.request = opened.request
+        self._batch_size = max(1, _ROWS_AT_ONCE // max(opened.structure.rows.values()))
 
-    def repeat(
-        self, index: int, planned: tuple[GroupPlan, ...], tensors: dict[str, torch.Tensor]
-    ) -> None:
-        """Install what an earlier run made of layer `index`."""
-        install_(self.model, plan_entries(planned), tensors)
+    @cached_property
+    def statistics(self) -> WholeModelCosts:
+        """Moments, and costs where the request's method needs gradients."""
+        request = self.request
+        gradients = request.resolved_method.needs_costs and request.changes_weights
+        moments = measure_whole(
+            self.model,
+            self.layers,
+            self.images.pixels,
+            gradients=gradients,
+            seed=request.seed,
+            batch_size=self._batch_size,
+        )
+        costs = WholeModelCosts(self.model, self.layers, moments, len(self.images.pixels))
+        if gradients:
+            costs.measure(cost_request(request))
+        return costs
 
-    @torch.no_grad()
-    def _given(self, layer: str, batch: torch.Tensor) -> tuple[_Given, _Given]:
-        """What the layer is called with in the original and in the compressed model."""
-        pair = []
-        for model in (self.original, self.model):
-            caught: list[_Given] = []
-            with _stopping_at(model.get_submodule(layer), caught):
-                model(pixel_values=batch)
-            pair.append(caught[0])
-        return pair[0], pair[1]
+    @property
+    def curves(self) -> Curves:
+        """Expected KL of every stack at every rank."""
+        return self.statistics.curves
 
-    @torch.no_grad()
-    def _measure(self, layer: str, group: str, given: list[tuple[_Given, _Given]]) -> Inputs:
-        """Moments of the group's input x' in the compressed model, and of its distance from x.
+    def measure(self, request: CompressRequest) -> None:
+        """Run the images, while the model is still the original."""
+        assert self.statistics is not None
 
-        Raises:
-            InputError: activations that are not finite.
-        """
-        width = self.original.get_submodule(group).in_features
-        seen, drift = SecondMoment(width), torch.zeros(width, width, dtype=torch.float64)
-        for original, compressed in given:
-            x = _input_of(self.original, layer, group, original)
-            own = _input_of(self.model, layer, group, compressed)
-            try:
-                seen.add_(own)
-            except ValueError as error:
-                raise not_finite(group, error) from error
-            drift += (x - own).T @ own
-        return Inputs(seen.mean(), drift / seen.tokens)
+    def output_tails(self) -> tuple[dict[str, np.ndarray], int]:
+        """Linear -> what it loses of its output at each rank, mean over so many inputs."""
+        inputs = min(moments.inputs.tokens for moments in self.statistics.moments.values())
+        return self.statistics.output_tails(), inputs
+
+    def embedding_choices(self, runtime: Runtime) -> list[list[EmbeddingChoice]]:
+        """None: a classifier has neither an embedding nor an LM head."""
+        return []
+
+    def quantize_embeddings_(
+        self, formats: dict[str, str], rounding: Rounding
+    ) -> dict[str, dict[str, Any]]:
+        """Nothing to quantise."""
+        return {}
+
+    def stream(self, fit: Fit) -> Stream:
+        """Both models side by side, or the moments of the original where all is fitted once."""
+        if fit.mix is None:
+            return _OneShot(self.statistics)
+        return PairedModel(self.model, self.layers, self.images.pixels, self._batch_size)
+
+    def describe(self) -> dict[str, Any]:
+        """What recipe.json says of the images."""
+        return self.images.describe()
 
 
-class _Given:
-    """Arguments of one call of a module."""
+class _OneShot:
+    """Moments of the original model, which are all known."""
 
-    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.args, self.kwargs = args, kwargs
+    def __init__(self, statistics: WholeModelCosts) -> None:
+        self.statistics = statistics
+
+    def enter(self, index: int, *, measure: bool = True) -> None:
+        """Nothing to carry."""
+
+    def measure(self, index: int, group: str) -> tuple[torch.Tensor, None]:
+        return self.statistics.moment((group,)), None
+
+    def leave(self, index: int) -> None:
+        """Nothing to carry."""
 
 
-def _input_of(model: PreTrainedModel, layer: str, linear: str, given: _Given) -> torch.Tensor:
-    """What a linear reads when its layer is called so, float32 [tokens, n]."""
-    caught: list[_Given] = []
-    with _stopping_at(model.get_submodule(linear), caught):
-        model.get_submodule(layer)(*given.args, **given.kwargs)
-    x = caught[0].args[0]
-    return x.reshape(-1, x.shape[-1]).float()
-
-
-@contextmanager
-def _stopping_at(module: nn.Module, caught: list[_Given]) -> Iterator[None]:
-    """End the forward pass inside at `module`, and keep what it was called with."""
-
-    def catch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        caught.append(_Given(args, kwargs))
-        raise _Reached
-
-    hook = module.register_forward_pre_hook(catch, with_kwargs=True)
-    try:
-        yield
-    except _Reached:
-        pass
-    finally:
-        hook.remove()
+def _require_images(images: ImageBatch, structure: ImageStructure) -> None:
+    """Raise InputError for images that cannot determine the second moments."""
+    needed = {
+        group.name: math.ceil(group.in_features / structure.rows[group.name])
+        for layer in structure.layers
+        for group in layer.groups
+    }
+    widest = max(needed, key=lambda name: needed[name])
+    if len(images.pixels) < needed[widest]:
+        raise InputError(
+            "There are too few images for the widths of the model.",
+            where=images.source,
+            observed=f"{len(images.pixels)} images; {widest} would see fewer inputs than it is "
+            "wide, which leaves directions unseen that factors would then drop",
+            expected=f"at least {needed[widest]}, better {8 * needed[widest]}",
+            change="raise --windows, or give more images",
+        )

@@ -1,4 +1,4 @@
-"""One group of linears into the tensors that are stored, under one of the ways to fit."""
+"""One group of linears into the tensors that are stored, as a method fits it."""
 
 from __future__ import annotations
 
@@ -9,54 +9,40 @@ import torch
 from transformers import PreTrainedModel
 
 from pipeline.checkpoint.install import dense_tensors, group_tensors
-from pipeline.compress.factorize.factors import Factors, relative_output_error, stored_factors
-from pipeline.compress.factorize.quantized_factors import (
-    RoundedFactors,
-    latent_map,
-    nearest,
-    nearest_factors,
-    round_factors,
-    values_of,
-)
-from pipeline.compress.factorize.targets import propagated_target, reconstructed_factors
-from pipeline.compress.factorize.whitened_svd import whitened_spectrum, whitening_roots
+from pipeline.compress.factorize.factors import relative_output_error, stored_factors
+from pipeline.compress.factorize.quantized_factors import Rounding, latent_map, values_of
+from pipeline.compress.factorize.targets import propagated_target
+from pipeline.compress.factorize.whitened_svd import InputMoments
 from pipeline.compress.methods import Fit
 from pipeline.compress.plan.layer_costs import GroupStatistics
 from pipeline.compress.plan.plan import GroupPlan
 from pipeline.errors import InputError
+from pipeline.lazy import imported
 from pipeline.quantize.formats import Format, parse_format
-from pipeline.quantize.gptq import round_with_feedback
+
+Fitted = tuple[dict[str, torch.Tensor], dict[str, Any]]
 
 
-@dataclass
-class Inputs:
-    """Second moments of what the linears of one group read, however they are stacked.
+@dataclass(frozen=True)
+class _Problem:
+    """A stack, what it should be, and in what geometry errors of it count."""
 
-    Attributes:
-        seen: of the input the factors will be given, float64 [n, n].
-        drift: E[(x - x') x'^T], x' that input and x the original model's, float64 [n, n]; None when
-            they are the same.
-    """
-
-    seen: torch.Tensor
-    drift: torch.Tensor | None = None
-    _roots: tuple[torch.Tensor, torch.Tensor] | None = None
-
-    def roots(self, geometry: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """R and R^-1 of the geometry, which is one and the same for every stack of the group."""
-        if self._roots is None:
-            self._roots = whitening_roots(geometry)
-        return self._roots
+    stack: torch.Tensor
+    heights: list[int]
+    target: torch.Tensor
+    inputs: InputMoments
+    geometry: torch.Tensor
+    sensitivities: list[torch.Tensor]
 
 
 def fit_group(
     model: PreTrainedModel,
     group: GroupPlan,
-    inputs: Inputs,
+    inputs: InputMoments,
     fit: Fit,
-    survey: GroupStatistics | None,
+    statistics: GroupStatistics | None,
     dtype: torch.dtype,
-) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+) -> Fitted:
     """The tensors a checkpoint stores for a group that changes, and its report.
 
     Raises:
@@ -64,16 +50,16 @@ def fit_group(
     """
     weights = [model.get_submodule(member).weight.detach() for member in group.members]
     geometry, sensitivities = inputs.seen, []
-    if fit.two_sided and survey is not None:
-        geometry = survey.geometry(group.members, inputs.seen)
-        sensitivities = survey.sensitivities(group.members)
-    stack, heights = torch.cat(weights), [len(w) for w in weights]
+    if fit.two_sided and statistics is not None:
+        geometry = statistics.geometry(group.members, inputs.seen)
+        sensitivities = statistics.sensitivities(group.members)
     try:
+        stack, heights = torch.cat(weights), [len(w) for w in weights]
         target = _target(stack, inputs, fit)
+        problem = _Problem(stack, heights, target, inputs, geometry, sensitivities)
         if group.form == "dense":
-            return _few_bit_dense(group, target, heights, fit, inputs, geometry, sensitivities)
-        factors = _factors(stack, target, group, inputs, fit, geometry, sensitivities)
-        rounded = _rounded(factors, group, target, fit, geometry, sensitivities)
+            return _quantized_dense(group, problem, fit)
+        return _factored(group, problem, fit, dtype)
     except (ValueError, torch.linalg.LinAlgError) as error:
         raise InputError(
             "A group of matrices cannot be factored or rounded.",
@@ -81,18 +67,6 @@ def fit_group(
             observed=str(error),
             change="calibrate on more text, or keep this group dense in the plan",
         ) from error
-    report = group_report(group) | {"relative_error": factors.relative_error}
-    if rounded.down is not None or rounded.up is not None:
-        product = rounded.factors.up @ latent_map(rounded.factors)
-        report["rounded_relative_error"] = relative_output_error(target, product, inputs.seen)
-    if group.form == "skip":
-        sizes = rounded.factors.down.abs()
-        report["largest_interpolation"] = float(sizes.max()) if sizes.numel() else 0.0
-    numbers = rounded.factors
-    down = numbers.down if rounded.down is None else rounded.down
-    up = numbers.up if rounded.up is None else rounded.up
-    tensors = group_tensors(group.members, heights, down, up, numbers.permutation, dtype)
-    return tensors, report
 
 
 def group_report(group: GroupPlan) -> dict[str, Any]:
@@ -112,65 +86,47 @@ def group_report(group: GroupPlan) -> dict[str, Any]:
     return report
 
 
-def _target(stack: torch.Tensor, inputs: Inputs, fit: Fit) -> torch.Tensor:
+def _target(stack: torch.Tensor, inputs: InputMoments, fit: Fit) -> torch.Tensor:
     """What the stack should be, given what it will be fed; float64 [m, n]."""
     if inputs.drift is None:
         return stack.double()
     return propagated_target(stack, inputs.seen, inputs.drift, fit.mix or 0.0)
 
 
-def _factors(
-    stack: torch.Tensor,
-    target: torch.Tensor,
-    group: GroupPlan,
-    inputs: Inputs,
-    fit: Fit,
-    geometry: torch.Tensor,
-    sensitivities: list[torch.Tensor],
-) -> Factors:
-    start = stack if fit.reconstruct else target
-    spectrum = whitened_spectrum(start, geometry, sensitivities, inputs.roots)
-    b, a = spectrum.factors(group.rank)
-    if fit.reconstruct:
-        b, a = reconstructed_factors(b, a, target, inputs.seen)
-    return stored_factors(b, a, target, inputs.seen, group.form)
-
-
-def _rounded(
-    factors: Factors,
-    group: GroupPlan,
-    target: torch.Tensor,
-    fit: Fit,
-    geometry: torch.Tensor,
-    sensitivities: list[torch.Tensor],
-) -> RoundedFactors:
-    """The factors in the formats that the plan names."""
-    styles = (_style(group.down_style), _style(group.up_style))
-    if fit.nearest:
-        return nearest_factors(factors, styles)
-    return round_factors(factors, target, geometry, sensitivities, styles)
-
-
-def _few_bit_dense(
-    group: GroupPlan,
-    target: torch.Tensor,
-    heights: list[int],
-    fit: Fit,
-    inputs: Inputs,
-    geometry: torch.Tensor,
-    sensitivities: list[torch.Tensor],
-) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Tensors and report of matrices that stay dense, in few bits."""
-    style = parse_format(group.up_style or "")
-    codes = (
-        nearest(target, style)
-        if fit.nearest
-        else round_with_feedback(target, style, geometry, sensitivities)
+def _factored(group: GroupPlan, problem: _Problem, fit: Fit, dtype: torch.dtype) -> Fitted:
+    """Tensors and report of matrices that become a product."""
+    inputs, geometry, sensitivities = problem.inputs, problem.geometry, problem.sensitivities
+    b, a = imported(fit.factorize)(
+        problem.stack, problem.target, group.rank, inputs, geometry, sensitivities
     )
-    error = relative_output_error(target, values_of(codes), inputs.seen)
+    factors = stored_factors(b, a, problem.target, inputs.seen, group.form)
+    rounding: Rounding = imported(fit.quantize)
+    formats = (_format(group.down_style), _format(group.up_style))
+    rounded = rounding.factors(factors, problem.target, geometry, sensitivities, formats)
+    stored = rounded.factors
+    report = group_report(group) | {"relative_error": factors.relative_error}
+    if rounded.down is not None or rounded.up is not None:
+        product = stored.up @ latent_map(stored)
+        error = relative_output_error(problem.target, product, inputs.seen)
+        report["rounded_relative_error"] = error
+    if group.form == "skip":
+        sizes = stored.down.abs()
+        report["largest_interpolation"] = float(sizes.max()) if sizes.numel() else 0.0
+    down = stored.down if rounded.down is None else rounded.down
+    up = stored.up if rounded.up is None else rounded.up
+    tensors = group_tensors(group.members, problem.heights, down, up, stored.permutation, dtype)
+    return tensors, report
+
+
+def _quantized_dense(group: GroupPlan, problem: _Problem, fit: Fit) -> Fitted:
+    """Tensors and report of matrices that stay dense, quantised."""
+    rounding: Rounding = imported(fit.quantize)
+    format = parse_format(group.up_style or "")
+    codes = rounding.matrix(problem.target, format, problem.geometry, problem.sensitivities)
+    error = relative_output_error(problem.target, values_of(codes), problem.inputs.seen)
     report = group_report(group) | {"relative_error": 0.0, "rounded_relative_error": error}
-    return dense_tensors(group.members, heights, codes), report
+    return dense_tensors(group.members, problem.heights, codes), report
 
 
-def _style(name: str | None) -> Format | None:
+def _format(name: str | None) -> Format | None:
     return None if name is None else parse_format(name)

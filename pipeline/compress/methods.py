@@ -6,11 +6,36 @@ The command line reads this file for its choices: it imports nothing heavy.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any
 
-Allocation = Literal["uniform", "by-loss", "searched"]
 DEFAULT_METHOD = "skipcat-kl"
 DEFAULT_EFFORT = "default"
+# Ways to turn a target into a product B A, and what goes into few bits into codes.
+TRUNCATED = "pipeline.compress.factorize.whitened_svd:truncated"
+RECONSTRUCTED = "pipeline.compress.factorize.targets:reconstructed"
+GPTQ = "pipeline.compress.factorize.quantized_factors:GPTQ"
+RTN = "pipeline.compress.factorize.quantized_factors:RTN"
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """How a budget is divided among the groups.
+
+    Attributes:
+        name: as recipe.json writes it.
+        function: `module:name` of (calibrated, budget) -> plan, where `calibrated` is a
+            `pipeline.compress.calibrated.Calibrated` and `budget` a `RankBudget`.
+        needs_costs: whether it reads the expected KL of every rank, which takes gradients.
+    """
+
+    name: str
+    function: str
+    needs_costs: bool = False
+
+
+UNIFORM = Allocation("uniform", "pipeline.compress.plan.plan:allocate_uniformly")
+BY_LOSS = Allocation("by-loss", "pipeline.compress.plan.svd_llm_v2:allocate_by_loss")
+SEARCHED = Allocation("searched", "pipeline.compress.plan.rank_search:allocate_by_cost", True)
 
 
 @dataclass(frozen=True)
@@ -21,14 +46,23 @@ class Fit:
         two_sided: outputs weigh what the model's own output says they are worth.
         mix: None fits every layer to what it saw in the original model; a number fits it to what
             the compressed model feeds it, with this share of the original's output in its target.
-        reconstruct: after a one-sided start, one update of each factor in turn, as MPIFA does.
-        nearest: what goes into few bits is rounded to the nearest, and no error is fed forward.
+        factorize: `module:name` of (stack, target, rank, inputs, geometry, sensitivities) -> B, A.
+        quantize: `module:name` of a `Rounding`: how matrices and factors are quantised.
     """
 
     two_sided: bool = True
     mix: float | None = None
-    reconstruct: bool = False
-    nearest: bool = False
+    factorize: str = TRUNCATED
+    quantize: str = GPTQ
+
+    def describe(self) -> dict[str, Any]:
+        """The entry of recipe.json."""
+        return {
+            "two_sided": self.two_sided,
+            "mix": self.mix,
+            "reconstruct": self.factorize == RECONSTRUCTED,
+            "nearest": self.quantize == RTN,
+        }
 
 
 @dataclass(frozen=True)
@@ -39,11 +73,9 @@ class Method:
         summary: for the help and the model card.
         cat: matrices that share an input may share their right factor.
         skip: factors are stored in block-skip form.
-        allocation: where rank goes. "uniform": the same kept fraction everywhere. "by-loss": more
-            is taken where truncation loses less, among matrices of one kind (SVD-LLM v2).
-            "searched": least expected KL to the original under one global budget.
+        allocation: where rank goes.
         fit: how the factors are fitted.
-        quantizer: matrices stay dense, in one format of few bits that the user names.
+        quantizer: matrices stay dense, in one low-bit format that the user names.
     """
 
     summary: str
@@ -54,45 +86,57 @@ class Method:
     quantizer: bool = False
 
     @property
-    def needs_survey(self) -> bool:
+    def needs_costs(self) -> bool:
         """Whether gradients of the model are needed."""
-        return self.allocation == "searched" or self.fit.two_sided
+        return self.allocation.needs_costs or self.fit.two_sided
+
+    def describe(self) -> dict[str, Any]:
+        """The entry of recipe.json."""
+        return {
+            "summary": self.summary,
+            "cat": self.cat,
+            "skip": self.skip,
+            "allocation": self.allocation.name,
+            "fit": self.fit.describe(),
+            "quantizer": self.quantizer,
+        }
 
 
 ONE_SIDED = Fit(two_sided=False)
 METHODS = {
-    "svd-llm": Method("whitened SVD (SVD-LLM)", False, False, "uniform", ONE_SIDED),
+    # Wang et al., ICLR 2025; NAACL 2025
+    "svd-llm": Method("whitened SVD (SVD-LLM)", False, False, UNIFORM, ONE_SIDED),
     "svd-llm-v2": Method(
-        "whitened SVD, ranks by truncation loss (SVD-LLM v2)", False, False, "by-loss", ONE_SIDED
+        "whitened SVD, ranks by truncation loss (SVD-LLM v2)", False, False, BY_LOSS, ONE_SIDED
     ),
     "mpifa": Method(
         "pivoted factors with reconstruction (MPIFA)",
         False,
         True,
-        "uniform",
-        Fit(two_sided=False, mix=0.25, reconstruct=True),
+        UNIFORM,
+        Fit(two_sided=False, mix=0.25, factorize=RECONSTRUCTED),
     ),
-    "cat": Method("whitened SVD, shared (Cat)", True, False, "uniform", ONE_SIDED),
-    "skip": Method("whitened SVD, block-skip (Skip)", False, True, "uniform", ONE_SIDED),
-    "skipcat": Method("shared and block-skip (SkipCat)", True, True, "uniform", ONE_SIDED),
+    "cat": Method("whitened SVD, shared (Cat)", True, False, UNIFORM, ONE_SIDED),
+    "skip": Method("whitened SVD, block-skip (Skip)", False, True, UNIFORM, ONE_SIDED),
+    "skipcat": Method("shared and block-skip (SkipCat)", True, True, UNIFORM, ONE_SIDED),
     "rtn": Method(
         "every number rounded to its nearest (RTN)",
         False,
         False,
-        "uniform",
-        Fit(two_sided=False, nearest=True),
+        UNIFORM,
+        Fit(two_sided=False, quantize=RTN),
         quantizer=True,
     ),
     "gptq": Method(
         "rounded with errors fed forward along rows (GPTQ)",
         False,
         False,
-        "uniform",
+        UNIFORM,
         Fit(two_sided=False, mix=0.0),
         quantizer=True,
     ),
     DEFAULT_METHOD: Method(
-        "block-skip, two-sided, ranks and sharing by expected KL", True, True, "searched", Fit()
+        "block-skip, two-sided, ranks and sharing by expected KL", True, True, SEARCHED, Fit()
     ),
 }
 

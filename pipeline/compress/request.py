@@ -10,6 +10,7 @@ from pipeline.compress.methods import (
     DEFAULT_METHOD,
     EFFORTS,
     METHODS,
+    TRUNCATED,
     Effort,
     Method,
 )
@@ -144,7 +145,7 @@ class CompressRequest:
             )
         if self.memory is not None:
             parse_bytes(self.memory, "--memory")
-        if self.searches_bits and METHODS[self.method].allocation != "searched":
+        if self.searches_bits and not METHODS[self.method].allocation.needs_costs:
             raise UsageError(
                 "This method does not search ranks and bits.",
                 where=f"--method {self.method}",
@@ -190,6 +191,16 @@ class CompressRequest:
         """Whether any matrix may end up in few bits; a plan of the user's may say so, too."""
         return self.searches_bits or self.weights is not None or self.table is not None
 
+    @property
+    def changes_weights(self) -> bool:
+        """Whether anything but a copy of the model is asked for."""
+        return (
+            self.plan is not None
+            or self.keep_params < 1
+            or self.searches_bits
+            or self.weights is not None
+        )
+
     def budget_bytes(self, float16_bytes: int) -> int:
         """The budget of a model whose weights take so many bytes in float16."""
         if self.memory is not None:
@@ -221,12 +232,12 @@ class CompressRequest:
         """The method, without what was switched off, fitted as the effort allows."""
         method = METHODS[self.method]
         fit = method.fit
-        if method.allocation == "searched":
+        if method.allocation.needs_costs:
             fit = replace(fit, mix=self.resolved_effort.mix)
         if self.mix is not None:
             fit = replace(fit, mix=self.mix)
         if self.one_shot:
-            fit = replace(fit, mix=None, reconstruct=False)
+            fit = replace(fit, mix=None, factorize=TRUNCATED)
         if self.one_sided:
             fit = replace(fit, two_sided=False)
         return replace(method, cat=method.cat and self.cat, skip=method.skip and self.skip, fit=fit)

@@ -1,4 +1,4 @@
-"""The embedding and the head of a language model, found by asking the model for them."""
+"""The embedding and the LM head of a language model, found by asking the model for them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
-class Tables:
+class Embeddings:
     """Matrices outside the decoder's layers that are as wide as the vocabulary.
 
     Attributes:
@@ -31,8 +31,8 @@ class Tables:
         return tuple((name,) for name in (self.embedding, self.head) if name is not None)
 
 
-def find_tables(model: PreTrainedModel) -> Tables:
-    """Names of the embedding and the head of a model."""
+def find_embeddings(model: PreTrainedModel) -> Embeddings:
+    """Names of the embedding and the LM head of a model."""
     names = {id(module): name for name, module in model.named_modules()}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = (
@@ -40,7 +40,7 @@ def find_tables(model: PreTrainedModel) -> Tables:
         and head is not None
         and getattr(embedding, "weight", None) is getattr(head, "weight", 0)
     )
-    return Tables(
+    return Embeddings(
         names[id(embedding)] if type(embedding) is nn.Embedding else None,
         names[id(head)] if type(head) is nn.Linear else None,
         tied,

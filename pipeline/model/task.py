@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.errors import InputError, PipelineError
+from pipeline.lazy import imported
 from pipeline.model.source import resolve_source
 
 Task = Literal["text-generation", "image-classification"]
 Stage = Literal["compress", "export", "engine", "ledger", "inspect"]
 TEXT: Task = "text-generation"
 IMAGES: Task = "image-classification"
+
+
+@dataclass(frozen=True)
+class CardWords:
+    """What a model card says of a task.
+
+    Attributes:
+        parameters: those of which a fraction is kept.
+        linears: the same, in the card's table.
+        calibration: the calibration inputs, a format of what recipe.json says of them.
+    """
+
+    parameters: str
+    linears: str
+    calibration: str
 
 
 @dataclass(frozen=True)
@@ -26,6 +41,7 @@ class TaskRow:
         auto_class: what transformers calls the class that loads a model of it.
         class_word: what the names of its architectures hold.
         processor_class: what transformers calls the class that loads what makes its inputs.
+        card: what a model card says.
         record_fields: what an export's record says of its graph, beside what it says of any.
         adapters: what each stage needs of the task, as `module:name`; imported when it is asked
             for, so that this table depends on no stage.
@@ -35,6 +51,7 @@ class TaskRow:
     auto_class: str
     class_word: str
     processor_class: str
+    card: CardWords
     record_fields: dict[str, type]
     adapters: dict[Stage, str]
 
@@ -45,6 +62,11 @@ TASKS: dict[Task, TaskRow] = {
         auto_class="AutoModelForCausalLM",
         class_word="ForCausalLM",
         processor_class="AutoTokenizer",
+        card=CardWords(
+            "decoder parameters",
+            "decoder linear parameters",
+            "{windows} windows of {window_length} tokens from {source}, seed {seed}",
+        ),
         record_fields={"max_length": int, "vocab_size": int, "num_layers": int},
         adapters={
             "compress": "pipeline.compress.decoder:prepare",
@@ -59,6 +81,11 @@ TASKS: dict[Task, TaskRow] = {
         auto_class="AutoModelForImageClassification",
         class_word="ForImageClassification",
         processor_class="AutoImageProcessor",
+        card=CardWords(
+            "encoder's linear parameters",
+            "linear parameters of the encoder",
+            "{images} images of {source}, seed {seed}; no labels were used",
+        ),
         record_fields={"pixel_values": list, "classes": int},
         adapters={
             "compress": "pipeline.compress.classifier:prepare",
@@ -73,8 +100,7 @@ TASKS: dict[Task, TaskRow] = {
 
 def adapter_of(task: Task, stage: Stage) -> Any:
     """What a stage needs of a task, imported now."""
-    module, _, name = TASKS[task].adapters[stage].partition(":")
-    return getattr(importlib.import_module(module), name)
+    return imported(TASKS[task].adapters[stage])
 
 
 def task_of_config(config: Any) -> Task:

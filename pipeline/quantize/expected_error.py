@@ -63,24 +63,24 @@ def output_pivots(sensitivities: Sequence[torch.Tensor]) -> np.ndarray | None:
     return np.concatenate(parts) if parts else None
 
 
-def expected_noise(
-    weight: torch.Tensor, style: Format, inputs: InputPivots, outputs: np.ndarray | None
+def expected_error(
+    weight: torch.Tensor, format: Format, inputs: InputPivots, outputs: np.ndarray | None
 ) -> float:
     """Half of tr(G E S E^T) that rounding is expected to leave; nats where G is the Fisher's.
 
     Args:
         weight: W, float [m, n].
-        style: the format.
+        format: the format.
         inputs: of its columns.
         outputs: of its rows; None weighs all alike.
     """
     rows, columns = weight.shape
     sample = np.linspace(0, rows - 1, min(rows, SAMPLED_ROWS)).round().astype(int)
-    values, width = weight.detach().float().numpy()[sample], style.width(columns)
+    values, width = weight.detach().float().numpy()[sample], format.width(columns)
     importance = inputs.importance
-    grid = fit_grid(values, style.bits, width, zero=style.zero, importance=importance)
+    grid = fit_grid(values, format.bits, width, zero=format.zero, importance=importance)
     pivots = pad_to_blocks(inputs.pivots[None], width)
-    if style.bits >= BITS_TO_CLIP:
+    if format.bits >= BITS_TO_CLIP:
         by_row = (np.square(grid.scales) / 12 * pivots.sum(axis=-1)).sum(axis=-1)
     else:
         padded = pad_to_blocks(values, width)

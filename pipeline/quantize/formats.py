@@ -1,4 +1,4 @@
-"""Formats of few bits: how many, how many weights share a scale, and which runtimes take them.
+"""Low-bit formats: how many, how many weights share a scale, and which runtimes take them.
 
 A matrix [m, n] is cut along its rows into blocks of neighbouring inputs; each block has a scale,
 and what the codes are counted from is one of
@@ -10,6 +10,7 @@ and what the codes are counted from is one of
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -23,7 +24,7 @@ ZEROS: tuple[Zero, ...] = get_args(Zero)
 
 @dataclass(frozen=True)
 class Format:
-    """How a matrix is stored in few bits.
+    """How a quantised matrix is stored.
 
     Attributes:
         bits: of a code.
@@ -95,8 +96,12 @@ class Runtime:
         formats: the choices of a search for this runtime.
         table: formats of an embedding that is also the head.
         scale_bytes: of a scale in its file.
-        float_bytes: of a number that is not in few bits.
+        float_bytes: of a number that is not quantised.
         takes: for messages.
+        multiplies: whether its kernels multiply with matrices of a format.
+        whole_blocks: whether they take no block that the matrix does not fill.
+        looks_up_apart: whether looking up rows of an embedding wants scales of its own.
+        holds_angles: whether its graph holds the cosines and sines of every position.
     """
 
     name: str
@@ -105,23 +110,31 @@ class Runtime:
     scale_bytes: int
     float_bytes: int
     takes: str
+    multiplies: Callable[[Format], bool] = lambda format: True
+    whole_blocks: bool = False
+    looks_up_apart: bool = False
+    holds_angles: bool = False
 
-    def accepts(self, style: Format, columns: int | None = None) -> bool:
+    def accepts(self, format: Format, columns: int | None = None) -> bool:
         """Whether its kernels multiply with matrices of that format.
 
         Args:
-            style: the format.
-            columns: of one matrix; None asks whether any will do. TensorRT takes whole blocks only.
+            format: the format.
+            columns: of one matrix; None asks whether any will do.
         """
-        if self.name == "tensorrt" and columns is not None and columns % style.width(columns):
+        if self.whole_blocks and columns is not None and columns % format.width(columns):
             return False
-        if self.name == "cpu":
-            return style.bits in (2, 4, 8) and style.block in (16, 32, 64, 128, 256)
-        if self.name == "tensorrt":
-            if not style.symmetric:
-                return False
-            return (style.bits, style.block) in ((4, 64), (4, 128), (8, 0))
-        return True
+        return self.multiplies(format)
+
+
+def _in_onnx_runtime(format: Format) -> bool:
+    """What MatMulNBits of ONNX Runtime takes."""
+    return format.bits in (2, 4, 8) and format.block in (16, 32, 64, 128, 256)
+
+
+def _in_tensorrt(format: Format) -> bool:
+    """What TensorRT multiplies out of a DequantizeLinear."""
+    return format.symmetric and (format.bits, format.block) in ((4, 64), (4, 128), (8, 0))
 
 
 def _formats(*names: str) -> tuple[Format, ...]:
@@ -145,6 +158,9 @@ RUNTIMES = {
         4,
         4,
         "2, 4 or 8 bits, blocks of 16 to 256",
+        _in_onnx_runtime,
+        looks_up_apart=True,
+        holds_angles=True,
     ),
     "tensorrt": Runtime(
         "tensorrt",
@@ -153,6 +169,8 @@ RUNTIMES = {
         2,
         2,
         "4 bits in whole symmetric blocks of 64 or 128, or 8 bits by row",
+        _in_tensorrt,
+        whole_blocks=True,
     ),
     "any": Runtime(
         "any",

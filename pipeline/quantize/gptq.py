@@ -30,9 +30,9 @@ ROWS_AT_ONCE = 64
 COLUMNS_AT_ONCE = 64
 
 
-def round_with_feedback(
+def gptq(
     weight: torch.Tensor,
-    style: Format,
+    format: Format,
     moment: torch.Tensor,
     sensitivities: Sequence[torch.Tensor] = (),
 ) -> Blocks:
@@ -40,7 +40,7 @@ def round_with_feedback(
 
     Args:
         weight: W, float [m, n].
-        style: the format.
+        format: the format.
         moment: S, float64 [n, n].
         sensitivities: G of each matrix of a stack, float64 [m_i, m_i]; none weighs all rows alike
             and lets none make up for another: GPTQ.
@@ -50,8 +50,8 @@ def round_with_feedback(
     """
     hessian = damped(moment)
     values = weight.detach().float().numpy()
-    columns, width = values.shape[1], style.width(values.shape[1])
-    grid = fit_grid(values, style.bits, width, zero=style.zero, importance=np.diagonal(hessian))
+    columns, width = values.shape[1], format.width(values.shape[1])
+    grid = fit_grid(values, format.bits, width, zero=format.zero, importance=np.diagonal(hessian))
     order = falling(hessian)
     upper = _inverse_of(upper_root(hessian[np.ix_(order, order)]))
     spread = _spread(grid, width, order)
@@ -61,7 +61,7 @@ def round_with_feedback(
             values[start:stop], spread.rows(slice(start, stop)), upper, sensitivity
         )
     back = codes[:, np.argsort(order)]
-    return on_grid(_padded_codes(back, grid, width), grid, zero=style.zero, columns=columns)
+    return on_grid(_padded_codes(back, grid, width), grid, zero=format.zero, columns=columns)
 
 
 @dataclass(frozen=True)

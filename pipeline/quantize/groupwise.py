@@ -242,17 +242,17 @@ def _squared_error(grid: Grid, padded: np.ndarray, cost: np.ndarray) -> np.ndarr
 HALF_STEP_OF_8_BITS = 1 / 254
 
 
-def is_kept_by(style: Format, weight: np.ndarray) -> bool:
+def is_kept_by(format: Format, weight: np.ndarray) -> bool:
     """Whether no weight is changed by more than rounding its block to 8 bits may change it.
 
     Weights that were on such grids and were then stored in float16 or bfloat16 pass, too.
 
     Args:
-        style: the format.
+        format: the format.
         weight: float [m, n].
     """
-    width = style.width(weight.shape[1])
-    rounded = dequantize_blocks(quantize_blocks(weight, style.bits, width, zero=style.zero))
+    width = format.width(weight.shape[1])
+    rounded = dequantize_blocks(quantize_blocks(weight, format.bits, width, zero=format.zero))
     error = np.abs(pad_to_blocks(rounded - weight, width)).max(axis=-1)
     largest = np.abs(pad_to_blocks(weight, width)).max(axis=-1)
     return bool((error <= largest * HALF_STEP_OF_8_BITS).all())

@@ -34,23 +34,25 @@ def stored_tensors(blocks: Blocks) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def blocks_of(tensors: dict[str, torch.Tensor], style: Format, columns: int) -> Blocks:
+def blocks_of(tensors: dict[str, torch.Tensor], format: Format, columns: int) -> Blocks:
     """The inverse of `stored_tensors`.
 
     Args:
         tensors: by the names it gives them.
-        style: the format they are in.
+        format: the format they are in.
         columns: n of the matrix.
     """
-    width, count = style.width(columns), style.blocks(columns)
-    codes = unpack_codes(tensors[CODES].numpy(), style.bits, count * width)
+    width, count = format.width(columns), format.blocks(columns)
+    codes = unpack_codes(tensors[CODES].numpy(), format.bits, count * width)
     scales = _from_float16_bits(tensors[SCALES])
     zero_points = None
-    if style.zero == "offset":
+    if format.zero == "offset":
         zero_points = -_from_float16_bits(tensors[OFFSETS]) / scales
-    elif style.zero == "asym":
-        zero_points = unpack_codes(tensors[ZERO_POINTS].numpy(), style.bits, count)
-    return Blocks(codes.reshape(len(codes), count, width), scales, zero_points, style.bits, columns)
+    elif format.zero == "asym":
+        zero_points = unpack_codes(tensors[ZERO_POINTS].numpy(), format.bits, count)
+    return Blocks(
+        codes.reshape(len(codes), count, width), scales, zero_points, format.bits, columns
+    )
 
 
 def rows_of(blocks: Blocks, start: int, stop: int) -> Blocks:

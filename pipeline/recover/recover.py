@@ -25,9 +25,9 @@ from pipeline.artefact import (
     write_text,
 )
 from pipeline.calibrate.text import TokenBatch, load_tokens
+from pipeline.checkpoint.card import model_card
 from pipeline.checkpoint.folder import load_checkpoint, save_checkpoint
 from pipeline.checkpoint.modeling_skipcat import FewBits
-from pipeline.compress.card import model_card
 from pipeline.compress.finished_layers import require_same_settings
 from pipeline.errors import InputError, PipelineError
 from pipeline.model.load import LoadedModel, load_model

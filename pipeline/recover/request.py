@@ -12,8 +12,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from pipeline.calibrate.text import require_text
-from pipeline.checkpoint.folder import read_recipe, read_report, require_checkpoint
-from pipeline.compress.run import DTYPES
+from pipeline.checkpoint.folder import DTYPES, read_recipe, read_report, require_checkpoint
 from pipeline.errors import InputError, UsageError
 from pipeline.model.load import refuse_long_windows
 from pipeline.recover.adapters import require_peft

@@ -1,4 +1,4 @@
-"""Factors in few bits: each rounded with what it multiplies in view, the second refitted between.
+"""Quantised factors: each rounded with what it multiplies in view, the second refitted between.
 
 y = B z, z = T x. For block skipping T = [I A'] P^T, else T = A. An error E in A costs
 tr(B^T G B E S_2 E^T), S_2 the moment of what A multiplies; once A is rounded to Q(A), z and its
@@ -11,7 +11,7 @@ before it is rounded in the geometry of S_z and G: it makes up for the errors of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,15 +19,15 @@ import torch
 from pipeline.compress.factorize.factors import Factors
 from pipeline.compress.factorize.whitened_svd import weighted_gram
 from pipeline.quantize.formats import Format
-from pipeline.quantize.gptq import round_with_feedback
+from pipeline.quantize.gptq import gptq
 from pipeline.quantize.groupwise import Blocks, dequantize_blocks, quantize_blocks
 
 RELATIVE_RIDGE = 1e-6
 
 
 @dataclass(frozen=True)
-class RoundedFactors:
-    """Factors of which some are in few bits.
+class QuantizedFactors:
+    """Factors of which some are quantised.
 
     Attributes:
         factors: with the values that the codes stand for.
@@ -40,58 +40,58 @@ class RoundedFactors:
     up: Blocks | None
 
 
-Styles = tuple[Format | None, Format | None]
+Formats = tuple[Format | None, Format | None]
 
 
-def round_factors(
+def gptq_factors(
     factors: Factors,
     target: torch.Tensor,
     geometry: torch.Tensor,
     sensitivities: Sequence[torch.Tensor],
-    styles: Styles,
-) -> RoundedFactors:
-    """Bring the factors of a stack into few bits, errors fed forward.
+    formats: Formats,
+) -> QuantizedFactors:
+    """Quantise the factors of a stack by GPTQ: errors are fed forward.
 
     Args:
         factors: in float64.
         target: W, what their product stands for, float64 [m, n].
         geometry: S of the input, float64 [n, n].
         sensitivities: G of each matrix of the stack; none weighs all outputs alike.
-        styles: of `down` and of `up`; None leaves one as it is.
+        formats: of `down` and of `up`; None leaves one as it is.
     """
-    down_style, up_style = styles
+    down_format, up_format = formats
     down = up = None
-    if down_style is not None and factors.down.numel():
+    if down_format is not None and factors.down.numel():
         worth = weighted_gram(factors.up, sensitivities)
         multiplied = moment_of_down(factors, geometry)
-        down = round_with_feedback(factors.down, down_style, multiplied, [worth])
+        down = gptq(factors.down, down_format, multiplied, [worth])
         factors = replace(factors, down=values_of(down))
     latent = latent_map(factors)
     moment = latent @ geometry @ latent.T
     if down is not None:
         factors = replace(factors, up=_refitted(target, geometry, latent, moment))
-    if up_style is not None:
-        up = round_with_feedback(factors.up, up_style, moment, sensitivities)
+    if up_format is not None:
+        up = gptq(factors.up, up_format, moment, sensitivities)
         factors = replace(factors, up=values_of(up))
-    return RoundedFactors(factors, down, up)
+    return QuantizedFactors(factors, down, up)
 
 
-def nearest_factors(factors: Factors, styles: Styles) -> RoundedFactors:
-    """Bring the factors of a stack into few bits, each number to its nearest."""
-    down_style, up_style = styles
-    down = nearest(factors.down, down_style) if down_style and factors.down.numel() else None
-    up = nearest(factors.up, up_style) if up_style else None
+def rtn_factors(factors: Factors, formats: Formats) -> QuantizedFactors:
+    """Quantise the factors of a stack, each number to its nearest."""
+    down_format, up_format = formats
+    down = rtn(factors.down, down_format) if down_format and factors.down.numel() else None
+    up = rtn(factors.up, up_format) if up_format else None
     if down is not None:
         factors = replace(factors, down=values_of(down))
     if up is not None:
         factors = replace(factors, up=values_of(up))
-    return RoundedFactors(factors, down, up)
+    return QuantizedFactors(factors, down, up)
 
 
-def nearest(weight: torch.Tensor, style: Format) -> Blocks:
-    """A matrix [m, n] in few bits, each number to its nearest."""
-    values, width = weight.float().numpy(), style.width(weight.shape[1])
-    return quantize_blocks(values, style.bits, width, zero=style.zero)
+def rtn(weight: torch.Tensor, format: Format) -> Blocks:
+    """Codes of a matrix [m, n], each number rounded to its nearest."""
+    values, width = weight.float().numpy(), format.width(weight.shape[1])
+    return quantize_blocks(values, format.bits, width, zero=format.zero)
 
 
 def latent_map(factors: Factors) -> torch.Tensor:
@@ -122,3 +122,28 @@ def _refitted(
 def values_of(blocks: Blocks) -> torch.Tensor:
     """What codes stand for, float64 [m, n]."""
     return torch.from_numpy(dequantize_blocks(blocks)).double()
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """A way to quantise.
+
+    Attributes:
+        matrix: (matrix [m, n], format, geometry [n, n], sensitivities) -> codes.
+        factors: (factors, target, geometry, sensitivities, formats) -> quantised factors.
+        needs_moments: whether geometry and sensitivities are looked at.
+    """
+
+    matrix: Callable[[torch.Tensor, Format, torch.Tensor, Sequence[torch.Tensor]], Blocks]
+    factors: Callable[
+        [Factors, torch.Tensor, torch.Tensor, Sequence[torch.Tensor], Formats], QuantizedFactors
+    ]
+    needs_moments: bool
+
+
+GPTQ = Rounding(gptq, gptq_factors, True)
+RTN = Rounding(
+    lambda matrix, format, *_: rtn(matrix, format),
+    lambda factors, target, geometry, sensitivities, formats: rtn_factors(factors, formats),
+    False,
+)

@@ -11,7 +11,11 @@ keeps the layer's own weights; mix = 1 asks it to undo all of the error that rea
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+
+from pipeline.compress.factorize.whitened_svd import InputMoments, whitened_spectrum
 
 RELATIVE_RIDGE = 1e-3
 
@@ -67,3 +71,19 @@ def reconstructed_factors(
     latent = right @ moment @ right.T
     left = torch.linalg.lstsq(latent, right @ moment @ target.T, driver="gelsd").solution.T
     return left, torch.linalg.lstsq(left, target, driver="gelsd").solution
+
+
+def reconstructed(
+    stack: torch.Tensor,
+    target: torch.Tensor,
+    rank: int,
+    inputs: InputMoments,
+    geometry: torch.Tensor,
+    sensitivities: Sequence[torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """B [m, r] and A [r, n] of the matrix as it is, cut, and then fitted to the target in turn.
+
+    Arguments as in `pipeline.compress.factorize.whitened_svd.truncated`.
+    """
+    left, right = whitened_spectrum(stack, geometry, sensitivities, inputs.roots).factors(rank)
+    return reconstructed_factors(left, right, target, inputs.seen)

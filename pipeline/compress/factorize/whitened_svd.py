@@ -158,6 +158,48 @@ def whitened_spectrum(
     return Spectrum(energies, weight @ root @ vectors, vectors.T @ inverse_root)
 
 
+@dataclass
+class InputMoments:
+    """Second moments of what the linears of one group read, however they are stacked.
+
+    Attributes:
+        seen: of the input the factors will be given, float64 [n, n].
+        drift: E[(x - x') x'^T], x' that input and x the original model's, float64 [n, n]; None when
+            they are the same.
+    """
+
+    seen: torch.Tensor
+    drift: torch.Tensor | None = None
+    _roots: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def roots(self, geometry: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """R and R^-1 of the geometry, which is one and the same for every stack of the group."""
+        if self._roots is None:
+            self._roots = whitening_roots(geometry)
+        return self._roots
+
+
+def truncated(
+    stack: torch.Tensor,
+    target: torch.Tensor,
+    rank: int,
+    inputs: InputMoments,
+    geometry: torch.Tensor,
+    sensitivities: Sequence[torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """B [m, r] and A [r, n] of the product that is nearest to the target.
+
+    Args:
+        stack: W, float [m, n]; not looked at.
+        target: W*, float64 [m, n].
+        rank: r.
+        inputs: of the stack.
+        geometry: S, float64 [n, n].
+        sensitivities: as in `whitened_spectrum`.
+    """
+    return whitened_spectrum(target, geometry, sensitivities, inputs.roots).factors(rank)
+
+
 def whitened_energies(
     weight: torch.Tensor, moment: torch.Tensor, sensitivities: Sequence[torch.Tensor] = ()
 ) -> torch.Tensor:

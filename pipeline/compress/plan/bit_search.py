@@ -16,13 +16,11 @@ import numpy as np
 from pipeline.compress.forms import Form
 from pipeline.compress.plan.file_bytes import group_bytes, matrix_bytes
 from pipeline.compress.plan.knapsack import allocate, undominated
-from pipeline.compress.plan.plan import GroupPlan, RankPlan
-from pipeline.compress.plan.quantization_costs import StackNoise
+from pipeline.compress.plan.plan import Curves, GroupPlan, Members, RankPlan
+from pipeline.compress.plan.quantization_costs import StackCost
 from pipeline.compress.plan.rank_search import (
     CANDIDATES_PER_GROUP,
     Candidate,
-    Curves,
-    Members,
     combined,
     front_of,
     partitions,
@@ -33,7 +31,7 @@ from pipeline.errors import UsageError
 from pipeline.model.structure import Group, Layer
 from pipeline.quantize.formats import Format, Runtime
 
-Noises = dict[Members, StackNoise]
+QuantizationCosts = dict[Members, StackCost]
 # Pairs of these are formed where matrices share an input.
 CANDIDATES_PER_STACK = 150
 # More bytes than any matrix has: of a factor that the runtime does not take.
@@ -41,7 +39,7 @@ REFUSED = 1 << 60
 
 
 @dataclass(frozen=True)
-class TableChoice:
+class EmbeddingChoice:
     """One way to store an embedding, a head, or both where they are one matrix.
 
     Attributes:
@@ -79,8 +77,8 @@ class BitsRequest:
 def searched_bits(
     layers: list[Layer],
     curves: Curves,
-    noises: Noises,
-    tables: Sequence[Sequence[TableChoice]],
+    costs: QuantizationCosts,
+    tables: Sequence[Sequence[EmbeddingChoice]],
     request: BitsRequest,
 ) -> RankPlan:
     """Choose forms, ranks and formats for the whole model at once.
@@ -88,7 +86,7 @@ def searched_bits(
     Args:
         layers: the model's structure.
         curves: what truncation costs each stack that `stacks_of` names.
-        noises: what rounding costs it.
+        costs: what rounding costs it.
         tables: the choices of every embedding and head.
         request: budget and formats.
 
@@ -96,7 +94,7 @@ def searched_bits(
         UsageError: no plan is small enough; says how large the smallest is.
     """
     groups = [(layer.name, group) for layer in layers for group in layer.groups]
-    options = [bit_candidates(group, curves, noises, request) for _, group in groups]
+    options = [bit_candidates(group, curves, costs, request) for _, group in groups]
     sizes = [np.array([c.size for c in candidates]) for candidates in options]
     losses = [np.array([c.loss for c in candidates]) for candidates in options]
     sizes += [np.array([c.stored_bytes for c in choices]) for choices in tables]
@@ -121,7 +119,7 @@ def searched_bits(
 
 
 def bit_candidates(
-    group: Group, curves: Curves, noises: Noises, request: BitsRequest
+    group: Group, curves: Curves, costs: QuantizationCosts, request: BitsRequest
 ) -> list[Candidate]:
     """The candidates of one group that no other beats, smallest first; sizes in bytes."""
     heights = dict(zip(group.members, group.out_features, strict=True))
@@ -131,7 +129,7 @@ def bit_candidates(
         for stack in partition:
             if stack not in known:
                 shape = (sum(heights[m] for m in stack), group.in_features)
-                every = _stack_candidates(stack, shape, curves[stack], noises[stack], request)
+                every = _stack_candidates(stack, shape, curves[stack], costs[stack], request)
                 known[stack] = thinned(every, CANDIDATES_PER_STACK)
         found += combined([known[stack] for stack in partition])
     return thinned(front_of(found), CANDIDATES_PER_GROUP)
@@ -141,25 +139,25 @@ def _stack_candidates(
     members: Members,
     shape: tuple[int, int],
     curve: np.ndarray,
-    noise: StackNoise,
+    cost: StackCost,
     request: BitsRequest,
 ) -> list[Candidate]:
     """Dense in every format, and the best factored forms of every rank."""
     rows, columns = shape
     full = min(rows, columns)
-    styles = (None, *request.runtime.formats)
+    formats = (None, *request.runtime.formats)
     found = [
-        _candidate(members, shape, "dense", full, None, style, loss, request)
-        for style, loss in zip(styles, (0.0, *noise.dense), strict=True)
-        if style is None or request.runtime.accepts(style, columns)
+        _candidate(members, shape, "dense", full, None, format, loss, request)
+        for format, loss in zip(formats, (0.0, *cost.dense), strict=True)
+        if format is None or request.runtime.accepts(format, columns)
     ]
     ranks = _ranks(full, request)
     if not len(ranks):
         return front_of(found)
     form: Form = "skip" if request.skip else "low_rank"
-    down, up = (np.pad(table, ((0, 0), (1, 0))) for table in noise.at(ranks))
+    down, up = (np.pad(table, ((0, 0), (1, 0))) for table in cost.at(ranks))
     losses = curve[ranks][:, None, None] + down[:, :, None] + up[:, None, :]
-    sizes = _factored_bytes(shape, ranks, styles, form, request.runtime)
+    sizes = _factored_bytes(shape, ranks, formats, form, request.runtime)
     losses = np.where(sizes < REFUSED, losses, np.inf)
     for place in undominated(sizes.ravel(), losses.ravel()):
         i, d, u = np.unravel_index(place, losses.shape)
@@ -169,8 +167,8 @@ def _stack_candidates(
                 shape,
                 form,
                 int(ranks[i]),
-                styles[d],
-                styles[u],
+                formats[d],
+                formats[u],
                 float(losses[i, d, u]),
                 request,
             )
@@ -182,8 +180,8 @@ def _ranks(full: int, request: BitsRequest) -> np.ndarray:
     """A grid, and where the runtime takes whole blocks only also the ranks that are some."""
     step = rank_step(full, request.multiple)
     ranks = np.arange(step, full, step)
-    widths = [style.block for style in request.runtime.formats if style.block]
-    if not widths or request.runtime.accepts(request.runtime.formats[0], 1):
+    widths = [format.block for format in request.runtime.formats if format.block]
+    if not widths or not request.runtime.whole_blocks:
         return ranks
     whole = math.lcm(request.multiple, min(widths))
     return np.union1d(ranks, np.arange(whole, full, whole))
@@ -192,7 +190,7 @@ def _ranks(full: int, request: BitsRequest) -> np.ndarray:
 def _factored_bytes(
     shape: tuple[int, int],
     ranks: np.ndarray,
-    styles: Sequence[Format | None],
+    formats: Sequence[Format | None],
     form: Form,
     runtime: Runtime,
 ) -> np.ndarray:
@@ -203,17 +201,17 @@ def _factored_bytes(
     rows, columns = shape
     widths = columns - ranks if form == "skip" else np.full_like(ranks, columns)
     down, up = (
-        np.array([[_taken_bytes(m, n, style, runtime) for style in styles] for m, n in sizes])
+        np.array([[_taken_bytes(m, n, format, runtime) for format in formats] for m, n in sizes])
         for sizes in (zip(ranks, widths, strict=True), ((rows, rank) for rank in ranks))
     )
     return down[:, :, None] + up[:, None, :]
 
 
-def _taken_bytes(rows: int, columns: int, style: Format | None, runtime: Runtime) -> int:
+def _taken_bytes(rows: int, columns: int, format: Format | None, runtime: Runtime) -> int:
     """Bytes of a factor, or REFUSED."""
-    if style is not None and not runtime.accepts(style, columns):
+    if format is not None and not runtime.accepts(format, columns):
         return REFUSED
-    return matrix_bytes(rows, columns, style, runtime)
+    return matrix_bytes(rows, columns, format, runtime)
 
 
 def _candidate(
@@ -226,7 +224,7 @@ def _candidate(
     loss: float,
     request: BitsRequest,
 ) -> Candidate:
-    names = (None if style is None else style.name for style in (down, up))
+    names = (None if format is None else format.name for format in (down, up))
     reason = "it is worth its size" if form == "dense" and up is None else None
     plan = GroupPlan(members, *shape, form, rank, reason, float(loss), *names)
     return Candidate((plan,), group_bytes(plan, request.runtime), float(loss))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+import numpy as np
 
 from pipeline.artefact import write_json
 from pipeline.compress.forms import (
@@ -18,7 +20,10 @@ from pipeline.errors import InputError, UsageError
 from pipeline.model.structure import Layer
 from pipeline.quantize.formats import parse_format
 
-SCHEMA = 1
+_SCHEMA = 1
+Members = tuple[str, ...]
+# Loss, in nats, of a stack of members at each rank from 0 to min(m, n).
+Curves = dict[Members, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -91,8 +96,56 @@ class RankPlan:
     def save(self, path: Path) -> None:
         """Write plan.json."""
         layers = {name: [_entry(group) for group in groups] for name, groups in self.layers.items()}
-        value = {"schema": SCHEMA, "kept_fraction": self.kept_fraction, "layers": layers}
+        value = {"schema": _SCHEMA, "kept_fraction": self.kept_fraction, "layers": layers}
         write_json(path, value | {"tables": self.tables})
+
+
+@dataclass(frozen=True)
+class RankBudget:
+    """What an allocation may choose.
+
+    Attributes:
+        kept: fraction of the parameters of the groups to keep, in (0, 1].
+        cat: matrices that share an input may share their right factor.
+        skip: factors are stored in block-skip form.
+        multiple: ranks are multiples of this.
+    """
+
+    kept: float
+    cat: bool = True
+    skip: bool = True
+    multiple: int = 1
+
+    @property
+    def form(self) -> Form:
+        """Of the factors."""
+        return "skip" if self.skip else "low_rank"
+
+
+class Measured(Protocol):
+    """A model as allocations see it; what is not looked at need not be measured.
+
+    Attributes:
+        layers: its structure.
+    """
+
+    layers: list[Layer]
+
+    @property
+    def curves(self) -> Curves:
+        """Expected KL to the original of every stack at every rank."""
+        ...
+
+    def output_tails(self) -> tuple[dict[str, np.ndarray], int]:
+        """Linear -> E |(W - W_r) x|^2 at each rank r; and how many inputs it is the mean over."""
+        ...
+
+
+def allocate_uniformly(model: Measured, budget: RankBudget) -> RankPlan:
+    """Keep the same fraction of every group; nothing but the structure is looked at."""
+    return uniform_plan(
+        model.layers, budget.kept, cat=budget.cat, skip=budget.skip, multiple=budget.multiple
+    )
 
 
 def uniform_plan(

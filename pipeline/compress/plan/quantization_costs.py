@@ -20,19 +20,19 @@ from pipeline.compress.factorize.whitened_svd import Spectrum, weighted_gram, wh
 from pipeline.compress.forms import Form
 from pipeline.quantize.expected_error import (
     InputPivots,
-    expected_noise,
+    expected_error,
     input_pivots,
     output_pivots,
 )
 from pipeline.quantize.formats import Format
 
 # Of the full rank.
-SHARES = (0.15, 0.5, 0.85)
-SMALLEST_NOISE = 1e-30
+_SHARES = (0.15, 0.5, 0.85)
+_SMALLEST_COST = 1e-30
 
 
 @dataclass(frozen=True)
-class StackNoise:
+class StackCost:
     """Expected cost of rounding a stack, nats per token, for each of some formats.
 
     Attributes:
@@ -54,36 +54,36 @@ class StackNoise:
         """
         tables = []
         for table in (self.down, self.up):
-            logs = np.log(np.maximum(table, SMALLEST_NOISE))
+            logs = np.log(np.maximum(table, _SMALLEST_COST))
             columns = [np.interp(ranks, self.ranks, logs[:, i]) for i in range(logs.shape[1])]
             tables.append(np.exp(np.stack(columns, axis=1)))
         return tables[0], tables[1]
 
 
-def stack_noise(
+def stack_cost(
     weight: torch.Tensor,
     geometry: torch.Tensor,
     sensitivities: Sequence[torch.Tensor],
-    styles: Sequence[Format],
+    formats: Sequence[Format],
     form: Form,
-) -> StackNoise:
+) -> StackCost:
     """Measure a stack.
 
     Args:
         weight: W, float [m, n].
         geometry: S of the input, float64 [n, n].
         sensitivities: G of each matrix of the stack, float64 [m_i, m_i].
-        styles: the formats.
+        formats: the formats.
         form: "skip" or "low_rank".
 
     Raises:
         ValueError: a moment that cannot be used.
     """
     outputs = output_pivots(sensitivities)
-    dense = _of_formats(weight, styles, input_pivots(geometry), outputs)
+    dense = _of_formats(weight, formats, input_pivots(geometry), outputs)
     spectrum = whitened_spectrum(weight, geometry, sensitivities)
     full = len(spectrum.energies)
-    ranks = sorted({min(max(1, round(share * full)), max(1, full - 1)) for share in SHARES})
+    ranks = sorted({min(max(1, round(share * full)), max(1, full - 1)) for share in _SHARES})
     down, up = [], []
     for rank in ranks:
         factors = _factors(spectrum, rank, form)
@@ -91,13 +91,13 @@ def stack_noise(
         worth = output_pivots([weighted_gram(factors.up, sensitivities)])
         multiplied = moment_of_down(factors, geometry)
         if factors.down.numel():
-            down.append(_of_formats(factors.down, styles, input_pivots(multiplied), worth))
+            down.append(_of_formats(factors.down, formats, input_pivots(multiplied), worth))
         else:
-            down.append(np.zeros(len(styles)))
+            down.append(np.zeros(len(formats)))
         up.append(
-            _of_formats(factors.up, styles, input_pivots(latent @ geometry @ latent.T), outputs)
+            _of_formats(factors.up, formats, input_pivots(latent @ geometry @ latent.T), outputs)
         )
-    return StackNoise(dense, np.array(ranks), np.stack(down), np.stack(up))
+    return StackCost(dense, np.array(ranks), np.stack(down), np.stack(up))
 
 
 def _factors(spectrum: Spectrum, rank: int, form: Form) -> Factors:
@@ -109,6 +109,6 @@ def _factors(spectrum: Spectrum, rank: int, form: Form) -> Factors:
 
 
 def _of_formats(
-    weight: torch.Tensor, styles: Sequence[Format], inputs: InputPivots, outputs: np.ndarray | None
+    weight: torch.Tensor, formats: Sequence[Format], inputs: InputPivots, outputs: np.ndarray | None
 ) -> np.ndarray:
-    return np.array([expected_noise(weight, style, inputs, outputs) for style in styles])
+    return np.array([expected_error(weight, format, inputs, outputs) for format in formats])

@@ -10,7 +10,14 @@ import numpy as np
 
 from pipeline.compress.forms import Form, stored_parameters
 from pipeline.compress.plan.knapsack import allocate, undominated
-from pipeline.compress.plan.plan import GroupPlan, RankPlan
+from pipeline.compress.plan.plan import (
+    Curves,
+    GroupPlan,
+    Measured,
+    Members,
+    RankBudget,
+    RankPlan,
+)
 from pipeline.errors import UsageError
 from pipeline.model.structure import Group, Layer
 
@@ -18,9 +25,6 @@ RANKS_PER_STACK = 72
 # Matrix units work on tiles of this many; a grid that is coarser than half of it is made of them.
 TILE = 8
 CANDIDATES_PER_GROUP = 400
-Members = tuple[str, ...]
-# Loss, in nats, of a stack of members at each rank from 0 to min(m, n).
-Curves = dict[Members, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,22 @@ class Candidate:
     stacks: tuple[GroupPlan, ...]
     size: int
     loss: float
+
+
+def allocate_by_cost(model: Measured, budget: RankBudget) -> RankPlan:
+    """The plan that is expected to cost least: ranks and sharing of the whole model at once.
+
+    Raises:
+        UsageError: no plan is small enough.
+    """
+    return searched_plan(
+        model.layers,
+        model.curves,
+        budget.kept,
+        cat=budget.cat,
+        skip=budget.skip,
+        multiple=budget.multiple,
+    )
 
 
 def searched_plan(

@@ -8,7 +8,9 @@ from collections.abc import Mapping
 import numpy as np
 
 from pipeline.compress.forms import Form, rank_for_kept, reason_to_stay_dense
-from pipeline.compress.plan.plan import GroupPlan, RankPlan
+from pipeline.compress.methods import DEFAULT_METHOD
+from pipeline.compress.plan.plan import GroupPlan, Measured, RankBudget, RankPlan
+from pipeline.errors import UsageError
 from pipeline.model.structure import Layer
 
 LEAST_KEPT = 0.05
@@ -35,6 +37,32 @@ def removed_by_loss(losses: np.ndarray, removed: float) -> np.ndarray:
             break
         shares[over], free = 1 - LEAST_KEPT, free & ~over
     return shares
+
+
+def allocate_by_loss(model: Measured, budget: RankBudget) -> RankPlan:
+    """More is taken where truncation loses less, among the matrices of equal layers.
+
+    Raises:
+        UsageError: the layers differ, so that no matrices are of one kind.
+    """
+    _require_equal_layers(model.layers)
+    tails, inputs = model.output_tails()
+    return plan_by_loss(
+        model.layers, tails, inputs, budget.kept, skip=budget.skip, multiple=budget.multiple
+    )
+
+
+def _require_equal_layers(layers: list[Layer]) -> None:
+    shapes = {
+        tuple((group.in_features, group.out_features) for group in layer.groups) for layer in layers
+    }
+    if len(shapes) > 1:
+        raise UsageError(
+            "This method compares the matrices of equal layers, and the model's differ.",
+            where="--method svd-llm-v2",
+            observed=f"{len(shapes)} kinds of layers",
+            change=f"use --method {DEFAULT_METHOD}",
+        )
 
 
 def plan_by_loss(

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipeline.compress.methods import METHODS
+from pipeline.model.task import TASKS, TEXT
 
-TEMPLATE = """---
+_TEMPLATE = """---
 library_name: transformers
-pipeline_tag: text-generation
+pipeline_tag: {task}
 base_model_relation: quantized
 tags: [low-rank, skipcat]
 ---
 
-# {label}, {kept:.1%} of its decoder parameters kept
+# {label}, {kept:.1%} of its {parameters} kept
 
 Load it with skipcat installed:
 
@@ -25,7 +25,7 @@ model = load_checkpoint("this folder")
 or with transformers alone, which runs `modeling_skipcat.py` from this folder:
 
 ```python
-AutoModelForCausalLM.from_pretrained("this folder", trust_remote_code=True)
+{auto_class}.from_pretrained("this folder", trust_remote_code=True)
 ```
 
 Without either, transformers fills the factored layers with random numbers and only warns.
@@ -34,11 +34,11 @@ Without either, transformers fills the factored layers with random numbers and o
 | --- | --- |
 | original model | {model} |
 | method | {method}, effort {effort} |
-| decoder linear parameters | {dense_parameters:,} before, {kept_parameters:,} after |
+| {linears} | {dense_parameters:,} before, {kept_parameters:,} after |
 | all parameters | {total_before:,} before, {total_after:,} after |
 | groups factored, kept dense | {factored}, {kept_dense} |
 | largest entry of A' | {largest:.3f} |
-| calibration | {windows} windows of {window_length} tokens from {source}, seed {seed} |
+| calibration | {calibration} |
 | weights stored as | {dtype} |
 
 `recipe.json` says how it was made, `plan.json` the rank of every group, `report.json` the error
@@ -47,38 +47,43 @@ Quality was not measured here: `skipcat validate` does.
 """
 
 
+_TOTALS = (
+    "dense_parameters",
+    "kept_parameters",
+    "total_before",
+    "total_after",
+    "factored",
+    "kept_dense",
+    "largest",
+)
+
+
 def model_card(recipe: dict[str, Any], report: dict[str, Any]) -> str:
     """Fill the card from the recipe and the report."""
-    settings, totals, text = recipe["settings"], report["totals"], recipe["calibration"]
-    return TEMPLATE.format(
+    settings, totals = recipe["settings"], report["totals"]
+    task = recipe.get("task", TEXT)
+    row = TASKS[task]
+    return _TEMPLATE.format(
+        task=task,
+        auto_class=row.auto_class,
+        parameters=row.card.parameters,
+        linears=row.card.linears,
+        calibration=row.card.calibration.format(
+            **{"seed": settings["seed"]} | recipe["calibration"]
+        ),
         label=recipe["label"],
         model=recipe["model"],
         kept=totals["kept_fraction"],
-        method=METHODS[settings["method"]].summary,
+        method=recipe["method"]["summary"],
         effort=settings["effort"],
         dtype=recipe["dtype"],
         error_time=" when it was compressed" if "recovery" in recipe else "",
-        fine_tuning=fine_tuning(recipe),
-        windows=text["windows"],
-        window_length=text["window_length"],
-        source=text["source"],
-        seed=text["seed"],
-        **{
-            name: totals[name]
-            for name in (
-                "dense_parameters",
-                "kept_parameters",
-                "total_before",
-                "total_after",
-                "factored",
-                "kept_dense",
-                "largest",
-            )
-        },
+        fine_tuning=_fine_tuning(recipe),
+        **{name: totals[name] for name in _TOTALS},
     )
 
 
-def fine_tuning(recipe: dict[str, Any]) -> str:
+def _fine_tuning(recipe: dict[str, Any]) -> str:
     """What the card says of the training after the compression, or of its absence."""
     if "recovery" not in recipe:
         return "No fine-tuning took place."

@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pipeline.compress.card import model_card
 
 from pipeline.checkpoint.folder import read_recipe, read_report
-from pipeline.compress.card import model_card
 from tests.support.tiny_recovery import save_small
 
 RECOVERY = {

@@ -1,0 +1,138 @@
+"""What modules are given and what their outputs are worth, seen by hooks while the model runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from pipeline.errors import InputError
+
+
+class Accumulator(Protocol):
+    """What is summed over the inputs and gradients of linears that read the same input."""
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """Names of the linears; the first is watched for the input."""
+        ...
+
+    def see_input(self, inputs: torch.Tensor) -> None:
+        """Add a batch of inputs, float [..., n]; ValueError if one is not finite."""
+        ...
+
+    def see_gradient(self, member: str, gradients: torch.Tensor) -> None:
+        """Add the gradients by a member's output, [..., m]; ValueError if one is not finite."""
+        ...
+
+
+@dataclass(frozen=True)
+class Call:
+    """Arguments of one call of a module."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class _Reached(Exception):
+    """Ends a forward pass as soon as what was wanted is known."""
+
+
+@contextmanager
+def stopping_at(module: nn.Module) -> Iterator[list[Call]]:
+    """End the forward pass inside at `module`; the list gets what it was called with."""
+    caught: list[Call] = []
+
+    def catch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        caught.append(Call(args, kwargs))
+        raise _Reached
+
+    hook = module.register_forward_pre_hook(catch, with_kwargs=True)
+    try:
+        yield caught
+    except _Reached:
+        pass
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def seeing_inputs(
+    model: nn.Module, takers: Mapping[str, Callable[[torch.Tensor], object]]
+) -> Iterator[None]:
+    """Give each named linear's input to its taker, float [..., n], whenever it is called inside.
+
+    Raises:
+        InputError: a taker's ValueError, for values that are not finite; names the linear.
+    """
+    hooks = [
+        model.get_submodule(name).register_forward_pre_hook(_giving_input(name, take))
+        for name, take in takers.items()
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def seeing_gradients(model: nn.Module, groups: Mapping[str, Accumulator]) -> Iterator[None]:
+    """Let the sums see all that passes through their linears, forward and back.
+
+    Parameters are frozen meanwhile: gradients by them are not wanted.
+
+    Raises:
+        InputError: values that are not finite; names the linear.
+    """
+    frozen = [p for p in model.parameters() if p.requires_grad]
+    with ExitStack() as hooks:
+        hooks.enter_context(seeing_inputs(model, {n: s.see_input for n, s in groups.items()}))
+        for sums in groups.values():
+            for member in sums.members:
+                hook = _watching_output(member, sums)
+                hooks.enter_context(model.get_submodule(member).register_forward_hook(hook))
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad_(True)
+
+
+def _giving_input(name: str, take: Callable[[torch.Tensor], object]) -> Any:
+    def give(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        try:
+            take(args[0])
+        except ValueError as error:
+            raise not_finite(name, error) from error
+
+    return give
+
+
+def _watching_output(member: str, sums: Accumulator) -> Any:
+    def see(gradient: torch.Tensor) -> None:
+        try:
+            sums.see_gradient(member, gradient)
+        except ValueError as error:
+            raise not_finite(member, error) from error
+
+    def watch(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        output.register_hook(see)
+
+    return watch
+
+
+def not_finite(where: str, observed: object) -> InputError:
+    """The error for values that are not finite, at a linear or in a layer."""
+    return InputError(
+        "The model's activations or gradients are not finite.",
+        where=where,
+        observed=str(observed),
+        change="load the model in float32, and check its weights",
+    )

@@ -1,0 +1,128 @@
+"""What compressing asks of a model and its calibration inputs, whichever task they are of.
+
+`pipeline.compress.decoder` and `pipeline.compress.classifier` are the two that there are.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.image_processing_base import ImageProcessingMixin
+
+from pipeline.compress.factorize.quantized_factors import Rounding
+from pipeline.compress.methods import Fit
+from pipeline.compress.plan.bit_search import EmbeddingChoice
+from pipeline.compress.plan.layer_costs import CostRequest, GroupStatistics
+from pipeline.compress.plan.plan import Measured
+from pipeline.compress.request import CompressRequest
+from pipeline.model.source import Source
+from pipeline.model.structure import Layer
+from pipeline.quantize.formats import Runtime
+
+
+class Stream(Protocol):
+    """The calibration inputs on their way through the layers, first layer first."""
+
+    def enter(self, index: int, *, measure: bool = True) -> None:
+        """Go on to layer `index`, which is the original's; `measure` if its inputs are wanted."""
+        ...
+
+    def measure(self, index: int, group: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Moments of what a group of the layer will read: see `InputMoments`."""
+        ...
+
+    def leave(self, index: int) -> None:
+        """Go behind layer `index`, which is compressed by now."""
+        ...
+
+
+class Calibrated(Measured, Protocol):
+    """A model and its calibration inputs; each thing is measured when it is first asked for.
+
+    Attributes:
+        model: in evaluation mode; compressed in place.
+        layers: its structure.
+        embeddings: names of the modules that share an embedding's or an LM head's matrix, the owner
+            first; none where there are no such matrices to quantise.
+        rotary_width: numbers a position of the angles that a graph holds; 0 for none.
+    """
+
+    model: PreTrainedModel
+    embeddings: tuple[tuple[str, ...], ...]
+    rotary_width: int
+
+    @property
+    def statistics(self) -> GroupStatistics:
+        """Costs and geometry of every group."""
+        ...
+
+    def measure(self, request: CompressRequest) -> None:
+        """Measure what the request's method needs to know, unless that was done.
+
+        Raises:
+            InputError: activations or gradients that are not finite.
+        """
+        ...
+
+    def embedding_choices(self, runtime: Runtime) -> list[list[EmbeddingChoice]]:
+        """For each of `embeddings` every way to store it, with its bytes and its cost."""
+        ...
+
+    def quantize_embeddings_(
+        self, formats: dict[str, str], rounding: Rounding
+    ) -> dict[str, dict[str, Any]]:
+        """Quantise embeddings by name, in place; returns their `modules` entries."""
+        ...
+
+    def stream(self, fit: Fit) -> Stream:
+        """A new way through the layers, with moments of the kind that the fit wants."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """What recipe.json says of the calibration inputs, their sha256 among it."""
+        ...
+
+
+class Opened(Protocol):
+    """A model that was loaded and looked at, before any calibration.
+
+    Attributes:
+        model: in evaluation mode.
+        layers: its structure.
+        source: where it came from.
+        processor: what makes its inputs; saved with it.
+        storage_dtype: the type its weights were published in.
+        recipe_fields: what recipe.json says of it beside what it says of any model.
+        report_fields: of report.json, likewise.
+    """
+
+    model: PreTrainedModel
+    layers: list[Layer]
+    source: Source
+    processor: PreTrainedTokenizerBase | ImageProcessingMixin
+    storage_dtype: torch.dtype
+    recipe_fields: dict[str, Any]
+    report_fields: dict[str, Any]
+
+    def needed_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes on disk that a run needs."""
+        ...
+
+    def calibrate(self, folder: Path, settings: dict[str, Any]) -> Calibrated:
+        """The model with its calibration inputs.
+
+        Args:
+            folder: for what is measured; an interrupted measurement continues there.
+            settings: what measurements depend on.
+        """
+        ...
+
+
+def cost_request(request: CompressRequest) -> CostRequest:
+    """The costs that a request's method and budget are decided by."""
+    method = request.resolved_method
+    form = "skip" if method.skip else "low_rank"
+    return CostRequest(method.cat, request.formats, form, request.seed)  # type: ignore[arg-type]

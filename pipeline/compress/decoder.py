@@ -1,0 +1,236 @@
+"""What compressing needs of a decoder language model: text, streams layer by layer, embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from pipeline.calibrate.layer_stream import LayerStream
+from pipeline.calibrate.moments import SecondMoment
+from pipeline.calibrate.paired_stream import PairedStream
+from pipeline.calibrate.precision import fast_products
+from pipeline.calibrate.text import TokenBatch, load_tokens
+from pipeline.compress.calibrated import Stream, cost_request
+from pipeline.compress.channel_scaling import scale_channels_
+from pipeline.compress.embeddings import embedding_choices, quantize_embeddings_
+from pipeline.compress.factorize.quantized_factors import Rounding
+from pipeline.compress.methods import Fit
+from pipeline.compress.plan.bit_search import EmbeddingChoice
+from pipeline.compress.plan.layer_costs import LayerCosts, disk_bytes, output_tails
+from pipeline.compress.plan.plan import Curves
+from pipeline.compress.request import CompressRequest
+from pipeline.errors import InputError
+from pipeline.model.embeddings import find_embeddings
+from pipeline.model.load import LoadedModel, load_model
+from pipeline.model.structure import Group, Layer, decoder_structure
+from pipeline.progress import note
+from pipeline.quantize.formats import Runtime
+
+_SEQUENCES_AT_ONCE = 8
+
+
+def prepare(request: CompressRequest) -> OpenedDecoder:
+    """Load the decoder that a request names.
+
+    Raises:
+        PipelineError: a request that cannot be meant, or a model that cannot be compressed.
+    """
+    request.check()
+    loaded = load_model(
+        request.model,
+        dtype=None,
+        stream_weights=request.stream_weights,
+        trust_remote_code=request.trust_remote_code,
+        window_length=request.resolved_effort.window_length,
+    )
+    return OpenedDecoder(request, loaded)
+
+
+class OpenedDecoder:
+    """A decoder in memory (see `pipeline.compress.calibrated.Opened`).
+
+    Args:
+        request: what to do with it.
+        loaded: the model; changed in place when it is compressed.
+    """
+
+    def __init__(self, request: CompressRequest, loaded: LoadedModel) -> None:
+        self.request, self.loaded = request, loaded
+        self.model, self.layers = loaded.model, decoder_structure(loaded.model)
+        self.source, self.processor = loaded.source, loaded.tokenizer
+        self.storage_dtype = loaded.storage_dtype
+        self.recipe_fields: dict[str, Any] = {}
+        self.report_fields: dict[str, Any] = {}
+
+    def needed_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes on disk: the checkpoint, its finished layers beside it, and the costs."""
+        needed_bytes = 2 * sum(p.numel() for p in self.model.parameters()) * dtype.itemsize
+        if self.request.resolved_method.needs_costs:
+            effort = self.request.resolved_effort
+            needed_bytes += disk_bytes(self.layers, effort.survey_windows * effort.window_length)
+        return needed_bytes
+
+    def calibrate(self, folder: Path, settings: dict[str, Any]) -> CalibratedDecoder:
+        """The decoder with its calibration text, which is read when it is first needed."""
+        power = self.request.balance
+
+        def read() -> TokenBatch:
+            batch = self._read_tokens()
+            if power:
+                scale_channels_(self.model, self.layers, batch.tokens, power)
+            return batch
+
+        def costs(batch: TokenBatch) -> LayerCosts:
+            return LayerCosts(folder, settings | {"text": batch.describe()["sha256"]})
+
+        return CalibratedDecoder(self.model, self.layers, read, costs)
+
+    def _read_tokens(self) -> TokenBatch:
+        """The windows that the request asks for."""
+        request, effort = self.request, self.request.resolved_effort
+        if request.calibration == "self":
+            note(
+                f"calibration: {effort.windows} windows of {effort.window_length} tokens, "
+                "sampled from the model itself (--calibration takes a text file or wikitext2+c4)"
+            )
+        batch = load_tokens(
+            request.calibration,
+            self.processor,
+            self.model,
+            count=effort.windows,
+            length=effort.window_length,
+            seed=request.seed,
+        )
+        require_tokens(batch, self.layers)
+        return batch
+
+
+class CalibratedDecoder:
+    """A decoder and its calibration text (see `pipeline.compress.calibrated.Calibrated`).
+
+    Args:
+        model: in evaluation mode; changed in place.
+        layers: its structure.
+        read: gives the calibration text.
+        open_costs: gives where costs are kept, of that text.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        layers: list[Layer],
+        read: Callable[[], TokenBatch],
+        open_costs: Callable[[TokenBatch], LayerCosts],
+    ) -> None:
+        self.model, self.layers = model, layers
+        self.embeddings = find_embeddings(model).groups
+        config = model.config.get_text_config()
+        width = getattr(config, "head_dim", None)
+        self.rotary_width = width or config.hidden_size // config.num_attention_heads
+        self._read, self._open_costs = read, open_costs
+        self._is_measured = False
+
+    @cached_property
+    def batch(self) -> TokenBatch:
+        """The calibration text."""
+        return self._read()
+
+    @cached_property
+    def statistics(self) -> LayerCosts:
+        """Costs and geometry of every group."""
+        return self._open_costs(self.batch)
+
+    @property
+    def curves(self) -> Curves:
+        """Expected KL of every stack at every rank."""
+        return self.statistics.curves
+
+    def measure(self, request: CompressRequest) -> None:
+        """Sweep the gradients back, if the method needs them and anything is to change."""
+        wanted = request.resolved_method.needs_costs and request.changes_weights
+        if not wanted or self._is_measured:
+            return
+        windows = spread(self.batch.tokens, request.resolved_effort.survey_windows)
+        self.statistics.measure(self.model, self.layers, windows, cost_request(request))
+        self._is_measured = True
+
+    def output_tails(self) -> tuple[dict[str, np.ndarray], int]:
+        """Linear -> what it loses of its output at each rank, mean over so many tokens."""
+        tokens = self.batch.tokens
+        return output_tails(self.model, self.layers, tokens), tokens.numel()
+
+    def embedding_choices(self, runtime: Runtime) -> list[list[EmbeddingChoice]]:
+        """Every way to store the embedding and the LM head, measured once and kept."""
+        return self.statistics.kept_choices(
+            "tables", lambda: embedding_choices(self.model, self.batch.tokens, runtime)
+        )
+
+    def quantize_embeddings_(
+        self, formats: dict[str, str], rounding: Rounding
+    ) -> dict[str, dict[str, Any]]:
+        """Quantise the embedding and the LM head, in place."""
+        if not formats:
+            return {}
+        entries, _ = quantize_embeddings_(self.model, formats, self.batch.tokens, rounding)
+        return entries
+
+    def stream(self, fit: Fit) -> Stream:
+        """Both models side by side, or the original alone where every layer is fitted once."""
+        arguments = (self.model, self.layers, self.batch.tokens, _SEQUENCES_AT_ONCE)
+        return _OneShot(LayerStream(*arguments)) if fit.mix is None else PairedStream(*arguments)
+
+    def describe(self) -> dict[str, Any]:
+        """What recipe.json says of the text."""
+        return self.batch.describe()
+
+
+class _OneShot:
+    """Moments of the original model: a layer's outputs are computed before it is replaced."""
+
+    def __init__(self, stream: LayerStream) -> None:
+        self.stream = stream
+        self.moments: dict[str, SecondMoment] = {}
+
+    def enter(self, index: int, *, measure: bool = True) -> None:
+        with fast_products(self.stream.model):
+            self.moments = self.stream.advance(index, measure=measure)
+
+    def measure(self, index: int, group: str) -> tuple[torch.Tensor, None]:
+        return self.moments[group].mean(), None
+
+    def leave(self, index: int) -> None:
+        self.moments = {}
+
+
+def spread(tokens: torch.Tensor, count: int) -> torch.Tensor:
+    """`count` of the windows [N, T], evenly spread over them."""
+    return tokens[torch.linspace(0, len(tokens) - 1, min(count, len(tokens))).round().long()]
+
+
+def require_tokens(tokens: TokenBatch, layers: list[Layer]) -> None:
+    """Refuse calibration text that cannot determine the second moments.
+
+    Raises:
+        InputError: fewer tokens than the widest input has entries; says how many are needed.
+    """
+
+    def width(group: Group) -> int:
+        return group.in_features
+
+    widest = max((group for layer in layers for group in layer.groups), key=width)
+    count = tokens.tokens.numel()
+    if count < widest.in_features:
+        raise InputError(
+            "The calibration text is too short for the widths of the model.",
+            where=tokens.source,
+            observed=f"{count} tokens; {widest.name} reads {widest.in_features} numbers at once, "
+            "and as many tokens leave directions unseen that factors would then drop",
+            expected=f"at least {widest.in_features} tokens, better {8 * widest.in_features}",
+            change="raise --windows or --window-length",
+        )
