@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from pipeline.calibrate.images import ImageBatch, load_images, require_source
-from pipeline.calibrate.whole_model import PairedModel, measure_whole
+from pipeline.calibrate.whole_model import DRAWS, PairedModel, measure_whole
 from pipeline.compress.calibrated import Stream, cost_request
 from pipeline.compress.factorize.quantized_factors import Rounding
 from pipeline.compress.methods import Fit
@@ -137,7 +137,8 @@ class CalibratedClassifier:
             seed=request.seed,
             batch_size=self._batch_size,
         )
-        costs = WholeModelCosts(self.model, self.layers, moments, len(self.images.pixels))
+        draws = DRAWS * len(self.images.pixels)
+        costs = WholeModelCosts(self.model, self.layers, moments, draws)
         if gradients:
             costs.measure(cost_request(request))
         return costs

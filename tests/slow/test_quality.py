@@ -10,7 +10,8 @@ import torch
 
 from pipeline.calibrate.sampled_text import generate_windows
 from pipeline.calibrate.text import TokenBatch
-from pipeline.compress.plan.layer_costs import Survey
+from pipeline.compress.decoder import CalibratedDecoder
+from pipeline.compress.plan.layer_costs import LayerCosts
 from pipeline.compress.plan.make_plan import make_plan
 from pipeline.compress.request import CompressRequest
 from pipeline.compress.walk import compress_
@@ -42,11 +43,13 @@ def compressed_kl(
     request = CompressRequest(MODEL, 0.8, method=method, effort="fast", windows=24)
     model = copy.deepcopy(loaded.model)
     layers = decoder_structure(model)
-    survey = Survey(folder / method, {})
-    plan = make_plan(request, model, layers, calibration.tokens, survey)
+    costs = LayerCosts(folder / method, {})
+    ready = CalibratedDecoder(model, layers, lambda: calibration, lambda batch: costs)
+    plan = make_plan(request, ready)
+    ready.measure(request)
     assert 0.79 < plan.kept_fraction <= 0.8
     fit = request.resolved_method.fit
-    compress_(model, layers, plan, calibration.tokens, dtype=torch.float32, fit=fit, survey=survey)
+    compress_(ready, plan, dtype=torch.float32, fit=fit)
     with torch.no_grad():
         expected = loaded.model(tests).logits.log_softmax(-1)
         actual = model(tests).logits.log_softmax(-1)

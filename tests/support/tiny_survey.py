@@ -12,7 +12,9 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from pipeline.compress.plan.layer_costs import Survey
+from pipeline.calibrate.text import TokenBatch
+from pipeline.compress.decoder import CalibratedDecoder
+from pipeline.compress.plan.layer_costs import CostRequest, LayerCosts
 from pipeline.model.structure import Layer, decoder_structure
 from tests.support.families import tiny_model
 
@@ -25,7 +27,7 @@ class Surveyed:
 
     model: PreTrainedModel
     layers: list[Layer]
-    survey: Survey
+    survey: LayerCosts
 
 
 @functools.cache
@@ -35,9 +37,24 @@ def surveyed(family: str) -> Surveyed:
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     model = tiny_model(family)
     layers = decoder_structure(model)
-    survey = Survey(folder, {})
-    survey.measure(model, layers, TOKENS, cat=True, seed=0)
+    survey = LayerCosts(folder, {})
+    survey.measure(model, layers, TOKENS, CostRequest())
     return Surveyed(model, layers, survey)
+
+
+def calibrated(
+    model: PreTrainedModel,
+    layers: list[Layer],
+    costs: LayerCosts | None = None,
+    tokens: torch.Tensor = TOKENS,
+) -> CalibratedDecoder:
+    """A model with its calibration tokens, and costs that are measured already."""
+
+    def measured(batch: TokenBatch) -> LayerCosts:
+        assert costs is not None, "nothing should ask for costs"
+        return costs
+
+    return CalibratedDecoder(model, layers, lambda: TokenBatch(tokens, "test", 0), measured)
 
 
 @torch.no_grad()

@@ -22,7 +22,6 @@ from pipeline.calibrate.hooks import not_finite
 from pipeline.calibrate.layer_stream import LayerStream
 from pipeline.calibrate.moments import DrawnMoments, GroupMoments, balanced
 from pipeline.calibrate.precision import fast_products
-from pipeline.calibrate.whole_model import DRAWS
 from pipeline.compress.factorize.whitened_svd import shrunk, tails_of, whitened_energies
 from pipeline.compress.finished_layers import FinishedLayers
 from pipeline.compress.forms import Form
@@ -237,7 +236,7 @@ class WholeModelCosts:
         model: that was measured; not changed.
         layers: its structure.
         moments: group -> what `pipeline.calibrate.whole_model.measure_whole` found.
-        images: how many were run.
+        draws: labels drawn, over all images.
 
     Attributes:
         curves: expected KL, nats an image; empty until `measure`.
@@ -249,9 +248,9 @@ class WholeModelCosts:
         model: PreTrainedModel,
         layers: list[Layer],
         moments: dict[str, DrawnMoments],
-        images: int,
+        draws: int,
     ) -> None:
-        self.model, self.moments, self.images = model, moments, images
+        self.model, self.moments, self.draws = model, moments, draws
         self.groups = {m: g for layer in layers for g in layer.groups for m in g.members}
         self.curves: Curves = {}
         self.quantization: QuantizationCosts = {}
@@ -278,7 +277,7 @@ class WholeModelCosts:
 
     def sensitivities(self, members: Members) -> list[torch.Tensor]:
         """Shrunk G of each member's output, summed over an image, float64 [m_i, m_i]."""
-        outputs, scale = self._of(members).outputs, 1 / (DRAWS * self.images)
+        outputs, scale = self._of(members).outputs, 1 / self.draws
         return [shrunk(outputs[member] * scale, SENSITIVITY_SHRINKAGE) for member in members]
 
     def geometry(self, members: Members, moment: torch.Tensor) -> torch.Tensor:

@@ -60,14 +60,14 @@ def test_as_long_as_no_layer_is_replaced_both_models_see_the_same(family: str) -
     paired = PairedStream(model, layers, TOKENS, 2)
     for index, layer in enumerate(layers):
         moments = plain.advance(index)
-        paired.advance_original(index)
+        paired.enter(index)
         for group in layer.groups:
             seen, drift = paired.measure(index, group.name)
             assert torch.equal(seen, moments[group.name].mean())
             # What is left of x - x' is the rounding of x, which is kept in bfloat16: 2^-9 of it,
             # and of one sign as often as of the other.
             assert torch.linalg.norm(drift) < 2**-9 * torch.linalg.norm(seen)
-        paired.advance_compressed(index)
+        paired.leave(index)
     for one, other in zip(paired.original.hidden, paired.compressed, strict=True):
         assert torch.equal(one, other)
 
@@ -80,11 +80,11 @@ def test_moments_are_those_of_both_models_run_whole(family: str) -> None:
     paired = PairedStream(model, layers, TOKENS, 2)
     measured = {}
     for index, layer in enumerate(layers):
-        paired.advance_original(index)
+        paired.enter(index)
         for place, group in enumerate(layer.groups):
             measured[group.name] = paired.measure(index, group.name)
             disturb_(model, group.members, seed=10 * index + place)
-        paired.advance_compressed(index)
+        paired.leave(index)
     x, seen = inputs_of(original, list(measured)), inputs_of(model, list(measured))
     first = next(iter(measured))
     for name, (moment, drift) in measured.items():
@@ -106,11 +106,11 @@ def test_hidden_states_end_as_those_of_both_models() -> None:
     layers = decoder_structure(model)
     paired = PairedStream(model, layers, TOKENS, 2)
     for index, layer in enumerate(layers):
-        paired.advance_original(index, measure=False)
+        paired.enter(index, measure=False)
         assert paired.inputs == {}
         for place, group in enumerate(layer.groups):
             disturb_(model, group.members, seed=10 * index + place)
-        paired.advance_compressed(index)
+        paired.leave(index)
     for whole, hidden in ((original, paired.original.hidden), (model, paired.compressed)):
         expected = inputs_of(whole, ["model.norm"])["model.norm"]
         found = torch.cat(hidden).reshape(expected.shape).double()
@@ -121,7 +121,7 @@ def test_what_a_group_reads_is_not_kept_once_it_has_been_measured() -> None:
     model = tiny_model("llama")
     layers = decoder_structure(model)
     paired = PairedStream(model, layers, TOKENS, 2)
-    paired.advance_original(0)
+    paired.enter(0)
     names = [group.name for group in layers[0].groups]
     assert list(paired.inputs) == names
     assert {x.dtype for kept in paired.inputs.values() for x in kept} == {torch.bfloat16}
@@ -134,7 +134,7 @@ def test_activations_that_are_not_finite_name_the_group() -> None:
     model = tiny_model("llama")
     layers = decoder_structure(model)
     paired = PairedStream(model, layers, TOKENS, 2)
-    paired.advance_original(0)
+    paired.enter(0)
     nn.init.constant_(model.model.layers[0].self_attn.v_proj.weight, float("nan"))
     with pytest.raises(InputError, match="not finite") as caught:
         paired.measure(0, "model.layers.0.self_attn.o_proj")

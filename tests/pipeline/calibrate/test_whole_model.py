@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.calibrate import whole_model as survey_module
-from pipeline.calibrate.whole_model import ImageSurvey
+from pipeline.calibrate import whole_model
+from pipeline.calibrate.whole_model import measure_whole
+from pipeline.compress.plan import layer_costs
+from pipeline.compress.plan.layer_costs import CostRequest, WholeModelCosts
 from pipeline.errors import InputError
 from pipeline.model.classifier_structure import image_structure
 from tests.support.classifiers import tiny_classifier
@@ -17,11 +19,13 @@ SHAPE = (3, 16, 16)
 LINEAR = "vit.layers.1.mlp.fc1"
 
 
-def measured(family: str, pixels: torch.Tensor, **keywords: Any) -> ImageSurvey:
+def measured(family: str, pixels: torch.Tensor, **keywords: Any) -> WholeModelCosts:
     model = tiny_classifier(family)
-    survey = ImageSurvey(model, image_structure(model, SHAPE).layers)
-    survey.measure(pixels, gradients=True, **keywords)
-    return survey
+    layers = image_structure(model, SHAPE).layers
+    moments = measure_whole(model, layers, pixels, gradients=True, **keywords)
+    costs = WholeModelCosts(model, layers, moments, whole_model.DRAWS * len(pixels))
+    costs.measure(CostRequest())
+    return costs
 
 
 def watched(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -53,8 +57,8 @@ def test_sensitivities_approach_the_fisher_information(monkeypatch: pytest.Monke
         for label in range(10):
             (g,) = torch.autograd.grad(log_p[image, label], y, retain_graph=True)
             fisher += log_p[image, label].exp().detach() * g[image].T @ g[image] / 6
-    monkeypatch.setattr(survey_module, "DRAWS", 400)
-    monkeypatch.setattr(survey_module, "SENSITIVITY_SHRINKAGE", 0.0)
+    monkeypatch.setattr(whole_model, "DRAWS", 400)
+    monkeypatch.setattr(layer_costs, "SENSITIVITY_SHRINKAGE", 0.0)
     (found,) = measured("vit", pixels).sensitivities((LINEAR,))
     # 2400 draws: a relative error of some per cent.
     error = (found.float() - fisher).norm() / fisher.norm()
@@ -80,9 +84,9 @@ def test_values_that_are_not_finite_name_the_linear() -> None:
     model = tiny_classifier("vit")
     with torch.no_grad():
         model.vit.layers[0].mlp.fc1.weight.fill_(torch.inf)
-    survey = ImageSurvey(model, image_structure(model, SHAPE).layers)
+    layers = image_structure(model, SHAPE).layers
     with pytest.raises(InputError, match="not finite") as caught:
-        survey.measure(torch.randn(4, *SHAPE), gradients=True)
+        measure_whole(model, layers, torch.randn(4, *SHAPE), gradients=True)
     assert caught.value.details["where"] == "vit.layers.0.mlp.fc2"
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pipeline.compress.card import model_card
+from pipeline.checkpoint.card import model_card
 
 from pipeline.checkpoint.folder import read_recipe, read_report
 from tests.support.tiny_recovery import save_small

@@ -19,9 +19,10 @@ from pipeline.artefact import sha256_of_file
 from pipeline.calibrate.fisher import BackwardSweep
 from pipeline.checkpoint.folder import load_checkpoint
 from pipeline.cli.main import main
+from pipeline.compress import decoder
 from pipeline.compress import run as recipe
 from pipeline.compress.finished_layers import FinishedLayers
-from pipeline.compress.plan.layer_costs import Survey
+from pipeline.compress.plan.layer_costs import LayerCosts
 from pipeline.export.export import ExportRequest, export_folder
 from pipeline.quantize.formats import RUNTIMES, parse_format
 from tests.support.families import save_family
@@ -195,8 +196,8 @@ def test_factors_in_few_bits_report_what_truncation_and_rounding_left(
     [
         (BackwardSweep, "backward"),
         (FinishedLayers, "add"),
-        (Survey, "kept_choices"),
-        (recipe, "round_tables_"),
+        (LayerCosts, "kept_choices"),
+        (decoder, "quantize_embeddings_"),
     ],
 )
 def test_an_interrupted_run_resumes_to_the_same_bytes(

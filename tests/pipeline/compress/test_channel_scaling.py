@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pipeline.compress.channel_scaling import balance_, channel_scales
+from pipeline.compress.channel_scaling import channel_scales, scale_channels_
 from pipeline.model.structure import decoder_structure
 from tests.support.families import FAMILIES, tiny_model
 
@@ -17,7 +17,7 @@ def test_no_output_changes(family: str) -> None:
     model = tiny_model(family)
     with torch.no_grad():
         before = model(TOKENS).logits
-        balance_(model, decoder_structure(model), TOKENS, 0.5)
+        scale_channels_(model, decoder_structure(model), TOKENS, 0.5)
         after = model(TOKENS).logits
     assert float((before - after).abs().max()) < 1e-5 * float(before.abs().max())
 
@@ -26,7 +26,7 @@ def test_no_output_changes(family: str) -> None:
 def test_every_group_behind_a_norm_is_scaled(family: str) -> None:
     model = tiny_model(family)
     weight = model.model.layers[0].self_attn.q_proj.weight.clone()
-    names = balance_(model, decoder_structure(model), TOKENS, 0.5)
+    names = scale_channels_(model, decoder_structure(model), TOKENS, 0.5)
     assert [name.rsplit(".", 1)[-1] for name in names] == ["q_proj", "gate_proj"] * 2
     assert not torch.equal(weight, model.model.layers[0].self_attn.q_proj.weight)
 
@@ -35,7 +35,7 @@ def test_gains_that_are_added_to_one_are_found_out_and_left_alone(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     model = tiny_model("gemma3_text")
-    assert balance_(model, decoder_structure(model), TOKENS, 0.5) == []
+    assert scale_channels_(model, decoder_structure(model), TOKENS, 0.5) == []
     assert "not scaled" in capsys.readouterr().err
 
 

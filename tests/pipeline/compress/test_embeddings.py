@@ -8,14 +8,14 @@ from transformers import PreTrainedModel
 
 from pipeline.checkpoint.modeling_skipcat import FewBitEmbedding, FewBitLinear
 from pipeline.compress.embeddings import (
-    WINDOWS,
-    round_table,
-    round_tables_,
-    table_choices,
-    table_entries,
+    _WINDOWS,
+    _entries,
+    _gptq,
+    embedding_choices,
+    quantize_embeddings_,
 )
-from pipeline.compress.factorize.quantized_factors import nearest, values_of
-from pipeline.model.embeddings import find_tables
+from pipeline.compress.factorize.quantized_factors import GPTQ, rtn, values_of
+from pipeline.model.embeddings import find_embeddings
 from pipeline.quantize.formats import RUNTIMES, parse_format
 from tests.support.families import tiny_model
 
@@ -33,7 +33,7 @@ def log_chances(model: PreTrainedModel) -> torch.Tensor:
 def test_every_format_is_measured_and_the_model_is_as_it_was(family: str, groups: int) -> None:
     model, runtime = tiny_model(family), RUNTIMES["any"]
     before = log_chances(model)
-    choices = table_choices(model, TOKENS, runtime)
+    choices = embedding_choices(model, TOKENS, runtime)
     assert torch.equal(log_chances(model), before)
     assert len(choices) == groups
     for every in choices:
@@ -46,11 +46,11 @@ def test_every_format_is_measured_and_the_model_is_as_it_was(family: str, groups
 
 def test_the_cost_of_a_format_is_the_kl_to_the_model_as_it_is() -> None:
     model = tiny_model("smollm")
-    windows = TOKENS[:WINDOWS]
-    choice = table_choices(model, TOKENS, RUNTIMES["any"])[0][1]
+    windows = TOKENS[:_WINDOWS]
+    choice = embedding_choices(model, TOKENS, RUNTIMES["any"])[0][1]
     with torch.no_grad():
         before = model(windows).logits.log_softmax(-1)
-        round_tables_(model, choice.tables, TOKENS, plain=False)
+        quantize_embeddings_(model, choice.tables, TOKENS, GPTQ)
         after = model(windows).logits.log_softmax(-1)
     expected = (before.exp() * (before - after)).sum(-1).mean()
     assert choice.loss == pytest.approx(float(expected), rel=1e-4)
@@ -58,8 +58,8 @@ def test_the_cost_of_a_format_is_the_kl_to_the_model_as_it_is() -> None:
 
 def test_a_tied_matrix_is_rounded_once_and_read_by_both() -> None:
     model = tiny_model("smollm")
-    entries, tensors = round_tables_(
-        model, dict.fromkeys((EMBEDDING, HEAD), STYLE), TOKENS, plain=False
+    entries, tensors = quantize_embeddings_(
+        model, dict.fromkeys((EMBEDDING, HEAD), STYLE), TOKENS, GPTQ
     )
     assert {name: entry["form"] for name, entry in entries.items()} == {
         EMBEDDING: "table",
@@ -80,21 +80,21 @@ def test_an_untied_head_feeds_errors_forward_and_an_embedding_does_not() -> None
     def lost(codes: object) -> float:
         return float((x @ (values_of(codes) - head.double()).T).square().sum())  # type: ignore[arg-type]
 
-    assert lost(round_table(model, (HEAD,), style, TOKENS)) < 0.8 * lost(nearest(head, style))
-    plain = values_of(nearest(embedding, style))
-    assert torch.equal(values_of(round_table(model, (EMBEDDING,), style, TOKENS)), plain)
+    assert lost(_gptq(model, (HEAD,), style, TOKENS)) < 0.8 * lost(rtn(head, style))
+    plain = values_of(rtn(embedding, style))
+    assert torch.equal(values_of(_gptq(model, (EMBEDDING,), style, TOKENS)), plain)
 
 
 def test_a_format_for_one_of_them_leaves_the_other_as_it_is() -> None:
     model = tiny_model("llama")
-    entries, _ = round_tables_(model, {HEAD: STYLE}, TOKENS, plain=False)
+    entries, _ = quantize_embeddings_(model, {HEAD: STYLE}, TOKENS, GPTQ)
     assert list(entries) == [HEAD]
     assert isinstance(model.get_submodule(EMBEDDING), torch.nn.Embedding)
 
 
 def test_a_tied_table_pays_on_the_cpu_for_scales_and_zeros_in_two_shapes() -> None:
     model = tiny_model("smollm")
-    choices = table_choices(model, TOKENS[:1], RUNTIMES["cpu"])[0][1:]
+    choices = embedding_choices(model, TOKENS[:1], RUNTIMES["cpu"])[0][1:]
     rows, columns = model.get_submodule(EMBEDDING).weight.shape
     for choice, style in zip(choices, RUNTIMES["cpu"].table, strict=True):
         twice = rows * style.blocks(columns) * (4 if style.symmetric else 5)
@@ -103,18 +103,18 @@ def test_a_tied_table_pays_on_the_cpu_for_scales_and_zeros_in_two_shapes() -> No
 
 def test_formats_that_the_runtime_takes_no_such_width_in_are_no_choice() -> None:
     model = tiny_model("smollm")
-    taken = table_choices(model, TOKENS[:1], RUNTIMES["tensorrt"])[0]
+    taken = embedding_choices(model, TOKENS[:1], RUNTIMES["tensorrt"])[0]
     assert [set(choice.tables.values()) for choice in taken] == [set(), {"int8-row-sym"}]
 
 
 @pytest.mark.parametrize("family", ["smollm", "llama"])
 def test_the_tables_of_a_model_are_found_by_asking_it(family: str) -> None:
-    found = find_tables(tiny_model(family))
+    found = find_embeddings(tiny_model(family))
     assert (found.embedding, found.head) == (EMBEDDING, HEAD)
     assert found.groups == (((EMBEDDING, HEAD),) if family == "smollm" else ((EMBEDDING,), (HEAD,)))
 
 
 def test_entries_of_a_shared_matrix_name_its_owner_first() -> None:
-    entries = table_entries(tiny_model("smollm"), (EMBEDDING, HEAD), parse_format(STYLE))
+    entries = _entries(tiny_model("smollm"), (EMBEDDING, HEAD), parse_format(STYLE))
     assert list(entries) == [EMBEDDING, HEAD]
     assert [entry["owner"] for entry in entries.values()] == [None, EMBEDDING]

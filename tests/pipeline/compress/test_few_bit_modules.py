@@ -20,9 +20,9 @@ from pipeline.checkpoint.install import (
     install_,
 )
 from pipeline.checkpoint.modeling_skipcat import FewBitEmbedding, FewBitLinear, FewBits
-from pipeline.compress.embeddings import round_tables_
+from pipeline.compress.embeddings import quantize_embeddings_
 from pipeline.compress.factorize.factors import stored_factors
-from pipeline.compress.factorize.quantized_factors import nearest_factors
+from pipeline.compress.factorize.quantized_factors import RTN, rtn_factors
 from pipeline.compress.factorize.whitened_svd import whitened_spectrum
 from pipeline.errors import InputError
 from pipeline.quantize.formats import parse_format
@@ -142,7 +142,7 @@ def few_bit_model(
     b, a = whitened_spectrum(down, moment).factors(20)
     factors = stored_factors(b, a, down, moment, "skip")
     styles = ("int6-b16-sym", "int8-row-sym")
-    rounded = nearest_factors(factors, (parse_format(styles[0]), parse_format(styles[1])))
+    rounded = rtn_factors(factors, (parse_format(styles[0]), parse_format(styles[1])))
     entries |= group_entries((DOWN,), "skip", 20, *styles)
     assert rounded.down is not None
     assert rounded.up is not None
@@ -150,7 +150,7 @@ def few_bit_model(
     tensors |= group_tensors((DOWN,), [len(down)], *stored, torch.float16)
     install_(model, entries, tensors)
     names = (TABLE, "lm_head")
-    entries |= round_tables_(model, dict.fromkeys(names, table), IDS, plain=True)[0]
+    entries |= quantize_embeddings_(model, dict.fromkeys(names, table), IDS, RTN)[0]
     return model, entries
 
 

@@ -9,16 +9,17 @@ import torch
 
 from pipeline.calibrate.layer_stream import LayerStream
 from pipeline.compress.factorize.targets import propagated_target
-from pipeline.compress.fit_group import Inputs, fit_group
+from pipeline.compress.factorize.whitened_svd import InputMoments
+from pipeline.compress.fit_group import fit_group
 from pipeline.compress.forms import Form
-from pipeline.compress.methods import ONE_SIDED, Fit
+from pipeline.compress.methods import ONE_SIDED, RECONSTRUCTED, Fit
 from pipeline.compress.plan.plan import GroupPlan
 from pipeline.errors import InputError
 from tests.support.tiny_survey import TOKENS, surveyed
 
 QKV = tuple(f"model.layers.0.self_attn.{name}_proj" for name in "qkv")
 ROWS, COLUMNS = 64, 32
-MPIFA = Fit(two_sided=False, mix=0.25, reconstruct=True)
+MPIFA = Fit(two_sided=False, mix=0.25, factorize=RECONSTRUCTED)
 
 
 def weight() -> torch.Tensor:
@@ -27,15 +28,19 @@ def weight() -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def inputs() -> Inputs:
+def inputs() -> InputMoments:
     """Of the first layer's q, k and v; a drift as if 5% of every input had been lost."""
     tiny = surveyed("llama")
     moment = LayerStream(tiny.model, tiny.layers, TOKENS).advance(0)[QKV[0]].mean()
-    return Inputs(moment, 0.05 * moment)
+    return InputMoments(moment, 0.05 * moment)
 
 
 def fitted(
-    inputs: Inputs, fit: Fit, rank: int, form: Form = "skip", dtype: torch.dtype = torch.float64
+    inputs: InputMoments,
+    fit: Fit,
+    rank: int,
+    form: Form = "skip",
+    dtype: torch.dtype = torch.float64,
 ) -> tuple[dict[str, torch.Tensor], dict]:
     tiny = surveyed("llama")
     group = GroupPlan(QKV, ROWS, COLUMNS, form, rank, expected_kl=0.25)
@@ -61,10 +66,10 @@ def output_error(target: torch.Tensor, found: torch.Tensor, moment: torch.Tensor
 
 @pytest.mark.parametrize("fit", [ONE_SIDED, Fit(), Fit(mix=0.5), MPIFA])
 @pytest.mark.parametrize("form", ["skip", "low_rank"])
-def test_full_rank_gives_the_target_back(fit: Fit, form: Form, inputs: Inputs) -> None:
+def test_full_rank_gives_the_target_back(fit: Fit, form: Form, inputs: InputMoments) -> None:
     target = weight()
     if fit.mix is None:
-        inputs = Inputs(inputs.seen)
+        inputs = InputMoments(inputs.seen)
     else:
         assert inputs.drift is not None
         target = propagated_target(target, inputs.seen, inputs.drift, fit.mix)
@@ -74,10 +79,10 @@ def test_full_rank_gives_the_target_back(fit: Fit, form: Form, inputs: Inputs) -
 
 
 @pytest.mark.parametrize("fit", [ONE_SIDED, Fit(), Fit(mix=0.5), MPIFA])
-def test_the_reported_error_is_that_of_the_stored_product(fit: Fit, inputs: Inputs) -> None:
+def test_the_reported_error_is_that_of_the_stored_product(fit: Fit, inputs: InputMoments) -> None:
     target = weight()
     if fit.mix is None:
-        inputs = Inputs(inputs.seen)
+        inputs = InputMoments(inputs.seen)
     else:
         assert inputs.drift is not None
         target = propagated_target(target, inputs.seen, inputs.drift, fit.mix)
@@ -88,9 +93,9 @@ def test_the_reported_error_is_that_of_the_stored_product(fit: Fit, inputs: Inpu
     assert {report[key] for key in ("form", "rank", "expected_kl")} == {"skip", 12, 0.25}
 
 
-def test_two_sided_gives_up_output_error_for_what_the_model_minds(inputs: Inputs) -> None:
+def test_two_sided_gives_up_output_error_for_what_the_model_minds(inputs: InputMoments) -> None:
     survey = surveyed("llama").survey
-    inputs = Inputs(inputs.seen)
+    inputs = InputMoments(inputs.seen)
     geometry = survey.geometry(QKV, inputs.seen)
     sensitivity = torch.block_diag(*survey.sensitivities(QKV))
     minded, lost = {}, {}
@@ -103,33 +108,33 @@ def test_two_sided_gives_up_output_error_for_what_the_model_minds(inputs: Inputs
     assert lost[True] > lost[False]
 
 
-def test_the_survey_is_not_needed_for_a_one_sided_fit(inputs: Inputs) -> None:
+def test_the_survey_is_not_needed_for_a_one_sided_fit(inputs: InputMoments) -> None:
     group = GroupPlan(QKV, ROWS, COLUMNS, "skip", 12)
     model = surveyed("llama").model
-    alone, _ = fit_group(model, group, Inputs(inputs.seen), ONE_SIDED, None, torch.float32)
-    beside, _ = fitted(Inputs(inputs.seen), ONE_SIDED, 12, dtype=torch.float32)
+    alone, _ = fit_group(model, group, InputMoments(inputs.seen), ONE_SIDED, None, torch.float32)
+    beside, _ = fitted(InputMoments(inputs.seen), ONE_SIDED, 12, dtype=torch.float32)
     assert alone.keys() == beside.keys()
     assert all(torch.equal(alone[name], beside[name]) for name in alone)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_factors_have_the_type_that_is_stored(dtype: torch.dtype, inputs: Inputs) -> None:
-    tensors, _ = fitted(Inputs(inputs.seen), Fit(), 12, dtype=dtype)
+def test_factors_have_the_type_that_is_stored(dtype: torch.dtype, inputs: InputMoments) -> None:
+    tensors, _ = fitted(InputMoments(inputs.seen), Fit(), 12, dtype=dtype)
     assert {t.dtype for name, t in tensors.items() if "permutation" not in name} == {dtype}
     assert tensors[f"{QKV[0]}.permutation"].dtype == torch.int32
 
 
-def with_nan(inputs: Inputs) -> Inputs:
-    return Inputs(inputs.seen * torch.nan, inputs.drift)
+def with_nan(inputs: InputMoments) -> InputMoments:
+    return InputMoments(inputs.seen * torch.nan, inputs.drift)
 
 
-def with_drift_of_nan(inputs: Inputs) -> Inputs:
+def with_drift_of_nan(inputs: InputMoments) -> InputMoments:
     assert inputs.drift is not None
-    return Inputs(inputs.seen, inputs.drift * torch.nan)
+    return InputMoments(inputs.seen, inputs.drift * torch.nan)
 
 
-def with_nothing(inputs: Inputs) -> Inputs:
-    return Inputs(torch.zeros_like(inputs.seen), inputs.drift)
+def with_nothing(inputs: InputMoments) -> InputMoments:
+    return InputMoments(torch.zeros_like(inputs.seen), inputs.drift)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +148,7 @@ def with_nothing(inputs: Inputs) -> Inputs:
     ],
 )
 def test_moments_that_cannot_be_used_name_the_group(
-    fit: Fit, spoil: Callable[[Inputs], Inputs], observed: str, inputs: Inputs
+    fit: Fit, spoil: Callable[[InputMoments], InputMoments], observed: str, inputs: InputMoments
 ) -> None:
     with pytest.raises(InputError, match="cannot be factored") as caught:
         fitted(spoil(inputs), fit, 12)

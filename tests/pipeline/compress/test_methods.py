@@ -14,10 +14,10 @@ from pipeline.checkpoint.dense import densify_
 from pipeline.compress.methods import DEFAULT_EFFORT, DEFAULT_METHOD, EFFORTS, METHODS
 from pipeline.compress.plan.make_plan import make_plan
 from pipeline.compress.plan.plan import RankPlan
+from pipeline.compress.records import parameter_count
 from pipeline.compress.request import CompressRequest
-from pipeline.compress.run import parameter_count
 from pipeline.compress.walk import Compressed, compress_
-from tests.support.tiny_survey import TOKENS, divergence, surveyed
+from tests.support.tiny_survey import TOKENS, calibrated, divergence, surveyed
 
 KEPT = 0.6
 FAMILIES = ("llama", "gemma3_text")
@@ -33,11 +33,10 @@ def compressed(
 ) -> tuple[PreTrainedModel, RankPlan, Compressed]:
     """A copy of the family's tiny model, compressed as the command would do it."""
     tiny, asked = surveyed(family), request(method, **changes)
-    plan = make_plan(asked, tiny.model, tiny.layers, TOKENS, tiny.survey)
+    plan = make_plan(asked, calibrated(tiny.model, tiny.layers, tiny.survey))
     model, fit = copy.deepcopy(tiny.model), asked.resolved_method.fit
-    result = compress_(
-        model, tiny.layers, plan, TOKENS, dtype=torch.float32, fit=fit, survey=tiny.survey
-    )
+    ready = calibrated(model, tiny.layers, tiny.survey)
+    result = compress_(ready, plan, dtype=torch.float32, fit=fit)
     return model, plan, result
 
 

@@ -69,7 +69,7 @@ def test_a_name_that_does_not_exist_is_refused_with_those_that_do(
 def test_one_shot_fits_to_the_original_alone(method: str) -> None:
     fit = request(method, effort="max", one_shot=True).resolved_method.fit
     assert fit.mix is None
-    assert not fit.reconstruct
+    assert not fit.describe()["reconstruct"]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -77,7 +77,7 @@ def test_one_sided_weighs_all_outputs_alike_and_keeps_the_allocation(method: str
     resolved = request(method, one_sided=True).resolved_method
     assert not resolved.fit.two_sided
     assert resolved.allocation == METHODS[method].allocation
-    assert resolved.needs_survey == (resolved.allocation == "searched")
+    assert resolved.needs_costs == (resolved.allocation == "searched")
 
 
 @pytest.mark.parametrize("mix", [0.0, 0.3, 1.0])

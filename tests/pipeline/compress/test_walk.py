@@ -15,6 +15,7 @@ from pipeline.compress.plan.plan import RankPlan, uniform_plan
 from pipeline.compress.walk import Compressed, compress_
 from pipeline.model.structure import decoder_structure
 from tests.support.families import FAMILIES, tiny_model
+from tests.support.tiny_survey import calibrated
 
 TOKENS = torch.randint(0, 256, (12, 24), generator=torch.Generator().manual_seed(0))
 
@@ -24,7 +25,7 @@ def compressed(
 ) -> tuple[Compressed, RankPlan]:
     layers = decoder_structure(model)
     plan = uniform_plan(layers, kept, **switches)
-    return compress_(model, layers, plan, TOKENS, dtype=dtype), plan
+    return compress_(calibrated(model, layers), plan, dtype=dtype), plan
 
 
 def logits(model: PreTrainedModel) -> torch.Tensor:

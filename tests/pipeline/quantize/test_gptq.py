@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.quantize.expected_error import expected_noise, input_pivots, output_pivots
+from pipeline.quantize.expected_error import expected_error, input_pivots, output_pivots
 from pipeline.quantize.formats import parse_format
-from pipeline.quantize.gptq import round_with_feedback
+from pipeline.quantize.gptq import gptq
 from pipeline.quantize.groupwise import Blocks, dequantize_blocks, quantize_blocks
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -40,12 +40,12 @@ def _nearest() -> Blocks:
 
 
 def test_feedback_along_rows_loses_less_than_half_of_rounding_to_the_nearest() -> None:
-    assert _lost(round_with_feedback(WEIGHT, STYLE, S)) < 0.5 * _lost(_nearest())
+    assert _lost(gptq(WEIGHT, STYLE, S)) < 0.5 * _lost(_nearest())
 
 
 def test_feedback_down_the_rows_too_loses_less_than_along_rows_alone() -> None:
-    both = round_with_feedback(WEIGHT, STYLE, S, [G])
-    assert _lost(both, G) < 0.9 * _lost(round_with_feedback(WEIGHT, STYLE, S), G)
+    both = gptq(WEIGHT, STYLE, S, [G])
+    assert _lost(both, G) < 0.9 * _lost(gptq(WEIGHT, STYLE, S), G)
 
 
 def test_one_step_of_feedback_is_the_least_squares_answer() -> None:
@@ -53,7 +53,7 @@ def test_one_step_of_feedback_is_the_least_squares_answer() -> None:
     weight = torch.tensor([[0.3, 0.2]])
     moment = torch.tensor([[2.0, 1.0], [1.0, 1.0]], dtype=torch.float64)
     style = parse_format("int8-b16-sym")
-    values = dequantize_blocks(round_with_feedback(weight, style, moment))[0]
+    values = dequantize_blocks(gptq(weight, style, moment))[0]
     error = 0.3 - values[0]
     # d/dw2 of e^T S e = 0: w2 - q2 = -(S12 / S22) e1, S22 damped by a hundredth of the mean.
     best = 0.2 + error * 1.0 / (1.0 + 0.015)
@@ -63,15 +63,15 @@ def test_one_step_of_feedback_is_the_least_squares_answer() -> None:
 
 def test_without_correlations_feedback_is_rounding_to_the_nearest() -> None:
     identity = torch.eye(COLUMNS, dtype=torch.float64)
-    fed = dequantize_blocks(round_with_feedback(WEIGHT, STYLE, identity))
+    fed = dequantize_blocks(gptq(WEIGHT, STYLE, identity))
     np.testing.assert_allclose(fed, dequantize_blocks(_nearest()), atol=1e-6)
 
 
 def test_a_stack_is_rounded_as_its_matrices_are() -> None:
     parts = [G[:100, :100], G[100:, 100:]]
-    stacked = dequantize_blocks(round_with_feedback(WEIGHT, STYLE, S, parts))
+    stacked = dequantize_blocks(gptq(WEIGHT, STYLE, S, parts))
     alone = [
-        dequantize_blocks(round_with_feedback(w, STYLE, S, [g]))
+        dequantize_blocks(gptq(w, STYLE, S, [g]))
         for w, g in zip(WEIGHT.split([100, 50]), parts, strict=True)
     ]
     np.testing.assert_array_equal(stacked, np.concatenate(alone))
@@ -80,7 +80,7 @@ def test_a_stack_is_rounded_as_its_matrices_are() -> None:
 @pytest.mark.parametrize("name", ["int4-b32-asym", "int8-row-sym", "int2-b16-asym"])
 def test_whatever_fills_the_last_block_stands_for_zero(name: str) -> None:
     style = parse_format(name)
-    blocks = round_with_feedback(WEIGHT, style, S)
+    blocks = gptq(WEIGHT, style, S)
     middle = 2 ** (style.bits - 1) if blocks.zero_points is None else blocks.zero_points[..., None]
     values = (blocks.codes.astype(float) - middle).reshape(ROWS, -1)
     assert not values[:, COLUMNS:].any()
@@ -88,14 +88,14 @@ def test_whatever_fills_the_last_block_stands_for_zero(name: str) -> None:
 
 def test_moments_that_are_not_finite_are_refused() -> None:
     with pytest.raises(ValueError, match="NaN"):
-        round_with_feedback(WEIGHT, STYLE, S * float("nan"))
+        gptq(WEIGHT, STYLE, S * float("nan"))
 
 
 @pytest.mark.parametrize("name", ["int8-b32-sym", "int6-b32-sym", "int4-b32-asym", "int3-b32-asym"])
 def test_expected_noise_is_what_rounding_leaves(name: str) -> None:
     style = parse_format(name)
-    expected = expected_noise(WEIGHT, style, input_pivots(S), output_pivots([G]))
-    left = _lost(round_with_feedback(WEIGHT, style, S, [G]), G) / 2
+    expected = expected_error(WEIGHT, style, input_pivots(S), output_pivots([G]))
+    left = _lost(gptq(WEIGHT, style, S, [G]), G) / 2
     # Below 6 bits ranges are clipped, and what feedback moves beyond them costs more than expected.
     assert 0.55 * left < expected < 1.2 * left
 
@@ -106,7 +106,7 @@ def test_matrices_of_one_row_or_column_are_rounded_too(rows: int, columns: int) 
     style = parse_format("int8-b32-sym")
     inputs, outputs = (torch.eye(size, dtype=torch.float64) for size in (columns, rows))
     for sensitivities in ([], [outputs]):
-        codes = round_with_feedback(weight, style, inputs, sensitivities)
+        codes = gptq(weight, style, inputs, sensitivities)
         values = torch.from_numpy(dequantize_blocks(codes))
         assert (values - weight).abs().max() <= codes.scales.max() / 2 * (1 + 1e-5)
-    assert expected_noise(weight, style, input_pivots(inputs), output_pivots([outputs])) > 0
+    assert expected_error(weight, style, input_pivots(inputs), output_pivots([outputs])) > 0

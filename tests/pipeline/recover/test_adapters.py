@@ -20,6 +20,7 @@ from pipeline.model.structure import decoder_structure
 from pipeline.recover import adapters
 from pipeline.recover.adapters import attach, factor_names, largest_interpolations, merge_
 from tests.support.families import FAMILIES, tiny_model
+from tests.support.tiny_survey import calibrated
 
 TOKENS = torch.randint(0, 256, (12, 24), generator=torch.Generator().manual_seed(0))
 # Sums of some tens of float32 products, in another order; the logits are of size 10.
@@ -30,7 +31,8 @@ def small_model(family: str = "llama", *, cat: bool = True, skip: bool = True) -
     model = tiny_model(family)
     layers = decoder_structure(model)
     plan = uniform_plan(layers, 0.5, cat=cat, skip=skip)
-    return compress_(model, layers, plan, TOKENS, dtype=torch.float32).model
+    ready = calibrated(model, layers, tokens=TOKENS)
+    return compress_(ready, plan, dtype=torch.float32).model
 
 
 def logits(model: nn.Module) -> torch.Tensor:

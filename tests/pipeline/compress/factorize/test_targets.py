@@ -14,7 +14,7 @@ from pipeline.compress.methods import Fit
 from pipeline.compress.plan.rank_search import searched_plan
 from pipeline.compress.walk import compress_
 from tests.support.families import FAMILIES
-from tests.support.tiny_survey import TOKENS, divergence, surveyed
+from tests.support.tiny_survey import calibrated, divergence, surveyed
 
 ROWS, WIDTH, COUNT = 9, 12, 80
 
@@ -133,8 +133,7 @@ def test_layers_fitted_to_what_they_will_see_stay_closer_to_the_original(family:
     for mix in (None, 0.5):
         model = copy.deepcopy(tiny.model)
         fit = Fit(mix=mix)
-        compress_(
-            model, tiny.layers, plan, TOKENS, dtype=torch.float32, fit=fit, survey=tiny.survey
-        )
+        ready = calibrated(model, tiny.layers, tiny.survey)
+        compress_(ready, plan, dtype=torch.float32, fit=fit)
         lost.append(divergence(tiny.model, model))
     assert lost[1] < 0.95 * lost[0]

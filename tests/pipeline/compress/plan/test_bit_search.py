@@ -10,10 +10,15 @@ import numpy as np
 import pytest
 
 from pipeline.compress.plan import file_bytes as stored_bytes
-from pipeline.compress.plan.bit_search import BitsRequest, Noises, TableChoice, searched_bits
+from pipeline.compress.plan.bit_search import (
+    BitsRequest,
+    EmbeddingChoice,
+    QuantizationCosts,
+    searched_bits,
+)
 from pipeline.compress.plan.file_bytes import group_bytes
 from pipeline.compress.plan.plan import GroupPlan, RankPlan
-from pipeline.compress.plan.quantization_costs import StackNoise
+from pipeline.compress.plan.quantization_costs import StackCost
 from pipeline.compress.plan.rank_search import Curves, Members, stacks_of
 from pipeline.errors import UsageError
 from pipeline.model.structure import Group, Layer
@@ -25,7 +30,7 @@ SMALL = Runtime("any", tuple(map(parse_format, STYLES)), (), 2, 2, "two formats"
 PAIR = Group(("a", "b"), 8, (8, 6))
 SINGLE = Group(("c",), 12, (8,))
 LAYERS = [Layer("layer", (PAIR, SINGLE))]
-TABLES = [[TableChoice({}, 400, 0.0), TableChoice({"e": "int4-b16-asym"}, 110, 0.05)]]
+TABLES = [[EmbeddingChoice({}, 400, 0.0), EmbeddingChoice({"e": "int4-b16-asym"}, 110, 0.05)]]
 FIXED = 50
 
 
@@ -36,10 +41,10 @@ def short_names(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stored_bytes, "INDEX_BYTES", 1)
 
 
-def measurements(groups: list[Group], formats: int) -> tuple[Curves, Noises]:
+def measurements(groups: list[Group], formats: int) -> tuple[Curves, QuantizationCosts]:
     """Falling curves and rounding costs of every stack; made up, but as measured ones look."""
     curves: Curves = {}
-    noises: Noises = {}
+    noises: QuantizationCosts = {}
     for group in groups:
         heights = dict(zip(group.members, group.out_features, strict=True))
         for stack in stacks_of(group, cat=True):
@@ -49,7 +54,7 @@ def measurements(groups: list[Group], formats: int) -> tuple[Curves, Noises]:
             ranks = np.unique([max(1, full // 3), max(1, full - 1)])
             fall = 10.0 ** -np.arange(1, formats + 1)
             down, up = (fall * RANDOM.uniform(0.1, 0.3, (len(ranks), 1)) for _ in range(2))
-            noises[stack] = StackNoise(fall * RANDOM.uniform(0.2, 0.5), ranks, down, up)
+            noises[stack] = StackCost(fall * RANDOM.uniform(0.2, 0.5), ranks, down, up)
     return curves, noises
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pipeline.compress.fit_group import Inputs, fit_group
+from pipeline.compress.factorize.whitened_svd import InputMoments
+from pipeline.compress.fit_group import fit_group
 from pipeline.compress.forms import Form
-from pipeline.compress.methods import Fit
+from pipeline.compress.methods import RTN, Fit
 from pipeline.compress.plan import file_bytes as stored_bytes
 from pipeline.compress.plan.file_bytes import group_bytes, matrix_bytes
 from pipeline.compress.plan.plan import GroupPlan
@@ -22,8 +23,8 @@ FORMATS = (None, "int2-b16-asym", "int3-b32-asym", "int4-b64-sym", "int6-b16-sym
 def tensors_of(group: GroupPlan) -> dict[str, torch.Tensor]:
     tiny = surveyed("llama")
     moment = torch.eye(group.columns, dtype=torch.float64)
-    fit = Fit(two_sided=False, nearest=True)
-    return fit_group(tiny.model, group, Inputs(moment), fit, None, torch.float16)[0]
+    fit = Fit(two_sided=False, quantize=RTN)
+    return fit_group(tiny.model, group, InputMoments(moment), fit, None, torch.float16)[0]
 
 
 @pytest.mark.parametrize("members", [QKV, DOWN], ids=["three members", "one member"])
@@ -51,7 +52,7 @@ def test_but_for_names_the_bytes_of_a_group_are_those_of_its_tensors(
     rank = min(rows, columns) if form == "dense" else 13
     group = GroupPlan(members, rows, columns, form, rank, None, None, down, up)
     with monkeypatch.context() as patch:
-        patch.setattr(stored_bytes, "NAME_BYTES", 0)
+        patch.setattr(stored_bytes, "_NAME_BYTES", 0)
         counted = group_bytes(group, RUNTIMES["any"])
     tensors = tensors_of(group)
     assert counted == sum(t.numel() * t.element_size() for t in tensors.values())

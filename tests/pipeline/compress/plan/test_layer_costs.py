@@ -16,29 +16,33 @@ from pipeline.calibrate.fisher import BackwardSweep
 from pipeline.calibrate.layer_stream import LayerStream
 from pipeline.compress.finished_layers import FinishedLayers
 from pipeline.compress.methods import Fit
-from pipeline.compress.plan.layer_costs import SENSITIVITY_SHRINKAGE, Survey, output_tails
+from pipeline.compress.plan.layer_costs import (
+    SENSITIVITY_SHRINKAGE,
+    CostRequest,
+    LayerCosts,
+    output_tails,
+)
 from pipeline.compress.plan.rank_search import searched_plan, stacks_of
 from pipeline.compress.walk import compress_
 from pipeline.errors import InputError
 from pipeline.model.structure import decoder_structure
 from tests.support.families import FAMILIES, tiny_model
-from tests.support.tiny_survey import TOKENS, divergence, surveyed
+from tests.support.tiny_survey import TOKENS, calibrated, divergence, surveyed
 
 SETTINGS = {"seed": 0, "text": "abc"}
 LAYERS = 4
 
 
-def measured(folder: Path, **changes: Any) -> Survey:
+def measured(folder: Path, **changes: Any) -> LayerCosts:
     """A survey of a model of four layers, begun or gone on with in a folder."""
     model = tiny_model("llama", layers=LAYERS)
-    survey = Survey(folder, SETTINGS)
-    arguments: dict[str, Any] = {"cat": True, "seed": 0} | changes
-    survey.measure(model, decoder_structure(model), TOKENS[:4], **arguments)
+    survey = LayerCosts(folder, SETTINGS)
+    survey.measure(model, decoder_structure(model), TOKENS[:4], CostRequest(**changes))
     return survey
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Survey:
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> LayerCosts:
     return measured(tmp_path_factory.mktemp("survey"))
 
 
@@ -65,7 +69,7 @@ def interrupt(
             measured(folder)
 
 
-def same(one: Survey, other: Survey) -> bool:
+def same(one: LayerCosts, other: LayerCosts) -> bool:
     """Whether two surveys have the same curves and sensitivities, bit for bit."""
     assert one.curves.keys() == other.curves.keys()
     return all(
@@ -92,7 +96,7 @@ def test_a_resumed_survey_is_the_same_bit_for_bit(
     owner: type,
     name: str,
     call: int,
-    undisturbed: Survey,
+    undisturbed: LayerCosts,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -131,7 +135,7 @@ def test_a_finished_survey_is_read_and_leaves_nothing_of_the_sweep(
 def test_a_layer_of_a_survey_that_was_damaged_is_measured_again(
     index: int,
     call: int | None,
-    undisturbed: Survey,
+    undisturbed: LayerCosts,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -152,7 +156,7 @@ def test_a_survey_with_other_settings_is_refused(
     # Before the first layer is finished, too: a sweep has been made, of another text perhaps.
     interrupt(tmp_path, monkeypatch, BackwardSweep, "backward", call)
     with pytest.raises(InputError, match="other settings") as caught:
-        Survey(tmp_path, SETTINGS | {"text": "xyz"})
+        LayerCosts(tmp_path, SETTINGS | {"text": "xyz"})
     assert "text" in caught.value.details["observed"]
 
 
@@ -164,7 +168,8 @@ def test_the_expected_kl_is_what_is_measured_within_a_factor_of_two(
     tiny = surveyed(family)
     plan = searched_plan(tiny.layers, tiny.survey.curves, kept)
     model = copy.deepcopy(tiny.model)
-    compress_(model, tiny.layers, plan, TOKENS, dtype=torch.float32, fit=Fit(), survey=tiny.survey)
+    ready = calibrated(model, tiny.layers, tiny.survey)
+    compress_(ready, plan, dtype=torch.float32, fit=Fit())
     expected = sum(group.expected_kl or 0.0 for group in plan.groups)
     assert 0.5 < expected / divergence(tiny.model, model) < 2
 

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipeline.compress.decoder import spread
 from pipeline.compress.methods import METHODS
-from pipeline.compress.plan.layer_costs import Survey
-from pipeline.compress.plan.make_plan import make_plan, spread
+from pipeline.compress.plan.layer_costs import LayerCosts
+from pipeline.compress.plan.make_plan import make_plan
 from pipeline.compress.plan.plan import uniform_plan
 from pipeline.compress.request import CompressRequest
-from tests.support.tiny_survey import TOKENS, surveyed
+from tests.support.tiny_survey import calibrated, surveyed
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 12, 40])
@@ -32,7 +33,7 @@ def test_windows_are_spread_evenly_with_both_ends(count: int) -> None:
 def test_keeping_everything_is_the_plan_that_changes_nothing(method: str) -> None:
     tiny = surveyed("llama")
     request = CompressRequest("tiny", keep_params=1.0, method=method)
-    plan = make_plan(request, tiny.model, tiny.layers, TOKENS, tiny.survey)
+    plan = make_plan(request, calibrated(tiny.model, tiny.layers, tiny.survey))
     assert {group.form for group in plan.groups} == {"dense"}
     assert plan.kept_fraction == 1
 
@@ -44,16 +45,20 @@ def test_a_plan_that_is_given_is_followed_and_measured_for(tmp_path: Path) -> No
     given.save(path)
     request = CompressRequest("tiny", plan=str(path))
     # Its factors are fitted two-sided, which needs the sensitivities.
-    survey = Survey(tmp_path / "survey", {})
-    assert make_plan(request, tiny.model, tiny.layers, TOKENS, survey) == given
+    survey = LayerCosts(tmp_path / "survey", {})
+    ready = calibrated(tiny.model, tiny.layers, survey)
+    assert make_plan(request, ready) == given
+    ready.measure(request)
     assert survey.curves.keys() == tiny.survey.curves.keys()
-    assert make_plan(request, tiny.model, tiny.layers, torch.empty(0), None) == given
+    assert make_plan(request, calibrated(tiny.model, tiny.layers)) == given
 
 
-@pytest.mark.parametrize("method", [name for name, m in METHODS.items() if not m.needs_survey])
+@pytest.mark.parametrize("method", [name for name, m in METHODS.items() if not m.needs_costs])
 def test_a_method_that_needs_no_gradients_takes_none(method: str, tmp_path: Path) -> None:
     tiny = surveyed("llama")
-    survey = Survey(tmp_path, {})
+    survey = LayerCosts(tmp_path, {})
     request = CompressRequest("tiny", method=method)
-    make_plan(request, tiny.model, tiny.layers, TOKENS, survey)
+    ready = calibrated(tiny.model, tiny.layers, survey)
+    make_plan(request, ready)
+    ready.measure(request)
     assert survey.curves == {}

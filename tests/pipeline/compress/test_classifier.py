@@ -177,7 +177,7 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patches:
-        patches.setattr("pipeline.vision.recipe.save_checkpoint", stop)
+        patches.setattr("pipeline.compress.run.save_checkpoint", stop)
         with pytest.raises(KeyboardInterrupt):
             compress_to_folder(request, tmp_path / "again")
     assert not (tmp_path / "again").exists()
@@ -222,6 +222,7 @@ def test_a_plan_can_be_shown_without_writing_anything(
         ({"window_length": 64}, "for language models"),
         ({"stream_weights": True}, "for language models"),
         ({"table": "int8-b64-sym"}, "for language models"),
+        ({"balance": 0.5}, "for language models"),
         ({"keep_params": 0.01}, "No plan keeps so little"),
         ({"keep_bytes": 0.01}, "No plan is so small"),
         ({"keep_params": 0.0}, "out of range"),
