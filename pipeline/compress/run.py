@@ -20,8 +20,8 @@ from pipeline.artefact import (
     write_text,
 )
 from pipeline.calibrate.text import TokenBatch, load_tokens
-from pipeline.checkpoint.folder import save_checkpoint
-from pipeline.compress.card import model_card
+from pipeline.checkpoint.card import model_card
+from pipeline.checkpoint.folder import DTYPES, save_checkpoint
 from pipeline.compress.channel_scaling import balance_
 from pipeline.compress.embeddings import round_tables_
 from pipeline.compress.finished_layers import FinishedLayers
@@ -39,7 +39,6 @@ from pipeline.progress import note
 from pipeline.provenance import provenance
 
 SCHEMA = 1
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 WORK, SURVEY = "layers", "survey"
 
 

@@ -17,7 +17,7 @@ import torch
 from pipeline.artefact import partial_path
 from pipeline.cli.main import main
 from pipeline.model import load
-from pipeline.recover import recover, train
+from pipeline.recover import train
 from tests.support.tiny_recovery import save_small, write_train_text
 
 SETTINGS = ["--steps", "12", "--lora-rank", "4", "--window-length", "32"]
@@ -66,8 +66,8 @@ def interrupted(
 ) -> Path:
     """The output of a run that Ctrl-C stopped in its eighth step."""
     with monkeypatch.context() as patch:
-        patch.setattr(train, "SECONDS_BETWEEN_SAVES", 0.0)
-        patch.setattr(recover, "next_token_loss", failing_at(9, KeyboardInterrupt()))
+        patch.setattr(train, "_SECONDS_BETWEEN_SAVES", 0.0)
+        patch.setattr(train, "_next_token_loss", failing_at(9, KeyboardInterrupt()))
         assert main(arguments) == 130
     assert "a recover" in capsys.readouterr().err
     assert not output.exists()
@@ -76,7 +76,7 @@ def interrupted(
 
 def failing_at(call: int, failure: BaseException) -> Any:
     """The loss, which fails at a call; held-out windows take the first two."""
-    loss, calls = recover.next_token_loss, iter(range(call))
+    loss, calls = train._next_token_loss, iter(range(call))
 
     def failing(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         if next(calls, None) is None:
@@ -178,7 +178,7 @@ def test_a_diverging_run_names_its_step_and_goes_on_with_a_smaller_learning_rate
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(train, "SECONDS_BETWEEN_SAVES", 0.0)
+    monkeypatch.setattr(train, "_SECONDS_BETWEEN_SAVES", 0.0)
     # An update this large overflows the products of the next step.
     assert main([*arguments, "--learning-rate", "1e30"]) == 3
     message = capsys.readouterr().err
@@ -283,7 +283,7 @@ def test_a_killed_process_is_resumed_to_the_same_bytes(
         for folder in folders
     ]
     script = (
-        "from pipeline.recover import train; train.SECONDS_BETWEEN_SAVES = 0.0\n"
+        "from pipeline.recover import train; train._SECONDS_BETWEEN_SAVES = 0.0\n"
         f"from pipeline.cli.main import main; main({verbs[0]!r})"
     )
     process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipeline.compress.methods import METHODS
-
 TEMPLATE = """---
 library_name: transformers
 pipeline_tag: text-generation
@@ -47,18 +45,26 @@ Quality was not measured here: `skipcat validate` does.
 """
 
 
-def model_card(recipe: dict[str, Any], report: dict[str, Any]) -> str:
-    """Fill the card from the recipe and the report."""
+def model_card(
+    recipe: dict[str, Any], report: dict[str, Any], fine_tuning: str | None = None
+) -> str:
+    """Fill the card from the recipe and the report.
+
+    Args:
+        recipe: recipe.json of the checkpoint.
+        report: its report.json.
+        fine_tuning: sentences about a training after the compression; None if there was none.
+    """
     settings, totals, text = recipe["settings"], report["totals"], recipe["calibration"]
     return TEMPLATE.format(
         label=recipe["label"],
         model=recipe["model"],
         kept=totals["kept_fraction"],
-        method=METHODS[settings["method"]].summary,
+        method=recipe["method"]["summary"],
         effort=settings["effort"],
         dtype=recipe["dtype"],
-        error_time=" when it was compressed" if "recovery" in recipe else "",
-        fine_tuning=fine_tuning(recipe),
+        error_time=" when it was compressed" if fine_tuning else "",
+        fine_tuning=fine_tuning or "No fine-tuning took place.",
         windows=text["windows"],
         window_length=text["window_length"],
         source=text["source"],
@@ -75,27 +81,4 @@ def model_card(recipe: dict[str, Any], report: dict[str, Any]) -> str:
                 "largest",
             )
         },
-    )
-
-
-def fine_tuning(recipe: dict[str, Any]) -> str:
-    """What the card says of the training after the compression, or of its absence."""
-    if "recovery" not in recipe:
-        return "No fine-tuning took place."
-    recovery = recipe["recovery"]
-    settings, text, objective = recovery["settings"], recovery["text"], recovery["objective"]
-    loss = recovery["loss"][objective]
-    source = text["source"] if text["source"] != "self" else f"{settings['teacher']} itself"
-    aims = {
-        "next_token": "next-token cross entropy",
-        "distillation": f"KL divergence from {settings['teacher']}",
-    }
-    earlier = "These were not the first: `recipe.json` has the earlier ones. "
-    return (
-        f"The factors were then fine-tuned with adapters of rank {settings['lora_rank']},\n"
-        f"merged into them: {settings['steps']} steps of {settings['batch_size']} windows of "
-        f"{text['window_length']} tokens from {source}, seed {text['seed']}.\n"
-        f"{earlier if 'earlier' in recovery else ''}"
-        f"On the {recovery['held_out_windows']} windows held out, the {aims[objective]},\n"
-        f"in nats per token, was {loss['before']:.4f} before and {loss['after']:.4f} after."
     )
