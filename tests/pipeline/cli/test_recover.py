@@ -278,13 +278,13 @@ def test_a_killed_process_is_resumed_to_the_same_bytes(
     """No chance to clean up, and nothing carried over but the files."""
     settings = [*SETTINGS, "--steps", "40"]
     folders = [tmp_path / "killed", tmp_path / "whole"]
-    verbs = [
+    commands = [
         ["recover", str(small), "-o", str(folder), "--text", train_text, *settings]
         for folder in folders
     ]
     script = (
         "from pipeline.recover import train; train._SECONDS_BETWEEN_SAVES = 0.0\n"
-        f"from pipeline.cli.main import main; main({verbs[0]!r})"
+        f"from pipeline.cli.main import main; main({commands[0]!r})"
     )
     process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL)
     state = partial_path(folders[0]) / "training" / "state.safetensors"
@@ -293,7 +293,7 @@ def test_a_killed_process_is_resumed_to_the_same_bytes(
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert state.exists(), "the process ended before it could be killed"
-    assert main([*verbs[0], "--resume"]) == 0
-    assert main(verbs[1]) == 0
+    assert main([*commands[0], "--resume"]) == 0
+    assert main(commands[1]) == 0
     assert weights_hash(folders[0]) == weights_hash(folders[1])
     shutil.rmtree(folders[0])
