@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,7 +14,7 @@ from pipeline.compress.request import CompressRequest
 from pipeline.errors import UsageError
 from tests.support.families import save_family
 
-SMALL = {"windows": 8, "window_length": 32, "effort": "fast"}
+SMALL: dict[str, Any] = {"windows": 8, "window_length": 32, "effort": "fast"}
 
 
 def run_python(script: str) -> None:
@@ -88,7 +89,7 @@ def test_a_build_made_through_the_face_loads_and_answers(build: Path) -> None:
 def test_a_request_can_be_given_whole_with_some_of_its_fields_replaced(
     source: str, build: Path, tmp_path: Path
 ) -> None:
-    request = CompressRequest(source, keep_params=0.9, **SMALL)  # type: ignore[arg-type]
+    request = CompressRequest(source, keep_params=0.9, **SMALL)
     report = pipeline.compress(request, tmp_path / "checkpoint", keep_params=0.6)
     assert report["totals"]["kept_fraction"] <= 0.6
     weights = "model.safetensors"
@@ -99,7 +100,7 @@ def test_a_request_can_be_given_whole_with_some_of_its_fields_replaced(
 def test_validate_judges_every_stage_of_a_build_and_writes_where_it_is_told(
     build: Path, tmp_path: Path
 ) -> None:
-    how = {"windows": 2, "window_length": 32, "prompts": 1, "max_new_tokens": 4}
+    how: dict[str, Any] = {"windows": 2, "window_length": 32, "prompts": 1, "max_new_tokens": 4}
     ledger = pipeline.validate(build, tmp_path / "ledger", **how)
     assert not ledger.failures
     assert (tmp_path / "ledger" / "ledger.json").is_file()
