@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import ResourceError, UsageError
+from pipeline.errors import InputError, ResourceError, UsageError
 from pipeline.progress import note
 
 MEBIBYTE = 1 << 20
@@ -62,6 +62,28 @@ def discard_unfinished(output: Path, *, resume: bool) -> None:
     if staging.exists() and not resume:
         note(f"an unfinished run in {staging} is discarded (--resume continues one)")
         discard(staging)
+
+
+def require_same_settings(earlier: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
+    """Refuse to go on with a run that other settings began.
+
+    Args:
+        earlier: what the run was started with, as JSON holds it.
+        now: what is asked for, likewise.
+        folder: of the unfinished run, for the message.
+
+    Raises:
+        InputError: they differ; says in what.
+    """
+    if earlier == now:
+        return
+    changed = [name for name in now if earlier.get(name) != now[name]]
+    raise InputError(
+        "The unfinished run was started with other settings.",
+        where=folder,
+        observed=f"differs in {', '.join(changed) or 'its settings'}",
+        change="repeat the earlier settings, or start afresh without --resume",
+    )
 
 
 def discard(folder: Path) -> None:

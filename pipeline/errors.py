@@ -71,7 +71,7 @@ class InterruptedRun(PipelineError):
 
 
 class MissingPackageError(InputError):
-    """An optional package that this verb needs is not installed."""
+    """An optional package that this command needs is not installed."""
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
         super().__init__(

@@ -26,63 +26,63 @@ def subclasses(cls: type[errors.PipelineError]) -> list[type[errors.PipelineErro
 
 
 @pytest.fixture
-def failing_verb(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], int]:
-    """Run a verb that raises the given exception, and return the exit status."""
+def failing_command(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], int]:
+    """Run a command that raises the given exception, and return the exit status."""
 
     def run(failure: BaseException) -> int:
         @click.command()
         def command() -> None:
             raise failure
 
-        monkeypatch.setattr(cli.LazyGroup, "get_command", lambda *_: command)
+        monkeypatch.setattr(cli._LazyGroup, "get_command", lambda *_: command)
         return cli.main(["compress"])
 
     return run
 
 
-def test_help_lists_every_verb_and_imports_nothing_heavy() -> None:
+def test_help_lists_every_command_and_imports_nothing_heavy() -> None:
     answer = subprocess.run(
         [sys.executable, "-c", LEAN_HELP], capture_output=True, text=True, timeout=60, check=False
     )
     assert answer.returncode == 0, answer.stderr
 
 
-def test_verb_list_names_all_verbs(capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_list_names_all_commands(capsys: pytest.CaptureFixture[str]) -> None:
     context = click.Context(cli.skipcat)
-    assert cli.skipcat.list_commands(context) == list(cli.VERBS)
+    assert cli.skipcat.list_commands(context) == list(cli.COMMANDS)
     assert cli.main(["--version"]) == 0
     assert "skipcat" in capsys.readouterr().out
 
 
 def test_module_exits_with_the_status_of_main() -> None:
-    command = [sys.executable, "-m", "pipeline.cli.main", "no-such-verb"]
+    command = [sys.executable, "-m", "pipeline.cli.main", "no-such-command"]
     answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert answer.returncode == 2
-    assert "no-such-verb" in answer.stderr
+    assert "no-such-command" in answer.stderr
     assert "Traceback" not in answer.stderr
 
 
-def test_unknown_verb_and_unknown_flag_exit_2(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["no-such-verb"]) == 2
+def test_unknown_command_and_unknown_flag_exit_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["no-such-command"]) == 2
     assert cli.main(["doctor", "--no-such-flag"]) == 2
     assert "no-such-flag" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("error", subclasses(errors.PipelineError), ids=lambda cls: cls.__name__)
 def test_every_error_maps_to_its_exit_status(
-    error: type[errors.PipelineError], failing_verb: Callable[[BaseException], int]
+    error: type[errors.PipelineError], failing_command: Callable[[BaseException], int]
 ) -> None:
     if error is errors.MissingPackageError:
         failure: errors.PipelineError = errors.MissingPackageError("datasets", "hub", "load text")
     else:
         failure = error("It failed.")
-    assert failing_verb(failure) == error.exit_status
+    assert failing_command(failure) == error.exit_status
 
 
 def test_error_prints_every_detail_on_stderr(
-    failing_verb: Callable[[BaseException], int], capsys: pytest.CaptureFixture[str]
+    failing_command: Callable[[BaseException], int], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    failing_verb(
+    failing_command(
         errors.InputError("Bad.", where="layer 3", observed=5, expected=4, change="fix it")
     )
     captured = capsys.readouterr()
@@ -105,15 +105,15 @@ def test_error_prints_every_detail_on_stderr(
     ids=["disk full", "quota", "memory", "ctrl-c", "internal", "other i/o"],
 )
 def test_foreign_exceptions_map_to_an_exit_status(
-    failure: BaseException, status: int, failing_verb: Callable[[BaseException], int]
+    failure: BaseException, status: int, failing_command: Callable[[BaseException], int]
 ) -> None:
-    assert failing_verb(failure) == status
+    assert failing_command(failure) == status
 
 
 def test_internal_error_keeps_its_traceback(
-    failing_verb: Callable[[BaseException], int], capsys: pytest.CaptureFixture[str]
+    failing_command: Callable[[BaseException], int], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    failing_verb(ZeroDivisionError("an internal mistake"))
+    failing_command(ZeroDivisionError("an internal mistake"))
     captured = capsys.readouterr().err
     assert "Traceback" in captured
     assert "an internal mistake" in captured

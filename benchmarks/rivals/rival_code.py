@@ -33,10 +33,10 @@ from texts import hash_of_text, tokens_of
 
 from pipeline.artefact import write_json
 from pipeline.bench.measure import describe_machine, load_average
+from pipeline.checkpoint.folder import DTYPES
 from pipeline.cli.main import explain
 from pipeline.cli.options import result_console
 from pipeline.compress.plan.plan import RankPlan
-from pipeline.compress.run import DTYPES
 from pipeline.compress.walk import compress_
 from pipeline.errors import InputError, UsageError
 from pipeline.model.load import LoadedModel, load_model

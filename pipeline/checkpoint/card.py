@@ -58,8 +58,16 @@ _TOTALS = (
 )
 
 
-def model_card(recipe: dict[str, Any], report: dict[str, Any]) -> str:
-    """Fill the card from the recipe and the report."""
+def model_card(
+    recipe: dict[str, Any], report: dict[str, Any], fine_tuning: str | None = None
+) -> str:
+    """Fill the card from the recipe and the report.
+
+    Args:
+        recipe: recipe.json of the checkpoint.
+        report: its report.json.
+        fine_tuning: sentences about a training after the compression; None if there was none.
+    """
     settings, totals = recipe["settings"], report["totals"]
     task = recipe.get("task", TEXT)
     row = TASKS[task]
@@ -77,30 +85,7 @@ def model_card(recipe: dict[str, Any], report: dict[str, Any]) -> str:
         method=recipe["method"]["summary"],
         effort=settings["effort"],
         dtype=recipe["dtype"],
-        error_time=" when it was compressed" if "recovery" in recipe else "",
-        fine_tuning=_fine_tuning(recipe),
+        error_time=" when it was compressed" if fine_tuning else "",
+        fine_tuning=fine_tuning or "No fine-tuning took place.",
         **{name: totals[name] for name in _TOTALS},
-    )
-
-
-def _fine_tuning(recipe: dict[str, Any]) -> str:
-    """What the card says of the training after the compression, or of its absence."""
-    if "recovery" not in recipe:
-        return "No fine-tuning took place."
-    recovery = recipe["recovery"]
-    settings, text, objective = recovery["settings"], recovery["text"], recovery["objective"]
-    loss = recovery["loss"][objective]
-    source = text["source"] if text["source"] != "self" else f"{settings['teacher']} itself"
-    aims = {
-        "next_token": "next-token cross entropy",
-        "distillation": f"KL divergence from {settings['teacher']}",
-    }
-    earlier = "These were not the first: `recipe.json` has the earlier ones. "
-    return (
-        f"The factors were then fine-tuned with adapters of rank {settings['lora_rank']},\n"
-        f"merged into them: {settings['steps']} steps of {settings['batch_size']} windows of "
-        f"{text['window_length']} tokens from {source}, seed {text['seed']}.\n"
-        f"{earlier if 'earlier' in recovery else ''}"
-        f"On the {recovery['held_out_windows']} windows held out, the {aims[objective]},\n"
-        f"in nats per token, was {loss['before']:.4f} before and {loss['after']:.4f} after."
     )

@@ -18,9 +18,10 @@ from pipeline.errors import InputError
 from pipeline.model.source import check_safetensors
 from pipeline.model.task import TASKS, Task, task_of_config, task_of_folder
 
+# What weights are stored in, by the names that recipe.json and --dtype give.
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # save_pretrained holds one shard in memory a second time.
 _LARGEST_SHARD = "2GB"
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def save_checkpoint(

@@ -42,16 +42,39 @@ model_options = options.apply(
 )
 measuring_options = options.apply(
     click.option(
-        "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True
+        "--device",
+        type=click.Choice(["auto", "cpu", "cuda"]),
+        default="auto",
+        show_default=True,
+        help="Where the models run: exports on cpu, engines on cuda, checkpoints on either; auto: "
+        "cuda for engines, cpu for all else.",
     ),
-    click.option("--prompt-tokens", type=positive, default=128, show_default=True),
-    click.option("--new-tokens", type=positive, default=64, show_default=True),
+    click.option(
+        "--prompt-tokens",
+        type=positive,
+        default=128,
+        show_default=True,
+        help="Tokens read at once (prefill).",
+    ),
+    click.option(
+        "--new-tokens",
+        type=positive,
+        default=64,
+        show_default=True,
+        help="Tokens fed one by one (decoding).",
+    ),
     click.option(
         "--context",
         type=positive,
         help="Tokens in the cache before the first new one.  [--prompt-tokens]",
     ),
-    click.option("--rounds", type=positive, default=3, show_default=True),
+    click.option(
+        "--rounds",
+        type=positive,
+        default=3,
+        show_default=True,
+        help="Turns of every model, after one that warms up.",
+    ),
     click.option("--threads", type=positive, help="Of the CPU.  [all cores]"),
 )
 output_options = options.apply(

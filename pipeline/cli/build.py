@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pipeline.cli import options
-from pipeline.cli.compress import bits_options, calibration_options
+from pipeline.cli.compress import compression_options
 
 if TYPE_CHECKING:
     from pipeline.build import Build
@@ -17,7 +17,22 @@ if TYPE_CHECKING:
     from validate.record import Ledger
 
 
-@click.command("build")
+evaluation_options = options.apply(
+    click.option(
+        "--eval-text",
+        default="self",
+        show_default=True,
+        help="Text for the ledger: a file, or 'self': text that the original generates.",
+    ),
+    click.option(
+        "--eval-windows", type=int, default=16, show_default=True, help="Windows of that text."
+    ),
+    click.option("--eval-length", type=int, default=256, show_default=True, help="Tokens in each."),
+    heading="Evaluation",
+)
+
+
+@click.command("build", cls=options.GroupedCommand, rest="Model, output and run")
 @options.model
 @click.option(
     "-o",
@@ -29,20 +44,12 @@ if TYPE_CHECKING:
     "--target",
     default="auto",
     show_default=True,
-    help="auto, cpu, sm86, sm89, tensorrt, ...; see skipcat doctor.",
+    help="GPU to build an engine for: auto, sm86, sm89, tensorrt, ... (see skipcat doctor); cpu "
+    "builds none.",
 )
-@calibration_options
-@bits_options
+@compression_options
 @click.option("--max-length", type=int, default=2048, show_default=True, help="Cache length.")
-@click.option(
-    "--eval-text",
-    default="self",
-    show_default=True,
-    help="Text for the ledger: a file, or 'self': text that the original generates.",
-)
-@click.option("--eval-windows", type=int, default=16, show_default=True)
-@click.option("--eval-length", type=int, default=256, show_default=True)
-@options.seed
+@evaluation_options
 @options.trust_remote_code
 @options.overwrite
 @options.resume

@@ -12,13 +12,43 @@ from pipeline.cli import options
 from pipeline.compress.methods import DEFAULT_EFFORT, DEFAULT_METHOD, EFFORTS, METHODS
 from pipeline.quantize.formats import DEFAULT_RUNTIME, RUNTIMES
 
-calibration_options = options.apply(
+_LANGUAGE_MODELS = "Language models only."
+
+_budget_options = options.apply(
     click.option(
         "--keep-params",
         type=float,
         default=0.8,
         show_default=True,
-        help="Fraction of the decoder's linear parameters to keep, in (0, 1].",
+        help="Fraction of the decoder's linear parameters to keep, in (0, 1]. Not looked at with "
+        "--memory or --keep-bytes, whose search decides it.",
+    ),
+    click.option(
+        "--memory",
+        help="Bytes that all weights may take, such as 60MB: ranks and bits are searched together. "
+        "Excludes --keep-bytes and --weights.",
+    ),
+    click.option(
+        "--keep-bytes",
+        type=float,
+        help="The same, as a fraction of the model's bytes in float16. Excludes --memory and "
+        "--weights.",
+    ),
+    click.option(
+        "--plan",
+        type=click.Path(exists=True),
+        help="Follow this plan.json, in place of the ranks and formats that a budget would give.",
+    ),
+    heading="Budget",
+)
+_method_options = options.apply(
+    click.option(
+        "--method",
+        type=click.Choice(list(METHODS)),
+        default=DEFAULT_METHOD,
+        show_default=True,
+        help="; ".join(f"{name}: {method.summary}" for name, method in METHODS.items())
+        + f". --memory and --keep-bytes need {DEFAULT_METHOD}; rtn and gptq need --weights.",
     ),
     click.option(
         "--effort",
@@ -28,27 +58,25 @@ calibration_options = options.apply(
         help="Minutes against quality: how much text is read, and how layers are fitted.",
     ),
     click.option(
-        "--method",
-        type=click.Choice(list(METHODS)),
-        default=DEFAULT_METHOD,
-        show_default=True,
-        help="; ".join(f"{name}: {method.summary}" for name, method in METHODS.items()) + ".",
-    ),
-    click.option(
         "--cat/--no-cat", default=True, help="Let q,k,v and gate,up share their right factor."
     ),
     click.option("--skip/--no-skip", default=True, help="Store factors in block-skip form."),
     click.option("--one-sided", is_flag=True, help="Weigh all outputs of a matrix alike."),
     click.option(
-        "--one-shot", is_flag=True, help="Fit layers to the original's inputs, whatever the effort."
+        "--one-shot",
+        is_flag=True,
+        help="Fit layers to the original's inputs, whatever the effort. Excludes --mix.",
     ),
     click.option(
         "--mix",
         type=float,
-        help="Share of the original's output in the targets of layers; by default the effort's.",
+        help="Share of the original's output in the targets of layers; by default the effort's. "
+        "Excludes --one-shot.",
     ),
     click.option("--rank-multiple", type=int, default=1, help="Make ranks multiples of this."),
-    click.option("--plan", type=click.Path(exists=True), help="Follow this plan.json."),
+    heading="Method",
+)
+_calibration_options = options.apply(
     click.option(
         "--calibration",
         default="self",
@@ -60,62 +88,72 @@ calibration_options = options.apply(
     click.option(
         "--windows", type=int, help="Of calibration text, or images; by default the effort's."
     ),
-    click.option("--window-length", type=int, help="Tokens in each; by default the effort's."),
     click.option(
-        "--dtype",
-        type=click.Choice(["auto", "float32", "float16", "bfloat16"]),
-        default="auto",
-        help="Of the weights on disk; auto: as published (float16 for GGUF).",
+        "--window-length",
+        type=int,
+        help=f"Tokens in each; by default the effort's. {_LANGUAGE_MODELS}",
     ),
-    click.option(
-        "--stream-weights",
-        is_flag=True,
-        help="Leave the weights in their files, as published, even where memory has room for "
-        "them in float32; a model that is too large for that is streamed without asking.",
-    ),
+    options.seed,
+    heading="Calibration",
 )
-
-bits_options = options.apply(
-    click.option(
-        "--memory",
-        help="Bytes that all weights may take, such as 60MB: ranks and bits are searched together, "
-        "and --keep-params is not looked at.",
-    ),
-    click.option(
-        "--keep-bytes",
-        type=float,
-        help="The same, as a fraction of the model's bytes in float16.",
-    ),
+_quantization_options = options.apply(
     click.option(
         "--runtime",
         type=click.Choice(list(RUNTIMES)),
         default=DEFAULT_RUNTIME,
         show_default=True,
-        help="Whose formats may be used, and in whose file bytes are counted: "
+        help="What will run the quantised model: which formats it takes, and in whose file bytes "
+        "are counted; cpu is ONNX Runtime on a CPU. "
         + "; ".join(f"{name}: {runtime.takes}" for name, runtime in RUNTIMES.items())
         + ".",
     ),
     click.option(
-        "--weights", help="One format for all matrices of the layers, such as int8-b64-sym."
+        "--weights",
+        help="One format, such as int8-b64-sym (bits, block, zero point), for all matrices of the "
+        "layers. Excludes --memory and --keep-bytes. (--weights of `skipcat export` is how its "
+        "graph holds them.)",
     ),
-    click.option("--table", help="One for the embedding and the head, such as int4-b32-asym."),
+    click.option(
+        "--table",
+        help=f"One for the embedding and the LM head, such as int4-b32-asym. {_LANGUAGE_MODELS}",
+    ),
     click.option(
         "--balance",
         type=float,
         default=0.0,
         show_default=True,
-        help="Scale the channels that norms feed by this power of their size, in [0, 1]: outliers "
-        "go from the inputs into the weights.",
+        help="Channel scaling, as in AWQ and SmoothQuant: scale the channels that norms feed by "
+        "this power of their size, in [0, 1]; outliers go from the inputs into the weights. "
+        + _LANGUAGE_MODELS,
+    ),
+    heading="Quantisation",
+)
+compression_options = options.apply(
+    _budget_options,
+    _method_options,
+    _calibration_options,
+    _quantization_options,
+    click.option(
+        "--dtype",
+        type=click.Choice(["auto", "float32", "float16", "bfloat16"]),
+        default="auto",
+        help="Of the weights on disk that are not quantised; auto: as published (float16 for "
+        "GGUF).",
+    ),
+    click.option(
+        "--stream-weights",
+        is_flag=True,
+        help="Leave the weights in their files, as published, even where memory has room for "
+        "them in float32; a model that is too large for that is streamed without asking. "
+        + _LANGUAGE_MODELS,
     ),
 )
 
 
-@click.command("compress")
+@click.command("compress", cls=options.GroupedCommand, rest="Model, output and run")
 @options.model
 @options.output
-@calibration_options
-@bits_options
-@options.seed
+@compression_options
 @options.trust_remote_code
 @options.overwrite
 @options.resume
@@ -177,7 +215,7 @@ def _show_plan(request: Any, as_json: bool) -> None:
         click.echo(json.dumps({"kept_fraction": plan.kept_fraction, "groups": groups}, indent=2))
         return
     table = Table(title=f"{request.model}: {plan.kept_fraction:.2%} would be kept")
-    for heading in ("members", "m x n", "form", "rank", "few bits", "parameters", "after"):
+    for heading in ("members", "m x n", "form", "rank", "formats", "parameters", "after"):
         table.add_column(heading)
     for group in plan.groups:
         table.add_row(

@@ -64,7 +64,8 @@ limit_options = options.apply(
     "--target",
     default="auto",
     show_default=True,
-    help="auto, cpu, tensorrt, orin, or a GPU generation: sm86, 8.9, rtx:sm120.",
+    help="GPU to build for: auto, tensorrt, orin, or a generation: sm86, 8.9, rtx:sm120. There is "
+    "no engine for cpu, where ONNX Runtime runs the folder as it is.",
 )
 @click.option(
     "--plugin",

@@ -34,20 +34,36 @@ task_options = options.apply(
 )
 text_options = options.apply(
     click.option("--text", type=click.Path(path_type=Path), help="UTF-8 file, for perplexity."),
-    click.option("--windows", type=positive, default=10, show_default=True),
-    click.option("--window-length", type=click.IntRange(min=2), default=2048, show_default=True),
+    click.option(
+        "--windows", type=positive, default=10, show_default=True, help="Windows of --text."
+    ),
+    click.option(
+        "--window-length",
+        type=click.IntRange(min=2),
+        default=2048,
+        show_default=True,
+        help="Tokens in each.",
+    ),
     click.option("--reference", help="Also KL to this model and top-1 agreement, over --text."),
 )
 prompt_options = options.apply(
     click.option("-p", "--prompt", "prompts", multiple=True, help="Show the answer; repeatable."),
     click.option("--raw", is_flag=True, help="Give prompts as they are, without chat template."),
-    click.option("--max-new-tokens", type=positive, default=64, show_default=True),
+    click.option(
+        "--max-new-tokens", type=positive, default=64, show_default=True, help="Of each answer."
+    ),
 )
 
 
 @click.command("evaluate")
 @click.argument("model")
-@click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True)
+@click.option(
+    "--backend",
+    type=click.Choice(BACKENDS),
+    default="auto",
+    show_default=True,
+    help="What runs it; auto: what the folder is for.",
+)
 @click.option("--threads", type=positive, help="Threads of ONNX Runtime.")
 @task_options
 @text_options

@@ -20,7 +20,7 @@ from pipeline.cli import options
     show_default=True,
     help="opset24: static cache, for ONNX Runtime >= 1.25 and TensorRT >= 10.15; "
     "compat: primitives and a growing cache, for TensorRT 10.0 and later (JetPack 6.2); "
-    "cpu: ONNX Runtime's own operators, the fastest where there is no GPU.",
+    "cpu: ONNX Runtime's own operators, the fastest on a CPU.",
 )
 @click.option(
     "--dtype",
@@ -32,8 +32,9 @@ from pipeline.cli import options
 @click.option(
     "--weights",
     type=click.Choice(["float", "int8", "int4", "int4-offset", "stored"]),
-    help="Bits of the matrices. stored: the codes of a checkpoint in few bits, the default where "
-    "the runtime takes them. With --profile cpu also int8 (the default for others), which loses "
+    help="How the graph holds the matrices (--weights of `skipcat compress` is a format). stored: "
+    "the codes of a quantised checkpoint, the default where the runtime takes them. With "
+    "--profile cpu also int8 (the default for others), which loses "
     "next to nothing, int4, which loses much, and int4-offset, which loses less and nothing of "
     "what was read from a GGUF file in 4 bits (the default for these); elsewhere they are as "
     "--dtype says.",

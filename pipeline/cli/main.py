@@ -1,4 +1,4 @@
-"""`skipcat <verb>`: finds the verb's file, and turns every failure into a message and a status."""
+"""`skipcat <command>`: finds the command's file, and gives every failure a message and a status."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import click
 from pipeline import __version__
 from pipeline.errors import InterruptedRun, PipelineError, ResourceError
 
-VERBS = {
+COMMANDS = {
     "build": "pipeline.cli.build",
     "compress": "pipeline.cli.compress",
     "recover": "pipeline.cli.recover",
@@ -31,19 +31,19 @@ VERBS = {
 }
 
 
-class LazyGroup(click.Group):
-    """A group that imports a verb's file only when that verb is called, so that --help is quick."""
+class _LazyGroup(click.Group):
+    """A group that imports a command's file only when it is called, so that --help is quick."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(VERBS)
+        return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in VERBS:
+        if cmd_name not in COMMANDS:
             return None
-        return importlib.import_module(VERBS[cmd_name]).command
+        return importlib.import_module(COMMANDS[cmd_name]).command
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="skipcat")
 @click.option("-v", "--verbose", is_flag=True, help="Show details, and tracebacks of failures.")
 def skipcat(verbose: bool) -> None:

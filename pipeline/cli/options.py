@@ -1,4 +1,4 @@
-"""Flags that several verbs share, so that they read the same everywhere."""
+"""Flags that several commands share, so that they read the same everywhere, and their headings."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ output = click.option(
 overwrite = click.option("--overwrite", is_flag=True, help="Replace the output if it exists.")
 resume = click.option("--resume", is_flag=True, help="Continue an interrupted run.")
 dry_run = click.option("--dry-run", is_flag=True, help="Say what would be done, and stop.")
-seed = click.option("--seed", type=int, default=0, show_default=True)
+seed = click.option(
+    "--seed", type=int, default=0, show_default=True, help="Of all that is drawn at random."
+)
 json_output = click.option(
     "--json", "as_json", is_flag=True, help="Print the result as JSON on stdout."
 )
@@ -32,15 +34,48 @@ trust_remote_code = click.option(
 )
 
 
-def apply(*decorators: Decorator) -> Decorator:
-    """One decorator out of several, applied so that help lists them in the order given."""
+def apply(*decorators: Decorator, heading: str | None = None) -> Decorator:
+    """One decorator out of several, applied so that help lists them in the order given.
+
+    Args:
+        decorators: click's options, or such groups of them.
+        heading: what the help of a `GroupedCommand` lists them under.
+    """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        earlier = len(getattr(function, "__click_params__", ()))
         for decorator in reversed(decorators):
             function = decorator(function)
+        if heading is not None:
+            for option in function.__click_params__[earlier:]:  # type: ignore[attr-defined]
+                option.heading = heading
         return function
 
     return decorate
+
+
+class GroupedCommand(click.Command):
+    """A command whose help lists its options under the headings that `apply` gave them.
+
+    Args:
+        rest: heading of those that were given none, `--help` among them; it comes last.
+    """
+
+    def __init__(self, *arguments: Any, rest: str = "Options", **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self.rest = rest
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write a section for each heading, in the order of their first options."""
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for option in self.get_params(ctx):
+            row = option.get_help_record(ctx) if isinstance(option, click.Option) else None
+            if row is not None:
+                sections.setdefault(getattr(option, "heading", self.rest), []).append(row)
+        rest = sections.pop(self.rest, [])
+        for heading, rows in (*sections.items(), (self.rest, rest)):
+            with formatter.section(heading):
+                formatter.write_dl(rows)
 
 
 def result_console() -> Any:

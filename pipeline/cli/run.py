@@ -23,7 +23,13 @@ if TYPE_CHECKING:
 Ask = Callable[[list[int], Callable[[str], None]], "Answer"]
 
 sampling_options = options.apply(
-    click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True),
+    click.option(
+        "--max-new-tokens",
+        type=click.IntRange(min=1),
+        default=256,
+        show_default=True,
+        help="Most tokens of an answer.",
+    ),
     click.option(
         "--temperature",
         type=float,
@@ -34,9 +40,16 @@ sampling_options = options.apply(
     click.option("--top-k", type=int, default=0, show_default=True, help="0 keeps all."),
     click.option("--top-p", type=float, default=1.0, show_default=True, help="1 keeps all."),
     click.option("--min-p", type=float, default=0.0, show_default=True, help="0 keeps all."),
-    click.option("--repetition-penalty", type=float, default=1.0, show_default=True),
+    click.option(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        show_default=True,
+        help="Above 1, tokens that are there already become less likely.",
+    ),
     click.option("--stop", "stops", multiple=True, help="Text that ends the answer; repeatable."),
     options.seed,
+    heading="Sampling",
 )
 
 
@@ -62,7 +75,7 @@ class Chat:
         return [{"role": "system", "content": self.system}] if self.system else []
 
 
-@click.command("run")
+@click.command("run", cls=options.GroupedCommand)
 @click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.option("-p", "--prompt", help="What to ask; without it, stdin or a conversation.")
 @click.option(
@@ -70,16 +83,29 @@ class Chat:
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
     help="A prompt a line, or a .jsonl of prompt or messages: answered side by side, in order.",
 )
-@click.option("--batch-size", type=click.IntRange(1, 256), default=8, show_default=True)
+@click.option(
+    "--batch-size",
+    type=click.IntRange(1, 256),
+    default=8,
+    show_default=True,
+    help="Answers of --prompts that decode together.",
+)
 @click.option("--system", help="System message of the conversation.")
 @click.option("--raw", is_flag=True, help="Give the prompt as it is, without a chat template.")
-@click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True)
+@click.option(
+    "--backend",
+    type=click.Choice(BACKENDS),
+    default="auto",
+    show_default=True,
+    help="What runs it; auto: what the folder is for.",
+)
 @click.option(
     "--device",
     type=click.Choice(DEVICES),
     default="cpu",
     show_default=True,
-    help="Where a checkpoint is computed; cuda: half precision, with the block-skip kernels.",
+    help="Where PyTorch computes a checkpoint: cpu, or cuda in half precision with the block-skip "
+    "kernels. Exports run on the CPU, engines on their GPU.",
 )
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of ONNX Runtime.")
 @click.option(

@@ -31,6 +31,7 @@ address_options = options.apply(
         help="Accepted keys, one a line; without it everybody is served.",
     ),
     click.option("--model-name", help="What clients call the model.  [the folder's name]"),
+    heading="Address",
 )
 load_options = options.apply(
     click.option(
@@ -68,12 +69,19 @@ load_options = options.apply(
         help="Guess tokens of an answer that runs alone, several in one call (profile cpu). "
         "Near-ties may then turn with who else asks.",
     ),
+    heading="Requests side by side",
 )
 limit_options = options.apply(
     click.option(
         "--max-new-tokens", type=positive, help="Most tokens of one answer.  [the context's]"
     ),
-    click.option("--max-body-bytes", type=positive, default=1 << 20, show_default=True),
+    click.option(
+        "--max-body-bytes",
+        type=positive,
+        default=1 << 20,
+        show_default=True,
+        help="Longest request; a longer one gets a 413.",
+    ),
     click.option(
         "--client-timeout-s",
         type=seconds,
@@ -88,12 +96,19 @@ limit_options = options.apply(
         show_default=True,
         help="Time for running answers after SIGTERM or Ctrl-C.",
     ),
+    heading="Limits",
 )
 
 
-@click.command("serve")
+@click.command("serve", cls=options.GroupedCommand)
 @click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
-@click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True)
+@click.option(
+    "--backend",
+    type=click.Choice(BACKENDS),
+    default="auto",
+    show_default=True,
+    help="What runs it; auto: what the folder is for.",
+)
 @click.option("--threads", type=positive, help="Threads of ONNX Runtime.")
 @address_options
 @load_options

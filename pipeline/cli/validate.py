@@ -35,10 +35,34 @@ input_options = options.apply(
         show_default=True,
         help="UTF-8 file to evaluate on; 'self' lets the original write the text.",
     ),
-    click.option("--windows", type=click.IntRange(min=1), default=10, show_default=True),
-    click.option("--window-length", type=click.IntRange(min=32), default=512, show_default=True),
-    click.option("--prompts", type=click.IntRange(min=1), default=8, show_default=True),
-    click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True),
+    click.option(
+        "--windows",
+        type=click.IntRange(min=1),
+        default=10,
+        show_default=True,
+        help="Windows of the text, for logits and perplexity.",
+    ),
+    click.option(
+        "--window-length",
+        type=click.IntRange(min=32),
+        default=512,
+        show_default=True,
+        help="Tokens in each.",
+    ),
+    click.option(
+        "--prompts",
+        type=click.IntRange(min=1),
+        default=8,
+        show_default=True,
+        help="Prompts of 32 tokens, cut from the windows, that every stage answers greedily.",
+    ),
+    click.option(
+        "--max-new-tokens",
+        type=click.IntRange(min=1),
+        default=64,
+        show_default=True,
+        help="Tokens of each answer.",
+    ),
     options.seed,
 )
 image_options = options.apply(

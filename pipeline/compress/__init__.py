@@ -1,1 +1,5 @@
-"""Low-rank factorisation: pure mathematics, then its life cycle on a whole model."""
+"""From a model to a compressed checkpoint; can be called: `pipeline.compress(model, folder)`."""
+
+from pipeline import face
+
+face.make_callable(__name__, face.compress)

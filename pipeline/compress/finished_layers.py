@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline.artefact import sha256_of_file, write_json
-from pipeline.errors import InputError
+from pipeline.artefact import require_same_settings, sha256_of_file, write_json
 
 PROGRESS = "progress.json"
 
@@ -71,25 +70,3 @@ class FinishedLayers:
 
     def _write_progress(self) -> None:
         write_json(self.folder / PROGRESS, {"settings": self.settings, "layers": self.records})
-
-
-def require_same_settings(earlier: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
-    """Refuse to go on with a run that other settings began.
-
-    Args:
-        earlier: what the run was started with, as JSON holds it.
-        now: what is asked for, likewise.
-        folder: of the unfinished run, for the message.
-
-    Raises:
-        InputError: they differ; says in what.
-    """
-    if earlier == now:
-        return
-    changed = [name for name in now if earlier.get(name) != now[name]]
-    raise InputError(
-        "The unfinished run was started with other settings.",
-        where=folder,
-        observed=f"differs in {', '.join(changed) or 'its settings'}",
-        change="repeat the earlier settings, or start afresh without --resume",
-    )

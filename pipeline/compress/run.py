@@ -18,9 +18,9 @@ from pipeline.artefact import (
     write_json,
     write_text,
 )
+from pipeline.checkpoint.card import model_card
 from pipeline.checkpoint.folder import DTYPES, save_checkpoint
 from pipeline.compress.calibrated import Calibrated, Opened
-from pipeline.checkpoint.card import model_card
 from pipeline.compress.finished_layers import FinishedLayers
 from pipeline.compress.plan.chart import save_plan_chart
 from pipeline.compress.plan.make_plan import make_plan

@@ -1,1 +1,5 @@
-"""One ONNX graph for prefill and decode, with block-skip nodes that carry their own body."""
+"""From a checkpoint to one ONNX graph; can be called: `pipeline.export(checkpoint, folder)`."""
+
+from pipeline import face
+
+face.make_callable(__name__, face.export)

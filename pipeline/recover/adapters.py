@@ -29,7 +29,7 @@ def require_peft() -> Any:
     return peft
 
 
-def factor_names(model: nn.Module) -> list[str]:
+def _factor_names(model: nn.Module) -> list[str]:
     """Dotted names of the linears that hold factors, each once: a shared one at its owner.
 
     A skip-form `down` of a full-rank group has no columns and nothing to train; it is left out.
@@ -59,7 +59,7 @@ def attach(model: PreTrainedModel, rank: int, alpha: int, seed: int) -> PeftMode
         PipelineError: peft wrapped other layers than the factors; a defect.
     """
     peft = require_peft()
-    names = factor_names(model)
+    names = _factor_names(model)
     config = peft.LoraConfig(
         r=rank, lora_alpha=alpha, target_modules=names, lora_dropout=0.0, bias="none"
     )

@@ -7,7 +7,7 @@ import json
 import math
 import shutil
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from pipeline.artefact import (
     discard,
     discard_unfinished,
+    require_same_settings,
     sha256_of_file,
     staged_folder,
     write_json,
@@ -28,26 +29,16 @@ from pipeline.calibrate.text import TokenBatch, load_tokens
 from pipeline.checkpoint.card import model_card
 from pipeline.checkpoint.folder import load_checkpoint, save_checkpoint
 from pipeline.checkpoint.modeling_skipcat import FewBits
-from pipeline.compress.finished_layers import require_same_settings
 from pipeline.errors import InputError, PipelineError
 from pipeline.model.load import LoadedModel, load_model
 from pipeline.model.source import Source
-from pipeline.model.task import refuse_images
 from pipeline.provenance import provenance
 from pipeline.recover.adapters import attach, largest_interpolations, merge_
-from pipeline.recover.request import RecoverRequest, Subject, require_recoverable
-from pipeline.recover.train import (
-    Loss,
-    Progress,
-    distillation_loss,
-    held_out,
-    mean_loss,
-    next_token_loss,
-    train_,
-)
+from pipeline.recover.request import Recoverable, RecoverRequest, require_recoverable
+from pipeline.recover.train import Loss, Progress, held_out, losses_of, mean_loss, train_
 
-SCHEMA = 1
-WORK = "training"
+_SCHEMA = 1
+_WORK = "training"
 
 
 def recover_to_folder(
@@ -78,28 +69,21 @@ def recover_to_folder(
     with staged_folder(
         output, overwrite=overwrite, resume=True, required_bytes=2 * stored_bytes
     ) as folder:
-        work = folder / WORK
+        work = folder / _WORK
         work.mkdir(exist_ok=True)
-        text = recovery_windows(
-            request.text,
-            teacher if teacher and request.text == "self" else student,
-            count=request.window_count,
-            length=request.window_length,
-            seed=request.seed,
-            kept=work / "tokens.safetensors",
-        )
+        text = _recovery_windows(request, student, teacher, work / "tokens.safetensors")
         identity = _identity(request, text)
         _require_same_run(identity, work / "run.json")
         model, measured, progress = _train(request, subject, student, teacher, text, work)
         recovery = _section(identity, subject, text, measured, progress)
         recovery["seconds"] = time.monotonic() - started
         _write(folder, request, subject, model, recovery)
-        write_json(folder / "recovery.json", {"schema": SCHEMA, "losses": progress.losses})
+        write_json(folder / "recovery.json", {"schema": _SCHEMA, "losses": progress.losses})
         discard(work)
     return recovery
 
 
-def _load(request: RecoverRequest, subject: Subject) -> tuple[LoadedModel, LoadedModel | None]:
+def _load(request: RecoverRequest, subject: Recoverable) -> tuple[LoadedModel, LoadedModel | None]:
     """Student and teacher, in float32."""
     teacher = None
     if request.teacher is not None:
@@ -110,9 +94,8 @@ def _load(request: RecoverRequest, subject: Subject) -> tuple[LoadedModel, Loade
         )
         _require_same_vocabulary(request.teacher, subject, teacher)
         teacher.model.requires_grad_(False)
-    refuse_images(Path(request.checkpoint))
     model = load_checkpoint(request.checkpoint, dtype=torch.float32)
-    _refuse_few_bits(request, model)
+    _refuse_quantized(request, model)
     # With it, save_pretrained would ignore the state that it is given.
     del model.hf_quantizer
     model.is_quantized = False
@@ -120,19 +103,19 @@ def _load(request: RecoverRequest, subject: Subject) -> tuple[LoadedModel, Loade
     return LoadedModel(model, subject.tokenizer, Source(name, "folder", name)), teacher
 
 
-def _refuse_few_bits(request: RecoverRequest, model: PreTrainedModel) -> None:
+def _refuse_quantized(request: RecoverRequest, model: PreTrainedModel) -> None:
     """Codes have no gradient, and adapters merged into them would have to be rounded again."""
     name = next((n for n, m in model.named_modules() if isinstance(m, FewBits)), None)
     if name is not None:
         raise InputError(
-            "Matrices in few bits are not fine-tuned.",
+            "Quantised matrices are not fine-tuned.",
             where=request.checkpoint,
-            observed=f"{name.removesuffix('.stored')} is in few bits",
+            observed=f"{name.removesuffix('.stored')} is quantised",
             change="recover a checkpoint of the same ranks without --memory or --weights",
         )
 
 
-def _require_same_vocabulary(name: str, subject: Subject, teacher: LoadedModel) -> None:
+def _require_same_vocabulary(name: str, subject: Recoverable, teacher: LoadedModel) -> None:
     """Refuse a teacher whose logits are about other tokens than the student's."""
     sizes = teacher.model.config.get_text_config().vocab_size, subject.vocabulary_size
     if sizes[0] == sizes[1] and teacher.tokenizer.get_vocab() == subject.tokenizer.get_vocab():
@@ -144,6 +127,41 @@ def _require_same_vocabulary(name: str, subject: Subject, teacher: LoadedModel) 
         expected=f"the tokens of the checkpoint: {len(subject.tokenizer)}, {sizes[1]} logits",
         change="pass the model that the checkpoint was made from",
     )
+
+
+def _recovery_windows(
+    request: RecoverRequest, student: LoadedModel, teacher: LoadedModel | None, kept: Path
+) -> TokenBatch:
+    """Take windows from a text, or sample them and keep them for a run that is taken up again.
+
+    Args:
+        request: names the text, and how many windows of it.
+        student: gives the tokenizer of a text.
+        teacher: what `self` is sampled from.
+        kept: file of sampled windows; read if it exists, and written if not.
+
+    Raises:
+        InputError: no such text, or too little.
+    """
+    sampled = request.text == "self"
+    source = teacher if teacher and sampled else student
+    details = {"text": f"sampled from {source.source.name}, temperature 1"}
+    if sampled and kept.exists():
+        return TokenBatch(load_file(kept)["tokens"], request.text, request.seed, details)
+    text = load_tokens(
+        request.text,
+        source.tokenizer,
+        source.model,
+        count=request.window_count,
+        length=request.window_length,
+        seed=request.seed,
+    )
+    if not sampled:
+        return text
+    aside = kept.with_suffix(".writing")
+    save_file({"tokens": text.tokens}, aside)
+    aside.replace(kept)
+    return replace(text, details=details)
 
 
 def _identity(request: RecoverRequest, text: TokenBatch) -> dict[str, Any]:
@@ -165,30 +183,9 @@ def _require_same_run(identity: dict[str, Any], record: Path) -> None:
     require_same_settings(json.loads(record.read_text(encoding="utf-8")), settings, record.parent)
 
 
-def losses_of(model: Any, teacher: PreTrainedModel | None) -> dict[str, Loss]:
-    """The losses of a model, by name; the last is the one to train on.
-
-    Args:
-        model: gives logits for int64 [B, T].
-        teacher: the model to come near to, if there is one.
-    """
-
-    def next_token(batch: torch.Tensor) -> torch.Tensor:
-        return next_token_loss(model(batch, use_cache=False).logits, batch)
-
-    def distillation(batch: torch.Tensor) -> torch.Tensor:
-        assert teacher is not None
-        with torch.no_grad():
-            target = teacher(batch, use_cache=False).logits
-        return distillation_loss(model(batch, use_cache=False).logits, target)
-
-    losses: dict[str, Loss] = {"next_token": next_token}
-    return losses if teacher is None else losses | {"distillation": distillation}
-
-
 def _train(
     request: RecoverRequest,
-    subject: Subject,
+    subject: Recoverable,
     student: LoadedModel,
     teacher: LoadedModel | None,
     text: TokenBatch,
@@ -237,7 +234,7 @@ def _measure(losses: dict[str, Loss], windows: torch.Tensor, batch_size: int) ->
 
 def _section(
     identity: dict[str, Any],
-    subject: Subject,
+    subject: Recoverable,
     text: TokenBatch,
     measured: dict[str, dict[str, float]],
     progress: Progress,
@@ -261,13 +258,13 @@ def _section(
 def _write(
     folder: Path,
     request: RecoverRequest,
-    subject: Subject,
+    subject: Recoverable,
     model: PreTrainedModel,
     recovery: dict[str, Any],
 ) -> None:
     """The checkpoint and its records; the plan is that of the compression."""
     save_checkpoint(model, subject.tokenizer, subject.modules, folder, subject.dtype)
-    require_same_tensors(request.checkpoint, folder)
+    _require_same_tensors(request.checkpoint, folder)
     recipe = subject.recipe | {"recovery": recovery}
     report = largest_interpolations(subject.report, model)
     for name in ("plan.json", "plan.svg"):
@@ -275,10 +272,34 @@ def _write(
             shutil.copyfile(request.checkpoint / name, folder / name)
     write_json(folder / "recipe.json", recipe)
     write_json(folder / "report.json", report)
-    write_text(folder / "README.md", model_card(recipe, report))
+    write_text(folder / "README.md", model_card(recipe, report, _fine_tuning(recovery)))
 
 
-def require_same_tensors(before: Path, after: Path) -> None:
+def _fine_tuning(recovery: dict[str, Any]) -> str:
+    """What the model card says of the training after the compression.
+
+    Args:
+        recovery: the `recovery` section of recipe.json.
+    """
+    settings, text, objective = recovery["settings"], recovery["text"], recovery["objective"]
+    loss = recovery["loss"][objective]
+    source = text["source"] if text["source"] != "self" else f"{settings['teacher']} itself"
+    aims = {
+        "next_token": "next-token cross entropy",
+        "distillation": f"KL divergence from {settings['teacher']}",
+    }
+    earlier = "These were not the first: `recipe.json` has the earlier ones. "
+    return (
+        f"The factors were then fine-tuned with adapters of rank {settings['lora_rank']},\n"
+        f"merged into them: {settings['steps']} steps of {settings['batch_size']} windows of "
+        f"{text['window_length']} tokens from {source}, seed {text['seed']}.\n"
+        f"{earlier if 'earlier' in recovery else ''}"
+        f"On the {recovery['held_out_windows']} windows held out, the {aims[objective]},\n"
+        f"in nats per token, was {loss['before']:.4f} before and {loss['after']:.4f} after."
+    )
+
+
+def _require_same_tensors(before: Path, after: Path) -> None:
     """Raise PipelineError unless two folders hold tensors of the same names, types and shapes.
 
     The same modules are factored, at the same ranks, and the weights take the same bytes.
@@ -303,55 +324,3 @@ def _tensors(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 def _weight_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.safetensors"))
-
-
-# Windows are sampled side by side, and each holds a cache: this many tokens at once.
-TOKENS_AT_ONCE = 1 << 15
-
-
-def recovery_windows(
-    spec: str, source: LoadedModel, *, count: int, length: int, seed: int, kept: Path
-) -> TokenBatch:
-    """Take windows from a text, or sample them and keep them for a run that is taken up again.
-
-    Args:
-        spec: as `pipeline.calibrate.text.load_tokens` takes it.
-        source: the model that `self` is sampled from, and the tokenizer of any other text.
-        count: number of windows.
-        length: tokens in each.
-        seed: decides which windows are taken, or what is sampled.
-        kept: file of sampled windows; read if it exists, and written if not.
-
-    Raises:
-        InputError: no such text, or too little.
-    """
-    if spec != "self":
-        return load_tokens(
-            spec, source.tokenizer, source.model, count=count, length=length, seed=seed
-        )
-    if kept.exists():
-        tokens = load_file(kept)["tokens"]
-    else:
-        tokens = _sample(source, count=count, length=length, seed=seed)
-        aside = kept.with_suffix(".writing")
-        save_file({"tokens": tokens}, aside)
-        aside.replace(kept)
-    details = {"text": f"sampled from {source.source.name}, temperature 1"}
-    return TokenBatch(tokens, spec, seed, details)
-
-
-def _sample(source: LoadedModel, *, count: int, length: int, seed: int) -> torch.Tensor:
-    """Windows that a model generates, int64 [count, length], some at a time."""
-    at_once = max(1, TOKENS_AT_ONCE // length)
-    parts = [
-        load_tokens(
-            "self",
-            source.tokenizer,
-            source.model,
-            count=min(at_once, count - done),
-            length=length,
-            seed=seed + index,
-        ).tokens
-        for index, done in enumerate(range(0, count, at_once))
-    ]
-    return torch.cat(parts)

@@ -15,6 +15,7 @@ from pipeline.calibrate.text import require_text
 from pipeline.checkpoint.folder import DTYPES, read_recipe, read_report, require_checkpoint
 from pipeline.errors import InputError, UsageError
 from pipeline.model.load import refuse_long_windows
+from pipeline.model.task import refuse_images
 from pipeline.recover.adapters import require_peft
 from pipeline.recover.train import Schedule, windows_needed
 
@@ -114,7 +115,7 @@ def _require_device(name: str) -> None:
 
 
 @dataclass(frozen=True)
-class Subject:
+class Recoverable:
     """A checkpoint that can be recovered, without its weights.
 
     Attributes:
@@ -134,17 +135,18 @@ class Subject:
     vocabulary_size: int
 
 
-def require_recoverable(request: RecoverRequest) -> Subject:
+def require_recoverable(request: RecoverRequest) -> Recoverable:
     """Read all of a checkpoint but its weights, and refuse what would fail later.
 
     Raises:
-        InputError: not a compressed checkpoint, its records are missing, or too little text.
+        InputError: not a compressed decoder, its records are missing, or too little text.
         MissingPackageError: peft is not installed.
         UsageError: windows longer than the model's context.
     """
     require_peft()
     folder = request.checkpoint
     require_checkpoint(folder)
+    refuse_images(folder)
     modules = _factored_modules(folder)
     recipe, report = read_recipe(folder), read_report(folder)
     for name, record in (("recipe.json", recipe), ("report.json", report)):
@@ -159,7 +161,8 @@ def require_recoverable(request: RecoverRequest) -> Subject:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     require_text(request.text, tokenizer, count=request.window_count, length=request.window_length)
     vocabulary_size = config.get_text_config().vocab_size
-    return Subject(modules, recipe, report, tokenizer, DTYPES[recipe["dtype"]], vocabulary_size)
+    dtype = DTYPES[recipe["dtype"]]
+    return Recoverable(modules, recipe, report, tokenizer, dtype, vocabulary_size)
 
 
 def _factored_modules(folder: Path) -> dict[str, dict[str, Any]]:

@@ -1,9 +1,13 @@
-"""The training loop, and its state on disk.
+"""What is learned, in which steps, and the loop with its state on disk.
 
-Which windows a step reads and how far it goes: functions of the step alone.
+Student q and teacher p, over windows x of T tokens, in nats per token:
 
-Nothing is carried from one step to the next, so a resumed run needs no state of a sampler or of a
-scheduler to take the same steps as one that was not interrupted.
+    next token    -mean log q(x_t | x_<t)
+    distillation   mean KL(p(. | x_<=t) || q(. | x_<=t))
+
+Which windows a step reads and how far it goes are functions of the step alone. Nothing random is
+carried from one step to the next, so a resumed run needs no state of a sampler or of a scheduler
+to take the same steps as one that was not interrupted.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,14 +26,129 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 
 from pipeline.errors import InputError
 from pipeline.progress import track
 
+# Mean loss of a batch of windows, int64 [B, T].
 Loss = Callable[[torch.Tensor], torch.Tensor]
-SECONDS_BETWEEN_SAVES = 60.0
-LARGEST_GRADIENT = 1.0
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+_SECONDS_BETWEEN_SAVES = 60.0
+_LARGEST_GRADIENT = 1.0
+_WARMUP_FRACTION = 0.1
+_HELD_OUT_PART = 10
+# What AdamW keeps of a parameter.
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+
+
+def _next_token_loss(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Mean cross entropy of each token given those before it, in nats.
+
+    Args:
+        logits: [B, T, V], any float type; computed with in float32.
+        tokens: int64 [B, T], T >= 2.
+    """
+    # The last logits predict a token that is not there.
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
+
+
+def _distillation_loss(logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
+    """Mean KL(teacher || student) over all positions at temperature 1, in nats.
+
+    Args:
+        logits: the student's, [B, T, V], any float type; computed with in float32.
+        teacher_logits: [B, T, V].
+    """
+    log_q = logits.flatten(0, 1).float().log_softmax(-1)
+    log_p = teacher_logits.flatten(0, 1).float().log_softmax(-1)
+    return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+
+
+def losses_of(model: Any, teacher: PreTrainedModel | None) -> dict[str, Loss]:
+    """The losses of a model, by name; the last is the one to train on.
+
+    Args:
+        model: gives logits for int64 [B, T].
+        teacher: the model to come near to, if there is one.
+    """
+
+    def next_token(batch: torch.Tensor) -> torch.Tensor:
+        return _next_token_loss(model(batch, use_cache=False).logits, batch)
+
+    def distillation(batch: torch.Tensor) -> torch.Tensor:
+        assert teacher is not None
+        with torch.no_grad():
+            target = teacher(batch, use_cache=False).logits
+        return _distillation_loss(model(batch, use_cache=False).logits, target)
+
+    losses: dict[str, Loss] = {"next_token": next_token}
+    return losses if teacher is None else losses | {"distillation": distillation}
+
+
+@torch.no_grad()
+def mean_loss(loss_of: Loss, windows: torch.Tensor, batch_size: int) -> float:
+    """Mean over windows of a loss, float64 on the way.
+
+    Args:
+        loss_of: mean loss of a batch, int64 [B, T].
+        windows: int64 [count, T].
+        batch_size: the largest B.
+    """
+    total = sum(loss_of(batch).item() * len(batch) for batch in windows.split(batch_size))
+    return total / len(windows)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The steps of a run.
+
+    Attributes:
+        steps: how many.
+        batch_size: windows that each reads.
+        learning_rate: the highest.
+        seed: of the order in which windows are read.
+    """
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    seed: int
+
+    def rate_at(self, step: int) -> float:
+        """Learning rate of a step counted from 0: a linear warm-up, then half a cosine to 0."""
+        warmup = max(1, round(self.steps * _WARMUP_FRACTION))
+        if step < warmup:
+            return self.learning_rate * ((step + 1) / warmup)
+        passed = (step - warmup) / max(1, self.steps - warmup)
+        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * passed))
+
+    def windows_at(self, step: int, count: int) -> np.ndarray:
+        """Indices of the windows that a step reads.
+
+        All are read once before any is read again, in another order each time. Where the batch
+        size does not divide their number, the few left over sit out this time.
+
+        Args:
+            step: counted from 0.
+            count: windows there are, at least `batch_size`.
+
+        Returns:
+            int64 [batch_size], in [0, count).
+        """
+        epoch, place = divmod(step, count // self.batch_size)
+        order = np.random.default_rng([self.seed, epoch]).permutation(count)
+        return order[place * self.batch_size : (place + 1) * self.batch_size]
+
+
+def held_out(windows: int) -> int:
+    """How many of the windows are kept for measuring: a tenth, at least one."""
+    return max(1, windows // _HELD_OUT_PART)
+
+
+def windows_needed(steps: int, batch_size: int) -> int:
+    """Fewest windows, held-out ones included, that let each step read new ones."""
+    # n - held_out(n) is at least 9 n / 10, and n - 1 where n is below 10.
+    return -(-steps * batch_size * _HELD_OUT_PART // (_HELD_OUT_PART - 1))
 
 
 @dataclass
@@ -46,7 +166,7 @@ class Progress:
     learning_rates: dict[str, float] = field(default_factory=dict)
 
 
-class TrainingState:
+class _TrainingState:
     """Parameters and moments of a run in one file, replaced as a whole.
 
     Args:
@@ -100,7 +220,7 @@ class TrainingState:
         for index, (name, parameter) in enumerate(self.parameters.items()):
             parameter.copy_(tensors[f"value/{name}"])
             if f"step/{name}" in tensors:
-                moments[index] = {kind: tensors[f"{kind}/{name}"] for kind in MOMENTS}
+                moments[index] = {kind: tensors[f"{kind}/{name}"] for kind in _MOMENTS}
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
 
@@ -125,7 +245,7 @@ def train_(
     """
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(parameters.values(), weight_decay=0.0)
-    state = TrainingState(path, parameters, optimizer)
+    state = _TrainingState(path, parameters, optimizer)
     progress = state.load_()
     if schedule.learning_rate not in list(progress.learning_rates.values())[-1:]:
         progress.learning_rates[str(progress.step)] = schedule.learning_rate
@@ -136,10 +256,10 @@ def train_(
         optimizer.zero_grad()
         loss = loss_of(windows[chosen])
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(parameters.values(), LARGEST_GRADIENT)
+        norm = nn.utils.clip_grad_norm_(parameters.values(), _LARGEST_GRADIENT)
         _require_finite(step, loss.item(), norm.item(), path)
         # Before the update and after its check: what is kept is known to have a finite loss.
-        if time.monotonic() - saved >= SECONDS_BETWEEN_SAVES:
+        if time.monotonic() - saved >= _SECONDS_BETWEEN_SAVES:
             state.save(progress)
             saved = time.monotonic()
         optimizer.param_groups[0]["lr"] = schedule.rate_at(step)
@@ -161,96 +281,3 @@ def _require_finite(step: int, loss: float, norm: float, path: Path) -> None:
         change="a smaller --learning-rate, "
         + ("with --resume from the last good state" if kept else "from the start"),
     )
-
-
-@torch.no_grad()
-def mean_loss(loss_of: Loss, windows: torch.Tensor, batch_size: int) -> float:
-    """Mean over windows of a loss, float64 on the way.
-
-    Args:
-        loss_of: mean loss of a batch, int64 [B, T].
-        windows: int64 [count, T].
-        batch_size: the largest B.
-    """
-    total = sum(loss_of(batch).item() * len(batch) for batch in windows.split(batch_size))
-    return total / len(windows)
-
-
-def next_token_loss(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Mean cross entropy of each token given those before it, in nats.
-
-    Args:
-        logits: [B, T, V], any float type; computed with in float32.
-        tokens: int64 [B, T], T >= 2.
-    """
-    # The last logits predict a token that is not there.
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
-
-
-def distillation_loss(logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
-    """Mean KL(teacher || student) over all positions at temperature 1, in nats.
-
-    Args:
-        logits: the student's, [B, T, V], any float type; computed with in float32.
-        teacher_logits: [B, T, V].
-    """
-    log_q = logits.flatten(0, 1).float().log_softmax(-1)
-    log_p = teacher_logits.flatten(0, 1).float().log_softmax(-1)
-    return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
-
-
-WARMUP_FRACTION = 0.1
-HELD_OUT_PART = 10
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """The steps of a run.
-
-    Attributes:
-        steps: how many.
-        batch_size: windows that each reads.
-        learning_rate: the highest.
-        seed: of the order in which windows are read.
-    """
-
-    steps: int
-    batch_size: int
-    learning_rate: float
-    seed: int
-
-    def rate_at(self, step: int) -> float:
-        """Learning rate of a step counted from 0: a linear warm-up, then half a cosine to 0."""
-        warmup = max(1, round(self.steps * WARMUP_FRACTION))
-        if step < warmup:
-            return self.learning_rate * ((step + 1) / warmup)
-        passed = (step - warmup) / max(1, self.steps - warmup)
-        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * passed))
-
-    def windows_at(self, step: int, count: int) -> np.ndarray:
-        """Indices of the windows that a step reads.
-
-        All are read once before any is read again, in another order each time. Where the batch
-        size does not divide their number, the few left over sit out this time.
-
-        Args:
-            step: counted from 0.
-            count: windows there are, at least `batch_size`.
-
-        Returns:
-            int64 [batch_size], in [0, count).
-        """
-        epoch, place = divmod(step, count // self.batch_size)
-        order = np.random.default_rng([self.seed, epoch]).permutation(count)
-        return order[place * self.batch_size : (place + 1) * self.batch_size]
-
-
-def held_out(windows: int) -> int:
-    """How many of the windows are kept for measuring: a tenth, at least one."""
-    return max(1, windows // HELD_OUT_PART)
-
-
-def windows_needed(steps: int, batch_size: int) -> int:
-    """Fewest windows, held-out ones included, that let each step read new ones."""
-    # n - held_out(n) is at least 9 n / 10, and n - 1 where n is below 10.
-    return -(-steps * batch_size * HELD_OUT_PART // (HELD_OUT_PART - 1))

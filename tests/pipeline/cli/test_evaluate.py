@@ -39,7 +39,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def evaluated(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
-    """The record that the verb prints."""
+    """The record that the command prints."""
     assert main(["evaluate", *arguments, "--json"]) == 0
     return json.loads(capsys.readouterr().out)
 

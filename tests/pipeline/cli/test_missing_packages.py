@@ -1,4 +1,4 @@
-"""A verb that needs an optional package names the extra that brings it."""
+"""A command that needs an optional package names the extra that brings it."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ import torch
 from pipeline.artefact import partial_path
 from pipeline.cli.main import main
 from pipeline.model import load
-from pipeline.recover import recover, train
+from pipeline.recover import train
 from tests.support.tiny_recovery import save_small, write_train_text
 
 SETTINGS = ["--steps", "12", "--lora-rank", "4", "--window-length", "32"]
@@ -66,8 +66,8 @@ def interrupted(
 ) -> Path:
     """The output of a run that Ctrl-C stopped in its eighth step."""
     with monkeypatch.context() as patch:
-        patch.setattr(train, "SECONDS_BETWEEN_SAVES", 0.0)
-        patch.setattr(recover, "next_token_loss", failing_at(9, KeyboardInterrupt()))
+        patch.setattr(train, "_SECONDS_BETWEEN_SAVES", 0.0)
+        patch.setattr(train, "_next_token_loss", failing_at(9, KeyboardInterrupt()))
         assert main(arguments) == 130
     assert "a recover" in capsys.readouterr().err
     assert not output.exists()
@@ -76,7 +76,7 @@ def interrupted(
 
 def failing_at(call: int, failure: BaseException) -> Any:
     """The loss, which fails at a call; held-out windows take the first two."""
-    loss, calls = recover.next_token_loss, iter(range(call))
+    loss, calls = train._next_token_loss, iter(range(call))
 
     def failing(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         if next(calls, None) is None:
@@ -178,7 +178,7 @@ def test_a_diverging_run_names_its_step_and_goes_on_with_a_smaller_learning_rate
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(train, "SECONDS_BETWEEN_SAVES", 0.0)
+    monkeypatch.setattr(train, "_SECONDS_BETWEEN_SAVES", 0.0)
     # An update this large overflows the products of the next step.
     assert main([*arguments, "--learning-rate", "1e30"]) == 3
     message = capsys.readouterr().err
@@ -278,13 +278,13 @@ def test_a_killed_process_is_resumed_to_the_same_bytes(
     """No chance to clean up, and nothing carried over but the files."""
     settings = [*SETTINGS, "--steps", "40"]
     folders = [tmp_path / "killed", tmp_path / "whole"]
-    verbs = [
+    commands = [
         ["recover", str(small), "-o", str(folder), "--text", train_text, *settings]
         for folder in folders
     ]
     script = (
-        "from pipeline.recover import train; train.SECONDS_BETWEEN_SAVES = 0.0\n"
-        f"from pipeline.cli.main import main; main({verbs[0]!r})"
+        "from pipeline.recover import train; train._SECONDS_BETWEEN_SAVES = 0.0\n"
+        f"from pipeline.cli.main import main; main({commands[0]!r})"
     )
     process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL)
     state = partial_path(folders[0]) / "training" / "state.safetensors"
@@ -293,7 +293,7 @@ def test_a_killed_process_is_resumed_to_the_same_bytes(
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert state.exists(), "the process ended before it could be killed"
-    assert main([*verbs[0], "--resume"]) == 0
-    assert main(verbs[1]) == 0
+    assert main([*commands[0], "--resume"]) == 0
+    assert main(commands[1]) == 0
     assert weights_hash(folders[0]) == weights_hash(folders[1])
     shutil.rmtree(folders[0])

@@ -18,7 +18,7 @@ from pipeline.compress.walk import compress_
 from pipeline.errors import MissingPackageError, PipelineError
 from pipeline.model.structure import decoder_structure
 from pipeline.recover import adapters
-from pipeline.recover.adapters import attach, factor_names, largest_interpolations, merge_
+from pipeline.recover.adapters import _factor_names, attach, largest_interpolations, merge_
 from tests.support.families import FAMILIES, tiny_model
 from tests.support.tiny_survey import calibrated
 
@@ -71,7 +71,7 @@ def test_merged_factors_give_what_the_adapters_gave(family: str, cat: bool, skip
 def test_only_adapters_are_trained_and_only_factors_change() -> None:
     model = small_model()
     before = copy.deepcopy(model.state_dict())
-    names = set(factor_names(model))
+    names = set(_factor_names(model))
     adapted = attach(model, 4, 8, seed=0)
     trained = {name for name, p in adapted.named_parameters() if p.requires_grad}
     assert len(trained) == 2 * len(names)
@@ -100,7 +100,7 @@ def test_layers_that_share_a_latent_see_the_owners_adapter() -> None:
 
 
 def test_the_shared_factor_of_a_group_has_one_adapter() -> None:
-    names = factor_names(small_model(cat=True))
+    names = _factor_names(small_model(cat=True))
     assert len(names) == len(set(names))
     downs = [name for name in names if name.endswith(".down")]
     ups = [name for name in names if name.endswith(".up")]
@@ -111,7 +111,7 @@ def test_the_shared_factor_of_a_group_has_one_adapter() -> None:
 def test_many_layers_are_adapted_by_their_full_names() -> None:
     """From twenty names on, peft shortens them to suffixes."""
     model = small_model()
-    names = factor_names(model)
+    names = _factor_names(model)
     assert len(names) >= 20
     attach(model, 4, 8, seed=0)
     assert all(hasattr(model.get_submodule(name), "lora_A") for name in names)

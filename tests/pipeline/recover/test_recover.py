@@ -13,16 +13,30 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline.artefact import partial_path
+from pipeline.calibrate import sampled_text
 from pipeline.calibrate.text import load_tokens
 from pipeline.checkpoint.folder import load_checkpoint
 from pipeline.errors import InputError, PipelineError, ResourceError, UsageError
 from pipeline.model.load import load_model
 from pipeline.recover import recover
-from pipeline.recover.recover import recover_to_folder, require_same_tensors
-from pipeline.recover.train import distillation_loss, next_token_loss
+from pipeline.recover.recover import (
+    _fine_tuning,
+    _require_same_tensors,
+    recover_to_folder,
+)
+from pipeline.recover.request import require_recoverable
+from pipeline.recover.train import _distillation_loss, _next_token_loss
 from tests.support.families import FAMILIES, save_family, tiny_model
 from tests.support.tiny_decoder import byte_tokenizer
 from tests.support.tiny_recovery import save_small, tiny_request, write_train_text
+
+RECOVERY: dict[str, Any] = {
+    "objective": "next_token",
+    "settings": {"lora_rank": 8, "steps": 500, "batch_size": 4, "teacher": None},
+    "text": {"window_length": 512, "source": "train.txt", "seed": 3},
+    "held_out_windows": 22,
+    "loss": {"next_token": {"before": 4.25, "after": 3.5}},
+}
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +87,8 @@ def test_the_losses_in_the_recipe_are_those_of_the_files(
         with torch.no_grad():
             logits, target = model(windows).logits, teacher.model(windows).logits
         values = {
-            "next_token": next_token_loss(logits, windows).item(),
-            "distillation": distillation_loss(logits, target).item(),
+            "next_token": _next_token_loss(logits, windows).item(),
+            "distillation": _distillation_loss(logits, target).item(),
         }
         for name, value in values.items():
             # Two batches here, one there.
@@ -94,13 +108,13 @@ def test_windows_are_sampled_in_parts_and_kept(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = load_model(str(small.parent / "original"))
-    monkeypatch.setattr(recover, "TOKENS_AT_ONCE", 64)
-    wanted = {"count": 5, "length": 32, "seed": 4, "kept": tmp_path / "tokens.safetensors"}
-    first = recover.recovery_windows("self", source, **wanted)  # type: ignore[arg-type]
+    monkeypatch.setattr(sampled_text, "TOKENS_AT_ONCE", 64)
+    request, kept = tiny_request(small, "self", windows=5, seed=4), tmp_path / "tokens.safetensors"
+    first = recover._recovery_windows(request, source, source, kept)
     assert first.tokens.shape == (5, 32)
     assert len(first.tokens.unique(dim=0)) == 5
     monkeypatch.setattr(recover, "load_tokens", None)
-    again = recover.recovery_windows("self", source, **wanted)  # type: ignore[arg-type]
+    again = recover._recovery_windows(request, source, source, kept)
     assert again.describe() == first.describe()
 
 
@@ -126,6 +140,35 @@ def test_the_recipe_keeps_the_compression_and_adds_the_recovery(
     assert report["totals"]["largest"] == largest
 
 
+def test_the_card_says_how_the_factors_were_trained_and_what_it_won(
+    small: Path, train_text: str, tmp_path: Path
+) -> None:
+    recover_to_folder(tiny_request(small, train_text, steps=2), tmp_path / "better")
+    card = (tmp_path / "better" / "README.md").read_text()
+    assert "No fine-tuning" not in card
+    assert "adapters of rank 4" in card
+    assert "when it was compressed" in card
+    card = _fine_tuning(RECOVERY)
+    for fact in (
+        "rank 8",
+        "500 steps of 4 windows of 512 tokens from train.txt",
+        "seed 3",
+        "22 windows held out",
+        "4.2500 before and 3.5000 after",
+        "cross entropy",
+    ):
+        assert fact in card
+
+
+def test_the_card_of_a_distilled_checkpoint_names_the_teacher() -> None:
+    changes: dict[str, Any] = {
+        "objective": "distillation",
+        "settings": {**RECOVERY["settings"], "teacher": "big-model"},
+        "loss": {"distillation": {"before": 1.0, "after": 0.5}},
+    }
+    assert "KL divergence from big-model" in _fine_tuning({**RECOVERY, **changes})
+
+
 def test_a_recovery_of_a_recovery_keeps_both_records(
     small: Path, train_text: str, tmp_path: Path
 ) -> None:
@@ -146,7 +189,7 @@ def test_bfloat16_changes_the_arithmetic_and_not_the_types(
     assert losses[0]["before"] == losses[1]["before"]  # measured in float32 either way
     # Eight bits of mantissa in the products, averaged over 20 steps.
     assert losses[1]["after"] == pytest.approx(losses[0]["after"], rel=0.05)
-    require_same_tensors(tmp_path / "plain", tmp_path / "mixed")
+    _require_same_tensors(tmp_path / "plain", tmp_path / "mixed")
 
 
 def test_the_output_may_replace_the_input(small: Path, train_text: str, tmp_path: Path) -> None:
@@ -164,7 +207,7 @@ def test_other_tensors_than_before_are_an_error(small: Path, tmp_path: Path) -> 
     tensors[name] = tensors[name][:, :-1].contiguous()
     save_file(tensors, tmp_path / "small" / "model.safetensors", {"format": "pt"})
     with pytest.raises(PipelineError, match="changed the tensors") as caught:
-        require_same_tensors(small, tmp_path / "small")
+        _require_same_tensors(small, tmp_path / "small")
     assert caught.value.details["where"] == name
 
 
@@ -197,6 +240,16 @@ def test_a_model_that_is_not_compressed_is_refused(train_text: str, tmp_path: Pa
     folder = save_family(tmp_path / "dense", "llama")
     with pytest.raises(InputError, match="no factored layers"):
         recover_to_folder(tiny_request(folder, train_text), tmp_path / "better")
+
+
+def test_an_image_classifier_is_refused_before_its_weights_are_read(
+    small: Path, train_text: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "sees"
+    shutil.copytree(small, folder, ignore=shutil.ignore_patterns("tokenizer_config.json"))
+    (folder / "preprocessor_config.json").write_text("{}")
+    with pytest.raises(InputError, match="decoder language models"):
+        require_recoverable(tiny_request(folder, train_text))
 
 
 @pytest.mark.parametrize("record", ["recipe.json", "report.json"])

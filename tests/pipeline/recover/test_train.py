@@ -19,10 +19,10 @@ from pipeline.recover.train import (
     Loss,
     Progress,
     Schedule,
-    distillation_loss,
+    _distillation_loss,
+    _next_token_loss,
     held_out,
     mean_loss,
-    next_token_loss,
     train_,
     windows_needed,
 )
@@ -64,7 +64,7 @@ def stopping(loss: Loss, at: int) -> Loss:
 
 @pytest.fixture(autouse=True)
 def saving_at_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "SECONDS_BETWEEN_SAVES", 0.0)
+    monkeypatch.setattr(train, "_SECONDS_BETWEEN_SAVES", 0.0)
 
 
 def uninterrupted(folder: Path, schedule: Schedule = SCHEDULE) -> tuple[Bigrams, Progress]:
@@ -107,7 +107,7 @@ def test_steps_that_were_taken_are_not_taken_again(tmp_path: Path) -> None:
 
 
 def test_between_saves_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "SECONDS_BETWEEN_SAVES", 1e9)
+    monkeypatch.setattr(train, "_SECONDS_BETWEEN_SAVES", 1e9)
     uninterrupted(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
@@ -199,7 +199,7 @@ def test_next_token_loss_scores_each_token_by_the_logits_before_it() -> None:
     logits, tokens = random_logits(0), torch.randint(11, (2, 5))
     p = probabilities(logits)
     expected = -np.mean([np.log(p[b, t, tokens[b, t + 1]]) for b in range(2) for t in range(4)])
-    assert next_token_loss(logits, tokens).item() == pytest.approx(expected, abs=TOLERANCE)
+    assert _next_token_loss(logits, tokens).item() == pytest.approx(expected, abs=TOLERANCE)
 
 
 def test_distillation_loss_is_the_divergence_from_teacher_to_student() -> None:
@@ -207,21 +207,23 @@ def test_distillation_loss_is_the_divergence_from_teacher_to_student() -> None:
     q, p = probabilities(student), probabilities(teacher)
     expected = (p * np.log(p / q)).sum(-1).mean()
     swapped = (q * np.log(q / p)).sum(-1).mean()
-    loss = distillation_loss(student, teacher).item()
+    loss = _distillation_loss(student, teacher).item()
     assert loss == pytest.approx(expected, abs=TOLERANCE)
     assert abs(loss - swapped) > 0.01  # the two directions differ, so the test tells them apart
 
 
 def test_distillation_loss_is_zero_for_logits_that_differ_by_a_constant() -> None:
     logits = random_logits(3)
-    assert distillation_loss(logits + 5, logits).item() == pytest.approx(0, abs=TOLERANCE)
+    assert _distillation_loss(logits + 5, logits).item() == pytest.approx(0, abs=TOLERANCE)
 
 
 def test_losses_of_half_precision_logits_are_summed_in_float32() -> None:
     logits = random_logits(4).bfloat16()
     tokens = torch.randint(11, (2, 5))
-    assert next_token_loss(logits, tokens).item() == next_token_loss(logits.float(), tokens).item()
-    assert distillation_loss(logits, random_logits(5)).dtype == torch.float32
+    assert (
+        _next_token_loss(logits, tokens).item() == _next_token_loss(logits.float(), tokens).item()
+    )
+    assert _distillation_loss(logits, random_logits(5)).dtype == torch.float32
 
 
 @given(batch=st.integers(1, 6), extra=st.integers(0, 20), seed=st.integers(0, 5))

@@ -1,0 +1,145 @@
+"""The stages as functions: what `import pipeline` offers. Each imports its stage when called."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from pipeline.artefact import refuse_existing
+
+if TYPE_CHECKING:
+    from pipeline.compress.request import CompressRequest
+    from pipeline.engine.target import Target
+    from validate.record import Ledger
+    from validate.stages import Artefacts
+
+
+def compress(
+    model: str | CompressRequest,
+    output: Path | str,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Compress a model, and write its checkpoint folder.
+
+    Args:
+        model: alias, hub id, folder or GGUF file; or a whole request.
+        output: the folder to write.
+        overwrite: replace it if it exists.
+        resume: continue an unfinished run of the same request.
+        settings: fields of `pipeline.compress.request.CompressRequest`, such as `keep_params=0.8`.
+
+    Returns:
+        report.json's content.
+
+    Raises:
+        PipelineError: bad input, or not enough disk.
+    """
+    from pipeline.compress.request import CompressRequest
+    from pipeline.compress.run import compress_to_folder
+
+    if isinstance(model, CompressRequest):
+        request = dataclasses.replace(model, **settings)
+    else:
+        request = CompressRequest(model, **settings)
+    refuse_existing(Path(output), overwrite=overwrite)  # before the model is loaded
+    return compress_to_folder(request, Path(output), overwrite=overwrite, resume=resume)
+
+
+def export(
+    checkpoint: Path | str, output: Path | str, *, overwrite: bool = False, **settings: Any
+) -> dict[str, Any]:
+    """Export a checkpoint to an ONNX folder.
+
+    Args:
+        checkpoint: a compressed or a plain Hugging Face folder.
+        output: the folder to write.
+        overwrite: replace it if it exists.
+        settings: fields of `pipeline.export.export.ExportRequest`, such as `profile="cpu"`.
+
+    Returns:
+        export.json's content.
+
+    Raises:
+        PipelineError: a broken checkpoint, or a model that the exporter cannot handle.
+    """
+    from pipeline.export.export import ExportRequest, export_folder
+
+    request = ExportRequest(**settings)
+    refuse_existing(Path(output), overwrite=overwrite)
+    return export_folder(Path(checkpoint), Path(output), request, overwrite=overwrite)
+
+
+def build_engine(
+    onnx_folder: Path | str, output: Path | str, target: str | Target = "auto", **settings: Any
+) -> dict[str, Any]:
+    """Build a TensorRT engine out of an exported ONNX folder.
+
+    Args:
+        onnx_folder: an export in float16.
+        output: the folder to write.
+        target: what to build for, as `skipcat engine --target` takes it.
+        settings: those of `pipeline.engine.build.build_engine`, such as `max_batch=4`.
+
+    Returns:
+        manifest.json's content.
+
+    Raises:
+        PipelineError: a folder or a target that cannot be built here, or a build that failed.
+    """
+    from pipeline.engine import build
+    from pipeline.engine.target import resolve_target
+
+    chosen = resolve_target(target) if isinstance(target, str) else target
+    return build.build_engine(Path(onnx_folder), Path(output), chosen, **settings)
+
+
+def validate(
+    build: Path | str | Artefacts,
+    output: Path | str | None = None,
+    *,
+    overwrite: bool = False,
+    **settings: Any,
+) -> Ledger:
+    """Run the same inputs through every stage of a build, and judge each.
+
+    Args:
+        build: a folder that holds checkpoint/, onnx*/ and engine*/, or the artefacts one by one.
+        output: folder for ledger.json and ledger.html; None writes nothing.
+        overwrite: replace it if it exists.
+        settings: fields of `validate.run.ValidateRequest`, such as `text="test.txt"`.
+
+    Returns:
+        The ledger, whatever its verdict; `ledger.failures` is empty when all stages passed.
+
+    Raises:
+        PipelineError: the artefacts or the text cannot be read.
+    """
+    from validate.run import ValidateRequest, write_reports
+    from validate.run import validate as run
+    from validate.stages import find_artefacts
+
+    if output is not None:
+        refuse_existing(Path(output), overwrite=overwrite)
+    artefacts = find_artefacts(Path(build)) if isinstance(build, (str, Path)) else build
+    ledger = run(ValidateRequest(artefacts, **settings))
+    if output is not None:
+        write_reports(ledger, Path(output), overwrite=overwrite)
+    return ledger
+
+
+def make_callable(package: str, function: Callable[..., Any]) -> None:
+    """Let a package of `pipeline` be called as the function that has its name.
+
+    The attribute `pipeline.compress` cannot hold a function: importing `pipeline.compress.run` puts
+    the package there, so that the order of imports would decide which of the two a caller finds.
+    A package that can be called is both, in any order.
+    """
+    members = {"__call__": staticmethod(function), "__doc__": function.__doc__}
+    sys.modules[package].__class__ = type("CallablePackage", (ModuleType,), members)
