@@ -37,7 +37,7 @@ FIXED = 50
 @pytest.fixture(autouse=True)
 def short_names(monkeypatch: pytest.MonkeyPatch) -> None:
     """Names that do not outweigh matrices as small as these, whose every choice can be tried."""
-    monkeypatch.setattr(stored_bytes, "NAME_BYTES", 2)
+    monkeypatch.setattr(stored_bytes, "_NAME_BYTES", 2)
     monkeypatch.setattr(stored_bytes, "INDEX_BYTES", 1)
 
 
