@@ -25,7 +25,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "LanguageModel": "pipeline.runtime.language_model:LanguageModel",
     "build_engine": "pipeline.face:build_engine",
-    "compress": "pipeline.compress",  # packages that can be called, see pipeline/face.py
+    "compress": "pipeline.compress",  # packages that can be called, see pipeline/lazy.py
     "export": "pipeline.export",
     "load": "pipeline.checkpoint.folder:load_checkpoint",
     "validate": "pipeline.face:validate",

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from pipeline.artefact import refuse_existing
@@ -132,14 +129,3 @@ def validate(
     if output is not None:
         write_reports(ledger, Path(output), overwrite=overwrite)
     return ledger
-
-
-def make_callable(package: str, function: Callable[..., Any]) -> None:
-    """Let a package of `pipeline` be called as the function that has its name.
-
-    The attribute `pipeline.compress` cannot hold a function: importing `pipeline.compress.run` puts
-    the package there, so that the order of imports would decide which of the two a caller finds.
-    A package that can be called is both, in any order.
-    """
-    members = {"__call__": staticmethod(function), "__doc__": function.__doc__}
-    sys.modules[package].__class__ = type("CallablePackage", (ModuleType,), members)

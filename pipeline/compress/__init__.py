@@ -1,5 +1,5 @@
 """From a model to a compressed checkpoint; can be called: `pipeline.compress(model, folder)`."""
 
-from pipeline import face
+from pipeline.lazy import make_callable
 
-face.make_callable(__name__, face.compress)
+make_callable(__name__, "pipeline.face:compress")

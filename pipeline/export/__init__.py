@@ -1,5 +1,5 @@
 """From a checkpoint to one ONNX graph; can be called: `pipeline.export(checkpoint, folder)`."""
 
-from pipeline import face
+from pipeline.lazy import make_callable
 
-face.make_callable(__name__, face.export)
+make_callable(__name__, "pipeline.face:export")
