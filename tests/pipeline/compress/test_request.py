@@ -29,7 +29,7 @@ def test_switching_cat_and_skip_off_narrows_a_method() -> None:
 def test_the_effort_changes_how_ours_is_fitted_and_no_other(method: str, effort: str) -> None:
     resolved = request(method, effort=effort).resolved_method
     stated = METHODS[method]
-    if stated.allocation == "searched":
+    if stated.allocation.name == "searched":
         assert resolved.fit == replace(stated.fit, mix=EFFORTS[effort].mix)
     else:
         assert resolved == stated
@@ -77,7 +77,7 @@ def test_one_sided_weighs_all_outputs_alike_and_keeps_the_allocation(method: str
     resolved = request(method, one_sided=True).resolved_method
     assert not resolved.fit.two_sided
     assert resolved.allocation == METHODS[method].allocation
-    assert resolved.needs_costs == (resolved.allocation == "searched")
+    assert resolved.needs_costs == (resolved.allocation.name == "searched")
 
 
 @pytest.mark.parametrize("mix", [0.0, 0.3, 1.0])

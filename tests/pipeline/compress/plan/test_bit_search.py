@@ -38,7 +38,7 @@ FIXED = 50
 def short_names(monkeypatch: pytest.MonkeyPatch) -> None:
     """Names that do not outweigh matrices as small as these, whose every choice can be tried."""
     monkeypatch.setattr(stored_bytes, "_NAME_BYTES", 2)
-    monkeypatch.setattr(stored_bytes, "INDEX_BYTES", 1)
+    monkeypatch.setattr(stored_bytes, "_INDEX_BYTES", 1)
 
 
 def measurements(groups: list[Group], formats: int) -> tuple[Curves, QuantizationCosts]:
