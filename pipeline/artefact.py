@@ -87,13 +87,14 @@ def require_same_settings(earlier: dict[str, Any], now: dict[str, Any], folder: 
 
 
 def discard(folder: Path) -> None:
-    """Remove a working folder.
+    """Remove a working folder, if there is one.
 
     Raises:
         ResourceError: it cannot be removed.
     """
     try:
-        shutil.rmtree(folder)
+        if folder.exists():
+            shutil.rmtree(folder)
     except OSError as error:
         raise ResourceError("A working folder cannot be removed.", where=folder) from error
 
