@@ -71,10 +71,10 @@ format: $(STAMP) ## Rewrite the sources in house style
 	$(VENV)ruff format .
 
 table: $(STAMP) ## Measure the README's table of compression methods
-	$(VENV)python benchmarks/quality/quality.py $(ARGS)
+	$(VENV)python -m benchmarks.quality.quality $(ARGS)
 
 bench: $(STAMP) ## Measure time, memory and disk of every stage against the targets
-	$(VENV)python benchmarks/stages/stages.py $(ARGS)
+	$(VENV)python -m benchmarks.stages.stages $(ARGS)
 
 doctor: $(STAMP) ## Say what this machine can do, and why
 	$(VENV)skipcat doctor $(ARGS)

@@ -1,7 +1,7 @@
 """Decoding with guesses out of the text against decoding without, in turns in one process.
 
-    python benchmarks/cpu/lookup.py cpu-offset cpu-int8 --text ../shared/data/wikitext2_test.txt \
-        --questions ../shared/data/arc_easy_test.jsonl
+    python -m benchmarks.cpu.lookup cpu-offset cpu-int8 --text TEST.txt \
+        --questions QUESTIONS.jsonl
 
 Folders are exports of the profile `cpu`. What guessing gives depends on how much repeats, so three
 kinds of prompts are measured: `text` goes on with an article, as the base model does, and soon runs
@@ -23,10 +23,11 @@ import click
 import numpy as np
 from rich.table import Table
 
+from benchmarks import RESULTS
+from benchmarks.command import run
 from pipeline.artefact import write_json
 from pipeline.bench.measure import describe_machine, load_average
-from pipeline.cli.options import result_console
-from pipeline.progress import note
+from pipeline.progress import note, result_console
 from pipeline.provenance import provenance
 from pipeline.runtime.drafting import Lookup
 from pipeline.runtime.generate import generate
@@ -36,7 +37,7 @@ from pipeline.runtime.sessions.session import BlockSession
 from pipeline.runtime.tokenizer import chat_prompt_ids, load_tokenizer, stop_token_ids
 
 SCHEMA = 1
-RESULT = Path(__file__).parent / "results" / "lookup.json"
+RESULT = RESULTS / "lookup.json"
 PROMPTS_PER_KIND = 8
 TEXT_TOKENS = 128
 PASSAGE_CHARACTERS = 1000
@@ -211,4 +212,4 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(command())
+    sys.exit(run(command))

@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from pipeline.cli.options import result_console
+from pipeline.progress import result_console
 
 PLAIN = ("rtn", "gptq")
 OURS = "ours"

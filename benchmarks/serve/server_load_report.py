@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from server_load import Load
+    from benchmarks.serve.server_load import Load
 
 MEBIBYTE = 1 << 20
 # Allocators take memory in steps, now and then long after the start: less than this is no leak. In
