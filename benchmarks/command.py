@@ -14,16 +14,16 @@ SKIPCAT = (sys.executable, "-m", "pipeline.cli.main")
 def run(command: click.Command) -> int:
     """Run; failures become the messages and exit status of `skipcat`, defects a traceback."""
     try:
-        command.main(standalone_mode=False)
-    except click.exceptions.Exit as leave:
-        return leave.exit_code
+        result = command.main(standalone_mode=False)
     except click.ClickException as error:
         error.show()
         return 2
     except Exception as error:
-        failure = explain(error)
+        aborted = isinstance(error, click.exceptions.Abort)
+        failure = explain(KeyboardInterrupt() if aborted else error)
         if failure is None or failure.exit_status == 1:
             raise
         print(f"error: {failure}", file=sys.stderr)
         return failure.exit_status
-    return 0
+    # Of a command that left by click's Exit.
+    return result if isinstance(result, int) else 0

@@ -56,7 +56,7 @@ class Engine:
         command: what starts it.
         ours: whether it is this project's.
         turns: what was measured: prompt length -> list of answers.
-        lookup: whether it guesses tokens out of prompt and answer.
+        lookup: whether it decodes by prompt lookup.
     """
 
     name: str
@@ -103,7 +103,7 @@ class Engine:
 @click.option("--llama", help="Folder with node_modules/node-llama-cpp.")
 @click.option("--gguf", help="Model for llama.cpp.")
 @click.option(
-    "--lookup", is_flag=True, help="Once more with guesses out of the text: ours and llama.cpp."
+    "--lookup", is_flag=True, help="Once more by prompt-lookup decoding: ours and llama.cpp."
 )
 @click.option("--text", type=click.Path(path_type=Path), required=True, help="To score.")
 @click.option("--tokenizer", type=click.Path(path_type=Path), required=True, help="Folder.")
@@ -210,7 +210,7 @@ def measure(
                     engine.turns.setdefault(prompt, []).append(turn)
         note(f"repetition {repetition} of {repetitions}")
     rows = []
-    perplexities: dict[tuple[str, ...], float] = {}  # the same with guesses and without
+    perplexities: dict[tuple[str, ...], float] = {}  # the same with drafts and without
     for engine in engines:
         note(f"{engine.name}: perplexity, memory, cold start")
         model = tuple(engine.command)

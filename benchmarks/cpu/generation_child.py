@@ -90,7 +90,7 @@ def generate(engine: Ours | Genai, ids: list[int], new: int, lookup: bool) -> di
 
 
 def generate_by_lookup(session: Any, ids: list[int], new: int) -> dict[str, Any]:
-    """The same, with guesses out of prompt and answer, as `skipcat run` does it."""
+    """The same, by prompt lookup, as `skipcat run` does it."""
     from pipeline.runtime.drafting import Lookup
     from pipeline.runtime.generate import generate as generated
 

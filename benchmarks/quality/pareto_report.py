@@ -14,7 +14,7 @@ PLAIN = ("rtn", "gptq")
 OURS = "ours"
 LABELS = {
     OURS: "ranks and bits searched (ours)",
-    "rtn": "round to nearest, 8/6/5/4/3 bits",
+    "rtn": "RTN, 8/6/5/4/3 bits",
     "gptq": "GPTQ, 8/6/5/4/3 bits",
 }
 

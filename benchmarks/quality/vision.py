@@ -36,7 +36,7 @@ KEPT = (0.6, 0.4, 0.3, 0.2, 0.15, 0.1)
 # Of the float16 bytes; ranks and bits are searched together. The first four are what the plain
 # quantisers below take.
 KEPT_BYTES = (0.5755, 0.3693, 0.3095, 0.2487, 0.2, 0.15)
-# Plain quantisers of the same matrices: everything is kept, in few bits.
+# Plain quantisers of the same matrices: everything is kept, in low bits.
 FORMATS = ("int8-b64-sym", "int4-b32-asym", "int3-b32-asym", "int2-b32-asym")
 
 

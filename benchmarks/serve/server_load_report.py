@@ -96,7 +96,7 @@ def weights_of(folder: Path | None) -> str:
 def least_equal(record: dict[str, Any]) -> float:
     """The fraction of answers that must be those of the same prompt alone.
 
-    All, but for weights of few bits: their products round their input, so that a near-tie between
+    All, but for low-bit weights: their products round their input, so that a near-tie between
     two tokens may turn with the rows that are decoded beside it.
     """
     return 1.0 if record["weights"] == "float" else 0.95

@@ -91,7 +91,7 @@ class Bench:
         return self.work / stage
 
     def run(self, stage: str, *arguments: str) -> Cost:
-        """Run a verb that writes the stage's folder, and measure it."""
+        """Run a command that writes the stage's folder, and measure it."""
         shutil.rmtree(self.path(stage), ignore_errors=True)
         command = [*SKIPCAT, *arguments, "-o", str(self.path(stage))]
         return run_measured(command, self.work / f"{stage}.log", self.environment())
