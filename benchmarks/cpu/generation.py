@@ -40,11 +40,11 @@ from pipeline.progress import note, result_console
 from pipeline.provenance import provenance
 from pipeline.runtime.tokenizer import load_tokenizer
 
-SCHEMA = 1
-RESULT = RESULTS / "generation.json"
+_SCHEMA = 1
+_RESULT = RESULTS / "generation.json"
 CONTEXT = 2048
-COLD_PROMPT = 32
-LLAMA_CHILD = Path(__file__).with_name("generation_child.mjs")
+_COLD_PROMPT = 32
+_LLAMA_CHILD = Path(__file__).with_name("generation_child.mjs")
 
 
 @dataclass
@@ -112,7 +112,7 @@ class Engine:
 @click.option("--new-tokens", type=int, default=128, show_default=True)
 @click.option("--windows", type=int, default=8, show_default=True, help="Scored windows.")
 @click.option("--window-length", type=int, default=512, show_default=True)
-@click.option("--json", "result", type=click.Path(path_type=Path), default=RESULT)
+@click.option("--json", "result", type=click.Path(path_type=Path), default=_RESULT)
 def command(
     ours: tuple[str, ...],
     genai: tuple[str, ...],
@@ -140,9 +140,9 @@ def command(
             for engine in engines
             if engine.ours or engine.name == "llama.cpp"
         ]
-    rows = measure(engines, ids, repetitions, new_tokens, windows, window_length)
+    rows = _measure(engines, ids, repetitions, new_tokens, windows, window_length)
     record = {
-        "schema": SCHEMA,
+        "schema": _SCHEMA,
         "machine": describe_machine() | {"threads": threads},
         "provenance": provenance(),
         "settings": {
@@ -155,7 +155,7 @@ def command(
         "rows": rows,
     }
     write_json(result, record)
-    show(rows)
+    _show(rows)
 
 
 def make_engines(
@@ -179,13 +179,13 @@ def make_engines(
     ]
     if llama and gguf:
         child = Path(llama).resolve() / "generation_child.mjs"
-        shutil.copyfile(LLAMA_CHILD, child)
+        shutil.copyfile(_LLAMA_CHILD, child)
         llama_command = ["node", str(child), str(Path(gguf).resolve()), *count]
         engines.append(Engine("llama.cpp", llama_command, False))
     return engines
 
 
-def measure(
+def _measure(
     engines: list[Engine],
     ids: np.ndarray,
     repetitions: int,
@@ -221,15 +221,15 @@ def measure(
             ]
             perplexities[model] = float(np.exp(np.mean(nlls)))
         engine.stop()
-        rows.append(row_of(engine, perplexities[model]) | cold_and_full(engine, ids))
+        rows.append(_row_of(engine, perplexities[model]) | _cold_and_full(engine, ids))
     return rows
 
 
-def cold_and_full(engine: Engine, ids: np.ndarray) -> dict[str, Any]:
+def _cold_and_full(engine: Engine, ids: np.ndarray) -> dict[str, Any]:
     """Seconds from the start of the process to the first token; peak memory of a full context."""
     started = time.perf_counter()
     engine.start()
-    engine.ask(do="generate", ids=ids[:COLD_PROMPT].tolist(), new=1, lookup=engine.lookup)
+    engine.ask(do="generate", ids=ids[:_COLD_PROMPT].tolist(), new=1, lookup=engine.lookup)
     first = time.perf_counter() - started
     engine.ask(do="generate", ids=ids[: CONTEXT - 16].tolist(), new=15, lookup=engine.lookup)
     peak = engine.peak_bytes()
@@ -237,7 +237,7 @@ def cold_and_full(engine: Engine, ids: np.ndarray) -> dict[str, Any]:
     return {"cold_first_token_s": first, "peak_bytes_at_2048": peak}
 
 
-def row_of(engine: Engine, perplexity: float) -> dict[str, Any]:
+def _row_of(engine: Engine, perplexity: float) -> dict[str, Any]:
     """Medians over the repetitions."""
     row: dict[str, Any] = {"engine": engine.name, "ours": engine.ours, "perplexity": perplexity}
     for prompt, turns in engine.turns.items():
@@ -255,7 +255,7 @@ def row_of(engine: Engine, perplexity: float) -> dict[str, Any]:
     return row
 
 
-def show(rows: list[dict[str, Any]]) -> None:
+def _show(rows: list[dict[str, Any]]) -> None:
     """The table, and ours as multiples of each rival that is at least as good."""
     columns = [
         ("perplexity", "perplexity", 2),

@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.documentation.markdown import Figure, bold, megabytes, only_row, percent, table
 
-Json = dict[str, Any]
+_Json = dict[str, Any]
 _OURS = "skipcat-kl"
 _KEPT = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 _METHODS = {
@@ -38,7 +38,7 @@ _DIGITS_METHODS = {_OURS: "ours", "skipcat": "SkipCat", "svd-llm": "whitened SVD
 _DIGITS_KEPT = (0.4, 0.2, 0.1)
 
 
-def _quality(found: Json) -> list[str]:
+def _quality(found: _Json) -> list[str]:
     """Dense, the two rivals and ours at both budgets, by the effort `default`."""
     rows = [_quality_row(found, "dense", 1.0, None, "dense")]
     for keep in (0.8, 0.7):
@@ -53,7 +53,7 @@ def _quality(found: Json) -> list[str]:
 
 
 def _quality_row(
-    found: Json, method: str, keep: float, effort: str | None, label: str
+    found: _Json, method: str, keep: float, effort: str | None, label: str
 ) -> list[str]:
     row = only_row(found["rows"], method=method, keep=keep, effort=effort)
     perplexity = bold(f"{row['perplexity']:.2f}", method == _OURS)
@@ -69,7 +69,7 @@ def _quality_row(
     ]
 
 
-def _methods(found: Json) -> list[str]:
+def _methods(found: _Json) -> list[str]:
     """Perplexity of every method at every budget, by the effort `fast`."""
     rows = []
     for keep in _KEPT:
@@ -82,7 +82,7 @@ def _methods(found: Json) -> list[str]:
     return table(("kept", *_METHODS.values()), rows)
 
 
-def _efforts(found: Json) -> list[str]:
+def _efforts(found: _Json) -> list[str]:
     """What each effort of ours gives and takes."""
     rows = []
     for effort, reads in _EFFORTS.items():
@@ -94,7 +94,7 @@ def _efforts(found: Json) -> list[str]:
     return table(headings, rows, left=2)
 
 
-def _bytes(found: Json) -> list[str]:
+def _bytes(found: _Json) -> list[str]:
     """Plain quantisers, and ours in no more bytes."""
     rows = []
     for bits, budget in _SAME_BYTES.items():
@@ -115,7 +115,7 @@ def _bytes(found: Json) -> list[str]:
     return table(("plain quantiser", "MB", "RTN", "GPTQ", "**ours, in no more bytes**"), rows)
 
 
-def _bits(found: Json) -> list[str]:
+def _bits(found: _Json) -> list[str]:
     """Every row of the search, of the plain quantisers, and some low-rank methods, by bytes."""
     chosen = [row for row in found["low_rank"] if row["name"] in _LOW_RANK]
     rows = sorted([*found["rows"], *chosen], key=lambda row: -row["stored_bytes"])
@@ -124,7 +124,7 @@ def _bits(found: Json) -> list[str]:
     return table(headings, [_bits_row(row, dense) for row in rows])
 
 
-def _bits_row(row: Json, dense_bytes: int) -> list[str]:
+def _bits_row(row: _Json, dense_bytes: int) -> list[str]:
     ours = row.get("method") == "ours"
     kl, top1 = row.get("kl_to_dense"), row.get("top1_to_dense")
     return [
@@ -150,7 +150,7 @@ def _bits_label(name: str) -> str:
     return f"SkipCat {size}, factors in {'int8' if method == 'factors-int8' else 'float16'}"
 
 
-def _ablation(found: Json) -> list[str]:
+def _ablation(found: _Json) -> list[str]:
     """One idea after the other."""
     best = min(row["kl_to_dense"] for row in found["rows"])
     rows = [
@@ -171,7 +171,7 @@ def _ablation(found: Json) -> list[str]:
     return table(("", "KL to dense, nats", f"perplexity (dense {dense:.2f})", "top-1"), rows)
 
 
-def _rivals(found: Json, ours: Json) -> list[str]:
+def _rivals(found: _Json, ours: _Json) -> list[str]:
     """Perplexity of each rival's own code beside ours, at the same form and ranks."""
     rows = []
     for rival in ("svd-llm", "pifa", "swift-svd"):
@@ -194,7 +194,7 @@ def _rivals(found: Json, ours: Json) -> list[str]:
     return table(("their code", "calibrated on", "tested on", "theirs", "ours"), rows)
 
 
-def _vision(found: Json) -> list[str]:
+def _vision(found: _Json) -> list[str]:
     """The digits: quantisers, ranks, and both, by bytes."""
     rows = [row for row in found["rows"] if "accuracy" in row and _digits_label(row)]
     rows.sort(key=lambda row: -row["stored_bytes"])
@@ -213,7 +213,7 @@ def _vision(found: Json) -> list[str]:
     return table((*headings, "same answer"), cells)
 
 
-def _digits_label(row: Json) -> str:
+def _digits_label(row: _Json) -> str:
     """What a row of the digits is called; empty for those that the page leaves out."""
     if "keep_bytes" in row:
         return f"**ours, ranks and bits**, `--keep-bytes {row['keep_bytes']:g}`"
@@ -224,49 +224,49 @@ def _digits_label(row: Json) -> str:
     return f"{_DIGITS_METHODS[row['method']]}, {row['keep_params']:g} of the numbers kept"
 
 
-def _times_dense(found: Json) -> list[str]:
+def _times_dense(found: _Json) -> list[str]:
     row = only_row(found["rows"], method=_OURS, keep=0.8, effort="default")
     times = math.exp(row["log_perplexity_change"])
     error = times * row["log_perplexity_change_standard_error"]
     return [f"{times:.3f} times the perplexity, ± {error:.3f}"]
 
 
-def _own_code(found: Json, ours: Json) -> list[str]:
+def _own_code(found: _Json, ours: _Json) -> list[str]:
     theirs = found["rivals"]["svd-llm"]["rows"][-1]["perplexity"]
     same = only_row(ours["rows"], method="svd-llm", keep=0.8, effort="fast")["perplexity"]
     return [f"SVD-LLM's own code gives {theirs:.2f} where ours gives {same:.2f}"]
 
 
-def _factors(found: Json) -> list[str]:
+def _factors(found: _Json) -> list[str]:
     names = ("factors-int8:0.8", "factors:0.8")
     int8, float16 = (only_row(found["rows"], name=name)["perplexity"] for name in names)
     return [f"perplexity {int8:.2f} against {float16:.2f}: {int8 / float16 - 1:+.2%}"]
 
 
-def _budgets_met(found: Json) -> list[str]:
+def _budgets_met(found: _Json) -> list[str]:
     rows = [row for row in found["rows"] if row.get("budget_bytes")]
     shares = [row["stored_bytes"] / row["budget_bytes"] for row in rows]
     return [f"{min(shares):.2%} to {max(shares):.2%}"]
 
 
 def _size_of(name: str) -> Figure:
-    def lines(found: Json) -> list[str]:
+    def lines(found: _Json) -> list[str]:
         row = only_row(found["rows"], name=name)
         return [f"{row['perplexity']:.2f} in {megabytes(row['stored_bytes'], 1)} MB"]
 
     return Figure(("pareto",), lines)
 
 
-def _planned_groups(found: Json) -> list[str]:
+def _planned_groups(found: _Json) -> list[str]:
     groups = found["correlation"]["groups"]
     return [f"{groups['rank_correlation']:.3f} over {groups['count']} groups"]
 
 
-def _planned_layers(found: Json) -> list[str]:
+def _planned_layers(found: _Json) -> list[str]:
     return [f"{found['correlation']['layers']['rank_correlation']:.2f}"]
 
 
-def _planned_ratio(found: Json) -> list[str]:
+def _planned_ratio(found: _Json) -> list[str]:
     return [f"{found['correlation']['groups']['median_measured_over_expected']:.1f}"]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.documentation.markdown import Figure, bold, megabytes, only_row, percent, table
 
-Json = dict[str, Any]
+_Json = dict[str, Any]
 _DECODE = "decode_after_128_tokens_per_s"
 _PREFILL = "prefill_512_tokens_per_s"
 _GENAI = "onnxruntime-genai 0.18, its builder's int4"
@@ -92,7 +92,7 @@ _RATIOS = {
 }
 
 
-def _speed(found: Json) -> list[str]:
+def _speed(found: _Json) -> list[str]:
     """The engines of one run, shortly."""
     rows = []
     for engine, label in _SPEED_ENGINES.items():
@@ -112,13 +112,13 @@ def _speed(found: Json) -> list[str]:
     return table((*headings, "with prompt lookup"), rows)
 
 
-def _with_lookup(found: Json, engine: str, best: bool) -> str:
+def _with_lookup(found: _Json, engine: str, best: bool) -> str:
     """Tokens/s of the same engine with prompt-lookup decoding; empty where it has none."""
     rows = [row for row in found["rows"] if row["engine"] == f"{engine}, lookup"]
     return bold(f"{rows[0][_DECODE]:.0f}", best) if rows else ""
 
 
-def _first_run(found: Json) -> list[str]:
+def _first_run(found: _Json) -> list[str]:
     """The engines of the first run."""
     rows = [
         [
@@ -132,7 +132,7 @@ def _first_run(found: Json) -> list[str]:
     return table((*headings, "first token, cold", "MB at 2,048"), rows)
 
 
-def _avx2_run(found: Json) -> list[str]:
+def _avx2_run(found: _Json) -> list[str]:
     """The engines of the second run, with prompt lookup and without."""
     rows = []
     for engine, label in _AVX2_ENGINES.items():
@@ -148,7 +148,7 @@ def _avx2_run(found: Json) -> list[str]:
     return table((*headings, "with prompt lookup", "first token, cold", "MB at 2,048"), rows)
 
 
-def _engine_cells(found: Json, engine: str, label: str, best: bool) -> list[str]:
+def _engine_cells(found: _Json, engine: str, label: str, best: bool) -> list[str]:
     """Label, perplexity, prefill and decode; llama.cpp's tokens come in two speeds."""
     row = only_row(found["rows"], engine=engine)
     single = row["decode_after_128_single_token_median"]
@@ -157,12 +157,12 @@ def _engine_cells(found: Json, engine: str, label: str, best: bool) -> list[str]
     return [label, perplexity, f"{row[_PREFILL]:,.0f}", f"{row[_DECODE]:.0f}{note}"]
 
 
-def _cold_and_memory(found: Json, engine: str) -> list[str]:
+def _cold_and_memory(found: _Json, engine: str) -> list[str]:
     row = only_row(found["rows"], engine=engine)
     return [f"{row['cold_first_token_s']:.2f} s", megabytes(row["peak_bytes_at_2048"])]
 
 
-def _lookup(found: Json) -> list[str]:
+def _lookup(found: _Json) -> list[str]:
     """Both ways over the three kinds of prompts."""
     rows = []
     for kind, label in _LOOKUP_PROMPTS.items():
@@ -176,17 +176,17 @@ def _lookup(found: Json) -> list[str]:
     return table(("prompts", *headings), rows)
 
 
-def _lookup_answers(found: Json) -> list[str]:
+def _lookup_answers(found: _Json) -> list[str]:
     same = [of["same_answers"] for row in found["rows"] for of in row["kinds"].values()]
     return [f"{min(same)} to {max(same)}"]
 
 
-def _row_costs(found: Json) -> list[str]:
+def _row_costs(found: _Json) -> list[str]:
     costs = [cost for row in found["rows"] for cost in row["row_costs"].values()]
     return [f"{min(costs):.2f} to {max(costs):.2f}"]
 
 
-def _cpu_memory(found: Json) -> list[str]:
+def _cpu_memory(found: _Json) -> list[str]:
     """Peak against weights and cache."""
     rows = []
     for folder, label in _MEMORY_FOLDERS.items():
@@ -197,7 +197,7 @@ def _cpu_memory(found: Json) -> list[str]:
     return table(("", "weights + cache, MB", "peak, MB", "/ (weights + cache)"), rows)
 
 
-def _default_model(found: Json) -> list[str]:
+def _default_model(found: _Json) -> list[str]:
     """`skipcat bench` of the default model."""
     rows = []
     for row in found["rows"]:
@@ -218,13 +218,13 @@ def _default_model(found: Json) -> list[str]:
     return table((*headings, "of the memory's", "peak MB"), rows, left=2)
 
 
-def _bandwidth(found: Json) -> list[str]:
+def _bandwidth(found: _Json) -> list[str]:
     speed = {key: value / 1e9 for key, value in found["bandwidth"]["bytes_per_s"].items()
              if key != "all"}  # fmt: skip
     return [f"{speed['median']:.1f} GB/s here ({speed['min']:.1f} to {speed['max']:.1f})"]
 
 
-def _server_load(*found: Json) -> list[str]:
+def _server_load(*found: _Json) -> list[str]:
     """What became of all requests, and of the memory."""
     rows = []
     for run, label in zip(found, _LOADS.values(), strict=True):
@@ -244,11 +244,11 @@ def _server_load(*found: Json) -> list[str]:
     return table((*headings, "memory, 2nd to last quarter"), rows)
 
 
-def _load_rate(found: Json) -> list[str]:
+def _load_rate(found: _Json) -> list[str]:
     return [f"{found['seconds']:.0f} s: {found['requests_per_s']} requests a second"]
 
 
-def _stages(found: Json) -> list[str]:
+def _stages(found: _Json) -> list[str]:
     """Every figure of a stage that has a target, and some that have none."""
     rows = []
     for name, row in found["rows"].items():
@@ -266,18 +266,18 @@ def _stages(found: Json) -> list[str]:
     return table(("row", "what", "measured", "at most", "verdict", "load"), rows, left=2)
 
 
-def _ratio(ours: str, other: str, key: str, digits: int, found: Json) -> list[str]:
+def _ratio(ours: str, other: str, key: str, digits: int, found: _Json) -> list[str]:
     one, two = (only_row(found["rows"], engine=name)[key] for name in (ours, other))
     return [f"{one / two:.{digits}f}"]
 
 
-def _slowest(found: Json) -> list[str]:
+def _slowest(found: _Json) -> list[str]:
     """The slowest repetition with prompt lookup, over llama.cpp's median."""
     ours = only_row(found["rows"], engine="ours cpu-offset, lookup")["all_decode_128"]
     return [f"{min(ours) / only_row(found['rows'], engine='llama.cpp')[_DECODE]:.1f}"]
 
 
-def _float32(found: Json) -> list[str]:
+def _float32(found: _Json) -> list[str]:
     searched, plain = (
         only_row(found["rows"], engine=name)[_DECODE] for name in ("ours onnx-cpu", "ours fp32")
     )

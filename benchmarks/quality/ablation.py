@@ -41,12 +41,12 @@ from pipeline.provenance import provenance
 from pipeline.runtime.sessions.torch_session import TorchSession
 from validate.quality import measure_quality
 
-RESULT = RESULTS / "ablation.json"
-CALIBRATING = 0.9
+_RESULT = RESULTS / "ablation.json"
+_CALIBRATING = 0.9
 
 
 @dataclass(frozen=True)
-class Variant:
+class _Variant:
     """One row: where rank goes, whether matrices may share, and how they are fitted."""
 
     name: str
@@ -61,15 +61,15 @@ class Variant:
         return uniform_plan(layers, keep, cat=self.cat)
 
 
-VARIANTS = (
-    Variant("SkipCat", False, True, Fit(two_sided=False)),
-    Variant("two-sided, uniform ranks", False, True, Fit()),
-    Variant("searched ranks, one-sided", True, True, Fit(two_sided=False)),
-    Variant("searched ranks, nothing shared, two-sided", True, False, Fit()),
-    Variant("searched ranks and sharing, two-sided", True, True, Fit()),
-    Variant("that, targets of mix 0.5", True, True, Fit(mix=0.5)),
-    Variant("that, targets of mix 0", True, True, Fit(mix=0.0)),
-    Variant("that, targets of mix 1", True, True, Fit(mix=1.0)),
+_VARIANTS = (
+    _Variant("SkipCat", False, True, Fit(two_sided=False)),
+    _Variant("two-sided, uniform ranks", False, True, Fit()),
+    _Variant("searched ranks, one-sided", True, True, Fit(two_sided=False)),
+    _Variant("searched ranks, nothing shared, two-sided", True, False, Fit()),
+    _Variant("searched ranks and sharing, two-sided", True, True, Fit()),
+    _Variant("that, targets of mix 0.5", True, True, Fit(mix=0.5)),
+    _Variant("that, targets of mix 0", True, True, Fit(mix=0.0)),
+    _Variant("that, targets of mix 1", True, True, Fit(mix=1.0)),
 )
 
 
@@ -79,7 +79,7 @@ VARIANTS = (
 @click.option("--keep", type=float, default=0.8, show_default=True)
 @click.option("--effort", type=click.Choice(list(EFFORTS)), default="fast", show_default=True)
 @click.option("--test-windows", type=int, default=4, show_default=True)
-@click.option("--json", "result", type=click.Path(path_type=Path), default=RESULT)
+@click.option("--json", "result", type=click.Path(path_type=Path), default=_RESULT)
 def command(
     calibration: Path, model: str, keep: float, effort: str, test_windows: int, result: Path
 ) -> None:
@@ -90,20 +90,20 @@ def command(
         "machine": describe_machine(), "provenance": provenance(), "rows": [],
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:
-        for row in measured_rows(calibration, model, keep, effort, test_windows, Path(scratch)):
+        for row in _measured_rows(calibration, model, keep, effort, test_windows, Path(scratch)):
             record["rows"].append(row)
             write_json(result, record)
             note(f"{row['variant']}: KL {row['kl_to_dense']:.4f}")
-    show(record["rows"])
+    _show(record["rows"])
 
 
-def measured_rows(
+def _measured_rows(
     calibration: Path, model: str, keep: float, effort: str, test_windows: int, scratch: Path
 ) -> Any:
     """Yield a row for each variant."""
     loaded = load_model(model, dtype=torch.float32)
     layers = decoder_structure(loaded.model)
-    texts = split(calibration, scratch)
+    texts = _split(calibration, scratch)
     count, length = EFFORTS[effort].windows, EFFORTS[effort].window_length
     tokens = tokens_of(str(texts[0]), loaded, count, length, 0).tokens
     tests = tokens_of(str(texts[1]), loaded, test_windows, 2048, 0, sequential=True).tokens.numpy()
@@ -111,7 +111,7 @@ def measured_rows(
     survey = Survey(scratch / "survey", {})
     chosen = spread(tokens, EFFORTS[effort].survey_windows)
     survey.measure(loaded.model, layers, chosen, cat=True, seed=0)
-    for variant in VARIANTS:
+    for variant in _VARIANTS:
         started = time.perf_counter()
         plan = variant.plan(layers, survey, keep)
         compressed = copy.deepcopy(loaded.model)
@@ -133,17 +133,17 @@ def measured_rows(
         gc.collect()  # a model is a web of cycles, and the next row needs its memory
 
 
-def split(text: Path, folder: Path) -> tuple[Path, Path]:
+def _split(text: Path, folder: Path) -> tuple[Path, Path]:
     """The part of a text that calibrates, and the part that tests."""
     lines = text.read_text(encoding="utf-8").splitlines(keepends=True)
-    cut = int(CALIBRATING * len(lines))
+    cut = int(_CALIBRATING * len(lines))
     parts = folder / "calibrates.txt", folder / "tests.txt"
     for path, part in zip(parts, (lines[:cut], lines[cut:]), strict=True):
         path.write_text("".join(part), encoding="utf-8")
     return parts
 
 
-def show(rows: list[dict[str, Any]]) -> None:
+def _show(rows: list[dict[str, Any]]) -> None:
     """The table on stdout."""
     view = Table(title=f"dense perplexity {rows[0]['dense_perplexity']:.2f}")
     for heading in ("variant", "kept", "KL to dense", "top-1", "perplexity", "s"):

@@ -40,7 +40,7 @@ from pipeline.model.structure import decoder_structure
 from pipeline.progress import note, track
 from pipeline.provenance import provenance
 
-RESULT = RESULTS / "planned_cost.json"
+_RESULT = RESULTS / "planned_cost.json"
 
 
 @click.command()
@@ -49,7 +49,7 @@ RESULT = RESULTS / "planned_cost.json"
 @click.option("--keep-bytes", type=float, default=0.25, show_default=True)
 @click.option("--held-out", type=int, default=4, show_default=True, help="Windows of 256 tokens.")
 @click.option("--work", type=click.Path(path_type=Path), help="Keep the survey here.")
-@click.option("--json", "result", type=click.Path(path_type=Path), default=RESULT)
+@click.option("--json", "result", type=click.Path(path_type=Path), default=_RESULT)
 def command(
     calibration: str, model: str, keep_bytes: float, held_out: int, work: Path | None, result: Path
 ) -> None:
@@ -77,7 +77,7 @@ def command(
             survey=survey,
             finished=finished,
         )
-        rows = costs(loaded, plan, finished, last_windows(calibration, loaded, held_out))
+        rows = _costs(loaded, plan, finished, _last_windows(calibration, loaded, held_out))
     record = {
         "schema": 1,
         "model": model,
@@ -86,14 +86,14 @@ def command(
         "held_out_tokens": held_out * 256,
         "machine": describe_machine(),
         "provenance": provenance(),
-        "correlation": correlations(rows),
+        "correlation": _correlations(rows),
         "rows": rows,
     }
     write_json(result, record)
     click.echo(json.dumps(record["correlation"], indent=2))
 
 
-def last_windows(calibration: str, loaded: LoadedModel, count: int) -> torch.Tensor:
+def _last_windows(calibration: str, loaded: LoadedModel, count: int) -> torch.Tensor:
     """The end of the calibration text, int64 [count, 256]; windows for fitting come from all of it.
 
     Costs are compared with one another, not claimed for unseen text.
@@ -103,7 +103,7 @@ def last_windows(calibration: str, loaded: LoadedModel, count: int) -> torch.Ten
     return torch.tensor(ids).view(count, 256)
 
 
-def costs(
+def _costs(
     loaded: LoadedModel, plan: RankPlan, finished: FinishedLayers, windows: torch.Tensor
 ) -> list[dict[str, Any]]:
     """Expected and measured KL of every group that the plan changes, and of every layer."""
@@ -158,7 +158,7 @@ def _log_chances(model: Any, window: torch.Tensor) -> torch.Tensor:
     return model(input_ids=window[None], use_cache=False).logits[0].log_softmax(-1)
 
 
-def correlations(rows: list[dict[str, Any]]) -> dict[str, Any]:
+def _correlations(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Spearman's rank correlation, and the median ratio of measured to expected."""
     found = {}
     for name, chosen in (

@@ -55,16 +55,16 @@ from validate.harness_tasks import load_tasks, score_tasks, scores_of
 from validate.metrics import log_perplexity_change, perplexity_with_error
 from validate.quality import Quality, measure_quality
 
-SCHEMA = 1
-RESULT = RESULTS / "quality.json"
-SWEEP = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
-TABLE = (0.8, 0.7)
-SWEPT = ("skipcat", DEFAULT_METHOD)
-ASKED = ("svd-llm", *SWEPT)
+_SCHEMA = 1
+_RESULT = RESULTS / "quality.json"
+_SWEEP = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
+_TABLE = (0.8, 0.7)
+_SWEPT = ("skipcat", DEFAULT_METHOD)
+_ASKED = ("svd-llm", *_SWEPT)
 
 
 @dataclass(frozen=True)
-class Cell:
+class _Cell:
     """One row to measure: a method at a budget, with the calibration of an effort."""
 
     method: str
@@ -72,23 +72,23 @@ class Cell:
     effort: str = DEFAULT_EFFORT
 
 
-def is_asked(cell: Cell) -> bool:
+def _is_asked(cell: _Cell) -> bool:
     """Whether the questions are put to this row; they take longer than the text."""
-    return cell.method in ASKED and cell.keep == TABLE[0] and cell.effort == DEFAULT_EFFORT
+    return cell.method in _ASKED and cell.keep == _TABLE[0] and cell.effort == DEFAULT_EFFORT
 
 
-def all_cells() -> list[Cell]:
+def _all_cells() -> list[_Cell]:
     """Every row, those that the README shows first.
 
     All methods meet at the effort "fast", on the same tokens; ours and those it is held against
     get more text besides.
     """
-    cells = [Cell(method, keep) for keep in TABLE for method in ASKED]
-    cells += [Cell(method, TABLE[0], "fast") for method in METHODS if method != "mpifa"]
-    cells += [Cell(method, keep, "fast") for keep in SWEEP for method in SWEPT]
-    cells += [Cell(method, TABLE[1], "fast") for method in METHODS if method != "mpifa"]
-    cells += [Cell("mpifa", keep, "fast") for keep in TABLE]
-    cells += [Cell(DEFAULT_METHOD, keep, "max") for keep in TABLE]
+    cells = [_Cell(method, keep) for keep in _TABLE for method in _ASKED]
+    cells += [_Cell(method, _TABLE[0], "fast") for method in METHODS if method != "mpifa"]
+    cells += [_Cell(method, keep, "fast") for keep in _SWEEP for method in _SWEPT]
+    cells += [_Cell(method, _TABLE[1], "fast") for method in METHODS if method != "mpifa"]
+    cells += [_Cell("mpifa", keep, "fast") for keep in _TABLE]
+    cells += [_Cell(DEFAULT_METHOD, keep, "max") for keep in _TABLE]
     return list(dict.fromkeys(cells))
 
 
@@ -119,7 +119,7 @@ class Settings:
 @click.option("--test-windows", type=click.IntRange(min=1), default=10, show_default=True)
 @click.option("--test-window-length", type=click.IntRange(min=2), default=2048, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--json", "result", type=click.Path(path_type=Path), default=RESULT)
+@click.option("--json", "result", type=click.Path(path_type=Path), default=_RESULT)
 @click.option("--resume", is_flag=True, help="Keep the rows that the JSON has already.")
 def command(
     test: Path,
@@ -150,10 +150,10 @@ def command(
     )
     refuse_test_text(settings)
     table = open_table(settings, result, resume=resume)
-    cells = [parsed_cell(text) for text in only.split(",")] if only else all_cells()
+    cells = [_parsed_cell(text) for text in only.split(",")] if only else _all_cells()
     with tempfile.TemporaryDirectory() as scratch:
         bench = Bench(settings, test, calibration, questions, work or Path(scratch))
-        measure_table(bench, cells, table, result)
+        _measure_table(bench, cells, table, result)
     show(table)
     save_chart(table["rows"], result.with_suffix(".svg"))
 
@@ -175,7 +175,7 @@ def open_table(settings: Settings, result: Path, *, resume: bool) -> dict[str, A
         UsageError: the earlier run had other settings.
     """
     fresh = {
-        "schema": SCHEMA,
+        "schema": _SCHEMA,
         "settings": asdict(settings),
         "machine": describe_machine() | {"threads": torch.get_num_threads()},
         "provenance": provenance(),
@@ -195,7 +195,7 @@ def open_table(settings: Settings, result: Path, *, resume: bool) -> dict[str, A
     return earlier
 
 
-def parsed_cell(text: str) -> Cell:
+def _parsed_cell(text: str) -> _Cell:
     """A row from "method:keep" or "method:keep:effort".
 
     Raises:
@@ -204,7 +204,7 @@ def parsed_cell(text: str) -> Cell:
     method, _, rest = text.partition(":")
     keep, _, effort = rest.partition(":")
     try:
-        return Cell(method, float(keep), effort or DEFAULT_EFFORT)
+        return _Cell(method, float(keep), effort or DEFAULT_EFFORT)
     except ValueError as error:
         raise UsageError(
             "This is not a row.", where="--only", observed=text, expected="method:keep[:effort]"
@@ -232,7 +232,7 @@ class Bench:
         )
         self.reference = RecordedSession(TorchSession(self.loaded.model, DENSE), work / "logits")
 
-    def request(self, cell: Cell) -> CompressRequest:
+    def request(self, cell: _Cell) -> CompressRequest:
         """What `skipcat compress` would be asked."""
         request = CompressRequest(
             self.settings.model,
@@ -255,21 +255,21 @@ class Bench:
         return {score.metric: [score.value, score.standard_error] for score in scores_of(results)}
 
 
-def measure_table(bench: Bench, cells: list[Cell], table: dict[str, Any], result: Path) -> None:
+def _measure_table(bench: Bench, cells: list[_Cell], table: dict[str, Any], result: Path) -> None:
     """Measure every row that `table` lacks, and write it to `result` as it is finished."""
     table["texts"] = {"test": bench.tests.describe()}
     finished = {(row["method"], row["keep"], row["effort"]) for row in table["rows"]}
     if (DENSE, 1.0, None) not in finished:
-        add_row(table, result, lambda: dense_row(bench))
+        _add_row(table, result, lambda: _dense_row(bench))
     dense = next(row for row in table["rows"] if row["method"] == DENSE)
     for cell in cells:
         if (cell.method, cell.keep, cell.effort) not in finished:
             note(f"{cell.method} at {cell.keep}, {cell.effort} ...")
-            add_row(table, result, partial(compressed_row, bench, cell, dense))
+            _add_row(table, result, partial(_compressed_row, bench, cell, dense))
             gc.collect()  # a model is a web of cycles, and the next row needs its memory
 
 
-def add_row(table: dict[str, Any], result: Path, measure: Callable[[], dict[str, Any]]) -> None:
+def _add_row(table: dict[str, Any], result: Path, measure: Callable[[], dict[str, Any]]) -> None:
     """Measure a row and write the table with it."""
     loads = [load_average()]
     row = measure()
@@ -279,7 +279,7 @@ def add_row(table: dict[str, Any], result: Path, measure: Callable[[], dict[str,
     note(f"{row['method']}: perplexity {row['perplexity']:.2f}")
 
 
-def dense_row(bench: Bench) -> dict[str, Any]:
+def _dense_row(bench: Bench) -> dict[str, Any]:
     """The row of the model as it is."""
     layers = decoder_structure(bench.loaded.model)
     linear = sum(sum(g.out_features) * g.in_features for layer in layers for g in layer.groups)
@@ -299,7 +299,7 @@ def dense_row(bench: Bench) -> dict[str, Any]:
     }
 
 
-def compressed_row(bench: Bench, cell: Cell, dense: dict[str, Any]) -> dict[str, Any]:
+def _compressed_row(bench: Bench, cell: _Cell, dense: dict[str, Any]) -> dict[str, Any]:
     """The row of one method: compress a copy, then test it beside the dense model."""
     request = bench.request(cell)
     effort = request.resolved_effort
@@ -308,7 +308,7 @@ def compressed_row(bench: Bench, cell: Cell, dense: dict[str, Any]) -> dict[str,
     )
     model = copy.deepcopy(bench.loaded.model)
     layers = decoder_structure(model)
-    survey, plan, plan_seconds = planned(bench, request, model, layers, tokens)
+    survey, plan, plan_seconds = _planned(bench, request, model, layers, tokens)
     started = time.perf_counter()
     fit = request.resolved_method.fit
     done = compress_(
@@ -328,14 +328,14 @@ def compressed_row(bench: Bench, cell: Cell, dense: dict[str, Any]) -> dict[str,
         "decoder_linear_parameters": sum(group.kept_parameters for group in plan.groups),
         "parameters": parameter_count(done.model),
         **quality_fields(quality, np.array(dense["window_nlls"])),
-        "questions": bench.question_scores(session) if is_asked(cell) else None,
+        "questions": bench.question_scores(session) if _is_asked(cell) else None,
         "plan_seconds": round(plan_seconds, 1),
         "compress_seconds": round(seconds + plan_seconds, 1),
         "largest_interpolation": max((x for x in interpolations if x is not None), default=None),
     }
 
 
-def planned(
+def _planned(
     bench: Bench, request: CompressRequest, model: Any, layers: list[Layer], tokens: TokenBatch
 ) -> tuple[Survey, RankPlan, float]:
     """Survey, plan, and the seconds of both; a survey of the same effort is taken over.
