@@ -1,8 +1,8 @@
 """Peak memory of the CPU session at 2,048 tokens against weights and cache, for models of any size.
 
-    PYTHONPATH=. python benchmarks/stages/random_llama.py llama-1b --layers 16 --hidden 2048 ...
+    python -m benchmarks.stages.random_llama llama-1b --layers 16 --hidden 2048 ...
     skipcat export llama-1b -o llama-1b-int8 --profile cpu
-    python benchmarks/cpu/cpu_memory.py cpu-int8 llama-1b-int8
+    python -m benchmarks.cpu.cpu_memory cpu-int8 llama-1b-int8
 
 Each folder is an export of the profile `cpu`, opened in a process of its own, which reads a prompt
 of random tokens and generates 15; the peak is the process's own, as the kernel counted it. Random
@@ -18,32 +18,33 @@ from typing import Any
 
 import click
 import numpy as np
-from generation import CONTEXT, HERE, Engine, make_engines
 from rich.table import Table
 
+from benchmarks import RESULTS
+from benchmarks.command import run
+from benchmarks.cpu.generation import CONTEXT, Engine, make_engines
 from pipeline.artefact import write_json
 from pipeline.bench.measure import describe_machine, load_average
 from pipeline.bench.traffic import traffic_of_folder
-from pipeline.cli.options import result_console
 from pipeline.export.record import read_export_record
-from pipeline.progress import note
+from pipeline.progress import note, result_console
 from pipeline.provenance import provenance
 
-SCHEMA = 1
-RESULT = HERE / "results" / "cpu_memory.json"
-TARGET = 1.3
+_SCHEMA = 1
+_RESULT = RESULTS / "cpu_memory.json"
+_TARGET = 1.3
 
 
 @click.command()
 @click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
 @click.option("--threads", type=int, default=2, show_default=True)
-@click.option("--json", "result", type=click.Path(path_type=Path), default=RESULT)
+@click.option("--json", "result", type=click.Path(path_type=Path), default=_RESULT)
 def command(folders: tuple[Path, ...], threads: int, result: Path) -> None:
     """Measure every folder, one after the other."""
     loads = [load_average()]
-    rows = [measure(folder, threads) for folder in folders]
+    rows = [_measure(folder, threads) for folder in folders]
     record = {
-        "schema": SCHEMA,
+        "schema": _SCHEMA,
         "machine": describe_machine() | {"threads": threads},
         "provenance": provenance(),
         "settings": {"context": CONTEXT},
@@ -51,10 +52,10 @@ def command(folders: tuple[Path, ...], threads: int, result: Path) -> None:
         "rows": rows,
     }
     write_json(result, record)
-    show(rows)
+    _show(rows)
 
 
-def measure(folder: Path, threads: int) -> dict[str, Any]:
+def _measure(folder: Path, threads: int) -> dict[str, Any]:
     """Bytes of weights, cache and peak of one folder."""
     weights = sum(path.stat().st_size for path in folder.glob("model.onnx*"))
     cache = traffic_of_folder(folder).cache_bytes(CONTEXT)
@@ -71,13 +72,13 @@ def measure(folder: Path, threads: int) -> dict[str, Any]:
         "weights": exported.weights,
         "weight_bytes": weights,
         "cache_bytes": cache,
-        "fixed_bytes": fixed_bytes(),
+        "fixed_bytes": _fixed_bytes(),
         "peak_bytes": peak,
         "ratio": peak / (weights + cache),
     }
 
 
-def fixed_bytes() -> int:
+def _fixed_bytes() -> int:
     """Peak of a process that imports what the session imports, and opens nothing."""
     code = (
         "import sys, onnxruntime, numpy, pipeline.runtime.sessions.onnx_cpu_session; "
@@ -90,7 +91,7 @@ def fixed_bytes() -> int:
     return peak
 
 
-def show(rows: list[dict[str, Any]]) -> None:
+def _show(rows: list[dict[str, Any]]) -> None:
     """The table."""
     table = Table("folder", "weights", "MB", "cache MB", "fixed MB", "peak MB", "peak / (w + c)")
     for row in rows:
@@ -98,10 +99,10 @@ def show(rows: list[dict[str, Any]]) -> None:
             f"{row[key] / 1e6:.0f}"
             for key in ("weight_bytes", "cache_bytes", "fixed_bytes", "peak_bytes")
         )
-        ratio = f"{row['ratio']:.2f}" + ("" if row["ratio"] <= TARGET else " !")
+        ratio = f"{row['ratio']:.2f}" + ("" if row["ratio"] <= _TARGET else " !")
         table.add_row(row["folder"], row["weights"], *megabytes, ratio)
     result_console().print(table)
 
 
 if __name__ == "__main__":
-    command()
+    sys.exit(run(command))

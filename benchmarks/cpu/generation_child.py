@@ -11,10 +11,12 @@ from typing import Any
 
 import numpy as np
 
-Feed = Callable[[list[int]], np.ndarray]
+from pipeline.child_process import answers_on_stdout
+
+_Feed = Callable[[list[int]], np.ndarray]
 
 
-class Ours:
+class _Ours:
     """What `open_session` opens."""
 
     def __init__(self, folder: str, threads: int) -> None:
@@ -36,7 +38,7 @@ class Ours:
         return self.session.forward(np.array([ids], np.int64))[0]
 
 
-class Genai:
+class _Genai:
     """A folder of onnxruntime-genai's own builder, through its own generator."""
 
     def __init__(self, folder: str, threads: int) -> None:
@@ -69,11 +71,11 @@ class Genai:
         return np.asarray(self.generator.get_output("logits"))[0]
 
 
-def generate(engine: Ours | Genai, ids: list[int], new: int, lookup: bool) -> dict[str, Any]:
+def _generate(engine: _Ours | _Genai, ids: list[int], new: int, lookup: bool) -> dict[str, Any]:
     """Read a prompt and generate greedily; seconds of both."""
     if lookup:
-        assert isinstance(engine, Ours)
-        return generate_by_lookup(engine.session, ids, new)
+        assert isinstance(engine, _Ours)
+        return _generate_by_lookup(engine.session, ids, new)
     engine.reset(len(ids) + new + 1)
     started = time.perf_counter()
     token = engine.feed(ids)
@@ -87,8 +89,8 @@ def generate(engine: Ours | Genai, ids: list[int], new: int, lookup: bool) -> di
     return {"prefill_s": prefill_s, "token_s": token_s, "tokens": tokens}
 
 
-def generate_by_lookup(session: Any, ids: list[int], new: int) -> dict[str, Any]:
-    """The same, with guesses out of prompt and answer, as `skipcat run` does it."""
+def _generate_by_lookup(session: Any, ids: list[int], new: int) -> dict[str, Any]:
+    """The same, by prompt lookup, as `skipcat run` does it."""
     from pipeline.runtime.drafting import Lookup
     from pipeline.runtime.generate import generate as generated
 
@@ -102,7 +104,7 @@ def generate_by_lookup(session: Any, ids: list[int], new: int) -> dict[str, Any]
     return {"prefill_s": seconds[0], "token_s": seconds[1:], "tokens": tokens, **taken}
 
 
-def score(engine: Ours | Genai, ids: list[int]) -> dict[str, float]:
+def _score(engine: _Ours | _Genai, ids: list[int]) -> dict[str, float]:
     """Mean negative log-likelihood of all tokens after the first."""
     logits = engine.logits(ids)[:-1].astype(np.float64)
     logits -= logits.max(axis=1, keepdims=True)
@@ -112,18 +114,19 @@ def score(engine: Ours | Genai, ids: list[int]) -> dict[str, float]:
 
 
 def main() -> None:
+    tell = answers_on_stdout()
     kind, folder, threads = sys.argv[1:4]
-    engine = (Ours if kind == "ours" else Genai)(folder, int(threads))
-    print(json.dumps({"ready": True}), flush=True)
+    engine = (_Ours if kind == "ours" else _Genai)(folder, int(threads))
+    tell({"ready": True})
     for line in sys.stdin:
         request = json.loads(line)
         if request["do"] == "generate":
-            answer: dict[str, Any] = generate(
+            answer: dict[str, Any] = _generate(
                 engine, request["ids"], request["new"], request.get("lookup", False)
             )
         else:
-            answer = score(engine, request["ids"])
-        print(json.dumps(answer), flush=True)
+            answer = _score(engine, request["ids"])
+        tell(answer)
 
 
 if __name__ == "__main__":

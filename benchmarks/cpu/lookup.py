@@ -1,9 +1,9 @@
-"""Decoding with guesses out of the text against decoding without, in turns in one process.
+"""Prompt-lookup decoding against decoding token by token, in turns in one process.
 
-    python benchmarks/cpu/lookup.py cpu-offset cpu-int8 --text ../shared/data/wikitext2_test.txt \
-        --questions ../shared/data/arc_easy_test.jsonl
+    python -m benchmarks.cpu.lookup cpu-offset cpu-int8 --text TEST.txt \
+        --questions QUESTIONS.jsonl
 
-Folders are exports of the profile `cpu`. What guessing gives depends on how much repeats, so three
+Folders are exports of the profile `cpu`. What drafts give depends on how much repeats, so three
 kinds of prompts are measured: `text` goes on with an article, as the base model does, and soon runs
 in circles; `ask` puts questions to the chat model; `edit` has it rewrite, shorten or quote a
 passage. Each answer is generated both ways, greedily. The texts were not used to choose the
@@ -23,10 +23,11 @@ import click
 import numpy as np
 from rich.table import Table
 
+from benchmarks import RESULTS
+from benchmarks.command import run
 from pipeline.artefact import write_json
 from pipeline.bench.measure import describe_machine, load_average
-from pipeline.cli.options import result_console
-from pipeline.progress import note
+from pipeline.progress import note, result_console
 from pipeline.provenance import provenance
 from pipeline.runtime.drafting import Lookup
 from pipeline.runtime.generate import generate
@@ -35,18 +36,18 @@ from pipeline.runtime.sessions.open_session import open_session
 from pipeline.runtime.sessions.session import BlockSession
 from pipeline.runtime.tokenizer import chat_prompt_ids, load_tokenizer, stop_token_ids
 
-SCHEMA = 1
-RESULT = Path(__file__).parent / "results" / "lookup.json"
-PROMPTS_PER_KIND = 8
-TEXT_TOKENS = 128
-PASSAGE_CHARACTERS = 1000
-EDITS = (
+_SCHEMA = 1
+_RESULT = RESULTS / "lookup.json"
+_PROMPTS_PER_KIND = 8
+_TEXT_TOKENS = 128
+_PASSAGE_CHARACTERS = 1000
+_EDITS = (
     "Repeat this text, and correct its spelling:",
     "Rewrite this in the present tense:",
     "Summarise this text in three sentences:",
     "Quote the most important sentences of this text:",
 )
-ROWS = (1, 2, 3, 4, 6, 8, 12)
+_ROWS = (1, 2, 3, 4, 6, 8, 12)
 ROW_CONTEXT, ROW_REPETITIONS = 128, 15
 
 
@@ -56,7 +57,7 @@ ROW_CONTEXT, ROW_REPETITIONS = 128, 15
 @click.option("--questions", type=click.Path(path_type=Path, exists=True), required=True)
 @click.option("--threads", type=int, default=2, show_default=True)
 @click.option("--new-tokens", type=int, default=128, show_default=True)
-@click.option("--json", "result", type=click.Path(path_type=Path), default=RESULT)
+@click.option("--json", "result", type=click.Path(path_type=Path), default=_RESULT)
 def command(
     folders: tuple[Path, ...],
     text: Path,
@@ -65,19 +66,19 @@ def command(
     new_tokens: int,
     result: Path,
 ) -> None:
-    """Measure tokens/s with and without guesses, and what a further row of a call costs."""
+    """Measure tokens/s with and without drafts, and what a further row of a call costs."""
     loads = [load_average()]
     rows = [
-        {"folder": folder.name, **measure(folder, text, questions, threads, new_tokens)}
+        {"folder": folder.name, **_measure(folder, text, questions, threads, new_tokens)}
         for folder in folders
     ]
     record = {
-        "schema": SCHEMA,
+        "schema": _SCHEMA,
         "machine": describe_machine() | {"threads": threads},
         "provenance": provenance(),
         "settings": {
             "new_tokens": new_tokens,
-            "prompts_per_kind": PROMPTS_PER_KIND,
+            "prompts_per_kind": _PROMPTS_PER_KIND,
             "text": text.name,
             "questions": questions.name,
         },
@@ -85,10 +86,10 @@ def command(
         "rows": rows,
     }
     write_json(result, record)
-    show(rows)
+    _show(rows)
 
 
-def measure(
+def _measure(
     folder: Path, text: Path, questions: Path, threads: int, new_tokens: int
 ) -> dict[str, Any]:
     """Both ways over all prompts of one folder."""
@@ -97,38 +98,38 @@ def measure(
         raise click.ClickException(f"{folder} is no export of the profile cpu")
     stop_ids = stop_token_ids(load_tokenizer(folder), folder)
     kinds = {}
-    for kind, prompts in make_prompts(folder, text, questions).items():
+    for kind, prompts in _make_prompts(folder, text, questions).items():
         pairs = []
         for number, prompt in enumerate(prompts):
             # Each way comes first in turn.
             ways = (False, True) if number % 2 else (True, False)
-            turns = {way: one_turn(session, prompt, new_tokens, stop_ids, way) for way in ways}
+            turns = {way: _one_turn(session, prompt, new_tokens, stop_ids, way) for way in ways}
             pairs.append((turns[False], turns[True]))
-        kinds[kind] = summary(pairs)
+        kinds[kind] = _summary(pairs)
         note(f"{folder.name}, {kind}: {kinds[kind]['ratio']:.2f} x")
-    return {"backend": session.name, "row_costs": row_costs(session), "kinds": kinds}
+    return {"backend": session.name, "row_costs": _row_costs(session), "kinds": kinds}
 
 
-def make_prompts(folder: Path, text: Path, questions: Path) -> dict[str, list[list[int]]]:
+def _make_prompts(folder: Path, text: Path, questions: Path) -> dict[str, list[list[int]]]:
     """Ids of the prompts of each kind."""
     tokenizer = load_tokenizer(folder)
     articles = text.read_text(encoding="utf-8")
-    step = len(articles) // PROMPTS_PER_KIND
-    passages = [articles[k * step :][:PASSAGE_CHARACTERS] for k in range(PROMPTS_PER_KIND)]
-    lines = questions.read_text(encoding="utf-8").splitlines()[:PROMPTS_PER_KIND]
-    edits = [f"{EDITS[k % len(EDITS)]}\n\n{passage}" for k, passage in enumerate(passages)]
+    step = len(articles) // _PROMPTS_PER_KIND
+    passages = [articles[k * step :][:_PASSAGE_CHARACTERS] for k in range(_PROMPTS_PER_KIND)]
+    lines = questions.read_text(encoding="utf-8").splitlines()[:_PROMPTS_PER_KIND]
+    edits = [f"{_EDITS[k % len(_EDITS)]}\n\n{passage}" for k, passage in enumerate(passages)]
 
     def chat(content: str) -> list[int]:
         return chat_prompt_ids(tokenizer, [{"role": "user", "content": content}])
 
     return {
-        "text": [tokenizer.encode(p, add_special_tokens=False)[:TEXT_TOKENS] for p in passages],
+        "text": [tokenizer.encode(p, add_special_tokens=False)[:_TEXT_TOKENS] for p in passages],
         "ask": [chat(json.loads(line)["question"]) for line in lines],
         "edit": [chat(edit) for edit in edits],
     }
 
 
-def one_turn(
+def _one_turn(
     session: BlockSession, prompt: list[int], new_tokens: int, stop_ids: frozenset[int], way: bool
 ) -> dict[str, Any]:
     """One greedy answer: its tokens, and the seconds of all after the first."""
@@ -145,16 +146,16 @@ def one_turn(
     }
 
 
-def summary(pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, Any]:
-    """Tokens/s of both ways over all answers of at least two tokens, and what became of guesses."""
+def _summary(pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, Any]:
+    """Tokens/s of both ways over all answers of at least two tokens, and what became of drafts."""
     pairs = [pair for pair in pairs if min(len(turn["tokens"]) for turn in pair) > 1]
     rates = [
         sum(len(turn["tokens"]) - 1 for turn in turns) / sum(turn["seconds"] for turn in turns)
         for turns in zip(*pairs, strict=True)
     ]
     equal = [
-        common_length(plain["tokens"], guessed["tokens"]) / len(plain["tokens"])
-        for plain, guessed in pairs
+        common_length(plain["tokens"], drafted["tokens"]) / len(plain["tokens"])
+        for plain, drafted in pairs
     ]
     return {
         "answers": len(pairs),
@@ -163,35 +164,35 @@ def summary(pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, Any
         "lookup_tokens_per_s": rates[1],
         "ratio": rates[1] / rates[0],
         "ratio_of_each": [
-            (len(guessed["tokens"]) - 1)
-            / guessed["seconds"]
+            (len(drafted["tokens"]) - 1)
+            / drafted["seconds"]
             / ((len(plain["tokens"]) - 1) / plain["seconds"])
-            for plain, guessed in pairs
+            for plain, drafted in pairs
         ],
-        "drafted": sum(guessed["drafted"] for _, guessed in pairs),
-        "taken": sum(guessed["taken"] for _, guessed in pairs),
+        "drafted": sum(drafted["drafted"] for _, drafted in pairs),
+        "taken": sum(drafted["taken"] for _, drafted in pairs),
         "same_beginning": statistics.mean(equal),
         "same_answers": sum(share == 1 for share in equal),
     }
 
 
-def row_costs(session: BlockSession) -> dict[str, float]:
+def _row_costs(session: BlockSession) -> dict[str, float]:
     """What each further row of a call costs, as a share of a call of one: rows -> share."""
-    ids = np.arange(ROW_CONTEXT + max(ROWS))[None] % session.vocab_size
+    ids = np.arange(ROW_CONTEXT + max(_ROWS))[None] % session.vocab_size
     session.reset()
     session.forward(ids[:, :ROW_CONTEXT], last_only=True)
-    seconds: dict[int, list[float]] = {count: [] for count in ROWS}
+    seconds: dict[int, list[float]] = {count: [] for count in _ROWS}
     for _ in range(ROW_REPETITIONS):
-        for count in ROWS:
+        for count in _ROWS:
             session.rewind(ROW_CONTEXT)
             started = time.perf_counter()
             session.forward(ids[:, ROW_CONTEXT : ROW_CONTEXT + count])
             seconds[count].append(time.perf_counter() - started)
     medians = {count: statistics.median(values) for count, values in seconds.items()}
-    return {str(n): (medians[n] / medians[1] - 1) / (n - 1) for n in ROWS if n > 1}
+    return {str(n): (medians[n] / medians[1] - 1) / (n - 1) for n in _ROWS if n > 1}
 
 
-def show(rows: list[dict[str, Any]]) -> None:
+def _show(rows: list[dict[str, Any]]) -> None:
     """The table."""
     table = Table("folder", "prompts", "plain", "lookup", "ratio", "taken", "same answers")
     for row in rows:
@@ -211,4 +212,4 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(command())
+    sys.exit(run(command))

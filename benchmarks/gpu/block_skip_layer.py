@@ -1,7 +1,7 @@
 """The kernel library on random layers: calls of every width and tactic, and their error.
 
-python benchmarks/gpu/block_skip_layer.py --cases 200     # on a GPU; compute-sanitizer runs it
-python benchmarks/gpu/block_skip_layer.py --device cpu --cases 50
+python -m benchmarks.gpu.block_skip_layer --cases 200     # on a GPU; compute-sanitizer runs it
+python -m benchmarks.gpu.block_skip_layer --device cpu --cases 50
 
 Data are drawn on the CPU and copied, results start as NaN, and the reference is computed in
 float64, so that on a GPU no kernel runs but ours.
@@ -22,17 +22,18 @@ from typing import Any
 import click
 import torch
 
+from benchmarks.command import run
 from pipeline.errors import InputError
 from pipeline.kernels.build import SOURCE_FOLDER, SOURCES, build_library, find_nvcc
 from pipeline.kernels.interface import BF16, FP16, Device, Pointers, Problem, open_library
 
 BOUNDS = {torch.float16: 1e-3, torch.bfloat16: 1e-2}
-TYPES = {torch.float16: FP16, torch.bfloat16: BF16}
+_TYPES = {torch.float16: FP16, torch.bfloat16: BF16}
 TACTICS = 4
-GROUP = 128
-EMULATED = Path(__file__).parents[2] / "build" / "benchmarks" / "block_skip_emulated.so"
+_GROUP = 128
+_EMULATED = Path(__file__).parents[2] / "build" / "benchmarks" / "block_skip_emulated.so"
 # A chip of the emulation's own: what matters is that reductions are cut.
-EMULATED_DEVICE = Device(multiprocessors=4, capability=90)
+_EMULATED_DEVICE = Device(multiprocessors=4, capability=90)
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Layer:
     rank: int
     dtype: torch.dtype = torch.float16
     bits: int = 16
-    group: int = GROUP
+    group: int = _GROUP
     indexed: bool = True
 
     def weight_bytes(self) -> int:
@@ -70,7 +71,7 @@ class Layer:
 
 
 @dataclass
-class Factor:
+class _Factor:
     """A weight matrix as the kernels read it, and how to get its numbers back."""
 
     stored: torch.Tensor
@@ -98,9 +99,9 @@ class Factor:
         return None if self.scale is None else self.scale.data_ptr() or None
 
 
-def random_factor(
+def _random_factor(
     layer: Layer, rows: int, columns: int, where: str, random: torch.Generator
-) -> Factor:
+) -> _Factor:
     """Numbers of deviation 0.05, or uniform codes with scales about that large."""
     device = random.device
 
@@ -108,14 +109,14 @@ def random_factor(
         return torch.randn(shape, generator=random, device=device)
 
     if layer.bits == 16:
-        return Factor((0.05 * normal(rows, columns)).to(layer.dtype).to(where), None, layer)
+        return _Factor((0.05 * normal(rows, columns)).to(layer.dtype).to(where), None, layer)
     groups = -(-rows // layer.group)
     scale = (0.001 + 0.01 * normal(groups, columns).abs() * 0.05).to(layer.dtype)
     width = columns if layer.bits == 8 else (columns + 1) // 2
     codes = torch.randint(0, 256, (rows, width), generator=random, device=device, dtype=torch.uint8)
     if layer.bits == 8:
         codes = torch.where(codes == 128, torch.zeros_like(codes), codes)  # no -128
-    return Factor(codes.to(where), scale.to(where), layer)
+    return _Factor(codes.to(where), scale.to(where), layer)
 
 
 class Call:
@@ -129,8 +130,8 @@ class Call:
 
     def __init__(self, layer: Layer, where: str, random: torch.Generator) -> None:
         self.layer = layer
-        self.a = random_factor(layer, layer.n - layer.rank, layer.rank, where, random)
-        self.b = random_factor(layer, layer.rank, layer.m, where, random)
+        self.a = _random_factor(layer, layer.n - layer.rank, layer.rank, where, random)
+        self.b = _random_factor(layer, layer.rank, layer.m, where, random)
         shape = (layer.rows, layer.n)
         drawn = torch.randn(shape, generator=random, device=random.device)
         self.x = drawn.to(layer.dtype).to(where)
@@ -146,7 +147,7 @@ class Call:
             x = x.index_select(1, self.index.to(where).long())
         rank = self.layer.rank
         a, b = (
-            Factor(
+            _Factor(
                 factor.stored.to(where),
                 None if factor.scale is None else factor.scale.to(where),
                 self.layer,
@@ -173,11 +174,11 @@ class Kernels:
             self.device = Device(properties.multi_processor_count, capability)
             path = build_library(capability)
         else:
-            self.device = EMULATED_DEVICE
-            path = emulated_library()
+            self.device = _EMULATED_DEVICE
+            path = _emulated_library()
         self.library = open_library(path)
 
-    def prepare(self, call: Call, tactic: int) -> PreparedCall:
+    def prepare(self, call: Call, tactic: int) -> _PreparedCall:
         """Scratch memory and arguments of a call.
 
         Raises:
@@ -186,7 +187,7 @@ class Kernels:
         layer = call.layer
         quantised = layer.bits != 16
         problem = Problem(
-            rows=layer.rows, n=layer.n, m=layer.m, rank=layer.rank, type=TYPES[layer.dtype],
+            rows=layer.rows, n=layer.n, m=layer.m, rank=layer.rank, type=_TYPES[layer.dtype],
             weights=layer.bits if quantised else 0, group_size=layer.group if quantised else 0,
             indexed=layer.indexed, tactic=tactic,
         )  # fmt: skip
@@ -206,7 +207,7 @@ class Kernels:
             ctypes.byref(problem), ctypes.byref(self.device)
         )
         counters = self.library.skipcatCounterBytes(ctypes.byref(problem))
-        return PreparedCall(
+        return _PreparedCall(
             self,
             problem,
             pointers,
@@ -217,7 +218,7 @@ class Kernels:
 
 
 @dataclass
-class PreparedCall:
+class _PreparedCall:
     """A call that only has to be launched; it keeps all its memory alive."""
 
     kernels: Kernels
@@ -240,7 +241,7 @@ class PreparedCall:
             raise RuntimeError(f"the block-skip kernel failed: CUDA error {status}")
 
 
-def cuda_toolkit() -> Path:
+def _cuda_toolkit() -> Path:
     """The folder of CUDA's headers and libraries; raise InputError where there is none."""
     nvcc = find_nvcc()
     places = [nvcc.resolve().parents[2]] if nvcc else []
@@ -251,26 +252,26 @@ def cuda_toolkit() -> Path:
 
 
 @cache
-def emulated_library() -> Path:
+def _emulated_library() -> Path:
     """The same sources compiled for the CPU, where every CUDA thread is a fiber.
 
     Raises:
         InputError: there are no CUDA headers, or g++ fails.
     """
-    toolkit = cuda_toolkit()
-    EMULATED.parent.mkdir(parents=True, exist_ok=True)
+    toolkit = _cuda_toolkit()
+    _EMULATED.parent.mkdir(parents=True, exist_ok=True)
     command = ["g++", "-std=c++17", "-O2", "-shared", "-fPIC", "-w", "-DSKIPCAT_EMULATE"]
     command += [f"-I{SOURCE_FOLDER}", "-isystem", str(toolkit / "include"), "-x", "c++"]
     command += [str(SOURCE_FOLDER / name) for name in SOURCES]
     command += ["-x", "none", f"-L{toolkit / 'lib64'}", "-lcudart_static", "-ldl", "-lrt"]
-    command += ["-lpthread", "-o", str(EMULATED)]
+    command += ["-lpthread", "-o", str(_EMULATED)]
     answer = subprocess.run(command, capture_output=True, text=True, check=False)
     if answer.returncode != 0:
         raise InputError("g++ cannot compile the emulation.", observed=answer.stderr[-800:])
-    return EMULATED
+    return _EMULATED
 
 
-def random_layer(random: torch.Generator, small: bool) -> Layer:
+def _random_layer(random: torch.Generator, small: bool) -> Layer:
     """Any layer: odd and even sizes, one row to many, every type and width."""
 
     def pick(low: int, high: int) -> int:
@@ -295,7 +296,7 @@ def measure_errors(kernels: Kernels, cases: int, seed: int) -> dict[str, Any]:
     worst: dict[str, float] = {}
     beyond = []
     for _ in range(cases):
-        layer = random_layer(random, kernels.where == "cpu")
+        layer = _random_layer(random, kernels.where == "cpu")
         tactic = int(torch.randint(0, TACTICS, (1,), generator=random))
         call = Call(layer, kernels.where, random)
         kernels.prepare(call, tactic)()
@@ -324,4 +325,4 @@ def command(device: str, cases: int, seed: int | None) -> None:
 
 
 if __name__ == "__main__":
-    command()
+    sys.exit(run(command))

@@ -1,8 +1,8 @@
 """The block-skip kernels on a GPU: every figure of their targets, by one command.
 
-python benchmarks/gpu/block_skip_speed.py                  # on a GPU: some minutes; writes the JSON
-python benchmarks/gpu/block_skip_speed.py --dry-run        # anywhere: layers, bytes and bounds
-python benchmarks/gpu/block_skip_speed.py --device cpu     # tiny layers, emulated
+python -m benchmarks.gpu.block_skip_speed                  # on a GPU: some minutes; writes the JSON
+python -m benchmarks.gpu.block_skip_speed --dry-run        # anywhere: layers, bytes and bounds
+python -m benchmarks.gpu.block_skip_speed --device cpu     # tiny layers, emulated
 
     error      random layers of every type, width and tactic against float64, fresh every run
     decode     1 row of the linear layers of 1B to 70B models: against the copy bandwidth of the
@@ -28,35 +28,38 @@ from typing import Any
 
 import click
 import torch
-from block_skip_layer import BOUNDS, Kernels, Layer, measure_errors
-from block_skip_ways import Stopwatch, Way, dense_way, our_ways, unfused_way
 
+from benchmarks import RESULTS
+from benchmarks.command import run
+from benchmarks.gpu.block_skip_layer import BOUNDS, Kernels, Layer, measure_errors
+from benchmarks.gpu.block_skip_ways import Stopwatch, Way, dense_way, our_ways, unfused_way
 from pipeline.artefact import write_json
 from pipeline.bench.bandwidth import DeviceMemory, HostMemory
 from pipeline.bench.measure import describe_machine
 from pipeline.bench.shapes import Shape, find_shape
+from pipeline.child_process import environment
 from pipeline.compress.forms import rank_for_kept
 from pipeline.provenance import provenance
 
-RESULT = Path(__file__).parent / "results" / "block_skip_speed.json"
-MODELS = ("llama-3.2-1b", "qwen3-4b", "llama-3.1-8b", "llama-3.1-70b")
-TINY = Shape("llama", 64, 128, 1, 4, 2, 16, 256, True, 512)
+_RESULT = RESULTS / "block_skip_speed.json"
+_MODELS = ("llama-3.2-1b", "qwen3-4b", "llama-3.1-8b", "llama-3.1-70b")
+_TINY = Shape("llama", 64, 128, 1, 4, 2, 16, 256, True, 512)
 # int4 rows are read 8 bytes at a time where r and m are multiples of this.
-RANK_MULTIPLE = 16
-PREFILL_ROWS = 2048
+_RANK_MULTIPLE = 16
+_PREFILL_ROWS = 2048
 # Below this a call is over before the memory is busy: shown, not judged.
-JUDGED_BYTES = 32_000_000
-LEAST = {
+_JUDGED_BYTES = 32_000_000
+_LEAST = {
     "share of the copy bandwidth": 0.85,
     "over dense cuBLAS, of the bytes' ratio": 0.9,
     "over unfused": 1.3,
     "int4 over 16 bits": 2.8,
     "prefill over two cuBLAS products": 0.95,
 }
-H200_BYTES_PER_S = 4.3e12  # a device copy, read and written bytes
+_H200_BYTES_PER_S = 4.3e12  # a device copy, read and written bytes
 
 
-def layers_of(shape: Shape, kept: float) -> dict[str, Layer]:
+def _layers_of(shape: Shape, kept: float) -> dict[str, Layer]:
     """The layers of a decoder that share an input, stacked, at a kept fraction."""
     inner = shape.heads * shape.head_dim
     sizes = {
@@ -66,33 +69,33 @@ def layers_of(shape: Shape, kept: float) -> dict[str, Layer]:
         "down": (shape.hidden, shape.intermediate),
     }
     return {
-        name: Layer(1, n, m, rank_for_kept("skip", m, n, kept, RANK_MULTIPLE))
+        name: Layer(1, n, m, rank_for_kept("skip", m, n, kept, _RANK_MULTIPLE))
         for name, (m, n) in sizes.items()
     }
 
 
-def best(ways: list[Way], start: str) -> Way:
+def _best(ways: list[Way], start: str) -> Way:
     """The way of least median time among those whose name starts so."""
     chosen = [way for way in ways if way.name.startswith(start)]
     return min(chosen, key=lambda way: statistics.median(way.us))
 
 
-def ratio(slow: Way, fast: Way) -> float:
+def _ratio(slow: Way, fast: Way) -> float:
     return statistics.median(slow.us) / statistics.median(fast.us)
 
 
-def verdict(claim: str, observed: float, judged: bool) -> dict[str, Any]:
+def _verdict(claim: str, observed: float, judged: bool) -> dict[str, Any]:
     """One claim beside what it asks."""
-    passed = "pass" if observed >= LEAST[claim] else "missed"
+    passed = "pass" if observed >= _LEAST[claim] else "missed"
     return {
         "claim": claim,
         "observed": observed,
-        "least": LEAST[claim],
+        "least": _LEAST[claim],
         "verdict": passed if judged else "not judged",
     }
 
 
-def way_record(way: Way) -> dict[str, Any]:
+def _way_record(way: Way) -> dict[str, Any]:
     median = statistics.median(way.us)
     return {
         "way": way.name,
@@ -103,7 +106,7 @@ def way_record(way: Way) -> dict[str, Any]:
     }
 
 
-def decode_row(
+def _decode_row(
     kernels: Kernels, layer: Layer, watch: Stopwatch, random: torch.Generator, bytes_per_s: float
 ) -> dict[str, Any]:
     """One row of one layer by every way, judged."""
@@ -114,20 +117,21 @@ def decode_row(
         ways += ours
     ways += [dense_way(layer, watch, random), unfused_way(layer, watch, random)]
     watch.time(ways)
-    fp16, dense = best(ways, "16 bits"), best(ways, "dense")
+    fp16, dense = _best(ways, "16 bits"), _best(ways, "dense")
     bytes_ratio = layer.dense_bytes() / layer.weight_bytes()
+    over_dense = _ratio(dense, fp16) / bytes_ratio
     share = fp16.read_bytes / statistics.median(fp16.us) * 1e6 / bytes_per_s
-    judged = watch.where == "cuda" and layer.weight_bytes() >= JUDGED_BYTES
+    judged = watch.where == "cuda" and layer.weight_bytes() >= _JUDGED_BYTES
     verdicts = [
-        verdict("share of the copy bandwidth", share, judged),
-        verdict("over dense cuBLAS, of the bytes' ratio", ratio(dense, fp16) / bytes_ratio, judged),
-        verdict("over unfused", ratio(best(ways, "gather"), fp16), judged),
-        verdict("int4 over 16 bits", ratio(fp16, best(ways, "4 bits")), judged),
+        _verdict("share of the copy bandwidth", share, judged),
+        _verdict("over dense cuBLAS, of the bytes' ratio", over_dense, judged),
+        _verdict("over unfused", _ratio(_best(ways, "gather"), fp16), judged),
+        _verdict("int4 over 16 bits", _ratio(fp16, _best(ways, "4 bits")), judged),
     ]
-    return row_record(layer, ways, errors, verdicts)
+    return _row_record(layer, ways, errors, verdicts)
 
 
-def prefill_row(
+def _prefill_row(
     kernels: Kernels, layer: Layer, watch: Stopwatch, random: torch.Generator
 ) -> dict[str, Any]:
     """Many rows of one layer, in order, against two products."""
@@ -136,14 +140,14 @@ def prefill_row(
     ways = [ours[0], unfused_way(layer, watch, random)]
     watch.time(ways)
     claim = "prefill over two cuBLAS products"
-    verdicts = [verdict(claim, ratio(best(ways, "two"), ours[0]), watch.where == "cuda")]
-    record = row_record(layer, ways, {"16 bits": error}, verdicts)
+    verdicts = [_verdict(claim, _ratio(_best(ways, "two"), ours[0]), watch.where == "cuda")]
+    record = _row_record(layer, ways, {"16 bits": error}, verdicts)
     flop = 2 * layer.rows * layer.rank * (layer.m + layer.n - layer.rank)
     record["tflops"] = flop / statistics.median(ours[0].us) / 1e6
     return record
 
 
-def row_record(
+def _row_record(
     layer: Layer, ways: list[Way], errors: dict[str, float], verdicts: list[dict[str, Any]]
 ) -> dict[str, Any]:
     sizes = {"rows": layer.rows, "n": layer.n, "m": layer.m, "rank": layer.rank}
@@ -154,46 +158,47 @@ def row_record(
         "dense_bytes": layer.dense_bytes(),
         "errors": errors,
         "error_verdict": "pass" if all(e <= bound for e in errors.values()) else "missed",
-        "ways": [way_record(way) for way in ways],
+        "ways": [_way_record(way) for way in ways],
         "verdicts": verdicts,
     }
 
 
-def sanitize(device: str, cases: int) -> list[dict[str, Any]]:
+def _sanitize(device: str, cases: int) -> list[dict[str, Any]]:
     """Memcheck and racecheck over random layers, or why they were not run."""
     program = shutil.which("compute-sanitizer") or shutil.which(
         "compute-sanitizer", path="/usr/local/cuda/bin"
     )
     if device == "cpu" or program is None:
         why = "no GPU" if device == "cpu" else "compute-sanitizer is not installed"
-        return [{"tool": tool, "verdict": "not run", "why": why} for tool in SANITIZERS]
-    script = str(Path(__file__).with_name("block_skip_layer.py"))
+        return [{"tool": tool, "verdict": "not run", "why": why} for tool in _SANITIZERS]
     rows = []
-    for tool in SANITIZERS:
+    for tool in _SANITIZERS:
         # PyTorch asks the driver things that it may refuse: those are no errors of a kernel.
         command = [program, "--tool", tool, "--error-exitcode", "9"]
         command += ["--report-api-errors", "no"] if tool == "memcheck" else []
-        command += [sys.executable, script, "--cases", str(cases)]
-        answer = subprocess.run(command, capture_output=True, text=True, check=False)
+        command += [sys.executable, "-m", "benchmarks.gpu.block_skip_layer", "--cases", str(cases)]
+        answer = subprocess.run(
+            command, capture_output=True, text=True, check=False, env=environment()
+        )
         clean = answer.returncode == 0
         row = {"tool": tool, "cases": cases, "verdict": "pass" if clean else "missed"}
         rows.append(row if clean else row | {"output": (answer.stdout + answer.stderr)[-4000:]})
     return rows
 
 
-SANITIZERS = ("memcheck", "racecheck")
+_SANITIZERS = ("memcheck", "racecheck")
 
 
-def chosen_layers(models: str, kept: float) -> dict[str, Layer]:
+def _chosen_layers(models: str, kept: float) -> dict[str, Layer]:
     """Layers by "model, layer", of published shapes or of `tiny`."""
     return {
         f"{model}, {name}": layer
         for model in models.split(",")
-        for name, layer in layers_of(TINY if model == "tiny" else find_shape(model), kept).items()
+        for name, layer in _layers_of(_TINY if model == "tiny" else find_shape(model), kept).items()
     }
 
 
-def show_plan(layers: dict[str, Layer]) -> None:
+def _show_plan(layers: dict[str, Layer]) -> None:
     """What would be measured, and the least time of each layer."""
     click.echo(f"{'layer':<26} rows      n      m      r  dense MB  kept MB  int4 MB    us")
     for name, layer in layers.items():
@@ -202,17 +207,17 @@ def show_plan(layers: dict[str, Layer]) -> None:
         mega = (
             f"{layer.dense_bytes() / 1e6:9.1f} {layer.weight_bytes() / 1e6:8.1f} {four / 1e6:8.1f}"
         )
-        bound = layer.weight_bytes() / H200_BYTES_PER_S * 1e6
-        judged = "" if layer.weight_bytes() >= JUDGED_BYTES else "  not judged"
+        bound = layer.weight_bytes() / _H200_BYTES_PER_S * 1e6
+        judged = "" if layer.weight_bytes() >= _JUDGED_BYTES else "  not judged"
         click.echo(f"{name:<26} {sizes} {mega} {bound:5.1f}{judged}")
     click.echo("us: the kept bytes at an H200's 4.3 TB/s. Targets, each at least:")
-    for claim, least in LEAST.items():
+    for claim, least in _LEAST.items():
         click.echo(f"  {claim}: {least}")
     click.echo("  error: at most 1e-3 (float16), 1e-2 (bfloat16)")
-    click.echo(f"  {' and '.join(SANITIZERS)}: clean. Nothing was timed.")
+    click.echo(f"  {' and '.join(_SANITIZERS)}: clean. Nothing was timed.")
 
 
-def show_row(name: str, row: dict[str, Any]) -> None:
+def _show_row(name: str, row: dict[str, Any]) -> None:
     """A layer's verdicts, one to a line."""
     click.echo(f"{name}, {row['rows']} rows, {row['kept_bytes'] / 1e6:.1f} MB")
     worst = max(row["errors"].values())
@@ -222,7 +227,7 @@ def show_row(name: str, row: dict[str, Any]) -> None:
         click.echo(f"  {item['claim']:<40} {numbers} {item['verdict']}")
 
 
-def measure_all(
+def _measure_all(
     device: str, layers: dict[str, Layer], rows: int, rounds: int, cases: int, seed: int
 ) -> dict[str, Any]:
     """Every figure, shown as it comes."""
@@ -237,13 +242,13 @@ def measure_all(
     click.echo(f"{memory.name}: {bytes_per_s / 1e9:.0f} GB/s")
     decode, prefill = {}, {}
     for name, layer in layers.items():
-        decode[name] = decode_row(kernels, layer, watch, random, bytes_per_s)
-        show_row(name, decode[name])
+        decode[name] = _decode_row(kernels, layer, watch, random, bytes_per_s)
+        _show_row(name, decode[name])
     for name, layer in layers.items():
         many = replace(layer, rows=rows, indexed=False)
-        prefill[name] = prefill_row(kernels, many, watch, random)
-        show_row(name, prefill[name])
-    sanitizer = sanitize(device, max(1, cases // 10))
+        prefill[name] = _prefill_row(kernels, many, watch, random)
+        _show_row(name, prefill[name])
+    sanitizer = _sanitize(device, max(1, cases // 10))
     for row in sanitizer:
         click.echo(f"{row['tool']}: {row['verdict']} {row.get('why', '')}")
     return {
@@ -253,7 +258,7 @@ def measure_all(
 
 
 @click.command()
-@click.option("--models", help=f"Shapes; by default {','.join(MODELS)}, tiny on the CPU.")
+@click.option("--models", help=f"Shapes; by default {','.join(_MODELS)}, tiny on the CPU.")
 @click.option("--kept", type=click.FloatRange(0.05, 1), default=0.6, show_default=True)
 @click.option("--rows", type=click.IntRange(9, 4096), help="Of prefill; 2048, 16 on the CPU.")
 @click.option("--rounds", type=click.IntRange(min=1), help="By default 15, 2 on the CPU.")
@@ -261,7 +266,7 @@ def measure_all(
 @click.option("--seed", type=int, help="By default a fresh one.")
 @click.option("--device", type=click.Choice(["cuda", "cpu"]), default="cuda", show_default=True)
 @click.option("--dry-run", is_flag=True, help="Layers, bytes and bounds; nothing is timed.")
-@click.option("--json", "result", type=click.Path(path_type=Path), help=f"By default {RESULT}.")
+@click.option("--json", "result", type=click.Path(path_type=Path), help=f"By default {_RESULT}.")
 def command(
     models: str | None,
     kept: float,
@@ -275,17 +280,17 @@ def command(
 ) -> None:
     """Measure every figure, print the verdicts, and write the JSON."""
     on_cpu = device == "cpu"
-    layers = chosen_layers(models or ("tiny" if on_cpu else ",".join(MODELS)), kept)
+    layers = _chosen_layers(models or ("tiny" if on_cpu else ",".join(_MODELS)), kept)
     if dry_run:
-        show_plan(layers)
+        _show_plan(layers)
         return
     if not on_cpu and not torch.cuda.is_available():
         raise click.ClickException("PyTorch sees no GPU; --dry-run and --device cpu need none")
     chosen = secrets.randbelow(1 << 31) if seed is None else seed
-    found = measure_all(
+    found = _measure_all(
         device,
         layers,
-        rows or (16 if on_cpu else PREFILL_ROWS),
+        rows or (16 if on_cpu else _PREFILL_ROWS),
         rounds or (2 if on_cpu else 15),
         cases or (20 if on_cpu else 300),
         chosen,
@@ -299,10 +304,10 @@ def command(
         **found,
     }
     if result or not on_cpu:
-        write_json(result or RESULT, record)
+        write_json(result or _RESULT, record)
     else:
         click.echo("On the CPU times mean nothing; nothing was written (--json writes it).")
 
 
 if __name__ == "__main__":
-    command()
+    sys.exit(run(command))

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from block_skip_layer import TACTICS, Call, Kernels, Layer
+
+from benchmarks.gpu.block_skip_layer import TACTICS, Call, Kernels, Layer
 
 # Copies of the weights are so many times the cache together.
-CACHE_TIMES = 3
-GRAPH_SECONDS = 2e-3
-MOST_CALLS = 400
+_CACHE_TIMES = 3
+_GRAPH_SECONDS = 2e-3
+_MOST_CALLS = 400
 
 
 @dataclass
@@ -46,7 +47,7 @@ class Stopwatch:
         """Copies of the weights that together are beyond the cache."""
         if self.where == "cpu":
             return 1
-        return max(2, math.ceil(CACHE_TIMES * self.cache_bytes / read_bytes))
+        return max(2, math.ceil(_CACHE_TIMES * self.cache_bytes / read_bytes))
 
     def time(self, ways: list[Way]) -> None:
         """Fill in `us`: microseconds a call, one number for each round."""
@@ -59,11 +60,11 @@ class Stopwatch:
         for call in way.calls:
             call()
         if self.where == "cpu":
-            return lambda: 1e6 * seconds_of(way.calls[0])
+            return lambda: 1e6 * _seconds_of(way.calls[0])
         once = self._graph(way, len(way.calls))
         once()
-        wanted = GRAPH_SECONDS / max(1e-9, once() * 1e-6)
-        count = len(way.calls) * math.ceil(min(MOST_CALLS, max(20, wanted)) / len(way.calls))
+        wanted = _GRAPH_SECONDS / max(1e-9, once() * 1e-6)
+        count = len(way.calls) * math.ceil(min(_MOST_CALLS, max(20, wanted)) / len(way.calls))
         timed = self._graph(way, count)
         timed()
         return timed
@@ -92,7 +93,7 @@ class Stopwatch:
         return replay
 
 
-def seconds_of(call: Callable[[], object]) -> float:
+def _seconds_of(call: Callable[[], object]) -> float:
     started = time.perf_counter()
     call()
     return time.perf_counter() - started
@@ -120,8 +121,8 @@ def dense_way(layer: Layer, watch: Stopwatch, random: torch.Generator) -> Way:
     """The layer uncompressed, y = x Wᵀ, W [m, n] as torch keeps it: cuBLAS."""
     calls: list[Callable[[], object]] = []
     for _ in range(watch.copies(layer.dense_bytes())):
-        w = drawn(random, layer.m, layer.n)
-        x = drawn(random, layer.rows, layer.n)
+        w = _drawn(random, layer.m, layer.n)
+        x = _drawn(random, layer.rows, layer.n)
         y = torch.empty(layer.rows, layer.m, dtype=x.dtype, device=x.device)
         calls.append(lambda x=x, w=w, y=y: torch.mm(x, w.T, out=y))  # type: ignore[misc]
     return Way("dense cuBLAS", layer.dense_bytes(), calls, [])
@@ -131,16 +132,16 @@ def unfused_way(layer: Layer, watch: Stopwatch, random: torch.Generator) -> Way:
     """What a runtime does without the plugin: gather, product, add, product."""
     calls: list[Callable[[], object]] = []
     for _ in range(watch.copies(layer.weight_bytes())):
-        x = drawn(random, layer.rows, layer.n)
-        a = drawn(random, layer.n - layer.rank, layer.rank)
-        b = drawn(random, layer.rank, layer.m)
+        x = _drawn(random, layer.rows, layer.n)
+        a = _drawn(random, layer.n - layer.rank, layer.rank)
+        b = _drawn(random, layer.rank, layer.m)
         order = torch.randperm(layer.n, generator=random, device=random.device).to(torch.int32)
-        calls.append(unfused_call(layer, x, a, b, order if layer.indexed else None))
+        calls.append(_unfused_call(layer, x, a, b, order if layer.indexed else None))
     name = "gather, product, add, product" if layer.indexed else "two cuBLAS products"
     return Way(name, layer.weight_bytes(), calls, [])
 
 
-def unfused_call(
+def _unfused_call(
     layer: Layer, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, index: torch.Tensor | None
 ) -> Callable[[], object]:
     """One call over memory of its own; in order, the add is part of the first product."""
@@ -161,7 +162,7 @@ def unfused_call(
     return in_order if index is None else partial(gathered, index)
 
 
-def drawn(random: torch.Generator, *shape: int) -> torch.Tensor:
+def _drawn(random: torch.Generator, *shape: int) -> torch.Tensor:
     """Random float16: zeros would run faster than real data."""
     made = torch.randn(shape, generator=random, device=random.device)
     return made.to(torch.float16).mul_(0.05)

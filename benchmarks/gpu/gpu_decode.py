@@ -1,8 +1,8 @@
 """Decode on a GPU: compressed against dense, and against the same factors without Skip.
 
-python benchmarks/gpu/gpu_decode.py                  # on a GPU: two shapes; most of it is compiling
-python benchmarks/gpu/gpu_decode.py --dry-run        # anywhere: bytes and bounds
-python benchmarks/gpu/gpu_decode.py --device cpu --shapes tiny --kept 0.6 --context 32 --tokens 4
+python -m benchmarks.gpu.gpu_decode                  # on a GPU: two shapes; most of it is compiling
+python -m benchmarks.gpu.gpu_decode --dry-run        # anywhere: bytes and bounds
+python -m benchmarks.gpu.gpu_decode --device cpu --shapes tiny --kept 0.6 --context 32 --tokens 4
 
 Batch 1, float16, after `--context` tokens, random weights of real shapes. Every way decodes the
 same tokens, given on the device, its logits left there; one model in memory at a time; a figure is
@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import gc
 import statistics
+import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,6 +34,8 @@ import click
 import numpy as np
 import torch
 
+from benchmarks import RESULTS
+from benchmarks.command import run
 from pipeline.artefact import write_json
 from pipeline.bench.measure import describe_machine
 from pipeline.bench.shapes import Shape, empty_model, fill_randomly_, find_shape, shape_plan
@@ -43,18 +46,18 @@ from pipeline.kernels.install import use_operator_
 from pipeline.runtime.sessions.static_session import StaticSession
 from pipeline.runtime.sessions.torch_session import TorchSession
 
-RESULT = Path(__file__).parent / "results" / "gpu_decode.json"
+_RESULT = RESULTS / "gpu_decode.json"
 # Aligned rows are read 16 bytes at a time.
-RANK_MULTIPLE = 8
-LEAST_OF_BYTES = 0.9
-FORMS = {"low-rank": "low_rank", "skip": "skip", "skip-graph": "skip"}
-COMPILED = ("dense", "low-rank", "skip")
-TINY = Shape("llama", 64, 128, 2, 4, 2, 16, 272, True, 512)
-H200_BYTES_PER_S = 4.3e12  # a device copy, read and written bytes
+_RANK_MULTIPLE = 8
+_LEAST_OF_BYTES = 0.9
+_FORMS = {"low-rank": "low_rank", "skip": "skip", "skip-graph": "skip"}
+_COMPILED = ("dense", "low-rank", "skip")
+_TINY = Shape("llama", 64, 128, 2, 4, 2, 16, 272, True, 512)
+_H200_BYTES_PER_S = 4.3e12  # a device copy, read and written bytes
 
 
 @dataclass(frozen=True)
-class Figure:
+class _Figure:
     """One way to decode one shape.
 
     Attributes:
@@ -72,7 +75,7 @@ class Figure:
     spread_ms: tuple[float, float] | None = None
 
 
-class CompiledSession(StaticSession):
+class _CompiledSession(StaticSession):
     """`StaticSession` whose step is torch.compile's graph instead of one captured by hand."""
 
     def __init__(self, model: Any, name: str, max_length: int) -> None:
@@ -87,21 +90,21 @@ class CompiledSession(StaticSession):
         return logits.clone()
 
 
-def shape_of(name: str) -> Shape:
+def _shape_of(name: str) -> Shape:
     """A published shape, or `tiny`."""
-    return TINY if name == "tiny" else find_shape(name)
+    return _TINY if name == "tiny" else find_shape(name)
 
 
-def plan_of(shape: Shape, kept: float) -> RankPlan:
+def _plan_of(shape: Shape, kept: float) -> RankPlan:
     """The uniform plan, ranks in whole vectors."""
-    return shape_plan(shape, kept, RANK_MULTIPLE)
+    return shape_plan(shape, kept, _RANK_MULTIPLE)
 
 
-def make_model(shape: Shape, kept: float, form: str, device: str) -> Any:
+def _make_model(shape: Shape, kept: float, form: str, device: str) -> Any:
     """The model on its device; `form` is "dense", "low_rank" or "skip"."""
     model = empty_model(shape)
     if form != "dense":
-        for group in plan_of(shape, kept).groups:
+        for group in _plan_of(shape, kept).groups:
             entries = group_entries(group.members, form, group.rank)
             for name, entry in entries.items() if group.form != "dense" else ():
                 model.set_submodule(name, stored_layer(model, name, entry, device="meta"))
@@ -111,38 +114,38 @@ def make_model(shape: Shape, kept: float, form: str, device: str) -> Any:
     return model.to(device)
 
 
-def read_bytes(shape: Shape, kept: float, form: str) -> int:
+def _read_bytes(shape: Shape, kept: float, form: str) -> int:
     """Weights that a step reads, in half precision: no embedding, unless it is the head."""
     model = empty_model(shape)
     total = sum(parameter.numel() for parameter in model.parameters())
     if not shape.tied:
         total -= shape.vocab * shape.hidden
-    for group in plan_of(shape, kept).groups if form != "dense" else ():
+    for group in _plan_of(shape, kept).groups if form != "dense" else ():
         if group.form != "dense":
             width = group.columns - group.rank if form == "skip" else group.columns
             total += group.rank * (group.rows + width) - group.rows * group.columns
     return 2 * total
 
 
-def make_session(
+def _make_session(
     way: str, shape: Shape, kept: float, device: str, length: int
 ) -> TorchSession | StaticSession:
     """The way's model behind a session."""
-    model = make_model(shape, kept, FORMS.get(way, "dense"), device)
+    model = _make_model(shape, kept, _FORMS.get(way, "dense"), device)
     if way == "eager":
         return TorchSession(model, way, length)
-    if way in COMPILED:
-        return CompiledSession(model, way, length)
+    if way in _COMPILED:
+        return _CompiledSession(model, way, length)
     return StaticSession(model, way, length)
 
 
-def synchronise(device: str) -> None:
+def _synchronise(device: str) -> None:
     """Wait for all that was put on the device."""
     if device == "cuda":
         torch.cuda.synchronize()
 
 
-def require_graphs() -> None:
+def _require_graphs() -> None:
     """Raise ClickException when torch.compile left CUDA graphs out of anything it compiled."""
     skips = torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
     if skips:
@@ -151,7 +154,7 @@ def require_graphs() -> None:
         )
 
 
-def decode_ms(
+def _decode_ms(
     session: TorchSession | StaticSession, context: torch.Tensor, tokens: torch.Tensor
 ) -> float:
     """Milliseconds a token over `tokens`, fed one by one after `context`, both on the device."""
@@ -159,31 +162,31 @@ def decode_ms(
     session.logits(context, last_only=True)
     session.logits(tokens[:, :1])
     device = tokens.device.type
-    synchronise(device)
+    _synchronise(device)
     started = time.perf_counter()
     for place in range(1, tokens.shape[1]):
         session.logits(tokens[:, place : place + 1])
-    synchronise(device)
+    _synchronise(device)
     return 1e3 * (time.perf_counter() - started) / (tokens.shape[1] - 1)
 
 
-def measure(
+def _measure(
     ways: list[tuple[str, float]], shape: Shape, device: str, context: int, tokens: int, rounds: int
-) -> list[Figure]:
+) -> list[_Figure]:
     """Time all ways, one after the other: the largest two would not fit side by side."""
     random = np.random.default_rng(0)
     ids = random.integers(0, shape.vocab, (1, context + tokens + 1))
     prompt, answer = torch.from_numpy(ids).to(device).split([context, tokens + 1], dim=1)
     figures = []
     for way, kept in ways:
-        session = make_session(way, shape, kept, device, context + tokens + 1)
-        decode_ms(session, prompt, answer)  # compiles and captures
-        times = [decode_ms(session, prompt, answer) for _ in range(rounds)]
+        session = _make_session(way, shape, kept, device, context + tokens + 1)
+        _decode_ms(session, prompt, answer)  # compiles and captures
+        times = [_decode_ms(session, prompt, answer) for _ in range(rounds)]
         if device == "cuda":
-            require_graphs()
-        read = read_bytes(shape, kept, FORMS.get(way, "dense"))
+            _require_graphs()
+        read = _read_bytes(shape, kept, _FORMS.get(way, "dense"))
         spread = (min(times), max(times))
-        figures.append(Figure(way, kept, read, statistics.median(times), spread))
+        figures.append(_Figure(way, kept, read, statistics.median(times), spread))
         del session
         torch.compiler.reset()  # the graphs of this model hold its memory
         gc.collect()
@@ -192,7 +195,7 @@ def measure(
     return figures
 
 
-def judge(figures: list[Figure]) -> list[dict[str, Any]]:
+def _judge(figures: list[_Figure]) -> list[dict[str, Any]]:
     """Each figure with its ratios, and for `skip` the verdicts."""
     dense = next(figure for figure in figures if figure.way == "dense")
     rows = []
@@ -202,18 +205,18 @@ def judge(figures: list[Figure]) -> list[dict[str, Any]]:
         if figure.ms and dense.ms:
             row["gb_per_s"] = figure.read_bytes / figure.ms / 1e6
             row["speed_up"] = dense.ms / figure.ms
-        if FORMS.get(figure.way) == "skip" and "speed_up" in row:
+        if _FORMS.get(figure.way) == "skip" and "speed_up" in row:
             row["of_bytes"] = row["speed_up"] / row["bytes_ratio"]
         if figure.way == "skip" and "speed_up" in row:
             plain = next(f for f in figures if (f.way, f.kept) == ("low-rank", figure.kept))
             row["over_low_rank"] = (plain.ms or 0) / (figure.ms or 1)
-            passed = row["of_bytes"] >= LEAST_OF_BYTES and row["over_low_rank"] > 1
+            passed = row["of_bytes"] >= _LEAST_OF_BYTES and row["over_low_rank"] > 1
             row["verdict"] = "pass" if passed else "missed"
         rows.append(row)
     return rows
 
 
-def show(name: str, rows: list[dict[str, Any]]) -> None:
+def _show(name: str, rows: list[dict[str, Any]]) -> None:
     """A line for each way."""
     click.echo(f"\n{name}: batch 1")
     click.echo("way         kept   GB read   ms/token       GB/s    x dense   of bytes x low-rank")
@@ -236,7 +239,7 @@ def show(name: str, rows: list[dict[str, Any]]) -> None:
 @click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True)
 @click.option("--device", type=click.Choice(["cuda", "cpu"]), default="cuda", show_default=True)
 @click.option("--dry-run", is_flag=True, help="Bytes and bounds; nothing is timed.")
-@click.option("--json", "result", type=click.Path(path_type=Path), help=f"By default {RESULT}.")
+@click.option("--json", "result", type=click.Path(path_type=Path), help=f"By default {_RESULT}.")
 def command(
     shapes: str,
     kept: str,
@@ -250,7 +253,7 @@ def command(
     """Time every way to decode every shape, print the table, and write the JSON."""
     fractions = [float(part) for part in kept.split(",")]
     ways = [("eager", 1.0), ("dense", 1.0), ("dense-graph", 1.0)]
-    ways += [(way, fraction) for fraction in fractions for way in FORMS]
+    ways += [(way, fraction) for fraction in fractions for way in _FORMS]
     if device == "cuda" and not dry_run and not torch.cuda.is_available():
         raise click.ClickException("PyTorch sees no GPU; --dry-run and --device cpu need none")
     record: dict[str, Any] = {
@@ -262,24 +265,24 @@ def command(
         record["gpu"] = torch.cuda.get_device_name()
     record |= {"context": context, "tokens": tokens, "rounds": rounds, "device": device}
     for name in shapes.split(","):
-        shape = shape_of(name)
+        shape = _shape_of(name)
         if dry_run:
             figures = [
-                Figure(way, fraction, read_bytes(shape, fraction, FORMS.get(way, "dense")))
+                _Figure(way, fraction, _read_bytes(shape, fraction, _FORMS.get(way, "dense")))
                 for way, fraction in ways
             ]
         else:
-            figures = measure(ways, shape, device, context, tokens, rounds)
-        record["shapes"][name] = judge(figures)
-        show(name, record["shapes"][name])
+            figures = _measure(ways, shape, device, context, tokens, rounds)
+        record["shapes"][name] = _judge(figures)
+        _show(name, record["shapes"][name])
         if dry_run:
-            bound = figures[-1].read_bytes / H200_BYTES_PER_S * 1e3
+            bound = figures[-1].read_bytes / _H200_BYTES_PER_S * 1e3
             click.echo(
                 f"at least {bound:.3f} ms a token on an H200 at the last line. Nothing was timed."
             )
         if result or (device == "cuda" and not dry_run):
-            write_json(result or RESULT, record)
+            write_json(result or _RESULT, record)
 
 
 if __name__ == "__main__":
-    command()
+    sys.exit(run(command))

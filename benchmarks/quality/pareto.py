@@ -1,7 +1,7 @@
 """Quality against bytes: ranks and bits searched together, plain quantisers, low rank in float16.
 
-    python benchmarks/quality/pareto.py --test ../shared/data/wikitext2_test.txt \
-        --calibration ../shared/data/wikitext2_valid_tokenised.txt
+    python -m benchmarks.quality.pareto --test TEST.txt \
+        --calibration VALID.txt
 
 Bytes are those of the safetensors files that `skipcat compress` writes, embedding and head
 included. Every row is fitted to the same FIT_WINDOWS calibration windows, and tested on the first
@@ -18,42 +18,51 @@ import json
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
 import torch
-from pareto_report import PLAIN, save_front, show_front
-from quality import Bench, Settings, main_of, open_table, quality_fields, refuse_test_text
-from texts import hash_of_text, tokens_of
 
+from benchmarks import RESULTS
+from benchmarks.command import run
+from benchmarks.quality.evaluation_texts import hash_of_text, tokens_of
+from benchmarks.quality.pareto_report import PLAIN, save_front, show_front
+from benchmarks.quality.quality import (
+    Bench,
+    Settings,
+    open_table,
+    quality_fields,
+    refuse_test_text,
+)
 from pipeline.artefact import write_json
 from pipeline.bench.measure import load_average
 from pipeline.checkpoint.folder import save_checkpoint
-from pipeline.compress.channel_scaling import balance_
-from pipeline.compress.embeddings import round_tables_
-from pipeline.compress.plan.layer_costs import Survey
-from pipeline.compress.plan.make_plan import make_plan, spread
+from pipeline.compress.channel_scaling import scale_channels_
+from pipeline.compress.decoder import CalibratedDecoder, spread
+from pipeline.compress.plan.layer_costs import LayerCosts
+from pipeline.compress.plan.make_plan import make_plan
 from pipeline.compress.request import CompressRequest
 from pipeline.compress.walk import compress_
 from pipeline.errors import UsageError
+from pipeline.lazy import imported
 from pipeline.model.structure import decoder_structure
 from pipeline.progress import note
 from pipeline.runtime.sessions.torch_session import TorchSession
 from validate.metrics import perplexity_with_error
 from validate.quality import measure_quality
 
-RESULT = Path(__file__).parent / "results" / "pareto.json"
-BUDGETS = (0.25, 0.18, 0.32, 0.5, 0.14, 0.21, 0.1, 0.4, 0.75, 1.0)
+_RESULT = RESULTS / "pareto.json"
+_BUDGETS = (0.25, 0.18, 0.32, 0.5, 0.14, 0.21, 0.1, 0.4, 0.75, 1.0)
 # The bytes of the plain quantisers below.
-BUDGETS_OF_PLAIN = (0.2704, 0.207, 0.391, 0.5534, 0.3555)
+_BUDGETS_OF_PLAIN = (0.2704, 0.207, 0.391, 0.5534, 0.3555)
 EFFORT, MIX = "fast", 0.5
 # Of the calibration windows, so many are fitted to; the survey has its own 16 of all of them.
-FIT_WINDOWS = 16
+_FIT_WINDOWS = 16
 # Weights of the layers, and of the embedding and head, of each plain quantiser; about so many bits.
-FORMATS = {
+_FORMATS = {
     8: ("int8-b128-sym", "int8-b128-sym"),
     6: ("int6-b64-sym", "int6-b64-sym"),
     4: ("int4-b64-asym", "int4-b64-asym"),
@@ -64,7 +73,7 @@ FORMATS = {
 
 
 @dataclass(frozen=True)
-class Cell:
+class _Cell:
     """One row: a plain quantiser at some bits, or ours at a fraction of the float16 bytes.
 
     `balance` scales channels before anything else.
@@ -88,17 +97,17 @@ class Cell:
         if self.method in ("factors", "factors-int8"):
             weights = "int8-b64-sym" if self.method == "factors-int8" else None
             return CompressRequest(model, self.size, method="skipcat", weights=weights, **shared)
-        weights, table = FORMATS[int(self.size)]
+        weights, table = _FORMATS[int(self.size)]
         return CompressRequest(
             model, 1.0, method=self.method, weights=weights, table=table, **shared
         )
 
 
-def all_cells() -> list[Cell]:
+def _all_cells() -> list[_Cell]:
     """Every row: ours and the quantisers in turn, so that an early end leaves a picture."""
-    ours = [Cell("ours", budget) for budget in BUDGETS + BUDGETS_OF_PLAIN]
-    plain = [Cell(method, bits) for bits in (4, 3, 8, 6, 5) for method in PLAIN]
-    paper = [Cell("factors", 0.8), Cell("factors-int8", 0.8)]
+    ours = [_Cell("ours", budget) for budget in _BUDGETS + _BUDGETS_OF_PLAIN]
+    plain = [_Cell(method, bits) for bits in (4, 3, 8, 6, 5) for method in PLAIN]
+    paper = [_Cell("factors", 0.8), _Cell("factors-int8", 0.8)]
     return ours[:4] + plain[:4] + paper + ours[4:] + plain[4:]
 
 
@@ -110,7 +119,7 @@ def all_cells() -> list[Cell]:
 @click.option("--work", type=click.Path(path_type=Path), help="Keep the survey and logits here.")
 @click.option("--test-windows", type=click.IntRange(min=1), default=4, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--json", "result", type=click.Path(path_type=Path), default=RESULT)
+@click.option("--json", "result", type=click.Path(path_type=Path), default=_RESULT)
 @click.option("--resume", is_flag=True, help="Keep the rows that the JSON has already.")
 def command(
     test: Path,
@@ -138,48 +147,48 @@ def command(
     )
     refuse_test_text(settings)
     table = open_table(settings, result, resume=resume)
-    cells = [parsed(text) for text in only.split(",")] if only else all_cells()
+    cells = [_parsed(text) for text in only.split(",")] if only else _all_cells()
     with tempfile.TemporaryDirectory() as scratch:
         bench = Bench(settings, test, calibration, None, work or Path(scratch))
-        measure(bench, cells, table, result)
-    table["low_rank"] = low_rank_rows(settings)
+        _measure(bench, cells, table, result)
+    table["low_rank"] = _low_rank_rows(settings)
     write_json(result, table)
     show_front(table)
     save_front(table, result.with_suffix(".svg"))
 
 
-def parsed(text: str) -> Cell:
+def _parsed(text: str) -> _Cell:
     """A row from "method:size".
 
     Raises:
         UsageError: it is none.
     """
     method, *numbers = text.split(":")
-    cells = {cell.name: cell for cell in all_cells()}
+    cells = {cell.name: cell for cell in _all_cells()}
     try:
-        return cells.get(text) or Cell(method, *map(float, numbers))
+        return cells.get(text) or _Cell(method, *map(float, numbers))
     except (ValueError, TypeError) as error:
         raise UsageError(
             "This is not a row.", where="--only", observed=text, expected=", ".join(cells)
         ) from error
 
 
-def measure(bench: Bench, cells: list[Cell], table: dict[str, Any], result: Path) -> None:
+def _measure(bench: Bench, cells: list[_Cell], table: dict[str, Any], result: Path) -> None:
     """Measure every row that `table` lacks, and write it as it is finished."""
     finished = {row["name"] for row in table["rows"]}
     if "dense" not in finished:
-        add(table, result, dense_row(bench))
+        _add(table, result, _dense_row(bench))
     dense = next(row for row in table["rows"] if row["name"] == "dense")
     for cell in cells:
         if cell.name not in finished:
             note(f"{cell.name} ...")
             loads = [load_average()]
-            row = measured_row(bench, cell, np.array(dense["window_nlls"]))
-            add(table, result, row | {"load_average": [*loads, load_average()]})
+            row = _measured_row(bench, cell, np.array(dense["window_nlls"]))
+            _add(table, result, row | {"load_average": [*loads, load_average()]})
             gc.collect()  # a model is a web of cycles, and the next row needs its memory
 
 
-def add(table: dict[str, Any], result: Path, row: dict[str, Any]) -> None:
+def _add(table: dict[str, Any], result: Path, row: dict[str, Any]) -> None:
     """Put a row into the table and onto the disk."""
     table["rows"].append(row)
     result.parent.mkdir(parents=True, exist_ok=True)
@@ -187,14 +196,14 @@ def add(table: dict[str, Any], result: Path, row: dict[str, Any]) -> None:
     note(f"{row['name']}: {row['stored_bytes'] / 1e6:.2f} MB, perplexity {row['perplexity']:.2f}")
 
 
-def dense_row(bench: Bench) -> dict[str, Any]:
+def _dense_row(bench: Bench) -> dict[str, Any]:
     """The model as it is, in float16."""
     quality = measure_quality(bench.reference, None, bench.tests.tokens.numpy(), note)
     numbers = sum(parameter.numel() for parameter in bench.loaded.model.parameters())
     return {"name": "dense", "stored_bytes": 2 * numbers, **quality_fields(quality, None)}
 
 
-def measured_row(bench: Bench, cell: Cell, dense_nlls: np.ndarray) -> dict[str, Any]:
+def _measured_row(bench: Bench, cell: _Cell, dense_nlls: np.ndarray) -> dict[str, Any]:
     """Compress a copy as the row asks, write it, and test it beside the dense model."""
     request = cell.request(bench.settings.model, bench.calibration, bench.settings.seed)
     request.check()
@@ -207,17 +216,21 @@ def measured_row(bench: Bench, cell: Cell, dense_nlls: np.ndarray) -> dict[str, 
     # Of every budget the survey is the same.
     folder = f"survey-{cell.method}" + (f"-{cell.balance:g}" if cell.balance else "")
     formats = [style.name for style in request.formats]
-    survey = Survey(bench.work / folder, {"text": tokens.describe()["sha256"], "formats": formats})
+    costs = LayerCosts(
+        bench.work / folder, {"text": tokens.describe()["sha256"], "formats": formats}
+    )
     started, cpu_started = time.perf_counter(), time.process_time()
     if cell.balance:
-        balance_(model, layers, tokens.tokens, cell.balance)
-    plan = make_plan(request, model, layers, tokens.tokens, survey)
+        scale_channels_(model, layers, tokens.tokens, cell.balance)
+    plan = make_plan(request, CalibratedDecoder.at_hand(model, layers, tokens, costs))
     plan_seconds, plan_cpu = time.perf_counter() - started, time.process_time() - cpu_started
     fit = request.resolved_method.fit
     dtype = torch.float32 if cell.method == "factors" else torch.float16
-    fitted = spread(tokens.tokens, FIT_WINDOWS)
-    done = compress_(model, layers, plan, fitted, dtype=dtype, fit=fit, survey=survey)
-    entries, _ = round_tables_(model, plan.tables, fitted, plain=fit.nearest)
+    fitted = replace(tokens, tokens=spread(tokens.tokens, _FIT_WINDOWS))
+    ready = CalibratedDecoder.at_hand(model, layers, fitted, costs)
+    ready.measure(request)
+    done = compress_(ready, plan, dtype=dtype, fit=fit)
+    entries = ready.quantize_embeddings_(plan.tables, imported(fit.quantize))
     seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
     with tempfile.TemporaryDirectory() as folder:
         modules = done.modules | entries
@@ -235,7 +248,7 @@ def measured_row(bench: Bench, cell: Cell, dense_nlls: np.ndarray) -> dict[str, 
         "budget_bytes": request.budget_bytes(2 * numbers) if request.searches_bits else None,
         "kept_fraction": plan.kept_fraction,
         "expected_kl": sum(group.expected_kl or 0.0 for group in plan.groups),
-        "forms": forms_of(plan),
+        "forms": _forms_of(plan),
         "tables": plan.tables,
         **quality_fields(quality, dense_nlls),
         "plan_seconds": round(plan_seconds, 1),
@@ -245,7 +258,7 @@ def measured_row(bench: Bench, cell: Cell, dense_nlls: np.ndarray) -> dict[str, 
     }
 
 
-def forms_of(plan: Any) -> dict[str, int]:
+def _forms_of(plan: Any) -> dict[str, int]:
     """How many groups there are of each form and pair of formats."""
     counts: dict[str, int] = {}
     for group in plan.groups:
@@ -254,9 +267,9 @@ def forms_of(plan: Any) -> dict[str, int]:
     return dict(sorted(counts.items(), key=lambda item: -item[1]))
 
 
-def low_rank_rows(settings: Settings) -> list[dict[str, Any]]:
+def _low_rank_rows(settings: Settings) -> list[dict[str, Any]]:
     """The low-rank methods of quality.json, on the same windows; float16, embedding included."""
-    path = RESULT.with_name("quality.json")
+    path = _RESULT.with_name("quality.json")
     if not path.is_file():
         return []
     table = json.loads(path.read_text(encoding="utf-8"))
@@ -281,4 +294,4 @@ def low_rank_rows(settings: Settings) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    sys.exit(main_of(command))
+    sys.exit(run(command))

@@ -8,18 +8,18 @@ from typing import Any
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from pipeline.cli.options import result_console
+from pipeline.progress import result_console
 
 PLAIN = ("rtn", "gptq")
-OURS = "ours"
-LABELS = {
-    OURS: "ranks and bits searched (ours)",
-    "rtn": "round to nearest, 8/6/5/4/3 bits",
+_OURS = "ours"
+_LABELS = {
+    _OURS: "ranks and bits searched (ours)",
+    "rtn": "RTN, 8/6/5/4/3 bits",
     "gptq": "GPTQ, 8/6/5/4/3 bits",
 }
 
 
-def beaten_by(row: dict[str, Any], ours: list[dict[str, Any]]) -> dict[str, Any] | None:
+def _beaten_by(row: dict[str, Any], ours: list[dict[str, Any]]) -> dict[str, Any] | None:
     """The row of ours that needs no more bytes than a rival and has no higher perplexity."""
     fits = [r for r in ours if r["stored_bytes"] <= row["stored_bytes"]]
     best = min(fits, key=lambda r: r["perplexity"], default=None)
@@ -28,14 +28,14 @@ def beaten_by(row: dict[str, Any], ours: list[dict[str, Any]]) -> dict[str, Any]
 
 def show_front(table: dict[str, Any]) -> None:
     """Every row on stdout, smallest first, with what of ours beats it."""
-    ours = [row for row in table["rows"] if row.get("method") == OURS]
+    ours = [row for row in table["rows"] if row.get("method") == _OURS]
     view = Table(title=f"{table['settings']['model']}: perplexity against bytes")
     for heading in ("row", "MB", "of budget", "perplexity", "KL to dense", "beaten by"):
         view.add_column(heading, justify="left" if heading == "row" else "right")
     rows = [*table["rows"], *table.get("low_rank", [])]
     for row in sorted(rows, key=lambda row: row["stored_bytes"]):
         budget, kl = row.get("budget_bytes"), row.get("kl_to_dense")
-        winner = None if row in ours or row["name"] == "dense" else beaten_by(row, ours)
+        winner = None if row in ours or row["name"] == "dense" else _beaten_by(row, ours)
         view.add_row(
             row["name"],
             f"{row['stored_bytes'] / 1e6:.1f}",
@@ -61,8 +61,8 @@ def save_front(table: dict[str, Any], path: Path) -> None:
             for row in rows
             if row.get("method") == method
         )
-        width = 2.5 if method == OURS else 1
-        label = LABELS.get(method, f"{method}, float16")
+        width = 2.5 if method == _OURS else 1
+        label = _LABELS.get(method, f"{method}, float16")
         axes.plot(*zip(*points, strict=True), marker="o", ms=4, lw=width, label=label)
     axes.set_yscale("log")
     axes.set_ylim(dense["perplexity"] * 0.9, dense["perplexity"] * 30)

@@ -1,6 +1,6 @@
 """What each group of matrices was expected to cost, against what it costs.
 
-    python benchmarks/quality/planned_cost.py --calibration CALIBRATION.txt
+    python -m benchmarks.quality.planned_cost --calibration CALIBRATION.txt
 
 A plan under a budget of bytes is made as `skipcat compress --keep-bytes` makes it. Then every group
 in turn is compressed alone, all others left as they are, and the KL to the original is measured on
@@ -20,16 +20,18 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from quality import main_of
 from scipy.stats import spearmanr
-from texts import hash_of_text, tokens_of
 
+from benchmarks import RESULTS
+from benchmarks.command import run
+from benchmarks.quality.evaluation_texts import hash_of_text, tokens_of
 from pipeline.artefact import write_json
 from pipeline.bench.measure import describe_machine
 from pipeline.checkpoint.install import group_entries, install_
+from pipeline.compress.decoder import CalibratedDecoder
 from pipeline.compress.finished_layers import FinishedLayers
 from pipeline.compress.methods import Fit
-from pipeline.compress.plan.layer_costs import Survey
+from pipeline.compress.plan.layer_costs import LayerCosts
 from pipeline.compress.plan.make_plan import make_plan
 from pipeline.compress.plan.plan import GroupPlan, RankPlan
 from pipeline.compress.request import CompressRequest
@@ -39,7 +41,7 @@ from pipeline.model.structure import decoder_structure
 from pipeline.progress import note, track
 from pipeline.provenance import provenance
 
-RESULT = Path(__file__).parent / "results" / "planned_cost.json"
+_RESULT = RESULTS / "planned_cost.json"
 
 
 @click.command()
@@ -48,7 +50,7 @@ RESULT = Path(__file__).parent / "results" / "planned_cost.json"
 @click.option("--keep-bytes", type=float, default=0.25, show_default=True)
 @click.option("--held-out", type=int, default=4, show_default=True, help="Windows of 256 tokens.")
 @click.option("--work", type=click.Path(path_type=Path), help="Keep the survey here.")
-@click.option("--json", "result", type=click.Path(path_type=Path), default=RESULT)
+@click.option("--json", "result", type=click.Path(path_type=Path), default=_RESULT)
 def command(
     calibration: str, model: str, keep_bytes: float, held_out: int, work: Path | None, result: Path
 ) -> None:
@@ -62,21 +64,13 @@ def command(
     tokens = tokens_of(calibration, loaded, effort.windows, effort.window_length, request.seed)
     with tempfile.TemporaryDirectory() as scratch:
         folder = work or Path(scratch)
-        survey = Survey(folder / "survey-ours", {"text": tokens.describe()["sha256"]})
+        costs = LayerCosts(folder / "survey-ours", {"text": tokens.describe()["sha256"]})
         layers = decoder_structure(loaded.model)
-        plan = make_plan(request, loaded.model, layers, tokens.tokens, survey)
+        plan = make_plan(request, CalibratedDecoder.at_hand(loaded.model, layers, tokens, costs))
         finished = FinishedLayers(Path(scratch) / "layers", {"keep_bytes": keep_bytes})
-        compress_(
-            copy.deepcopy(loaded.model),
-            layers,
-            plan,
-            tokens.tokens,
-            dtype=torch.float32,
-            fit=Fit(),
-            survey=survey,
-            finished=finished,
-        )
-        rows = costs(loaded, plan, finished, last_windows(calibration, loaded, held_out))
+        ready = CalibratedDecoder.at_hand(copy.deepcopy(loaded.model), layers, tokens, costs)
+        compress_(ready, plan, dtype=torch.float32, fit=Fit(), finished=finished)
+        rows = _costs(loaded, plan, finished, _last_windows(calibration, loaded, held_out))
     record = {
         "schema": 1,
         "model": model,
@@ -85,14 +79,14 @@ def command(
         "held_out_tokens": held_out * 256,
         "machine": describe_machine(),
         "provenance": provenance(),
-        "correlation": correlations(rows),
+        "correlation": _correlations(rows),
         "rows": rows,
     }
     write_json(result, record)
     click.echo(json.dumps(record["correlation"], indent=2))
 
 
-def last_windows(calibration: str, loaded: LoadedModel, count: int) -> torch.Tensor:
+def _last_windows(calibration: str, loaded: LoadedModel, count: int) -> torch.Tensor:
     """The end of the calibration text, int64 [count, 256]; windows for fitting come from all of it.
 
     Costs are compared with one another, not claimed for unseen text.
@@ -102,7 +96,7 @@ def last_windows(calibration: str, loaded: LoadedModel, count: int) -> torch.Ten
     return torch.tensor(ids).view(count, 256)
 
 
-def costs(
+def _costs(
     loaded: LoadedModel, plan: RankPlan, finished: FinishedLayers, windows: torch.Tensor
 ) -> list[dict[str, Any]]:
     """Expected and measured KL of every group that the plan changes, and of every layer."""
@@ -157,7 +151,7 @@ def _log_chances(model: Any, window: torch.Tensor) -> torch.Tensor:
     return model(input_ids=window[None], use_cache=False).logits[0].log_softmax(-1)
 
 
-def correlations(rows: list[dict[str, Any]]) -> dict[str, Any]:
+def _correlations(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Spearman's rank correlation, and the median ratio of measured to expected."""
     found = {}
     for name, chosen in (
@@ -177,4 +171,4 @@ def correlations(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 if __name__ == "__main__":
     note("planned against measured cost")
-    sys.exit(main_of(command))
+    sys.exit(run(command))

@@ -1,7 +1,7 @@
 """Quality of every method at every budget: ours, and the rivals as methods of ours.
 
-    python benchmarks/quality/quality.py --test ../shared/data/wikitext2_test.txt \
-        --calibration ../shared/data/wikitext2_valid_tokenised.txt
+    python -m benchmarks.quality.quality --test TEST.txt \
+        --calibration VALID.txt
 
 Perplexity on the first windows of the test text, each on an empty cache, with no special tokens;
 every window predicts its own tokens after the first. Model and factors in float32. Each row is an
@@ -27,20 +27,22 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from quality_report import DENSE, save_chart, show
-from recorded_session import RecordedSession
-from texts import hash_of_text, tokens_of
 
+from benchmarks import RESULTS
+from benchmarks.command import run
+from benchmarks.quality.evaluation_texts import hash_of_text, tokens_of
+from benchmarks.quality.quality_report import DENSE, save_chart, show
+from benchmarks.quality.recorded_session import RecordedSession
 from pipeline.artefact import write_json
 from pipeline.bench.measure import describe_machine, load_average
 from pipeline.calibrate.text import TokenBatch
-from pipeline.cli.main import explain
+from pipeline.compress.decoder import CalibratedDecoder
 from pipeline.compress.methods import DEFAULT_EFFORT, DEFAULT_METHOD, METHODS
-from pipeline.compress.plan.layer_costs import Survey
+from pipeline.compress.plan.layer_costs import LayerCosts
 from pipeline.compress.plan.make_plan import make_plan
 from pipeline.compress.plan.plan import RankPlan
+from pipeline.compress.records import parameter_count
 from pipeline.compress.request import CompressRequest
-from pipeline.compress.run import parameter_count
 from pipeline.compress.walk import compress_
 from pipeline.errors import UsageError
 from pipeline.model.load import load_model
@@ -54,16 +56,16 @@ from validate.harness_tasks import load_tasks, score_tasks, scores_of
 from validate.metrics import log_perplexity_change, perplexity_with_error
 from validate.quality import Quality, measure_quality
 
-SCHEMA = 1
-RESULT = Path(__file__).parent / "results" / "quality.json"
-SWEEP = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
-TABLE = (0.8, 0.7)
-SWEPT = ("skipcat", DEFAULT_METHOD)
-ASKED = ("svd-llm", *SWEPT)
+_SCHEMA = 1
+_RESULT = RESULTS / "quality.json"
+_SWEEP = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
+_TABLE = (0.8, 0.7)
+_SWEPT = ("skipcat", DEFAULT_METHOD)
+_ASKED = ("svd-llm", *_SWEPT)
 
 
 @dataclass(frozen=True)
-class Cell:
+class _Cell:
     """One row to measure: a method at a budget, with the calibration of an effort."""
 
     method: str
@@ -71,23 +73,23 @@ class Cell:
     effort: str = DEFAULT_EFFORT
 
 
-def is_asked(cell: Cell) -> bool:
+def _is_asked(cell: _Cell) -> bool:
     """Whether the questions are put to this row; they take longer than the text."""
-    return cell.method in ASKED and cell.keep == TABLE[0] and cell.effort == DEFAULT_EFFORT
+    return cell.method in _ASKED and cell.keep == _TABLE[0] and cell.effort == DEFAULT_EFFORT
 
 
-def all_cells() -> list[Cell]:
+def _all_cells() -> list[_Cell]:
     """Every row, those that the README shows first.
 
     All methods meet at the effort "fast", on the same tokens; ours and those it is held against
     get more text besides.
     """
-    cells = [Cell(method, keep) for keep in TABLE for method in ASKED]
-    cells += [Cell(method, TABLE[0], "fast") for method in METHODS if method != "mpifa"]
-    cells += [Cell(method, keep, "fast") for keep in SWEEP for method in SWEPT]
-    cells += [Cell(method, TABLE[1], "fast") for method in METHODS if method != "mpifa"]
-    cells += [Cell("mpifa", keep, "fast") for keep in TABLE]
-    cells += [Cell(DEFAULT_METHOD, keep, "max") for keep in TABLE]
+    cells = [_Cell(method, keep) for keep in _TABLE for method in _ASKED]
+    cells += [_Cell(method, _TABLE[0], "fast") for method in METHODS if method != "mpifa"]
+    cells += [_Cell(method, keep, "fast") for keep in _SWEEP for method in _SWEPT]
+    cells += [_Cell(method, _TABLE[1], "fast") for method in METHODS if method != "mpifa"]
+    cells += [_Cell("mpifa", keep, "fast") for keep in _TABLE]
+    cells += [_Cell(DEFAULT_METHOD, keep, "max") for keep in _TABLE]
     return list(dict.fromkeys(cells))
 
 
@@ -118,7 +120,7 @@ class Settings:
 @click.option("--test-windows", type=click.IntRange(min=1), default=10, show_default=True)
 @click.option("--test-window-length", type=click.IntRange(min=2), default=2048, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--json", "result", type=click.Path(path_type=Path), default=RESULT)
+@click.option("--json", "result", type=click.Path(path_type=Path), default=_RESULT)
 @click.option("--resume", is_flag=True, help="Keep the rows that the JSON has already.")
 def command(
     test: Path,
@@ -149,10 +151,10 @@ def command(
     )
     refuse_test_text(settings)
     table = open_table(settings, result, resume=resume)
-    cells = [parsed_cell(text) for text in only.split(",")] if only else all_cells()
+    cells = [_parsed_cell(text) for text in only.split(",")] if only else _all_cells()
     with tempfile.TemporaryDirectory() as scratch:
         bench = Bench(settings, test, calibration, questions, work or Path(scratch))
-        measure_table(bench, cells, table, result)
+        _measure_table(bench, cells, table, result)
     show(table)
     save_chart(table["rows"], result.with_suffix(".svg"))
 
@@ -174,7 +176,7 @@ def open_table(settings: Settings, result: Path, *, resume: bool) -> dict[str, A
         UsageError: the earlier run had other settings.
     """
     fresh = {
-        "schema": SCHEMA,
+        "schema": _SCHEMA,
         "settings": asdict(settings),
         "machine": describe_machine() | {"threads": torch.get_num_threads()},
         "provenance": provenance(),
@@ -194,7 +196,7 @@ def open_table(settings: Settings, result: Path, *, resume: bool) -> dict[str, A
     return earlier
 
 
-def parsed_cell(text: str) -> Cell:
+def _parsed_cell(text: str) -> _Cell:
     """A row from "method:keep" or "method:keep:effort".
 
     Raises:
@@ -203,7 +205,7 @@ def parsed_cell(text: str) -> Cell:
     method, _, rest = text.partition(":")
     keep, _, effort = rest.partition(":")
     try:
-        return Cell(method, float(keep), effort or DEFAULT_EFFORT)
+        return _Cell(method, float(keep), effort or DEFAULT_EFFORT)
     except ValueError as error:
         raise UsageError(
             "This is not a row.", where="--only", observed=text, expected="method:keep[:effort]"
@@ -231,7 +233,7 @@ class Bench:
         )
         self.reference = RecordedSession(TorchSession(self.loaded.model, DENSE), work / "logits")
 
-    def request(self, cell: Cell) -> CompressRequest:
+    def request(self, cell: _Cell) -> CompressRequest:
         """What `skipcat compress` would be asked."""
         request = CompressRequest(
             self.settings.model,
@@ -254,21 +256,21 @@ class Bench:
         return {score.metric: [score.value, score.standard_error] for score in scores_of(results)}
 
 
-def measure_table(bench: Bench, cells: list[Cell], table: dict[str, Any], result: Path) -> None:
+def _measure_table(bench: Bench, cells: list[_Cell], table: dict[str, Any], result: Path) -> None:
     """Measure every row that `table` lacks, and write it to `result` as it is finished."""
     table["texts"] = {"test": bench.tests.describe()}
     finished = {(row["method"], row["keep"], row["effort"]) for row in table["rows"]}
     if (DENSE, 1.0, None) not in finished:
-        add_row(table, result, lambda: dense_row(bench))
+        _add_row(table, result, lambda: _dense_row(bench))
     dense = next(row for row in table["rows"] if row["method"] == DENSE)
     for cell in cells:
         if (cell.method, cell.keep, cell.effort) not in finished:
             note(f"{cell.method} at {cell.keep}, {cell.effort} ...")
-            add_row(table, result, partial(compressed_row, bench, cell, dense))
+            _add_row(table, result, partial(_compressed_row, bench, cell, dense))
             gc.collect()  # a model is a web of cycles, and the next row needs its memory
 
 
-def add_row(table: dict[str, Any], result: Path, measure: Callable[[], dict[str, Any]]) -> None:
+def _add_row(table: dict[str, Any], result: Path, measure: Callable[[], dict[str, Any]]) -> None:
     """Measure a row and write the table with it."""
     loads = [load_average()]
     row = measure()
@@ -278,7 +280,7 @@ def add_row(table: dict[str, Any], result: Path, measure: Callable[[], dict[str,
     note(f"{row['method']}: perplexity {row['perplexity']:.2f}")
 
 
-def dense_row(bench: Bench) -> dict[str, Any]:
+def _dense_row(bench: Bench) -> dict[str, Any]:
     """The row of the model as it is."""
     layers = decoder_structure(bench.loaded.model)
     linear = sum(sum(g.out_features) * g.in_features for layer in layers for g in layer.groups)
@@ -298,7 +300,7 @@ def dense_row(bench: Bench) -> dict[str, Any]:
     }
 
 
-def compressed_row(bench: Bench, cell: Cell, dense: dict[str, Any]) -> dict[str, Any]:
+def _compressed_row(bench: Bench, cell: _Cell, dense: dict[str, Any]) -> dict[str, Any]:
     """The row of one method: compress a copy, then test it beside the dense model."""
     request = bench.request(cell)
     effort = request.resolved_effort
@@ -307,12 +309,10 @@ def compressed_row(bench: Bench, cell: Cell, dense: dict[str, Any]) -> dict[str,
     )
     model = copy.deepcopy(bench.loaded.model)
     layers = decoder_structure(model)
-    survey, plan, plan_seconds = planned(bench, request, model, layers, tokens)
+    ready, plan, plan_seconds = _planned(bench, request, model, layers, tokens)
     started = time.perf_counter()
     fit = request.resolved_method.fit
-    done = compress_(
-        model, layers, plan, tokens.tokens, dtype=torch.float32, fit=fit, survey=survey
-    )
+    done = compress_(ready, plan, dtype=torch.float32, fit=fit)
     seconds = time.perf_counter() - started
     note(f"{cell.method}: compressed in {seconds:.0f} s, now measuring")
     session = TorchSession(done.model, cell.method)
@@ -327,32 +327,34 @@ def compressed_row(bench: Bench, cell: Cell, dense: dict[str, Any]) -> dict[str,
         "decoder_linear_parameters": sum(group.kept_parameters for group in plan.groups),
         "parameters": parameter_count(done.model),
         **quality_fields(quality, np.array(dense["window_nlls"])),
-        "questions": bench.question_scores(session) if is_asked(cell) else None,
+        "questions": bench.question_scores(session) if _is_asked(cell) else None,
         "plan_seconds": round(plan_seconds, 1),
         "compress_seconds": round(seconds + plan_seconds, 1),
         "largest_interpolation": max((x for x in interpolations if x is not None), default=None),
     }
 
 
-def planned(
+def _planned(
     bench: Bench, request: CompressRequest, model: Any, layers: list[Layer], tokens: TokenBatch
-) -> tuple[Survey, RankPlan, float]:
-    """Survey, plan, and the seconds of both; a survey of the same effort is taken over.
+) -> tuple[CalibratedDecoder, RankPlan, float]:
+    """What is measured, the plan, and the seconds of both; costs of the same effort are taken over.
 
     The seconds that a survey took are kept beside it and count for every row that uses it.
     """
     folder = bench.work / f"survey-{request.effort}"
-    survey = Survey(folder, {"text": tokens.describe()["sha256"]})
+    costs = LayerCosts(folder, {"text": tokens.describe()["sha256"]})
+    ready = CalibratedDecoder.at_hand(model, layers, tokens, costs)
     clock = folder / "seconds"
-    fresh = request.resolved_method.needs_survey and not clock.exists()
+    fresh = request.resolved_method.needs_costs and not clock.exists()
     started = time.perf_counter()
-    plan = make_plan(request, model, layers, tokens.tokens, survey)
+    plan = make_plan(request, ready)
+    ready.measure(request)
     seconds = time.perf_counter() - started
     if fresh:
         clock.write_text(str(seconds))
-    elif request.resolved_method.needs_survey:
+    elif request.resolved_method.needs_costs:
         seconds += float(clock.read_text())
-    return survey, plan, seconds
+    return ready, plan, seconds
 
 
 def quality_fields(quality: Quality, dense_nlls: np.ndarray | None) -> dict[str, Any]:
@@ -372,21 +374,5 @@ def quality_fields(quality: Quality, dense_nlls: np.ndarray | None) -> dict[str,
     }
 
 
-def main_of(command: click.Command) -> int:
-    """Run; failures become the messages and exit status of `skipcat`."""
-    try:
-        command.main(standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
-        return 2
-    except Exception as error:
-        failure = explain(error)
-        if failure is None or failure.exit_status == 1:
-            raise
-        print(f"error: {failure}", file=sys.stderr)
-        return failure.exit_status
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main_of(command))
+    sys.exit(run(command))

@@ -9,8 +9,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from pipeline.cli.options import result_console
 from pipeline.compress.methods import DEFAULT_EFFORT
+from pipeline.progress import result_console
 
 DENSE = "dense"
 
@@ -27,7 +27,7 @@ def show(table: dict[str, Any]) -> None:
     for heading in headings:
         view.add_column(heading, justify="right")
     for row in sorted(table["rows"], key=lambda row: (-row["keep"], row["kl_to_dense"])):
-        view.add_row(*cells(row))
+        view.add_row(*_cells(row))
     result_console().print(view)
 
 
@@ -54,7 +54,7 @@ def save_chart(rows: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, metadata={"Date": None})
 
 
-def cells(row: dict[str, Any]) -> list[str]:
+def _cells(row: dict[str, Any]) -> list[str]:
     """One row as text."""
     seconds, largest = row["compress_seconds"], row["largest_interpolation"]
     error = row["perplexity_standard_error"]

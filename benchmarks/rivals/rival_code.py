@@ -1,9 +1,9 @@
 """A rival's own public code beside ours: the same model, tokens, ranks and perplexity.
 
     git clone https://github.com/hiahei/Swift-SVD CLONE
-    python benchmarks/rivals/rival_code.py --rival swift-svd --code CLONE --model smollm2-135m \
-        --calibration ../shared/data/wikitext2_valid_tokenised.txt \
-        --test ../shared/data/wikitext2_test.txt
+    python -m benchmarks.rivals.rival_code --rival swift-svd --code CLONE --model smollm2-135m \
+        --calibration VALID.txt \
+        --test TEST.txt
 
 The table of methods (quality.py) holds our version of whitened SVD; this shows that it is a
 fair one. Their functions calibrate and factor; ours repeat it with the same form and ranks; both
@@ -28,31 +28,33 @@ import click
 import numpy as np
 import torch
 from rich.table import Table
-from rivals import RIVALS, Trial, commit_of, product_of
-from texts import hash_of_text, tokens_of
 
+from benchmarks import RESULTS
+from benchmarks.command import run
+from benchmarks.quality.evaluation_texts import hash_of_text, tokens_of
+from benchmarks.rivals.rivals import RIVALS, Trial, commit_of, product_of
 from pipeline.artefact import write_json
 from pipeline.bench.measure import describe_machine, load_average
+from pipeline.calibrate.text import TokenBatch
 from pipeline.checkpoint.folder import DTYPES
-from pipeline.cli.main import explain
-from pipeline.cli.options import result_console
+from pipeline.compress.decoder import CalibratedDecoder
 from pipeline.compress.plan.plan import RankPlan
 from pipeline.compress.walk import compress_
 from pipeline.errors import InputError, UsageError
 from pipeline.model.load import LoadedModel, load_model
 from pipeline.model.structure import Layer, decoder_structure
-from pipeline.progress import note
+from pipeline.progress import note, result_console
 from pipeline.provenance import provenance
 from pipeline.runtime.sessions.torch_session import TorchSession
 from validate.metrics import log_perplexity_change
 from validate.perplexity import measure_perplexity
 
-SCHEMA = 1
-RESULT = Path(__file__).parent / "results" / "rival_code.json"
+_SCHEMA = 1
+_RESULT = RESULTS / "rival_code.json"
 
 
 @dataclass(frozen=True)
-class Settings:
+class _Settings:
     """All that the numbers depend on."""
 
     rival: str
@@ -88,11 +90,11 @@ class Settings:
 @click.option("--test-windows", type=click.IntRange(min=1), default=10, show_default=True)
 @click.option("--test-window-length", type=click.IntRange(min=2), default=2048, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--json", "result", type=click.Path(path_type=Path), default=RESULT)
+@click.option("--json", "result", type=click.Path(path_type=Path), default=_RESULT)
 def command(test: Path, calibration: Path, code: Path, result: Path, **options: Any) -> None:
     """Run a rival's own code beside ours."""
     rival = RIVALS[options["rival"]]
-    settings = Settings(
+    settings = _Settings(
         repository=rival.repository,
         rival_commit=commit_of(code, rival),
         test=test.name,
@@ -107,17 +109,17 @@ def command(test: Path, calibration: Path, code: Path, result: Path, **options: 
             observed=settings.calibration,
             change="calibrate on another text, such as the validation split",
         )
-    entry = compare(settings, code.resolve(), test, calibration, result)
-    show(entry)
+    entry = _compare(settings, code.resolve(), test, calibration, result)
+    _show(entry)
 
 
-def compare(
-    settings: Settings, code: Path, test: Path, calibration: Path, result: Path
+def _compare(
+    settings: _Settings, code: Path, test: Path, calibration: Path, result: Path
 ) -> dict[str, Any]:
     """Measure dense, theirs and ours; every row is in `result` as soon as it is finished."""
     loaded = load_model(settings.model, dtype=torch.float32)
     layers = decoder_structure(loaded.model)
-    refuse_other_family(loaded, settings)
+    _refuse_other_family(loaded, settings)
     count, length = settings.test_windows, settings.test_window_length
     tests = tokens_of(str(test), loaded, count, length, settings.seed, sequential=True)
     calibrations = tokens_of(
@@ -130,15 +132,15 @@ def compare(
         "texts": {"test": tests.describe(), "calibration": calibrations.describe()},
         "rows": [],
     }
-    for row in measured_rows(settings, code, loaded, layers, tests.tokens, calibrations.tokens):
+    for row in _measured_rows(settings, code, loaded, layers, tests.tokens, calibrations.tokens):
         entry["rows"].append(row | {"load_average": load_average()})
-        keep_entry(result, settings.rival, entry)
+        _keep_entry(result, settings.rival, entry)
         note(f"{row['by']}, {row['method']}: perplexity {row['perplexity']:.2f}")
         gc.collect()  # a model is a web of cycles, and the next one needs its memory
     return entry
 
 
-def refuse_other_family(loaded: LoadedModel, settings: Settings) -> None:
+def _refuse_other_family(loaded: LoadedModel, settings: _Settings) -> None:
     """Raise InputError for a model that the rivals' code does not know."""
     family = loaded.model.config.model_type
     if family != "llama":
@@ -150,8 +152,8 @@ def refuse_other_family(loaded: LoadedModel, settings: Settings) -> None:
         )
 
 
-def measured_rows(
-    settings: Settings,
+def _measured_rows(
+    settings: _Settings,
     code: Path,
     loaded: LoadedModel,
     layers: list[Layer],
@@ -159,7 +161,7 @@ def measured_rows(
     tokens: torch.Tensor,
 ) -> Iterator[dict[str, Any]]:
     """Rows in the order of the table: dense, then theirs and ours in turn."""
-    dense = quality_of(loaded.model, tests)
+    dense = _quality_of(loaded.model, tests)
     yield {"by": "-", "method": "dense", "kept_fraction": 1.0, "seconds": None} | dense
     for trial in RIVALS[settings.rival].run(code, loaded.model, layers, tokens, settings.keep):
         note(f"{trial.name}: compressed in {trial.seconds:.0f} s, now measuring")
@@ -168,13 +170,13 @@ def measured_rows(
             "method": trial.name,
             "kept_fraction": trial.plan.kept_fraction,
             "seconds": round(trial.seconds, 1),
-        } | quality_of(trial.model, tests)
+        } | _quality_of(trial.model, tests)
         yield theirs
         if trial.ours:
-            yield our_row(trial, loaded, layers, tests, tokens, theirs)
+            yield _our_row(trial, loaded, layers, tests, tokens, theirs)
 
 
-def our_row(
+def _our_row(
     trial: Trial,
     loaded: LoadedModel,
     layers: list[Layer],
@@ -184,11 +186,12 @@ def our_row(
 ) -> dict[str, Any]:
     """Ours at the form and ranks of a trial, and how far it is from theirs."""
     started = time.perf_counter()
-    done = compress_(
-        copy.deepcopy(loaded.model), layers, trial.plan, tokens, dtype=DTYPES["float32"]
+    ready = CalibratedDecoder.at_hand(
+        copy.deepcopy(loaded.model), layers, TokenBatch(tokens, "theirs", 0)
     )
+    done = compress_(ready, trial.plan, dtype=DTYPES["float32"])
     seconds = time.perf_counter() - started
-    quality = quality_of(done.model, tests)
+    quality = _quality_of(done.model, tests)
     change, error = log_perplexity_change(
         np.array(theirs["window_nlls"]), np.array(quality["window_nlls"])
     )
@@ -200,11 +203,11 @@ def our_row(
         **quality,
         "log_perplexity_change_from_theirs": change,
         "log_perplexity_change_standard_error": error,
-        "matrix_differences": matrix_differences(trial, done.model, trial.plan),
+        "matrix_differences": _matrix_differences(trial, done.model, trial.plan),
     }
 
 
-def quality_of(model: Any, tests: torch.Tensor) -> dict[str, Any]:
+def _quality_of(model: Any, tests: torch.Tensor) -> dict[str, Any]:
     """Perplexity by the protocol of quality.py."""
     measured = measure_perplexity(TorchSession(model), tests.numpy())
     return {
@@ -214,7 +217,7 @@ def quality_of(model: Any, tests: torch.Tensor) -> dict[str, Any]:
     }
 
 
-def matrix_differences(trial: Trial, ours: Any, plan: RankPlan) -> dict[str, float]:
+def _matrix_differences(trial: Trial, ours: Any, plan: RankPlan) -> dict[str, float]:
     """|W_theirs - W_ours|_F / |W_ours|_F over the compressed matrices."""
     differences = []
     for group in plan.groups:
@@ -224,9 +227,9 @@ def matrix_differences(trial: Trial, ours: Any, plan: RankPlan) -> dict[str, flo
     return {"median": statistics.median(differences), "largest": max(differences)}
 
 
-def keep_entry(result: Path, rival: str, entry: dict[str, Any]) -> None:
+def _keep_entry(result: Path, rival: str, entry: dict[str, Any]) -> None:
     """Write one rival's entry and leave those of the others as they are."""
-    table: dict[str, Any] = {"schema": SCHEMA, "rivals": {}}
+    table: dict[str, Any] = {"schema": _SCHEMA, "rivals": {}}
     if result.is_file():
         table = json.loads(result.read_text(encoding="utf-8"))
     table["rivals"][rival] = entry
@@ -234,7 +237,7 @@ def keep_entry(result: Path, rival: str, entry: dict[str, Any]) -> None:
     write_json(result, table)
 
 
-def show(entry: dict[str, Any]) -> None:
+def _show(entry: dict[str, Any]) -> None:
     """The table of one rival on stdout."""
     settings = entry["settings"]
     view = Table(
@@ -248,11 +251,11 @@ def show(entry: dict[str, Any]) -> None:
     for heading in ("kept", "perplexity", "ours / theirs", "|dW| / |W|", "seconds"):
         view.add_column(heading, justify="right")
     for row in entry["rows"]:
-        view.add_row(*cells(row))
+        view.add_row(*_cells(row))
     result_console().print(view)
 
 
-def cells(row: dict[str, Any]) -> list[str]:
+def _cells(row: dict[str, Any]) -> list[str]:
     """One row as text."""
     change = row.get("log_perplexity_change_from_theirs")
     error = row.get("log_perplexity_change_standard_error")
@@ -269,21 +272,5 @@ def cells(row: dict[str, Any]) -> list[str]:
     ]
 
 
-def main() -> int:
-    """Run; failures become the messages and exit status of `skipcat`."""
-    try:
-        command.main(standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
-        return 2
-    except Exception as error:
-        failure = explain(error)
-        if failure is None or failure.exit_status == 1:
-            raise
-        print(f"error: {failure}", file=sys.stderr)
-        return failure.exit_status
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(command))

@@ -32,9 +32,9 @@ from pipeline.compress.plan.plan import GroupPlan, RankPlan, uniform_plan
 from pipeline.errors import InputError
 from pipeline.model.structure import Layer
 
-Ranks = Callable[[str, int, int], int]
+_Ranks = Callable[[str, int, int], int]
 # Swift-SVD's names of a Llama layer's matrices.
-SWIFT_NAMES = {
+_SWIFT_NAMES = {
     "query": "self_attn.q_proj",
     "key": "self_attn.k_proj",
     "value": "self_attn.v_proj",
@@ -44,7 +44,7 @@ SWIFT_NAMES = {
     "down": "mlp.down_proj",
 }
 # Theirs alone, for data sets and plots that this comparison never touches.
-UNUSED_PACKAGES = ("accelerate", "datasets", "matplotlib", "sklearn")
+_UNUSED_PACKAGES = ("accelerate", "datasets", "matplotlib", "sklearn")
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Rival:
+class _Rival:
     """A public repository and how its code is run.
 
     Attributes:
@@ -81,7 +81,7 @@ class Rival:
     run: Callable[[Path, PreTrainedModel, list[Layer], torch.Tensor, float], Iterator[Trial]]
 
 
-class OnCpu(TorchFunctionMode):
+class _OnCpu(TorchFunctionMode):
     """While active, a tensor sent to or made on "cuda" stays on the CPU."""
 
     def __torch_function__(
@@ -99,23 +99,23 @@ def _cpu_for_cuda(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def their_world(code: Path) -> Iterator[None]:
+def _their_world(code: Path) -> Iterator[None]:
     """Import path, devices and output for running a rival's code.
 
     Their prints go to stderr: stdout is for the result.
     """
-    missing = [name for name in UNUSED_PACKAGES if importlib.util.find_spec(name) is None]
+    missing = [name for name in _UNUSED_PACKAGES if importlib.util.find_spec(name) is None]
     with (
         contextlib.redirect_stdout(sys.stderr),
         patch.dict(sys.modules, {name: MagicMock() for name in missing}),
         patch.object(sys, "path", [str(code), *sys.path]),
         patch.object(os, "system", lambda command: 0),  # one of them clears the terminal
-        OnCpu(),
+        _OnCpu(),
     ):
         yield
 
 
-def import_script(name: str, arguments: list[str] | None = None) -> Any:
+def _import_script(name: str, arguments: list[str] | None = None) -> Any:
     """A rival's script as a module; `arguments` for one that parses them when imported."""
     precision = torch.get_float32_matmul_precision()
     with patch.object(sys, "argv", [name, *(arguments or [])]):
@@ -125,7 +125,7 @@ def import_script(name: str, arguments: list[str] | None = None) -> Any:
     return module
 
 
-def commit_of(code: Path, rival: Rival) -> str:
+def commit_of(code: Path, rival: _Rival) -> str:
     """The commit of a clone, marked when files in it were changed.
 
     Raises:
@@ -144,7 +144,7 @@ def commit_of(code: Path, rival: Rival) -> str:
     return answer.stdout.strip()
 
 
-def plan_with_ranks(layers: list[Layer], form: Form, ranks: Ranks) -> RankPlan:
+def _plan_with_ranks(layers: list[Layer], form: Form, ranks: _Ranks) -> RankPlan:
     """Every matrix on its own, at the rank that `ranks` (name, m, n) says."""
     planned = {}
     for layer in layers:
@@ -156,6 +156,10 @@ def plan_with_ranks(layers: list[Layer], form: Form, ranks: Ranks) -> RankPlan:
     return RankPlan(planned)
 
 
+def _looked_up(ranks: dict[str, int]) -> _Ranks:
+    return lambda member, m, n: ranks[member]
+
+
 def _single(member: str, rows: int, columns: int, form: Form, rank: int) -> GroupPlan:
     reason = reason_to_stay_dense(form, rows, columns, rank)
     if reason:
@@ -163,36 +167,36 @@ def _single(member: str, rows: int, columns: int, form: Form, rank: int) -> Grou
     return GroupPlan((member,), rows, columns, form, rank)
 
 
-def run_swift_svd(
+def _run_swift_svd(
     code: Path, model: PreTrainedModel, layers: list[Layer], tokens: torch.Tensor, keep: float
 ) -> Iterator[Trial]:
     """Swift-SVD, uniform: by its own rank rule, then at our ranks."""
     started = time.perf_counter()
-    with their_world(code), torch.no_grad():
+    with _their_world(code), torch.no_grad():
         bases = _swift_bases(model, layers, tokens)
     calibrated = time.perf_counter() - started
     paths = ["--local_model_path", "", "--svd_file", "", "--compression_ratio", str(keep)]
-    with their_world(code):
-        rule = import_script("uniform_rank_allocation", paths)
+    with _their_world(code):
+        rule = _import_script("uniform_rank_allocation", paths)
         theirs = rule.uniform_allocation(bases, keep, model.config)
     shape = uniform_plan(layers, keep, cat=False, skip=False)
     ours = {group.members[0]: group.rank for group in shape.groups}
     ourselves = [
-        {f"{key}_rank": ours[f"{layer.name}.{name}"] for key, name in SWIFT_NAMES.items()}
+        {f"{key}_rank": ours[f"{layer.name}.{name}"] for key, name in _SWIFT_NAMES.items()}
         for layer in layers
     ]
     for label, allocation in (("at its own ranks", theirs), ("at our ranks", ourselves)):
         started = time.perf_counter()
-        with their_world(code), torch.no_grad():
-            apply = import_script("update_svd_weights_end").apply_full_svd_redemption
+        with _their_world(code), torch.no_grad():
+            apply = _import_script("update_svd_weights_end").apply_full_svd_redemption
             done = apply(copy.deepcopy(model), bases, keep, allocation)
         seconds = calibrated + time.perf_counter() - started
         ranks = {
             f"{layer.name}.{name}": chosen[f"{key}_rank"]
             for layer, chosen in zip(layers, allocation, strict=True)
-            for key, name in SWIFT_NAMES.items()
+            for key, name in _SWIFT_NAMES.items()
         }
-        plan = plan_with_ranks(layers, "low_rank", lambda member, m, n, r=ranks: r[member])
+        plan = _plan_with_ranks(layers, "low_rank", _looked_up(ranks))
         yield Trial(f"Swift-SVD {label}", done, plan, seconds, f"whitened SVD {label}")
 
 
@@ -200,14 +204,14 @@ def _swift_bases(
     model: PreTrainedModel, layers: list[Layer], tokens: torch.Tensor
 ) -> list[dict[str, Any]]:
     """Their output bases of every matrix, over windows fed one at a time as they do."""
-    accumulator = import_script("utils.svd").IncrementalSVD
+    accumulator = _import_script("utils.svd").IncrementalSVD
     required = ["--data_root", "", "--model_name", "", "--data_name", ""]
-    get_hook = import_script("train_svd", required).get_hook
+    get_hook = _import_script("train_svd", required).get_hook
     bases: list[dict[str, Any]] = []
     hooks = []
     for index, layer in enumerate(layers):
         bases.append({})
-        for key, name in SWIFT_NAMES.items():
+        for key, name in _SWIFT_NAMES.items():
             linear = model.get_submodule(f"{layer.name}.{name}")
             bases[index][key] = accumulator(dim=linear.out_features, name=f"{key}_{index}")
             hooks.append(linear.register_forward_hook(get_hook(index, key, bases)))
@@ -220,7 +224,7 @@ def _swift_bases(
     return bases
 
 
-def run_svd_llm(
+def _run_svd_llm(
     code: Path, model: PreTrainedModel, layers: list[Layer], tokens: torch.Tensor, keep: float
 ) -> Iterator[Trial]:
     """SVD-LLM (W): its whitening and truncation.
@@ -231,8 +235,8 @@ def run_svd_llm(
     started = time.perf_counter()
     compressed = copy.deepcopy(model)
     compressed.config.use_cache = False
-    with their_world(code), torch.no_grad():
-        script = import_script("SVDLLM")
+    with _their_world(code), torch.no_grad():
+        script = _import_script("SVDLLM")
         batches = [{"input_ids": window[None]} for window in tokens]
         profile = script.profle_svdllm("llama", compressed, batches, "cpu")
         script.whitening("llama", compressed, profile, keep, "cpu")
@@ -244,7 +248,7 @@ def run_svd_llm(
             up, down = (compressed.get_submodule(_svd_llm_name(member, s)).weight for s in "uv")
             ranks[member] = up.shape[1]
             done.get_submodule(member).weight.data = up.data @ down.data
-    plan = plan_with_ranks(layers, "low_rank", lambda member, m, n: ranks[member])
+    plan = _plan_with_ranks(layers, "low_rank", _looked_up(ranks))
     yield Trial("SVD-LLM (W)", done, plan, seconds, "whitened SVD at its ranks")
 
 
@@ -252,7 +256,7 @@ def _svd_llm_name(member: str, side: str) -> str:
     return f"{member.removesuffix('_proj')}_{side}_proj"
 
 
-def run_pifa(
+def _run_pifa(
     code: Path, model: PreTrainedModel, layers: list[Layer], tokens: torch.Tensor, keep: float
 ) -> Iterator[Trial]:
     """MPIFA's code: whitened SVD stored by pivot rows, then the same with its M step."""
@@ -269,14 +273,14 @@ def run_pifa(
     )
     loader = [(window[None],) for window in tokens]
     started = time.perf_counter()
-    with their_world(code), torch.no_grad():
-        script = import_script("PIFA")
+    with _their_world(code), torch.no_grad():
+        script = _import_script("PIFA")
         script.dataloader = loader  # a global of its main program
         script.dev = torch.device("cpu")
         profile = script.profle_svdllm_low_resource(_with_length(model, tokens), loader, arguments)
     profiled = time.perf_counter() - started
     started = time.perf_counter()
-    with their_world(code), torch.no_grad():
+    with _their_world(code), torch.no_grad():
         plain = _pifa_without_m(script, model, layers, profile, arguments)
         plan = _pifa_plan(script, plain, layers)
         _store_by_pivots_(script, plain)
@@ -284,7 +288,7 @@ def run_pifa(
     yield Trial("whitened SVD + PIFA", plain, plan, seconds, "whitened SVD + Skip at its ranks")
     del plain
     started = time.perf_counter()
-    with their_world(code), torch.no_grad():
+    with _their_world(code), torch.no_grad():
         fitted = _with_length(model, tokens)
         script.reconstruct(fitted, loader, profile, arguments)
         _store_by_pivots_(script, fitted)
@@ -322,7 +326,7 @@ def _pifa_plan(script: Any, model: PreTrainedModel, layers: list[Layer]) -> Rank
     def rank(member: str, rows: int, columns: int) -> int:
         return model.get_submodule(member).truncation_rank
 
-    return plan_with_ranks(layers, "skip", rank)
+    return _plan_with_ranks(layers, "skip", rank)
 
 
 def _store_by_pivots_(script: Any, model: PreTrainedModel) -> None:
@@ -345,11 +349,11 @@ def product_of(module: nn.Module, columns: int) -> torch.Tensor:
 
 
 RIVALS = {
-    "swift-svd": Rival(
-        "https://github.com/hiahei/Swift-SVD", "update_svd_weights_end.py", run_swift_svd
+    "swift-svd": _Rival(
+        "https://github.com/hiahei/Swift-SVD", "update_svd_weights_end.py", _run_swift_svd
     ),
-    "svd-llm": Rival("https://github.com/AIoT-MLSys-Lab/SVD-LLM", "SVDLLM.py", run_svd_llm),
-    "pifa": Rival(
-        "https://github.com/biomedical-cybernetics/pivoting-factorization", "PIFA.py", run_pifa
+    "svd-llm": _Rival("https://github.com/AIoT-MLSys-Lab/SVD-LLM", "SVDLLM.py", _run_svd_llm),
+    "pifa": _Rival(
+        "https://github.com/biomedical-cybernetics/pivoting-factorization", "PIFA.py", _run_pifa
     ),
 }

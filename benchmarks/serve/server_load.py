@@ -1,7 +1,7 @@
 r"""The server under load: 64 clients, 1,000 requests, with broken ones, large ones and leavers.
 
-    python benchmarks/serve/server_load.py                                    # a tiny random model
-    python benchmarks/serve/server_load.py --folder build/onnx --slots 8      # a real one
+    python -m benchmarks.serve.server_load                                    # a tiny random model
+    python -m benchmarks.serve.server_load --folder build/onnx --slots 8      # a real one
 
 Each prompt is first asked alone, twice; under load its streamed text must be one of the two (which
 are the same, but where rounded weights turn a near-tie), greedily. The memory of the server process
@@ -30,26 +30,28 @@ import click
 import httpx2
 import openai
 import psutil
-from server_load_report import ALLOWED_STATUS, failures, summary, weights_of
 
+from benchmarks import RESULTS
+from benchmarks.command import SKIPCAT, run
+from benchmarks.serve.server_load_report import ALLOWED_STATUS, failures, summary, weights_of
 from pipeline.artefact import write_json
 from pipeline.bench.measure import describe_machine, load_average
+from pipeline.child_process import environment
 from pipeline.progress import note, track
 from pipeline.provenance import provenance
 
-SCHEMA = 1
-ROOT = Path(__file__).resolve().parent.parent
-RESULT = ROOT / "benchmarks" / "results" / "server_load.json"
-MAX_BODY_BYTES = 1 << 20
-SAMPLE_S = 0.05
+_SCHEMA = 1
+_RESULT = RESULTS / "server_load.json"
+_MAX_BODY_BYTES = 1 << 20
+_SAMPLE_S = 0.05
 # Until the server has seen that the last clients are gone.
-SETTLE_S = 2.0
+_SETTLE_S = 2.0
 # Of 100 requests; the others are good ones.
 BAD_PERCENT, LEAVING_PERCENT = 25, 5
 
 
 @dataclass
-class Answer:
+class _Answer:
     """What one good request got."""
 
     prompt: int
@@ -60,10 +62,10 @@ class Answer:
 
 
 @dataclass
-class Tally:
+class _Tally:
     """What happened to all requests."""
 
-    answers: list[Answer] = field(default_factory=list)
+    answers: list[_Answer] = field(default_factory=list)
     refused: Counter[tuple[str, int]] = field(default_factory=Counter)
     lost: list[str] = field(default_factory=list)
     left: int = 0
@@ -81,7 +83,7 @@ class Load:
     new_tokens: int
     openai: openai.AsyncOpenAI
     http: httpx2.AsyncClient
-    tally: Tally = field(default_factory=Tally)
+    tally: _Tally = field(default_factory=_Tally)
 
     def body(self, prompt: int, **changes: Any) -> dict[str, Any]:
         """A good request for a stream."""
@@ -94,7 +96,7 @@ class Load:
         } | changes
 
 
-def make_prompts(count: int, generator: random.Random) -> list[str]:
+def _make_prompts(count: int, generator: random.Random) -> list[str]:
     """Different texts of different lengths, some with the same beginning."""
     words = "river stone light music garden winter letter engine window paper".split()  # noqa: SIM905
     return [
@@ -103,7 +105,7 @@ def make_prompts(count: int, generator: random.Random) -> list[str]:
     ]
 
 
-async def ask(load: Load, prompt: int) -> Answer:
+async def _ask(load: Load, prompt: int) -> _Answer:
     """A stream through the official client."""
     started = time.perf_counter()
     first_s, texts, ended = None, [], None
@@ -115,10 +117,10 @@ async def ask(load: Load, prompt: int) -> Answer:
         texts.append(choice.delta.content or "")
         ended = choice.finish_reason or ended
     total_s = time.perf_counter() - started
-    return Answer(prompt, "".join(texts), first_s or total_s, total_s, ended)
+    return _Answer(prompt, "".join(texts), first_s or total_s, total_s, ended)
 
 
-async def leave(load: Load, prompt: int) -> None:
+async def _leave(load: Load, prompt: int) -> None:
     """Begin a stream and go away after its first bytes."""
     body = load.body(prompt)
     async with load.http.stream("POST", f"{load.url}/chat/completions", json=body) as response:
@@ -126,7 +128,7 @@ async def leave(load: Load, prompt: int) -> None:
             return
 
 
-async def misuse(load: Load, kind: str) -> int:
+async def _misuse(load: Load, kind: str) -> int:
     """Send something bad; return the status."""
     route = f"{load.url}/chat/completions"
     body = load.body(0)
@@ -138,7 +140,7 @@ async def misuse(load: Load, kind: str) -> int:
         "unknown_model": body | {"model": "another"},
         "prompt_too_long": body
         | {"messages": [{"role": "user", "content": "x y z " * load.max_length}]},
-        "body_too_long": body | {"user": "x" * (2 * MAX_BODY_BYTES)},
+        "body_too_long": body | {"user": "x" * (2 * _MAX_BODY_BYTES)},
     }
     if kind in bodies:
         return (await load.http.post(route, json=bodies[kind])).status_code
@@ -151,10 +153,10 @@ async def misuse(load: Load, kind: str) -> int:
         return (await load.http.post(f"{load.url}/nowhere", json=body)).status_code
     if kind == "wrong_method":
         return (await load.http.get(route)).status_code
-    return await send_garbage(load.url)
+    return await _send_garbage(load.url)
 
 
-async def send_garbage(url: str) -> int:
+async def _send_garbage(url: str) -> int:
     """Bytes that are not HTTP; the status of the answer."""
     address = httpx2.URL(url)
     reader, writer = await asyncio.open_connection(address.host, address.port)
@@ -164,33 +166,33 @@ async def send_garbage(url: str) -> int:
     return int(answer.split(b" ")[1])
 
 
-async def one_request(load: Load, kind: str, prompt: int) -> None:
+async def _one_request(load: Load, kind: str, prompt: int) -> None:
     """A request of some kind, into the tally."""
     tally = load.tally
     try:
         if kind == "good":
-            tally.answers.append(await ask(load, prompt))
+            tally.answers.append(await _ask(load, prompt))
         elif kind == "leaving":
-            await leave(load, prompt)
+            await _leave(load, prompt)
             tally.left += 1
         else:
-            tally.refused[kind, await misuse(load, kind)] += 1
+            tally.refused[kind, await _misuse(load, kind)] += 1
     except (openai.OpenAIError, httpx2.HTTPError, OSError, ValueError, IndexError) as error:
         tally.lost.append(f"{kind}: {type(error).__name__}: {error}")
 
 
-async def crowd(load: Load, kinds: list[str], clients: int, generator: random.Random) -> None:
+async def _crowd(load: Load, kinds: list[str], clients: int, generator: random.Random) -> None:
     """All requests, by so many clients at once, each of which takes the next when it is free."""
     jobs = iter([(kind, generator.randrange(len(load.prompts))) for kind in kinds])
 
     async def client() -> None:
         for kind, prompt in jobs:
-            await one_request(load, kind, prompt)
+            await _one_request(load, kind, prompt)
 
     await asyncio.gather(*(client() for _ in range(clients)))
 
 
-def make_kinds(count: int, generator: random.Random) -> list[str]:
+def _make_kinds(count: int, generator: random.Random) -> list[str]:
     """Kinds of requests in random order: good ones, bad ones of every kind, leavers."""
     bad = count * BAD_PERCENT // 100
     leaving = count * LEAVING_PERCENT // 100
@@ -202,13 +204,13 @@ def make_kinds(count: int, generator: random.Random) -> list[str]:
 
 
 @contextlib.asynccontextmanager
-async def sampling_memory(process: psutil.Process, samples: list[int]) -> AsyncIterator[None]:
+async def _sampling_memory(process: psutil.Process, samples: list[int]) -> AsyncIterator[None]:
     """Take the resident memory of a process again and again."""
 
     async def sample() -> None:
         while True:
             samples.append(process.memory_info().rss)
-            await asyncio.sleep(SAMPLE_S)
+            await asyncio.sleep(_SAMPLE_S)
 
     task = asyncio.ensure_future(sample())
     try:
@@ -218,10 +220,10 @@ async def sampling_memory(process: psutil.Process, samples: list[int]) -> AsyncI
 
 
 @contextlib.contextmanager
-def server(folder: Path, arguments: list[str]) -> Iterator[tuple[str, psutil.Process]]:
+def _server(folder: Path, arguments: list[str]) -> Iterator[tuple[str, psutil.Process]]:
     """`skipcat serve` as a user runs it; its URL and its process."""
-    command = [sys.executable, "-m", "pipeline.cli.main", "serve", str(folder), "--port", "0"]
-    child = subprocess.Popen([*command, *arguments], stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    command = [*SKIPCAT, "serve", str(folder), "--port", "0", *arguments]
+    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment())
     assert child.stderr is not None
     try:
         log: list[str] = []
@@ -241,7 +243,7 @@ def server(folder: Path, arguments: list[str]) -> Iterator[tuple[str, psutil.Pro
         child.wait()
 
 
-async def measure(
+async def _measure(
     url: str, process: psutil.Process, requests: int, clients: int, prompts: int, tokens: int
 ) -> dict[str, Any]:
     """Ask every prompt alone, then all at once; the record."""
@@ -252,23 +254,23 @@ async def measure(
         httpx2.AsyncClient(timeout=3600, limits=limits) as http,
     ):
         model = (await client.models.list()).data[0]
-        texts = make_prompts(prompts, generator)
+        texts = _make_prompts(prompts, generator)
         length = model.model_extra["max_model_len"] if model.model_extra else 0
         load = Load(url, model.id, length, texts, tokens, client, http)
         alone = {}
         for prompt in track(range(prompts), "alone"):
             # The second goes on from what the first has left, and a near-tie may turn with that.
-            alone[prompt] = [(await ask(load, prompt)).text for _ in range(2)]
+            alone[prompt] = [(await _ask(load, prompt)).text for _ in range(2)]
         files_before = process.num_fds()
-        kinds = make_kinds(requests, generator)
+        kinds = _make_kinds(requests, generator)
         note(f"{clients} clients, {requests} requests")
         started = time.perf_counter()
-        async with sampling_memory(process, load.tally.memory_bytes):
-            await crowd(load, kinds, clients, generator)
+        async with _sampling_memory(process, load.tally.memory_bytes):
+            await _crowd(load, kinds, clients, generator)
         seconds = time.perf_counter() - started
-        await asyncio.sleep(SETTLE_S)
+        await asyncio.sleep(_SETTLE_S)
         health = (await http.get(url.removesuffix("v1") + "health")).json()
-    await asyncio.sleep(SETTLE_S)
+    await asyncio.sleep(_SETTLE_S)
     files = {"before": files_before, "after": process.num_fds()}
     return summary(load, alone, kinds, seconds) | {"health_after": health, "open_files": files}
 
@@ -281,7 +283,7 @@ async def measure(
 @click.option("--tokens", type=click.IntRange(min=1), default=32, show_default=True)
 @click.option("--slots", type=click.IntRange(min=1), default=8, show_default=True)
 @click.option("--threads", type=click.IntRange(min=1))
-@click.option("--output", type=click.Path(path_type=Path), default=RESULT, show_default=True)
+@click.option("--output", type=click.Path(path_type=Path), default=_RESULT, show_default=True)
 def command(
     folder: Path | None,
     requests: int,
@@ -294,16 +296,16 @@ def command(
 ) -> None:
     """Load the server, print and write what happened; fail when something does not hold."""
     arguments = ["--slots", str(slots), "--queue", str(clients)]
-    arguments += ["--max-body-bytes", str(MAX_BODY_BYTES)]
+    arguments += ["--max-body-bytes", str(_MAX_BODY_BYTES)]
     arguments += ["--threads", str(threads)] if threads else []
     before = load_average()
     with (
         tempfile.TemporaryDirectory() as work,
-        server(folder or tiny_export(Path(work)), arguments) as (url, process),
+        _server(folder or _tiny_export(Path(work)), arguments) as (url, process),
     ):
-        figures = asyncio.run(measure(url, process, requests, clients, prompts, tokens))
+        figures = asyncio.run(_measure(url, process, requests, clients, prompts, tokens))
     record = {
-        "schema": SCHEMA,
+        "schema": _SCHEMA,
         "model": folder.name if folder else "tiny random Llama, opset24 float32",
         "weights": weights_of(folder),
         "machine": describe_machine(),
@@ -321,13 +323,12 @@ def command(
         raise click.ClickException(f"does not hold: {', '.join(broken)}")
 
 
-def tiny_export(work: Path) -> Path:
+def _tiny_export(work: Path) -> Path:
     """The model of the tests, exported."""
-    from tests.support.tiny_decoder import export_tiny, save_tiny_folder
+    from benchmarks.models import export_tiny, save_tiny_folder
 
     return export_tiny(save_tiny_folder(work / "model"), work / "tiny", "opset24")
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
-    command()
+    sys.exit(run(command))

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from server_load import Load
+    from benchmarks.serve.server_load import Load
 
-MEBIBYTE = 1 << 20
+_MEBIBYTE = 1 << 20
 # Allocators take memory in steps, now and then long after the start: less than this is no leak. In
 # runs of 1,000, 6,000 and 15,000 requests the largest was the same within 3 MiB.
-ALLOWED_GROWTH = 0.02
+_ALLOWED_GROWTH = 0.02
 ALLOWED_STATUS = {
     "not_json": 400,
     "no_messages": 400,
@@ -67,19 +67,19 @@ def summary(
             "median": round(statistics.median(firsts), 4),
             "p95": round(firsts[int(0.95 * len(firsts))], 4),
         },
-        "memory": memory_figures(tally.memory_bytes),
+        "memory": _memory_figures(tally.memory_bytes),
     }
 
 
-def memory_figures(samples: list[int]) -> dict[str, Any]:
+def _memory_figures(samples: list[int]) -> dict[str, Any]:
     """Resident memory over the run, by quarters; growth from the second to the last."""
     size = max(1, len(samples) // 4)
     quarters = [samples[i * size : (i + 1) * size] or samples[-1:] for i in range(4)]
     means = [statistics.fmean(quarter) for quarter in quarters]
     return {
         "samples": len(samples),
-        "quarter_means_mib": [round(mean / MEBIBYTE, 2) for mean in means],
-        "largest_mib": round(max(samples) / MEBIBYTE, 2),
+        "quarter_means_mib": [round(mean / _MEBIBYTE, 2) for mean in means],
+        "largest_mib": round(max(samples) / _MEBIBYTE, 2),
         "growth": round(means[3] / means[1] - 1, 5),
     }
 
@@ -93,10 +93,10 @@ def weights_of(folder: Path | None) -> str:
     return weights
 
 
-def least_equal(record: dict[str, Any]) -> float:
+def _least_equal(record: dict[str, Any]) -> float:
     """The fraction of answers that must be those of the same prompt alone.
 
-    All, but for weights of few bits: their products round their input, so that a near-tie between
+    All, but for low-bit weights: their products round their input, so that a near-tie between
     two tokens may turn with the rows that are decoded beside it.
     """
     return 1.0 if record["weights"] == "float" else 0.95
@@ -108,9 +108,9 @@ def failures(record: dict[str, Any]) -> list[str]:
     claims = {
         "none lost": not record["lost"] and record["answered"] == record["good"],
         "none crossed": record["crossed"] == 0,
-        "as alone": record["equal_to_alone"] >= record["answered"] * least_equal(record),
+        "as alone": record["equal_to_alone"] >= record["answered"] * _least_equal(record),
         "every bad one a 4xx": record["bad_with_their_4xx"] == record["bad"],
-        "no growth in memory": record["memory"]["growth"] <= ALLOWED_GROWTH,
+        "no growth in memory": record["memory"]["growth"] <= _ALLOWED_GROWTH,
         "no connection left": files["after"] <= files["before"],
         "no slot left": health["running"] == health["waiting"] == 0,
     }

@@ -17,10 +17,10 @@ import psutil
 
 from pipeline.bench.measure import load_average
 from pipeline.errors import PipelineError
+from pipeline.memory import peak_of_usage
 
-POLL_SECONDS = 0.05
-KIBIBYTE = 1024
-LOG_TAIL_LINES = 15
+_POLL_SECONDS = 0.05
+_LOG_TAIL_LINES = 15
 
 
 @dataclass(frozen=True)
@@ -64,16 +64,16 @@ def run_measured(command: Sequence[str], log: Path, environment: dict[str, str])
             stderr=subprocess.STDOUT,
             env=environment,
         )
-        tree_peak, unmapped_peak, status, usage = watch(child)
+        tree_peak, unmapped_peak, status, usage = _watch(child)
     seconds = time.perf_counter() - started
     if status != 0:
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
         raise PipelineError(
             f"A measured command ended with status {status}.",
             where=" ".join(command),
-            observed="\n".join(lines[-LOG_TAIL_LINES:]),
+            observed="\n".join(lines[-_LOG_TAIL_LINES:]),
         )
-    process_peak = usage.ru_maxrss * KIBIBYTE
+    process_peak = peak_of_usage(usage)
     return Cost(
         seconds=round(seconds, 1),
         cpu_seconds=round(usage.ru_utime + usage.ru_stime, 1),
@@ -84,7 +84,7 @@ def run_measured(command: Sequence[str], log: Path, environment: dict[str, str])
     )
 
 
-def watch(child: subprocess.Popen[bytes]) -> tuple[int, int, int, resource.struct_rusage]:
+def _watch(child: subprocess.Popen[bytes]) -> tuple[int, int, int, resource.struct_rusage]:
     """Wait for `child`: largest polled sums of its tree, its status, the kernel's count."""
     process = psutil.Process(child.pid)
     peaks = (0, 0)
@@ -95,16 +95,16 @@ def watch(child: subprocess.Popen[bytes]) -> tuple[int, int, int, resource.struc
                 # Popen must not wait for a child that is gone.
                 child.returncode = os.waitstatus_to_exitcode(status)
                 return *peaks, child.returncode, usage
-            now = tree_bytes(process)
+            now = _tree_bytes(process)
             peaks = (max(peaks[0], now[0]), max(peaks[1], now[1]))
-            time.sleep(POLL_SECONDS)
+            time.sleep(_POLL_SECONDS)
     finally:
         if child.returncode is None:
             child.kill()
             child.wait()
 
 
-def tree_bytes(process: psutil.Process) -> tuple[int, int]:
+def _tree_bytes(process: psutil.Process) -> tuple[int, int]:
     """Resident memory of a process and its descendants now, with and without mapped files."""
     total = mapped = 0
     try:

@@ -6,16 +6,17 @@ The first line says what to open. Each further one asks for one measurement.
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pipeline.child_process import answers_on_stdout
 from pipeline.errors import PipelineError
+from pipeline.memory import peak_bytes
 
 if TYPE_CHECKING:
     from pipeline.runtime.sessions.session import Session
@@ -27,22 +28,15 @@ SEED = 0
 
 def main() -> None:
     """Answer on what was stdout; whatever libraries print goes to stderr."""
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
+    tell = answers_on_stdout()
     try:
         measure, ready = open_target(json.loads(sys.stdin.readline()))
-        tell(answers, ready)
+        tell(ready)
         for line in sys.stdin:
-            tell(answers, measure(json.loads(line)))
+            tell(measure(json.loads(line)))
     except PipelineError as error:
         details = {"what": error.what, "status": error.exit_status, "details": error.details}
-        tell(answers, {"error": details})
-
-
-def tell(answers: TextIO, answer: Answer) -> None:
-    """Write one line."""
-    answers.write(json.dumps(answer) + "\n")
-    answers.flush()
+        tell({"error": details})
 
 
 def open_target(target: Request) -> tuple[Callable[[Request], Answer], Answer]:
@@ -155,17 +149,6 @@ def generate(session: Session, request: Request, meter: DeviceMeter | None = Non
     device_bytes = meter.peak_bytes() if meter else None
     peaks = {"peak_bytes": peak_bytes(), "peak_device_bytes": device_bytes}
     return {"prefill_s": prefill_s, "token_s": token_s} | peaks
-
-
-def peak_bytes() -> int:
-    """Most memory that this process has had at once."""
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
 class DeviceMeter:

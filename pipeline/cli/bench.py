@@ -170,7 +170,7 @@ def measured_record(
     from pipeline.bench.measure import Settings, measure
     from pipeline.bench.report import measured_table
     from pipeline.machine import usable_cores
-    from pipeline.progress import note
+    from pipeline.progress import note, result_console
 
     prompt_tokens = rest["prompt_tokens"]
     if context is not None and context < prompt_tokens:
@@ -182,7 +182,7 @@ def measured_record(
         )
     settings = Settings(context=context or prompt_tokens, threads=threads or usable_cores(), **rest)
     record = measure(targets, settings, note if verbose else lambda text: None)
-    options.result_console().print(measured_table(record))
+    result_console().print(measured_table(record))
     busy = max(record["load_average"][0] - 0.5, 0)
     if busy > 0.5:
         note(f"other programs kept {busy:.1f} cores busy before this began: figures are too low")
@@ -194,7 +194,7 @@ def predicted_record(targets: list[Target], devices: list[Any], context: int) ->
     from pipeline.bench import report
     from pipeline.bench.predict import check, fitted, predict
     from pipeline.bench.targets import require_length
-    from pipeline.progress import note
+    from pipeline.progress import note, result_console
     from pipeline.provenance import provenance
 
     require_length(targets, context, 1)
@@ -217,7 +217,7 @@ def predicted_record(targets: list[Target], devices: list[Any], context: int) ->
         "check": checked,
         "rows": rows,
     }
-    options.result_console().print(report.predicted_table(record))
+    result_console().print(report.predicted_table(record))
     note(report.check_line(checked))
     return record
 

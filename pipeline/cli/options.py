@@ -76,11 +76,3 @@ class GroupedCommand(click.Command):
         for heading, rows in (*sections.items(), (self.rest, rest)):
             with formatter.section(heading):
                 formatter.write_dl(rows)
-
-
-def result_console() -> Any:
-    """Where tables go: stdout, as wide as the terminal or 120 columns where there is none."""
-    from rich.console import Console
-
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=120)

@@ -136,6 +136,22 @@ class CalibratedDecoder:
         self._read, self._open_costs = read, open_costs
         self._is_measured = False
 
+    @classmethod
+    def at_hand(
+        cls,
+        model: PreTrainedModel,
+        layers: list[Layer],
+        batch: TokenBatch,
+        costs: LayerCosts | None = None,
+    ) -> CalibratedDecoder:
+        """A decoder whose text is read already; its costs, if it needs any, lie in a folder."""
+
+        def kept(batch: TokenBatch) -> LayerCosts:
+            assert costs is not None, "nothing should ask for costs"
+            return costs
+
+        return cls(model, layers, lambda: batch, kept)
+
     @cached_property
     def batch(self) -> TokenBatch:
         """The calibration text."""

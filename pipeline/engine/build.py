@@ -11,7 +11,8 @@ from typing import Any
 import psutil
 
 from pipeline.artefact import copy_tokenizer, refuse_existing, staged_folder, write_json
-from pipeline.engine.child import LOG_FILE, read_result, run_child, worker_command
+from pipeline.child_process import run_to_end
+from pipeline.engine.child import LOG_FILE, read_result, worker_command
 from pipeline.engine.manifest import MANIFEST_FILE, make_manifest, target_record
 from pipeline.engine.plugin_library import choose_plugin
 from pipeline.engine.profiles import (
@@ -223,7 +224,7 @@ def run_build(
         request = make_request(plan, staging.resolve(), workspace_bytes)
         request_path = staging / REQUEST_FILE
         write_json(request_path, request.to_json())
-        end = run_child(worker_command(request_path), staging / LOG_FILE, timeout_s)
+        end = run_to_end(worker_command(request_path), staging / LOG_FILE, timeout_s)
         result = read_result(end, staging, timeout_s)
         if plan.plugin is not None:
             # The engine cannot be loaded without it, so the folder carries it.

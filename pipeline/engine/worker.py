@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import json
-import resource
 import signal
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ from pathlib import Path
 from pipeline.artefact import write_json
 from pipeline.engine.worker_protocol import RESULT_FILE, BuildRequest, BuildResult
 from pipeline.errors import PipelineError
+from pipeline.memory import peak_bytes
 
 PR_SET_PDEATHSIG = 1
 
@@ -32,7 +32,7 @@ def main(arguments: list[str]) -> int:
         failure = {"error": {"what": error.what, "details": error.details}}
         write_json(request.staging / RESULT_FILE, failure)
         return error.exit_status
-    result = dataclasses.replace(result, peak_memory_bytes=peak_memory_bytes())
+    result = dataclasses.replace(result, peak_memory_bytes=peak_bytes())
     write_json(request.staging / RESULT_FILE, dataclasses.asdict(result))
     return 0
 
@@ -46,12 +46,6 @@ def build(request: BuildRequest) -> BuildResult:
     from pipeline.engine import standard
 
     return standard.build(request)
-
-
-def peak_memory_bytes() -> int:
-    """Largest resident size of this process so far, in bytes."""
-    kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return kibibytes * 1024
 
 
 def die_with_parent() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-KERNELS = Path(__file__).parents[3] / "trt_plugins" / "block_skip"
+KERNELS = Path(__file__).parents[2] / "trt_plugins" / "block_skip"
 FAST = ("-O1",)
 CHECKED = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 

@@ -9,11 +9,10 @@ import numpy as np
 import torch
 from sklearn.datasets import load_digits
 from torch.nn.functional import cross_entropy
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
-from tests.support.classifiers import processor
-
-HELD_OUT = 360
+_HELD_OUT = 360
+_SIDE = 8
 EPOCHS, BATCH, PEAK_RATE = 18, 32, 2e-3
 
 
@@ -38,17 +37,20 @@ def make_digits(folder: Path) -> Digits:
     images = (data.images / 16 * 255).round().astype(np.uint8)
     order = np.random.default_rng(0).permutation(len(images))
     made = Digits(folder / "vit-digits", folder / "train.npz", folder / "test.npz")
-    for path, places in ((made.test, order[:HELD_OUT]), (made.train, order[HELD_OUT:])):
+    for path, places in ((made.test, order[:_HELD_OUT]), (made.train, order[_HELD_OUT:])):
         np.savez(path, images=images[places], labels=data.target[places])
-    places = order[HELD_OUT:]
+    places = order[_HELD_OUT:]
     pixels = torch.from_numpy(images[places].astype(np.float32) / 127.5 - 1)[:, None]
-    model = trained(pixels, torch.from_numpy(data.target[places]))
+    model = _trained(pixels, torch.from_numpy(data.target[places]))
     model.save_pretrained(made.model)
-    processor(8, channels=1).save_pretrained(made.model)
+    half = [0.5]
+    size = {"height": _SIDE, "width": _SIDE}
+    processor = ViTImageProcessorPil(size=size, image_mean=half, image_std=half)
+    processor.save_pretrained(made.model)
     return made
 
 
-def trained(pixels: torch.Tensor, labels: torch.Tensor) -> ViTForImageClassification:
+def _trained(pixels: torch.Tensor, labels: torch.Tensor) -> ViTForImageClassification:
     """A ViT of 3 layers on patches of 2 x 2; about 15 s on one core.
 
     Args:
@@ -57,7 +59,7 @@ def trained(pixels: torch.Tensor, labels: torch.Tensor) -> ViTForImageClassifica
     """
     torch.manual_seed(0)
     config = ViTConfig(
-        image_size=8,
+        image_size=_SIDE,
         patch_size=2,
         num_channels=1,
         hidden_size=64,
