@@ -191,7 +191,7 @@ def _forget_failed_ledger(folder: Path) -> None:
 
 def _refuse_missing_packages(target: Target) -> None:
     """Say what is missing before minutes of work, not after."""
-    from pipeline.engine.build import require_package
+    from pipeline.engine.plan import require_package
 
     if target.flavour != "cpu":
         require_package(target)
@@ -207,10 +207,11 @@ def _export(
 
 def _engine(state: Build, target: Target) -> None:
     from pipeline.engine.build import build_engine
+    from pipeline.engine.plan import EngineRequest
 
     onnx_folder = state.folder / "onnx-fp16"
     name = f"engine-{target}".replace(" ", "-").replace("/", "-").replace(":", "-").lower()
-    state.run("engine", name, lambda path: build_engine(onnx_folder, path, target))
+    state.run("engine", name, lambda path: build_engine(onnx_folder, path, EngineRequest(target)))
 
 
 def _read_ledger(folder: Path) -> Ledger:

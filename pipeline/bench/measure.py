@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline import machine
 from pipeline.bench.process import Child
 from pipeline.bench.targets import (
     Target,
@@ -18,6 +17,8 @@ from pipeline.bench.targets import (
     require_length,
     require_memory,
 )
+from pipeline.gpu import find_gpus, read_jetpack
+from pipeline.machine import cpu_flags, usable_cores
 from pipeline.progress import note, track
 from pipeline.provenance import provenance
 
@@ -194,14 +195,14 @@ def describe_machine() -> dict[str, Any]:
     """Processor, cores, memory and GPUs of this machine."""
     import psutil
 
-    gpus, why = machine.find_gpus()
+    gpus, why = find_gpus()
     return {
         "cpu": cpu_name(),
-        "cores": machine.usable_cores(),
-        "cpu_flags": list(machine.cpu_flags()),
+        "cores": usable_cores(),
+        "cpu_flags": list(cpu_flags()),
         "memory_bytes": psutil.virtual_memory().total,
-        "gpus": [asdict(gpu) for gpu in gpus] or why,
-        "jetpack": machine.read_jetpack(),
+        "gpus": [asdict(gpu) | {"capability": gpu.dotted_capability} for gpu in gpus] or why,
+        "jetpack": read_jetpack(),
     }
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.engine.network import OUT_OF_MEMORY_WORDS
-from pipeline.engine.worker_protocol import RESULT_FILE, BuildResult
+from pipeline.engine.worker_protocol import RESULT_FILE, WorkerResult
 from pipeline.errors import InputError, PipelineError, ResourceError
 
 LOG_FILE = "build.log"
@@ -70,7 +70,7 @@ def kill(child: subprocess.Popen[bytes]) -> int:
     return child.wait()
 
 
-def read_result(end: ChildEnd, staging: Path, timeout_s: float) -> BuildResult:
+def read_result(end: ChildEnd, staging: Path, timeout_s: float) -> WorkerResult:
     """The worker's result.
 
     Raises:
@@ -91,7 +91,7 @@ def read_result(end: ChildEnd, staging: Path, timeout_s: float) -> BuildResult:
     if end.status != 0 or "error" in answer:
         raise refused(end.status, answer, log)
     answer["notes"] = tuple(answer["notes"])
-    return BuildResult(**answer)
+    return WorkerResult(**answer)
 
 
 def read_answer(path: Path) -> dict[str, Any]:

@@ -13,10 +13,7 @@ which embeds the PTX of the fastest tactic and needs neither Python nor a librar
 # No `from __future__ import annotations`: TensorRT reads the annotations of the functions in
 # `register_ops` as types.
 
-import importlib.util
 import os
-import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass
 from functools import cache
@@ -25,14 +22,12 @@ from types import ModuleType
 from typing import Any, Literal
 
 from pipeline.errors import InputError, MissingPackageError
+from pipeline.toolchain import WORK, find_nvcc, local_nvcc, require_capability, run_nvcc
 
 SOURCE_FOLDER = Path(__file__).parent
-TOOLCHAIN = SOURCE_FOLDER.parents[1] / "tools" / "find_toolchain.py"
-WORK = SOURCE_FOLDER.parents[1] / "build" / "plugin"
 NAMESPACE = "skipcat"
 MIX, MIX_INDEXED, PRODUCT = "BlockSkipMix", "BlockSkipMixIndexed", "BlockSkipProduct"
 OLDEST_TENSORRT = (10, 9)
-OLDEST_CAPABILITY = 80
 
 FloatType = Literal["fp16", "bf16"]
 CUDA_TYPES: dict[FloatType, str] = {"fp16": "__half", "bf16": "__nv_bfloat16"}
@@ -143,32 +138,26 @@ def tile_shared_bytes(rows: int) -> int:
 
 
 @cache
-def find_nvcc() -> Path:
+def _chosen_nvcc() -> Path:
     """The CUDA compiler that `make plugin` would take, from this machine or PyPI.
 
     Raises:
-        InputError: there is none, it is too old, or this is no checkout of the repository.
+        InputError: there is none, it is too old, or this is no checkout to keep one in.
     """
-    spec = importlib.util.spec_from_file_location("find_toolchain", TOOLCHAIN)
-    if not TOOLCHAIN.is_file() or spec is None or spec.loader is None:
+    if local_nvcc() is None and not (WORK.parents[1] / "Makefile").is_file():
         raise InputError(
-            "Embedded kernels are compiled by the tools of a checkout, and they are not here.",
-            where=TOOLCHAIN,
-            change="run from a clone of the repository",
+            "There is no CUDA compiler here, and no checkout to keep one from PyPI in.",
+            where=WORK.parents[1],
+            change="install the CUDA toolkit, set CUDA_HOME, or run from a clone of the repository",
         )
-    tools = importlib.util.module_from_spec(spec)
-    # dataclasses look their module up.
-    sys.modules[spec.name] = tools
-    spec.loader.exec_module(tools)
     try:
-        path: Path = tools.find_nvcc(WORK, dict(os.environ)).path
-    except tools.BuildError as error:
+        return find_nvcc(WORK, os.environ).path
+    except InputError as error:
         raise InputError(
             "There is no CUDA compiler for the embedded kernels.",
             observed=error,
             change="install the CUDA toolkit, or set CUDA_HOME",
         ) from error
-    return path
 
 
 @cache
@@ -178,25 +167,13 @@ def compile_ptx(kernel: AotKernel, capability: int, nvcc: Path) -> str:
     Raises:
         InputError: the GPU is too old, or nvcc fails; the message has its output.
     """
-    if capability < OLDEST_CAPABILITY:
-        raise InputError(
-            "The block-skip kernels need the matrix units of Ampere or newer.",
-            observed=f"compute capability {capability / 10:.1f}",
-            expected="8.0 or newer",
-        )
+    require_capability(capability)
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "kernel.ptx"
-        command = [str(nvcc), "-std=c++17", "-O3", "-ptx", f"-arch=compute_{capability}"]
-        command += [f"-DSKIPCAT_AOT_{name}={value}" for name, value in kernel.definitions]
-        command += [str(SOURCE_FOLDER / "aot.cu"), "-o", str(target)]
-        answer = subprocess.run(command, capture_output=True, text=True, check=False)
-        if answer.returncode != 0:
-            raise InputError(
-                f"nvcc cannot compile {kernel.name}.",
-                where=nvcc,
-                observed="\n".join((answer.stderr or answer.stdout).strip().splitlines()[-8:]),
-                change="needs CUDA 12 or newer and a host compiler that it supports",
-            )
+        arguments = ["-ptx", f"-arch=compute_{capability}"]
+        arguments += [f"-DSKIPCAT_AOT_{name}={value}" for name, value in kernel.definitions]
+        arguments += [str(SOURCE_FOLDER / "aot.cu"), "-o", str(target)]
+        run_nvcc(nvcc, arguments, kernel.name)
         return target.read_text(encoding="utf-8")
 
 
@@ -257,7 +234,7 @@ def register(capability: int) -> tuple[str, ...]:
         MissingPackageError: TensorRT is not installed.
     """
     library = load_tensorrt()
-    nvcc = find_nvcc()
+    nvcc = _chosen_nvcc()
     compile_ptx(kernel_of(AotProduct(PRODUCT, "fp16", 64, 64), 1), capability, nvcc)
     register_ops(library, capability, nvcc)
     return MIX, MIX_INDEXED, PRODUCT

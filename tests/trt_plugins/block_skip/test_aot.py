@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -12,6 +13,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from pipeline.errors import InputError, MissingPackageError
+from pipeline.toolchain import local_nvcc
 from tests.support.emulated import CHECKED, FAST, compile_program
 from trt_plugins.block_skip import aot
 from trt_plugins.block_skip.aot import (
@@ -34,10 +36,10 @@ SHAPES = [(1, 128, 64), (3, 77, 131), (9, 2200, 8), (70, 64, 136), (130, 33, 72)
 
 def nvcc() -> Path:
     """The compiler, or skip: the tests fetch nothing."""
-    found = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    found = local_nvcc()
     if found is None or shutil.which("g++") is None:
         pytest.skip("nvcc or g++ is not installed")
-    return Path(found)
+    return found
 
 
 def emulated_errors(program: Path, lines: list[str], seed: int) -> list[float]:
@@ -199,7 +201,7 @@ def test_tensorrt_for_rtx_is_refused() -> None:
 
 
 def test_a_missing_tensorrt_is_said() -> None:
-    if aot.importlib.util.find_spec("tensorrt") is not None:
+    if importlib.util.find_spec("tensorrt") is not None:
         pytest.skip("TensorRT is installed")
     with pytest.raises(MissingPackageError, match="tensorrt"):
         aot.register(87)
