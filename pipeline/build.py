@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from validate.run import ValidateRequest
     from validate.stages import Artefacts
 
-SCHEMA = 1
-RECORD = "build.json"
+_SCHEMA = 1
+_RECORD = "build.json"
 
 
 @dataclass(frozen=True)
@@ -116,9 +116,9 @@ class Build:
     def save(self) -> None:
         """Write build.json."""
         write_json(
-            self.folder / RECORD,
+            self.folder / _RECORD,
             {
-                "schema": SCHEMA,
+                "schema": _SCHEMA,
                 "request": asdict(self.request),
                 "stages": self.stages,
                 "provenance": provenance(),
@@ -264,7 +264,7 @@ def _earlier_stages(
     if earlier["request"] != json.loads(json.dumps(asdict(request))):
         raise UsageError(
             "The unfinished build was started with other settings.",
-            where=folder / RECORD,
+            where=folder / _RECORD,
             change="repeat the earlier settings, or replace it with --overwrite",
         )
     return earlier["stages"]
@@ -273,13 +273,13 @@ def _earlier_stages(
 def _read_build(folder: Path) -> dict[str, Any]:
     """build.json; without one the folder is not ours to change."""
     try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        record = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
         return {name: record[name] for name in ("request", "stages")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             "The output was not written by skipcat build, so it is left as it is.",
             where=folder,
-            expected=f"a folder with the {RECORD} of a build",
+            expected=f"a folder with the {_RECORD} of a build",
             change="choose another --output, or delete it yourself",
         ) from error
 

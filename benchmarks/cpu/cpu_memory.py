@@ -23,7 +23,7 @@ from rich.table import Table
 
 from pipeline.artefact import write_json
 from pipeline.bench.measure import describe_machine, load_average
-from pipeline.bench.traffic import traffic_of_folder
+from pipeline.bench.targets import traffic_of_folder
 from pipeline.cli.options import result_console
 from pipeline.export.record import read_export_record
 from pipeline.progress import note
