@@ -21,7 +21,7 @@ VERBOSE     ?=
 
 STAMP   := .venv/.skipcat-setup.json
 VENV    := .venv/bin/
-SOURCES := pipeline validate trt_plugins tools tests
+SOURCES := pipeline validate benchmarks trt_plugins tools tests
 
 # RESUME=0 and RESUME=no mean what they say.
 flag    = $(if $(filter-out 0 no false,$($(1))),$(2))
@@ -32,8 +32,8 @@ engine_flags = $(strip $(call setting,OUT,-o) $(call setting,MEMORY,--memory) $(
 setup_flags = $(strip $(call setting,EXTRAS,--extras) $(call flag,VERBOSE,--verbose))
 
 .DEFAULT_GOAL := help
-.PHONY: engine plugin test test-slow lint lint-style lint-format lint-types lint-spelling lint-tensorrt format table \
-    bench doctor setup clean help
+.PHONY: engine plugin test test-slow lint lint-style lint-format lint-types lint-spelling lint-figures \
+    lint-tensorrt format docs table bench doctor setup clean help
 .DELETE_ON_ERROR:
 
 engine: $(STAMP) ## Compress MODEL, export it, build its engine, and validate every stage
@@ -48,7 +48,7 @@ test: $(STAMP) ## Run the fast tests: no network, no GPU
 test-slow: $(STAMP) ## Run the slow tests: the real model, minutes
 	$(VENV)python -m pytest -m slow $(ARGS)
 
-lint: lint-style lint-format lint-types lint-spelling ## Check style, types and spelling
+lint: lint-style lint-format lint-types lint-spelling lint-figures ## Check style, types, spelling, figures
 
 # One target for each, so that `make --keep-going lint` shows the findings of all.
 lint-style: $(STAMP)
@@ -63,6 +63,9 @@ lint-types: $(STAMP)
 lint-spelling: $(STAMP)
 	$(VENV)codespell
 
+lint-figures: $(STAMP)
+	$(VENV)python -m benchmarks.documentation.write --check
+
 lint-tensorrt: $(STAMP) ## Check what calls TensorRT against its published stubs, from PyPI
 	$(VENV)python tools/check_tensorrt_types.py
 
@@ -70,11 +73,14 @@ format: $(STAMP) ## Rewrite the sources in house style
 	$(VENV)ruff check --fix-only --quiet .
 	$(VENV)ruff format .
 
+docs: $(STAMP) ## Write the figures of the documentation from the results; ARGS=--check only looks
+	$(VENV)python -m benchmarks.documentation.write $(ARGS)
+
 table: $(STAMP) ## Measure the README's table of compression methods
-	$(VENV)python benchmarks/quality/quality.py $(ARGS)
+	$(VENV)python -m benchmarks.quality.quality $(ARGS)
 
 bench: $(STAMP) ## Measure time, memory and disk of every stage against the targets
-	$(VENV)python benchmarks/stages/stages.py $(ARGS)
+	$(VENV)python -m benchmarks.stages.stages $(ARGS)
 
 doctor: $(STAMP) ## Say what this machine can do, and why
 	$(VENV)skipcat doctor $(ARGS)
@@ -90,13 +96,13 @@ clean: ## Remove caches and build products; .venv and artefacts/ stay
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 help: ## List the targets and the variables
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo 'Variables of make engine, with their defaults:'
 	@echo '  MODEL=$(MODEL)  alias, hub id, local folder or .gguf file'
 	@echo '  KEEP=$(KEEP)  fraction of the decoder-linear parameters that is kept'
 	@echo '  MEMORY=  bytes that all weights may take, such as 70MB: ranks and bits are searched, not KEEP'
-	@echo '  RUNTIME=  whose formats of few bits: cpu (default) or tensorrt'
+	@echo '  RUNTIME=  whose low-bit formats: cpu (default) or tensorrt'
 	@echo '  EFFORT=$(EFFORT)  fast, default or max: minutes against quality, see the README'
 	@echo '  TARGET=$(TARGET)  GPU to build the engine for (skipcat doctor lists them)'
 	@echo '  OUT=  folder to write        CALIBRATION=  text to calibrate on'

@@ -1,1 +1,5 @@
-"""Measurements behind the claims of the documentation; none of them is a test."""
+"""What was measured, and how: every figure of the documentation comes from a command here."""
+
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"

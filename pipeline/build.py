@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
-import resource
 import shutil
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -19,6 +17,7 @@ from pipeline.compress.run import compress_to_folder
 from pipeline.engine.target import Target, resolve_target
 from pipeline.errors import InputError, UsageError
 from pipeline.export.export import ExportRequest, export_folder
+from pipeline.memory import peak_bytes
 from pipeline.progress import note
 from pipeline.provenance import provenance
 
@@ -124,12 +123,6 @@ class Build:
                 "provenance": provenance(),
             },
         )
-
-
-def peak_bytes() -> int:
-    """Most memory this process has held so far, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def build(

@@ -6,6 +6,8 @@ Exit status: 0 ok, 1 internal, 2 usage, 3 bad or unsupported input, 4 out of mem
 
 from __future__ import annotations
 
+import errno
+
 
 class PipelineError(Exception):
     """A failure with a message for the user and an exit status for the shell.
@@ -78,3 +80,24 @@ class MissingPackageError(InputError):
             f"The package '{package}' is needed to {purpose} and is not installed.",
             change=f"make setup EXTRAS={extra}, or pip install 'skipcat[{extra}]'",
         )
+
+
+def explain(error: BaseException) -> PipelineError | None:
+    """The user's view of an exception; None for one that must not be caught."""
+    if isinstance(error, PipelineError):
+        return error
+    if isinstance(error, KeyboardInterrupt):
+        return InterruptedRun(
+            "Interrupted.",
+            change="the same command with --resume continues a compress, a recover or a build",
+        )
+    if isinstance(error, MemoryError):
+        return ResourceError("Out of memory.", change="use a smaller model or fewer tokens")
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return ResourceError("No space left on the disk.", where=error.filename)
+    if isinstance(error, Exception):
+        return PipelineError(
+            f"Internal error: {type(error).__name__}: {error}",
+            change="this is a defect of skipcat; please report it with the traceback above",
+        )
+    return None

@@ -1,4 +1,4 @@
-"""Progress on stderr: a bar on a terminal, a line now and then elsewhere."""
+"""Progress on stderr: a bar on a terminal, a line now and then elsewhere; results on stdout."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 if TYPE_CHECKING:
     from rich.console import Console
 
-_Item = TypeVar("Item")
+_Item = TypeVar("_Item")
 _SECONDS_BETWEEN_LINES = 20.0
 
 
@@ -20,6 +20,14 @@ def _console() -> Console:
     from rich.console import Console
 
     return Console(file=sys.stderr, highlight=False, soft_wrap=True)
+
+
+def result_console() -> Console:
+    """Where tables go: stdout, as wide as the terminal or 120 columns where there is none."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=120)
 
 
 def note(message: str) -> None:

@@ -1,6 +1,6 @@
 """`skipcat bench` of the default model: dense and compressed, PyTorch and ONNX Runtime, on the CPU.
 
-    python benchmarks/cpu/bench_default.py --calibration VALID.txt --work DIR
+    python -m benchmarks.cpu.bench_default --calibration VALID.txt --work DIR
 
 Makes in DIR what is not there yet: the default model as a folder (`dense`), the same compressed
 (`checkpoint`), and the exports of both for ONNX Runtime in float32 (`dense-onnx`, `onnx`) and in
@@ -18,19 +18,21 @@ from pathlib import Path
 import click
 import torch
 
+from benchmarks import RESULTS
+from benchmarks.command import SKIPCAT, run
 from pipeline.artefact import staged_folder
+from pipeline.child_process import environment
 from pipeline.model.load import load_model
 
-RESULT = Path(__file__).parent / "results" / "bench_default.json"
+RESULT = RESULTS / "bench_default.json"
 MODEL = "smollm2-135m"
 EXPORTS = {"onnx": "opset24", "cpu": "cpu"}
 
 
 def skipcat(*arguments: str | Path) -> None:
-    """Run a verb in a process of its own; its failure ends this one with the same status."""
-    program = "from pipeline.cli.main import main; raise SystemExit(main())"
-    command = [sys.executable, "-c", program, *map(str, arguments)]
-    status = subprocess.run(command, check=False).returncode
+    """Run a command in a process of its own; its failure ends this one with the same status."""
+    command = [*SKIPCAT, *map(str, arguments)]
+    status = subprocess.run(command, check=False, env=environment()).returncode
     if status != 0:
         raise click.exceptions.Exit(status)
 
@@ -76,4 +78,4 @@ def command(calibration: str, work: Path, keep_params: float, rounds: int, resul
 
 
 if __name__ == "__main__":
-    command()
+    sys.exit(run(command))

@@ -1,8 +1,8 @@
 """Peak memory of the CPU session at 2,048 tokens against weights and cache, for models of any size.
 
-    PYTHONPATH=. python benchmarks/stages/random_llama.py llama-1b --layers 16 --hidden 2048 ...
+    python -m benchmarks.stages.random_llama llama-1b --layers 16 --hidden 2048 ...
     skipcat export llama-1b -o llama-1b-int8 --profile cpu
-    python benchmarks/cpu/cpu_memory.py cpu-int8 llama-1b-int8
+    python -m benchmarks.cpu.cpu_memory cpu-int8 llama-1b-int8
 
 Each folder is an export of the profile `cpu`, opened in a process of its own, which reads a prompt
 of random tokens and generates 15; the peak is the process's own, as the kernel counted it. Random
@@ -18,19 +18,20 @@ from typing import Any
 
 import click
 import numpy as np
-from generation import CONTEXT, HERE, Engine, make_engines
 from rich.table import Table
 
+from benchmarks import RESULTS
+from benchmarks.command import run
+from benchmarks.cpu.generation import CONTEXT, Engine, make_engines
 from pipeline.artefact import write_json
 from pipeline.bench.measure import describe_machine, load_average
 from pipeline.bench.targets import traffic_of_folder
-from pipeline.cli.options import result_console
 from pipeline.export.record import read_export_record
-from pipeline.progress import note
+from pipeline.progress import note, result_console
 from pipeline.provenance import provenance
 
 SCHEMA = 1
-RESULT = HERE / "results" / "cpu_memory.json"
+RESULT = RESULTS / "cpu_memory.json"
 TARGET = 1.3
 
 
@@ -104,4 +105,4 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    command()
+    sys.exit(run(command))

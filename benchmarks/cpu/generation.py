@@ -3,8 +3,8 @@
     skipcat export MODEL_FOLDER -o cpu-int8 --profile cpu
     python -m onnxruntime_genai.models.builder -i MODEL_FOLDER -o genai -p int4 -e cpu -c cache
     npm install --ignore-scripts --prefix LLAMA node-llama-cpp@3.22
-    python benchmarks/cpu/generation.py --ours cpu-int8 --genai genai --llama LLAMA --gguf FILE \
-        --text ../shared/data/wikitext2_test.txt --tokenizer cpu-int8
+    python -m benchmarks.cpu.generation --ours cpu-int8 --genai genai --llama LLAMA --gguf FILE \
+        --text TEST.txt --tokenizer cpu-int8
 
 Each engine lives in a process of its own and waits in a read while the others are measured; they
 take turns by repetition. A turn reads a prompt (prefill) and generates greedily (decode: the
@@ -16,12 +16,13 @@ context of 2,048 tokens.
 
 from __future__ import annotations
 
-import json
+import shutil
 import statistics
-import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +30,21 @@ import click
 import numpy as np
 from rich.table import Table
 
+from benchmarks import RESULTS
+from benchmarks.command import run
 from pipeline.artefact import write_json
 from pipeline.bench.measure import describe_machine, load_average
-from pipeline.cli.options import result_console
-from pipeline.progress import note
+from pipeline.child_process import ChildEndedError, JsonChild
+from pipeline.memory import peak_bytes
+from pipeline.progress import note, result_console
 from pipeline.provenance import provenance
 from pipeline.runtime.tokenizer import load_tokenizer
 
 SCHEMA = 1
-HERE = Path(__file__).parent
-RESULT = HERE / "results" / "generation.json"
+RESULT = RESULTS / "generation.json"
 CONTEXT = 2048
 COLD_PROMPT = 32
+LLAMA_CHILD = Path(__file__).with_name("generation_child.mjs")
 
 
 @dataclass
@@ -52,57 +56,45 @@ class Engine:
         command: what starts it.
         ours: whether it is this project's.
         turns: what was measured: prompt length -> list of answers.
-        lookup: whether it guesses tokens out of prompt and answer.
+        lookup: whether it decodes by prompt lookup.
     """
 
     name: str
     command: list[str]
     ours: bool
     turns: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
-    process: subprocess.Popen[str] | None = None
+    child: JsonChild | None = None
     lookup: bool = False
 
     def start(self) -> float:
         """Start the process and wait until the model is loaded; seconds."""
         started = time.perf_counter()
-        self.process = subprocess.Popen(
-            self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=HERE
-        )
-        self.hear()
+        self.child = JsonChild(self.command)
+        self._answered(self.child.hear)
         return time.perf_counter() - started
 
     def ask(self, **request: Any) -> dict[str, Any]:
         """One request, one answer."""
-        assert self.process is not None
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        return self.hear()
+        assert self.child is not None
+        return self._answered(partial(self.child.ask, **request))
 
-    def hear(self) -> dict[str, Any]:
-        """The next line that the process writes."""
-        assert self.process is not None
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise click.ClickException(f"{self.name} ended: {' '.join(self.command)}")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
+    def _answered(self, answer: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        try:
+            return answer()
+        except ChildEndedError as end:
+            message = f"{self.name} ended ({end}): {' '.join(self.command)}"
+            raise click.ClickException(message) from end
 
     def peak_bytes(self) -> int:
         """Most memory the process had at once."""
-        assert self.process is not None
-        status = Path(f"/proc/{self.process.pid}/status").read_text(encoding="utf-8")
-        line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
+        assert self.child is not None
+        return peak_bytes(self.child.pid)
 
     def stop(self) -> None:
         """End the process."""
-        if self.process is not None:
-            assert self.process.stdin is not None
-            self.process.stdin.close()
-            self.process.wait()
-            self.process = None
+        if self.child is not None:
+            self.child.close()
+            self.child = None
 
 
 @click.command()
@@ -111,7 +103,7 @@ class Engine:
 @click.option("--llama", help="Folder with node_modules/node-llama-cpp.")
 @click.option("--gguf", help="Model for llama.cpp.")
 @click.option(
-    "--lookup", is_flag=True, help="Once more with guesses out of the text: ours and llama.cpp."
+    "--lookup", is_flag=True, help="Once more by prompt-lookup decoding: ours and llama.cpp."
 )
 @click.option("--text", type=click.Path(path_type=Path), required=True, help="To score.")
 @click.option("--tokenizer", type=click.Path(path_type=Path), required=True, help="Folder.")
@@ -174,7 +166,8 @@ def make_engines(
     threads: int,
 ) -> list[Engine]:
     """One engine for every model that was named."""
-    python, count = [sys.executable, str(HERE / "generation_child.py")], [str(threads)]
+    python = [sys.executable, "-m", "benchmarks.cpu.generation_child"]
+    count = [str(threads)]
     engines = [
         Engine(
             f"{kind} {Path(folder).name}",
@@ -186,7 +179,7 @@ def make_engines(
     ]
     if llama and gguf:
         child = Path(llama).resolve() / "generation_child.mjs"
-        child.write_text((HERE / "generation_child.mjs").read_text(), encoding="utf-8")
+        shutil.copyfile(LLAMA_CHILD, child)
         llama_command = ["node", str(child), str(Path(gguf).resolve()), *count]
         engines.append(Engine("llama.cpp", llama_command, False))
     return engines
@@ -217,7 +210,7 @@ def measure(
                     engine.turns.setdefault(prompt, []).append(turn)
         note(f"repetition {repetition} of {repetitions}")
     rows = []
-    perplexities: dict[tuple[str, ...], float] = {}  # the same with guesses and without
+    perplexities: dict[tuple[str, ...], float] = {}  # the same with drafts and without
     for engine in engines:
         note(f"{engine.name}: perplexity, memory, cold start")
         model = tuple(engine.command)
@@ -292,4 +285,4 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    command()
+    sys.exit(run(command))

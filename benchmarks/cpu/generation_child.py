@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.child_process import answers_on_stdout
+
 Feed = Callable[[list[int]], np.ndarray]
 
 
@@ -88,7 +90,7 @@ def generate(engine: Ours | Genai, ids: list[int], new: int, lookup: bool) -> di
 
 
 def generate_by_lookup(session: Any, ids: list[int], new: int) -> dict[str, Any]:
-    """The same, with guesses out of prompt and answer, as `skipcat run` does it."""
+    """The same, by prompt lookup, as `skipcat run` does it."""
     from pipeline.runtime.drafting import Lookup
     from pipeline.runtime.generate import generate as generated
 
@@ -112,9 +114,10 @@ def score(engine: Ours | Genai, ids: list[int]) -> dict[str, float]:
 
 
 def main() -> None:
+    tell = answers_on_stdout()
     kind, folder, threads = sys.argv[1:4]
     engine = (Ours if kind == "ours" else Genai)(folder, int(threads))
-    print(json.dumps({"ready": True}), flush=True)
+    tell({"ready": True})
     for line in sys.stdin:
         request = json.loads(line)
         if request["do"] == "generate":
@@ -123,7 +126,7 @@ def main() -> None:
             )
         else:
             answer = score(engine, request["ids"])
-        print(json.dumps(answer), flush=True)
+        tell(answer)
 
 
 if __name__ == "__main__":

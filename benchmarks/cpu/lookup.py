@@ -1,9 +1,9 @@
-"""Decoding with guesses out of the text against decoding without, in turns in one process.
+"""Prompt-lookup decoding against decoding token by token, in turns in one process.
 
-    python benchmarks/cpu/lookup.py cpu-offset cpu-int8 --text ../shared/data/wikitext2_test.txt \
-        --questions ../shared/data/arc_easy_test.jsonl
+    python -m benchmarks.cpu.lookup cpu-offset cpu-int8 --text TEST.txt \
+        --questions QUESTIONS.jsonl
 
-Folders are exports of the profile `cpu`. What guessing gives depends on how much repeats, so three
+Folders are exports of the profile `cpu`. What drafts give depends on how much repeats, so three
 kinds of prompts are measured: `text` goes on with an article, as the base model does, and soon runs
 in circles; `ask` puts questions to the chat model; `edit` has it rewrite, shorten or quote a
 passage. Each answer is generated both ways, greedily. The texts were not used to choose the
@@ -23,10 +23,11 @@ import click
 import numpy as np
 from rich.table import Table
 
+from benchmarks import RESULTS
+from benchmarks.command import run
 from pipeline.artefact import write_json
 from pipeline.bench.measure import describe_machine, load_average
-from pipeline.cli.options import result_console
-from pipeline.progress import note
+from pipeline.progress import note, result_console
 from pipeline.provenance import provenance
 from pipeline.runtime.drafting import Lookup
 from pipeline.runtime.generate import generate
@@ -36,7 +37,7 @@ from pipeline.runtime.sessions.session import BlockSession
 from pipeline.runtime.tokenizer import chat_prompt_ids, load_tokenizer, stop_token_ids
 
 SCHEMA = 1
-RESULT = Path(__file__).parent / "results" / "lookup.json"
+RESULT = RESULTS / "lookup.json"
 PROMPTS_PER_KIND = 8
 TEXT_TOKENS = 128
 PASSAGE_CHARACTERS = 1000
@@ -65,7 +66,7 @@ def command(
     new_tokens: int,
     result: Path,
 ) -> None:
-    """Measure tokens/s with and without guesses, and what a further row of a call costs."""
+    """Measure tokens/s with and without drafts, and what a further row of a call costs."""
     loads = [load_average()]
     rows = [
         {"folder": folder.name, **measure(folder, text, questions, threads, new_tokens)}
@@ -146,15 +147,15 @@ def one_turn(
 
 
 def summary(pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, Any]:
-    """Tokens/s of both ways over all answers of at least two tokens, and what became of guesses."""
+    """Tokens/s of both ways over all answers of at least two tokens, and what became of drafts."""
     pairs = [pair for pair in pairs if min(len(turn["tokens"]) for turn in pair) > 1]
     rates = [
         sum(len(turn["tokens"]) - 1 for turn in turns) / sum(turn["seconds"] for turn in turns)
         for turns in zip(*pairs, strict=True)
     ]
     equal = [
-        common_length(plain["tokens"], guessed["tokens"]) / len(plain["tokens"])
-        for plain, guessed in pairs
+        common_length(plain["tokens"], drafted["tokens"]) / len(plain["tokens"])
+        for plain, drafted in pairs
     ]
     return {
         "answers": len(pairs),
@@ -163,13 +164,13 @@ def summary(pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, Any
         "lookup_tokens_per_s": rates[1],
         "ratio": rates[1] / rates[0],
         "ratio_of_each": [
-            (len(guessed["tokens"]) - 1)
-            / guessed["seconds"]
+            (len(drafted["tokens"]) - 1)
+            / drafted["seconds"]
             / ((len(plain["tokens"]) - 1) / plain["seconds"])
-            for plain, guessed in pairs
+            for plain, drafted in pairs
         ],
-        "drafted": sum(guessed["drafted"] for _, guessed in pairs),
-        "taken": sum(guessed["taken"] for _, guessed in pairs),
+        "drafted": sum(drafted["drafted"] for _, drafted in pairs),
+        "taken": sum(drafted["taken"] for _, drafted in pairs),
         "same_beginning": statistics.mean(equal),
         "same_answers": sum(share == 1 for share in equal),
     }
@@ -211,4 +212,4 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(command())
+    sys.exit(run(command))

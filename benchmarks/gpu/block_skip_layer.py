@@ -1,7 +1,7 @@
 """The kernel library on random layers: calls of every width and tactic, and their error.
 
-python benchmarks/gpu/block_skip_layer.py --cases 200     # on a GPU; compute-sanitizer runs it
-python benchmarks/gpu/block_skip_layer.py --device cpu --cases 50
+python -m benchmarks.gpu.block_skip_layer --cases 200     # on a GPU; compute-sanitizer runs it
+python -m benchmarks.gpu.block_skip_layer --device cpu --cases 50
 
 Data are drawn on the CPU and copied, results start as NaN, and the reference is computed in
 float64, so that on a GPU no kernel runs but ours.
@@ -22,6 +22,7 @@ from typing import Any
 import click
 import torch
 
+from benchmarks.command import run
 from pipeline.errors import InputError
 from pipeline.kernels.build import SOURCE_FOLDER, SOURCES, build_library
 from pipeline.kernels.interface import BF16, FP16, Device, Pointers, Problem, open_library
@@ -325,4 +326,4 @@ def command(device: str, cases: int, seed: int | None) -> None:
 
 
 if __name__ == "__main__":
-    command()
+    sys.exit(run(command))

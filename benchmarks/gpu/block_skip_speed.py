@@ -1,8 +1,8 @@
 """The block-skip kernels on a GPU: every figure of their targets, by one command.
 
-python benchmarks/gpu/block_skip_speed.py                  # on a GPU: some minutes; writes the JSON
-python benchmarks/gpu/block_skip_speed.py --dry-run        # anywhere: layers, bytes and bounds
-python benchmarks/gpu/block_skip_speed.py --device cpu     # tiny layers, emulated
+python -m benchmarks.gpu.block_skip_speed                  # on a GPU: some minutes; writes the JSON
+python -m benchmarks.gpu.block_skip_speed --dry-run        # anywhere: layers, bytes and bounds
+python -m benchmarks.gpu.block_skip_speed --device cpu     # tiny layers, emulated
 
     error      random layers of every type, width and tactic against float64, fresh every run
     decode     1 row of the linear layers of 1B to 70B models: against the copy bandwidth of the
@@ -28,17 +28,20 @@ from typing import Any
 
 import click
 import torch
-from block_skip_layer import BOUNDS, Kernels, Layer, measure_errors
-from block_skip_ways import Stopwatch, Way, dense_way, our_ways, unfused_way
 
+from benchmarks import RESULTS
+from benchmarks.command import run
+from benchmarks.gpu.block_skip_layer import BOUNDS, Kernels, Layer, measure_errors
+from benchmarks.gpu.block_skip_ways import Stopwatch, Way, dense_way, our_ways, unfused_way
 from pipeline.artefact import write_json
 from pipeline.bench.bandwidth import DeviceMemory, HostMemory
 from pipeline.bench.measure import describe_machine
 from pipeline.bench.shapes import Shape, find_shape
+from pipeline.child_process import environment
 from pipeline.compress.forms import rank_for_kept
 from pipeline.provenance import provenance
 
-RESULT = Path(__file__).parent / "results" / "block_skip_speed.json"
+RESULT = RESULTS / "block_skip_speed.json"
 MODELS = ("llama-3.2-1b", "qwen3-4b", "llama-3.1-8b", "llama-3.1-70b")
 TINY = Shape("llama", 64, 128, 1, 4, 2, 16, 256, True, 512)
 # int4 rows are read 8 bytes at a time where r and m are multiples of this.
@@ -167,14 +170,15 @@ def sanitize(device: str, cases: int) -> list[dict[str, Any]]:
     if device == "cpu" or program is None:
         why = "no GPU" if device == "cpu" else "compute-sanitizer is not installed"
         return [{"tool": tool, "verdict": "not run", "why": why} for tool in SANITIZERS]
-    script = str(Path(__file__).with_name("block_skip_layer.py"))
     rows = []
     for tool in SANITIZERS:
         # PyTorch asks the driver things that it may refuse: those are no errors of a kernel.
         command = [program, "--tool", tool, "--error-exitcode", "9"]
         command += ["--report-api-errors", "no"] if tool == "memcheck" else []
-        command += [sys.executable, script, "--cases", str(cases)]
-        answer = subprocess.run(command, capture_output=True, text=True, check=False)
+        command += [sys.executable, "-m", "benchmarks.gpu.block_skip_layer", "--cases", str(cases)]
+        answer = subprocess.run(
+            command, capture_output=True, text=True, check=False, env=environment()
+        )
         clean = answer.returncode == 0
         row = {"tool": tool, "cases": cases, "verdict": "pass" if clean else "missed"}
         rows.append(row if clean else row | {"output": (answer.stdout + answer.stderr)[-4000:]})
@@ -305,4 +309,4 @@ def command(
 
 
 if __name__ == "__main__":
-    command()
+    sys.exit(run(command))

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from block_skip_layer import TACTICS, Call, Kernels, Layer
+
+from benchmarks.gpu.block_skip_layer import TACTICS, Call, Kernels, Layer
 
 # Copies of the weights are so many times the cache together.
 CACHE_TIMES = 3

@@ -1,8 +1,8 @@
 """Decode on a GPU: compressed against dense, and against the same factors without Skip.
 
-python benchmarks/gpu/gpu_decode.py                  # on a GPU: two shapes; most of it is compiling
-python benchmarks/gpu/gpu_decode.py --dry-run        # anywhere: bytes and bounds
-python benchmarks/gpu/gpu_decode.py --device cpu --shapes tiny --kept 0.6 --context 32 --tokens 4
+python -m benchmarks.gpu.gpu_decode                  # on a GPU: two shapes; most of it is compiling
+python -m benchmarks.gpu.gpu_decode --dry-run        # anywhere: bytes and bounds
+python -m benchmarks.gpu.gpu_decode --device cpu --shapes tiny --kept 0.6 --context 32 --tokens 4
 
 Batch 1, float16, after `--context` tokens, random weights of real shapes. Every way decodes the
 same tokens, given on the device, its logits left there; one model in memory at a time; a figure is
@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import gc
 import statistics
+import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,6 +34,8 @@ import click
 import numpy as np
 import torch
 
+from benchmarks import RESULTS
+from benchmarks.command import run
 from pipeline.artefact import write_json
 from pipeline.bench.measure import describe_machine
 from pipeline.bench.shapes import Shape, empty_model, fill_randomly_, find_shape, shape_plan
@@ -43,7 +46,7 @@ from pipeline.kernels.install import use_operator_
 from pipeline.runtime.sessions.static_session import StaticSession
 from pipeline.runtime.sessions.torch_session import TorchSession
 
-RESULT = Path(__file__).parent / "results" / "gpu_decode.json"
+RESULT = RESULTS / "gpu_decode.json"
 # Aligned rows are read 16 bytes at a time.
 RANK_MULTIPLE = 8
 LEAST_OF_BYTES = 0.9
@@ -282,4 +285,4 @@ def command(
 
 
 if __name__ == "__main__":
-    command()
+    sys.exit(run(command))

@@ -1,6 +1,6 @@
 """What each idea gives, alone and together, on text that no final figure is measured on.
 
-    python benchmarks/quality/ablation.py --calibration ../shared/data/wikitext2_valid_tokenised.txt
+    python -m benchmarks.quality.ablation --calibration VALID.txt
 
 The first nine tenths of the calibration text calibrate, and the rest tests: choices that were made
 by these rows are not choices made on the test split. KL to the dense model, and perplexity, on
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -19,13 +20,14 @@ from typing import Any
 
 import click
 import torch
-from recorded_session import RecordedSession
 from rich.table import Table
-from texts import hash_of_text, tokens_of
 
+from benchmarks import RESULTS
+from benchmarks.command import run
+from benchmarks.quality.evaluation_texts import hash_of_text, tokens_of
+from benchmarks.quality.recorded_session import RecordedSession
 from pipeline.artefact import write_json
 from pipeline.bench.measure import describe_machine, load_average
-from pipeline.cli.options import result_console
 from pipeline.compress.methods import EFFORTS, Fit
 from pipeline.compress.plan.layer_costs import Survey
 from pipeline.compress.plan.make_plan import spread
@@ -34,12 +36,12 @@ from pipeline.compress.plan.rank_search import searched_plan
 from pipeline.compress.walk import compress_
 from pipeline.model.load import load_model
 from pipeline.model.structure import Layer, decoder_structure
-from pipeline.progress import note
+from pipeline.progress import note, result_console
 from pipeline.provenance import provenance
 from pipeline.runtime.sessions.torch_session import TorchSession
 from validate.quality import measure_quality
 
-RESULT = Path(__file__).parent / "results" / "ablation.json"
+RESULT = RESULTS / "ablation.json"
 CALIBRATING = 0.9
 
 
@@ -159,4 +161,4 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    command()
+    sys.exit(run(command))

@@ -1,7 +1,7 @@
 """Quality against bytes: ranks and bits searched together, plain quantisers, low rank in float16.
 
-    python benchmarks/quality/pareto.py --test ../shared/data/wikitext2_test.txt \
-        --calibration ../shared/data/wikitext2_valid_tokenised.txt
+    python -m benchmarks.quality.pareto --test TEST.txt \
+        --calibration VALID.txt
 
 Bytes are those of the safetensors files that `skipcat compress` writes, embedding and head
 included. Every row is fitted to the same FIT_WINDOWS calibration windows, and tested on the first
@@ -25,10 +25,18 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from pareto_report import PLAIN, save_front, show_front
-from quality import Bench, Settings, main_of, open_table, quality_fields, refuse_test_text
-from texts import hash_of_text, tokens_of
 
+from benchmarks import RESULTS
+from benchmarks.command import run
+from benchmarks.quality.evaluation_texts import hash_of_text, tokens_of
+from benchmarks.quality.pareto_report import PLAIN, save_front, show_front
+from benchmarks.quality.quality import (
+    Bench,
+    Settings,
+    open_table,
+    quality_fields,
+    refuse_test_text,
+)
 from pipeline.artefact import write_json
 from pipeline.bench.measure import load_average
 from pipeline.checkpoint.folder import save_checkpoint
@@ -45,7 +53,7 @@ from pipeline.runtime.sessions.torch_session import TorchSession
 from validate.metrics import perplexity_with_error
 from validate.quality import measure_quality
 
-RESULT = Path(__file__).parent / "results" / "pareto.json"
+RESULT = RESULTS / "pareto.json"
 BUDGETS = (0.25, 0.18, 0.32, 0.5, 0.14, 0.21, 0.1, 0.4, 0.75, 1.0)
 # The bytes of the plain quantisers below.
 BUDGETS_OF_PLAIN = (0.2704, 0.207, 0.391, 0.5534, 0.3555)
@@ -281,4 +289,4 @@ def low_rank_rows(settings: Settings) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    sys.exit(main_of(command))
+    sys.exit(run(command))

@@ -8,13 +8,13 @@ from typing import Any
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from pipeline.cli.options import result_console
+from pipeline.progress import result_console
 
 PLAIN = ("rtn", "gptq")
 OURS = "ours"
 LABELS = {
     OURS: "ranks and bits searched (ours)",
-    "rtn": "round to nearest, 8/6/5/4/3 bits",
+    "rtn": "RTN, 8/6/5/4/3 bits",
     "gptq": "GPTQ, 8/6/5/4/3 bits",
 }
 

@@ -1,6 +1,6 @@
 """What each group of matrices was expected to cost, against what it costs.
 
-    python benchmarks/quality/planned_cost.py --calibration CALIBRATION.txt
+    python -m benchmarks.quality.planned_cost --calibration CALIBRATION.txt
 
 A plan under a budget of bytes is made as `skipcat compress --keep-bytes` makes it. Then every group
 in turn is compressed alone, all others left as they are, and the KL to the original is measured on
@@ -20,10 +20,11 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from quality import main_of
 from scipy.stats import spearmanr
-from texts import hash_of_text, tokens_of
 
+from benchmarks import RESULTS
+from benchmarks.command import run
+from benchmarks.quality.evaluation_texts import hash_of_text, tokens_of
 from pipeline.artefact import write_json
 from pipeline.bench.measure import describe_machine
 from pipeline.checkpoint.install import group_entries, install_
@@ -39,7 +40,7 @@ from pipeline.model.structure import decoder_structure
 from pipeline.progress import note, track
 from pipeline.provenance import provenance
 
-RESULT = Path(__file__).parent / "results" / "planned_cost.json"
+RESULT = RESULTS / "planned_cost.json"
 
 
 @click.command()
@@ -177,4 +178,4 @@ def correlations(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 if __name__ == "__main__":
     note("planned against measured cost")
-    sys.exit(main_of(command))
+    sys.exit(run(command))

@@ -1,7 +1,7 @@
 """Quality of every method at every budget: ours, and the rivals as methods of ours.
 
-    python benchmarks/quality/quality.py --test ../shared/data/wikitext2_test.txt \
-        --calibration ../shared/data/wikitext2_valid_tokenised.txt
+    python -m benchmarks.quality.quality --test TEST.txt \
+        --calibration VALID.txt
 
 Perplexity on the first windows of the test text, each on an empty cache, with no special tokens;
 every window predicts its own tokens after the first. Model and factors in float32. Each row is an
@@ -27,14 +27,15 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from quality_report import DENSE, save_chart, show
-from recorded_session import RecordedSession
-from texts import hash_of_text, tokens_of
 
+from benchmarks import RESULTS
+from benchmarks.command import run
+from benchmarks.quality.evaluation_texts import hash_of_text, tokens_of
+from benchmarks.quality.quality_report import DENSE, save_chart, show
+from benchmarks.quality.recorded_session import RecordedSession
 from pipeline.artefact import write_json
 from pipeline.bench.measure import describe_machine, load_average
 from pipeline.calibrate.text import TokenBatch
-from pipeline.cli.main import explain
 from pipeline.compress.methods import DEFAULT_EFFORT, DEFAULT_METHOD, METHODS
 from pipeline.compress.plan.layer_costs import Survey
 from pipeline.compress.plan.make_plan import make_plan
@@ -55,7 +56,7 @@ from validate.metrics import log_perplexity_change, perplexity_with_error
 from validate.quality import Quality, measure_quality
 
 SCHEMA = 1
-RESULT = Path(__file__).parent / "results" / "quality.json"
+RESULT = RESULTS / "quality.json"
 SWEEP = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 TABLE = (0.8, 0.7)
 SWEPT = ("skipcat", DEFAULT_METHOD)
@@ -372,21 +373,5 @@ def quality_fields(quality: Quality, dense_nlls: np.ndarray | None) -> dict[str,
     }
 
 
-def main_of(command: click.Command) -> int:
-    """Run; failures become the messages and exit status of `skipcat`."""
-    try:
-        command.main(standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
-        return 2
-    except Exception as error:
-        failure = explain(error)
-        if failure is None or failure.exit_status == 1:
-            raise
-        print(f"error: {failure}", file=sys.stderr)
-        return failure.exit_status
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main_of(command))
+    sys.exit(run(command))

@@ -9,8 +9,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from pipeline.cli.options import result_console
 from pipeline.compress.methods import DEFAULT_EFFORT
+from pipeline.progress import result_console
 
 DENSE = "dense"
 

@@ -1,6 +1,6 @@
 r"""A ViT trained here on scikit-learn's digits: held-out accuracy and KL against what is kept.
 
-    OMP_NUM_THREADS=1 python benchmarks/quality/vision.py
+    OMP_NUM_THREADS=1 python -m benchmarks.quality.vision
 
 1437 images train the model and calibrate every method; the 360 that none of them saw are measured.
 No hub and no other download; a minute or two.
@@ -17,34 +17,32 @@ from typing import Any
 import click
 import torch
 
+from benchmarks import RESULTS
+from benchmarks.command import run
+from benchmarks.digits import Digits, make_digits
+from pipeline.artefact import write_json
 from pipeline.bench.measure import describe_machine, load_average
+from pipeline.compress.request import CompressRequest
+from pipeline.compress.run import compress_to_folder
+from pipeline.errors import UsageError
+from pipeline.progress import note
+from pipeline.provenance import provenance
+from validate.images import ImageValidateRequest, validate_images
+from validate.stages import ORIGINAL, SKIP_FORM, Artefacts
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from pipeline.artefact import write_json  # noqa: E402
-from pipeline.compress.request import CompressRequest  # noqa: E402
-from pipeline.compress.run import compress_to_folder  # noqa: E402
-from pipeline.errors import UsageError  # noqa: E402
-from pipeline.progress import note  # noqa: E402
-from pipeline.provenance import provenance  # noqa: E402
-from tests.support.digits import Digits, make_digits  # noqa: E402
-from validate.images import ImageValidateRequest, validate_images  # noqa: E402
-from validate.stages import ORIGINAL, SKIP_FORM, Artefacts  # noqa: E402
-
-RESULT = ROOT / "benchmarks" / "results" / "vision.json"
+RESULT = RESULTS / "vision.json"
 METHODS = ("skipcat-kl", "skipcat", "svd-llm")
 KEPT = (0.6, 0.4, 0.3, 0.2, 0.15, 0.1)
 # Of the float16 bytes; ranks and bits are searched together. The first four are what the plain
 # quantisers below take.
 KEPT_BYTES = (0.5755, 0.3693, 0.3095, 0.2487, 0.2, 0.15)
-# Plain quantisers of the same matrices: everything is kept, in few bits.
+# Plain quantisers of the same matrices: everything is kept, in low bits.
 FORMATS = ("int8-b64-sym", "int4-b32-asym", "int3-b32-asym", "int2-b32-asym")
 
 
 @click.command()
 @click.option("--output", type=click.Path(path_type=Path), default=RESULT, show_default=True)
-def main(output: Path) -> None:
+def command(output: Path) -> None:
     """Train, compress and measure; print a row each and write the JSON."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
@@ -106,4 +104,4 @@ def measure(digits: Digits, changes: dict[str, Any], folder: Path) -> dict[str, 
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(command))

@@ -1,9 +1,9 @@
 """A rival's own public code beside ours: the same model, tokens, ranks and perplexity.
 
     git clone https://github.com/hiahei/Swift-SVD CLONE
-    python benchmarks/rivals/rival_code.py --rival swift-svd --code CLONE --model smollm2-135m \
-        --calibration ../shared/data/wikitext2_valid_tokenised.txt \
-        --test ../shared/data/wikitext2_test.txt
+    python -m benchmarks.rivals.rival_code --rival swift-svd --code CLONE --model smollm2-135m \
+        --calibration VALID.txt \
+        --test TEST.txt
 
 The table of methods (quality.py) holds our version of whitened SVD; this shows that it is a
 fair one. Their functions calibrate and factor; ours repeat it with the same form and ranks; both
@@ -28,27 +28,27 @@ import click
 import numpy as np
 import torch
 from rich.table import Table
-from rivals import RIVALS, Trial, commit_of, product_of
-from texts import hash_of_text, tokens_of
 
+from benchmarks import RESULTS
+from benchmarks.command import run
+from benchmarks.quality.evaluation_texts import hash_of_text, tokens_of
+from benchmarks.rivals.rivals import RIVALS, Trial, commit_of, product_of
 from pipeline.artefact import write_json
 from pipeline.bench.measure import describe_machine, load_average
-from pipeline.cli.main import explain
-from pipeline.cli.options import result_console
 from pipeline.compress.plan.plan import RankPlan
 from pipeline.compress.run import DTYPES
 from pipeline.compress.walk import compress_
 from pipeline.errors import InputError, UsageError
 from pipeline.model.load import LoadedModel, load_model
 from pipeline.model.structure import Layer, decoder_structure
-from pipeline.progress import note
+from pipeline.progress import note, result_console
 from pipeline.provenance import provenance
 from pipeline.runtime.sessions.torch_session import TorchSession
 from validate.metrics import log_perplexity_change
 from validate.perplexity import measure_perplexity
 
 SCHEMA = 1
-RESULT = Path(__file__).parent / "results" / "rival_code.json"
+RESULT = RESULTS / "rival_code.json"
 
 
 @dataclass(frozen=True)
@@ -269,21 +269,5 @@ def cells(row: dict[str, Any]) -> list[str]:
     ]
 
 
-def main() -> int:
-    """Run; failures become the messages and exit status of `skipcat`."""
-    try:
-        command.main(standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
-        return 2
-    except Exception as error:
-        failure = explain(error)
-        if failure is None or failure.exit_status == 1:
-            raise
-        print(f"error: {failure}", file=sys.stderr)
-        return failure.exit_status
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(command))

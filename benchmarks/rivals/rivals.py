@@ -156,6 +156,10 @@ def plan_with_ranks(layers: list[Layer], form: Form, ranks: Ranks) -> RankPlan:
     return RankPlan(planned)
 
 
+def _looked_up(ranks: dict[str, int]) -> Ranks:
+    return lambda member, m, n: ranks[member]
+
+
 def _single(member: str, rows: int, columns: int, form: Form, rank: int) -> GroupPlan:
     reason = reason_to_stay_dense(form, rows, columns, rank)
     if reason:
@@ -192,7 +196,7 @@ def run_swift_svd(
             for layer, chosen in zip(layers, allocation, strict=True)
             for key, name in SWIFT_NAMES.items()
         }
-        plan = plan_with_ranks(layers, "low_rank", lambda member, m, n, r=ranks: r[member])
+        plan = plan_with_ranks(layers, "low_rank", _looked_up(ranks))
         yield Trial(f"Swift-SVD {label}", done, plan, seconds, f"whitened SVD {label}")
 
 
@@ -244,7 +248,7 @@ def run_svd_llm(
             up, down = (compressed.get_submodule(_svd_llm_name(member, s)).weight for s in "uv")
             ranks[member] = up.shape[1]
             done.get_submodule(member).weight.data = up.data @ down.data
-    plan = plan_with_ranks(layers, "low_rank", lambda member, m, n: ranks[member])
+    plan = plan_with_ranks(layers, "low_rank", _looked_up(ranks))
     yield Trial("SVD-LLM (W)", done, plan, seconds, "whitened SVD at its ranks")
 
 

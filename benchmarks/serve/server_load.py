@@ -1,7 +1,7 @@
 r"""The server under load: 64 clients, 1,000 requests, with broken ones, large ones and leavers.
 
-    python benchmarks/serve/server_load.py                                    # a tiny random model
-    python benchmarks/serve/server_load.py --folder build/onnx --slots 8      # a real one
+    python -m benchmarks.serve.server_load                                    # a tiny random model
+    python -m benchmarks.serve.server_load --folder build/onnx --slots 8      # a real one
 
 Each prompt is first asked alone, twice; under load its streamed text must be one of the two (which
 are the same, but where rounded weights turn a near-tie), greedily. The memory of the server process
@@ -30,16 +30,18 @@ import click
 import httpx2
 import openai
 import psutil
-from server_load_report import ALLOWED_STATUS, failures, summary, weights_of
 
+from benchmarks import RESULTS
+from benchmarks.command import SKIPCAT, run
+from benchmarks.serve.server_load_report import ALLOWED_STATUS, failures, summary, weights_of
 from pipeline.artefact import write_json
 from pipeline.bench.measure import describe_machine, load_average
+from pipeline.child_process import environment
 from pipeline.progress import note, track
 from pipeline.provenance import provenance
 
 SCHEMA = 1
-ROOT = Path(__file__).resolve().parent.parent
-RESULT = ROOT / "benchmarks" / "results" / "server_load.json"
+RESULT = RESULTS / "server_load.json"
 MAX_BODY_BYTES = 1 << 20
 SAMPLE_S = 0.05
 # Until the server has seen that the last clients are gone.
@@ -220,8 +222,8 @@ async def sampling_memory(process: psutil.Process, samples: list[int]) -> AsyncI
 @contextlib.contextmanager
 def server(folder: Path, arguments: list[str]) -> Iterator[tuple[str, psutil.Process]]:
     """`skipcat serve` as a user runs it; its URL and its process."""
-    command = [sys.executable, "-m", "pipeline.cli.main", "serve", str(folder), "--port", "0"]
-    child = subprocess.Popen([*command, *arguments], stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    command = [*SKIPCAT, "serve", str(folder), "--port", "0", *arguments]
+    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment())
     assert child.stderr is not None
     try:
         log: list[str] = []
@@ -323,11 +325,10 @@ def command(
 
 def tiny_export(work: Path) -> Path:
     """The model of the tests, exported."""
-    from tests.support.tiny_decoder import export_tiny, save_tiny_folder
+    from benchmarks.models import export_tiny, save_tiny_folder
 
     return export_tiny(save_tiny_folder(work / "model"), work / "tiny", "opset24")
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
-    command()
+    sys.exit(run(command))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from server_load import Load
+    from benchmarks.serve.server_load import Load
 
 MEBIBYTE = 1 << 20
 # Allocators take memory in steps, now and then long after the start: less than this is no leak. In
@@ -96,7 +96,7 @@ def weights_of(folder: Path | None) -> str:
 def least_equal(record: dict[str, Any]) -> float:
     """The fraction of answers that must be those of the same prompt alone.
 
-    All, but for weights of few bits: their products round their input, so that a near-tie between
+    All, but for low-bit weights: their products round their input, so that a near-tie between
     two tokens may turn with the rows that are decoded beside it.
     """
     return 1.0 if record["weights"] == "float" else 0.95

@@ -17,9 +17,9 @@ import psutil
 
 from pipeline.bench.measure import load_average
 from pipeline.errors import PipelineError
+from pipeline.memory import peak_of_usage
 
 POLL_SECONDS = 0.05
-KIBIBYTE = 1024
 LOG_TAIL_LINES = 15
 
 
@@ -73,7 +73,7 @@ def run_measured(command: Sequence[str], log: Path, environment: dict[str, str])
             where=" ".join(command),
             observed="\n".join(lines[-LOG_TAIL_LINES:]),
         )
-    process_peak = usage.ru_maxrss * KIBIBYTE
+    process_peak = peak_of_usage(usage)
     return Cost(
         seconds=round(seconds, 1),
         cpu_seconds=round(usage.ru_utime + usage.ru_stime, 1),

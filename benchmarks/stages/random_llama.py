@@ -1,6 +1,6 @@
 """A random Llama of any size as a Hugging Face folder, to see how memory grows with the layers.
 
-PYTHONPATH=. python benchmarks/stages/random_llama.py FOLDER --layers 8 --hidden 256
+python -m benchmarks.stages.random_llama FOLDER --layers 8 --hidden 256
 
 A slice of Llama-2-7B: --layers 2 --hidden 4096 --intermediate 11008 --head-width 128 --vocab 32000
 --dtype bfloat16. The shape of Llama-3.2-1B: --layers 16 --hidden 2048 --intermediate 8192
@@ -10,13 +10,15 @@ A slice of Llama-2-7B: --layers 2 --hidden 4096 --intermediate 11008 --head-widt
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import click
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.support.tiny_decoder import byte_tokenizer
+from benchmarks.command import run
+from benchmarks.models import byte_tokenizer
 
 
 @click.command()
@@ -62,4 +64,4 @@ def command(
 
 
 if __name__ == "__main__":
-    command()
+    sys.exit(run(command))

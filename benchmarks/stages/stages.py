@@ -1,7 +1,7 @@
 r"""Time, memory and disk of every stage, each run as a user runs it, against the targets.
 
-    python benchmarks/stages/stages.py
-    python benchmarks/stages/stages.py --only compress,export-float32 --work /tmp/stages
+    python -m benchmarks.stages.stages
+    python -m benchmarks.stages.stages --only compress,export-float32 --work /tmp/stages
 
 Every row is one `skipcat` command in a process of its own. `--work` keeps the artefacts, and later
 runs with the same folder start from them. Rows that are not measured again stay in the JSON, each
@@ -11,7 +11,6 @@ with the commit and the load average it was measured at.
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 import sys
@@ -22,20 +21,19 @@ from pathlib import Path
 from typing import Any
 
 import click
-from measured_command import Cost, run_measured
 from rich.table import Table
 
+from benchmarks import RESULTS
+from benchmarks.command import SKIPCAT, run
+from benchmarks.stages.measured_command import Cost, run_measured
 from pipeline.artefact import folder_bytes, write_json
 from pipeline.bench.measure import describe_machine
-from pipeline.cli.options import result_console
-from pipeline.errors import PipelineError
-from pipeline.progress import note
+from pipeline.child_process import environment
+from pipeline.progress import note, result_console
 from pipeline.provenance import provenance
 
 SCHEMA = 1
-ROOT = Path(__file__).resolve().parent.parent
-RESULT = ROOT / "benchmarks" / "results" / "stages.json"
-SKIPCAT = (sys.executable, "-m", "pipeline.cli.main")
+RESULT = RESULTS / "stages.json"
 CALIBRATION = ("--effort", "fast")
 WORDS = 80_000
 ITEM_BYTES = {"float32": 4, "float16": 2}
@@ -93,18 +91,14 @@ class Bench:
         return self.work / stage
 
     def run(self, stage: str, *arguments: str) -> Cost:
-        """Run a verb that writes the stage's folder, and measure it."""
+        """Run a command that writes the stage's folder, and measure it."""
         shutil.rmtree(self.path(stage), ignore_errors=True)
         command = [*SKIPCAT, *arguments, "-o", str(self.path(stage))]
         return run_measured(command, self.work / f"{stage}.log", self.environment())
 
     def environment(self) -> dict[str, str]:
         """That of this process, with this checkout first and no hub."""
-        paths = (str(ROOT), os.environ.get("PYTHONPATH", ""))
-        return os.environ | {
-            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-            "HF_HUB_OFFLINE": "1",
-        }
+        return environment(HF_HUB_OFFLINE="1")
 
     def need(self, stage: str) -> Path:
         """The folder of an earlier stage; made now, unmeasured, if it is not there."""
@@ -258,8 +252,8 @@ def streamed(bench: Bench) -> Row:
 def random_llama(bench: Bench, folder: Path, layers: int, *shape: str) -> int:
     """Write a random model of so many layers, in a process of its own; bytes of its weights."""
     log = bench.work / f"{folder.name}.log"
-    script = Path(__file__).with_name("random_llama.py")
-    command = [sys.executable, str(script), str(folder), "--layers", str(layers), *shape]
+    program = [sys.executable, "-m", "benchmarks.stages.random_llama"]
+    command = [*program, str(folder), "--layers", str(layers), *shape]
     run_measured(command, log, bench.environment())
     return int(log.read_text(encoding="utf-8").split()[-1])
 
@@ -373,18 +367,5 @@ def show(record: dict[str, Any], names: list[str]) -> None:
     result_console().print(view)
 
 
-def main() -> int:
-    """Run; failures become the messages and exit status of `skipcat`."""
-    try:
-        command.main(standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
-        return 2
-    except PipelineError as failure:
-        print(f"error: {failure}", file=sys.stderr)
-        return failure.exit_status
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(command))

@@ -153,7 +153,7 @@ def _measured_record(
     """Measure, and print the table."""
     from pipeline.bench.measure import Settings, measure
     from pipeline.machine import usable_cores
-    from pipeline.progress import note
+    from pipeline.progress import note, result_console
 
     prompt_tokens = rest["prompt_tokens"]
     if context is not None and context < prompt_tokens:
@@ -165,7 +165,7 @@ def _measured_record(
         )
     settings = Settings(context=context or prompt_tokens, threads=threads or usable_cores(), **rest)
     record = measure(targets, settings, note if verbose else lambda text: None)
-    options.result_console().print(_measured_table(record))
+    result_console().print(_measured_table(record))
     busy = max(record["load_average"][0] - 0.5, 0)
     if busy > 0.5:
         note(f"other programs kept {busy:.1f} cores busy before this began: figures are too low")
@@ -177,10 +177,10 @@ def _predicted_record(
 ) -> dict[str, Any]:
     """Predict, and print the table."""
     from pipeline.bench.predict import predict
-    from pipeline.progress import note
+    from pipeline.progress import note, result_console
 
     record = predict(targets, devices, context)
-    options.result_console().print(_predicted_table(record))
+    result_console().print(_predicted_table(record))
     note(_check_line(record["check"]))
     return record
 

@@ -97,10 +97,11 @@ def _show(state: Build, ledger: Ledger) -> None:
     """What was made, how large it is, how near to the original, and what to do next."""
     from rich.table import Table
 
+    from pipeline.progress import result_console
     from validate.report_table import build_table
 
     folder = state.folder
-    console = options.result_console()
+    console = result_console()
     report = json.loads((folder / "checkpoint" / "report.json").read_text(encoding="utf-8"))
     totals = report["totals"]
     table = Table(title=f"{state.request.compress.model} -> {folder}")

@@ -168,8 +168,8 @@ def _show_plan(request: Any, as_json: bool) -> None:
     """
     from rich.table import Table
 
-    from pipeline.cli.options import result_console
     from pipeline.compress.run import plan_only
+    from pipeline.progress import result_console
 
     plan = plan_only(request)
     if as_json:

@@ -96,7 +96,9 @@ def show(record: dict[str, Any]) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    console = options.result_console()
+    from pipeline.progress import result_console
+
+    console = result_console()
     rows = score_rows(record)
     if rows:
         table = Table(title=escape(f"{record['model']}, {record['backend']}"))

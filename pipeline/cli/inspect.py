@@ -28,12 +28,14 @@ def command(what: str, trust_remote_code: bool, as_json: bool) -> None:
         return
     from rich.table import Table
 
+    from pipeline.progress import result_console
+
     table = Table(title=f"{what}: {kind}", show_header=False)
     table.add_column()
     table.add_column()
     for name, value in facts.items():
         table.add_row(name, value if isinstance(value, str) else json.dumps(value))
-    options.result_console().print(table)
+    result_console().print(table)
 
 
 def describe(what: str, *, trust_remote_code: bool = False) -> tuple[str, dict[str, Any]]:

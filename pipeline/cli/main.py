@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import importlib
 import logging
 import os
@@ -12,7 +11,7 @@ import traceback
 import click
 
 from pipeline import __version__
-from pipeline.errors import InterruptedRun, PipelineError, ResourceError
+from pipeline.errors import explain
 
 VERBS = {
     "build": "pipeline.cli.build",
@@ -66,7 +65,8 @@ def main(arguments: list[str] | None = None) -> int:
         error.show()
         return 2
     except BaseException as error:
-        failure = explain(error)
+        aborted = isinstance(error, click.exceptions.Abort)
+        failure = explain(KeyboardInterrupt() if aborted else error)
         if failure is None:
             raise
         if verbose or failure.exit_status == 1:
@@ -74,27 +74,6 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {failure}", file=sys.stderr)
         return failure.exit_status
     return result if isinstance(result, int) else 0
-
-
-def explain(error: BaseException) -> PipelineError | None:
-    """The user's view of an exception; None for one that must not be caught."""
-    if isinstance(error, PipelineError):
-        return error
-    if isinstance(error, (KeyboardInterrupt, click.exceptions.Abort)):
-        return InterruptedRun(
-            "Interrupted.",
-            change="the same command with --resume continues a compress, a recover or a build",
-        )
-    if isinstance(error, MemoryError):
-        return ResourceError("Out of memory.", change="use a smaller model or fewer tokens")
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return ResourceError("No space left on the disk.", where=error.filename)
-    if isinstance(error, Exception):
-        return PipelineError(
-            f"Internal error: {type(error).__name__}: {error}",
-            change="this is a defect of skipcat; please report it with the traceback above",
-        )
-    return None
 
 
 if __name__ == "__main__":

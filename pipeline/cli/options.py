@@ -41,11 +41,3 @@ def apply(*decorators: Decorator) -> Decorator:
         return function
 
     return decorate
-
-
-def result_console() -> Any:
-    """Where tables go: stdout, as wide as the terminal or 120 columns where there is none."""
-    from rich.console import Console
-
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=120)

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.artefact import copy_tokenizer, refuse_existing, staged_folder, write_json
-from pipeline.engine.child import LOG_FILE, read_result, run_child, worker_command
+from pipeline.child_process import run_to_end
+from pipeline.engine.child import LOG_FILE, read_result, worker_command
 from pipeline.engine.manifest import MANIFEST_FILE, make_manifest
 from pipeline.engine.plan import EnginePlan, EngineRequest, plan_engine
 from pipeline.engine.profiles import DecodeForm
@@ -54,7 +55,7 @@ def run_plan(plan: EnginePlan, output: Path, *, overwrite: bool = False) -> dict
     with staged_folder(output, overwrite=overwrite, required_bytes=required) as staging:
         request_path = staging.resolve() / REQUEST_FILE
         write_json(request_path, plan.work.to_json())
-        end = run_child(worker_command(request_path), staging / LOG_FILE, plan.timeout_s)
+        end = run_to_end(worker_command(request_path), staging / LOG_FILE, plan.timeout_s)
         result = read_result(end, staging, plan.timeout_s)
         if plan.work.plugin is not None:
             # The engine cannot be loaded without it, so the folder carries it.

@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import json
-import resource
 import signal
 import sys
 from pathlib import Path
@@ -17,13 +16,14 @@ from pathlib import Path
 from pipeline.artefact import write_json
 from pipeline.engine.worker_protocol import RESULT_FILE, WorkerRequest, WorkerResult
 from pipeline.errors import PipelineError
+from pipeline.memory import peak_bytes
 
-PR_SET_PDEATHSIG = 1
+_PR_SET_PDEATHSIG = 1
 
 
 def main(arguments: list[str]) -> int:
     """Build what the request file says, beside it; return the exit status of `pipeline.errors`."""
-    die_with_parent()
+    _die_with_parent()
     path = Path(arguments[0])
     request = WorkerRequest.from_json(json.loads(path.read_text(encoding="utf-8")))
     try:
@@ -32,7 +32,7 @@ def main(arguments: list[str]) -> int:
         failure = {"error": {"what": error.what, "details": error.details}}
         write_json(path.with_name(RESULT_FILE), failure)
         return error.exit_status
-    result = dataclasses.replace(result, peak_memory_bytes=peak_memory_bytes())
+    result = dataclasses.replace(result, peak_memory_bytes=peak_bytes())
     write_json(path.with_name(RESULT_FILE), dataclasses.asdict(result))
     return 0
 
@@ -48,16 +48,10 @@ def build(request: WorkerRequest, staging: Path) -> WorkerResult:
     return standard.build(request, staging)
 
 
-def peak_memory_bytes() -> int:
-    """Largest resident size of this process so far, in bytes."""
-    kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return kibibytes * 1024
-
-
-def die_with_parent() -> None:
+def _die_with_parent() -> None:
     """Have Linux kill this process when its parent dies by a signal that it cannot pass on."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -109,8 +109,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Built]:
     export_folder(result.checkpoint, result.onnx_fp16, ExportRequest(dtype="float16"))
     if importlib.util.find_spec("tensorrt_rtx") is not None:
         for target in TARGETS:
-            request = EngineRequest(resolve_target(target))
-            build_engine(result.onnx_fp16, result.engine(target), request)
+            wanted = EngineRequest(resolve_target(target))
+            build_engine(result.onnx_fp16, result.engine(target), wanted)
     yield result
     shutil.rmtree(folder)  # two gigabytes
 

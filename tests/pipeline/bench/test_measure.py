@@ -30,14 +30,14 @@ def test_a_shape_is_opened_with_random_weights_of_the_type_that_was_asked(
     monkeypatch.setitem(shapes._SHAPES, "tiny", tiny)
     for kept in (1.0, 0.6):
         (target,) = targets.shape_targets("tiny", "bfloat16", [kept])
-        generate, ready = child.open_target(target.request("cpu", 1))
+        generate, ready = child._open_target(target.request("cpu", 1))
         assert ready["session"] == "torch bfloat16"
         assert ready["float_bytes"] == {"weights": 2, "cache": 2}
         turn = generate({"prompt_tokens": 8, "context": 16, "new_tokens": 4})
         assert turn["prefill_s"] > 0
         assert len(turn["token_s"]) == 4
         held = sum(tensor.elements for tensor in target.traffic.tensors if tensor.floating)
-        session = child.open_shape(target.request("cpu", 1))
+        session = child._open_shape(target.request("cpu", 1))
         assert held == sum(p.numel() for p in session.model.parameters())  # type: ignore[attr-defined]
 
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from pipeline.engine.child import LOG_FILE, ChildEnd, read_result, run_child
+from pipeline.child_process import ChildEnd, run_to_end
+from pipeline.engine.child import LOG_FILE, read_result
 from pipeline.errors import InputError, PipelineError, ResourceError
 
 # Registers a plugin creator under the name the graph asks for. TensorRT for RTX then aborts in its
@@ -51,7 +50,7 @@ sys.exit(worker.main(sys.argv[1:]))
 
 
 def run_python(code: str, folder: Path, timeout_s: float = 30, *arguments: str) -> ChildEnd:
-    return run_child([sys.executable, "-c", code, *arguments], folder / LOG_FILE, timeout_s)
+    return run_to_end([sys.executable, "-c", code, *arguments], folder / LOG_FILE, timeout_s)
 
 
 def test_an_abort_inside_tensorrt_becomes_an_error_with_the_log(
@@ -115,37 +114,3 @@ def test_the_workers_own_error_keeps_its_status_and_details(tmp_path: Path) -> N
     with pytest.raises(InputError, match="No") as caught:
         read_result(ChildEnd(3, timed_out=False), tmp_path, 30)
     assert caught.value.details == error["details"]
-
-
-def test_ctrl_c_kills_the_worker(tmp_path: Path) -> None:
-    code = (
-        "import signal, sys; from pathlib import Path\n"
-        "from pipeline.engine.child import run_child\n"
-        # A job started in the background by a script inherits an ignored SIGINT.
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "run_child([sys.executable, '-c', 'import os, time; print(os.getpid(), flush=True); "
-        "time.sleep(60)'], Path(sys.argv[1]), 60)"
-    )
-    log = tmp_path / LOG_FILE
-    parent = subprocess.Popen(
-        [sys.executable, "-c", code, str(log)],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[3])},
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        worker = wait_for_number(log)
-        parent.send_signal(signal.SIGINT)
-        assert parent.wait(20) != 0
-        with pytest.raises(ProcessLookupError):
-            os.kill(worker, 0)
-    finally:
-        parent.kill()
-
-
-def wait_for_number(path: Path) -> int:
-    for _ in range(200):
-        text = path.read_text() if path.exists() else ""
-        if text.endswith("\n"):
-            return int(text)
-        time.sleep(0.1)
-    pytest.fail("the worker did not start")

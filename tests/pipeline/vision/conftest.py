@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.digits import Digits, make_digits
 from pipeline.compress.request import CompressRequest
 from pipeline.compress.run import compress_to_folder
 from tests.support.classifiers import FAMILIES, save_classifier, write_images
-from tests.support.digits import Digits, make_digits
 
 
 @pytest.fixture(scope="session")

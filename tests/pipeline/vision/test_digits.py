@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.digits import Digits
 from pipeline.cli.main import main
-from tests.support.digits import Digits
 from validate.record import Ledger
 
 

@@ -9,11 +9,10 @@ import numpy as np
 import torch
 from sklearn.datasets import load_digits
 from torch.nn.functional import cross_entropy
-from transformers import ViTConfig, ViTForImageClassification
-
-from tests.support.classifiers import processor
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
 HELD_OUT = 360
+SIDE = 8
 EPOCHS, BATCH, PEAK_RATE = 18, 32, 2e-3
 
 
@@ -44,7 +43,10 @@ def make_digits(folder: Path) -> Digits:
     pixels = torch.from_numpy(images[places].astype(np.float32) / 127.5 - 1)[:, None]
     model = trained(pixels, torch.from_numpy(data.target[places]))
     model.save_pretrained(made.model)
-    processor(8, channels=1).save_pretrained(made.model)
+    half = [0.5]
+    size = {"height": SIDE, "width": SIDE}
+    processor = ViTImageProcessorPil(size=size, image_mean=half, image_std=half)
+    processor.save_pretrained(made.model)
     return made
 
 
@@ -57,7 +59,7 @@ def trained(pixels: torch.Tensor, labels: torch.Tensor) -> ViTForImageClassifica
     """
     torch.manual_seed(0)
     config = ViTConfig(
-        image_size=8,
+        image_size=SIDE,
         patch_size=2,
         num_channels=1,
         hidden_size=64,

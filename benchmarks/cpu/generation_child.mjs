@@ -9,15 +9,15 @@ const llama = await getLlama({
 });
 const model = await llama.loadModel({modelPath: model_path});
 const context = await model.createContext({contextSize: 2304, batchSize: 512, threads, sequences: 1});
-let guesses = false;
+let drafts = false;
 let sequence = context.getSequence();
 
-// A sequence has its guesses for life.
+// A sequence drafts for life or never.
 function use(lookup) {
-    if (lookup === guesses) return;
+    if (lookup === drafts) return;
     sequence.dispose();
     sequence = context.getSequence(lookup ? {tokenPredictor: new InputLookupTokenPredictor()} : {});
-    guesses = lookup;
+    drafts = lookup;
 }
 
 const say = (answer) => process.stdout.write(JSON.stringify(answer) + "\n");
@@ -54,7 +54,7 @@ say({ready: true, features: llama.systemInfo, release: llama.llamaCppRelease});
 for await (const line of readline.createInterface({input: process.stdin})) {
     const request = JSON.parse(line);
     use(request.lookup ?? false);
-    if (guesses) sequence.tokenPredictor.updateInputTokens(request.ids);
+    if (drafts) sequence.tokenPredictor.updateInputTokens(request.ids);
     say(await (request.do === "generate" ? generate(request.ids, request.new) : score(request.ids)));
 }
 process.exit(0);

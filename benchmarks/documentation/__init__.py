@@ -1,0 +1,1 @@
+"""The figures of README.md, docs/ and benchmarks/README.md, written from the results."""
