@@ -27,7 +27,7 @@ def main(arguments: list[str]) -> int:
     path = Path(arguments[0])
     request = WorkerRequest.from_json(json.loads(path.read_text(encoding="utf-8")))
     try:
-        result = build(request, path.parent)
+        result = _build(request, path.parent)
     except PipelineError as error:
         failure = {"error": {"what": error.what, "details": error.details}}
         write_json(path.with_name(RESULT_FILE), failure)
@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def build(request: WorkerRequest, staging: Path) -> WorkerResult:
+def _build(request: WorkerRequest, staging: Path) -> WorkerResult:
     """Build with the flavour that the request names; only that library is imported."""
     if request.flavour == "rtx":
         from pipeline.engine import rtx
