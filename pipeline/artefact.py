@@ -14,7 +14,7 @@ from typing import Any
 from pipeline.errors import InputError, ResourceError, UsageError
 from pipeline.progress import note
 
-MEBIBYTE = 1 << 20
+_MEBIBYTE = 1 << 20
 
 
 def partial_path(output: Path) -> Path:
@@ -36,7 +36,7 @@ def staged_folder(
         ResourceError: fewer than `required_bytes` are free.
     """
     refuse_existing(output, overwrite=overwrite)
-    require_free_bytes(output.parent, required_bytes)
+    _require_free_bytes(output.parent, required_bytes)
     staging = partial_path(output)
     if staging.exists() and not resume:
         shutil.rmtree(staging)
@@ -112,7 +112,7 @@ def refuse_existing(output: Path, *, overwrite: bool) -> None:
     )
 
 
-def require_free_bytes(folder: Path, required_bytes: int) -> None:
+def _require_free_bytes(folder: Path, required_bytes: int) -> None:
     """Raise ResourceError when the file system of `folder` has fewer bytes free than required."""
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     free_bytes = shutil.disk_usage(existing).free
@@ -120,8 +120,8 @@ def require_free_bytes(folder: Path, required_bytes: int) -> None:
         raise ResourceError(
             "Not enough disk space.",
             where=existing,
-            observed=f"{free_bytes / MEBIBYTE:.0f} MiB free",
-            expected=f"{required_bytes / MEBIBYTE:.0f} MiB",
+            observed=f"{free_bytes / _MEBIBYTE:.0f} MiB free",
+            expected=f"{required_bytes / _MEBIBYTE:.0f} MiB",
             change="free some space, or pass an --output on another disk",
         )
 

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from validate.run import ValidateRequest
     from validate.stages import Artefacts
 
-SCHEMA = 1
-RECORD = "build.json"
+_SCHEMA = 1
+_RECORD = "build.json"
 
 
 @dataclass(frozen=True)
@@ -115,9 +115,9 @@ class Build:
     def save(self) -> None:
         """Write build.json."""
         write_json(
-            self.folder / RECORD,
+            self.folder / _RECORD,
             {
-                "schema": SCHEMA,
+                "schema": _SCHEMA,
                 "request": asdict(self.request),
                 "stages": self.stages,
                 "provenance": provenance(),
@@ -184,7 +184,7 @@ def _forget_failed_ledger(folder: Path) -> None:
 
 def _refuse_missing_packages(target: Target) -> None:
     """Say what is missing before minutes of work, not after."""
-    from pipeline.engine.build import require_package
+    from pipeline.engine.plan import require_package
 
     if target.flavour != "cpu":
         require_package(target)
@@ -200,10 +200,11 @@ def _export(
 
 def _engine(state: Build, target: Target) -> None:
     from pipeline.engine.build import build_engine
+    from pipeline.engine.plan import EngineRequest
 
     onnx_folder = state.folder / "onnx-fp16"
     name = f"engine-{target}".replace(" ", "-").replace("/", "-").replace(":", "-").lower()
-    state.run("engine", name, lambda path: build_engine(onnx_folder, path, target))
+    state.run("engine", name, lambda path: build_engine(onnx_folder, path, EngineRequest(target)))
 
 
 def _read_ledger(folder: Path) -> Ledger:
@@ -256,7 +257,7 @@ def _earlier_stages(
     if earlier["request"] != json.loads(json.dumps(asdict(request))):
         raise UsageError(
             "The unfinished build was started with other settings.",
-            where=folder / RECORD,
+            where=folder / _RECORD,
             change="repeat the earlier settings, or replace it with --overwrite",
         )
     return earlier["stages"]
@@ -265,13 +266,13 @@ def _earlier_stages(
 def _read_build(folder: Path) -> dict[str, Any]:
     """build.json; without one the folder is not ours to change."""
     try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        record = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
         return {name: record[name] for name in ("request", "stages")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             "The output was not written by skipcat build, so it is left as it is.",
             where=folder,
-            expected=f"a folder with the {RECORD} of a build",
+            expected=f"a folder with the {_RECORD} of a build",
             change="choose another --output, or delete it yourself",
         ) from error
 

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, TypeVar
 if TYPE_CHECKING:
     from rich.console import Console
 
-Item = TypeVar("Item")
-SECONDS_BETWEEN_LINES = 20.0
+_Item = TypeVar("_Item")
+_SECONDS_BETWEEN_LINES = 20.0
 
 
-def console() -> Console:
+def _console() -> Console:
     """Where progress, notes and warnings go."""
     from rich.console import Console
 
@@ -32,14 +32,14 @@ def result_console() -> Console:
 
 def note(message: str) -> None:
     """Tell the user one thing, on stderr."""
-    console().print(message, markup=False)
+    _console().print(message, markup=False)
 
 
-def track(items: Iterable[Item], description: str, total: int | None = None) -> Iterator[Item]:
+def track(items: Iterable[_Item], description: str, total: int | None = None) -> Iterator[_Item]:
     """Yield the items and show how many are done, with the time that remains."""
     if total is None and isinstance(items, Sized):
         total = len(items)
-    target = console()
+    target = _console()
     if not target.is_terminal:
         yield from _track_by_lines(items, description, total)
         return
@@ -59,10 +59,10 @@ def track(items: Iterable[Item], description: str, total: int | None = None) -> 
             progress.advance(task)
 
 
-def _track_by_lines(items: Iterable[Item], description: str, total: int | None) -> Iterator[Item]:
+def _track_by_lines(items: Iterable[_Item], description: str, total: int | None) -> Iterator[_Item]:
     last = time.monotonic()
     for done, item in enumerate(items):
-        if time.monotonic() - last > SECONDS_BETWEEN_LINES:
+        if time.monotonic() - last > _SECONDS_BETWEEN_LINES:
             note(f"{description}: {done} of {total if total is not None else '?'}")
             last = time.monotonic()
         yield item

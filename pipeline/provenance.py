@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pipeline import __version__
 
-LIBRARIES = (
+_LIBRARIES = (
     "torch",
     "transformers",
     "safetensors",
@@ -26,10 +26,10 @@ LIBRARIES = (
 )
 
 
-def library_versions() -> dict[str, str]:
+def _library_versions() -> dict[str, str]:
     """Installed versions of the libraries that decide the numbers, by distribution name."""
     versions = {}
-    for name in LIBRARIES:
+    for name in _LIBRARIES:
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -37,7 +37,7 @@ def library_versions() -> dict[str, str]:
     return versions
 
 
-def git_commit() -> str | None:
+def _git_commit() -> str | None:
     """Commit of the checkout this package runs from, with '-dirty' if it has changes; else None."""
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():
@@ -55,8 +55,8 @@ def provenance() -> dict[str, object]:
     return {
         "tool": "skipcat",
         "version": __version__,
-        "commit": git_commit(),
+        "commit": _git_commit(),
         "python": platform.python_version(),
         "machine": platform.machine(),
-        "libraries": library_versions(),
+        "libraries": _library_versions(),
     }

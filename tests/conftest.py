@@ -13,7 +13,7 @@ import importlib.util
 
 import pytest
 
-from pipeline import machine
+from pipeline.gpu import find_gpus
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -30,7 +30,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def missing_hardware() -> dict[str, str]:
     """For each marker whose requirement is not met here, the reason to skip."""
     reasons = {}
-    gpus, why = machine.find_gpus()
+    gpus, why = find_gpus()
     if not gpus:
         reasons["gpu"] = f"needs an NVIDIA GPU: {why}"
     if importlib.util.find_spec("tensorrt") is None:
@@ -42,5 +42,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip tests that this machine cannot run, saying why."""
     for marker, reason in missing_hardware().items():
         for item in items:
-            if marker in item.keywords:
+            if item.get_closest_marker(marker) is not None:
                 item.add_marker(pytest.mark.skip(reason=reason))

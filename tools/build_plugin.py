@@ -12,21 +12,23 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from find_toolchain import (
-    BuildError,
+from pipeline.errors import InputError
+from pipeline.gpu import find_gpus
+from pipeline.toolchain import (
+    OLDEST_CAPABILITY,
+    WORK,
     Found,
     find_compiler,
     find_headers,
     find_nvcc,
     find_program,
-    run,
+    run_program,
     with_modules,
 )
 
@@ -44,15 +46,10 @@ def architectures(chosen: str | None) -> str:
     if chosen:
         return chosen
     wanted = ARCHITECTURES.split(";")
-    program = shutil.which("nvidia-smi")
-    if program:
-        query = [program, "--query-gpu=compute_cap", "--format=csv,noheader"]
-        answer = subprocess.run(query, capture_output=True, text=True, check=False)
-        found = re.findall(r"(\d+)\.(\d+)", answer.stdout) if answer.returncode == 0 else []
-        for major, minor in sorted(set(found)):
-            number = major + minor
-            if int(number) >= 80 and not any(item.split("-")[0] == number for item in wanted):
-                wanted.insert(0, f"{number}-real")
+    for major, minor in sorted({gpu.capability for gpu in find_gpus()[0]}):
+        number = 10 * major + minor
+        if number >= OLDEST_CAPABILITY and f"{number}" not in {w.split("-")[0] for w in wanted}:
+            wanted.insert(0, f"{number}-real")
     return ";".join(wanted)
 
 
@@ -122,7 +119,7 @@ def configure_and_build(work: Path, tools: dict[str, Found], wanted: str) -> str
     cmake = str(tools["cmake"].path)
     tree = work / "tree"
     nvcc = tools["nvcc"].path
-    run(
+    run_program(
         [
             cmake, "-S", str(SOURCE), "-B", str(tree), "-G", "Ninja",
             f"-DCMAKE_MAKE_PROGRAM={tools['ninja'].path}",
@@ -134,7 +131,7 @@ def configure_and_build(work: Path, tools: dict[str, Found], wanted: str) -> str
         "configuring",
         environment,
     )  # fmt: skip
-    output = run([cmake, "--build", str(tree), "--verbose"], "compiling", environment)
+    output = run_program([cmake, "--build", str(tree), "--verbose"], "compiling", environment)
     log = work / "compile.log"
     # Nothing is compiled a second time, and then nothing is said.
     if "Compiling entry function" in output or not log.is_file():
@@ -179,15 +176,15 @@ def build(work: Path, target: Path, chosen: str | None) -> Path:
 def main() -> int:
     """Parse the command line; 0 ok, 3 when something is missing or does not compile."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work", type=Path, default=ROOT / "build" / "plugin")
+    parser.add_argument("--work", type=Path, default=WORK)
     parser.add_argument("--output", type=Path, default=SOURCE / "lib")
     parser.add_argument("--architectures", help=f"as CMake names them; default {ARCHITECTURES}")
     arguments = parser.parse_args()
     try:
         build(arguments.work.resolve(), arguments.output.resolve(), arguments.architectures)
-    except BuildError as error:
+    except InputError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 3
+        return error.exit_status
     except KeyboardInterrupt:
         return 130
     return 0

@@ -15,9 +15,10 @@ import sys
 import zipfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from find_toolchain import BuildError, pip
+from pipeline.errors import InputError
+from pipeline.toolchain import pip
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "build" / "tensorrt-types"
@@ -45,7 +46,7 @@ def fetch(folder: Path) -> None:
     """Put the stubs, and the plugin sources beside them, into a folder that appears whole.
 
     Raises:
-        BuildError: PyPI is out of reach.
+        InputError: PyPI is out of reach.
     """
     aside = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(aside, ignore_errors=True)
@@ -97,9 +98,9 @@ def main() -> int:
     try:
         if not FOLDER.is_dir():
             fetch(FOLDER)
-    except BuildError as error:
+    except InputError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 3
+        return error.exit_status
     environment = os.environ | {"MYPYPATH": str(FOLDER)}
     command = [sys.executable, "-m", "mypy", "--cache-dir", str(FOLDER / "cache"), *CHECKED]
     answer = subprocess.run(

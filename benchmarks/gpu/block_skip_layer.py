@@ -24,8 +24,9 @@ import torch
 
 from benchmarks.command import run
 from pipeline.errors import InputError
-from pipeline.kernels.build import SOURCE_FOLDER, SOURCES, build_library, find_nvcc
+from pipeline.kernels.build import SOURCE_FOLDER, SOURCES, build_library
 from pipeline.kernels.interface import BF16, FP16, Device, Pointers, Problem, open_library
+from pipeline.toolchain import local_nvcc
 
 BOUNDS = {torch.float16: 1e-3, torch.bfloat16: 1e-2}
 _TYPES = {torch.float16: FP16, torch.bfloat16: BF16}
@@ -243,7 +244,7 @@ class _PreparedCall:
 
 def _cuda_toolkit() -> Path:
     """The folder of CUDA's headers and libraries; raise InputError where there is none."""
-    nvcc = find_nvcc()
+    nvcc = local_nvcc()
     places = [nvcc.resolve().parents[2]] if nvcc else []
     for place in (*places, *sorted(Path("/usr/local").glob("cuda*"))):
         if (place / "include" / "cuda_fp16.h").is_file():

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
-MEBIBYTE = 1 << 20
-SMALLEST_BUFFER = 512 * MEBIBYTE
-TIMES_THE_CACHE = 16
-READS = 6
-CACHE_SIZES = Path("/sys/devices/system/cpu")
+_MEBIBYTE = 1 << 20
+_SMALLEST_BUFFER = 512 * _MEBIBYTE
+_TIMES_THE_CACHE = 16
+_READS = 6
+_CACHE_SIZES = Path("/sys/devices/system/cpu")
 
 
 class HostMemory:
@@ -25,14 +25,14 @@ class HostMemory:
     def __init__(self, threads: int) -> None:
         torch.set_num_threads(threads)
         self.name = f"sum of a buffer, {threads} threads"
-        self.buffer_bytes = max(SMALLEST_BUFFER, TIMES_THE_CACHE * last_level_cache_bytes())
+        self.buffer_bytes = max(_SMALLEST_BUFFER, _TIMES_THE_CACHE * _last_level_cache_bytes())
         self._floats = torch.ones(self.buffer_bytes // 4)
         self._integers = self._floats.view(torch.int64)
 
     def read(self) -> float:
         """Bytes a second of the quickest of some reads, as floats and as integers."""
         sums: tuple[Callable[[], object], ...] = (self._floats.sum, self._integers.sum)
-        return self.buffer_bytes / min(seconds(call) for call in sums for _ in range(READS // 2))
+        return self.buffer_bytes / min(_seconds(call) for call in sums for _ in range(_READS // 2))
 
 
 class DeviceMemory:
@@ -40,13 +40,13 @@ class DeviceMemory:
 
     def __init__(self) -> None:
         self.name = "copy within the GPU's memory, bytes read and written"
-        self.buffer_bytes = SMALLEST_BUFFER
+        self.buffer_bytes = _SMALLEST_BUFFER
         self._from = torch.ones(self.buffer_bytes // 4, device="cuda")
         self._to = torch.empty_like(self._from)
 
     def read(self) -> float:
         """Bytes a second, read and written, of the quickest of some copies."""
-        return 2 * self.buffer_bytes / min(self._copy_s() for _ in range(READS))
+        return 2 * self.buffer_bytes / min(self._copy_s() for _ in range(_READS))
 
     def _copy_s(self) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -57,14 +57,14 @@ class DeviceMemory:
         return start.elapsed_time(end) / 1000
 
 
-def seconds(call: Callable[[], object]) -> float:
+def _seconds(call: Callable[[], object]) -> float:
     """How long a call takes."""
     started = time.perf_counter()
     call()
     return time.perf_counter() - started
 
 
-def last_level_cache_bytes(folder: Path = CACHE_SIZES) -> int:
+def _last_level_cache_bytes(folder: Path = _CACHE_SIZES) -> int:
     """Size of the largest cache of the CPU; 0 where Linux does not tell."""
     units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
     largest = 0

@@ -21,16 +21,16 @@ from pipeline.memory import peak_bytes
 if TYPE_CHECKING:
     from pipeline.runtime.sessions.session import Session
 
-Request = dict[str, Any]
-Answer = dict[str, Any]
-SEED = 0
+_Request = dict[str, Any]
+_Answer = dict[str, Any]
+_SEED = 0
 
 
 def main() -> None:
     """Answer on what was stdout; whatever libraries print goes to stderr."""
     tell = answers_on_stdout()
     try:
-        measure, ready = open_target(json.loads(sys.stdin.readline()))
+        measure, ready = _open_target(json.loads(sys.stdin.readline()))
         tell(ready)
         for line in sys.stdin:
             tell(measure(json.loads(line)))
@@ -39,30 +39,30 @@ def main() -> None:
         tell({"error": details})
 
 
-def open_target(target: Request) -> tuple[Callable[[Request], Answer], Answer]:
+def _open_target(target: _Request) -> tuple[Callable[[_Request], _Answer], _Answer]:
     """What answers the requests, and what to say of it first.
 
     Args:
         target: `kind` is `memory`, `folder` or `shape`; `device` is `cpu` or `cuda`; `threads`.
     """
     if target["kind"] == "memory":
-        return open_memory(target)
+        return _open_memory(target)
     if target["device"] == "cpu" and target["library"] == "torch":
         import torch
 
         torch.set_num_threads(target["threads"])
-    meter = DeviceMeter() if target["device"] == "cuda" else None
-    session = open_shape(target) if target["kind"] == "shape" else open_folder(target)
+    meter = _DeviceMeter() if target["device"] == "cuda" else None
+    session = _open_shape(target) if target["kind"] == "shape" else _open_folder(target)
     ready = {
         "session": session.name,
-        "float_bytes": float_bytes(session, target["library"]),
+        "float_bytes": _float_bytes(session, target["library"]),
         # PyTorch on the GPU attends over all slots of a static cache.
         "cache_tokens": session.max_length if meter and target["library"] == "torch" else None,
     }
-    return lambda request: generate(session, request, meter), ready
+    return lambda request: _generate(session, request, meter), ready
 
 
-def open_memory(target: Request) -> tuple[Callable[[Request], Answer], Answer]:
+def _open_memory(target: _Request) -> tuple[Callable[[_Request], _Answer], _Answer]:
     """The buffers whose reading gives the bandwidth."""
     from pipeline.bench.bandwidth import DeviceMemory, HostMemory
 
@@ -72,7 +72,7 @@ def open_memory(target: Request) -> tuple[Callable[[Request], Answer], Answer]:
     return lambda request: {"bytes_per_s": memory.read()}, ready
 
 
-def open_folder(target: Request) -> Session:
+def _open_folder(target: _Request) -> Session:
     """The session that `skipcat run` would open."""
     from pipeline.runtime.sessions.open_session import open_session
 
@@ -81,7 +81,7 @@ def open_folder(target: Request) -> Session:
     return open_session(Path(target["folder"]), threads=target["threads"], device=device)
 
 
-def open_shape(target: Request) -> Session:
+def _open_shape(target: _Request) -> Session:
     """An architecture with random weights in PyTorch."""
     import torch
 
@@ -91,11 +91,11 @@ def open_shape(target: Request) -> Session:
     model = empty_model(find_shape(target["shape"]), target["kept"])
     fill_randomly_(model, getattr(torch, target["dtype"]))
     if target["device"] == "cuda":
-        return open_on_gpu(model, target["dtype"])
+        return _open_on_gpu(model, target["dtype"])
     return TorchSession(model, name=f"torch {target['dtype']}")
 
 
-def open_on_gpu(model: Any, dtype: str) -> Session:
+def _open_on_gpu(model: Any, dtype: str) -> Session:
     """The session over a model on the GPU: our kernels, one graph a step, as for a checkpoint."""
     import torch
 
@@ -109,7 +109,7 @@ def open_on_gpu(model: Any, dtype: str) -> Session:
     return StaticSession(model.to("cuda"), f"torch cuda {dtype}", CUDA_CACHE_TOKENS)
 
 
-def float_bytes(session: Session, library: str) -> dict[str, int | None]:
+def _float_bytes(session: Session, library: str) -> dict[str, int | None]:
     """Width in which a session holds floating-point numbers; None is that of the file."""
     if library == "torch":
         held = next(getattr(session, "model").parameters()).element_size()  # noqa: B009
@@ -118,7 +118,7 @@ def float_bytes(session: Session, library: str) -> dict[str, int | None]:
     return {"weights": 4 if library == "onnx" else None, "cache": None}
 
 
-def generate(session: Session, request: Request, meter: DeviceMeter | None = None) -> Answer:
+def _generate(session: Session, request: _Request, meter: _DeviceMeter | None = None) -> _Answer:
     """Read a prompt, fill the cache up to the context, and feed token after token.
 
     The tokens are random, the same ones for every model of that vocabulary.
@@ -131,7 +131,7 @@ def generate(session: Session, request: Request, meter: DeviceMeter | None = Non
     Returns:
         Seconds of the prompt and of each token; peak memory so far, bytes.
     """
-    generator = np.random.default_rng(SEED)
+    generator = np.random.default_rng(_SEED)
     context, new_tokens = request["context"], request["new_tokens"]
     ids = generator.integers(0, session.vocab_size, (1, context + new_tokens), np.int64)
     prompt = request["prompt_tokens"]
@@ -151,7 +151,7 @@ def generate(session: Session, request: Request, meter: DeviceMeter | None = Non
     return {"prefill_s": prefill_s, "token_s": token_s} | peaks
 
 
-class DeviceMeter:
+class _DeviceMeter:
     """The GPU's memory that this process takes, from when the meter is made.
 
     TensorRT allocates past PyTorch, and the system tells only what is free for all: the first

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 from pipeline.errors import UsageError
 
-ORIN = "NVIDIA Jetson Orin data sheets (LPDDR5; clock of the mode without Super)"
-SUPER = "NVIDIA's Super mode, JetPack 6.1 and later: 68 to 102 GB/s, 625 to 1020 MHz"
-THOR = "NVIDIA Jetson AGX Thor data sheet (LPDDR5X, 273 GB/s)"
-GEFORCE = "NVIDIA's GeForce specifications (memory bus, data rate, boost clock)"
+_ORIN = "NVIDIA Jetson Orin data sheets (LPDDR5; clock of the mode without Super)"
+_SUPER = "NVIDIA's Super mode, JetPack 6.1 and later: 68 to 102 GB/s, 625 to 1020 MHz"
+_THOR = "NVIDIA Jetson AGX Thor data sheet (LPDDR5X, 273 GB/s)"
+_GEFORCE = "NVIDIA's GeForce specifications (memory bus, data rate, boost clock)"
 
 
 @dataclass(frozen=True)
-class Device:
+class DeviceSpec:
     """Memory of a device, whose bandwidth bounds the decoding of one sequence.
 
     Attributes:
@@ -41,28 +41,28 @@ class Device:
 DEVICES = {
     device.name: device
     for device in (
-        Device("orin-nano-4gb", 64, 4.266, 0.625, 4, ORIN),
-        Device("orin-nano-8gb", 128, 4.266, 0.625, 8, ORIN),
-        Device("orin-nano-8gb-super", 128, 6.4, 1.02, 8, SUPER),
-        Device("orin-nx-8gb", 128, 6.4, 0.765, 8, ORIN),
-        Device("orin-nx-16gb", 128, 6.4, 0.918, 16, ORIN),
-        Device("agx-orin-32gb", 256, 6.4, 0.93, 32, ORIN),
-        Device("agx-orin-64gb", 256, 6.4, 1.3, 64, ORIN),
-        Device("thor", 256, 8.533, 1.575, 128, THOR),
-        Device("rtx-3060", 192, 15.0, 1.777, 12, GEFORCE),
-        Device("rtx-3090", 384, 19.5, 1.695, 24, GEFORCE),
-        Device("rtx-4060", 128, 17.0, 2.46, 8, GEFORCE),
-        Device("rtx-4070", 192, 21.0, 2.475, 12, GEFORCE),
-        Device("rtx-4080", 256, 22.4, 2.505, 16, GEFORCE),
-        Device("rtx-4090", 384, 21.0, 2.52, 24, GEFORCE),
-        Device("rtx-5070", 192, 28.0, 2.512, 12, GEFORCE),
-        Device("rtx-5080", 256, 30.0, 2.617, 16, GEFORCE),
-        Device("rtx-5090", 512, 28.0, 2.407, 32, GEFORCE),
+        DeviceSpec("orin-nano-4gb", 64, 4.266, 0.625, 4, _ORIN),
+        DeviceSpec("orin-nano-8gb", 128, 4.266, 0.625, 8, _ORIN),
+        DeviceSpec("orin-nano-8gb-super", 128, 6.4, 1.02, 8, _SUPER),
+        DeviceSpec("orin-nx-8gb", 128, 6.4, 0.765, 8, _ORIN),
+        DeviceSpec("orin-nx-16gb", 128, 6.4, 0.918, 16, _ORIN),
+        DeviceSpec("agx-orin-32gb", 256, 6.4, 0.93, 32, _ORIN),
+        DeviceSpec("agx-orin-64gb", 256, 6.4, 1.3, 64, _ORIN),
+        DeviceSpec("thor", 256, 8.533, 1.575, 128, _THOR),
+        DeviceSpec("rtx-3060", 192, 15.0, 1.777, 12, _GEFORCE),
+        DeviceSpec("rtx-3090", 384, 19.5, 1.695, 24, _GEFORCE),
+        DeviceSpec("rtx-4060", 128, 17.0, 2.46, 8, _GEFORCE),
+        DeviceSpec("rtx-4070", 192, 21.0, 2.475, 12, _GEFORCE),
+        DeviceSpec("rtx-4080", 256, 22.4, 2.505, 16, _GEFORCE),
+        DeviceSpec("rtx-4090", 384, 21.0, 2.52, 24, _GEFORCE),
+        DeviceSpec("rtx-5070", 192, 28.0, 2.512, 12, _GEFORCE),
+        DeviceSpec("rtx-5080", 256, 30.0, 2.617, 16, _GEFORCE),
+        DeviceSpec("rtx-5090", 512, 28.0, 2.407, 32, _GEFORCE),
     )
 }
 
 
-def find_devices(names: str) -> list[Device]:
+def find_devices(names: str) -> list[DeviceSpec]:
     """Devices by their names, separated by commas.
 
     Raises:

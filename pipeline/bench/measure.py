@@ -10,21 +10,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline import machine
 from pipeline.bench.process import Child
 from pipeline.bench.targets import (
-    Target,
+    BenchTarget,
     choose_device,
     require_length,
     require_memory,
 )
+from pipeline.gpu import find_gpus, read_jetpack
+from pipeline.machine import cpu_flags, usable_cores
 from pipeline.progress import note, track
 from pipeline.provenance import provenance
 
-SCHEMA = 1
-WARM_UP_TOKENS = 4
-MEMORY_BUFFER_BYTES = 512 << 20
-Turn = dict[str, Any]
+_SCHEMA = 1
+_WARM_UP_TOKENS = 4
+_MEMORY_BUFFER_BYTES = 512 << 20
+_Turn = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,9 @@ class Settings:
 
 
 def measure(
-    targets: Sequence[Target], settings: Settings, tell: Callable[[str], None] = lambda text: None
+    targets: Sequence[BenchTarget],
+    settings: Settings,
+    tell: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Prefill and decode of every model, interleaved, and the bandwidth of the memory between.
 
@@ -83,7 +86,7 @@ def measure(
     require_length(targets, settings.context, settings.new_tokens)
     if device == "cpu":
         length = settings.context + settings.new_tokens
-        require_memory(targets, length, MEMORY_BUFFER_BYTES)
+        require_memory(targets, length, _MEMORY_BUFFER_BYTES)
     before = load_average()
     with contextlib.ExitStack() as stack:
         memory_target = {"kind": "memory", "device": device, "threads": settings.threads}
@@ -96,16 +99,16 @@ def measure(
             request = target.request(device, settings.threads)
             child = stack.enter_context(Child(target.label, request))
             child.wait_until_open()
-            child.ask(**settings.asked(min(WARM_UP_TOKENS, settings.new_tokens)))
+            child.ask(**settings.asked(min(_WARM_UP_TOKENS, settings.new_tokens)))
             children.append(child)
-        speeds, turns = take_turns(memory, children, settings, tell)
-        bandwidth = {"device": device, **memory.ready, "bytes_per_s": summary(speeds)}
+        speeds, turns = _take_turns(memory, children, settings, tell)
+        bandwidth = {"device": device, **memory.ready, "bytes_per_s": _summary(speeds)}
         rows = [
-            row_of(target, child.ready, found, settings, bandwidth["bytes_per_s"]["median"])
+            _row_of(target, child.ready, found, settings, bandwidth["bytes_per_s"]["median"])
             for target, child, found in zip(targets, children, turns, strict=True)
         ]
     return {
-        "schema": SCHEMA,
+        "schema": _SCHEMA,
         "kind": "measurement",
         "machine": describe_machine(),
         "provenance": provenance(),
@@ -116,12 +119,12 @@ def measure(
     }
 
 
-def take_turns(
+def _take_turns(
     memory: Child, children: Sequence[Child], settings: Settings, tell: Callable[[str], None]
-) -> tuple[list[float], list[list[Turn]]]:
+) -> tuple[list[float], list[list[_Turn]]]:
     """Bytes a second of the memory in each round, and the turns of each child."""
     speeds: list[float] = []
-    turns: list[list[Turn]] = [[] for _ in children]
+    turns: list[list[_Turn]] = [[] for _ in children]
     for number in track(range(settings.rounds), "rounds"):
         speeds.append(memory.ask()["bytes_per_s"])
         tell(f"round {number + 1}: memory {speeds[-1] / 1e9:.1f} GB/s")
@@ -132,10 +135,10 @@ def take_turns(
     return speeds, turns
 
 
-def row_of(
-    target: Target,
+def _row_of(
+    target: BenchTarget,
     ready: dict[str, Any],
-    turns: Sequence[Turn],
+    turns: Sequence[_Turn],
     settings: Settings,
     bytes_per_s: float,
 ) -> dict[str, Any]:
@@ -152,8 +155,8 @@ def row_of(
     weights = target.traffic.weight_bytes(widths["weights"])
     tokens = ready["cache_tokens"] or settings.mean_context
     cache = target.traffic.cache_bytes(tokens, widths["cache"])
-    prefill = summary([settings.prompt_tokens / turn["prefill_s"] for turn in turns])
-    decode = summary([settings.new_tokens / sum(turn["token_s"]) for turn in turns])
+    prefill = _summary([settings.prompt_tokens / turn["prefill_s"] for turn in turns])
+    decode = _summary([settings.new_tokens / sum(turn["token_s"]) for turn in turns])
     tokens_s = [second for turn in turns for second in turn["token_s"]]
     achieved = (weights + cache) * decode["median"]
     return {
@@ -175,7 +178,7 @@ def row_of(
     }
 
 
-def summary(values: Sequence[float]) -> dict[str, Any]:
+def _summary(values: Sequence[float]) -> dict[str, Any]:
     """Median, extremes and all values."""
     return {
         "median": statistics.median(values),
@@ -194,18 +197,18 @@ def describe_machine() -> dict[str, Any]:
     """Processor, cores, memory and GPUs of this machine."""
     import psutil
 
-    gpus, why = machine.find_gpus()
+    gpus, why = find_gpus()
     return {
-        "cpu": cpu_name(),
-        "cores": machine.usable_cores(),
-        "cpu_flags": list(machine.cpu_flags()),
+        "cpu": _cpu_name(),
+        "cores": usable_cores(),
+        "cpu_flags": list(cpu_flags()),
         "memory_bytes": psutil.virtual_memory().total,
-        "gpus": [asdict(gpu) for gpu in gpus] or why,
-        "jetpack": machine.read_jetpack(),
+        "gpus": [asdict(gpu) | {"capability": gpu.dotted_capability} for gpu in gpus] or why,
+        "jetpack": read_jetpack(),
     }
 
 
-def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+def _cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     """The processor's name, as Linux knows it."""
     try:
         lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()

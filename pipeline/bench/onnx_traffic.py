@@ -19,15 +19,15 @@ from pipeline.export.record import ExportRecord, read_export_record
 
 CACHE_PREFIX = "past_key_values."
 # Operator -> inputs of which one row is read for a token.
-LOOKED_UP = {
+_LOOKED_UP = {
     "Gather": (0,),
     "GatherBlockQuantized": (0, 2, 3),
     "GroupQueryAttention": (7, 8),
 }
 # Operator -> input that is the matrix of a product. A head that is also the embedding is turned
 # first, which ONNX Runtime does once, as it loads.
-PRODUCTS = {"MatMul": (0, 1), "Gemm": (1,), "MatMulNBits": (1,), "Transpose": (0,)}
-Use = tuple[str, str, int]  # domain, operator, number of the input
+_PRODUCTS = {"MatMul": (0, 1), "Gemm": (1,), "MatMulNBits": (1,), "Transpose": (0,)}
+_Use = tuple[str, str, int]  # domain, operator, number of the input
 
 
 def traffic_of_export(folder: Path) -> Traffic:
@@ -42,18 +42,18 @@ def traffic_of_export(folder: Path) -> Traffic:
         graph = onnx.load(str(path), load_external_data=False).graph
     except Exception as error:  # protobuf's errors share no base class but this one
         raise InputError("The graph cannot be read.", where=path, observed=error) from error
-    require_weights(folder, graph.initializer)
-    uses = uses_of_inputs(graph.node)
+    _require_weights(folder, graph.initializer)
+    uses = _uses_of_inputs(graph.node)
     tensors = tuple(
-        stored_tensor(initializer, uses[initializer.name]) for initializer in graph.initializer
+        _stored_tensor(initializer, uses[initializer.name]) for initializer in graph.initializer
     )
     cache = tuple(
-        cache_input(value, record) for value in graph.input if value.name.startswith(CACHE_PREFIX)
+        _cache_input(value, record) for value in graph.input if value.name.startswith(CACHE_PREFIX)
     )
     return Traffic(tensors, cache, record.max_length, "model.onnx")
 
 
-def require_weights(folder: Path, initializers: Iterable[Any]) -> None:
+def _require_weights(folder: Path, initializers: Iterable[Any]) -> None:
     """Raise InputError when a file that weights are in is missing or too short."""
     ends: dict[str, int] = defaultdict(int)
     for initializer in initializers:
@@ -74,31 +74,31 @@ def require_weights(folder: Path, initializers: Iterable[Any]) -> None:
             )
 
 
-def uses_of_inputs(nodes: Iterable[Any]) -> dict[str, list[Use]]:
+def _uses_of_inputs(nodes: Iterable[Any]) -> dict[str, list[_Use]]:
     """Who reads each tensor."""
-    uses: dict[str, list[Use]] = defaultdict(list)
+    uses: dict[str, list[_Use]] = defaultdict(list)
     for node in nodes:
         for place, name in enumerate(node.input):
             uses[name].append((node.domain, node.op_type, place))
     return uses
 
 
-def stored_tensor(initializer: Any, uses: list[Use]) -> StoredTensor:
+def _stored_tensor(initializer: Any, uses: list[_Use]) -> StoredTensor:
     """An initializer, judged by the nodes that read it."""
     kind = ir.DataType(initializer.data_type)
     shape = tuple(initializer.dims)
     product = len(shape) >= 2 and any(
-        domain == DOMAIN or place in PRODUCTS.get(operator, ()) for domain, operator, place in uses
+        domain == DOMAIN or place in _PRODUCTS.get(operator, ()) for domain, operator, place in uses
     )
     looked_up = bool(uses) and all(
-        place in LOOKED_UP.get(operator, ()) for _, operator, place in uses
+        place in _LOOKED_UP.get(operator, ()) for _, operator, place in uses
     )
     # ONNX Runtime's CPU kernels widen float16 as they load; scales of rounded weights stay.
     floating = kind == ir.DataType.FLOAT16
     return StoredTensor(initializer.name, shape, kind.bitwidth, looked_up, product, floating)
 
 
-def cache_input(value: Any, record: ExportRecord) -> CacheTensor:
+def _cache_input(value: Any, record: ExportRecord) -> CacheTensor:
     """Keys or values of a layer, from the graph's input [B, heads, length, width]."""
     dims = [dim.dim_value for dim in value.type.tensor_type.shape.dim]
     bits = ir.DataType(value.type.tensor_type.elem_type).bitwidth
@@ -118,7 +118,7 @@ def traffic_of_engine(folder: Path) -> Traffic:
         digest = manifest["onnx"]["sha256"]
         length = manifest["limits"]["max_length"]
         plan = StoredTensor("engine.plan", (manifest["plan"]["bytes"],), 8, floating=False)
-        cache = tuple(engine_cache(manifest))
+        cache = tuple(_engine_cache(manifest))
     except (KeyError, TypeError, IndexError) as error:
         raise InputError("The manifest of this engine is broken.", where=folder) from error
     for record in sorted(folder.absolute().parent.glob("*/export.json")):
@@ -129,7 +129,7 @@ def traffic_of_engine(folder: Path) -> Traffic:
     return Traffic((plan,), cache, length, "engine.plan, all of it")
 
 
-def engine_cache(manifest: dict[str, Any]) -> Iterable[CacheTensor]:
+def _engine_cache(manifest: dict[str, Any]) -> Iterable[CacheTensor]:
     """Keys and values of an engine, from the ranges of its decode profile."""
     bits = 16 if manifest["onnx"]["dtype"] == "float16" else 32
     static = manifest["limits"]["max_length"] if manifest["onnx"]["profile"] == "opset24" else None

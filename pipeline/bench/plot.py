@@ -15,14 +15,14 @@ from matplotlib.ticker import FuncFormatter
 
 from pipeline.artefact import write_text
 
-INK = "#1c2733"
-COLOURS = ("#57789c", "#2da44e", "#c62828", "#8a63d2", "#bf8700", "#1b7c83")
-MARKERS = "osD^vPX<>*"
-MARGIN = 1.6
+_INK = "#1c2733"
+_COLOURS = ("#57789c", "#2da44e", "#c62828", "#8a63d2", "#bf8700", "#1b7c83")
+_MARKERS = "osD^vPX<>*"
+_MARGIN = 1.6
 
 
 @dataclass(frozen=True)
-class Point:
+class _Point:
     """One model under one line.
 
     Attributes:
@@ -49,10 +49,10 @@ def write_measured(record: dict[str, Any], path: Path) -> None:
         rate = row["decode_tokens_per_s"]
         label = f"{row['model']}, {row['session']}"
         place = row["bytes_per_token"], rate["median"], rate["min"], rate["max"]
-        points.append(Point(label, 0, *place))
+        points.append(_Point(label, 0, *place))
     bandwidth = record["bandwidth"]["bytes_per_s"]["median"]
     lines = [(f"memory, {bandwidth / 1e9:.1f} GB/s", bandwidth)]
-    write_text(path, draw("decode, measured", lines, points, measured=True))
+    write_text(path, _draw("decode, measured", lines, points, measured=True))
 
 
 def write_predicted(record: dict[str, Any], path: Path) -> None:
@@ -64,12 +64,12 @@ def write_predicted(record: dict[str, Any], path: Path) -> None:
     for row in record["rows"]:
         rate = row["expected_tokens_per_s"]
         line = order.index(row["device"])
-        points.append(Point(row["model"], line, row["bytes_per_token"], rate, rate, rate))
-    write_text(path, draw("decode, PREDICTED, not measured", lines, points, measured=False))
+        points.append(_Point(row["model"], line, row["bytes_per_token"], rate, rate, rate))
+    write_text(path, _draw("decode, PREDICTED, not measured", lines, points, measured=False))
 
 
-def draw(
-    title: str, lines: Sequence[tuple[str, float]], points: Sequence[Point], *, measured: bool
+def _draw(
+    title: str, lines: Sequence[tuple[str, float]], points: Sequence[_Point], *, measured: bool
 ) -> str:
     """The SVG, the same for the same data.
 
@@ -85,19 +85,19 @@ def draw(
     axes = figure.subplots()
     axes.set(xscale="log", yscale="log", xlabel="MB read for a token", ylabel="tokens/s")
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(FuncFormatter(plain))
-        axis.set_minor_formatter(FuncFormatter(plain))
+        axis.set_major_formatter(FuncFormatter(_plain))
+        axis.set_minor_formatter(FuncFormatter(_plain))
     axes.tick_params(which="both", labelsize=7)
     axes.set_title(title, loc="left", fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
     sizes = [point.read_bytes for point in points]
-    ends = [min(sizes) / MARGIN, max(sizes) * MARGIN]
+    ends = [min(sizes) / _MARGIN, max(sizes) * _MARGIN]
     for number, (name, speed) in enumerate(lines):
-        colour = INK if measured else COLOURS[number % len(COLOURS)]
+        colour = _INK if measured else _COLOURS[number % len(_COLOURS)]
         rates = [speed / end for end in ends]
         axes.plot([end / 1e6 for end in ends], rates, color=colour, linewidth=1.2, label=name)
     for point in points:
-        draw_point(axes, point, labels.index(point.label), measured=measured)
+        _draw_point(axes, point, labels.index(point.label), measured=measured)
     figure.legend(fontsize=8, frameon=False, loc="outside lower left")
     buffer = io.StringIO()
     with rc_context({"svg.hashsalt": "skipcat", "svg.fonttype": "none"}):
@@ -105,16 +105,16 @@ def draw(
     return buffer.getvalue()
 
 
-def draw_point(axes: Axes, point: Point, number: int, *, measured: bool) -> None:
+def _draw_point(axes: Axes, point: _Point, number: int, *, measured: bool) -> None:
     """One point, with a bar from the lowest round to the highest; `number` is its model's."""
-    colour = COLOURS[(number if measured else point.line) % len(COLOURS)]
+    colour = _COLOURS[(number if measured else point.line) % len(_COLOURS)]
     spread = [[point.tokens_per_s - point.low], [point.high - point.tokens_per_s]]
     first = measured or point.line == 0
     axes.errorbar(
         point.read_bytes / 1e6,
         point.tokens_per_s,
         yerr=spread if measured else None,
-        fmt=MARKERS[number % len(MARKERS)],
+        fmt=_MARKERS[number % len(_MARKERS)],
         color=colour,
         markersize=6,
         markerfacecolor=colour if measured else "white",
@@ -123,6 +123,6 @@ def draw_point(axes: Axes, point: Point, number: int, *, measured: bool) -> None
     )
 
 
-def plain(value: float, place: int | None = None) -> str:
+def _plain(value: float, place: int | None = None) -> str:
     """A tick's number, at 1, 2 and 5 times a power of ten."""
     return f"{value:,.6g}" if f"{value:e}"[0] in "125" else ""

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-EDGE_LLM = (
+_EDGE_LLM = (
     "TensorRT Edge-LLM 0.9.0, user guide, performance benchmarks: "
     "https://nvidia.github.io/TensorRT-Edge-LLM/0.9.1/user_guide/performance/"
     "performance-benchmarks.html"
 )
-MLC = (
+_MLC = (
     "NVIDIA's blog on the Orin Nano Super, MLC: https://developer.nvidia.com/blog/"
     "nvidia-jetson-orin-nano-developer-kit-gets-a-super-boost/"
 )
 # Prompt and half of the answer; the pages name no context for these.
-SHORT_CONTEXT = 128
+_SHORT_CONTEXT = 128
 
 
 @dataclass(frozen=True)
@@ -42,14 +42,14 @@ class Figure:
 
 def _edge_llm(device: str, dtype: str, context: int, speeds: dict[str, float]) -> list[Figure]:
     return [
-        Figure(device, f"qwen3-{size}", dtype, context, speed, True, EDGE_LLM)
+        Figure(device, f"qwen3-{size}", dtype, context, speed, True, _EDGE_LLM)
         for size, speed in speeds.items()
     ]
 
 
 def _mlc(device: str, speeds: dict[str, float]) -> list[Figure]:
     return [
-        Figure(device, shape, "q4f16", SHORT_CONTEXT, speed, False, MLC)
+        Figure(device, shape, "q4f16", _SHORT_CONTEXT, speed, False, _MLC)
         for shape, speed in speeds.items()
     ]
 
@@ -61,16 +61,16 @@ FIGURES = (
     *_edge_llm(
         "agx-orin-64gb",
         "int4",
-        SHORT_CONTEXT,
+        _SHORT_CONTEXT,
         {"0.6b": 186.4, "1.7b": 98.6, "4b": 53.1, "8b": 32.5},
     ),
     *_edge_llm(
         "orin-nx-16gb",
         "int4",
-        SHORT_CONTEXT,
+        _SHORT_CONTEXT,
         {"0.6b": 117.4, "1.7b": 60.4, "4b": 31.6, "8b": 19.0},
     ),
-    *_edge_llm("orin-nano-8gb", "int4", SHORT_CONTEXT, {"0.6b": 72.8, "1.7b": 37.4}),
+    *_edge_llm("orin-nano-8gb", "int4", _SHORT_CONTEXT, {"0.6b": 72.8, "1.7b": 37.4}),
     *_edge_llm("thor", "nvfp4", 2048, {"0.6b": 245.4, "1.7b": 135.5, "4b": 73.7, "8b": 44.4}),
     *_mlc("orin-nano-8gb", {"llama-3.2-3b": 27.7, "llama-3.1-8b": 14.0}),
     *_mlc("orin-nano-8gb-super", {"llama-3.2-3b": 43.07, "llama-3.1-8b": 19.14}),

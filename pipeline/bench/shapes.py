@@ -13,14 +13,14 @@ if TYPE_CHECKING:
     from pipeline.compress.plan.plan import RankPlan
 
 # Linears of a decoder layer that read the same input, in both families.
-GROUPS = (
+_GROUPS = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     ("self_attn.o_proj",),
     ("mlp.gate_proj", "mlp.up_proj"),
     ("mlp.down_proj",),
 )
-SEED = 0
-FILL_BLOCK = 1 << 20
+_SEED = 0
+_FILL_BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Shape:
         )
 
 
-SHAPES = {
+_SHAPES = {
     "llama-3.1-70b": Shape("llama", 8192, 28672, 80, 64, 8, 128, 128256, False, 131072),
     # One layer, and a vocabulary so small that the head does not hide it.
     "llama-3.1-70b-layer": Shape("llama", 8192, 28672, 1, 64, 8, 128, 256, False, 131072),
@@ -92,14 +92,14 @@ def find_shape(name: str) -> Shape:
     Raises:
         UsageError: there is none.
     """
-    if name.lower() not in SHAPES:
+    if name.lower() not in _SHAPES:
         raise UsageError(
             "There is no such shape.",
             where="--shape",
             observed=name,
-            expected=", ".join(SHAPES),
+            expected=", ".join(_SHAPES),
         )
-    return SHAPES[name.lower()]
+    return _SHAPES[name.lower()]
 
 
 def empty_model(shape: Shape, kept: float = 1.0) -> Any:
@@ -150,7 +150,7 @@ def shape_plan(shape: Shape, kept: float, multiple: int = 1) -> RankPlan:
         name = f"model.layers.{index}"
         groups = tuple(
             Group(tuple(f"{name}.{member}" for member in members), width, tall)
-            for members, width, tall in zip(GROUPS, widths, heights, strict=True)
+            for members, width, tall in zip(_GROUPS, widths, heights, strict=True)
         )
         layers.append(Layer(name, groups))
     return uniform_plan(layers, kept, multiple=multiple)
@@ -169,8 +169,8 @@ def fill_randomly_(model: nn.Module, dtype: Any) -> None:
     import torch
     from torch import nn
 
-    generator = torch.Generator().manual_seed(SEED)
-    block = torch.randn(FILL_BLOCK, generator=generator).mul_(0.02).to(dtype)
+    generator = torch.Generator().manual_seed(_SEED)
+    block = torch.randn(_FILL_BLOCK, generator=generator).mul_(0.02).to(dtype)
     made: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():

@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.bench.traffic import Traffic, traffic_of_folder
+from pipeline.bench.traffic import Traffic
 from pipeline.errors import InputError, ResourceError, UsageError
 
 # What PyTorch holds a checkpoint in on the CPU, and what ONNX Runtime widens float16 to.
-CPU_FLOAT_BYTES = 4
-GIGABYTE = 1e9
+_CPU_FLOAT_BYTES = 4
+_GIGABYTE = 1e9
 
 
 @dataclass(frozen=True)
-class Target:
+class BenchTarget:
     """One model.
 
     Attributes:
@@ -39,10 +39,10 @@ class Target:
 
     def held_bytes(self) -> int:
         """Weights in the memory of the CPU."""
-        return self.traffic.held_bytes(None if "shape" in self.what else CPU_FLOAT_BYTES)
+        return self.traffic.held_bytes(None if "shape" in self.what else _CPU_FLOAT_BYTES)
 
 
-def folder_target(folder: Path) -> Target:
+def folder_target(folder: Path) -> BenchTarget:
     """A checkpoint, an ONNX export or an engine.
 
     Raises:
@@ -55,10 +55,30 @@ def folder_target(folder: Path) -> Target:
     path = folder.resolve()
     what = {"folder": str(path)}
     label = "/".join(path.parts[-2:]).lstrip("/")
-    return Target(label, folder_kind(path), what, traffic_of_folder(path))
+    return BenchTarget(label, folder_kind(path), what, traffic_of_folder(path))
 
 
-def shape_targets(name: str, dtype: str, kept: Sequence[float]) -> list[Target]:
+def traffic_of_folder(folder: Path) -> Traffic:
+    """Count what a checkpoint, an ONNX export or an engine reads, from its own files.
+
+    Raises:
+        pipeline.errors.InputError: the folder is none of them, or its files are broken.
+    """
+    from pipeline.runtime.sessions.open_session import folder_kind
+
+    kind = folder_kind(folder)
+    if kind == "torch":
+        from pipeline.bench.torch_traffic import traffic_of_checkpoint
+
+        return traffic_of_checkpoint(folder)
+    from pipeline.bench import onnx_traffic
+
+    if kind == "onnx":
+        return onnx_traffic.traffic_of_export(folder)
+    return onnx_traffic.traffic_of_engine(folder)
+
+
+def shape_targets(name: str, dtype: str, kept: Sequence[float]) -> list[BenchTarget]:
     """An architecture, dense for a kept fraction of 1 and with factors for others.
 
     Raises:
@@ -72,11 +92,11 @@ def shape_targets(name: str, dtype: str, kept: Sequence[float]) -> list[Target]:
     for fraction in kept:
         label = f"{name} {dtype}" + (f" keep {fraction:g}" if fraction != 1 else " dense")
         what = {"shape": name, "dtype": dtype, "kept": fraction}
-        targets.append(Target(label, "torch", what, traffic_of_shape(shape, dtype, fraction)))
+        targets.append(BenchTarget(label, "torch", what, traffic_of_shape(shape, dtype, fraction)))
     return targets
 
 
-def require_length(targets: Sequence[Target], context: int, new_tokens: int) -> None:
+def require_length(targets: Sequence[BenchTarget], context: int, new_tokens: int) -> None:
     """Raise UsageError when a model cannot hold so many tokens."""
     for target in targets:
         longest = target.traffic.max_length
@@ -90,7 +110,7 @@ def require_length(targets: Sequence[Target], context: int, new_tokens: int) -> 
             )
 
 
-def choose_device(targets: Sequence[Target], device: str) -> str:
+def choose_device(targets: Sequence[BenchTarget], device: str) -> str:
     """`cpu` or `cuda`; `auto` is the GPU for engines, and the CPU for all else.
 
     Raises:
@@ -110,11 +130,11 @@ def choose_device(targets: Sequence[Target], device: str) -> str:
             change="measure it in a run of its own, with the other --device",
         )
     if chosen == "cuda":
-        require_cuda()
+        _require_cuda()
     return chosen
 
 
-def require_cuda() -> None:
+def _require_cuda() -> None:
     """Raise InputError when PyTorch sees no GPU."""
     import torch
 
@@ -126,7 +146,7 @@ def require_cuda() -> None:
         )
 
 
-def require_memory(targets: Sequence[Target], context: int, others_bytes: int) -> None:
+def require_memory(targets: Sequence[BenchTarget], context: int, others_bytes: int) -> None:
     """Raise ResourceError when the models do not fit into the CPU's free memory together."""
     import psutil
 
@@ -137,6 +157,6 @@ def require_memory(targets: Sequence[Target], context: int, others_bytes: int) -
     if needed > free:
         raise ResourceError(
             "Not enough memory for these models side by side.",
-            observed=f"needs {needed / GIGABYTE:.1f} GB, {free / GIGABYTE:.1f} GB are free",
+            observed=f"needs {needed / _GIGABYTE:.1f} GB, {free / _GIGABYTE:.1f} GB are free",
             change="measure fewer at once, or --predict, which makes no weights",
         )

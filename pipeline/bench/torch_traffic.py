@@ -18,11 +18,11 @@ from pipeline.bench.traffic import CacheTensor, StoredTensor, Traffic
 from pipeline.checkpoint.skeleton import load_skeleton
 from pipeline.errors import InputError
 
-PROBE_TOKENS = 4
+_PROBE_TOKENS = 4
 
 
 @dataclass(frozen=True)
-class Precision:
+class _Precision:
     """Bits of an element: in the decoder's matrices, and in embedding and head."""
 
     matrix: float
@@ -36,14 +36,14 @@ class Precision:
 
 # Rounded weights: a code of 4 or 8 bits, and a float16 scale for every 128 (q4f16: for every 32);
 # NVFP4 has a scale of 8 bits for every 16.
-PRECISIONS = {
-    "bfloat16": Precision(16, 16),
-    "float16": Precision(16, 16),
-    "float32": Precision(32, 32),
-    "int8": Precision(8 + 16 / 128, 16),
-    "int4": Precision(4 + 16 / 128, 16),
-    "nvfp4": Precision(4 + 8 / 16, 16),
-    "q4f16": Precision(4 + 16 / 32, 4 + 16 / 32),
+_PRECISIONS = {
+    "bfloat16": _Precision(16, 16),
+    "float16": _Precision(16, 16),
+    "float32": _Precision(32, 32),
+    "int8": _Precision(8 + 16 / 128, 16),
+    "int4": _Precision(4 + 16 / 128, 16),
+    "nvfp4": _Precision(4 + 8 / 16, 16),
+    "q4f16": _Precision(4 + 16 / 32, 4 + 16 / 32),
 }
 
 
@@ -63,11 +63,11 @@ def traffic_of_checkpoint(folder: Path) -> Traffic:
                 kind = header.get_dtype()
                 floating = "F" in kind
                 shape = tuple(header.get_shape())
-                stored[name] = StoredTensor(name, shape, bits_of(kind), floating=floating)
+                stored[name] = StoredTensor(name, shape, _bits_of(kind), floating=floating)
     named = dict(_every_tensor(model))
     stored = _with_few_bits_joined(stored, named)
     counted: dict[int, StoredTensor] = {}
-    looked_up = lookup_tensors(model)
+    looked_up = _lookup_tensors(model)
     for name, tensor in stored.items():
         key = id(named[name])  # a tied head may be in the file twice, and is in memory once
         rows_only = key in looked_up
@@ -76,7 +76,7 @@ def traffic_of_checkpoint(folder: Path) -> Traffic:
             name, tensor.shape, tensor.bits, rows_only, matrix, tensor.floating
         )
     floats = [tensor.bits for tensor in counted.values() if tensor.product]
-    cache = cache_of_model(model, max(floats, default=32.0))
+    cache = _cache_of_model(model, max(floats, default=32.0))
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return Traffic(tuple(counted.values()), cache, positions, "safetensors")
 
@@ -109,13 +109,13 @@ def _every_tensor(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
     ]
 
 
-def bits_of(kind: str) -> float:
+def _bits_of(kind: str) -> float:
     """Bits of an element, from safetensors' name of its type, such as BF16 or F8_E4M3."""
     digits = re.search(r"\d+", kind)
     return float(digits.group()) if digits else 8.0
 
 
-def lookup_tensors(model: nn.Module) -> set[int]:
+def _lookup_tensors(model: nn.Module) -> set[int]:
     """Ids of the parameters that are embeddings and nothing else."""
     tables: set[int] = set()
     others: set[int] = set()
@@ -136,10 +136,10 @@ def traffic_of_shape(shape: Shape, dtype: str, kept: float = 1.0) -> Traffic:
     Raises:
         pipeline.errors.UsageError: `kept` outside (0, 1].
     """
-    precision = PRECISIONS[dtype]
+    precision = _PRECISIONS[dtype]
     model = empty_model(shape, kept).to("meta")
     layers = {id(parameter) for parameter in model.get_decoder().layers.parameters()}
-    looked_up = lookup_tensors(model)
+    looked_up = _lookup_tensors(model)
     tensors = []
     for name, parameter in model.named_parameters():
         bits = precision.matrix if id(parameter) in layers else precision.head
@@ -153,12 +153,12 @@ def traffic_of_shape(shape: Shape, dtype: str, kept: float = 1.0) -> Traffic:
         for name, buffer in model.named_buffers()
         if name.endswith(".permutation")
     ]
-    cache = cache_of_model(model, precision.wide)
+    cache = _cache_of_model(model, precision.wide)
     return Traffic(tensors, cache, shape.positions, "the architecture's sizes")
 
 
 @torch.no_grad()
-def cache_of_model(model: PreTrainedModel, bits: float) -> tuple[CacheTensor, ...]:
+def _cache_of_model(model: PreTrainedModel, bits: float) -> tuple[CacheTensor, ...]:
     """The cache that a model on the meta device makes of a few tokens.
 
     Args:
@@ -169,7 +169,7 @@ def cache_of_model(model: PreTrainedModel, bits: float) -> tuple[CacheTensor, ..
         InputError: it cannot be run without weights.
     """
     cache: Any = DynamicCache(config=model.config)
-    tokens = torch.zeros((1, PROBE_TOKENS), dtype=torch.int64, device="meta")
+    tokens = torch.zeros((1, _PROBE_TOKENS), dtype=torch.int64, device="meta")
     try:
         model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
     except Exception as error:

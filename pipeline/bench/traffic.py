@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -117,23 +116,3 @@ class Traffic:
                 for tensor in self.cache
             )
         )
-
-
-def traffic_of_folder(folder: Path) -> Traffic:
-    """Count what a checkpoint, an ONNX export or an engine reads, from its own files.
-
-    Raises:
-        pipeline.errors.InputError: the folder is none of them, or its files are broken.
-    """
-    from pipeline.runtime.sessions.open_session import folder_kind
-
-    kind = folder_kind(folder)
-    if kind == "torch":
-        from pipeline.bench.torch_traffic import traffic_of_checkpoint
-
-        return traffic_of_checkpoint(folder)
-    from pipeline.bench import onnx_traffic
-
-    if kind == "onnx":
-        return onnx_traffic.traffic_of_export(folder)
-    return onnx_traffic.traffic_of_engine(folder)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,14 +12,16 @@ from pipeline.cli import options
 from pipeline.errors import UsageError
 
 if TYPE_CHECKING:
-    from pipeline.bench.targets import Target
+    from rich.table import Table
 
-positive = click.IntRange(min=1)
-SHAPE_DTYPES = ("bfloat16", "float16", "float32", "int8", "int4", "nvfp4")
-MEASURED_DTYPES = SHAPE_DTYPES[:3]
-new_file = click.Path(path_type=Path, dir_okay=False)
+    from pipeline.bench.targets import BenchTarget
 
-model_options = options.apply(
+_positive = click.IntRange(min=1)
+_SHAPE_DTYPES = ("bfloat16", "float16", "float32", "int8", "int4", "nvfp4")
+_MEASURED_DTYPES = _SHAPE_DTYPES[:3]
+_new_file = click.Path(path_type=Path, dir_okay=False)
+
+_model_options = options.apply(
     click.option(
         "--shape",
         "shapes",
@@ -34,13 +36,13 @@ model_options = options.apply(
     ),
     click.option(
         "--dtype",
-        type=click.Choice(SHAPE_DTYPES),
+        type=click.Choice(_SHAPE_DTYPES),
         default="bfloat16",
         show_default=True,
         help="Of --shape; those below 16 bits can only be predicted.",
     ),
 )
-measuring_options = options.apply(
+_measuring_options = options.apply(
     click.option(
         "--device",
         type=click.Choice(["auto", "cpu", "cuda"]),
@@ -51,45 +53,45 @@ measuring_options = options.apply(
     ),
     click.option(
         "--prompt-tokens",
-        type=positive,
+        type=_positive,
         default=128,
         show_default=True,
         help="Tokens read at once (prefill).",
     ),
     click.option(
         "--new-tokens",
-        type=positive,
+        type=_positive,
         default=64,
         show_default=True,
         help="Tokens fed one by one (decoding).",
     ),
     click.option(
         "--context",
-        type=positive,
+        type=_positive,
         help="Tokens in the cache before the first new one.  [--prompt-tokens]",
     ),
     click.option(
         "--rounds",
-        type=positive,
+        type=_positive,
         default=3,
         show_default=True,
         help="Turns of every model, after one that warms up.",
     ),
-    click.option("--threads", type=positive, help="Of the CPU.  [all cores]"),
+    click.option("--threads", type=_positive, help="Of the CPU.  [all cores]"),
 )
-output_options = options.apply(
-    click.option("--json", "json_file", type=new_file, help="File for the figures."),
-    click.option("--plot", type=new_file, help="File for the roofline, an SVG."),
+_output_options = options.apply(
+    click.option("--json", "json_file", type=_new_file, help="File for the figures."),
+    click.option("--plot", type=_new_file, help="File for the roofline, an SVG."),
     click.option("-v", "--verbose", is_flag=True, help="Say on stderr what each turn measured."),
 )
 
 
 @click.command("bench")
 @click.argument("folders", nargs=-1, type=click.Path(path_type=Path))
-@model_options
+@_model_options
 @click.option("--predict", metavar="DEVICES", help="Do not measure; predict for these devices.")
-@measuring_options
-@output_options
+@_measuring_options
+@_output_options
 def command(
     folders: tuple[Path, ...],
     shapes: tuple[str, ...],
@@ -110,35 +112,35 @@ def command(
       skipcat bench --shape llama-3.2-1b --keep-params 1,0.6
       skipcat bench build/onnx-fp16 --predict orin-nano-8gb,rtx-4090
     """  # noqa: D301 - click reads the escape
-    require_places(json_file, plot)
-    if predict is None and shapes and dtype not in MEASURED_DTYPES:
+    _require_places(json_file, plot)
+    if predict is None and shapes and dtype not in _MEASURED_DTYPES:
         raise UsageError(
             "Weights of that type can only be predicted.",
             where="--dtype",
             observed=dtype,
-            expected=", ".join(MEASURED_DTYPES),
+            expected=", ".join(_MEASURED_DTYPES),
             change="pass --predict, or quantise a model and give its folder",
         )
     from pipeline.bench.devices import find_devices
 
     devices = find_devices(predict) if predict is not None else []
-    targets = find_targets(folders, shapes, dtype, fractions(keep_params))
+    targets = _find_targets(folders, shapes, dtype, _fractions(keep_params))
     if devices:
         context = settings["context"] or settings["prompt_tokens"]
-        record = predicted_record(targets, devices, context)
+        record = _predicted_record(targets, devices, context)
     else:
-        record = measured_record(targets, verbose, **settings)
-    write_results(record, json_file, plot)
+        record = _measured_record(targets, verbose, **settings)
+    _write_results(record, json_file, plot)
 
 
-def require_places(*paths: Path | None) -> None:
+def _require_places(*paths: Path | None) -> None:
     """Raise UsageError for a file in a folder that is not there, before hours are spent."""
     for path in paths:
         if path is not None and not path.absolute().parent.is_dir():
             raise UsageError("There is no such folder to write to.", where=path)
 
 
-def fractions(text: str) -> list[float]:
+def _fractions(text: str) -> list[float]:
     """Kept fractions, separated by commas; their range is checked where they are used."""
     try:
         return [float(part) for part in text.split(",")]
@@ -151,9 +153,9 @@ def fractions(text: str) -> list[float]:
         ) from error
 
 
-def find_targets(
+def _find_targets(
     folders: tuple[Path, ...], shapes: tuple[str, ...], dtype: str, kept: list[float]
-) -> list[Target]:
+) -> list[BenchTarget]:
     """All that was named, checked and counted."""
     if not folders and not shapes:
         raise UsageError("There is nothing to measure.", change="name a folder, or a --shape")
@@ -163,12 +165,16 @@ def find_targets(
     return [*(folder_target(folder) for folder in folders), *found]
 
 
-def measured_record(
-    targets: list[Target], verbose: bool, *, context: int | None, threads: int | None, **rest: Any
+def _measured_record(
+    targets: list[BenchTarget],
+    verbose: bool,
+    *,
+    context: int | None,
+    threads: int | None,
+    **rest: Any,
 ) -> dict[str, Any]:
     """Measure, and print the table."""
     from pipeline.bench.measure import Settings, measure
-    from pipeline.bench.report import measured_table
     from pipeline.machine import usable_cores
     from pipeline.progress import note, result_console
 
@@ -182,47 +188,27 @@ def measured_record(
         )
     settings = Settings(context=context or prompt_tokens, threads=threads or usable_cores(), **rest)
     record = measure(targets, settings, note if verbose else lambda text: None)
-    result_console().print(measured_table(record))
+    result_console().print(_measured_table(record))
     busy = max(record["load_average"][0] - 0.5, 0)
     if busy > 0.5:
         note(f"other programs kept {busy:.1f} cores busy before this began: figures are too low")
     return record
 
 
-def predicted_record(targets: list[Target], devices: list[Any], context: int) -> dict[str, Any]:
-    """Predict, and print the table; the record says that nothing was measured."""
-    from pipeline.bench import report
-    from pipeline.bench.predict import check, fitted, predict
-    from pipeline.bench.targets import require_length
+def _predicted_record(
+    targets: list[BenchTarget], devices: list[Any], context: int
+) -> dict[str, Any]:
+    """Predict, and print the table."""
+    from pipeline.bench.predict import predict
     from pipeline.progress import note, result_console
-    from pipeline.provenance import provenance
 
-    require_length(targets, context, 1)
-    fit, checked = fitted(), check()
-    rows = [
-        {"model": target.label}
-        | target.what
-        | asdict(predict(target.traffic, device, context, fit))
-        | {"published_figures": report.checked_against(checked, device.name)}
-        for target in targets
-        for device in devices
-    ]
-    record = {
-        "schema": 1,
-        "kind": "prediction",
-        "measured": False,
-        "context": context,
-        "provenance": provenance(),
-        "devices": [asdict(device) | {"gb_per_s": device.gb_per_s} for device in devices],
-        "check": checked,
-        "rows": rows,
-    }
-    result_console().print(report.predicted_table(record))
-    note(report.check_line(checked))
+    record = predict(targets, devices, context)
+    result_console().print(_predicted_table(record))
+    note(_check_line(record["check"]))
     return record
 
 
-def write_results(record: dict[str, Any], json_file: Path | None, plot: Path | None) -> None:
+def _write_results(record: dict[str, Any], json_file: Path | None, plot: Path | None) -> None:
     """The files that were asked for."""
     from pipeline.artefact import write_json
 
@@ -233,3 +219,111 @@ def write_results(record: dict[str, Any], json_file: Path | None, plot: Path | N
 
         write = write_measured if record["kind"] == "measurement" else write_predicted
         write(record, plot)
+
+
+def _measured_table(record: dict[str, Any]) -> Table:
+    """One row a model; tokens/s as median and extremes over the rounds."""
+    from rich.table import Table
+
+    settings, bandwidth = record["settings"], record["bandwidth"]
+    read = bandwidth["bytes_per_s"]
+    table = Table(
+        title=f"measured on {_where(record)}: {settings['prompt_tokens']} tokens read at once, "
+        f"then {settings['new_tokens']} one by one from {settings['context']} on; memory "
+        f"{_giga(read['median'])} GB/s ({_giga(read['min'])} to {_giga(read['max'])}), "
+        f"{bandwidth['method']}",
+        title_justify="left",
+    )
+    table.add_column("model", overflow="fold")
+    table.add_column("session")
+    for heading in (
+        "prefill\ntokens/s", "decode\ntokens/s", "lowest to\nhighest", "ms a\ntoken",
+        "MB read\na token", "GB/s", "of the\nmemory's", "peak\nMB",
+    ):  # fmt: skip
+        table.add_column(heading, justify="right")
+    for row in record["rows"]:
+        table.add_row(*_measured_cells(row))
+    return table
+
+
+def _measured_cells(row: dict[str, Any]) -> Sequence[str]:
+    """The cells of one model."""
+    decode = row["decode_tokens_per_s"]
+    peak = _mega(row["peak_bytes"])
+    if row["peak_device_bytes"]:
+        peak += f"\n+ {_mega(row['peak_device_bytes'])} GPU"
+    return (
+        row["model"],
+        row["session"],
+        f"{row['prefill_tokens_per_s']['median']:,.0f}",
+        f"{decode['median']:,.1f}",
+        f"{decode['min']:,.1f} to {decode['max']:,.1f}",
+        f"{row['token_ms']:.2f}",
+        f"{row['bytes_per_token'] / 1e6:,.1f}",
+        _giga(row["bytes_per_s"]),
+        f"{row['bandwidth_share']:.0%}",
+        peak,
+    )
+
+
+def _where(record: dict[str, Any]) -> str:
+    """The device of a measurement, by name."""
+    machine, settings = record["machine"], record["settings"]
+    if settings["device"] == "cuda" and isinstance(machine["gpus"], list):
+        return str(machine["gpus"][0]["name"])
+    return f"{machine['cpu']}, {settings['threads']} threads"
+
+
+def _predicted_table(record: dict[str, Any]) -> Table:
+    """One row for a model on a device."""
+    from rich.table import Table
+
+    table = Table(
+        title=f"PREDICTED, not measured: one sequence, {record['context']} tokens in the cache",
+        title_justify="left",
+    )
+    table.add_column("model", overflow="fold")
+    table.add_column("device")
+    for heading in (
+        "GB/s", "MB read\na token", "bound\ntokens/s", "expected\ntokens/s", "of the\nbound",
+        "memory\nGB", "published\nfigures",
+    ):  # fmt: skip
+        table.add_column(heading, justify="right")
+    for row in record["rows"]:
+        needed = f"{_giga(row['needed_bytes'])}" + ("" if row["fits"] else "\ndoes not fit")
+        table.add_row(
+            row["model"],
+            row["device"],
+            f"{row['gb_per_s']:.0f}",
+            f"{row['bytes_per_token'] / 1e6:,.1f}",
+            f"{row['bound_tokens_per_s']:,.1f}",
+            f"{row['expected_tokens_per_s']:,.1f}",
+            f"{row['efficiency']:.0%}",
+            needed,
+            row["published_figures"],
+        )
+    return table
+
+
+def _check_line(check: dict[str, Any]) -> str:
+    """How far the prediction is from what was published."""
+    fitted = sum(row["fitted"] for row in check["published"])
+    others = len(check["published"]) - fitted
+    return (
+        f"expected: {check['efficiency']:.0%} of the bandwidth, and "
+        f"{check['cycles_per_kernel']:,.0f} cycles for every kernel; fitted to {fitted} "
+        f"published figures of TensorRT Edge-LLM, from which it is at most "
+        f"{check['worst_error_of_fitted']:.0%} off (a device it has not seen: "
+        f"{check['worst_error_without_device']:.0%}; {others} figures of MLC: "
+        f"{check['worst_error_of_others']:.0%})"
+    )
+
+
+def _giga(value: float) -> str:
+    """In units of 10^9."""
+    return f"{value / 1e9:.1f}"
+
+
+def _mega(value: float) -> str:
+    """In units of 10^6."""
+    return f"{value / 1e6:,.0f}"

@@ -80,18 +80,18 @@ def command(
 
     compress = CompressRequest(**settings)
     compress.check()
-    folder = output or default_folder(resolve_source(compress.model).label, compress)
+    folder = output or _default_folder(resolve_source(compress.model).label, compress)
     request = BuildRequest(compress, target, max_length, eval_text, eval_windows, eval_length)
     state, _, ledger = build(request, folder, overwrite=overwrite, resume=resume)
     if as_json:
         record = json.loads((folder / "build.json").read_text(encoding="utf-8"))
         click.echo(json.dumps(record | {"ledger": ledger.to_json()}, indent=2))
     else:
-        show(state, ledger)
+        _show(state, ledger)
     require_passed(ledger)
 
 
-def default_folder(label: str, compress: CompressRequest) -> Path:
+def _default_folder(label: str, compress: CompressRequest) -> Path:
     """artefacts/smollm2-135m-keep0.8, or what the budget of bytes or the format says."""
     budgets = {"": compress.memory, "keep-bytes": compress.keep_bytes}
     budget = next((f"{name}{value}" for name, value in budgets.items() if value is not None), None)
@@ -100,7 +100,7 @@ def default_folder(label: str, compress: CompressRequest) -> Path:
     return Path("artefacts") / "-".join(part for part in parts if part)
 
 
-def show(state: Build, ledger: Ledger) -> None:
+def _show(state: Build, ledger: Ledger) -> None:
     """What was made, how large it is, how near to the original, and what to do next."""
     from rich.table import Table
 

@@ -10,7 +10,7 @@ import click
 from pipeline.cli import options
 
 if TYPE_CHECKING:
-    from pipeline.doctor import Verdict
+    from pipeline.doctor import StageVerdict
 
 
 @click.command("doctor")
@@ -18,16 +18,15 @@ if TYPE_CHECKING:
 def command(as_json: bool) -> None:
     """Say which stages of the pipeline work on this machine, and why."""
     from pipeline import doctor
-    from pipeline.machine import look
 
-    machine = look()
+    machine = doctor.examine()
     if as_json:
         click.echo(json.dumps(doctor.as_json(machine), indent=2))
     else:
-        print_report(doctor.facts(machine), doctor.stages(machine))
+        _print_report(doctor.facts(machine), doctor.stages(machine))
 
 
-def print_report(rows: list[tuple[str, str, str]], verdicts: list[Verdict]) -> None:
+def _print_report(rows: list[tuple[str, str, str]], verdicts: list[StageVerdict]) -> None:
     """Print the facts and the verdicts as two tables on stdout."""
     from rich.console import Console
     from rich.table import Table

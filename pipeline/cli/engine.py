@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,11 +12,11 @@ import click
 from pipeline.cli import options
 
 if TYPE_CHECKING:
-    from pipeline.engine.build import EnginePlan
+    from pipeline.engine.plan import EnginePlan
 
-MEBIBYTE = 1 << 20
+_MEBIBYTE = 1 << 20
 
-limit_options = options.apply(
+_limit_options = options.apply(
     click.option(
         "--max-batch",
         type=click.IntRange(min=1),
@@ -79,7 +78,7 @@ limit_options = options.apply(
     help="Compile the block-skip kernels into the engine, which then needs no plugin library; "
     "standard TensorRT 10.9 or newer.",
 )
-@limit_options
+@_limit_options
 @options.overwrite
 @options.dry_run
 @options.json_output
@@ -100,47 +99,47 @@ def command(
 ) -> None:
     """Build a TensorRT engine out of an exported ONNX folder (float16)."""
     from pipeline.artefact import refuse_existing
-    from pipeline.engine.build import plan_engine, run_build
+    from pipeline.engine.build import run_plan
+    from pipeline.engine.plan import EngineRequest, plan_engine
     from pipeline.engine.target import resolve_target
+    from pipeline.progress import note
 
     chosen = resolve_target(target)
     note(f"target {chosen}: {chosen.reason}")
-    plan = plan_engine(
-        onnx_folder,
+    request = EngineRequest(
         chosen,
         max_batch=max_batch,
         max_prefill=max_prefill,
         plugin=plugin,
         embed=embed_kernels,
         decode=None if decode == "auto" else decode,  # type: ignore[arg-type]
+        workspace_bytes=None if workspace is None else workspace * _MEBIBYTE,
+        timeout_s=timeout,
     )
+    plan = plan_engine(onnx_folder, request)
     refuse_existing(output, overwrite=overwrite)
     for line in plan.notes:
         note(line)
     if dry_run:
-        show(plan.to_json(), plan_rows(plan), "Would build", as_json)
+        _show(plan.to_json(), _plan_rows(plan), "Would build", as_json)
         return
-    workspace_bytes = None if workspace is None else workspace * MEBIBYTE
-    with waiting(f"building {output.name} for {chosen}"):
-        manifest = run_build(plan, output, overwrite, workspace_bytes, timeout)
+    with _waiting(f"building {output.name} for {chosen}"):
+        manifest = run_plan(plan, output, overwrite=overwrite)
     for line in manifest["notes"][len(plan.notes) :]:
         note(line)
-    show(manifest, manifest_rows(manifest, output), "Engine", as_json)
+    _show(manifest, _manifest_rows(manifest, output), "Engine", as_json)
 
 
-def note(text: str) -> None:
-    """Tell the user about a choice, on stderr."""
-    print(text, file=sys.stderr)
-
-
-def waiting(text: str) -> Any:
+def _waiting(text: str) -> Any:
     """A spinner on stderr, where that is a terminal."""
     from rich.console import Console
 
     return Console(stderr=True).status(text)
 
 
-def show(value: dict[str, Any], rows: Iterable[tuple[str, str]], title: str, as_json: bool) -> None:
+def _show(
+    value: dict[str, Any], rows: Iterable[tuple[str, str]], title: str, as_json: bool
+) -> None:
     """The result on stdout: JSON, or a short table."""
     if as_json:
         print(json.dumps(value, indent=2))
@@ -154,49 +153,52 @@ def show(value: dict[str, Any], rows: Iterable[tuple[str, str]], title: str, as_
     Console().print(table)
 
 
-def plan_rows(plan: EnginePlan) -> list[tuple[str, str]]:
+def _plan_rows(plan: EnginePlan) -> list[tuple[str, str]]:
     """The table of `--dry-run`."""
     return [
         ("target", str(plan.target)),
         ("why", plan.target.reason),
-        ("graph", f"{plan.folder.onnx_path}, {plan.folder.weight_bytes / MEBIBYTE:.0f} MiB"),
+        ("graph", f"{plan.folder.onnx_path}, {plan.folder.weight_bytes / _MEBIBYTE:.0f} MiB"),
         ("block-skip nodes", str(plan.folder.block_skip_nodes)),
-        ("plugin", str(plan.plugin or ("kernels in the engine" if plan.embed else "none"))),
-        *context_rows(plan.limits.max_length),
-        *profile_rows([profile.to_json() for profile in plan.profiles]),
+        (
+            "plugin",
+            str(plan.work.plugin or ("kernels in the engine" if plan.work.embed else "none")),
+        ),
+        *_context_rows(plan.limits.max_length),
+        *_profile_rows([profile.to_json() for profile in plan.work.profiles]),
     ]
 
 
-def manifest_rows(manifest: dict[str, Any], output: Path) -> list[tuple[str, str]]:
+def _manifest_rows(manifest: dict[str, Any], output: Path) -> list[tuple[str, str]]:
     """The table of a finished build."""
     target, build, path = manifest["target"], manifest["build"], manifest["block_skip"]
     capability = "".join(map(str, target["compute_capability"]))
     return [
         ("folder", str(output)),
         ("target", f"{target['flavour']} {manifest['tensorrt_version']}, sm{capability}"),
-        ("plan", f"{manifest['plan']['bytes'] / MEBIBYTE:.0f} MiB"),
+        ("plan", f"{manifest['plan']['bytes'] / _MEBIBYTE:.0f} MiB"),
         ("block-skip", f"{path['path']}, {path['nodes']} nodes"),
-        *few_bits_rows(manifest["few_bits"]),
-        *context_rows(manifest["limits"].get("max_length", 0)),
-        *profile_rows(manifest["profiles"]),
+        *_few_bits_rows(manifest["few_bits"]),
+        *_context_rows(manifest["limits"].get("max_length", 0)),
+        *_profile_rows(manifest["profiles"]),
         ("built in", f"{build['parse_seconds'] + build['build_seconds']:.1f} s"),
-        ("peak memory", f"{build['peak_memory_bytes'] / MEBIBYTE:.0f} MiB"),
+        ("peak memory", f"{build['peak_memory_bytes'] / _MEBIBYTE:.0f} MiB"),
     ]
 
 
-def few_bits_rows(few_bits: dict[str, Any]) -> list[tuple[str, str]]:
+def _few_bits_rows(few_bits: dict[str, Any]) -> list[tuple[str, str]]:
     """The row of matrices in few bits; none for a graph without them."""
     if not few_bits["matrices"]:
         return []
     return [("few bits", f"{few_bits['matrices']} matrices, read as codes")]
 
 
-def context_rows(max_length: int) -> list[tuple[str, str]]:
+def _context_rows(max_length: int) -> list[tuple[str, str]]:
     """The row of the cache's length; none for a model that takes no tokens."""
     return [("context", f"{max_length} tokens")] if max_length else []
 
 
-def profile_rows(profiles: list[dict[str, Any]]) -> list[tuple[str, str]]:
+def _profile_rows(profiles: list[dict[str, Any]]) -> list[tuple[str, str]]:
     """One row for each profile: the range of tokens, or of images."""
     rows = []
     for profile in profiles:

@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline.child_process import ChildEnd
 from pipeline.engine.network import OUT_OF_MEMORY_WORDS
-from pipeline.engine.worker_protocol import RESULT_FILE, BuildResult
+from pipeline.engine.worker_protocol import RESULT_FILE, WorkerResult
 from pipeline.errors import InputError, PipelineError, ResourceError
 
 LOG_FILE = "build.log"
@@ -24,7 +24,7 @@ def worker_command(request_path: Path) -> list[str]:
     return [sys.executable, "-m", "pipeline.engine.worker", str(request_path)]
 
 
-def read_result(end: ChildEnd, staging: Path, timeout_s: float) -> BuildResult:
+def read_result(end: ChildEnd, staging: Path, timeout_s: float) -> WorkerResult:
     """The worker's result.
 
     Raises:
@@ -45,7 +45,7 @@ def read_result(end: ChildEnd, staging: Path, timeout_s: float) -> BuildResult:
     if end.status != 0 or "error" in answer:
         raise _refused(end.status, answer, log)
     answer["notes"] = tuple(answer["notes"])
-    return BuildResult(**answer)
+    return WorkerResult(**answer)
 
 
 def _read_answer(path: Path) -> dict[str, Any]:

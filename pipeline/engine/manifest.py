@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.artefact import sha256_of_file
+from pipeline.engine.plan import EnginePlan
 from pipeline.engine.plugin_library import plugin_record
-from pipeline.engine.profiles import Limits, Profile
-from pipeline.engine.target import Capability, Target, capability_name
-from pipeline.engine.worker_protocol import PLAN_FILE, BuildRequest, BuildResult
+from pipeline.engine.profiles import Limits, ShapeProfile
+from pipeline.engine.worker_protocol import PLAN_FILE, WorkerResult
 from pipeline.errors import InputError
 from pipeline.export.onnx_folder import OnnxFolder
-from pipeline.export.record import TASK_FIELDS
+from pipeline.gpu import Capability, capability_name
+from pipeline.model.task import TASKS
 from pipeline.provenance import provenance
 
-SCHEMA = 1
+_SCHEMA = 1
 MANIFEST_FILE = "manifest.json"
-BUILD_AGAIN = "build the engine again with skipcat engine"
-REQUIRED_FIELDS = ("target", "tensorrt_version", "profiles", "block_skip", "plan", "onnx")
+_BUILD_AGAIN = "build the engine again with skipcat engine"
+_REQUIRED_FIELDS = ("target", "tensorrt_version", "profiles", "block_skip", "plan", "onnx")
 
 
 @dataclass(frozen=True)
-class Runtime:
+class EngineRuntime:
     """The library that is about to load an engine, and the GPU under it."""
 
     flavour: str
@@ -33,40 +33,33 @@ class Runtime:
     compute_capability: Capability
 
 
-def make_manifest(
-    target: Target,
-    limits: Limits,
-    folder: OnnxFolder,
-    request: BuildRequest,
-    result: BuildResult,
-    notes: Sequence[str] = (),
-) -> dict[str, Any]:
-    """The manifest of the plan that lies in `request.staging`."""
-    plan = request.staging / PLAN_FILE
+def make_manifest(plan: EnginePlan, result: WorkerResult, staging: Path) -> dict[str, Any]:
+    """The manifest of the engine that lies in `staging`."""
+    engine = staging / PLAN_FILE
     return {
-        "schema": SCHEMA,
-        "target": target_record(target),
+        "schema": _SCHEMA,
+        "target": plan.target.to_json(),
         "tensorrt_version": result.library_version,
-        **limits_record(limits),
-        "workspace_bytes": request.workspace_bytes,
-        "profiles": [profile.to_json() for profile in request.profiles],
-        "block_skip": block_skip_record(request, result),
+        **_limits_record(plan.limits),
+        "workspace_bytes": plan.work.workspace_bytes,
+        "profiles": [profile.to_json() for profile in plan.work.profiles],
+        "block_skip": _block_skip_record(plan.work.plugin, result),
         "few_bits": result.few_bits,
         "layer_types": result.layer_types,
         "engine_layers": result.engine_layers,
-        "plan": {"bytes": plan.stat().st_size, "sha256": sha256_of_file(plan)},
-        "onnx": onnx_record(folder),
+        "plan": {"bytes": engine.stat().st_size, "sha256": sha256_of_file(engine)},
+        "onnx": _onnx_record(plan.folder),
         "build": {
             "parse_seconds": round(result.parse_seconds, 3),
             "build_seconds": round(result.build_seconds, 3),
             "peak_memory_bytes": result.peak_memory_bytes,
         },
-        "notes": [*notes, *result.notes],
+        "notes": [*plan.notes, *result.notes],
         "provenance": provenance(),
     }
 
 
-def limits_record(limits: Limits) -> dict[str, Any]:
+def _limits_record(limits: Limits) -> dict[str, Any]:
     """What the engine can run; of tokens only where it takes tokens."""
     record: dict[str, Any] = {"limits": {"max_batch": limits.max_batch}}
     if limits.max_length:
@@ -75,27 +68,16 @@ def limits_record(limits: Limits) -> dict[str, Any]:
     return record
 
 
-def target_record(target: Target) -> dict[str, Any]:
-    """Flavour, capability and reason."""
-    capability = target.compute_capability
-    return {
-        "flavour": target.flavour,
-        "compute_capability": None if capability is None else list(capability),
-        "reason": target.reason,
-    }
-
-
-def block_skip_record(request: BuildRequest, result: BuildResult) -> dict[str, Any]:
+def _block_skip_record(plugin: Path | None, result: WorkerResult) -> dict[str, Any]:
     """The path the block-skip nodes took, and the plugin if it was that."""
-    uses_plugin = result.block_skip["path"] == "plugin" and request.plugin is not None
-    plugin = plugin_record(request.plugin) if uses_plugin and request.plugin else None
-    return {**result.block_skip, "plugin": plugin}
+    used = plugin if result.block_skip["path"] == "plugin" else None
+    return {**result.block_skip, "plugin": None if used is None else plugin_record(used)}
 
 
-def onnx_record(folder: OnnxFolder) -> dict[str, Any]:
+def _onnx_record(folder: OnnxFolder) -> dict[str, Any]:
     """What identifies the ONNX folder: the graph's hash alone would not tell two models apart."""
     record = folder.record
-    own = TASK_FIELDS[record.task]
+    own = TASKS[record.task].record_fields
     return {
         "sha256": record.onnx_sha256,
         "data_sha256": folder.data_sha256(),
@@ -107,7 +89,7 @@ def onnx_record(folder: OnnxFolder) -> dict[str, Any]:
 
 
 def check_manifest(
-    engine_folder: Path, onnx_folder: Path | None = None, runtime: Runtime | None = None
+    engine_folder: Path, onnx_folder: Path | None = None, runtime: EngineRuntime | None = None
 ) -> dict[str, Any]:
     """Read a manifest and refuse a pairing that could not work.
 
@@ -123,11 +105,11 @@ def check_manifest(
         InputError: something is missing, changed, or does not belong together.
     """
     manifest = read_manifest(engine_folder)
-    require_plan(engine_folder / PLAN_FILE, manifest["plan"])
+    _require_plan(engine_folder / PLAN_FILE, manifest["plan"])
     if onnx_folder is not None:
-        require_onnx(engine_folder, manifest["onnx"], onnx_folder)
+        _require_onnx(engine_folder, manifest["onnx"], onnx_folder)
     if runtime is not None:
-        require_runtime(engine_folder, manifest, runtime)
+        _require_runtime(engine_folder, manifest, runtime)
     return manifest
 
 
@@ -143,35 +125,35 @@ def read_manifest(engine_folder: Path) -> dict[str, Any]:
             "This is not an engine folder.",
             where=engine_folder,
             expected=MANIFEST_FILE,
-            change=BUILD_AGAIN,
+            change=_BUILD_AGAIN,
         )
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError("This file is not JSON.", where=path, observed=error) from error
-    require_schema(manifest, path)
+    _require_schema(manifest, path)
     fields: dict[str, Any] = manifest
     return fields
 
 
-def require_schema(manifest: Any, path: Path) -> None:
+def _require_schema(manifest: Any, path: Path) -> None:
     """Raise InputError unless the manifest is of the schema that this version writes."""
-    known = isinstance(manifest, dict) and manifest.get("schema") == SCHEMA
-    missing = [name for name in REQUIRED_FIELDS if not known or name not in manifest]
+    known = isinstance(manifest, dict) and manifest.get("schema") == _SCHEMA
+    missing = [name for name in _REQUIRED_FIELDS if not known or name not in manifest]
     if missing:
         raise InputError(
             "This manifest was written by another version of skipcat, or is damaged.",
             where=path,
             observed="missing: " + ", ".join(missing) if known else "another schema",
-            expected=f"schema {SCHEMA}",
-            change=BUILD_AGAIN,
+            expected=f"schema {_SCHEMA}",
+            change=_BUILD_AGAIN,
         )
 
 
-def require_plan(path: Path, record: dict[str, Any]) -> None:
+def _require_plan(path: Path, record: dict[str, Any]) -> None:
     """Raise InputError when the plan is missing or not the one that the manifest describes."""
     if not path.is_file():
-        raise InputError("The engine's plan is missing.", where=path, change=BUILD_AGAIN)
+        raise InputError("The engine's plan is missing.", where=path, change=_BUILD_AGAIN)
     if path.stat().st_size != record["bytes"]:
         raise mismatch("plan size", path, path.stat().st_size, record["bytes"])
     digest = sha256_of_file(path)
@@ -179,7 +161,7 @@ def require_plan(path: Path, record: dict[str, Any]) -> None:
         raise mismatch("plan hash", path, digest, record["sha256"])
 
 
-def require_onnx(engine_folder: Path, record: dict[str, Any], onnx_folder: Path) -> None:
+def _require_onnx(engine_folder: Path, record: dict[str, Any], onnx_folder: Path) -> None:
     """Raise InputError when the engine was built from another graph or other weights."""
     hashes = {"model.onnx": record["sha256"], **record["data_sha256"]}
     for name, expected in hashes.items():
@@ -193,7 +175,7 @@ def require_onnx(engine_folder: Path, record: dict[str, Any], onnx_folder: Path)
             raise mismatch(f"hash of {name}", engine_folder, digest, expected)
 
 
-def require_runtime(engine_folder: Path, manifest: dict[str, Any], runtime: Runtime) -> None:
+def _require_runtime(engine_folder: Path, manifest: dict[str, Any], runtime: EngineRuntime) -> None:
     """Raise InputError when the engine is for another flavour, version or GPU."""
     target = manifest["target"]
     built_for = tuple(target["compute_capability"])
@@ -214,10 +196,10 @@ def mismatch(what: str, where: Path, observed: object, expected: object) -> Inpu
         where=where,
         observed=observed,
         expected=expected,
-        change=BUILD_AGAIN,
+        change=_BUILD_AGAIN,
     )
 
 
-def read_profiles(manifest: dict[str, Any]) -> list[Profile]:
+def read_profiles(manifest: dict[str, Any]) -> list[ShapeProfile]:
     """The manifest's optimisation profiles, in the engine's order."""
-    return [Profile.from_json(entry) for entry in manifest["profiles"]]
+    return [ShapeProfile.from_json(entry) for entry in manifest["profiles"]]

@@ -10,14 +10,14 @@ from pipeline.artefact import sha256_of_file
 from pipeline.errors import InputError
 from pipeline.export.onnx_folder import BLOCK_SKIP_DOMAIN, BLOCK_SKIP_OPS
 
-PLUGIN_VERSION = "1"
+_PLUGIN_VERSION = "1"
 BUILT_PLUGIN = (
     Path(__file__).parents[2] / "trt_plugins" / "block_skip" / "lib" / "libskipcat_block_skip.so"
 )
 
 
 @dataclass(frozen=True)
-class PluginCreator:
+class _PluginCreator:
     """What a registered plugin is found by."""
 
     name: str
@@ -25,7 +25,7 @@ class PluginCreator:
     namespace: str
 
 
-def require_plugin_file(path: Path) -> Path:
+def _require_plugin_file(path: Path) -> Path:
     """The absolute path of a plugin library; raise InputError when there is no such file."""
     if not path.is_file():
         raise InputError(
@@ -46,13 +46,13 @@ def choose_plugin(given: Path | None) -> tuple[Path | None, str]:
         InputError: the file that was named does not exist.
     """
     if given is not None:
-        return require_plugin_file(given), f"block-skip plugin: {given}"
+        return _require_plugin_file(given), f"block-skip plugin: {given}"
     if BUILT_PLUGIN.is_file():
         return BUILT_PLUGIN, f"block-skip plugin: {BUILT_PLUGIN}, built by make plugin"
     return None, "no block-skip plugin: none is built (make plugin), so its function body is used"
 
 
-def load_plugin(library: Any, path: Path) -> list[PluginCreator]:
+def load_plugin(library: Any, path: Path) -> list[_PluginCreator]:
     """Load a plugin library into the registry and return the block-skip creators it brought.
 
     Args:
@@ -69,31 +69,31 @@ def load_plugin(library: Any, path: Path) -> list[PluginCreator]:
             where=path,
             change="build it on this machine against the installed TensorRT; build.log says more",
         )
-    found = [describe(creator) for creator in registry.all_creators]
-    ours = block_skip_creators(found)
+    found = [_describe(creator) for creator in registry.all_creators]
+    ours = _block_skip_creators(found)
     if not ours:
         raise InputError(
             "This library has no block-skip plugin.",
             where=path,
             observed=", ".join(f"{item.namespace}::{item.name} {item.version}" for item in found),
-            expected=f"{BLOCK_SKIP_DOMAIN}::BlockSkipLinear {PLUGIN_VERSION}",
+            expected=f"{BLOCK_SKIP_DOMAIN}::BlockSkipLinear {_PLUGIN_VERSION}",
         )
     return ours
 
 
-def describe(creator: Any) -> PluginCreator:
+def _describe(creator: Any) -> _PluginCreator:
     """Name, version and namespace of a registered creator."""
-    return PluginCreator(creator.name, creator.plugin_version, creator.plugin_namespace)
+    return _PluginCreator(creator.name, creator.plugin_version, creator.plugin_namespace)
 
 
-def block_skip_creators(creators: list[PluginCreator]) -> list[PluginCreator]:
+def _block_skip_creators(creators: list[_PluginCreator]) -> list[_PluginCreator]:
     """Those that the graph's nodes resolve to; another namespace would be passed over silently."""
     return [
         creator
         for creator in creators
         if creator.name in BLOCK_SKIP_OPS
         and creator.namespace == BLOCK_SKIP_DOMAIN
-        and creator.version == PLUGIN_VERSION
+        and creator.version == _PLUGIN_VERSION
     ]
 
 
@@ -103,6 +103,6 @@ def plugin_record(path: Path) -> dict[str, Any]:
         "library": path.name,
         "names": list(BLOCK_SKIP_OPS),
         "sha256": sha256_of_file(path),
-        "version": PLUGIN_VERSION,
+        "version": _PLUGIN_VERSION,
         "namespace": BLOCK_SKIP_DOMAIN,
     }

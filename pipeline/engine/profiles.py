@@ -12,30 +12,30 @@ from typing import Any, Literal
 from pipeline.errors import InputError, UsageError
 
 DecodeForm = Literal["shared", "separate"]
-Shape = tuple[int, ...]
+_Shape = tuple[int, ...]
 TOKEN_INPUTS = ("input_ids", "position_ids")
 MASK_INPUT = "attention_mask"
 CACHE_PREFIX = "past_key_values."
 IMAGE_INPUT = "pixel_values"
-OPT_PREFILL = 128
-CACHE_LENGTH_AXIS = 2
+_OPT_PREFILL = 128
+_CACHE_LENGTH_AXIS = 2
 
 
 @dataclass(frozen=True)
-class ShapeRange:
+class _ShapeRange:
     """Smallest, tuned-for and largest shape of one input."""
 
-    min: Shape
-    opt: Shape
-    max: Shape
+    min: _Shape
+    opt: _Shape
+    max: _Shape
 
 
 @dataclass(frozen=True)
-class Profile:
+class ShapeProfile:
     """One optimisation profile: a range for every input, by name."""
 
     name: str
-    shapes: dict[str, ShapeRange]
+    shapes: dict[str, _ShapeRange]
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts and lists, for the manifest and the worker."""
@@ -46,13 +46,13 @@ class Profile:
         return {"name": self.name, "shapes": shapes}
 
     @staticmethod
-    def from_json(fields: Mapping[str, Any]) -> Profile:
+    def from_json(fields: Mapping[str, Any]) -> ShapeProfile:
         """The inverse of `to_json` after a trip through JSON."""
         shapes = {
-            name: ShapeRange(*(tuple(ends[end]) for end in ("min", "opt", "max")))
+            name: _ShapeRange(*(tuple(ends[end]) for end in ("min", "opt", "max")))
             for name, ends in fields["shapes"].items()
         }
-        return Profile(fields["name"], shapes)
+        return ShapeProfile(fields["name"], shapes)
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Sizes:
+class _Sizes:
     """The named dimensions at one end of a profile."""
 
     batch: int
@@ -84,19 +84,62 @@ class Sizes:
     total: int
 
 
-def make_limits(max_batch: int, max_prefill: int, max_length: int, decode: DecodeForm) -> Limits:
-    """Limits with `max_prefill` capped by the cache, which cannot take more tokens than it holds.
+def decoder_limits(
+    max_batch: int,
+    max_prefill: int,
+    max_length: int,
+    decode: DecodeForm | None = None,
+    usual: DecodeForm = "shared",
+) -> tuple[Limits, tuple[str, ...]]:
+    """What an engine of a decoder must run, and what the user should know of it.
+
+    Args:
+        max_batch: most sequences at once.
+        max_prefill: most tokens of one call; capped by the cache, which cannot take more.
+        max_length: most tokens the cache holds.
+        decode: the form that was asked for.
+        usual: the form to take if none was.
 
     Raises:
         UsageError: a limit below 1.
     """
-    for flag, value in (("--max-batch", max_batch), ("--max-prefill", max_prefill)):
-        if value < 1:
-            raise UsageError(f"{flag} must be at least 1.", observed=value)
-    return Limits(max_batch, min(max_prefill, max_length), max_length, decode)
+    _require_positive("--max-batch", max_batch)
+    _require_positive("--max-prefill", max_prefill)
+    longest = min(max_prefill, max_length)
+    lowered = f"--max-prefill lowered from {max_prefill} to {longest}, the cache length"
+    notes = () if longest == max_prefill else (lowered,)
+    return Limits(max_batch, longest, max_length, decode or usual), notes
 
 
-def make_profiles(inputs: Mapping[str, tuple[int | None, ...]], limits: Limits) -> list[Profile]:
+def image_limits(
+    max_batch: int,
+    max_prefill: int,
+    max_length: int,
+    decode: DecodeForm | None = None,
+    usual: DecodeForm = "shared",
+) -> tuple[Limits, tuple[str, ...]]:
+    """What an engine of an image classifier must run; arguments as for `decoder_limits`.
+
+    Only the batch counts: there are no tokens and no cache.
+
+    Raises:
+        UsageError: a batch below 1, or a decode profile was asked for.
+    """
+    del max_prefill, max_length, usual
+    if decode is not None:
+        raise UsageError("An image classifier has no decode profile.", where="--decode")
+    _require_positive("--max-batch", max_batch)
+    return Limits(max_batch, 0, 0), ()
+
+
+def _require_positive(flag: str, value: int) -> None:
+    if value < 1:
+        raise UsageError(f"{flag} must be at least 1.", observed=value)
+
+
+def make_profiles(
+    inputs: Mapping[str, tuple[int | None, ...]], limits: Limits
+) -> list[ShapeProfile]:
     """The decode profile, then the prefill profile unless every call is one token.
 
     A graph that takes images has one profile.
@@ -109,48 +152,39 @@ def make_profiles(inputs: Mapping[str, tuple[int | None, ...]], limits: Limits) 
         InputError: an input that is none of the pipeline's, or a static axis out of the limits.
     """
     if set(inputs) == {IMAGE_INPUT}:
-        return [image_profile(inputs[IMAGE_INPUT], limits.max_batch)]
-    static_cache = has_static_cache(inputs)
+        return [_image_profile(inputs[IMAGE_INPUT], limits.max_batch)]
+    static_cache = _has_static_cache(inputs)
     decode = (
-        Sizes(1, 1, 0, 1),
-        decode_opt(limits, static_cache),
-        decode_max(limits, static_cache),
+        _Sizes(1, 1, 0, 1),
+        _decode_opt(limits),
+        _decode_max(limits, static_cache),
     )
-    profiles = [profile("decode", inputs, decode)]
+    profiles = [_profile("decode", inputs, decode)]
     if limits.max_prefill > 1:
-        profiles.append(profile("prefill", inputs, prefill_sizes(limits, static_cache)))
+        profiles.append(_profile("prefill", inputs, _prefill_sizes(limits, static_cache)))
     return profiles
 
 
-def image_limits(max_batch: int) -> Limits:
-    """Limits of a graph that takes images: no tokens and no cache.
-
-    Raises:
-        UsageError: a limit below 1.
-    """
-    return Limits(make_limits(max_batch, 1, 1, "shared").max_batch, 0, 0)
-
-
-def image_profile(shape: tuple[int | None, ...], max_batch: int) -> Profile:
+def _image_profile(shape: tuple[int | None, ...], max_batch: int) -> ShapeProfile:
     """1 to `max_batch` images, tuned for the most.
 
     Raises:
         InputError: an axis other than the batch is dynamic.
     """
     if len(shape) != 4 or shape[0] is not None or None in shape[1:]:
-        raise unknown_input(IMAGE_INPUT, shape)
+        raise _unknown_input(IMAGE_INPUT, shape)
     sizes = tuple(size for size in shape[1:] if size is not None)
     ends = ((1, *sizes), (max_batch, *sizes), (max_batch, *sizes))
-    return Profile("images", {IMAGE_INPUT: ShapeRange(*ends)})
+    return ShapeProfile("images", {IMAGE_INPUT: _ShapeRange(*ends)})
 
 
-def decode_opt(limits: Limits, static_cache: bool) -> Sizes:
+def _decode_opt(limits: Limits) -> _Sizes:
     """One token, the cache half full."""
     past = max(limits.max_length // 2 - 1, 0)
-    return Sizes(limits.max_batch, 1, past, past + 1)
+    return _Sizes(limits.max_batch, 1, past, past + 1)
 
 
-def decode_max(limits: Limits, static_cache: bool) -> Sizes:
+def _decode_max(limits: Limits, static_cache: bool) -> _Sizes:
     """One token, or two in the shared form, with the cache full afterwards."""
     longest = min(2, limits.max_prefill) if limits.decode == "shared" else 1
     total = limits.max_length
@@ -159,12 +193,12 @@ def decode_max(limits: Limits, static_cache: bool) -> Sizes:
         # One token may follow max_length - 1 others, so past and sequence reach their ends in
         # different calls; total covers their sum to keep the largest shapes consistent.
         past, total = limits.max_length - 1, limits.max_length - 1 + longest
-    return Sizes(limits.max_batch, longest, past, total)
+    return _Sizes(limits.max_batch, longest, past, total)
 
 
-def prefill_sizes(limits: Limits, static_cache: bool) -> tuple[Sizes, Sizes, Sizes]:
-    """1 to max_prefill tokens, tuned for OPT_PREFILL into an empty cache."""
-    tuned = min(OPT_PREFILL, limits.max_prefill)
+def _prefill_sizes(limits: Limits, static_cache: bool) -> tuple[_Sizes, _Sizes, _Sizes]:
+    """1 to max_prefill tokens, tuned for some into an empty cache."""
+    tuned = min(_OPT_PREFILL, limits.max_prefill)
     total = limits.max_length
     past = limits.max_length - 1
     if not static_cache:
@@ -172,16 +206,16 @@ def prefill_sizes(limits: Limits, static_cache: bool) -> tuple[Sizes, Sizes, Siz
         # that the largest shapes fit each other: total = past + sequence.
         total = past + limits.max_prefill
     return (
-        Sizes(1, 1, 0, 1),
-        Sizes(limits.max_batch, tuned, 0, tuned),
-        Sizes(limits.max_batch, limits.max_prefill, past, total),
+        _Sizes(1, 1, 0, 1),
+        _Sizes(limits.max_batch, tuned, 0, tuned),
+        _Sizes(limits.max_batch, limits.max_prefill, past, total),
     )
 
 
-def has_static_cache(inputs: Mapping[str, tuple[int | None, ...]]) -> bool:
+def _has_static_cache(inputs: Mapping[str, tuple[int | None, ...]]) -> bool:
     """Whether the cache has a fixed length (`opset24`) rather than a growing one (`compat`)."""
     lengths = [
-        shape[CACHE_LENGTH_AXIS] for name, shape in inputs.items() if name.startswith(CACHE_PREFIX)
+        shape[_CACHE_LENGTH_AXIS] for name, shape in inputs.items() if name.startswith(CACHE_PREFIX)
     ]
     if not lengths:
         raise InputError(
@@ -193,18 +227,18 @@ def has_static_cache(inputs: Mapping[str, tuple[int | None, ...]]) -> bool:
     return lengths[0] is not None
 
 
-def profile(
-    name: str, inputs: Mapping[str, tuple[int | None, ...]], ends: tuple[Sizes, Sizes, Sizes]
-) -> Profile:
+def _profile(
+    name: str, inputs: Mapping[str, tuple[int | None, ...]], ends: tuple[_Sizes, _Sizes, _Sizes]
+) -> ShapeProfile:
     """The profile that has `ends` as its min, opt and max."""
     shapes = {
-        tensor: ShapeRange(*(input_shape(tensor, shape, sizes) for sizes in ends))
+        tensor: _ShapeRange(*(_input_shape(tensor, shape, sizes) for sizes in ends))
         for tensor, shape in inputs.items()
     }
-    return Profile(name, shapes)
+    return ShapeProfile(name, shapes)
 
 
-def input_shape(name: str, shape: tuple[int | None, ...], sizes: Sizes) -> Shape:
+def _input_shape(name: str, shape: tuple[int | None, ...], sizes: _Sizes) -> _Shape:
     """Shape of one input when the named dimensions have these sizes; static axes stay.
 
     Raises:
@@ -218,16 +252,16 @@ def input_shape(name: str, shape: tuple[int | None, ...], sizes: Sizes) -> Shape
     elif name.startswith(CACHE_PREFIX):
         rule = (sizes.batch, None, sizes.past, None)
     else:
-        raise unknown_input(name, shape)
+        raise _unknown_input(name, shape)
     if len(rule) != len(shape):
-        raise unknown_input(name, shape)
+        raise _unknown_input(name, shape)
     dims = tuple(wanted if dim is None else dim for dim, wanted in zip(shape, rule, strict=True))
     if any(dim is None for dim in dims):
-        raise unknown_input(name, shape)
+        raise _unknown_input(name, shape)
     return tuple(dim for dim in dims if dim is not None)
 
 
-def unknown_input(name: str, shape: tuple[int | None, ...]) -> InputError:
+def _unknown_input(name: str, shape: tuple[int | None, ...]) -> InputError:
     """The error for an input whose shapes cannot be planned."""
     return InputError(
         f"The graph input '{name}' has no rule for its shapes.",

@@ -14,44 +14,44 @@ import sys
 from pathlib import Path
 
 from pipeline.artefact import write_json
-from pipeline.engine.worker_protocol import RESULT_FILE, BuildRequest, BuildResult
+from pipeline.engine.worker_protocol import RESULT_FILE, WorkerRequest, WorkerResult
 from pipeline.errors import PipelineError
 from pipeline.memory import peak_bytes
 
-PR_SET_PDEATHSIG = 1
+_PR_SET_PDEATHSIG = 1
 
 
 def main(arguments: list[str]) -> int:
-    """Build what the request file says; return the exit status of `pipeline.errors`."""
-    die_with_parent()
-    fields = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))
-    request = BuildRequest.from_json(fields)
+    """Build what the request file says, beside it; return the exit status of `pipeline.errors`."""
+    _die_with_parent()
+    path = Path(arguments[0])
+    request = WorkerRequest.from_json(json.loads(path.read_text(encoding="utf-8")))
     try:
-        result = build(request)
+        result = _build(request, path.parent)
     except PipelineError as error:
         failure = {"error": {"what": error.what, "details": error.details}}
-        write_json(request.staging / RESULT_FILE, failure)
+        write_json(path.with_name(RESULT_FILE), failure)
         return error.exit_status
     result = dataclasses.replace(result, peak_memory_bytes=peak_bytes())
-    write_json(request.staging / RESULT_FILE, dataclasses.asdict(result))
+    write_json(path.with_name(RESULT_FILE), dataclasses.asdict(result))
     return 0
 
 
-def build(request: BuildRequest) -> BuildResult:
+def _build(request: WorkerRequest, staging: Path) -> WorkerResult:
     """Build with the flavour that the request names; only that library is imported."""
     if request.flavour == "rtx":
         from pipeline.engine import rtx
 
-        return rtx.build(request)
+        return rtx.build(request, staging)
     from pipeline.engine import standard
 
-    return standard.build(request)
+    return standard.build(request, staging)
 
 
-def die_with_parent() -> None:
+def _die_with_parent() -> None:
     """Have Linux kill this process when its parent dies by a signal that it cannot pass on."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 if __name__ == "__main__":

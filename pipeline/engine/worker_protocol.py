@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.engine.profiles import Profile
-from pipeline.engine.target import Capability, Flavour
+from pipeline.engine.profiles import ShapeProfile
+from pipeline.engine.target import Flavour
+from pipeline.gpu import Capability
 
 REQUEST_FILE = "request.json"
 RESULT_FILE = "result.json"
@@ -16,14 +17,13 @@ PLAN_FILE = "engine.plan"
 
 
 @dataclass(frozen=True)
-class BuildRequest:
-    """One engine to build.
+class WorkerRequest:
+    """One engine to build, beside the file that asks for it.
 
     Attributes:
         flavour: `rtx` or `tensorrt`.
         compute_capability: of the GPU to build for; standard TensorRT takes the one it runs on.
         onnx_path: `model.onnx`, weights beside it.
-        staging: folder to write `engine.plan` and `result.json` into.
         profiles: optimisation profiles, in order.
         shared_weights: ask that profiles after the first store no weights of their own.
         workspace_bytes: most scratch memory a kernel may use; None leaves TensorRT's default.
@@ -38,8 +38,7 @@ class BuildRequest:
     flavour: Flavour
     compute_capability: Capability
     onnx_path: Path
-    staging: Path
-    profiles: tuple[Profile, ...]
+    profiles: tuple[ShapeProfile, ...]
     shared_weights: bool
     workspace_bytes: int | None
     plugin: Path | None
@@ -53,35 +52,35 @@ class BuildRequest:
         """Plain values for `request.json`."""
         fields = asdict(self)
         fields["profiles"] = [profile.to_json() for profile in self.profiles]
-        for name in ("onnx_path", "staging", "plugin"):
+        for name in ("onnx_path", "plugin"):
             fields[name] = None if fields[name] is None else str(fields[name])
         return fields
 
     @staticmethod
-    def from_json(fields: Mapping[str, Any]) -> BuildRequest:
+    def from_json(fields: Mapping[str, Any]) -> WorkerRequest:
         """The inverse of `to_json`."""
         values = dict(fields)
-        values["profiles"] = tuple(Profile.from_json(entry) for entry in values["profiles"])
+        values["profiles"] = tuple(ShapeProfile.from_json(entry) for entry in values["profiles"])
         values["compute_capability"] = tuple(values["compute_capability"])
-        for name in ("onnx_path", "staging", "plugin"):
+        for name in ("onnx_path", "plugin"):
             values[name] = None if values[name] is None else Path(values[name])
-        return BuildRequest(**values)
+        return WorkerRequest(**values)
 
 
 @dataclass(frozen=True)
-class BuildResult:
+class WorkerResult:
     """What a worker read back from a build that succeeded.
 
     Attributes:
         library_version: of the TensorRT that built it.
-        block_skip: how the block-skip nodes were taken, see `layers.BlockSkipPath`.
+        block_skip: how the block-skip nodes were taken, see `network`.
         layer_types: network layers after parsing, counted by type.
         engine_layers: layers of the built engine, or why they could not be read.
         parse_seconds: time to parse the ONNX file.
         build_seconds: time to build and write the plan.
         peak_memory_bytes: largest resident size of the worker.
         notes: every choice that differs from the straight path.
-        few_bits: how the matrices in few bits were taken, see `layers.few_bits_path`.
+        few_bits: how the matrices in few bits were taken, see `network`.
     """
 
     library_version: str

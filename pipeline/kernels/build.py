@@ -8,50 +8,30 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
-import subprocess
 from pathlib import Path
 
 from filelock import FileLock
 
 from pipeline.errors import InputError
 from pipeline.progress import note
+from pipeline.toolchain import local_nvcc, nvcc_text, require_capability, run_nvcc
 
 SOURCE_FOLDER = Path(__file__).parents[2] / "trt_plugins" / "block_skip"
 SOURCES = ("block_skip_kernel.cu", "c_interface.cpp")
-HEADERS = ("block_skip.h", "decode.cuh", "device.cuh", "prefill.cuh", "weights.cuh")
-OLDEST_CAPABILITY = 80
-SECONDS_AT_MOST = 600
+_HEADERS = ("block_skip.h", "decode.cuh", "device.cuh", "prefill.cuh", "weights.cuh")
 
 
-def cache_folder() -> Path:
+def _cache_folder() -> Path:
     """Where libraries are kept: `SKIPCAT_CACHE`, or `skipcat` in the user's cache folder."""
     chosen = os.environ.get("SKIPCAT_CACHE")
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return (Path(chosen) if chosen else Path(base) / "skipcat") / "kernels"
 
 
-def find_nvcc() -> Path | None:
-    """The CUDA compiler: `CUDA_HOME`, the path, or where JetPack and NVIDIA's packages put it."""
-    home = os.environ.get("CUDA_HOME")
-    if home and (Path(home) / "bin" / "nvcc").is_file():
-        return Path(home) / "bin" / "nvcc"
-    found = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
-    return Path(found) if found else None
-
-
-def nvcc_version(nvcc: Path) -> str:
-    """The last line of `nvcc --version`, which names the build."""
-    answer = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True, check=False)
-    return (
-        answer.stdout.strip().splitlines()[-1] if answer.stdout.strip() else answer.stderr.strip()
-    )
-
-
-def library_name(capability: int, version: str) -> str:
+def _library_name(capability: int, version: str) -> str:
     """A file name that differs whenever the compiled library would."""
     digest = hashlib.sha256(version.encode())
-    for name in (*SOURCES, *HEADERS):
+    for name in (*SOURCES, *_HEADERS):
         digest.update(name.encode() + (SOURCE_FOLDER / name).read_bytes())
     return f"block_skip-sm{capability}-{digest.hexdigest()[:16]}.so"
 
@@ -62,54 +42,40 @@ def build_library(capability: int) -> Path:
     Raises:
         InputError: the GPU is too old, there is no nvcc, or it fails; the message has its output.
     """
-    if capability < OLDEST_CAPABILITY:
-        raise InputError(
-            "The block-skip kernels need the matrix units of Ampere or newer.",
-            observed=f"compute capability {capability / 10:.1f}",
-            expected="8.0 or newer",
-        )
-    nvcc = find_nvcc()
+    require_capability(capability)
+    nvcc = local_nvcc()
     if nvcc is None:
         raise InputError(
             "The block-skip kernels must be compiled, and there is no CUDA compiler.",
             observed="no nvcc in CUDA_HOME, on PATH, or in /usr/local/cuda/bin",
             change="install the CUDA toolkit (on a Jetson: apt install cuda-nvcc-12-6)",
         )
-    folder = cache_folder()
+    folder = _cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
-    target = folder / library_name(capability, nvcc_version(nvcc))
+    target = folder / _library_name(capability, nvcc_text(nvcc).rpartition("\n")[2])
     # Two processes that start together compile once.
     with FileLock(f"{target}.lock"):
         if not target.is_file():
             note(f"compiling the block-skip kernels for sm_{capability}, once: {target}")
-            compile_library(nvcc, capability, target)
+            _compile_library(nvcc, capability, target)
     return target
 
 
-def compile_library(nvcc: Path, capability: int, target: Path) -> None:
+def _compile_library(nvcc: Path, capability: int, target: Path) -> None:
     """Run nvcc; `target` appears only when it succeeded.
 
     Raises:
         InputError: it fails, with the end of what it printed.
     """
     aside = target.with_suffix(f".{os.getpid()}.tmp")
-    command = [
-        str(nvcc), "-std=c++17", "-O3", "-shared", "-cudart", "static",
+    arguments = [
+        "-shared", "-cudart", "static",
         "-gencode", f"arch=compute_{capability},code=sm_{capability}",
         "-Xcompiler", "-fPIC,-fvisibility=hidden",
         *(str(SOURCE_FOLDER / name) for name in SOURCES), "-o", str(aside),
     ]  # fmt: skip
     try:
-        answer = subprocess.run(
-            command, capture_output=True, text=True, check=False, timeout=SECONDS_AT_MOST
-        )
-        if answer.returncode != 0:
-            raise InputError(
-                "nvcc cannot compile the block-skip kernels.",
-                where=str(nvcc),
-                observed="\n".join((answer.stderr or answer.stdout).strip().splitlines()[-8:]),
-                change="needs CUDA 12 or newer and a host compiler that it supports",
-            )
+        run_nvcc(nvcc, arguments, "the block-skip kernels")
         aside.replace(target)
     finally:
         aside.unlink(missing_ok=True)

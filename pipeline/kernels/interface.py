@@ -70,7 +70,7 @@ def open_library(path: Path) -> ctypes.CDLL:
     library.skipcatBlockSkipLinear.argtypes = [
         POINTER(Problem), POINTER(Pointers), POINTER(Device), c_void_p, c_void_p, c_void_p,
     ]  # fmt: skip
-    require_same_structures(library, path)
+    _require_same_structures(library, path)
     return library
 
 
@@ -92,7 +92,7 @@ def make_counters(library: ctypes.CDLL, device: int, size_bytes: int) -> int:
     return address.value
 
 
-def require_same_structures(library: ctypes.CDLL, path: Path) -> None:
+def _require_same_structures(library: ctypes.CDLL, path: Path) -> None:
     """Raise InputError when the library's structures have other sizes than those of this file."""
     sizes = [c_size_t() for _ in range(3)]
     library.skipcatStructBytes(*(byref(size) for size in sizes))

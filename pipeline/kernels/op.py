@@ -27,8 +27,8 @@ from pipeline.kernels.interface import (
     open_library,
 )
 
-TYPES = {torch.float16: FP16, torch.bfloat16: BF16}
-CUDA_MOST_ROWS = 4096
+_TYPES = {torch.float16: FP16, torch.bfloat16: BF16}
+_CUDA_MOST_ROWS = 4096
 
 
 @torch.library.custom_op("skipcat::block_skip_linear", mutates_args=(), device_types="cpu")
@@ -50,21 +50,21 @@ def block_skip_linear(
         ValueError: shapes or types that do not fit.
         InputError: on a GPU, the kernels cannot be compiled, or do not know the type.
     """
-    require_fit(x, a, b, index)
-    latent, _ = mix(x, a, index)
+    _require_fit(x, a, b, index)
+    latent, _ = _mix(x, a, index)
     return latent @ b
 
 
 @block_skip_linear.register_fake
-def shape_of_result(
+def _shape_of_result(
     x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, index: torch.Tensor | None = None
 ) -> torch.Tensor:
     """An empty result: what compilers ask for."""
-    require_fit(x, a, b, index)
+    _require_fit(x, a, b, index)
     return x.new_empty((*x.shape[:-1], b.shape[1]))
 
 
-def mix(
+def _mix(
     x: torch.Tensor, a: torch.Tensor, index: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The latent z = x1 + x2 a, [..., r], and x2, [..., n - r]."""
@@ -74,7 +74,7 @@ def mix(
     return ordered[..., :rank] + rest @ a, rest
 
 
-def require_fit(
+def _require_fit(
     x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, index: torch.Tensor | None
 ) -> None:
     """Raise ValueError when shapes or types do not fit."""
@@ -89,7 +89,7 @@ def require_fit(
         raise ValueError(f"index must be int32 [{x.shape[-1]}], not {index.dtype} {index.shape}")
 
 
-def save_for_gradient(
+def _save_for_gradient(
     ctx: torch.autograd.function.FunctionCtx,
     inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None],
     output: torch.Tensor,
@@ -99,7 +99,7 @@ def save_for_gradient(
     ctx.save_for_backward(*inputs)  # type: ignore[arg-type] # None is fine
 
 
-def gradients(
+def _gradients(
     ctx: torch.autograd.function.FunctionCtx, grad: torch.Tensor
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, None]:
     """With dz = dy bᵀ: dx[index] = [dz, dz aᵀ]; da = x2ᵀ dz; db = zᵀ dy, summed over rows.
@@ -115,7 +115,7 @@ def gradients(
         if index is not None:
             grad_x = torch.zeros_like(x).index_copy(-1, index.long(), grad_x)
     if for_a or for_b:
-        latent, rest = mix(x, a, index)
+        latent, rest = _mix(x, a, index)
         if for_a:
             grad_a = rest.flatten(0, -2).T @ grad_latent.flatten(0, -2)
         if for_b:
@@ -123,16 +123,16 @@ def gradients(
     return grad_x, grad_a, grad_b, None
 
 
-block_skip_linear.register_autograd(gradients, setup_context=save_for_gradient)
+block_skip_linear.register_autograd(_gradients, setup_context=_save_for_gradient)
 
 
 @block_skip_linear.register_kernel("cuda")
-def launch(
+def _launch(
     x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, index: torch.Tensor | None = None
 ) -> torch.Tensor:
     """The kernel, on the current stream of x's device; more than 4096 rows go in several calls."""
-    require_fit(x, a, b, index)
-    if x.dtype not in TYPES:
+    _require_fit(x, a, b, index)
+    if x.dtype not in _TYPES:
         raise InputError(
             "The block-skip kernels compute in half precision.",
             observed=f"x of {x.dtype}",
@@ -142,13 +142,13 @@ def launch(
     y = torch.empty((rows.shape[0], b.shape[1]), dtype=x.dtype, device=x.device)
     a, b = a.contiguous(), b.contiguous()
     with torch.cuda.device(x.device):
-        for part, out in zip(rows.split(CUDA_MOST_ROWS), y.split(CUDA_MOST_ROWS), strict=True):
+        for part, out in zip(rows.split(_CUDA_MOST_ROWS), y.split(_CUDA_MOST_ROWS), strict=True):
             if part.shape[0]:
-                launch_rows(part, a, b, index, out)
+                _launch_rows(part, a, b, index, out)
     return y.reshape(*x.shape[:-1], b.shape[1])
 
 
-def launch_rows(
+def _launch_rows(
     x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, index: torch.Tensor | None, y: torch.Tensor
 ) -> None:
     """One call of the library: x [rows, n] to y [rows, m], all contiguous, 1 <= rows <= 4096.
@@ -156,14 +156,14 @@ def launch_rows(
     Raises:
         InputError: the library refuses the problem.
     """
-    device = device_of(x.device.index)
-    library = library_for(device.capability)
+    device = _device_of(x.device.index)
+    library = _library_for(device.capability)
     problem = Problem(
         rows=x.shape[0],
         n=x.shape[1],
         m=b.shape[1],
         rank=b.shape[0],
-        type=TYPES[x.dtype],
+        type=_TYPES[x.dtype],
         weights=FLOAT_WEIGHTS,
         group_size=0,
         indexed=index is not None,
@@ -175,7 +175,7 @@ def launch_rows(
     needed = library.skipcatWorkspaceBytes(ctypes.byref(problem), ctypes.byref(device))
     workspace = torch.empty(needed, dtype=torch.uint8, device=x.device)
     stream = torch.cuda.current_stream().cuda_stream
-    counters = counters_for(x.device.index, stream, counter_numbers(library, problem))
+    counters = _counters_for(x.device.index, stream, _counter_numbers(library, problem))
     pointers = Pointers(
         x=x.data_ptr(),
         index=None if index is None else index.data_ptr(),
@@ -192,7 +192,7 @@ def launch_rows(
 
 
 @cache
-def device_of(index: int) -> Device:
+def _device_of(index: int) -> Device:
     """What the library must know of a GPU."""
     properties = torch.cuda.get_device_properties(index)
     capability = 10 * properties.major + properties.minor
@@ -205,23 +205,23 @@ def prepare(device: int) -> None:
     Raises:
         InputError: as `build_library`.
     """
-    library_for(device_of(device).capability)
+    _library_for(_device_of(device).capability)
 
 
 @cache
-def library_for(capability: int) -> ctypes.CDLL:
+def _library_for(capability: int) -> ctypes.CDLL:
     """The library for GPUs of a capability, compiled if need be."""
     return open_library(build_library(capability))
 
 
-def counter_numbers(library: ctypes.CDLL, problem: Problem) -> int:
+def _counter_numbers(library: ctypes.CDLL, problem: Problem) -> int:
     """Counters of a call, rounded up to a power of two so that few sizes are ever kept."""
     numbers: int = library.skipcatCounterBytes(ctypes.byref(problem)) // 4
     return 1 << (numbers - 1).bit_length()
 
 
 @cache
-def counters_for(device: int, stream: int, numbers: int) -> int:
+def _counters_for(device: int, stream: int, numbers: int) -> int:
     """Address of the counters of one stream: calls on it cannot overlap, and each leaves them zero.
 
     They outlive the call, so PyTorch's allocator must not make them: while `torch.compile` warms up
@@ -237,5 +237,5 @@ def counters_for(device: int, stream: int, numbers: int) -> int:
             where=f"cuda:{device}, stream {stream:#x}",
             change="run the layer once on the stream that captures, before capturing",
         )
-    library = library_for(device_of(device).capability)
+    library = _library_for(_device_of(device).capability)
     return make_counters(library, device, 4 * numbers)

@@ -211,7 +211,7 @@ def test_what_a_later_stage_would_refuse_is_refused_before_any_work(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(build, "compress_to_folder", must_not_run)
-    monkeypatch.setattr(target, "look_at_machine", lambda: target.Machine(None, False))
+    monkeypatch.setattr(target, "_look", lambda: target._Host(None, False))
     assert main([*arguments, "-o", str(tmp_path / "tiny"), *changed]) == status
     assert message in capsys.readouterr().err
     assert names_in(tmp_path) == set()

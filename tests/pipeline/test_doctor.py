@@ -7,7 +7,8 @@ import pytest
 
 from pipeline import doctor
 from pipeline.cli.main import main
-from pipeline.machine import Gpu, Machine
+from pipeline.gpu import Gpu
+from pipeline.machine import Machine
 
 PLAIN = Machine(
     python="3.11.7",
@@ -27,11 +28,11 @@ PLAIN = Machine(
     },
     reasons={"GPU": "nvidia-smi is not installed"},
 )
-H200 = Gpu("NVIDIA H200", "9.0", 143771, "580.1")
-RTX_4090 = Gpu("NVIDIA GeForce RTX 4090", "8.9", 24564, "580.1")
+H200 = Gpu("NVIDIA H200", (9, 0), 143771, "580.1")
+RTX_4090 = Gpu("NVIDIA GeForce RTX 4090", (8, 9), 24564, "580.1")
 
 
-def verdict(machine: Machine, stage: str) -> doctor.Verdict:
+def verdict(machine: Machine, stage: str) -> doctor.StageVerdict:
     return next(found for found in doctor.stages(machine) if found.stage == stage)
 
 
@@ -123,7 +124,7 @@ def test_old_onnxruntime_runs_only_the_compat_profile() -> None:
     ],
 )
 def test_plugin_route_follows_the_tensorrt_version(version: str | None, expected: str) -> None:
-    assert expected in doctor.plugin_route(version)
+    assert expected in doctor._plugin_route(version)
 
 
 def test_plugin_is_never_promised_for_rtx() -> None:

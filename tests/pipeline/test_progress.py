@@ -26,7 +26,7 @@ def test_lines_say_how_many_are_done(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", -1.0)
+    monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LINES", -1.0)
     assert list(progress.track(iter("abc"), "compress", total)) == list("abc")
     lines = capsys.readouterr().err.splitlines()
     assert lines == [f"compress: {done} of {shown}" for done in range(3)]
@@ -35,7 +35,7 @@ def test_lines_say_how_many_are_done(
 def test_a_sized_collection_counts_itself(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", -1.0)
+    monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LINES", -1.0)
     list(progress.track("ab", "x"))
     assert "1 of 2" in capsys.readouterr().err
 
@@ -45,7 +45,7 @@ def test_a_terminal_gets_a_bar(
 ) -> None:
     screen = io.StringIO()
     terminal = Console(file=screen, force_terminal=True, width=80)
-    monkeypatch.setattr(progress, "console", lambda: terminal)
+    monkeypatch.setattr(progress, "_console", lambda: terminal)
     assert list(progress.track([1, 2, 3], "compress")) == [1, 2, 3]
     assert "compress" in screen.getvalue()
     assert "3/3" in screen.getvalue()

@@ -27,7 +27,8 @@ from pipeline.compress.decoder import OpenedDecoder
 from pipeline.compress.request import CompressRequest
 from pipeline.compress.run import compress_to_folder
 from pipeline.engine.build import build_engine
-from pipeline.engine.manifest import Runtime, check_manifest
+from pipeline.engine.manifest import EngineRuntime, check_manifest
+from pipeline.engine.plan import EngineRequest
 from pipeline.engine.target import resolve_target
 from pipeline.errors import InputError
 from pipeline.export.export import ExportRequest, export_folder
@@ -110,7 +111,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Built]:
     export_folder(result.checkpoint, result.onnx_fp16, ExportRequest(dtype="float16"))
     if importlib.util.find_spec("tensorrt_rtx") is not None:
         for target in TARGETS:
-            build_engine(result.onnx_fp16, result.engine(target), resolve_target(target))
+            wanted = EngineRequest(resolve_target(target))
+            build_engine(result.onnx_fp16, result.engine(target), wanted)
     yield result
     shutil.rmtree(folder)  # two gigabytes
 
@@ -328,11 +330,11 @@ def test_an_engine_is_refused_for_another_gpu_version_or_graph(built: Built, tar
     folder = built.engine(target)
     manifest = check_manifest(folder)
     version, capability = manifest["tensorrt_version"], (int(target[2]), int(target[3]))
-    check_manifest(folder, runtime=Runtime("rtx", version, capability))
+    check_manifest(folder, runtime=EngineRuntime("rtx", version, capability))
     with pytest.raises(InputError, match="another GPU"):
-        check_manifest(folder, runtime=Runtime("rtx", version, (7, 5)))
+        check_manifest(folder, runtime=EngineRuntime("rtx", version, (7, 5)))
     with pytest.raises(InputError, match="another TensorRT version"):
-        check_manifest(folder, runtime=Runtime("rtx", "0.0", capability))
+        check_manifest(folder, runtime=EngineRuntime("rtx", "0.0", capability))
     with pytest.raises(InputError, match=r"another hash of model\.onnx"):
         check_manifest(folder, onnx_folder=built.onnx)
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.toolchain import local_nvcc
+
 KERNELS = Path(__file__).parents[2] / "trt_plugins" / "block_skip"
 FAST = ("-O1",)
 CHECKED = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
@@ -15,8 +17,8 @@ CHECKED = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=u
 
 def cuda_headers() -> Path:
     """The folder with cuda_fp16.h; skip the test where there is none."""
-    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
-    roots = [Path(nvcc).resolve().parents[1]] if nvcc else []
+    nvcc = local_nvcc()
+    roots = [nvcc.resolve().parents[1]] if nvcc else []
     for root in (*roots, *Path("/usr/local").glob("cuda*")):
         if (root / "include" / "cuda_fp16.h").is_file():
             return root / "include"

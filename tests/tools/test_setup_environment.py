@@ -103,7 +103,7 @@ def test_gpu_needs_a_working_nvidia_smi(tmp_path: Path, monkeypatch: pytest.Monk
     program = tmp_path / "nvidia-smi"
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.defpath}")
     assert setup.probe_gpu() == NO_GPU
-    program.write_text("#!/bin/sh\necho 'GPU 0: NVIDIA H200 (UUID: GPU-1)'\n")
+    program.write_text("#!/bin/sh\necho 'NVIDIA H200, 9.0, 143771, 580.1'\n")
     program.chmod(0o755)
     assert setup.probe_gpu() == (True, "nvidia-smi lists GPU 0: NVIDIA H200")
     program.write_text("#!/bin/sh\necho 'cannot talk to the driver' >&2; exit 9\n")

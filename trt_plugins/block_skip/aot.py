@@ -6,17 +6,14 @@
 
 x [..., n], a [n - r, r], index int32 [n], z [..., r], b [r, m], y [..., m], all fp16 or all bf16.
 Two ops because an embedded kernel is one launch, has no scratch memory, and no block may wait for
-another. `kernel_of` and `launch_of` are pure; `register` hands them to TensorRT (10.9 or newer),
+another. `_kernel_of` and `_launch_of` are pure; `register` hands them to TensorRT (10.9 or newer),
 which embeds the PTX of the fastest tactic and needs neither Python nor a library afterwards.
 """
 
 # No `from __future__ import annotations`: TensorRT reads the annotations of the functions in
-# `register_ops` as types.
+# `_register_ops` as types.
 
-import importlib.util
 import os
-import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass
 from functools import cache
@@ -25,30 +22,28 @@ from types import ModuleType
 from typing import Any, Literal
 
 from pipeline.errors import InputError, MissingPackageError
+from pipeline.toolchain import WORK, find_nvcc, local_nvcc, require_capability, run_nvcc
 
-SOURCE_FOLDER = Path(__file__).parent
-TOOLCHAIN = SOURCE_FOLDER.parents[1] / "tools" / "find_toolchain.py"
-WORK = SOURCE_FOLDER.parents[1] / "build" / "plugin"
-NAMESPACE = "skipcat"
+_SOURCE_FOLDER = Path(__file__).parent
+_NAMESPACE = "skipcat"
 MIX, MIX_INDEXED, PRODUCT = "BlockSkipMix", "BlockSkipMixIndexed", "BlockSkipProduct"
 OLDEST_TENSORRT = (10, 9)
-OLDEST_CAPABILITY = 80
 
-FloatType = Literal["fp16", "bf16"]
-CUDA_TYPES: dict[FloatType, str] = {"fp16": "__half", "bf16": "__nv_bfloat16"}
+_FloatType = Literal["fp16", "bf16"]
+_CUDA_TYPES: dict[_FloatType, str] = {"fp16": "__half", "bf16": "__nv_bfloat16"}
 # Rows that a block takes, by tactic; TensorRT times them and keeps the fastest. Each is right for
 # any number of rows. TensorRT counts tactics from 1.
-TACTIC_ROWS = {1: 8, 2: 32, 3: 64}
-DECODE_ROWS = 8
-THREADS = 256
+_TACTIC_ROWS = {1: 8, 2: 32, 3: 64}
+_DECODE_ROWS = 8
+_THREADS = 256
 # As in aot.cuh, which the emulated run checks them against.
-DECODE_COLUMNS, TILE_COLUMNS = 64, 128
-DECODE_SHARED_BYTES = 2 * DECODE_ROWS * (1920 + 4) + 16
-RING_STAGES = {32: 4, 64: 3}
+_DECODE_COLUMNS, _TILE_COLUMNS = 64, 128
+_DECODE_SHARED_BYTES = 2 * _DECODE_ROWS * (1920 + 4) + 16
+_RING_STAGES = {32: 4, 64: 3}
 
 
 @dataclass(frozen=True)
-class AotProduct:
+class _AotProduct:
     """One of the layer's two products.
 
     Attributes:
@@ -59,13 +54,13 @@ class AotProduct:
     """
 
     op: str
-    dtype: FloatType
+    dtype: _FloatType
     reduction: int
     columns: int
 
 
 @dataclass(frozen=True)
-class AotKernel:
+class _AotKernel:
     """One instance of `aot.cu`: its entry's name, and the definitions that make it."""
 
     name: str
@@ -73,7 +68,7 @@ class AotKernel:
 
 
 @dataclass(frozen=True)
-class AotLaunch:
+class _AotLaunch:
     """How a kernel is launched.
 
     Attributes:
@@ -98,109 +93,91 @@ class AotLaunch:
         return pair if self.rows_first else pair[::-1]
 
 
-def kernel_of(product: AotProduct, tactic: int) -> AotKernel:
+def _kernel_of(product: _AotProduct, tactic: int) -> _AotKernel:
     """The kernel that computes a product by a tactic.
 
     Rows of the weights are read 16 bytes at a time where `columns` is a multiple of 8, and inputs
     are copied 16 bytes at a time where they are in order and their rows and halves aligned.
     """
-    rows = TACTIC_ROWS[tactic]
+    rows = _TACTIC_ROWS[tactic]
     mixes = product.op != PRODUCT
     indexed = product.op == MIX_INDEXED
     vector = product.columns % 8 == 0
     aligned = product.reduction % 8 == 0 and not (mixes and not vector)
-    gather = rows != DECODE_ROWS and (indexed or not aligned)
+    gather = rows != _DECODE_ROWS and (indexed or not aligned)
     parts = ["skipcat", {MIX: "mix", MIX_INDEXED: "mix_indexed", PRODUCT: "product"}[product.op]]
     parts += [product.dtype, f"rows{rows}", *["vector"] * vector, *["gather"] * gather]
     definitions = {
         "NAME": "_".join(parts),
-        "TYPE": CUDA_TYPES[product.dtype],
+        "TYPE": _CUDA_TYPES[product.dtype],
         "MIX": str(mixes).lower(),
         "INDEXED": str(int(indexed)),
         "VECTOR": str(vector).lower(),
         "TILE_ROWS": str(rows),
         "GATHER": str(gather).lower(),
     }
-    return AotKernel("_".join(parts), tuple(definitions.items()))
+    return _AotKernel("_".join(parts), tuple(definitions.items()))
 
 
-def launch_of(product: AotProduct, tactic: int) -> AotLaunch:
+def _launch_of(product: _AotProduct, tactic: int) -> _AotLaunch:
     """Grid and shared memory of `kernel_of(product, tactic)`, for any number of rows."""
-    rows = TACTIC_ROWS[tactic]
-    decodes = rows == DECODE_ROWS
-    return AotLaunch(
-        column_blocks=-(-product.columns // (DECODE_COLUMNS if decodes else TILE_COLUMNS)),
+    rows = _TACTIC_ROWS[tactic]
+    decodes = rows == _DECODE_ROWS
+    return _AotLaunch(
+        column_blocks=-(-product.columns // (_DECODE_COLUMNS if decodes else _TILE_COLUMNS)),
         rows_of_block=rows,
         rows_first=not decodes,
-        threads=THREADS,
-        shared_bytes=DECODE_SHARED_BYTES if decodes else tile_shared_bytes(rows),
+        threads=_THREADS,
+        shared_bytes=_DECODE_SHARED_BYTES if decodes else _tile_shared_bytes(rows),
     )
 
 
-def tile_shared_bytes(rows: int) -> int:
+def _tile_shared_bytes(rows: int) -> int:
     """Ring of tiles of the inputs [rows, 32] and weights [32, 128], rows padded by 8 numbers."""
-    return RING_STAGES[rows] * (rows * (32 + 8) + 32 * (TILE_COLUMNS + 8)) * 2
+    return _RING_STAGES[rows] * (rows * (32 + 8) + 32 * (_TILE_COLUMNS + 8)) * 2
 
 
 @cache
-def find_nvcc() -> Path:
+def _chosen_nvcc() -> Path:
     """The CUDA compiler that `make plugin` would take, from this machine or PyPI.
 
     Raises:
-        InputError: there is none, it is too old, or this is no checkout of the repository.
+        InputError: there is none, it is too old, or this is no checkout to keep one in.
     """
-    spec = importlib.util.spec_from_file_location("find_toolchain", TOOLCHAIN)
-    if not TOOLCHAIN.is_file() or spec is None or spec.loader is None:
+    if local_nvcc() is None and not (WORK.parents[1] / "Makefile").is_file():
         raise InputError(
-            "Embedded kernels are compiled by the tools of a checkout, and they are not here.",
-            where=TOOLCHAIN,
-            change="run from a clone of the repository",
+            "There is no CUDA compiler here, and no checkout to keep one from PyPI in.",
+            where=WORK.parents[1],
+            change="install the CUDA toolkit, set CUDA_HOME, or run from a clone of the repository",
         )
-    tools = importlib.util.module_from_spec(spec)
-    # dataclasses look their module up.
-    sys.modules[spec.name] = tools
-    spec.loader.exec_module(tools)
     try:
-        path: Path = tools.find_nvcc(WORK, dict(os.environ)).path
-    except tools.BuildError as error:
+        return find_nvcc(WORK, os.environ).path
+    except InputError as error:
         raise InputError(
             "There is no CUDA compiler for the embedded kernels.",
             observed=error,
             change="install the CUDA toolkit, or set CUDA_HOME",
         ) from error
-    return path
 
 
 @cache
-def compile_ptx(kernel: AotKernel, capability: int, nvcc: Path) -> str:
+def _compile_ptx(kernel: _AotKernel, capability: int, nvcc: Path) -> str:
     """PTX of one kernel for GPUs of `capability` (87 is 8.7) and newer.
 
     Raises:
         InputError: the GPU is too old, or nvcc fails; the message has its output.
     """
-    if capability < OLDEST_CAPABILITY:
-        raise InputError(
-            "The block-skip kernels need the matrix units of Ampere or newer.",
-            observed=f"compute capability {capability / 10:.1f}",
-            expected="8.0 or newer",
-        )
+    require_capability(capability)
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "kernel.ptx"
-        command = [str(nvcc), "-std=c++17", "-O3", "-ptx", f"-arch=compute_{capability}"]
-        command += [f"-DSKIPCAT_AOT_{name}={value}" for name, value in kernel.definitions]
-        command += [str(SOURCE_FOLDER / "aot.cu"), "-o", str(target)]
-        answer = subprocess.run(command, capture_output=True, text=True, check=False)
-        if answer.returncode != 0:
-            raise InputError(
-                f"nvcc cannot compile {kernel.name}.",
-                where=nvcc,
-                observed="\n".join((answer.stderr or answer.stdout).strip().splitlines()[-8:]),
-                change="needs CUDA 12 or newer and a host compiler that it supports",
-            )
+        arguments = ["-ptx", f"-arch=compute_{capability}"]
+        arguments += [f"-DSKIPCAT_AOT_{name}={value}" for name, value in kernel.definitions]
+        arguments += [str(_SOURCE_FOLDER / "aot.cu"), "-o", str(target)]
+        run_nvcc(nvcc, arguments, kernel.name)
         return target.read_text(encoding="utf-8")
 
 
-def require_embedding(library: ModuleType) -> None:
+def _require_embedding(library: ModuleType) -> None:
     """Raise InputError when this TensorRT cannot embed kernels of Python plugins.
 
     Args:
@@ -217,7 +194,7 @@ def require_embedding(library: ModuleType) -> None:
         )
 
 
-def load_tensorrt() -> ModuleType:
+def _load_tensorrt() -> ModuleType:
     """The module `tensorrt`, with quick-deploy plugins.
 
     Raises:
@@ -228,7 +205,7 @@ def load_tensorrt() -> ModuleType:
         import tensorrt
     except ImportError as error:
         raise MissingPackageError("tensorrt", "trt", "embed kernels in an engine") from error
-    require_embedding(tensorrt)
+    _require_embedding(tensorrt)
     try:
         import tensorrt.plugin
     except ImportError as error:
@@ -256,14 +233,14 @@ def register(capability: int) -> tuple[str, ...]:
         InputError: TensorRT or the GPU is too old, or there is no nvcc.
         MissingPackageError: TensorRT is not installed.
     """
-    library = load_tensorrt()
-    nvcc = find_nvcc()
-    compile_ptx(kernel_of(AotProduct(PRODUCT, "fp16", 64, 64), 1), capability, nvcc)
-    register_ops(library, capability, nvcc)
+    library = _load_tensorrt()
+    nvcc = _chosen_nvcc()
+    _compile_ptx(_kernel_of(_AotProduct(PRODUCT, "fp16", 64, 64), 1), capability, nvcc)
+    _register_ops(library, capability, nvcc)
     return MIX, MIX_INDEXED, PRODUCT
 
 
-def register_ops(library: Any, capability: int, nvcc: Path) -> None:
+def _register_ops(library: Any, capability: int, nvcc: Path) -> None:
     """Define shapes, types and kernels of the three ops in `tensorrt.plugin`."""
     import tensorrt.plugin as trtp
 
@@ -272,23 +249,23 @@ def register_ops(library: Any, capability: int, nvcc: Path) -> None:
     def embed(
         op: str, x: trtp.TensorDesc, w: trtp.TensorDesc, tactic: int
     ) -> tuple[str | bytes, str | bytes, trtp.KernelLaunchParams, trtp.SymIntExprs]:
-        product = product_of(op, library, x, w)
-        kernel = kernel_of(product, tactic)
-        launch, arguments = symbolic_launch(trtp, product, launch_of(product, tactic), x)
-        return kernel.name, compile_ptx(kernel, capability, nvcc), launch, arguments
+        product = _product_of(op, library, x, w)
+        kernel = _kernel_of(product, tactic)
+        launch, arguments = _symbolic_launch(trtp, product, _launch_of(product, tactic), x)
+        return kernel.name, _compile_ptx(kernel, capability, nvcc), launch, arguments
 
     def define(op: str) -> None:
-        @trtp.register(f"{NAMESPACE}::{op}")
+        @trtp.register(f"{_NAMESPACE}::{op}")
         def shape(x: trtp.TensorDesc, w: trtp.TensorDesc) -> trtp.TensorDesc:
-            return result_of(trtp, x, w)
+            return _result_of(trtp, x, w)
 
-        @trtp.autotune(f"{NAMESPACE}::{op}")
+        @trtp.autotune(f"{_NAMESPACE}::{op}")
         def types(
             x: trtp.TensorDesc, w: trtp.TensorDesc, outputs: tuple[trtp.TensorDesc]
         ) -> list[trtp.AutoTuneCombination]:
-            return combinations(trtp, "{0}, {0}, {0}")
+            return _combinations(trtp, "{0}, {0}, {0}")
 
-        @trtp.aot_impl(f"{NAMESPACE}::{op}")
+        @trtp.aot_impl(f"{_NAMESPACE}::{op}")
         def kernel(
             x: trtp.TensorDesc, w: trtp.TensorDesc, outputs: tuple[trtp.TensorDesc], tactic: int
         ) -> Kernel:
@@ -297,20 +274,20 @@ def register_ops(library: Any, capability: int, nvcc: Path) -> None:
     define(MIX)
     define(PRODUCT)
 
-    @trtp.register(f"{NAMESPACE}::{MIX_INDEXED}")
+    @trtp.register(f"{_NAMESPACE}::{MIX_INDEXED}")
     def shape(x: trtp.TensorDesc, w: trtp.TensorDesc, index: trtp.TensorDesc) -> trtp.TensorDesc:
-        return result_of(trtp, x, w)
+        return _result_of(trtp, x, w)
 
-    @trtp.autotune(f"{NAMESPACE}::{MIX_INDEXED}")
+    @trtp.autotune(f"{_NAMESPACE}::{MIX_INDEXED}")
     def types(
         x: trtp.TensorDesc,
         w: trtp.TensorDesc,
         index: trtp.TensorDesc,
         outputs: tuple[trtp.TensorDesc],
     ) -> list[trtp.AutoTuneCombination]:
-        return combinations(trtp, "{0}, {0}, INT32, {0}")
+        return _combinations(trtp, "{0}, {0}, INT32, {0}")
 
-    @trtp.aot_impl(f"{NAMESPACE}::{MIX_INDEXED}")
+    @trtp.aot_impl(f"{_NAMESPACE}::{MIX_INDEXED}")
     def kernel(
         x: trtp.TensorDesc,
         w: trtp.TensorDesc,
@@ -321,27 +298,27 @@ def register_ops(library: Any, capability: int, nvcc: Path) -> None:
         return embed(MIX_INDEXED, x, w, tactic)
 
 
-def result_of(trtp: Any, x: Any, w: Any) -> Any:
+def _result_of(trtp: Any, x: Any, w: Any) -> Any:
     """Descriptor of the result: x with the columns of w for its last dimension."""
     dims = [x.shape_expr[axis] for axis in range(x.ndim - 1)]
     return trtp.from_shape_expr((*dims, w.shape_expr[1]), dtype=x.dtype)
 
 
-def combinations(trtp: Any, types: str) -> list[Any]:
+def _combinations(trtp: Any, types: str) -> list[Any]:
     """Types of inputs and output: all fp16 or all bf16, row-major, in every tactic."""
     return [
-        trtp.AutoTuneCombination(types.format(name), "LINEAR", list(TACTIC_ROWS))
+        trtp.AutoTuneCombination(types.format(name), "LINEAR", list(_TACTIC_ROWS))
         for name in ("FP16", "BF16")
     ]
 
 
-def product_of(op: str, library: Any, x: Any, w: Any) -> AotProduct:
+def _product_of(op: str, library: Any, x: Any, w: Any) -> _AotProduct:
     """The product that TensorRT's descriptors of x and w describe.
 
     Raises:
         InputError: weights whose shape is not known when the engine is built, or another type.
     """
-    names: dict[Any, FloatType] = {library.float16: "fp16", library.bfloat16: "bf16"}
+    names: dict[Any, _FloatType] = {library.float16: "fp16", library.bfloat16: "bf16"}
     reduction, columns = (int(size) for size in w.shape)
     if x.dtype not in names or min(reduction, columns) < 0:
         raise InputError(
@@ -349,10 +326,12 @@ def product_of(op: str, library: Any, x: Any, w: Any) -> AotProduct:
             observed=f"x of {x.dtype}, weights [{reduction}, {columns}]",
             expected="fp16 or bf16, and weights of a fixed shape",
         )
-    return AotProduct(op, names[x.dtype], reduction, columns)
+    return _AotProduct(op, names[x.dtype], reduction, columns)
 
 
-def symbolic_launch(trtp: Any, product: AotProduct, launch: AotLaunch, x: Any) -> tuple[Any, Any]:
+def _symbolic_launch(
+    trtp: Any, product: _AotProduct, launch: _AotLaunch, x: Any
+) -> tuple[Any, Any]:
     """TensorRT's form of a launch, and of the kernel's integers: rows, reduction, columns.
 
     Returns:

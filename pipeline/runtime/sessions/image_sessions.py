@@ -96,7 +96,7 @@ class EngineImages:
     """
 
     def __init__(self, folder: Path, name: str) -> None:
-        from pipeline.engine.manifest import Runtime, check_manifest, read_manifest
+        from pipeline.engine.manifest import EngineRuntime, check_manifest, read_manifest
         from pipeline.runtime.sessions import tensorrt_session as trt
 
         gpu = trt.require_gpu(folder)
@@ -104,7 +104,7 @@ class EngineImages:
         library = trt.load_library(flavour)
         self.name = name
         self.manifest = check_manifest(
-            folder, runtime=Runtime(flavour, library.__version__, gpu.capability)
+            folder, runtime=EngineRuntime(flavour, library.__version__, gpu.capability)
         )
         if self.manifest["onnx"].get("task") != IMAGES:
             raise InputError("This engine takes no images.", where=folder)

@@ -15,11 +15,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.artefact import sha256_of_file
-from pipeline.engine.manifest import Runtime, check_manifest, mismatch, read_manifest, read_profiles
-from pipeline.engine.profiles import CACHE_PREFIX, MASK_INPUT, Profile, Shape
-from pipeline.engine.target import Gpu, find_gpu
+from pipeline.engine.manifest import (
+    EngineRuntime,
+    check_manifest,
+    mismatch,
+    read_manifest,
+    read_profiles,
+)
+from pipeline.engine.profiles import CACHE_PREFIX, MASK_INPUT, ShapeProfile
 from pipeline.engine.worker_protocol import PLAN_FILE
 from pipeline.errors import InputError, MissingPackageError, ResourceError
+from pipeline.gpu import Gpu, find_gpu
 from pipeline.runtime.sessions.checks import require_batch, require_room, require_tokens
 from pipeline.runtime.sessions.onnx_session import present_name, token_feeds
 
@@ -57,7 +63,7 @@ class TensorRTSession:
         gpu = require_gpu(folder)
         flavour = read_manifest(folder)["target"]["flavour"]
         library = load_library(flavour)
-        runtime = Runtime(flavour, library.__version__, gpu.capability)
+        runtime = EngineRuntime(flavour, library.__version__, gpu.capability)
         self.manifest = check_manifest(folder, onnx_folder, runtime)
         self._torch = require_cuda_torch()
         load_engine_plugin(library, self.manifest, plugin, folder)
@@ -166,7 +172,7 @@ class TensorRTSession:
         answer: np.ndarray = logits.float().cpu().numpy()
         return answer
 
-    def _cache_shape(self, name: str, rows: int) -> Shape:
+    def _cache_shape(self, name: str, rows: int) -> tuple[int, ...]:
         """Shape of a cache input for this call."""
         _, heads, _, width = self._profiles[0].shapes[name].max
         return (rows, heads, self.max_length if self._in_place else self._length, width)
@@ -182,7 +188,10 @@ class TensorRTSession:
         self._active_profile = index
 
     def _bind(
-        self, shapes: Mapping[str, Shape], feeds: Mapping[str, torch.Tensor], logits: torch.Tensor
+        self,
+        shapes: Mapping[str, tuple[int, ...]],
+        feeds: Mapping[str, torch.Tensor],
+        logits: torch.Tensor,
     ) -> None:
         """Give the context every shape and address of this call."""
         addresses = {name: tensor.data_ptr() for name, tensor in feeds.items()}
@@ -326,7 +335,7 @@ def split_call(count: int, longest: int) -> list[tuple[int, int]]:
     return [(start, min(start + longest, count)) for start in range(0, count, longest)]
 
 
-def pick_profile(profiles: Sequence[Profile], shapes: Mapping[str, Shape]) -> int:
+def pick_profile(profiles: Sequence[ShapeProfile], shapes: Mapping[str, tuple[int, ...]]) -> int:
     """Index of the first profile that admits all shapes; decode comes first.
 
     Raises:
@@ -342,7 +351,7 @@ def pick_profile(profiles: Sequence[Profile], shapes: Mapping[str, Shape]) -> in
     )
 
 
-def admits(profile: Profile, name: str, shape: Shape) -> bool:
+def admits(profile: ShapeProfile, name: str, shape: tuple[int, ...]) -> bool:
     """Whether a profile covers one tensor's shape."""
     ends = profile.shapes[name]
     return len(shape) == len(ends.min) and all(

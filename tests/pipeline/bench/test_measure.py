@@ -7,37 +7,37 @@ from pathlib import Path
 import pytest
 
 from pipeline.bench import child, shapes, targets
-from pipeline.bench.bandwidth import last_level_cache_bytes
-from pipeline.bench.measure import cpu_name
+from pipeline.bench.bandwidth import _last_level_cache_bytes
+from pipeline.bench.measure import _cpu_name
 from pipeline.bench.process import Child
 from pipeline.bench.shapes import Shape
-from pipeline.bench.targets import Target, choose_device, folder_target, require_memory
+from pipeline.bench.targets import BenchTarget, choose_device, folder_target, require_memory
 from pipeline.bench.traffic import CacheTensor, StoredTensor, Traffic
 from pipeline.errors import InputError, ResourceError, UsageError
 from tests.support.tiny_decoder import shared_export
 
 
-def target_of(library: str, bytes_stored: int = 8) -> Target:
+def target_of(library: str, bytes_stored: int = 8) -> BenchTarget:
     weights = (StoredTensor("w", (bytes_stored,), 8, floating=False),)
     traffic = Traffic(weights, (CacheTensor(1, 16),), 2048, "a test")
-    return Target(library, library, {"folder": "/nowhere"}, traffic)
+    return BenchTarget(library, library, {"folder": "/nowhere"}, traffic)
 
 
 def test_a_shape_is_opened_with_random_weights_of_the_type_that_was_asked(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     tiny = Shape("llama", 64, 96, 2, 4, 2, 16, 128, True, 256)
-    monkeypatch.setitem(shapes.SHAPES, "tiny", tiny)
+    monkeypatch.setitem(shapes._SHAPES, "tiny", tiny)
     for kept in (1.0, 0.6):
         (target,) = targets.shape_targets("tiny", "bfloat16", [kept])
-        generate, ready = child.open_target(target.request("cpu", 1))
+        generate, ready = child._open_target(target.request("cpu", 1))
         assert ready["session"] == "torch bfloat16"
         assert ready["float_bytes"] == {"weights": 2, "cache": 2}
         turn = generate({"prompt_tokens": 8, "context": 16, "new_tokens": 4})
         assert turn["prefill_s"] > 0
         assert len(turn["token_s"]) == 4
         held = sum(tensor.elements for tensor in target.traffic.tensors if tensor.floating)
-        session = child.open_shape(target.request("cpu", 1))
+        session = child._open_shape(target.request("cpu", 1))
         assert held == sum(p.numel() for p in session.model.parameters())  # type: ignore[attr-defined]
 
 
@@ -77,15 +77,15 @@ def test_a_model_on_a_device_that_its_library_does_not_use_is_refused() -> None:
 
 
 def test_the_largest_cache_is_read_as_linux_writes_it(tmp_path: Path) -> None:
-    assert last_level_cache_bytes(tmp_path) == 0
+    assert _last_level_cache_bytes(tmp_path) == 0
     for index, size in enumerate(("48K", "2048K", "32M")):
         folder = tmp_path / "cpu0" / "cache" / f"index{index}"
         folder.mkdir(parents=True)
         (folder / "size").write_text(f"{size}\n")
-    assert last_level_cache_bytes(tmp_path) == 32 << 20
+    assert _last_level_cache_bytes(tmp_path) == 32 << 20
 
 
 def test_a_machine_without_cpuinfo_has_a_processor_without_a_name(tmp_path: Path) -> None:
-    assert cpu_name(tmp_path / "none") == "unknown"
+    assert _cpu_name(tmp_path / "none") == "unknown"
     (tmp_path / "cpuinfo").write_text("processor : 0\nmodel name\t: A Processor\n")
-    assert cpu_name(tmp_path / "cpuinfo") == "A Processor"
+    assert _cpu_name(tmp_path / "cpuinfo") == "A Processor"

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.bench.plot import plain, write_measured, write_predicted
+from pipeline.bench.plot import _plain, write_measured, write_predicted
 
 
 def measured(name: str, read_bytes: float, rates: list[float]) -> dict[str, Any]:
@@ -52,4 +52,4 @@ def test_each_device_has_a_line_in_the_predicted_roofline(tmp_path: Path) -> Non
     ("value", "text"), [(100, "100"), (2000, "2,000"), (0.5, "0.5"), (300, ""), (70, "")]
 )
 def test_ticks_stand_at_one_two_and_five(value: float, text: str) -> None:
-    assert plain(value) == text
+    assert _plain(value) == text

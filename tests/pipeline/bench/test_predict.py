@@ -6,21 +6,21 @@ import pytest
 
 from pipeline.bench.devices import DEVICES
 from pipeline.bench.predict import (
-    Case,
-    Fit,
-    check,
-    error_of,
-    fit_to,
-    fitted,
-    kernels_of,
-    predict,
-    published_cases,
+    _Case,
+    _check,
+    _error_of,
+    _Fit,
+    _fit_to,
+    _fitted,
+    _kernels_of,
+    _predict_one,
+    _published_cases,
 )
 from pipeline.bench.published import FIGURES
-from pipeline.bench.shapes import SHAPES
+from pipeline.bench.shapes import _SHAPES
 from pipeline.bench.torch_traffic import traffic_of_shape
 
-KNOWN = Fit(efficiency=0.8, cycles_per_kernel=9000.0)
+KNOWN = _Fit(efficiency=0.8, cycles_per_kernel=9000.0)
 
 
 @pytest.mark.parametrize(
@@ -28,35 +28,35 @@ KNOWN = Fit(efficiency=0.8, cycles_per_kernel=9000.0)
 )
 def test_bytes_of_an_int4_model_are_those_of_the_survey(name: str, gigabytes: float) -> None:
     # Linears of 4.125 bits and a float16 head, worked out by hand before this was written.
-    read = traffic_of_shape(SHAPES[name], "int4").weight_bytes()
+    read = traffic_of_shape(_SHAPES[name], "int4").weight_bytes()
     assert read / 1e9 == pytest.approx(gigabytes, rel=0.01)
 
 
 def test_float16_bytes_are_two_for_every_parameter_but_the_embedding() -> None:
-    shape = SHAPES["qwen3-8b"]
+    shape = _SHAPES["qwen3-8b"]
     parameters = 8_190_735_360 - (shape.vocab - 1) * shape.hidden
     assert traffic_of_shape(shape, "float16").weight_bytes() == 2 * parameters
 
 
 def test_the_fit_finds_the_constants_that_made_the_figures() -> None:
     cases = []
-    for case in published_cases():
+    for case in _published_cases():
         seconds = KNOWN.seconds(case.read_bytes, case.kernels, case.device)
         cases.append(replace(case, figure=replace(case.figure, tokens_per_s=1 / seconds)))
-    found = fit_to(cases)
+    found = _fit_to(cases)
     assert found.efficiency == pytest.approx(KNOWN.efficiency)
     assert found.cycles_per_kernel == pytest.approx(KNOWN.cycles_per_kernel)
-    assert max(abs(error_of(case, found)) for case in cases) < 1e-9
+    assert max(abs(_error_of(case, found)) for case in cases) < 1e-9
 
 
 def test_the_constants_are_physical() -> None:
-    fit = fitted()
+    fit = _fitted()
     assert 0.5 < fit.efficiency < 1
     assert fit.cycles_per_kernel > 0
 
 
 def test_published_figures_are_met_as_well_as_the_documentation_says() -> None:
-    record = check()
+    record = _check()
     assert record["worst_error_of_fitted"] < 0.145
     assert record["worst_error_without_device"] < 0.20
     assert record["worst_error_of_others"] < 0.11
@@ -64,34 +64,38 @@ def test_published_figures_are_met_as_well_as_the_documentation_says() -> None:
 
 
 def test_no_published_figure_is_above_its_bound() -> None:
-    for row in check()["published"]:
+    for row in _check()["published"]:
         assert row["tokens_per_s"] < row["bound_tokens_per_s"]
 
 
 def test_the_orin_nano_was_not_in_its_faster_mode() -> None:
-    cases = [case for case in published_cases() if case.figure.device == "orin-nano-8gb"]
+    cases = [case for case in _published_cases() if case.figure.device == "orin-nano-8gb"]
     faster = [replace(case.figure, device="orin-nano-8gb-super") for case in cases]
-    fit = fitted()
+    fit = _fitted()
     for case, figure in zip(cases, faster, strict=True):
-        slower_error = error_of(case, fit)
-        assert error_of(Case(figure, case.read_bytes, case.kernels), fit) > 0.3 > abs(slower_error)
+        slower_error = _error_of(case, fit)
+        assert (
+            _error_of(_Case(figure, case.read_bytes, case.kernels), fit) > 0.3 > abs(slower_error)
+        )
 
 
 def test_compression_raises_the_bound_by_the_ratio_of_the_bytes_and_starts_more_kernels() -> None:
-    device, fit = DEVICES["orin-nx-16gb"], fitted()
-    dense, kept = (traffic_of_shape(SHAPES["llama-3.2-1b"], "float16", k) for k in (1.0, 0.6))
-    before, after = (predict(traffic, device, 1024, fit) for traffic in (dense, kept))
+    device, fit = DEVICES["orin-nx-16gb"], _fitted()
+    dense, kept = (traffic_of_shape(_SHAPES["llama-3.2-1b"], "float16", k) for k in (1.0, 0.6))
+    before, after = (_predict_one(traffic, device, 1024, fit) for traffic in (dense, kept))
     ratio = before.bytes_per_token / after.bytes_per_token
     assert after.bound_tokens_per_s == pytest.approx(before.bound_tokens_per_s * ratio)
     gain = after.expected_tokens_per_s / before.expected_tokens_per_s
     assert 1 < gain < ratio
     # q, k, v and gate, up share a factor each: four more products in each of 16 layers.
-    assert kernels_of(kept) - kernels_of(dense) == 4 * 16
+    assert _kernels_of(kept) - _kernels_of(dense) == 4 * 16
 
 
 def test_expected_is_below_the_bound_and_a_model_beyond_the_memory_does_not_fit() -> None:
-    traffic = traffic_of_shape(SHAPES["llama-3.1-70b"], "int4")
-    nano, thor = (predict(traffic, DEVICES[d], 128, fitted()) for d in ("orin-nano-8gb", "thor"))
+    traffic = traffic_of_shape(_SHAPES["llama-3.1-70b"], "int4")
+    nano, thor = (
+        _predict_one(traffic, DEVICES[d], 128, _fitted()) for d in ("orin-nano-8gb", "thor")
+    )
     assert (nano.fits, thor.fits) == (False, True)
     for prediction in (nano, thor):
         assert prediction.expected_tokens_per_s < prediction.bound_tokens_per_s
@@ -101,6 +105,6 @@ def test_expected_is_below_the_bound_and_a_model_beyond_the_memory_does_not_fit(
 
 
 def test_a_longer_context_is_slower() -> None:
-    traffic, device = traffic_of_shape(SHAPES["qwen3-0.6b"], "int4"), DEVICES["thor"]
-    rates = [predict(traffic, device, n, fitted()).expected_tokens_per_s for n in (128, 4096)]
+    traffic, device = traffic_of_shape(_SHAPES["qwen3-0.6b"], "int4"), DEVICES["thor"]
+    rates = [_predict_one(traffic, device, n, _fitted()).expected_tokens_per_s for n in (128, 4096)]
     assert rates[1] < rates[0]

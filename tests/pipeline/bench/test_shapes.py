@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from pipeline.bench.shapes import (
-    GROUPS,
-    SHAPES,
+    _GROUPS,
+    _SHAPES,
     Shape,
     empty_model,
     fill_randomly_,
@@ -38,20 +38,20 @@ PUBLISHED_PARAMETERS = {
 
 @pytest.mark.parametrize("name", PUBLISHED_PARAMETERS)
 def test_parameter_counts_are_the_published_ones(name: str) -> None:
-    parameters = empty_model(SHAPES[name]).parameters()
+    parameters = empty_model(_SHAPES[name]).parameters()
     assert sum(parameter.numel() for parameter in parameters) == PUBLISHED_PARAMETERS[name]
 
 
 def test_the_layer_shape_is_one_layer_of_the_whole() -> None:
-    whole, layer = SHAPES["llama-3.1-70b"], SHAPES["llama-3.1-70b-layer"]
+    whole, layer = _SHAPES["llama-3.1-70b"], _SHAPES["llama-3.1-70b-layer"]
     assert layer == replace(whole, layers=1, vocab=layer.vocab)
 
 
-@pytest.mark.parametrize("family", sorted({shape.model_type for shape in SHAPES.values()}))
+@pytest.mark.parametrize("family", sorted({shape.model_type for shape in _SHAPES.values()}))
 def test_groups_are_those_found_by_running_the_family(family: str) -> None:
     first = decoder_structure(tiny_model(family))[0]
     members = [tuple(m.removeprefix(f"{first.name}.") for m in g.members) for g in first.groups]
-    assert members == list(GROUPS)
+    assert members == list(_GROUPS)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
@@ -104,7 +104,7 @@ def test_an_unknown_shape_and_a_kept_fraction_of_zero_are_refused() -> None:
     with pytest.raises(UsageError, match="no such shape"):
         find_shape("gpt-5")
     with pytest.raises(UsageError, match="out of range"):
-        shape_plan(SHAPES["qwen3-8b"], 0.0)
+        shape_plan(_SHAPES["qwen3-8b"], 0.0)
 
 
 def tiny_shape(family: str) -> Shape:

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from pipeline.bench.traffic import CacheTensor, StoredTensor, traffic_of_folder
+from pipeline.bench.targets import traffic_of_folder
+from pipeline.bench.traffic import CacheTensor, StoredTensor
 from pipeline.checkpoint.folder import save_checkpoint
 from pipeline.checkpoint.install import dense_tensors, group_entries, group_tensors, install_
 from pipeline.compress.factorize.factors import Factors

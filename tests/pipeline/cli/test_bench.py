@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.bench.traffic import traffic_of_folder
+from pipeline.bench.targets import traffic_of_folder
 from pipeline.cli.main import main
 from tests.support.tiny_decoder import save_tiny_folder, shared_export
 

@@ -8,8 +8,15 @@ from pathlib import Path
 import pytest
 
 from pipeline.cli.main import main
+from tests.support.tiny_graph import write_export
 
 pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx-cu13")
+
+
+@pytest.fixture(scope="module")
+def tiny_export(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An opset24 float16 folder that no test changes."""
+    return write_export(tmp_path_factory.mktemp("exports") / "tiny")
 
 
 def test_json_on_stdout_is_the_manifest_and_choices_go_to_stderr(

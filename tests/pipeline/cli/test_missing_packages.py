@@ -9,11 +9,12 @@ import pytest
 
 from pipeline.cli.main import main
 from pipeline.engine import target
+from pipeline.gpu import ORIN, Gpu
 from tests.support.families import save_family
 from tests.support.tiny_decoder import byte_tokenizer
 from tests.support.tiny_graph import write_export
 
-GPU = target.Machine(target.Gpu("a Jetson Orin", target.ORIN), has_standard=False)
+GPU = target._Host(Gpu("a Jetson Orin", ORIN), has_standard=False)
 
 
 @pytest.mark.parametrize(
@@ -47,7 +48,7 @@ def test_a_missing_package_is_named_with_its_extra_and_status_3(
     byte_tokenizer().save_pretrained(write_export(tmp_path / "onnx"))
     save_family(tmp_path / "model", "llama")
     monkeypatch.setitem(sys.modules, module, None)
-    monkeypatch.setattr(target, "look_at_machine", lambda: GPU)
+    monkeypatch.setattr(target, "_look", lambda: GPU)
     assert main([argument.format(**folders) for argument in arguments]) == 3
     message = capsys.readouterr().err
     assert f"EXTRAS={extra}" in message

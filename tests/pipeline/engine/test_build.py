@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.engine.build import build_engine, plan_engine
-from pipeline.engine.manifest import Runtime, check_manifest
+from pipeline.engine.build import build_engine
+from pipeline.engine.manifest import EngineRuntime, check_manifest
+from pipeline.engine.plan import EngineRequest, plan_engine
 from pipeline.engine.target import Target
 from pipeline.errors import InputError, MissingPackageError, UsageError
 
@@ -24,7 +25,7 @@ ORIN = Target("tensorrt", (8, 7), "a test")
 @pytest.fixture(scope="module")
 def engine(tiny_export: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("engines") / "sm86"
-    build_engine(tiny_export, folder, SM86)
+    build_engine(tiny_export, folder, EngineRequest(SM86))
     return folder
 
 
@@ -75,27 +76,33 @@ def test_no_profile_is_inconsistent_in_tensorrts_eyes(engine: Path) -> None:
 def test_other_targets_and_batches_build(
     tiny_export: Path, tmp_path: Path, target: Target, batch: int
 ) -> None:
-    manifest = build_engine(tiny_export, tmp_path / "engine", target, max_batch=batch)
+    manifest = build_engine(
+        tiny_export, tmp_path / "engine", EngineRequest(target, max_batch=batch)
+    )
     assert manifest["target"]["compute_capability"] == list(target.compute_capability or ())
     assert manifest["profiles"][1]["shapes"]["input_ids"]["max"] == [batch, 16]
 
 
 def test_a_growing_cache_builds(tmp_path: Path, export_writer: Callable[..., Path]) -> None:
     source = export_writer(tmp_path / "onnx", profile="compat")
-    manifest = build_engine(source, tmp_path / "engine", SM86)
+    manifest = build_engine(source, tmp_path / "engine", EngineRequest(SM86))
     past = manifest["profiles"][0]["shapes"]["past_key_values.0.key"]
     assert (past["min"][2], past["max"][2]) == (0, 15)
     assert "self-consistent" not in (tmp_path / "engine" / "build.log").read_text()
 
 
 def test_separate_decode_weights_can_be_asked_for(tiny_export: Path, tmp_path: Path) -> None:
-    manifest = build_engine(tiny_export, tmp_path / "engine", SM86, decode="separate")
+    manifest = build_engine(
+        tiny_export, tmp_path / "engine", EngineRequest(SM86, decode="separate")
+    )
     assert manifest["decode_profile"] == "separate"
     assert manifest["profiles"][0]["shapes"]["input_ids"]["max"] == [1, 1]
 
 
 def test_a_workspace_limit_reaches_the_manifest(tiny_export: Path, tmp_path: Path) -> None:
-    manifest = build_engine(tiny_export, tmp_path / "engine", SM86, workspace_bytes=1 << 28)
+    manifest = build_engine(
+        tiny_export, tmp_path / "engine", EngineRequest(SM86, workspace_bytes=1 << 28)
+    )
     assert manifest["workspace_bytes"] == 1 << 28
 
 
@@ -104,7 +111,7 @@ def test_a_graph_the_parser_refuses_names_the_node_and_leaves_nothing(
 ) -> None:
     source = export_writer(tmp_path / "onnx", linear="unknown.Mystery", block_skip_nodes=0)
     with pytest.raises(InputError, match="cannot parse") as caught:
-        build_engine(source, tmp_path / "engine", SM86)
+        build_engine(source, tmp_path / "engine", EngineRequest(SM86))
     assert "Mystery" in caught.value.details["observed"]
     assert [path.name for path in tmp_path.iterdir()] == ["onnx"]
 
@@ -113,7 +120,7 @@ def test_a_build_that_takes_too_long_leaves_nothing(tiny_export: Path, tmp_path:
     from pipeline.errors import ResourceError
 
     with pytest.raises(ResourceError, match="too long"):
-        build_engine(tiny_export, tmp_path / "engine", SM86, timeout_s=0.01)
+        build_engine(tiny_export, tmp_path / "engine", EngineRequest(SM86, timeout_s=0.01))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -121,17 +128,18 @@ def test_a_plugin_is_refused_for_rtx_before_anything_is_built(
     tiny_export: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(InputError, match="no plugins"):
-        build_engine(tiny_export, tmp_path / "engine", SM86, plugin=tmp_path / "plugin.so")
+        build_engine(
+            tiny_export, tmp_path / "engine", EngineRequest(SM86, plugin=tmp_path / "plugin.so")
+        )
 
 
 def test_kernels_come_from_a_library_or_the_engine_and_not_both(
     tiny_export: Path, tmp_path: Path
 ) -> None:
     hopper = Target("tensorrt", (9, 0), "test")
+    request = EngineRequest(hopper, plugin=tmp_path / "plugin.so", embed=True)
     with pytest.raises(UsageError, match="not both"):
-        build_engine(
-            tiny_export, tmp_path / "engine", hopper, plugin=tmp_path / "plugin.so", embed=True
-        )
+        build_engine(tiny_export, tmp_path / "engine", request)
 
 
 def test_a_float32_export_is_refused_before_the_library_is_loaded(
@@ -139,12 +147,12 @@ def test_a_float32_export_is_refused_before_the_library_is_loaded(
 ) -> None:
     source = export_writer(tmp_path / "onnx", dtype="float32")
     with pytest.raises(InputError, match="float16"):
-        build_engine(source, tmp_path / "engine", ORIN)
+        build_engine(source, tmp_path / "engine", EngineRequest(ORIN))
 
 
 def test_the_cpu_target_needs_no_engine(tiny_export: Path) -> None:
     with pytest.raises(UsageError, match="needs no engine"):
-        plan_engine(tiny_export, Target("cpu", None, "a test"))
+        plan_engine(tiny_export, EngineRequest(Target("cpu", None, "a test")))
 
 
 def test_a_flavour_that_is_not_installed_names_its_extra(tiny_export: Path) -> None:
@@ -153,7 +161,7 @@ def test_a_flavour_that_is_not_installed_names_its_extra(tiny_export: Path) -> N
     if importlib.util.find_spec("tensorrt") is not None:
         pytest.skip("standard TensorRT is installed here")
     with pytest.raises(MissingPackageError) as caught:
-        plan_engine(tiny_export, ORIN)
+        plan_engine(tiny_export, EngineRequest(ORIN))
     assert "EXTRAS=trt" in caught.value.details["change"]
 
 
@@ -162,10 +170,10 @@ def test_an_existing_engine_is_kept_unless_overwrite_is_given(
 ) -> None:
     before = (engine / "engine.plan").stat().st_mtime_ns
     with pytest.raises(UsageError, match="exists"):
-        build_engine(tiny_export, engine, SM86)
+        build_engine(tiny_export, engine, EngineRequest(SM86))
     assert (engine / "engine.plan").stat().st_mtime_ns == before
 
 
 def test_the_manifest_of_a_fresh_engine_passes_its_check(engine: Path, tiny_export: Path) -> None:
-    runtime = Runtime("rtx", trt.__version__, (8, 6))
+    runtime = EngineRuntime("rtx", trt.__version__, (8, 6))
     assert check_manifest(engine, tiny_export, runtime) == read(engine)

@@ -61,7 +61,6 @@ def test_an_abort_inside_tensorrt_becomes_an_error_with_the_log(
         "flavour": "rtx",
         "compute_capability": [8, 6],
         "onnx_path": str(tiny_export / "model.onnx"),
-        "staging": str(tmp_path),
         "profiles": [],
         "shared_weights": True,
         "workspace_bytes": None,

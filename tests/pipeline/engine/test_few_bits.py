@@ -16,7 +16,8 @@ from pipeline.compress.request import CompressRequest
 from pipeline.compress.run import compress_to_folder
 from pipeline.engine.build import build_engine
 from pipeline.engine.graph_variants import write_split_graph, write_stripped_graph
-from pipeline.engine.layers import few_bits_path
+from pipeline.engine.network import _few_bits_path
+from pipeline.engine.plan import EngineRequest
 from pipeline.engine.target import Target
 from pipeline.errors import InputError
 from pipeline.export.block_skip import FEW_BITS, FEW_BITS_INDEXED
@@ -73,7 +74,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_engine_reads_every_matrix_as_codes(exported: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx-cu13")
-    manifest = build_engine(exported, tmp_path / "engine", SM86)
+    manifest = build_engine(exported, tmp_path / "engine", EngineRequest(SM86))
     record = json.loads((exported / "export.json").read_text())
     matrices = record["nodes"]["DequantizeLinear"]
     assert matrices == sum(record["quantized"].values()) + 1  # the table is looked up as well
@@ -113,17 +114,17 @@ def test_bodies_that_no_plugin_replaces_stay_in_the_graph(
 
 def test_codes_that_became_numbers_while_parsing_are_refused() -> None:
     with pytest.raises(InputError, match="as numbers") as caught:
-        few_bits_path({"DEQUANTIZE": 3, "MATRIX_MULTIPLY": 4}, 4, 1)
+        _few_bits_path({"DEQUANTIZE": 3, "MATRIX_MULTIPLY": 4}, 4, 1)
     assert caught.value.details["observed"].startswith("3 layers")
 
 
 def test_a_graph_of_numbers_has_no_path_for_codes() -> None:
     expected = {"matrices": 0, "block_skip_nodes": 0, "path": "none"}
-    assert few_bits_path({"MATRIX_MULTIPLY": 4}, 0, 0) == expected
+    assert _few_bits_path({"MATRIX_MULTIPLY": 4}, 0, 0) == expected
 
 
 def test_dense_codes_alone_need_no_body() -> None:
-    assert few_bits_path({"DEQUANTIZE": 4}, 4, 0)["path"] == "none"
+    assert _few_bits_path({"DEQUANTIZE": 4}, 4, 0)["path"] == "none"
 
 
 def test_weights_that_do_not_match_the_graph_are_noticed(exported: Path, tmp_path: Path) -> None:

@@ -12,14 +12,12 @@ import onnx.parser
 import pytest
 
 from pipeline.engine.graph_variants import (
-    embedded_path,
     needs_stripping,
     write_split_graph,
     write_stripped_graph,
 )
-from pipeline.engine.layers import BlockSkipPath
-from pipeline.engine.network import parse_network
-from pipeline.engine.standard import parse_version, require_version
+from pipeline.engine.network import _parse_network
+from pipeline.engine.standard import _parse_version, _require_version
 from pipeline.errors import InputError
 from pipeline.export.onnx_folder import load_graph
 
@@ -107,17 +105,6 @@ def test_every_node_becomes_two_that_must_be_embedded(tiny_export: Path, tmp_pat
     assert (tiny_export / "model.onnx").read_bytes() == before
 
 
-def test_two_plugin_layers_for_each_node_are_embedded_kernels() -> None:
-    assert embedded_path({"PLUGIN_V3": 14}, 7) == BlockSkipPath("embedded kernels", 7)
-    assert embedded_path({}, 0) == BlockSkipPath("none", 0)
-
-
-@pytest.mark.parametrize("layers", [0, 7, 13, 15])
-def test_a_node_that_was_not_embedded_is_refused(layers: int) -> None:
-    with pytest.raises(InputError, match="embedded"):
-        embedded_path({"PLUGIN_V3": layers}, 7)
-
-
 @pytest.mark.parametrize(
     ("version", "registered", "expected"),
     [
@@ -131,7 +118,7 @@ def test_a_node_that_was_not_embedded_is_refused(layers: int) -> None:
 def test_only_versions_that_prefer_the_function_need_stripping(
     version: str, registered: bool, expected: bool
 ) -> None:
-    assert needs_stripping(parse_version(version), registered) is expected
+    assert needs_stripping(_parse_version(version), registered) is expected
 
 
 def test_stripping_leaves_nodes_and_weights_and_takes_the_bodies(
@@ -157,7 +144,7 @@ def test_tensorrts_parser_follows_the_link_to_the_weights(
     trt = pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx-cu13")
     stripped = write_stripped_graph(tiny_export / "model.onnx", tmp_path / "stripped")
     stripped.write_bytes((tiny_export / "model.onnx").read_bytes())
-    assert parse_network(trt, stripped).network.num_layers > 0
+    assert _parse_network(trt, stripped).network.num_layers > 0
 
 
 def test_the_original_graph_is_not_touched(tiny_export: Path, tmp_path: Path) -> None:
@@ -169,13 +156,13 @@ def test_the_original_graph_is_not_touched(tiny_export: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(("version", "profile"), [("10.14.1", "opset24"), ("10.0.1", "compat")])
 def test_a_tensorrt_too_old_for_the_export_is_refused(version: str, profile: str) -> None:
     with pytest.raises(InputError, match=profile):
-        require_version(parse_version(version), profile)
+        _require_version(_parse_version(version), profile)
 
 
 @pytest.mark.parametrize(("version", "profile"), [("10.15.0", "opset24"), ("10.3.0", "compat")])
 def test_the_oldest_tensorrt_of_each_export_is_taken(version: str, profile: str) -> None:
-    require_version(parse_version(version), profile)
+    _require_version(_parse_version(version), profile)
 
 
 def test_a_version_suffix_is_left_out() -> None:
-    assert parse_version("11.4.0.post1") == (11, 4, 0)
+    assert _parse_version("11.4.0.post1") == (11, 4, 0)

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from pipeline.artefact import sha256_of_file
-from pipeline.engine.manifest import Runtime, check_manifest
+from pipeline.engine.manifest import EngineRuntime, check_manifest
 from pipeline.errors import InputError
 
-HERE = Runtime("rtx", "1.7.1.116", (8, 6))
+HERE = EngineRuntime("rtx", "1.7.1.116", (8, 6))
 
 
 @pytest.fixture
@@ -49,13 +49,13 @@ def test_a_matching_pairing_is_accepted(engine: Path, tiny_export: Path) -> None
 @pytest.mark.parametrize(
     ("runtime", "what"),
     [
-        (Runtime("tensorrt", "1.7.1.116", (8, 6)), "flavour"),
-        (Runtime("rtx", "1.7.2.1", (8, 6)), "version"),
-        (Runtime("rtx", "1.7.1.116", (8, 9)), "GPU"),
+        (EngineRuntime("tensorrt", "1.7.1.116", (8, 6)), "flavour"),
+        (EngineRuntime("rtx", "1.7.2.1", (8, 6)), "version"),
+        (EngineRuntime("rtx", "1.7.1.116", (8, 9)), "GPU"),
     ],
 )
 def test_another_flavour_version_or_gpu_is_refused(
-    engine: Path, runtime: Runtime, what: str
+    engine: Path, runtime: EngineRuntime, what: str
 ) -> None:
     with pytest.raises(InputError, match=f"another.*{what}"):
         check_manifest(engine, runtime=runtime)

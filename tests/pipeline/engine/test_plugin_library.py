@@ -6,29 +6,29 @@ import pytest
 
 from pipeline.engine import plugin_library
 from pipeline.engine.plugin_library import (
-    PluginCreator,
-    block_skip_creators,
+    _block_skip_creators,
+    _PluginCreator,
+    _require_plugin_file,
     choose_plugin,
     load_plugin,
-    require_plugin_file,
 )
 from pipeline.errors import InputError
 
-OURS = PluginCreator("BlockSkipLinear", "1", "skipcat")
+OURS = _PluginCreator("BlockSkipLinear", "1", "skipcat")
 
 
 def test_only_the_name_version_and_namespace_of_the_nodes_count() -> None:
     others = [
-        PluginCreator("BlockSkipLinear", "1", ""),
-        PluginCreator("BlockSkipLinear", "2", "skipcat"),
-        PluginCreator("NMS", "1", "skipcat"),
+        _PluginCreator("BlockSkipLinear", "1", ""),
+        _PluginCreator("BlockSkipLinear", "2", "skipcat"),
+        _PluginCreator("NMS", "1", "skipcat"),
     ]
-    assert block_skip_creators([*others, OURS]) == [OURS]
+    assert _block_skip_creators([*others, OURS]) == [OURS]
 
 
 def test_a_missing_library_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="missing"):
-        require_plugin_file(tmp_path / "absent.so")
+        _require_plugin_file(tmp_path / "absent.so")
 
 
 def test_a_file_that_is_no_library_is_refused(tmp_path: Path) -> None:

@@ -6,7 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.engine.profiles import Limits, Profile, make_limits, make_profiles
+from pipeline.engine.profiles import (
+    Limits,
+    ShapeProfile,
+    decoder_limits,
+    image_limits,
+    make_profiles,
+)
 from pipeline.errors import InputError, UsageError
 
 STATIC: dict[str, tuple[int | None, ...]] = {
@@ -22,7 +28,7 @@ GROWING = {
 }
 
 limits = st.builds(
-    lambda batch, prefill, length, decode: make_limits(batch, prefill, length, decode),
+    lambda batch, prefill, length, decode: decoder_limits(batch, prefill, length, decode)[0],
     st.integers(1, 8),
     st.integers(1, 5000),
     st.integers(1, 4096),
@@ -58,14 +64,30 @@ def test_one_token_calls_need_one_profile_only() -> None:
     assert [profile.name for profile in make_profiles(STATIC, Limits(1, 1, 512))] == ["decode"]
 
 
-def test_prefill_is_capped_by_the_cache() -> None:
-    assert make_limits(1, 1024, 512, "shared").max_prefill == 512
+def test_prefill_is_capped_by_the_cache_and_the_user_is_told() -> None:
+    limits, notes = decoder_limits(1, 1024, 512, "shared")
+    assert limits.max_prefill == 512
+    assert notes == ("--max-prefill lowered from 1024 to 512, the cache length",)
+    assert decoder_limits(1, 512, 512, "shared") == (limits, ())
+
+
+def test_the_decode_form_of_the_flavour_is_taken_unless_another_is_asked_for() -> None:
+    assert decoder_limits(1, 8, 8, None, "separate")[0].decode == "separate"
+    assert decoder_limits(1, 8, 8, "shared", "separate")[0].decode == "shared"
+
+
+def test_of_an_image_classifier_only_the_batch_counts_and_a_decode_form_is_refused() -> None:
+    assert image_limits(4, 1024, 0, None, "separate") == (Limits(4, 0, 0), ())
+    with pytest.raises(UsageError, match="max-batch"):
+        image_limits(0, 1024, 0)
+    with pytest.raises(UsageError, match="no decode profile"):
+        image_limits(4, 1024, 0, "shared")
 
 
 @pytest.mark.parametrize(("batch", "prefill"), [(0, 8), (1, 0), (-1, 8)])
 def test_limits_below_one_are_refused(batch: int, prefill: int) -> None:
     with pytest.raises(UsageError):
-        make_limits(batch, prefill, 512, "shared")
+        decoder_limits(batch, prefill, 512, "shared")
 
 
 @given(limits=limits, growing=st.booleans())
@@ -92,7 +114,7 @@ def static_cache(length: int) -> dict[str, tuple[int | None, ...]]:
     return {name: (None, 3, length, 64) for name in STATIC if name.startswith("past")}
 
 
-def assert_consistent(profile: Profile, end: str, growing: bool, max_length: int) -> None:
+def assert_consistent(profile: ShapeProfile, end: str, growing: bool, max_length: int) -> None:
     shapes = {name: getattr(ends, end) for name, ends in profile.shapes.items()}
     tokens, total = shapes["input_ids"][1], shapes["attention_mask"][1]
     cache = shapes["past_key_values.0.key"][2]
@@ -106,7 +128,7 @@ def assert_consistent(profile: Profile, end: str, growing: bool, max_length: int
 
 def test_a_profile_survives_json() -> None:
     for profile in make_profiles(STATIC, Limits(4, 512, 512)):
-        assert Profile.from_json(json.loads(json.dumps(profile.to_json()))) == profile
+        assert ShapeProfile.from_json(json.loads(json.dumps(profile.to_json()))) == profile
 
 
 @pytest.mark.parametrize(

@@ -1,28 +1,15 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
-from pipeline.engine.target import (
-    RTX_CAPABILITIES,
-    Gpu,
-    Machine,
-    Target,
-    find_jetson,
-    parse_gpu_list,
-    resolve_target,
-)
+from pipeline.engine.target import Target, _Host, resolve_target
 from pipeline.errors import InputError, MissingPackageError, UsageError
+from pipeline.gpu import RTX_CAPABILITIES, Gpu
 
-BARE = Machine(None, has_standard=False)
+BARE = _Host(None, has_standard=False)
 RTX_3090 = Gpu("NVIDIA GeForce RTX 3090", (8, 6))
 ORIN = Gpu("NVIDIA Jetson AGX Orin", (8, 7))
 H200 = Gpu("NVIDIA H200", (9, 0))
-
-
-def machine(gpu: Gpu | None, has_standard: bool) -> Machine:
-    return Machine(gpu, has_standard)
 
 
 @pytest.mark.parametrize("text", ["sm86", "SM86", "8.6", "86", "sm_86", "rtx:sm86", " rtx:8.6 "])
@@ -56,7 +43,7 @@ def test_cpu_needs_no_capability() -> None:
 def test_auto_takes_standard_tensorrt_where_it_can_and_rtx_otherwise(
     gpu: Gpu | None, has_standard: bool, flavour: str, capability: tuple[int, int]
 ) -> None:
-    target = resolve_target("auto", machine(gpu, has_standard))
+    target = resolve_target("auto", _Host(gpu, has_standard))
     assert (target.flavour, target.compute_capability) == (flavour, capability)
 
 
@@ -66,7 +53,7 @@ def test_auto_without_a_gpu_says_so() -> None:
 
 def test_auto_on_a_gpu_that_rtx_does_not_cover_names_the_missing_package() -> None:
     with pytest.raises(MissingPackageError, match="tensorrt"):
-        resolve_target("auto", machine(H200, has_standard=False))
+        resolve_target("auto", _Host(H200, has_standard=False))
 
 
 @pytest.mark.parametrize("text", ["sm87", "orin", "sm90", "sm100", "sm110", "rtx:sm87"])
@@ -78,18 +65,18 @@ def test_gpus_that_rtx_does_not_cover_are_sent_to_standard_tensorrt(text: str) -
 
 @pytest.mark.parametrize("text", ["orin", "sm87", "8.7"])
 def test_orin_is_built_with_standard_tensorrt_on_an_orin(text: str) -> None:
-    target = resolve_target(text, machine(ORIN, has_standard=True))
+    target = resolve_target(text, _Host(ORIN, has_standard=True))
     assert (target.flavour, target.compute_capability) == ("tensorrt", (8, 7))
 
 
 def test_tensorrt_without_a_gpu_is_refused() -> None:
     with pytest.raises(InputError, match="needs an NVIDIA GPU"):
-        resolve_target("tensorrt", machine(None, has_standard=True))
+        resolve_target("tensorrt", _Host(None, has_standard=True))
 
 
 def test_tensorrt_that_is_not_installed_is_named() -> None:
     with pytest.raises(MissingPackageError):
-        resolve_target("tensorrt", machine(RTX_3090, has_standard=False))
+        resolve_target("tensorrt", _Host(RTX_3090, has_standard=False))
 
 
 @pytest.mark.parametrize("text", ["", "graphics", "sm", "sm8", "8.66", "rtx:", "tensorrt:sm86"])
@@ -102,18 +89,3 @@ def test_the_rtx_library_knows_exactly_the_listed_capabilities() -> None:
     trt = pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx-cu13")
     names = {name for name in trt.ComputeCapability.__members__ if name.startswith("SM")}
     assert names == {f"SM{major}{minor}" for major, minor in RTX_CAPABILITIES}
-
-
-def test_the_first_gpu_with_a_capability_is_taken() -> None:
-    listing = "Orin (nvgpu), [N/A]\nNVIDIA H200, 9.0\nNVIDIA L4, 8.9\n"
-    assert parse_gpu_list(listing) == H200
-    assert parse_gpu_list("No devices were found") is None
-
-
-def test_a_jetson_is_recognised_by_its_device_tree(tmp_path: Path) -> None:
-    model = tmp_path / "model"
-    model.write_bytes(b"NVIDIA Jetson AGX Orin Developer Kit\x00")
-    assert find_jetson(model) == Gpu("NVIDIA Jetson AGX Orin Developer Kit", (8, 7))
-    model.write_bytes(b"Raspberry Pi 5\x00")
-    assert find_jetson(model) is None
-    assert find_jetson(tmp_path / "absent") is None

@@ -9,8 +9,9 @@ import pytest
 
 from pipeline.errors import InputError, ResourceError
 from pipeline.kernels import build
-from pipeline.kernels.build import build_library, compile_library, find_nvcc, library_name
+from pipeline.kernels.build import _compile_library, _library_name, build_library
 from pipeline.kernels.interface import Device, Problem, make_counters, open_library
+from pipeline.toolchain import local_nvcc
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +21,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def library(cache: Path, monkeypatch: pytest.MonkeyPatch) -> ctypes.CDLL:
-    if find_nvcc() is None:
+    if local_nvcc() is None:
         pytest.skip("nvcc is not installed")
     monkeypatch.setenv("SKIPCAT_CACHE", str(cache))
     return open_library(build_library(90))
@@ -48,17 +49,17 @@ def test_a_machine_that_gives_no_memory_is_said_plainly(library: ctypes.CDLL) ->
 def test_a_second_call_compiles_nothing(
     library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build, "compile_library", lambda *_: pytest.fail("compiled again"))
+    monkeypatch.setattr(build, "_compile_library", lambda *_: pytest.fail("compiled again"))
     assert build_library(90).is_file()
 
 
 def test_the_name_tells_gpu_and_compiler_apart() -> None:
-    names = {library_name(capability, version) for capability in (87, 90) for version in "ab"}
+    names = {_library_name(capability, version) for capability in (87, 90) for version in "ab"}
     assert len(names) == 4
 
 
 def test_no_compiler_is_said_plainly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "find_nvcc", lambda: None)
+    monkeypatch.setattr(build, "local_nvcc", lambda: None)
     with pytest.raises(InputError, match="no CUDA compiler"):
         build_library(90)
 
@@ -75,7 +76,7 @@ def test_a_failing_compiler_leaves_nothing(tmp_path: Path) -> None:
     folder = tmp_path / "out"
     folder.mkdir()
     with pytest.raises(InputError, match="cannot compile") as raised:
-        compile_library(nvcc, 90, folder / "library.so")
+        _compile_library(nvcc, 90, folder / "library.so")
     assert "no such thing" in str(raised.value)
     assert list(folder.iterdir()) == []
 

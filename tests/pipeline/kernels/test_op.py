@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pipeline.errors import InputError
-from pipeline.kernels.op import block_skip_linear, counters_for
+from pipeline.kernels.op import _counters_for, block_skip_linear
 from trt_plugins.block_skip.reference import block_skip_linear as reference
 
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]
@@ -73,7 +73,7 @@ def test_no_rows_give_no_rows() -> None:
 def test_a_layer_that_was_never_run_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(InputError, match="never ran on its stream"):
-        counters_for(0, 12345, 64)
+        _counters_for(0, 12345, 64)
 
 
 def test_misfits_are_refused() -> None:

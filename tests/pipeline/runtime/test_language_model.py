@@ -103,7 +103,7 @@ def test_a_batch_refuses_an_empty_prompt(folder: Path) -> None:
 
 
 def test_an_engine_says_that_it_needs_a_gpu(folders: dict[str, Path], tmp_path: Path) -> None:
-    from pipeline.engine.target import find_gpu
+    from pipeline.gpu import find_gpu
 
     if find_gpu() is not None:
         pytest.skip("a GPU is here, so the engine's own tests cover it")

@@ -14,7 +14,8 @@ import torch
 from pipeline.checkpoint.folder import load_checkpoint
 from pipeline.compress.request import CompressRequest
 from pipeline.compress.run import compress_to_folder
-from pipeline.engine.build import build_engine, plan_engine
+from pipeline.engine.build import build_engine
+from pipeline.engine.plan import EngineRequest, plan_engine
 from pipeline.engine.target import Target
 from pipeline.errors import InputError, UsageError
 from pipeline.export.export import ExportRequest, export_folder
@@ -140,7 +141,7 @@ def test_an_engine_is_built_without_a_gpu(
     family: str, exported: dict[str, Path], tmp_path: Path
 ) -> None:
     pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx-cu13")
-    manifest = build_engine(exported[family], tmp_path / "engine", SM86, max_batch=8)
+    manifest = build_engine(exported[family], tmp_path / "engine", EngineRequest(SM86, max_batch=8))
     assert manifest["limits"] == {"max_batch": 8}
     assert manifest["profiles"][0]["shapes"]["pixel_values"]["max"] == [8, 3, 16, 16]
     assert manifest["block_skip"]["path"] == "function body"
@@ -157,7 +158,7 @@ def test_an_engine_is_built_without_a_gpu(
 def test_an_image_engine_has_no_decode_profile(exported: dict[str, Path]) -> None:
     pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx-cu13")
     with pytest.raises(UsageError, match="no decode profile"):
-        plan_engine(exported["vit"], SM86, decode="separate")
+        plan_engine(exported["vit"], EngineRequest(SM86, decode="separate"))
 
 
 def test_verbs_that_take_tokens_refuse_an_image_classifier(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -12,17 +13,18 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from pipeline.errors import InputError, MissingPackageError
+from pipeline.toolchain import local_nvcc
 from tests.support.emulated import CHECKED, FAST, compile_program
 from trt_plugins.block_skip import aot
 from trt_plugins.block_skip.aot import (
+    _TACTIC_ROWS,
     MIX,
     MIX_INDEXED,
     PRODUCT,
-    TACTIC_ROWS,
-    AotProduct,
-    compile_ptx,
-    kernel_of,
-    launch_of,
+    _AotProduct,
+    _compile_ptx,
+    _kernel_of,
+    _launch_of,
 )
 
 OPS = (MIX, MIX_INDEXED, PRODUCT)
@@ -34,10 +36,10 @@ SHAPES = [(1, 128, 64), (3, 77, 131), (9, 2200, 8), (70, 64, 136), (130, 33, 72)
 
 def nvcc() -> Path:
     """The compiler, or skip: the tests fetch nothing."""
-    found = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    found = local_nvcc()
     if found is None or shutil.which("g++") is None:
         pytest.skip("nvcc or g++ is not installed")
-    return Path(found)
+    return found
 
 
 def emulated_errors(program: Path, lines: list[str], seed: int) -> list[float]:
@@ -51,20 +53,20 @@ def emulated_errors(program: Path, lines: list[str], seed: int) -> list[float]:
     return [float(line) for line in answer.stdout.split()]
 
 
-def cases() -> list[tuple[AotProduct, int, int]]:
+def cases() -> list[tuple[_AotProduct, int, int]]:
     """Every op and type by every tactic on every shape, with its rows."""
     return [
-        (AotProduct(op, dtype, reduction, columns), tactic, rows)
+        (_AotProduct(op, dtype, reduction, columns), tactic, rows)
         for op in OPS
         for dtype in ("fp16", "bf16")
-        for tactic in TACTIC_ROWS
+        for tactic in _TACTIC_ROWS
         for rows, reduction, columns in SHAPES
     ]
 
 
-def line_of(product: AotProduct, tactic: int, rows: int) -> str:
+def line_of(product: _AotProduct, tactic: int, rows: int) -> str:
     """A case as `emulate/aot.cpp` reads it: the kernel as chosen, launched as computed."""
-    kernel, launch = dict(kernel_of(product, tactic).definitions), launch_of(product, tactic)
+    kernel, launch = dict(_kernel_of(product, tactic).definitions), _launch_of(product, tactic)
     flags = {"true": 1, "false": 0}
     fields = [
         "mix" if kernel["MIX"] == "true" else "product",
@@ -109,8 +111,8 @@ def test_no_embedded_kernel_reads_or_writes_beside_its_memory(tmp_path: Path) ->
 def test_the_ptx_holds_one_entry_of_the_name_with_tensorrts_arguments(
     op: str, capability: int
 ) -> None:
-    kernel = kernel_of(AotProduct(op, "bf16", 1000, 1504), 1 + OPS.index(op))
-    ptx = compile_ptx(kernel, capability, nvcc())
+    kernel = _kernel_of(_AotProduct(op, "bf16", 1000, 1504), 1 + OPS.index(op))
+    ptx = _compile_ptx(kernel, capability, nvcc())
     assert re.findall(r"\.visible \.entry (\w+)\(", ptx) == [kernel.name]
     assert f".target sm_{capability}" in ptx
     # Inputs, three integers, the output.
@@ -122,9 +124,9 @@ def test_the_ptx_holds_one_entry_of_the_name_with_tensorrts_arguments(
 def test_no_embedded_kernel_spills_registers(tmp_path: Path) -> None:
     # The tightest: gathered tiles of 64 rows, and the decode step without vector loads.
     for columns, tactic in ((1504, 3), (1503, 1)):
-        kernel = kernel_of(AotProduct(MIX_INDEXED, "bf16", 1000, columns), tactic)
+        kernel = _kernel_of(_AotProduct(MIX_INDEXED, "bf16", 1000, columns), tactic)
         ptx = tmp_path / "kernel.ptx"
-        ptx.write_text(compile_ptx(kernel, 87, nvcc()))
+        ptx.write_text(_compile_ptx(kernel, 87, nvcc()))
         ptxas = nvcc().resolve().with_name("ptxas")
         command = [str(ptxas), "-v", "-arch=sm_87", str(ptx), "-o", str(tmp_path / "kernel.cubin")]
         answer = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -133,20 +135,20 @@ def test_no_embedded_kernel_spills_registers(tmp_path: Path) -> None:
 
 def test_kernels_differ_by_name_whenever_they_differ() -> None:
     # TensorRT keeps them by name.
-    kernels = {kernel_of(product, tactic) for product, tactic, _ in cases()}
+    kernels = {_kernel_of(product, tactic) for product, tactic, _ in cases()}
     assert len({kernel.name for kernel in kernels}) == len(kernels)
 
 
 @pytest.mark.parametrize(("rows", "blocks"), [(1, 1), (8, 1), (9, 2), (2048, 256)])
 def test_decode_takes_eight_rows_and_sixty_four_columns_to_a_block(rows: int, blocks: int) -> None:
-    launch = launch_of(AotProduct(MIX, "fp16", 2592, 1504), 1)
+    launch = _launch_of(_AotProduct(MIX, "fp16", 2592, 1504), 1)
     assert launch.grid(rows) == (24, blocks)
 
 
-@pytest.mark.parametrize("tactic", TACTIC_ROWS)
+@pytest.mark.parametrize("tactic", _TACTIC_ROWS)
 def test_blocks_cover_every_row_and_column_and_ask_for_no_extra_memory(tactic: int) -> None:
-    product = AotProduct(PRODUCT, "fp16", 100, 1001)
-    launch = launch_of(product, tactic)
+    product = _AotProduct(PRODUCT, "fp16", 100, 1001)
+    launch = _launch_of(product, tactic)
     width = 64 if tactic == 1 else 128
     assert (launch.column_blocks - 1) * width < 1001 <= launch.column_blocks * width
     row_blocks = launch.grid(301)[0 if launch.rows_first else 1]
@@ -168,19 +170,19 @@ def test_blocks_cover_every_row_and_column_and_ask_for_no_extra_memory(tactic: i
 def test_inputs_are_gathered_only_where_copies_would_be_misaligned(
     op: str, reduction: int, columns: int, gathers: bool
 ) -> None:
-    kernel = kernel_of(AotProduct(op, "fp16", reduction, columns), 3)
+    kernel = _kernel_of(_AotProduct(op, "fp16", reduction, columns), 3)
     assert dict(kernel.definitions)["GATHER"] == str(gathers).lower()
 
 
 def test_a_gpu_before_ampere_is_refused() -> None:
     with pytest.raises(InputError, match=r"7\.5"):
-        compile_ptx(kernel_of(AotProduct(PRODUCT, "fp16", 64, 64), 1), 75, Path("nvcc"))
+        _compile_ptx(_kernel_of(_AotProduct(PRODUCT, "fp16", 64, 64), 1), 75, Path("nvcc"))
 
 
 def test_what_nvcc_says_reaches_the_user() -> None:
-    kernel = aot.AotKernel("nothing", (("NAME", "nothing"),))
+    kernel = aot._AotKernel("nothing", (("NAME", "nothing"),))
     with pytest.raises(InputError, match="nvcc cannot compile nothing") as refused:
-        compile_ptx(kernel, 87, nvcc())
+        _compile_ptx(kernel, 87, nvcc())
     assert "SKIPCAT_AOT_TYPE" in str(refused.value)
 
 
@@ -189,17 +191,17 @@ def test_a_tensorrt_without_embedding_is_refused(version: str) -> None:
     library = ModuleType("tensorrt")
     library.__dict__.update(__version__=version, QuickPluginCreationRequest=None)
     with pytest.raises(InputError, match=re.escape(version)):
-        aot.require_embedding(library)
+        aot._require_embedding(library)
 
 
 def test_tensorrt_for_rtx_is_refused() -> None:
     rtx = pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx-cu13")
     with pytest.raises(InputError, match=r"tensorrt 10\.9 or newer"):
-        aot.require_embedding(rtx)
+        aot._require_embedding(rtx)
 
 
 def test_a_missing_tensorrt_is_said() -> None:
-    if aot.importlib.util.find_spec("tensorrt") is not None:
+    if importlib.util.find_spec("tensorrt") is not None:
         pytest.skip("TensorRT is installed")
     with pytest.raises(MissingPackageError, match="tensorrt"):
         aot.register(87)
@@ -209,7 +211,7 @@ def test_weights_of_an_unknown_shape_are_refused() -> None:
     library = SimpleNamespace(float16="half", bfloat16="bf16")
     x = SimpleNamespace(dtype="half")
     with pytest.raises(InputError, match="fixed shape"):
-        aot.product_of(MIX, library, x, SimpleNamespace(shape=(-1, 64)))
+        aot._product_of(MIX, library, x, SimpleNamespace(shape=(-1, 64)))
     wide = SimpleNamespace(dtype="float")
     with pytest.raises(InputError, match="float"):
-        aot.product_of(MIX, library, wide, SimpleNamespace(shape=(64, 64)))
+        aot._product_of(MIX, library, wide, SimpleNamespace(shape=(64, 64)))

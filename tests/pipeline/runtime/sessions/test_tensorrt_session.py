@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 
 from pipeline.engine.build import build_engine
+from pipeline.engine.plan import EngineRequest
 from pipeline.engine.profiles import Limits, make_profiles
-from pipeline.engine.target import find_gpu, resolve_target
+from pipeline.engine.target import resolve_target
 from pipeline.errors import InputError
+from pipeline.gpu import find_gpu
 from pipeline.runtime.sessions.onnx_session import OnnxSession
 from pipeline.runtime.sessions.tensorrt_session import (
     TensorRTSession,
@@ -79,7 +81,7 @@ def test_an_engine_agrees_with_onnx_runtime_in_prefill_and_decode(
     tmp_path: Path, profile: str
 ) -> None:
     source = write_export(tmp_path / "onnx", profile=profile)
-    build_engine(source, tmp_path / "engine", resolve_target("auto"))
+    build_engine(source, tmp_path / "engine", EngineRequest(resolve_target("auto")))
     engine, reference = TensorRTSession(tmp_path / "engine", source), OnnxSession(source)
     for start, stop in ((0, 6), (6, 7), (7, 8), (8, 12)):
         tokens = np.arange(start, stop, dtype=np.int64)[None]

@@ -1,0 +1,193 @@
+"""What is decided about an engine before TensorRT is touched: checked, and shown by `--dry-run`."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from pipeline.engine.plugin_library import choose_plugin
+from pipeline.engine.profiles import DecodeForm, Limits, make_profiles
+from pipeline.engine.target import LIBRARIES, Target
+from pipeline.engine.worker_protocol import WorkerRequest
+from pipeline.errors import InputError, MissingPackageError, UsageError
+from pipeline.export.onnx_folder import OnnxFolder, read_onnx_folder, require_float16
+from pipeline.model.task import adapter_of
+
+# Measured on SmolLM2-135M with TensorRT for RTX 1.7, see docs/engine-size.md.
+_PEAK_PER_WEIGHT: dict[DecodeForm, float] = {"shared": 4.5, "separate": 6.7}
+_PEAK_BASE_BYTES = 220_000_000
+_GIBIBYTE = 1 << 30
+
+
+@dataclass(frozen=True)
+class EngineRequest:
+    """What the user asks for.
+
+    Attributes:
+        target: what to build for, from `target.resolve_target`.
+        max_batch: most sequences at once.
+        max_prefill: most tokens of one call; capped by the cache length.
+        plugin: block-skip plugin library, for standard TensorRT only; None takes the one that
+            `make plugin` built, if it did.
+        embed: put the block-skip kernels into the engine instead (TensorRT 10.9 or newer).
+        decode: see `profiles.Limits`; None takes `shared` for RTX and `separate` otherwise.
+        workspace_bytes: most scratch memory a kernel may use; None leaves TensorRT's default.
+        timeout_s: seconds after which the build is stopped.
+    """
+
+    target: Target
+    max_batch: int = 1
+    max_prefill: int = 1024
+    plugin: Path | None = None
+    embed: bool = False
+    decode: DecodeForm | None = None
+    workspace_bytes: int | None = None
+    timeout_s: float = 7200.0
+
+    def check(self) -> None:
+        """Refuse what no folder could make right.
+
+        Raises:
+            InputError: a plugin for an RTX target.
+            UsageError: a target that needs no engine, or `plugin` and `embed`.
+        """
+        if self.target.flavour == "cpu":
+            raise UsageError(
+                "The target 'cpu' needs no engine: ONNX Runtime runs the ONNX folder as it is.",
+                change="skipcat run ONNX_FOLDER, or name a GPU with --target",
+            )
+        if self.plugin is not None and self.embed:
+            raise UsageError(
+                "The kernels come from a library or become part of the engine, not both.",
+                change="leave out --plugin or --embed-kernels",
+            )
+        if (self.plugin is not None or self.embed) and self.target.flavour == "rtx":
+            raise InputError(
+                "TensorRT for RTX takes no plugins on Linux: parsing a node that resolves to one "
+                "aborts the process.",
+                change="leave --plugin and --embed-kernels out (function bodies are inlined into "
+                "native layers), or use --target tensorrt",
+            )
+
+
+@dataclass(frozen=True)
+class EnginePlan:
+    """Everything decided before the build starts.
+
+    Attributes:
+        target: what to build for.
+        folder: the checked ONNX folder.
+        limits: batch, tokens per call, cache length.
+        work: what the worker will be told.
+        timeout_s: seconds after which the build is stopped.
+        notes: choices the user should know about.
+    """
+
+    target: Target
+    folder: OnnxFolder
+    limits: Limits
+    work: WorkerRequest
+    timeout_s: float
+    notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, for `--dry-run --json`."""
+        plugin = self.work.plugin
+        return {
+            "target": self.target.to_json(),
+            "onnx": str(self.folder.onnx_path),
+            "onnx_bytes": self.folder.weight_bytes,
+            "expected_peak_bytes": _expected_peak_bytes(self.folder, self.limits),
+            "block_skip_nodes": self.folder.block_skip_nodes,
+            "plugin": None if plugin is None else str(plugin),
+            "embed_kernels": self.work.embed,
+            "decode_profile": self.limits.decode,
+            "profiles": [profile.to_json() for profile in self.work.profiles],
+            "notes": list(self.notes),
+        }
+
+
+def plan_engine(onnx_folder: Path, request: EngineRequest) -> EnginePlan:
+    """Check everything that can be checked without TensorRT, and decide the profiles.
+
+    Raises:
+        InputError: the folder or plugin is refused.
+        MissingPackageError: the TensorRT flavour is not installed.
+        UsageError: a limit below 1 or of another kind of model, a target that needs no engine, or
+            `plugin` and `embed`.
+    """
+    request.check()
+    target = request.target
+    folder = read_onnx_folder(onnx_folder)
+    require_float16(folder)
+    require_package(target)
+    limits, notes = adapter_of(folder.record.task, "engine")(
+        request.max_batch,
+        request.max_prefill,
+        folder.record.max_length,
+        request.decode,
+        "shared" if target.flavour == "rtx" else "separate",
+    )
+    plugin, plugin_notes = _choose_kernels(request, folder)
+    assert target.compute_capability is not None, "`check` lets no cpu target through"
+    work = WorkerRequest(
+        flavour=target.flavour,
+        compute_capability=target.compute_capability,
+        onnx_path=folder.onnx_path,
+        profiles=tuple(make_profiles(folder.inputs, limits)),
+        shared_weights=limits.decode == "shared",
+        workspace_bytes=request.workspace_bytes,
+        plugin=plugin,
+        block_skip_nodes=folder.block_skip_nodes,
+        onnx_profile=folder.record.profile,
+        embed=request.embed,
+        dequantized=folder.dequantized,
+        few_bit_nodes=folder.few_bit_nodes,
+    )
+    said = (*notes, *_memory_notes(target, folder, limits), *plugin_notes)
+    return EnginePlan(target, folder, limits, work, request.timeout_s, said)
+
+
+def require_package(target: Target) -> None:
+    """Raise MissingPackageError when the flavour's Python package is not installed."""
+    module, package, extra = LIBRARIES[target.flavour]
+    if importlib.util.find_spec(module) is None:
+        raise MissingPackageError(package, extra, f"build an engine for {target}")
+
+
+def _choose_kernels(
+    request: EngineRequest, folder: OnnxFolder
+) -> tuple[Path | None, tuple[str, ...]]:
+    """The plugin library to build with, and what to say of the block-skip kernels.
+
+    Raises:
+        InputError: the plugin that was named does not exist.
+    """
+    if request.embed:
+        return None, ("block-skip kernels: compiled into the engine",)
+    wanted = request.plugin is not None or folder.block_skip_nodes
+    if request.target.flavour == "rtx" or not wanted:
+        return None, ()
+    library, note = choose_plugin(request.plugin)
+    return library, (note,)
+
+
+def _memory_notes(target: Target, folder: OnnxFolder, limits: Limits) -> list[str]:
+    """A warning when the build is likely to need more memory than is free; RTX only, measured."""
+    available = psutil.virtual_memory().available
+    peak = _expected_peak_bytes(folder, limits)
+    if target.flavour != "rtx" or peak <= available:
+        return []
+    return [
+        f"building may run out of memory: about {peak / _GIBIBYTE:.1f} GiB expected, "
+        f"{available / _GIBIBYTE:.1f} GiB free"
+    ]
+
+
+def _expected_peak_bytes(folder: OnnxFolder, limits: Limits) -> int:
+    """Largest resident size of the worker, roughly, by the bytes of the graph's weights."""
+    return _PEAK_BASE_BYTES + int(folder.weight_bytes * _PEAK_PER_WEIGHT[limits.decode])
