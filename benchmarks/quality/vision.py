@@ -29,7 +29,8 @@ from pipeline.errors import UsageError  # noqa: E402
 from pipeline.progress import note  # noqa: E402
 from pipeline.provenance import provenance  # noqa: E402
 from tests.support.digits import Digits, make_digits  # noqa: E402
-from validate.images import ImageValidateRequest, validate_images  # noqa: E402
+from validate.classifier import ImageOptions  # noqa: E402
+from validate.run import ValidateRequest, validate  # noqa: E402
 from validate.stages import ORIGINAL, SKIP_FORM, Artefacts  # noqa: E402
 
 RESULT = ROOT / "benchmarks" / "results" / "vision.json"
@@ -87,7 +88,7 @@ def measure(digits: Digits, changes: dict[str, Any], folder: Path) -> dict[str, 
     except UsageError as error:  # a budget below the smallest plan
         return changes | {"refused": str(error)}
     artefacts = Artefacts(str(digits.model), folder)
-    ledger = validate_images(ImageValidateRequest(artefacts, str(digits.test)))
+    ledger = validate(ValidateRequest(artefacts, ImageOptions(str(digits.test))))
     rows = {row.name: row for row in ledger.rows}
     original, skip = rows[ORIGINAL].accuracy, rows[SKIP_FORM]
     assert original is not None

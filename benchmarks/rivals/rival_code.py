@@ -45,7 +45,7 @@ from pipeline.progress import note
 from pipeline.provenance import provenance
 from pipeline.runtime.sessions.torch_session import TorchSession
 from validate.metrics import log_perplexity_change
-from validate.perplexity import measure_perplexity
+from validate.quality import measure_perplexity
 
 SCHEMA = 1
 RESULT = Path(__file__).parent / "results" / "rival_code.json"

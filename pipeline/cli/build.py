@@ -97,7 +97,7 @@ def show(state: Build, ledger: Ledger) -> None:
     """What was made, how large it is, how near to the original, and what to do next."""
     from rich.table import Table
 
-    from validate.report_table import build_table
+    from validate.report import build_table
 
     folder = state.folder
     console = options.result_console()
