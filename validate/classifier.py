@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,8 +12,8 @@ import numpy as np
 from pipeline.errors import UsageError
 from pipeline.model.task import IMAGES, Task
 from pipeline.runtime.sessions.image_sessions import ImageSession
-from validate.adapter import Adapter, Column, Drawn, Loaded, Tell
 from validate.compare import StageLogits, run_batches
+from validate.ledger import Adapter, Column, Drawn, Loaded
 from validate.record import Accuracy, Row
 from validate.stages import Artefacts, Openers
 
@@ -86,7 +86,11 @@ def _options(
 
 
 def _load(
-    original: str, options: ImageOptions, seed: int, trust_remote_code: bool, tell: Tell
+    original: str,
+    options: ImageOptions,
+    seed: int,
+    trust_remote_code: bool,
+    tell: Callable[[str], None],
 ) -> Loaded:
     """The model in float32 and the images that are drawn."""
     from pipeline.calibrate.images import load_images

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,9 +13,9 @@ from pipeline.errors import UsageError
 from pipeline.export.record import read_export_record
 from pipeline.model.task import TEXT, Task
 from pipeline.runtime.sessions.session import Session
-from validate.adapter import Adapter, Column, Drawn, Loaded, Tell
 from validate.compare import StageLogits, run_batches
 from validate.greedy import GreedyTrace, agreement, trace_greedy
+from validate.ledger import Adapter, Column, Drawn, Loaded
 from validate.metrics import log_perplexity_change
 from validate.quality import Perplexity, measure_perplexity
 from validate.record import PerplexityChange, Row
@@ -148,7 +148,11 @@ def _options(
 
 
 def _load(
-    original: str, options: TextOptions, seed: int, trust_remote_code: bool, tell: Tell
+    original: str,
+    options: TextOptions,
+    seed: int,
+    trust_remote_code: bool,
+    tell: Callable[[str], None],
 ) -> Loaded:
     """The model in float32; the first windows of a file, or of its own text under a seed apart."""
     import torch

@@ -1,25 +1,143 @@
-"""Run the same inputs through every stage, one after the other, and write down what came out."""
+"""Run the same inputs through every stage, one after the other, and write down what came out.
+
+The loop knows no task. An `Adapter` gives all that it, the stages and the reports leave open.
+"""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 from pipeline.errors import PipelineError, UsageError
-from validate.adapter import Adapter, Inputs, Outputs
-from validate.compare import compare_stages
+from pipeline.model.task import Task
+from validate.compare import StageLogits, compare_stages
 from validate.record import Row
-from validate.stages import Stage, Tolerance
+from validate.stages import Artefacts, Openers, Stage, Tolerance
 from validate.verdict import judge, not_run
 
 _logger = logging.getLogger(__name__)
 
 
+class Options(Protocol):
+    """On what, and on how much of it, a model of the task is validated."""
+
+    @property
+    def task(self) -> Task:
+        """Which task."""
+        ...
+
+    def check(self, artefacts: Artefacts) -> None:
+        """Refuse, before anything is loaded, what cannot be meant or does not fit an artefact.
+
+        Raises:
+            UsageError: says which option.
+        """
+        ...
+
+
+class _Outputs(Protocol):
+    """What a stage answered, kept for as long as a later stage is compared with it."""
+
+    @property
+    def logits(self) -> StageLogits:
+        """One row of logits for each token or image."""
+        ...
+
+    def complaints(self) -> list[str]:
+        """What is wrong with them whatever the tolerance, beside logits that are not finite."""
+        ...
+
+    def row_fields(self, reference: Any | None, original: Any | None) -> dict[str, Any]:
+        """What the stage's row says beside its logits, given the outputs of two others.
+
+        Args:
+            reference: of the stage it should equal; None if that one did not run.
+            original: of the original; None if that one did not run, or is this stage.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The original in memory, and what every stage will be given.
+
+    Attributes:
+        model: in float32.
+        inputs: of every stage, as the task measures them; their `describe()` is for the ledger.
+        source: what the ledger says of where they came from.
+    """
+
+    model: Any
+    inputs: Any
+    source: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the report.
+
+    Attributes:
+        title: its head.
+        help: what the number means.
+        text: the cell of a row; None where it was not measured.
+    """
+
+    title: str
+    help: str
+    text: Callable[[Row], str | None]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The measure of a task that is drawn with its standard error.
+
+    Attributes:
+        title: of the plot.
+        value: of a row, and its standard error; None where it was not measured.
+        limits: of the axis; None for those of the values.
+    """
+
+    title: str
+    value: Callable[[Row], tuple[float, float | None] | None]
+    limits: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A task, as the ledger needs to know it.
+
+    Attributes:
+        options: of the original's name and the flags of `skipcat validate`, as keywords; raises
+            UsageError for those of another task.
+        load: loads the original and makes the inputs, of its name, the options, the seed, whether
+            its own Python code may run, and what to tell of progress.
+        openers: what opens the other stages.
+        measure: takes everything from an open session, given the stage's name, the session, the
+            inputs and, by name, the outputs that it will be compared with.
+        item: what a row of logits is of.
+        per_item: the unit of figures an item.
+        top1: what the column of top-1 agreement means.
+        columns: of the report, beside those that every task has.
+        drawn: the measure that is plotted.
+    """
+
+    options: Callable[..., Options]
+    load: Callable[[str, Any, int, bool, Callable[[str], None]], Loaded]
+    openers: Openers
+    measure: Callable[[str, Any, Any, Mapping[str, Any]], _Outputs]
+    item: str
+    per_item: str
+    top1: str
+    columns: tuple[Column, ...]
+    drawn: Drawn
+
+
 def run_ledger(
     stages: Sequence[Stage],
-    inputs: Inputs,
+    inputs: Any,
     adapter: Adapter,
     *,
     strict: bool = False,
@@ -29,7 +147,7 @@ def run_ledger(
 
     Args:
         stages: in the order of the pipeline; a reference comes before what refers to it.
-        inputs: what each is given.
+        inputs: what each is given, as `adapter.measure` takes it.
         adapter: of the task; measures a stage.
         strict: let every stage that cannot run count as a failure.
         progress: is told which stage starts.
@@ -42,7 +160,7 @@ def run_ledger(
     """
     _require_order(stages)
     original = stages[0].name
-    kept: dict[str, Outputs] = {}
+    kept: dict[str, _Outputs] = {}
     rows = []
     for i, stage in enumerate(stages):
         progress(f"[{i + 1}/{len(stages)}] {stage.name}")
@@ -72,9 +190,9 @@ def _require_order(stages: Sequence[Stage]) -> None:
 
 def _run_stage(
     stage: Stage,
-    inputs: Inputs,
+    inputs: Any,
     adapter: Adapter,
-    kept: dict[str, Outputs],
+    kept: dict[str, _Outputs],
     original: str,
     *,
     strict: bool,
@@ -103,7 +221,7 @@ def _run_stage(
 
 
 def _row_of(
-    stage: Stage, item: str, outputs: Outputs, watched: Mapping[str, Outputs], original: str
+    stage: Stage, item: str, outputs: _Outputs, watched: Mapping[str, _Outputs], original: str
 ) -> Row:
     """The row of a stage that ran, but for how long it took."""
     comparisons = {

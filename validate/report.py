@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from pipeline.model.task import adapter_of
-from validate.adapter import Adapter, Column
+from validate.ledger import Adapter, Column
 from validate.record import Ledger, Row
 
 _NOTHING = "-"

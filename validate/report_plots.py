@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from pipeline.model.task import adapter_of
-from validate.adapter import Adapter, Drawn
+from validate.ledger import Adapter, Drawn
 from validate.record import Ledger
 
 _COLOURS = {"pass": "#2da44e", "fail": "#c62828", "measured": "#57789c", "not run": "#b0b8c0"}

@@ -11,8 +11,7 @@ from pipeline.artefact import staged_folder, write_json, write_text
 from pipeline.errors import ValidationError
 from pipeline.model.task import adapter_of
 from pipeline.provenance import provenance
-from validate.adapter import Adapter, Inputs, Options, Tell
-from validate.ledger import run_ledger
+from validate.ledger import Adapter, Options, run_ledger
 from validate.record import Ledger
 from validate.rounding import read_rounding
 from validate.stages import ORIGINAL, Artefacts, Stage, standard_stages
@@ -66,8 +65,8 @@ def validate(
 
 
 def _prepare(
-    request: ValidateRequest, adapter: Adapter, progress: Tell
-) -> tuple[list[Stage], Inputs, dict[str, Any]]:
+    request: ValidateRequest, adapter: Adapter, progress: Callable[[str], None]
+) -> tuple[list[Stage], Any, dict[str, Any]]:
     """The stages, what each is given, and where that came from.
 
     The original is loaded once, for the inputs and for its own stage, and only that stage holds it.

@@ -86,7 +86,7 @@ class Openers:
 
 
 ORIGINAL = "original"
-DENSE_PRODUCT = "compressed, dense product"
+_DENSE_PRODUCT = "compressed, dense product"
 SKIP_FORM = "compressed, skip form"
 
 # Both forms are the same matrix, multiplied out in another order in float32.
@@ -199,8 +199,8 @@ def standard_stages(
     reference = ORIGINAL
     if artefacts.checkpoint is not None:
         for form, equal, tolerance in (
-            (DENSE_PRODUCT, ORIGINAL, Tolerance()),
-            (SKIP_FORM, DENSE_PRODUCT, _SAME_MATRIX),
+            (_DENSE_PRODUCT, ORIGINAL, Tolerance()),
+            (SKIP_FORM, _DENSE_PRODUCT, _SAME_MATRIX),
         ):
             opener = functools.partial(_open_checkpoint, artefacts.checkpoint, openers, form)
             stages.append(Stage(form, opener, equal, tolerance))
@@ -228,7 +228,7 @@ def _open_checkpoint(folder: Path, openers: Openers, form: str) -> Any:
     from pipeline.checkpoint.folder import load_checkpoint
 
     model = load_checkpoint(folder, dtype=torch.float32)
-    if form == DENSE_PRODUCT:
+    if form == _DENSE_PRODUCT:
         densify_(model)
     return openers.model(model, form)
 

@@ -22,11 +22,11 @@ from validate.report import print_ledger, render_html
 from validate.rounding import Rounding, read_rounding
 from validate.run import ValidateRequest, validate
 from validate.stages import (
+    _DENSE_PRODUCT,
     _NEAR_IN_INTEGERS,
     _SAME_IN_FLOAT16,
     _SAME_IN_FLOAT32,
     _SAME_MATRIX,
-    DENSE_PRODUCT,
     ORIGINAL,
     SKIP_FORM,
     Artefacts,
@@ -69,8 +69,8 @@ def test_every_stage_of_a_checkpoint_in_few_bits_is_held_to_what_it_should_equal
 ) -> None:
     assert [(row.name, row.reference) for row in ledger.rows] == [
         (ORIGINAL, None),
-        (DENSE_PRODUCT, ORIGINAL),
-        (SKIP_FORM, DENSE_PRODUCT),
+        (_DENSE_PRODUCT, ORIGINAL),
+        (SKIP_FORM, _DENSE_PRODUCT),
         ("onnxruntime onnx-float", SKIP_FORM),
         ("onnxruntime onnx-integer", SKIP_FORM),
     ]

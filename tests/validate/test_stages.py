@@ -10,10 +10,10 @@ from tests.support.ledger_stages import ORIGINAL as TINY
 from tests.support.tiny_decoder import MAX_LENGTH, save_tiny_folder, shared_export, write_record
 from validate.decoder import DECODER, TextOptions
 from validate.stages import (
+    _DENSE_PRODUCT,
     _SAME_IN_FLOAT16,
     _SAME_IN_FLOAT32,
     _SAME_MATRIX,
-    DENSE_PRODUCT,
     ORIGINAL,
     SKIP_FORM,
     Artefacts,
@@ -35,8 +35,8 @@ def test_every_stage_has_its_reference_and_its_tolerance(tmp_path: Path) -> None
     artefacts = Artefacts("name", tmp_path, (shared_export("compat"), half), (tmp_path / "engine",))
     stages = standard_stages(artefacts, DECODER.openers, TINY.open)
     assert [(stage.name, stage.reference, stage.tolerance) for stage in stages[1:]] == [
-        (DENSE_PRODUCT, ORIGINAL, TINY.tolerance),
-        (SKIP_FORM, DENSE_PRODUCT, _SAME_MATRIX),
+        (_DENSE_PRODUCT, ORIGINAL, TINY.tolerance),
+        (SKIP_FORM, _DENSE_PRODUCT, _SAME_MATRIX),
         ("onnxruntime compat", SKIP_FORM, _SAME_IN_FLOAT32),
         ("onnxruntime onnx-fp16", SKIP_FORM, _SAME_IN_FLOAT16),
         ("tensorrt engine", SKIP_FORM, _SAME_IN_FLOAT16),
