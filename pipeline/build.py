@@ -18,6 +18,7 @@ from pipeline.engine.target import Target, resolve_target
 from pipeline.errors import InputError, UsageError
 from pipeline.export.export import ExportRequest, export_folder
 from pipeline.memory import peak_bytes
+from pipeline.model.task import TEXT, adapter_of
 from pipeline.progress import note
 from pipeline.provenance import provenance
 
@@ -56,30 +57,34 @@ class BuildRequest:
         Raises:
             UsageError: names the value and its range.
         """
-        from validate.run import longest_input, require_lengths
         from validate.stages import Artefacts
 
         self.compress.check()
         ExportRequest(max_length=self.max_length).check()
-        validation = self.validation(Artefacts(self.compress.model))
-        require_lengths(validation)
-        if longest_input(validation) > self.max_length:
+        artefacts = Artefacts(self.compress.model)
+        texts: Any = self.validation(artefacts).options
+        texts.check(artefacts)
+        if texts.longest_input > self.max_length:
             raise UsageError(
                 "The cache is too short for the evaluation.",
                 where="--max-length",
                 observed=self.max_length,
-                expected=f"at least {longest_input(validation)}",
+                expected=f"at least {texts.longest_input}",
             )
 
     def validation(self, artefacts: Artefacts) -> ValidateRequest:
         """What the last stage is asked to do."""
         from validate.run import ValidateRequest
 
-        return ValidateRequest(
-            artefacts,
+        options = adapter_of(TEXT, "ledger").options(
+            self.compress.model,
             text=self.eval_text,
             windows=self.eval_windows,
             window_length=self.eval_length,
+        )
+        return ValidateRequest(
+            artefacts,
+            options,
             seed=self.compress.seed,
             trust_remote_code=self.compress.trust_remote_code,
         )

@@ -82,7 +82,7 @@ def build_engine(
         onnx_folder: an export in float16.
         output: the folder to write.
         target: what to build for, as `skipcat engine --target` takes it.
-        settings: those of `pipeline.engine.build.build_engine`, such as `max_batch=4`.
+        settings: fields of `pipeline.engine.plan.EngineRequest`, such as `max_batch=4`.
 
     Returns:
         manifest.json's content.
@@ -91,10 +91,11 @@ def build_engine(
         PipelineError: a folder or a target that cannot be built here, or a build that failed.
     """
     from pipeline.engine import build
+    from pipeline.engine.plan import EngineRequest
     from pipeline.engine.target import resolve_target
 
     chosen = resolve_target(target) if isinstance(target, str) else target
-    return build.build_engine(Path(onnx_folder), Path(output), chosen, **settings)
+    return build.build_engine(Path(onnx_folder), Path(output), EngineRequest(chosen, **settings))
 
 
 def validate(

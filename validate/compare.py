@@ -1,35 +1,40 @@
-"""The same token batches through a stage, and its logits against those of another stage."""
+"""The same batches through a stage, and its logits against another's: both by Polygraphy.
+
+What Polygraphy sees is whole outputs, a batch each; `validate.metrics` adds what it does not know:
+figures by token or image, KL and top-1.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from polygraphy.backend.base import BaseRunner
+from polygraphy.common import TensorMetadata
 from polygraphy.comparator import (
     Comparator,
     CosineSimilarityCompareFunc,
     RunResults,
     SimpleCompareFunc,
 )
+from polygraphy.logger import G_LOGGER
 
-from pipeline.runtime.sessions.image_sessions import ImageSession
-from pipeline.runtime.sessions.session import Session
 from validate.metrics import LogitMetrics, compare_logits
-from validate.runners import (
-    IMAGE_INPUT,
-    INPUT,
-    OUTPUT,
-    ImageRunner,
-    SessionRunner,
-    quiet_polygraphy,
-)
+from validate.stages import Tolerance
+
+_INPUT = "batch"
+_OUTPUT = "logits"
+_Forward = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
 class StageLogits:
-    """What a stage answered to the token batches.
+    """What a stage answered to the batches.
 
     Attributes:
         results: Polygraphy's record, with one iteration per batch under the stage's name.
@@ -42,7 +47,7 @@ class StageLogits:
 
     def arrays(self) -> list[np.ndarray]:
         """The logits, one float32 [B, S, V] per batch; of images, [B, classes]."""
-        return [iteration[OUTPUT] for iteration in self.results[self.name]]
+        return [iteration[_OUTPUT] for iteration in self.results[self.name]]
 
 
 @dataclass(frozen=True)
@@ -51,10 +56,12 @@ class Comparison:
 
     Attributes:
         other: name of the other stage.
-        metrics: per token, over all batches.
+        metrics: per token or image, over all batches.
         batch_cosine: Polygraphy's cosine of whole outputs, of the worst batch.
         batch_max_error: Polygraphy's largest absolute error.
         batch_mean_error: Polygraphy's mean absolute error, averaged over the batches.
+        polygraphy_passed: Polygraphy's verdict on all batches, by the tolerance's cosine and error;
+            None where neither is demanded.
     """
 
     other: str
@@ -62,39 +69,69 @@ class Comparison:
     batch_cosine: float
     batch_max_error: float
     batch_mean_error: float
+    polygraphy_passed: bool | None = None
 
 
-@dataclass(frozen=True)
-class ImageInputs:
-    """What every stage of an image classifier is given.
+class _Runner(BaseRunner):
+    """A stage as Polygraphy wants it.
 
-    Attributes:
-        batches: float32 [B, C, H, W] each.
-        labels: int64 [N] of all images, or None.
+    Polygraphy's own runners bind a backend's tensors; this one binds what all our backends share,
+    so that the same batches go in and `logits` come out everywhere.
     """
 
-    batches: list[np.ndarray]
-    labels: np.ndarray | None
+    def __init__(
+        self, name: str, forward: _Forward, before: Callable[[], object], like: np.ndarray
+    ) -> None:
+        super().__init__(name=name)
+        self._forward, self._before, self._like = forward, before, like
+
+    def activate_impl(self) -> None:
+        """Nothing: the session is open."""
+
+    def get_input_metadata_impl(self) -> TensorMetadata:
+        """Batches of one type and rank; all lengths are free."""
+        return TensorMetadata().add(_INPUT, self._like.dtype, (None,) * self._like.ndim)
+
+    def infer_impl(self, feed_dict: Mapping[str, np.ndarray]) -> OrderedDict[str, np.ndarray]:
+        """`logits` of a batch."""
+        self._before()
+        start = time.perf_counter()
+        logits = self._forward(feed_dict[_INPUT])
+        self.inference_time = time.perf_counter() - start
+        return OrderedDict({_OUTPUT: logits})
+
+    def deactivate_impl(self) -> None:
+        """Nothing: the session belongs to the caller."""
 
 
-def run_images(name: str, session: ImageSession, batches: Sequence[np.ndarray]) -> StageLogits:
-    """Feed every batch, float32 [B, C, H, W], to a session."""
-    feeds = [{IMAGE_INPUT: np.ascontiguousarray(batch)} for batch in batches]
-    with quiet_polygraphy():
-        results = Comparator.run([ImageRunner(name, session)], data_loader=feeds)
+def run_batches(
+    name: str,
+    forward: _Forward,
+    batches: Sequence[np.ndarray],
+    before: Callable[[], object] = lambda: None,
+) -> StageLogits:
+    """Feed every batch to a stage.
+
+    Args:
+        name: of the stage.
+        forward: float32 logits of a batch.
+        batches: int64 [B, S] or float32 [B, C, H, W] each.
+        before: is called ahead of every batch, and does not count as inference.
+    """
+    feeds = [{_INPUT: np.ascontiguousarray(batch)} for batch in batches]
+    runner = _Runner(name, forward, before, batches[0])
+    with _quiet_polygraphy():
+        results = Comparator.run([runner], data_loader=feeds)
     return StageLogits(name, results, sum(iteration.runtime for iteration in results[name]))
 
 
-def run_batches(name: str, session: Session, token_batches: Sequence[np.ndarray]) -> StageLogits:
-    """Feed every batch, int64 [B, S], to a session, each on an empty cache."""
-    feeds = [{INPUT: np.ascontiguousarray(batch)} for batch in token_batches]
-    with quiet_polygraphy():
-        results = Comparator.run([SessionRunner(name, lambda: session)], data_loader=feeds)
-    return StageLogits(name, results, sum(iteration.runtime for iteration in results[name]))
-
-
-def compare_stages(stage: StageLogits, other: StageLogits) -> Comparison:
+def compare_stages(stage: StageLogits, other: StageLogits, demands: Tolerance) -> Comparison:
     """Compare the logits of `stage` with those of `other`, the reference.
+
+    Args:
+        stage: the one that is compared.
+        other: the reference.
+        demands: what Polygraphy's verdict is about.
 
     Raises:
         ValueError: the two were given different batches, or have different vocabularies.
@@ -103,45 +140,51 @@ def compare_stages(stage: StageLogits, other: StageLogits) -> Comparison:
     for own, reference in pairs:
         if own.shape != reference.shape:
             raise ValueError(f"logits {own.shape} against {reference.shape}")
-    cosines, max_errors, mean_errors = polygraphy_statistics(stage, other)
     width = pairs[0][0].shape[-1]
     own_rows = np.concatenate([own.reshape(-1, width) for own, _ in pairs])
     reference_rows = np.concatenate([reference.reshape(-1, width) for _, reference in pairs])
+    largest = float(np.abs(reference_rows).max())
+    errors, cosines = _by_polygraphy(stage, other, demands, largest)
+    judged = demands.min_cosine is not None or demands.max_relative_error is not None
     return Comparison(
         other=other.name,
         metrics=compare_logits(reference_rows, own_rows),
-        batch_cosine=min_or_nan(cosines),
-        batch_max_error=-min_or_nan([-error for error in max_errors]),
-        batch_mean_error=float(np.mean(mean_errors)),
+        # NumPy's, since Python's min and max would hide NaN.
+        batch_cosine=float(np.min([result.cosine_similarity for result in cosines])),
+        batch_max_error=float(np.max([result.max_absdiff for result in errors])),
+        batch_mean_error=float(np.mean([result.mean_absdiff for result in errors])),
+        polygraphy_passed=all(map(bool, errors + cosines)) if judged else None,
     )
 
 
-def polygraphy_statistics(
-    stage: StageLogits, other: StageLogits
-) -> tuple[list[float], list[float], list[float]]:
-    """Cosine, largest and mean error of each batch.
+def _by_polygraphy(
+    stage: StageLogits, other: StageLogits, demands: Tolerance, largest: float
+) -> tuple[list, list]:
+    """Polygraphy's results on errors and on cosines, one a batch; true where they pass.
 
-    The tolerances given here are infinite: Polygraphy measures, `validate.verdict` judges.
+    Args:
+        stage: the one that is compared.
+        other: the reference.
+        demands: what is not demanded passes.
+        largest: absolute logit of the reference, which relative errors are relative to.
     """
+    limit, cosine = demands.max_relative_error, demands.min_cosine
     both = RunResults([*stage.results.lst, *other.results.lst])
-    with quiet_polygraphy():
-        simple, cosine = Comparator.compare_accuracy(
+    with _quiet_polygraphy():
+        found = Comparator.compare_accuracy(
             both,
             compare_func=[
-                SimpleCompareFunc(atol=math.inf, rtol=math.inf),
-                CosineSimilarityCompareFunc(cosine_similarity_threshold=-1.0),
+                SimpleCompareFunc(atol=math.inf if limit is None else limit * largest, rtol=0),
+                CosineSimilarityCompareFunc(-1.0 if cosine is None else cosine),
             ],
         )
     pair = (stage.name, other.name)
-    errors = [iteration[OUTPUT] for iteration in simple[pair]]
-    cosines = [iteration[OUTPUT].cosine_similarity for iteration in cosine[pair]]
-    return (
-        cosines,
-        [result.max_absdiff for result in errors],
-        [result.mean_absdiff for result in errors],
-    )
+    errors, cosines = ([iteration[_OUTPUT] for iteration in one[pair]] for one in found)
+    return errors, cosines
 
 
-def min_or_nan(values: Sequence[float]) -> float:
-    """The least value; NaN if any is NaN, which Python's min would hide."""
-    return float(np.min(values))
+@contextlib.contextmanager
+def _quiet_polygraphy() -> Iterator[None]:
+    """Keep Polygraphy's messages off stdout, which belongs to the result; errors still raise."""
+    with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
+        yield

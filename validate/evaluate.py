@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from lm_eval.api.group import Group
     from lm_eval.api.task import Task
 
-SCHEMA = 1
-Tell = Callable[[str], None]
+_SCHEMA = 1
+_Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class EvaluateRequest:
     trust_remote_code: bool = False
 
 
-def evaluate(request: EvaluateRequest, tell: Tell) -> dict[str, Any]:
+def evaluate(request: EvaluateRequest, tell: _Tell) -> dict[str, Any]:
     """Measure all that is asked for.
 
     The tasks and the text are looked at before the weights are read.
@@ -89,15 +89,15 @@ def evaluate(request: EvaluateRequest, tell: Tell) -> dict[str, Any]:
         InputError: a model, task or text that cannot be used.
         MissingPackageError: tasks without lm-eval, or an export without ONNX Runtime.
     """
-    require_sensible(request)
-    tasks = load_tasks(request.tasks) if request.tasks else []
+    _require_sensible(request)
+    tasks = _load_tasks(request.tasks) if request.tasks else []
     tell(f"loading {request.model}")
-    subject = open_as(request, request.model, request.backend)
+    subject = _open_as(request, request.model, request.backend)
     record: dict[str, Any] = {
-        "schema": SCHEMA,
+        "schema": _SCHEMA,
         "model": request.model,
         "backend": subject.session.name,
-        "settings": {key: jsonable(value) for key, value in asdict(request).items()},
+        "settings": {key: _jsonable(value) for key, value in asdict(request).items()},
         "provenance": provenance(),
         "perplexity": None,
         "reference": None,
@@ -105,15 +105,15 @@ def evaluate(request: EvaluateRequest, tell: Tell) -> dict[str, Any]:
         "answers": [],
     }
     if request.text is not None:
-        record |= measure_text(request, subject, tell)
+        record |= _measure_text(request, subject, tell)
     if tasks:
-        record["tasks"] = measure_tasks(request, subject, tasks, tell)
+        record["tasks"] = _measure_tasks(request, subject, tasks, tell)
     for prompt in request.prompts:
-        record["answers"].append(measure_answer(request, subject, prompt))
+        record["answers"].append(_measure_answer(request, subject, prompt))
     return record
 
 
-def require_sensible(request: EvaluateRequest) -> None:
+def _require_sensible(request: EvaluateRequest) -> None:
     """Raise UsageError for a request without anything to do, or with half of something.
 
     Raises:
@@ -134,7 +134,7 @@ def require_sensible(request: EvaluateRequest) -> None:
         )
 
 
-def load_tasks(specs: tuple[str, ...]) -> list[Task | Group]:
+def _load_tasks(specs: tuple[str, ...]) -> list[Task | Group]:
     """The harness's task objects.
 
     Raises:
@@ -149,7 +149,7 @@ def load_tasks(specs: tuple[str, ...]) -> list[Task | Group]:
     return harness_tasks.load_tasks(specs)
 
 
-def open_as(request: EvaluateRequest, name: str, backend: str) -> Subject:
+def _open_as(request: EvaluateRequest, name: str, backend: str) -> Subject:
     """Open a model with the request's settings."""
     return open_subject(
         name,
@@ -159,29 +159,29 @@ def open_as(request: EvaluateRequest, name: str, backend: str) -> Subject:
     )
 
 
-def jsonable(value: Any) -> Any:
+def _jsonable(value: Any) -> Any:
     """A setting as JSON has it: a path as text."""
     return str(value) if isinstance(value, Path) else value
 
 
-def measure_text(request: EvaluateRequest, subject: Subject, tell: Tell) -> dict[str, Any]:
+def _measure_text(request: EvaluateRequest, subject: Subject, tell: _Tell) -> dict[str, Any]:
     """Perplexity over the text and, given a reference, closeness to it."""
-    batch = tokens_of(request, subject)
+    batch = _tokens_of(request, subject)
     reference = None
     if request.reference is not None:
         tell(f"loading {request.reference}")
-        reference = open_as(request, request.reference, "auto")
-        require_same_tokens(subject, reference, batch, tokens_of(request, reference))
+        reference = _open_as(request, request.reference, "auto")
+        _require_same_tokens(subject, reference, batch, _tokens_of(request, reference))
     other = None if reference is None else reference.session
     quality = measure_quality(subject.session, other, batch.tokens.numpy(), tell)
     return {
-        "perplexity": perplexity_record(quality.window_nlls)
+        "perplexity": _perplexity_record(quality.window_nlls)
         | {"text": batch.describe(), "seconds": quality.seconds},
-        "reference": None if reference is None else closeness_record(request, quality),
+        "reference": None if reference is None else _closeness_record(request, quality),
     }
 
 
-def tokens_of(request: EvaluateRequest, subject: Subject) -> TokenBatch:
+def _tokens_of(request: EvaluateRequest, subject: Subject) -> TokenBatch:
     """The first windows of the text, as the model's tokenizer sees it.
 
     Raises:
@@ -206,7 +206,7 @@ def tokens_of(request: EvaluateRequest, subject: Subject) -> TokenBatch:
     )
 
 
-def require_same_tokens(
+def _require_same_tokens(
     subject: Subject, reference: Subject, own: TokenBatch, others: TokenBatch
 ) -> None:
     """Raise InputError when two models do not share their tokens, so that logits do not compare."""
@@ -223,33 +223,33 @@ def require_same_tokens(
     )
 
 
-def perplexity_record(window_nlls: list[float]) -> dict[str, Any]:
+def _perplexity_record(window_nlls: list[float]) -> dict[str, Any]:
     """Perplexity, its standard error and what both come from."""
     value, error = perplexity_with_error(np.array(window_nlls))
     return {"value": value, "standard_error": error, "window_nlls": window_nlls}
 
 
-def closeness_record(request: EvaluateRequest, quality: Quality) -> dict[str, Any]:
+def _closeness_record(request: EvaluateRequest, quality: Quality) -> dict[str, Any]:
     """KL, top-1 agreement and change of log-perplexity, each with its error over windows."""
     change, change_error = log_perplexity_change(
         np.array(quality.reference_nlls), np.array(quality.window_nlls)
     )
     return {
         "model": request.reference,
-        "perplexity": perplexity_record(quality.reference_nlls),
-        "kl": {"value": quality.kl, "standard_error": error_of(quality.window_kls)},
-        "top1": {"value": quality.top1, "standard_error": error_of(quality.window_agreements)},
+        "perplexity": _perplexity_record(quality.reference_nlls),
+        "kl": {"value": quality.kl, "standard_error": _error_of(quality.window_kls)},
+        "top1": {"value": quality.top1, "standard_error": _error_of(quality.window_agreements)},
         "log_perplexity_change": {"value": change, "standard_error": change_error},
     }
 
 
-def error_of(values: list[float]) -> float | None:
+def _error_of(values: list[float]) -> float | None:
     """Standard error of the mean of windows; None for a single one."""
     return standard_error(np.array(values)) if len(values) > 1 else None
 
 
-def measure_tasks(
-    request: EvaluateRequest, subject: Subject, tasks: list[Task | Group], tell: Tell
+def _measure_tasks(
+    request: EvaluateRequest, subject: Subject, tasks: list[Task | Group], tell: _Tell
 ) -> dict[str, Any]:
     """Scores by the harness, under its own keys, and as a plain list."""
     from validate.harness import SessionLM
@@ -274,7 +274,7 @@ def measure_tasks(
     }
 
 
-def measure_answer(request: EvaluateRequest, subject: Subject, prompt: str) -> dict[str, Any]:
+def _measure_answer(request: EvaluateRequest, subject: Subject, prompt: str) -> dict[str, Any]:
     """The greedy answer to a prompt."""
     if request.raw:
         ids = subject.tokenizer.encode(prompt)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,13 +17,13 @@ class GreedyTrace:
     Attributes:
         tokens: the ids chosen, N of them.
         margins: at each step, the logit of the choice above that of the runner-up, N of them.
-        gaps: for each trace it was watched against, the logit of its own choice above that of the
-            other's choice where the two first differ; None if they never do.
+        gaps: for each stage it was watched against, by name, the logit of its own choice above that
+            of the other's choice where the two first differ; None if they never do.
     """
 
     tokens: list[int]
     margins: list[float]
-    gaps: list[float | None]
+    gaps: dict[str, float | None]
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def trace_greedy(
     session: Session,
     prompts: np.ndarray,
     max_new_tokens: int,
-    watched: Sequence[Sequence[GreedyTrace]] = (),
+    watched: Mapping[str, Sequence[GreedyTrace]],
 ) -> list[GreedyTrace]:
     """Decode every prompt greedily, without stopping early.
 
@@ -64,33 +64,38 @@ def trace_greedy(
         session: any backend.
         prompts: int64 [P, S].
         max_new_tokens: N, tokens per prompt.
-        watched: for each stage to be compared with later, its traces of the same prompts.
+        watched: by name of each stage to be compared with later, its traces of the same prompts.
 
     Raises:
         InputError: prompt and answer are longer than the session's cache.
     """
     return [
-        trace_prompt(session, prompt, max_new_tokens, [traces[i].tokens for traces in watched])
+        _trace_prompt(
+            session,
+            prompt,
+            max_new_tokens,
+            {name: traces[i].tokens for name, traces in watched.items()},
+        )
         for i, prompt in enumerate(prompts)
     ]
 
 
-def trace_prompt(
-    session: Session, prompt: np.ndarray, max_new_tokens: int, watched: list[list[int]]
+def _trace_prompt(
+    session: Session, prompt: np.ndarray, max_new_tokens: int, watched: Mapping[str, list[int]]
 ) -> GreedyTrace:
     """Decode one prompt, int64 [S]; note the gap where it leaves each watched answer."""
     session.reset()
     tokens: list[int] = []
     margins: list[float] = []
-    gaps: list[float | None] = [None] * len(watched)
+    gaps: dict[str, float | None] = dict.fromkeys(watched)
     new_ids = prompt[None]  # [1, S]
     for step in range(max_new_tokens):
         logits = session.forward(new_ids)[0, -1]  # [V]
         token = int(logits.argmax())
         runner_up, best = np.partition(logits, -2)[-2:]
-        for i, others in enumerate(watched):
+        for name, others in watched.items():
             if others[step] != token and others[:step] == tokens:
-                gaps[i] = float(logits[token] - logits[others[step]])
+                gaps[name] = float(logits[token] - logits[others[step]])
         tokens.append(token)
         margins.append(float(best - runner_up))
         new_ids = np.array([[token]], dtype=np.int64)
@@ -98,17 +103,16 @@ def trace_prompt(
 
 
 def agreement(
-    other: str, own: Sequence[GreedyTrace], others: Sequence[GreedyTrace], watched_index: int
+    other: str, own: Sequence[GreedyTrace], others: Sequence[GreedyTrace]
 ) -> GreedyAgreement:
     """Summarise the traces of a stage against those of the stage named `other`.
 
     Args:
         other: name of the other stage.
-        own: traces of the stage, made with `others` watched.
+        own: traces of the stage, made with `others` watched under that name.
         others: traces of the other stage, for the same prompts.
-        watched_index: place of `others` in the `watched` that `own` was made with.
     """
-    first = [first_difference(a.tokens, b.tokens) for a, b in zip(own, others, strict=True)]
+    first = [_first_difference(a.tokens, b.tokens) for a, b in zip(own, others, strict=True)]
     total = sum(len(trace.tokens) for trace in own)
     same = sum(
         a == b
@@ -122,7 +126,7 @@ def agreement(
         identical_fraction=same / total,
         identical_prompts=first.count(None),
         first_divergence=first,
-        gap=[trace.gaps[watched_index] for trace in own],
+        gap=[trace.gaps[other] for trace in own],
         other_margin=[
             None if step is None else trace.margins[step]
             for trace, step in zip(others, first, strict=True)
@@ -130,6 +134,6 @@ def agreement(
     )
 
 
-def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
+def _first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
     """Index of the first place where two equally long sequences differ; None if nowhere."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), None)

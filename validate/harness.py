@@ -26,24 +26,24 @@ from pipeline.progress import track
 from pipeline.runtime.generate import generate
 from pipeline.runtime.sessions.session import RepeatingSession, Session
 from validate.metrics import nll_per_token
-from validate.perplexity import CHUNK_TOKENS
+from validate.quality import CHUNK_TOKENS
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
     from transformers import PreTrainedTokenizerBase
 
-MAX_ROWS = 4
-MAX_NEW_TOKENS = 256  # HFLM's own, for tasks that set none
+_MAX_ROWS = 4
+_MAX_NEW_TOKENS = 256  # HFLM's own, for tasks that set none
 # Settings of a generation task that greedy decoding honours, or that cannot change its answer.
-GREEDY_SETTINGS = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p", "min_p"}
+_GREEDY_SETTINGS = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p", "min_p"}
 # Strings as the harness gave them, context ids, continuation ids.
-TokenRequest = tuple[Any, list[int], list[int]]
-Answer = tuple[float, bool]
-Row = tuple[int, ...]
+_TokenRequest = tuple[Any, list[int], list[int]]
+_Answer = tuple[float, bool]
+_Row = tuple[int, ...]
 
 
 @dataclass
-class Target:
+class _Target:
     """Tokens to be predicted on a row of input, and what is known of them so far.
 
     Attributes:
@@ -91,7 +91,7 @@ class SessionLM(TemplateLM):
         session: Session,
         tokenizer: PreTrainedTokenizerBase,
         stop_ids: Collection[int] = (),
-        max_rows: int = MAX_ROWS,
+        max_rows: int = _MAX_ROWS,
     ) -> None:
         super().__init__()
         self.session = session
@@ -133,32 +133,32 @@ class SessionLM(TemplateLM):
         flag = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
         return self.tokenizer(string, verbose=False, **flag)["input_ids"]
 
-    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[Answer]:
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[_Answer]:
         """For each (context, continuation): log-likelihood, nats, and whether it is greedy."""
         return super().loglikelihood(requests, disable_tqdm=True)
 
-    def _loglikelihood_tokens(self, requests: list[TokenRequest], **_: Any) -> list[Answer]:
+    def _loglikelihood_tokens(self, requests: list[_TokenRequest], **_: Any) -> list[_Answer]:
         """Score every request; those with the same input share a row, rows share calls."""
-        rows: dict[Row, list[Target]] = defaultdict(list)
+        rows: dict[_Row, list[_Target]] = defaultdict(list)
         targets = []
         for strings, context, continuation in requests:
-            require_scorable(strings, continuation, self.max_length)
+            _require_scorable(strings, continuation, self.max_length)
             self.truncated += len(context) + len(continuation) > self.max_length + 1
             row = tuple((context + continuation)[-(self.max_length + 1) :][:-1])
-            target = Target(len(row) - len(continuation), np.array(continuation, np.int64))
+            target = _Target(len(row) - len(continuation), np.array(continuation, np.int64))
             rows[row].append(target)
             targets.append(target)
         repeats = isinstance(self.session, RepeatingSession)
-        batches = (batches_by_prefix if repeats else batches_by_length)(rows, self.max_rows)
+        batches = (_batches_by_prefix if repeats else _batches_by_length)(rows, self.max_rows)
         for batch in track(batches, "scoring"):
-            score_rows(self.session, [(row, rows[row]) for row in batch])
+            _score_rows(self.session, [(row, rows[row]) for row in batch])
         return [(target.log_likelihood, target.is_greedy) for target in targets]
 
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = True
     ) -> list[float]:
         """Log-likelihood, nats, of each whole text, in windows that predict every token once."""
-        windows: list[TokenRequest] = []
+        windows: list[_TokenRequest] = []
         owners = []
         for owner, request in enumerate(requests):
             pairs = get_rolling_token_windows(
@@ -181,11 +181,11 @@ class SessionLM(TemplateLM):
 
     def _generate(self, context: str, settings: dict[str, Any]) -> str:
         """The greedy answer to one context."""
-        keywords = normalize_gen_kwargs(settings, MAX_NEW_TOKENS)
-        require_greedy(keywords)
+        keywords = normalize_gen_kwargs(settings, _MAX_NEW_TOKENS)
+        _require_greedy(keywords)
         new_tokens = keywords["max_gen_toks"]
         room = self.max_length - new_tokens
-        require_prompt_room(room, new_tokens, self.max_length, self.session.name)
+        _require_prompt_room(room, new_tokens, self.max_length, self.session.name)
         eos = None if self.eot_token_id is None else self.tokenizer.decode(self.eot_token_id)
         until = handle_stop_sequences(keywords["until"], eos=eos)
         prompt = self.tok_encode(context) or [self.prefix_token_id]
@@ -201,49 +201,49 @@ class SessionLM(TemplateLM):
         return postprocess_generated_text(text, until, None)
 
 
-def batches_by_length(rows: Iterable[Row], max_rows: int) -> list[list[Row]]:
+def _batches_by_length(rows: Iterable[_Row], max_rows: int) -> list[list[_Row]]:
     """Rows of similar length together, the longest first, where memory would run out at once."""
     ordered = sorted(rows, key=lambda row: (-len(row), row))
     return [ordered[start : start + max_rows] for start in range(0, len(ordered), max_rows)]
 
 
-def batches_by_prefix(rows: Iterable[Row], max_rows: int) -> list[list[Row]]:
+def _batches_by_prefix(rows: Iterable[_Row], max_rows: int) -> list[list[_Row]]:
     """Rows together that have at least half of their tokens in common, the longest first."""
-    batches: list[list[Row]] = []
+    batches: list[list[_Row]] = []
     for row in sorted(rows):
         last = batches[-1] if batches else []
-        if 0 < len(last) < max_rows and 2 * shared_length([last[0], row]) >= len(row):
+        if 0 < len(last) < max_rows and 2 * _shared_length([last[0], row]) >= len(row):
             last.append(row)
         else:
             batches.append([row])
     return sorted(batches, key=lambda batch: -max(map(len, batch)))
 
 
-def shared_length(rows: Sequence[Row]) -> int:
+def _shared_length(rows: Sequence[_Row]) -> int:
     """How many ids all rows begin with in common."""
     first, last = min(rows), max(rows)  # in this order, all others lie between
     pairs = zip(first, last, strict=False)
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(last)))
 
 
-def score_rows(session: Session, rows: Sequence[tuple[Row, list[Target]]]) -> None:
+def _score_rows(session: Session, rows: Sequence[tuple[_Row, list[_Target]]]) -> None:
     """Run rows of ids together on an empty cache, and complete their targets.
 
     What all rows begin with runs once, if the session can go on from there in several ways.
     Shorter rows are filled up on the right, which no token before the filling can see.
     """
-    inputs = padded([row for row, _ in rows])  # [B, S]
+    inputs = _padded([row for row, _ in rows])  # [B, S]
     session.reset()
     shared = 0
     if isinstance(session, RepeatingSession) and len(rows) > 1:
-        shared = shared_length([row for row, _ in rows])
-        feed(session, inputs[:1, :shared], 0, [[t for _, targets in rows for t in targets]])
+        shared = _shared_length([row for row, _ in rows])
+        _feed(session, inputs[:1, :shared], 0, [[t for _, targets in rows for t in targets]])
         session.repeat(len(rows))
-    feed(session, inputs[:, shared:], shared, [targets for _, targets in rows])
+    _feed(session, inputs[:, shared:], shared, [targets for _, targets in rows])
 
 
-def feed(
-    session: Session, inputs: np.ndarray, start: int, targets: Sequence[Sequence[Target]]
+def _feed(
+    session: Session, inputs: np.ndarray, start: int, targets: Sequence[Sequence[_Target]]
 ) -> None:
     """Run inputs and let the targets of each row see its logits.
 
@@ -263,13 +263,13 @@ def feed(
                 target.add(own, start + first)
 
 
-def padded(rows: Sequence[Sequence[int]]) -> np.ndarray:
+def _padded(rows: Sequence[Sequence[int]]) -> np.ndarray:
     """Rows of ids as int64 [B, S], filled up on the right with their own first id."""
     length = max(map(len, rows))
     return np.array([[*row, *[row[0]] * (length - len(row))] for row in rows], np.int64)
 
 
-def require_scorable(strings: Any, continuation: list[int], max_length: int) -> None:
+def _require_scorable(strings: Any, continuation: list[int], max_length: int) -> None:
     """Raise InputError for a continuation without tokens, or with more than fit."""
     if 0 < len(continuation) <= max_length:
         return
@@ -282,21 +282,21 @@ def require_scorable(strings: Any, continuation: list[int], max_length: int) -> 
     )
 
 
-def require_greedy(settings: dict[str, Any]) -> None:
+def _require_greedy(settings: dict[str, Any]) -> None:
     """Raise InputError for a task that wants anything but greedy decoding."""
-    others = sorted(set(settings) - GREEDY_SETTINGS)
+    others = sorted(set(settings) - _GREEDY_SETTINGS)
     if not settings["do_sample"] and not others:
         return
     observed = ", ".join(others) if others else f"temperature {settings.get('temperature', 1.0)}"
     raise InputError(
         "This task asks for another way of generating than greedy decoding.",
         observed=observed,
-        expected=", ".join(sorted(GREEDY_SETTINGS)) + ", without sampling",
+        expected=", ".join(sorted(_GREEDY_SETTINGS)) + ", without sampling",
         change="leave this task out",
     )
 
 
-def require_prompt_room(room: int, new_tokens: int, max_length: int, where: str) -> None:
+def _require_prompt_room(room: int, new_tokens: int, max_length: int, where: str) -> None:
     """Raise InputError when the longest answer leaves no place for a prompt."""
     if room <= 0:
         raise InputError(

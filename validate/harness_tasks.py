@@ -25,10 +25,10 @@ from lm_eval.tasks import TaskManager
 from pipeline.artefact import sha256_of_file
 from pipeline.errors import InputError, UsageError
 
-LOCAL_SUFFIX = ".jsonl"
-FIELDS = ("question", "choices", "answer")
+_LOCAL_SUFFIX = ".jsonl"
+_FIELDS = ("question", "choices", "answer")
 # What the harness's own arc_easy.yaml says, for documents with `question`, `choices`, `answer`.
-LOCAL_CONFIG: dict[str, Any] = {
+_LOCAL_CONFIG: dict[str, Any] = {
     "output_type": "multiple_choice",
     "test_split": "test",
     "doc_to_text": "Question: {{question}}\nAnswer:",
@@ -43,7 +43,7 @@ LOCAL_CONFIG: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class Score:
+class _Score:
     """One metric of one task.
 
     Attributes:
@@ -72,42 +72,42 @@ def load_tasks(specs: Sequence[str]) -> list[Task | Group]:
             reach.
         UsageError: two tasks would have the same name.
     """
-    named = [spec for spec in specs if not spec.endswith(LOCAL_SUFFIX)]
-    local = [local_task(Path(spec)) for spec in specs if spec.endswith(LOCAL_SUFFIX)]
-    with quiet_harness():
-        tasks = local + [task for name in named for task in named_tasks(name)]
-    refuse_duplicates(tasks)
-    refuse_special(tasks)
+    named = [spec for spec in specs if not spec.endswith(_LOCAL_SUFFIX)]
+    local = [_local_task(Path(spec)) for spec in specs if spec.endswith(_LOCAL_SUFFIX)]
+    with _quiet_harness():
+        tasks = local + [task for name in named for task in _named_tasks(name)]
+    _refuse_duplicates(tasks)
+    _refuse_special(tasks)
     return tasks
 
 
-def local_task(path: Path) -> ConfigurableTask:
+def _local_task(path: Path) -> ConfigurableTask:
     """The task, called after the file, that asks its questions as arc_easy asks its own.
 
     Raises:
-        InputError: as `read_questions`.
+        InputError: as `_read_questions`.
     """
-    read_questions(path)
-    config = LOCAL_CONFIG | {
+    _read_questions(path)
+    config = _LOCAL_CONFIG | {
         "task": path.stem,
-        "custom_dataset": questions_dataset,
+        "custom_dataset": _questions_dataset,
         "dataset_kwargs": {"path": str(path)},
     }
-    with quiet_harness():
+    with _quiet_harness():
         return ConfigurableTask(config=config)
 
 
 def file_hashes(specs: Sequence[str]) -> dict[str, str]:
     """Hex SHA-256 of each question file among the tasks."""
-    return {spec: sha256_of_file(Path(spec)) for spec in specs if spec.endswith(LOCAL_SUFFIX)}
+    return {spec: sha256_of_file(Path(spec)) for spec in specs if spec.endswith(_LOCAL_SUFFIX)}
 
 
-def questions_dataset(path: str, **_: Any) -> dict[str, datasets.Dataset]:
+def _questions_dataset(path: str, **_: Any) -> dict[str, datasets.Dataset]:
     """The questions of a JSONL file as the harness wants a dataset."""
-    return {"test": datasets.Dataset.from_list(read_questions(Path(path)))}
+    return {"test": datasets.Dataset.from_list(_read_questions(Path(path)))}
 
 
-def read_questions(path: Path) -> list[dict[str, Any]]:
+def _read_questions(path: Path) -> list[dict[str, Any]]:
     """Read a file of multiple-choice questions, one JSON object a line.
 
     Returns:
@@ -126,7 +126,7 @@ def read_questions(path: Path) -> list[dict[str, Any]]:
             expected="a UTF-8 file of JSON lines, or a task name without .jsonl",
         ) from error
     questions = [
-        parse_question(line, f"{path}, line {number}")
+        _parse_question(line, f"{path}, line {number}")
         for number, line in enumerate(lines, start=1)
         if line.strip()
     ]
@@ -135,7 +135,7 @@ def read_questions(path: Path) -> list[dict[str, Any]]:
     return questions
 
 
-def parse_question(line: str, where: str) -> dict[str, Any]:
+def _parse_question(line: str, where: str) -> dict[str, Any]:
     """One line of a question file, checked.
 
     Raises:
@@ -145,8 +145,8 @@ def parse_question(line: str, where: str) -> dict[str, Any]:
         value = json.loads(line)
     except json.JSONDecodeError as error:
         raise InputError("This line is not JSON.", where=where, observed=error) from error
-    fields = {key: value.get(key) for key in FIELDS} if isinstance(value, dict) else {}
-    if not is_question(*(fields.get(key) for key in FIELDS)):
+    fields = {key: value.get(key) for key in _FIELDS} if isinstance(value, dict) else {}
+    if not _is_question(*(fields.get(key) for key in _FIELDS)):
         raise InputError(
             "This line is not a multiple-choice question.",
             where=where,
@@ -157,7 +157,7 @@ def parse_question(line: str, where: str) -> dict[str, Any]:
     return fields
 
 
-def is_question(question: object, choices: object, answer: object) -> bool:
+def _is_question(question: object, choices: object, answer: object) -> bool:
     """Whether the three fields are what they must be."""
     return (
         isinstance(question, str)
@@ -170,18 +170,18 @@ def is_question(question: object, choices: object, answer: object) -> bool:
 
 
 @functools.cache
-def known_tasks() -> TaskManager:
+def _known_tasks() -> TaskManager:
     """The index of the harness's own tasks; it reads 15 000 files, which takes some seconds."""
     return TaskManager()
 
 
-def named_tasks(name: str) -> list[Task | Group]:
+def _named_tasks(name: str) -> list[Task | Group]:
     """What the harness has under a name: a task, a group, or the tasks of a tag.
 
     Raises:
         InputError: nothing, or its data is out of reach.
     """
-    manager = known_tasks()
+    manager = _known_tasks()
     if name not in manager.all_tasks and not Path(name).is_file():
         near = difflib.get_close_matches(name, manager.all_tasks, n=3)
         raise InputError(
@@ -210,7 +210,7 @@ def named_tasks(name: str) -> list[Task | Group]:
     ]
 
 
-def refuse_duplicates(tasks: Sequence[Task | Group]) -> None:
+def _refuse_duplicates(tasks: Sequence[Task | Group]) -> None:
     """Raise UsageError when two tasks have one name, since the harness would drop one."""
     names = [task.name if isinstance(task, Group) else task.task_name for task in tasks]
     twice = sorted({name for name in names if names.count(name) > 1})
@@ -223,7 +223,7 @@ def refuse_duplicates(tasks: Sequence[Task | Group]) -> None:
         )
 
 
-def refuse_special(tasks: Sequence[Task | Group]) -> None:
+def _refuse_special(tasks: Sequence[Task | Group]) -> None:
     """Raise InputError for tasks that run code which the model wrote, or that show it images."""
     leaves = [
         leaf
@@ -254,7 +254,7 @@ def score_tasks(
     Returns:
         What the harness's `simple_evaluate` returns.
     """
-    with quiet_harness():
+    with _quiet_harness():
         return simple_evaluate(
             model=model,
             tasks=list(tasks),
@@ -264,30 +264,30 @@ def score_tasks(
         )
 
 
-def scores_of(results: dict[str, Any]) -> list[Score]:
+def scores_of(results: dict[str, Any]) -> list[_Score]:
     """The metrics in what the harness returned, in its order."""
     counts = results["n-samples"]
     return [
-        Score(
+        _Score(
             task=task,
             metric=key.removesuffix(",none"),
             value=float(value),
-            standard_error=number_or_none(entries.get(stderr_key(key))),
+            standard_error=_number_or_none(entries.get(_stderr_key(key))),
             samples=counts[task]["effective"] if task in counts else None,
         )
         for task, entries in results["results"].items()
         for key, value in entries.items()
-        if "," in key and "_stderr," not in key and number_or_none(value) is not None
+        if "," in key and "_stderr," not in key and _number_or_none(value) is not None
     ]
 
 
-def stderr_key(key: str) -> str:
+def _stderr_key(key: str) -> str:
     """`acc,none` -> `acc_stderr,none`."""
     metric, filter_name = key.split(",", 1)
     return f"{metric}_stderr,{filter_name}"
 
 
-def number_or_none(value: object) -> float | None:
+def _number_or_none(value: object) -> float | None:
     """A number as float; None for the text `N/A`, which the harness puts where there is none."""
     return float(value) if isinstance(value, (int, float)) else None
 
@@ -299,14 +299,14 @@ def values_per_question(results: dict[str, Any]) -> dict[str, dict[str, list[flo
         columns = found.setdefault(task, {})
         for sample in samples:
             for metric in sample["metrics"]:
-                if number_or_none(sample[metric]) is not None:
+                if _number_or_none(sample[metric]) is not None:
                     key = f"{metric},{sample['filter']}".removesuffix(",none")
                     columns.setdefault(key, []).append(float(sample[metric]))
     return found
 
 
 @contextlib.contextmanager
-def quiet_harness() -> Iterator[None]:
+def _quiet_harness() -> Iterator[None]:
     """Keep the harness's advice on its own flags off stderr, unless details were asked for."""
     logger = logging.getLogger("lm_eval")
     before = logger.level

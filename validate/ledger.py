@@ -1,86 +1,155 @@
-"""Run the same inputs through every stage, one after the other, and write down what came out."""
+"""Run the same inputs through every stage, one after the other, and write down what came out.
+
+The loop knows no task. An `Adapter` gives all that it, the stages and the reports leave open.
+"""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 from pipeline.errors import PipelineError, UsageError
-from pipeline.provenance import provenance
-from validate.compare import Comparison, StageLogits, compare_stages, run_batches
-from validate.greedy import GreedyAgreement, GreedyTrace, agreement, trace_greedy
-from validate.metrics import log_perplexity_change
-from validate.perplexity import Perplexity, measure_perplexity
-from validate.record import Ledger, PerplexityChange, Row
-from validate.stages import Stage, Tolerance
+from pipeline.model.task import Task
+from validate.compare import StageLogits, compare_stages
+from validate.record import Row
+from validate.stages import Artefacts, Openers, Stage, Tolerance
 from validate.verdict import judge, not_run
 
-logger = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """What every stage is given.
+class Options(Protocol):
+    """On what, and on how much of it, a model of the task is validated."""
 
-    Attributes:
-        token_batches: int64 [B, S] each; their logits are compared token by token.
-        windows: int64 [W, L]; for the perplexity.
-        prompts: int64 [P, S]; for greedy decoding.
-        max_new_tokens: tokens decoded per prompt.
-    """
+    @property
+    def task(self) -> Task:
+        """Which task."""
+        ...
 
-    token_batches: Sequence[np.ndarray]
-    windows: np.ndarray
-    prompts: np.ndarray
-    max_new_tokens: int = 64
+    def check(self, artefacts: Artefacts) -> None:
+        """Refuse, before anything is loaded, what cannot be meant or does not fit an artefact.
 
-    def describe(self) -> dict[str, Any]:
-        """Counts and lengths, for the ledger."""
-        return {
-            "token_batches": [list(batch.shape) for batch in self.token_batches],
-            "windows": list(self.windows.shape),
-            "prompts": list(self.prompts.shape),
-            "max_new_tokens": self.max_new_tokens,
-        }
+        Raises:
+            UsageError: says which option.
+        """
+        ...
 
 
-@dataclass(frozen=True)
-class Outputs:
+class _Outputs(Protocol):
     """What a stage answered, kept for as long as a later stage is compared with it."""
 
-    logits: StageLogits
-    perplexity: Perplexity
-    traces: list[GreedyTrace]
+    @property
+    def logits(self) -> StageLogits:
+        """One row of logits for each token or image."""
+        ...
+
+    def complaints(self) -> list[str]:
+        """What is wrong with them whatever the tolerance, beside logits that are not finite."""
+        ...
+
+    def row_fields(self, reference: Any | None, original: Any | None) -> dict[str, Any]:
+        """What the stage's row says beside its logits, given the outputs of two others.
+
+        Args:
+            reference: of the stage it should equal; None if that one did not run.
+            original: of the original; None if that one did not run, or is this stage.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The original in memory, and what every stage will be given.
+
+    Attributes:
+        model: in float32.
+        inputs: of every stage, as the task measures them; their `describe()` is for the ledger.
+        source: what the ledger says of where they came from.
+    """
+
+    model: Any
+    inputs: Any
+    source: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the report.
+
+    Attributes:
+        title: its head.
+        help: what the number means.
+        text: the cell of a row; None where it was not measured.
+    """
+
+    title: str
+    help: str
+    text: Callable[[Row], str | None]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The measure of a task that is drawn with its standard error.
+
+    Attributes:
+        title: of the plot.
+        value: of a row, and its standard error; None where it was not measured.
+        limits: of the axis; None for those of the values.
+    """
+
+    title: str
+    value: Callable[[Row], tuple[float, float | None] | None]
+    limits: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A task, as the ledger needs to know it.
+
+    Attributes:
+        options: of the original's name and the flags of `skipcat validate`, as keywords; raises
+            UsageError for those of another task.
+        load: loads the original and makes the inputs, of its name, the options, the seed, whether
+            its own Python code may run, and what to tell of progress.
+        openers: what opens the other stages.
+        measure: takes everything from an open session, given the stage's name, the session, the
+            inputs and, by name, the outputs that it will be compared with.
+        item: what a row of logits is of.
+        per_item: the unit of figures an item.
+        top1: what the column of top-1 agreement means.
+        columns: of the report, beside those that every task has.
+        drawn: the measure that is plotted.
+    """
+
+    options: Callable[..., Options]
+    load: Callable[[str, Any, int, bool, Callable[[str], None]], Loaded]
+    openers: Openers
+    measure: Callable[[str, Any, Any, Mapping[str, Any]], _Outputs]
+    item: str
+    per_item: str
+    top1: str
+    columns: tuple[Column, ...]
+    drawn: Drawn
 
 
 def run_ledger(
     stages: Sequence[Stage],
-    token_batches: Sequence[np.ndarray],
-    windows: np.ndarray,
-    prompts: np.ndarray,
-    tolerances: Mapping[str, Tolerance] | None = None,
+    inputs: Any,
+    adapter: Adapter,
     *,
-    max_new_tokens: int = 64,
     strict: bool = False,
-    description: Mapping[str, Any] | None = None,
     progress: Callable[[str], None] = lambda message: None,
-) -> Ledger:
+) -> list[Row]:
     """Run and compare all stages; the first one is the original.
 
     Args:
         stages: in the order of the pipeline; a reference comes before what refers to it.
-        token_batches: int64 [B, S] each.
-        windows: int64 [W, L].
-        prompts: int64 [P, S].
-        tolerances: replacements by stage name.
-        max_new_tokens: tokens decoded per prompt.
+        inputs: what each is given, as `adapter.measure` takes it.
+        adapter: of the task; measures a stage.
         strict: let every stage that cannot run count as a failure.
-        description: what else the ledger should say about its inputs.
         progress: is told which stage starts.
 
     Returns:
@@ -89,21 +158,20 @@ def run_ledger(
     Raises:
         UsageError: no stage, a name twice, or a reference that is not an earlier stage.
     """
-    require_order(stages)
-    inputs = Inputs(token_batches, windows, prompts, max_new_tokens)
-    kept: dict[str, Outputs] = {}
+    _require_order(stages)
+    original = stages[0].name
+    kept: dict[str, _Outputs] = {}
     rows = []
     for i, stage in enumerate(stages):
         progress(f"[{i + 1}/{len(stages)}] {stage.name}")
-        tolerance = (tolerances or {}).get(stage.name, stage.tolerance)
-        rows.append(run_stage(stage, tolerance, inputs, stages[0].name, kept, strict=strict))
-        needed = {stages[0].name, *(later.reference for later in stages[i + 1 :])}
+        rows.append(_run_stage(stage, inputs, adapter, kept, original, strict=strict))
+        needed = {name for later in stages[i + 1 :] for name in (later.reference, original)}
         for name in set(kept) - needed:
             del kept[name]
-    return Ledger(rows, {**inputs.describe(), **(description or {})}, provenance())
+    return rows
 
 
-def require_order(stages: Sequence[Stage]) -> None:
+def _require_order(stages: Sequence[Stage]) -> None:
     """Raise UsageError when stages cannot be run in this order."""
     if not stages:
         raise UsageError("There is no stage to validate.")
@@ -120,12 +188,12 @@ def require_order(stages: Sequence[Stage]) -> None:
         seen.add(stage.name)
 
 
-def run_stage(
+def _run_stage(
     stage: Stage,
-    tolerance: Tolerance,
-    inputs: Inputs,
+    inputs: Any,
+    adapter: Adapter,
+    kept: dict[str, _Outputs],
     original: str,
-    kept: dict[str, Outputs],
     *,
     strict: bool,
 ) -> Row:
@@ -135,77 +203,51 @@ def run_stage(
     measurements of all others.
     """
     start = time.perf_counter()
-    watched = [name for name in dict.fromkeys((stage.reference, original)) if name in kept]
+    names = dict.fromkeys((stage.reference, original))
+    watched = {name: kept[name] for name in names if name in kept}
     try:
-        outputs = measure(stage, inputs, [kept[name].traces for name in watched])
-        row = compare(stage, tolerance, outputs, original, kept, watched, start)
+        # No name here holds the session, so that it goes once it is measured.
+        outputs = adapter.measure(stage.name, stage.open(), inputs, watched)
+        row = _row_of(stage, adapter.item, outputs, watched, original)
     except PipelineError as error:
         verdict = not_run(str(error), required=stage.required or strict)
-        return Row(stage.name, stage.reference, tolerance, verdict)
+        return Row(stage.name, stage.reference, stage.tolerance, verdict)
     except Exception as error:
-        logger.exception("stage '%s' broke", stage.name)
+        _logger.exception("stage '%s' broke", stage.name)
         verdict = not_run(f"internal error: {type(error).__name__}: {error}", required=True)
-        return Row(stage.name, stage.reference, tolerance, verdict)
+        return Row(stage.name, stage.reference, stage.tolerance, verdict)
     kept[stage.name] = outputs
-    return row
+    return replace(row, total_s=time.perf_counter() - start)
 
 
-def measure(stage: Stage, inputs: Inputs, watched: Sequence[Sequence[GreedyTrace]]) -> Outputs:
-    """Load the stage once, take everything from it, and let go of it."""
-    session = stage.open()
-    return Outputs(
-        logits=run_batches(stage.name, session, inputs.token_batches),
-        perplexity=measure_perplexity(session, inputs.windows),
-        traces=trace_greedy(session, inputs.prompts, inputs.max_new_tokens, watched),
-    )
-
-
-def compare(
-    stage: Stage,
-    tolerance: Tolerance,
-    outputs: Outputs,
-    original: str,
-    kept: Mapping[str, Outputs],
-    watched: list[str],
-    start: float,
+def _row_of(
+    stage: Stage, item: str, outputs: _Outputs, watched: Mapping[str, _Outputs], original: str
 ) -> Row:
-    """The row of a stage that ran since `start`, on the clock of `time.perf_counter`."""
-    comparisons = {name: compare_stages(outputs.logits, kept[name].logits) for name in watched}
-    answers = {
-        name: agreement(name, outputs.traces, kept[name].traces, i)
-        for i, name in enumerate(watched)
+    """The row of a stage that ran, but for how long it took."""
+    comparisons = {
+        name: compare_stages(
+            outputs.logits,
+            other.logits,
+            stage.tolerance if name == stage.reference else Tolerance(),
+        )
+        for name, other in watched.items()
     }
-    to_reference: Comparison | None = comparisons.get(stage.reference or "")
-    to_original: Comparison | None = comparisons.get(original)
-    greedy_to_reference: GreedyAgreement | None = answers.get(stage.reference or "")
-    verdict = judge(
-        tolerance,
-        to_reference,
-        to_original,
-        outputs.perplexity.value,
-        is_original=stage.name == original,
-    )
+    reference = stage.reference or ""
+    to_reference, to_original = comparisons.get(reference), comparisons.get(original)
     return Row(
         name=stage.name,
         reference=stage.reference,
-        tolerance=tolerance,
-        verdict=verdict,
+        tolerance=stage.tolerance,
+        verdict=judge(
+            stage.tolerance,
+            to_reference,
+            to_original,
+            outputs.complaints(),
+            item=item,
+            is_original=stage.name == original,
+        ),
         to_reference=to_reference,
         to_original=to_original,
-        greedy_to_reference=greedy_to_reference,
-        greedy_to_original=answers.get(original),
-        perplexity=outputs.perplexity,
-        perplexity_change=perplexity_change(outputs, kept.get(original)),
         inference_s=outputs.logits.inference_s,
-        total_s=time.perf_counter() - start,
+        **outputs.row_fields(watched.get(reference), watched.get(original)),
     )
-
-
-def perplexity_change(outputs: Outputs, original: Outputs | None) -> PerplexityChange | None:
-    """Perplexity against the original's; None for the original and when it did not run."""
-    if original is None:
-        return None
-    change, error = log_perplexity_change(
-        np.array(original.perplexity.window_nlls), np.array(outputs.perplexity.window_nlls)
-    )
-    return PerplexityChange(change, error)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-BLOCK_TOKENS = 64
+_BLOCK_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,9 @@ def compare_logits(reference: np.ndarray, stage: np.ndarray) -> LogitMetrics:
     reference = reference.reshape(-1, reference.shape[-1])  # [N, V]
     stage = stage.reshape(-1, stage.shape[-1])  # [N, V]
     with np.errstate(invalid="ignore"):  # NaN and infinities are reported, not warned about
-        cosines = cosine_per_token(reference, stage)
+        cosines = _cosine_per_token(reference, stage)
         divergences = kl_per_token(reference, stage)
-        max_errors, mean_errors = error_per_token(reference, stage)
+        max_errors, mean_errors = _error_per_token(reference, stage)
     return LogitMetrics(
         tokens=len(reference),
         min_cosine=float(cosines.min()),
@@ -70,12 +70,12 @@ def compare_logits(reference: np.ndarray, stage: np.ndarray) -> LogitMetrics:
         relative_error=float(max_errors.max() / np.abs(reference).max()),
         kl_mean=float(divergences.mean()),
         kl_max=float(divergences.max()),
-        top1_agreement=top1_agreement(reference, stage),
+        top1_agreement=_top1_agreement(reference, stage),
         is_finite=bool(np.isfinite(stage).all()),
     )
 
 
-def cosine_per_token(reference: np.ndarray, stage: np.ndarray) -> np.ndarray:
+def _cosine_per_token(reference: np.ndarray, stage: np.ndarray) -> np.ndarray:
     """Cosine of the angle between each pair of rows.
 
     Args:
@@ -91,10 +91,10 @@ def cosine_per_token(reference: np.ndarray, stage: np.ndarray) -> np.ndarray:
         with np.errstate(divide="ignore", invalid="ignore"):
             return (a * b).sum(axis=-1) / norms
 
-    return by_blocks(cosines, reference, stage)
+    return _by_blocks(cosines, reference, stage)
 
 
-def error_per_token(reference: np.ndarray, stage: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _error_per_token(reference: np.ndarray, stage: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Largest and mean absolute difference within each pair of rows of float [N, V].
 
     Returns:
@@ -105,7 +105,7 @@ def error_per_token(reference: np.ndarray, stage: np.ndarray) -> tuple[np.ndarra
         difference = np.abs(a - b)
         return np.stack([difference.max(axis=-1), difference.mean(axis=-1)], axis=-1)
 
-    both = by_blocks(errors, reference, stage)  # [N, 2]
+    both = _by_blocks(errors, reference, stage)  # [N, 2]
     return both[:, 0], both[:, 1]
 
 
@@ -121,13 +121,13 @@ def kl_per_token(original: np.ndarray, stage: np.ndarray) -> np.ndarray:
     """
 
     def divergences(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        log_p, log_q = log_softmax(a), log_softmax(b)
+        log_p, log_q = _log_softmax(a), _log_softmax(b)
         return (np.exp(log_p) * (log_p - log_q)).sum(axis=-1)
 
-    return by_blocks(divergences, original, stage)
+    return _by_blocks(divergences, original, stage)
 
 
-def top1_agreement(reference: np.ndarray, stage: np.ndarray) -> float:
+def _top1_agreement(reference: np.ndarray, stage: np.ndarray) -> float:
     """Fraction of the rows of two float [N, V] whose largest entry is at the same place."""
     return float((reference.argmax(axis=-1) == stage.argmax(axis=-1)).mean())
 
@@ -144,9 +144,9 @@ def nll_per_token(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """
     blocks = [
         -np.take_along_axis(
-            log_softmax(logits[part].astype(np.float64)), targets[part, None], axis=-1
+            _log_softmax(logits[part].astype(np.float64)), targets[part, None], axis=-1
         )[:, 0]
-        for part in blocks_of(len(logits))
+        for part in _blocks_of(len(logits))
     ]
     return np.concatenate(blocks)
 
@@ -191,13 +191,13 @@ def standard_error(values: np.ndarray) -> float:
     return float(values.std(ddof=1) / np.sqrt(len(values)))
 
 
-def log_softmax(logits: np.ndarray) -> np.ndarray:
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
     """Log-probabilities, float64 [N, V], of float64 [N, V]."""
     shifted = logits - logits.max(axis=-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
-def by_blocks(
+def _by_blocks(
     function: Callable[[np.ndarray, np.ndarray], np.ndarray],
     reference: np.ndarray,
     stage: np.ndarray,
@@ -206,11 +206,11 @@ def by_blocks(
     return np.concatenate(
         [
             function(reference[part].astype(np.float64), stage[part].astype(np.float64))
-            for part in blocks_of(len(reference))
+            for part in _blocks_of(len(reference))
         ]
     )
 
 
-def blocks_of(count: int) -> Iterator[slice]:
-    """Slices of BLOCK_TOKENS that cover `count` rows."""
-    return (slice(start, start + BLOCK_TOKENS) for start in range(0, count, BLOCK_TOKENS))
+def _blocks_of(count: int) -> Iterator[slice]:
+    """Slices of _BLOCK_TOKENS that cover `count` rows."""
+    return (slice(start, start + _BLOCK_TOKENS) for start in range(0, count, _BLOCK_TOKENS))

@@ -53,10 +53,10 @@ def open_subject(
             where=name,
             change="export the model first, or pass --backend torch",
         )
-    return open_named(name, trust_remote_code)
+    return _open_named(name, trust_remote_code)
 
 
-def open_named(name: str, trust_remote_code: bool) -> Subject:
+def _open_named(name: str, trust_remote_code: bool) -> Subject:
     """Anything that `pipeline.model.load` takes, in float32."""
     from pipeline.model.load import load_model
     from pipeline.runtime.sessions.torch_session import TorchSession

@@ -1,6 +1,6 @@
-"""How well a session predicts a text, and how far it is from a reference session on the same text.
+"""How well a session predicts a text: alone, or beside a reference session on the same text.
 
-Both sessions run side by side, so that no logits need be kept.
+Session and reference run side by side, so that no logits need be kept.
 """
 
 from __future__ import annotations
@@ -12,8 +12,48 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.runtime.sessions.session import Session
-from validate.metrics import kl_per_token, nll_per_token
-from validate.perplexity import CHUNK_TOKENS
+from validate.metrics import kl_per_token, nll_per_token, perplexity_with_error
+
+CHUNK_TOKENS = 128
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """How surprised a stage is by a text.
+
+    Attributes:
+        value: exp of the mean negative log-likelihood per predicted token.
+        standard_error: by the delta method, windows as the independent units; None for one window.
+        tokens: predicted tokens, all windows together.
+        window_nlls: mean negative log-likelihood of each window, nats.
+    """
+
+    value: float
+    standard_error: float | None
+    tokens: int
+    window_nlls: list[float]
+
+
+def measure_perplexity(session: Session, windows: np.ndarray) -> Perplexity:
+    """Perplexity over windows that each start on an empty cache.
+
+    Args:
+        session: any backend with room for a window.
+        windows: int64 [W, L]; the first token of a window is given, the other L - 1 predicted.
+
+    Raises:
+        InputError: a window is longer than the session's cache.
+    """
+    window_nlls = np.array([_window_nll(session, window) for window in windows])
+    value, error = perplexity_with_error(window_nlls)
+    predicted = windows.shape[0] * (windows.shape[1] - 1)
+    return Perplexity(value, error, predicted, window_nlls.tolist())
+
+
+def _window_nll(session: Session, window: np.ndarray) -> float:
+    """Mean NLL, nats, of the tokens of one window, int64 [L], after the first."""
+    chunks = _logits_of(session, None, window)
+    return float(np.concatenate([nll_per_token(own, to) for own, _, to in chunks]).mean())
 
 
 @dataclass(frozen=True)
@@ -54,8 +94,6 @@ def measure_quality(
 ) -> Quality:
     """Run windows through a session and, side by side, through the reference.
 
-    No more than CHUNK_TOKENS rows of logits of each exist at a time.
-
     Args:
         session: what is tested.
         reference: what it should be like; None measures the session alone.
@@ -69,7 +107,7 @@ def measure_quality(
     started = time.perf_counter()
     columns: list[np.ndarray] = []  # [nll] or [nll, reference nll, kl, agreement], a window each
     for place, window in enumerate(windows):
-        parts = [measure_chunk(*chunk) for chunk in logits_of(session, reference, window)]
+        parts = [_measure_chunk(*chunk) for chunk in _logits_of(session, reference, window)]
         columns.append(np.concatenate(parts, axis=1).mean(axis=1))
         perplexity = np.exp(np.mean([column[0] for column in columns]))
         tell(f"  window {place + 1} of {len(windows)}: perplexity {perplexity:.2f}")
@@ -79,7 +117,7 @@ def measure_quality(
     return Quality(own, reference_nlls, kls, agreements, seconds)
 
 
-def measure_chunk(
+def _measure_chunk(
     logits: np.ndarray, reference: np.ndarray | None, targets: np.ndarray
 ) -> np.ndarray:
     """What there is to know of each token of a chunk.
@@ -100,10 +138,13 @@ def measure_chunk(
     return np.stack([own, nll_per_token(reference, targets), divergences, same])
 
 
-def logits_of(
+def _logits_of(
     session: Session, reference: Session | None, window: np.ndarray
 ) -> Iterator[tuple[np.ndarray, np.ndarray | None, np.ndarray]]:
-    """Chunk by chunk of one window, int64 [L]: logits, reference logits, tokens to predict."""
+    """Chunk by chunk of one window, int64 [L]: logits, reference logits, tokens to predict.
+
+    No more than CHUNK_TOKENS rows of logits of each exist at a time.
+    """
     session.reset()
     if reference is not None:
         reference.reset()

@@ -7,15 +7,16 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from pipeline.errors import InputError
+from pipeline.model.task import TEXT, Task
 from validate.compare import Comparison
 from validate.greedy import GreedyAgreement
 from validate.metrics import LogitMetrics
-from validate.perplexity import Perplexity
+from validate.quality import Perplexity
 from validate.rounding import Rounding
 from validate.stages import Tolerance
 from validate.verdict import Verdict
 
-SCHEMA = 1
+_SCHEMA = 1
 
 
 @dataclass(frozen=True)
@@ -94,13 +95,18 @@ class Ledger:
         rows: in the order of the pipeline, the original first.
         inputs: what went in: counts, lengths and where the text came from.
         provenance: of the tool and its libraries.
-        rounding: what is in few bits, and what that cost when it was made; None for nothing.
+        rounding: what is quantised, and what that cost when it was made; None for nothing.
     """
 
     rows: list[Row]
     inputs: dict[str, Any]
     provenance: dict[str, Any]
     rounding: Rounding | None = None
+
+    @property
+    def task(self) -> Task:
+        """What its models are for."""
+        return self.inputs.get("task", TEXT)
 
     @property
     def failures(self) -> list[Row]:
@@ -110,9 +116,9 @@ class Ledger:
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; NaN and infinities, which JSON lacks, become their names."""
         return {
-            "schema": SCHEMA,
+            "schema": _SCHEMA,
             "passed": not self.failures,
-            "rows": [spell_out(asdict(row)) for row in self.rows],
+            "rows": [_spell_out(asdict(row)) for row in self.rows],
             "inputs": self.inputs,
             "provenance": self.provenance,
             "rounding": None if self.rounding is None else asdict(self.rounding),
@@ -125,22 +131,22 @@ class Ledger:
         Raises:
             InputError: written under another schema.
         """
-        if fields.get("schema") != SCHEMA:
+        if fields.get("schema") != _SCHEMA:
             raise InputError(
                 "This ledger was written by another version of skipcat.",
                 observed=f"schema {fields.get('schema')}",
-                expected=f"schema {SCHEMA}",
+                expected=f"schema {_SCHEMA}",
                 change="run `skipcat validate` again",
             )
-        rows = [row_from_json(row) for row in fields["rows"]]
+        rows = [_row_from_json(row) for row in fields["rows"]]
         kept = fields.get("rounding")
         rounding = None if kept is None else Rounding(**kept)
         return cls(rows, fields["inputs"], fields["provenance"], rounding)
 
 
-def row_from_json(fields: dict[str, Any]) -> Row:
+def _row_from_json(fields: dict[str, Any]) -> Row:
     """The Row of one entry of `rows`."""
-    fields = read_numbers(fields)
+    fields = _read_numbers(fields)
 
     def build(name: str, kind: Any) -> Any:
         return None if fields.get(name) is None else kind(**fields[name])
@@ -150,8 +156,8 @@ def row_from_json(fields: dict[str, Any]) -> Row:
             **fields,
             "tolerance": Tolerance(**fields["tolerance"]),
             "verdict": Verdict(**fields["verdict"]),
-            "to_reference": comparison_from_json(fields["to_reference"]),
-            "to_original": comparison_from_json(fields["to_original"]),
+            "to_reference": _comparison_from_json(fields["to_reference"]),
+            "to_original": _comparison_from_json(fields["to_original"]),
             "greedy_to_reference": build("greedy_to_reference", GreedyAgreement),
             "greedy_to_original": build("greedy_to_original", GreedyAgreement),
             "perplexity": build("perplexity", Perplexity),
@@ -161,31 +167,31 @@ def row_from_json(fields: dict[str, Any]) -> Row:
     )
 
 
-def comparison_from_json(fields: dict[str, Any] | None) -> Comparison | None:
+def _comparison_from_json(fields: dict[str, Any] | None) -> Comparison | None:
     """The Comparison of its JSON form."""
     if fields is None:
         return None
     return Comparison(**{**fields, "metrics": LogitMetrics(**fields["metrics"])})
 
 
-NOT_JSON = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+_NOT_JSON = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
-def spell_out(value: Any) -> Any:
+def _spell_out(value: Any) -> Any:
     """Replace every non-finite float within `value` by its name."""
     if isinstance(value, dict):
-        return {key: spell_out(entry) for key, entry in value.items()}
+        return {key: _spell_out(entry) for key, entry in value.items()}
     if isinstance(value, list):
-        return [spell_out(entry) for entry in value]
+        return [_spell_out(entry) for entry in value]
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value
 
 
-def read_numbers(value: Any) -> Any:
-    """Undo `spell_out`."""
+def _read_numbers(value: Any) -> Any:
+    """Undo `_spell_out`."""
     if isinstance(value, dict):
-        return {key: read_numbers(entry) for key, entry in value.items()}
+        return {key: _read_numbers(entry) for key, entry in value.items()}
     if isinstance(value, list):
-        return [read_numbers(entry) for entry in value]
-    return NOT_JSON.get(value, value) if isinstance(value, str) else value
+        return [_read_numbers(entry) for entry in value]
+    return _NOT_JSON.get(value, value) if isinstance(value, str) else value

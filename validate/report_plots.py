@@ -12,109 +12,83 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from pipeline.model.task import IMAGES
-from validate.record import Ledger, Row
+from pipeline.model.task import adapter_of
+from validate.ledger import Adapter, Drawn
+from validate.record import Ledger
 
-COLOURS = {"pass": "#2da44e", "fail": "#c62828", "measured": "#57789c", "not run": "#b0b8c0"}
-SMALLEST_ON_LOG_AXIS = 1e-12
+_COLOURS = {"pass": "#2da44e", "fail": "#c62828", "measured": "#57789c", "not run": "#b0b8c0"}
+_SMALLEST_ON_LOG_AXIS = 1e-12
 
 
 @dataclass(frozen=True)
-class Plot:
+class _Plot:
     """A picture: its title, and its SVG in base64."""
 
     title: str
     svg: str
 
 
-def plot_ledger(ledger: Ledger) -> list[Plot]:
-    """Error, KL, perplexity or accuracy, and top-1 agreement, one bar per stage."""
-    images = ledger.inputs.get("task") == IMAGES
+def plot_ledger(ledger: Ledger) -> list[_Plot]:
+    """Error, KL, the task's own measure, and top-1 agreement, one bar per stage."""
+    task: Adapter = adapter_of(ledger.task, "ledger")
     return [
-        error_plot(ledger),
-        divergence_plot(ledger),
-        accuracy_plot(ledger) if images else perplexity_plot(ledger),
-        top1_plot(ledger),
+        _error_plot(ledger),
+        _divergence_plot(ledger, task.per_item),
+        _measure_plot(ledger, task.drawn),
+        _top1_plot(ledger),
     ]
 
 
-def largest_error(row: Row) -> float | None:
-    """Largest absolute error to the reference stage."""
-    return None if row.closeness is None else row.closeness.metrics.max_error
-
-
-def mean_error(row: Row) -> float | None:
-    """Mean absolute error to the reference stage."""
-    return None if row.closeness is None else row.closeness.metrics.mean_error
-
-
-def divergence(row: Row) -> float | None:
-    """Mean KL to the original."""
-    return None if row.to_original is None else row.to_original.metrics.kl_mean
-
-
-def error_plot(ledger: Ledger) -> Plot:
+def _error_plot(ledger: Ledger) -> _Plot:
     """Largest and mean logit error on a logarithmic axis, which starts below the smallest."""
     title = "Largest (bar) and mean (dot) logit error"
-    figure, axes = new_axes(ledger, title)
-    bars = [on_log_axis(largest_error(row)) for row in ledger.rows]
-    dots = [on_log_axis(mean_error(row)) for row in ledger.rows]
-    draw_bars(axes, ledger, bars)
+    figure, axes = _new_axes(ledger, title)
+    metrics = [row.closeness.metrics if row.closeness else None for row in ledger.rows]
+    bars = [_on_log_axis(entry.max_error if entry else None) for entry in metrics]
+    dots = [_on_log_axis(entry.mean_error if entry else None) for entry in metrics]
+    _draw_bars(axes, ledger, bars)
     axes.plot(dots, range(len(dots)), "o", color="#1c2733", markersize=4)
     axes.set_xscale("log")
     shown = [value for value in bars + dots if not math.isnan(value)]
     if shown:
         axes.set_xlim(left=min(shown) / 10)
-    return Plot(title, to_svg(figure))
+    return _Plot(title, _to_svg(figure))
 
 
-def divergence_plot(ledger: Ledger) -> Plot:
+def _divergence_plot(ledger: Ledger, per_item: str) -> _Plot:
     """KL to the original from zero: what compression cost, and that later stages add nothing."""
-    unit = "an image" if ledger.inputs.get("task") == IMAGES else "per token"
-    title = f"KL to the original, nats {unit}"
-    figure, axes = new_axes(ledger, title)
-    draw_bars(axes, ledger, [drawable(divergence(row)) for row in ledger.rows])
+    title = f"KL to the original, nats {per_item}"
+    figure, axes = _new_axes(ledger, title)
+    metrics = [row.to_original.metrics if row.to_original else None for row in ledger.rows]
+    _draw_bars(axes, ledger, [_drawable(entry.kl_mean if entry else None) for entry in metrics])
     axes.set_xlim(left=0)
-    return Plot(title, to_svg(figure))
+    return _Plot(title, _to_svg(figure))
 
 
-def perplexity_plot(ledger: Ledger) -> Plot:
-    """Perplexities with error bars of one standard error."""
-    title = "Perplexity, with one standard error"
-    figure, axes = new_axes(ledger, title)
-    measured = [row.perplexity for row in ledger.rows]
-    draw_bars(axes, ledger, [drawable(entry.value if entry else None) for entry in measured])
+def _measure_plot(ledger: Ledger, drawn: Drawn) -> _Plot:
+    """The measure of a task with error bars of one standard error."""
+    figure, axes = _new_axes(ledger, drawn.title)
+    measured = [drawn.value(row) for row in ledger.rows]
+    _draw_bars(axes, ledger, [_drawable(entry[0] if entry else None) for entry in measured])
     for place, entry in enumerate(measured):
-        if entry and entry.standard_error is not None and math.isfinite(entry.value):
-            axes.errorbar(entry.value, place, xerr=entry.standard_error, color="#1c2733", capsize=3)
-    return Plot(title, to_svg(figure))
+        if entry and entry[1] is not None and math.isfinite(entry[0]):
+            axes.errorbar(entry[0], place, xerr=entry[1], color="#1c2733", capsize=3)
+    if drawn.limits is not None:
+        axes.set_xlim(drawn.limits)
+    return _Plot(drawn.title, _to_svg(figure))
 
 
-def accuracy_plot(ledger: Ledger) -> Plot:
-    """Accuracies with error bars of one standard error."""
-    title = "Accuracy, %, with one standard error"
-    figure, axes = new_axes(ledger, title)
-    measured = [row.accuracy for row in ledger.rows]
-    draw_bars(axes, ledger, [100 * entry.value if entry else math.nan for entry in measured])
-    for place, entry in enumerate(measured):
-        if entry:
-            error = 100 * entry.standard_error
-            axes.errorbar(100 * entry.value, place, xerr=error, color="#1c2733", capsize=3)
-    axes.set_xlim(0, 100)
-    return Plot(title, to_svg(figure))
-
-
-def top1_plot(ledger: Ledger) -> Plot:
+def _top1_plot(ledger: Ledger) -> _Plot:
     """Top-1 agreement with the original, per cent."""
     title = "Top-1 agreement with the original, %"
-    figure, axes = new_axes(ledger, title)
+    figure, axes = _new_axes(ledger, title)
     metrics = [row.to_original.metrics if row.to_original else None for row in ledger.rows]
-    draw_bars(axes, ledger, [100 * entry.top1_agreement if entry else 0.0 for entry in metrics])
+    _draw_bars(axes, ledger, [100 * entry.top1_agreement if entry else 0.0 for entry in metrics])
     axes.set_xlim(0, 100)
-    return Plot(title, to_svg(figure))
+    return _Plot(title, _to_svg(figure))
 
 
-def new_axes(ledger: Ledger, title: str) -> tuple[Figure, Axes]:
+def _new_axes(ledger: Ledger, title: str) -> tuple[Figure, Axes]:
     """An empty figure with a line for every stage, the first one on top."""
     figure = Figure(figsize=(6.4, 1.2 + 0.36 * len(ledger.rows)), layout="constrained")
     axes = figure.subplots()
@@ -125,9 +99,9 @@ def new_axes(ledger: Ledger, title: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def draw_bars(axes: Axes, ledger: Ledger, values: Sequence[float]) -> None:
+def _draw_bars(axes: Axes, ledger: Ledger, values: Sequence[float]) -> None:
     """One bar per stage in the colour of its verdict; NaN leaves the line empty."""
-    colours = [COLOURS[row.verdict.status] for row in ledger.rows]
+    colours = [_COLOURS[row.verdict.status] for row in ledger.rows]
     axes.barh(range(len(values)), values, color=colours, height=0.6)
     for place, row in enumerate(ledger.rows):
         if row.verdict.status == "not run":
@@ -142,18 +116,18 @@ def draw_bars(axes: Axes, ledger: Ledger, values: Sequence[float]) -> None:
             )
 
 
-def on_log_axis(value: float | None) -> float:
+def _on_log_axis(value: float | None) -> float:
     """A value fit for a logarithmic axis: exact zeros at its far left end."""
-    value = drawable(value)
-    return value if math.isnan(value) else max(value, SMALLEST_ON_LOG_AXIS)
+    value = _drawable(value)
+    return value if math.isnan(value) else max(value, _SMALLEST_ON_LOG_AXIS)
 
 
-def drawable(value: float | None) -> float:
+def _drawable(value: float | None) -> float:
     """NaN, which matplotlib leaves out, for everything that cannot be drawn."""
     return value if value is not None and math.isfinite(value) else math.nan
 
 
-def to_svg(figure: Figure) -> str:
+def _to_svg(figure: Figure) -> str:
     """The figure as base64 of an SVG that is the same for the same data."""
     buffer = io.BytesIO()
     with rc_context({"svg.hashsalt": "skipcat", "svg.fonttype": "none"}):

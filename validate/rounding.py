@@ -17,10 +17,10 @@ from pipeline.checkpoint.folder import read_report
 
 @dataclass(frozen=True)
 class Rounding:
-    """Matrices in few bits, and the errors of their outputs.
+    """Matrices quantised, and the errors of their outputs.
 
     Attributes:
-        groups: of matrices that share an input, with some in few bits.
+        groups: of matrices that share an input, with some quantised.
         all_groups: of the model.
         formats: format -> matrices or factors of those groups that are stored in it.
         tables: embedding or head -> its format.
@@ -44,7 +44,7 @@ class Rounding:
 
 
 def read_rounding(checkpoint: Path) -> Rounding | None:
-    """What report.json says; None for a checkpoint with nothing in few bits.
+    """What report.json says; None for a checkpoint with nothing quantised.
 
     Raises:
         InputError: the report is broken.

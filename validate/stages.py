@@ -1,4 +1,7 @@
-"""The standard stages: original, compressed in its two forms, ONNX Runtime, TensorRT."""
+"""The standard stages: original, compressed in its two forms, ONNX Runtime, TensorRT.
+
+Which they are does not depend on the task; what they are opened with does.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,14 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import InputError, UsageError
+from pipeline.errors import InputError
 from pipeline.export.record import ExportRecord, read_export_record
-from pipeline.model.task import IMAGES, TEXT
-from pipeline.runtime.sessions.session import Session
+from pipeline.model.task import TASKS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -19,11 +24,12 @@ class Tolerance:
     """What a stage must keep to; None leaves a quantity free.
 
     Attributes:
-        min_cosine: least cosine, over the tokens, of its logits with those of its reference.
+        min_cosine: least cosine, over tokens or images, of its logits with its reference's.
         max_relative_error: largest error against its reference over the largest reference logit.
-        max_kl_to_reference: largest mean KL(reference || stage), nats per token. The cosine alone
-            is a blunt test: noise that leaves 0.9994 changes 1 % of SmolLM2's top-1 choices.
-        max_kl: largest mean KL(original || stage), nats per token.
+        max_kl_to_reference: largest mean KL(reference || stage), nats per token or image. The
+            cosine alone is a blunt test: noise that leaves 0.9994 changes 1 % of SmolLM2's top-1
+            choices.
+        max_kl: largest mean KL(original || stage), nats per token or image.
     """
 
     min_cosine: float | None = None
@@ -49,8 +55,8 @@ class Stage:
 
     Attributes:
         name: unique within the ledger.
-        open: loads it, a Session or, of an image classifier, an ImageSession; an exception of this
-            makes the row 'not run'.
+        open: loads it, a session as its task has them; an exception of this makes the row
+            'not run'.
         reference: name of an earlier stage that it should equal; None for the original.
         tolerance: how nearly.
         required: whether 'not run' counts as a failure.
@@ -63,19 +69,35 @@ class Stage:
     required: bool = True
 
 
+@dataclass(frozen=True)
+class Openers:
+    """How a task's sessions are made of what there is.
+
+    Attributes:
+        model: of a PyTorch model, under a name.
+        onnx: of the folder of an export, under a name.
+        engine: of the folder of an engine, under a name; an InputError says why not, on a machine
+            that cannot run it.
+    """
+
+    model: Callable[[PreTrainedModel, str], Any]
+    onnx: Callable[[Path, str], Any]
+    engine: Callable[[Path, str], Any]
+
+
 ORIGINAL = "original"
-DENSE_PRODUCT = "compressed, dense product"
+_DENSE_PRODUCT = "compressed, dense product"
 SKIP_FORM = "compressed, skip form"
 
 # Both forms are the same matrix, multiplied out in another order in float32.
-SAME_MATRIX = Tolerance(min_cosine=0.99999, max_relative_error=1e-3, max_kl_to_reference=1e-5)
-SAME_IN_FLOAT32 = Tolerance(min_cosine=0.99999, max_kl_to_reference=1e-5)
+_SAME_MATRIX = Tolerance(min_cosine=0.99999, max_relative_error=1e-3, max_kl_to_reference=1e-5)
+_SAME_IN_FLOAT32 = Tolerance(min_cosine=0.99999, max_kl_to_reference=1e-5)
 # SmolLM2-135M exported in float16 has cosine 0.999994 and KL 1.1e-5 to its float32 original.
-SAME_IN_FLOAT16 = Tolerance(min_cosine=0.999, max_kl_to_reference=1e-3)
+_SAME_IN_FLOAT16 = Tolerance(min_cosine=0.999, max_kl_to_reference=1e-3)
 # Products that round their inputs to 8 bits, in the blocks of the weights: SmolLM2-135M in int8
 # with blocks of 16 has worst cosine 0.994 and KL 5e-3 on 384 tokens of WikiText-2; wider blocks
 # have up to three times its change in perplexity (docs/cpu.md).
-NEAR_IN_INTEGERS = Tolerance(min_cosine=0.95, max_kl_to_reference=5e-2)
+_NEAR_IN_INTEGERS = Tolerance(min_cosine=0.95, max_kl_to_reference=5e-2)
 
 
 @dataclass(frozen=True)
@@ -112,12 +134,12 @@ def find_artefacts(build: Path) -> Artefacts:
     return Artefacts(
         original=original_of(checkpoint),
         checkpoint=checkpoint,
-        onnx=folders(build, "onnx*", "export.json"),
-        engines=folders(build, "engine*", "manifest.json"),
+        onnx=_folders(build, "onnx*", "export.json"),
+        engines=_folders(build, "engine*", "manifest.json"),
     )
 
 
-def folders(build: Path, pattern: str, record: str) -> tuple[Path, ...]:
+def _folders(build: Path, pattern: str, record: str) -> tuple[Path, ...]:
     """Folders of `build` that match, in order of name.
 
     Raises:
@@ -155,16 +177,20 @@ def original_of(checkpoint: Path) -> str:
 
 
 def standard_stages(
-    artefacts: Artefacts, open_original: Callable[[], Session], max_kl: float | None = None
+    artefacts: Artefacts,
+    openers: Openers,
+    open_original: Callable[[], Any],
+    max_kl: float | None = None,
 ) -> list[Stage]:
     """The stages of the ledger, the original first.
 
     An export or engine should equal the checkpoint in its skip form, which is what it was made
-    from; without a checkpoint it should equal the original. Of a checkpoint in few bits both forms
+    from; without a checkpoint it should equal the original. Of a quantised checkpoint both forms
     are those of the values that its codes stand for: `validate.rounding` says what they cost.
 
     Args:
         artefacts: what there is.
+        openers: what opens the others.
         open_original: loads the original.
         max_kl: most KL to the original that any later stage may have; None sets no limit, since
             compression is lossy by intent.
@@ -172,24 +198,42 @@ def standard_stages(
     stages = []
     reference = ORIGINAL
     if artefacts.checkpoint is not None:
-        open_dense = functools.partial(open_checkpoint, artefacts.checkpoint, dense=True)
-        open_skip = functools.partial(open_checkpoint, artefacts.checkpoint, dense=False)
-        stages.append(Stage(DENSE_PRODUCT, open_dense, ORIGINAL))
-        stages.append(Stage(SKIP_FORM, open_skip, DENSE_PRODUCT, SAME_MATRIX))
+        for form, equal, tolerance in (
+            (_DENSE_PRODUCT, ORIGINAL, Tolerance()),
+            (SKIP_FORM, _DENSE_PRODUCT, _SAME_MATRIX),
+        ):
+            opener = functools.partial(_open_checkpoint, artefacts.checkpoint, openers, form)
+            stages.append(Stage(form, opener, equal, tolerance))
         reference = SKIP_FORM
-    for folder, label in labelled(artefacts.onnx):
-        stages.append(onnx_stage(folder, f"onnxruntime {label}", reference))
-    for folder, label in labelled(artefacts.engines):
+    for folder, label in _labelled(artefacts.onnx):
+        name = f"onnxruntime {label}"
+        opener = functools.partial(openers.onnx, folder, name)
+        tolerance = _onnx_tolerance(export_record_if_readable(folder))
+        stages.append(Stage(name, opener, reference, tolerance))
+    for folder, label in _labelled(artefacts.engines):
         name = f"tensorrt {label}"
-        opener = functools.partial(open_engine, folder, name)
-        stages.append(Stage(name, opener, reference, SAME_IN_FLOAT16, required=False))
+        opener = functools.partial(openers.engine, folder, name)
+        stages.append(Stage(name, opener, reference, _SAME_IN_FLOAT16, required=False))
     limited = [
         replace(stage, tolerance=replace(stage.tolerance, max_kl=max_kl)) for stage in stages
     ]
     return [Stage(ORIGINAL, open_original), *limited]
 
 
-def labelled(paths: tuple[Path, ...]) -> list[tuple[Path, str]]:
+def _open_checkpoint(folder: Path, openers: Openers, form: str) -> Any:
+    """The compressed model in PyTorch, multiplied out or factored, in float32."""
+    import torch
+
+    from pipeline.checkpoint.dense import densify_
+    from pipeline.checkpoint.folder import load_checkpoint
+
+    model = load_checkpoint(folder, dtype=torch.float32)
+    if form == _DENSE_PRODUCT:
+        densify_(model)
+    return openers.model(model, form)
+
+
+def _labelled(paths: tuple[Path, ...]) -> list[tuple[Path, str]]:
     """Each folder with its name, or with its whole path where two have the same name."""
     names = [path.resolve().name for path in paths]
     return [
@@ -198,81 +242,26 @@ def labelled(paths: tuple[Path, ...]) -> list[tuple[Path, str]]:
     ]
 
 
-def onnx_stage(folder: Path, name: str, reference: str) -> Stage:
-    """ONNX Runtime on an export, held to what its dtype can keep."""
-    tolerance = onnx_tolerance(export_record_if_readable(folder))
-    return Stage(name, functools.partial(open_onnx, folder, name), reference, tolerance)
-
-
-def onnx_tolerance(record: ExportRecord | None) -> Tolerance:
+def _onnx_tolerance(record: ExportRecord | None) -> Tolerance:
     """What an export's dtype and products can keep to.
 
     Codes of a checkpoint are its own numbers, and cost nothing here. An export that itself rounds
     to 4 bits is lossy by intent, and only measured.
     """
     if record is None:
-        return SAME_IN_FLOAT32
+        return _SAME_IN_FLOAT32
     if record.dtype == "float16":
-        return SAME_IN_FLOAT16
+        return _SAME_IN_FLOAT16
     if record.weights in ("int4", "int4-offset") and not record.exact_weights:
         return Tolerance()
     if record.weights == "int8" or record.accuracy_level:
-        return NEAR_IN_INTEGERS
-    return SAME_IN_FLOAT32
+        return _NEAR_IN_INTEGERS
+    return _SAME_IN_FLOAT32
 
 
 def export_record_if_readable(folder: Path) -> ExportRecord | None:
     """The export's record; None for a broken one, whose stage will say so when it is opened."""
     try:
-        return read_export_record(folder, tasks=(TEXT, IMAGES))
+        return read_export_record(folder, tasks=tuple(TASKS))
     except InputError:
         return None
-
-
-def require_room_for(artefacts: Artefacts, tokens: int) -> None:
-    """Raise UsageError when an export's cache is shorter than the longest input.
-
-    It is checked before anything runs, since the stages before the short one take minutes.
-    """
-    for folder in artefacts.onnx:
-        record = export_record_if_readable(folder)
-        if record is not None and record.max_length < tokens:
-            raise UsageError(
-                "The inputs are longer than an export's cache.",
-                where=folder,
-                observed=f"{tokens} tokens",
-                expected=f"at most {record.max_length}",
-                change="pass a smaller --window-length or --max-new-tokens",
-            )
-
-
-def open_checkpoint(folder: Path, *, dense: bool) -> Session:
-    """The compressed model in PyTorch, factored or multiplied out, in float32."""
-    import torch
-
-    from pipeline.checkpoint.dense import densify_
-    from pipeline.checkpoint.folder import load_checkpoint
-    from pipeline.runtime.sessions.torch_session import TorchSession
-
-    model = load_checkpoint(folder, dtype=torch.float32)
-    if dense:
-        densify_(model)
-    return TorchSession(model, DENSE_PRODUCT if dense else SKIP_FORM)
-
-
-def open_onnx(folder: Path, name: str) -> Session:
-    """An export in ONNX Runtime."""
-    if read_export_record(folder).profile == "cpu":
-        from pipeline.runtime.sessions.onnx_cpu_session import CpuSession
-
-        return CpuSession(folder, name=name)
-    from pipeline.runtime.sessions.onnx_session import OnnxSession
-
-    return OnnxSession(folder, name=name)
-
-
-def open_engine(folder: Path, name: str) -> Session:
-    """An engine in TensorRT; an InputError says why not, on a machine that cannot run it."""
-    from pipeline.runtime.sessions.tensorrt_session import TensorRTSession
-
-    return TensorRTSession(folder, name=name)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from validate.compare import Comparison
 from validate.stages import Tolerance
 
-PASS = "pass"
-FAIL = "fail"
-MEASURED = "measured"
-NOT_RUN = "not run"
+_PASS = "pass"
+_FAIL = "fail"
+_MEASURED = "measured"
+_NOT_RUN = "not run"
 
 
 @dataclass(frozen=True)
@@ -30,15 +31,16 @@ class Verdict:
 
 def not_run(reason: str, *, required: bool) -> Verdict:
     """The verdict on a stage that could not be loaded or broke while running."""
-    return Verdict(NOT_RUN, [reason], required)
+    return Verdict(_NOT_RUN, [reason], required)
 
 
 def judge(
     tolerance: Tolerance,
     to_reference: Comparison | None,
     to_original: Comparison | None,
-    perplexity: float | None,
+    complaints: Sequence[str] = (),
     *,
+    item: str = "token",
     is_original: bool = False,
 ) -> Verdict:
     """Hold a stage that ran against its tolerance.
@@ -47,29 +49,23 @@ def judge(
         tolerance: what is demanded.
         to_reference: against the stage it should equal; None if that one did not run.
         to_original: against the original; None if that one did not run.
-        perplexity: its own; NaN is a failure whatever the tolerance. None for images.
+        complaints: what is a failure whatever the tolerance.
+        item: what a row of logits is of.
         is_original: it is the baseline, and there is nothing to compare it with.
     """
-    reasons = finite_reasons(to_reference or to_original, perplexity)
-    if not is_original:
-        reasons += reference_reasons(tolerance, to_reference)
-        reasons += original_reasons(tolerance, to_original)
-    if reasons:
-        return Verdict(FAIL, reasons, counts_as_failure=True)
-    return Verdict(MEASURED if tolerance.is_free else PASS)
-
-
-def finite_reasons(comparison: Comparison | None, perplexity: float | None) -> list[str]:
-    """Complaints about NaN and infinity."""
-    reasons = []
+    comparison, reasons = to_reference or to_original, []
     if comparison is not None and not comparison.metrics.is_finite:
         reasons.append("its logits hold NaN or infinity")
-    if perplexity is not None and not perplexity < float("inf"):
-        reasons.append(f"its perplexity is {perplexity}")
-    return reasons
+    reasons += complaints
+    if not is_original:
+        reasons += _reference_reasons(tolerance, to_reference, item)
+        reasons += _original_reasons(tolerance, to_original, item)
+    if reasons:
+        return Verdict(_FAIL, reasons, counts_as_failure=True)
+    return Verdict(_MEASURED if tolerance.is_free else _PASS)
 
 
-def reference_reasons(tolerance: Tolerance, comparison: Comparison | None) -> list[str]:
+def _reference_reasons(tolerance: Tolerance, comparison: Comparison | None, item: str) -> list[str]:
     """Complaints about the distance to the reference stage; `not >=` so that NaN fails."""
     if not tolerance.needs_reference:
         return []
@@ -79,7 +75,7 @@ def reference_reasons(tolerance: Tolerance, comparison: Comparison | None) -> li
     least, most = tolerance.min_cosine, tolerance.max_relative_error
     if least is not None and not metrics.min_cosine >= least:
         reasons.append(
-            f"cosine with '{comparison.other}' is {metrics.min_cosine:.7f} at the worst token, "
+            f"cosine with '{comparison.other}' is {metrics.min_cosine:.7f} at the worst {item}, "
             f"at least {least} is demanded"
         )
     if most is not None and not metrics.relative_error <= most:
@@ -90,13 +86,18 @@ def reference_reasons(tolerance: Tolerance, comparison: Comparison | None) -> li
     limit = tolerance.max_kl_to_reference
     if limit is not None and not metrics.kl_mean <= limit:
         reasons.append(
-            f"KL to '{comparison.other}' is {metrics.kl_mean:.4g} nats per token, "
+            f"KL to '{comparison.other}' is {metrics.kl_mean:.4g} nats per {item}, "
             f"at most {limit:g} is allowed"
+        )
+    if not reasons and comparison.polygraphy_passed is False:
+        reasons.append(
+            f"Polygraphy finds whole outputs too far from '{comparison.other}': cosine "
+            f"{comparison.batch_cosine:.7f}, largest error {comparison.batch_max_error:.2e}"
         )
     return reasons
 
 
-def original_reasons(tolerance: Tolerance, comparison: Comparison | None) -> list[str]:
+def _original_reasons(tolerance: Tolerance, comparison: Comparison | None, item: str) -> list[str]:
     """Complaints about the divergence from the original."""
     if tolerance.max_kl is None:
         return []
@@ -104,7 +105,7 @@ def original_reasons(tolerance: Tolerance, comparison: Comparison | None) -> lis
         return ["its divergence cannot be judged, since the original did not run"]
     if not comparison.metrics.kl_mean <= tolerance.max_kl:
         return [
-            f"KL to the original is {comparison.metrics.kl_mean:.4g} nats per token, "
+            f"KL to the original is {comparison.metrics.kl_mean:.4g} nats per {item}, "
             f"at most {tolerance.max_kl:g} is allowed"
         ]
     return []

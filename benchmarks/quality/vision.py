@@ -27,7 +27,8 @@ from pipeline.compress.run import compress_to_folder
 from pipeline.errors import UsageError
 from pipeline.progress import note
 from pipeline.provenance import provenance
-from validate.images import ImageValidateRequest, validate_images
+from validate.classifier import ImageOptions
+from validate.run import ValidateRequest, validate
 from validate.stages import ORIGINAL, SKIP_FORM, Artefacts
 
 _RESULT = RESULTS / "vision.json"
@@ -85,7 +86,7 @@ def _measure(digits: Digits, changes: dict[str, Any], folder: Path) -> dict[str,
     except UsageError as error:  # a budget below the smallest plan
         return changes | {"refused": str(error)}
     artefacts = Artefacts(str(digits.model), folder)
-    ledger = validate_images(ImageValidateRequest(artefacts, str(digits.test)))
+    ledger = validate(ValidateRequest(artefacts, ImageOptions(str(digits.test))))
     rows = {row.name: row for row in ledger.rows}
     original, skip = rows[ORIGINAL].accuracy, rows[SKIP_FORM]
     assert original is not None

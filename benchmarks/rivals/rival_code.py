@@ -47,7 +47,7 @@ from pipeline.progress import note, result_console
 from pipeline.provenance import provenance
 from pipeline.runtime.sessions.torch_session import TorchSession
 from validate.metrics import log_perplexity_change
-from validate.perplexity import measure_perplexity
+from validate.quality import measure_perplexity
 
 _SCHEMA = 1
 _RESULT = RESULTS / "rival_code.json"

@@ -105,7 +105,7 @@ def _show(state: Build, ledger: Ledger) -> None:
     from rich.table import Table
 
     from pipeline.progress import result_console
-    from validate.report_table import build_table
+    from validate.report import build_table
 
     folder = state.folder
     console = result_console()

@@ -22,7 +22,7 @@ def command(what: str, trust_remote_code: bool, as_json: bool) -> None:
     skipcat inspect smollm2-135m
     skipcat inspect artefacts/smollm2-135m-keep0.8/onnx
     """  # noqa: D301 - click reads the escape
-    kind, facts = describe(what, trust_remote_code=trust_remote_code)
+    kind, facts = _describe(what, trust_remote_code=trust_remote_code)
     if as_json:
         click.echo(json.dumps({"kind": kind, **facts}, indent=2))
         return
@@ -38,7 +38,7 @@ def command(what: str, trust_remote_code: bool, as_json: bool) -> None:
     result_console().print(table)
 
 
-def describe(what: str, *, trust_remote_code: bool = False) -> tuple[str, dict[str, Any]]:
+def _describe(what: str, *, trust_remote_code: bool = False) -> tuple[str, dict[str, Any]]:
     """Kind of artefact and its facts, by the record that its folder holds.
 
     Raises:
@@ -109,12 +109,17 @@ def _checkpoint_facts(record: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 def _model_facts(what: str, trust_remote_code: bool) -> dict[str, Any]:
     """Architecture and groups of a model that is not compressed; loads it."""
+    from pipeline.model.task import adapter_of, task_of_model
+
+    facts: dict[str, Any] = adapter_of(task_of_model(what), "inspect")(what, trust_remote_code)
+    return facts
+
+
+def decoder_facts(what: str, trust_remote_code: bool) -> dict[str, Any]:
+    """Architecture of a decoder language model, and the groups of its first layer."""
     from pipeline.model.load import load_model
     from pipeline.model.structure import decoder_structure
-    from pipeline.model.task import IMAGES, task_of_model
 
-    if task_of_model(what) == IMAGES:
-        return _classifier_facts(what, trust_remote_code)
     loaded = load_model(what, trust_remote_code=trust_remote_code)
     layers = decoder_structure(loaded.model)
     groups = layers[0].groups
@@ -132,8 +137,8 @@ def _model_facts(what: str, trust_remote_code: bool) -> dict[str, Any]:
     }
 
 
-def _classifier_facts(what: str, trust_remote_code: bool) -> dict[str, Any]:
-    """Architecture and groups of an image classifier that is not compressed; loads it."""
+def classifier_facts(what: str, trust_remote_code: bool) -> dict[str, Any]:
+    """Architecture of an image classifier, and the groups of all its layers."""
     from pipeline.model.classifier_structure import image_structure
     from pipeline.model.load_classifier import load_classifier
 

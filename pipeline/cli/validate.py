@@ -14,21 +14,20 @@ from pipeline.cli import options
 from pipeline.errors import UsageError
 
 if TYPE_CHECKING:
-    from validate.images import ImageValidateRequest
     from validate.record import Ledger
     from validate.run import ValidateRequest
     from validate.stages import Artefacts
 
-existing_folder = click.Path(path_type=Path, exists=True, file_okay=False)
+_existing_folder = click.Path(path_type=Path, exists=True, file_okay=False)
 
-artefact_options = options.apply(
-    click.argument("build_folder", type=existing_folder, required=False),
+_artefact_options = options.apply(
+    click.argument("build_folder", type=_existing_folder, required=False),
     click.option("--original", help="The model before compression: alias, hub id, folder, .gguf."),
-    click.option("--checkpoint", type=existing_folder, help="Compressed checkpoint."),
-    click.option("--onnx", type=existing_folder, multiple=True, help="ONNX export; repeatable."),
-    click.option("--engine", type=existing_folder, multiple=True, help="Engine; repeatable."),
+    click.option("--checkpoint", type=_existing_folder, help="Compressed checkpoint."),
+    click.option("--onnx", type=_existing_folder, multiple=True, help="ONNX export; repeatable."),
+    click.option("--engine", type=_existing_folder, multiple=True, help="Engine; repeatable."),
 )
-input_options = options.apply(
+_input_options = options.apply(
     click.option(
         "--text",
         default="self",
@@ -65,7 +64,7 @@ input_options = options.apply(
     ),
     options.seed,
 )
-image_options = options.apply(
+_image_options = options.apply(
     click.option(
         "--images",
         help="Of an image classifier, in place of the text: a folder of images (in sub-folders by "
@@ -76,11 +75,13 @@ image_options = options.apply(
 
 
 @click.command("validate")
-@artefact_options
-@input_options
-@image_options
+@_artefact_options
+@_input_options
+@_image_options
 @click.option(
-    "--max-kl", type=float, help="Fail above this KL to the original, nats per token; no limit."
+    "--max-kl",
+    type=float,
+    help="Fail above this KL to the original, nats per token or image; no limit.",
 )
 @click.option("--strict", is_flag=True, help="Fail also when an engine cannot run here.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="[BUILD_FOLDER/ledger]")
@@ -98,63 +99,50 @@ def command(
     overwrite: bool,
     dry_run: bool,
     as_json: bool,
-    images: str | None,
-    image_count: int | None,
-    **inputs: Any,
+    **settings: Any,
 ) -> None:
-    """Run the same tokens through every stage of BUILD_FOLDER and compare.
+    """Run the same inputs through every stage of BUILD_FOLDER and compare.
 
     BUILD_FOLDER holds checkpoint/, onnx*/ and engine*/. The stages can also be given one by one:
     an --onnx or --engine should equal the --checkpoint, or the --original if there is none.
     An image classifier is given --images instead; its accuracy is measured where they are labelled.
     Writes ledger.json and ledger.html. Exit status 5: a stage is beyond its tolerance.
     """
-    artefacts = gather(build_folder, original, checkpoint, onnx, engine)
+    artefacts = _gather(build_folder, original, checkpoint, onnx, engine)
     output = output or (build_folder / "ledger" if build_folder else None)
     if dry_run:
-        list_stages(artefacts, output)
+        _list_stages(artefacts, output)
         return
     if output is not None:
         refuse_existing(output, overwrite=overwrite)
 
-    from validate.run import require_passed
+    from validate.run import require_passed, validate, write_reports
 
-    ledger = run(request_of(artefacts, images, image_count, inputs), output, overwrite)
-    show(ledger, output, as_json)
+    request = _request_of(artefacts, settings)
+    ledger = validate(request, lambda message: click.echo(message, err=True))
+    if output is not None:
+        write_reports(ledger, output, overwrite=overwrite)
+    _show(ledger, output, as_json)
     require_passed(ledger)
 
 
-def request_of(
-    artefacts: Artefacts, images: str | None, image_count: int | None, inputs: dict[str, Any]
-) -> ValidateRequest | ImageValidateRequest:
-    """What to do with the artefacts, by what kind of model they are of.
+def _request_of(artefacts: Artefacts, settings: dict[str, Any]) -> ValidateRequest:
+    """What to do with the artefacts; the task of the original says which inputs it takes.
 
     Raises:
-        UsageError: images for a language model, or none for an image classifier.
+        UsageError: inputs of another task.
     """
-    from pipeline.model.task import IMAGES, task_of_model
-    from validate.images import DEFAULT_IMAGES, ImageValidateRequest, require_images
+    from pipeline.model.task import adapter_of, task_of_model
     from validate.run import ValidateRequest
 
-    if task_of_model(artefacts.original) == IMAGES:
-        names = ("max_kl", "strict", "seed", "trust_remote_code")
-        return ImageValidateRequest(
-            artefacts,
-            require_images(images),
-            image_count or DEFAULT_IMAGES,
-            **{name: inputs[name] for name in names},
-        )
-    if images is not None or image_count is not None:
-        raise UsageError(
-            "A language model takes no images.",
-            where="--images",
-            observed=artefacts.original,
-            change="give --text",
-        )
-    return ValidateRequest(artefacts, **inputs)
+    names = ("max_kl", "strict", "seed", "trust_remote_code")
+    shared = {name: settings.pop(name) for name in names}
+    adapter = adapter_of(task_of_model(artefacts.original), "ledger")
+    inputs = adapter.options(artefacts.original, **settings)
+    return ValidateRequest(artefacts, inputs, **shared)
 
 
-def gather(
+def _gather(
     build_folder: Path | None,
     original: str | None,
     checkpoint: Path | None,
@@ -185,45 +173,27 @@ def gather(
     return Artefacts(str(name), checkpoint, onnx, engine)
 
 
-def run(
-    request: ValidateRequest | ImageValidateRequest, output: Path | None, overwrite: bool
-) -> Ledger:
-    """Run the ledger with progress on stderr, and write its reports."""
-    from validate.images import ImageValidateRequest, validate_images
-    from validate.run import validate, write_reports
-
-    def tell(message: str) -> None:
-        click.echo(message, err=True)
-
-    if isinstance(request, ImageValidateRequest):
-        ledger = validate_images(request, tell)
-    else:
-        ledger = validate(request, tell)
-    if output is not None:
-        write_reports(ledger, output, overwrite=overwrite)
-    return ledger
-
-
-def show(ledger: Ledger, output: Path | None, as_json: bool) -> None:
+def _show(ledger: Ledger, output: Path | None, as_json: bool) -> None:
     """The ledger on stdout, as a table or as JSON."""
     if as_json:
         click.echo(json.dumps(ledger.to_json(), indent=2))
         return
-    from validate.report_table import print_ledger
+    from validate.report import print_ledger
 
     print_ledger(ledger, sys.stdout)
     if output is not None:
         click.echo(f"wrote {output / 'ledger.json'} and {output / 'ledger.html'}", err=True)
 
 
-def list_stages(artefacts: Artefacts, output: Path | None) -> None:
+def _list_stages(artefacts: Artefacts, output: Path | None) -> None:
     """Say what would be compared with what."""
-    from validate.stages import ORIGINAL, standard_stages
+    from validate.stages import ORIGINAL, Openers, standard_stages
 
-    def open_nothing() -> Any:
+    def open_nothing(*_: Any) -> Any:
         raise UsageError("--dry-run opens nothing.")
 
-    for stage in standard_stages(artefacts, open_nothing):
+    nothing = Openers(open_nothing, open_nothing, open_nothing)
+    for stage in standard_stages(artefacts, nothing, open_nothing):
         source = artefacts.original if stage.name == ORIGINAL else f"against {stage.reference}"
         click.echo(f"{stage.name}: {source}")
     click.echo(f"would write {output}" if output else "would write nothing", err=True)

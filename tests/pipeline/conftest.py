@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.digits import Digits, make_digits
 from pipeline.compress.request import CompressRequest
 from pipeline.compress.run import compress_to_folder
 from tests.support.classifiers import FAMILIES, save_classifier, write_images
@@ -35,9 +34,3 @@ def checkpoints(
         request = CompressRequest(str(source), 0.7, method="skipcat", calibration=str(images))
         compress_to_folder(request, root / family)
     return {family: root / family for family in sources}
-
-
-@pytest.fixture(scope="session")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Digits:
-    """A ViT trained on scikit-learn's digits."""
-    return make_digits(tmp_path_factory.mktemp("digits"))

@@ -38,8 +38,8 @@ from pipeline.runtime.sessions.onnx_session import OnnxSession
 from pipeline.runtime.sessions.session import Session
 from pipeline.runtime.sessions.torch_session import TorchSession
 from pipeline.runtime.tokenizer import chat_prompt_ids, load_whole_tokenizer, stop_token_ids
-from validate.greedy import trace_prompt
-from validate.metrics import cosine_per_token
+from validate.greedy import _trace_prompt
+from validate.metrics import _cosine_per_token
 
 pytestmark = [
     pytest.mark.slow,
@@ -149,7 +149,7 @@ def logits_of(session: Session, ids: np.ndarray) -> np.ndarray:
 
 def worst_cosine(a: Session, b: Session, prompts: list[np.ndarray]) -> float:
     return min(
-        float(cosine_per_token(logits_of(a, ids), logits_of(b, ids)).min()) for ids in prompts
+        float(_cosine_per_token(logits_of(a, ids), logits_of(b, ids)).min()) for ids in prompts
     )
 
 
@@ -168,8 +168,8 @@ def test_onnx_runtime_gives_the_logits_of_the_compressed_model(
 def test_onnx_runtime_writes_the_same_64_tokens(
     compressed: TorchSession, exported: OnnxSession, prompts: list[np.ndarray], index: int
 ) -> None:
-    expected = trace_prompt(compressed, prompts[index], NEW_TOKENS, [])
-    actual = trace_prompt(exported, prompts[index], NEW_TOKENS, [expected.tokens])
+    expected = _trace_prompt(compressed, prompts[index], NEW_TOKENS, {})
+    actual = _trace_prompt(exported, prompts[index], NEW_TOKENS, {"compressed": expected.tokens})
     assert actual.tokens == expected.tokens, f"margins {min(expected.margins):.2e} at least"
 
 
@@ -255,7 +255,7 @@ def test_genai_writes_the_same_tokens(
     while not generator.is_done():
         generator.generate_next_token()
     answer = generator.get_sequence(0)[len(prompt) :].tolist()
-    expected = trace_prompt(exported, prompt, NEW_TOKENS, []).tokens
+    expected = _trace_prompt(exported, prompt, NEW_TOKENS, {}).tokens
     assert answer == expected[: len(answer)]
     # It leaves the token out that it stops at.
     stopped = expected[len(answer) :][:1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,10 +14,13 @@ import torch
 from onnx import numpy_helper
 
 from pipeline.errors import InputError
+from pipeline.provenance import provenance
 from pipeline.runtime.sessions.onnx_session import OnnxSession
 from pipeline.runtime.sessions.session import Session
 from pipeline.runtime.sessions.torch_session import TorchSession
 from tests.support.tiny_decoder import VOCAB_SIZE, shared_export, tiny_llama, write_record
+from validate.compare import StageLogits
+from validate.decoder import DECODER, _Inputs
 from validate.ledger import run_ledger
 from validate.record import Ledger
 from validate.stages import Stage, Tolerance
@@ -79,4 +83,12 @@ def run(*stages: Stage, **keywords: Any) -> Ledger:
     """A ledger over random tokens, small enough to take a second."""
     tokens = np.random.default_rng(0).integers(0, VOCAB_SIZE, (3, 48))
     batches = [tokens[:1, :32], tokens[1:, :16]]
-    return run_ledger(stages, batches, tokens, tokens[:2, :8], max_new_tokens=8, **keywords)
+    inputs = _Inputs(batches, tokens, tokens[:2, :8], max_new_tokens=8)
+    rows = run_ledger(stages, inputs, DECODER, **keywords)
+    return Ledger(rows, inputs.describe(), provenance())
+
+
+def outputs_alive() -> int:
+    """How many stages' logits are held by anyone."""
+    gc.collect()
+    return sum(isinstance(entry, StageLogits) for entry in gc.get_objects())

@@ -14,7 +14,7 @@ from pipeline.runtime.sessions.onnx_session import OnnxSession
 from pipeline.runtime.sessions.torch_session import TorchSession
 from tests.support.families import FAMILIES, tiny_model
 from tests.support.tiny_decoder import MAX_LENGTH, byte_tokenizer, shared_export, tiny_llama
-from validate.harness import SessionLM, batches_by_prefix, shared_length
+from validate.harness import SessionLM, _batches_by_prefix, _shared_length
 
 # float32 logits of the same numbers in another order of summation, up to 160 of them added.
 NATS = 1e-3
@@ -166,14 +166,14 @@ def test_the_choices_of_a_question_share_its_tokens(
 def test_rows_are_batched_by_what_they_begin_with() -> None:
     rows = [(1, 2, 3, 4), (9, 9), (1, 2, 3, 5, 6), (1, 2, 3), (1, 8, 8, 8), (9, 9, 9)]
     expected = [[(1, 2, 3), (1, 2, 3, 4), (1, 2, 3, 5, 6)], [(1, 8, 8, 8)], [(9, 9), (9, 9, 9)]]
-    assert batches_by_prefix(rows, 3) == expected
-    assert [len(batch) for batch in batches_by_prefix(rows, 2)] == [1, 2, 1, 2]
+    assert _batches_by_prefix(rows, 3) == expected
+    assert [len(batch) for batch in _batches_by_prefix(rows, 2)] == [1, 2, 1, 2]
 
 
 def test_shared_length_is_that_of_the_common_prefix() -> None:
-    assert shared_length([(1, 2, 3), (1, 2), (1, 2, 5)]) == 2
-    assert shared_length([(1, 2, 3), (2, 2, 3)]) == 0
-    assert shared_length([(4, 4)]) == 2
+    assert _shared_length([(1, 2, 3), (1, 2), (1, 2, 5)]) == 2
+    assert _shared_length([(1, 2, 3), (2, 2, 3)]) == 0
+    assert _shared_length([(4, 4)]) == 2
 
 
 @pytest.mark.parametrize(

@@ -17,11 +17,11 @@ from pipeline.runtime.sessions.torch_session import TorchSession
 from tests.support.tiny_decoder import byte_tokenizer, tiny_llama
 from validate.harness import SessionLM
 from validate.harness_tasks import (
-    LOCAL_CONFIG,
+    _LOCAL_CONFIG,
+    _local_task,
+    _quiet_harness,
+    _read_questions,
     load_tasks,
-    local_task,
-    quiet_harness,
-    read_questions,
     score_tasks,
     scores_of,
     values_per_question,
@@ -103,8 +103,8 @@ def test_questions_become_the_requests_of_the_harness_own_arc_easy(six: Path) ->
     """The harness's arc_easy, given the same questions in the hub's layout, asks the same."""
     text = (importlib.resources.files("lm_eval") / "tasks/arc/arc_easy.yaml").read_text()
     config: dict[str, Any] = yaml.safe_load(text)
-    assert config["metric_list"] == LOCAL_CONFIG["metric_list"]
-    assert config["metadata"] == LOCAL_CONFIG["metadata"]
+    assert config["metric_list"] == _LOCAL_CONFIG["metric_list"]
+    assert config["metadata"] == _LOCAL_CONFIG["metadata"]
     for key in ("dataset_path", "dataset_name", "tag", "training_split", "validation_split"):
         del config[key]
     documents = [
@@ -116,9 +116,9 @@ def test_questions_become_the_requests_of_the_harness_own_arc_easy(six: Path) ->
         for entry in QUESTIONS
     ]
     config["custom_dataset"] = lambda **_: {"test": datasets.Dataset.from_list(documents)}
-    with quiet_harness():
+    with _quiet_harness():
         expected = ConfigurableTask(config=config)
-    own = local_task(six)
+    own = _local_task(six)
     for task in (own, expected):
         task.set_config("num_fewshot", 0)
         task.build_all_requests()
@@ -172,7 +172,7 @@ def test_a_broken_line_is_named_with_what_is_wrong(tmp_path: Path, line: str, me
     path = tmp_path / "broken.jsonl"
     path.write_text(json.dumps(LINE) + "\n" + line + "\n")
     with pytest.raises(InputError, match=message) as caught:
-        read_questions(path)
+        _read_questions(path)
     assert str(caught.value.details["where"]) == f"{path}, line 2"
 
 

@@ -9,8 +9,8 @@ import torch
 from torch.nn import functional
 
 from validate.metrics import (
+    _cosine_per_token,
     compare_logits,
-    cosine_per_token,
     kl_per_token,
     log_perplexity_change,
     nll_per_token,
@@ -31,7 +31,7 @@ def pair() -> tuple[np.ndarray, np.ndarray]:
 def test_cosine_equals_scipys(pair: tuple[np.ndarray, np.ndarray]) -> None:
     wide = [array.astype(np.float64) for array in pair]
     expected = [1 - scipy.spatial.distance.cosine(a, b) for a, b in zip(*wide, strict=True)]
-    np.testing.assert_allclose(cosine_per_token(*pair), expected, rtol=1e-12)
+    np.testing.assert_allclose(_cosine_per_token(*pair), expected, rtol=1e-12)
 
 
 def test_kl_equals_scipys_relative_entropy(pair: tuple[np.ndarray, np.ndarray]) -> None:

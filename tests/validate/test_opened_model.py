@@ -12,7 +12,7 @@ from pipeline.compress.run import compress_to_folder
 from pipeline.errors import InputError, UsageError
 from pipeline.runtime.sessions.torch_session import TorchSession
 from tests.support.tiny_decoder import save_tiny_folder, tiny_llama
-from validate.opened_model import open_named, open_subject
+from validate.opened_model import _open_named, open_subject
 
 OWN_CODE = """
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -29,7 +29,7 @@ class OwnModel(LlamaForCausalLM):
 
 def test_a_folder_opens_the_same_by_either_way(tmp_path: Path) -> None:
     folder = str(save_tiny_folder(tmp_path / "model"))
-    by_folder, by_name = open_subject(folder), open_named(folder, trust_remote_code=False)
+    by_folder, by_name = open_subject(folder), _open_named(folder, trust_remote_code=False)
     ids = np.arange(10)[None]
     expected = by_folder.session.forward(ids)
     np.testing.assert_array_equal(by_name.session.forward(ids), expected)

@@ -16,22 +16,22 @@ from pipeline.errors import InputError
 from pipeline.export.export import ExportRequest, export_folder
 from pipeline.export.record import ExportRecord
 from tests.support.families import save_family
+from validate.decoder import TextOptions
 from validate.record import Ledger
-from validate.report_html import render_html
-from validate.report_table import print_ledger
+from validate.report import print_ledger, render_html
 from validate.rounding import Rounding, read_rounding
 from validate.run import ValidateRequest, validate
 from validate.stages import (
-    DENSE_PRODUCT,
-    NEAR_IN_INTEGERS,
+    _DENSE_PRODUCT,
+    _NEAR_IN_INTEGERS,
+    _SAME_IN_FLOAT16,
+    _SAME_IN_FLOAT32,
+    _SAME_MATRIX,
     ORIGINAL,
-    SAME_IN_FLOAT16,
-    SAME_IN_FLOAT32,
-    SAME_MATRIX,
     SKIP_FORM,
     Artefacts,
     Tolerance,
-    onnx_tolerance,
+    _onnx_tolerance,
 )
 
 # ONNX Runtime's attention takes heads of whole 16s.
@@ -58,10 +58,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ledger(root: Path) -> Ledger:
     exports = tuple(root / f"onnx-{products}" for products in ("float", "integer"))
     artefacts = Artefacts(str(root / "source"), root / "checkpoint", exports)
-    request = ValidateRequest(
-        artefacts, str(root / "text.txt"), windows=2, window_length=48, prompts=2, max_new_tokens=8
+    options = TextOptions(
+        str(root / "text.txt"), windows=2, window_length=48, prompts=2, max_new_tokens=8
     )
-    return validate(request)
+    return validate(ValidateRequest(artefacts, options))
 
 
 def test_every_stage_of_a_checkpoint_in_few_bits_is_held_to_what_it_should_equal(
@@ -69,13 +69,13 @@ def test_every_stage_of_a_checkpoint_in_few_bits_is_held_to_what_it_should_equal
 ) -> None:
     assert [(row.name, row.reference) for row in ledger.rows] == [
         (ORIGINAL, None),
-        (DENSE_PRODUCT, ORIGINAL),
-        (SKIP_FORM, DENSE_PRODUCT),
+        (_DENSE_PRODUCT, ORIGINAL),
+        (SKIP_FORM, _DENSE_PRODUCT),
         ("onnxruntime onnx-float", SKIP_FORM),
         ("onnxruntime onnx-integer", SKIP_FORM),
     ]
     tolerances = [row.tolerance for row in ledger.rows[1:]]
-    assert tolerances == [Tolerance(), SAME_MATRIX, SAME_IN_FLOAT32, NEAR_IN_INTEGERS]
+    assert tolerances == [Tolerance(), _SAME_MATRIX, _SAME_IN_FLOAT32, _NEAR_IN_INTEGERS]
     statuses = [row.verdict.status for row in ledger.rows]
     assert statuses == ["measured", "measured", "pass", "pass", "pass"]
 
@@ -158,12 +158,12 @@ def test_a_broken_report_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("weights", "accuracy_level", "dtype", "expected"),
     [
-        ("stored", 0, "float32", SAME_IN_FLOAT32),
-        ("stored", 4, "float32", NEAR_IN_INTEGERS),
-        ("stored", None, "float32", SAME_IN_FLOAT32),
-        ("stored", None, "float16", SAME_IN_FLOAT16),
-        ("float", None, "float32", SAME_IN_FLOAT32),
-        ("int8", 4, "float32", NEAR_IN_INTEGERS),
+        ("stored", 0, "float32", _SAME_IN_FLOAT32),
+        ("stored", 4, "float32", _NEAR_IN_INTEGERS),
+        ("stored", None, "float32", _SAME_IN_FLOAT32),
+        ("stored", None, "float16", _SAME_IN_FLOAT16),
+        ("float", None, "float32", _SAME_IN_FLOAT32),
+        ("int8", 4, "float32", _NEAR_IN_INTEGERS),
         ("int4", 4, "float32", Tolerance()),
         ("int4-offset", 4, "float32", Tolerance()),
     ],
@@ -172,11 +172,11 @@ def test_an_export_is_held_to_what_its_products_can_keep(
     weights: str, accuracy_level: int | None, dtype: str, expected: Tolerance
 ) -> None:
     record = ExportRecord("cpu", dtype, "", weights=weights, accuracy_level=accuracy_level)
-    assert onnx_tolerance(record) == expected
+    assert _onnx_tolerance(record) == expected
 
 
 def test_an_export_whose_4_bits_round_nothing_is_held_to_what_its_products_can_keep() -> None:
     record = ExportRecord(
         "cpu", "float32", "", weights="int4-offset", accuracy_level=4, exact_weights=True
     )
-    assert onnx_tolerance(record) == NEAR_IN_INTEGERS
+    assert _onnx_tolerance(record) == _NEAR_IN_INTEGERS

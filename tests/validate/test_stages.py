@@ -8,16 +8,16 @@ import pytest
 from pipeline.errors import InputError, UsageError
 from tests.support.ledger_stages import ORIGINAL as TINY
 from tests.support.tiny_decoder import MAX_LENGTH, save_tiny_folder, shared_export, write_record
+from validate.decoder import DECODER, TextOptions
 from validate.stages import (
-    DENSE_PRODUCT,
+    _DENSE_PRODUCT,
+    _SAME_IN_FLOAT16,
+    _SAME_IN_FLOAT32,
+    _SAME_MATRIX,
     ORIGINAL,
-    SAME_IN_FLOAT16,
-    SAME_IN_FLOAT32,
-    SAME_MATRIX,
     SKIP_FORM,
     Artefacts,
     find_artefacts,
-    require_room_for,
     standard_stages,
 )
 
@@ -33,31 +33,34 @@ def half_export(folder: Path) -> Path:
 def test_every_stage_has_its_reference_and_its_tolerance(tmp_path: Path) -> None:
     half = half_export(tmp_path / "onnx-fp16")
     artefacts = Artefacts("name", tmp_path, (shared_export("compat"), half), (tmp_path / "engine",))
-    stages = standard_stages(artefacts, TINY.open)
+    stages = standard_stages(artefacts, DECODER.openers, TINY.open)
     assert [(stage.name, stage.reference, stage.tolerance) for stage in stages[1:]] == [
-        (DENSE_PRODUCT, ORIGINAL, TINY.tolerance),
-        (SKIP_FORM, DENSE_PRODUCT, SAME_MATRIX),
-        ("onnxruntime compat", SKIP_FORM, SAME_IN_FLOAT32),
-        ("onnxruntime onnx-fp16", SKIP_FORM, SAME_IN_FLOAT16),
-        ("tensorrt engine", SKIP_FORM, SAME_IN_FLOAT16),
+        (_DENSE_PRODUCT, ORIGINAL, TINY.tolerance),
+        (SKIP_FORM, _DENSE_PRODUCT, _SAME_MATRIX),
+        ("onnxruntime compat", SKIP_FORM, _SAME_IN_FLOAT32),
+        ("onnxruntime onnx-fp16", SKIP_FORM, _SAME_IN_FLOAT16),
+        ("tensorrt engine", SKIP_FORM, _SAME_IN_FLOAT16),
     ]
     assert [stage.required for stage in stages] == [True] * 5 + [False]
 
 
 def test_without_a_checkpoint_exports_are_held_against_the_original() -> None:
-    stages = standard_stages(Artefacts("name", onnx=(shared_export("compat"),)), TINY.open)
+    artefacts = Artefacts("name", onnx=(shared_export("compat"),))
+    stages = standard_stages(artefacts, DECODER.openers, TINY.open)
     assert [stage.reference for stage in stages] == [None, ORIGINAL]
 
 
 def test_a_limit_on_kl_holds_for_every_stage_but_the_original(tmp_path: Path) -> None:
-    stages = standard_stages(Artefacts("name", tmp_path), TINY.open, max_kl=0.5)
+    artefacts = Artefacts("name", tmp_path)
+    stages = standard_stages(artefacts, DECODER.openers, TINY.open, max_kl=0.5)
     assert [stage.tolerance.max_kl for stage in stages] == [None, 0.5, 0.5]
-    assert stages[2].tolerance.min_cosine == SAME_MATRIX.min_cosine
+    assert stages[2].tolerance.min_cosine == _SAME_MATRIX.min_cosine
 
 
 def test_folders_of_the_same_name_stay_apart(tmp_path: Path) -> None:
     engines = (tmp_path / "a" / "engine", tmp_path / "b" / "engine")
-    names = [stage.name for stage in standard_stages(Artefacts("x", engines=engines), TINY.open)]
+    stages = standard_stages(Artefacts("x", engines=engines), DECODER.openers, TINY.open)
+    names = [stage.name for stage in stages]
     assert len(set(names)) == 3
 
 
@@ -90,6 +93,6 @@ def test_an_incomplete_build_is_refused_and_not_passed_over(tmp_path: Path) -> N
 
 def test_inputs_longer_than_a_cache_are_refused_before_anything_runs() -> None:
     artefacts = Artefacts("name", onnx=(shared_export("compat"),))
-    require_room_for(artefacts, MAX_LENGTH)
+    TextOptions(window_length=MAX_LENGTH).check(artefacts)
     with pytest.raises(UsageError, match="--window-length"):
-        require_room_for(artefacts, MAX_LENGTH + 1)
+        TextOptions(window_length=MAX_LENGTH + 1).check(artefacts)

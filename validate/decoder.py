@@ -1,0 +1,288 @@
+"""The ledger of a decoder language model: logits, perplexity and greedy answers, by token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from pipeline.errors import UsageError
+from pipeline.export.record import read_export_record
+from pipeline.model.task import TEXT, Task
+from pipeline.runtime.sessions.session import Session
+from validate.compare import StageLogits, run_batches
+from validate.greedy import GreedyTrace, agreement, trace_greedy
+from validate.ledger import Adapter, Column, Drawn, Loaded
+from validate.metrics import log_perplexity_change
+from validate.quality import Perplexity, measure_perplexity
+from validate.record import PerplexityChange, Row
+from validate.stages import Artefacts, Openers, export_record_if_readable
+
+_BATCHES = 4
+_BATCH_TOKENS = 128
+_PROMPT_TOKENS = 32
+# Text that the model writes for its evaluation must not be the text it was calibrated on.
+_EVALUATION_SEED_OFFSET = 1_000_003
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """On which text, and on how much of it.
+
+    Attributes:
+        text: a UTF-8 file, or `self` for text that the original generates.
+        windows: windows of the perplexity.
+        window_length: tokens in each.
+        prompts: prompts for greedy decoding.
+        max_new_tokens: tokens decoded per prompt.
+    """
+
+    text: str = "self"
+    windows: int = 10
+    window_length: int = 512
+    prompts: int = 8
+    max_new_tokens: int = 64
+    task: ClassVar[Task] = TEXT
+
+    @property
+    def longest_input(self) -> int:
+        """Most tokens that a stage will hold at once: a window, or a prompt with its answer."""
+        return max(self.window_length, _PROMPT_TOKENS + self.max_new_tokens)
+
+    def check(self, artefacts: Artefacts) -> None:
+        """Refuse lengths that leave too little to measure or do not fit a cache.
+
+        Raises:
+            UsageError: names the option.
+        """
+        if self.window_length < _PROMPT_TOKENS:
+            raise UsageError(
+                "The windows are too short.",
+                observed=f"--window-length {self.window_length}",
+                expected=f"at least {_PROMPT_TOKENS}",
+            )
+        available = self.windows * (self.window_length // _PROMPT_TOKENS)
+        if self.prompts > available:
+            raise UsageError(
+                "There is too little text for so many prompts.",
+                observed=f"--prompts {self.prompts}",
+                expected=f"at most {available}",
+                change="ask for more or longer windows",
+            )
+        _require_room_for(artefacts, self.longest_input)
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What every stage is given.
+
+    Attributes:
+        token_batches: int64 [B, S] each; their logits are compared token by token.
+        windows: int64 [W, L]; for the perplexity.
+        prompts: int64 [P, S]; for greedy decoding.
+        max_new_tokens: tokens decoded per prompt.
+    """
+
+    token_batches: list[np.ndarray]
+    windows: np.ndarray
+    prompts: np.ndarray
+    max_new_tokens: int
+
+    def describe(self) -> dict[str, Any]:
+        """Counts and lengths, for the ledger."""
+        return {
+            "token_batches": [list(batch.shape) for batch in self.token_batches],
+            "windows": list(self.windows.shape),
+            "prompts": list(self.prompts.shape),
+            "max_new_tokens": self.max_new_tokens,
+        }
+
+
+@dataclass(frozen=True)
+class _Outputs:
+    """What a stage answered."""
+
+    logits: StageLogits
+    perplexity: Perplexity
+    traces: list[GreedyTrace]
+
+    def complaints(self) -> list[str]:
+        """A perplexity that is NaN or infinite."""
+        value = self.perplexity.value
+        return [] if value < float("inf") else [f"its perplexity is {value}"]
+
+    def row_fields(self, reference: _Outputs | None, original: _Outputs | None) -> dict[str, Any]:
+        """Perplexity, its change, and the agreement of greedy answers."""
+        to_reference, to_original = (
+            None if other is None else agreement(other.logits.name, self.traces, other.traces)
+            for other in (reference, original)
+        )
+        return {
+            "greedy_to_reference": to_reference,
+            "greedy_to_original": to_original,
+            "perplexity": self.perplexity,
+            "perplexity_change": None if original is None else self._change(original),
+        }
+
+    def _change(self, original: _Outputs) -> PerplexityChange:
+        """Perplexity against the original's."""
+        before, after = original.perplexity.window_nlls, self.perplexity.window_nlls
+        return PerplexityChange(*log_perplexity_change(np.array(before), np.array(after)))
+
+
+def _options(
+    original: str, *, images: str | None = None, image_count: int | None = None, **text: Any
+) -> TextOptions:
+    """The options among the flags; raise UsageError for those of images."""
+    if images is not None or image_count is not None:
+        raise UsageError(
+            "A language model takes no images.",
+            where="--images",
+            observed=original,
+            change="give --text",
+        )
+    return TextOptions(**text)
+
+
+def _load(
+    original: str,
+    options: TextOptions,
+    seed: int,
+    trust_remote_code: bool,
+    tell: Callable[[str], None],
+) -> Loaded:
+    """The model in float32; the first windows of a file, or of its own text under a seed apart."""
+    import torch
+
+    from pipeline.calibrate.text import load_tokens
+    from pipeline.model.load import load_model
+
+    loaded = load_model(original, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    source = "generating" if options.text == "self" else "reading"
+    tell(f"{source} {options.windows} windows of {options.window_length} tokens")
+    batch = load_tokens(
+        options.text,
+        loaded.tokenizer,
+        loaded.model,
+        count=options.windows,
+        length=options.window_length,
+        seed=seed + _EVALUATION_SEED_OFFSET,
+        sequential=True,
+    )
+    windows = batch.tokens.numpy()
+    inputs = _Inputs(
+        # The beginnings of the first windows; logits of more would fill memory.
+        [window[None, :_BATCH_TOKENS] for window in windows[:_BATCHES]],
+        windows,
+        _prompts_of(windows, options.prompts),
+        options.max_new_tokens,
+    )
+    return Loaded(loaded.model, inputs, {"text": batch.describe()})
+
+
+def _prompts_of(windows: np.ndarray, count: int) -> np.ndarray:
+    """Prompts out of the windows, int64 [count, _PROMPT_TOKENS].
+
+    They are the first pieces of all windows, then the second pieces, and so on.
+    """
+    pieces = windows.shape[1] // _PROMPT_TOKENS
+    cut = windows[:, : pieces * _PROMPT_TOKENS].reshape(len(windows), pieces, _PROMPT_TOKENS)
+    return cut.transpose(1, 0, 2).reshape(-1, _PROMPT_TOKENS)[:count]
+
+
+def _measure(
+    name: str, session: Session, inputs: _Inputs, watched: Mapping[str, _Outputs]
+) -> _Outputs:
+    """Logits, perplexity and greedy answers of a session."""
+    traces = {other: outputs.traces for other, outputs in watched.items()}
+    return _Outputs(
+        run_batches(name, session.forward, inputs.token_batches, before=session.reset),
+        measure_perplexity(session, inputs.windows),
+        trace_greedy(session, inputs.prompts, inputs.max_new_tokens, traces),
+    )
+
+
+def _require_room_for(artefacts: Artefacts, tokens: int) -> None:
+    """Raise UsageError when an export's cache is shorter than the longest input.
+
+    It is checked before anything runs, since the stages before the short one take minutes.
+    """
+    for folder in artefacts.onnx:
+        record = export_record_if_readable(folder)
+        if record is not None and record.max_length < tokens:
+            raise UsageError(
+                "The inputs are longer than an export's cache.",
+                where=folder,
+                observed=f"{tokens} tokens",
+                expected=f"at most {record.max_length}",
+                change="pass a smaller --window-length or --max-new-tokens",
+            )
+
+
+def _open_model(model: Any, name: str) -> Session:
+    from pipeline.runtime.sessions.torch_session import TorchSession
+
+    return TorchSession(model, name)
+
+
+def _open_onnx(folder: Path, name: str) -> Session:
+    if read_export_record(folder).profile == "cpu":
+        from pipeline.runtime.sessions.onnx_cpu_session import CpuSession
+
+        return CpuSession(folder, name=name)
+    from pipeline.runtime.sessions.onnx_session import OnnxSession
+
+    return OnnxSession(folder, name=name)
+
+
+def _open_engine(folder: Path, name: str) -> Session:
+    from pipeline.runtime.sessions.tensorrt_session import TensorRTSession
+
+    return TensorRTSession(folder, name=name)
+
+
+def _greedy_cell(row: Row) -> str | None:
+    both = (row.greedy_to_reference, row.greedy_to_original)
+    if all(one is None for one in both):
+        return None
+    return " / ".join("-" if one is None else f"{one.identical_fraction:.0%}" for one in both)
+
+
+def _perplexity_cell(row: Row) -> str | None:
+    if row.perplexity is None:
+        return None
+    if row.perplexity.standard_error is None:
+        return f"{row.perplexity.value:.5g}"
+    return f"{row.perplexity.value:.5g} ± {row.perplexity.standard_error:#.2g}"
+
+
+def _perplexity(row: Row) -> tuple[float, float | None] | None:
+    found = row.perplexity
+    return None if found is None else (found.value, found.standard_error)
+
+
+DECODER = Adapter(
+    options=_options,
+    load=_load,
+    openers=Openers(_open_model, _open_onnx, _open_engine),
+    measure=_measure,
+    item="token",
+    per_item="per token",
+    top1="Tokens whose likeliest successor is the original's.",
+    columns=(
+        Column(
+            "greedy",
+            "Tokens decoded alike: with what it should equal / the original.",
+            _greedy_cell,
+        ),
+        Column(
+            "perplexity",
+            "With its standard error, windows as independent units.",
+            _perplexity_cell,
+        ),
+    ),
+    drawn=Drawn("Perplexity, with one standard error", _perplexity),
+)
