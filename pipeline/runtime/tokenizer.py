@@ -148,12 +148,21 @@ def _not_loading(folder: Path, error: Exception) -> InputError:
     return InputError("The tokenizer does not load.", where=folder, observed=error)
 
 
-def chat_prompt_ids(tokenizer: TextTokenizer, messages: list[Message]) -> list[int]:
+def chat_prompt_ids(
+    tokenizer: TextTokenizer, messages: list[Message], raw: bool = False
+) -> list[int]:
     """Ids of a conversation in the model's own chat format, up to where the answer begins.
+
+    Args:
+        tokenizer: of the model.
+        messages: `role` and `content` each.
+        raw: take the last message's text as it is, and no chat format.
 
     Raises:
         InputError: the tokenizer has no chat template, or the template refuses the conversation.
     """
+    if raw:
+        return tokenizer.encode(messages[-1]["content"])
     if not tokenizer.chat_template:
         raise InputError(
             "This model has no chat template.",

@@ -13,6 +13,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from pipeline.runtime.sequence import Decoding
 from pipeline.serve.failure import RequestFailure, internal
 from pipeline.serve.job import Job, Outbox
 from pipeline.serve.prompt import PromptReader
@@ -157,10 +158,9 @@ class Api:
         seed = secrets.randbelow(SEEDS) if wanted.seed is None else wanted.seed % SEEDS
         return Job(
             prompt_ids=prompt_ids,
-            max_new_tokens=self._most_tokens(wanted),
-            sampling=wanted.sampling(),
-            seed=seed,
-            stops=wanted.stops(),
+            decoding=Decoding(
+                self._most_tokens(wanted), wanted.sampling(), stops=wanted.stops(), seed=seed
+            ),
             outbox=Outbox(self._scheduler.wake),
         )
 

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from pipeline.runtime.sampling import Sampling
+from pipeline.runtime.sequence import Decoding
 from pipeline.serve.failure import RequestFailure
 
 # Pieces of text, each of a token or a few, that may wait for a reader before its slot pauses.
@@ -89,18 +89,12 @@ class Job:
 
     Attributes:
         prompt_ids: at least one token, at most as many as a slot holds.
-        max_new_tokens: most tokens of the answer.
-        sampling: how to choose them.
-        seed: of this answer's own source of randomness; not negative.
-        stops: strings that end the answer.
+        decoding: how it is made; the model's own stop tokens end it, too.
         outbox: where the answer goes.
         is_cancelled: nobody waits for the answer any more; set through `Scheduler.cancel`.
     """
 
     prompt_ids: list[int]
-    max_new_tokens: int
-    sampling: Sampling
-    seed: int
-    stops: tuple[str, ...]
+    decoding: Decoding
     outbox: Outbox
     is_cancelled: bool = field(default=False, init=False)

@@ -19,7 +19,9 @@ import uvicorn
 
 from pipeline.errors import UsageError
 from pipeline.progress import note
-from pipeline.runtime.sessions.slots import SlotSession, open_slots
+from pipeline.runtime.drafting import PROMPT_LOOKUP
+from pipeline.runtime.sessions.session import SlotSession
+from pipeline.runtime.sessions.slots import open_slots
 from pipeline.runtime.tokenizer import load_tokenizer, stop_token_ids
 from pipeline.serve.app import Api, Limits
 from pipeline.serve.connection import LimitedConnection
@@ -47,7 +49,7 @@ class ServeRequest:
         queue: requests that may wait for a slot.
         prefill_chunk: most tokens of a prompt between two tokens of the other answers.
         reuse: whether prompts may go on from what a slot holds.
-        lookup: whether an answer that runs alone guesses tokens.
+        lookup: whether an answer that runs alone reads draft tokens, by prompt lookup.
         limits: what a client may ask for.
         keys: accepted API keys; none accepts everybody.
         grace_s: how long running answers may take after the signal to stop.
@@ -145,7 +147,7 @@ def running_server(request: ServeRequest, session: SlotSession) -> Iterator[Serv
         queue=request.queue,
         prefill_chunk=request.prefill_chunk,
         reuse=request.reuse,
-        lookup=request.lookup,
+        drafter=PROMPT_LOOKUP if request.lookup else None,
     )
     prompts = PromptReader(tokenizer, session.vocab_size, session.max_length)
     try:

@@ -13,7 +13,7 @@ import openai
 import pytest
 
 from pipeline.cli.main import main
-from pipeline.cli.serve import read_keys
+from pipeline.cli.serve import _read_keys
 from tests.support.tiny_decoder import save_tiny_folder
 
 
@@ -103,7 +103,7 @@ def test_keys_are_lines_and_there_must_be_one(
 ) -> None:
     path = tmp_path / "keys"
     path.write_text("one\n\n two \n", encoding="utf-8")
-    assert read_keys(path) == ("one", "two")
+    assert _read_keys(path) == ("one", "two")
     path.write_text("\n \n", encoding="utf-8")
     assert main(["serve", str(folder), "--api-key-file", str(path)]) == 2
     assert "holds no key" in capsys.readouterr().err

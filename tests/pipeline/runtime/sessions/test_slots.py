@@ -8,8 +8,10 @@ import pytest
 from pipeline.errors import InputError
 from pipeline.export.export import ExportRequest, export_folder
 from pipeline.runtime.generate import generate
+from pipeline.runtime.sequence import Decoding
 from pipeline.runtime.sessions.onnx_session import OnnxSession
-from pipeline.runtime.sessions.slots import SlotSession, SlotsOneByOne, open_slots
+from pipeline.runtime.sessions.session import SlotSession
+from pipeline.runtime.sessions.slots import SlotsOneByOne, open_slots
 from pipeline.runtime.sessions.torch_session import TorchSession
 from tests.support.tiny_decoder import (
     MAX_LENGTH,
@@ -117,7 +119,7 @@ def test_the_weights_are_held_once(exports: dict[str, Path]) -> None:
 
 def test_greedy_by_slots_equals_generate(slots: SlotSession, alone: TorchSession) -> None:
     prompt = [5, 6, 7, 8]
-    expected = list(generate(alone, prompt, 20))
+    expected = list(generate(alone, prompt, Decoding(20)))
     answer = [int(slots.prefill(2, np.array(prompt)).argmax())]
     while len(answer) < 20:
         answer.append(int(slots.decode([2], answer[-1:])[0].argmax()))
