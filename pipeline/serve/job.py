@@ -12,7 +12,7 @@ from pipeline.runtime.sequence import Decoding
 from pipeline.serve.failure import RequestFailure
 
 # Pieces of text, each of a token or a few, that may wait for a reader before its slot pauses.
-OUTBOX_PIECES = 64
+_OUTBOX_PIECES = 64
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Outbox:
         on_room: called, from the event loop, when a full box was emptied.
     """
 
-    def __init__(self, on_room: Callable[[], None], capacity: int = OUTBOX_PIECES) -> None:
+    def __init__(self, on_room: Callable[[], None], capacity: int = _OUTBOX_PIECES) -> None:
         self._loop = asyncio.get_running_loop()
         self._ready = asyncio.Event()
         self._on_room = on_room

@@ -21,7 +21,7 @@ from pipeline.runtime.sessions.checks import require_batch, require_room, requir
 from pipeline.runtime.sessions.onnx_session import Graph, open_graph, present_name, share_buffer
 
 # A long prompt goes in by parts: activations stay small, and so does the arena that keeps them.
-PREFILL_TOKENS = 128
+_PREFILL_TOKENS = 128
 # What one more token in a call of a few costs, as a share of a call of one: 0.14 to 0.29 for 4 and
 # 8 bits on two cores with AVX2 (benchmarks/cpu/lookup.py).
 _ROW_COST = 0.25
@@ -235,7 +235,7 @@ class CpuSession:
         bits should not depend on where a prompt was cut.
         """
         count = len(input_ids)
-        starts = [0, *(s for s in range(PREFILL_TOKENS, count, PREFILL_TOKENS) if s < count - 1)]
+        starts = [0, *(s for s in range(_PREFILL_TOKENS, count, _PREFILL_TOKENS) if s < count - 1)]
         parts = []
         for start, end in pairwise([*starts, count]):
             parts.append(self._run(row, input_ids[None, start:end], _LAST if last_only else _ALL))

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import tensorrt as trt
     import torch
 
-MODULES = {
+_MODULES = {
     "rtx": ("tensorrt_rtx", "tensorrt-rtx-cu13", "rtx"),
     "tensorrt": ("tensorrt", "tensorrt", "trt"),
 }
@@ -295,7 +295,7 @@ def _require_gpu(folder: Path) -> Gpu:
 
 def _load_library(flavour: str) -> Any:
     """The engine's TensorRT; raise MissingPackageError when it is not installed."""
-    module, package, extra = MODULES[flavour]
+    module, package, extra = _MODULES[flavour]
     try:
         return importlib.import_module(module)
     except ImportError as error:

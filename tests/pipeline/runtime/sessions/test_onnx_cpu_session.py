@@ -49,7 +49,7 @@ def test_a_prompt_read_by_parts_gives_the_same_logits(
     folder: Path, session: CpuSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = session.forward(IDS)
-    monkeypatch.setattr(cpu_session, "PREFILL_TOKENS", 7)
+    monkeypatch.setattr(cpu_session, "_PREFILL_TOKENS", 7)
     session.reset()
     close(session.forward(IDS), whole)
     session.reset()
@@ -109,7 +109,7 @@ def test_with_rounded_weights_no_bit_depends_on_where_a_prompt_was_cut(
 ) -> None:
     session = CpuSession(rounded, threads=2)
     whole = session.forward(IDS[:1, :count])
-    monkeypatch.setattr(cpu_session, "PREFILL_TOKENS", 8)
+    monkeypatch.setattr(cpu_session, "_PREFILL_TOKENS", 8)
     session.reset()
     np.testing.assert_array_equal(session.forward(IDS[:1, :count]), whole)
     session.reset()

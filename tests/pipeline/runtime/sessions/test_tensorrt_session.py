@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from pipeline.engine.build import build_engine
-from pipeline.engine.profiles import Limits, make_profiles
 from pipeline.engine.target import find_gpu, resolve_target
 from pipeline.errors import InputError
 from pipeline.runtime.sessions.onnx_session import OnnxSession
+from pipeline.runtime.sessions.slots import SlotsOneByOne
 from pipeline.runtime.sessions.tensorrt_session import (
     TensorRTSession,
     _load_engine_plugin,
@@ -17,14 +17,8 @@ from pipeline.runtime.sessions.tensorrt_session import (
     _require_rows,
     _split_call,
 )
+from tests.support.fake_tensorrt import PROFILES, fake_engine
 from tests.support.tiny_graph import write_export
-
-INPUTS: dict[str, tuple[int | None, ...]] = {
-    "input_ids": (None, None),
-    "attention_mask": (None, None),
-    "past_key_values.0.key": (None, 3, 512, 64),
-}
-PROFILES = make_profiles(INPUTS, Limits(2, 256, 512))
 
 
 def shapes(rows: int, count: int, total: int) -> dict[str, tuple[int, ...]]:
@@ -71,6 +65,26 @@ def test_an_engine_with_a_plugin_refuses_another_library(tmp_path: Path) -> None
     (tmp_path / "libskip.so").write_bytes(b"another build")
     with pytest.raises(InputError, match="plugin library"):
         _load_engine_plugin(None, manifest, None, tmp_path)
+
+
+def test_slots_of_one_engine_have_contexts_profiles_and_caches_of_their_own(tmp_path: Path) -> None:
+    opened, engine = fake_engine()
+    slots = SlotsOneByOne(TensorRTSession(tmp_path, engine=opened), 3)
+    prompt = np.ones(5, np.int64)
+    for _ in range(2):  # prompts of some between tokens of the others
+        slots.prefill(0, prompt)
+        slots.decode([0], [1])
+        slots.prefill(1, prompt)
+        slots.decode([0, 1], [1, 1])
+        slots.prefill(2, prompt)
+        slots.decode([1, 0], [1, 1])
+    assert len(engine.contexts) == slots.slots
+    for context in engine.contexts:
+        for profile, (rows, count), _ in context.runs:
+            assert profile == _pick_profile(PROFILES, shapes(rows, count, 5))
+    caches = [{cache for _, _, cache in context.runs} for context in engine.contexts]
+    assert len(set.union(*caches)) == sum(map(len, caches)) == slots.slots
+    assert [slots.slot_length(slot) for slot in range(3)] == [16, 14, 10]
 
 
 @pytest.mark.gpu
