@@ -1,4 +1,4 @@
-"""Decoding with guesses out of the text against decoding without, in turns in one process.
+"""Decoding with draft tokens out of the text against decoding without, in turns in one process.
 
     python benchmarks/cpu/lookup.py cpu-offset cpu-int8 --text ../shared/data/wikitext2_test.txt \
         --questions ../shared/data/arc_easy_test.jsonl

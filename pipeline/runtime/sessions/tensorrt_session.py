@@ -104,15 +104,9 @@ class TensorRTSession:
     """A TensorRT or TensorRT for RTX engine.
 
     Args:
-        folder: what `skipcat engine` wrote.
-        onnx_folder: when given, the engine must have been built from it.
-        plugin: the block-skip library, for an engine that was built with it.
+        folder, onnx_folder, plugin: as `open_engine` takes them; it raises what that raises.
         name: what the ledger calls this backend; None makes one out of flavour and version.
         engine: the same folder's, where another session has opened it; None opens it.
-
-    Raises:
-        InputError: no GPU here, or the engine is not for this GPU, library, plugin or ONNX folder.
-        MissingPackageError: torch with CUDA, or the engine's TensorRT, is not installed.
     """
 
     row_cost: float | None = None

@@ -126,3 +126,11 @@ def test_another_drafter_is_a_row_of_the_table(monkeypatch: pytest.MonkeyPatch) 
     found = LanguageModel.open(folder, drafter="parrot").generate("abc", Decoding(30))
     assert found.text == expected.text
     assert found.drafted_tokens == made[0].drafted > 0
+
+
+def test_special_tokens_are_part_of_the_ids_and_not_of_the_text() -> None:
+    tokenizer = byte_tokenizer()
+    answer = RunningAnswer([1], Decoding(3), 100, tokenizer)
+    ids = [*tokenizer.encode("a"), int(tokenizer.eos_token_id), *tokenizer.encode("b")]
+    answer.take(rows(ids), ids[:2])
+    assert (answer.ids, answer.text) == (ids, "ab")
