@@ -17,8 +17,8 @@ import numpy as np
 from pipeline.calibrate.text import TokenBatch, load_tokens
 from pipeline.errors import InputError, MissingPackageError, UsageError
 from pipeline.provenance import provenance
-from pipeline.runtime.answer import answer
-from pipeline.runtime.sampling import GREEDY
+from pipeline.runtime.generate import answer
+from pipeline.runtime.sequence import Decoding
 from pipeline.runtime.tokenizer import chat_prompt_ids
 from validate.metrics import log_perplexity_change, perplexity_with_error, standard_error
 from validate.opened_model import Subject, open_subject
@@ -276,18 +276,8 @@ def _measure_tasks(
 
 def _measure_answer(request: EvaluateRequest, subject: Subject, prompt: str) -> dict[str, Any]:
     """The greedy answer to a prompt."""
-    if request.raw:
-        ids = subject.tokenizer.encode(prompt)
-    else:
-        ids = chat_prompt_ids(subject.tokenizer, [{"role": "user", "content": prompt}])
-    result = answer(
-        subject.session,
-        subject.tokenizer,
-        ids,
-        max_new_tokens=request.max_new_tokens,
-        sampling=GREEDY,
-        stop_ids=subject.stop_ids,
-        generator=np.random.default_rng(0),
-        emit=lambda text: None,
-    )
+    messages = [{"role": "user", "content": prompt}]
+    ids = chat_prompt_ids(subject.tokenizer, messages, request.raw)
+    decoding = Decoding(request.max_new_tokens, stop_ids=subject.stop_ids)
+    result = answer(subject.session, subject.tokenizer, ids, decoding)
     return {"prompt": prompt, "raw": request.raw, **result.to_json()}

@@ -24,6 +24,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from pipeline.errors import InputError
 from pipeline.progress import track
 from pipeline.runtime.generate import generate
+from pipeline.runtime.sequence import Decoding
 from pipeline.runtime.sessions.session import RepeatingSession, Session
 from validate.metrics import nll_per_token
 from validate.quality import CHUNK_TOKENS
@@ -192,7 +193,8 @@ class SessionLM(TemplateLM):
         self.truncated += len(prompt) > room
         ids: list[int] = []
         text = ""
-        for token in generate(self.session, prompt[-room:], new_tokens, stop_ids=self.stop_ids):
+        decoding = Decoding(new_tokens, stop_ids=self.stop_ids)
+        for token in generate(self.session, prompt[-room:], decoding):
             ids.append(token)
             # All of it every time: the characters of a piece depend on those around it.
             text = self.tokenizer.decode(ids, skip_special_tokens=True)

@@ -5,15 +5,12 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pipeline.child_process import answers_on_stdout
-
-_Feed = Callable[[list[int]], np.ndarray]
 
 
 class _Ours:
@@ -24,13 +21,20 @@ class _Ours:
 
         self.session = open_session(Path(folder), threads=threads)
 
-    def reset(self, length: int) -> None:
-        self.session.reset()
+    def generate(self, ids: list[int], new: int, lookup: bool) -> dict[str, Any]:
+        """Read a prompt and answer greedily, as `skipcat run` does; seconds of every token."""
+        from pipeline.runtime.drafting import PROMPT_LOOKUP, make_drafter
+        from pipeline.runtime.generate import generate
+        from pipeline.runtime.sequence import Decoding
 
-    def feed(self, ids: list[int]) -> int:
-        """Append tokens; the likeliest next one."""
-        logits = self.session.forward(np.array([ids], np.int64), last_only=True)
-        return int(logits[0, -1].argmax())
+        drafter = make_drafter(self.session, PROMPT_LOOKUP if lookup else None)
+        tokens, times = [], [time.perf_counter()]
+        for token in generate(self.session, ids, Decoding(new + 1), drafter):
+            times.append(time.perf_counter())
+            tokens.append(token)
+        seconds = np.diff(times).tolist()
+        taken = {"drafted": drafter.drafted, "taken": drafter.taken} if drafter else {}
+        return {"prefill_s": seconds[0], "token_s": seconds[1:], "tokens": tokens, **taken}
 
     def logits(self, ids: list[int]) -> np.ndarray:
         """Of every token, [S, V]."""
@@ -50,58 +54,29 @@ class _Genai:
         config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
         self.model = onnxruntime_genai.Model(config)
 
-    def reset(self, length: int) -> None:
-        parameters = self.library.GeneratorParams(self.model)
-        parameters.set_search_options(do_sample=False, max_length=length, min_length=length)
-        self.generator = self.library.Generator(self.model, parameters)
-        self.first = True
-
-    def feed(self, ids: list[int]) -> int:
-        """Append tokens; the likeliest next one. It appends that one by itself."""
-        if self.first:
-            self.generator.append_tokens(ids)
-            self.first = False
-        self.generator.generate_next_token()
-        return int(self.generator.get_next_tokens()[0])
+    def generate(self, ids: list[int], new: int, lookup: bool) -> dict[str, Any]:
+        """Read a prompt and answer greedily; seconds of every token."""
+        assert not lookup, "this engine drafts no tokens"
+        self._reset(len(ids) + new + 1)
+        tokens, times = [], [time.perf_counter()]
+        self.generator.append_tokens(ids)
+        for _ in range(new + 1):
+            self.generator.generate_next_token()
+            tokens.append(int(self.generator.get_next_tokens()[0]))
+            times.append(time.perf_counter())
+        seconds = np.diff(times).tolist()
+        return {"prefill_s": seconds[0], "token_s": seconds[1:], "tokens": tokens}
 
     def logits(self, ids: list[int]) -> np.ndarray:
         """Of every token, [S, V]."""
-        self.reset(len(ids) + 1)
+        self._reset(len(ids) + 1)
         self.generator.append_tokens(ids)
         return np.asarray(self.generator.get_output("logits"))[0]
 
-
-def _generate(engine: _Ours | _Genai, ids: list[int], new: int, lookup: bool) -> dict[str, Any]:
-    """Read a prompt and generate greedily; seconds of both."""
-    if lookup:
-        assert isinstance(engine, _Ours)
-        return _generate_by_lookup(engine.session, ids, new)
-    engine.reset(len(ids) + new + 1)
-    started = time.perf_counter()
-    token = engine.feed(ids)
-    prefill_s = time.perf_counter() - started
-    token_s, tokens = [], [token]
-    for _ in range(new):
-        started = time.perf_counter()
-        token = engine.feed([token])
-        token_s.append(time.perf_counter() - started)
-        tokens.append(token)
-    return {"prefill_s": prefill_s, "token_s": token_s, "tokens": tokens}
-
-
-def _generate_by_lookup(session: Any, ids: list[int], new: int) -> dict[str, Any]:
-    """The same, by prompt lookup, as `skipcat run` does it."""
-    from pipeline.runtime.drafting import Lookup
-    from pipeline.runtime.generate import generate as generated
-
-    lookup = Lookup(session.row_cost)
-    tokens, times = [], [time.perf_counter()]
-    for token in generated(session, ids, new + 1, lookup=lookup):
-        times.append(time.perf_counter())
-        tokens.append(token)
-    seconds = np.diff(times).tolist()
-    taken = {"drafted": lookup.drafted, "taken": lookup.taken}
-    return {"prefill_s": seconds[0], "token_s": seconds[1:], "tokens": tokens, **taken}
+    def _reset(self, length: int) -> None:
+        parameters = self.library.GeneratorParams(self.model)
+        parameters.set_search_options(do_sample=False, max_length=length, min_length=length)
+        self.generator = self.library.Generator(self.model, parameters)
 
 
 def _score(engine: _Ours | _Genai, ids: list[int]) -> dict[str, float]:
@@ -116,14 +91,13 @@ def _score(engine: _Ours | _Genai, ids: list[int]) -> dict[str, float]:
 def main() -> None:
     tell = answers_on_stdout()
     kind, folder, threads = sys.argv[1:4]
-    engine = (_Ours if kind == "ours" else _Genai)(folder, int(threads))
+    engine: _Ours | _Genai = (_Ours if kind == "ours" else _Genai)(folder, int(threads))
     tell({"ready": True})
     for line in sys.stdin:
         request = json.loads(line)
         if request["do"] == "generate":
-            answer: dict[str, Any] = _generate(
-                engine, request["ids"], request["new"], request.get("lookup", False)
-            )
+            how = request["ids"], request["new"], request.get("lookup", False)
+            answer: dict[str, Any] = engine.generate(*how)
         else:
             answer = _score(engine, request["ids"])
         tell(answer)

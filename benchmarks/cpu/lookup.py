@@ -29,11 +29,12 @@ from pipeline.artefact import write_json
 from pipeline.bench.measure import describe_machine, load_average
 from pipeline.progress import note, result_console
 from pipeline.provenance import provenance
-from pipeline.runtime.drafting import Lookup
+from pipeline.runtime.drafting import PROMPT_LOOKUP, make_drafter
 from pipeline.runtime.generate import generate
 from pipeline.runtime.prefix_cache import common_length
+from pipeline.runtime.sequence import Decoding
 from pipeline.runtime.sessions.open_session import open_session
-from pipeline.runtime.sessions.session import BlockSession
+from pipeline.runtime.sessions.session import Session
 from pipeline.runtime.tokenizer import chat_prompt_ids, load_tokenizer, stop_token_ids
 
 _SCHEMA = 1
@@ -94,7 +95,7 @@ def _measure(
 ) -> dict[str, Any]:
     """Both ways over all prompts of one folder."""
     session = open_session(folder, threads=threads)
-    if not isinstance(session, BlockSession):
+    if session.row_cost is None:
         raise click.ClickException(f"{folder} is no export of the profile cpu")
     stop_ids = stop_token_ids(load_tokenizer(folder), folder)
     kinds = {}
@@ -130,19 +131,19 @@ def _make_prompts(folder: Path, text: Path, questions: Path) -> dict[str, list[l
 
 
 def _one_turn(
-    session: BlockSession, prompt: list[int], new_tokens: int, stop_ids: frozenset[int], way: bool
+    session: Session, prompt: list[int], new_tokens: int, stop_ids: frozenset[int], way: bool
 ) -> dict[str, Any]:
     """One greedy answer: its tokens, and the seconds of all after the first."""
-    lookup = Lookup(session.row_cost) if way else None
+    drafter = make_drafter(session, PROMPT_LOOKUP if way else None)
     tokens, times = [], []
-    for token in generate(session, prompt, new_tokens, stop_ids=stop_ids, lookup=lookup):
+    for token in generate(session, prompt, Decoding(new_tokens, stop_ids=stop_ids), drafter):
         times.append(time.perf_counter())
         tokens.append(token)
     return {
         "tokens": tokens,
         "seconds": times[-1] - times[0] if times else 0.0,
-        "drafted": lookup.drafted if lookup else 0,
-        "taken": lookup.taken if lookup else 0,
+        "drafted": drafter.drafted if drafter else 0,
+        "taken": drafter.taken if drafter else 0,
     }
 
 
@@ -176,7 +177,7 @@ def _summary(pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, An
     }
 
 
-def _row_costs(session: BlockSession) -> dict[str, float]:
+def _row_costs(session: Session) -> dict[str, float]:
     """What each further row of a call costs, as a share of a call of one: rows -> share."""
     ids = np.arange(ROW_CONTEXT + max(_ROWS))[None] % session.vocab_size
     session.reset()

@@ -24,17 +24,29 @@ class RecordedSession:
     def __init__(self, session: Session, folder: Path) -> None:
         self.session, self.folder, self.name = session, folder, session.name
         self.vocab_size, self.max_length = session.vocab_size, session.max_length
-        self._digest = hashlib.sha256()
-        self._unread: list[np.ndarray] = []
+        self.row_cost: float | None = None
         folder.mkdir(parents=True, exist_ok=True)
+        self.reset()
 
     def reset(self) -> None:
         """Forget the sequence."""
         self.session.reset()
-        self._digest, self._unread = hashlib.sha256(), []
+        self.length = 0
+        self._digest = hashlib.sha256()
+        self._unread: list[np.ndarray] = []
+
+    def rewind(self, length: int) -> None:
+        """Forget all: the record goes by whole sequences."""
+        if length < self.length:
+            self.reset()
+
+    def sibling(self) -> RecordedSession:
+        """A session over the same model and the same record."""
+        return RecordedSession(self.session.sibling(), self.folder)
 
     def forward(self, input_ids: np.ndarray, last_only: bool = False) -> np.ndarray:
         """Logits of the next tokens of the one sequence; as `Session.forward`."""
+        self.length += input_ids.shape[1]
         self._digest.update(input_ids.astype("<i8").tobytes())
         path = self.folder / f"{self._digest.hexdigest()}.npy"
         self._unread.append(input_ids)

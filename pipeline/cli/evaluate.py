@@ -12,30 +12,30 @@ from pipeline.artefact import refuse_existing, write_json
 from pipeline.cli import options
 from pipeline.runtime.sessions.open_session import BACKENDS
 
-positive = click.IntRange(min=1)
+_positive = click.IntRange(min=1)
 
-task_options = options.apply(
+_task_options = options.apply(
     click.option(
         "--tasks",
         multiple=True,
         help="Names of lm-evaluation-harness tasks, or .jsonl files of multiple-choice questions; "
         "comma separated, repeatable.",
     ),
-    click.option("--limit", type=positive, help="Only the first questions of each task."),
+    click.option("--limit", type=_positive, help="Only the first questions of each task."),
     click.option("--num-fewshot", type=click.IntRange(min=0), help="[the task's own]"),
     click.option(
         "--batch-size",
         "max_rows",
-        type=positive,
+        type=_positive,
         default=4,
         show_default=True,
         help="Rows of a task that run at once.",
     ),
 )
-text_options = options.apply(
+_text_options = options.apply(
     click.option("--text", type=click.Path(path_type=Path), help="UTF-8 file, for perplexity."),
     click.option(
-        "--windows", type=positive, default=10, show_default=True, help="Windows of --text."
+        "--windows", type=_positive, default=10, show_default=True, help="Windows of --text."
     ),
     click.option(
         "--window-length",
@@ -46,11 +46,11 @@ text_options = options.apply(
     ),
     click.option("--reference", help="Also KL to this model and top-1 agreement, over --text."),
 )
-prompt_options = options.apply(
+_prompt_options = options.apply(
     click.option("-p", "--prompt", "prompts", multiple=True, help="Show the answer; repeatable."),
     click.option("--raw", is_flag=True, help="Give prompts as they are, without chat template."),
     click.option(
-        "--max-new-tokens", type=positive, default=64, show_default=True, help="Of each answer."
+        "--max-new-tokens", type=_positive, default=64, show_default=True, help="Of each answer."
     ),
 )
 
@@ -64,10 +64,10 @@ prompt_options = options.apply(
     show_default=True,
     help="What runs it; auto: what the folder is for.",
 )
-@click.option("--threads", type=positive, help="Threads of ONNX Runtime.")
-@task_options
-@text_options
-@prompt_options
+@click.option("--threads", type=_positive, help="Threads of ONNX Runtime.")
+@_task_options
+@_text_options
+@_prompt_options
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="JSON file to write.")
 @options.overwrite
 @options.trust_remote_code
@@ -90,24 +90,24 @@ def command(
     from pipeline.progress import note
     from validate.evaluate import EvaluateRequest, evaluate
 
-    record = evaluate(EvaluateRequest(tasks=split_names(tasks), **settings), note)
+    record = evaluate(EvaluateRequest(tasks=_split_names(tasks), **settings), note)
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         write_json(output, record)
     if as_json:
         click.echo(json.dumps(record, indent=2))
     else:
-        show(record)
+        _show(record)
     if output is not None:
         note(f"wrote {output}")
 
 
-def split_names(values: tuple[str, ...]) -> tuple[str, ...]:
+def _split_names(values: tuple[str, ...]) -> tuple[str, ...]:
     """`("a,b", "c")` -> `("a", "b", "c")`."""
     return tuple(name.strip() for value in values for name in value.split(",") if name.strip())
 
 
-def show(record: dict[str, Any]) -> None:
+def _show(record: dict[str, Any]) -> None:
     """The numbers as a table on stdout, and below it the answers."""
     from rich.markup import escape
     from rich.table import Table
@@ -115,7 +115,7 @@ def show(record: dict[str, Any]) -> None:
     from pipeline.progress import result_console
 
     console = result_console()
-    rows = score_rows(record)
+    rows = _score_rows(record)
     if rows:
         table = Table(title=escape(f"{record['model']}, {record['backend']}"))
         table.add_column("measured")
@@ -131,33 +131,33 @@ def show(record: dict[str, Any]) -> None:
             console.print(f"[cut after {answer['new_tokens']} tokens]", markup=False)
 
 
-def score_rows(record: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+def _score_rows(record: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     """What was measured, value, standard error, and over how much of what."""
     rows = []
     for score in (record["tasks"] or {"scores": []})["scores"]:
         count = "" if score["samples"] is None else f"{score['samples']} questions"
-        rows.append((f"{score['task']}, {score['metric']}", *cells(score, "{:.4f}"), count))
+        rows.append((f"{score['task']}, {score['metric']}", *_cells(score, "{:.4f}"), count))
     if record["perplexity"]:
         over = f"{record['settings']['windows']} x {record['settings']['window_length']} tokens"
-        rows.append(("perplexity", *cells(record["perplexity"], "{:.3f}"), over))
-        rows += [(*row, over) for row in closeness_rows(record["reference"])]
+        rows.append(("perplexity", *_cells(record["perplexity"], "{:.3f}"), over))
+        rows += [(*row, over) for row in _closeness_rows(record["reference"])]
     return rows
 
 
-def closeness_rows(reference: dict[str, Any] | None) -> list[tuple[str, str, str]]:
+def _closeness_rows(reference: dict[str, Any] | None) -> list[tuple[str, str, str]]:
     """What was measured against the reference."""
     if reference is None:
         return []
     name = reference["model"]
     return [
-        (f"perplexity of {name}", *cells(reference["perplexity"], "{:.3f}")),
-        ("change of log-perplexity", *cells(reference["log_perplexity_change"], "{:+.4f}")),
-        (f"KL to {name}, nats per token", *cells(reference["kl"], "{:.4f}")),
-        (f"top-1 agreement with {name}", *cells(reference["top1"], "{:.2%}")),
+        (f"perplexity of {name}", *_cells(reference["perplexity"], "{:.3f}")),
+        ("change of log-perplexity", *_cells(reference["log_perplexity_change"], "{:+.4f}")),
+        (f"KL to {name}, nats per token", *_cells(reference["kl"], "{:.4f}")),
+        (f"top-1 agreement with {name}", *_cells(reference["top1"], "{:.2%}")),
     ]
 
 
-def cells(entry: dict[str, Any], form: str) -> tuple[str, str]:
+def _cells(entry: dict[str, Any], form: str) -> tuple[str, str]:
     """A value and its standard error as text."""
     error = entry["standard_error"]
     unsigned = form.replace("+", "")

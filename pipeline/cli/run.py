@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +17,14 @@ from pipeline.errors import UsageError
 from pipeline.runtime.sessions.open_session import BACKENDS, DEVICES
 
 if TYPE_CHECKING:
-    from pipeline.runtime.answer import Answer
+    from pipeline.runtime.generate import Answer
     from pipeline.runtime.language_model import LanguageModel
 
-Ask = Callable[[list[int], Callable[[str], None]], "Answer"]
+_Messages = list[dict[str, str]]
+# Messages and where the text goes -> the answer.
+_Ask = Callable[[_Messages, Callable[[str], None]], "Answer"]
 
-sampling_options = options.apply(
+_sampling_options = options.apply(
     click.option(
         "--max-new-tokens",
         type=click.IntRange(min=1),
@@ -51,28 +53,6 @@ sampling_options = options.apply(
     options.seed,
     heading="Sampling",
 )
-
-
-@dataclass(frozen=True)
-class Chat:
-    """A model, and how it is asked."""
-
-    model: LanguageModel
-    ask: Ask
-    system: str | None
-    raw: bool
-
-    def prompt_ids(self, messages: list[dict[str, str]]) -> list[int]:
-        """Ids of the conversation, or of the last message alone when raw."""
-        from pipeline.runtime.tokenizer import chat_prompt_ids
-
-        if self.raw:
-            return self.model.tokenizer.encode(messages[-1]["content"])
-        return chat_prompt_ids(self.model.tokenizer, self.opening() + messages)
-
-    def opening(self) -> list[dict[str, str]]:
-        """The system message, if there is one."""
-        return [{"role": "system", "content": self.system}] if self.system else []
 
 
 @click.command("run", cls=options.GroupedCommand)
@@ -112,9 +92,10 @@ class Chat:
     "--lookup/--no-lookup",
     default=True,
     show_default=True,
-    help="Guess tokens out of the conversation, and check several in one call (profile cpu).",
+    help="Prompt-lookup (speculative) decoding: several draft tokens out of the conversation are "
+    "checked in one call (profile cpu).",
 )
-@sampling_options
+@_sampling_options
 @options.json_output
 def command(
     folder: Path,
@@ -146,46 +127,39 @@ def command(
     """  # noqa: D301 - click reads the escape
     import numpy as np
 
+    from pipeline.runtime.drafting import PROMPT_LOOKUP
+    from pipeline.runtime.language_model import LanguageModel
     from pipeline.runtime.sampling import Sampling
+    from pipeline.runtime.sequence import Decoding
 
-    how = Sampling(**sampling)
+    decoding = Decoding(max_new_tokens, Sampling(**sampling), stops=stops, seed=seed)
+    opening = [{"role": "system", "content": system}] if system else []
     if prompts is not None:
         if prompt is not None or device != "cpu":
             raise UsageError("--prompts goes with neither --prompt nor --device cuda.")
-        require_sensible(raw, system, False)
-        opening = [{"role": "system", "content": system}] if system else []
-        answer_all(
-            folder,
-            [opening + messages for messages in read_prompts(prompts)],
-            raw=raw,
-            backend=backend,
-            threads=threads,
-            batch_size=batch_size,
-            max_new_tokens=max_new_tokens,
-            sampling=how,
-            stops=stops,
-            seed=seed,
-            as_json=as_json,
-        )
+        _require_sensible(raw, system, False)
+        conversations = [opening + messages for messages in read_prompts(prompts)]
+        answer_all(folder, conversations, decoding, raw, backend, threads, batch_size, as_json)
         return
     converse = prompt is None and sys.stdin.isatty()
-    require_sensible(raw, system, converse and as_json)
+    _require_sensible(raw, system, converse and as_json)
     if prompt is None and not converse:
         prompt = sys.stdin.read()
-    generator = np.random.default_rng(seed)
-    model = open_model(folder, backend, threads, device, lookup)
+    # All answers of a conversation draw from one source.
+    decoding = replace(decoding, seed=np.random.default_rng(seed))
+    drafter = PROMPT_LOOKUP if lookup else None
+    model = LanguageModel.open(folder, backend, threads, device, drafter)
 
-    def ask(prompt_ids: list[int], emit: Callable[[str], None]) -> Answer:
-        return model.generate(prompt_ids, max_new_tokens, how, stops, generator, emit)
+    def ask(messages: _Messages, emit: Callable[[str], None]) -> Answer:
+        return model.chat(opening + messages, decoding, emit, raw)
 
-    chat = Chat(model, ask, system, raw)
     if prompt is None:
-        hold_conversation(chat)
+        _hold_conversation(model, ask)
     else:
-        answer_once(chat, prompt, as_json)
+        _answer_once(model, ask, prompt, as_json)
 
 
-def require_sensible(raw: bool, system: str | None, conversation_as_json: bool) -> None:
+def _require_sensible(raw: bool, system: str | None, conversation_as_json: bool) -> None:
     """Raise UsageError for flags that contradict each other."""
     if raw and system:
         raise UsageError("--system needs the chat template, which --raw leaves out.")
@@ -193,31 +167,22 @@ def require_sensible(raw: bool, system: str | None, conversation_as_json: bool) 
         raise UsageError("--json answers one prompt.", change="pass -p, or a prompt on stdin")
 
 
-def open_model(
-    folder: Path, backend: str, threads: int | None, device: str = "cpu", lookup: bool = True
-) -> LanguageModel:
-    """Load tokenizer and session of `folder`."""
-    from pipeline.runtime.language_model import LanguageModel
-
-    return LanguageModel.open(folder, backend, threads, device, lookup)
-
-
-def answer_once(chat: Chat, prompt: str, as_json: bool) -> None:
+def _answer_once(model: LanguageModel, ask: _Ask, prompt: str, as_json: bool) -> None:
     """Answer one prompt: the text as it comes, or everything as JSON at the end."""
-    prompt_ids = chat.prompt_ids([{"role": "user", "content": prompt}])
+    messages = [{"role": "user", "content": prompt}]
     if as_json:
-        result = chat.ask(prompt_ids, lambda text: None)
-        click.echo(json.dumps({"schema": 1, "backend": chat.model.name, **result.to_json()}))
+        result = ask(messages, lambda text: None)
+        click.echo(json.dumps({"schema": 1, "backend": model.name, **result.to_json()}))
         return
-    result = chat.ask(prompt_ids, write_text)
+    result = ask(messages, _write_text)
     click.echo()
-    report(chat, result)
+    _report(model, result)
 
 
-def hold_conversation(chat: Chat) -> None:
+def _hold_conversation(model: LanguageModel, ask: _Ask) -> None:
     """Ask and answer until end of input."""
-    click.echo(f"{chat.model.name}; end with Ctrl-D", err=True)
-    messages: list[dict[str, str]] = []
+    click.echo(f"{model.name}; end with Ctrl-D", err=True)
+    messages: _Messages = []
     while True:
         click.echo("> ", nl=False, err=True)
         line = sys.stdin.readline()
@@ -227,29 +192,29 @@ def hold_conversation(chat: Chat) -> None:
         if not line.strip():
             continue
         messages.append({"role": "user", "content": line.strip()})
-        result = chat.ask(chat.prompt_ids(messages), write_text)
+        result = ask(messages, _write_text)
         click.echo()
         messages.append({"role": "assistant", "content": result.text})
-        report(chat, result)
+        _report(model, result)
 
 
-def write_text(text: str) -> None:
+def _write_text(text: str) -> None:
     """Put a piece of the answer on stdout at once."""
     sys.stdout.write(text)
     sys.stdout.flush()
 
 
-def report(chat: Chat, result: Answer) -> None:
+def _report(model: LanguageModel, result: Answer) -> None:
     """Say on stderr how fast it was, and if the answer was cut short."""
     rate = "" if result.tokens_per_s is None else f", {result.tokens_per_s:.1f} tokens/s"
     if result.drafted_tokens:
-        rate += f", {result.taken_tokens} of {result.drafted_tokens} guessed tokens taken"
+        rate += f", {result.taken_tokens} of {result.drafted_tokens} draft tokens accepted"
     click.echo(
-        f"[{chat.model.name}: {result.prompt_tokens} + {result.new_tokens} tokens, "
+        f"[{model.name}: {result.prompt_tokens} + {result.new_tokens} tokens, "
         f"first after {result.first_token_s:.2f} s{rate}]",
         err=True,
     )
     if result.ended == "length":
         click.echo("[cut at --max-new-tokens]", err=True)
     if result.ended == "context":
-        click.echo(f"[the cache of {chat.model.max_length} tokens is full]", err=True)
+        click.echo(f"[the cache of {model.max_length} tokens is full]", err=True)

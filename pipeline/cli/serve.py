@@ -12,11 +12,11 @@ from pipeline.cli import options
 from pipeline.errors import MissingPackageError, UsageError
 from pipeline.runtime.sessions.open_session import BACKENDS
 
-PACKAGES = ("starlette", "uvicorn", "pydantic")
-positive = click.IntRange(min=1)
-seconds = click.FloatRange(min=0, min_open=True)
+_PACKAGES = ("starlette", "uvicorn", "pydantic")
+_positive = click.IntRange(min=1)
+_seconds = click.FloatRange(min=0, min_open=True)
 
-address_options = options.apply(
+_address_options = options.apply(
     click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at."),
     click.option(
         "--port",
@@ -33,10 +33,10 @@ address_options = options.apply(
     click.option("--model-name", help="What clients call the model.  [the folder's name]"),
     heading="Address",
 )
-load_options = options.apply(
+_load_options = options.apply(
     click.option(
         "--slots",
-        type=positive,
+        type=_positive,
         default=4,
         show_default=True,
         help="Requests answered together; each has a cache of its own.",
@@ -50,7 +50,7 @@ load_options = options.apply(
     ),
     click.option(
         "--prefill-chunk",
-        type=positive,
+        type=_positive,
         default=64,
         show_default=True,
         help="Tokens of a prompt read between two tokens of the other answers.",
@@ -66,25 +66,25 @@ load_options = options.apply(
         "--lookup/--no-lookup",
         default=False,
         show_default=True,
-        help="Guess tokens of an answer that runs alone, several in one call (profile cpu). "
-        "Near-ties may then turn with who else asks.",
+        help="Prompt-lookup (speculative) decoding of an answer that runs alone (profile cpu). "
+        "Near-ties may then turn with the other requests in the batch.",
     ),
     heading="Requests side by side",
 )
-limit_options = options.apply(
+_limit_options = options.apply(
     click.option(
-        "--max-new-tokens", type=positive, help="Most tokens of one answer.  [the context's]"
+        "--max-new-tokens", type=_positive, help="Most tokens of one answer.  [the context's]"
     ),
     click.option(
         "--max-body-bytes",
-        type=positive,
+        type=_positive,
         default=1 << 20,
         show_default=True,
         help="Longest request; a longer one gets a 413.",
     ),
     click.option(
         "--client-timeout-s",
-        type=seconds,
+        type=_seconds,
         default=30.0,
         show_default=True,
         help="Longest a client may take to send, to read, or between requests.",
@@ -109,10 +109,10 @@ limit_options = options.apply(
     show_default=True,
     help="What runs it; auto: what the folder is for.",
 )
-@click.option("--threads", type=positive, help="Threads of ONNX Runtime.")
-@address_options
-@load_options
-@limit_options
+@click.option("--threads", type=_positive, help="Threads of ONNX Runtime.")
+@_address_options
+@_load_options
+@_limit_options
 def command(
     folder: Path,
     api_key_file: Path | None,
@@ -130,23 +130,23 @@ def command(
       skipcat serve build/onnx
       curl http://127.0.0.1:8000/v1/models
     """  # noqa: D301 - click reads the escape
-    require_packages()
+    _require_packages()
     from pipeline.serve.app import Limits
     from pipeline.serve.server import ServeRequest, serve
 
-    keys = read_keys(api_key_file) if api_key_file else ()
+    keys = _read_keys(api_key_file) if api_key_file else ()
     limits = Limits(max_body_bytes, max_new_tokens, client_timeout_s)
     return serve(ServeRequest(folder=folder, keys=keys, limits=limits, **settings))
 
 
-def require_packages() -> None:
+def _require_packages() -> None:
     """Raise MissingPackageError when a package of the extra `serve` is not installed."""
-    for package in PACKAGES:
+    for package in _PACKAGES:
         if importlib.util.find_spec(package) is None:
             raise MissingPackageError(package, "serve", "serve a model")
 
 
-def read_keys(path: Path) -> tuple[str, ...]:
+def _read_keys(path: Path) -> tuple[str, ...]:
     """The keys of a file, one a line.
 
     Raises:

@@ -1,36 +1,62 @@
-"""Drafts of the next tokens, looked up in what was read and written so far: no model, only ids.
+"""Speculative decoding: draft tokens that the model checks several of in one call.
 
-What follows the last few tokens is guessed to be what followed them when they last occurred (prompt
-lookup, Saxena 2023; LLMA, Yang et al. 2023). The model then reads the guesses in the same call as
-its last token, and every guess is kept only where the model would have chosen it. Nothing here
-decides what is said; it decides how many tokens one call may give.
+The model reads draft tokens beside its last token, and each is kept only where the model would have
+chosen it. A drafter decides not what is said, but how many tokens one call may give.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from pipeline.runtime.prefix_cache import common_length
+from pipeline.runtime.sessions.session import Session, SlotSession
 
-# So many of the last tokens have to agree. One alone agrees too often to mean anything.
-SHORTEST, LONGEST = 2, 4
-MOST_DRAFTED = 12
+# Prompt lookup: so many of the last tokens have to agree. One alone agrees too often to mean
+# anything.
+_SHORTEST, _LONGEST = 2, 4
+_MOST_DRAFTED = 12
 # What was seen counts 0.9 times as much after every further draft: text changes its kind.
-MEMORY = 0.9
+_MEMORY = 0.9
 
 
-class Lookup:
-    """Guesses for one sequence, as many as pay.
+class Drafter(Protocol):
+    """Proposes the next tokens of one answer.
 
-    How often guesses are right is counted for each length of agreement, beginning with one right
-    and one wrong.
+    Attributes:
+        drafted: draft tokens proposed so far.
+        taken: how many of them were accepted.
+    """
+
+    drafted: int
+    taken: int
+
+    def learn(self, drafted: Sequence[int], chosen: Sequence[int]) -> None:
+        """Hear what came after all that was heard so far, the prompt first.
+
+        Args:
+            drafted: what was last proposed for that place; empty where nothing was.
+            chosen: the tokens that came.
+        """
+
+    def draft(self, most: int) -> list[int]:
+        """Propose what comes next: up to `most` tokens, as many as pay, often none."""
+        ...
+
+
+class PromptLookup:
+    """Prompt-lookup decoding: draft tokens out of what was read and written so far, by ids alone.
+
+    What follows the last few tokens is proposed to be what followed them when they last occurred
+    (prompt lookup, Saxena 2023; LLMA, Yang et al. 2023). How often that is right is counted for
+    each length of agreement, beginning with one right and one wrong.
 
     Args:
         row_cost: what one more token in a call costs, as a share of a call of one token.
 
     Attributes:
-        drafted: tokens guessed so far.
-        taken: how many of them were right.
+        drafted: draft tokens proposed so far.
+        taken: how many of them were accepted.
     """
 
     def __init__(self, row_cost: float) -> None:
@@ -39,56 +65,48 @@ class Lookup:
         self._ids: list[int] = []
         # The last n tokens -> where what followed them stands.
         self._next: dict[tuple[int, ...], int] = {}
-        self._right = dict.fromkeys(range(SHORTEST, LONGEST + 1), 1.0)
-        self._wrong = dict.fromkeys(range(SHORTEST, LONGEST + 1), 1.0)
-        self._agreeing = SHORTEST
+        self._right = dict.fromkeys(range(_SHORTEST, _LONGEST + 1), 1.0)
+        self._wrong = dict.fromkeys(range(_SHORTEST, _LONGEST + 1), 1.0)
+        self._agreeing = _SHORTEST
 
-    def __len__(self) -> int:
-        """Tokens that were appended."""
-        return len(self._ids)
-
-    def extend(self, ids: Sequence[int]) -> None:
-        """Append tokens of the prompt."""
-        for token in ids:
+    def learn(self, drafted: Sequence[int], chosen: Sequence[int]) -> None:
+        """Append tokens that came, and count how many of the last draft were among them."""
+        right = common_length(drafted, chosen)
+        self.taken += right
+        self._right[self._agreeing] += right
+        self._wrong[self._agreeing] += right < len(drafted)
+        for token in chosen:
             end = len(self._ids)
-            for n in range(SHORTEST, min(LONGEST, end) + 1):
+            for n in range(_SHORTEST, min(_LONGEST, end) + 1):
                 self._next[tuple(self._ids[end - n :])] = end
             self._ids.append(token)
 
     def draft(self, most: int) -> list[int]:
-        """Guess what comes next: up to `most` tokens, often none."""
+        """Propose what comes next: up to `most` tokens, often none."""
         ids, end = self._ids, len(self._ids)
-        for n in range(min(LONGEST, end), SHORTEST - 1, -1):
+        for n in range(min(_LONGEST, end), _SHORTEST - 1, -1):
             start = self._next.get(tuple(ids[end - n :]))
             if start is not None:
                 acceptance = self._right[n] / (self._right[n] + self._wrong[n])
-                count = best_draft_length(acceptance, self.row_cost, min(most, MOST_DRAFTED))
+                count = _best_draft_length(acceptance, self.row_cost, min(most, _MOST_DRAFTED))
                 self._agreeing = n
-                # Where the end is reached, the guess goes on from itself: what repeats is a loop.
+                # Where the end is reached, the draft goes on from itself: what repeats is a loop.
                 period = end - start
                 self._forget(n)
                 self.drafted += count
                 return [ids[start + i % period] for i in range(count)]
         return []
 
-    def learn(self, drafted: Sequence[int], chosen: Sequence[int]) -> None:
-        """Append tokens that were chosen, and count how many of the last draft were among them."""
-        right = common_length(drafted, chosen)
-        self.taken += right
-        self._right[self._agreeing] += right
-        self._wrong[self._agreeing] += right < len(drafted)
-        self.extend(chosen)
-
     def _forget(self, n: int) -> None:
         """Move the counts towards one and one, so that a length that failed is tried again."""
-        self._right[n] = 1.0 + MEMORY * (self._right[n] - 1.0)
-        self._wrong[n] = 1.0 + MEMORY * (self._wrong[n] - 1.0)
+        self._right[n] = 1.0 + _MEMORY * (self._right[n] - 1.0)
+        self._wrong[n] = 1.0 + _MEMORY * (self._wrong[n] - 1.0)
 
 
-def best_draft_length(acceptance: float, row_cost: float, most: int) -> int:
-    """How many guesses give the most tokens for the time.
+def _best_draft_length(acceptance: float, row_cost: float, most: int) -> int:
+    """How many draft tokens give the most tokens for the time.
 
-    With d guesses, each right with probability p as long as those before it are, a call gives
+    With d draft tokens, each right with probability p as long as those before it are, a call gives
     1 + p + ... + p^d tokens and costs 1 + d c.
 
     Args:
@@ -106,3 +124,23 @@ def best_draft_length(acceptance: float, row_cost: float, most: int) -> int:
         if rate > best_rate:
             best_rate, best = rate, count
     return best
+
+
+def _by_prompt_lookup(session: Session | SlotSession) -> Drafter | None:
+    return None if session.row_cost is None else PromptLookup(session.row_cost)
+
+
+PROMPT_LOOKUP = "prompt-lookup"
+_DRAFTERS: dict[str, Callable[[Session | SlotSession], Drafter | None]] = {
+    PROMPT_LOOKUP: _by_prompt_lookup
+}
+
+
+def make_drafter(session: Session | SlotSession, kind: str | None) -> Drafter | None:
+    """What drafts for one answer of a session; None where it would save nothing.
+
+    Args:
+        session: which checks the drafts.
+        kind: a name of `_DRAFTERS`; None for no drafts.
+    """
+    return None if kind is None else _DRAFTERS[kind](session)

@@ -1,70 +1,182 @@
-"""Token by token out of any Session."""
+"""Answers out of a session: ids, text as it comes, a whole answer with its timing, or a batch."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 
-from pipeline.errors import InputError
-from pipeline.runtime.drafting import Lookup
-from pipeline.runtime.prefix_cache import Transcript
-from pipeline.runtime.sampling import GREEDY, Sampling, choose_token
-from pipeline.runtime.sessions.session import Session
+from pipeline.runtime.drafting import Drafter
+from pipeline.runtime.prefix_cache import PrefixCache
+from pipeline.runtime.sequence import Decoding, RunningAnswer
+from pipeline.runtime.sessions.session import Session, SlotSession
+from pipeline.runtime.text_stream import Decoder, ignore_text
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came out, and how fast.
+
+    Attributes:
+        text: the answer.
+        prompt_tokens: length of the prompt.
+        new_tokens: length of the answer.
+        first_token_s: seconds to the first token (reading the prompt).
+        tokens_per_s: tokens after the first, per second; None for fewer than two.
+        drafted_tokens: draft tokens that a call read beside the last one; 0 without a drafter.
+        taken_tokens: how many of them were accepted.
+        ended: `stop` (a stop token or string), `length` (the limit asked for) or `context` (the
+            cache is full).
+    """
+
+    text: str
+    prompt_tokens: int
+    new_tokens: int
+    first_token_s: float
+    tokens_per_s: float | None
+    drafted_tokens: int
+    taken_tokens: int
+    ended: str
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as JSON."""
+        return asdict(self)
 
 
 def generate(
-    session: Session | Transcript,
+    session: Session | PrefixCache,
     prompt_ids: Sequence[int],
-    max_new_tokens: int,
-    sampling: Sampling = GREEDY,
-    stop_ids: Collection[int] = (),
-    generator: np.random.Generator | None = None,
-    lookup: Lookup | None = None,
+    decoding: Decoding,
+    drafter: Drafter | None = None,
 ) -> Iterator[int]:
     """Feed the prompt, and yield the answer's ids as they are chosen.
 
-    It ends after `max_new_tokens`, before a stop id (which is not yielded), or when the cache is
-    full.
-
     Args:
-        session: any backend, which starts anew; or a transcript, which goes on from what its
-            cache and the prompt have in common.
+        session: any backend, which starts anew; or a prefix cache, which goes on from what it and
+            the prompt have in common.
         prompt_ids: at least one token.
-        max_new_tokens: most ids to yield.
-        sampling: how to choose.
-        stop_ids: ids that end the answer.
-        generator: source of randomness; None is a generator with seed 0.
-        lookup: fresh, guesses tokens for a call to read together; only for a session that can
-            rewind. Without it every call gives one token.
+        decoding: how; its stop texts are not looked for.
+        drafter: fresh; draft tokens are read beside the last token of a call. Without one every
+            call gives one token.
 
     Raises:
         InputError: the prompt is empty, or longer than the cache.
     """
-    if not len(prompt_ids):
-        raise InputError("The prompt is empty.", change="give at least one token")
-    generator = generator or np.random.default_rng(0)
-    history = [int(token) for token in prompt_ids]
-    transcript = session if isinstance(session, Transcript) else Transcript(session)
-    last = min(len(history) + max_new_tokens, session.max_length + 1)
-    new_ids, drafted = transcript.begin(history), list[int]()
-    if lookup is not None:
-        lookup.extend(history)
-    while max_new_tokens > 0:
-        rows = transcript.read(new_ids, drafted)
-        read = len(history)
-        for logits, guess in zip(rows, [*drafted, None], strict=True):
-            token = choose_token(logits, sampling, history, generator)
-            if token in stop_ids:
-                return
-            yield token
-            history.append(token)
-            if token != guess or len(history) == last:
-                break
-        if len(history) == last:
-            return
-        new_ids = [token]
-        if lookup is not None:
-            lookup.learn(drafted, history[read:])
-            transcript.keep(len(history) - 1)
-            drafted = lookup.draft(last - 1 - len(history))
+    running = RunningAnswer(prompt_ids, decoding, session.max_length, drafter=drafter)
+    yield from _advance(session, running)
+
+
+def stream_text(
+    session: Session | PrefixCache,
+    decoder: Decoder,
+    prompt_ids: Sequence[int],
+    decoding: Decoding,
+    drafter: Drafter | None = None,
+) -> Iterator[str]:
+    """The answer's text, piece by piece as it comes; as `generate` otherwise."""
+    pieces: list[str] = []
+    running = RunningAnswer(
+        prompt_ids, decoding, session.max_length, decoder, drafter, pieces.append
+    )
+    for _ in _advance(session, running):
+        yield from pieces
+        pieces.clear()
+    yield from pieces
+
+
+def answer(
+    session: Session | PrefixCache,
+    decoder: Decoder,
+    prompt_ids: Sequence[int],
+    decoding: Decoding,
+    emit: Callable[[str], None] = ignore_text,
+    drafter: Drafter | None = None,
+) -> Answer:
+    """The whole answer, timed; `emit` gets its text piece by piece. As `generate` otherwise."""
+    times_s = [time.perf_counter()]
+    running = RunningAnswer(prompt_ids, decoding, session.max_length, decoder, drafter, emit)
+    for _ in _advance(session, running):
+        times_s.append(time.perf_counter())
+    assert running.ending is not None
+    first_s = times_s[1] if running.ids else time.perf_counter()
+    return Answer(
+        text=running.text,
+        prompt_tokens=len(prompt_ids),
+        new_tokens=len(running.ids),
+        first_token_s=first_s - times_s[0],
+        tokens_per_s=_decode_rate(times_s),
+        drafted_tokens=drafter.drafted if drafter else 0,
+        taken_tokens=drafter.taken if drafter else 0,
+        ended=running.ending,
+    )
+
+
+def generate_batch(
+    session: SlotSession,
+    prompts: Sequence[Sequence[int]],
+    decoding: Decoding,
+    decoder: Decoder | None = None,
+) -> list[RunningAnswer]:
+    """Answer every prompt to its end; a slot that has finished takes the next one.
+
+    Each prompt has a source of randomness of its own, seeded with the seed and its number, so that
+    an answer does not depend on which others are asked with it.
+
+    Args:
+        session: freshly opened, or all slots cleared.
+        prompts: ids, at least one token each, of any lengths.
+        decoding: how; the seed is a number.
+        decoder: turns ids into text; None makes ids alone.
+
+    Raises:
+        InputError: a prompt is empty, or longer than a slot.
+    """
+    assert isinstance(decoding.seed, int)
+    answers = []
+    for number, prompt in enumerate(prompts):
+        own = replace(decoding, seed=(decoding.seed, number))
+        answers.append(RunningAnswer(prompt, own, session.max_length, decoder))
+    waiting = deque(answer for answer in answers if answer.ending is None)
+    running: dict[int, RunningAnswer] = {}
+
+    def take(slot: int, logits: np.ndarray) -> None:
+        running[slot].take([logits])
+        if running[slot].ending is not None:
+            del running[slot]
+
+    while waiting or running:
+        for slot in range(session.slots):
+            while waiting and slot not in running:
+                running[slot] = waiting.popleft()
+                session.clear(slot)
+                take(slot, session.prefill(slot, np.array(running[slot].prompt_ids, np.int64)))
+        slots = sorted(running)
+        if slots:
+            tokens = [running[slot].ids[-1] for slot in slots]
+            for slot, logits in zip(slots, session.decode(slots, tokens), strict=True):
+                take(slot, logits)
+    return answers
+
+
+def _advance(session: Session | PrefixCache, running: RunningAnswer) -> Iterator[int]:
+    """Read what an answer wants read until it ends; yields its ids as they are chosen."""
+    cache = session if isinstance(session, PrefixCache) else PrefixCache(session)
+    new_ids, drafted = cache.begin(running.prompt_ids), list[int]()
+    while running.ending is None:
+        known = len(running.ids)
+        accepted = running.take(cache.read(new_ids, drafted), drafted)
+        yield from running.ids[known:]
+        if running.ending is None:
+            cache.drop(len(drafted) - accepted)
+            new_ids, drafted = running.ids[-1:], running.draft()
+
+
+def _decode_rate(times_s: list[float]) -> float | None:
+    """Tokens per second after the first token; `times_s` is the start and then every token."""
+    if len(times_s) < 3:
+        return None
+    return (len(times_s) - 2) / (times_s[-1] - times_s[1])

@@ -11,18 +11,16 @@ for piece in model.stream("Once upon a time"):
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
-from pipeline.runtime.answer import Answer, answer
-from pipeline.runtime.drafting import Lookup
-from pipeline.runtime.generate import generate
-from pipeline.runtime.prefix_cache import Transcript
-from pipeline.runtime.sampling import GREEDY, Sampling
+from pipeline.runtime.drafting import PROMPT_LOOKUP, make_drafter
+from pipeline.runtime.generate import Answer, answer, stream_text
+from pipeline.runtime.prefix_cache import PrefixCache
+from pipeline.runtime.sequence import Decoding
 from pipeline.runtime.sessions.open_session import open_session
 from pipeline.runtime.sessions.session import Session
-from pipeline.runtime.text_stream import StopStrings
+from pipeline.runtime.text_stream import ignore_text
 from pipeline.runtime.tokenizer import (
     Message,
     TextTokenizer,
@@ -32,6 +30,7 @@ from pipeline.runtime.tokenizer import (
 )
 
 Prompt = str | Sequence[int]
+_USUAL = Decoding()
 
 
 class LanguageModel:
@@ -40,10 +39,10 @@ class LanguageModel:
     Args:
         session: any backend; used by this object alone.
         tokenizer: of the same model.
-        stop_ids: tokens that end an answer.
-        lookup: whether guesses out of the conversation are read beside a token, where a call of
-            several costs the session less than their calls would. What is chosen is the model's
-            choice either way; only its rounding may differ, as that of any block of tokens does.
+        stop_ids: tokens that end every answer, beside those of its `Decoding`.
+        drafter: what proposes draft tokens, where a call of several costs the session less than
+            their calls would; None for nothing. What is chosen is the model's choice either way;
+            only its rounding may differ, as that of any block of tokens does.
     """
 
     def __init__(
@@ -51,12 +50,12 @@ class LanguageModel:
         session: Session,
         tokenizer: TextTokenizer,
         stop_ids: frozenset[int] = frozenset(),
-        lookup: bool = True,
+        drafter: str | None = PROMPT_LOOKUP,
     ) -> None:
         self.name, self.max_length = session.name, session.max_length
         self.tokenizer, self.stop_ids = tokenizer, stop_ids
-        self._transcript = Transcript(session)
-        self._row_cost = self._transcript.row_cost if lookup else None
+        self._cache = PrefixCache(session)
+        self._drafter = drafter
 
     @classmethod
     def open(
@@ -65,7 +64,7 @@ class LanguageModel:
         backend: str = "auto",
         threads: int | None = None,
         device: str = "cpu",
-        lookup: bool = True,
+        drafter: str | None = PROMPT_LOOKUP,
     ) -> LanguageModel:
         """Open an ONNX export, a checkpoint or an engine folder.
 
@@ -76,80 +75,50 @@ class LanguageModel:
         folder = Path(folder)
         tokenizer = load_tokenizer(folder)
         session = open_session(folder, backend, threads, device)
-        return cls(session, tokenizer, stop_token_ids(tokenizer, folder), lookup)
+        return cls(session, tokenizer, stop_token_ids(tokenizer, folder), drafter)
 
     def generate(
         self,
         prompt: Prompt,
-        max_new_tokens: int = 256,
-        sampling: Sampling = GREEDY,
-        stops: Sequence[str] = (),
-        seed: int | np.random.Generator = 0,
-        emit: Callable[[str], None] = lambda text: None,
+        decoding: Decoding = _USUAL,
+        emit: Callable[[str], None] = ignore_text,
     ) -> Answer:
         """Answer a prompt, as it is or as ids; `emit` gets the text piece by piece.
 
         Raises:
             InputError: the prompt is empty, or longer than the cache.
         """
-        return answer(
-            self._transcript,
-            self.tokenizer,
-            self._ids(prompt),
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
-            stop_ids=self.stop_ids,
-            stops=stops,
-            generator=np.random.default_rng(seed),
-            emit=emit,
-            lookup=self._lookup(),
-        )
+        ids, how = self._ids(prompt), self._own(decoding)
+        drafter = make_drafter(self._cache.session, self._drafter)
+        return answer(self._cache, self.tokenizer, ids, how, emit, drafter)
 
-    def chat(self, messages: list[Message], max_new_tokens: int = 256, **how: object) -> Answer:
-        """Answer a conversation in the model's own chat format; `how` as in `generate`.
+    def chat(
+        self,
+        messages: list[Message],
+        decoding: Decoding = _USUAL,
+        emit: Callable[[str], None] = ignore_text,
+        raw: bool = False,
+    ) -> Answer:
+        """Answer a conversation in the model's own chat format, or, raw, its last message alone.
 
         Raises:
-            InputError: there is no chat template, or it refuses the conversation.
+            InputError: as `generate`; or there is no chat template, or it refuses the conversation.
         """
-        ids = chat_prompt_ids(self.tokenizer, messages)
-        return self.generate(ids, max_new_tokens, **how)  # type: ignore[arg-type]
+        return self.generate(chat_prompt_ids(self.tokenizer, messages, raw), decoding, emit)
 
-    def stream(
-        self,
-        prompt: Prompt,
-        max_new_tokens: int = 256,
-        sampling: Sampling = GREEDY,
-        stops: Sequence[str] = (),
-        seed: int = 0,
-    ) -> Iterator[str]:
+    def stream(self, prompt: Prompt, decoding: Decoding = _USUAL) -> Iterator[str]:
         """The same text as `generate`'s, piece by piece as it comes.
 
         Raises:
             InputError: the prompt is empty, or longer than the cache.
         """
-        from pipeline.runtime.text_stream import Detokenizer
+        ids, how = self._ids(prompt), self._own(decoding)
+        drafter = make_drafter(self._cache.session, self._drafter)
+        yield from stream_text(self._cache, self.tokenizer, ids, how, drafter)
 
-        detokenizer, watcher = Detokenizer(self.tokenizer), StopStrings(stops)
-        generator = np.random.default_rng(seed)
-        ids = generate(
-            self._transcript,
-            self._ids(prompt),
-            max_new_tokens,
-            sampling,
-            self.stop_ids,
-            generator,
-            self._lookup(),
-        )
-        for token in ids:
-            if text := watcher.push(detokenizer.push(token)):
-                yield text
-            if watcher.found is not None:
-                return
-        if text := watcher.push(detokenizer.finish()) + watcher.finish():
-            yield text
-
-    def _lookup(self) -> Lookup | None:
-        return None if self._row_cost is None else Lookup(self._row_cost)
+    def _own(self, decoding: Decoding) -> Decoding:
+        """The settings with the model's own stop tokens."""
+        return replace(decoding, stop_ids=self.stop_ids.union(decoding.stop_ids))
 
     def _ids(self, prompt: Prompt) -> Sequence[int]:
         return self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt

@@ -1,57 +1,75 @@
-"""What stands in a session's cache, so that a prompt reads only what is new."""
+"""What stands in a cache, so that a prompt reads only what is new: of a session, and of slots."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import count
 
 import numpy as np
 
-from pipeline.runtime.sessions.session import BlockSession, RewindingSession, Session
+from pipeline.runtime.sessions.session import Session
 
 
-class Transcript:
+def common_length(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens two sequences have in common at the beginning."""
+    shorter = min(len(first), len(second))
+    if list(first[:shorter]) == list(second[:shorter]):
+        return shorter
+    return next(i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
+
+
+def _kept_tokens(shared: int, length: int, chunk: int) -> int:
+    """How many of the tokens that a cache shares with a prompt are not read again.
+
+    All, but where a single token would be left to read of a chunk of several: one alone is summed
+    in another order, and the same prompt should give the same answer twice.
+
+    Args:
+        shared: common beginning, without the prompt's last token, whose logits are wanted.
+        length: of the prompt.
+        chunk: most tokens of a prompt that one call reads; calls end at multiples of it.
+    """
+    end = min(length, (shared // chunk + 1) * chunk)
+    return shared - 1 if end - shared == 1 and shared % chunk else shared
+
+
+class PrefixCache:
     """A session of one sequence, and the tokens it has read.
 
     Args:
-        session: used by nothing else; a new prompt starts from nothing where it cannot rewind.
+        session: used by nothing else.
 
     Attributes:
         max_length: most tokens of the cache.
-        row_cost: the session's, None where it has none.
     """
 
     def __init__(self, session: Session) -> None:
         self.session = session
         self.max_length = session.max_length
-        self.row_cost = session.row_cost if isinstance(session, BlockSession) else None
         self._ids: list[int] = []
         session.reset()
 
     def begin(self, prompt_ids: Sequence[int]) -> list[int]:
-        """Keep what the cache and a prompt have in common; return the rest, at least one token.
-
-        It is two where the prompt has as many: one token alone is summed in another order than
-        several are, and the same prompt should give the same answer twice.
-        """
-        shared = common_length(self._ids, prompt_ids[:-2])
-        if shared and isinstance(self.session, RewindingSession):
-            self.session.rewind(shared)
-            shared = self.session.length
+        """Keep what the cache and a prompt have in common; return the rest, at least one token."""
+        length = len(prompt_ids)  # all of it goes into one call
+        kept = _kept_tokens(common_length(self._ids, prompt_ids[:-1]), length, length)
+        if kept:
+            self.session.rewind(kept)
+            kept = self.session.length
         else:
             self.session.reset()
-            shared = 0
-        self._ids = list(prompt_ids[:shared])
-        return list(prompt_ids[shared:])
+        self._ids = list(prompt_ids[:kept])
+        return list(prompt_ids[kept:])
 
     def read(self, new_ids: Sequence[int], drafted: Sequence[int] = ()) -> np.ndarray:
-        """Append tokens, and guesses behind them.
+        """Append tokens, and draft tokens behind them.
 
         Args:
             new_ids: at least one token.
             drafted: what may come next.
 
         Returns:
-            float32 [1 + len(drafted), V], the logits of the last token and of every guess.
+            float32 [1 + len(drafted), V], the logits of the last token and of every draft token.
 
         Raises:
             InputError: more tokens than the cache holds, or ids outside the vocabulary.
@@ -63,26 +81,66 @@ class Transcript:
         self._ids = [*known, *new_ids, *drafted]
         return logits
 
-    def keep(self, length: int) -> None:
-        """Forget all but the first `length` tokens: the guesses that were wrong.
+    def drop(self, tokens: int) -> None:
+        """Forget the last tokens: draft tokens that were not accepted.
 
         Raises:
             RuntimeError: the session cannot.
         """
-        if length == len(self._ids):
+        if tokens == 0:
             return
-        known, self._ids = self._ids, []
-        if isinstance(self.session, RewindingSession):
-            self.session.rewind(length)
-            if self.session.length == length:
-                self._ids = known[:length]
-                return
-        raise RuntimeError(f"{self.session.name} cannot go back to {length} tokens")
+        known, self._ids = self._ids[:-tokens], []
+        self.session.rewind(len(known))
+        if self.session.length != len(known):
+            raise RuntimeError(f"{self.session.name} cannot go back to {len(known)} tokens")
+        self._ids = known
 
 
-def common_length(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many tokens two sequences have in common at the beginning."""
-    shorter = min(len(first), len(second))
-    if list(first[:shorter]) == list(second[:shorter]):
-        return shorter
-    return next(i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
+class SlotTable:
+    """Tokens of every slot, and which slots are free.
+
+    Args:
+        slots: how many there are; all begin free and empty.
+    """
+
+    def __init__(self, slots: int) -> None:
+        self.tokens: list[list[int]] = [[] for _ in range(slots)]
+        self._clock = count(1)
+        # Slot -> when it was freed.
+        self._free = dict.fromkeys(range(slots), 0)
+
+    @property
+    def free(self) -> int:
+        """Number of free slots."""
+        return len(self._free)
+
+    def take(self, prompt_ids: Sequence[int], chunk: int, reuse: bool = True) -> tuple[int, int]:
+        """Occupy the free slot that shares the longest beginning with a prompt.
+
+        Of equal ones it is the one that has been free longest, whose tokens are the least likely
+        to be wanted again.
+
+        Args:
+            prompt_ids: at least one token.
+            chunk: most tokens of a prompt that one call reads.
+            reuse: whether to look at what the slots hold.
+
+        Returns:
+            The slot, and how many of its first tokens the prompt need not read again.
+
+        Raises:
+            LookupError: no slot is free.
+        """
+        if not self._free:
+            raise LookupError("no slot is free")
+        shared = {
+            slot: common_length(self.tokens[slot], prompt_ids[:-1]) if reuse else 0
+            for slot in self._free
+        }
+        slot = min(self._free, key=lambda slot: (-shared[slot], self._free[slot], slot))
+        del self._free[slot]
+        return slot, _kept_tokens(shared[slot], len(prompt_ids), chunk)
+
+    def release(self, slot: int) -> None:
+        """Free a slot; what it holds may be of use to a later prompt."""
+        self._free[slot] = next(self._clock)

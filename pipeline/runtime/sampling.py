@@ -68,23 +68,23 @@ def choose_token(
     Returns:
         A token id.
     """
-    scores = penalise_repetition(logits, history, sampling.repetition_penalty)
+    scores = _penalise_repetition(logits, history, sampling.repetition_penalty)
     if sampling.temperature == 0:
         return int(scores.argmax())
     scores = scores.astype(np.float64) / sampling.temperature
-    scores = keep_top_k(scores, sampling.top_k)
-    scores = keep_top_p(scores, sampling.top_p)
-    scores = keep_min_p(scores, sampling.min_p)
-    return int(generator.choice(scores.size, p=softmax(scores)))
+    scores = _keep_top_k(scores, sampling.top_k)
+    scores = _keep_top_p(scores, sampling.top_p)
+    scores = _keep_min_p(scores, sampling.min_p)
+    return int(generator.choice(scores.size, p=_softmax(scores)))
 
 
-def softmax(scores: np.ndarray) -> np.ndarray:
+def _softmax(scores: np.ndarray) -> np.ndarray:
     """Probabilities, float64 [V], of float [V]; -inf becomes exactly 0."""
     weights = np.exp(scores.astype(np.float64) - scores.max())
     return weights / weights.sum()
 
 
-def penalise_repetition(
+def _penalise_repetition(
     scores: np.ndarray, history: Sequence[int] | np.ndarray, penalty: float
 ) -> np.ndarray:
     """Lower the scores, float [V], of the N ids in `history`, each once (CTRL, 2019)."""
@@ -96,7 +96,7 @@ def penalise_repetition(
     return result
 
 
-def keep_top_k(scores: np.ndarray, k: int) -> np.ndarray:
+def _keep_top_k(scores: np.ndarray, k: int) -> np.ndarray:
     """Keep the k highest of float [V] (all of a tie at the edge); 0 keeps all."""
     if k == 0 or k >= scores.size:
         return scores
@@ -104,19 +104,19 @@ def keep_top_k(scores: np.ndarray, k: int) -> np.ndarray:
     return np.where(scores >= threshold, scores, -np.inf)
 
 
-def keep_top_p(scores: np.ndarray, p: float) -> np.ndarray:
+def _keep_top_p(scores: np.ndarray, p: float) -> np.ndarray:
     """Keep the smallest set of the likeliest of float [V] with total probability at least p."""
     if p >= 1:
         return scores
     order = np.argsort(-scores, kind="stable")
-    cumulative = np.cumsum(softmax(scores)[order])
+    cumulative = np.cumsum(_softmax(scores)[order])
     kept = order[: int(np.searchsorted(cumulative, p)) + 1]
     result = np.full_like(scores, -np.inf)
     result[kept] = scores[kept]
     return result
 
 
-def keep_min_p(scores: np.ndarray, p: float) -> np.ndarray:
+def _keep_min_p(scores: np.ndarray, p: float) -> np.ndarray:
     """Drop those of float [V] whose probability is below p times the largest one."""
     if p == 0:
         return scores

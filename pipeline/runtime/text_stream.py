@@ -1,6 +1,7 @@
-"""Text out of tokens as they come, without breaking a character that spans several tokens.
+"""Text out of tokens as they come, up to a stop string.
 
-Stop strings in a stream of text: nothing of one, and nothing behind it, gets out.
+No character that spans several tokens is broken; nothing of a stop string, and nothing behind it,
+gets out.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 class Decoder(Protocol):
@@ -19,7 +20,7 @@ class Decoder(Protocol):
         ...
 
 
-class Detokenizer:
+class _Detokenizer:
     """Turns a stream of ids into a stream of text.
 
     A token's text can depend on the token before it (leading blanks), so each piece is the
@@ -37,7 +38,7 @@ class Detokenizer:
         """Take one id; return the text that has become certain, which may be empty."""
         self._ids.append(token)
         before, after = self._texts()
-        if after.endswith(REPLACEMENT) or len(after) <= len(before):
+        if after.endswith(_REPLACEMENT) or len(after) <= len(before):
             return ""
         self._window = self._emitted
         self._emitted = len(self._ids)
@@ -60,7 +61,7 @@ class Detokenizer:
         return self._tokenizer.decode(ids, skip_special_tokens=True)
 
 
-class StopStrings:
+class _StopStrings:
     """Passes text on until a stop string comes, holding back what may be the start of one.
 
     Attributes:
@@ -108,3 +109,32 @@ class StopStrings:
             if any(len(rest) < len(stop) and stop.startswith(rest) for stop in self._stops):
                 return start
         return len(self._held)
+
+
+class TextStream:
+    """The text of an answer's tokens, up to the first stop string.
+
+    Args:
+        decoder: turns ids into text.
+        stops: strings that end it; empty ones are ignored.
+    """
+
+    def __init__(self, decoder: Decoder, stops: Sequence[str] = ()) -> None:
+        self._detokenizer, self._stops = _Detokenizer(decoder), _StopStrings(stops)
+
+    @property
+    def has_stopped(self) -> bool:
+        """Whether a stop string has come."""
+        return self._stops.found is not None
+
+    def push(self, token: int) -> str:
+        """Take one id; return the text that has become certain, which may be empty."""
+        return self._stops.push(self._detokenizer.push(token))
+
+    def finish(self) -> str:
+        """Return what was held back: no more tokens come."""
+        return self._stops.push(self._detokenizer.finish()) + self._stops.finish()
+
+
+def ignore_text(text: str) -> None:
+    """For text that nobody waits for."""

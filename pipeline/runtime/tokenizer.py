@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Message = dict[str, str]
-SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token")
+_SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token")
 # Settings by which transformers changes what tokenizer.json says.
-ADDING = ("add_bos_token", "add_eos_token")
+_ADDING = ("add_bos_token", "add_eos_token")
 
 
 class TextTokenizer(Protocol):
@@ -46,7 +46,7 @@ class TextTokenizer(Protocol):
         ...
 
 
-class FolderTokenizer:
+class _FolderTokenizer:
     """tokenizer.json through the tokenizers library, with the folder's chat template.
 
     Args:
@@ -69,7 +69,7 @@ class FolderTokenizer:
         self.name_or_path = str(folder)
         self._special = {
             name: token if isinstance(token, str) else token["content"]
-            for name in SPECIAL
+            for name in _SPECIAL
             if (token := settings.get(name)) is not None
         }
         eos = self._special.get("eos_token")
@@ -103,10 +103,10 @@ def load_tokenizer(folder: Path) -> TextTokenizer:
         InputError: there are none, or they do not load.
     """
     settings = _settings(folder)
-    if not (folder / "tokenizer.json").is_file() or any(settings.get(n) for n in ADDING):
+    if not (folder / "tokenizer.json").is_file() or any(settings.get(n) for n in _ADDING):
         return load_whole_tokenizer(folder)
     try:
-        return FolderTokenizer(folder, settings)
+        return _FolderTokenizer(folder, settings)
     except (ValueError, KeyError) as error:
         raise _not_loading(folder, error) from error
 
@@ -148,12 +148,21 @@ def _not_loading(folder: Path, error: Exception) -> InputError:
     return InputError("The tokenizer does not load.", where=folder, observed=error)
 
 
-def chat_prompt_ids(tokenizer: TextTokenizer, messages: list[Message]) -> list[int]:
+def chat_prompt_ids(
+    tokenizer: TextTokenizer, messages: list[Message], raw: bool = False
+) -> list[int]:
     """Ids of a conversation in the model's own chat format, up to where the answer begins.
+
+    Args:
+        tokenizer: of the model.
+        messages: `role` and `content` each.
+        raw: take the last message's text as it is, and no chat format.
 
     Raises:
         InputError: the tokenizer has no chat template, or the template refuses the conversation.
     """
+    if raw:
+        return tokenizer.encode(messages[-1]["content"])
     if not tokenizer.chat_template:
         raise InputError(
             "This model has no chat template.",

@@ -13,6 +13,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from pipeline.runtime.sequence import Decoding
 from pipeline.serve.failure import RequestFailure, internal
 from pipeline.serve.job import Job, Outbox
 from pipeline.serve.prompt import PromptReader
@@ -27,8 +28,8 @@ from pipeline.serve.streaming import (
     unless_gone,
 )
 
-SEEDS = 2**64
-GONE = 499  # as nginx calls a client that left; nobody reads it
+_SEEDS = 2**64
+_GONE = 499  # as nginx calls a client that left; nobody reads it
 
 
 @dataclass(frozen=True)
@@ -83,10 +84,10 @@ class Api:
             Route("/v1/completions", self.completions, methods=["POST"]),
         ]
         handlers = {
-            RequestFailure: answer_failure,
-            HTTPException: answer_http_error,
-            ClientDisconnect: answer_nobody,
-            Exception: answer_defect,
+            RequestFailure: _answer_failure,
+            HTTPException: _answer_http_error,
+            ClientDisconnect: _answer_nobody,
+            Exception: _answer_defect,
         }
         app = Starlette(routes=routes, exception_handlers=handlers)  # type: ignore[arg-type]
         app.router.redirect_slashes = False
@@ -154,13 +155,12 @@ class Api:
         return EventStream(job, first, reply, self._scheduler, timeout_s)
 
     def _job(self, wanted: Generation, prompt_ids: list[int]) -> Job:
-        seed = secrets.randbelow(SEEDS) if wanted.seed is None else wanted.seed % SEEDS
+        seed = secrets.randbelow(_SEEDS) if wanted.seed is None else wanted.seed % _SEEDS
         return Job(
             prompt_ids=prompt_ids,
-            max_new_tokens=self._most_tokens(wanted),
-            sampling=wanted.sampling(),
-            seed=seed,
-            stops=wanted.stops(),
+            decoding=Decoding(
+                self._most_tokens(wanted), wanted.sampling(), stops=wanted.stops(), seed=seed
+            ),
             outbox=Outbox(self._scheduler.wake),
         )
 
@@ -216,12 +216,12 @@ class Api:
         }
 
 
-async def answer_failure(request: Request, failure: RequestFailure) -> Response:
+async def _answer_failure(request: Request, failure: RequestFailure) -> Response:
     """A failure that was foreseen."""
     return JSONResponse(failure.to_json(), failure.status, failure.headers)
 
 
-async def answer_http_error(request: Request, error: HTTPException) -> Response:
+async def _answer_http_error(request: Request, error: HTTPException) -> Response:
     """Unknown routes and wrong methods."""
     messages = {
         404: f"There is nothing at {request.method} {request.url.path}.",
@@ -235,14 +235,14 @@ async def answer_http_error(request: Request, error: HTTPException) -> Response:
         code=codes.get(error.status_code),
         headers=dict(error.headers or {}),
     )
-    return await answer_failure(request, failure)
+    return await _answer_failure(request, failure)
 
 
-async def answer_nobody(request: Request, error: ClientDisconnect) -> Response:
+async def _answer_nobody(request: Request, error: ClientDisconnect) -> Response:
     """The client left before its answer was ready."""
-    return Response(status_code=GONE)
+    return Response(status_code=_GONE)
 
 
-async def answer_defect(request: Request, error: Exception) -> Response:
+async def _answer_defect(request: Request, error: Exception) -> Response:
     """Anything else is a defect of this server; the traceback goes to its log."""
-    return await answer_failure(request, internal("Internal error; the server's log says more."))
+    return await _answer_failure(request, internal("Internal error; the server's log says more."))

@@ -95,12 +95,12 @@ class LimitedConnection(H11Protocol):
 
     def _refuse(self, failure: RequestFailure) -> None:
         """Answer without the application, and close."""
-        self.transport.write(as_http(failure))
+        self.transport.write(_as_http(failure))
         self.transport.close()
         self._arm()
 
 
-def as_http(failure: RequestFailure) -> bytes:
+def _as_http(failure: RequestFailure) -> bytes:
     """A whole HTTP/1.1 answer, after which the connection closes."""
     body = json.dumps(failure.to_json()).encode()
     headers = {

@@ -8,11 +8,11 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from pipeline.runtime.sampling import Sampling
+from pipeline.runtime.sequence import Decoding
 from pipeline.serve.failure import RequestFailure
 
 # Pieces of text, each of a token or a few, that may wait for a reader before its slot pauses.
-OUTBOX_PIECES = 64
+_OUTBOX_PIECES = 64
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Outbox:
         on_room: called, from the event loop, when a full box was emptied.
     """
 
-    def __init__(self, on_room: Callable[[], None], capacity: int = OUTBOX_PIECES) -> None:
+    def __init__(self, on_room: Callable[[], None], capacity: int = _OUTBOX_PIECES) -> None:
         self._loop = asyncio.get_running_loop()
         self._ready = asyncio.Event()
         self._on_room = on_room
@@ -89,18 +89,12 @@ class Job:
 
     Attributes:
         prompt_ids: at least one token, at most as many as a slot holds.
-        max_new_tokens: most tokens of the answer.
-        sampling: how to choose them.
-        seed: of this answer's own source of randomness; not negative.
-        stops: strings that end the answer.
+        decoding: how it is made; the model's own stop tokens end it, too.
         outbox: where the answer goes.
         is_cancelled: nobody waits for the answer any more; set through `Scheduler.cancel`.
     """
 
     prompt_ids: list[int]
-    max_new_tokens: int
-    sampling: Sampling
-    seed: int
-    stops: tuple[str, ...]
+    decoding: Decoding
     outbox: Outbox
     is_cancelled: bool = field(default=False, init=False)

@@ -11,7 +11,7 @@ from typing import Any
 from pipeline.serve.failure import RequestFailure
 from pipeline.serve.job import Ending
 
-DONE = b"data: [DONE]\n\n"
+_DONE = b"data: [DONE]\n\n"
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Reply:
         event = self._event([self._choice(content, ending.reason)])
         if self.include_usage:
             event += self._event([], self.usage(ending))
-        return event + DONE
+        return event + _DONE
 
     def usage(self, ending: Ending) -> dict[str, Any]:
         """Counts of tokens."""
@@ -83,14 +83,14 @@ class Reply:
 
     def _event(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> bytes:
         body = self._envelope("chat.completion.chunk", choices)
-        return sse(body | {"usage": usage} if self.include_usage else body)
+        return _sse(body | {"usage": usage} if self.include_usage else body)
 
 
 def broken_off(failure: RequestFailure) -> bytes:
     """The last events of a stream that cannot go on: OpenAI's client raises the error."""
-    return sse(failure.to_json()) + DONE
+    return _sse(failure.to_json()) + _DONE
 
 
-def sse(body: dict[str, Any]) -> bytes:
+def _sse(body: dict[str, Any]) -> bytes:
     """A server-sent event; JSON has no line breaks of its own."""
     return f"data: {json.dumps(body, ensure_ascii=False)}\n\n".encode()

@@ -11,17 +11,18 @@ import logging
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pipeline.runtime.drafting import Lookup
-from pipeline.runtime.sessions.slots import BlockSlotSession, SlotSession
+from pipeline.runtime.drafting import make_drafter
+from pipeline.runtime.prefix_cache import SlotTable
+from pipeline.runtime.sequence import RunningAnswer
+from pipeline.runtime.sessions.session import SlotSession
 from pipeline.runtime.text_stream import Decoder
-from pipeline.serve.answering import Answering
 from pipeline.serve.failure import RequestFailure, internal, shutting_down, too_busy
-from pipeline.serve.job import Job
-from pipeline.serve.slot_table import SlotTable, kept_tokens
+from pipeline.serve.job import Ending, Job
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +30,33 @@ logger = logging.getLogger(__name__)
 # enough that the others miss no more than a few tokens. Chunks end at multiples of it, whatever
 # else runs, so that an answer does not depend on who else asks.
 PREFILL_CHUNK = 64
-LONGEST_RETRY_S = 60
+_LONGEST_RETRY_S = 60
+
+
+@dataclass(eq=False)
+class _Running:
+    """A job in a slot.
+
+    Attributes:
+        job: what is wanted.
+        slot: where.
+        answer: what has come of it.
+        pending: tokens of the prompt that the slot does not hold yet.
+        cached: tokens of the prompt that it held already.
+    """
+
+    job: Job
+    slot: int
+    answer: RunningAnswer
+    pending: list[int]
+    cached: int = 0
+
+    @property
+    def can_go_on(self) -> bool:
+        """Whether a step would do something for it."""
+        if self.job.is_cancelled or self.pending:
+            return True
+        return self.answer.token is not None and not self.job.outbox.is_full
 
 
 @dataclass(frozen=True)
@@ -52,9 +79,9 @@ class Scheduler:
         queue: most jobs that wait for a slot.
         prefill_chunk: most tokens of a prompt that one step reads.
         reuse: whether a new prompt may go on from what a slot still holds.
-        lookup: whether an answer that runs alone reads guesses beside its last token, where the
-            session offers that. A block of tokens rounds otherwise than single ones do, so with
-            weights of few bits an answer may then depend on who else asks.
+        drafter: what proposes draft tokens for an answer that runs alone, where that saves the
+            session time; None for nothing. A block of tokens rounds otherwise than single ones do,
+            so with low-bit weights an answer may then depend on the other requests in the batch.
     """
 
     def __init__(
@@ -66,13 +93,13 @@ class Scheduler:
         queue: int,
         prefill_chunk: int = PREFILL_CHUNK,
         reuse: bool = True,
-        lookup: bool = False,
+        drafter: str | None = None,
     ) -> None:
-        self._blocks = session if lookup and isinstance(session, BlockSlotSession) else None
         self._session, self._decoder, self._stop_ids = session, decoder, stop_ids
         self._queue, self._chunk, self._reuse = queue, prefill_chunk, reuse
+        self._drafter = drafter
         self._table = SlotTable(session.slots)
-        self._running: dict[int, Answering] = {}  # by slot, in order of arrival
+        self._running: dict[int, _Running] = {}  # by slot, in order of arrival
         self._waiting: deque[Job] = deque()
         self._condition = threading.Condition()
         self._deadline: float | None = None
@@ -141,9 +168,9 @@ class Scheduler:
 
     def _retry_after_s(self) -> int:
         """Roughly when a slot comes free: the tokens still to come, shared by the slots."""
-        wanted = sum(job.max_new_tokens for job in self._waiting)
+        wanted = sum(job.decoding.max_new_tokens for job in self._waiting)
         estimate_s = self._step_s * wanted / self._session.slots
-        return max(1, min(LONGEST_RETRY_S, round(estimate_s)))
+        return max(1, min(_LONGEST_RETRY_S, round(estimate_s)))
 
     # --- the thread ---
 
@@ -154,11 +181,11 @@ class Scheduler:
                 self._step()
             except Exception:
                 logger.exception("A step of the scheduler failed; the answers in it are given up.")
-                for answering in list(self._running.values()):
-                    self._fail(answering, internal("The model failed."))
+                for running in list(self._running.values()):
+                    self._fail(running, internal("The model failed."))
             self._step_s += 0.1 * (time.monotonic() - started - self._step_s)
-        for answering in list(self._running.values()):
-            self._fail(answering, shutting_down())
+        for running in list(self._running.values()):
+            self._fail(running, shutting_down())
 
     def _wait_for_work(self) -> bool:
         """Sleep until a step has something to do; False when closed."""
@@ -175,7 +202,7 @@ class Scheduler:
             return True
         if self._running and self._is_overdue():
             return True
-        return any(can_go_on(answering) for answering in self._running.values())
+        return any(running.can_go_on for running in self._running.values())
 
     def _is_overdue(self) -> bool:
         return self._deadline is not None and time.monotonic() >= self._deadline
@@ -189,12 +216,12 @@ class Scheduler:
     def _drop_answers(self) -> None:
         """Free the slots of cancelled jobs, and all of them after the deadline."""
         is_overdue = self._is_overdue()
-        for answering in list(self._running.values()):
-            if answering.job.is_cancelled:
-                self._release(answering)
+        for running in list(self._running.values()):
+            if running.job.is_cancelled:
+                self._release(running)
             elif is_overdue:
-                answering.job.outbox.put(shutting_down())
-                self._release(answering)
+                running.job.outbox.put(shutting_down())
+                self._release(running)
 
     def _admit_jobs(self) -> None:
         """Give free slots to waiting jobs, first come first served."""
@@ -203,17 +230,26 @@ class Scheduler:
                 if not self._waiting:
                     return
                 job = self._waiting.popleft()
-                slot, shared = self._table.take(job.prompt_ids, self._reuse)
-                shared = kept_tokens(shared, len(job.prompt_ids), self._chunk)
-                room = self._session.max_length
-                lookup = Lookup(self._blocks.row_cost) if self._blocks else None
-                answering = Answering(job, slot, room, self._decoder, self._stop_ids, lookup)
-                self._running[slot] = answering
+                slot, kept = self._table.take(job.prompt_ids, self._chunk, self._reuse)
+                running = _Running(job, slot, self._begin(job), list(job.prompt_ids))
+                self._running[slot] = running
             try:
-                answering.skip(self._go_back(slot, shared))
+                running.cached = self._go_back(slot, kept)
+                del running.pending[: running.cached]
             except Exception:
                 logger.exception("Slot %d could not be made ready.", slot)
-                self._fail(answering, internal("The model failed."))
+                self._fail(running, internal("The model failed."))
+
+    def _begin(self, job: Job) -> RunningAnswer:
+        """The answer to a job, whose text goes to its outbox."""
+        return RunningAnswer(
+            job.prompt_ids,
+            replace(job.decoding, stop_ids=self._stop_ids.union(job.decoding.stop_ids)),
+            self._session.max_length,
+            self._decoder,
+            make_drafter(self._session, self._drafter),
+            job.outbox.put,
+        )
 
     def _go_back(self, slot: int, length: int) -> int:
         """Leave only the first tokens of a slot; returns how many the session could keep."""
@@ -230,30 +266,29 @@ class Scheduler:
 
     def _read_chunk(self) -> None:
         """Read the next chunk of the prompt that came first."""
-        reading = (a for a in self._running.values() if a.pending)
-        answering = next(reading, None)
-        if answering is None:
+        running = next((r for r in self._running.values() if r.pending), None)
+        if running is None:
             return
-        held = self._table.tokens[answering.slot]
-        chunk = answering.pending[: self._chunk - len(held) % self._chunk]
+        held = self._table.tokens[running.slot]
+        chunk = running.pending[: self._chunk - len(held) % self._chunk]
         try:
-            logits = self._session.prefill(answering.slot, np.array(chunk, np.int64))
+            logits = self._session.prefill(running.slot, np.array(chunk, np.int64))
         except Exception:
             logger.exception("Reading a prompt failed.")
-            self._fail(answering, internal("The model failed to read the prompt."))
+            self._fail(running, internal("The model failed to read the prompt."))
             return
         held += chunk
-        del answering.pending[: len(chunk)]
-        if not answering.pending:
-            self._take(answering, logits)
+        del running.pending[: len(chunk)]
+        if not running.pending:
+            self._take(running, [logits])
 
     def _decode_tokens(self) -> None:
         """One token more for every answer that has room for it."""
-        ready = [a for a in self._running.values() if a.token is not None and can_go_on(a)]
+        ready = [r for r in self._running.values() if r.answer.token is not None and r.can_go_on]
         if not ready:
             return
         try:
-            if len(self._running) == 1 and (drafted := ready[0].draft()):
+            if len(self._running) == 1 and (drafted := self._draft(ready[0])):
                 self._decode_drafted(ready[0], drafted)
                 return
             logits = self._decode(ready)
@@ -261,44 +296,42 @@ class Scheduler:
             logger.exception("Decoding %d slots together failed; trying one by one.", len(ready))
             self._decode_apart(ready)
             return
-        for answering, row in zip(ready, logits, strict=True):
-            self._take(answering, row)
+        for running, row in zip(ready, logits, strict=True):
+            self._take(running, [row])
 
-    def _decode(self, ready: list[Answering]) -> np.ndarray:
+    def _decode(self, ready: list[_Running]) -> np.ndarray:
         """Feed the last token of each; float32 [len(ready), V]."""
-        tokens = [answering.token for answering in ready if answering.token is not None]
-        logits = self._session.decode([answering.slot for answering in ready], tokens)
-        for answering, token in zip(ready, tokens, strict=True):
-            self._table.tokens[answering.slot].append(token)
+        tokens = [running.answer.ids[-1] for running in ready]
+        logits = self._session.decode([running.slot for running in ready], tokens)
+        for running, token in zip(ready, tokens, strict=True):
+            self._table.tokens[running.slot].append(token)
         return logits
 
-    def _decode_drafted(self, answering: Answering, drafted: list[int]) -> None:
-        """Feed the last token of the only answer and guesses behind it; keep those it chooses."""
-        assert self._blocks is not None
-        assert answering.token is not None
-        slot, held = answering.slot, self._table.tokens[answering.slot]
-        block = np.array([answering.token, *drafted], np.int64)
-        rows = self._blocks.read_block(slot, block)
-        held.append(answering.token)
-        for logits, guess in zip(rows, [*drafted, None], strict=True):
-            self._take(answering, logits)
-            if answering.slot not in self._running or answering.token != guess:
-                break
-            held.append(answering.token)
+    def _draft(self, running: _Running) -> list[int]:
+        """Draft tokens for the only answer: no more than its outbox has room for."""
+        return running.answer.draft(running.job.outbox.room)
+
+    def _decode_drafted(self, running: _Running, drafted: list[int]) -> None:
+        """Feed the last token of the only answer and draft tokens; keep those it accepts."""
+        slot, token = running.slot, running.answer.ids[-1]
+        held = self._table.tokens[slot]
+        rows = self._session.read_block(slot, np.array([token, *drafted], np.int64))
+        held.append(token)
+        held += drafted[: self._take(running, rows, drafted)]
         self._take_back(slot, len(held))
 
-    def _decode_apart(self, ready: list[Answering]) -> None:
+    def _decode_apart(self, ready: list[_Running]) -> None:
         """After a failure of all together: each alone, so that only the one at fault fails."""
-        for answering in ready:
+        for running in ready:
             try:
-                length = len(self._table.tokens[answering.slot])
-                self._take_back(answering.slot, length)
-                logits = self._decode([answering])[0]
+                length = len(self._table.tokens[running.slot])
+                self._take_back(running.slot, length)
+                logits = self._decode([running])
             except Exception:
-                logger.exception("Decoding slot %d failed.", answering.slot)
-                self._fail(answering, internal("The model failed."))
+                logger.exception("Decoding slot %d failed.", running.slot)
+                self._fail(running, internal("The model failed."))
             else:
-                self._take(answering, logits)
+                self._take(running, logits)
 
     def _take_back(self, slot: int, length: int) -> None:
         """Undo a token that a failed call may have appended.
@@ -311,33 +344,50 @@ class Scheduler:
             if self._session.slot_length(slot) != length:
                 raise RuntimeError(f"slot {slot} cannot go back to {length} tokens")
 
-    def _take(self, answering: Answering, logits: np.ndarray) -> None:
-        """Let an answer go on by one token; free its slot at the end."""
+    def _take(
+        self, running: _Running, rows: Iterable[np.ndarray], drafted: Sequence[int] = ()
+    ) -> int:
+        """Let an answer go on, and free its slot at the end; returns accepted draft tokens."""
         try:
-            answering.take(logits)
+            accepted = running.answer.take(_numbers(rows), drafted)
         except RequestFailure as failure:
-            self._fail(answering, failure)
+            self._fail(running, failure)
         except Exception:
             logger.exception("Choosing a token failed.")
-            self._fail(answering, internal("Choosing a token failed."))
+            self._fail(running, internal("Choosing a token failed."))
         else:
-            if answering.ending is not None:
-                self._release(answering)
+            self._end(running)
+            return accepted
+        return 0
 
-    def _fail(self, answering: Answering, failure: RequestFailure) -> None:
+    def _end(self, running: _Running) -> None:
+        """Say how an answer ended, and free its slot; nothing where it goes on."""
+        if running.answer.ending is None:
+            return
+        # A full context is a limit of the length, as OpenAI's interface has it.
+        reason = "stop" if running.answer.ending == "stop" else "length"
+        running.job.outbox.put(Ending(reason, len(running.answer.ids), running.cached))
+        self._release(running)
+
+    def _fail(self, running: _Running, failure: RequestFailure) -> None:
         """Give up an answer, and forget what its slot holds: it cannot be trusted any more."""
-        answering.job.outbox.put(failure)
-        self._table.tokens[answering.slot].clear()
-        self._release(answering)
+        running.job.outbox.put(failure)
+        self._table.tokens[running.slot].clear()
+        self._release(running)
 
-    def _release(self, answering: Answering) -> None:
+    def _release(self, running: _Running) -> None:
         with self._condition:
-            del self._running[answering.slot]
-            self._table.release(answering.slot)
+            del self._running[running.slot]
+            self._table.release(running.slot)
 
 
-def can_go_on(answering: Answering) -> bool:
-    """Whether a step would do something for an answer."""
-    if answering.job.is_cancelled or answering.pending:
-        return True
-    return answering.token is not None and not answering.job.outbox.is_full
+def _numbers(rows: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """Rows of logits, float32 [V], as long as they are numbers.
+
+    Raises:
+        RequestFailure: 500, one holds a NaN, or its largest entry is not finite.
+    """
+    for logits in rows:
+        if not np.isfinite(float(logits.max())):  # NaN if there is one anywhere
+            raise internal("The model's logits are not finite numbers; nothing can be chosen.")
+        yield logits

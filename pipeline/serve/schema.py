@@ -15,10 +15,10 @@ from pipeline.runtime.tokenizer import Message
 from pipeline.serve.failure import RequestFailure
 
 # Smaller temperatures overflow float64; they would choose as 0 does.
-LEAST_TEMPERATURE = 1e-6
+_LEAST_TEMPERATURE = 1e-6
 
 # They say something about the request, or only how quickly it is answered.
-IGNORED = frozenset(
+_IGNORED = frozenset(
     (
         "user",
         "metadata",
@@ -32,7 +32,7 @@ IGNORED = frozenset(
     )
 )
 # What OpenAI's interface does when the field is absent, which is all that this server does.
-NEUTRAL: dict[str, tuple[Any, ...]] = {
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (1,),
     "best_of": (1,),
     "echo": (False,),
@@ -51,7 +51,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "verbosity": ("medium",),
 }
 # Of a message: what an answer of OpenAI's own client holds when it is sent back.
-NEUTRAL_IN_MESSAGE: dict[str, tuple[Any, ...]] = {"tool_calls": ([],), "annotations": ([],)}
+_NEUTRAL_IN_MESSAGE: dict[str, tuple[Any, ...]] = {"tool_calls": ([],), "annotations": ([],)}
 
 Body = TypeVar("Body", bound="Generation")
 
@@ -91,14 +91,14 @@ class Generation(BaseModel):
     @field_validator("temperature")
     @classmethod
     def _not_almost_zero(cls, value: float | None) -> float | None:
-        if value and value < LEAST_TEMPERATURE:
-            raise ValueError(f"give 0, or at least {LEAST_TEMPERATURE}")
+        if value and value < _LEAST_TEMPERATURE:
+            raise ValueError(f"give 0, or at least {_LEAST_TEMPERATURE}")
         return value
 
     @field_validator("stop")
     @classmethod
     def _few_stops(cls, value: str | list[str] | None) -> str | list[str] | None:
-        stops = as_list(value)
+        stops = _as_list(value)
         if len(stops) > 4:
             raise ValueError("at most 4 stop strings")
         if not all(0 < len(stop) <= 1000 for stop in stops):
@@ -118,7 +118,7 @@ class Generation(BaseModel):
 
     def stops(self) -> tuple[str, ...]:
         """Strings that end the answer."""
-        return tuple(as_list(self.stop))
+        return tuple(_as_list(self.stop))
 
     def wanted_tokens(self) -> int | None:
         """Most tokens of the answer; None when the client leaves it open."""
@@ -131,7 +131,7 @@ class Generation(BaseModel):
             RequestFailure: a field that would change the answer and that this server does not
                 know, or fields that contradict each other.
         """
-        require_neutral(self.model_extra or {}, NEUTRAL, "")
+        _require_neutral(self.model_extra or {}, _NEUTRAL, "")
         if self.stream_options is not None and not self.stream:
             raise RequestFailure(
                 400, 'stream_options needs "stream": true.', param="stream_options"
@@ -182,7 +182,7 @@ class ChatRequest(Generation):
             )
         for index, message in enumerate(self.messages):
             extra = message.model_extra or {}
-            require_neutral(extra, NEUTRAL_IN_MESSAGE, f"messages[{index}].")
+            _require_neutral(extra, _NEUTRAL_IN_MESSAGE, f"messages[{index}].")
 
 
 class CompletionRequest(Generation):
@@ -234,12 +234,12 @@ def explain(error: ValidationError) -> RequestFailure:
     return RequestFailure(400, message, param=name or None, code="invalid_value")
 
 
-def require_neutral(fields: dict[str, Any], neutral: dict[str, tuple[Any, ...]], at: str) -> None:
+def _require_neutral(fields: dict[str, Any], neutral: dict[str, tuple[Any, ...]], at: str) -> None:
     """Raise RequestFailure for the first field that would change the answer."""
     for name, value in fields.items():
-        if value is None or (not at and name in IGNORED):
+        if value is None or (not at and name in _IGNORED):
             continue
-        if not any(is_same(value, allowed) for allowed in neutral.get(name, ())):
+        if not any(_is_same(value, allowed) for allowed in neutral.get(name, ())):
             raise RequestFailure(
                 400,
                 f"This server does not support {at}{name} with this value; leave it out.",
@@ -248,12 +248,12 @@ def require_neutral(fields: dict[str, Any], neutral: dict[str, tuple[Any, ...]],
             )
 
 
-def is_same(value: Any, allowed: Any) -> bool:
+def _is_same(value: Any, allowed: Any) -> bool:
     """Equality that tells True from 1."""
     return value == allowed and isinstance(value, bool) == isinstance(allowed, bool)
 
 
-def as_list(value: str | list[str] | None) -> list[str]:
+def _as_list(value: str | list[str] | None) -> list[str]:
     """A string, several or none, as a list."""
     if value is None:
         return []

@@ -19,7 +19,9 @@ import uvicorn
 
 from pipeline.errors import UsageError
 from pipeline.progress import note
-from pipeline.runtime.sessions.slots import SlotSession, open_slots
+from pipeline.runtime.drafting import PROMPT_LOOKUP
+from pipeline.runtime.sessions.session import SlotSession
+from pipeline.runtime.sessions.slots import open_slots
 from pipeline.runtime.tokenizer import load_tokenizer, stop_token_ids
 from pipeline.serve.app import Api, Limits
 from pipeline.serve.connection import LimitedConnection
@@ -27,9 +29,9 @@ from pipeline.serve.prompt import PromptReader
 from pipeline.serve.scheduler import PREFILL_CHUNK, Scheduler
 
 # Below the 1024 files that most systems let a process open.
-MAX_CONNECTIONS = 512
+_MAX_CONNECTIONS = 512
 # For the last events of the streams that were ended, after the grace period.
-FLUSH_S = 2.0
+_FLUSH_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class ServeRequest:
         queue: requests that may wait for a slot.
         prefill_chunk: most tokens of a prompt between two tokens of the other answers.
         reuse: whether prompts may go on from what a slot holds.
-        lookup: whether an answer that runs alone guesses tokens.
+        lookup: whether an answer that runs alone reads draft tokens, by prompt lookup.
         limits: what a client may ask for.
         keys: accepted API keys; none accepts everybody.
         grace_s: how long running answers may take after the signal to stop.
@@ -97,7 +99,7 @@ class Server(uvicorn.Server):
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        old = {number: signal.signal(number, self._on_signal) for number in uvicorn_signals()}
+        old = {number: signal.signal(number, self._on_signal) for number in _uvicorn_signals()}
         try:
             yield
         finally:
@@ -109,7 +111,7 @@ class Server(uvicorn.Server):
         self.handle_exit(number, frame)
 
 
-def uvicorn_signals() -> tuple[int, ...]:
+def _uvicorn_signals() -> tuple[int, ...]:
     """Signals that end the server."""
     return signal.SIGINT, signal.SIGTERM
 
@@ -127,7 +129,7 @@ def serve(request: ServeRequest) -> int:
     with listen(request.host, request.port) as listener:
         session = open_slots(request.folder, request.backend, request.threads, request.slots)
         with running_server(request, session) as server:
-            announce(request, session, listener)
+            _announce(request, session, listener)
             server.run(sockets=[listener])
     note("stopped")
     return 130 if server.ended_by == signal.SIGINT else 0
@@ -145,24 +147,24 @@ def running_server(request: ServeRequest, session: SlotSession) -> Iterator[Serv
         queue=request.queue,
         prefill_chunk=request.prefill_chunk,
         reuse=request.reuse,
-        lookup=request.lookup,
+        drafter=PROMPT_LOOKUP if request.lookup else None,
     )
     prompts = PromptReader(tokenizer, session.vocab_size, session.max_length)
     try:
-        name = served_name(request)
+        name = _served_name(request)
         api = Api(name, session.max_length, scheduler, prompts, request.limits, request.keys)
-        yield Server(configure(request, api), scheduler, request.grace_s)
+        yield Server(_configure(request, api), scheduler, request.grace_s)
     finally:
         scheduler.close()
         prompts.close()
 
 
-def configure(request: ServeRequest, api: Api) -> uvicorn.Config:
+def _configure(request: ServeRequest, api: Api) -> uvicorn.Config:
     """The settings of uvicorn."""
     connection = functools.partial(
         LimitedConnection,
         timeout_s=request.limits.client_timeout_s,
-        max_connections=MAX_CONNECTIONS,
+        max_connections=_MAX_CONNECTIONS,
     )
     return uvicorn.Config(
         api.app(),
@@ -173,7 +175,7 @@ def configure(request: ServeRequest, api: Api) -> uvicorn.Config:
         access_log=logging.getLogger().isEnabledFor(logging.INFO),
         proxy_headers=False,
         server_header=False,
-        timeout_graceful_shutdown=math.ceil(request.grace_s + FLUSH_S),
+        timeout_graceful_shutdown=math.ceil(request.grace_s + _FLUSH_S),
     )
 
 
@@ -200,7 +202,7 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def announce(request: ServeRequest, session: SlotSession, listener: socket.socket) -> None:
+def _announce(request: ServeRequest, session: SlotSession, listener: socket.socket) -> None:
     """Say what is served where, and to whom."""
     host, port = listener.getsockname()[:2]
     address = f"[{host}]" if ":" in host else host
@@ -208,11 +210,11 @@ def announce(request: ServeRequest, session: SlotSession, listener: socket.socke
         keys = "with an API key" if request.keys else "without any key: see --api-key-file"
         note(f"warning: {host} is open to other machines, unencrypted, {keys}")
     note(
-        f"serving {served_name(request)} ({session.name}, {session.slots} slots, "
+        f"serving {_served_name(request)} ({session.name}, {session.slots} slots, "
         f"{session.max_length} tokens of context) at http://{address}:{port}/v1"
     )
 
 
-def served_name(request: ServeRequest) -> str:
+def _served_name(request: ServeRequest) -> str:
     """The name that requests must give."""
     return request.model_name or request.folder.resolve().name

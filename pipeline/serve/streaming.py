@@ -19,8 +19,8 @@ Result = TypeVar("Result")
 
 # So much of a body that is too long is still read, and dropped: closing while a client writes would
 # reset the connection, and most clients would then not see why.
-DRAINED_BODIES = 8
-EVENT_HEADERS = {
+_DRAINED_BODIES = 8
+_EVENT_HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",
     "Cache-Control": "no-cache",
     "X-Accel-Buffering": "no",
@@ -43,7 +43,7 @@ async def read_body(request: Request, max_bytes: int, timeout_s: float) -> bytes
         )
     try:
         async with asyncio.timeout(timeout_s):
-            body = await collect_body(request, max_bytes)
+            body = await _collect_body(request, max_bytes)
     except TimeoutError as error:
         raise RequestFailure(
             408,
@@ -61,7 +61,7 @@ async def read_body(request: Request, max_bytes: int, timeout_s: float) -> bytes
     return body
 
 
-async def collect_body(request: Request, max_bytes: int) -> bytes | None:
+async def _collect_body(request: Request, max_bytes: int) -> bytes | None:
     """The body, or None when it is longer than `max_bytes`; never holds more than that."""
     announced = request.headers.get("content-length", "0")
     is_too_long = int(announced) > max_bytes
@@ -76,7 +76,7 @@ async def collect_body(request: Request, max_bytes: int) -> bytes | None:
             body.clear()
         if not is_too_long:
             body += part
-        elif seen_bytes > DRAINED_BODIES * max_bytes:
+        elif seen_bytes > _DRAINED_BODIES * max_bytes:
             break
     return None if is_too_long else bytes(body)
 
@@ -88,7 +88,7 @@ async def unless_gone(work: Coroutine[Any, Any, Result], receive: Receive) -> Re
         ClientDisconnect: it did.
     """
     working = asyncio.ensure_future(work)
-    watching = asyncio.ensure_future(until_gone(receive))
+    watching = asyncio.ensure_future(_until_gone(receive))
     try:
         await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
@@ -100,7 +100,7 @@ async def unless_gone(work: Coroutine[Any, Any, Result], receive: Receive) -> Re
         await asyncio.gather(working, watching, return_exceptions=True)
 
 
-async def until_gone(receive: Receive) -> None:
+async def _until_gone(receive: Receive) -> None:
     """Wait until the client disconnects."""
     while (await receive())["type"] != "http.disconnect":
         pass
@@ -148,7 +148,7 @@ class EventStream(Response):
     def __init__(
         self, job: Job, first: list[Piece], reply: Reply, scheduler: Scheduler, timeout_s: float
     ) -> None:
-        super().__init__(headers=EVENT_HEADERS)
+        super().__init__(headers=_EVENT_HEADERS)
         del self.headers["content-length"]
         self._job, self._first, self._reply = job, first, reply
         self._scheduler, self._timeout_s = scheduler, timeout_s
@@ -162,7 +162,7 @@ class EventStream(Response):
         except TimeoutError:
             # What is buffered would never be taken: closing must not wait for it.
             scope["state"]["abort"]()
-            await until_gone(receive)
+            await _until_gone(receive)
         finally:
             self._scheduler.cancel(self._job)
 

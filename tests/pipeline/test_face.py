@@ -12,6 +12,7 @@ import pytest
 import pipeline
 from pipeline.compress.request import CompressRequest
 from pipeline.errors import UsageError
+from pipeline.runtime.sequence import Decoding
 from tests.support.families import save_family
 
 SMALL: dict[str, Any] = {"windows": 8, "window_length": 32, "effort": "fast"}
@@ -83,7 +84,7 @@ def test_every_name_of_the_face_is_there_and_no_other() -> None:
 def test_a_build_made_through_the_face_loads_and_answers(build: Path) -> None:
     assert pipeline.load(build / "checkpoint").config.model_type == "llama"
     model = pipeline.LanguageModel.open(build / "onnx")
-    assert model.generate("hello", max_new_tokens=4).new_tokens <= 4
+    assert model.generate("hello", Decoding(4)).new_tokens <= 4
 
 
 def test_a_request_can_be_given_whole_with_some_of_its_fields_replaced(

@@ -34,6 +34,7 @@ from pipeline.errors import InputError
 from pipeline.export.export import ExportRequest, export_folder
 from pipeline.model.load import load_model
 from pipeline.runtime.generate import generate
+from pipeline.runtime.sequence import Decoding
 from pipeline.runtime.sessions.onnx_session import OnnxSession
 from pipeline.runtime.sessions.session import Session
 from pipeline.runtime.sessions.torch_session import TorchSession
@@ -304,7 +305,7 @@ def test_run_streams_what_the_session_says(
         message = process.stderr.read().decode()
     assert process.returncode == 0, message
     stop_ids = stop_token_ids(tokenizer, built.onnx)
-    expected = list(generate(exported, prompts[0].tolist(), 48, stop_ids=stop_ids))
+    expected = list(generate(exported, prompts[0].tolist(), Decoding(48, stop_ids=stop_ids)))
     assert b"".join(pieces).decode() == tokenizer.decode(expected) + "\n"
     assert len(pieces) > 2, "the answer came in one piece"
     assert times_s[-1] > times_s[0]

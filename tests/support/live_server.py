@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import openai
 
-from pipeline.runtime.answer import answer
+from pipeline.runtime.generate import answer
 from pipeline.runtime.sampling import GREEDY, Sampling
-from pipeline.runtime.sessions.slots import SlotSession, open_slots
+from pipeline.runtime.sequence import Decoding
+from pipeline.runtime.sessions.session import SlotSession
+from pipeline.runtime.sessions.slots import open_slots
 from pipeline.runtime.sessions.torch_session import TorchSession
 from pipeline.runtime.tokenizer import chat_prompt_ids
 from pipeline.serve.scheduler import Scheduler
@@ -98,16 +99,8 @@ def alone(
     else:
         ids = chat_prompt_ids(tokenizer, prompt)
     session = TorchSession(tiny_llama())
-    return answer(
-        session,
-        tokenizer,
-        ids,
-        max_new_tokens=max_new_tokens,
-        sampling=sampling,
-        stop_ids=frozenset({257}),
-        generator=np.random.default_rng(seed),
-        emit=lambda text: None,
-    ).text
+    decoding = Decoding(max_new_tokens, sampling, stop_ids={257}, seed=seed)
+    return answer(session, tokenizer, ids, decoding).text
 
 
 def send_json(path: str, body: dict[str, Any]) -> bytes:

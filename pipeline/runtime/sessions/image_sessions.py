@@ -76,7 +76,7 @@ class OnnxImages:
         Raises:
             InputError: images of another shape than the graph takes.
         """
-        require_shape(pixels, self.record.pixel_values, self.name)
+        _require_shape(pixels, self.record.pixel_values, self.name)
         given = np.ascontiguousarray(pixels, dtype=self.record.dtype)
         (logits,) = self._session.run(["logits"], {"pixel_values": given})
         answer: np.ndarray = logits.astype(np.float32)
@@ -96,24 +96,14 @@ class EngineImages:
     """
 
     def __init__(self, folder: Path, name: str) -> None:
-        from pipeline.engine.manifest import EngineRuntime, check_manifest, read_manifest
-        from pipeline.runtime.sessions import tensorrt_session as trt
+        from pipeline.runtime.sessions.tensorrt_session import open_engine
 
-        gpu = trt.require_gpu(folder)
-        flavour = read_manifest(folder)["target"]["flavour"]
-        library = trt.load_library(flavour)
         self.name = name
-        self.manifest = check_manifest(
-            folder, runtime=EngineRuntime(flavour, library.__version__, gpu.capability)
-        )
+        self._opened = open_engine(folder)
+        self.manifest, self._torch = self._opened.manifest, self._opened.torch
         if self.manifest["onnx"].get("task") != IMAGES:
             raise InputError("This engine takes no images.", where=folder)
-        self._torch = trt.require_cuda_torch()
-        trt.load_engine_plugin(library, self.manifest, None, folder)
-        self._logger = library.Logger(library.Logger.WARNING)
-        self._runtime = library.Runtime(self._logger)
-        self._engine = trt.read_engine(self._runtime, folder)
-        self._context = trt.make_context(library, self._engine, flavour)
+        self._context = self._opened.make_context()
         self._stream = self._torch.cuda.Stream()
 
     def classify(self, pixels: np.ndarray) -> np.ndarray:
@@ -124,7 +114,7 @@ class EngineImages:
             ResourceError: TensorRT could not run the call.
         """
         onnx, most = self.manifest["onnx"], self.manifest["limits"]["max_batch"]
-        require_shape(pixels, tuple(onnx["pixel_values"]), self.name)
+        _require_shape(pixels, tuple(onnx["pixel_values"]), self.name)
         parts = [self._run(pixels[i : i + most]) for i in range(0, len(pixels), most)]
         return np.concatenate(parts)
 
@@ -145,7 +135,7 @@ class EngineImages:
         return answer
 
 
-def require_shape(pixels: np.ndarray, shape: tuple[int, ...], where: str) -> None:
+def _require_shape(pixels: np.ndarray, shape: tuple[int, ...], where: str) -> None:
     """Raise InputError for pixel values [B, C, H, W] that are not of this [C, H, W]."""
     if pixels.ndim != 4 or tuple(pixels.shape[1:]) != tuple(shape):
         raise InputError(

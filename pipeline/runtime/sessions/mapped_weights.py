@@ -1,7 +1,7 @@
-"""A weight file mapped into memory, whose pages are given back once they have been packed.
+"""A weight file mapped into memory, whose pages leave the process once they have been packed.
 
 ONNX Runtime's kernels keep the matrices in a layout of their own, so what was read from the file is
-needed once. The pages are clean: giving one back costs nothing but reading it again.
+needed once. The pages are clean: releasing one costs nothing but reading it again.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 # How long read pages may pile up while a session packs them.
-INTERVAL_S = 0.01
+_INTERVAL_S = 0.01
 
 
 class MappedWeights:
@@ -31,18 +31,18 @@ class MappedWeights:
         with path.open("rb") as file:
             self.pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
-    def give_back(self) -> None:
+    def release_pages(self) -> None:
         """Take the file's pages out of the process; they come again when they are read."""
         self.pages.madvise(mmap.MADV_DONTNEED)
 
     @contextmanager
-    def given_back_meanwhile(self) -> Iterator[None]:
-        """Give pages back again and again while the body reads the file, and at its end."""
+    def releasing_pages(self) -> Iterator[None]:
+        """Release pages again and again while the body reads the file, and at its end."""
         done = threading.Event()
 
         def watch() -> None:
-            while not done.wait(INTERVAL_S):
-                self.give_back()
+            while not done.wait(_INTERVAL_S):
+                self.release_pages()
 
         watcher = threading.Thread(target=watch, name="weights", daemon=True)
         watcher.start()
@@ -51,7 +51,7 @@ class MappedWeights:
         finally:
             done.set()
             watcher.join()
-            self.give_back()
+            self.release_pages()
 
 
 def map_weights(path: Path) -> MappedWeights | None:

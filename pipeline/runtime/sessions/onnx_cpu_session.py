@@ -18,15 +18,15 @@ import numpy as np
 
 from pipeline.export.record import read_export_record
 from pipeline.runtime.sessions.checks import require_batch, require_room, require_tokens
-from pipeline.runtime.sessions.onnx_session import open_graph, present_name, share_buffer
+from pipeline.runtime.sessions.onnx_session import Graph, open_graph, present_name, share_buffer
 
 # A long prompt goes in by parts: activations stay small, and so does the arena that keeps them.
-PREFILL_TOKENS = 128
+_PREFILL_TOKENS = 128
 # What one more token in a call of a few costs, as a share of a call of one: 0.14 to 0.29 for 4 and
 # 8 bits on two cores with AVX2 (benchmarks/cpu/lookup.py).
-ROW_COST = 0.25
+_ROW_COST = 0.25
 # From which token of a call on the graph computes logits.
-ALL, LAST = np.array([0], np.int64), np.array([-1], np.int64)
+_ALL, _LAST = np.array([0], np.int64), np.array([-1], np.int64)
 
 
 class CpuSession:
@@ -40,6 +40,7 @@ class CpuSession:
         threads: threads within one operator; None leaves the choice to ONNX Runtime.
         name: what the ledger calls this backend.
         slots: rows of the cache to begin with. Memory is used only as tokens come.
+        graph: the same folder's, where another session has opened it; None opens it.
 
     Raises:
         InputError: files missing, not matching each other, or not loadable.
@@ -47,14 +48,20 @@ class CpuSession:
     """
 
     def __init__(
-        self, folder: Path, threads: int | None = None, name: str | None = None, slots: int = 1
+        self,
+        folder: Path,
+        threads: int | None = None,
+        name: str | None = None,
+        slots: int = 1,
+        graph: Graph | None = None,
     ) -> None:
         record = read_export_record(folder)
         self.name = name or f"onnxruntime cpu {record.weights}"
         self.vocab_size = record.vocab_size
         self.max_length = record.max_length
-        self.row_cost = ROW_COST
-        self._session, self._weights = open_graph(folder, record, threads)
+        self.row_cost: float | None = _ROW_COST
+        self._folder, self._graph = folder, graph or open_graph(folder, record, threads)
+        self._session, self._weights = self._graph
         nodes = [*self._session.get_inputs(), *self._session.get_overridable_initializers()]
         self._inputs = {node.name: node for node in nodes}
         self._lengths = np.zeros(slots, np.int64)
@@ -86,6 +93,10 @@ class CpuSession:
         if length == 0:
             self._rows = None
 
+    def sibling(self) -> CpuSession:
+        """A session over the same graph and weights, with empty rows of its own."""
+        return CpuSession(self._folder, name=self.name, slots=self.slots, graph=self._graph)
+
     def forward(self, input_ids: np.ndarray, last_only: bool = False) -> np.ndarray:
         """Append tokens to the cache and return their logits.
 
@@ -108,7 +119,7 @@ class CpuSession:
             self._grow(rows)
         self._rows = rows
         if count == 1:
-            return self._run(0, input_ids, LAST)
+            return self._run(0, input_ids, _LAST)
         parts = [self._read(row, input_ids[row], last_only) for row in range(rows)]
         return np.concatenate(parts)
 
@@ -164,7 +175,8 @@ class CpuSession:
 
         Rows between the wanted ones are computed with them: what is written into one lands behind
         its last token, where its next token will be written. With weights of 4 bits a slot alone
-        has a neighbour computed with it, so that its logits are those it has in company.
+        has the row beside it computed with it, so that its logits are those it has with other
+        requests in the batch.
 
         Returns:
             float32 [len(slots), V].
@@ -182,7 +194,7 @@ class CpuSession:
         # A full row that only happens to lie between gives up its last token.
         self._lengths = np.minimum(self._lengths, self.max_length - 1)
         kept = self._lengths.copy()
-        logits = self._run(first, ids, LAST)
+        logits = self._run(first, ids, _LAST)
         kept[list(slots)] = lengths[list(slots)] + 1
         self._lengths = kept
         return logits[np.array(slots) - first, 0]
@@ -204,8 +216,8 @@ class CpuSession:
         first, last = min(slots), max(slots)
         if first < last or self._sums_one_row_alike or self.slots == 1:
             return first, last
-        neighbours = [row for row in (first - 1, first + 1) if 0 <= row < self.slots]
-        shortest = min(neighbours, key=lambda row: self._lengths[row])
+        beside = [row for row in (first - 1, first + 1) if 0 <= row < self.slots]
+        shortest = min(beside, key=lambda row: self._lengths[row])
         return min(first, shortest), max(first, shortest)
 
     # --- the graph ---
@@ -223,10 +235,10 @@ class CpuSession:
         bits should not depend on where a prompt was cut.
         """
         count = len(input_ids)
-        starts = [0, *(s for s in range(PREFILL_TOKENS, count, PREFILL_TOKENS) if s < count - 1)]
+        starts = [0, *(s for s in range(_PREFILL_TOKENS, count, _PREFILL_TOKENS) if s < count - 1)]
         parts = []
         for start, end in pairwise([*starts, count]):
-            parts.append(self._run(row, input_ids[None, start:end], LAST if last_only else ALL))
+            parts.append(self._run(row, input_ids[None, start:end], _LAST if last_only else _ALL))
         return parts[-1] if last_only else np.concatenate(parts, axis=1)
 
     def _run(self, row: int, input_ids: np.ndarray, first: np.ndarray) -> np.ndarray:
@@ -243,14 +255,14 @@ class CpuSession:
         }
         for name in self._inputs.keys() & feeds:
             binding.bind_ortvalue_input(name, share_buffer(feeds[name]))
-        wanted = count if first is ALL or "first_logit" not in self._inputs else 1
+        wanted = count if first is _ALL or "first_logit" not in self._inputs else 1
         logits = np.empty((rows, wanted, self.vocab_size), np.float32)
         binding.bind_ortvalue_output("logits", share_buffer(logits))
         self._session.run_with_iobinding(binding)
         if self._weights is not None and count > 1:
-            self._weights.give_back()  # rows of the embedding, each with the pages around it
+            self._weights.release_pages()  # rows of the embedding, each with the pages around it
         self._lengths[row : row + rows] = ends
-        return logits if first is ALL else logits[:, -1:]
+        return logits if first is _ALL else logits[:, -1:]
 
     def _bound(self, row: int, rows: int) -> Any:
         """A binding with the cache of these rows bound as past and as present."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -38,6 +38,7 @@ class OnnxSession:
         folder: holds `export.json`, `model.onnx` and `model.onnx.data`.
         threads: threads within one operator; None leaves the choice to ONNX Runtime.
         name: what the ledger calls this backend; None makes one out of profile and dtype.
+        graph: the same folder's, where another session has opened it; None opens it.
 
     Raises:
         InputError: files missing, not matching each other, or not loadable by the installed
@@ -45,13 +46,22 @@ class OnnxSession:
         MissingPackageError: onnxruntime is not installed.
     """
 
-    def __init__(self, folder: Path, threads: int | None = None, name: str | None = None) -> None:
+    row_cost: float | None = None
+
+    def __init__(
+        self,
+        folder: Path,
+        threads: int | None = None,
+        name: str | None = None,
+        graph: Graph | None = None,
+    ) -> None:
         self.record = read_export_record(folder)
         self.name = name or f"onnxruntime {self.record.profile} {self.record.dtype}"
         self.vocab_size = self.record.vocab_size
         self.max_length = self.record.max_length
-        self._session, self._weights = open_graph(folder, self.record, threads)
-        self._widths = cache_widths(self._session, self.record, folder)
+        self._folder, self._graph = folder, graph or open_graph(folder, self.record, threads)
+        self._session, self._weights = self._graph
+        self._widths = _cache_widths(self._session, self.record, folder)
         self._buffers: dict[str, np.ndarray] = {}
         self._cache: dict[str, Any] = {}
         self.reset()
@@ -80,6 +90,10 @@ class OnnxSession:
                     name: share_buffer(np.ascontiguousarray(value.numpy()[:, :, :length]))
                     for name, value in self._cache.items()
                 }
+
+    def sibling(self) -> OnnxSession:
+        """A session over the same graph and weights, with an empty cache of its own."""
+        return OnnxSession(self._folder, name=self.name, graph=self._graph)
 
     def forward(self, input_ids: np.ndarray, last_only: bool = False) -> np.ndarray:
         """Append tokens to the cache and return their logits.
@@ -178,14 +192,21 @@ def share_buffer(buffer: np.ndarray) -> Any:
     return onnxruntime.OrtValue.ortvalue_from_numpy(buffer)
 
 
-def open_graph(
-    folder: Path, record: ExportRecord, threads: int | None
-) -> tuple[onnxruntime.InferenceSession, MappedWeights | None]:
-    """Load `folder/model.onnx`, with every failure explained.
+class Graph(NamedTuple):
+    """A graph that ONNX Runtime has loaded.
 
-    Returns:
-        The session, and the weights it borrows, which must outlive it; None where it has mapped
-        the file by itself.
+    Attributes:
+        session: runs it; several threads and several caches may use it.
+        weights: what it borrows, and what must outlive it; None where it has mapped the file by
+            itself.
+    """
+
+    session: onnxruntime.InferenceSession
+    weights: MappedWeights | None
+
+
+def open_graph(folder: Path, record: ExportRecord, threads: int | None) -> Graph:
+    """Load `folder/model.onnx`, with every failure explained.
 
     Raises:
         InputError: the installed ONNX Runtime is too old for the profile, or refuses the graph.
@@ -195,7 +216,7 @@ def open_graph(
         import onnxruntime
     except ImportError as error:
         raise MissingPackageError("onnxruntime", "cpu", "run an ONNX export") from error
-    require_runtime_version(onnxruntime.__version__, record.profile)
+    _require_runtime_version(onnxruntime.__version__, record.profile)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     # Products behind DequantizeLinear would otherwise have their inputs rounded to 8 bits unasked.
@@ -203,9 +224,9 @@ def open_graph(
     if threads is not None:
         options.intra_op_num_threads = threads
     path = folder / "model.onnx"
-    weights = map_weights(folder / WEIGHTS) if borrows_files(onnxruntime.__version__) else None
+    weights = map_weights(folder / WEIGHTS) if _borrows_files(onnxruntime.__version__) else None
     try:
-        with lend_weights(options, weights):
+        with _lend_weights(options, weights):
             session = onnxruntime.InferenceSession(
                 str(path), options, providers=["CPUExecutionProvider"]
             )
@@ -216,28 +237,28 @@ def open_graph(
             observed=str(error).strip(),
             change="check that model.onnx.data lies beside it, or export again",
         ) from error
-    return session, weights
+    return Graph(session, weights)
 
 
-def lend_weights(
+def _lend_weights(
     options: onnxruntime.SessionOptions, weights: MappedWeights | None
 ) -> AbstractContextManager[None]:
-    """Let a session use mapped weights as they are, and give their pages back while it loads."""
+    """Let a session use mapped weights as they are, and release their pages while it loads."""
     if weights is None:
         return nullcontext()
     pages = weights.pages
     options.add_external_initializers_from_files_in_memory([weights.name], [pages], [len(pages)])
     options.add_session_config_entry(BORROW_FILES, "1")
-    return weights.given_back_meanwhile()
+    return weights.releasing_pages()
 
 
-def borrows_files(version: str) -> bool:
+def _borrows_files(version: str) -> bool:
     """Whether this ONNX Runtime uses a file lent to it without copying it."""
     major, minor = (int(part) for part in version.split(".")[:2])
     return (major, minor) >= FIRST_RUNTIME_THAT_BORROWS_FILES
 
 
-def require_runtime_version(version: str, profile: str) -> None:
+def _require_runtime_version(version: str, profile: str) -> None:
     """Raise InputError when this ONNX Runtime lacks the operators of `profile`."""
     major, minor = (int(part) for part in version.split(".")[:2])
     if profile == "opset24" and (major, minor) < FIRST_RUNTIME_WITH_TENSOR_SCATTER:
@@ -249,7 +270,7 @@ def require_runtime_version(version: str, profile: str) -> None:
         )
 
 
-def cache_widths(
+def _cache_widths(
     session: onnxruntime.InferenceSession, record: ExportRecord, folder: Path
 ) -> dict[str, tuple[int, int]]:
     """(heads, width) of each `past_key_values.*` input, after checking the graph's interface.
@@ -265,14 +286,14 @@ def cache_widths(
         f"past_key_values.{i}.{kind}" for i in range(record.num_layers) for kind in ("key", "value")
     ]
     promised = {*TOKEN_INPUTS, *past}
-    require_names(set(inputs), promised, "inputs", folder)
-    require_names(outputs, {"logits", *map(present_name, past)}, "outputs", folder)
+    _require_names(set(inputs), promised, "inputs", folder)
+    _require_names(outputs, {"logits", *map(present_name, past)}, "outputs", folder)
     for name in past:
-        require_cache_input(inputs[name], record, folder)
+        _require_cache_input(inputs[name], record, folder)
     return {name: (inputs[name].shape[1], inputs[name].shape[3]) for name in past}
 
 
-def require_names(observed: set[str], expected: set[str], kind: str, folder: Path) -> None:
+def _require_names(observed: set[str], expected: set[str], kind: str, folder: Path) -> None:
     """Raise InputError when two sets of tensor names differ, naming the difference."""
     if observed != expected:
         raise InputError(
@@ -284,7 +305,7 @@ def require_names(observed: set[str], expected: set[str], kind: str, folder: Pat
         )
 
 
-def require_cache_input(node: Any, record: ExportRecord, folder: Path) -> None:
+def _require_cache_input(node: Any, record: ExportRecord, folder: Path) -> None:
     """Raise InputError when a cache input has another dtype or static length than promised."""
     length = node.shape[2]
     expected_length = record.max_length if record.profile == "opset24" else "any length"

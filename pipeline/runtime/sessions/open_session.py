@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,11 @@ CUDA_CACHE_TOKENS = 2048
 
 
 def open_session(
-    folder: Path, backend: str = "auto", threads: int | None = None, device: str = "cpu"
+    folder: Path,
+    backend: str = "auto",
+    threads: int | None = None,
+    device: str = "cpu",
+    slots: int = 1,
 ) -> Session:
     """Open an exported ONNX folder, a checkpoint folder or an engine folder.
 
@@ -30,6 +35,7 @@ def open_session(
         backend: `auto`, `torch`, `onnx` or `tensorrt`.
         threads: threads of ONNX Runtime within one operator; None leaves the choice to it.
         device: where PyTorch computes; the other backends have one of their own.
+        slots: rows of the cache to begin with, where the backend keeps several in one.
 
     Raises:
         InputError: the folder is of neither kind, or does not load; or there is no such device.
@@ -44,20 +50,14 @@ def open_session(
             observed=f"a folder for the backend '{kind}'",
             change=f"pass --backend {kind}, or another folder",
         )
-    if device == "cuda":
-        if kind != "torch":
-            raise UsageError(
-                "--device cuda is for a checkpoint, which PyTorch runs.",
-                where=folder,
-                observed=f"a folder for the backend '{kind}'",
-                change="give the checkpoint it was made from, or leave --device out",
-            )
-        return open_cuda(folder)
-    if kind == "tensorrt":
-        from pipeline.runtime.sessions.tensorrt_session import TensorRTSession
-
-        return TensorRTSession(folder)
-    return open_onnx(folder, threads) if kind == "onnx" else open_torch(folder)
+    if (kind, device) not in _OPENERS:
+        raise UsageError(
+            f"--device {device} is for a checkpoint, which PyTorch runs.",
+            where=folder,
+            observed=f"a folder for the backend '{kind}'",
+            change="give the checkpoint it was made from, or leave --device out",
+        )
+    return _OPENERS[kind, device](folder, threads, slots)
 
 
 def folder_kind(folder: Path) -> str:
@@ -83,20 +83,27 @@ def folder_kind(folder: Path) -> str:
     )
 
 
-def open_onnx(folder: Path, threads: int | None) -> Session:
+def _open_onnx(folder: Path, threads: int | None, slots: int) -> Session:
     """The session over an ONNX export."""
     from pipeline.export.record import read_export_record
 
     if read_export_record(folder).profile == "cpu":
         from pipeline.runtime.sessions.onnx_cpu_session import CpuSession
 
-        return CpuSession(folder, threads)
+        return CpuSession(folder, threads, slots=slots)
     from pipeline.runtime.sessions.onnx_session import OnnxSession
 
     return OnnxSession(folder, threads)
 
 
-def open_torch(folder: Path) -> Session:
+def _open_tensorrt(folder: Path, threads: int | None, slots: int) -> Session:
+    """The session over an engine."""
+    from pipeline.runtime.sessions.tensorrt_session import TensorRTSession
+
+    return TensorRTSession(folder)
+
+
+def _open_torch(folder: Path, threads: int | None, slots: int) -> Session:
     """The session over a checkpoint, in float32 since CPUs are slow at everything narrower."""
     import torch
 
@@ -106,7 +113,7 @@ def open_torch(folder: Path) -> Session:
     return TorchSession(load_checkpoint(folder, dtype=torch.float32), name="torch float32")
 
 
-def open_cuda(folder: Path) -> Session:
+def _open_cuda(folder: Path, threads: int | None, slots: int) -> Session:
     """The session over a checkpoint on the GPU: half precision, our kernels, one graph a step.
 
     Raises:
@@ -124,7 +131,7 @@ def open_cuda(folder: Path) -> Session:
             observed=f"torch {torch.__version__}, {built}; {torch.cuda.device_count()} devices",
             change="leave --device out to run on the CPU",
         )
-    model, replaced = load_half(folder)
+    model, replaced = _load_half(folder)
     if replaced:
         prepare(torch.cuda.current_device())
     kind = f"block-skip kernels in {replaced} layers" if replaced else "no block-skip layers"
@@ -132,7 +139,7 @@ def open_cuda(folder: Path) -> Session:
     return StaticSession(model.to("cuda"), name, CUDA_CACHE_TOKENS)
 
 
-def load_half(folder: Path) -> tuple[PreTrainedModel, int]:
+def _load_half(folder: Path) -> tuple[PreTrainedModel, int]:
     """A checkpoint in half precision with its block-skip layers by the operator, and their number.
 
     bfloat16 stays, all else becomes float16. Only weights do: the frequencies of the rotation turn
@@ -151,3 +158,12 @@ def load_half(folder: Path) -> tuple[PreTrainedModel, int]:
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     return model, use_operator_(model)
+
+
+# By kind of folder and device.
+_OPENERS: dict[tuple[str, str], Callable[[Path, int | None, int], Session]] = {
+    ("onnx", "cpu"): _open_onnx,
+    ("tensorrt", "cpu"): _open_tensorrt,
+    ("torch", "cpu"): _open_torch,
+    ("torch", "cuda"): _open_cuda,
+}

@@ -1,7 +1,8 @@
-"""The interface every backend offers: feed tokens, get logits, keep the cache inside."""
+"""What every backend offers: feed tokens, get logits, keep the cache inside."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -14,11 +15,14 @@ class Session(Protocol):
         name: what the ledger calls this backend.
         vocab_size: width of the logits.
         max_length: most tokens the cache holds, prompt and answer together.
+        row_cost: what one more token in a call costs, as a share of a call of one token; None where
+            several in one call are not known to save anything.
     """
 
     name: str
     vocab_size: int
     max_length: int
+    row_cost: float | None
 
     def reset(self) -> None:
         """Forget the cache."""
@@ -38,11 +42,6 @@ class Session(Protocol):
         """
         ...
 
-
-@runtime_checkable
-class RewindingSession(Session, Protocol):
-    """A session that can take tokens back, so that a later prompt may go on from an earlier one."""
-
     @property
     def length(self) -> int:
         """Tokens in the cache."""
@@ -53,18 +52,14 @@ class RewindingSession(Session, Protocol):
 
         More than there are is no error. `length` tells how many are left.
         """
+
+    def sibling(self) -> Session:
+        """A session over the same weights, with an empty cache of its own.
+
+        Raises:
+            pipeline.errors.UsageError: this backend holds one sequence alone.
+        """
         ...
-
-
-@runtime_checkable
-class BlockSession(RewindingSession, Protocol):
-    """A session that reads several tokens in one call for less than their calls would cost.
-
-    Attributes:
-        row_cost: what one more token in a call costs, as a share of a call of one token.
-    """
-
-    row_cost: float
 
 
 @runtime_checkable
@@ -77,4 +72,67 @@ class RepeatingSession(Session, Protocol):
         Raises:
             pipeline.errors.InputError: the cache holds several sequences.
         """
+        ...
+
+
+@runtime_checkable
+class SlotSession(Protocol):
+    """A model that answers several sequences at once, each in a slot of its own.
+
+    Attributes:
+        name: what reports call this backend.
+        vocab_size: width of the logits.
+        max_length: most tokens a slot holds, prompt and answer together.
+        row_cost: as of a `Session`, for `read_block`.
+    """
+
+    name: str
+    vocab_size: int
+    max_length: int
+    row_cost: float | None
+
+    @property
+    def slots(self) -> int:
+        """Number of slots."""
+        ...
+
+    def prefill(self, slot: int, input_ids: np.ndarray) -> np.ndarray:
+        """Append int64 [S] to a slot; return float32 [V], the logits of the last token.
+
+        Raises:
+            pipeline.errors.InputError: ids outside the vocabulary, or more than `max_length`.
+        """
+        ...
+
+    def read_block(self, slot: int, input_ids: np.ndarray) -> np.ndarray:
+        """Append int64 [S] to a slot; return float32 [S, V], the logits of every token.
+
+        Raises:
+            pipeline.errors.InputError: ids outside the vocabulary, or more than `max_length`.
+        """
+        ...
+
+    def decode(self, slots: Sequence[int], tokens: Sequence[int]) -> np.ndarray:
+        """Append one token to each of several different slots; return float32 [len(slots), V].
+
+        When it raises, each of the slots either holds its token or is as it was before.
+
+        Raises:
+            pipeline.errors.InputError: ids outside the vocabulary, or a slot that is full.
+        """
+        ...
+
+    def slot_length(self, slot: int) -> int:
+        """Tokens in a slot."""
+        ...
+
+    def rewind_slot(self, slot: int, length: int) -> None:
+        """Forget all but the first `length` tokens of a slot, or all where that cannot be done.
+
+        `slot_length` tells how many are left.
+        """
+        ...
+
+    def clear(self, slot: int) -> None:
+        """Forget what is in a slot, and whatever a failed call left there."""
         ...

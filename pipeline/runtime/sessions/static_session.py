@@ -19,7 +19,7 @@ from pipeline.runtime.sessions.checks import require_batch, require_room, requir
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-WARM_UP_STEPS = 2
+_WARM_UP_STEPS = 2
 
 
 class StaticSession:
@@ -34,6 +34,8 @@ class StaticSession:
         InputError: a layer's cache cannot be of fixed size (a sliding window).
     """
 
+    row_cost: float | None = None
+
     def __init__(self, model: PreTrainedModel, name: str, max_length: int) -> None:
         self.name = name
         self.model = model.eval()
@@ -41,7 +43,7 @@ class StaticSession:
         self.vocab_size: int = text_config.vocab_size
         self.max_length = min(max_length, text_config.max_position_embeddings)
         self._cache = StaticCache(config=model.config, max_cache_len=self.max_length)
-        require_static_layers(self._cache)
+        _require_static_layers(self._cache)
         self._token = torch.zeros((1, 1), dtype=torch.int64, device=model.device)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._logits: torch.Tensor | None = None
@@ -60,6 +62,10 @@ class StaticSession:
     def rewind(self, length: int) -> None:
         """Forget all but the first `length` tokens; what lies behind them is masked out."""
         self._set_length(min(length, self._length))
+
+    def sibling(self) -> StaticSession:
+        """A session over the same model, with a static cache and a graph of its own."""
+        return StaticSession(self.model, self.name, self.max_length)
 
     def forward(self, input_ids: np.ndarray, last_only: bool = False) -> np.ndarray:
         """Append tokens to the cache and return their logits.
@@ -122,7 +128,7 @@ class StaticSession:
         stream.wait_stream(torch.cuda.current_stream())
         length = self._length
         with torch.cuda.stream(stream):
-            for _ in range(WARM_UP_STEPS):
+            for _ in range(_WARM_UP_STEPS):
                 self._run(self._token, last_only=False)
                 self._set_length(length)
             graph = torch.cuda.CUDAGraph()
@@ -144,7 +150,7 @@ class StaticSession:
         self._length = length
 
 
-def require_static_layers(cache: StaticCache) -> None:
+def _require_static_layers(cache: StaticCache) -> None:
     """Raise InputError when a layer keeps anything but keys and values of fixed size."""
     others = {type(layer).__name__ for layer in cache.layers if type(layer) is not StaticLayer}
     if others:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,6 @@ import numpy as np
 
 from pipeline.artefact import sha256_of_file
 from pipeline.engine.manifest import (
-    EngineRuntime,
     check_manifest,
     mismatch,
     read_manifest,
@@ -33,25 +33,88 @@ if TYPE_CHECKING:
     import tensorrt as trt
     import torch
 
-MODULES = {
+_MODULES = {
     "rtx": ("tensorrt_rtx", "tensorrt-rtx-cu13", "rtx"),
     "tensorrt": ("tensorrt", "tensorrt", "trt"),
 }
+
+
+@dataclass(frozen=True)
+class OpenEngine:
+    """An engine that TensorRT has loaded, for any number of execution contexts.
+
+    Contexts may be in the same profile at the same time: so it is since TensorRT 10.
+
+    Attributes:
+        manifest: of the engine folder.
+        library: the engine's TensorRT.
+        torch: whose tensors it works on.
+        engine: the weights, on the GPU.
+        keep: what must outlive the engine.
+    """
+
+    manifest: dict[str, Any]
+    library: Any
+    torch: Any
+    engine: trt.ICudaEngine
+    keep: tuple[Any, ...] = ()
+
+    def make_context(self) -> trt.IExecutionContext:
+        """An execution context; on RTX with kernels compiled for each shape before it runs.
+
+        RTX's default compiles them in the background and answers with a fallback kernel meanwhile,
+        so the same tokens could give other logits a second later.
+
+        Raises:
+            ResourceError: there is no memory for one.
+        """
+        if self.manifest["target"]["flavour"] != "rtx":
+            return _require_context(self.engine.create_execution_context())
+        config: Any = self.engine.create_runtime_config()
+        config.dynamic_shapes_kernel_specialization_strategy = (
+            self.library.DynamicShapesKernelSpecializationStrategy.EAGER
+        )
+        return _require_context(self.engine.create_execution_context(config))
+
+
+def open_engine(
+    folder: Path, onnx_folder: Path | None = None, plugin: Path | None = None
+) -> OpenEngine:
+    """Load an engine, after its manifest was checked.
+
+    Args:
+        folder: what `skipcat engine` wrote.
+        onnx_folder: when given, the engine must have been built from it.
+        plugin: the block-skip library, for an engine that was built with it.
+
+    Raises:
+        InputError: no GPU here, or the engine is not for this GPU, library, plugin or ONNX folder.
+        MissingPackageError: torch with CUDA, or the engine's TensorRT, is not installed.
+    """
+    gpu = _require_gpu(folder)
+    flavour = read_manifest(folder)["target"]["flavour"]
+    library = _load_library(flavour)
+    manifest = check_manifest(
+        folder, onnx_folder, EngineRuntime(flavour, library.__version__, gpu.capability)
+    )
+    torch = _require_cuda_torch()
+    _load_engine_plugin(library, manifest, plugin, folder)
+    logger = library.Logger(library.Logger.WARNING)
+    runtime = library.Runtime(logger)
+    engine = _read_engine(runtime, folder)
+    return OpenEngine(manifest, library, torch, engine, (runtime, logger))
 
 
 class TensorRTSession:
     """A TensorRT or TensorRT for RTX engine.
 
     Args:
-        folder: what `skipcat engine` wrote.
-        onnx_folder: when given, the engine must have been built from it.
-        plugin: the block-skip library, for an engine that was built with it.
+        folder, onnx_folder, plugin: as `open_engine` takes them; it raises what that raises.
         name: what the ledger calls this backend; None makes one out of flavour and version.
-
-    Raises:
-        InputError: no GPU here, or the engine is not for this GPU, library, plugin or ONNX folder.
-        MissingPackageError: torch with CUDA, or the engine's TensorRT, is not installed.
+        engine: the same folder's, where another session has opened it; None opens it.
     """
+
+    row_cost: float | None = None
 
     def __init__(
         self,
@@ -59,23 +122,18 @@ class TensorRTSession:
         onnx_folder: Path | None = None,
         plugin: Path | None = None,
         name: str | None = None,
+        engine: OpenEngine | None = None,
     ) -> None:
-        gpu = require_gpu(folder)
-        flavour = read_manifest(folder)["target"]["flavour"]
-        library = load_library(flavour)
-        runtime = EngineRuntime(flavour, library.__version__, gpu.capability)
-        self.manifest = check_manifest(folder, onnx_folder, runtime)
-        self._torch = require_cuda_torch()
-        load_engine_plugin(library, self.manifest, plugin, folder)
-        self.name = name or f"{flavour} {library.__version__}"
+        self._opened = engine or open_engine(folder, onnx_folder, plugin)
+        self._folder, self.manifest = folder, self._opened.manifest
+        self._torch, self._library = self._opened.torch, self._opened.library
+        self._engine = self._opened.engine
+        flavour = self.manifest["target"]["flavour"]
+        self.name = name or f"{flavour} {self._library.__version__}"
         self.vocab_size: int = self.manifest["onnx"]["vocab_size"]
         self.max_length: int = self.manifest["onnx"]["max_length"]
         self._profiles = read_profiles(self.manifest)
-        self._library = library
-        self._logger = library.Logger(library.Logger.WARNING)
-        self._runtime = library.Runtime(self._logger)
-        self._engine = read_engine(self._runtime, folder)
-        self._context = make_context(library, self._engine, flavour)
+        self._context = self._opened.make_context()
         self._stream = self._torch.cuda.Stream()
         self._active_profile: int | None = None
         self._buffers: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -97,6 +155,10 @@ class TensorRTSession:
         if length == 0:
             self.reset()
 
+    def sibling(self) -> TensorRTSession:
+        """A session over the same engine, with a context, its profile and a cache of its own."""
+        return TensorRTSession(self._folder, name=self.name, engine=self._opened)
+
     def forward(self, input_ids: np.ndarray, last_only: bool = False) -> np.ndarray:
         """Append tokens to the cache and return their logits.
 
@@ -115,12 +177,12 @@ class TensorRTSession:
         require_tokens(input_ids, self.vocab_size, self.name)
         rows, count = input_ids.shape
         require_batch(rows, self._rows, self.name)
-        require_rows(rows, self.manifest["limits"]["max_batch"], self.name)
+        _require_rows(rows, self.manifest["limits"]["max_batch"], self.name)
         require_room(self._length, count, self.max_length, self.name)
         if self._rows is None:
             self._start_cache(rows)
         pieces: list[np.ndarray] = []
-        for start, stop in split_call(count, self.manifest["limits"]["max_prefill"]):
+        for start, stop in _split_call(count, self.manifest["limits"]["max_prefill"]):
             logits = self._run(input_ids[:, start:stop])
             pieces = [logits[:, -1:]] if last_only else [*pieces, logits]
             self._length += stop - start
@@ -162,7 +224,7 @@ class TensorRTSession:
         )
         # The copies above ran on torch's current stream.
         self._stream.wait_stream(self._torch.cuda.current_stream())
-        self._select(pick_profile(self._profiles, shapes))
+        self._select(_pick_profile(self._profiles, shapes))
         self._bind(shapes, feeds, logits)
         if not self._context.execute_async_v3(self._stream.cuda_stream):
             raise ResourceError("TensorRT could not run the engine.", where=self.name)
@@ -220,7 +282,7 @@ class TensorRTSession:
         return dtype
 
 
-def require_gpu(folder: Path) -> Gpu:
+def _require_gpu(folder: Path) -> Gpu:
     """The GPU of this machine; raise InputError when there is none."""
     gpu = find_gpu()
     if gpu is None:
@@ -233,16 +295,16 @@ def require_gpu(folder: Path) -> Gpu:
     return gpu
 
 
-def load_library(flavour: str) -> Any:
+def _load_library(flavour: str) -> Any:
     """The engine's TensorRT; raise MissingPackageError when it is not installed."""
-    module, package, extra = MODULES[flavour]
+    module, package, extra = _MODULES[flavour]
     try:
         return importlib.import_module(module)
     except ImportError as error:
         raise MissingPackageError(package, extra, "run this engine") from error
 
 
-def require_cuda_torch() -> Any:
+def _require_cuda_torch() -> Any:
     """The module torch; raise InputError when it cannot use the GPU."""
     import torch
 
@@ -255,7 +317,7 @@ def require_cuda_torch() -> Any:
     return torch
 
 
-def load_engine_plugin(
+def _load_engine_plugin(
     library: Any, manifest: Mapping[str, Any], plugin: Path | None, folder: Path
 ) -> None:
     """Load the plugin that the engine was built with; nothing for an engine without one.
@@ -281,7 +343,7 @@ def load_engine_plugin(
         raise InputError("TensorRT cannot load this plugin library.", where=path)
 
 
-def read_engine(runtime: trt.Runtime, folder: Path) -> trt.ICudaEngine:
+def _read_engine(runtime: trt.Runtime, folder: Path) -> trt.ICudaEngine:
     """Deserialise the plan; raise InputError when TensorRT refuses it."""
     engine = runtime.deserialize_cuda_engine((folder / PLAN_FILE).read_bytes())
     if engine is None:
@@ -293,22 +355,7 @@ def read_engine(runtime: trt.Runtime, folder: Path) -> trt.ICudaEngine:
     return engine
 
 
-def make_context(library: Any, engine: trt.ICudaEngine, flavour: str) -> trt.IExecutionContext:
-    """An execution context; on RTX with kernels compiled for each shape before it runs.
-
-    RTX's default compiles them in the background and answers with a fallback kernel meanwhile, so
-    the same tokens could give other logits a second later.
-    """
-    if flavour != "rtx":
-        return require_context(engine.create_execution_context())
-    config: Any = engine.create_runtime_config()
-    config.dynamic_shapes_kernel_specialization_strategy = (
-        library.DynamicShapesKernelSpecializationStrategy.EAGER
-    )
-    return require_context(engine.create_execution_context(config))
-
-
-def require_context(context: trt.IExecutionContext | None) -> trt.IExecutionContext:
+def _require_context(context: trt.IExecutionContext | None) -> trt.IExecutionContext:
     """The context; raise ResourceError when TensorRT could not make one."""
     if context is None:
         raise ResourceError(
@@ -318,7 +365,7 @@ def require_context(context: trt.IExecutionContext | None) -> trt.IExecutionCont
     return context
 
 
-def require_rows(rows: int, max_batch: int, where: str) -> None:
+def _require_rows(rows: int, max_batch: int, where: str) -> None:
     """Raise InputError for more rows than the engine was built for."""
     if rows > max_batch:
         raise InputError(
@@ -330,19 +377,19 @@ def require_rows(rows: int, max_batch: int, where: str) -> None:
         )
 
 
-def split_call(count: int, longest: int) -> list[tuple[int, int]]:
+def _split_call(count: int, longest: int) -> list[tuple[int, int]]:
     """[start, stop) of the pieces of a call of `count` tokens, each at most `longest`."""
     return [(start, min(start + longest, count)) for start in range(0, count, longest)]
 
 
-def pick_profile(profiles: Sequence[ShapeProfile], shapes: Mapping[str, tuple[int, ...]]) -> int:
+def _pick_profile(profiles: Sequence[ShapeProfile], shapes: Mapping[str, tuple[int, ...]]) -> int:
     """Index of the first profile that admits all shapes; decode comes first.
 
     Raises:
         InputError: none does.
     """
     for index, profile in enumerate(profiles):
-        if all(admits(profile, name, shape) for name, shape in shapes.items()):
+        if all(_admits(profile, name, shape) for name, shape in shapes.items()):
             return index
     raise InputError(
         "No profile of the engine admits this call.",
@@ -351,7 +398,7 @@ def pick_profile(profiles: Sequence[ShapeProfile], shapes: Mapping[str, tuple[in
     )
 
 
-def admits(profile: ShapeProfile, name: str, shape: tuple[int, ...]) -> bool:
+def _admits(profile: ShapeProfile, name: str, shape: tuple[int, ...]) -> bool:
     """Whether a profile covers one tensor's shape."""
     ends = profile.shapes[name]
     return len(shape) == len(ends.min) and all(

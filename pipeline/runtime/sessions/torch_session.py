@@ -23,6 +23,8 @@ class TorchSession:
         max_length: most tokens of prompt and answer; None takes the model's own limit.
     """
 
+    row_cost: float | None = None
+
     def __init__(
         self, model: PreTrainedModel, name: str = "torch", max_length: int | None = None
     ) -> None:
@@ -54,6 +56,10 @@ class TorchSession:
                 self._length = length
             except RuntimeError:  # a sliding window has dropped what would be needed again
                 self.reset()
+
+    def sibling(self) -> TorchSession:
+        """A session over the same model, with an empty cache of its own."""
+        return TorchSession(self.model, self.name, self.max_length)
 
     def forward(self, input_ids: np.ndarray, last_only: bool = False) -> np.ndarray:
         """Append tokens to the cache and return their logits.

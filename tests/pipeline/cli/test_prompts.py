@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.cli.main import main
-from pipeline.cli.prompts import before_stop, read_prompts
+from pipeline.cli.prompts import read_prompts
 from pipeline.errors import InputError
 from tests.support.tiny_decoder import save_tiny_folder, shared_export
 
@@ -88,6 +88,19 @@ def test_an_empty_file_and_other_flags_are_refused(
     assert "UTF-8" in capsys.readouterr().err
 
 
-def test_a_stop_string_cuts_where_it_begins() -> None:
-    assert before_stop("one two three", ("three", "two")) == "one "
-    assert before_stop("one", ("two",)) == "one"
+@pytest.mark.parametrize("batch_size", ["1", "2"])
+def test_a_stop_string_cuts_where_it_begins_as_alone(
+    batch_size: str, folders: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_text("\n".join(PROMPTS))
+    arguments = [folders["onnx"], "--prompts", str(path), "--batch-size", batch_size]
+    free = run_json(capsys, *arguments)
+    stop = str(free[0]["text"])[2:4]
+    stopped = run_json(capsys, *arguments, "--stop", "never there", "--stop", stop)
+    assert stopped[0]["text"] == str(free[0]["text"])[: str(free[0]["text"]).index(stop)]
+    for prompt, answer in zip(PROMPTS, stopped, strict=True):
+        alone = run_json(capsys, folders["onnx"], "-p", prompt, "--stop", stop)[0]
+        assert [answer[key] for key in ("text", "prompt_tokens", "new_tokens")] == [
+            alone[key] for key in ("text", "prompt_tokens", "new_tokens")
+        ]

@@ -13,7 +13,7 @@ import openai
 import pytest
 
 from pipeline.cli.main import main
-from pipeline.cli.serve import read_keys
+from pipeline.cli.serve import _read_keys
 from tests.support.tiny_decoder import save_tiny_folder
 
 
@@ -103,7 +103,7 @@ def test_keys_are_lines_and_there_must_be_one(
 ) -> None:
     path = tmp_path / "keys"
     path.write_text("one\n\n two \n", encoding="utf-8")
-    assert read_keys(path) == ("one", "two")
+    assert _read_keys(path) == ("one", "two")
     path.write_text("\n \n", encoding="utf-8")
     assert main(["serve", str(folder), "--api-key-file", str(path)]) == 2
     assert "holds no key" in capsys.readouterr().err
@@ -124,10 +124,10 @@ def test_another_host_than_this_machine_is_warned_about(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from pipeline.runtime.sessions.slots import open_slots
-    from pipeline.serve.server import ServeRequest, announce, listen
+    from pipeline.serve.server import ServeRequest, _announce, listen
 
     session = open_slots(folder)
     for host, warned in (("127.0.0.1", False), ("0.0.0.0", True)):
         with listen(host, 0) as listener:
-            announce(ServeRequest(folder=folder, host=host), session, listener)
+            _announce(ServeRequest(folder=folder, host=host), session, listener)
         assert ("warning: " in capsys.readouterr().err) == warned

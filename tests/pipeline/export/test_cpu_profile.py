@@ -19,6 +19,7 @@ from pipeline.errors import InputError, UsageError
 from pipeline.export.export import ExportRequest, export_folder
 from pipeline.quantize.groupwise import dequantize_blocks, quantize_blocks
 from pipeline.runtime.generate import generate
+from pipeline.runtime.sequence import Decoding
 from pipeline.runtime.sessions.onnx_cpu_session import CpuSession
 from tests.support.families import save_family
 
@@ -263,7 +264,7 @@ def test_onnxruntime_genai_runs_the_folder_as_it_is(tmp_path: Path, weights: str
     settings["model"]["eos_token_id"] = 271  # its generator ends there; ours goes on
     (folder / "genai_config.json").write_text(json.dumps(settings))
     prompt = IDS[0, :9]
-    expected = list(generate(CpuSession(folder), prompt.tolist(), 12))
+    expected = list(generate(CpuSession(folder), prompt.tolist(), Decoding(12)))
     parameters = genai.GeneratorParams(model := genai.Model(str(folder)))
     parameters.set_search_options(do_sample=False, max_length=21)
     generator = genai.Generator(model, parameters)

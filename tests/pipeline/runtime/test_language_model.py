@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from pipeline.errors import InputError
-from pipeline.runtime.batch import generate_batch
-from pipeline.runtime.generate import generate
+from pipeline.runtime.generate import generate, generate_batch
 from pipeline.runtime.language_model import LanguageModel
-from pipeline.runtime.prefix_cache import Transcript
+from pipeline.runtime.prefix_cache import PrefixCache
 from pipeline.runtime.sampling import Sampling
+from pipeline.runtime.sequence import Decoding
 from pipeline.runtime.sessions.open_session import open_session
 from pipeline.runtime.sessions.slots import open_slots
 from tests.support.tiny_decoder import save_tiny_folder, shared_export
@@ -34,27 +35,29 @@ def folder(request: pytest.FixtureRequest, folders: dict[str, Path]) -> Path:
 
 def test_streaming_gives_the_pieces_of_the_same_text(folder: Path) -> None:
     model = LanguageModel.open(folder)
-    whole = model.generate("hello", 20, SAMPLING, seed=3)
-    assert "".join(model.stream("hello", 20, SAMPLING, seed=3)) == whole.text
+    decoding = Decoding(20, SAMPLING, seed=3)
+    whole = model.generate("hello", decoding)
+    assert "".join(model.stream("hello", decoding)) == whole.text
     assert whole.new_tokens <= 20
 
 
 def test_a_stop_string_ends_text_and_stream(folder: Path) -> None:
     model = LanguageModel.open(folder)
-    free = model.generate("hello", 40, SAMPLING).text
+    free = model.generate("hello", Decoding(40, SAMPLING)).text
     stop = free[len(free) // 2 :][:2]
-    stopped = model.generate("hello", 40, SAMPLING, stops=[stop])
+    decoding = Decoding(40, SAMPLING, stops=[stop])
+    stopped = model.generate("hello", decoding)
     assert stopped.text == free[: free.index(stop)]
     assert stopped.ended == "stop"
-    assert "".join(model.stream("hello", 40, SAMPLING, stops=[stop])) == stopped.text
+    assert "".join(model.stream("hello", decoding)) == stopped.text
 
 
 def test_a_conversation_answers_as_if_each_turn_were_read_from_the_start(folder: Path) -> None:
     model = LanguageModel.open(folder)
     messages = [{"role": "user", "content": "hello"}]
     for _ in range(3):
-        answer = model.chat(messages, 6).text
-        assert answer == LanguageModel.open(folder).chat(messages, 6).text
+        answer = model.chat(messages, Decoding(6)).text
+        assert answer == LanguageModel.open(folder).chat(messages, Decoding(6)).text
         messages += [
             {"role": "assistant", "content": answer},
             {"role": "user", "content": "and then?"},
@@ -65,8 +68,8 @@ def test_a_second_prompt_reads_only_what_is_new(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     session = open_session(folder)
-    transcript = Transcript(session)
-    list(generate(transcript, [5, 6, 7, 8], 3))
+    cache = PrefixCache(session)
+    list(generate(cache, [5, 6, 7, 8], Decoding(3)))
     read: list[int] = []
     forward = session.forward
 
@@ -75,31 +78,31 @@ def test_a_second_prompt_reads_only_what_is_new(
         return forward(input_ids, last_only)
 
     monkeypatch.setattr(session, "forward", counting)
-    list(generate(transcript, [5, 6, 7, 8, 9, 10], 1))
+    list(generate(cache, [5, 6, 7, 8, 9, 10], Decoding(1)))
     assert read[0] <= 2
 
 
 def test_after_a_failure_nothing_is_built_on(folder: Path) -> None:
-    transcript = Transcript(open_session(folder))
-    expected = list(generate(transcript, [5, 6, 7, 8], 5))
+    cache = PrefixCache(open_session(folder))
+    expected = list(generate(cache, [5, 6, 7, 8], Decoding(5)))
     with pytest.raises(InputError):
-        list(generate(transcript, [5, 6, 7, 8, 10**6], 5))
-    assert list(generate(transcript, [5, 6, 7, 8], 5)) == expected
+        list(generate(cache, [5, 6, 7, 8, 10**6], Decoding(5)))
+    assert list(generate(cache, [5, 6, 7, 8], Decoding(5))) == expected
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), SAMPLING])
 @pytest.mark.parametrize("slots", [1, 3, 8])
 def test_a_batch_answers_each_prompt_as_alone(folder: Path, slots: int, sampling: Sampling) -> None:
-    answers = generate_batch(open_slots(folder, slots=slots), PROMPTS, 9, sampling, {250})
+    decoding = Decoding(9, sampling, stop_ids={250})
+    answers = generate_batch(open_slots(folder, slots=slots), PROMPTS, decoding)
     for number, prompt in enumerate(PROMPTS):
-        generator = np.random.default_rng([0, number])
-        alone = generate(open_session(folder), prompt, 9, sampling, {250}, generator)
-        assert answers[number] == list(alone)
+        own = replace(decoding, seed=[0, number])
+        assert answers[number].ids == list(generate(open_session(folder), prompt, own))
 
 
 def test_a_batch_refuses_an_empty_prompt(folder: Path) -> None:
     with pytest.raises(InputError, match="empty"):
-        generate_batch(open_slots(folder, slots=2), [[1], []], 3)
+        generate_batch(open_slots(folder, slots=2), [[1], []], Decoding(3))
 
 
 def test_an_engine_says_that_it_needs_a_gpu(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -8,12 +8,12 @@ from pipeline.errors import UsageError
 from pipeline.runtime.sampling import (
     GREEDY,
     Sampling,
+    _keep_min_p,
+    _keep_top_k,
+    _keep_top_p,
+    _penalise_repetition,
+    _softmax,
     choose_token,
-    keep_min_p,
-    keep_top_k,
-    keep_top_p,
-    penalise_repetition,
-    softmax,
 )
 
 LOGITS = np.log(np.array([0.05, 0.5, 0.15, 0.3]))
@@ -26,31 +26,31 @@ def kept(scores: np.ndarray) -> list[int]:
 
 def test_softmax_equals_scipys() -> None:
     logits = np.random.default_rng(0).normal(size=50) * 30
-    np.testing.assert_allclose(softmax(logits), scipy.special.softmax(logits), rtol=1e-12)
+    np.testing.assert_allclose(_softmax(logits), scipy.special.softmax(logits), rtol=1e-12)
 
 
 def test_top_k_keeps_the_k_likeliest() -> None:
-    assert kept(keep_top_k(LOGITS, 2)) == [1, 3]
-    assert kept(keep_top_k(LOGITS, 0)) == kept(keep_top_k(LOGITS, 9)) == [0, 1, 2, 3]
+    assert kept(_keep_top_k(LOGITS, 2)) == [1, 3]
+    assert kept(_keep_top_k(LOGITS, 0)) == kept(_keep_top_k(LOGITS, 9)) == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize(("p", "expected"), [(0.4, [1]), (0.6, [1, 3]), (0.81, [1, 2, 3])])
 def test_top_p_keeps_the_smallest_set_that_reaches_p(p: float, expected: list[int]) -> None:
-    assert kept(keep_top_p(LOGITS, p)) == expected
+    assert kept(_keep_top_p(LOGITS, p)) == expected
 
 
 def test_min_p_drops_what_is_far_below_the_likeliest() -> None:
-    assert kept(keep_min_p(LOGITS, 0.5)) == [1, 3]
-    assert kept(keep_min_p(LOGITS, 0.0)) == [0, 1, 2, 3]
+    assert kept(_keep_min_p(LOGITS, 0.5)) == [1, 3]
+    assert kept(_keep_min_p(LOGITS, 0.0)) == [0, 1, 2, 3]
 
 
 def test_every_filter_keeps_the_likeliest() -> None:
-    for scores in (keep_top_k(LOGITS, 1), keep_top_p(LOGITS, 1e-9), keep_min_p(LOGITS, 1.0)):
+    for scores in (_keep_top_k(LOGITS, 1), _keep_top_p(LOGITS, 1e-9), _keep_min_p(LOGITS, 1.0)):
         assert kept(scores) == [1]
 
 
 def test_repetition_penalty_lowers_seen_tokens_of_either_sign_once() -> None:
-    scores = penalise_repetition(np.array([2.0, -2.0, 1.0]), np.array([0, 0, 1]), 2.0)
+    scores = _penalise_repetition(np.array([2.0, -2.0, 1.0]), np.array([0, 0, 1]), 2.0)
     assert scores.tolist() == [1.0, -4.0, 1.0]
 
 

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from pipeline.errors import InputError
 from pipeline.runtime.tokenizer import (
-    FolderTokenizer,
+    _FolderTokenizer,
     chat_prompt_ids,
     load_tokenizer,
     stop_token_ids,
@@ -35,7 +35,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_ids_and_text_equal_those_of_transformers(folder: Path) -> None:
     ours, theirs = load_tokenizer(folder), AutoTokenizer.from_pretrained(str(folder))
-    assert isinstance(ours, FolderTokenizer)
+    assert isinstance(ours, _FolderTokenizer)
     assert ours.eos_token_id == theirs.eos_token_id
     for text in TEXTS:
         for special in (True, False):
@@ -90,7 +90,7 @@ def test_without_a_template_the_message_says_what_to_do(folder: Path) -> None:
 def test_what_transformers_adds_by_itself_is_left_to_it(folder: Path) -> None:
     path = folder / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"add_bos_token": True}))
-    assert not isinstance(load_tokenizer(folder), FolderTokenizer)
+    assert not isinstance(load_tokenizer(folder), _FolderTokenizer)
 
 
 def test_stop_ids_come_from_tokenizer_and_generation_config(folder: Path) -> None:

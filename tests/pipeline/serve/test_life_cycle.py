@@ -16,7 +16,7 @@ import numpy as np
 import openai
 import pytest
 
-from pipeline.runtime.sampling import GREEDY
+from pipeline.runtime.sequence import Decoding
 from pipeline.runtime.sessions.slots import SlotsOneByOne, open_slots
 from pipeline.runtime.sessions.torch_session import TorchSession
 from pipeline.runtime.tokenizer import load_tokenizer
@@ -126,7 +126,7 @@ def test_an_outbox_that_is_full_pauses_its_slot_alone(folder: Path) -> None:
 
     async def ask(capacity: int) -> Job:
         box = Outbox(scheduler.wake, capacity)
-        job = Job(byte_tokenizer().encode("abc"), 100, GREEDY, 0, (), box)
+        job = Job(byte_tokenizer().encode("abc"), Decoding(100), box)
         scheduler.submit(job)
         return job
 

@@ -1,4 +1,4 @@
-"""Guesses in the server: the same answers in fewer calls, and never more than a reader takes."""
+"""Draft tokens in the server: the same answers in fewer calls, never more than a reader takes."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.runtime.sampling import GREEDY, Sampling
-from pipeline.runtime.sessions.slots import BlockSlotSession, SlotsOneByOne, open_slots
+from pipeline.runtime.drafting import PROMPT_LOOKUP
+from pipeline.runtime.sampling import Sampling
+from pipeline.runtime.sequence import Decoding
+from pipeline.runtime.sessions.slots import SlotsOneByOne, open_slots
 from pipeline.runtime.sessions.torch_session import TorchSession
 from pipeline.runtime.tokenizer import load_tokenizer
 from pipeline.serve.job import Ending, Job, Outbox
@@ -25,10 +27,9 @@ NEW_TOKENS = 100
 class BlockSlots(SlotsOneByOne):
     """Slots in float32, whose answers do not depend on how many tokens a call reads."""
 
-    row_cost = 0.05
-
     def __init__(self, slots: int) -> None:
         super().__init__(TorchSession(tiny_llama()), slots)
+        self.row_cost = 0.05
         self.blocks: list[int] = []
         self.is_broken = False
 
@@ -36,8 +37,7 @@ class BlockSlots(SlotsOneByOne):
         if self.is_broken:
             raise RuntimeError("broken")
         self.blocks.append(len(input_ids))
-        logits: np.ndarray = self._sessions[slot].forward(input_ids[None])[0]
-        return logits
+        return super().read_block(slot, input_ids)
 
 
 def complete(server: LiveServer, prompt: str, **fields: Any) -> str:
@@ -52,7 +52,6 @@ def slots() -> BlockSlots:
 
 
 def test_an_answer_alone_is_the_same_in_fewer_calls(folder: Path, slots: BlockSlots) -> None:
-    assert isinstance(slots, BlockSlotSession)
     with live_server(folder, slots, slots=3, lookup=True) as server:
         assert complete(server, "abcabcabc") == alone("abcabcabc", NEW_TOKENS)
         assert complete(server, "xyz", temperature=0.5, seed=7) == alone(
@@ -69,7 +68,7 @@ def test_answers_together_are_those_alone(folder: Path, slots: BlockSlots) -> No
     assert answers == [alone(prompt, NEW_TOKENS) for prompt in prompts]
 
 
-def test_the_next_prompt_goes_on_from_an_answer_that_was_guessed(
+def test_the_next_prompt_goes_on_from_an_answer_that_was_drafted(
     folder: Path, slots: BlockSlots
 ) -> None:
     with live_server(folder, slots, slots=3, lookup=True) as server:
@@ -78,7 +77,7 @@ def test_the_next_prompt_goes_on_from_an_answer_that_was_guessed(
         assert complete(server, longer, max_tokens=20) == alone(longer, 20)
 
 
-def test_a_stop_string_ends_it_among_the_guesses(folder: Path, slots: BlockSlots) -> None:
+def test_a_stop_string_ends_it_among_the_draft_tokens(folder: Path, slots: BlockSlots) -> None:
     free = alone("abcabcabc", NEW_TOKENS)
     stop = free[len(free) // 2 :][:2]
     with live_server(folder, slots, slots=3, lookup=True) as server:
@@ -102,12 +101,14 @@ def test_it_is_off_unless_asked_for(folder: Path, slots: BlockSlots) -> None:
 def test_an_outbox_never_holds_more_than_it_may(
     folder: Path, slots: BlockSlots, capacity: int
 ) -> None:
-    scheduler = Scheduler(slots, load_tokenizer(folder), frozenset({257}), queue=2, lookup=True)
+    scheduler = Scheduler(
+        slots, load_tokenizer(folder), frozenset({257}), queue=2, drafter=PROMPT_LOOKUP
+    )
 
     async def scene() -> tuple[str, int]:
         box = Outbox(scheduler.wake, capacity)
         ids = byte_tokenizer().encode("abcabcabc")
-        scheduler.submit(Job(ids, NEW_TOKENS, GREEDY, 0, (), box))
+        scheduler.submit(Job(ids, Decoding(NEW_TOKENS), box))
         texts: list[str] = []
         most = 0
         while True:
@@ -129,7 +130,7 @@ def test_an_outbox_never_holds_more_than_it_may(
 
 def test_the_cpu_profile_offers_blocks() -> None:
     session = open_slots(shared_export("cpu"), slots=2)
-    assert isinstance(session, BlockSlotSession)
+    assert session.row_cost is not None
     ids = np.array([5, 6, 7, 8, 9], np.int64)
     session.prefill(1, ids[:2])
     logits = session.read_block(1, ids[2:])

@@ -12,7 +12,7 @@ from pipeline.errors import InputError
 from pipeline.runtime.sessions import onnx_session
 from pipeline.runtime.sessions.mapped_weights import MappedWeights, map_weights
 from pipeline.runtime.sessions.onnx_cpu_session import CpuSession
-from pipeline.runtime.sessions.onnx_session import WEIGHTS, OnnxSession, borrows_files
+from pipeline.runtime.sessions.onnx_session import WEIGHTS, OnnxSession, _borrows_files
 from tests.support.tiny_decoder import shared_export
 
 PAGES = 512
@@ -37,13 +37,13 @@ def resident_bytes(path: Path) -> int:
     return total
 
 
-def test_pages_given_back_leave_the_process_and_come_again_unchanged(
+def test_released_pages_leave_the_process_and_come_again_unchanged(
     tmp_path: Path, content: bytes
 ) -> None:
     weights = MappedWeights(tmp_path / WEIGHTS)
     assert weights.pages[:] == content
     assert resident_bytes(tmp_path / WEIGHTS) == len(content)
-    weights.give_back()
+    weights.release_pages()
     assert resident_bytes(tmp_path / WEIGHTS) == 0
     assert weights.pages[:] == content
 
@@ -54,7 +54,7 @@ def test_what_the_body_read_is_gone_at_its_end_even_when_it_fails(
     weights = MappedWeights(tmp_path / WEIGHTS)
 
     def read_and_fail() -> None:
-        with weights.given_back_meanwhile():
+        with weights.releasing_pages():
             assert weights.pages[:] == content
             raise ValueError("in the middle")
 
@@ -76,7 +76,7 @@ def test_lent_weights_give_the_logits_of_weights_that_onnx_runtime_maps(
     profile: str, kind: type[CpuSession | OnnxSession], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lent = kind(shared_export(profile), threads=1)
-    assert (lent._weights is not None) == borrows_files(onnxruntime.__version__)
+    assert (lent._weights is not None) == _borrows_files(onnxruntime.__version__)
     monkeypatch.setattr(onnx_session, "map_weights", lambda path: None)
     own = kind(shared_export(profile), threads=1)
     assert own._weights is None
@@ -108,4 +108,4 @@ def test_a_weight_file_cut_short_is_refused(tmp_path: Path) -> None:
     ("version", "borrows"), [("1.31.1", False), ("1.32.0", True), ("1.32", True), ("2.0.0", True)]
 )
 def test_older_runtimes_map_the_file_by_themselves(version: str, borrows: bool) -> None:
-    assert borrows_files(version) == borrows
+    assert _borrows_files(version) == borrows

@@ -9,12 +9,11 @@ import pytest
 
 from pipeline.errors import InputError
 from pipeline.export.export import ExportRequest, export_folder
-from pipeline.runtime.prefix_cache import Transcript
+from pipeline.runtime.prefix_cache import PrefixCache
 from pipeline.runtime.sessions import onnx_cpu_session as cpu_session
 from pipeline.runtime.sessions.onnx_cpu_session import CpuSession
 from pipeline.runtime.sessions.open_session import open_session
-from pipeline.runtime.sessions.session import RepeatingSession, RewindingSession
-from pipeline.runtime.sessions.slots import SlotSession
+from pipeline.runtime.sessions.session import RepeatingSession, SlotSession
 from tests.support.tiny_decoder import MAX_LENGTH, VOCAB_SIZE, save_tiny_folder, shared_export
 
 IDS = np.random.default_rng(0).integers(0, 250, size=(3, 40))
@@ -39,10 +38,9 @@ def close(actual: np.ndarray, expected: np.ndarray) -> None:
     np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_it_is_what_open_session_opens_and_all_three_kinds_of_session(folder: Path) -> None:
+def test_it_is_what_open_session_opens_and_all_kinds_of_session(folder: Path) -> None:
     session = open_session(folder)
     assert isinstance(session, CpuSession)
-    assert isinstance(session, RewindingSession)
     assert isinstance(session, RepeatingSession)
     assert isinstance(session, SlotSession)
 
@@ -51,7 +49,7 @@ def test_a_prompt_read_by_parts_gives_the_same_logits(
     folder: Path, session: CpuSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = session.forward(IDS)
-    monkeypatch.setattr(cpu_session, "PREFILL_TOKENS", 7)
+    monkeypatch.setattr(cpu_session, "_PREFILL_TOKENS", 7)
     session.reset()
     close(session.forward(IDS), whole)
     session.reset()
@@ -91,7 +89,7 @@ def rounded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return root / "cpu"
 
 
-def test_with_rounded_weights_company_changes_no_bit_of_an_answer(rounded: Path) -> None:
+def test_with_rounded_weights_other_requests_change_no_bit_of_an_answer(rounded: Path) -> None:
     together, apart = (CpuSession(rounded, threads=2, slots=3) for _ in range(2))
     for session in (together, apart):
         for slot in range(3):
@@ -111,7 +109,7 @@ def test_with_rounded_weights_no_bit_depends_on_where_a_prompt_was_cut(
 ) -> None:
     session = CpuSession(rounded, threads=2)
     whole = session.forward(IDS[:1, :count])
-    monkeypatch.setattr(cpu_session, "PREFILL_TOKENS", 8)
+    monkeypatch.setattr(cpu_session, "_PREFILL_TOKENS", 8)
     session.reset()
     np.testing.assert_array_equal(session.forward(IDS[:1, :count]), whole)
     session.reset()
@@ -119,12 +117,12 @@ def test_with_rounded_weights_no_bit_depends_on_where_a_prompt_was_cut(
 
 
 def test_with_rounded_weights_the_same_prompt_gives_the_same_bits_again(rounded: Path) -> None:
-    transcript = Transcript(CpuSession(rounded, threads=2))
+    cache = PrefixCache(CpuSession(rounded, threads=2))
     prompt = IDS[0, :20].tolist()
-    first = transcript.read(transcript.begin(prompt)).copy()
+    first = cache.read(cache.begin(prompt)).copy()
     for ids in ([3], [3, 4], [5, 6, 7]):
-        transcript.read(ids)
-        np.testing.assert_array_equal(transcript.read(transcript.begin(prompt)), first)
+        cache.read(ids)
+        np.testing.assert_array_equal(cache.read(cache.begin(prompt)), first)
 
 
 def test_a_cleared_and_a_rewound_slot_start_where_they_should(

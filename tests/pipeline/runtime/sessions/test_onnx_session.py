@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pipeline.errors import InputError
-from pipeline.runtime.sessions.onnx_session import OnnxSession, require_runtime_version
+from pipeline.runtime.sessions.onnx_session import OnnxSession, _require_runtime_version
 from pipeline.runtime.sessions.torch_session import TorchSession
 from tests.support.tiny_decoder import MAX_LENGTH, VOCAB_SIZE, tiny_llama, write_record
 
@@ -117,7 +117,7 @@ def test_a_record_that_contradicts_the_graph_is_refused(
 
 
 def test_an_old_runtime_is_refused_for_opset24_only() -> None:
-    require_runtime_version("1.24.4", "compat")
-    require_runtime_version("1.25.0", "opset24")
+    _require_runtime_version("1.24.4", "compat")
+    _require_runtime_version("1.25.0", "opset24")
     with pytest.raises(InputError, match=r"1\.25"):
-        require_runtime_version("1.24.4", "opset24")
+        _require_runtime_version("1.24.4", "opset24")

@@ -11,7 +11,7 @@ import torch
 from pipeline.checkpoint.folder import load_checkpoint, save_checkpoint
 from pipeline.checkpoint.install import group_entries, group_tensors, install_
 from pipeline.compress.factorize.factors import Factors
-from pipeline.runtime.sessions.open_session import load_half
+from pipeline.runtime.sessions.open_session import _load_half
 from pipeline.runtime.sessions.static_session import StaticSession
 from pipeline.runtime.sessions.torch_session import TorchSession
 from tests.support.tiny_decoder import VOCAB_SIZE, byte_tokenizer, tiny_llama
@@ -42,7 +42,7 @@ def test_weights_are_halved_and_the_frequencies_of_the_rotation_are_not(
     tmp_path: Path, stored: torch.dtype, held: torch.dtype
 ) -> None:
     save_compressed(tmp_path, stored)
-    model, replaced = load_half(tmp_path)
+    model, replaced = _load_half(tmp_path)
     assert replaced == 2
     assert model.dtype == held
     assert {parameter.dtype for parameter in model.parameters()} == {held}
@@ -56,7 +56,7 @@ def test_weights_are_halved_and_the_frequencies_of_the_rotation_are_not(
 def test_the_model_of_the_gpu_says_what_the_checkpoint_says(tmp_path: Path) -> None:
     save_compressed(tmp_path, torch.float16)
     expected = TorchSession(load_checkpoint(tmp_path, dtype=torch.float32)).forward(TOKENS)
-    under_test = StaticSession(load_half(tmp_path)[0], "half", 64)
+    under_test = StaticSession(_load_half(tmp_path)[0], "half", 64)
     pieces = [under_test.forward(TOKENS[:, a:b]) for a, b in ((0, 9), (9, 10), (10, 11), (11, 12))]
     error = np.linalg.norm(np.concatenate(pieces, 1) - expected) / np.linalg.norm(expected)
     assert error < 5e-3  # eleven bits of float16, through two layers

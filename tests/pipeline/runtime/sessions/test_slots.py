@@ -5,11 +5,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, UsageError
 from pipeline.export.export import ExportRequest, export_folder
 from pipeline.runtime.generate import generate
+from pipeline.runtime.sequence import Decoding
 from pipeline.runtime.sessions.onnx_session import OnnxSession
-from pipeline.runtime.sessions.slots import SlotSession, SlotsOneByOne, open_slots
+from pipeline.runtime.sessions.open_session import open_session
+from pipeline.runtime.sessions.session import SlotSession
+from pipeline.runtime.sessions.slots import SlotsOneByOne, open_slots
 from pipeline.runtime.sessions.torch_session import TorchSession
 from tests.support.tiny_decoder import (
     MAX_LENGTH,
@@ -117,8 +120,36 @@ def test_the_weights_are_held_once(exports: dict[str, Path]) -> None:
 
 def test_greedy_by_slots_equals_generate(slots: SlotSession, alone: TorchSession) -> None:
     prompt = [5, 6, 7, 8]
-    expected = list(generate(alone, prompt, 20))
+    expected = list(generate(alone, prompt, Decoding(20)))
     answer = [int(slots.prefill(2, np.array(prompt)).argmax())]
     while len(answer) < 20:
         answer.append(int(slots.decode([2], answer[-1:])[0].argmax()))
     assert answer == expected
+
+
+class Alone(TorchSession):
+    """A backend that holds one sequence alone."""
+
+    def sibling(self) -> TorchSession:
+        raise UsageError("This backend holds one sequence alone.", where=self.name)
+
+
+def test_a_backend_of_one_sequence_has_one_slot_and_refuses_more() -> None:
+    assert SlotsOneByOne(Alone(tiny_llama()), 1).slots == 1
+    with pytest.raises(UsageError, match="one sequence"):
+        SlotsOneByOne(Alone(tiny_llama()), 2)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_sibling_of_a_used_session_begins_empty_and_leaves_it_as_it_is(
+    folders: dict[str, Path], backend: str, tokens: np.ndarray
+) -> None:
+    first = open_session(folders[backend])
+    expected = first.forward(tokens[:1])[0]
+    first.rewind(10)
+    second = first.sibling()
+    assert (first.length, second.length) == (10, 0)
+    second.forward(tokens[1:2])
+    np.testing.assert_allclose(first.forward(tokens[:1, 10:])[0], expected[10:], atol=TOLERANCE)
+    second.reset()
+    np.testing.assert_allclose(second.forward(tokens[:1])[0], expected, atol=TOLERANCE)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import numpy as np
 import pytest
 import torch
 
 from pipeline.errors import InputError
+from pipeline.runtime.sessions.slots import SlotsOneByOne
 from pipeline.runtime.sessions.static_session import StaticSession
 from pipeline.runtime.sessions.torch_session import TorchSession
 from tests.support.families import tiny_model
@@ -67,6 +70,34 @@ def test_logits_on_the_device_are_those_of_forward() -> None:
             found = under_test.logits(torch.from_numpy(TOKENS[:, a:b]))
             np.testing.assert_array_equal(found.numpy(), logits)
         assert under_test.length == TOKENS.shape[1]
+
+
+def test_slots_have_caches_of_their_own_over_the_same_weights() -> None:
+    first = session()
+    slots = SlotsOneByOne(first, 3)
+    second = first.sibling()
+    assert second.model is first.model
+    other = (TOKENS + 1) % VOCAB_SIZE
+    expected = [TorchSession(tiny_llama()).forward(ids)[0] for ids in (TOKENS, other)]
+    for slot, ids in enumerate((TOKENS, other)):
+        slots.prefill(slot, ids[0, :7])
+    for step in range(7, 14):
+        tokens = [int(ids[0, step]) for ids in (other, TOKENS)]
+        logits = slots.decode([1, 0], tokens)
+        np.testing.assert_allclose(logits[0], expected[1][step], atol=5e-5)
+        np.testing.assert_allclose(logits[1], expected[0][step], atol=5e-5)
+
+
+def test_a_graph_captured_by_one_session_is_not_replayed_by_its_sibling() -> None:
+    first = session()
+    first.forward(TOKENS)
+    first._graph = cast(torch.cuda.CUDAGraph, object())
+    second = first.sibling()
+    assert second._graph is None
+    assert second.length == 0
+    second.forward(TOKENS[:, :3])
+    own, others = ([layer.keys for layer in s._cache.layers] for s in (first, second))
+    assert not {keys.data_ptr() for keys in own} & {keys.data_ptr() for keys in others}
 
 
 def test_limits_are_kept() -> None:

@@ -1,0 +1,157 @@
+"""One answer in the making: logits in, token ids and text out, until it ends.
+
+It knows no model and no request. Whoever has a model reads the prompt with it, hands over the
+logits, and reads what the answer says next: `generate.py` for one sequence or a batch, the server's
+scheduler for its slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.errors import InputError
+from pipeline.runtime.drafting import Drafter
+from pipeline.runtime.sampling import GREEDY, Sampling, choose_token
+from pipeline.runtime.text_stream import Decoder, TextStream, ignore_text
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How an answer is made.
+
+    Attributes:
+        max_new_tokens: most tokens of it.
+        sampling: how each is chosen.
+        stop_ids: tokens that end it, and are not part of it.
+        stops: texts that end it; nothing of one gets out.
+        seed: of its own source of randomness; or that source, for several answers to share.
+    """
+
+    max_new_tokens: int = 256
+    sampling: Sampling = GREEDY
+    stop_ids: Collection[int] = frozenset()
+    stops: Sequence[str] = ()
+    seed: int | Sequence[int] | np.random.Generator = 0
+
+
+class RunningAnswer:
+    """The answer to one prompt.
+
+    Args:
+        prompt_ids: at least one token.
+        decoding: how it is made.
+        max_length: most tokens that the cache holds, prompt and answer together.
+        decoder: turns tokens into text; None makes ids alone, which no text ends.
+        drafter: fresh, proposes draft tokens; None proposes none.
+        emit: gets the text piece by piece, as it becomes certain.
+
+    Attributes:
+        prompt_ids: as given.
+        ids: tokens of the answer so far.
+        token: the last of them, which the model is to read next; None before the first.
+        text: what was emitted so far.
+        ending: `stop` (a stop token or text), `length` (the limit asked for) or `context` (the
+            cache is full); None while it goes on.
+
+    Raises:
+        InputError: the prompt is empty.
+    """
+
+    def __init__(
+        self,
+        prompt_ids: Sequence[int],
+        decoding: Decoding,
+        max_length: int,
+        decoder: Decoder | None = None,
+        drafter: Drafter | None = None,
+        emit: Callable[[str], None] = ignore_text,
+    ) -> None:
+        if not len(prompt_ids):
+            raise InputError("The prompt is empty.", change="give at least one token")
+        self.prompt_ids = [int(token) for token in prompt_ids]
+        self.ids: list[int] = []
+        self.token: int | None = None
+        self.text = ""
+        self.ending = None if decoding.max_new_tokens > 0 else "length"
+        # The last token needs no place in the cache.
+        self._most = min(decoding.max_new_tokens, max_length + 1 - len(prompt_ids))
+        self._decoding, self._emit = decoding, emit
+        self._stream = None if decoder is None else TextStream(decoder, decoding.stops)
+        self._generator = np.random.default_rng(decoding.seed)
+        self._history = self.prompt_ids.copy()
+        self._drafter = drafter
+        self._drafted: list[int] = []
+        self._learnt = 0  # tokens of the history that the drafter knows
+
+    def take(self, rows: Iterable[np.ndarray], drafted: Sequence[int] = ()) -> int:
+        """Go on by the tokens that a call of the model gives.
+
+        Args:
+            rows: float32 [V] each: logits of the last token that was read, and of every draft token
+                behind it.
+            drafted: the draft tokens; each is accepted where it is what the answer chooses.
+
+        Returns:
+            How many draft tokens the answer accepts and goes on from; the others were read in vain.
+        """
+        accepted = 0
+        for logits, draft in zip(rows, [*drafted, None], strict=True):
+            self._choose(logits)
+            if self.ending is not None or self.token != draft:
+                break
+            accepted += 1
+        return accepted
+
+    def draft(self, room: int | None = None) -> list[int]:
+        """Propose what comes after `token`, often nothing.
+
+        Args:
+            room: most tokens that may be chosen in the next call; None leaves it to the limits.
+        """
+        if self._drafter is None:
+            return []
+        self._tell(self._drafter)
+        left = self._most - len(self.ids)
+        self._drafted = self._drafter.draft((left if room is None else min(left, room)) - 1)
+        return self._drafted
+
+    def _choose(self, logits: np.ndarray) -> None:
+        """Choose one token, and hand on the text that became certain."""
+        how = self._decoding
+        token = choose_token(logits, how.sampling, self._history, self._generator)
+        if token in how.stop_ids:
+            self._end("stop")
+            return
+        self.token = token
+        self.ids.append(token)
+        self._history.append(token)
+        if self._stream is not None:
+            self._hand_on(self._stream.push(token))
+        if self._stream is not None and self._stream.has_stopped:
+            self._end("stop")
+        elif len(self.ids) == how.max_new_tokens:
+            self._end("length")
+        elif len(self.ids) == self._most:
+            self._end("context")
+
+    def _end(self, reason: str) -> None:
+        """Hand on the text that was held back, and say why it ended."""
+        if self._stream is not None:
+            self._hand_on(self._stream.finish())
+            reason = "stop" if self._stream.has_stopped else reason  # in what was held back
+        if self._drafter is not None:
+            self._tell(self._drafter)
+        self.ending = reason
+
+    def _tell(self, drafter: Drafter) -> None:
+        """Let the drafter know what was chosen since it was last asked."""
+        drafter.learn(self._drafted, self._history[self._learnt :])
+        self._drafted, self._learnt = [], len(self._history)
+
+    def _hand_on(self, text: str) -> None:
+        if text:
+            self.text += text
+            self._emit(text)
