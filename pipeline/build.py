@@ -18,7 +18,9 @@ from pipeline.compress.request import CompressRequest
 from pipeline.compress.run import compress_to_folder
 from pipeline.engine.target import Target, resolve_target
 from pipeline.errors import InputError, UsageError
-from pipeline.export.export import ExportRequest, export_folder
+from pipeline.export.contract import CPU, DEFAULT_PROFILE, FLOAT16, FLOAT32
+from pipeline.export.export import export_folder
+from pipeline.export.request import ExportRequest
 from pipeline.progress import note
 from pipeline.provenance import provenance
 
@@ -166,11 +168,11 @@ def build(
         lambda path: compress_to_folder(request.compress, path, resume=resume),
     )
     checkpoint = folder / "checkpoint"
-    _export(state, checkpoint, "onnx", "float32")
+    _export(state, checkpoint, "onnx", FLOAT32)
     if request.compress.in_few_bits and request.compress.runtime == "cpu":
-        _export(state, checkpoint, "onnx-cpu", "float32", "cpu")
+        _export(state, checkpoint, "onnx-cpu", FLOAT32, CPU)
     if target.flavour != "cpu":
-        _export(state, checkpoint, "onnx-fp16", "float16")
+        _export(state, checkpoint, "onnx-fp16", FLOAT16)
         _engine(state, target)
     ledgers: list[Ledger] = []
 
@@ -198,10 +200,10 @@ def _refuse_missing_packages(target: Target) -> None:
 
 
 def _export(
-    state: Build, checkpoint: Path, folder: str, dtype: str, profile: str = "opset24"
+    state: Build, checkpoint: Path, folder: str, dtype: str, profile: str = DEFAULT_PROFILE
 ) -> None:
     wanted = ExportRequest(profile, dtype, state.request.max_length)
-    name = f"export {dtype}" if profile == "opset24" else f"export {profile}"
+    name = f"export {dtype}" if profile == DEFAULT_PROFILE else f"export {profile}"
     state.run(name, folder, lambda path: export_folder(checkpoint, path, wanted))
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.export.contract import COMPAT, OPSET24, PROFILES, dotted
 from pipeline.machine import CPU_FLAGS, DISTRIBUTIONS, Machine
 from trt_plugins.block_skip.aot import OLDEST_TENSORRT as FIRST_EMBEDDING_TENSORRT
 
@@ -91,10 +92,12 @@ def needs(stage: str, machine: Machine, names: Iterable[str], note: str) -> Verd
 def judge_onnx_cpu(machine: Machine) -> Verdict:
     """ONNX Runtime on the CPU, and which export profile it understands."""
     version = machine.versions.get("onnxruntime")
-    if version is not None and release(version) < (1, 25):
-        why = f"onnxruntime {version}: the compat profile only; TensorScatter came with 1.25"
+    oldest = PROFILES[OPSET24].oldest_onnxruntime
+    if version is not None and release(version) < oldest:
+        came = f"TensorScatter came with {dotted(oldest)}"
+        why = f"onnxruntime {version}: the {COMPAT} profile only; {came}"
         return Verdict("run, ONNX on CPU", True, why)
-    note = f"profiles opset24 and compat; {machine.cores} cores"
+    note = f"profiles {OPSET24} and {COMPAT}; {machine.cores} cores"
     return needs("run, ONNX on CPU", machine, ("onnxruntime",), note)
 
 
@@ -104,10 +107,11 @@ def judge_standard_engine(machine: Machine) -> Verdict:
     if not machine.gpus and machine.jetpack is None:
         return Verdict(stage, False, f"needs a GPU to build: {machine.reasons.get('GPU', 'none')}")
     version = machine.versions.get("tensorrt")
-    if version is not None and release(version) < (10, 15):
-        profile = "compat profile only; the opset24 operators came with 10.15"
+    oldest = PROFILES[OPSET24].oldest_tensorrt or (0, 0)
+    if version is not None and release(version) < oldest:
+        profile = f"{COMPAT} profile only; the {OPSET24} operators came with {dotted(oldest)}"
     else:
-        profile = "profiles opset24 and compat"
+        profile = f"profiles {OPSET24} and {COMPAT}"
     if version is None and machine.jetpack is not None:
         why = "JetPack's TensorRT is not visible here: .venv needs --system-site-packages"
         return Verdict(stage, False, why)

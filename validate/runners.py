@@ -12,12 +12,9 @@ from polygraphy.backend.base import BaseRunner
 from polygraphy.common import TensorMetadata
 from polygraphy.logger import G_LOGGER
 
+from pipeline.export.contract import INPUT_IDS, LOGITS, PIXEL_VALUES
 from pipeline.runtime.sessions.image_sessions import ImageSession
 from pipeline.runtime.sessions.session import Session
-
-INPUT = "input_ids"
-IMAGE_INPUT = "pixel_values"
-OUTPUT = "logits"
 
 
 class SessionRunner(BaseRunner):
@@ -41,15 +38,15 @@ class SessionRunner(BaseRunner):
 
     def get_input_metadata_impl(self) -> TensorMetadata:
         """`input_ids`: int64 [B, S], both free."""
-        return TensorMetadata().add(INPUT, dtype=np.int64, shape=(None, None))
+        return TensorMetadata().add(INPUT_IDS, dtype=np.int64, shape=(None, None))
 
     def infer_impl(self, feed_dict: Mapping[str, np.ndarray]) -> OrderedDict[str, np.ndarray]:
         """`logits`, float32 [B, S, V], of `input_ids`, int64 [B, S]."""
         self.session.reset()
         start = time.perf_counter()
-        logits = self.session.forward(feed_dict[INPUT])
+        logits = self.session.forward(feed_dict[INPUT_IDS])
         self.inference_time = time.perf_counter() - start
-        return OrderedDict({OUTPUT: logits})
+        return OrderedDict({LOGITS: logits})
 
     def deactivate_impl(self) -> None:
         """Let go of the session."""
@@ -73,14 +70,14 @@ class ImageRunner(BaseRunner):
 
     def get_input_metadata_impl(self) -> TensorMetadata:
         """`pixel_values`: float32 [B, C, H, W], all free."""
-        return TensorMetadata().add(IMAGE_INPUT, dtype=np.float32, shape=(None,) * 4)
+        return TensorMetadata().add(PIXEL_VALUES, dtype=np.float32, shape=(None,) * 4)
 
     def infer_impl(self, feed_dict: Mapping[str, np.ndarray]) -> OrderedDict[str, np.ndarray]:
         """`logits`, float32 [B, classes]."""
         start = time.perf_counter()
-        logits = self._session.classify(feed_dict[IMAGE_INPUT])
+        logits = self._session.classify(feed_dict[PIXEL_VALUES])
         self.inference_time = time.perf_counter() - start
-        return OrderedDict({OUTPUT: logits})
+        return OrderedDict({LOGITS: logits})
 
     def deactivate_impl(self) -> None:
         """Nothing: the session belongs to the caller."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import InputError, UsageError
+from pipeline.export.contract import RECORD_FILE
 from pipeline.export.record import ExportRecord, read_export_record
 from pipeline.model.task import IMAGES, TEXT
 from pipeline.runtime.sessions.session import Session
@@ -112,7 +113,7 @@ def find_artefacts(build: Path) -> Artefacts:
     return Artefacts(
         original=original_of(checkpoint),
         checkpoint=checkpoint,
-        onnx=folders(build, "onnx*", "export.json"),
+        onnx=folders(build, "onnx*", RECORD_FILE),
         engines=folders(build, "engine*", "manifest.json"),
     )
 
@@ -262,7 +263,7 @@ def open_checkpoint(folder: Path, *, dense: bool) -> Session:
 
 def open_onnx(folder: Path, name: str) -> Session:
     """An export in ONNX Runtime."""
-    if read_export_record(folder).profile == "cpu":
+    if read_export_record(folder).traits.contrib:
         from pipeline.runtime.sessions.onnx_cpu_session import CpuSession
 
         return CpuSession(folder, name=name)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pipeline.cli import options
+from pipeline.export.contract import INPUT_IDS, PIXEL_VALUES
 
 if TYPE_CHECKING:
     from pipeline.engine.build import EnginePlan
@@ -199,12 +200,12 @@ def profile_rows(profiles: list[dict[str, Any]]) -> list[tuple[str, str]]:
     """One row for each profile: the range of tokens, or of images."""
     rows = []
     for profile in profiles:
-        if "pixel_values" in profile["shapes"]:
-            images = profile["shapes"]["pixel_values"]
+        if PIXEL_VALUES in profile["shapes"]:
+            images = profile["shapes"][PIXEL_VALUES]
             size = "x".join(map(str, images["max"][1:]))
             rows.append((profile["name"], f"{images['min'][0]}..{images['max'][0]} of {size}"))
             continue
-        tokens = profile["shapes"]["input_ids"]
+        tokens = profile["shapes"][INPUT_IDS]
         text = (
             f"batch {tokens['min'][0]}..{tokens['max'][0]}, "
             f"tokens {tokens['min'][1]}..{tokens['max'][1]} (tuned for {tokens['opt'][1]})"

@@ -253,7 +253,7 @@ def make_request(plan: EnginePlan, staging: Path, workspace_bytes: int | None) -
         onnx_profile=plan.folder.record.profile,
         embed=plan.embed,
         dequantized=plan.folder.dequantized,
-        few_bit_nodes=plan.folder.few_bit_nodes,
+        few_bit_nodes=plan.folder.quantized_nodes,
     )
 
 

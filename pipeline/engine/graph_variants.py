@@ -19,12 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.engine.layers import PLUGIN_LAYER, BlockSkipPath
 from pipeline.errors import InputError
-from pipeline.export.onnx_folder import (
-    BLOCK_SKIP_DOMAIN,
-    BLOCK_SKIP_OPS,
-    data_files,
-    load_graph,
-)
+from pipeline.export.contract import BLOCK_SKIP_OPS, DOMAIN, OP_VERSION
+from pipeline.export.onnx_folder import data_files, load_graph
 from trt_plugins.block_skip.aot import MIX, MIX_INDEXED, PRODUCT
 
 if TYPE_CHECKING:
@@ -41,18 +37,18 @@ def split_node(node: onnx.NodeProto) -> list[onnx.NodeProto]:
     latent = f"{node.output[0]}/latent"
     # `aot`: embedded or refused, whatever the network's flags prefer.
     attributes: dict[str, Any] = {
-        "plugin_namespace": BLOCK_SKIP_DOMAIN,
-        "plugin_version": "1",
+        "plugin_namespace": DOMAIN,
+        "plugin_version": str(OP_VERSION),
         "aot": 1,
     }
     name = node.name or node.output[0]
     mix = helper.make_node(
         MIX_INDEXED if index else MIX, [x, a, *index], [latent], name=f"{name}/mix",
-        domain=BLOCK_SKIP_DOMAIN, **attributes,
+        domain=DOMAIN, **attributes,
     )  # fmt: skip
     product = helper.make_node(
         PRODUCT, [latent, b], list(node.output), name=f"{name}/product",
-        domain=BLOCK_SKIP_DOMAIN, **attributes,
+        domain=DOMAIN, **attributes,
     )  # fmt: skip
     return [mix, product]
 
@@ -70,7 +66,7 @@ def write_split_graph(onnx_path: Path, folder: Path) -> Path:
     model = load_graph(onnx_path)
     nodes: list[onnx.NodeProto] = []
     for node in model.graph.node:
-        ours = node.domain == BLOCK_SKIP_DOMAIN and node.op_type in BLOCK_SKIP_OPS
+        ours = node.domain == DOMAIN and node.op_type in BLOCK_SKIP_OPS
         nodes += split_node(node) if ours else [node]
     del model.graph.node[:]
     model.graph.node.extend(nodes)
@@ -148,5 +144,5 @@ def without_block_skip_bodies(model: onnx.ModelProto) -> list[onnx.FunctionProto
     return [
         function
         for function in model.functions
-        if not (function.domain == BLOCK_SKIP_DOMAIN and function.name in BLOCK_SKIP_OPS)
+        if not (function.domain == DOMAIN and function.name in BLOCK_SKIP_OPS)
     ]

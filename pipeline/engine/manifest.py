@@ -14,8 +14,9 @@ from pipeline.engine.profiles import Limits, Profile
 from pipeline.engine.target import Capability, Target, capability_name
 from pipeline.engine.worker_protocol import PLAN_FILE, BuildRequest, BuildResult
 from pipeline.errors import InputError
+from pipeline.export.contract import GRAPH_FILE
 from pipeline.export.onnx_folder import OnnxFolder
-from pipeline.export.record import TASK_FIELDS
+from pipeline.model.task import TASKS
 from pipeline.provenance import provenance
 
 SCHEMA = 1
@@ -95,7 +96,7 @@ def block_skip_record(request: BuildRequest, result: BuildResult) -> dict[str, A
 def onnx_record(folder: OnnxFolder) -> dict[str, Any]:
     """What identifies the ONNX folder: the graph's hash alone would not tell two models apart."""
     record = folder.record
-    own = TASK_FIELDS[record.task]
+    own = TASKS[record.task].record_fields
     return {
         "sha256": record.onnx_sha256,
         "data_sha256": folder.data_sha256(),
@@ -181,7 +182,7 @@ def require_plan(path: Path, record: dict[str, Any]) -> None:
 
 def require_onnx(engine_folder: Path, record: dict[str, Any], onnx_folder: Path) -> None:
     """Raise InputError when the engine was built from another graph or other weights."""
-    hashes = {"model.onnx": record["sha256"], **record["data_sha256"]}
+    hashes = {GRAPH_FILE: record["sha256"], **record["data_sha256"]}
     for name, expected in hashes.items():
         path = onnx_folder / name
         if not path.is_file():

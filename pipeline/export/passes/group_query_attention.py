@@ -17,7 +17,8 @@ import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from pipeline.export.contract import CONTRIB
+from pipeline.export.contract import CONTRIB, GROUPED_ATTENTION, POSITION_IDS
+from pipeline.export.passes.lay_out import LINEAR, TRACE_DOMAIN, is_linear
 from pipeline.export.passes.weights import (
     constant_of,
     derived_weight,
@@ -26,10 +27,8 @@ from pipeline.export.passes.weights import (
     stacked_rows,
     weight_shape,
 )
-from pipeline.export.tracing import LINEAR, TRACE_DOMAIN
 
-ATTENTION = "GroupQueryAttention"
-HEADS_FIRST = [0, 2, 1, 3]
+_HEADS_FIRST = [0, 2, 1, 3]
 
 
 def simplify_attention(model: ir.Model, max_length: int) -> dict[str, int]:
@@ -42,7 +41,7 @@ def simplify_attention(model: ir.Model, max_length: int) -> dict[str, int]:
     Returns:
         How many nodes of attention rotate by themselves, and how many take q, k, v as one.
     """
-    nodes = [n for n in model.graph if (n.domain, n.op_type) == (CONTRIB, ATTENTION)]
+    nodes = [n for n in model.graph if (n.domain, n.op_type) == (CONTRIB, GROUPED_ATTENTION)]
     _drop_reshapes(model.graph)
     tables: dict[tuple[ir.Value, ir.Value], list[ir.Value]] = {}
     rotating = [_rotate_inside(model, node, tables, max_length) for node in nodes]
@@ -106,7 +105,7 @@ def _before_rotation(value: ir.Value | None) -> tuple[ir.Value, tuple[ir.Value, 
     if back is None or rotary is None or turn is None or len(rotary.inputs) > 3:
         return None
     turns = [node.attributes.get_ints("perm") for node in (back, turn)]
-    if any(list(perm) != HEADS_FIRST for perm in turns) or _is_partial(rotary):
+    if any(list(perm) != _HEADS_FIRST for perm in turns) or _is_partial(rotary):
         return None
     source, cos, sin = turn.inputs[0], rotary.inputs[1], rotary.inputs[2]
     return None if source is None or cos is None or sin is None else (source, (cos, sin))
@@ -138,7 +137,7 @@ def _by_position(
 
     None where they depend on anything else, such as the length of the text.
     """
-    positions = next(v for v in model.graph.inputs if v.name == "position_ids")
+    positions = next(v for v in model.graph.inputs if v.name == POSITION_IDS)
     nodes = _upstream(values, positions)
     if nodes is None:
         return None
@@ -183,7 +182,7 @@ def _upstream(values: tuple[ir.Value, ...], source: ir.Value) -> set[ir.Node] | 
 def _pack(graph: ir.Graph, node: ir.Node) -> bool:
     """Give attention q, k and v as one product, if they are three of the same input."""
     parts = [value.producer() if value is not None else None for value in node.inputs[:3]]
-    linears = [p for p in parts if p and (p.domain, p.op_type) == (TRACE_DOMAIN, LINEAR)]
+    linears = [p for p in parts if p and is_linear(p)]
     alone = all(len(p.outputs[0].uses()) == 1 for p in linears)
     if len(linears) < 3 or not alone or len({p.inputs[0] for p in linears}) > 1:
         return False

@@ -12,11 +12,11 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from pipeline.export.contract import FIRST_LOGIT
 from pipeline.export.passes.lay_out import is_linear
 from pipeline.export.passes.weights import new_constant
 
-FIRST_LOGIT = "first_logit"
-END = np.iinfo(np.int64).max
+_END = np.iinfo(np.int64).max
 
 
 def choose_first_logit(model: ir.Model) -> bool:
@@ -31,7 +31,7 @@ def choose_first_logit(model: ir.Model) -> bool:
     )  # fmt: skip
     graph.inputs.append(first)
     graph.register_initializer(first)
-    end = new_constant(graph, "logits.end", np.array([END], np.int64))
+    end = new_constant(graph, "logits.end", np.array([_END], np.int64))
     axis = new_constant(graph, "logits.axis", np.array([1], np.int64))
     x = head.inputs[0]
     cut = ir.node("Slice", [x, first, end, axis], name="logits.wanted")

@@ -11,6 +11,8 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from pipeline.export.contract import CONTRIB
 from pipeline.export.passes.weights import shape_of
 
+SKIP_NORM = "SkipSimplifiedLayerNormalization"
+
 
 def fuse_residual_norms(model: ir.Model) -> int:
     """Fuse in place wherever a norm's input is a sum of two activations; return how often."""
@@ -36,7 +38,7 @@ def _fuse(graph: ir.Graph, norm: ir.Node) -> bool:
         return False
     epsilon = norm.attributes.get_float("epsilon", 1e-5)
     both = ir.node(
-        "SkipSimplifiedLayerNormalization",
+        SKIP_NORM,
         [*add.inputs, gain],
         {"epsilon": epsilon},
         domain=CONTRIB,

@@ -161,7 +161,7 @@ def open_slots(
     if backend in ("auto", "onnx") and folder_kind(folder) == "onnx":
         from pipeline.export.record import read_export_record
 
-        if read_export_record(folder).profile == "cpu":
+        if read_export_record(folder).traits.contrib:
             from pipeline.runtime.sessions.onnx_cpu_session import CpuSession
 
             return CpuSession(folder, threads, slots=slots)

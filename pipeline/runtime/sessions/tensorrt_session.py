@@ -16,12 +16,20 @@ import numpy as np
 
 from pipeline.artefact import sha256_of_file
 from pipeline.engine.manifest import Runtime, check_manifest, mismatch, read_manifest, read_profiles
-from pipeline.engine.profiles import CACHE_PREFIX, MASK_INPUT, Profile, Shape
+from pipeline.engine.profiles import Profile, Shape
 from pipeline.engine.target import Gpu, find_gpu
 from pipeline.engine.worker_protocol import PLAN_FILE
 from pipeline.errors import InputError, MissingPackageError, ResourceError
+from pipeline.export.contract import (
+    ATTENTION_MASK,
+    CACHE_PREFIX,
+    INPUT_IDS,
+    LOGITS,
+    PROFILES,
+    present_name,
+)
 from pipeline.runtime.sessions.checks import require_batch, require_room, require_tokens
-from pipeline.runtime.sessions.onnx_session import present_name, token_feeds
+from pipeline.runtime.sessions.onnx_session import token_feeds
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -140,7 +148,7 @@ class TensorRTSession:
     @property
     def _in_place(self) -> bool:
         """Whether present is past, updated by TensorScatter."""
-        return bool(self.manifest["onnx"]["profile"] == "opset24")
+        return PROFILES[self.manifest["onnx"]["profile"]].static_cache
 
     def _run(self, input_ids: np.ndarray) -> np.ndarray:
         """One call of the engine: float32 logits [B, S, V]; the cache moves on."""
@@ -152,7 +160,7 @@ class TensorRTSession:
         shapes = {name: tuple(tensor.shape) for name, tensor in feeds.items()}
         shapes |= {name: self._cache_shape(name, rows) for name in self._buffers}
         logits = self._torch.empty(
-            (rows, count, self.vocab_size), dtype=self._dtype("logits"), device="cuda"
+            (rows, count, self.vocab_size), dtype=self._dtype(LOGITS), device="cuda"
         )
         # The copies above ran on torch's current stream.
         self._stream.wait_stream(self._torch.cuda.current_stream())
@@ -186,7 +194,7 @@ class TensorRTSession:
     ) -> None:
         """Give the context every shape and address of this call."""
         addresses = {name: tensor.data_ptr() for name, tensor in feeds.items()}
-        addresses["logits"] = logits.data_ptr()
+        addresses[LOGITS] = logits.data_ptr()
         for name, (past, present) in self._buffers.items():
             addresses[name] = past.data_ptr()
             addresses[present_name(name)] = present.data_ptr()
@@ -337,7 +345,7 @@ def pick_profile(profiles: Sequence[Profile], shapes: Mapping[str, Shape]) -> in
             return index
     raise InputError(
         "No profile of the engine admits this call.",
-        observed={name: shapes[name] for name in ("input_ids", MASK_INPUT) if name in shapes},
+        observed={name: shapes[name] for name in (INPUT_IDS, ATTENTION_MASK) if name in shapes},
         change="build the engine again with larger limits",
     )
 

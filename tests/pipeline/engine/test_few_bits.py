@@ -19,9 +19,10 @@ from pipeline.engine.graph_variants import write_split_graph, write_stripped_gra
 from pipeline.engine.layers import few_bits_path
 from pipeline.engine.target import Target
 from pipeline.errors import InputError
-from pipeline.export.block_skip import FEW_BITS, FEW_BITS_INDEXED
-from pipeline.export.export import ExportRequest, export_folder
+from pipeline.export.contract import QUANTIZED_SKIP, QUANTIZED_SKIP_INDEXED
+from pipeline.export.export import export_folder
 from pipeline.export.onnx_folder import load_graph, read_onnx_folder
+from pipeline.export.request import ExportRequest
 from pipeline.model.structure import decoder_structure
 from tests.support.families import save_family
 
@@ -97,7 +98,7 @@ def test_the_command_names_the_matrices_that_are_codes(
 
 def test_the_folder_counts_nodes_of_few_bits_apart(exported: Path) -> None:
     folder = read_onnx_folder(exported)
-    assert (folder.block_skip_nodes, folder.few_bit_nodes) == (1, 5)
+    assert (folder.block_skip_nodes, folder.quantized_nodes) == (1, 5)
     assert folder.dequantized > 10
 
 
@@ -108,7 +109,7 @@ def test_bodies_that_no_plugin_replaces_stay_in_the_graph(
     graph = load_graph(write(exported / "model.onnx", tmp_path / "changed"))
     used = {node.op_type for node in graph.graph.node if "FewBits" in node.op_type}
     assert {function.name for function in graph.functions} == used
-    assert used <= {FEW_BITS, FEW_BITS_INDEXED}
+    assert used <= {QUANTIZED_SKIP, QUANTIZED_SKIP_INDEXED}
 
 
 def test_codes_that_became_numbers_while_parsing_are_refused() -> None:

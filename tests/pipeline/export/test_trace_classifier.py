@@ -17,7 +17,8 @@ from pipeline.compress.run import compress_to_folder
 from pipeline.engine.build import build_engine, plan_engine
 from pipeline.engine.target import Target
 from pipeline.errors import InputError, UsageError
-from pipeline.export.export import ExportRequest, export_folder
+from pipeline.export.export import export_folder
+from pipeline.export.request import ExportRequest
 from pipeline.runtime.sessions.open_session import open_session
 
 SM86 = Target("rtx", (8, 6), "a test")
