@@ -20,6 +20,8 @@ from safetensors import safe_open
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from transformers import AutoConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
 from pipeline.checkpoint.folder import require_checkpoint, require_exact
@@ -110,6 +112,19 @@ class Skeleton:
     matrices: dict[str, StoredMatrix]
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor is stored, under which name, and its shape."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+
+    def read(self) -> torch.Tensor:
+        with safe_open(self.file, framework="pt") as tensors:
+            return tensors.get_tensor(self.name)
+
+
 def load_skeleton(folder: Path, dtype: torch.dtype) -> Skeleton:
     """Read a checkpoint's structure, vectors and tables, and find its matrices.
 
@@ -122,21 +137,19 @@ def load_skeleton(folder: Path, dtype: torch.dtype) -> Skeleton:
     """
     require_checkpoint(folder)
     model, formats = _empty_model(folder, dtype)
-    files = _files_of(folder)
+    places = _places(folder, model)
     matrices: dict[str, StoredMatrix] = {}
     for name, format_ in formats.items():
-        matrices[f"{name}.weight"] = _quantized_matrix(folder, model, name, format_, files, dtype)
-    _require_match(folder, model, files, set(matrices))
-    for number, (name, matrix) in enumerate(matrices.items(), start=len(files)):
+        matrices[f"{name}.weight"] = _quantized_matrix(folder, model, name, format_, places, dtype)
+    _require_match(folder, model, places, set(matrices))
+    for number, (name, matrix) in enumerate(matrices.items(), start=len(places)):
         _set(model, name, _stand_in(number, matrix.shape, dtype))
-    for number, (name, file) in enumerate(sorted(files.items())):
-        with safe_open(file, framework="pt") as tensors:
-            shape = tuple(tensors.get_slice(name).get_shape())
-            read = None if _is_matrix(model, name, shape) else tensors.get_tensor(name)
-        if read is None:
-            matrices[name] = StoredMatrix(file, name, shape, dtype)
-            _set(model, name, _stand_in(number, shape, dtype))
+    for number, (name, place) in enumerate(sorted(places.items())):
+        if _is_matrix(model, name, place.shape):
+            matrices[name] = StoredMatrix(place.file, place.name, place.shape, dtype)
+            _set(model, name, _stand_in(number, place.shape, dtype))
         else:
+            read = place.read()
             _set(model, name, read.to(dtype) if read.is_floating_point() else read)
     model.tie_weights()
     return Skeleton(folder, model.eval(), _with_tied_names(model, matrices))
@@ -168,31 +181,27 @@ def _quantized_matrix(
     model: PreTrainedModel,
     name: str,
     format_: str,
-    files: dict[str, Path],
+    places: dict[str, _Place],
     dtype: torch.dtype,
 ) -> QuantizedMatrix:
-    """The matrix behind `name`; takes its tensors out of `files`."""
+    """The matrix behind `name`; takes its tensors out of `places`."""
     prefix = f"{name}.stored."
     rows, columns = model.get_submodule(name).weight.shape
     empty = FewBits(rows, columns, format_, "meta")
     expected = {f"{prefix}{n}": tensor for n, tensor in empty.named_buffers()}
-    with_file = {n: files.pop(n) for n in expected if n in files}
+    found = {n: places.pop(n) for n in expected if n in places}
     require_exact(
         folder,
         {
-            "missing_keys": set(expected) - set(with_file),
+            "missing_keys": set(expected) - set(found),
             "mismatched_keys": [
-                n for n, file in with_file.items() if _shape_of(file, n) != tuple(expected[n].shape)
+                n for n, place in found.items() if place.shape != tuple(expected[n].shape)
             ],
         },
     )
-    file = next(iter(with_file.values()))
-    return QuantizedMatrix(file, prefix, (rows, columns), dtype, parse_format(format_))
-
-
-def _shape_of(file: Path, name: str) -> tuple[int, ...]:
-    with safe_open(file, framework="pt") as tensors:
-        return tuple(tensors.get_slice(name).get_shape())
+    first, place = next(iter(found.items()))
+    stored_prefix = place.name.removesuffix(first.removeprefix(prefix))
+    return QuantizedMatrix(place.file, stored_prefix, (rows, columns), dtype, parse_format(format_))
 
 
 def _empty_model(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, dict[str, str]]:
@@ -261,17 +270,31 @@ def _parsed(folder: Path, quantization: object) -> SkipCatConfig:
     return SkipCatConfig(**fields)
 
 
-def _files_of(folder: Path) -> dict[str, Path]:
-    """Tensor name -> the file that holds it."""
-    names: dict[str, Path] = {}
+def _places(folder: Path, model: PreTrainedModel) -> dict[str, _Place]:
+    """The name of each stored tensor in the model -> where it is.
+
+    A file may have older names than the model has; transformers knows how they were changed.
+    """
+    renamings = [
+        change
+        for change in get_model_conversion_mapping(model)
+        if isinstance(change, WeightRenaming)
+    ]
+    own = model.state_dict()
+    places: dict[str, _Place] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
-            names |= dict.fromkeys(tensors.keys(), file)
-    return names
+            for stored in tensors.keys():  # noqa: SIM118 - a handle, not a dict
+                name, _ = rename_source_key(stored, renamings, [], model.base_model_prefix, own)
+                if name not in own and stored in own:
+                    name = stored
+                shape = tuple(tensors.get_slice(stored).get_shape())
+                places[name] = _Place(file, stored, shape)
+    return places
 
 
 def _require_match(
-    folder: Path, model: PreTrainedModel, files: dict[str, Path], found: set[str]
+    folder: Path, model: PreTrainedModel, places: dict[str, _Place], found: set[str]
 ) -> None:
     """Hold the files to what the strict loader asks: every tensor, no other, of its shape.
 
@@ -283,13 +306,14 @@ def _require_match(
         if name not in found
     }
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    shapes = {name: _shape_of(file, name) for name, file in files.items()}
-    differ = [name for name in files if name in expected and shapes[name] != expected[name]]
+    differ = [
+        name for name, place in places.items() if name in expected and place.shape != expected[name]
+    ]
     require_exact(
         folder,
         {
-            "missing_keys": set(expected) - set(files) - tied,
-            "unexpected_keys": set(files) - set(expected),
+            "missing_keys": set(expected) - set(places) - tied,
+            "unexpected_keys": set(places) - set(expected),
             "mismatched_keys": differ,
         },
     )

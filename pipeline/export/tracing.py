@@ -114,14 +114,26 @@ def _name_as_in_checkpoint(graph: ir.Graph) -> None:
 def _attach_matrices(graph: ir.Graph, skeleton: Skeleton) -> None:
     """Replace every stand-in by the stored matrix, and make sure that none was computed with."""
     own = dict(skeleton.model.named_parameters(remove_duplicate=False))
+    large, attached = None, set()
     for name, weight in graph.initializers.items():
         if name in skeleton.matrices:
             matrix = skeleton.matrices[name]
+            attached.add(id(matrix))
             weight.const_value = matrix.lazy_tensor(name)
             if isinstance(matrix, QuantizedMatrix):
                 note_codes(weight, StoredCodes(matrix.format, matrix.codes))
         elif name not in own and weight.const_value.nbytes > _LARGEST_COMPUTED_BYTES:
-            raise RuntimeError(f"the exporter computed {name} from weights that it does not have")
+            large = name
+    # What is computed from sizes alone, such as the masks of windows, may be large, too: then no
+    # matrix is gone.
+    gone = [name for name, matrix in skeleton.matrices.items() if id(matrix) not in attached]
+    if large and gone:
+        raise InputError(
+            "The model cannot be exported to ONNX.",
+            where=type(skeleton.model).__name__,
+            observed=f"the exporter computed {large} from weights that it does not have",
+            expected=f"{gone[0]} in the graph",
+        )
 
 
 @contextlib.contextmanager
