@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import InputError, UsageError
-from pipeline.export.contract import RECORD_FILE
+from pipeline.export.contract import FLOAT16, INT4, INT4_OFFSET, INT8, RECORD_FILE
 from pipeline.export.record import ExportRecord, read_export_record
 from pipeline.model.task import IMAGES, TEXT
 from pipeline.runtime.sessions.session import Session
@@ -213,11 +213,11 @@ def onnx_tolerance(record: ExportRecord | None) -> Tolerance:
     """
     if record is None:
         return SAME_IN_FLOAT32
-    if record.dtype == "float16":
+    if record.dtype == FLOAT16:
         return SAME_IN_FLOAT16
-    if record.weights in ("int4", "int4-offset") and not record.exact_weights:
+    if record.weights in (INT4, INT4_OFFSET) and not record.exact_weights:
         return Tolerance()
-    if record.weights == "int8" or record.accuracy_level:
+    if record.weights == INT8 or record.accuracy_level:
         return NEAR_IN_INTEGERS
     return SAME_IN_FLOAT32
 

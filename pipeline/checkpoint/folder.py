@@ -19,7 +19,7 @@ from pipeline.model.source import check_safetensors
 from pipeline.model.task import TASKS, Task, task_of_config, task_of_folder
 
 # save_pretrained holds one shard in memory a second time.
-LARGEST_SHARD = "2GB"
+_LARGEST_SHARD = "2GB"
 
 
 def save_checkpoint(
@@ -43,19 +43,19 @@ def save_checkpoint(
     if modules:
         # Not model.hf_quantizer: with one, save_pretrained ignores the state that it is given.
         config.quantization_config = SkipCatConfig(modules)
-        config.auto_map = {TASKS[task].auto_class: f"modeling_skipcat.{remote_class(task)}"}
+        config.auto_map = {TASKS[task].auto_class: f"modeling_skipcat.{_remote_class(task)}"}
     model.save_pretrained(
-        folder, state_dict=_cast_state(model, dtype), max_shard_size=LARGEST_SHARD
+        folder, state_dict=_cast_state(model, dtype), max_shard_size=_LARGEST_SHARD
     )
     # save_pretrained names the type the weights had in memory.
     saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     write_json(folder / "config.json", saved | {"dtype": str(dtype).removeprefix("torch.")})
     tokenizer.save_pretrained(folder)
     if modules:
-        _ship_code(type(model), remote_class(task), folder)
+        _ship_code(type(model), _remote_class(task), folder)
 
 
-def remote_class(task: Task) -> str:
+def _remote_class(task: Task) -> str:
     """Name of the class that a checkpoint's own code ends in."""
     return "SkipCat" + TASKS[task].auto_class.removeprefix("AutoModel")
 

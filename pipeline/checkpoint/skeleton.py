@@ -27,7 +27,7 @@ from transformers.pytorch_utils import Conv1D
 from pipeline.checkpoint.folder import require_checkpoint, require_exact
 from pipeline.checkpoint.modeling_skipcat import (
     QUANT_METHOD,
-    FewBits,
+    QuantizedWeight,
     SkipCatConfig,
     SkipCatQuantizer,
 )
@@ -187,7 +187,7 @@ def _quantized_matrix(
     """The matrix behind `name`; takes its tensors out of `places`."""
     prefix = f"{name}.stored."
     rows, columns = model.get_submodule(name).weight.shape
-    empty = FewBits(rows, columns, format_, "meta")
+    empty = QuantizedWeight(rows, columns, format_, "meta")
     expected = {f"{prefix}{n}": tensor for n, tensor in empty.named_buffers()}
     found = {n: places.pop(n) for n in expected if n in places}
     require_exact(

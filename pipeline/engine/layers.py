@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.engine.network import make_logger
 from pipeline.errors import InputError
+from pipeline.export.contract import BLOCK_SKIP, DOMAIN, OP_VERSION
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -68,7 +69,8 @@ def block_skip_path(
             "The plugin was loaded, and no node of the graph took it.",
             observed=f"0 plugin layers for {nodes} block-skip nodes",
             expected="as many plugin layers as nodes, and at least one",
-            change="check the plugin's name, version and namespace (BlockSkipLinear, 1, skipcat), "
+            change="check the plugin's name, version and namespace "
+            f"({BLOCK_SKIP}, {OP_VERSION}, {DOMAIN}), "
             "or build without --plugin",
         )
     if nodes == 0:

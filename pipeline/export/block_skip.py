@@ -37,7 +37,7 @@ def is_block_skip(node: ir.Node) -> bool:
     return node.domain == DOMAIN and node.op_type in BLOCK_SKIP_OPS
 
 
-BODY = """
+_BODY = """
 <domain: "skipcat", opset_import: ["" : {opset}]>
 BlockSkipLinear (x, a, b) => (y)
 {{
@@ -54,7 +54,7 @@ BlockSkipLinear (x, a, b) => (y)
 
 def function_bodies(opset: int) -> dict[str, ir.Function]:
     """The ops that an opset can express, as ONNX functions over the default domain, by op type."""
-    plain = BODY.format(opset=opset)
+    plain = _BODY.format(opset=opset)
     texts = [plain]
     if opset >= BLOCKED_OPSET:
         texts.append(plain.replace(BLOCK_SKIP, QUANTIZED_SKIP))

@@ -23,11 +23,11 @@ TOKEN_INPUTS = (INPUT_IDS, ATTENTION_MASK, POSITION_IDS)
 FIRST_LOGIT = "first_logit"  # optional: the first token whose logits are wanted
 PIXEL_VALUES = "pixel_values"
 LOGITS = "logits"
-PAST, PRESENT = "past_key_values", "present"
-CACHE_PREFIX = f"{PAST}."
+_PAST, PRESENT = "past_key_values", "present"
+CACHE_PREFIX = f"{_PAST}."
 
 
-def cache_names(layers: int | str, prefix: str = PAST) -> list[str]:
+def cache_names(layers: int | str, prefix: str = _PAST) -> list[str]:
     """`prefix.{i}.key`, `prefix.{i}.value` for so many layers, or for one that is not a number."""
     numbers = range(layers) if isinstance(layers, int) else [layers]
     return [f"{prefix}.{i}.{part}" for i in numbers for part in ("key", "value")]
@@ -35,7 +35,7 @@ def cache_names(layers: int | str, prefix: str = PAST) -> list[str]:
 
 def present_name(past_name: str) -> str:
     """`past_key_values.3.key` -> `present.3.key`."""
-    return past_name.replace(PAST, PRESENT, 1)
+    return past_name.replace(_PAST, PRESENT, 1)
 
 
 # --- operators ---

@@ -11,10 +11,13 @@ from pipeline.artefact import sha256_of_file
 from pipeline.errors import InputError
 from pipeline.export.contract import (
     BLOCK_SKIP_OPS,
+    COMPAT,
+    CPU,
     DEQUANTIZE,
     DOMAIN,
     FLOAT16,
     GRAPH_FILE,
+    OPSET24,
     QUANTIZED_SKIP_OPS,
     RECORD_FILE,
 )
@@ -89,8 +92,8 @@ def require_float16(folder: OnnxFolder) -> None:
         raise InputError(
             "This export has ONNX Runtime's own operators, which TensorRT does not know.",
             where=folder.path,
-            observed="profile cpu",
-            expected="profile opset24 or compat, float16",
+            observed=f"profile {CPU}",
+            expected=f"profile {OPSET24} or {COMPAT}, {FLOAT16}",
             change="export the checkpoint again with --dtype float16, without --profile cpu",
         )
     if folder.record.dtype != FLOAT16:
@@ -100,7 +103,7 @@ def require_float16(folder: OnnxFolder) -> None:
             "float32 kernels ('not supported by a dedicated kernel').",
             where=folder.path,
             observed=folder.record.dtype,
-            expected="float16",
+            expected=FLOAT16,
             change="export the checkpoint again with --dtype float16",
         )
 

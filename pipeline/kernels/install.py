@@ -11,7 +11,7 @@ from pipeline.checkpoint.modeling_skipcat import FactoredLinear
 from pipeline.kernels.op import block_skip_linear
 
 
-class BlockSkipGroup(nn.Module):
+class _BlockSkipGroup(nn.Module):
     """Linear layers of one latent: y = block_skip_linear(x), split among its members.
 
     Members are called one after the other with the same tensor; the first call computes for all.
@@ -48,10 +48,10 @@ class BlockSkipGroup(nn.Module):
         return part
 
 
-class BlockSkipMember(nn.Module):
+class _BlockSkipMember(nn.Module):
     """One layer of a group, in place of the factored layer it was."""
 
-    def __init__(self, group: BlockSkipGroup, place: int, bias: torch.Tensor | None) -> None:
+    def __init__(self, group: _BlockSkipGroup, place: int, bias: torch.Tensor | None) -> None:
         super().__init__()
         # The first member registers the group with the model; the others only refer to it.
         self.group = group if place == 0 else None
@@ -81,7 +81,7 @@ def use_operator_(model: nn.Module) -> int:
         if isinstance(module, FactoredLinear) and module.form == "skip":
             groups[module.owner].append((name, module))
     for members in groups.values():
-        group = BlockSkipGroup([layer for _, layer in members])
+        group = _BlockSkipGroup([layer for _, layer in members])
         for place, (name, layer) in enumerate(members):
-            model.set_submodule(name, BlockSkipMember(group, place, layer.up.bias))
+            model.set_submodule(name, _BlockSkipMember(group, place, layer.up.bias))
     return sum(map(len, groups.values()))

@@ -1,7 +1,7 @@
 """A matrix in few bits as the tensors that a checkpoint holds, and back.
 
 `{name}.codes`, `{name}.scales` and, in formats that have them, `{name}.zero_points` or
-`{name}.offsets`, as `pipeline.checkpoint.modeling_skipcat.FewBits` registers them.
+`{name}.offsets`, as `pipeline.checkpoint.modeling_skipcat.QuantizedWeight` registers them.
 """
 
 from __future__ import annotations

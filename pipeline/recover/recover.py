@@ -26,7 +26,7 @@ from pipeline.artefact import (
 )
 from pipeline.calibrate.text import TokenBatch, load_tokens
 from pipeline.checkpoint.folder import load_checkpoint, save_checkpoint
-from pipeline.checkpoint.modeling_skipcat import FewBits
+from pipeline.checkpoint.modeling_skipcat import QuantizedWeight
 from pipeline.compress.card import model_card
 from pipeline.compress.finished_layers import require_same_settings
 from pipeline.errors import InputError, PipelineError
@@ -122,7 +122,7 @@ def _load(request: RecoverRequest, subject: Subject) -> tuple[LoadedModel, Loade
 
 def _refuse_few_bits(request: RecoverRequest, model: PreTrainedModel) -> None:
     """Codes have no gradient, and adapters merged into them would have to be rounded again."""
-    name = next((n for n, m in model.named_modules() if isinstance(m, FewBits)), None)
+    name = next((n for n, m in model.named_modules() if isinstance(m, QuantizedWeight)), None)
     if name is not None:
         raise InputError(
             "Matrices in few bits are not fine-tuned.",

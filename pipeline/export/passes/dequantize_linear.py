@@ -14,7 +14,6 @@ from collections import Counter
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from pipeline.export.contract import (
     DEQUANTIZE,
@@ -73,7 +72,6 @@ def dequantize_linears(model: ir.Model) -> dict[str, int]:
         values = _dequantized(model.graph, gather, [weight], name, dtype)
         _look_up(model.graph, gather, values, name)
         counts[f"{DEQUANTIZE} {codes.format.bits}"] += 1
-    RemoveUnusedNodesPass()(model)
     return dict(counts)
 
 

@@ -9,18 +9,19 @@ the down projection of a gated MLP, and costs nothing at run time.
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from pipeline.export.block_skip import is_block_skip
 from pipeline.export.contract import BLOCK_SKIP, BLOCK_SKIP_INDEXED
 from pipeline.export.passes.lay_out import is_linear
 from pipeline.export.passes.weights import constant_of, derived_weight, shape_of, weight_shape
 
+_logger = logging.getLogger(__name__)
 _ELEMENTWISE = {
     "Add", "Sub", "Mul", "Div", "Pow", "Neg", "Abs", "Sqrt", "Reciprocal", "Exp", "Log", "Erf",
     "Sigmoid", "Tanh", "Relu", "Gelu", "Silu", "Swish", "Softplus", "Clip", "Cast", "Identity",
@@ -60,11 +61,11 @@ def fold_permutations(model: ir.Model) -> tuple[int, list[str]]:
             reason = _collect(node.inputs[0], len(index), region) or _escapes(region, node)
         if index is None or reason:
             kept.append(f"{node.name}: {reason}")
+            _logger.debug("%s keeps its index: %s", node.name, reason)
             continue
         _permute(model.graph, region, index)
         _drop_index(node)
         folded += 1
-    RemoveUnusedNodesPass()(model)
     return folded, kept
 
 

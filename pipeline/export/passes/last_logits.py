@@ -9,6 +9,8 @@ done once instead of for every token.
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 import onnx_ir as ir
 
@@ -16,6 +18,7 @@ from pipeline.export.contract import FIRST_LOGIT
 from pipeline.export.passes.lay_out import is_linear
 from pipeline.export.passes.weights import new_constant
 
+_logger = logging.getLogger(__name__)
 _END = np.iinfo(np.int64).max
 
 
@@ -24,6 +27,7 @@ def choose_first_logit(model: ir.Model) -> bool:
     graph = model.graph
     head = _head(graph.outputs[0])
     if head is None:
+        _logger.debug("all logits are computed: no linear layer ends in them")
         return False
     first = ir.Value(
         name=FIRST_LOGIT, shape=ir.Shape([1]), type=ir.TensorType(ir.DataType.INT64),

@@ -23,7 +23,10 @@ TRACE_DOMAIN, LINEAR = "skipcat.trace", "Linear"
 
 
 def lay_out(model: ir.Model) -> int:
-    """Bring every linear layer into its final form, in place; return the block-skip nodes left."""
+    """Bring every linear layer into its final form, in place; return the block-skip nodes left.
+
+    What no node reads goes with it: this is the last pass.
+    """
     graph = model.graph
     groups = same_latent(graph)
     for node in list(graph):

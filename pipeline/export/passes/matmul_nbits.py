@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from pipeline.export.contract import (
     CONTRIB,
@@ -150,7 +149,6 @@ def quantize_linears(
         codes = _part(work, name, "codes", found.format, [weight])
         _embedding(work, gather, weight, codes, found.format)
         work.counts[f"{GATHER_NBITS} {found.format.bits}"] += 1
-    RemoveUnusedNodesPass()(model)
     return dict(work.counts)
 
 

@@ -20,7 +20,9 @@ from pipeline.export.contract import (
     ATTENTION_MASK,
     CACHE_PREFIX,
     FIRST_LOGIT,
+    FLOAT,
     INPUT_IDS,
+    INT8,
     LOGITS,
     POSITION_IDS,
     present_name,
@@ -70,7 +72,7 @@ class CpuSession:
         self._allocate(slots)
         self._rows: int | None = None
         # One row of a product with 4 bits is summed in another order than several are.
-        self._sums_one_row_alike = record.weights in ("float", "int8")
+        self._sums_one_row_alike = record.weights in (FLOAT, INT8)
 
     @property
     def slots(self) -> int:
