@@ -14,17 +14,11 @@ from polygraphy.comparator import (
     SimpleCompareFunc,
 )
 
+from pipeline.export.contract import INPUT_IDS, LOGITS, PIXEL_VALUES
 from pipeline.runtime.sessions.image_sessions import ImageSession
 from pipeline.runtime.sessions.session import Session
 from validate.metrics import LogitMetrics, compare_logits
-from validate.runners import (
-    IMAGE_INPUT,
-    INPUT,
-    OUTPUT,
-    ImageRunner,
-    SessionRunner,
-    quiet_polygraphy,
-)
+from validate.runners import ImageRunner, SessionRunner, quiet_polygraphy
 
 
 @dataclass(frozen=True)
@@ -42,7 +36,7 @@ class StageLogits:
 
     def arrays(self) -> list[np.ndarray]:
         """The logits, one float32 [B, S, V] per batch; of images, [B, classes]."""
-        return [iteration[OUTPUT] for iteration in self.results[self.name]]
+        return [iteration[LOGITS] for iteration in self.results[self.name]]
 
 
 @dataclass(frozen=True)
@@ -79,7 +73,7 @@ class ImageInputs:
 
 def run_images(name: str, session: ImageSession, batches: Sequence[np.ndarray]) -> StageLogits:
     """Feed every batch, float32 [B, C, H, W], to a session."""
-    feeds = [{IMAGE_INPUT: np.ascontiguousarray(batch)} for batch in batches]
+    feeds = [{PIXEL_VALUES: np.ascontiguousarray(batch)} for batch in batches]
     with quiet_polygraphy():
         results = Comparator.run([ImageRunner(name, session)], data_loader=feeds)
     return StageLogits(name, results, sum(iteration.runtime for iteration in results[name]))
@@ -87,7 +81,7 @@ def run_images(name: str, session: ImageSession, batches: Sequence[np.ndarray]) 
 
 def run_batches(name: str, session: Session, token_batches: Sequence[np.ndarray]) -> StageLogits:
     """Feed every batch, int64 [B, S], to a session, each on an empty cache."""
-    feeds = [{INPUT: np.ascontiguousarray(batch)} for batch in token_batches]
+    feeds = [{INPUT_IDS: np.ascontiguousarray(batch)} for batch in token_batches]
     with quiet_polygraphy():
         results = Comparator.run([SessionRunner(name, lambda: session)], data_loader=feeds)
     return StageLogits(name, results, sum(iteration.runtime for iteration in results[name]))
@@ -133,8 +127,8 @@ def polygraphy_statistics(
             ],
         )
     pair = (stage.name, other.name)
-    errors = [iteration[OUTPUT] for iteration in simple[pair]]
-    cosines = [iteration[OUTPUT].cosine_similarity for iteration in cosine[pair]]
+    errors = [iteration[LOGITS] for iteration in simple[pair]]
+    cosines = [iteration[LOGITS].cosine_similarity for iteration in cosine[pair]]
     return (
         cosines,
         [result.max_absdiff for result in errors],

@@ -121,8 +121,11 @@ def _parse_record(fields: Any, path: Path) -> ExportRecord:
         if fields[name] not in known:
             raise wrong_field(path, name, fields[name], " or ".join(known))
     lists = {name for name, expected_type in expected_types.items() if expected_type is list}
+    own: dict[str, Any] = {
+        name: tuple(fields[name]) if name in lists else fields[name] for name in expected_types
+    }
     return ExportRecord(
-        **{name: tuple(fields[name]) if name in lists else fields[name] for name in expected_types},
+        **own,
         weights=str(fields.get("weights", FLOAT)),
         accuracy_level=fields.get("accuracy_level"),
         exact_weights=fields.get("exact_weights") is True,

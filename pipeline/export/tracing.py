@@ -11,7 +11,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from pipeline.export.passes.weights import StoredCodes, note_codes
 
 # Vectors and tables of positions may be computed while tracing; matrices may not.
 _LARGEST_COMPUTED_BYTES = 1 << 16
-Pass = Callable[[ir.Model], dict[str, int]]
+Pass = Callable[[ir.Model], Mapping[str, int]]
 
 
 @dataclass(frozen=True)
