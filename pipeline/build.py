@@ -16,7 +16,9 @@ from pipeline.compress.request import CompressRequest
 from pipeline.compress.run import compress_to_folder
 from pipeline.engine.target import Target, resolve_target
 from pipeline.errors import InputError, UsageError
-from pipeline.export.export import ExportRequest, export_folder
+from pipeline.export.contract import CPU, DEFAULT_PROFILE, FLOAT16, FLOAT32
+from pipeline.export.export import export_folder
+from pipeline.export.request import ExportRequest
 from pipeline.memory import peak_bytes
 from pipeline.model.task import TEXT, adapter_of
 from pipeline.progress import note
@@ -138,7 +140,7 @@ def build(
     Args:
         request: what to build.
         folder: gets checkpoint/, onnx/, onnx-fp16/, engine-<target>/ and ledger/; onnx-cpu/, too,
-            when weights are in formats of few bits for ONNX Runtime.
+            when weights are in low-bit formats for ONNX Runtime.
         overwrite: start afresh if it exists.
         resume: keep the stages that an earlier run of the same request finished.
 
@@ -164,11 +166,11 @@ def build(
         lambda path: compress_to_folder(request.compress, path, resume=resume),
     )
     checkpoint = folder / "checkpoint"
-    _export(state, checkpoint, "onnx", "float32")
-    if request.compress.in_few_bits and request.compress.runtime == "cpu":
-        _export(state, checkpoint, "onnx-cpu", "float32", "cpu")
+    _export(state, checkpoint, "onnx", FLOAT32)
+    if request.compress.is_quantized and request.compress.runtime == "cpu":
+        _export(state, checkpoint, "onnx-cpu", FLOAT32, CPU)
     if target.flavour != "cpu":
-        _export(state, checkpoint, "onnx-fp16", "float16")
+        _export(state, checkpoint, "onnx-fp16", FLOAT16)
         _engine(state, target)
     ledgers: list[Ledger] = []
 
@@ -196,10 +198,10 @@ def _refuse_missing_packages(target: Target) -> None:
 
 
 def _export(
-    state: Build, checkpoint: Path, folder: str, dtype: str, profile: str = "opset24"
+    state: Build, checkpoint: Path, folder: str, dtype: str, profile: str = DEFAULT_PROFILE
 ) -> None:
     wanted = ExportRequest(profile, dtype, state.request.max_length)
-    name = f"export {dtype}" if profile == "opset24" else f"export {profile}"
+    name = f"export {dtype}" if profile == DEFAULT_PROFILE else f"export {profile}"
     state.run(name, folder, lambda path: export_folder(checkpoint, path, wanted))
 
 

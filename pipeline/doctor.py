@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.engine.plugin_library import BUILT_PLUGIN
+from pipeline.export.contract import COMPAT, OPSET24, PROFILES, dotted
 from pipeline.gpu import RTX_CAPABILITIES, capability_name
 from pipeline.machine import CPU_FLAGS, DISTRIBUTIONS, Machine, look
 from trt_plugins.block_skip.aot import OLDEST_TENSORRT as _FIRST_EMBEDDING_TENSORRT
@@ -99,10 +100,12 @@ def _needs(stage: str, machine: Machine, names: Iterable[str], note: str) -> Sta
 def _judge_onnx_cpu(machine: Machine) -> StageVerdict:
     """ONNX Runtime on the CPU, and which export profile it understands."""
     version = machine.versions.get("onnxruntime")
-    if version is not None and _release(version) < (1, 25):
-        why = f"onnxruntime {version}: the compat profile only; TensorScatter came with 1.25"
+    oldest = PROFILES[OPSET24].oldest_onnxruntime
+    if version is not None and _release(version) < oldest:
+        came = f"TensorScatter came with {dotted(oldest)}"
+        why = f"onnxruntime {version}: the {COMPAT} profile only; {came}"
         return StageVerdict("run, ONNX on CPU", True, why)
-    note = f"profiles opset24 and compat; {machine.cores} cores"
+    note = f"profiles {OPSET24} and {COMPAT}; {machine.cores} cores"
     return _needs("run, ONNX on CPU", machine, ("onnxruntime",), note)
 
 
@@ -114,10 +117,11 @@ def _judge_standard_engine(machine: Machine) -> StageVerdict:
             stage, False, f"needs a GPU to build: {machine.reasons.get('GPU', 'none')}"
         )
     version = machine.versions.get("tensorrt")
-    if version is not None and _release(version) < (10, 15):
-        profile = "compat profile only; the opset24 operators came with 10.15"
+    oldest = PROFILES[OPSET24].oldest_tensorrt or (0, 0)
+    if version is not None and _release(version) < oldest:
+        profile = f"{COMPAT} profile only; the {OPSET24} operators came with {dotted(oldest)}"
     else:
-        profile = "profiles opset24 and compat"
+        profile = f"profiles {OPSET24} and {COMPAT}"
     if version is None and machine.jetpack is not None:
         why = "JetPack's TensorRT is not visible here: .venv needs --system-site-packages"
         return StageVerdict(stage, False, why)

@@ -24,11 +24,11 @@ from polygraphy.comparator import (
 )
 from polygraphy.logger import G_LOGGER
 
+from pipeline.export.contract import LOGITS
 from validate.metrics import LogitMetrics, compare_logits
 from validate.stages import Tolerance
 
 _INPUT = "batch"
-_OUTPUT = "logits"
 _Forward = Callable[[np.ndarray], np.ndarray]
 
 
@@ -47,7 +47,7 @@ class StageLogits:
 
     def arrays(self) -> list[np.ndarray]:
         """The logits, one float32 [B, S, V] per batch; of images, [B, classes]."""
-        return [iteration[_OUTPUT] for iteration in self.results[self.name]]
+        return [iteration[LOGITS] for iteration in self.results[self.name]]
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class _Runner(BaseRunner):
         start = time.perf_counter()
         logits = self._forward(feed_dict[_INPUT])
         self.inference_time = time.perf_counter() - start
-        return OrderedDict({_OUTPUT: logits})
+        return OrderedDict({LOGITS: logits})
 
     def deactivate_impl(self) -> None:
         """Nothing: the session belongs to the caller."""
@@ -179,7 +179,7 @@ def _by_polygraphy(
             ],
         )
     pair = (stage.name, other.name)
-    errors, cosines = ([iteration[_OUTPUT] for iteration in one[pair]] for one in found)
+    errors, cosines = ([iteration[LOGITS] for iteration in one[pair]] for one in found)
     return errors, cosines
 
 

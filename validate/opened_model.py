@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.errors import UsageError
+from pipeline.export.contract import RECORD_FILE
 from pipeline.runtime.sessions.open_session import open_session
 from pipeline.runtime.sessions.session import Session
 from pipeline.runtime.tokenizer import load_whole_tokenizer, stop_token_ids
@@ -43,7 +44,7 @@ def open_subject(
     # skipcat's own checkpoints need no code but skipcat's, and `load_model` takes none of them.
     needs_code = trust_remote_code and not (folder / "recipe.json").is_file()
     is_checkpoint = (folder / "config.json").is_file() and not needs_code
-    if is_checkpoint or (folder / "export.json").is_file():
+    if is_checkpoint or (folder / RECORD_FILE).is_file():
         tokenizer = load_whole_tokenizer(folder)
         session = open_session(folder, backend, threads)
         return Subject(session, tokenizer, stop_token_ids(tokenizer, folder))

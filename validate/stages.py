@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import InputError
+from pipeline.export.contract import FLOAT16, INT4, INT4_OFFSET, INT8, RECORD_FILE
 from pipeline.export.record import ExportRecord, read_export_record
 from pipeline.model.task import TASKS
 
@@ -134,7 +135,7 @@ def find_artefacts(build: Path) -> Artefacts:
     return Artefacts(
         original=original_of(checkpoint),
         checkpoint=checkpoint,
-        onnx=_folders(build, "onnx*", "export.json"),
+        onnx=_folders(build, "onnx*", RECORD_FILE),
         engines=_folders(build, "engine*", "manifest.json"),
     )
 
@@ -250,11 +251,11 @@ def _onnx_tolerance(record: ExportRecord | None) -> Tolerance:
     """
     if record is None:
         return _SAME_IN_FLOAT32
-    if record.dtype == "float16":
+    if record.dtype == FLOAT16:
         return _SAME_IN_FLOAT16
-    if record.weights in ("int4", "int4-offset") and not record.exact_weights:
+    if record.weights in (INT4, INT4_OFFSET) and not record.exact_weights:
         return Tolerance()
-    if record.weights == "int8" or record.accuracy_level:
+    if record.weights == INT8 or record.accuracy_level:
         return _NEAR_IN_INTEGERS
     return _SAME_IN_FLOAT32
 

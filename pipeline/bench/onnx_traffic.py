@@ -14,19 +14,28 @@ import onnx_ir as ir
 from pipeline.bench.traffic import CacheTensor, StoredTensor, Traffic
 from pipeline.engine.manifest import read_manifest
 from pipeline.errors import InputError
-from pipeline.export.block_skip import DOMAIN
+from pipeline.export.contract import (
+    CACHE_PREFIX,
+    DOMAIN,
+    FLOAT16,
+    GATHER_NBITS,
+    GRAPH_FILE,
+    GROUPED_ATTENTION,
+    MATMUL_NBITS,
+    PROFILES,
+    RECORD_FILE,
+)
 from pipeline.export.record import ExportRecord, read_export_record
 
-CACHE_PREFIX = "past_key_values."
 # Operator -> inputs of which one row is read for a token.
 _LOOKED_UP = {
     "Gather": (0,),
-    "GatherBlockQuantized": (0, 2, 3),
-    "GroupQueryAttention": (7, 8),
+    GATHER_NBITS: (0, 2, 3),
+    GROUPED_ATTENTION: (7, 8),
 }
 # Operator -> input that is the matrix of a product. A head that is also the embedding is turned
 # first, which ONNX Runtime does once, as it loads.
-_PRODUCTS = {"MatMul": (0, 1), "Gemm": (1,), "MatMulNBits": (1,), "Transpose": (0,)}
+_PRODUCTS = {"MatMul": (0, 1), "Gemm": (1,), MATMUL_NBITS: (1,), "Transpose": (0,)}
 _Use = tuple[str, str, int]  # domain, operator, number of the input
 
 
@@ -37,7 +46,7 @@ def traffic_of_export(folder: Path) -> Traffic:
         InputError: files are missing, or the graph is not the one that the record is for.
     """
     record = read_export_record(folder)
-    path = folder / "model.onnx"
+    path = folder / GRAPH_FILE
     try:
         graph = onnx.load(str(path), load_external_data=False).graph
     except Exception as error:  # protobuf's errors share no base class but this one
@@ -50,7 +59,7 @@ def traffic_of_export(folder: Path) -> Traffic:
     cache = tuple(
         _cache_input(value, record) for value in graph.input if value.name.startswith(CACHE_PREFIX)
     )
-    return Traffic(tensors, cache, record.max_length, "model.onnx")
+    return Traffic(tensors, cache, record.max_length, GRAPH_FILE)
 
 
 def _require_weights(folder: Path, initializers: Iterable[Any]) -> None:
@@ -103,7 +112,7 @@ def _cache_input(value: Any, record: ExportRecord) -> CacheTensor:
     dims = [dim.dim_value for dim in value.type.tensor_type.shape.dim]
     bits = ir.DataType(value.type.tensor_type.elem_type).bitwidth
     # The static cache is read to its end under a mask.
-    static = record.max_length if record.profile == "opset24" else None
+    static = record.max_length if record.traits.fixed_length else None
     return CacheTensor(dims[1] * dims[3], bits, static_length=static)
 
 
@@ -121,18 +130,19 @@ def traffic_of_engine(folder: Path) -> Traffic:
         cache = tuple(_engine_cache(manifest))
     except (KeyError, TypeError, IndexError) as error:
         raise InputError("The manifest of this engine is broken.", where=folder) from error
-    for record in sorted(folder.absolute().parent.glob("*/export.json")):
+    for record in sorted(folder.absolute().parent.glob(f"*/{RECORD_FILE}")):
         if json.loads(record.read_text(encoding="utf-8")).get("onnx_sha256") == digest:
             counted = traffic_of_export(record.parent)
-            return Traffic(counted.tensors, cache, length, f"{record.parent.name}/model.onnx")
+            return Traffic(counted.tensors, cache, length, f"{record.parent.name}/{GRAPH_FILE}")
     # Kernels, and an embedding that is not the head, are counted too.
     return Traffic((plan,), cache, length, "engine.plan, all of it")
 
 
 def _engine_cache(manifest: dict[str, Any]) -> Iterable[CacheTensor]:
     """Keys and values of an engine, from the ranges of its decode profile."""
-    bits = 16 if manifest["onnx"]["dtype"] == "float16" else 32
-    static = manifest["limits"]["max_length"] if manifest["onnx"]["profile"] == "opset24" else None
+    bits = 16 if manifest["onnx"]["dtype"] == FLOAT16 else 32
+    fixed = PROFILES[manifest["onnx"]["profile"]].fixed_length
+    static = manifest["limits"]["max_length"] if fixed else None
     for name, ends in manifest["profiles"][0]["shapes"].items():
         if name.startswith(CACHE_PREFIX):
             _, heads, _, width = ends["max"]

@@ -65,7 +65,7 @@ def traffic_of_checkpoint(folder: Path) -> Traffic:
                 shape = tuple(header.get_shape())
                 stored[name] = StoredTensor(name, shape, _bits_of(kind), floating=floating)
     named = dict(_every_tensor(model))
-    stored = _with_few_bits_joined(stored, named)
+    stored = _with_quantized_joined(stored, named)
     counted: dict[int, StoredTensor] = {}
     looked_up = _lookup_tensors(model)
     for name, tensor in stored.items():
@@ -81,10 +81,10 @@ def traffic_of_checkpoint(folder: Path) -> Traffic:
     return Traffic(tuple(counted.values()), cache, positions, "safetensors")
 
 
-def _with_few_bits_joined(
+def _with_quantized_joined(
     stored: dict[str, StoredTensor], named: dict[str, torch.Tensor]
 ) -> dict[str, StoredTensor]:
-    """Codes, scales and zero points of each matrix in few bits as that one matrix.
+    """Codes, scales and zero points of each quantised matrix as that one matrix.
 
     PyTorch multiplies with what they stand for, in the session's type.
     """

@@ -10,12 +10,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from pipeline.checkpoint.folder import load_checkpoint, read_report, save_checkpoint
-from pipeline.checkpoint.modeling_skipcat import FactoredLinear, FewBitEmbedding, FewBitLinear
+from pipeline.checkpoint.modeling_skipcat import FactoredLinear, QuantizedEmbedding, QuantizedLinear
 from pipeline.model.task import TASKS, task_of_folder
 
 
 def densify_(model: PreTrainedModel) -> PreTrainedModel:
-    """Replace every factored layer by the product of its factors, and few bits by numbers.
+    """Replace every factored layer by the product of its factors, and codes by numbers.
 
     Args:
         model: changed in place, and returned.
@@ -27,13 +27,13 @@ def densify_(model: PreTrainedModel) -> PreTrainedModel:
         if isinstance(module, FactoredLinear)
     }
     inside = tuple(f"{name}." for name in products)
-    tables: dict[int, nn.Parameter] = {}
+    embeddings: dict[int, nn.Parameter] = {}
     for name, module in list(model.named_modules()):
-        if isinstance(module, FewBitEmbedding):
-            weight = tables.setdefault(id(module.stored), _frozen(module.weight))
+        if isinstance(module, QuantizedEmbedding):
+            weight = embeddings.setdefault(id(module.stored), _frozen(module.weight))
             model.set_submodule(name, nn.Embedding.from_pretrained(weight))
-        elif isinstance(module, FewBitLinear) and not name.startswith(inside):
-            weight = tables.setdefault(id(module.matrix), _frozen(module.weight))
+        elif isinstance(module, QuantizedLinear) and not name.startswith(inside):
+            weight = embeddings.setdefault(id(module.matrix), _frozen(module.weight))
             model.set_submodule(name, _linear(weight, module.bias))
             if module.table_reference:
                 model.config.tie_word_embeddings = True

@@ -45,7 +45,7 @@ def save_checkpoint(
     if modules:
         # Not model.hf_quantizer: with one, save_pretrained ignores the state that it is given.
         config.quantization_config = SkipCatConfig(modules)
-        config.auto_map = {TASKS[task].auto_class: f"modeling_skipcat.{remote_class(task)}"}
+        config.auto_map = {TASKS[task].auto_class: f"modeling_skipcat.{_remote_class(task)}"}
     model.save_pretrained(
         folder, state_dict=_cast_state(model, dtype), max_shard_size=_LARGEST_SHARD
     )
@@ -54,10 +54,10 @@ def save_checkpoint(
     write_json(folder / "config.json", saved | {"dtype": str(dtype).removeprefix("torch.")})
     tokenizer.save_pretrained(folder)
     if modules:
-        _ship_code(type(model), remote_class(task), folder)
+        _ship_code(type(model), _remote_class(task), folder)
 
 
-def remote_class(task: Task) -> str:
+def _remote_class(task: Task) -> str:
     """Name of the class that a checkpoint's own code ends in."""
     return "SkipCat" + TASKS[task].auto_class.removeprefix("AutoModel")
 

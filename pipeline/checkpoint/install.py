@@ -1,4 +1,4 @@
-"""Put factors, and matrices in few bits, into a model in place of its own."""
+"""Put factors, and quantised matrices, into a model in place of its own."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def group_tensors(
     if permutation is not None:
         tensors[f"{owner}.permutation"] = permutation.to(torch.int32)
     if isinstance(up, Blocks):
-        return tensors | _few_bit_rows(members, heights, up, ".up.stored")
+        return tensors | _quantized_rows(members, heights, up, ".up.stored")
     for member, rows in zip(members, up.split(heights), strict=True):
         tensors[f"{member}.up.weight"] = rows.to(dtype).contiguous()
     return tensors
@@ -49,14 +49,14 @@ def group_tensors(
 def dense_tensors(
     members: tuple[str, ...], heights: list[int], codes: Blocks
 ) -> dict[str, torch.Tensor]:
-    """The tensors a checkpoint stores for dense matrices in few bits, by name."""
-    return _few_bit_rows(members, heights, codes, ".stored")
+    """The tensors a checkpoint stores for quantised dense matrices, by name."""
+    return _quantized_rows(members, heights, codes, ".stored")
 
 
-def _few_bit_rows(
+def _quantized_rows(
     members: tuple[str, ...], heights: list[int], codes: Blocks, suffix: str
 ) -> dict[str, torch.Tensor]:
-    """Each member's rows of a stack in few bits."""
+    """Each member's rows of a quantised stack."""
     tensors: dict[str, torch.Tensor] = {}
     start = 0
     for member, height in zip(members, heights, strict=True):

@@ -1,4 +1,4 @@
-"""Factored and few-bit layers, and what transformers needs to load a checkpoint that holds them.
+"""Factored and quantised layers, and what transformers needs to load a checkpoint that holds them.
 
 This file travels with every compressed checkpoint and depends on torch and transformers alone, so
 `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` works where skipcat is not
@@ -24,17 +24,17 @@ QUANT_METHOD = "skipcat"
 FORMAT_VERSION = 2
 
 
-class FewBits(nn.Module):
-    """A matrix [m, n] in codes of few bits: w = (code - zero point) * scale.
+class QuantizedWeight(nn.Module):
+    """A quantised matrix [m, n]: w = (code - zero point) * scale.
 
     With offsets the zero point is -offset / scale, so that w = code * scale + offset.
 
     Args:
         rows: m.
         columns: n.
-        style: `int4-b32-asym`: bits of a code, weights of a row that share a scale (`row` for all
-            of them), and whether zero points are stored (`asym`), offsets are (`offset`), or
-            neither and the zero points are 2^(bits - 1) (`sym`).
+        format_name: `int4-b32-asym`: bits of a code, weights of a row that share a scale (`row`
+            for all of them), and whether zero points are stored (`asym`), offsets are (`offset`),
+            or neither and the zero points are 2^(bits - 1) (`sym`).
         device: where the codes are.
 
     Attributes:
@@ -51,11 +51,11 @@ class FewBits(nn.Module):
     offsets: torch.Tensor
 
     def __init__(
-        self, rows: int, columns: int, style: str, device: torch.device | str | None = None
+        self, rows: int, columns: int, format_name: str, device: torch.device | str | None = None
     ) -> None:
         super().__init__()
-        kind, block, self.zero = style.split("-")
-        self.rows, self.columns, self.style = rows, columns, style
+        kind, block, self.zero = format_name.split("-")
+        self.rows, self.columns, self.format_name = rows, columns, format_name
         self.bits = int(kind.removeprefix("int"))
         self.block = columns if block == "row" else int(block.removeprefix("b"))
         self.blocks = -(-columns // self.block)
@@ -115,13 +115,13 @@ class _Typed(nn.Module):
         return self
 
 
-class FewBitLinear(_Typed):
-    """A linear layer whose matrix is stored in few bits and multiplied in the type of its input.
+class QuantizedLinear(_Typed):
+    """A linear layer whose matrix is quantised, and multiplied in the type of its input.
 
     Args:
         in_features: n.
         out_features: m.
-        style: see `FewBits`.
+        format_name: see `QuantizedWeight`.
         bias: whether it has one.
         table: the embedding whose matrix this is, too; None if it has its own.
         device: where the parameters are made.
@@ -132,10 +132,10 @@ class FewBitLinear(_Typed):
         self,
         in_features: int,
         out_features: int,
-        style: str,
+        format_name: str,
         *,
         bias: bool = False,
-        table: FewBitEmbedding | None = None,
+        table: QuantizedEmbedding | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -145,12 +145,12 @@ class FewBitLinear(_Typed):
         # A plain list hides the table from nn.Module, which would otherwise register it twice.
         self.table_reference = [] if table is None else [table]
         if table is None:
-            self.stored = FewBits(out_features, in_features, style, device)
+            self.stored = QuantizedWeight(out_features, in_features, format_name, device)
         empty = torch.empty(out_features, device=device, dtype=dtype) if bias else None
         self.bias = None if empty is None else nn.Parameter(empty)
 
     @property
-    def matrix(self) -> FewBits:
+    def matrix(self) -> QuantizedWeight:
         """The codes, its own or those of the table."""
         return self.table_reference[0].stored if self.table_reference else self.stored
 
@@ -165,16 +165,16 @@ class FewBitLinear(_Typed):
 
     def extra_repr(self) -> str:
         """What print(model) shows."""
-        return f"{self.in_features}, {self.out_features}, {self.matrix.style}"
+        return f"{self.in_features}, {self.out_features}, {self.matrix.format_name}"
 
 
-class FewBitEmbedding(_Typed):
-    """An embedding whose table is stored in few bits; a row is computed when it is looked up.
+class QuantizedEmbedding(_Typed):
+    """A quantised embedding; a row is computed when it is looked up.
 
     Args:
         num_embeddings: rows of the table.
         embedding_dim: columns.
-        style: see `FewBits`.
+        format_name: see `QuantizedWeight`.
         device: where the codes are.
         dtype: of what it returns.
     """
@@ -183,7 +183,7 @@ class FewBitEmbedding(_Typed):
         self,
         num_embeddings: int,
         embedding_dim: int,
-        style: str,
+        format_name: str,
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -191,7 +191,7 @@ class FewBitEmbedding(_Typed):
         super().__init__()
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self.dtype = dtype or torch.get_default_dtype()
-        self.stored = FewBits(num_embeddings, embedding_dim, style, device)
+        self.stored = QuantizedWeight(num_embeddings, embedding_dim, format_name, device)
 
     @property
     def weight(self) -> torch.Tensor:
@@ -205,7 +205,7 @@ class FewBitEmbedding(_Typed):
 
     def extra_repr(self) -> str:
         """What print(model) shows."""
-        return f"{self.num_embeddings}, {self.embedding_dim}, {self.stored.style}"
+        return f"{self.num_embeddings}, {self.embedding_dim}, {self.stored.format_name}"
 
 
 class FactoredLinear(nn.Module):
@@ -224,15 +224,15 @@ class FactoredLinear(nn.Module):
         form: "low_rank" or "skip".
         bias: whether `up` has a bias.
         owner: the layer whose latent this one reads; None if it has its own.
-        down_style: format of few bits of `down` (see `FewBits`); None for numbers of `dtype`.
+        down_style: format of `down` (see `QuantizedWeight`); None for numbers of `dtype`.
         up_style: of `up`, likewise.
         device: where the parameters are made.
         dtype: their type.
     """
 
     permutation: torch.Tensor  # int32 [n]; only an owner in the form "skip" has one
-    down: nn.Linear | FewBitLinear
-    up: nn.Linear | FewBitLinear
+    down: nn.Linear | QuantizedLinear
+    up: nn.Linear | QuantizedLinear
 
     def __init__(
         self,
@@ -295,12 +295,12 @@ class FactoredLinear(nn.Module):
 
 
 def _matrix_layer(
-    in_features: int, out_features: int, style: str | None, **keywords: Any
-) -> nn.Linear | FewBitLinear:
-    """An nn.Linear, or a FewBitLinear where a format is given; without bias unless asked."""
-    if style is None:
+    in_features: int, out_features: int, format_name: str | None, **keywords: Any
+) -> nn.Linear | QuantizedLinear:
+    """An nn.Linear, or a QuantizedLinear where a format is given; without bias unless asked."""
+    if format_name is None:
         return nn.Linear(in_features, out_features, **({"bias": False} | keywords))
-    return FewBitLinear(in_features, out_features, style, **keywords)
+    return QuantizedLinear(in_features, out_features, format_name, **keywords)
 
 
 def stored_layer(
@@ -311,17 +311,17 @@ def stored_layer(
     Args:
         model: the model `name` belongs to; the layer's owner, if any, is in place already.
         name: dotted name of the nn.Linear or nn.Embedding to be replaced.
-        entry: {"form", "rank", "owner"} as in `quantization_config.modules`, and for matrices in
-            few bits "down_style" and "up_style". Forms: "skip" and "low_rank" are factored;
-            "dense" is a matrix in few bits; "table" an embedding in few bits; "head" a linear layer
-            that reads the table of its owner.
+        entry: {"form", "rank", "owner"} as in `quantization_config.modules`, and for quantised
+            matrices "down_style" and "up_style". Forms: "skip" and "low_rank" are factored;
+            "dense" is a quantised matrix; "table" a quantised embedding; "head" a linear layer
+            that reads the embedding of its owner.
         device: where its parameters are made; by default where those of the layer are.
     """
     layer = model.get_submodule(name)
     owner = model.get_submodule(entry["owner"]) if entry["owner"] else None
     form, down_style, up_style = entry["form"], entry.get("down_style"), entry.get("up_style")
     if form in ("table", "dense") and up_style is None:
-        raise ValueError(f"{name} is {form}, and no format of few bits is given")
+        raise ValueError(f"{name} is {form}, and no format is given")
     weight = layer.weight
     keywords: dict[str, Any] = {
         "device": weight.device if device is None else device,
@@ -330,26 +330,20 @@ def stored_layer(
     if form == "table":
         if not isinstance(layer, nn.Embedding):
             raise TypeError(f"{name} is a {type(layer).__name__}, not an nn.Embedding")
-        return FewBitEmbedding(layer.num_embeddings, layer.embedding_dim, str(up_style), **keywords)
+        sizes = (layer.num_embeddings, layer.embedding_dim)
+        return QuantizedEmbedding(*sizes, str(up_style), **keywords)
     if not isinstance(layer, nn.Linear):
         raise TypeError(f"{name} is a {type(layer).__name__}, not an nn.Linear")
     shape = (layer.in_features, layer.out_features)
     keywords["bias"] = layer.bias is not None
     if form in ("dense", "head"):
-        if not isinstance(owner, FewBitEmbedding | None):
-            raise TypeError(f"{name} reads {entry['owner']}, which is no table in few bits")
-        return FewBitLinear(*shape, str(up_style), table=owner, **keywords)
+        if not isinstance(owner, QuantizedEmbedding | None):
+            raise TypeError(f"{name} reads {entry['owner']}, which is no quantised embedding")
+        return QuantizedLinear(*shape, str(up_style), table=owner, **keywords)
     if not isinstance(owner, FactoredLinear | None):
         raise TypeError(f"{name} shares with {entry['owner']}, which is not factored")
-    return FactoredLinear(
-        *shape,
-        entry["rank"],
-        form,
-        owner=owner,
-        down_style=down_style,
-        up_style=up_style,
-        **keywords,
-    )
+    keywords |= {"down_style": down_style, "up_style": up_style}
+    return FactoredLinear(*shape, entry["rank"], form, owner=owner, **keywords)
 
 
 class SkipCatConfig(QuantizationConfigMixin):

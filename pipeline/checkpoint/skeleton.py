@@ -1,34 +1,46 @@
 """A model whose matrices hold no numbers: enough to trace, whatever the model weighs.
 
-Vectors (norm gains, biases, permutations) are read, because the exporter computes with them; a
-matrix is a stand-in of one number, and its real values go from the checkpoint's file to the ONNX
-file one matrix at a time.
+Vectors (norm gains, biases, permutations) and tables (an image's positions) are read, because the
+exporter computes with them; the matrix of a layer is a stand-in of one number, and its real values
+go from the checkpoint's file to the ONNX file one matrix at a time.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 import torch
+import transformers
 from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from torch.nn.modules.conv import _ConvNd
+from transformers import AutoConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
+from transformers.pytorch_utils import Conv1D
 
 from pipeline.checkpoint.folder import require_checkpoint, require_exact
 from pipeline.checkpoint.modeling_skipcat import (
     QUANT_METHOD,
-    FewBits,
+    QuantizedWeight,
     SkipCatConfig,
     SkipCatQuantizer,
 )
 from pipeline.errors import InputError
+from pipeline.model.task import TASKS, task_of_folder
 from pipeline.quantize.formats import Format, parse_format
 from pipeline.quantize.groupwise import Blocks, dequantize_blocks
 from pipeline.quantize.packing import blocks_of
+
+# What hands its weight to an operator as it is; nothing else is known not to be computed with.
+_LAYERS = (nn.Linear, nn.Embedding, _ConvNd, Conv1D)
+# Beyond this size nothing is read, whatever holds it: tables are smaller, experts are larger.
+_LARGEST_TABLE_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -63,15 +75,15 @@ class StoredMatrix:
 
 
 @dataclass(frozen=True)
-class FewBitMatrix(StoredMatrix):
-    """A matrix that a safetensors file holds in few bits, as three tensors.
+class QuantizedMatrix(StoredMatrix):
+    """A matrix that a safetensors file holds as codes, in two or three tensors.
 
     Attributes:
         name: what the names of its tensors begin with.
-        style: its format.
+        format: of the codes.
     """
 
-    style: Format
+    format: Format
 
     def read(self) -> torch.Tensor:
         """What the codes stand for, in `dtype`."""
@@ -82,7 +94,7 @@ class FewBitMatrix(StoredMatrix):
         with safe_open(self.file, framework="pt") as tensors:
             names = [n for n in tensors.keys() if n.startswith(self.name)]  # noqa: SIM118 - no dict
             parts = {n.removeprefix(self.name): tensors.get_tensor(n) for n in names}
-        return blocks_of(parts, self.style, self.shape[1])
+        return blocks_of(parts, self.format, self.shape[1])
 
 
 @dataclass(frozen=True)
@@ -90,16 +102,31 @@ class Skeleton:
     """A model to trace, and where the matrices it lacks are.
 
     Attributes:
-        model: in evaluation mode; every matrix is a stand-in.
+        folder: the checkpoint.
+        model: in evaluation mode; the matrix of every layer is a stand-in.
         matrices: parameter name -> its place on disk.
     """
 
+    folder: Path
     model: PreTrainedModel
     matrices: dict[str, StoredMatrix]
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor is stored, under which name, and its shape."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+
+    def read(self) -> torch.Tensor:
+        with safe_open(self.file, framework="pt") as tensors:
+            return tensors.get_tensor(self.name)
+
+
 def load_skeleton(folder: Path, dtype: torch.dtype) -> Skeleton:
-    """Read a checkpoint's structure and vectors, and find its matrices.
+    """Read a checkpoint's structure, vectors and tables, and find its matrices.
 
     Args:
         folder: a compressed or plain Hugging Face folder.
@@ -109,25 +136,35 @@ def load_skeleton(folder: Path, dtype: torch.dtype) -> Skeleton:
         InputError: no such folder, broken weights, or tensors missing, superfluous or misshapen.
     """
     require_checkpoint(folder)
-    model, styles = _empty_model(folder, dtype)
-    files = _files_of(folder)
+    model, formats = _empty_model(folder, dtype)
+    places = _places(folder, model)
     matrices: dict[str, StoredMatrix] = {}
-    for name, style in styles.items():
-        matrices[f"{name}.weight"] = _few_bit_matrix(folder, model, name, style, files, dtype)
-    _require_match(folder, model, files, set(matrices))
-    for number, (name, matrix) in enumerate(matrices.items(), start=len(files)):
+    for name, format_ in formats.items():
+        matrices[f"{name}.weight"] = _quantized_matrix(folder, model, name, format_, places, dtype)
+    _require_match(folder, model, places, set(matrices))
+    for number, (name, matrix) in enumerate(matrices.items(), start=len(places)):
         _set(model, name, _stand_in(number, matrix.shape, dtype))
-    for number, (name, file) in enumerate(sorted(files.items())):
-        with safe_open(file, framework="pt") as tensors:
-            shape = tuple(tensors.get_slice(name).get_shape())
-            vector = tensors.get_tensor(name) if len(shape) < 2 else None
-        if vector is None:
-            matrices[name] = StoredMatrix(file, name, shape, dtype)
-            _set(model, name, _stand_in(number, shape, dtype))
+    for number, (name, place) in enumerate(sorted(places.items())):
+        if _is_matrix(model, name, place.shape):
+            matrices[name] = StoredMatrix(place.file, place.name, place.shape, dtype)
+            _set(model, name, _stand_in(number, place.shape, dtype))
         else:
-            _set(model, name, vector.to(dtype) if vector.is_floating_point() else vector)
+            read = place.read()
+            _set(model, name, read.to(dtype) if read.is_floating_point() else read)
     model.tie_weights()
-    return Skeleton(model.eval(), _with_tied_names(model, matrices))
+    return Skeleton(folder, model.eval(), _with_tied_names(model, matrices))
+
+
+def _is_matrix(model: nn.Module, name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a parameter is a layer's matrix, or too large to be read."""
+    if len(shape) < 2:
+        return False
+    parent, _, last = name.rpartition(".")
+    module = model.get_submodule(parent)
+    if last in module._buffers:
+        return False
+    largest = math.prod(shape) * torch.float32.itemsize > _LARGEST_TABLE_BYTES
+    return largest or (last == "weight" and isinstance(module, _LAYERS))
 
 
 def _with_tied_names(
@@ -139,54 +176,51 @@ def _with_tied_names(
     return {name: stored[key] for name, key in names.items() if key in stored}
 
 
-def _few_bit_matrix(
+def _quantized_matrix(
     folder: Path,
     model: PreTrainedModel,
     name: str,
-    style: str,
-    files: dict[str, Path],
+    format_: str,
+    places: dict[str, _Place],
     dtype: torch.dtype,
-) -> FewBitMatrix:
-    """The matrix behind `name`; takes its tensors out of `files`."""
+) -> QuantizedMatrix:
+    """The matrix behind `name`; takes its tensors out of `places`."""
     prefix = f"{name}.stored."
     rows, columns = model.get_submodule(name).weight.shape
-    empty = FewBits(rows, columns, style, "meta")
+    empty = QuantizedWeight(rows, columns, format_, "meta")
     expected = {f"{prefix}{n}": tensor for n, tensor in empty.named_buffers()}
-    with_file = {n: files.pop(n) for n in expected if n in files}
+    found = {n: places.pop(n) for n in expected if n in places}
     require_exact(
         folder,
         {
-            "missing_keys": set(expected) - set(with_file),
+            "missing_keys": set(expected) - set(found),
             "mismatched_keys": [
-                n for n, file in with_file.items() if _shape_of(file, n) != tuple(expected[n].shape)
+                n for n, place in found.items() if place.shape != tuple(expected[n].shape)
             ],
         },
     )
-    file = next(iter(with_file.values()))
-    return FewBitMatrix(file, prefix, (rows, columns), dtype, parse_format(style))
-
-
-def _shape_of(file: Path, name: str) -> tuple[int, ...]:
-    with safe_open(file, framework="pt") as tensors:
-        return tuple(tensors.get_slice(name).get_shape())
+    first, place = next(iter(found.items()))
+    stored_prefix = place.name.removesuffix(first.removeprefix(prefix))
+    return QuantizedMatrix(place.file, stored_prefix, (rows, columns), dtype, parse_format(format_))
 
 
 def _empty_model(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, dict[str, str]]:
     """The architecture with factored layers in place, parameters on the meta device.
 
-    Matrices in few bits are ordinary ones there; their formats are returned by the module's name.
+    Quantised matrices are ordinary ones there; their formats are returned by the module's name.
     """
-    styles: dict[str, str] = {}
+    formats: dict[str, str] = {}
     try:
         config = AutoConfig.from_pretrained(folder)
         quantization = getattr(config, "quantization_config", None)
         modules = {} if quantization is None else _parsed(folder, quantization).modules
         if any(entry["form"] == "head" for entry in modules.values()):
             config.tie_word_embeddings = True
+        auto_class = getattr(transformers, TASKS[task_of_folder(folder)].auto_class)
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model = auto_class.from_config(config, dtype=dtype)
             if quantization is not None:
-                factored, styles = without_few_bits(modules)
+                factored, formats = _unquantized(modules)
                 quantizer = SkipCatQuantizer(SkipCatConfig(factored))
                 quantizer._process_model_before_weight_loading(model)
     except InputError:
@@ -197,28 +231,28 @@ def _empty_model(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, dic
             "The checkpoint could not be read.", where=folder, observed=first
         ) from error
     model.config.name_or_path = str(folder)
-    return model, styles
+    return model, formats
 
 
-def without_few_bits(
+def _unquantized(
     modules: dict[str, dict[str, Any]],
 ) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-    """The entries of factored layers alone, and the format of every matrix in few bits.
+    """The entries of factored layers alone, and the format of every quantised matrix.
 
     Returns:
-        `quantization_config.modules` as if nothing was in few bits, and nn.Linear or nn.Embedding
+        `quantization_config.modules` as if nothing was quantised, and nn.Linear or nn.Embedding
         -> its format.
     """
-    factored, styles = {}, {}
+    factored, formats = {}, {}
     for name, entry in modules.items():
         is_factored = entry["form"] in ("skip", "low_rank")
         if is_factored:
             factored[name] = {key: entry[key] for key in ("form", "rank", "owner")}
         if is_factored and entry["owner"] is None and "down_style" in entry:
-            styles[f"{name}.down"] = entry["down_style"]
+            formats[f"{name}.down"] = entry["down_style"]
         if "up_style" in entry and entry["form"] != "head":
-            styles[f"{name}.up" if is_factored else name] = entry["up_style"]
-    return factored, styles
+            formats[f"{name}.up" if is_factored else name] = entry["up_style"]
+    return factored, formats
 
 
 def _parsed(folder: Path, quantization: object) -> SkipCatConfig:
@@ -236,21 +270,35 @@ def _parsed(folder: Path, quantization: object) -> SkipCatConfig:
     return SkipCatConfig(**fields)
 
 
-def _files_of(folder: Path) -> dict[str, Path]:
-    """Tensor name -> the file that holds it."""
-    names: dict[str, Path] = {}
+def _places(folder: Path, model: PreTrainedModel) -> dict[str, _Place]:
+    """The name of each stored tensor in the model -> where it is.
+
+    A file may have older names than the model has; transformers knows how they were changed.
+    """
+    renamings = [
+        change
+        for change in get_model_conversion_mapping(model)
+        if isinstance(change, WeightRenaming)
+    ]
+    own = model.state_dict()
+    places: dict[str, _Place] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
-            names |= dict.fromkeys(tensors.keys(), file)
-    return names
+            for stored in tensors.keys():  # noqa: SIM118 - a handle, not a dict
+                name, _ = rename_source_key(stored, renamings, [], model.base_model_prefix, own)
+                if name not in own and stored in own:
+                    name = stored
+                shape = tuple(tensors.get_slice(stored).get_shape())
+                places[name] = _Place(file, stored, shape)
+    return places
 
 
 def _require_match(
-    folder: Path, model: PreTrainedModel, files: dict[str, Path], found: set[str]
+    folder: Path, model: PreTrainedModel, places: dict[str, _Place], found: set[str]
 ) -> None:
     """Hold the files to what the strict loader asks: every tensor, no other, of its shape.
 
-    `found` are matrices in few bits, which were looked at already.
+    `found` are quantised matrices, which were looked at already.
     """
     expected = {
         name: tuple(tensor.shape)
@@ -258,13 +306,14 @@ def _require_match(
         if name not in found
     }
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    shapes = {name: _shape_of(file, name) for name, file in files.items()}
-    differ = [name for name in files if name in expected and shapes[name] != expected[name]]
+    differ = [
+        name for name, place in places.items() if name in expected and place.shape != expected[name]
+    ]
     require_exact(
         folder,
         {
-            "missing_keys": set(expected) - set(files) - tied,
-            "unexpected_keys": set(files) - set(expected),
+            "missing_keys": set(expected) - set(places) - tied,
+            "unexpected_keys": set(places) - set(expected),
             "mismatched_keys": differ,
         },
     )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pipeline.cli import options
+from pipeline.export.contract import INPUT_IDS, PIXEL_VALUES
 
 if TYPE_CHECKING:
     from pipeline.engine.plan import EnginePlan
@@ -178,7 +179,7 @@ def _manifest_rows(manifest: dict[str, Any], output: Path) -> list[tuple[str, st
         ("target", f"{target['flavour']} {manifest['tensorrt_version']}, sm{capability}"),
         ("plan", f"{manifest['plan']['bytes'] / _MEBIBYTE:.0f} MiB"),
         ("block-skip", f"{path['path']}, {path['nodes']} nodes"),
-        *_few_bits_rows(manifest["few_bits"]),
+        *_quantized_rows(manifest["few_bits"]),
         *_context_rows(manifest["limits"].get("max_length", 0)),
         *_profile_rows(manifest["profiles"]),
         ("built in", f"{build['parse_seconds'] + build['build_seconds']:.1f} s"),
@@ -186,8 +187,8 @@ def _manifest_rows(manifest: dict[str, Any], output: Path) -> list[tuple[str, st
     ]
 
 
-def _few_bits_rows(few_bits: dict[str, Any]) -> list[tuple[str, str]]:
-    """The row of matrices in few bits; none for a graph without them."""
+def _quantized_rows(few_bits: dict[str, Any]) -> list[tuple[str, str]]:
+    """The row of quantised matrices; none for a graph without them."""
     if not few_bits["matrices"]:
         return []
     return [("few bits", f"{few_bits['matrices']} matrices, read as codes")]
@@ -202,12 +203,12 @@ def _profile_rows(profiles: list[dict[str, Any]]) -> list[tuple[str, str]]:
     """One row for each profile: the range of tokens, or of images."""
     rows = []
     for profile in profiles:
-        if "pixel_values" in profile["shapes"]:
-            images = profile["shapes"]["pixel_values"]
+        if PIXEL_VALUES in profile["shapes"]:
+            images = profile["shapes"][PIXEL_VALUES]
             size = "x".join(map(str, images["max"][1:]))
             rows.append((profile["name"], f"{images['min'][0]}..{images['max'][0]} of {size}"))
             continue
-        tokens = profile["shapes"]["input_ids"]
+        tokens = profile["shapes"][INPUT_IDS]
         text = (
             f"batch {tokens['min'][0]}..{tokens['max'][0]}, "
             f"tokens {tokens['min'][1]}..{tokens['max'][1]} (tuned for {tokens['opt'][1]})"

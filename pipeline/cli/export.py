@@ -8,6 +8,17 @@ from pathlib import Path
 import click
 
 from pipeline.cli import options
+from pipeline.export.contract import (
+    CPU,
+    DEFAULT_PROFILE,
+    DTYPES,
+    FLOAT32,
+    INTEGER,
+    PIXEL_VALUES,
+    PRODUCTS,
+    PROFILES,
+    WEIGHTS,
+)
 
 
 @click.command("export")
@@ -15,23 +26,21 @@ from pipeline.cli import options
 @options.output
 @click.option(
     "--profile",
-    type=click.Choice(["opset24", "compat", "cpu"]),
-    default="opset24",
+    type=click.Choice(list(PROFILES)),
+    default=DEFAULT_PROFILE,
     show_default=True,
-    help="opset24: static cache, for ONNX Runtime >= 1.25 and TensorRT >= 10.15; "
-    "compat: primitives and a growing cache, for TensorRT 10.0 and later (JetPack 6.2); "
-    "cpu: ONNX Runtime's own operators, the fastest on a CPU.",
+    help="; ".join(profile.help for profile in PROFILES.values()) + ".",
 )
 @click.option(
     "--dtype",
-    type=click.Choice(["float32", "float16"]),
-    default="float32",
+    type=click.Choice(DTYPES),
+    default=FLOAT32,
     show_default=True,
     help="float32 for the CPU, float16 for TensorRT.",
 )
 @click.option(
     "--weights",
-    type=click.Choice(["float", "int8", "int4", "int4-offset", "stored"]),
+    type=click.Choice(WEIGHTS),
     help="How the graph holds the matrices (--weights of `skipcat compress` is a format). stored: "
     "the codes of a quantised checkpoint, the default where the runtime takes them. With "
     "--profile cpu also int8 (the default for others), which loses "
@@ -41,8 +50,8 @@ from pipeline.cli import options
 )
 @click.option(
     "--products",
-    type=click.Choice(["integer", "float"]),
-    default="integer",
+    type=click.Choice(list(PRODUCTS)),
+    default=INTEGER,
     show_default=True,
     help="With --profile cpu: integer rounds the inputs of products to 8 bits, which is fast; "
     "float does not, and shows what the graph alone costs.",
@@ -80,15 +89,16 @@ def command(
 
     refuse_existing(output, overwrite=overwrite)  # before torch and the model are loaded
 
-    from pipeline.export.export import ExportRequest, export_folder
+    from pipeline.export.export import export_folder
+    from pipeline.export.request import ExportRequest
 
     request = ExportRequest(profile, dtype, max_length, weights, products)
     record = export_folder(checkpoint, output, request, overwrite=overwrite)
     if as_json:
         click.echo(json.dumps(record, indent=2))
         return
-    images = "pixel_values" in record
-    size = "x".join(map(str, record["pixel_values"])) if images else record["max_length"]
+    images = PIXEL_VALUES in record
+    size = "x".join(map(str, record[PIXEL_VALUES])) if images else record["max_length"]
     total_bytes = record["graph_bytes"] + record["data_bytes"]
     click.echo(
         f"{output}: {profile} {dtype}, weights {record['weights']}, "
@@ -102,5 +112,5 @@ def command(
             f"next: skipcat engine {output} -o engine   or   skipcat validate --onnx {output}"
         )
         return
-    other = f"skipcat serve {output}" if profile == "cpu" else f"skipcat engine {output} -o engine"
+    other = f"skipcat serve {output}" if profile == CPU else f"skipcat engine {output} -o engine"
     click.echo(f'next: skipcat run {output} -p "..."   or   {other}')

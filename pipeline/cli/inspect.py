@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from pipeline.cli import options
+from pipeline.export.contract import PIXEL_VALUES, RECORD_FILE
 
 
 @click.command("inspect")
@@ -48,7 +49,7 @@ def _describe(what: str, *, trust_remote_code: bool = False) -> tuple[str, dict[
 
     folder = Path(what)
     records = (
-        ("export.json", "ONNX folder", _onnx_facts),
+        (RECORD_FILE, "ONNX folder", _onnx_facts),
         ("manifest.json", "engine folder", _record_facts),
         ("build.json", "build folder", _build_facts),
         ("report.json", "compressed checkpoint", _checkpoint_facts),
@@ -81,7 +82,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _onnx_facts(record: dict[str, Any], folder: Path) -> dict[str, Any]:
     names = (
-        "task", "profile", "opset", "runs_in", "dtype", "pixel_values", "classes",
+        "task", "profile", "opset", "runs_in", "dtype", PIXEL_VALUES, "classes",
         "max_length", "num_layers", "block_skip_nodes",
         "permutations", "fused", "graph_bytes", "data_bytes", "onnx_sha256", "checkpoint",
     )  # fmt: skip

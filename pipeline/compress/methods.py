@@ -10,7 +10,7 @@ from typing import Any
 
 DEFAULT_METHOD = "skipcat-kl"
 DEFAULT_EFFORT = "default"
-# Ways to turn a target into a product B A, and what goes into few bits into codes.
+# Ways to turn a target into a product B A, and a matrix into low-bit codes.
 TRUNCATED = "pipeline.compress.factorize.whitened_svd:truncated"
 RECONSTRUCTED = "pipeline.compress.factorize.targets:reconstructed"
 GPTQ = "pipeline.compress.factorize.quantized_factors:GPTQ"

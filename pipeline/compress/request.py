@@ -47,8 +47,8 @@ class CompressRequest:
         memory: bytes that all weights may take, such as "60MB"; ranks and bits are then searched
             together, and `keep_params` is not looked at.
         keep_bytes: the same, as a fraction of the bytes that the model has in float16.
-        runtime: whose formats of few bits may be used, and in whose file bytes are counted.
-        weights: one format of few bits for all matrices of the decoder's layers.
+        runtime: whose low-bit formats may be used, and in whose file bytes are counted.
+        weights: one low-bit format for all matrices of the decoder's layers.
         table: one for the embedding and the head.
         balance: channels that norms feed are scaled by this power of their size, in [0, 1]; 0 for
             not at all.
@@ -187,8 +187,8 @@ class CompressRequest:
         return RUNTIMES[self.runtime].formats if self.searches_bits else ()
 
     @property
-    def in_few_bits(self) -> bool:
-        """Whether any matrix may end up in few bits; a plan of the user's may say so, too."""
+    def is_quantized(self) -> bool:
+        """Whether any matrix may be quantised; a plan of the user's may say so, too."""
         return self.searches_bits or self.weights is not None or self.table is not None
 
     @property

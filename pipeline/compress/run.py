@@ -107,7 +107,7 @@ def stored_dtype(request: CompressRequest, published: torch.dtype) -> torch.dtyp
     if request.dtype != "auto":
         return DTYPES[request.dtype]
     if request.searches_bits and published.itemsize > torch.float16.itemsize:
-        note("under a budget of bytes what is not in few bits is stored in float16")
+        note("under a budget of bytes what is not quantised is stored in float16")
         return torch.float16
     return published
 

@@ -15,12 +15,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.export.onnx_folder import (
-    BLOCK_SKIP_DOMAIN,
-    BLOCK_SKIP_OPS,
-    data_files,
-    load_graph,
-)
+from pipeline.export.contract import BLOCK_SKIP_OPS, DOMAIN, OP_VERSION
+from pipeline.export.onnx_folder import data_files, load_graph
 from trt_plugins.block_skip.aot import MIX, MIX_INDEXED, PRODUCT
 
 if TYPE_CHECKING:
@@ -53,7 +49,7 @@ def write_split_graph(onnx_path: Path, folder: Path) -> Path:
     model = load_graph(onnx_path)
     nodes: list[onnx.NodeProto] = []
     for node in model.graph.node:
-        ours = node.domain == BLOCK_SKIP_DOMAIN and node.op_type in BLOCK_SKIP_OPS
+        ours = node.domain == DOMAIN and node.op_type in BLOCK_SKIP_OPS
         nodes += _split_node(node) if ours else [node]
     del model.graph.node[:]
     model.graph.node.extend(nodes)
@@ -68,18 +64,18 @@ def _split_node(node: onnx.NodeProto) -> list[onnx.NodeProto]:
     latent = f"{node.output[0]}/latent"
     # `aot`: embedded or refused, whatever the network's flags prefer.
     attributes: dict[str, Any] = {
-        "plugin_namespace": BLOCK_SKIP_DOMAIN,
-        "plugin_version": "1",
+        "plugin_namespace": DOMAIN,
+        "plugin_version": str(OP_VERSION),
         "aot": 1,
     }
     name = node.name or node.output[0]
     mix = helper.make_node(
         MIX_INDEXED if index else MIX, [x, a, *index], [latent], name=f"{name}/mix",
-        domain=BLOCK_SKIP_DOMAIN, **attributes,
+        domain=DOMAIN, **attributes,
     )  # fmt: skip
     product = helper.make_node(
         PRODUCT, [latent, b], list(node.output), name=f"{name}/product",
-        domain=BLOCK_SKIP_DOMAIN, **attributes,
+        domain=DOMAIN, **attributes,
     )  # fmt: skip
     return [mix, product]
 
@@ -92,7 +88,7 @@ def _write_variant(model: onnx.ModelProto, onnx_path: Path, folder: Path) -> Pat
     kept = [
         function
         for function in model.functions
-        if not (function.domain == BLOCK_SKIP_DOMAIN and function.name in BLOCK_SKIP_OPS)
+        if not (function.domain == DOMAIN and function.name in BLOCK_SKIP_OPS)
     ]
     del model.functions[:]
     model.functions.extend(kept)

@@ -13,6 +13,7 @@ from pipeline.engine.plugin_library import plugin_record
 from pipeline.engine.profiles import Limits, ShapeProfile
 from pipeline.engine.worker_protocol import PLAN_FILE, WorkerResult
 from pipeline.errors import InputError
+from pipeline.export.contract import GRAPH_FILE
 from pipeline.export.onnx_folder import OnnxFolder
 from pipeline.gpu import Capability, capability_name
 from pipeline.model.task import TASKS
@@ -163,7 +164,7 @@ def _require_plan(path: Path, record: dict[str, Any]) -> None:
 
 def _require_onnx(engine_folder: Path, record: dict[str, Any], onnx_folder: Path) -> None:
     """Raise InputError when the engine was built from another graph or other weights."""
-    hashes = {"model.onnx": record["sha256"], **record["data_sha256"]}
+    hashes = {GRAPH_FILE: record["sha256"], **record["data_sha256"]}
     for name, expected in hashes.items():
         path = onnx_folder / name
         if not path.is_file():

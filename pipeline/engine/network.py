@@ -21,6 +21,7 @@ from pipeline.engine.profiles import ShapeProfile
 from pipeline.engine.target import LIBRARIES, Flavour
 from pipeline.engine.worker_protocol import PLAN_FILE, WorkerRequest, WorkerResult
 from pipeline.errors import InputError, MissingPackageError, ResourceError
+from pipeline.export.contract import BLOCK_SKIP, DOMAIN, OP_VERSION
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -94,7 +95,7 @@ def build_network(
     parse_seconds = time.monotonic() - started
     layer_types = _count_layer_types(parsed.network)
     block_skip = asdict(_block_skip_path_of(request, layer_types))
-    few_bits = _few_bits_path(layer_types, request.dequantized, request.few_bit_nodes)
+    quantized = _quantized_path(layer_types, request.dequantized, request.quantized_nodes)
     config = _make_config(library, parsed, request)
     configure(config)
     started = time.monotonic()
@@ -111,7 +112,7 @@ def build_network(
         build_seconds=build_seconds,
         peak_memory_bytes=0,
         notes=(),
-        few_bits=few_bits,
+        few_bits=quantized,
     )
 
 
@@ -292,8 +293,8 @@ def _block_skip_path(
             "The plugin was loaded, and no node of the graph took it.",
             observed=f"0 plugin layers for {nodes} block-skip nodes",
             expected="as many plugin layers as nodes, and at least one",
-            change="check the plugin's name, version and namespace (BlockSkipLinear, 1, skipcat), "
-            "or build without --plugin",
+            change="check the plugin's name, version and namespace "
+            f"({BLOCK_SKIP}, {OP_VERSION}, {DOMAIN}), or build without --plugin",
         )
     if nodes == 0:
         return _BlockSkipPath("none", 0)
@@ -321,13 +322,13 @@ def _embedded_path(layer_types: Mapping[str, int], nodes: int) -> _BlockSkipPath
     return _BlockSkipPath("embedded kernels" if nodes else "none", nodes)
 
 
-def _few_bits_path(layer_types: Mapping[str, int], matrices: int, nodes: int) -> dict[str, Any]:
-    """How the matrices in few bits were taken, for the manifest.
+def _quantized_path(layer_types: Mapping[str, int], matrices: int, nodes: int) -> dict[str, Any]:
+    """How the quantised matrices were taken, for the manifest.
 
     Args:
         layer_types: layers of the parsed network by type.
         matrices: DequantizeLinear nodes in the ONNX graph.
-        nodes: block-skip nodes with a factor in few bits.
+        nodes: block-skip nodes with a quantised factor.
 
     Raises:
         InputError: some matrices are codes no longer after parsing: the plan would hold numbers.
@@ -335,9 +336,9 @@ def _few_bits_path(layer_types: Mapping[str, int], matrices: int, nodes: int) ->
     layers = layer_types.get(_DEQUANTIZE_LAYER, 0)
     if layers < matrices:
         raise InputError(
-            "TensorRT wrote codes of few bits out as numbers while parsing.",
+            "TensorRT wrote low-bit codes out as numbers while parsing.",
             observed=f"{layers} layers of the kind {_DEQUANTIZE_LAYER}",
-            expected=f"{matrices}, one for each matrix in few bits",
+            expected=f"{matrices}, one for each quantised matrix",
             change="export with --weights float, or use the TensorRT that this was tested with",
         )
     path = "function body" if nodes else "none"

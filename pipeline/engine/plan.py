@@ -146,7 +146,7 @@ def plan_engine(onnx_folder: Path, request: EngineRequest) -> EnginePlan:
         onnx_profile=folder.record.profile,
         embed=request.embed,
         dequantized=folder.dequantized,
-        few_bit_nodes=folder.few_bit_nodes,
+        quantized_nodes=folder.quantized_nodes,
     )
     said = (*notes, *_memory_notes(target, folder, limits), *plugin_notes)
     return EnginePlan(target, folder, limits, work, request.timeout_s, said)

@@ -8,9 +8,9 @@ from typing import Any
 
 from pipeline.artefact import sha256_of_file
 from pipeline.errors import InputError
-from pipeline.export.onnx_folder import BLOCK_SKIP_DOMAIN, BLOCK_SKIP_OPS
+from pipeline.export.contract import BLOCK_SKIP, BLOCK_SKIP_OPS, DOMAIN, OP_VERSION
 
-_PLUGIN_VERSION = "1"
+_PLUGIN_VERSION = str(OP_VERSION)
 BUILT_PLUGIN = (
     Path(__file__).parents[2] / "trt_plugins" / "block_skip" / "lib" / "libskipcat_block_skip.so"
 )
@@ -76,7 +76,7 @@ def load_plugin(library: Any, path: Path) -> list[_PluginCreator]:
             "This library has no block-skip plugin.",
             where=path,
             observed=", ".join(f"{item.namespace}::{item.name} {item.version}" for item in found),
-            expected=f"{BLOCK_SKIP_DOMAIN}::BlockSkipLinear {_PLUGIN_VERSION}",
+            expected=f"{DOMAIN}::{BLOCK_SKIP} {_PLUGIN_VERSION}",
         )
     return ours
 
@@ -92,7 +92,7 @@ def _block_skip_creators(creators: list[_PluginCreator]) -> list[_PluginCreator]
         creator
         for creator in creators
         if creator.name in BLOCK_SKIP_OPS
-        and creator.namespace == BLOCK_SKIP_DOMAIN
+        and creator.namespace == DOMAIN
         and creator.version == _PLUGIN_VERSION
     ]
 
@@ -104,5 +104,5 @@ def plugin_record(path: Path) -> dict[str, Any]:
         "names": list(BLOCK_SKIP_OPS),
         "sha256": sha256_of_file(path),
         "version": _PLUGIN_VERSION,
-        "namespace": BLOCK_SKIP_DOMAIN,
+        "namespace": DOMAIN,
     }

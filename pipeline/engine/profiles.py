@@ -10,13 +10,17 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from pipeline.errors import InputError, UsageError
+from pipeline.export.contract import (
+    ATTENTION_MASK,
+    CACHE_PREFIX,
+    INPUT_IDS,
+    PIXEL_VALUES,
+    POSITION_IDS,
+    cache_names,
+)
 
 DecodeForm = Literal["shared", "separate"]
 _Shape = tuple[int, ...]
-TOKEN_INPUTS = ("input_ids", "position_ids")
-MASK_INPUT = "attention_mask"
-CACHE_PREFIX = "past_key_values."
-IMAGE_INPUT = "pixel_values"
 _OPT_PREFILL = 128
 _CACHE_LENGTH_AXIS = 2
 
@@ -151,8 +155,8 @@ def make_profiles(
     Raises:
         InputError: an input that is none of the pipeline's, or a static axis out of the limits.
     """
-    if set(inputs) == {IMAGE_INPUT}:
-        return [_image_profile(inputs[IMAGE_INPUT], limits.max_batch)]
+    if set(inputs) == {PIXEL_VALUES}:
+        return [_image_profile(inputs[PIXEL_VALUES], limits.max_batch)]
     static_cache = _has_static_cache(inputs)
     decode = (
         _Sizes(1, 1, 0, 1),
@@ -172,10 +176,10 @@ def _image_profile(shape: tuple[int | None, ...], max_batch: int) -> ShapeProfil
         InputError: an axis other than the batch is dynamic.
     """
     if len(shape) != 4 or shape[0] is not None or None in shape[1:]:
-        raise _unknown_input(IMAGE_INPUT, shape)
+        raise _unknown_input(PIXEL_VALUES, shape)
     sizes = tuple(size for size in shape[1:] if size is not None)
     ends = ((1, *sizes), (max_batch, *sizes), (max_batch, *sizes))
-    return ShapeProfile("images", {IMAGE_INPUT: _ShapeRange(*ends)})
+    return ShapeProfile("images", {PIXEL_VALUES: _ShapeRange(*ends)})
 
 
 def _decode_opt(limits: Limits) -> _Sizes:
@@ -221,7 +225,7 @@ def _has_static_cache(inputs: Mapping[str, tuple[int | None, ...]]) -> bool:
         raise InputError(
             "The graph has no cache inputs.",
             observed=", ".join(inputs),
-            expected="past_key_values.0.key and so on",
+            expected=f"{cache_names(1)[0]} and so on",
             change="give a folder that `skipcat export` wrote",
         )
     return lengths[0] is not None
@@ -245,9 +249,9 @@ def _input_shape(name: str, shape: tuple[int | None, ...], sizes: _Sizes) -> _Sh
         InputError: an unknown input, or a dynamic axis that has no rule.
     """
     rule: tuple[int | None, ...]
-    if name in TOKEN_INPUTS:
+    if name in (INPUT_IDS, POSITION_IDS):
         rule = (sizes.batch, sizes.sequence)
-    elif name == MASK_INPUT:
+    elif name == ATTENTION_MASK:
         rule = (sizes.batch, sizes.total)
     elif name.startswith(CACHE_PREFIX):
         rule = (sizes.batch, None, sizes.past, None)
@@ -266,8 +270,8 @@ def _unknown_input(name: str, shape: tuple[int | None, ...]) -> InputError:
     return InputError(
         f"The graph input '{name}' has no rule for its shapes.",
         observed=f"shape {shape}",
-        expected="input_ids, position_ids, attention_mask [batch, n]; "
-        "past_key_values.* [batch, heads, length, width] with heads and width fixed; or "
-        "pixel_values alone, [batch, channels, height, width] with only the batch free",
+        expected=f"{INPUT_IDS}, {POSITION_IDS}, {ATTENTION_MASK} [batch, n]; "
+        f"{CACHE_PREFIX}* [batch, heads, length, width] with heads and width fixed; or "
+        f"{PIXEL_VALUES} alone, [batch, channels, height, width] with only the batch free",
         change="give a folder that `skipcat export` wrote",
     )

@@ -11,8 +11,7 @@ from pipeline.engine.network import build_network, load_library
 from pipeline.engine.plugin_library import load_plugin
 from pipeline.engine.worker_protocol import WorkerRequest, WorkerResult
 from pipeline.errors import InputError
-
-_OLDEST = {"compat": (10, 3), "opset24": (10, 15)}
+from pipeline.export.contract import COMPAT, PROFILES, dotted
 
 
 def build(request: WorkerRequest, staging: Path) -> WorkerResult:
@@ -57,15 +56,16 @@ def _parse_version(text: str) -> tuple[int, ...]:
 
 def _require_version(version: tuple[int, ...], onnx_profile: str) -> None:
     """Raise InputError when this TensorRT lacks the operators of the export's profile."""
-    oldest = _OLDEST[onnx_profile]
+    oldest = PROFILES[onnx_profile].oldest_tensorrt
+    assert oldest is not None, "an export that TensorRT does not know is refused before"
     if version[:2] < oldest:
         raise InputError(
             f"This TensorRT is too old for the export profile '{onnx_profile}'.",
-            observed="TensorRT " + ".".join(map(str, version)),
-            expected="TensorRT " + ".".join(map(str, oldest)) + " or newer",
-            change="export the checkpoint again with --profile compat"
-            if onnx_profile != "compat"
-            else "update TensorRT (JetPack 6.1 or newer brings 10.3)",
+            observed=f"TensorRT {dotted(version)}",
+            expected=f"TensorRT {dotted(oldest)} or newer",
+            change=f"export the checkpoint again with --profile {COMPAT}"
+            if onnx_profile != COMPAT
+            else f"update TensorRT (JetPack 6.1 or newer brings {dotted(oldest)})",
         )
 
 

@@ -31,8 +31,8 @@ class WorkerRequest:
         block_skip_nodes: how many block-skip nodes the graph holds.
         onnx_profile: `opset24` or `compat`, which decides the oldest TensorRT that will do.
         embed: put the block-skip kernels into the engine, in place of a plugin library.
-        dequantized: matrices that the graph reads from codes of few bits.
-        few_bit_nodes: block-skip nodes with a factor in few bits, which no plugin takes.
+        dequantized: matrices that the graph reads from low-bit codes.
+        quantized_nodes: block-skip nodes with a quantised factor, which no plugin takes.
     """
 
     flavour: Flavour
@@ -46,7 +46,7 @@ class WorkerRequest:
     onnx_profile: str
     embed: bool = False
     dequantized: int = 0
-    few_bit_nodes: int = 0
+    quantized_nodes: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for `request.json`."""
@@ -80,7 +80,7 @@ class WorkerResult:
         build_seconds: time to build and write the plan.
         peak_memory_bytes: largest resident size of the worker.
         notes: every choice that differs from the straight path.
-        few_bits: how the matrices in few bits were taken, see `network`.
+        few_bits: how the quantised matrices were taken, see `network`.
     """
 
     library_version: str

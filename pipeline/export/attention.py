@@ -1,7 +1,9 @@
 """Attention and its mask in the forms that ONNX Runtime and TensorRT take.
 
 Registered with transformers under one name, so that every architecture that supports its
-attention interface is traced with them, whatever its masks (causal, sliding window) are.
+attention interface is traced with them, whatever its masks (causal, sliding window) are. What looks
+at images has no cache: a Swin gives its window biases and shift masks as one mask
+[B * windows, heads, T, T], a ViT gives none.
 """
 
 from __future__ import annotations
@@ -14,17 +16,17 @@ import torch
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
-from pipeline.export.contract import CONTRIB, Profile
+from pipeline.export.contract import CONTRIB, CPU, GROUPED_ATTENTION, Profile
 from pipeline.export.traced_cache import GraphCache
 
-NAME = "skipcat_export"
+ATTENTION = "skipcat_export"
 # ONNX Runtime's own attention takes heads whose width is a multiple of this.
-HEAD_WIDTH = 16
+_HEAD_WIDTH = 16
 # transformers calls the functions below with no place for our own arguments.
-active_cache: ContextVar[GraphCache] = ContextVar("active_cache")
+active: ContextVar[tuple[Profile, GraphCache | None]] = ContextVar("active")
 
 
-def mask_from_slots(
+def _mask_from_slots(
     *,
     kv_length: int,
     mask_function: Callable[..., torch.Tensor],
@@ -34,7 +36,7 @@ def mask_from_slots(
 ) -> torch.Tensor | None:
     """Additive mask, float [B, 1, S, K]: 0 where a query may look, very negative elsewhere.
 
-    None where the attention node is causal by itself.
+    None where the attention node is causal by itself, or where there is no cache.
 
     Args:
         kv_length: K.
@@ -46,7 +48,9 @@ def mask_from_slots(
     Raises:
         NotImplementedError: another mask than the causal one, where the node knows no other.
     """
-    cache = active_cache.get()
+    _, cache = active.get()
+    if cache is None:
+        return None
     if cache.profile.contrib:
         if not torch.compiler.is_exporting():  # there tensors have no values to look at
             _require_causal(mask_function, cache.keys[0].shape[2])
@@ -71,32 +75,41 @@ def _require_causal(mask_function: Callable[..., torch.Tensor], length: int) -> 
     allowed = mask_function(0, 0, slots[None, None, :, None], slots[None, None, None, :])
     causal = slots[:, None] >= slots
     if not bool((torch.as_tensor(allowed).broadcast_to(1, 1, length, length) == causal).all()):
-        raise NotImplementedError("attention that is not plainly causal, in the profile 'cpu'")
+        raise NotImplementedError(f"attention that is not plainly causal, in the profile '{CPU}'")
 
 
-def attend(
+def _attend(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    scaling: float,
+    scaling: float | None = None,
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """softmax(scaling Q K^T + mask) V; query [B, H, S, D], key and value [B, KVH, K, D].
+
+    Returns [B, S, H, D].
 
     Raises:
         NotImplementedError: soft-capped logits, which TensorRT's Attention refuses.
     """
     if kwargs.get("softcap") is not None:
         raise NotImplementedError("attention with soft-capped logits")
-    cache = active_cache.get()
-    if cache.profile.contrib:
+    scaling = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    profile, cache = active.get()
+    if cache is not None and profile.contrib:
         return _grouped(query, key, value, cache, scaling), None
-    assert attention_mask is not None, "mask_from_slots gives one to every other profile"
-    profile: Profile = cache.profile
-    operation = _native if profile.native_attention else _primitive
+    if cache is None:
+        if attention_mask is None:
+            attention_mask = torch.zeros(1, 1, query.shape[2], key.shape[2], dtype=query.dtype)
+        attention_mask = attention_mask.to(query.dtype)
+    assert attention_mask is not None, "_mask_from_slots gives one to every other profile"
+    if profile.native_attention:
+        operation = _native
+    else:
+        operation = _primitive if cache is None else _primitive_by_group
     return operation(query, key, value, attention_mask, scaling).transpose(1, 2), None
 
 
@@ -107,7 +120,7 @@ def _native(
     return torch.onnx.ops.symbolic(
         "Attention",
         (query, key, value, mask),
-        {"scale": float(scaling)},
+        {"scale": scaling},
         dtype=query.dtype,
         shape=(*query.shape[:3], value.shape[3]),
         version=23,
@@ -123,17 +136,17 @@ def _grouped(
         NotImplementedError: heads of a width that it does not take.
     """
     batch, heads, length, width = query.shape
-    if width % HEAD_WIDTH or value.shape[3] != width:
+    if width % _HEAD_WIDTH or value.shape[3] != width:
         raise NotImplementedError(
-            f"heads {width} wide in the profile 'cpu', whose attention takes a multiple of "
-            f"{HEAD_WIDTH}"
+            f"heads {width} wide in the profile '{CPU}', whose attention takes a multiple of "
+            f"{_HEAD_WIDTH}"
         )
     rows = [t.transpose(1, 2).reshape(batch, length, -1) for t in (query, key, value)]
     past = (cache.keys[cache.layer], cache.values[cache.layer])
     mixed, *present = torch.onnx.ops.symbolic_multi_out(
-        f"{CONTRIB}::GroupQueryAttention",
+        f"{CONTRIB}::{GROUPED_ATTENTION}",
         (*rows, *past, *(cache.lengths or ())),
-        {"num_heads": heads, "kv_num_heads": key.shape[1], "scale": float(scaling)},
+        {"num_heads": heads, "kv_num_heads": key.shape[1], "scale": scaling},
         dtypes=(query.dtype,) * 3,
         shapes=(rows[0].shape, past[0].shape, past[1].shape),
         version=1,
@@ -145,7 +158,15 @@ def _grouped(
 def _primitive(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scaling: float
 ) -> torch.Tensor:
-    """MatMul, Softmax, MatMul; grouped queries fold into rows, so keys are never repeated."""
+    """MatMul, Softmax, MatMul."""
+    scores = (query * scaling) @ key.transpose(2, 3) + mask
+    return torch.softmax(scores.float(), dim=-1).to(query.dtype) @ value
+
+
+def _primitive_by_group(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """The same; grouped queries fold into rows, so keys are never repeated."""
     batch, heads, length, width = query.shape
     kv_heads = key.shape[1]
     rows = (heads // kv_heads) * length
@@ -156,5 +177,5 @@ def _primitive(
     return mixed.reshape(batch, heads, length, -1)
 
 
-AttentionInterface.register(NAME, attend)
-AttentionMaskInterface.register(NAME, mask_from_slots)
+AttentionInterface.register(ATTENTION, _attend)
+AttentionMaskInterface.register(ATTENTION, _mask_from_slots)

@@ -19,20 +19,25 @@ import onnx
 import onnx.parser
 import onnx_ir as ir
 
-DOMAIN = "skipcat"
-VERSION = 1
-PLAIN, INDEXED = "BlockSkipLinear", "BlockSkipLinearIndexed"
-FEW_BITS, FEW_BITS_INDEXED = "BlockSkipLinearFewBits", "BlockSkipLinearFewBitsIndexed"
+from pipeline.export.contract import (
+    BLOCK_SKIP,
+    BLOCK_SKIP_OPS,
+    BLOCKED_OPSET,
+    DOMAIN,
+    OP_VERSION,
+    QUANTIZED_SKIP,
+)
+
 # What TensorRT looks for in its plugin registry; without the plugin it takes the function body.
-PLUGIN_ATTRIBUTES = {"plugin_namespace": DOMAIN, "plugin_version": str(VERSION)}
+PLUGIN_ATTRIBUTES = {"plugin_namespace": DOMAIN, "plugin_version": str(OP_VERSION)}
 
 
 def is_block_skip(node: ir.Node) -> bool:
     """Whether a node is one of the two ops whose factors are numbers."""
-    return node.domain == DOMAIN and node.op_type in (PLAIN, INDEXED)
+    return node.domain == DOMAIN and node.op_type in BLOCK_SKIP_OPS
 
 
-BODY = """
+_BODY = """
 <domain: "skipcat", opset_import: ["" : {opset}]>
 BlockSkipLinear (x, a, b) => (y)
 {{
@@ -47,22 +52,19 @@ BlockSkipLinear (x, a, b) => (y)
 """
 
 
-BLOCKED_OPSET = 21  # the first in which DequantizeLinear takes blocks
-
-
 def function_bodies(opset: int) -> dict[str, ir.Function]:
     """The ops that an opset can express, as ONNX functions over the default domain, by op type."""
-    plain = BODY.format(opset=opset)
+    plain = _BODY.format(opset=opset)
     texts = [plain]
     if opset >= BLOCKED_OPSET:
-        texts.append(plain.replace(PLAIN, FEW_BITS))
+        texts.append(plain.replace(BLOCK_SKIP, QUANTIZED_SKIP))
     protos = [onnx.parser.parse_function(t) for text in texts for t in (text, _indexed(text))]
     return {proto.name: ir.serde.deserialize_function(proto) for proto in protos}
 
 
 def _indexed(text: str) -> str:
     """The body of the op whose last input says in which order it wants x."""
-    name = FEW_BITS if FEW_BITS in text else PLAIN
+    name = QUANTIZED_SKIP if QUANTIZED_SKIP in text else BLOCK_SKIP
     return (
         text.replace(name, name + "Indexed", 1)
         .replace(") => (y)", ", index) => (y)")

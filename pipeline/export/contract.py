@@ -1,11 +1,70 @@
-"""The ONNX profiles: which operators the graph may use, and how its cache works."""
+"""What an ONNX folder holds and by which names: export writes it, and every later stage reads it.
+
+It imports nothing, so that the command line may read its choices here.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-# The domain of ONNX Runtime's own operators.
-CONTRIB = "com.microsoft"
+SCHEMA = 1  # of export.json
+
+# --- files ---
+
+GRAPH_FILE = "model.onnx"
+WEIGHTS_FILE = "model.onnx.data"
+RECORD_FILE = "export.json"
+GENAI_FILE = "genai_config.json"
+
+# --- tensors ---
+
+INPUT_IDS, ATTENTION_MASK, POSITION_IDS = "input_ids", "attention_mask", "position_ids"
+TOKEN_INPUTS = (INPUT_IDS, ATTENTION_MASK, POSITION_IDS)
+FIRST_LOGIT = "first_logit"  # optional: the first token whose logits are wanted
+PIXEL_VALUES = "pixel_values"
+LOGITS = "logits"
+_PAST, PRESENT = "past_key_values", "present"
+CACHE_PREFIX = f"{_PAST}."
+
+
+def cache_names(layers: int | str, prefix: str = _PAST) -> list[str]:
+    """`prefix.{i}.key`, `prefix.{i}.value` for so many layers, or for one that is not a number."""
+    numbers = range(layers) if isinstance(layers, int) else [layers]
+    return [f"{prefix}.{i}.{part}" for i in numbers for part in ("key", "value")]
+
+
+def present_name(past_name: str) -> str:
+    """`past_key_values.3.key` -> `present.3.key`."""
+    return past_name.replace(_PAST, PRESENT, 1)
+
+
+# --- operators ---
+
+DOMAIN, OP_VERSION = "skipcat", 1
+BLOCK_SKIP, BLOCK_SKIP_INDEXED = "BlockSkipLinear", "BlockSkipLinearIndexed"
+# Of the same body, with a quantised factor; no plugin takes them.
+QUANTIZED_SKIP, QUANTIZED_SKIP_INDEXED = "BlockSkipLinearFewBits", "BlockSkipLinearFewBitsIndexed"
+BLOCK_SKIP_OPS = (BLOCK_SKIP, BLOCK_SKIP_INDEXED)
+QUANTIZED_SKIP_OPS = (QUANTIZED_SKIP, QUANTIZED_SKIP_INDEXED)
+DEQUANTIZE = "DequantizeLinear"
+BLOCKED_OPSET = 21  # the first in which it takes blocks
+CONTRIB = "com.microsoft"  # the domain of ONNX Runtime's own operators
+MATMUL_NBITS, GATHER_NBITS = "MatMulNBits", "GatherBlockQuantized"
+GROUPED_ATTENTION = "GroupQueryAttention"
+
+# --- choices of an export ---
+
+FLOAT32, FLOAT16 = "float32", "float16"
+DTYPES = (FLOAT32, FLOAT16)
+FLOAT, INT8, INT4, INT4_OFFSET, STORED = "float", "int8", "int4", "int4-offset", "stored"
+ROUNDED = (INT8, INT4, INT4_OFFSET)  # by the export
+WEIGHTS = (FLOAT, *ROUNDED, STORED)
+INTEGER = "integer"
+# What `accuracy_level` of ONNX Runtime's products each is.
+PRODUCTS = {INTEGER: 4, FLOAT: 0}
+
+OPSET24, COMPAT, CPU = "opset24", "compat", "cpu"
+Version = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -15,13 +74,16 @@ class Profile:
     Attributes:
         name: as the user writes it.
         opset: of the default domain.
-        static_cache: the cache has a fixed length and is written in place (TensorScatter), instead
-            of growing (Concat).
+        static_cache: the cache is written in place (TensorScatter), instead of growing (Concat).
         native_attention: Attention, RMSNormalization and RotaryEmbedding as single operators,
             instead of primitives.
         contrib: ONNX Runtime's own operators (com.microsoft): attention that rotates, writes the
-            cache and attends in one node, norms that add, matrices of few bits.
-        runs_in: for messages.
+            cache and attends in one node, norms that add, quantised matrices.
+        formats_of: the runtime of `pipeline.quantize.formats` whose formats it takes.
+        oldest_onnxruntime: the first that has the operators.
+        oldest_tensorrt: likewise; None where TensorRT knows them not.
+        others: where else it runs, for messages.
+        summary: for help, with the versions to be filled in.
     """
 
     name: str
@@ -29,13 +91,58 @@ class Profile:
     static_cache: bool
     native_attention: bool
     contrib: bool
-    runs_in: str
+    formats_of: str
+    oldest_onnxruntime: Version
+    oldest_tensorrt: Version | None
+    others: str
+    summary: str
+
+    @property
+    def fixed_length(self) -> bool:
+        """Whether the graph fixes the length of its cache, rather than take one of any length."""
+        return self.static_cache and not self.contrib
+
+    @property
+    def takes_blocks(self) -> bool:
+        """Whether its opset can say that weights share a scale in blocks."""
+        return self.opset >= BLOCKED_OPSET
+
+    @property
+    def runs_in(self) -> str:
+        """The runtimes and their oldest versions, for messages."""
+        known = [f"ONNX Runtime >= {dotted(self.oldest_onnxruntime)}"]
+        if self.oldest_tensorrt is not None:
+            known.append(f"TensorRT >= {dotted(self.oldest_tensorrt)}")
+        return ", ".join(known) + self.others
+
+    @property
+    def help(self) -> str:
+        """What it is and what it is for, in a line."""
+        tensorrt = dotted(self.oldest_tensorrt) if self.oldest_tensorrt else ""
+        return f"{self.name}: " + self.summary.format(
+            onnxruntime=dotted(self.oldest_onnxruntime), tensorrt=tensorrt
+        )
 
 
-PROFILES = {
-    "opset24": Profile(
-        "opset24", 24, True, True, False, "ONNX Runtime >= 1.25, TensorRT >= 10.15, RTX"
+def dotted(version: tuple[int, ...]) -> str:
+    """(10, 3) -> "10.3"."""
+    return ".".join(map(str, version))
+
+
+# `compat` is there for JetPack 6.1 and 6.2, whose TensorRT is 10.3: nothing is built with an older.
+_PROFILES = (
+    Profile(
+        OPSET24, 24, True, True, False, "tensorrt", (1, 25), (10, 15), ", RTX",
+        "static cache, for ONNX Runtime >= {onnxruntime} and TensorRT >= {tensorrt}",
     ),
-    "compat": Profile("compat", 18, False, False, False, "ONNX Runtime >= 1.18, TensorRT >= 10.0"),
-    "cpu": Profile("cpu", 23, True, True, True, "ONNX Runtime >= 1.23 and onnxruntime-genai, CPU"),
-}
+    Profile(
+        COMPAT, 18, False, False, False, "tensorrt", (1, 18), (10, 3), "",
+        "primitives and a growing cache, for TensorRT {tensorrt} and later (JetPack 6.2)",
+    ),
+    Profile(
+        CPU, 23, True, True, True, "cpu", (1, 23), None, " and onnxruntime-genai, CPU",
+        "ONNX Runtime's own operators, the fastest where there is no GPU",
+    ),
+)  # fmt: skip
+PROFILES = {profile.name: profile for profile in _PROFILES}
+DEFAULT_PROFILE = OPSET24

@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import GenerationConfig, PreTrainedConfig
 
-from pipeline.export.contract import Profile
-from pipeline.export.trace_decoder import CacheShape
+from pipeline.export.contract import (
+    GRAPH_FILE,
+    LOGITS,
+    PRESENT,
+    TOKEN_INPUTS,
+    Profile,
+    cache_names,
+)
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """Width of one layer's cache: [B, kv_heads, length, key or value width]."""
+
+    kv_heads: int
+    key_width: int
+    value_width: int
 
 
 def genai_config(
@@ -26,16 +42,15 @@ def genai_config(
         context_length: most tokens the graph takes.
     """
     text = config.get_text_config()
-    eos = generation_defaults(config).get("eos_token_id", text.eos_token_id)
+    eos = _generation_defaults(config).get("eos_token_id", text.eos_token_id)
     bos = text.bos_token_id if text.bos_token_id is not None else 0
     pad = text.pad_token_id
     first_eos = eos[0] if isinstance(eos, list) else eos
-    names = {
-        "past_key_names": "past_key_values.%d.key",
-        "past_value_names": "past_key_values.%d.value",
-    }
-    present = {"present_key_names": "present.%d.key", "present_value_names": "present.%d.value"}
-    plain = {name: name for name in ("input_ids", "attention_mask", "position_ids")}
+    past_key, past_value = cache_names("%d")
+    present_key, present_value = cache_names("%d", PRESENT)
+    past = {"past_key_names": past_key, "past_value_names": past_value}
+    present = {"present_key_names": present_key, "present_value_names": present_value}
+    plain = {name: name for name in TOKEN_INPUTS}
     return {
         "model": {
             "type": "decoder",
@@ -45,14 +60,14 @@ def genai_config(
             "eos_token_id": eos if eos is not None else 0,
             "pad_token_id": pad if pad is not None else (first_eos or 0),
             "decoder": {
-                "filename": "model.onnx",
+                "filename": GRAPH_FILE,
                 "hidden_size": text.hidden_size,
                 "head_size": shapes[0].key_width,
                 "num_attention_heads": text.num_attention_heads,
                 "num_key_value_heads": shapes[0].kv_heads,
                 "num_hidden_layers": len(shapes),
-                "inputs": plain | names,
-                "outputs": {"logits": "logits"} | present,
+                "inputs": plain | past,
+                "outputs": {LOGITS: LOGITS} | present,
                 "session_options": {"provider_options": []},
             },
         },
@@ -63,7 +78,7 @@ def genai_config(
     }
 
 
-def generation_defaults(config: PreTrainedConfig) -> dict[str, Any]:
+def _generation_defaults(config: PreTrainedConfig) -> dict[str, Any]:
     """generation_config.json beside the checkpoint, if there is one."""
     folder = Path(config.name_or_path)
     if not (folder / "generation_config.json").is_file():

@@ -9,16 +9,23 @@ from typing import TYPE_CHECKING
 
 from pipeline.artefact import sha256_of_file
 from pipeline.errors import InputError
+from pipeline.export.contract import (
+    BLOCK_SKIP_OPS,
+    COMPAT,
+    CPU,
+    DEQUANTIZE,
+    DOMAIN,
+    FLOAT16,
+    GRAPH_FILE,
+    OPSET24,
+    QUANTIZED_SKIP_OPS,
+    RECORD_FILE,
+)
 from pipeline.export.record import ExportRecord, read_export_record, wrong_field
-from pipeline.model.task import IMAGES, TEXT
+from pipeline.model.task import TASKS
 
 if TYPE_CHECKING:
     import onnx
-
-BLOCK_SKIP_DOMAIN = "skipcat"
-BLOCK_SKIP_OPS = ("BlockSkipLinear", "BlockSkipLinearIndexed")
-# Of the same body, with a factor in few bits; no plugin takes them.
-FEW_BIT_OPS = ("BlockSkipLinearFewBits", "BlockSkipLinearFewBitsIndexed")
 
 
 @dataclass(frozen=True)
@@ -31,8 +38,8 @@ class OnnxFolder:
         inputs: shape of every graph input, None where dynamic.
         block_skip_nodes: how many block-skip nodes the graph holds.
         data_files: the external weight files, absolute.
-        few_bit_nodes: how many block-skip nodes there are beside, with a factor in few bits.
-        dequantized: matrices that are read from codes of few bits.
+        quantized_nodes: how many block-skip nodes there are beside, with a quantised factor.
+        dequantized: matrices that are read from codes.
     """
 
     path: Path
@@ -40,12 +47,12 @@ class OnnxFolder:
     inputs: dict[str, tuple[int | None, ...]]
     block_skip_nodes: int
     data_files: tuple[Path, ...]
-    few_bit_nodes: int = 0
+    quantized_nodes: int = 0
     dequantized: int = 0
 
     @property
     def onnx_path(self) -> Path:
-        return self.path / "model.onnx"
+        return self.path / GRAPH_FILE
 
     @property
     def weight_bytes(self) -> int:
@@ -64,39 +71,39 @@ def read_onnx_folder(folder: Path) -> OnnxFolder:
         InputError: files missing, not matching each other, or not what `export.json` promises.
     """
     folder = folder.resolve()
-    record = read_export_record(folder, tasks=(TEXT, IMAGES))
-    model = load_graph(folder / "model.onnx")
-    found = count_nodes(model, BLOCK_SKIP_OPS)
-    require_node_count(folder / "export.json", found)
+    record = read_export_record(folder, tasks=tuple(TASKS))
+    model = load_graph(folder / GRAPH_FILE)
+    found = _count_nodes(model, BLOCK_SKIP_OPS)
+    _require_node_count(folder / RECORD_FILE, found)
     return OnnxFolder(
         folder,
         record,
-        input_shapes(model),
+        _input_shapes(model),
         found,
         data_files(model, folder),
-        count_nodes(model, FEW_BIT_OPS),
-        count_nodes(model, ("DequantizeLinear",), domain=""),
+        _count_nodes(model, QUANTIZED_SKIP_OPS),
+        _count_nodes(model, (DEQUANTIZE,), domain=""),
     )
 
 
 def require_float16(folder: OnnxFolder) -> None:
     """Raise InputError for an export that TensorRT cannot build, before it is asked to."""
-    if folder.record.profile == "cpu":
+    if folder.record.traits.contrib:
         raise InputError(
             "This export has ONNX Runtime's own operators, which TensorRT does not know.",
             where=folder.path,
-            observed="profile cpu",
-            expected="profile opset24 or compat, float16",
+            observed=f"profile {CPU}",
+            expected=f"profile {OPSET24} or {COMPAT}, {FLOAT16}",
             change="export the checkpoint again with --dtype float16, without --profile cpu",
         )
-    if folder.record.dtype != "float16":
+    if folder.record.dtype != FLOAT16:
         raise InputError(
             f"TensorRT engines are built from a float16 export, and this one is "
             f"{folder.record.dtype}: the fused attention and cache layers have no "
             "float32 kernels ('not supported by a dedicated kernel').",
             where=folder.path,
             observed=folder.record.dtype,
-            expected="float16",
+            expected=FLOAT16,
             change="export the checkpoint again with --dtype float16",
         )
 
@@ -116,7 +123,7 @@ def load_graph(path: Path) -> onnx.ModelProto:
         raise InputError("This file is not ONNX.", where=path, observed=error) from error
 
 
-def input_shapes(model: onnx.ModelProto) -> dict[str, tuple[int | None, ...]]:
+def _input_shapes(model: onnx.ModelProto) -> dict[str, tuple[int | None, ...]]:
     """Shape of every graph input, None where the axis has a name or nothing."""
     return {
         value.name: tuple(
@@ -127,18 +134,16 @@ def input_shapes(model: onnx.ModelProto) -> dict[str, tuple[int | None, ...]]:
     }
 
 
-def count_nodes(
-    model: onnx.ModelProto, op_types: tuple[str, ...], domain: str = BLOCK_SKIP_DOMAIN
-) -> int:
+def _count_nodes(model: onnx.ModelProto, op_types: tuple[str, ...], domain: str = DOMAIN) -> int:
     """Nodes of the main graph of some types."""
     return sum(node.domain == domain and node.op_type in op_types for node in model.graph.node)
 
 
-def require_node_count(record_path: Path, found: int) -> None:
+def _require_node_count(record_path: Path, found: int) -> None:
     """Raise InputError when `export.json` promises another number of block-skip nodes."""
     promised = json.loads(record_path.read_text(encoding="utf-8")).get("block_skip_nodes")
     if promised != found:
-        raise wrong_field(record_path, "block_skip_nodes", promised, f"{found}, as in model.onnx")
+        raise wrong_field(record_path, "block_skip_nodes", promised, f"{found}, as in {GRAPH_FILE}")
 
 
 def data_files(model: onnx.ModelProto, folder: Path) -> tuple[Path, ...]:

@@ -9,17 +9,19 @@ from typing import Any
 
 from pipeline.artefact import sha256_of_file
 from pipeline.errors import InputError
-from pipeline.model.task import IMAGES, TEXT, Task
+from pipeline.export.contract import (
+    DTYPES,
+    FLOAT,
+    GRAPH_FILE,
+    PROFILES,
+    RECORD_FILE,
+    SCHEMA,
+    Profile,
+)
+from pipeline.model.task import TASKS, TEXT, Task
 
-SCHEMA = 1
-PROFILES = ("opset24", "compat", "cpu")
-DTYPES = ("float32", "float16")
-FIELD_TYPES: dict[str, type] = {"profile": str, "dtype": str, "onnx_sha256": str}
-# What the record of each task has beside those.
-TASK_FIELDS: dict[Task, dict[str, type]] = {
-    TEXT: {"max_length": int, "vocab_size": int, "num_layers": int},
-    IMAGES: {"pixel_values": list, "classes": int},
-}
+# What every record has; `TASKS` says what those of each task have beside.
+_FIELD_TYPES: dict[str, type] = {"profile": str, "dtype": str, "onnx_sha256": str}
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class ExportRecord:
         num_layers: number of key/value pairs; 0 for a model without a cache.
         weights: `float`, which is `dtype`, `stored` for the codes of the checkpoint, or how many
             bits the export rounds the matrices to.
-        accuracy_level: of ONNX Runtime's products in few bits: 4 rounds their inputs to 8 bits, 0
+        accuracy_level: of ONNX Runtime's quantised products: 4 rounds their inputs to 8 bits, 0
             does not; None where there are none.
         exact_weights: whether the export kept the checkpoint's matrices as they are, up to the
             last bits of float16.
@@ -51,12 +53,17 @@ class ExportRecord:
     max_length: int = 0
     vocab_size: int = 0
     num_layers: int = 0
-    weights: str = "float"
+    weights: str = FLOAT
     task: Task = TEXT
     pixel_values: tuple[int, ...] = ()
     classes: int = 0
     accuracy_level: int | None = None
     exact_weights: bool = False
+
+    @property
+    def traits(self) -> Profile:
+        """What its profile says of the graph."""
+        return PROFILES[self.profile]
 
 
 def read_export_record(folder: Path, tasks: tuple[Task, ...] = (TEXT,)) -> ExportRecord:
@@ -70,12 +77,12 @@ def read_export_record(folder: Path, tasks: tuple[Task, ...] = (TEXT,)) -> Expor
         InputError: a file is missing, a field is missing or wrong, the graph is not the one that
             the record was written for, or does something else than `tasks`.
     """
-    path = require_file(folder / "export.json")
+    path = _require_file(folder / RECORD_FILE)
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError("This file is not JSON.", where=path, observed=error) from error
-    record = parse_record(fields, path)
+    record = _parse_record(fields, path)
     if record.task not in tasks:
         raise InputError(
             "This export is of another kind of model than is needed here.",
@@ -83,11 +90,11 @@ def read_export_record(folder: Path, tasks: tuple[Task, ...] = (TEXT,)) -> Expor
             observed=f"a graph for {record.task}",
             expected=f"one for {' or '.join(tasks)}",
         )
-    require_same_graph(record, require_file(folder / "model.onnx"))
+    _require_same_graph(record, _require_file(folder / GRAPH_FILE))
     return record
 
 
-def parse_record(fields: Any, path: Path) -> ExportRecord:
+def _parse_record(fields: Any, path: Path) -> ExportRecord:
     """Build the record out of parsed JSON.
 
     Raises:
@@ -104,33 +111,34 @@ def parse_record(fields: Any, path: Path) -> ExportRecord:
             change="export the checkpoint again",
         )
     task = fields.get("task", TEXT)
-    if task not in TASK_FIELDS:
-        raise wrong_field(path, "task", task, " or ".join(TASK_FIELDS))
-    expected_types = FIELD_TYPES | TASK_FIELDS[task]
+    if task not in TASKS:
+        raise wrong_field(path, "task", task, " or ".join(TASKS))
+    expected_types = _FIELD_TYPES | TASKS[task].record_fields
     for name, expected_type in expected_types.items():
         if not isinstance(fields.get(name), expected_type):
             raise wrong_field(path, name, fields.get(name), expected_type.__name__)
     for name, known in (("profile", PROFILES), ("dtype", DTYPES)):
         if fields[name] not in known:
             raise wrong_field(path, name, fields[name], " or ".join(known))
-    known_fields = {name: fields[name] for name in expected_types}
-    if "pixel_values" in known_fields:
-        known_fields["pixel_values"] = tuple(known_fields["pixel_values"])
+    lists = {name for name, expected_type in expected_types.items() if expected_type is list}
+    own: dict[str, Any] = {
+        name: tuple(fields[name]) if name in lists else fields[name] for name in expected_types
+    }
     return ExportRecord(
-        **known_fields,
-        weights=str(fields.get("weights", "float")),
+        **own,
+        weights=str(fields.get("weights", FLOAT)),
         accuracy_level=fields.get("accuracy_level"),
         exact_weights=fields.get("exact_weights") is True,
         task=task,
     )
 
 
-def require_same_graph(record: ExportRecord, onnx_path: Path) -> None:
+def _require_same_graph(record: ExportRecord, onnx_path: Path) -> None:
     """Raise InputError when `model.onnx` is not the file that the record describes."""
     digest = sha256_of_file(onnx_path)
     if digest != record.onnx_sha256:
         raise InputError(
-            "model.onnx does not belong to the export.json beside it.",
+            f"{GRAPH_FILE} does not belong to the {RECORD_FILE} beside it.",
             where=onnx_path,
             observed=f"sha256 {digest}",
             expected=f"sha256 {record.onnx_sha256}",
@@ -138,7 +146,7 @@ def require_same_graph(record: ExportRecord, onnx_path: Path) -> None:
         )
 
 
-def require_file(path: Path) -> Path:
+def _require_file(path: Path) -> Path:
     """Return `path`; raise InputError when there is no such file."""
     if not path.is_file():
         raise InputError(
@@ -152,7 +160,7 @@ def require_file(path: Path) -> Path:
 def wrong_field(path: Path, name: str, observed: object, expected: str) -> InputError:
     """The error for a field of `export.json` with a value this version cannot use."""
     return InputError(
-        f"The field '{name}' of export.json is wrong.",
+        f"The field '{name}' of {RECORD_FILE} is wrong.",
         where=path,
         observed=repr(observed),
         expected=expected,

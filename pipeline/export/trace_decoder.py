@@ -2,42 +2,46 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from pipeline.checkpoint.skeleton import FewBitMatrix, Skeleton
+from pipeline.artefact import copy_tokenizer, write_json
+from pipeline.checkpoint.skeleton import Skeleton
 from pipeline.errors import InputError
-from pipeline.export.attention import NAME, active_cache
-from pipeline.export.contract import Profile
-from pipeline.export.passes.weights import StoredCodes, note_codes
+from pipeline.export.attention import active
+from pipeline.export.contract import (
+    ATTENTION_MASK,
+    FIRST_LOGIT,
+    GENAI_FILE,
+    INPUT_IDS,
+    LOGITS,
+    POSITION_IDS,
+    PRESENT,
+    TOKEN_INPUTS,
+    Profile,
+    cache_names,
+)
+from pipeline.export.genai import CacheShape, genai_config
+from pipeline.export.passes.fuse import fuse_operators
+from pipeline.export.passes.group_query_attention import simplify_attention
+from pipeline.export.passes.last_logits import choose_first_logit
+from pipeline.export.passes.skip_norm import SKIP_NORM, fuse_residual_norms
+from pipeline.export.request import ExportRequest
 from pipeline.export.traced_cache import GraphCache
-from pipeline.export.tracing import traced_as_nodes
+from pipeline.export.tracing import Fusions, Traced, traced_graph
 
 # Sizes to trace with; all different, so that no two dimensions are taken for the same one.
-TRACE_BATCH, TRACE_LENGTH, TRACE_PAST = 2, 3, 5
-# Vectors and tables of positions may be computed while tracing; matrices may not.
-LARGEST_COMPUTED_BYTES = 1 << 16
+_TRACE_BATCH, _TRACE_LENGTH, _TRACE_PAST = 2, 3, 5
 
 
-@dataclass(frozen=True)
-class CacheShape:
-    """Width of one layer's cache: [B, kv_heads, length, key or value width]."""
-
-    kv_heads: int
-    key_width: int
-    value_width: int
-
-
-class DecoderStep(nn.Module):
+class _DecoderStep(nn.Module):
     """ids, mask, positions and past in; logits and present out."""
 
     def __init__(self, model: PreTrainedModel, profile: Profile) -> None:
@@ -63,7 +67,7 @@ class DecoderStep(nn.Module):
             Logits [B, S, V], and the cache in the order of `past`.
         """
         cache = self._cache(input_ids, attention_mask, past)
-        active_cache.set(cache)
+        active.set((self.profile, cache))
         output = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -91,12 +95,49 @@ class DecoderStep(nn.Module):
         return GraphCache(self.profile, past, slots)
 
 
-def cache_names(layers: int, prefix: str) -> list[str]:
-    """`prefix.{i}.key`, `prefix.{i}.value` for every layer."""
-    return [f"{prefix}.{i}.{part}" for i in range(layers) for part in ("key", "value")]
+def trace_decoder(skeleton: Skeleton, request: ExportRequest) -> Traced:
+    """Export one decoder step with dynamic batch and sequence length.
+
+    Args:
+        skeleton: the model without its matrices; its dtype becomes that of the graph.
+        request: which operators, which cache, and how long it is; never beyond the positions that
+            the model was made for.
+
+    Raises:
+        InputError: the exporter cannot handle the model.
+    """
+    profile, config = request.traits, skeleton.model.config
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    max_length = min(request.max_length, limit or request.max_length)
+    shapes = _cache_shapes(skeleton.model)
+    graph = _trace(skeleton, profile, shapes, max_length)
+
+    def write_files(folder: Path) -> None:
+        copy_tokenizer(skeleton.folder, folder)
+        write_json(folder / GENAI_FILE, genai_config(config, profile, shapes, max_length))
+
+    record: dict[str, Any] = {
+        "max_length": max_length,
+        "vocab_size": int(graph.graph.outputs[0].shape[-1]),
+        "num_layers": len(shapes),
+        "cache": [asdict(shape) for shape in shapes],
+    }
+    return Traced(graph, record, write_files, _fusions(profile, max_length))
 
 
-def cache_shapes(model: PreTrainedModel) -> list[CacheShape]:
+def _fusions(profile: Profile, max_length: int) -> Fusions:
+    """The passes that the profile's operators ask for."""
+    folded = (
+        partial(simplify_attention, max_length=max_length),
+        lambda graph: {SKIP_NORM: fuse_residual_norms(graph)},
+        lambda graph: {FIRST_LOGIT: choose_first_logit(graph)},
+    )
+    return Fusions(
+        (fuse_operators,) if profile.native_attention else (), folded if profile.contrib else ()
+    )
+
+
+def _cache_shapes(model: PreTrainedModel) -> list[CacheShape]:
     """Widths of every layer's cache, read off a real one after a short forward pass.
 
     Raises:
@@ -116,86 +157,31 @@ def cache_shapes(model: PreTrainedModel) -> list[CacheShape]:
         ) from error
 
 
-def trace(
-    skeleton: Skeleton, profile: Profile, max_length: int
-) -> tuple[ir.Model, list[CacheShape]]:
-    """Export one decoder step with dynamic batch and sequence length.
-
-    Args:
-        skeleton: the model without its matrices; its dtype becomes that of the graph.
-        profile: which operators and which cache.
-        max_length: slots of a static cache; unused for a growing one.
-
-    Returns:
-        The model as ONNX IR, whose matrices are read when it is saved, and its caches' shapes.
-
-    Raises:
-        InputError: the exporter cannot handle the model.
-    """
+def _trace(
+    skeleton: Skeleton, profile: Profile, shapes: list[CacheShape], max_length: int
+) -> ir.Model:
+    """The graph; `max_length` is that of a static cache."""
     model = skeleton.model
-    shapes = cache_shapes(model)
-    slots = max_length if profile.static_cache else TRACE_PAST
+    slots = max_length if profile.static_cache else _TRACE_PAST
     past = [
-        torch.zeros(TRACE_BATCH, shape.kv_heads, slots, width, dtype=model.dtype)
+        torch.zeros(_TRACE_BATCH, shape.kv_heads, slots, width, dtype=model.dtype)
         for shape in shapes
         for width in (shape.key_width, shape.value_width)
     ]
-    ids = torch.zeros(TRACE_BATCH, TRACE_LENGTH, dtype=torch.int64)
-    total = TRACE_PAST + TRACE_LENGTH
-    mask = torch.ones(TRACE_BATCH, total, dtype=torch.int64)
-    positions = torch.arange(TRACE_PAST, total).expand(TRACE_BATCH, -1).contiguous()
-    try:
-        with traced_with(model, NAME), quiet_exporter(), traced_as_nodes(), torch.no_grad():
-            step, inputs = DecoderStep(model, profile).eval(), (ids, mask, positions, past)
-            if profile.contrib:
-                step(*inputs)  # where masks have values, they are looked at
-            program = torch.onnx.export(
-                step,
-                inputs,
-                dynamo=True,
-                opset_version=profile.opset,
-                dynamic_shapes=_dynamic_shapes(profile, len(past)),
-                input_names=_input_names(len(shapes)),
-                output_names=["logits", *cache_names(len(shapes), "present")],
-                optimize=True,
-                verify=False,
-            )
-    except Exception as error:
-        raise InputError(
-            "The model cannot be exported to ONNX.",
-            where=type(model).__name__,
-            observed=(str(error).strip().splitlines() or [type(error).__name__])[0],
-            change="run again with -v to see the exporter's own traceback",
-        ) from error
-    model_ir: ir.Model = program.model  # type: ignore[union-attr]  # None without dynamo only
-    name_as_in_checkpoint(model_ir.graph)
-    _attach_matrices(model_ir.graph, skeleton)
-    return model_ir, shapes
-
-
-def name_as_in_checkpoint(graph: ir.Graph) -> None:
-    """Drop the level that the traced wrapper adds to every weight's name."""
-    weights = list(graph.initializers.values())
-    graph.initializers.clear()
-    for weight in weights:
-        weight.name = weight.name.removeprefix("model.")
-        graph.initializers[weight.name] = weight
-
-
-def _attach_matrices(graph: ir.Graph, skeleton: Skeleton) -> None:
-    """Replace every stand-in by the stored matrix, and make sure that none was computed with."""
-    for name, weight in graph.initializers.items():
-        if name in skeleton.matrices:
-            matrix = skeleton.matrices[name]
-            weight.const_value = matrix.lazy_tensor(name)
-            if isinstance(matrix, FewBitMatrix):
-                note_codes(weight, StoredCodes(matrix.style, matrix.codes))
-        elif weight.const_value.nbytes > LARGEST_COMPUTED_BYTES:
-            raise RuntimeError(f"the exporter computed {name} from weights that it does not have")
-
-
-def _input_names(layers: int) -> list[str]:
-    return ["input_ids", "attention_mask", "position_ids", *cache_names(layers, "past_key_values")]
+    ids = torch.zeros(_TRACE_BATCH, _TRACE_LENGTH, dtype=torch.int64)
+    total = _TRACE_PAST + _TRACE_LENGTH
+    mask = torch.ones(_TRACE_BATCH, total, dtype=torch.int64)
+    positions = torch.arange(_TRACE_PAST, total).expand(_TRACE_BATCH, -1).contiguous()
+    return traced_graph(
+        skeleton,
+        _DecoderStep(model, profile),
+        (ids, mask, positions, past),
+        rehearse=profile.contrib,  # where masks have values, they are looked at
+        opset_version=profile.opset,
+        dynamic_shapes=_dynamic_shapes(profile, len(past)),
+        input_names=[*TOKEN_INPUTS, *cache_names(len(shapes))],
+        output_names=[LOGITS, *cache_names(len(shapes), PRESENT)],
+    )
 
 
 def _dynamic_shapes(profile: Profile, caches: int) -> dict[str, object]:
@@ -205,35 +191,8 @@ def _dynamic_shapes(profile: Profile, caches: int) -> dict[str, object]:
     elif not profile.static_cache:
         cache[2] = "past_sequence_length"
     return {
-        "input_ids": {0: "batch_size", 1: "sequence_length"},
-        "attention_mask": {0: "batch_size", 1: "total_sequence_length"},
-        "position_ids": {0: "batch_size", 1: "sequence_length"},
+        INPUT_IDS: {0: "batch_size", 1: "sequence_length"},
+        ATTENTION_MASK: {0: "batch_size", 1: "total_sequence_length"},
+        POSITION_IDS: {0: "batch_size", 1: "sequence_length"},
         "past": [cache] * caches,
     }
-
-
-@contextlib.contextmanager
-def traced_with(model: PreTrainedModel, attention: str) -> Iterator[None]:
-    """Trace with an attention of ours, and give the model its own back."""
-    own = model.config._attn_implementation
-    model.set_attn_implementation(attention)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(own)
-
-
-@contextlib.contextmanager
-def quiet_exporter() -> Iterator[None]:
-    """Keep the exporter's progress prints and warnings off the user's screen."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)

@@ -1,4 +1,4 @@
-"""How linear layers are traced: as single nodes that name their weight and compute nothing with it.
+"""What every tracer does: linear layers become nodes that compute nothing with their weights.
 
 The exporter would transpose and fold the weights it sees, and here it sees stand-ins (see
 `pipeline.checkpoint.skeleton`). `pipeline.export.passes.lay_out` turns the nodes into their final
@@ -7,22 +7,137 @@ form.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
+import onnx_ir as ir
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from pipeline.checkpoint.modeling_skipcat import FactoredLinear
-from pipeline.export.block_skip import DOMAIN, INDEXED, VERSION
+from pipeline.checkpoint.skeleton import QuantizedMatrix, Skeleton
+from pipeline.errors import InputError
+from pipeline.export.attention import ATTENTION
+from pipeline.export.contract import BLOCK_SKIP_INDEXED, DOMAIN, OP_VERSION
+from pipeline.export.passes.lay_out import LINEAR, TRACE_DOMAIN
+from pipeline.export.passes.weights import StoredCodes, note_codes
 
-TRACE_DOMAIN = "skipcat.trace"
-LINEAR = "Linear"
+# Vectors and tables of positions may be computed while tracing; matrices may not.
+_LARGEST_COMPUTED_BYTES = 1 << 16
+Pass = Callable[[ir.Model], Mapping[str, int]]
 
 
-@contextmanager
-def traced_as_nodes() -> Iterator[None]:
+@dataclass(frozen=True)
+class Fusions:
+    """Passes of one task's graphs alone; each says how often it did what.
+
+    Attributes:
+        traced: on the graph as it was traced.
+        folded: once permutations are folded.
+    """
+
+    traced: tuple[Pass, ...] = ()
+    folded: tuple[Pass, ...] = ()
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A graph, and what is particular to what the model is for.
+
+    Attributes:
+        graph: its matrices are read when it is saved.
+        record: what `export.json` says of it beside what it says of any.
+        write_files: writes what runtimes want beside the graph into a folder.
+        fusions: passes of its own; None has none.
+    """
+
+    graph: ir.Model
+    record: dict[str, Any]
+    write_files: Callable[[Path], object]
+    fusions: Fusions | None = None
+
+
+def traced_graph(
+    skeleton: Skeleton, step: nn.Module, inputs: tuple[Any, ...], rehearse: bool, **keywords: Any
+) -> ir.Model:
+    """Export a module that calls the skeleton's model, and give the graph the matrices it lacks.
+
+    Args:
+        skeleton: its matrices become those of the graph, named as in the checkpoint.
+        step: has the model as its only child, `model`.
+        inputs: to trace with.
+        rehearse: call the step once before, without the exporter.
+        keywords: of `torch.onnx.export`.
+
+    Raises:
+        InputError: the exporter cannot handle the model.
+    """
+    model = skeleton.model
+    try:
+        with _attending(model), _quiet_exporter(), torch.no_grad():
+            if rehearse:
+                step(*inputs)
+            with _linears_as_nodes():
+                program = torch.onnx.export(
+                    step.eval(), inputs, dynamo=True, optimize=True, verify=False, **keywords
+                )
+    except Exception as error:
+        raise InputError(
+            "The model cannot be exported to ONNX.",
+            where=type(model).__name__,
+            observed=(str(error).strip().splitlines() or [type(error).__name__])[0],
+            change="run again with -v to see the exporter's own traceback",
+        ) from error
+    graph: ir.Model = program.model  # type: ignore[union-attr]  # None without dynamo only
+    _name_as_in_checkpoint(graph.graph)
+    _attach_matrices(graph.graph, skeleton)
+    return graph
+
+
+def _name_as_in_checkpoint(graph: ir.Graph) -> None:
+    """Drop the level that the traced wrapper adds to every weight's name."""
+    weights = list(graph.initializers.values())
+    graph.initializers.clear()
+    for weight in weights:
+        weight.name = weight.name.removeprefix("model.")
+        graph.initializers[weight.name] = weight
+
+
+def _attach_matrices(graph: ir.Graph, skeleton: Skeleton) -> None:
+    """Replace every stand-in by the stored matrix, and make sure that none was computed with."""
+    own = dict(skeleton.model.named_parameters(remove_duplicate=False))
+    large, attached = None, set()
+    for name, weight in graph.initializers.items():
+        if name in skeleton.matrices:
+            matrix = skeleton.matrices[name]
+            attached.add(id(matrix))
+            weight.const_value = matrix.lazy_tensor(name)
+            if isinstance(matrix, QuantizedMatrix):
+                note_codes(weight, StoredCodes(matrix.format, matrix.codes))
+        elif name not in own and weight.const_value.nbytes > _LARGEST_COMPUTED_BYTES:
+            large = name
+    # What is computed from sizes alone, such as the masks of windows, may be large, too: then no
+    # matrix is gone.
+    gone = [name for name, matrix in skeleton.matrices.items() if id(matrix) not in attached]
+    if large and gone:
+        raise InputError(
+            "The model cannot be exported to ONNX.",
+            where=type(skeleton.model).__name__,
+            observed=f"the exporter computed {large} from weights that it does not have",
+            expected=f"{gone[0]} in the graph",
+        )
+
+
+@contextlib.contextmanager
+def _linears_as_nodes() -> Iterator[None]:
     """Inside, every linear layer is traced as one node, a factored one in skip form as its op.
 
     Weights enter as torch holds them: W [m, n]; `down` [r, n - r] and `up` [m, r].
@@ -44,12 +159,39 @@ def _factored(self: FactoredLinear, x: torch.Tensor) -> torch.Tensor:
     if self.form != "skip":
         return self.up(owner.down(x))
     inputs = (x, owner.down.weight, self.up.weight, owner.permutation)
-    y = _node(f"{DOMAIN}::{INDEXED}", inputs, self.out_features)
+    y = _node(f"{DOMAIN}::{BLOCK_SKIP_INDEXED}", inputs, self.out_features)
     return y if self.up.bias is None else y + self.up.bias
 
 
 def _node(name: str, inputs: tuple[torch.Tensor, ...], width: int) -> torch.Tensor:
     x = inputs[0]
     return torch.onnx.ops.symbolic(
-        name, inputs, dtype=x.dtype, shape=(*x.shape[:-1], width), version=VERSION
+        name, inputs, dtype=x.dtype, shape=(*x.shape[:-1], width), version=OP_VERSION
     )
+
+
+@contextlib.contextmanager
+def _attending(model: PreTrainedModel) -> Iterator[None]:
+    """Trace with an attention of ours, and give the model its own back."""
+    own = model.config._attn_implementation
+    model.set_attn_implementation(ATTENTION)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(own)
+
+
+@contextlib.contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """Keep the exporter's progress prints and warnings off the user's screen."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

@@ -1,1 +1,1 @@
-"""Weights of few bits: arrays in, arrays out."""
+"""Quantised weights: arrays in, arrays out."""

@@ -28,7 +28,7 @@ SMALLEST_SCALE = np.float32(2.0**-24)
 
 @dataclass(frozen=True)
 class Blocks:
-    """A matrix [m, n] in few bits; n is padded to whole blocks.
+    """A quantised matrix [m, n]; n is padded to whole blocks.
 
     Attributes:
         codes: uint8 [m, blocks, block], each below 2^bits.

@@ -1,7 +1,7 @@
-"""A matrix in few bits as the tensors that a checkpoint holds, and back.
+"""A quantised matrix as the tensors that a checkpoint holds, and back.
 
 `{name}.codes`, `{name}.scales` and, in formats that have them, `{name}.zero_points` or
-`{name}.offsets`, as `pipeline.checkpoint.modeling_skipcat.FewBits` registers them.
+`{name}.offsets`, as `pipeline.checkpoint.modeling_skipcat.QuantizedWeight` registers them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ CODES, SCALES, ZERO_POINTS, OFFSETS = "codes", "scales", "zero_points", "offsets
 
 
 def stored_tensors(blocks: Blocks) -> dict[str, torch.Tensor]:
-    """A matrix in few bits as a checkpoint holds it.
+    """A quantised matrix as a checkpoint holds it.
 
     Returns:
         codes uint8 [m, bytes], scales int16 [m, blocks], and, in formats that have them, zero
@@ -56,7 +56,7 @@ def blocks_of(tensors: dict[str, torch.Tensor], format: Format, columns: int) ->
 
 
 def rows_of(blocks: Blocks, start: int, stop: int) -> Blocks:
-    """Some rows of a matrix in few bits."""
+    """Some rows of a quantised matrix."""
     zero_points = None if blocks.zero_points is None else blocks.zero_points[start:stop]
     part = blocks.codes[start:stop], blocks.scales[start:stop], zero_points
     return Blocks(*part, blocks.bits, blocks.columns)

@@ -28,7 +28,7 @@ from pipeline.artefact import (
 from pipeline.calibrate.text import TokenBatch, load_tokens
 from pipeline.checkpoint.card import model_card
 from pipeline.checkpoint.folder import load_checkpoint, save_checkpoint
-from pipeline.checkpoint.modeling_skipcat import FewBits
+from pipeline.checkpoint.modeling_skipcat import QuantizedWeight
 from pipeline.errors import InputError, PipelineError
 from pipeline.model.load import LoadedModel, load_model
 from pipeline.model.source import Source
@@ -105,7 +105,7 @@ def _load(request: RecoverRequest, subject: Recoverable) -> tuple[LoadedModel, L
 
 def _refuse_quantized(request: RecoverRequest, model: PreTrainedModel) -> None:
     """Codes have no gradient, and adapters merged into them would have to be rounded again."""
-    name = next((n for n, m in model.named_modules() if isinstance(m, FewBits)), None)
+    name = next((n for n, m in model.named_modules() if isinstance(m, QuantizedWeight)), None)
     if name is not None:
         raise InputError(
             "Quantised matrices are not fine-tuned.",

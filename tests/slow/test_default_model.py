@@ -31,7 +31,8 @@ from pipeline.engine.manifest import EngineRuntime, check_manifest
 from pipeline.engine.plan import EngineRequest
 from pipeline.engine.target import resolve_target
 from pipeline.errors import InputError
-from pipeline.export.export import ExportRequest, export_folder
+from pipeline.export.export import export_folder
+from pipeline.export.request import ExportRequest
 from pipeline.model.load import load_model
 from pipeline.runtime.generate import generate
 from pipeline.runtime.sequence import Decoding

@@ -11,8 +11,9 @@ import onnx.parser
 import onnx_ir as ir
 import onnxruntime
 
-from pipeline.export.block_skip import DOMAIN, VERSION, function_bodies, is_block_skip
-from pipeline.export.tracing import TRACE_DOMAIN
+from pipeline.export.block_skip import function_bodies, is_block_skip
+from pipeline.export.contract import DOMAIN, OP_VERSION
+from pipeline.export.passes.lay_out import TRACE_DOMAIN
 
 HEADER = '<ir_version: 10, opset_import: ["" : 24, "skipcat" : 1, "skipcat.trace" : 1]>\n'
 
@@ -49,7 +50,7 @@ def run(model: ir.Model, feed: dict[str, np.ndarray]) -> list[np.ndarray]:
     copy = ir.serde.deserialize_model(ir.serde.serialize_model(model))
     for body in function_bodies(24).values():
         copy.functions[body.identifier()] = body
-    copy.opset_imports[DOMAIN] = VERSION
+    copy.opset_imports[DOMAIN] = OP_VERSION
     proto = ir.serde.serialize_model(copy)
     onnx.checker.check_model(proto, full_check=True)
     return onnxruntime.InferenceSession(proto.SerializeToString()).run(None, feed)

@@ -15,7 +15,7 @@ import onnx
 import onnx.parser
 from onnx import numpy_helper
 
-from pipeline.export.block_skip import BODY
+from pipeline.export.block_skip import _BODY
 
 MAX_LENGTH = 16
 VOCAB_SIZE = 32
@@ -130,7 +130,7 @@ def make_graph(profile: str, dtype: str, linear: str) -> onnx.ModelProto:
         attention=FUSED_ATTENTION if static else PLAIN_ATTENTION,
     )
     model = onnx.parser.parse_model(text)
-    model.functions.append(onnx.parser.parse_function(BODY.format(opset=24 if static else 18)))
+    model.functions.append(onnx.parser.parse_function(_BODY.format(opset=24 if static else 18)))
     random = np.random.default_rng(0)
     for name, shape in WEIGHTS.items():
         values = (random.standard_normal(shape) * 0.1).astype(dtype)

@@ -13,8 +13,9 @@ import pytest
 from pipeline.compress.request import CompressRequest
 from pipeline.compress.run import compress_to_folder
 from pipeline.errors import InputError
-from pipeline.export.export import ExportRequest, export_folder
+from pipeline.export.export import export_folder
 from pipeline.export.record import ExportRecord
+from pipeline.export.request import ExportRequest
 from tests.support.families import save_family
 from validate.decoder import TextOptions
 from validate.record import Ledger

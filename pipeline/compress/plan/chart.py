@@ -1,4 +1,4 @@
-"""The plan as a picture: how much of every matrix is kept; in few bits, how many for a weight."""
+"""The plan as a picture: how much of every matrix is kept; quantised, how many bits a weight."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from pipeline.quantize.formats import RUNTIMES
 def save_plan_chart(plan: RankPlan, path: Path) -> None:
     """Write an SVG: layers across, linears down, colour for the fraction kept.
 
-    Where matrices are in few bits, the colour is for the bits that are stored for each weight of
+    Where matrices are quantised, the colour is for the bits that are stored for each weight of
     the original, scales and all. A stack that shares its right factor has one colour, and an
     outline around its members.
     """
-    in_few_bits = any(group.up_style or group.down_style for group in plan.groups)
+    is_quantized = any(group.up_style or group.down_style for group in plan.groups)
     roles = list(
         dict.fromkeys(
             member.removeprefix(f"{layer}.")
@@ -36,13 +36,13 @@ def save_plan_chart(plan: RankPlan, path: Path) -> None:
         for group in groups:
             rows = [roles.index(member.removeprefix(f"{layer}.")) for member in group.members]
             stored_bits = 8 * group_bytes(group, RUNTIMES["any"])
-            stored = stored_bits if in_few_bits else group.kept_parameters
+            stored = stored_bits if is_quantized else group.kept_parameters
             kept[rows, column] = stored / group.dense_parameters
             if len(rows) > 1 and group.form != "dense":
                 shared.append((column, rows))
     # Without a date, and with names inside that do not change from run to run.
     with rc_context({"svg.hashsalt": "skipcat"}):
-        draw = _draw_bits if in_few_bits else _draw_kept
+        draw = _draw_bits if is_quantized else _draw_kept
         draw(kept, roles, shared, plan.kept_fraction).savefig(path, metadata={"Date": None})
 
 

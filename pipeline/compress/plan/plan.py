@@ -38,7 +38,7 @@ class GroupPlan:
         rank: r; min(m, n) for dense.
         reason: why it stays dense; None otherwise.
         expected_kl: what it is expected to cost, nats per token; None when it was not estimated.
-        down_style: format of few bits of A' or A (see `pipeline.quantize.formats`); None for
+        down_style: low-bit format of A' or A (see `pipeline.quantize.formats`); None for
             numbers of the checkpoint's type.
         up_style: of B' or B, or of the dense matrices, likewise.
     """
@@ -75,7 +75,7 @@ class RankPlan:
 
     Attributes:
         layers: layer name -> its groups.
-        tables: module name of an embedding or a head -> its format of few bits; those that are not
+        tables: module name of an embedding or an LM head -> its low-bit format; those that are not
             named stay as they are.
     """
 

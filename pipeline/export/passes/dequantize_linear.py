@@ -1,4 +1,4 @@
-"""Linear layers in few bits, as ONNX itself holds them: DequantizeLinear before the product.
+"""Quantised linear layers, as ONNX itself holds them: DequantizeLinear before the product.
 
     Linear(x, Q)        -> MatMul(x, DequantizeLinear(Q^T, scales^T))
     BlockSkip(x, A', B) -> BlockSkipLinearFewBits(x, DequantizeLinear(A'^T), DequantizeLinear(B^T))
@@ -14,9 +14,14 @@ from collections import Counter
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from pipeline.export.block_skip import DOMAIN, FEW_BITS, FEW_BITS_INDEXED, VERSION
+from pipeline.export.contract import (
+    DEQUANTIZE,
+    DOMAIN,
+    OP_VERSION,
+    QUANTIZED_SKIP,
+    QUANTIZED_SKIP_INDEXED,
+)
 from pipeline.export.passes.lay_out import (
     common_name,
     is_linear,
@@ -26,17 +31,17 @@ from pipeline.export.passes.lay_out import (
 )
 from pipeline.export.passes.weights import (
     StoredCodes,
-    alone_in_few_bits,
     codes_of,
     derived_weight,
     moved_rows,
     one_format,
+    quantized_lookups,
     stacked_rows,
     weight_shape,
 )
 from pipeline.quantize.groupwise import Blocks
 
-ROWS_AXIS, COLUMNS_AXIS = 0, 1
+_ROWS_AXIS, _COLUMNS_AXIS = 0, 1
 
 
 def dequantize_linears(model: ir.Model) -> dict[str, int]:
@@ -54,25 +59,24 @@ def dequantize_linears(model: ir.Model) -> dict[str, int]:
         codes = codes_of(node.inputs[1]) if is_linear(node) else None
         if codes is not None:
             _linear(model.graph, node)
-            counts[f"DequantizeLinear {codes.style.bits}"] += 1
+            counts[f"{DEQUANTIZE} {codes.format.bits}"] += 1
     for nodes in same_latent(model.graph):
         parts = [[nodes[0].inputs[1]], [node.inputs[2] for node in nodes]]
-        styles = [codes.style for part in parts if (codes := _common_codes(part)) is not None]
-        if styles:
+        formats = [codes.format for part in parts if (codes := _common_codes(part)) is not None]
+        if formats:
             _block_skip(model.graph, nodes)
-            counts.update(f"DequantizeLinear {style.bits}" for style in styles)
-    for gather, codes in alone_in_few_bits(model.graph):
+            counts.update(f"{DEQUANTIZE} {format_.bits}" for format_ in formats)
+    for gather, codes in quantized_lookups(model.graph):
         weight = gather.inputs[0]
         name, dtype = weight.name.removesuffix(".weight"), gather.outputs[0].dtype
         values = _dequantized(model.graph, gather, [weight], name, dtype)
         _look_up(model.graph, gather, values, name)
-        counts[f"DequantizeLinear {codes.style.bits}"] += 1
-    RemoveUnusedNodesPass()(model)
+        counts[f"{DEQUANTIZE} {codes.format.bits}"] += 1
     return dict(counts)
 
 
 def _common_codes(weights: list[ir.Value]) -> StoredCodes | None:
-    """The codes of the first of some matrices, if all are in its format of few bits."""
+    """The codes of the first of some matrices, if all are in its format."""
     return codes_of(weights[0]) if one_format(weights) else None
 
 
@@ -92,9 +96,7 @@ def _linear(graph: ir.Graph, node: ir.Node) -> None:
 def _embedding(graph: ir.Graph, gather: ir.Node, source: ir.Node | None, name: str) -> None:
     """Look rows up in the matrix that the head's codes stand for."""
     assert source is not None
-    values = ir.node(
-        "DequantizeLinear", source.inputs, {n: a.value for n, a in source.attributes.items()}
-    )
+    values = ir.node(DEQUANTIZE, source.inputs, {n: a.value for n, a in source.attributes.items()})
     values.outputs[0].name = f"{name}.embedded"
     graph.insert_before(gather, values)
     _look_up(graph, gather, values.outputs[0], name)
@@ -128,7 +130,7 @@ def _dequantized(
 ) -> ir.Value:
     """W^T [n, m] of a stack from its codes, by a node inserted before another."""
     codes, scales, attributes = _codes_and_scales(graph, weights, name, dtype)
-    node = ir.node("DequantizeLinear", [codes, scales], attributes, name=f"{name}.dequantized")
+    node = ir.node(DEQUANTIZE, [codes, scales], attributes, name=f"{name}.dequantized")
     node.outputs[0].name = f"{name}.values"
     graph.insert_before(before, node)
     return node.outputs[0]
@@ -140,9 +142,9 @@ def _codes_and_scales(
     """Codes [n, m] and scales of a stack, and the attributes of DequantizeLinear for them."""
     noted = [codes for weight in weights if (codes := codes_of(weight)) is not None]
     assert one_format(weights)
-    style = noted[0].style
+    format_ = noted[0].format
     rows, columns = sum(weight_shape(w)[0] for w in weights), weight_shape(weights[0])[1]
-    by_row, kind = style.block == 0, ir.DataType.INT4 if style.bits == 4 else ir.DataType.INT8
+    by_row, kind = format_.block == 0, ir.DataType.INT4 if format_.bits == 4 else ir.DataType.INT8
 
     def read() -> Blocks:
         return moved_rows([codes.read() for codes in noted], stacked_rows)
@@ -156,12 +158,12 @@ def _codes_and_scales(
         scales = read().scales.astype(dtype.numpy())
         return scales[:, 0] if by_row else scales.T
 
-    scale_shape = (rows,) if by_row else (style.blocks(columns), rows)
+    scale_shape = (rows,) if by_row else (format_.blocks(columns), rows)
     codes = derived_weight(graph, f"{name}.codes", [], (columns, rows), codes_array, kind)
     scales = derived_weight(graph, f"{name}.scales", [], scale_shape, scales_array, dtype)
     if by_row:
-        return codes, scales, {"axis": COLUMNS_AXIS}
-    return codes, scales, {"axis": ROWS_AXIS, "block_size": style.block}
+        return codes, scales, {"axis": _COLUMNS_AXIS}
+    return codes, scales, {"axis": _ROWS_AXIS, "block_size": format_.block}
 
 
 def _block_skip(graph: ir.Graph, nodes: list[ir.Node]) -> None:
@@ -175,10 +177,10 @@ def _block_skip(graph: ir.Graph, nodes: list[ir.Node]) -> None:
         for letter, weights in (("a", [a]), ("b", ups))
     ]
     node = ir.node(
-        FEW_BITS_INDEXED if index else FEW_BITS,
+        QUANTIZED_SKIP_INDEXED if index else QUANTIZED_SKIP,
         [x, *factors, *index],
         domain=DOMAIN,
-        version=VERSION,
+        version=OP_VERSION,
         name=name,
     )
     output = node.outputs[0]

@@ -9,18 +9,20 @@ the down projection of a gated MLP, and costs nothing at run time.
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from pipeline.export.block_skip import INDEXED, PLAIN, is_block_skip
+from pipeline.export.block_skip import is_block_skip
+from pipeline.export.contract import BLOCK_SKIP, BLOCK_SKIP_INDEXED
+from pipeline.export.passes.lay_out import is_linear
 from pipeline.export.passes.weights import constant_of, derived_weight, shape_of, weight_shape
-from pipeline.export.tracing import LINEAR, TRACE_DOMAIN
 
-ELEMENTWISE = {
+_logger = logging.getLogger(__name__)
+_ELEMENTWISE = {
     "Add", "Sub", "Mul", "Div", "Pow", "Neg", "Abs", "Sqrt", "Reciprocal", "Exp", "Log", "Erf",
     "Sigmoid", "Tanh", "Relu", "Gelu", "Silu", "Swish", "Softplus", "Clip", "Cast", "Identity",
 }  # fmt: skip
@@ -49,7 +51,7 @@ def fold_permutations(model: ir.Model) -> tuple[int, list[str]]:
     """
     folded, kept = 0, []
     for node in list(model.graph):
-        if not (is_block_skip(node) and node.op_type == INDEXED):
+        if not (is_block_skip(node) and node.op_type == BLOCK_SKIP_INDEXED):
             continue
         region = _Region()
         index = constant_of(node.inputs[3])
@@ -59,11 +61,11 @@ def fold_permutations(model: ir.Model) -> tuple[int, list[str]]:
             reason = _collect(node.inputs[0], len(index), region) or _escapes(region, node)
         if index is None or reason:
             kept.append(f"{node.name}: {reason}")
+            _logger.debug("%s keeps its index: %s", node.name, reason)
             continue
         _permute(model.graph, region, index)
         _drop_index(node)
         folded += 1
-    RemoveUnusedNodesPass()(model)
     return folded, kept
 
 
@@ -78,10 +80,10 @@ def _collect(value: ir.Value, width: int, region: _Region) -> str | None:
     if is_block_skip(node):
         region.weights.append((node, 2, 0))
         return None
-    if (node.domain, node.op_type) == (TRACE_DOMAIN, LINEAR):
+    if is_linear(node):
         region.weights.append((node, 1, 0))
         return None
-    if node.domain or node.op_type not in ELEMENTWISE:
+    if node.domain or node.op_type not in _ELEMENTWISE:
         return f"{node.op_type} is not elementwise"
     for number, operand in enumerate(node.inputs):
         if operand is None:
@@ -128,5 +130,5 @@ def _permute(graph: ir.Graph, region: _Region, index: np.ndarray) -> None:
 
 
 def _drop_index(node: ir.Node) -> None:
-    node.op_type = PLAIN
+    node.op_type = BLOCK_SKIP
     node.resize_inputs(3)

@@ -11,6 +11,9 @@ from typing import Any
 import onnx_ir as ir
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnusedNodesPass
 from onnxscript.rewriter import pattern
+
+# Private modules, for there are no public ones: what onnxscript offers (rewriter.ort_fusions) goes
+# to ONNX Runtime's own operators, and its rules for those of ONNX itself are in these alone.
 from onnxscript.rewriter.rules.fusion._rms_normalization import fuse_rms_normalization
 from onnxscript.rewriter.rules.fusion._rotary_embedding import (
     RotaryEmbedding23Fusion,
@@ -19,7 +22,7 @@ from onnxscript.rewriter.rules.fusion._rotary_embedding import (
 )
 
 
-class HalfRotaryEmbedding(RotaryEmbedding23Fusion):
+class _HalfRotaryEmbedding(RotaryEmbedding23Fusion):
     """The library's rule, for models in half precision: cos and sin are rounded after Concat."""
 
     def pattern(
@@ -39,14 +42,14 @@ class HalfRotaryEmbedding(RotaryEmbedding23Fusion):
         return op.RotaryEmbedding(x, cos, sin, interleaved=0, num_heads=x.shape[1])
 
 
-HALF_ROTARY = pattern.RewriteRuleSet([HalfRotaryEmbedding.rule()])
+_HALF_ROTARY = pattern.RewriteRuleSet([_HalfRotaryEmbedding.rule()])
 
 
 def fuse_operators(model: ir.Model) -> dict[str, int]:
     """Apply the rules in place; return how often each did."""
     fused = {
         "RMSNormalization": fuse_rms_normalization(model),
-        "RotaryEmbedding": fuse_rotary_embedding(model) + HALF_ROTARY.apply_to_model(model),
+        "RotaryEmbedding": fuse_rotary_embedding(model) + _HALF_ROTARY.apply_to_model(model),
     }
     return fused
 

@@ -1,4 +1,4 @@
-"""Rows of an embedding looked up in codes of few bits, which may be those that the head reads.
+"""Rows of an embedding looked up in quantised codes, which may be those that the head reads.
 
     Gather(W, ids) -> Reshape(GatherBlockQuantized(Q(W), ids)), cut to the width of a row
 
@@ -13,7 +13,7 @@ from collections.abc import Callable
 import numpy as np
 import onnx_ir as ir
 
-from pipeline.export.contract import CONTRIB
+from pipeline.export.contract import CONTRIB, GATHER_NBITS
 from pipeline.export.passes.lay_out import take_place
 from pipeline.export.passes.offsets import rests_of
 from pipeline.export.passes.weights import derived_weight, new_constant, weight_shape
@@ -22,7 +22,7 @@ from pipeline.quantize.groupwise import Blocks
 
 
 def look_up_rows(
-    graph: ir.Graph, gather: ir.Node, codes: ir.Value, style: Format, read: Callable[[], Blocks]
+    graph: ir.Graph, gather: ir.Node, codes: ir.Value, format_: Format, read: Callable[[], Blocks]
 ) -> None:
     """Let codes take the place of the weight that a Gather reads.
 
@@ -30,12 +30,12 @@ def look_up_rows(
         graph: changed in place.
         gather: the look-up; its output is [B, S, columns].
         codes: [rows, blocks, bytes].
-        style: their format.
+        format_: of the codes.
         read: the codes with their scales and zero points, when they are written.
     """
     weight, ids = gather.inputs
     rows, columns = weight_shape(weight)
-    blocks, name = style.blocks(columns), weight.name.removesuffix(".weight")
+    blocks, name = format_.blocks(columns), weight.name.removesuffix(".weight")
 
     def table(kind: str, dtype: ir.DataType, of: Callable[[Blocks], np.ndarray | None]) -> ir.Value:
         return derived_weight(
@@ -48,17 +48,22 @@ def look_up_rows(
         )
 
     tables = [table("row_scales", ir.DataType.FLOAT, lambda found: found.scales)]
-    if style.zero == "asym":  # here one to a byte
+    if format_.zero == "asym":  # here one to a byte
         tables.append(table("row_zeros", ir.DataType.UINT8, lambda found: found.zero_points))
-    sizes = {"bits": style.bits, "block_size": style.block, "gather_axis": 0, "quantize_axis": 2}
-    looked_up = ir.node("GatherBlockQuantized", [codes, ids, *tables], sizes, domain=CONTRIB)
+    sizes = {
+        "bits": format_.bits,
+        "block_size": format_.block,
+        "gather_axis": 0,
+        "quantize_axis": 2,
+    }
+    looked_up = ir.node(GATHER_NBITS, [codes, ids, *tables], sizes, domain=CONTRIB)
     nodes = {f"{name}.blocks": looked_up}
-    if style.zero == "offset":
+    if format_.zero == "offset":
         rests = ir.node("Gather", [table("row_rests", ir.DataType.FLOAT, rests_of), ids])
         nodes[f"{name}.row_rest"] = rests
         nodes[f"{name}.whole"] = ir.node("Add", [looked_up.outputs[0], rests.outputs[0]])
     nodes |= _joined(
-        graph, name, list(nodes.values())[-1].outputs[0], blocks * style.block, columns
+        graph, name, list(nodes.values())[-1].outputs[0], blocks * format_.block, columns
     )
     for output, node in nodes.items():
         node.outputs[0].name = output

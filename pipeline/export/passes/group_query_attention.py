@@ -11,13 +11,16 @@ gaps.
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 import onnx
 import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from pipeline.export.contract import CONTRIB
+from pipeline.export.contract import CONTRIB, GROUPED_ATTENTION, POSITION_IDS
+from pipeline.export.passes.lay_out import LINEAR, TRACE_DOMAIN, is_linear
 from pipeline.export.passes.weights import (
     constant_of,
     derived_weight,
@@ -26,10 +29,9 @@ from pipeline.export.passes.weights import (
     stacked_rows,
     weight_shape,
 )
-from pipeline.export.tracing import LINEAR, TRACE_DOMAIN
 
-ATTENTION = "GroupQueryAttention"
-HEADS_FIRST = [0, 2, 1, 3]
+_logger = logging.getLogger(__name__)
+_HEADS_FIRST = [0, 2, 1, 3]
 
 
 def simplify_attention(model: ir.Model, max_length: int) -> dict[str, int]:
@@ -42,14 +44,17 @@ def simplify_attention(model: ir.Model, max_length: int) -> dict[str, int]:
     Returns:
         How many nodes of attention rotate by themselves, and how many take q, k, v as one.
     """
-    nodes = [n for n in model.graph if (n.domain, n.op_type) == (CONTRIB, ATTENTION)]
+    nodes = [n for n in model.graph if (n.domain, n.op_type) == (CONTRIB, GROUPED_ATTENTION)]
     _drop_reshapes(model.graph)
     tables: dict[tuple[ir.Value, ir.Value], list[ir.Value]] = {}
-    rotating = [_rotate_inside(model, node, tables, max_length) for node in nodes]
+    apart = [_rotate_inside(model, node, tables, max_length) for node in nodes]
     RemoveUnusedNodesPass()(model)  # what read q, k, v before
-    packed = [_pack(model.graph, node) for node in nodes]
-    RemoveUnusedNodesPass()(model)
-    return {"rotary_in_attention": sum(rotating), "packed_qkv": sum(packed)}
+    loose = [_pack(model.graph, node) for node in nodes]
+    for node, *reasons in zip(nodes, apart, loose, strict=True):
+        for what, reason in zip(("rotate by itself", "take q, k, v as one"), reasons, strict=True):
+            if reason:
+                _logger.debug("%s does not %s: %s", node.name, what, reason)
+    return {"rotary_in_attention": apart.count(None), "packed_qkv": loose.count(None)}
 
 
 def _drop_reshapes(graph: ir.Graph) -> None:
@@ -74,15 +79,17 @@ def _rotate_inside(
     node: ir.Node,
     tables: dict[tuple[ir.Value, ir.Value], list[ir.Value]],
     max_length: int,
-) -> bool:
-    """Move the rotation of q and k into the node; False where it has not the form above."""
+) -> str | None:
+    """Move the rotation of q and k into the node, or say why it has not the form above."""
     query, key = (_before_rotation(value) for value in node.inputs[:2])
-    if query is None or key is None or query[1] != key[1]:
-        return False
+    if query is None or key is None:
+        return "q or k is not what a whole rotation of heads gives"
+    if query[1] != key[1]:
+        return "q and k are rotated by different angles"
     if query[1] not in tables:
         arrays = _by_position(model, query[1], max_length)
         if arrays is None:
-            return False
+            return "the angles depend on more than positions"
         names = ("rotary.cos", "rotary.sin")
         tables[query[1]] = [
             new_constant(model.graph, name, array)
@@ -94,7 +101,7 @@ def _rotate_inside(
     for number, table in enumerate(tables[query[1]], start=7):
         node.replace_input_with(number, table)
     node.attributes.add(ir.AttrInt64("do_rotary", 1))
-    return True
+    return None
 
 
 def _before_rotation(value: ir.Value | None) -> tuple[ir.Value, tuple[ir.Value, ir.Value]] | None:
@@ -106,7 +113,7 @@ def _before_rotation(value: ir.Value | None) -> tuple[ir.Value, tuple[ir.Value, 
     if back is None or rotary is None or turn is None or len(rotary.inputs) > 3:
         return None
     turns = [node.attributes.get_ints("perm") for node in (back, turn)]
-    if any(list(perm) != HEADS_FIRST for perm in turns) or _is_partial(rotary):
+    if any(list(perm) != _HEADS_FIRST for perm in turns) or _is_partial(rotary):
         return None
     source, cos, sin = turn.inputs[0], rotary.inputs[1], rotary.inputs[2]
     return None if source is None or cos is None or sin is None else (source, (cos, sin))
@@ -138,7 +145,7 @@ def _by_position(
 
     None where they depend on anything else, such as the length of the text.
     """
-    positions = next(v for v in model.graph.inputs if v.name == "position_ids")
+    positions = next(v for v in model.graph.inputs if v.name == POSITION_IDS)
     nodes = _upstream(values, positions)
     if nodes is None:
         return None
@@ -180,18 +187,20 @@ def _upstream(values: tuple[ir.Value, ...], source: ir.Value) -> set[ir.Node] | 
     return nodes
 
 
-def _pack(graph: ir.Graph, node: ir.Node) -> bool:
-    """Give attention q, k and v as one product, if they are three of the same input."""
+def _pack(graph: ir.Graph, node: ir.Node) -> str | None:
+    """Give attention q, k and v as one product, or say why they are not three of the same input."""
     parts = [value.producer() if value is not None else None for value in node.inputs[:3]]
-    linears = [p for p in parts if p and (p.domain, p.op_type) == (TRACE_DOMAIN, LINEAR)]
+    linears = [p for p in parts if p and is_linear(p)]
     alone = all(len(p.outputs[0].uses()) == 1 for p in linears)
-    if len(linears) < 3 or not alone or len({p.inputs[0] for p in linears}) > 1:
-        return False
-    if not node.attributes.get_int("do_rotary", 0):  # it rejects packed rows that it need not turn
-        return False
+    if len(linears) < 3:
+        return "they are not three products of dense matrices"
+    if not alone or len({p.inputs[0] for p in linears}) > 1:
+        return "they have different inputs, or something else reads them"
+    if not node.attributes.get_int("do_rotary", 0):
+        return "it rejects packed rows that it need not turn"
     weights = [p.inputs[1] for p in linears]
     if not one_format(weights):
-        return False
+        return "their matrices are stored in different formats"
     height = sum(weight_shape(w)[0] for w in weights)
     names = [w.name.removesuffix(".weight") for w in weights]
     name = "+".join([names[0], *(n.rsplit(".", 1)[-1] for n in names[1:])])
@@ -211,4 +220,5 @@ def _pack(graph: ir.Graph, node: ir.Node) -> bool:
     node.replace_input_with(0, product.outputs[0])
     node.replace_input_with(1, None)
     node.replace_input_with(2, None)
-    return True
+    graph.remove(linears, safe=True)
+    return None

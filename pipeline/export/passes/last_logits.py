@@ -9,14 +9,17 @@ done once instead of for every token.
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 import onnx_ir as ir
 
+from pipeline.export.contract import FIRST_LOGIT
 from pipeline.export.passes.lay_out import is_linear
 from pipeline.export.passes.weights import new_constant
 
-FIRST_LOGIT = "first_logit"
-END = np.iinfo(np.int64).max
+_logger = logging.getLogger(__name__)
+_END = np.iinfo(np.int64).max
 
 
 def choose_first_logit(model: ir.Model) -> bool:
@@ -24,6 +27,7 @@ def choose_first_logit(model: ir.Model) -> bool:
     graph = model.graph
     head = _head(graph.outputs[0])
     if head is None:
+        _logger.debug("all logits are computed: no linear layer ends in them")
         return False
     first = ir.Value(
         name=FIRST_LOGIT, shape=ir.Shape([1]), type=ir.TensorType(ir.DataType.INT64),
@@ -31,7 +35,7 @@ def choose_first_logit(model: ir.Model) -> bool:
     )  # fmt: skip
     graph.inputs.append(first)
     graph.register_initializer(first)
-    end = new_constant(graph, "logits.end", np.array([END], np.int64))
+    end = new_constant(graph, "logits.end", np.array([_END], np.int64))
     axis = new_constant(graph, "logits.axis", np.array([1], np.int64))
     x = head.inputs[0]
     cut = ir.node("Slice", [x, first, end, axis], name="logits.wanted")

@@ -14,13 +14,19 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from pipeline.export.block_skip import DOMAIN, PLUGIN_ATTRIBUTES, VERSION, is_block_skip
+from pipeline.export.block_skip import PLUGIN_ATTRIBUTES, is_block_skip
+from pipeline.export.contract import DOMAIN, OP_VERSION
 from pipeline.export.passes.weights import derived_weight, new_constant, weight_shape
-from pipeline.export.tracing import LINEAR, TRACE_DOMAIN
+
+# A linear layer as it is traced: (x, W [m, n]).
+TRACE_DOMAIN, LINEAR = "skipcat.trace", "Linear"
 
 
 def lay_out(model: ir.Model) -> int:
-    """Bring every linear layer into its final form, in place; return the block-skip nodes left."""
+    """Bring every linear layer into its final form, in place; return the block-skip nodes left.
+
+    What no node reads goes with it: this is the last pass.
+    """
     graph = model.graph
     groups = same_latent(graph)
     for node in list(graph):
@@ -83,7 +89,7 @@ def _merge(graph: ir.Graph, nodes: list[ir.Node]) -> None:
         [x, *weights, *index],
         attributes=PLUGIN_ATTRIBUTES,
         domain=DOMAIN,
-        version=VERSION,
+        version=OP_VERSION,
         name=name,
     )
     output = merged.outputs[0]

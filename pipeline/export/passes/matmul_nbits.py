@@ -1,4 +1,4 @@
-"""Linear layers and the embedding in few bits, as ONNX Runtime's own operators hold them.
+"""Quantised linear layers and embedding, as ONNX Runtime's own operators hold them.
 
     Linear(x, W) + c             -> MatMulNBits(x, Q(W), c)
     BlockSkip(x, A', B)          -> MatMulNBits(x1 + MatMulNBits(x2, Q(A')), Q(B))
@@ -17,9 +17,17 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from pipeline.export.contract import CONTRIB
+from pipeline.export.contract import (
+    CONTRIB,
+    GATHER_NBITS,
+    INT4,
+    INT4_OFFSET,
+    INT8,
+    INTEGER,
+    MATMUL_NBITS,
+    PRODUCTS,
+)
 from pipeline.export.passes.gather_nbits import look_up_rows
 from pipeline.export.passes.lay_out import (
     common_name,
@@ -30,12 +38,12 @@ from pipeline.export.passes.lay_out import (
 )
 from pipeline.export.passes.offsets import BlockSums, add_rests, rests_of
 from pipeline.export.passes.weights import (
-    alone_in_few_bits,
     codes_of,
     derived_weight,
     moved_rows,
     new_constant,
     one_format,
+    quantized_lookups,
     shape_of,
     stacked_rows,
     weight_shape,
@@ -44,26 +52,23 @@ from pipeline.quantize.formats import Format
 from pipeline.quantize.groupwise import Blocks, quantize_blocks
 from pipeline.quantize.packing import pack_codes
 
-INTEGER_PRODUCTS = 4
-
-
 # Measured (docs/cpu.md): the node rounds its input in the blocks of the weights, which costs more
 # than rounding the weights does; blocks of 16 make that small. The head's input needs them less.
-INT8 = Format(8, 16, "sym")
-INT4 = Format(4, 32, "asym")
-INT4_OFFSET = Format(4, 32, "offset")
-OFFSET = "int4-offset"
-HEAD = Format(8, 64, "sym")
-FORMATS = {"int8": INT8, "int4": INT4, OFFSET: INT4_OFFSET}
+FORMATS = {
+    INT8: Format(8, 16, "sym"),
+    INT4: Format(4, 32, "asym"),
+    INT4_OFFSET: Format(4, 32, "offset"),
+}
+_HEAD = Format(8, 64, "sym")
 
 
-class Rounder:
+class _Rounder:
     """Reads or rounds weights when they are written; keeps the last one, written in parts."""
 
     def __init__(self) -> None:
         self._last: tuple[str, Blocks] | None = None
 
-    def __call__(self, name: str, style: Format, weights: list[ir.Value]) -> Blocks:
+    def __call__(self, name: str, format_: Format, weights: list[ir.Value]) -> Blocks:
         """The stack of weights [m_i, n] under `name`: its stored codes, or rounded here."""
         if self._last is None or self._last[0] != name:
             stored = [codes.read() for w in weights if (codes := codes_of(w)) is not None]
@@ -71,7 +76,7 @@ class Rounder:
                 self._last = (name, moved_rows(stored, stacked_rows))
             else:
                 stacked = np.concatenate([_array_of(weight) for weight in weights])
-                blocks = quantize_blocks(stacked, style.bits, style.block, zero=style.zero)
+                blocks = quantize_blocks(stacked, format_.bits, format_.block, zero=format_.zero)
                 self._last = (name, blocks)
         return self._last[1]
 
@@ -88,7 +93,7 @@ class _Pass:
 
     Attributes:
         graph: changed in place.
-        style: of matrices that the checkpoint does not hold in few bits; None leaves them.
+        format: of matrices that the checkpoint does not hold quantised; None leaves them.
         accuracy: `accuracy_level` of the nodes.
         rounder: of their weights.
         counts: how many nodes there are of each kind.
@@ -96,9 +101,9 @@ class _Pass:
     """
 
     graph: ir.Graph
-    style: Format | None
+    format: Format | None
     accuracy: int
-    rounder: Rounder = field(default_factory=Rounder)
+    rounder: _Rounder = field(default_factory=_Rounder)
     counts: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
@@ -107,56 +112,55 @@ class _Pass:
     def format_of(self, weights: list[ir.Value], other: Format | None) -> Format | None:
         """The format that weights are stored in, or `other`."""
         codes = codes_of(weights[0])
-        return codes.style if codes is not None and one_format(weights) else other
+        return codes.format if codes is not None and one_format(weights) else other
 
 
 def quantize_linears(
-    model: ir.Model, style: Format | None, *, accuracy: int = INTEGER_PRODUCTS
+    model: ir.Model, format_: Format | None, *, accuracy: int = PRODUCTS[INTEGER]
 ) -> dict[str, int]:
-    """Bring linear layers into few bits, in place.
+    """Quantise linear layers, in place.
 
-    Matrices that the checkpoint holds in few bits keep their codes. The others are rounded to
-    `style`, the head and the embedding to 8 bits; without a style they stay as they are.
+    Matrices that the checkpoint holds quantised keep their codes. The others are rounded to
+    `format_`, the head and the embedding to 8 bits; without a format they stay as they are.
 
     Args:
         model: traced; weights in torch's order, float32.
-        style: of matrices that are not in few bits yet.
+        format_: of matrices that are not quantised yet.
         accuracy: 4 rounds the inputs of products to 8 bits, too; 0 multiplies in float32.
 
     Returns:
         How many nodes there are of each number of bits.
     """
-    work = _Pass(model.graph, style, accuracy)
+    work = _Pass(model.graph, format_, accuracy)
     for node in list(model.graph):
         if is_linear(node):
             is_head = node.outputs[0].is_graph_output()
-            other = HEAD if is_head and style is not None else style
+            other = _HEAD if is_head and format_ is not None else format_
             chosen = work.format_of([node.inputs[1]], other)
             if chosen is not None:
                 _linear(work, node, chosen)
     for nodes in same_latent(model.graph):
         parts = [[nodes[0].inputs[1]], [node.inputs[2] for node in nodes]]
-        if any(work.format_of(weights, style) is not None for weights in parts):
+        if any(work.format_of(weights, format_) is not None for weights in parts):
             _block_skip(work, nodes)
-    for gather, found in alone_in_few_bits(work.graph):
+    for gather, found in quantized_lookups(work.graph):
         weight = gather.inputs[0]
         name = weight.name.removesuffix(".weight")
-        codes = _part(work, name, "codes", found.style, [weight])
-        _embedding(work, gather, weight, codes, found.style)
-        work.counts[f"GatherBlockQuantized {found.style.bits}"] += 1
-    RemoveUnusedNodesPass()(model)
+        codes = _part(work, name, "codes", found.format, [weight])
+        _embedding(work, gather, weight, codes, found.format)
+        work.counts[f"{GATHER_NBITS} {found.format.bits}"] += 1
     return dict(work.counts)
 
 
-def _linear(work: _Pass, node: ir.Node, style: Format) -> None:
+def _linear(work: _Pass, node: ir.Node, format_: Format) -> None:
     x, weight = node.inputs
     gathers = [user for user, _ in weight.uses() if user.op_type == "Gather"]
     bias = _bias_behind(node)
     last, vector = (node, None) if bias is None else bias
-    product, codes = _product(work, node, x, [weight], weight.name, style, vector)
+    product, codes = _product(work, node, x, [weight], weight.name, format_, vector)
     take_place(last, product)
     for gather in gathers:
-        _embedding(work, gather, weight, codes, style)
+        _embedding(work, gather, weight, codes, format_)
     work.graph.remove([last, node] if last is not node else node, safe=True)
 
 
@@ -179,17 +183,17 @@ def _product(
     x: ir.Value,
     weights: list[ir.Value],
     name: str,
-    style: Format,
+    format_: Format,
     bias: ir.Value | None = None,
 ) -> tuple[ir.Value, ir.Value]:
     """The product of x with stacked weights, inserted before a node, and the value of its codes."""
     rows, columns = sum(weight_shape(w)[0] for w in weights), weight_shape(weights[0])[1]
     name = name.removesuffix(".weight")
-    kinds = ("codes", "scales", "zeros") if style.zero == "asym" else ("codes", "scales")
-    inputs = [x, *(_part(work, name, kind, style, weights) for kind in kinds)]
-    sizes = {"K": columns, "N": rows, "bits": style.bits, "block_size": style.block}
+    kinds = ("codes", "scales", "zeros") if format_.zero == "asym" else ("codes", "scales")
+    inputs = [x, *(_part(work, name, kind, format_, weights) for kind in kinds)]
+    sizes = {"K": columns, "N": rows, "bits": format_.bits, "block_size": format_.block}
     node = ir.node(
-        "MatMulNBits",
+        MATMUL_NBITS,
         inputs,
         sizes | {"accuracy_level": work.accuracy},
         domain=CONTRIB,
@@ -201,29 +205,29 @@ def _product(
     product = node.outputs[0]
     product.name = f"{name}.output"
     work.graph.insert_before(before, node)
-    work.counts[f"MatMulNBits {style.bits}"] += 1
-    if style.zero == "offset":
-        rests = _part(work, name, "rests", style, weights)
-        sums = work.sums(x, columns, style.block)
+    work.counts[f"{MATMUL_NBITS} {format_.bits}"] += 1
+    if format_.zero == "offset":
+        rests = _part(work, name, "rests", format_, weights)
+        sums = work.sums(x, columns, format_.block)
         product = add_rests(work.graph, before, product, sums, rests)
     return product, inputs[1]
 
 
-def _part(work: _Pass, name: str, kind: str, style: Format, weights: list[ir.Value]) -> ir.Value:
+def _part(work: _Pass, name: str, kind: str, format_: Format, weights: list[ir.Value]) -> ir.Value:
     """Codes, scales or zeros of stacked weights as MatMulNBits wants them, or their rests."""
     rows, columns = sum(weight_shape(w)[0] for w in weights), weight_shape(weights[0])[1]
-    blocks = style.blocks(columns)
+    blocks = format_.blocks(columns)
     bytes_, float_ = ir.DataType.UINT8, ir.DataType.FLOAT
     parts: dict[str, tuple[tuple[int, ...], ir.DataType, Callable[[Blocks], np.ndarray]]] = {
-        "codes": ((rows, blocks, style.block * style.bits // 8), bytes_, _codes),
+        "codes": ((rows, blocks, format_.block * format_.bits // 8), bytes_, _codes),
         "scales": ((rows * blocks,), float_, lambda found: found.scales),
-        "zeros": ((rows * -(-blocks * style.bits // 8),), bytes_, _zeros),
+        "zeros": ((rows * -(-blocks * format_.bits // 8),), bytes_, _zeros),
         "rests": ((blocks, rows), float_, lambda found: rests_of(found).T),
     }
     shape, dtype, of = parts[kind]
 
     def make() -> np.ndarray:
-        return of(work.rounder(name, style, weights)).reshape(shape)
+        return of(work.rounder(name, format_, weights)).reshape(shape)
 
     return derived_weight(work.graph, f"{name}.{kind}", [], shape, make, dtype)
 
@@ -235,10 +239,10 @@ def _any_product(
     weights: list[ir.Value],
     name: str,
 ) -> ir.Value:
-    """The product of x with stacked weights: in few bits, or as numbers where nothing says so."""
-    style = work.format_of(weights, work.style)
-    if style is not None:
-        return _product(work, before, x, weights, name, style)[0]
+    """The product of x with stacked weights: quantised, or as numbers where nothing says so."""
+    format_ = work.format_of(weights, work.format)
+    if format_ is not None:
+        return _product(work, before, x, weights, name, format_)[0]
     rows, columns = sum(weight_shape(w)[0] for w in weights), weight_shape(weights[0])[1]
     turned = derived_weight(
         work.graph,
@@ -263,11 +267,11 @@ def _zeros(blocks: Blocks) -> np.ndarray:
 
 
 def _embedding(
-    work: _Pass, gather: ir.Node, weight: ir.Value, codes: ir.Value, style: Format
+    work: _Pass, gather: ir.Node, weight: ir.Value, codes: ir.Value, format_: Format
 ) -> None:
     """Look rows up in the codes of a matrix."""
     name = weight.name.removesuffix(".weight")
-    look_up_rows(work.graph, gather, codes, style, lambda: work.rounder(name, style, [weight]))
+    look_up_rows(work.graph, gather, codes, format_, lambda: work.rounder(name, format_, [weight]))
 
 
 def _block_skip(work: _Pass, nodes: list[ir.Node]) -> None:

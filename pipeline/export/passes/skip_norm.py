@@ -5,11 +5,15 @@ s = a + b, RMSNormalization(s, w)  ->  SkipSimplifiedLayerNormalization(a, b, w)
 
 from __future__ import annotations
 
+import logging
+
 import onnx_ir as ir
-from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from pipeline.export.contract import CONTRIB
 from pipeline.export.passes.weights import shape_of
+
+SKIP_NORM = "SkipSimplifiedLayerNormalization"
+_logger = logging.getLogger(__name__)
 
 
 def fuse_residual_norms(model: ir.Model) -> int:
@@ -17,26 +21,28 @@ def fuse_residual_norms(model: ir.Model) -> int:
     fused = 0
     for node in list(model.graph):
         if node.op_type == "RMSNormalization" and not node.domain:
-            fused += _fuse(model.graph, node)
-    RemoveUnusedNodesPass()(model)
+            reason = _fuse(model.graph, node)
+            fused += reason is None
+            if reason:
+                _logger.debug("%s stays as it is: %s", node.name, reason)
     return fused
 
 
-def _fuse(graph: ir.Graph, norm: ir.Node) -> bool:
+def _fuse(graph: ir.Graph, norm: ir.Node) -> str | None:
+    """Fuse a norm with the sum before it, or say what stands in the way; both go unused."""
     total, gain = norm.inputs
     add = total.producer()
     if add is None or add.domain or add.op_type != "Add":
-        return False
+        return "its input is no sum"
     if norm.attributes.get_int("axis", -1) != -1 or len(total.shape or ()) != 3:
-        return False
-    if (
-        any(v is None or v.shape != total.shape for v in add.inputs)
-        or len(shape_of(gain) or ()) != 1
-    ):
-        return False
+        return f"it is over axis {norm.attributes.get_int('axis', -1)} of {total.shape}"
+    if any(v is None or v.shape != total.shape for v in add.inputs):
+        return "its sum broadcasts"
+    if len(shape_of(gain) or ()) != 1:
+        return "its gain is not a constant vector"
     epsilon = norm.attributes.get_float("epsilon", 1e-5)
     both = ir.node(
-        "SkipSimplifiedLayerNormalization",
+        SKIP_NORM,
         [*add.inputs, gain],
         {"epsilon": epsilon},
         domain=CONTRIB,
@@ -52,4 +58,4 @@ def _fuse(graph: ir.Graph, norm: ir.Node) -> bool:
         both.outputs[number].name = f"{both.name}.{kind}"
     for number in (1, 2):
         both.outputs[number].name = ""
-    return True
+    return None

@@ -1,6 +1,6 @@
 """Read and write a graph's weights without holding more of them than needed.
 
-Weights that a checkpoint holds in few bits, and what becomes of their codes as passes move rows.
+Weights that a checkpoint holds quantised, and what becomes of their codes as passes move rows.
 
 A pass sees such a weight as the matrix that its codes stand for. The codes themselves go along as
 a note on the value, so that a runtime is given exactly those.
@@ -65,7 +65,7 @@ def derived_weight(
         shape: of the result.
         function: arrays to an array.
         dtype: of the result; None is that of the sources, of which there is one at least.
-        moves_rows: `function` moves whole rows, so that codes of few bits may go with them.
+        moves_rows: `function` moves whole rows, so that codes may go with them.
     """
     tensors = [ir.convenience.get_const_tensor(source) for source in sources]
 
@@ -82,7 +82,7 @@ def derived_weight(
 
     value = _register(graph, name, make)
     if moves_rows:
-        note_moved_rows(value, sources, function)
+        _note_moved_rows(value, sources, function)
     return value
 
 
@@ -101,7 +101,7 @@ def _register(graph: ir.Graph, name: str, make: Callable[[str], ir.TensorProtoco
     return value
 
 
-NOTE = "skipcat.few_bits"
+_NOTE = "skipcat.codes"
 
 
 @dataclass(frozen=True)
@@ -109,42 +109,42 @@ class StoredCodes:
     """The codes behind a weight [m, n] in torch's order.
 
     Attributes:
-        style: their format.
+        format: of the codes.
         read: reads or computes them, each time anew.
     """
 
-    style: Format
+    format: Format
     read: Callable[[], Blocks]
 
 
 def note_codes(value: ir.Value, codes: StoredCodes) -> None:
     """Remember the codes of a weight."""
-    value.meta[NOTE] = codes
+    value.meta[_NOTE] = codes
 
 
 def codes_of(value: ir.Value | None) -> StoredCodes | None:
-    """The codes of a weight; None for one that is not in few bits."""
-    return None if value is None else value.meta.get(NOTE)
+    """The codes of a weight; None for one that is not quantised."""
+    return None if value is None else value.meta.get(_NOTE)
 
 
-def alone_in_few_bits(graph: ir.Graph) -> list[tuple[ir.Node, StoredCodes]]:
-    """Look-ups in a table of few bits that is no head's matrix as well, and the table's codes."""
+def quantized_lookups(graph: ir.Graph) -> list[tuple[ir.Node, StoredCodes]]:
+    """Look-ups in a quantised embedding that is not the head as well, and its codes."""
     gathers = [node for node in graph if node.op_type == "Gather" and not node.domain]
     return [(node, codes) for node in gathers if (codes := codes_of(node.inputs[0]))]
 
 
 def one_format(values: Sequence[ir.Value]) -> bool:
-    """Whether all weights are stored alike: as numbers, or in the same format of few bits."""
-    styles = [codes.style if (codes := codes_of(value)) else None for value in values]
-    return len(set(styles)) == 1
+    """Whether all weights are stored alike: as numbers, or as codes of the same format."""
+    formats = [codes.format if (codes := codes_of(value)) else None for value in values]
+    return len(set(formats)) == 1
 
 
-def note_moved_rows(
+def _note_moved_rows(
     value: ir.Value, sources: Sequence[ir.Value], function: Callable[..., np.ndarray]
 ) -> None:
     """Give a weight whose rows are those of others, moved by `function`, their codes moved alike.
 
-    Does nothing where the sources are not all in one format of few bits.
+    Does nothing where the sources are not all quantised in one format.
     """
     every = [codes for source in sources if (codes := codes_of(source)) is not None]
     if len(every) < len(sources) or not one_format(sources):
@@ -153,7 +153,7 @@ def note_moved_rows(
     def read() -> Blocks:
         return moved_rows([codes.read() for codes in every], function)
 
-    note_codes(value, StoredCodes(every[0].style, read))
+    note_codes(value, StoredCodes(every[0].format, read))
 
 
 def moved_rows(parts: Sequence[Blocks], function: Callable[..., np.ndarray]) -> Blocks:

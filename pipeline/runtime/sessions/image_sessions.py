@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from pipeline.errors import InputError, ResourceError
+from pipeline.export.contract import LOGITS, PIXEL_VALUES
 from pipeline.model.task import IMAGES
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ class OnnxImages:
         """
         _require_shape(pixels, self.record.pixel_values, self.name)
         given = np.ascontiguousarray(pixels, dtype=self.record.dtype)
-        (logits,) = self._session.run(["logits"], {"pixel_values": given})
+        (logits,) = self._session.run([LOGITS], {PIXEL_VALUES: given})
         answer: np.ndarray = logits.astype(np.float32)
         return answer
 
@@ -114,7 +115,7 @@ class EngineImages:
             ResourceError: TensorRT could not run the call.
         """
         onnx, most = self.manifest["onnx"], self.manifest["limits"]["max_batch"]
-        _require_shape(pixels, tuple(onnx["pixel_values"]), self.name)
+        _require_shape(pixels, tuple(onnx[PIXEL_VALUES]), self.name)
         parts = [self._run(pixels[i : i + most]) for i in range(0, len(pixels), most)]
         return np.concatenate(parts)
 
@@ -125,9 +126,9 @@ class EngineImages:
             (len(pixels), self.manifest["onnx"]["classes"]), dtype=torch.float16, device="cuda"
         )
         self._stream.wait_stream(torch.cuda.current_stream())
-        self._context.set_input_shape("pixel_values", tuple(given.shape))
-        self._context.set_tensor_address("pixel_values", given.data_ptr())
-        self._context.set_tensor_address("logits", logits.data_ptr())
+        self._context.set_input_shape(PIXEL_VALUES, tuple(given.shape))
+        self._context.set_tensor_address(PIXEL_VALUES, given.data_ptr())
+        self._context.set_tensor_address(LOGITS, logits.data_ptr())
         if not self._context.execute_async_v3(self._stream.cuda_stream):
             raise ResourceError("TensorRT could not run the engine.", where=self.name)
         self._stream.synchronize()

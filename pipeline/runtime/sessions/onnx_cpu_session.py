@@ -16,9 +16,20 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.export.contract import (
+    ATTENTION_MASK,
+    CACHE_PREFIX,
+    FIRST_LOGIT,
+    FLOAT,
+    INPUT_IDS,
+    INT8,
+    LOGITS,
+    POSITION_IDS,
+    present_name,
+)
 from pipeline.export.record import read_export_record
 from pipeline.runtime.sessions.checks import require_batch, require_room, require_tokens
-from pipeline.runtime.sessions.onnx_session import Graph, open_graph, present_name, share_buffer
+from pipeline.runtime.sessions.onnx_session import Graph, open_graph, share_buffer
 
 # A long prompt goes in by parts: activations stay small, and so does the arena that keeps them.
 _PREFILL_TOKENS = 128
@@ -68,7 +79,7 @@ class CpuSession:
         self._allocate(slots)
         self._rows: int | None = None
         # One row of a product with 4 bits is summed in another order than several are.
-        self._sums_one_row_alike = record.weights in ("float", "int8")
+        self._sums_one_row_alike = record.weights in (FLOAT, INT8)
 
     @property
     def slots(self) -> int:
@@ -248,16 +259,16 @@ class CpuSession:
         ends = self._lengths[row : row + rows] + count
         mask = (np.arange(ends.max()) < ends[:, None]).astype(np.int64)
         feeds = {
-            "input_ids": np.ascontiguousarray(input_ids),
-            "attention_mask": mask,
-            "position_ids": np.ascontiguousarray(ends[:, None] - count + np.arange(count)),
-            "first_logit": first,
+            INPUT_IDS: np.ascontiguousarray(input_ids),
+            ATTENTION_MASK: mask,
+            POSITION_IDS: np.ascontiguousarray(ends[:, None] - count + np.arange(count)),
+            FIRST_LOGIT: first,
         }
         for name in self._inputs.keys() & feeds:
             binding.bind_ortvalue_input(name, share_buffer(feeds[name]))
-        wanted = count if first is _ALL or "first_logit" not in self._inputs else 1
+        wanted = count if first is _ALL or FIRST_LOGIT not in self._inputs else 1
         logits = np.empty((rows, wanted, self.vocab_size), np.float32)
-        binding.bind_ortvalue_output("logits", share_buffer(logits))
+        binding.bind_ortvalue_output(LOGITS, share_buffer(logits))
         self._session.run_with_iobinding(binding)
         if self._weights is not None and count > 1:
             self._weights.release_pages()  # rows of the embedding, each with the pages around it
@@ -280,7 +291,7 @@ class CpuSession:
         self._bindings: dict[tuple[int, int], Any] = {}
         self._buffers = {}
         for name, node in self._inputs.items():
-            if name.startswith("past_key_values."):
+            if name.startswith(CACHE_PREFIX):
                 _, heads, _, width = node.shape
                 self._buffers[name] = np.zeros((slots, heads, self.max_length, width), np.float32)
 

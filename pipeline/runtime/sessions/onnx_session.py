@@ -14,6 +14,23 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from pipeline.errors import InputError, MissingPackageError
+from pipeline.export.contract import (
+    ATTENTION_MASK,
+    COMPAT,
+    FLOAT16,
+    FLOAT32,
+    GRAPH_FILE,
+    INPUT_IDS,
+    LOGITS,
+    OPSET24,
+    POSITION_IDS,
+    PROFILES,
+    TOKEN_INPUTS,
+    WEIGHTS_FILE,
+    cache_names,
+    dotted,
+    present_name,
+)
 from pipeline.export.record import ExportRecord, read_export_record
 from pipeline.runtime.sessions.checks import require_batch, require_room, require_tokens
 from pipeline.runtime.sessions.mapped_weights import MappedWeights, map_weights
@@ -21,14 +38,11 @@ from pipeline.runtime.sessions.mapped_weights import MappedWeights, map_weights
 if TYPE_CHECKING:
     import onnxruntime
 
-TOKEN_INPUTS = ("input_ids", "attention_mask", "position_ids")
-FIRST_RUNTIME_WITH_TENSOR_SCATTER = (1, 25)
 FIRST_RUNTIME_THAT_BORROWS_FILES = (1, 32)
 BORROW_FILES = "session.use_external_initializer_file_buffers_directly"
-WEIGHTS = "model.onnx.data"
 # 512 rows of logits at most are held while a prompt is read: 100 MB for 49,152 words.
 PREFILL_TOKENS = 512
-ORT_TYPES = {"float32": "tensor(float)", "float16": "tensor(float16)"}
+ORT_TYPES = {FLOAT32: "tensor(float)", FLOAT16: "tensor(float16)"}
 
 
 class OnnxSession:
@@ -85,7 +99,7 @@ class OnnxSession:
             self.reset()
         elif length < self._length:
             self._length = length
-            if self.record.profile == "compat":
+            if not self.record.traits.static_cache:
                 self._cache = {
                     name: share_buffer(np.ascontiguousarray(value.numpy()[:, :, :length]))
                     for name, value in self._cache.items()
@@ -128,16 +142,16 @@ class OnnxSession:
         binding = self._session.io_binding()
         for name, values in token_feeds(input_ids, self._length).items():
             binding.bind_cpu_input(name, values)
-        binding.bind_output("logits")
+        binding.bind_output(LOGITS)
         for past_name, value in self._cache.items():
             binding.bind_ortvalue_input(past_name, value)
-            if self.record.profile == "opset24":
+            if self.record.traits.static_cache:
                 binding.bind_ortvalue_output(present_name(past_name), value)
             else:
                 binding.bind_output(present_name(past_name))
         self._session.run_with_iobinding(binding)
         logits, *present = binding.get_outputs()
-        if self.record.profile == "compat":
+        if not self.record.traits.static_cache:
             self._cache = dict(zip(self._cache, present, strict=True))
         return logits.numpy()
 
@@ -147,7 +161,7 @@ class OnnxSession:
         A static cache is zeroed, not only forgotten: the mask gives stale slots the weight 0, and
         0 times a NaN of an earlier sequence would still be NaN.
         """
-        length = self.max_length if self.record.profile == "opset24" else 0
+        length = self.max_length if self.record.traits.static_cache else 0
         shapes = {name: (rows, heads, length, d) for name, (heads, d) in self._widths.items()}
         if any(
             name not in self._buffers or self._buffers[name].shape != shape
@@ -174,15 +188,10 @@ def token_feeds(input_ids: np.ndarray, past_length: int) -> dict[str, np.ndarray
     total = past_length + count
     positions = np.arange(past_length, total, dtype=np.int64)
     return {
-        "input_ids": np.ascontiguousarray(input_ids),
-        "attention_mask": np.ones((rows, total), np.int64),
-        "position_ids": np.ascontiguousarray(np.broadcast_to(positions, (rows, count))),
+        INPUT_IDS: np.ascontiguousarray(input_ids),
+        ATTENTION_MASK: np.ones((rows, total), np.int64),
+        POSITION_IDS: np.ascontiguousarray(np.broadcast_to(positions, (rows, count))),
     }
-
-
-def present_name(past_name: str) -> str:
-    """`past_key_values.3.key` -> `present.3.key`."""
-    return past_name.replace("past_key_values.", "present.", 1)
 
 
 def share_buffer(buffer: np.ndarray) -> Any:
@@ -223,8 +232,10 @@ def open_graph(folder: Path, record: ExportRecord, threads: int | None) -> Graph
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     if threads is not None:
         options.intra_op_num_threads = threads
-    path = folder / "model.onnx"
-    weights = map_weights(folder / WEIGHTS) if _borrows_files(onnxruntime.__version__) else None
+    path = folder / GRAPH_FILE
+    weights = (
+        map_weights(folder / WEIGHTS_FILE) if _borrows_files(onnxruntime.__version__) else None
+    )
     try:
         with _lend_weights(options, weights):
             session = onnxruntime.InferenceSession(
@@ -261,12 +272,13 @@ def _borrows_files(version: str) -> bool:
 def _require_runtime_version(version: str, profile: str) -> None:
     """Raise InputError when this ONNX Runtime lacks the operators of `profile`."""
     major, minor = (int(part) for part in version.split(".")[:2])
-    if profile == "opset24" and (major, minor) < FIRST_RUNTIME_WITH_TENSOR_SCATTER:
+    oldest = PROFILES[OPSET24].oldest_onnxruntime
+    if profile == OPSET24 and (major, minor) < oldest:
         raise InputError(
-            "This ONNX Runtime has no TensorScatter, which the profile 'opset24' needs.",
+            f"This ONNX Runtime has no TensorScatter, which the profile '{OPSET24}' needs.",
             observed=f"onnxruntime {version}",
-            expected="onnxruntime 1.25 or newer",
-            change="pip install -U onnxruntime, or export with --profile compat",
+            expected=f"onnxruntime {dotted(oldest)} or newer",
+            change=f"pip install -U onnxruntime, or export with --profile {COMPAT}",
         )
 
 
@@ -282,12 +294,10 @@ def _cache_widths(
     """
     inputs = {node.name: node for node in session.get_inputs()}
     outputs = {node.name for node in session.get_outputs()}
-    past = [
-        f"past_key_values.{i}.{kind}" for i in range(record.num_layers) for kind in ("key", "value")
-    ]
+    past = cache_names(record.num_layers)
     promised = {*TOKEN_INPUTS, *past}
     _require_names(set(inputs), promised, "inputs", folder)
-    _require_names(outputs, {"logits", *map(present_name, past)}, "outputs", folder)
+    _require_names(outputs, {LOGITS, *map(present_name, past)}, "outputs", folder)
     for name in past:
         _require_cache_input(inputs[name], record, folder)
     return {name: (inputs[name].shape[1], inputs[name].shape[3]) for name in past}
@@ -298,7 +308,7 @@ def _require_names(observed: set[str], expected: set[str], kind: str, folder: Pa
     if observed != expected:
         raise InputError(
             f"The graph's {kind} are not those that export.json promises.",
-            where=folder / "model.onnx",
+            where=folder / GRAPH_FILE,
             observed=f"unexpected {sorted(observed - expected)[:4]}",
             expected=f"missing {sorted(expected - observed)[:4]}",
             change="export the checkpoint again",
@@ -308,15 +318,15 @@ def _require_names(observed: set[str], expected: set[str], kind: str, folder: Pa
 def _require_cache_input(node: Any, record: ExportRecord, folder: Path) -> None:
     """Raise InputError when a cache input has another dtype or static length than promised."""
     length = node.shape[2]
-    expected_length = record.max_length if record.profile == "opset24" else "any length"
+    expected_length = record.max_length if record.traits.fixed_length else "any length"
     length_is_right = length == expected_length or (
-        record.profile == "compat" and not isinstance(length, int)
+        not record.traits.static_cache and not isinstance(length, int)
     )
     widths_are_static = isinstance(node.shape[1], int) and isinstance(node.shape[3], int)
     if node.type != ORT_TYPES[record.dtype] or not length_is_right or not widths_are_static:
         raise InputError(
             f"The cache input {node.name} is not what export.json promises.",
-            where=folder / "model.onnx",
+            where=folder / GRAPH_FILE,
             observed=f"{node.type} {node.shape}",
             expected=f"{ORT_TYPES[record.dtype]} [batch, heads, {expected_length}, width]",
             change="export the checkpoint again",

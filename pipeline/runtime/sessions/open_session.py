@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.errors import InputError, UsageError
+from pipeline.export.contract import RECORD_FILE
 from pipeline.model.task import refuse_images
 
 if TYPE_CHECKING:
@@ -68,17 +69,17 @@ def folder_kind(folder: Path) -> str:
     """
     if (folder / "engine.plan").is_file():
         return "tensorrt"
-    if (folder / "export.json").is_file():
+    if (folder / RECORD_FILE).is_file():
         return "onnx"
     if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
         return "torch"
-    below = [path.parent.name for path in folder.glob("*/export.json")]
+    below = [path.parent.name for path in folder.glob(f"*/{RECORD_FILE}")]
     below += [path.parent.name for path in folder.glob("*/config.json")]
     hint = f"give {folder / sorted(below)[0]}" if below else "give a folder skipcat wrote"
     raise InputError(
         "This folder is neither an ONNX export nor a checkpoint nor an engine.",
         where=folder,
-        expected="export.json, or config.json and *.safetensors, or engine.plan",
+        expected=f"{RECORD_FILE}, or config.json and *.safetensors, or engine.plan",
         change=hint,
     )
 
@@ -87,7 +88,7 @@ def _open_onnx(folder: Path, threads: int | None, slots: int) -> Session:
     """The session over an ONNX export."""
     from pipeline.export.record import read_export_record
 
-    if read_export_record(folder).profile == "cpu":
+    if read_export_record(folder).traits.contrib:
         from pipeline.runtime.sessions.onnx_cpu_session import CpuSession
 
         return CpuSession(folder, threads, slots=slots)

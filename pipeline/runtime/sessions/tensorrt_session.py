@@ -17,17 +17,26 @@ import numpy as np
 
 from pipeline.artefact import sha256_of_file
 from pipeline.engine.manifest import (
+    EngineRuntime,
     check_manifest,
     mismatch,
     read_manifest,
     read_profiles,
 )
-from pipeline.engine.profiles import CACHE_PREFIX, MASK_INPUT, ShapeProfile
+from pipeline.engine.profiles import ShapeProfile
 from pipeline.engine.worker_protocol import PLAN_FILE
 from pipeline.errors import InputError, MissingPackageError, ResourceError
+from pipeline.export.contract import (
+    ATTENTION_MASK,
+    CACHE_PREFIX,
+    INPUT_IDS,
+    LOGITS,
+    PROFILES,
+    present_name,
+)
 from pipeline.gpu import Gpu, find_gpu
 from pipeline.runtime.sessions.checks import require_batch, require_room, require_tokens
-from pipeline.runtime.sessions.onnx_session import present_name, token_feeds
+from pipeline.runtime.sessions.onnx_session import token_feeds
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -208,7 +217,7 @@ class TensorRTSession:
     @property
     def _in_place(self) -> bool:
         """Whether present is past, updated by TensorScatter."""
-        return bool(self.manifest["onnx"]["profile"] == "opset24")
+        return PROFILES[self.manifest["onnx"]["profile"]].static_cache
 
     def _run(self, input_ids: np.ndarray) -> np.ndarray:
         """One call of the engine: float32 logits [B, S, V]; the cache moves on."""
@@ -220,7 +229,7 @@ class TensorRTSession:
         shapes = {name: tuple(tensor.shape) for name, tensor in feeds.items()}
         shapes |= {name: self._cache_shape(name, rows) for name in self._buffers}
         logits = self._torch.empty(
-            (rows, count, self.vocab_size), dtype=self._dtype("logits"), device="cuda"
+            (rows, count, self.vocab_size), dtype=self._dtype(LOGITS), device="cuda"
         )
         # The copies above ran on torch's current stream.
         self._stream.wait_stream(self._torch.cuda.current_stream())
@@ -257,7 +266,7 @@ class TensorRTSession:
     ) -> None:
         """Give the context every shape and address of this call."""
         addresses = {name: tensor.data_ptr() for name, tensor in feeds.items()}
-        addresses["logits"] = logits.data_ptr()
+        addresses[LOGITS] = logits.data_ptr()
         for name, (past, present) in self._buffers.items():
             addresses[name] = past.data_ptr()
             addresses[present_name(name)] = present.data_ptr()
@@ -393,7 +402,7 @@ def _pick_profile(profiles: Sequence[ShapeProfile], shapes: Mapping[str, tuple[i
             return index
     raise InputError(
         "No profile of the engine admits this call.",
-        observed={name: shapes[name] for name in ("input_ids", MASK_INPUT) if name in shapes},
+        observed={name: shapes[name] for name in (INPUT_IDS, ATTENTION_MASK) if name in shapes},
         change="build the engine again with larger limits",
     )
 

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.checkpoint.skeleton import load_skeleton
 from pipeline.errors import InputError
-from pipeline.export.contract import PROFILES
-from pipeline.export.trace_decoder import trace
+from pipeline.export.request import ExportRequest
+from pipeline.export.trace_decoder import trace_decoder
 from tests.support.families import FAMILIES, save_family
 
 
@@ -35,7 +35,7 @@ def test_matrices_occupy_one_number_and_vectors_are_real(family: str, tmp_path: 
 
 def test_traced_weights_are_those_of_the_checkpoint(plain: Path) -> None:
     skeleton = load_skeleton(plain, torch.float32)
-    graph = trace(skeleton, PROFILES["opset24"], 32)[0].graph
+    graph = trace_decoder(skeleton, ExportRequest("opset24", max_length=32)).graph.graph
     stored = load_file(plain / "model.safetensors")
     matrices = [name for name in graph.initializers if name in skeleton.matrices]
     assert len(matrices) == 2 * 7 + 2

@@ -23,7 +23,8 @@ from pipeline.compress import decoder
 from pipeline.compress import run as recipe
 from pipeline.compress.finished_layers import FinishedLayers
 from pipeline.compress.plan.layer_costs import LayerCosts
-from pipeline.export.export import ExportRequest, export_folder
+from pipeline.export.export import export_folder
+from pipeline.export.request import ExportRequest
 from pipeline.quantize.formats import RUNTIMES, parse_format
 from tests.support.families import save_family
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from pipeline.checkpoint.modeling_skipcat import FewBitEmbedding, FewBitLinear
+from pipeline.checkpoint.modeling_skipcat import QuantizedEmbedding, QuantizedLinear
 from pipeline.compress.embeddings import (
     _WINDOWS,
     _entries,
@@ -67,8 +67,8 @@ def test_a_tied_matrix_is_rounded_once_and_read_by_both() -> None:
     }
     assert {name.rpartition(".")[0] for name in tensors} == {f"{EMBEDDING}.stored"}
     head, table = model.get_submodule(HEAD), model.get_submodule(EMBEDDING)
-    assert isinstance(head, FewBitLinear)
-    assert isinstance(table, FewBitEmbedding)
+    assert isinstance(head, QuantizedLinear)
+    assert isinstance(table, QuantizedEmbedding)
     assert head.matrix is table.stored
 
 

@@ -19,7 +19,11 @@ from pipeline.checkpoint.install import (
     group_tensors,
     install_,
 )
-from pipeline.checkpoint.modeling_skipcat import FewBitEmbedding, FewBitLinear, FewBits
+from pipeline.checkpoint.modeling_skipcat import (
+    QuantizedEmbedding,
+    QuantizedLinear,
+    QuantizedWeight,
+)
 from pipeline.compress.embeddings import quantize_embeddings_
 from pipeline.compress.factorize.factors import stored_factors
 from pipeline.compress.factorize.quantized_factors import RTN, rtn_factors
@@ -58,14 +62,14 @@ def codes_in(style: str, weight: torch.Tensor = WEIGHT) -> Blocks:
     return quantize_blocks(weight.numpy(), form.bits, width, zero=form.zero)
 
 
-def filled(module: FewBitLinear | FewBitEmbedding, codes: Blocks) -> None:
+def filled(module: QuantizedLinear | QuantizedEmbedding, codes: Blocks) -> None:
     for name, tensor in stored_tensors(codes).items():
         setattr(module.stored, name, tensor)
 
 
-def linear_in(style: str, bias: bool = True) -> tuple[FewBitLinear, torch.Tensor]:
+def linear_in(style: str, bias: bool = True) -> tuple[QuantizedLinear, torch.Tensor]:
     """A layer, and the matrix that its codes stand for."""
-    layer, codes = FewBitLinear(COLUMNS, ROWS, style, bias=bias), codes_in(style)
+    layer, codes = QuantizedLinear(COLUMNS, ROWS, style, bias=bias), codes_in(style)
     filled(layer, codes)
     if bias:
         assert layer.bias is not None
@@ -84,7 +88,7 @@ def test_a_linear_layer_is_the_matrix_that_its_codes_stand_for(style: str) -> No
 
 @pytest.mark.parametrize("style", FORMATS)
 def test_an_embedding_looks_up_rows_of_the_matrix_that_its_codes_stand_for(style: str) -> None:
-    table, codes = FewBitEmbedding(ROWS, COLUMNS, style), codes_in(style)
+    table, codes = QuantizedEmbedding(ROWS, COLUMNS, style), codes_in(style)
     filled(table, codes)
     ids = torch.tensor([[0, 5, 5], [11, 1, 0]])
     assert torch.equal(table(ids), torch.from_numpy(dequantize_blocks(codes))[ids])
@@ -102,7 +106,7 @@ def test_storing_and_reading_codes_back_loses_nothing(style: str) -> None:
 
 @pytest.mark.parametrize("style", FORMATS)
 def test_a_new_module_has_the_shapes_that_are_stored(style: str) -> None:
-    empty = dict(FewBits(ROWS, COLUMNS, style, "meta").named_buffers())
+    empty = dict(QuantizedWeight(ROWS, COLUMNS, style, "meta").named_buffers())
     stored = stored_tensors(codes_in(style))
     assert {n: (t.shape, t.dtype) for n, t in empty.items()} == {
         n: (t.shape, t.dtype) for n, t in stored.items()
@@ -114,7 +118,7 @@ def test_a_cast_of_the_model_changes_no_code_and_the_type_of_what_comes_out(
     dtype: torch.dtype,
 ) -> None:
     layer, matrix = linear_in("int4-b16-asym")
-    table = FewBitEmbedding(ROWS, COLUMNS, "int4-b16-asym")
+    table = QuantizedEmbedding(ROWS, COLUMNS, "int4-b16-asym")
     filled(table, codes_in("int4-b16-asym"))
     before = copy.deepcopy(layer.stored.state_dict())
     layer.to(dtype)
@@ -207,7 +211,7 @@ def test_a_tied_embedding_and_head_share_one_set_of_codes(checkpoint: Path) -> N
     ]
     model = load_checkpoint(checkpoint)
     head, table = model.get_submodule("lm_head"), model.get_submodule(TABLE)
-    assert isinstance(head, FewBitLinear)
+    assert isinstance(head, QuantizedLinear)
     assert head.matrix is table.stored
     assert torch.equal(head.weight, table.weight)
     copied = copy.deepcopy(model)

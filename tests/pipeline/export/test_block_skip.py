@@ -8,14 +8,13 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
-from pipeline.export.block_skip import (
+from pipeline.export.block_skip import PLUGIN_ATTRIBUTES, function_bodies
+from pipeline.export.contract import (
+    BLOCK_SKIP,
+    BLOCK_SKIP_INDEXED,
     DOMAIN,
-    FEW_BITS,
-    FEW_BITS_INDEXED,
-    INDEXED,
-    PLAIN,
-    PLUGIN_ATTRIBUTES,
-    function_bodies,
+    QUANTIZED_SKIP,
+    QUANTIZED_SKIP_INDEXED,
 )
 from trt_plugins.block_skip.reference import block_skip_linear
 
@@ -31,7 +30,7 @@ def one_node_model(
         value("a", kind, [columns - rank, rank]),
         value("b", kind, [rank, rows]),
     ]
-    if op_type == INDEXED:
+    if op_type == BLOCK_SKIP_INDEXED:
         inputs.append(value("index", onnx.TensorProto.INT32, [columns]))
     names = [entry.name for entry in inputs]
     node = onnx.helper.make_node(op_type, names, ["y"], domain=DOMAIN, **PLUGIN_ATTRIBUTES)
@@ -48,7 +47,7 @@ def one_node_model(
 
 
 @pytest.mark.parametrize("opset", [18, 24])
-@pytest.mark.parametrize("op_type", [PLAIN, INDEXED])
+@pytest.mark.parametrize("op_type", [BLOCK_SKIP, BLOCK_SKIP_INDEXED])
 @pytest.mark.parametrize(
     ("columns", "rank", "rows"), [(16, 8, 24), (17, 5, 3), (9, 8, 1), (5, 1, 7)]
 )
@@ -62,10 +61,10 @@ def test_body_equals_the_reference(
     index = random.permutation(columns).astype(np.int32)
     model = one_node_model(op_type, columns, rank, rows, opset, np.float32)
     onnx.checker.check_model(model, full_check=True)
-    feed = {"x": x, "a": a, "b": b} | ({"index": index} if op_type == INDEXED else {})
+    feed = {"x": x, "a": a, "b": b} | ({"index": index} if op_type == BLOCK_SKIP_INDEXED else {})
     session = onnxruntime.InferenceSession(model.SerializeToString())
     (y,) = session.run(None, feed)
-    expected = block_skip_linear(x, a, b, index if op_type == INDEXED else None)
+    expected = block_skip_linear(x, a, b, index if op_type == BLOCK_SKIP_INDEXED else None)
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -74,7 +73,7 @@ def test_the_node_carries_what_tensorrt_looks_for() -> None:
 
 
 def test_without_a_body_onnx_runtime_refuses_the_node() -> None:
-    model = one_node_model(PLAIN, 8, 4, 4, 24, np.float32)
+    model = one_node_model(BLOCK_SKIP, 8, 4, 4, 24, np.float32)
     del model.functions[:]
     with pytest.raises(Exception, match="not a registered function"):
         onnxruntime.InferenceSession(model.SerializeToString())
@@ -82,8 +81,8 @@ def test_without_a_body_onnx_runtime_refuses_the_node() -> None:
 
 def test_the_ops_of_few_bits_have_the_same_bodies_from_the_opset_that_has_blocks() -> None:
     bodies = function_bodies(24)
-    for few, plain in ((FEW_BITS, PLAIN), (FEW_BITS_INDEXED, INDEXED)):
+    for few, plain in ((QUANTIZED_SKIP, BLOCK_SKIP), (QUANTIZED_SKIP_INDEXED, BLOCK_SKIP_INDEXED)):
         first, second = (ir.serde.serialize_function(bodies[name]) for name in (few, plain))
         first.name = second.name
         assert first == second
-    assert set(function_bodies(18)) == {PLAIN, INDEXED}
+    assert set(function_bodies(18)) == {BLOCK_SKIP, BLOCK_SKIP_INDEXED}

@@ -16,7 +16,8 @@ from pipeline.checkpoint.folder import load_checkpoint
 from pipeline.compress.request import CompressRequest
 from pipeline.compress.run import compress_to_folder
 from pipeline.errors import InputError, UsageError
-from pipeline.export.export import ExportRequest, export_folder
+from pipeline.export.export import export_folder
+from pipeline.export.request import ExportRequest
 from pipeline.quantize.groupwise import dequantize_blocks, quantize_blocks
 from pipeline.runtime.generate import generate
 from pipeline.runtime.sequence import Decoding

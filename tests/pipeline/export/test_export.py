@@ -15,7 +15,8 @@ from pipeline.checkpoint.folder import load_checkpoint
 from pipeline.compress.request import CompressRequest
 from pipeline.compress.run import compress_to_folder
 from pipeline.errors import InputError, UsageError
-from pipeline.export.export import ExportRequest, export_folder
+from pipeline.export.export import export_folder
+from pipeline.export.request import ExportRequest
 from pipeline.runtime.sessions.onnx_session import OnnxSession
 from tests.support.families import FAMILIES, save_family
 

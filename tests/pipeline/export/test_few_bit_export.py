@@ -20,8 +20,9 @@ from pipeline.compress.plan.plan import uniform_plan
 from pipeline.compress.request import CompressRequest
 from pipeline.compress.run import compress_to_folder
 from pipeline.errors import UsageError
-from pipeline.export.block_skip import FEW_BITS, FEW_BITS_INDEXED
-from pipeline.export.export import ExportRequest, export_folder
+from pipeline.export.contract import QUANTIZED_SKIP, QUANTIZED_SKIP_INDEXED
+from pipeline.export.export import export_folder
+from pipeline.export.request import ExportRequest
 from pipeline.model.structure import decoder_structure
 from pipeline.quantize.formats import RUNTIMES, parse_format
 from pipeline.runtime.sessions.onnx_cpu_session import CpuSession
@@ -210,7 +211,7 @@ def test_in_opset24_stored_codes_equal_torch(
     found = in_pieces(OnnxSession(folder))
     assert least_cosine(found, torch_logits(checkpoints("tensorrt", tied=tied))) >= least
     counts = Counter(node.op_type for node in graph_of(folder).node)
-    assert counts[FEW_BITS] + counts[FEW_BITS_INDEXED] == 5
+    assert counts[QUANTIZED_SKIP] + counts[QUANTIZED_SKIP_INDEXED] == 5
     assert counts["DequantizeLinear"] == sum(record["quantized"].values()) + (1 if tied else 0)
 
 
@@ -268,7 +269,7 @@ def test_formats_that_no_runtime_of_the_profile_takes_become_numbers_and_it_is_s
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     folder = exported("cpu", profile="opset24")
-    assert "weights are exported as float32, not in few bits" in capsys.readouterr().err
+    assert "weights are exported as float32, not quantised" in capsys.readouterr().err
     record = record_of(folder)
     assert record["weights"] == "float"
     assert record["quantized"] == {}
@@ -319,7 +320,7 @@ def test_codes_that_a_profile_cannot_hold_are_refused(
 
 
 def test_there_are_no_stored_codes_in_a_checkpoint_of_numbers() -> None:
-    with pytest.raises(UsageError, match="no matrix in few bits"):
+    with pytest.raises(UsageError, match="no quantised matrix"):
         ExportRequest("cpu", weights="stored").weights_of({})
     assert ExportRequest("cpu").weights_of({}) == "int8"
     assert ExportRequest("opset24").weights_of({}) == "float"

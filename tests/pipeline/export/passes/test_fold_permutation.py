@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from pipeline.export.block_skip import INDEXED, PLAIN
+from pipeline.export.contract import BLOCK_SKIP, BLOCK_SKIP_INDEXED
 from pipeline.export.passes.fold_permutation import fold_permutations
 from tests.support.graphs import assert_same_outputs, graph
 
@@ -45,7 +45,7 @@ def test_folds_into_the_dense_matrices_of_a_gated_mlp() -> None:
     )
     folded, kept = assert_same_outputs(model, fold_permutations, X, lays_out=False)
     assert (folded, kept) == (1, [])
-    assert op_types(model) == [PLAIN]
+    assert op_types(model) == [BLOCK_SKIP]
 
 
 def test_folds_into_the_block_skip_nodes_of_a_gated_mlp() -> None:
@@ -58,7 +58,7 @@ def test_folds_into_the_block_skip_nodes_of_a_gated_mlp() -> None:
     folded, kept = assert_same_outputs(model, fold_permutations, X, lays_out=False)
     assert folded == 1
     assert len(kept) == 2
-    assert op_types(model) == [INDEXED, INDEXED, PLAIN]
+    assert op_types(model) == [BLOCK_SKIP_INDEXED, BLOCK_SKIP_INDEXED, BLOCK_SKIP]
 
 
 def test_biases_are_permuted_with_the_rows_they_belong_to() -> None:
@@ -105,7 +105,7 @@ def test_keeps_the_index_where_folding_would_be_wrong(body: str, reason: str) ->
     folded, kept = assert_same_outputs(model, fold_permutations, X, lays_out=False)
     assert folded == 0
     assert reason in kept[0]
-    assert op_types(model) == [INDEXED]
+    assert op_types(model) == [BLOCK_SKIP_INDEXED]
 
 
 def test_an_input_of_the_graph_keeps_its_order() -> None:

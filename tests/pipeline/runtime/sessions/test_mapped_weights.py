@@ -9,10 +9,11 @@ import onnxruntime
 import pytest
 
 from pipeline.errors import InputError
+from pipeline.export.contract import WEIGHTS_FILE
 from pipeline.runtime.sessions import onnx_session
 from pipeline.runtime.sessions.mapped_weights import MappedWeights, map_weights
 from pipeline.runtime.sessions.onnx_cpu_session import CpuSession
-from pipeline.runtime.sessions.onnx_session import WEIGHTS, OnnxSession, _borrows_files
+from pipeline.runtime.sessions.onnx_session import OnnxSession, _borrows_files
 from tests.support.tiny_decoder import shared_export
 
 PAGES = 512
@@ -23,7 +24,7 @@ IDS = np.random.default_rng(0).integers(0, 250, size=(1, 20))
 @pytest.fixture
 def content(tmp_path: Path) -> bytes:
     values = np.random.default_rng(1).integers(0, 256, PAGES * PAGE_BYTES, dtype=np.uint8)
-    (tmp_path / WEIGHTS).write_bytes(values.tobytes())
+    (tmp_path / WEIGHTS_FILE).write_bytes(values.tobytes())
     return values.tobytes()
 
 
@@ -40,18 +41,18 @@ def resident_bytes(path: Path) -> int:
 def test_released_pages_leave_the_process_and_come_again_unchanged(
     tmp_path: Path, content: bytes
 ) -> None:
-    weights = MappedWeights(tmp_path / WEIGHTS)
+    weights = MappedWeights(tmp_path / WEIGHTS_FILE)
     assert weights.pages[:] == content
-    assert resident_bytes(tmp_path / WEIGHTS) == len(content)
+    assert resident_bytes(tmp_path / WEIGHTS_FILE) == len(content)
     weights.release_pages()
-    assert resident_bytes(tmp_path / WEIGHTS) == 0
+    assert resident_bytes(tmp_path / WEIGHTS_FILE) == 0
     assert weights.pages[:] == content
 
 
 def test_what_the_body_read_is_gone_at_its_end_even_when_it_fails(
     tmp_path: Path, content: bytes
 ) -> None:
-    weights = MappedWeights(tmp_path / WEIGHTS)
+    weights = MappedWeights(tmp_path / WEIGHTS_FILE)
 
     def read_and_fail() -> None:
         with weights.releasing_pages():
@@ -60,13 +61,13 @@ def test_what_the_body_read_is_gone_at_its_end_even_when_it_fails(
 
     with pytest.raises(ValueError, match="in the middle"):
         read_and_fail()
-    assert resident_bytes(tmp_path / WEIGHTS) == 0
+    assert resident_bytes(tmp_path / WEIGHTS_FILE) == 0
 
 
 def test_nothing_to_map_is_left_to_onnx_runtime(tmp_path: Path) -> None:
-    assert map_weights(tmp_path / WEIGHTS) is None
-    (tmp_path / WEIGHTS).touch()
-    assert map_weights(tmp_path / WEIGHTS) is None
+    assert map_weights(tmp_path / WEIGHTS_FILE) is None
+    (tmp_path / WEIGHTS_FILE).touch()
+    assert map_weights(tmp_path / WEIGHTS_FILE) is None
 
 
 @pytest.mark.parametrize(
@@ -91,14 +92,14 @@ def test_a_session_keeps_none_of_the_file_once_it_has_read_a_prompt() -> None:
     if session._weights is None:
         pytest.skip("this ONNX Runtime copies what it is lent")
     session.forward(IDS)
-    assert resident_bytes(folder / WEIGHTS) == 0
+    assert resident_bytes(folder / WEIGHTS_FILE) == 0
 
 
 def test_a_weight_file_cut_short_is_refused(tmp_path: Path) -> None:
     for path in shared_export("cpu").iterdir():
         whole = path.read_bytes()
         (tmp_path / path.name).write_bytes(
-            whole[: len(whole) // 2] if path.name == WEIGHTS else whole
+            whole[: len(whole) // 2] if path.name == WEIGHTS_FILE else whole
         )
     with pytest.raises(InputError, match="cannot load this graph"):
         CpuSession(tmp_path, threads=1)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from pipeline.errors import InputError
-from pipeline.export.export import ExportRequest, export_folder
+from pipeline.export.export import export_folder
+from pipeline.export.request import ExportRequest
 from pipeline.runtime.prefix_cache import PrefixCache
 from pipeline.runtime.sessions import onnx_cpu_session as cpu_session
 from pipeline.runtime.sessions.onnx_cpu_session import CpuSession

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from pipeline.errors import InputError, UsageError
-from pipeline.export.export import ExportRequest, export_folder
+from pipeline.export.export import export_folder
+from pipeline.export.request import ExportRequest
 from pipeline.runtime.generate import generate
 from pipeline.runtime.sequence import Decoding
 from pipeline.runtime.sessions.onnx_session import OnnxSession

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -10,16 +12,21 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from torch import nn
+from transformers import PreTrainedModel
 
 from pipeline.checkpoint.folder import load_checkpoint
+from pipeline.checkpoint.skeleton import StoredMatrix, load_skeleton
 from pipeline.compress.request import CompressRequest
 from pipeline.compress.run import compress_to_folder
 from pipeline.engine.build import build_engine
 from pipeline.engine.plan import EngineRequest, plan_engine
 from pipeline.engine.target import Target
 from pipeline.errors import InputError, UsageError
-from pipeline.export.export import ExportRequest, export_folder
+from pipeline.export.export import export_folder
+from pipeline.export.request import ExportRequest
 from pipeline.runtime.sessions.open_session import open_session
+from tests.support.classifiers import save_classifier
 
 SM86 = Target("rtx", (8, 6), "a test")
 PROFILES = {"vit": "opset24", "swin": "compat"}
@@ -167,3 +174,53 @@ def test_verbs_that_take_tokens_refuse_an_image_classifier(
     for folder in (exported["vit"], checkpoints["vit"]):
         with pytest.raises(InputError, match="decoder language models"):
             open_session(folder)
+
+
+def test_masks_of_many_windows_are_no_weights(tmp_path: Path) -> None:
+    # 16 windows of 64 patches: 64 x 64 numbers for each, which the exporter computes.
+    sizes = {"image_size": 64, "window_size": 8, "depths": [2], "num_heads": [2]}
+    source = save_classifier(tmp_path / "swin", "swin", **sizes)
+    export_folder(source, tmp_path / "onnx", ExportRequest())
+    pixels = np.random.default_rng(0).standard_normal((2, 3, 64, 64)).astype(np.float32)
+    np.testing.assert_allclose(
+        classified(tmp_path / "onnx", pixels), expected(source, pixels), rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_a_skeleton_holds_no_matrix_of_any_classifier(
+    compressed: bool, sources: dict[str, Path], checkpoints: dict[str, Path]
+) -> None:
+    for folder in (checkpoints if compressed else sources).values():
+        skeleton, whole = load_skeleton(folder, torch.float32), load_checkpoint(folder)
+        stored = dict(whole.named_parameters())
+        assert stored.keys() == dict(skeleton.model.named_parameters()).keys()
+        for name, parameter in skeleton.model.named_parameters():
+            layer = whole.get_submodule(name.rpartition(".")[0])
+            if isinstance(layer, nn.Linear | nn.Conv2d) and name.endswith("weight"):
+                assert parameter.untyped_storage().nbytes() == 4
+                assert torch.equal(skeleton.matrices[name].read(), stored[name])
+            else:  # positions and the biases of windows are computed with while tracing
+                assert torch.equal(parameter, stored[name])
+
+
+def test_an_export_loads_no_whole_classifier(
+    checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[int] = []
+    read = StoredMatrix.read
+
+    def reading(matrix: StoredMatrix) -> torch.Tensor:
+        gc.collect()
+        held.append(sum(given() is not None for given in readings))
+        values = read(matrix)
+        readings.append(weakref.ref(values))
+        return values
+
+    readings: list[weakref.ref[torch.Tensor]] = []
+    monkeypatch.setattr(StoredMatrix, "read", reading)
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", None)
+    export_folder(checkpoints["vit"], tmp_path / "onnx", ExportRequest())
+    assert len(readings) > 8
+    # Those of the group that is stacked, and the one being read.
+    assert max(held) <= 3

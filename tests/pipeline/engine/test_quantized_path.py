@@ -16,13 +16,14 @@ from pipeline.compress.request import CompressRequest
 from pipeline.compress.run import compress_to_folder
 from pipeline.engine.build import build_engine
 from pipeline.engine.graph_variants import write_split_graph, write_stripped_graph
-from pipeline.engine.network import _few_bits_path
+from pipeline.engine.network import _quantized_path
 from pipeline.engine.plan import EngineRequest
 from pipeline.engine.target import Target
 from pipeline.errors import InputError
-from pipeline.export.block_skip import FEW_BITS, FEW_BITS_INDEXED
-from pipeline.export.export import ExportRequest, export_folder
+from pipeline.export.contract import QUANTIZED_SKIP, QUANTIZED_SKIP_INDEXED
+from pipeline.export.export import export_folder
 from pipeline.export.onnx_folder import load_graph, read_onnx_folder
+from pipeline.export.request import ExportRequest
 from pipeline.model.structure import decoder_structure
 from tests.support.families import save_family
 
@@ -98,7 +99,7 @@ def test_the_command_names_the_matrices_that_are_codes(
 
 def test_the_folder_counts_nodes_of_few_bits_apart(exported: Path) -> None:
     folder = read_onnx_folder(exported)
-    assert (folder.block_skip_nodes, folder.few_bit_nodes) == (1, 5)
+    assert (folder.block_skip_nodes, folder.quantized_nodes) == (1, 5)
     assert folder.dequantized > 10
 
 
@@ -109,22 +110,22 @@ def test_bodies_that_no_plugin_replaces_stay_in_the_graph(
     graph = load_graph(write(exported / "model.onnx", tmp_path / "changed"))
     used = {node.op_type for node in graph.graph.node if "FewBits" in node.op_type}
     assert {function.name for function in graph.functions} == used
-    assert used <= {FEW_BITS, FEW_BITS_INDEXED}
+    assert used <= {QUANTIZED_SKIP, QUANTIZED_SKIP_INDEXED}
 
 
 def test_codes_that_became_numbers_while_parsing_are_refused() -> None:
     with pytest.raises(InputError, match="as numbers") as caught:
-        _few_bits_path({"DEQUANTIZE": 3, "MATRIX_MULTIPLY": 4}, 4, 1)
+        _quantized_path({"DEQUANTIZE": 3, "MATRIX_MULTIPLY": 4}, 4, 1)
     assert caught.value.details["observed"].startswith("3 layers")
 
 
 def test_a_graph_of_numbers_has_no_path_for_codes() -> None:
     expected = {"matrices": 0, "block_skip_nodes": 0, "path": "none"}
-    assert _few_bits_path({"MATRIX_MULTIPLY": 4}, 0, 0) == expected
+    assert _quantized_path({"MATRIX_MULTIPLY": 4}, 0, 0) == expected
 
 
 def test_dense_codes_alone_need_no_body() -> None:
-    assert _few_bits_path({"DEQUANTIZE": 4}, 4, 0)["path"] == "none"
+    assert _quantized_path({"DEQUANTIZE": 4}, 4, 0)["path"] == "none"
 
 
 def test_weights_that_do_not_match_the_graph_are_noticed(exported: Path, tmp_path: Path) -> None:
