@@ -17,7 +17,7 @@ from pipeline.progress import note
 _MEBIBYTE = 1 << 20
 
 
-def partial_path(output: Path) -> Path:
+def _partial_path(output: Path) -> Path:
     """Where the unfinished form of `output` is kept, in the same file system."""
     return output.parent / f".{output.name}.partial"
 
@@ -37,7 +37,7 @@ def staged_folder(
     """
     refuse_existing(output, overwrite=overwrite)
     _require_free_bytes(output.parent, required_bytes)
-    staging = partial_path(output)
+    staging = _partial_path(output)
     if staging.exists() and not resume:
         shutil.rmtree(staging)
     staging.mkdir(parents=True, exist_ok=True)
@@ -58,7 +58,7 @@ def discard_unfinished(output: Path, *, resume: bool) -> None:
     Raises:
         ResourceError: it cannot be removed.
     """
-    staging = partial_path(output)
+    staging = _partial_path(output)
     if staging.exists() and not resume:
         note(f"an unfinished run in {staging} is discarded (--resume continues one)")
         discard(staging)

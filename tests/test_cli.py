@@ -49,7 +49,7 @@ def test_help_lists_every_command_and_imports_nothing_heavy() -> None:
 
 def test_command_list_names_all_commands(capsys: pytest.CaptureFixture[str]) -> None:
     context = click.Context(cli.skipcat)
-    assert cli.skipcat.list_commands(context) == list(cli.COMMANDS)
+    assert cli.skipcat.list_commands(context) == list(cli._COMMANDS)
     assert cli.main(["--version"]) == 0
     assert "skipcat" in capsys.readouterr().out
 

@@ -29,7 +29,7 @@ _EVALUATION_SEED_OFFSET = 1_000_003
 
 
 @dataclass(frozen=True)
-class TextOptions:
+class _TextOptions:
     """On which text, and on how much of it.
 
     Attributes:
@@ -135,7 +135,7 @@ class _Outputs:
 
 def _options(
     original: str, *, images: str | None = None, image_count: int | None = None, **text: Any
-) -> TextOptions:
+) -> _TextOptions:
     """The options among the flags; raise UsageError for those of images."""
     if images is not None or image_count is not None:
         raise UsageError(
@@ -144,12 +144,12 @@ def _options(
             observed=original,
             change="give --text",
         )
-    return TextOptions(**text)
+    return _TextOptions(**text)
 
 
 def _load(
     original: str,
-    options: TextOptions,
+    options: _TextOptions,
     seed: int,
     trust_remote_code: bool,
     tell: Callable[[str], None],

@@ -13,7 +13,7 @@ from torch import nn
 from pipeline.errors import InputError
 
 
-class Accumulator(Protocol):
+class _Accumulator(Protocol):
     """What is summed over the inputs and gradients of linears that read the same input."""
 
     @property
@@ -81,7 +81,7 @@ def seeing_inputs(
 
 
 @contextmanager
-def seeing_gradients(model: nn.Module, groups: Mapping[str, Accumulator]) -> Iterator[None]:
+def seeing_gradients(model: nn.Module, groups: Mapping[str, _Accumulator]) -> Iterator[None]:
     """Let the sums see all that passes through their linears, forward and back.
 
     Parameters are frozen meanwhile: gradients by them are not wanted.
@@ -115,7 +115,7 @@ def _giving_input(name: str, take: Callable[[torch.Tensor], object]) -> Any:
     return give
 
 
-def _watching_output(member: str, sums: Accumulator) -> Any:
+def _watching_output(member: str, sums: _Accumulator) -> Any:
     def see(gradient: torch.Tensor) -> None:
         try:
             sums.see_gradient(member, gradient)

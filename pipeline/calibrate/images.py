@@ -20,12 +20,12 @@ from transformers.image_processing_base import ImageProcessingMixin
 from pipeline.errors import InputError, UsageError
 from pipeline.model.load_classifier import Shape, input_shape
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
 FORMATS = (
     "a folder of images (in sub-folders by class where they are labelled), an .npz or .safetensors "
     "with `images` or `pixel_values` and perhaps `labels`, or an .npy of images"
 )
-PROCESSED_AT_ONCE = 64
+_PROCESSED_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class ImageBatch:
 
 
 @dataclass(frozen=True)
-class ImageSet:
+class _ImageSet:
     """Images that are there to be read.
 
     Attributes:
@@ -96,7 +96,7 @@ def load_images(
     return ImageBatch(found.read(places), labels, spec)
 
 
-def _open(spec: str, model: PreTrainedModel, processor: ImageProcessingMixin) -> ImageSet:
+def _open(spec: str, model: PreTrainedModel, processor: ImageProcessingMixin) -> _ImageSet:
     path = Path(spec).expanduser()
     if not path.exists():
         raise InputError("There are no such images.", where=spec, expected=FORMATS)
@@ -114,17 +114,17 @@ def _open(spec: str, model: PreTrainedModel, processor: ImageProcessingMixin) ->
             )
     if "pixel_values" in arrays:
         pixels = _checked_pixels(arrays["pixel_values"], shape, path)
-        return ImageSet(len(pixels), labels, lambda places: torch.from_numpy(pixels[places]))
+        return _ImageSet(len(pixels), labels, lambda places: torch.from_numpy(pixels[places]))
     images = _channels_last(arrays["images"], shape[0], path)
-    return ImageSet(
+    return _ImageSet(
         len(images), labels, lambda places: _process(iter(images[places]), shape, processor, path)
     )
 
 
-def _folder(path: Path, shape: Shape, config: Any, processor: ImageProcessingMixin) -> ImageSet:
-    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
+def _folder(path: Path, shape: Shape, config: Any, processor: ImageProcessingMixin) -> _ImageSet:
+    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in _SUFFIXES)
     if not files:
-        raise InputError("The folder holds no images.", where=path, expected=", ".join(SUFFIXES))
+        raise InputError("The folder holds no images.", where=path, expected=", ".join(_SUFFIXES))
     classes = [file.relative_to(path).parts[:-1] for file in files]
     labels = None
     if all(classes):
@@ -136,7 +136,7 @@ def _folder(path: Path, shape: Shape, config: Any, processor: ImageProcessingMix
         opened = (_open_image(files[place], shape[0]) for place in places)
         return _process(opened, shape, processor, path)
 
-    return ImageSet(len(files), labels, read)
+    return _ImageSet(len(files), labels, read)
 
 
 def _class_numbers(names: list[str], config: Any, path: Path) -> dict[str, int]:
@@ -259,7 +259,7 @@ def _process(
     parts, waiting = [], []
     for image in images:
         waiting.append(image)
-        if len(waiting) == PROCESSED_AT_ONCE:
+        if len(waiting) == _PROCESSED_AT_ONCE:
             parts.append(_pixels_of(waiting, shape, processor, path))
             waiting = []
     if waiting:

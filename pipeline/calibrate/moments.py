@@ -6,8 +6,8 @@ import torch
 
 from pipeline.calibrate.precision import fast
 
-LARGEST_NORM = 10.0
-BLOCK = 256
+_LARGEST_NORM = 10.0
+_BLOCK = 256
 
 
 def rows_of(inputs: torch.Tensor) -> torch.Tensor:
@@ -15,12 +15,12 @@ def rows_of(inputs: torch.Tensor) -> torch.Tensor:
     return inputs.reshape(-1, inputs.shape[-1])
 
 
-def gram(rows: torch.Tensor) -> torch.Tensor:
+def _gram(rows: torch.Tensor) -> torch.Tensor:
     """X^T X of rows X [t, n]: only the blocks on and above the diagonal are multiplied, [n, n]."""
     width = rows.shape[1]
     product = rows.new_empty(width, width)
-    for start in range(0, width, BLOCK):
-        end = min(start + BLOCK, width)
+    for start in range(0, width, _BLOCK):
+        end = min(start + _BLOCK, width)
         block = rows[:, start:end].T @ rows[:, start:]
         product[start:end, start:] = block
         product[start:, start:end] = block.T
@@ -47,7 +47,7 @@ class SecondMoment:
         rows = rows_of(inputs).float()
         if not torch.isfinite(rows.sum()) and not torch.isfinite(rows).all():
             raise ValueError("NaN or infinite activations")
-        self.total += gram(rows)
+        self.total += _gram(rows)
         self.tokens += rows.shape[0]
 
     def mean(self) -> torch.Tensor:
@@ -61,7 +61,7 @@ class SecondMoment:
         return self.total / self.tokens
 
 
-class OutputMoment:
+class _OutputMoment:
     """Running G = sum over tokens of g g^T, for the gradient by one output of height m.
 
     A few tokens have gradients hundreds of times larger than the rest and would decide alone: a
@@ -87,11 +87,11 @@ class OutputMoment:
         squares = rows.square().sum(dim=1)
         if not torch.isfinite(squares).all():
             raise ValueError("NaN or infinite gradients")
-        limit = LARGEST_NORM**2 * squares.mean()
+        limit = _LARGEST_NORM**2 * squares.mean()
         cut = (limit / squares.clamp_min(1e-30)).clamp_max(1)
         rows = rows * cut.sqrt()[:, None]
         weights = squares * cut / squares.mean().clamp_min(1e-30)
-        self.total += gram(fast(rows))
+        self.total += _gram(fast(rows))
         self.tokens += rows.shape[0]
         return weights
 
@@ -117,7 +117,7 @@ class GroupMoments:
 
     def __init__(self, width: int, heights: dict[str, int]) -> None:
         self.inputs, self.weighted = SecondMoment(width), SecondMoment(width)
-        self.outputs = {name: OutputMoment(height) for name, height in heights.items()}
+        self.outputs = {name: _OutputMoment(height) for name, height in heights.items()}
         self.members = tuple(heights)
         self._rows: torch.Tensor | None = None
         self._weights: list[torch.Tensor] = []
@@ -181,11 +181,11 @@ class DrawnMoments:
         squares = rows.square().sum(dim=1)
         if not torch.isfinite(squares).all():
             raise ValueError("NaN or infinite gradients")
-        self.outputs[member] += gram(rows)
+        self.outputs[member] += _gram(rows)
         self._squares.append(squares)
         if len(self._squares) == len(self.outputs):
             weights = torch.stack(self._squares).mean(dim=0)
-            self.weighted += gram(self._rows * weights.sqrt()[:, None])
+            self.weighted += _gram(self._rows * weights.sqrt()[:, None])
             self._squares = []
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 
-def has_bfloat16_units() -> bool:
+def _has_bfloat16_units() -> bool:
     """Whether this CPU multiplies bfloat16 matrices faster than float32 ones."""
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
@@ -21,7 +21,7 @@ def fast_products(model: nn.Module) -> contextlib.AbstractContextManager[object]
     """
     parameter = next(model.parameters())
     if parameter.device.type == "cpu" and (
-        parameter.dtype != torch.float32 or has_bfloat16_units()
+        parameter.dtype != torch.float32 or _has_bfloat16_units()
     ):
         return torch.autocast("cpu", torch.bfloat16)
     return contextlib.nullcontext()
@@ -29,4 +29,4 @@ def fast_products(model: nn.Module) -> contextlib.AbstractContextManager[object]
 
 def fast(tensor: torch.Tensor) -> torch.Tensor:
     """A float32 tensor rounded for a product in bfloat16, where that is faster."""
-    return tensor.bfloat16() if has_bfloat16_units() else tensor
+    return tensor.bfloat16() if _has_bfloat16_units() else tensor

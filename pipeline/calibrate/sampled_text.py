@@ -17,7 +17,7 @@ from transformers import (
 from pipeline.progress import track
 
 # The cache of all sequences sampled together is held at once.
-TOKENS_AT_ONCE = 32768
+_TOKENS_AT_ONCE = 32768
 
 
 @torch.no_grad()
@@ -50,7 +50,7 @@ def generate_windows(
     new_tokens = length - start.shape[1]
     if new_tokens == 0:
         return start
-    batches = start.split(max(1, TOKENS_AT_ONCE // length))
+    batches = start.split(max(1, _TOKENS_AT_ONCE // length))
     steps = _Steps(new_tokens * len(batches))
     with torch.random.fork_rng(devices=[]), _no_advice(model):
         torch.manual_seed(seed)

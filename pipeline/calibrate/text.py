@@ -19,12 +19,12 @@ from pipeline.artefact import sha256_of_file
 from pipeline.calibrate.sampled_text import generate_windows
 from pipeline.errors import InputError, MissingPackageError
 
-HUB_DATASETS = {
+_HUB_DATASETS = {
     "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "train"),
     "c4": ("allenai/c4", "en", "train"),
 }
 # Both are streamed; this many documents hold more than enough text for one window.
-DOCUMENTS_PER_WINDOW = 32
+_DOCUMENTS_PER_WINDOW = 32
 
 
 @dataclass
@@ -81,7 +81,7 @@ def load_tokens(
     Raises:
         InputError: no such file or dataset, or too little text; says how much is needed.
     """
-    parts = parts_of(spec)
+    parts = _parts_of(spec)
     if len(parts) > 1:
         for part in filter(_is_file, parts):
             _read(Path(part))  # before a part that takes minutes
@@ -103,19 +103,19 @@ def load_tokens(
     if spec == "self":
         tokens = generate_windows(model, tokenizer, count=count, length=length, seed=seed)
         return TokenBatch(tokens, "self", seed, {"text": "sampled from the model, temperature 1"})
-    if set(spec.split("+")) <= set(HUB_DATASETS):
+    if set(spec.split("+")) <= set(_HUB_DATASETS):
         stream, details = _hub_stream(spec, tokenizer, count, length), {"datasets": spec}
     else:
         stream, details = _file_stream(Path(spec), tokenizer)
     return TokenBatch(_windows(stream, spec, count, length, seed, sequential), spec, seed, details)
 
 
-def parts_of(spec: str) -> list[str]:
+def _parts_of(spec: str) -> list[str]:
     """The parts of a mixture; hub datasets, which are mixed as they are read, count as one.
 
     A file whose name holds a `+` is one part.
     """
-    if Path(spec).exists() or set(spec.split("+")) <= set(HUB_DATASETS):
+    if Path(spec).exists() or set(spec.split("+")) <= set(_HUB_DATASETS):
         return [spec]
     return spec.split("+")
 
@@ -136,7 +136,7 @@ def require_text(spec: str, tokenizer: PreTrainedTokenizerBase, *, count: int, l
     Raises:
         InputError: no such file, or too little text.
     """
-    parts = parts_of(spec)
+    parts = _parts_of(spec)
     for place, part in enumerate(parts):
         if _is_file(part):
             stream, _ = _file_stream(Path(part), tokenizer)
@@ -166,7 +166,7 @@ def _windows(
 
 def _is_file(part: str) -> bool:
     """Whether a part of a specification can only be a path."""
-    return part != "self" and not set(part.split("+")) <= set(HUB_DATASETS)
+    return part != "self" and not set(part.split("+")) <= set(_HUB_DATASETS)
 
 
 def _read(path: Path) -> str:
@@ -186,10 +186,10 @@ def _file_stream(
 ) -> tuple[torch.Tensor, dict[str, str]]:
     text = _read(path)
     details = {"file": path.name, "file_sha256": sha256_of_file(path)}
-    return tokenize(text, tokenizer), details
+    return _tokenize(text, tokenizer), details
 
 
-def tokenize(text: str, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+def _tokenize(text: str, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
     """Token ids of a text, int64 [n], with no special tokens added.
 
     Words that a word-tokenised corpus masked as `<unk>` are left out: the model never saw the mark.
@@ -211,10 +211,10 @@ def _hub_stream(
     share = -(-count // len(names))
     parts = []
     for name in names:
-        repository, subset, split = HUB_DATASETS[name]
+        repository, subset, split = _HUB_DATASETS[name]
         try:
             rows = datasets.load_dataset(repository, subset, split=split, streaming=True)
-            text = "\n\n".join(row["text"] for row in rows.take(share * DOCUMENTS_PER_WINDOW * 4))
+            text = "\n\n".join(row["text"] for row in rows.take(share * _DOCUMENTS_PER_WINDOW * 4))
         except Exception as error:
             raise InputError(
                 "A hub dataset could not be read.",
@@ -222,5 +222,5 @@ def _hub_stream(
                 observed=str(error).splitlines()[0] if str(error) else type(error).__name__,
                 change="check the network, or pass a text file, or 'self'",
             ) from error
-        parts.append(tokenize(text, tokenizer)[: share * length])
+        parts.append(_tokenize(text, tokenizer)[: share * length])
     return torch.cat(parts)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from validate.record import Ledger
 
 
-evaluation_options = options.apply(
+_evaluation_options = options.apply(
     click.option(
         "--eval-text",
         default="self",
@@ -49,7 +49,7 @@ evaluation_options = options.apply(
 )
 @compression_options
 @click.option("--max-length", type=int, default=2048, show_default=True, help="Cache length.")
-@evaluation_options
+@_evaluation_options
 @options.trust_remote_code
 @options.overwrite
 @options.resume

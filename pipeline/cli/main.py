@@ -13,7 +13,7 @@ import click
 from pipeline import __version__
 from pipeline.errors import explain
 
-COMMANDS = {
+_COMMANDS = {
     "build": "pipeline.cli.build",
     "compress": "pipeline.cli.compress",
     "recover": "pipeline.cli.recover",
@@ -34,12 +34,12 @@ class _LazyGroup(click.Group):
     """A group that imports a command's file only when it is called, so that --help is quick."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(COMMANDS)
+        return list(_COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in COMMANDS:
+        if cmd_name not in _COMMANDS:
             return None
-        return importlib.import_module(COMMANDS[cmd_name]).command
+        return importlib.import_module(_COMMANDS[cmd_name]).command
 
 
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+_Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 model = click.option(
     "-m",
@@ -34,7 +34,7 @@ trust_remote_code = click.option(
 )
 
 
-def apply(*decorators: Decorator, heading: str | None = None) -> Decorator:
+def apply(*decorators: _Decorator, heading: str | None = None) -> _Decorator:
     """One decorator out of several, applied so that help lists them in the order given.
 
     Args:

@@ -18,10 +18,10 @@ from pipeline.calibrate.precision import fast_products
 from pipeline.model.structure import Group, Layer, evaluating, probe_tokens
 from pipeline.progress import note, track
 
-RELATIVE_FLOOR = 1e-4
+_RELATIVE_FLOOR = 1e-4
 
 
-def channel_scales(moment: torch.Tensor, power: float) -> torch.Tensor:
+def _channel_scales(moment: torch.Tensor, power: float) -> torch.Tensor:
     """D of an input, float64 [n], with geometric mean 1.
 
     Args:
@@ -39,12 +39,12 @@ def channel_scales(moment: torch.Tensor, power: float) -> torch.Tensor:
     largest = float(sizes.max())
     if largest == 0:
         return torch.ones_like(sizes)
-    scales = sizes.clamp_min(RELATIVE_FLOOR * largest) ** power
+    scales = sizes.clamp_min(_RELATIVE_FLOOR * largest) ** power
     return scales / scales.log().mean().exp()
 
 
 # Of the largest logit; the scaled model computes the same in another order.
-RELATIVE_CHANGE = 1e-4
+_RELATIVE_CHANGE = 1e-4
 
 
 @torch.no_grad()
@@ -57,7 +57,7 @@ def scale_channels_(
         model: a decoder in evaluation mode, held in float32; changed in place.
         layers: its structure.
         tokens: calibration tokens, int64 [N, T].
-        power: see `channel_scales`.
+        power: see `_channel_scales`.
 
     Returns:
         Names of the groups whose inputs are scaled.
@@ -71,7 +71,7 @@ def scale_channels_(
             moments = stream.advance(index)
         for group in layer.groups:
             if group.name in norms:
-                scales[group.name] = channel_scales(moments[group.name].mean(), power)
+                scales[group.name] = _channel_scales(moments[group.name].mean(), power)
     groups = [g for layer in layers for g in layer.groups if g.name in scales]
     for group in groups:
         _scale_(model, norms[group.name], group, scales[group.name])
@@ -142,4 +142,4 @@ def _logits(model: PreTrainedModel) -> torch.Tensor:
 
 
 def _changed(before: torch.Tensor, after: torch.Tensor) -> bool:
-    return bool((before - after).abs().max() > RELATIVE_CHANGE * before.abs().max())
+    return bool((before - after).abs().max() > _RELATIVE_CHANGE * before.abs().max())

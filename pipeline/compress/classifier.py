@@ -32,7 +32,7 @@ _LEAST_IMAGES = 256
 _ROWS_AT_ONCE = 4096
 
 
-def prepare(request: CompressRequest) -> OpenedClassifier:
+def prepare(request: CompressRequest) -> _OpenedClassifier:
     """Load the image classifier that a request names; its `windows` are images.
 
     Raises:
@@ -49,10 +49,10 @@ def prepare(request: CompressRequest) -> OpenedClassifier:
         if given:
             raise UsageError("This option is for language models.", where=flag)
     loaded = load_classifier(request.model, trust_remote_code=request.trust_remote_code)
-    return OpenedClassifier(request, loaded)
+    return _OpenedClassifier(request, loaded)
 
 
-class OpenedClassifier:
+class _OpenedClassifier:
     """An image classifier in memory (see `pipeline.compress.calibrated.Opened`).
 
     Args:
@@ -86,7 +86,7 @@ class OpenedClassifier:
         """Bytes on disk: the checkpoint, and its finished layers beside it."""
         return 2 * sum(p.numel() for p in self.model.parameters()) * dtype.itemsize
 
-    def calibrate(self, folder: Path, settings: dict[str, Any]) -> CalibratedClassifier:
+    def calibrate(self, folder: Path, settings: dict[str, Any]) -> _CalibratedClassifier:
         """The classifier with its calibration images; nothing of it is kept on disk."""
         images = load_images(
             self.request.calibration,
@@ -97,7 +97,7 @@ class OpenedClassifier:
         )
         note(f"calibration: {len(images.pixels)} images of {images.source}")
         _require_images(images, self.structure)
-        return CalibratedClassifier(self, images)
+        return _CalibratedClassifier(self, images)
 
     def _image_count(self) -> int:
         """Images to read: as asked for, or as many as have the patches of the effort's tokens."""
@@ -108,7 +108,7 @@ class OpenedClassifier:
         return max(math.ceil(effort.windows * effort.window_length / patches), _LEAST_IMAGES)
 
 
-class CalibratedClassifier:
+class _CalibratedClassifier:
     """A classifier and its calibration images (see `pipeline.compress.calibrated.Calibrated`).
 
     Args:
@@ -119,7 +119,7 @@ class CalibratedClassifier:
     embeddings: tuple[tuple[str, ...], ...] = ()
     rotary_width = 0
 
-    def __init__(self, opened: OpenedClassifier, images: ImageBatch) -> None:
+    def __init__(self, opened: _OpenedClassifier, images: ImageBatch) -> None:
         self.model, self.layers, self.images = opened.model, opened.layers, images
         self.request = opened.request
         self._batch_size = max(1, _ROWS_AT_ONCE // max(opened.structure.rows.values()))

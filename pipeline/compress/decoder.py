@@ -35,7 +35,7 @@ from pipeline.quantize.formats import Runtime
 _SEQUENCES_AT_ONCE = 8
 
 
-def prepare(request: CompressRequest) -> OpenedDecoder:
+def prepare(request: CompressRequest) -> _OpenedDecoder:
     """Load the decoder that a request names.
 
     Raises:
@@ -49,10 +49,10 @@ def prepare(request: CompressRequest) -> OpenedDecoder:
         trust_remote_code=request.trust_remote_code,
         window_length=request.resolved_effort.window_length,
     )
-    return OpenedDecoder(request, loaded)
+    return _OpenedDecoder(request, loaded)
 
 
-class OpenedDecoder:
+class _OpenedDecoder:
     """A decoder in memory (see `pipeline.compress.calibrated.Opened`).
 
     Args:
@@ -107,7 +107,7 @@ class OpenedDecoder:
             length=effort.window_length,
             seed=request.seed,
         )
-        require_tokens(batch, self.layers)
+        _require_tokens(batch, self.layers)
         return batch
 
 
@@ -229,7 +229,7 @@ def spread(tokens: torch.Tensor, count: int) -> torch.Tensor:
     return tokens[torch.linspace(0, len(tokens) - 1, min(count, len(tokens))).round().long()]
 
 
-def require_tokens(tokens: TokenBatch, layers: list[Layer]) -> None:
+def _require_tokens(tokens: TokenBatch, layers: list[Layer]) -> None:
     """Refuse calibration text that cannot determine the second moments.
 
     Raises:

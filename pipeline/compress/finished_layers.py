@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.artefact import require_same_settings, sha256_of_file, write_json
 
-PROGRESS = "progress.json"
+_PROGRESS = "progress.json"
 
 
 class FinishedLayers:
@@ -29,7 +29,7 @@ class FinishedLayers:
         self.folder, self.settings = folder, json.loads(json.dumps(settings))
         self.records: dict[str, dict[str, Any]] = {}
         folder.mkdir(parents=True, exist_ok=True)
-        progress = folder / PROGRESS
+        progress = folder / _PROGRESS
         if not progress.exists():
             self._write_progress()
             return
@@ -69,4 +69,4 @@ class FinishedLayers:
         self._write_progress()
 
     def _write_progress(self) -> None:
-        write_json(self.folder / PROGRESS, {"settings": self.settings, "layers": self.records})
+        write_json(self.folder / _PROGRESS, {"settings": self.settings, "layers": self.records})

@@ -12,13 +12,13 @@ DEFAULT_METHOD = "skipcat-kl"
 DEFAULT_EFFORT = "default"
 # Ways to turn a target into a product B A, and a matrix into low-bit codes.
 TRUNCATED = "pipeline.compress.factorize.whitened_svd:truncated"
-RECONSTRUCTED = "pipeline.compress.factorize.targets:reconstructed"
-GPTQ = "pipeline.compress.factorize.quantized_factors:GPTQ"
-RTN = "pipeline.compress.factorize.quantized_factors:RTN"
+_RECONSTRUCTED = "pipeline.compress.factorize.targets:reconstructed"
+_GPTQ = "pipeline.compress.factorize.quantized_factors:GPTQ"
+_RTN = "pipeline.compress.factorize.quantized_factors:RTN"
 
 
 @dataclass(frozen=True)
-class Allocation:
+class _Allocation:
     """How a budget is divided among the groups.
 
     Attributes:
@@ -33,9 +33,9 @@ class Allocation:
     needs_costs: bool = False
 
 
-UNIFORM = Allocation("uniform", "pipeline.compress.plan.plan:allocate_uniformly")
-BY_LOSS = Allocation("by-loss", "pipeline.compress.plan.svd_llm_v2:allocate_by_loss")
-SEARCHED = Allocation("searched", "pipeline.compress.plan.rank_search:allocate_by_cost", True)
+_UNIFORM = _Allocation("uniform", "pipeline.compress.plan.plan:allocate_uniformly")
+_BY_LOSS = _Allocation("by-loss", "pipeline.compress.plan.svd_llm_v2:allocate_by_loss")
+_SEARCHED = _Allocation("searched", "pipeline.compress.plan.rank_search:allocate_by_cost", True)
 
 
 @dataclass(frozen=True)
@@ -53,15 +53,15 @@ class Fit:
     two_sided: bool = True
     mix: float | None = None
     factorize: str = TRUNCATED
-    quantize: str = GPTQ
+    quantize: str = _GPTQ
 
     def describe(self) -> dict[str, Any]:
         """The entry of recipe.json."""
         return {
             "two_sided": self.two_sided,
             "mix": self.mix,
-            "reconstruct": self.factorize == RECONSTRUCTED,
-            "nearest": self.quantize == RTN,
+            "reconstruct": self.factorize == _RECONSTRUCTED,
+            "nearest": self.quantize == _RTN,
         }
 
 
@@ -81,7 +81,7 @@ class Method:
     summary: str
     cat: bool
     skip: bool
-    allocation: Allocation
+    allocation: _Allocation
     fit: Fit
     quantizer: bool = False
 
@@ -105,38 +105,38 @@ class Method:
 ONE_SIDED = Fit(two_sided=False)
 METHODS = {
     # Wang et al., ICLR 2025; NAACL 2025
-    "svd-llm": Method("whitened SVD (SVD-LLM)", False, False, UNIFORM, ONE_SIDED),
+    "svd-llm": Method("whitened SVD (SVD-LLM)", False, False, _UNIFORM, ONE_SIDED),
     "svd-llm-v2": Method(
-        "whitened SVD, ranks by truncation loss (SVD-LLM v2)", False, False, BY_LOSS, ONE_SIDED
+        "whitened SVD, ranks by truncation loss (SVD-LLM v2)", False, False, _BY_LOSS, ONE_SIDED
     ),
     "mpifa": Method(
         "pivoted factors with reconstruction (MPIFA)",
         False,
         True,
-        UNIFORM,
-        Fit(two_sided=False, mix=0.25, factorize=RECONSTRUCTED),
+        _UNIFORM,
+        Fit(two_sided=False, mix=0.25, factorize=_RECONSTRUCTED),
     ),
-    "cat": Method("whitened SVD, shared (Cat)", True, False, UNIFORM, ONE_SIDED),
-    "skip": Method("whitened SVD, block-skip (Skip)", False, True, UNIFORM, ONE_SIDED),
-    "skipcat": Method("shared and block-skip (SkipCat)", True, True, UNIFORM, ONE_SIDED),
+    "cat": Method("whitened SVD, shared (Cat)", True, False, _UNIFORM, ONE_SIDED),
+    "skip": Method("whitened SVD, block-skip (Skip)", False, True, _UNIFORM, ONE_SIDED),
+    "skipcat": Method("shared and block-skip (SkipCat)", True, True, _UNIFORM, ONE_SIDED),
     "rtn": Method(
         "every number rounded to its nearest (RTN)",
         False,
         False,
-        UNIFORM,
-        Fit(two_sided=False, quantize=RTN),
+        _UNIFORM,
+        Fit(two_sided=False, quantize=_RTN),
         quantizer=True,
     ),
     "gptq": Method(
         "rounded with errors fed forward along rows (GPTQ)",
         False,
         False,
-        UNIFORM,
+        _UNIFORM,
         Fit(two_sided=False, mix=0.0),
         quantizer=True,
     ),
     DEFAULT_METHOD: Method(
-        "block-skip, two-sided, ranks and sharing by expected KL", True, True, SEARCHED, Fit()
+        "block-skip, two-sided, ranks and sharing by expected KL", True, True, _SEARCHED, Fit()
     ),
 }
 

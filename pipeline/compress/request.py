@@ -17,7 +17,7 @@ from pipeline.compress.methods import (
 from pipeline.errors import UsageError
 from pipeline.quantize.formats import DEFAULT_RUNTIME, RUNTIMES, Format, parse_format
 
-SHORTENING = 4
+_SHORTENING = 4
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ class CompressRequest:
                 expected="a number in [0, 1]",
             )
         if self.memory is not None:
-            parse_bytes(self.memory, "--memory")
+            _parse_bytes(self.memory, "--memory")
         if self.searches_bits and not METHODS[self.method].allocation.needs_costs:
             raise UsageError(
                 "This method does not search ranks and bits.",
@@ -204,7 +204,7 @@ class CompressRequest:
     def budget_bytes(self, float16_bytes: int) -> int:
         """The budget of a model whose weights take so many bytes in float16."""
         if self.memory is not None:
-            return parse_bytes(self.memory, "--memory")
+            return _parse_bytes(self.memory, "--memory")
         return int((self.keep_bytes or 1.0) * float16_bytes)
 
     @property
@@ -215,9 +215,9 @@ class CompressRequest:
             # As many tokens in shorter windows: sampling takes a step for each token of a window.
             effort = replace(
                 effort,
-                windows=SHORTENING * effort.windows,
-                window_length=effort.window_length // SHORTENING,
-                survey_windows=SHORTENING * effort.survey_windows,
+                windows=_SHORTENING * effort.windows,
+                window_length=effort.window_length // _SHORTENING,
+                survey_windows=_SHORTENING * effort.survey_windows,
             )
         windows = self.windows or effort.windows
         return replace(
@@ -243,7 +243,7 @@ class CompressRequest:
         return replace(method, cat=method.cat and self.cat, skip=method.skip and self.skip, fit=fit)
 
 
-def parse_bytes(text: str, flag: str) -> int:
+def _parse_bytes(text: str, flag: str) -> int:
     """The bytes that `60MB`, `1.5 GiB` or `60000000` name.
 
     Raises:

@@ -62,8 +62,8 @@ def compress_to_folder(
     """
     started = time.monotonic()
     discard_unfinished(output, resume=resume)
-    opened = opened or open_model(request)
-    dtype = stored_dtype(request, opened.storage_dtype)
+    opened = opened or _open_model(request)
+    dtype = _stored_dtype(request, opened.storage_dtype)
     with staged_folder(
         output, overwrite=overwrite, resume=True, required_bytes=opened.needed_bytes(dtype)
     ) as folder:
@@ -87,12 +87,12 @@ def plan_only(request: CompressRequest) -> RankPlan:
     Raises:
         PipelineError: bad input.
     """
-    opened = open_model(request)
+    opened = _open_model(request)
     with tempfile.TemporaryDirectory() as folder:
         return make_plan(request, opened.calibrate(Path(folder), {}))
 
 
-def open_model(request: CompressRequest) -> Opened:
+def _open_model(request: CompressRequest) -> Opened:
     """The model that a request names, loaded and looked at as its task asks.
 
     Raises:
@@ -102,7 +102,7 @@ def open_model(request: CompressRequest) -> Opened:
     return opened
 
 
-def stored_dtype(request: CompressRequest, published: torch.dtype) -> torch.dtype:
+def _stored_dtype(request: CompressRequest, published: torch.dtype) -> torch.dtype:
     """Of what is not quantised: as asked, as published, or float16 under a budget of bytes."""
     if request.dtype != "auto":
         return DTYPES[request.dtype]

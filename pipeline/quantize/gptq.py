@@ -25,9 +25,9 @@ import torch
 from pipeline.quantize.formats import Format
 from pipeline.quantize.groupwise import Blocks, Grid, fit_grid, on_grid, pad_to_blocks
 
-RELATIVE_DAMPING = 1e-2
+_RELATIVE_DAMPING = 1e-2
 ROWS_AT_ONCE = 64
-COLUMNS_AT_ONCE = 64
+_COLUMNS_AT_ONCE = 64
 
 
 def gptq(
@@ -134,8 +134,8 @@ def _along_rows(
     moved = np.ascontiguousarray(values.T)
     scales, zeros = (np.ascontiguousarray(a.T) for a in (spread.scales, spread.zero_points))
     codes, rounded = np.empty_like(moved), np.empty_like(moved)
-    for start in range(0, len(moved), COLUMNS_AT_ONCE):
-        stop = min(start + COLUMNS_AT_ONCE, len(moved))
+    for start in range(0, len(moved), _COLUMNS_AT_ONCE):
+        stop = min(start + _COLUMNS_AT_ONCE, len(moved))
         steps = np.empty_like(moved[start:stop])
         for j in range(start, stop):
             code = moved[j] / scales[j]
@@ -177,7 +177,7 @@ def damped(moment: torch.Tensor) -> np.ndarray:
         raise ValueError("the second moment holds NaN or infinite values")
     mean = float(np.diagonal(matrix).mean())
     # A zero moment leaves rounding to the nearest.
-    return matrix + (RELATIVE_DAMPING * mean if mean > 0 else 1.0) * np.eye(len(matrix))
+    return matrix + (_RELATIVE_DAMPING * mean if mean > 0 else 1.0) * np.eye(len(matrix))
 
 
 def upper_root(matrix: np.ndarray) -> np.ndarray:

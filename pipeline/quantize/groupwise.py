@@ -18,12 +18,12 @@ import numpy as np
 from pipeline.quantize.formats import Format, Zero
 
 # Ranges shorter than the block's own: clipping the largest weight lets the others be finer.
-SHRINKAGES = np.linspace(1.0, 0.7, 16, dtype=np.float32)
+_SHRINKAGES = np.linspace(1.0, 0.7, 16, dtype=np.float32)
 # With so many codes nothing is gained by clipping.
 BITS_TO_CLIP = 6
 # A root mean square error of so many steps is none.
-EXACT_STEPS = np.float32(1e-4)
-SMALLEST_SCALE = np.float32(2.0**-24)
+_EXACT_STEPS = np.float32(1e-4)
+_SMALLEST_SCALE = np.float32(2.0**-24)
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def fit_grid(
         return best
     least = _squared_error(best, padded, cost)
     for grid in grids:
-        if (least <= np.square(EXACT_STEPS * best.scales) * cost.sum(axis=-1)).all():
+        if (least <= np.square(_EXACT_STEPS * best.scales) * cost.sum(axis=-1)).all():
             break  # the weights were on such grids before
         error = _squared_error(grid, padded, cost)
         better = error < least
@@ -191,12 +191,12 @@ def _candidates(padded: np.ndarray, bits: int, zero: Zero) -> Iterator[Grid]:
         lowest, highest = padded.min(axis=-1), padded.max(axis=-1)
         for steps in range(most, most // 2, -1):
             yield _offset_grid(lowest, highest, bits, steps)
-        for shrinkage in SHRINKAGES[1:]:
+        for shrinkage in _SHRINKAGES[1:]:
             cut = (highest - lowest) * (1 - shrinkage) / 2
             yield _offset_grid(lowest + cut, highest - cut, bits, most)
         return
     lowest, highest = _ranges(padded, zero)
-    for shrinkage in SHRINKAGES:
+    for shrinkage in _SHRINKAGES:
         yield _grid(lowest * shrinkage, highest * shrinkage, bits, most, zero)
 
 
@@ -224,7 +224,7 @@ def _offset_grid(lowest: np.ndarray, highest: np.ndarray, bits: int, steps: int)
 
 def _scales(width: np.ndarray, steps: int) -> np.ndarray:
     exact = np.where(width > 0, width / steps, np.float32(1))
-    return np.maximum(_as_float16(exact), SMALLEST_SCALE)
+    return np.maximum(_as_float16(exact), _SMALLEST_SCALE)
 
 
 def _as_float16(numbers: np.ndarray) -> np.ndarray:
@@ -239,7 +239,7 @@ def _squared_error(grid: Grid, padded: np.ndarray, cost: np.ndarray) -> np.ndarr
 
 
 # Half a step of 8 bits over -max|w| to max|w|.
-HALF_STEP_OF_8_BITS = 1 / 254
+_HALF_STEP_OF_8_BITS = 1 / 254
 
 
 def is_kept_by(format: Format, weight: np.ndarray) -> bool:
@@ -255,4 +255,4 @@ def is_kept_by(format: Format, weight: np.ndarray) -> bool:
     rounded = dequantize_blocks(quantize_blocks(weight, format.bits, width, zero=format.zero))
     error = np.abs(pad_to_blocks(rounded - weight, width)).max(axis=-1)
     largest = np.abs(pad_to_blocks(weight, width)).max(axis=-1)
-    return bool((error <= largest * HALF_STEP_OF_8_BITS).all())
+    return bool((error <= largest * _HALF_STEP_OF_8_BITS).all())

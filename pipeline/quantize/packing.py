@@ -12,7 +12,7 @@ import torch
 from pipeline.quantize.formats import Format
 from pipeline.quantize.groupwise import Blocks
 
-CODES, SCALES, ZERO_POINTS, OFFSETS = "codes", "scales", "zero_points", "offsets"
+_CODES, _SCALES, _ZERO_POINTS, _OFFSETS = "codes", "scales", "zero_points", "offsets"
 
 
 def stored_tensors(blocks: Blocks) -> dict[str, torch.Tensor]:
@@ -24,13 +24,13 @@ def stored_tensors(blocks: Blocks) -> dict[str, torch.Tensor]:
     """
     rows = len(blocks.codes)
     tensors = {
-        CODES: torch.from_numpy(pack_codes(blocks.codes.reshape(rows, -1), blocks.bits)),
-        SCALES: _float16_bits(blocks.scales),
+        _CODES: torch.from_numpy(pack_codes(blocks.codes.reshape(rows, -1), blocks.bits)),
+        _SCALES: _float16_bits(blocks.scales),
     }
     if blocks.has_offsets:
-        tensors[OFFSETS] = _float16_bits(blocks.offsets)
+        tensors[_OFFSETS] = _float16_bits(blocks.offsets)
     elif blocks.zero_points is not None:
-        tensors[ZERO_POINTS] = torch.from_numpy(pack_codes(blocks.zero_points, blocks.bits))
+        tensors[_ZERO_POINTS] = torch.from_numpy(pack_codes(blocks.zero_points, blocks.bits))
     return tensors
 
 
@@ -43,13 +43,13 @@ def blocks_of(tensors: dict[str, torch.Tensor], format: Format, columns: int) ->
         columns: n of the matrix.
     """
     width, count = format.width(columns), format.blocks(columns)
-    codes = unpack_codes(tensors[CODES].numpy(), format.bits, count * width)
-    scales = _from_float16_bits(tensors[SCALES])
+    codes = _unpack_codes(tensors[_CODES].numpy(), format.bits, count * width)
+    scales = _from_float16_bits(tensors[_SCALES])
     zero_points = None
     if format.zero == "offset":
-        zero_points = -_from_float16_bits(tensors[OFFSETS]) / scales
+        zero_points = -_from_float16_bits(tensors[_OFFSETS]) / scales
     elif format.zero == "asym":
-        zero_points = unpack_codes(tensors[ZERO_POINTS].numpy(), format.bits, count)
+        zero_points = _unpack_codes(tensors[_ZERO_POINTS].numpy(), format.bits, count)
     return Blocks(
         codes.reshape(len(codes), count, width), scales, zero_points, format.bits, columns
     )
@@ -101,7 +101,7 @@ def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
     return packed
 
 
-def unpack_codes(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
+def _unpack_codes(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
     """The first `count` codes that `pack_codes` put along the last axis, uint8 [..., count]."""
     places = np.unpackbits(packed, axis=-1, bitorder="little", count=count * bits)
     slots = places.reshape(*packed.shape[:-1], count, bits)

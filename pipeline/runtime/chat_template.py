@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline.errors import InputError
 
-NAMES = ("chat_template.jinja", "chat_template.json")
+_NAMES = ("chat_template.jinja", "chat_template.json")
 
 
 class ChatTemplate:
@@ -64,7 +64,7 @@ def find_template(folder: Path, settings: dict[str, Any]) -> str | None:
 
     Of several named templates it is the one called "default".
     """
-    for name in NAMES:
+    for name in _NAMES:
         path = folder / name
         if path.is_file():
             text = path.read_text(encoding="utf-8")

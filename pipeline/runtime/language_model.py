@@ -29,7 +29,7 @@ from pipeline.runtime.tokenizer import (
     stop_token_ids,
 )
 
-Prompt = str | Sequence[int]
+_Prompt = str | Sequence[int]
 _USUAL = Decoding()
 
 
@@ -79,7 +79,7 @@ class LanguageModel:
 
     def generate(
         self,
-        prompt: Prompt,
+        prompt: _Prompt,
         decoding: Decoding = _USUAL,
         emit: Callable[[str], None] = ignore_text,
     ) -> Answer:
@@ -106,7 +106,7 @@ class LanguageModel:
         """
         return self.generate(chat_prompt_ids(self.tokenizer, messages, raw), decoding, emit)
 
-    def stream(self, prompt: Prompt, decoding: Decoding = _USUAL) -> Iterator[str]:
+    def stream(self, prompt: _Prompt, decoding: Decoding = _USUAL) -> Iterator[str]:
         """The same text as `generate`'s, piece by piece as it comes.
 
         Raises:
@@ -120,5 +120,5 @@ class LanguageModel:
         """The settings with the model's own stop tokens."""
         return replace(decoding, stop_ids=self.stop_ids.union(decoding.stop_ids))
 
-    def _ids(self, prompt: Prompt) -> Sequence[int]:
+    def _ids(self, prompt: _Prompt) -> Sequence[int]:
         return self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt

@@ -11,7 +11,7 @@ from pipeline.errors import InputError
 from pipeline.runtime.tokenizer import Message, TextTokenizer, chat_prompt_ids
 from pipeline.serve.failure import RequestFailure
 
-Result = TypeVar("Result")
+_Result = TypeVar("_Result")
 
 
 class PromptReader:
@@ -73,7 +73,7 @@ class PromptReader:
         """End the thread."""
         self._thread.shutdown(cancel_futures=True)
 
-    async def _run(self, work: Callable[[], Result]) -> Result:
+    async def _run(self, work: Callable[[], _Result]) -> _Result:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
     def _apply_template(self, messages: list[Message]) -> list[int]:

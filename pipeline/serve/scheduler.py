@@ -60,7 +60,7 @@ class _Running:
 
 
 @dataclass(frozen=True)
-class Load:
+class _Load:
     """How busy the scheduler is: answers in slots, requests waiting, and the limits of both."""
 
     running: int
@@ -137,9 +137,9 @@ class Scheduler:
         with self._condition:
             self._condition.notify()
 
-    def load(self) -> Load:
+    def load(self) -> _Load:
         """How busy it is."""
-        return Load(len(self._running), len(self._waiting), self._session.slots, self._queue)
+        return _Load(len(self._running), len(self._waiting), self._session.slots, self._queue)
 
     @property
     def is_open(self) -> bool:

@@ -217,12 +217,12 @@ def parse_body(body: bytes, kind: type[Body]) -> Body:
     try:
         request = kind.model_validate_json(body)
     except ValidationError as error:
-        raise explain(error) from error
+        raise _explain(error) from error
     request.require_known()
     return request
 
 
-def explain(error: ValidationError) -> RequestFailure:
+def _explain(error: ValidationError) -> RequestFailure:
     """The first thing that is wrong with a body."""
     first = error.errors(include_url=False, include_input=False)[0]
     if first["type"] == "json_invalid":

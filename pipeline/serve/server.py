@@ -126,9 +126,9 @@ def serve(request: ServeRequest) -> int:
         InputError: the folder does not load.
         UsageError: the address cannot be listened at.
     """
-    with listen(request.host, request.port) as listener:
+    with _listen(request.host, request.port) as listener:
         session = open_slots(request.folder, request.backend, request.threads, request.slots)
-        with running_server(request, session) as server:
+        with _running_server(request, session) as server:
             _announce(request, session, listener)
             server.run(sockets=[listener])
     note("stopped")
@@ -136,7 +136,7 @@ def serve(request: ServeRequest) -> int:
 
 
 @contextlib.contextmanager
-def running_server(request: ServeRequest, session: SlotSession) -> Iterator[Server]:
+def _running_server(request: ServeRequest, session: SlotSession) -> Iterator[Server]:
     """A server over a session, whose threads end with the block."""
     tokenizer = load_tokenizer(request.folder)
     stop_ids = stop_token_ids(tokenizer, request.folder)
@@ -179,7 +179,7 @@ def _configure(request: ServeRequest, api: Api) -> uvicorn.Config:
     )
 
 
-def listen(host: str, port: int) -> socket.socket:
+def _listen(host: str, port: int) -> socket.socket:
     """A listening socket, bound before the model loads, so that a port in use is told at once.
 
     Raises:

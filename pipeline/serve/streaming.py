@@ -15,7 +15,7 @@ from pipeline.serve.job import Ending, Job, Outbox, Piece
 from pipeline.serve.reply import Reply, broken_off
 from pipeline.serve.scheduler import Scheduler
 
-Result = TypeVar("Result")
+_Result = TypeVar("_Result")
 
 # So much of a body that is too long is still read, and dropped: closing while a client writes would
 # reset the connection, and most clients would then not see why.
@@ -81,7 +81,7 @@ async def _collect_body(request: Request, max_bytes: int) -> bytes | None:
     return None if is_too_long else bytes(body)
 
 
-async def unless_gone(work: Coroutine[Any, Any, Result], receive: Receive) -> Result:
+async def unless_gone(work: Coroutine[Any, Any, _Result], receive: Receive) -> _Result:
     """Do some work, but stop when the client disconnects.
 
     Raises:

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.artefact import folder_bytes
 from pipeline.checkpoint.folder import load_checkpoint
-from pipeline.compress.decoder import OpenedDecoder
+from pipeline.compress.decoder import _OpenedDecoder
 from pipeline.compress.request import CompressRequest
 from pipeline.compress.run import compress_to_folder
 from pipeline.engine.build import build_engine
@@ -106,7 +106,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Built]:
     folder = tmp_path_factory.mktemp("default-model")
     loaded = load_model(MODEL)
     request = CompressRequest(MODEL, keep_params=0.8, effort="fast", windows=32, window_length=256)
-    opened = OpenedDecoder(request, loaded)
+    opened = _OpenedDecoder(request, loaded)
     compress_to_folder(request, folder / "checkpoint", opened=opened)
     result = Built(folder, loaded.model.state_dict())
     export_folder(result.checkpoint, result.onnx, ExportRequest(dtype="float32"))

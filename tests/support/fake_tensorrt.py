@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from pipeline.engine.profiles import Limits, ShapeProfile, make_profiles
-from pipeline.runtime.sessions.tensorrt_session import OpenEngine
+from pipeline.runtime.sessions.tensorrt_session import _OpenEngine
 
 VOCAB_SIZE, MAX_LENGTH = 16, 512
 INPUTS: dict[str, tuple[int | None, ...]] = {
@@ -96,7 +96,7 @@ class FakeTorch:
         return SimpleNamespace(to=lambda device: torch.tensor(values))
 
 
-def fake_engine(profiles: Sequence[ShapeProfile] = PROFILES) -> tuple[OpenEngine, FakeEngine]:
+def fake_engine(profiles: Sequence[ShapeProfile] = PROFILES) -> tuple[_OpenEngine, FakeEngine]:
     """An opened engine, and what lies behind it."""
     limits = {"max_batch": 2, "max_prefill": 256}
     manifest = {
@@ -107,4 +107,4 @@ def fake_engine(profiles: Sequence[ShapeProfile] = PROFILES) -> tuple[OpenEngine
     }
     library = SimpleNamespace(__version__="10.0", TensorLocation=SimpleNamespace(HOST="host"))
     engine = FakeEngine()
-    return OpenEngine(manifest, library, FakeTorch(), engine), engine  # type: ignore[arg-type]
+    return _OpenEngine(manifest, library, FakeTorch(), engine), engine  # type: ignore[arg-type]

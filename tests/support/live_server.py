@@ -22,7 +22,7 @@ from pipeline.runtime.sessions.slots import open_slots
 from pipeline.runtime.sessions.torch_session import TorchSession
 from pipeline.runtime.tokenizer import chat_prompt_ids
 from pipeline.serve.scheduler import Scheduler
-from pipeline.serve.server import Server, ServeRequest, listen, running_server
+from pipeline.serve.server import Server, ServeRequest, _listen, _running_server
 from tests.support.tiny_decoder import byte_tokenizer, tiny_llama
 
 MODEL = "tiny"
@@ -61,11 +61,11 @@ def live_server(
 ) -> Iterator[LiveServer]:
     """Serve `folder`, or `session` with the tokenizer of `folder`."""
     request = ServeRequest(folder=folder, port=0, model_name=MODEL, **settings)
-    listener = listen(request.host, request.port)
+    listener = _listen(request.host, request.port)
     if send_buffer_bytes is not None:  # connections inherit it
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer_bytes)
     session = session or open_slots(folder, slots=request.slots)
-    with listener, running_server(request, session) as server:
+    with listener, _running_server(request, session) as server:
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()
         listener_port = listener.getsockname()[1]

@@ -17,7 +17,7 @@ from pipeline.export.export import export_folder
 from pipeline.export.record import ExportRecord
 from pipeline.export.request import ExportRequest
 from tests.support.families import save_family
-from validate.decoder import TextOptions
+from validate.decoder import _TextOptions
 from validate.record import Ledger
 from validate.report import print_ledger, render_html
 from validate.rounding import Rounding, read_rounding
@@ -59,7 +59,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ledger(root: Path) -> Ledger:
     exports = tuple(root / f"onnx-{products}" for products in ("float", "integer"))
     artefacts = Artefacts(str(root / "source"), root / "checkpoint", exports)
-    options = TextOptions(
+    options = _TextOptions(
         str(root / "text.txt"), windows=2, window_length=48, prompts=2, max_new_tokens=8
     )
     return validate(ValidateRequest(artefacts, options))

@@ -8,7 +8,7 @@ import pytest
 from pipeline.errors import InputError, UsageError
 from tests.support.ledger_stages import ORIGINAL as TINY
 from tests.support.tiny_decoder import MAX_LENGTH, save_tiny_folder, shared_export, write_record
-from validate.decoder import DECODER, TextOptions
+from validate.decoder import DECODER, _TextOptions
 from validate.stages import (
     _DENSE_PRODUCT,
     _SAME_IN_FLOAT16,
@@ -93,6 +93,6 @@ def test_an_incomplete_build_is_refused_and_not_passed_over(tmp_path: Path) -> N
 
 def test_inputs_longer_than_a_cache_are_refused_before_anything_runs() -> None:
     artefacts = Artefacts("name", onnx=(shared_export("compat"),))
-    TextOptions(window_length=MAX_LENGTH).check(artefacts)
+    _TextOptions(window_length=MAX_LENGTH).check(artefacts)
     with pytest.raises(UsageError, match="--window-length"):
-        TextOptions(window_length=MAX_LENGTH + 1).check(artefacts)
+        _TextOptions(window_length=MAX_LENGTH + 1).check(artefacts)

@@ -18,12 +18,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-BOUND = 2.0
+_BOUND = 2.0
 # The loop aims a little below the bound, so that recomputing A' afterwards cannot cross it.
-SAFETY = 1.0 - 1e-6
+_SAFETY = 1.0 - 1e-6
 
 
-def strong_pivots(a: torch.Tensor, bound: float = BOUND) -> tuple[torch.Tensor, torch.Tensor]:
+def _strong_pivots(a: torch.Tensor, bound: float = _BOUND) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose pivot columns of A and write the others in them.
 
     Args:
@@ -49,7 +49,7 @@ def strong_pivots(a: torch.Tensor, bound: float = BOUND) -> tuple[torch.Tensor, 
     permutation, interpolation = quick_pivots(basis)
     while interpolation.numel() and float(interpolation.abs().max()) > bound:
         table = interpolation.numpy().copy()
-        swapped = _swap_until_bounded(table, permutation.numpy(), bound * SAFETY)
+        swapped = _swap_until_bounded(table, permutation.numpy(), bound * _SAFETY)
         permutation = torch.from_numpy(swapped)
         pivots, others = permutation[:rank], permutation[rank:]
         interpolation = torch.linalg.solve(basis[:, pivots], basis[:, others])
@@ -93,7 +93,7 @@ def _swap_until_bounded(table: np.ndarray, permutation: np.ndarray, bound: float
 
 
 @dataclass(frozen=True)
-class SkipFactors:
+class _SkipFactors:
     """The factors of y = B' (x1 + A' x2).
 
     Attributes:
@@ -117,7 +117,7 @@ class SkipFactors:
         return product[:, torch.argsort(self.permutation)]
 
 
-def skip_block(b: torch.Tensor, a: torch.Tensor, bound: float = BOUND) -> SkipFactors:
+def skip_block(b: torch.Tensor, a: torch.Tensor, bound: float = _BOUND) -> _SkipFactors:
     """Rewrite a product B A so that r of the inputs pass straight to the latent.
 
     Args:
@@ -130,6 +130,6 @@ def skip_block(b: torch.Tensor, a: torch.Tensor, bound: float = BOUND) -> SkipFa
     """
     if b.shape[1] != a.shape[0]:
         raise ValueError(f"B {tuple(b.shape)} and A {tuple(a.shape)} do not fit")
-    permutation, interpolation = strong_pivots(a, bound)
+    permutation, interpolation = _strong_pivots(a, bound)
     up = b.double() @ a.double()[:, permutation[: a.shape[0]]]
-    return SkipFactors(permutation, interpolation, up)
+    return _SkipFactors(permutation, interpolation, up)

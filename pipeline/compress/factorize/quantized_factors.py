@@ -22,11 +22,11 @@ from pipeline.quantize.formats import Format
 from pipeline.quantize.gptq import gptq
 from pipeline.quantize.groupwise import Blocks, dequantize_blocks, quantize_blocks
 
-RELATIVE_RIDGE = 1e-6
+_RELATIVE_RIDGE = 1e-6
 
 
 @dataclass(frozen=True)
-class QuantizedFactors:
+class _QuantizedFactors:
     """Factors of which some are quantised.
 
     Attributes:
@@ -40,16 +40,16 @@ class QuantizedFactors:
     up: Blocks | None
 
 
-Formats = tuple[Format | None, Format | None]
+_Formats = tuple[Format | None, Format | None]
 
 
-def gptq_factors(
+def _gptq_factors(
     factors: Factors,
     target: torch.Tensor,
     geometry: torch.Tensor,
     sensitivities: Sequence[torch.Tensor],
-    formats: Formats,
-) -> QuantizedFactors:
+    formats: _Formats,
+) -> _QuantizedFactors:
     """Quantise the factors of a stack by GPTQ: errors are fed forward.
 
     Args:
@@ -73,10 +73,10 @@ def gptq_factors(
     if up_format is not None:
         up = gptq(factors.up, up_format, moment, sensitivities)
         factors = replace(factors, up=values_of(up))
-    return QuantizedFactors(factors, down, up)
+    return _QuantizedFactors(factors, down, up)
 
 
-def rtn_factors(factors: Factors, formats: Formats) -> QuantizedFactors:
+def _rtn_factors(factors: Factors, formats: _Formats) -> _QuantizedFactors:
     """Quantise the factors of a stack, each number to its nearest."""
     down_format, up_format = formats
     down = rtn(factors.down, down_format) if down_format and factors.down.numel() else None
@@ -85,7 +85,7 @@ def rtn_factors(factors: Factors, formats: Formats) -> QuantizedFactors:
         factors = replace(factors, down=values_of(down))
     if up is not None:
         factors = replace(factors, up=values_of(up))
-    return QuantizedFactors(factors, down, up)
+    return _QuantizedFactors(factors, down, up)
 
 
 def rtn(weight: torch.Tensor, format: Format) -> Blocks:
@@ -115,7 +115,7 @@ def _refitted(
 ) -> torch.Tensor:
     """B* = W S T^T S_z^-1, float64 [m, r], with a ridge for latents that hardly move."""
     regular = moment.clone()
-    regular.diagonal().add_(RELATIVE_RIDGE * moment.diagonal().mean())
+    regular.diagonal().add_(_RELATIVE_RIDGE * moment.diagonal().mean())
     return torch.linalg.solve(regular, latent @ geometry @ target.double().T).T
 
 
@@ -136,14 +136,14 @@ class Rounding:
 
     matrix: Callable[[torch.Tensor, Format, torch.Tensor, Sequence[torch.Tensor]], Blocks]
     factors: Callable[
-        [Factors, torch.Tensor, torch.Tensor, Sequence[torch.Tensor], Formats], QuantizedFactors
+        [Factors, torch.Tensor, torch.Tensor, Sequence[torch.Tensor], _Formats], _QuantizedFactors
     ]
     needs_moments: bool
 
 
-GPTQ = Rounding(gptq, gptq_factors, True)
+GPTQ = Rounding(gptq, _gptq_factors, True)
 RTN = Rounding(
     lambda matrix, format, *_: rtn(matrix, format),
-    lambda factors, target, geometry, sensitivities, formats: rtn_factors(factors, formats),
+    lambda factors, target, geometry, sensitivities, formats: _rtn_factors(factors, formats),
     False,
 )

@@ -17,7 +17,7 @@ import torch
 
 from pipeline.compress.factorize.whitened_svd import InputMoments, whitened_spectrum
 
-RELATIVE_RIDGE = 1e-3
+_RELATIVE_RIDGE = 1e-3
 
 
 def propagated_target(
@@ -25,7 +25,7 @@ def propagated_target(
     seen: torch.Tensor,
     drift: torch.Tensor,
     mix: float,
-    relative_ridge: float = RELATIVE_RIDGE,
+    relative_ridge: float = _RELATIVE_RIDGE,
 ) -> torch.Tensor:
     """The dense weight that fits the wanted output best, W*.
 
@@ -54,7 +54,7 @@ def propagated_target(
     return weight + mix * torch.linalg.solve(regular, drift.T @ weight.T).T
 
 
-def reconstructed_factors(
+def _reconstructed_factors(
     left: torch.Tensor, right: torch.Tensor, target: torch.Tensor, moment: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One closed-form update of each factor in turn, as MPIFA's reconstruction does.
@@ -86,4 +86,4 @@ def reconstructed(
     Arguments as in `pipeline.compress.factorize.whitened_svd.truncated`.
     """
     left, right = whitened_spectrum(stack, geometry, sensitivities, inputs.roots).factors(rank)
-    return reconstructed_factors(left, right, target, inputs.seen)
+    return _reconstructed_factors(left, right, target, inputs.seen)

@@ -25,11 +25,11 @@ from dataclasses import dataclass
 
 import torch
 
-RELATIVE_FLOOR = 1e-9
+_RELATIVE_FLOOR = 1e-9
 
 
-def whitening_roots(
-    moment: torch.Tensor, relative_floor: float = RELATIVE_FLOOR
+def _whitening_roots(
+    moment: torch.Tensor, relative_floor: float = _RELATIVE_FLOOR
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Symmetric root R and its inverse, with S = R R and eigenvalues floored.
 
@@ -74,7 +74,7 @@ def shrunk(moment: torch.Tensor, share: float) -> torch.Tensor:
     return result
 
 
-def cholesky(moment: torch.Tensor, relative_ridge: float = RELATIVE_FLOOR) -> torch.Tensor:
+def _cholesky(moment: torch.Tensor, relative_ridge: float = _RELATIVE_FLOOR) -> torch.Tensor:
     """Lower-triangular C with C C^T = S, up to a ridge that lets a singular S through.
 
     Args:
@@ -131,7 +131,7 @@ def whitened_spectrum(
     weight: torch.Tensor,
     moment: torch.Tensor,
     sensitivities: Sequence[torch.Tensor] = (),
-    roots: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] = whitening_roots,
+    roots: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] = _whitening_roots,
 ) -> Spectrum:
     """Decompose a weight in the geometry of its inputs and, if given, of the loss.
 
@@ -149,8 +149,8 @@ def whitened_spectrum(
     _require_fit(weight, moment, sensitivities)
     weight = weight.double()
     if rows <= columns:
-        uppers = [cholesky(block).T for block in sensitivities]
-        inner = weighted(weight, uppers)
+        uppers = [_cholesky(block).T for block in sensitivities]
+        inner = _weighted(weight, uppers)
         energies, vectors = _falling_eigen(inner @ moment @ inner.T)
         return Spectrum(energies, _unweighted(vectors, uppers), vectors.T @ inner)
     root, inverse_root = roots(moment)
@@ -175,7 +175,7 @@ class InputMoments:
     def roots(self, geometry: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """R and R^-1 of the geometry, which is one and the same for every stack of the group."""
         if self._roots is None:
-            self._roots = whitening_roots(geometry)
+            self._roots = _whitening_roots(geometry)
         return self._roots
 
 
@@ -217,15 +217,15 @@ def whitened_energies(
     _require_fit(weight, moment, sensitivities)
     weight = weight.double()
     if rows <= columns:
-        inner = weighted(weight, [cholesky(block).T for block in sensitivities])
+        inner = _weighted(weight, [_cholesky(block).T for block in sensitivities])
         product = inner @ moment @ inner.T
     else:
-        root = cholesky(moment)
+        root = _cholesky(moment)
         product = root.T @ weighted_gram(weight, sensitivities) @ root
     return torch.linalg.eigvalsh((product + product.T) / 2).flip(0).clamp_min(0)
 
 
-def weighted(weight: torch.Tensor, roots: Sequence[torch.Tensor]) -> torch.Tensor:
+def _weighted(weight: torch.Tensor, roots: Sequence[torch.Tensor]) -> torch.Tensor:
     """Each matrix of a stack multiplied from the left by its own; the stack itself for none."""
     if not roots:
         return weight
@@ -234,7 +234,7 @@ def weighted(weight: torch.Tensor, roots: Sequence[torch.Tensor]) -> torch.Tenso
 
 
 def _unweighted(stack: torch.Tensor, roots: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The inverse of `weighted`, for upper-triangular roots."""
+    """The inverse of `_weighted`, for upper-triangular roots."""
     if not roots:
         return stack
     parts = stack.split([len(root) for root in roots])

@@ -33,9 +33,9 @@ from pipeline.quantize.formats import Format, Runtime
 
 QuantizationCosts = dict[Members, StackCost]
 # Pairs of these are formed where matrices share an input.
-CANDIDATES_PER_STACK = 150
+_CANDIDATES_PER_STACK = 150
 # More bytes than any matrix has: of a factor that the runtime does not take.
-REFUSED = 1 << 60
+_REFUSED = 1 << 60
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def searched_bits(
         UsageError: no plan is small enough; says how large the smallest is.
     """
     groups = [(layer.name, group) for layer in layers for group in layer.groups]
-    options = [bit_candidates(group, curves, costs, request) for _, group in groups]
+    options = [_bit_candidates(group, curves, costs, request) for _, group in groups]
     sizes = [np.array([c.size for c in candidates]) for candidates in options]
     losses = [np.array([c.loss for c in candidates]) for candidates in options]
     sizes += [np.array([c.stored_bytes for c in choices]) for choices in tables]
@@ -118,7 +118,7 @@ def searched_bits(
     return RankPlan(planned, named)
 
 
-def bit_candidates(
+def _bit_candidates(
     group: Group, curves: Curves, costs: QuantizationCosts, request: BitsRequest
 ) -> list[Candidate]:
     """The candidates of one group that no other beats, smallest first; sizes in bytes."""
@@ -130,7 +130,7 @@ def bit_candidates(
             if stack not in known:
                 shape = (sum(heights[m] for m in stack), group.in_features)
                 every = _stack_candidates(stack, shape, curves[stack], costs[stack], request)
-                known[stack] = thinned(every, CANDIDATES_PER_STACK)
+                known[stack] = thinned(every, _CANDIDATES_PER_STACK)
         found += combined([known[stack] for stack in partition])
     return thinned(front_of(found), CANDIDATES_PER_GROUP)
 
@@ -158,7 +158,7 @@ def _stack_candidates(
     down, up = (np.pad(table, ((0, 0), (1, 0))) for table in cost.at(ranks))
     losses = curve[ranks][:, None, None] + down[:, :, None] + up[:, None, :]
     sizes = _factored_bytes(shape, ranks, formats, form, request.runtime)
-    losses = np.where(sizes < REFUSED, losses, np.inf)
+    losses = np.where(sizes < _REFUSED, losses, np.inf)
     for place in undominated(sizes.ravel(), losses.ravel()):
         i, d, u = np.unravel_index(place, losses.shape)
         found.append(
@@ -210,7 +210,7 @@ def _factored_bytes(
 def _taken_bytes(rows: int, columns: int, format: Format | None, runtime: Runtime) -> int:
     """Bytes of a factor, or REFUSED."""
     if format is not None and not runtime.accepts(format, columns):
-        return REFUSED
+        return _REFUSED
     return matrix_bytes(rows, columns, format, runtime)
 
 

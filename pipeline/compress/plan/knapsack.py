@@ -17,8 +17,8 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array
 
-RELATIVE_GAP = 1e-4
-TIME_LIMIT_S = 60.0
+_RELATIVE_GAP = 1e-4
+_TIME_LIMIT_S = 60.0
 
 
 def undominated(sizes: np.ndarray, losses: np.ndarray) -> np.ndarray:
@@ -71,7 +71,7 @@ def _solve(sizes: list[np.ndarray], losses: list[np.ndarray], budget: int) -> li
             integrality=np.ones(groups.size),
             bounds=Bounds(0, 1),
             constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(total, ub=1)],
-            options={"mip_rel_gap": RELATIVE_GAP, "time_limit": TIME_LIMIT_S},
+            options={"mip_rel_gap": _RELATIVE_GAP, "time_limit": _TIME_LIMIT_S},
         )
     if result.x is None:
         raise ValueError(f"the solver found no choice: {result.message}")

@@ -34,7 +34,7 @@ from pipeline.progress import track
 from pipeline.quantize.formats import Format
 
 # Of the sensitivities, which are estimated from few tokens.
-SENSITIVITY_SHRINKAGE = 0.1
+_SENSITIVITY_SHRINKAGE = 0.1
 _JOIN = "+"
 
 
@@ -180,7 +180,7 @@ class LayerCosts:
     def sensitivities(self, members: Members) -> list[torch.Tensor]:
         """Shrunk G of each member's output, float64 [m_i, m_i]."""
         tensors = self._tensors(members)
-        return [shrunk(tensors[f"sensitivity.{m}"], SENSITIVITY_SHRINKAGE) for m in members]
+        return [shrunk(tensors[f"sensitivity.{m}"], _SENSITIVITY_SHRINKAGE) for m in members]
 
     def geometry(self, members: Members, moment: torch.Tensor) -> torch.Tensor:
         """What errors of the members are measured in: `moment`, balanced with the weighted one."""
@@ -209,7 +209,7 @@ def _layer_tensors(
         kept |= {f"sensitivity.{m}": g.mean().bfloat16() for m, g in found.outputs.items()}
         kept[f"weighted.{group.name}"] = found.weighted.mean().float()
         geometry = balanced(found.inputs.mean(), found.weighted.mean())
-        blocks = {m: shrunk(g.mean(), SENSITIVITY_SHRINKAGE) for m, g in found.outputs.items()}
+        blocks = {m: shrunk(g.mean(), _SENSITIVITY_SHRINKAGE) for m, g in found.outputs.items()}
         for stack, (curve, cost) in _group_costs(model, group, geometry, blocks, wanted).items():
             name = _JOIN.join(stack)
             kept[f"curve.{name}"] = curve
@@ -278,7 +278,7 @@ class WholeModelCosts:
     def sensitivities(self, members: Members) -> list[torch.Tensor]:
         """Shrunk G of each member's output, summed over an image, float64 [m_i, m_i]."""
         outputs, scale = self._of(members).outputs, 1 / self.draws
-        return [shrunk(outputs[member] * scale, SENSITIVITY_SHRINKAGE) for member in members]
+        return [shrunk(outputs[member] * scale, _SENSITIVITY_SHRINKAGE) for member in members]
 
     def geometry(self, members: Members, moment: torch.Tensor) -> torch.Tensor:
         """What errors of the members are measured in: `moment`, balanced with the weighted one."""

@@ -21,9 +21,9 @@ from pipeline.compress.plan.plan import (
 from pipeline.errors import UsageError
 from pipeline.model.structure import Group, Layer
 
-RANKS_PER_STACK = 72
+_RANKS_PER_STACK = 72
 # Matrix units work on tiles of this many; a grid that is coarser than half of it is made of them.
-TILE = 8
+_TILE = 8
 CANDIDATES_PER_GROUP = 400
 
 
@@ -82,7 +82,7 @@ def searched_plan(
     """
     groups = [(layer.name, group) for layer in layers for group in layer.groups]
     candidates = [
-        group_candidates(g, curves, cat=cat, skip=skip, multiple=multiple) for _, g in groups
+        _group_candidates(g, curves, cat=cat, skip=skip, multiple=multiple) for _, g in groups
     ]
     dense = sum(sum(group.out_features) * group.in_features for _, group in groups)
     budget = math.floor(kept * dense * (1 + 1e-12))  # 0.145 x 200 is 29, not 28.999999999999996
@@ -124,7 +124,7 @@ def partitions(members: Members, *, cat: bool) -> Iterator[tuple[Members, ...]]:
             yield (tuple(m for m in members if m != single), (single,))
 
 
-def group_candidates(
+def _group_candidates(
     group: Group, curves: Curves, *, cat: bool, skip: bool, multiple: int
 ) -> list[Candidate]:
     """The candidates of one group that no other beats, smallest first."""
@@ -148,8 +148,8 @@ def group_candidates(
 
 def rank_step(full: int, multiple: int) -> int:
     """Distance between the ranks that are considered: about RANKS_PER_STACK up to the full rank."""
-    step = multiple * math.ceil(full / RANKS_PER_STACK / multiple)
-    tiled = math.lcm(multiple, TILE)
+    step = multiple * math.ceil(full / _RANKS_PER_STACK / multiple)
+    tiled = math.lcm(multiple, _TILE)
     return tiled * math.ceil(step / tiled) if 2 * step > tiled else step
 
 

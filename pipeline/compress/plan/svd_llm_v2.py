@@ -13,10 +13,10 @@ from pipeline.compress.plan.plan import GroupPlan, Measured, RankBudget, RankPla
 from pipeline.errors import UsageError
 from pipeline.model.structure import Layer
 
-LEAST_KEPT = 0.05
+_LEAST_KEPT = 0.05
 
 
-def removed_by_loss(losses: np.ndarray, removed: float) -> np.ndarray:
+def _removed_by_loss(losses: np.ndarray, removed: float) -> np.ndarray:
     """Fraction to remove of each of N matrices of one size: N removed s_i / sum(s), s = 1 / log L.
 
     Args:
@@ -32,10 +32,10 @@ def removed_by_loss(losses: np.ndarray, removed: float) -> np.ndarray:
     for _ in range(len(scores)):
         wanted = len(scores) * removed - shares[~free].sum()
         shares[free] = wanted * scores[free] / scores[free].sum()
-        over = free & (shares > 1 - LEAST_KEPT)
+        over = free & (shares > 1 - _LEAST_KEPT)
         if not over.any():
             break
-        shares[over], free = 1 - LEAST_KEPT, free & ~over
+        shares[over], free = 1 - _LEAST_KEPT, free & ~over
     return shares
 
 
@@ -47,7 +47,7 @@ def allocate_by_loss(model: Measured, budget: RankBudget) -> RankPlan:
     """
     _require_equal_layers(model.layers)
     tails, inputs = model.output_tails()
-    return plan_by_loss(
+    return _plan_by_loss(
         model.layers, tails, inputs, budget.kept, skip=budget.skip, multiple=budget.multiple
     )
 
@@ -65,7 +65,7 @@ def _require_equal_layers(layers: list[Layer]) -> None:
         )
 
 
-def plan_by_loss(
+def _plan_by_loss(
     layers: list[Layer],
     tails: Mapping[str, np.ndarray],
     tokens: int,
@@ -100,7 +100,7 @@ def plan_by_loss(
             np.sqrt(tokens * tails[member][rank_for_kept(form, rows, columns, kept, multiple)])
             for _, member, rows, columns in kind
         ]
-        removed = removed_by_loss(np.array(losses), 1 - kept)
+        removed = _removed_by_loss(np.array(losses), 1 - kept)
         for (layer_name, member, rows, columns), share in zip(kind, removed, strict=True):
             planned[layer_name] += (_group(member, rows, columns, form, 1 - share, multiple),)
     return RankPlan(planned)

@@ -38,11 +38,11 @@ from pipeline.runtime.sessions.mapped_weights import MappedWeights, map_weights
 if TYPE_CHECKING:
     import onnxruntime
 
-FIRST_RUNTIME_THAT_BORROWS_FILES = (1, 32)
-BORROW_FILES = "session.use_external_initializer_file_buffers_directly"
+_FIRST_RUNTIME_THAT_BORROWS_FILES = (1, 32)
+_BORROW_FILES = "session.use_external_initializer_file_buffers_directly"
 # 512 rows of logits at most are held while a prompt is read: 100 MB for 49,152 words.
-PREFILL_TOKENS = 512
-ORT_TYPES = {FLOAT32: "tensor(float)", FLOAT16: "tensor(float16)"}
+_PREFILL_TOKENS = 512
+_ORT_TYPES = {FLOAT32: "tensor(float)", FLOAT16: "tensor(float16)"}
 
 
 class OnnxSession:
@@ -115,7 +115,7 @@ class OnnxSession:
         Args:
             input_ids: int64 [B, S].
             last_only: only the last token's logits are wanted. The graph computes all, so a long
-                block is fed by parts of `PREFILL_TOKENS`.
+                block is fed by parts of `_PREFILL_TOKENS`.
 
         Returns:
             float32 [B, S, V], or [B, 1, V].
@@ -130,8 +130,8 @@ class OnnxSession:
         require_room(self._length, count, self.max_length, self.name)
         if self._rows is None:
             self._start_cache(rows)
-        for start in range(0, count, PREFILL_TOKENS if last_only else count):
-            part = input_ids[:, start : start + PREFILL_TOKENS] if last_only else input_ids
+        for start in range(0, count, _PREFILL_TOKENS if last_only else count):
+            part = input_ids[:, start : start + _PREFILL_TOKENS] if last_only else input_ids
             logits = self._run(part)
             self._length += part.shape[1]
         self._rows = rows
@@ -259,14 +259,14 @@ def _lend_weights(
         return nullcontext()
     pages = weights.pages
     options.add_external_initializers_from_files_in_memory([weights.name], [pages], [len(pages)])
-    options.add_session_config_entry(BORROW_FILES, "1")
+    options.add_session_config_entry(_BORROW_FILES, "1")
     return weights.releasing_pages()
 
 
 def _borrows_files(version: str) -> bool:
     """Whether this ONNX Runtime uses a file lent to it without copying it."""
     major, minor = (int(part) for part in version.split(".")[:2])
-    return (major, minor) >= FIRST_RUNTIME_THAT_BORROWS_FILES
+    return (major, minor) >= _FIRST_RUNTIME_THAT_BORROWS_FILES
 
 
 def _require_runtime_version(version: str, profile: str) -> None:
@@ -323,11 +323,11 @@ def _require_cache_input(node: Any, record: ExportRecord, folder: Path) -> None:
         not record.traits.static_cache and not isinstance(length, int)
     )
     widths_are_static = isinstance(node.shape[1], int) and isinstance(node.shape[3], int)
-    if node.type != ORT_TYPES[record.dtype] or not length_is_right or not widths_are_static:
+    if node.type != _ORT_TYPES[record.dtype] or not length_is_right or not widths_are_static:
         raise InputError(
             f"The cache input {node.name} is not what export.json promises.",
             where=folder / GRAPH_FILE,
             observed=f"{node.type} {node.shape}",
-            expected=f"{ORT_TYPES[record.dtype]} [batch, heads, {expected_length}, width]",
+            expected=f"{_ORT_TYPES[record.dtype]} [batch, heads, {expected_length}, width]",
             change="export the checkpoint again",
         )

@@ -1,7 +1,7 @@
 """Several sequences over one model, for any backend.
 
-A session that decodes its rows in one call offers slots of its own; over any other, `SlotsOneByOne`
-gives every slot a cache of its own over the same weights, and decodes slot after slot.
+A session that decodes its rows in one call offers slots of its own; over any other, every slot gets
+a cache of its own over the same weights, and slot after slot is decoded.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pipeline.runtime.sessions.open_session import open_session
 from pipeline.runtime.sessions.session import Session, SlotSession
 
 
-class SlotsOneByOne:
+class _SlotsOneByOne:
     """Slots over any backend: the weights once, a cache for each slot, one slot after the other.
 
     Args:
@@ -80,4 +80,4 @@ def open_slots(
         UsageError: the backend holds one sequence alone, or another one is meant.
     """
     session = open_session(folder, backend, threads, slots=slots)
-    return session if isinstance(session, SlotSession) else SlotsOneByOne(session, slots)
+    return session if isinstance(session, SlotSession) else _SlotsOneByOne(session, slots)

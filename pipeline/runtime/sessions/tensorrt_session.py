@@ -49,7 +49,7 @@ _MODULES = {
 
 
 @dataclass(frozen=True)
-class OpenEngine:
+class _OpenEngine:
     """An engine that TensorRT has loaded, for any number of execution contexts.
 
     Contexts may be in the same profile at the same time: so it is since TensorRT 10.
@@ -88,7 +88,7 @@ class OpenEngine:
 
 def open_engine(
     folder: Path, onnx_folder: Path | None = None, plugin: Path | None = None
-) -> OpenEngine:
+) -> _OpenEngine:
     """Load an engine, after its manifest was checked.
 
     Args:
@@ -111,7 +111,7 @@ def open_engine(
     logger = library.Logger(library.Logger.WARNING)
     runtime = library.Runtime(logger)
     engine = _read_engine(runtime, folder)
-    return OpenEngine(manifest, library, torch, engine, (runtime, logger))
+    return _OpenEngine(manifest, library, torch, engine, (runtime, logger))
 
 
 class TensorRTSession:
@@ -131,7 +131,7 @@ class TensorRTSession:
         onnx_folder: Path | None = None,
         plugin: Path | None = None,
         name: str | None = None,
-        engine: OpenEngine | None = None,
+        engine: _OpenEngine | None = None,
     ) -> None:
         self._opened = engine or open_engine(folder, onnx_folder, plugin)
         self._folder, self.manifest = folder, self._opened.manifest

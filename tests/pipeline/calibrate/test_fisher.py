@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from pipeline.calibrate import fisher, precision
 from pipeline.calibrate.fisher import BackwardSweep, _drawn_minus_expected
-from pipeline.calibrate.moments import LARGEST_NORM, GroupMoments
+from pipeline.calibrate.moments import _LARGEST_NORM, GroupMoments
 from pipeline.errors import InputError
 from pipeline.model.structure import decoder_structure
 from tests.support.families import FAMILIES, tiny_model
@@ -25,7 +25,7 @@ TOKENS = torch.randint(0, 256, (5, LENGTH), generator=torch.Generator().manual_s
 
 @pytest.fixture(autouse=True)
 def _float32_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(precision, "has_bfloat16_units", lambda: False)
+    monkeypatch.setattr(precision, "_has_bfloat16_units", lambda: False)
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def reference(model: PreTrainedModel) -> Reference:
         for group in groups:
             squares = [gradients[member].square().sum(1) for member in group.members]
             # Else the sweep would cut them.
-            assert all((s <= LARGEST_NORM**2 * s.mean()).all() for s in squares)
+            assert all((s <= _LARGEST_NORM**2 * s.mean()).all() for s in squares)
             weights = torch.stack([s / s.mean() for s in squares]).mean(0)
             x = seen[group.name][0].detach()
             result.add("inputs", group.name, x, None)
@@ -151,7 +151,7 @@ def test_bfloat16_products_change_the_moments_little(
     monkeypatch.setattr(fisher, "_drawn_minus_expected", independent)
     model = tiny_model(family)
     expected = reference(model)
-    monkeypatch.setattr(precision, "has_bfloat16_units", lambda: True)
+    monkeypatch.setattr(precision, "_has_bfloat16_units", lambda: True)
     # 2^-9 in each of some thirty products, forward and back.
     assert largest_distance(swept(model, tmp_path / "sweep"), expected) < 30 * 2**-9
 

@@ -5,13 +5,13 @@ import torch
 
 from pipeline.calibrate import precision
 from pipeline.calibrate.moments import (
-    BLOCK,
-    LARGEST_NORM,
+    _BLOCK,
+    _LARGEST_NORM,
     GroupMoments,
-    OutputMoment,
     SecondMoment,
+    _gram,
+    _OutputMoment,
     balanced,
-    gram,
 )
 
 
@@ -77,11 +77,11 @@ def test_a_mean_of_no_tokens_is_refused() -> None:
         SecondMoment(4).mean()
 
 
-@pytest.mark.parametrize("width", [1, 7, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK + 45])
+@pytest.mark.parametrize("width", [1, 7, _BLOCK - 1, _BLOCK, _BLOCK + 1, 2 * _BLOCK + 45])
 def test_a_product_of_blocks_is_the_whole_product(width: int) -> None:
     # Small integers, of which float32 sums are exact.
     rows = torch.randint(-8, 9, (50, width), generator=torch.Generator().manual_seed(0)).float()
-    product = gram(rows)
+    product = _gram(rows)
     assert product.dtype == torch.float32
     assert torch.equal(product, rows.T @ rows)
 
@@ -91,9 +91,9 @@ def test_a_product_in_bfloat16_is_accurate_to_its_digits(monkeypatch: pytest.Mon
     means = []
     for fast_units in (False, True):
         monkeypatch.setattr(
-            precision, "has_bfloat16_units", lambda fast_units=fast_units: fast_units
+            precision, "_has_bfloat16_units", lambda fast_units=fast_units: fast_units
         )
-        moment = OutputMoment(12)
+        moment = _OutputMoment(12)
         moment.add_(gradients)
         means.append(moment.mean())
     exact, fast = means
@@ -111,13 +111,13 @@ def with_one_long(length: float) -> torch.Tensor:
 
 @pytest.fixture
 def exact_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(precision, "has_bfloat16_units", lambda: False)
+    monkeypatch.setattr(precision, "_has_bfloat16_units", lambda: False)
 
 
 @pytest.mark.usefixtures("exact_products")
 def test_an_output_moment_of_ordinary_gradients_is_their_second_moment() -> None:
     gradients = torch.randn(3, 5, 6, generator=torch.Generator().manual_seed(0))
-    moment = OutputMoment(6)
+    moment = _OutputMoment(6)
     weights = moment.add_(gradients)
     rows = gradients.reshape(15, 6).double()
     torch.testing.assert_close(moment.mean().double(), rows.T @ rows / 15, rtol=1e-5, atol=1e-6)
@@ -127,26 +127,26 @@ def test_an_output_moment_of_ordinary_gradients_is_their_second_moment() -> None
 
 @pytest.mark.usefixtures("exact_products")
 def test_a_gradient_far_longer_than_the_rest_is_cut() -> None:
-    moment = OutputMoment(4)
+    moment = _OutputMoment(4)
     weights = moment.add_(with_one_long(1e4))
     mean_square = (999 + 1e8) / 1000
-    limit = LARGEST_NORM**2 * mean_square
+    limit = _LARGEST_NORM**2 * mean_square
     assert moment.total[1, 1].item() == pytest.approx(limit, rel=1e-5)
     assert moment.total[0, 0].item() == pytest.approx(999, rel=1e-5)
-    assert weights[0].item() == pytest.approx(LARGEST_NORM**2, rel=1e-5)
+    assert weights[0].item() == pytest.approx(_LARGEST_NORM**2, rel=1e-5)
     assert weights[1].item() == pytest.approx(1 / mean_square, rel=1e-5)
 
 
 @pytest.mark.usefixtures("exact_products")
 def test_a_gradient_that_is_not_so_long_is_not_cut() -> None:
     # Ten times the root mean square would be about 10.5.
-    moment = OutputMoment(4)
+    moment = _OutputMoment(4)
     moment.add_(with_one_long(10.0))
     assert moment.total[1, 1].item() == pytest.approx(100, rel=1e-5)
 
 
 def test_gradients_that_are_all_zero_have_a_moment_of_zero() -> None:
-    moment = OutputMoment(4)
+    moment = _OutputMoment(4)
     weights = moment.add_(torch.zeros(3, 4))
     assert torch.equal(moment.mean(), torch.zeros(4, 4))
     assert torch.equal(weights, torch.zeros(3))
@@ -154,7 +154,7 @@ def test_gradients_that_are_all_zero_have_a_moment_of_zero() -> None:
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_gradients_that_are_not_finite_are_refused_and_not_added(bad: float) -> None:
-    moment = OutputMoment(2)
+    moment = _OutputMoment(2)
     with pytest.raises(ValueError, match="NaN or infinite gradients"):
         moment.add_(torch.tensor([[1.0, bad]]))
     assert moment.tokens == 0

@@ -21,7 +21,7 @@ TOKENS = torch.randint(0, 256, (5, 20), generator=torch.Generator().manual_seed(
 
 @pytest.fixture(autouse=True)
 def _float32_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(precision, "has_bfloat16_units", lambda: False)
+    monkeypatch.setattr(precision, "_has_bfloat16_units", lambda: False)
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from pipeline.calibrate.text import TokenBatch, load_tokens, tokenize
+from pipeline.calibrate.text import TokenBatch, _tokenize, load_tokens
 from pipeline.errors import InputError, MissingPackageError
 from tests.support.families import tiny_model
 from tests.support.tiny_decoder import byte_tokenizer
@@ -153,12 +153,12 @@ def test_a_hub_dataset_without_network_or_package_says_what_to_do(
 def test_masked_words_are_left_out(
     text: str, kept: str, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    assert tokenizer.decode(tokenize(text, tokenizer)) == kept
+    assert tokenizer.decode(_tokenize(text, tokenizer)) == kept
 
 
 def test_no_special_tokens_are_added_to_a_text(tokenizer: PreTrainedTokenizerFast) -> None:
-    assert tokenize("abc", tokenizer).shape == (3,)
-    assert tokenize("", tokenizer).dtype == torch.int64
+    assert _tokenize("abc", tokenizer).shape == (3,)
+    assert _tokenize("", tokenizer).dtype == torch.int64
 
 
 def test_text_of_the_model_itself_is_recorded_as_such(

@@ -58,7 +58,7 @@ def test_sensitivities_approach_the_fisher_information(monkeypatch: pytest.Monke
             (g,) = torch.autograd.grad(log_p[image, label], y, retain_graph=True)
             fisher += log_p[image, label].exp().detach() * g[image].T @ g[image] / 6
     monkeypatch.setattr(whole_model, "DRAWS", 400)
-    monkeypatch.setattr(layer_costs, "SENSITIVITY_SHRINKAGE", 0.0)
+    monkeypatch.setattr(layer_costs, "_SENSITIVITY_SHRINKAGE", 0.0)
     (found,) = measured("vit", pixels).sensitivities((LINEAR,))
     # 2400 draws: a relative error of some per cent.
     error = (found.float() - fisher).norm() / fisher.norm()

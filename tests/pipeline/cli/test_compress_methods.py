@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from pipeline.artefact import partial_path, sha256_of_file
+from pipeline.artefact import _partial_path, sha256_of_file
 from pipeline.calibrate.fisher import BackwardSweep
 from pipeline.checkpoint.dense import densify_
 from pipeline.checkpoint.folder import load_checkpoint
@@ -193,7 +193,7 @@ def test_an_interrupted_survey_resumes_to_the_same_bytes(
         patch.setattr(owner, name, stop_at_the_second)
         assert compress() == 130
     assert "with --resume continues" in capsys.readouterr().err
-    survey = partial_path(output) / "survey"
+    survey = _partial_path(output) / "survey"
     assert (survey / "layers" / "model.layers.1.safetensors").exists()
     assert not (survey / "layers" / "model.layers.0.safetensors").exists()
 

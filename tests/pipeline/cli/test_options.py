@@ -7,7 +7,7 @@ import re
 import click
 import pytest
 
-from pipeline.cli.main import COMMANDS, skipcat
+from pipeline.cli.main import _COMMANDS, skipcat
 
 CONTEXT = click.Context(skipcat, info_name="skipcat")
 
@@ -39,7 +39,7 @@ def sections_of(command: click.Command) -> dict[str, list[str]]:
     return sections
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", _COMMANDS)
 def test_every_option_of_every_command_has_a_help_text(name: str) -> None:
     mute = [
         spelling for spelling, option in options_of(command_of(name)).items() if not option.help

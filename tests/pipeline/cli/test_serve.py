@@ -124,10 +124,10 @@ def test_another_host_than_this_machine_is_warned_about(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from pipeline.runtime.sessions.slots import open_slots
-    from pipeline.serve.server import ServeRequest, _announce, listen
+    from pipeline.serve.server import ServeRequest, _announce, _listen
 
     session = open_slots(folder)
     for host, warned in (("127.0.0.1", False), ("0.0.0.0", True)):
-        with listen(host, 0) as listener:
+        with _listen(host, 0) as listener:
             _announce(ServeRequest(folder=folder, host=host), session, listener)
         assert ("warning: " in capsys.readouterr().err) == warned

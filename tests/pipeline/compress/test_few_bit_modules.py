@@ -26,7 +26,7 @@ from pipeline.checkpoint.modeling_skipcat import (
 )
 from pipeline.compress.embeddings import quantize_embeddings_
 from pipeline.compress.factorize.factors import stored_factors
-from pipeline.compress.factorize.quantized_factors import RTN, rtn_factors
+from pipeline.compress.factorize.quantized_factors import RTN, _rtn_factors
 from pipeline.compress.factorize.whitened_svd import whitened_spectrum
 from pipeline.errors import InputError
 from pipeline.quantize.formats import parse_format
@@ -146,7 +146,7 @@ def few_bit_model(
     b, a = whitened_spectrum(down, moment).factors(20)
     factors = stored_factors(b, a, down, moment, "skip")
     styles = ("int6-b16-sym", "int8-row-sym")
-    rounded = rtn_factors(factors, (parse_format(styles[0]), parse_format(styles[1])))
+    rounded = _rtn_factors(factors, (parse_format(styles[0]), parse_format(styles[1])))
     entries |= group_entries((DOWN,), "skip", 20, *styles)
     assert rounded.down is not None
     assert rounded.up is not None

@@ -12,14 +12,14 @@ from pipeline.compress.factorize.targets import propagated_target
 from pipeline.compress.factorize.whitened_svd import InputMoments
 from pipeline.compress.fit_group import fit_group
 from pipeline.compress.forms import Form
-from pipeline.compress.methods import ONE_SIDED, RECONSTRUCTED, Fit
+from pipeline.compress.methods import _RECONSTRUCTED, ONE_SIDED, Fit
 from pipeline.compress.plan.plan import GroupPlan
 from pipeline.errors import InputError
 from tests.support.tiny_survey import TOKENS, surveyed
 
 QKV = tuple(f"model.layers.0.self_attn.{name}_proj" for name in "qkv")
 ROWS, COLUMNS = 64, 32
-MPIFA = Fit(two_sided=False, mix=0.25, factorize=RECONSTRUCTED)
+MPIFA = Fit(two_sided=False, mix=0.25, factorize=_RECONSTRUCTED)
 
 
 def weight() -> torch.Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from pipeline.errors import InputError
-from pipeline.model.classifier_structure import image_structure, layer_of
+from pipeline.model.classifier_structure import _layer_of, image_structure
 from tests.support.classifiers import FAMILIES, tiny_classifier
 
 SHAPE = (3, 16, 16)
@@ -80,11 +80,11 @@ def test_images_of_another_shape_than_the_model_takes_are_refused() -> None:
 def test_the_layer_of_a_linear_is_the_innermost_element_of_a_list() -> None:
     model = tiny_classifier("swin")
     assert (
-        layer_of(model, "swin.encoder.layers.0.blocks.1.mlp.fc1")
+        _layer_of(model, "swin.encoder.layers.0.blocks.1.mlp.fc1")
         == "swin.encoder.layers.0.blocks.1"
     )
-    assert layer_of(model, "swin.encoder.layers.0.downsample.reduction") == "swin.encoder.layers.0"
-    assert layer_of(model, "classifier") == ""
+    assert _layer_of(model, "swin.encoder.layers.0.downsample.reduction") == "swin.encoder.layers.0"
+    assert _layer_of(model, "classifier") == ""
 
 
 def test_the_model_is_as_it_was() -> None:

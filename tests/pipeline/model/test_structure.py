@@ -18,7 +18,7 @@ from transformers import (
 from transformers.models.gemma3 import Gemma3Config, Gemma3ForConditionalGeneration
 
 from pipeline.errors import InputError
-from pipeline.model.structure import decoder_structure, refuse_bidirectional
+from pipeline.model.structure import _refuse_bidirectional, decoder_structure
 from tests.support.families import FAMILIES, tiny_model
 
 PARTS = (
@@ -194,4 +194,4 @@ def test_the_same_model_as_a_decoder_is_accepted() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_family_is_causal(family: str, dtype: torch.dtype) -> None:
-    refuse_bidirectional(tiny_model(family).to(dtype))
+    _refuse_bidirectional(tiny_model(family).to(dtype))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pipeline.quantize.formats import BITS, RUNTIMES, ZEROS, Format, Zero, parse_format
+from pipeline.quantize.formats import _BITS, _ZEROS, RUNTIMES, Format, Zero, parse_format
 from pipeline.quantize.groupwise import dequantize_blocks, quantize_blocks
 from pipeline.quantize.packing import blocks_of, stored_tensors
 
@@ -23,9 +23,9 @@ def test_other_names_are_refused(name: str) -> None:
         parse_format(name)
 
 
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", _BITS)
 @pytest.mark.parametrize("block", [0, 16, 32])
-@pytest.mark.parametrize("zero", ZEROS)
+@pytest.mark.parametrize("zero", _ZEROS)
 def test_stored_bytes_are_those_of_the_stored_tensors_and_nothing_is_lost_in_them(
     bits: int, block: int, zero: Zero
 ) -> None:

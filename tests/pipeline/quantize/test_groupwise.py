@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pipeline.quantize.formats import ZEROS, Zero, parse_format
+from pipeline.quantize.formats import _ZEROS, Zero, parse_format
 from pipeline.quantize.groupwise import (
-    SHRINKAGES,
+    _SHRINKAGES,
     dequantize_blocks,
     is_kept_by,
     pad_to_blocks,
@@ -18,12 +18,12 @@ RANDOM = np.random.default_rng(0)
 WEIGHT = RANDOM.normal(size=(5, 70)).astype(np.float32)
 
 
-@pytest.mark.parametrize("zero", ZEROS)
+@pytest.mark.parametrize("zero", _ZEROS)
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_without_clipping_no_weight_is_further_than_half_a_step_from_its_code(
     bits: int, zero: Zero, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.quantize.groupwise.SHRINKAGES", np.ones(1, np.float32))
+    monkeypatch.setattr("pipeline.quantize.groupwise._SHRINKAGES", np.ones(1, np.float32))
     blocks = quantize_blocks(WEIGHT, bits, 32, zero=zero)
     error = np.abs(pad_to_blocks(dequantize_blocks(blocks) - WEIGHT, 32))
     # A zero point between two codes shifts the range by up to half a step; scales and offsets are
@@ -33,10 +33,10 @@ def test_without_clipping_no_weight_is_further_than_half_a_step_from_its_code(
     assert (error <= (allowed + 2 * coarse) * (1 + 1e-5)).all()
 
 
-@pytest.mark.parametrize("zero", ZEROS)
+@pytest.mark.parametrize("zero", _ZEROS)
 def test_searching_the_range_never_adds_error(zero: Zero, monkeypatch: pytest.MonkeyPatch) -> None:
     searched = dequantize_blocks(quantize_blocks(WEIGHT, 4, 32, zero=zero))
-    monkeypatch.setattr("pipeline.quantize.groupwise.SHRINKAGES", SHRINKAGES[:1])
+    monkeypatch.setattr("pipeline.quantize.groupwise._SHRINKAGES", _SHRINKAGES[:1])
     plain = dequantize_blocks(quantize_blocks(WEIGHT, 4, 32, zero=zero))
     errors = [np.square(pad_to_blocks(w - WEIGHT, 32)).sum(axis=-1) for w in (searched, plain)]
     assert (errors[0] <= errors[1] + 1e-6).all()
@@ -78,7 +78,7 @@ def test_offsets_lose_no_more_than_zero_points_that_are_codes() -> None:
     assert offset < asym
 
 
-@pytest.mark.parametrize("zero", ZEROS)
+@pytest.mark.parametrize("zero", _ZEROS)
 def test_zeros_stay_zeros(zero: Zero) -> None:
     blocks = quantize_blocks(np.zeros((2, 40), np.float32), 4, 32, zero=zero)
     assert not dequantize_blocks(blocks).any()

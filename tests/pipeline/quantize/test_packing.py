@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pipeline.quantize.packing import pack_codes, unpack_codes
+from pipeline.quantize.packing import _unpack_codes, pack_codes
 
 RANDOM = np.random.default_rng(0)
 
@@ -18,7 +18,7 @@ def test_packed_codes_can_be_read_back_from_as_few_bytes_as_hold_them(
     codes = RANDOM.integers(0, 2**bits, size=(3, 2, count), dtype=np.uint8)
     packed = pack_codes(codes, bits)
     assert packed.shape == (3, 2, -(-count * bits // 8))
-    np.testing.assert_array_equal(unpack_codes(packed, bits, count), codes)
+    np.testing.assert_array_equal(_unpack_codes(packed, bits, count), codes)
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline.artefact import partial_path
+from pipeline.artefact import _partial_path
 from pipeline.calibrate import sampled_text
 from pipeline.calibrate.text import load_tokens
 from pipeline.checkpoint.folder import load_checkpoint
@@ -108,7 +108,7 @@ def test_windows_are_sampled_in_parts_and_kept(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = load_model(str(small.parent / "original"))
-    monkeypatch.setattr(sampled_text, "TOKENS_AT_ONCE", 64)
+    monkeypatch.setattr(sampled_text, "_TOKENS_AT_ONCE", 64)
     request, kept = tiny_request(small, "self", windows=5, seed=4), tmp_path / "tokens.safetensors"
     first = recover._recovery_windows(request, source, source, kept)
     assert first.tokens.shape == (5, 32)
@@ -233,7 +233,7 @@ def test_a_teacher_with_another_vocabulary_is_refused(
         recover_to_folder(request, tmp_path / "better")
     assert "280 logits" in caught.value.details["observed"]
     assert "272 logits" in caught.value.details["expected"]
-    assert not partial_path(tmp_path / "better").exists()
+    assert not _partial_path(tmp_path / "better").exists()
 
 
 def test_a_model_that_is_not_compressed_is_refused(train_text: str, tmp_path: Path) -> None:

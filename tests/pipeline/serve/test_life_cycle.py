@@ -17,7 +17,7 @@ import openai
 import pytest
 
 from pipeline.runtime.sequence import Decoding
-from pipeline.runtime.sessions.slots import SlotsOneByOne, open_slots
+from pipeline.runtime.sessions.slots import _SlotsOneByOne, open_slots
 from pipeline.runtime.sessions.torch_session import TorchSession
 from pipeline.runtime.tokenizer import load_tokenizer
 from pipeline.serve.app import Limits
@@ -36,7 +36,7 @@ from tests.support.tiny_decoder import MAX_LENGTH, byte_tokenizer, tiny_llama
 LONG: dict[str, Any] = {"model": MODEL, "prompt": "abc", "max_tokens": 120, "temperature": 0}
 
 
-class GatedSlots(SlotsOneByOne):
+class GatedSlots(_SlotsOneByOne):
     """Real slots whose decoding waits until the test lets it go on."""
 
     def __init__(self, slots: int) -> None:
@@ -215,7 +215,7 @@ def test_streams_that_run_longer_end_with_an_error_and_the_end_mark(
         connection.close()
 
 
-class FaultySlots(SlotsOneByOne):
+class FaultySlots(_SlotsOneByOne):
     """Real slots, but for prompts that begin with `n` (NaN) or `r` (an exception)."""
 
     def __init__(self, slots: int) -> None:

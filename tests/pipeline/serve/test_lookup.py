@@ -13,7 +13,7 @@ import pytest
 from pipeline.runtime.drafting import PROMPT_LOOKUP
 from pipeline.runtime.sampling import Sampling
 from pipeline.runtime.sequence import Decoding
-from pipeline.runtime.sessions.slots import SlotsOneByOne, open_slots
+from pipeline.runtime.sessions.slots import _SlotsOneByOne, open_slots
 from pipeline.runtime.sessions.torch_session import TorchSession
 from pipeline.runtime.tokenizer import load_tokenizer
 from pipeline.serve.job import Ending, Job, Outbox
@@ -24,7 +24,7 @@ from tests.support.tiny_decoder import byte_tokenizer, shared_export, tiny_llama
 NEW_TOKENS = 100
 
 
-class BlockSlots(SlotsOneByOne):
+class BlockSlots(_SlotsOneByOne):
     """Slots in float32, whose answers do not depend on how many tokens a call reads."""
 
     def __init__(self, slots: int) -> None:

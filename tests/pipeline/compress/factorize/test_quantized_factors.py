@@ -7,11 +7,11 @@ import torch
 
 from pipeline.compress.factorize.factors import Factors, stored_factors
 from pipeline.compress.factorize.quantized_factors import (
-    Formats,
-    gptq_factors,
+    _Formats,
+    _gptq_factors,
+    _rtn_factors,
     latent_map,
     moment_of_down,
-    rtn_factors,
     values_of,
 )
 from pipeline.compress.factorize.whitened_svd import whitened_spectrum
@@ -40,7 +40,7 @@ def factors_in(form: Form) -> Factors:
     return stored_factors(b, a, TARGET, S, form)
 
 
-def styles_of(down: str | None, up: str | None) -> Formats:
+def styles_of(down: str | None, up: str | None) -> _Formats:
     first, second = (None if name is None else parse_format(name) for name in (down, up))
     return first, second
 
@@ -70,8 +70,8 @@ def test_errors_fed_forward_lose_less_than_rounding_to_the_nearest(
     form: Form, down: str, up: str
 ) -> None:
     factors, styles = factors_in(form), styles_of(down, up)
-    fed = gptq_factors(factors, TARGET, S, PARTS, styles).factors
-    nearest = rtn_factors(factors, styles).factors
+    fed = _gptq_factors(factors, TARGET, S, PARTS, styles).factors
+    nearest = _rtn_factors(factors, styles).factors
     added = [lost(rounded) - lost(factors) for rounded in (fed, nearest)]
     assert added[0] < 0.75 * added[1]
 
@@ -83,7 +83,7 @@ def test_errors_fed_forward_lose_less_than_rounding_to_the_nearest(
 def test_refitting_the_second_factor_never_loses(form: Form, style: str) -> None:
     """B* is the least-squares answer on the latent that the rounded A gives."""
     factors = factors_in(form)
-    refitted = gptq_factors(factors, TARGET, S, PARTS, styles_of(style, None)).factors
+    refitted = _gptq_factors(factors, TARGET, S, PARTS, styles_of(style, None)).factors
     kept = Factors(form, RANK, factors.up, refitted.down, factors.permutation, 0.0)
     every = (PARTS, [torch.eye(ROWS, dtype=torch.float64)])
     for sensitivities in every:
@@ -92,7 +92,7 @@ def test_refitting_the_second_factor_never_loses(form: Form, style: str) -> None
 
 @pytest.mark.parametrize("form", ["skip", "low_rank"])
 def test_the_refitted_factor_solves_the_normal_equations(form: Form) -> None:
-    refitted = gptq_factors(factors_in(form), TARGET, S, PARTS, styles_of("int3-b16-asym", None))
+    refitted = _gptq_factors(factors_in(form), TARGET, S, PARTS, styles_of("int3-b16-asym", None))
     latent = latent_map(refitted.factors)
     gradient = (product(refitted.factors) - TARGET) @ S @ latent.T
     scale = (TARGET @ S @ latent.T).abs().max()
@@ -103,8 +103,8 @@ def test_the_refitted_factor_solves_the_normal_equations(form: Form) -> None:
 def test_without_formats_the_factors_are_left_alone(form: Form) -> None:
     factors = factors_in(form)
     for rounded in (
-        gptq_factors(factors, TARGET, S, PARTS, (None, None)),
-        rtn_factors(factors, (None, None)),
+        _gptq_factors(factors, TARGET, S, PARTS, (None, None)),
+        _rtn_factors(factors, (None, None)),
     ):
         assert rounded.down is rounded.up is None
         assert torch.equal(rounded.factors.down, factors.down)
@@ -114,7 +114,7 @@ def test_without_formats_the_factors_are_left_alone(form: Form) -> None:
 @pytest.mark.parametrize("form", ["skip", "low_rank"])
 def test_a_format_for_the_second_factor_leaves_the_first_alone(form: Form) -> None:
     factors = factors_in(form)
-    rounded = gptq_factors(factors, TARGET, S, PARTS, styles_of(None, "int4-b16-asym"))
+    rounded = _gptq_factors(factors, TARGET, S, PARTS, styles_of(None, "int4-b16-asym"))
     assert rounded.down is None
     assert rounded.up is not None
     assert torch.equal(rounded.factors.down, factors.down)
@@ -124,7 +124,7 @@ def test_a_format_for_the_second_factor_leaves_the_first_alone(form: Form) -> No
 @pytest.mark.parametrize("form", ["skip", "low_rank"])
 def test_the_factors_are_the_values_of_the_codes(form: Form) -> None:
     styles = styles_of("int6-b16-sym", "int3-b16-asym")
-    rounded = gptq_factors(factors_in(form), TARGET, S, PARTS, styles)
+    rounded = _gptq_factors(factors_in(form), TARGET, S, PARTS, styles)
     assert rounded.down is not None
     assert rounded.up is not None
     assert torch.equal(rounded.factors.down, values_of(rounded.down))
@@ -133,14 +133,14 @@ def test_the_factors_are_the_values_of_the_codes(form: Form) -> None:
 
 def test_eight_bits_add_next_to_nothing() -> None:
     factors, styles = factors_in("skip"), styles_of("int8-row-sym", "int8-row-sym")
-    rounded = gptq_factors(factors, TARGET, S, PARTS, styles).factors
+    rounded = _gptq_factors(factors, TARGET, S, PARTS, styles).factors
     assert lost(rounded) < 1.01 * lost(factors)
 
 
 def test_at_full_rank_there_is_no_first_factor_to_round() -> None:
     b, a = whitened_spectrum(TARGET, S).factors(COLUMNS)
     factors = stored_factors(b, a, TARGET, S, "skip")
-    rounded = gptq_factors(factors, TARGET, S, [], styles_of("int4-b16-asym", "int8-row-sym"))
+    rounded = _gptq_factors(factors, TARGET, S, [], styles_of("int4-b16-asym", "int8-row-sym"))
     assert rounded.down is None
     assert rounded.up is not None
 

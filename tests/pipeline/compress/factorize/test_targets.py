@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.compress.factorize.targets import propagated_target, reconstructed_factors
+from pipeline.compress.factorize.targets import _reconstructed_factors, propagated_target
 from pipeline.compress.factorize.whitened_svd import whitened_spectrum
 from pipeline.compress.methods import Fit
 from pipeline.compress.plan.rank_search import searched_plan
@@ -109,7 +109,7 @@ def test_reconstruction_at_full_rank_reproduces_the_target(rows: int, columns: i
     if rows < columns:
         # The rows of V, those of W, do not span a target of other rows; those of the target do.
         left, right = whitened_spectrum(target, moment).factors(rows)
-    u, v = reconstructed_factors(left, right, target, moment)
+    u, v = _reconstructed_factors(left, right, target, moment)
     torch.testing.assert_close(u @ v, target, rtol=0, atol=1e-9)
 
 
@@ -118,7 +118,7 @@ def test_reconstruction_fits_outputs_with_one_factor_held_and_then_weights_with_
     moment, drift = moments(x, seen)
     target = propagated_target(weight, moment, drift, 0.25)
     left, right = whitened_spectrum(weight, moment).factors(4)
-    u, v = reconstructed_factors(left, right, target, moment)
+    u, v = _reconstructed_factors(left, right, target, moment)
     expected_u, *_ = np.linalg.lstsq((seen @ right.T).numpy(), (seen @ target.T).numpy(), None)
     torch.testing.assert_close(u, torch.from_numpy(expected_u).T, rtol=0, atol=1e-9)
     expected_v = np.linalg.pinv(u.numpy()) @ target.numpy()

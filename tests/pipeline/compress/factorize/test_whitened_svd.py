@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 
 from pipeline.compress.factorize.whitened_svd import (
     Spectrum,
-    cholesky,
+    _cholesky,
+    _whitening_roots,
     shrunk,
     tails_of,
     whitened_energies,
     whitened_spectrum,
-    whitening_roots,
 )
 
 SHAPES = [(24, 16), (16, 24), (16, 16), (48, 8)]
@@ -61,8 +61,8 @@ def test_energies_are_the_squared_singular_values_of_the_whitened_weight(
 ) -> None:
     weight, inputs = problem(rows, columns)
     moment = second_moment(inputs)
-    cholesky = torch.linalg.cholesky(moment)
-    expected = torch.linalg.svdvals(weight @ cholesky).square()
+    _cholesky = torch.linalg.cholesky(moment)
+    expected = torch.linalg.svdvals(weight @ _cholesky).square()
     energies = whitened_spectrum(weight, moment).energies
     torch.testing.assert_close(energies, expected, rtol=1e-6, atol=1e-9 * expected[0].item())
 
@@ -300,7 +300,7 @@ def moment_of(tokens: int, width: int = WIDTH, seed: int = 0) -> torch.Tensor:
 
 def test_roots_multiply_to_the_moment_and_invert_each_other() -> None:
     moment = moment_of(60)
-    root, inverse = whitening_roots(moment)
+    root, inverse = _whitening_roots(moment)
     torch.testing.assert_close(root @ root, moment, rtol=1e-8, atol=1e-8)
     identity = torch.eye(WIDTH, dtype=torch.float64)
     torch.testing.assert_close(root @ inverse, identity, rtol=0, atol=1e-9)
@@ -309,7 +309,7 @@ def test_roots_multiply_to_the_moment_and_invert_each_other() -> None:
 @pytest.mark.parametrize("tokens", [1, 5, WIDTH - 1])
 def test_roots_of_a_singular_moment_still_invert_each_other(tokens: int) -> None:
     moment = moment_of(tokens)
-    root, inverse = whitening_roots(moment)
+    root, inverse = _whitening_roots(moment)
     identity = torch.eye(WIDTH, dtype=torch.float64)
     # The condition of the root is 1e4.5, of which rounding takes its share.
     torch.testing.assert_close(root @ inverse, identity, rtol=0, atol=1e-9)
@@ -341,7 +341,7 @@ def test_nothing_is_shrunk_by_a_share_of_zero_and_all_by_one() -> None:
 @pytest.mark.parametrize("tokens", [1, 3, WIDTH - 1, 3 * WIDTH])
 def test_a_cholesky_root_gives_the_moment_back_even_if_it_is_singular(tokens: int) -> None:
     moment = moment_of(tokens)
-    root = cholesky(moment)
+    root = _cholesky(moment)
     assert torch.equal(root, root.tril())
     # The ridge is 1e-9 of the trace.
     torch.testing.assert_close(root @ root.T, moment, rtol=0, atol=2e-9 * moment.trace().item())
@@ -350,18 +350,18 @@ def test_a_cholesky_root_gives_the_moment_back_even_if_it_is_singular(tokens: in
 def test_a_cholesky_root_exists_although_rounding_made_the_moment_indefinite() -> None:
     moment = moment_of(3) - 1e-7 * torch.eye(WIDTH, dtype=torch.float64)
     assert torch.linalg.eigvalsh(moment)[0] < 0
-    root = cholesky(moment)
+    root = _cholesky(moment)
     torch.testing.assert_close(root @ root.T, moment, rtol=0, atol=1e-6 * moment.trace().item())
 
 
-@pytest.mark.parametrize("root_of", [whitening_roots, cholesky])
+@pytest.mark.parametrize("root_of", [_whitening_roots, _cholesky])
 def test_a_zero_moment_is_refused_by_name(root_of: object) -> None:
     assert callable(root_of)
     with pytest.raises(ValueError, match="never reaches"):
         root_of(torch.zeros(3, 3, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("root_of", [whitening_roots, cholesky])
+@pytest.mark.parametrize("root_of", [_whitening_roots, _cholesky])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_a_moment_that_is_not_finite_is_refused(root_of: object, bad: float) -> None:
     assert callable(root_of)

@@ -8,7 +8,7 @@ import torch
 from pipeline.compress.factorize.whitened_svd import InputMoments
 from pipeline.compress.fit_group import fit_group
 from pipeline.compress.forms import Form
-from pipeline.compress.methods import RTN, Fit
+from pipeline.compress.methods import _RTN, Fit
 from pipeline.compress.plan import file_bytes as stored_bytes
 from pipeline.compress.plan.file_bytes import group_bytes, matrix_bytes
 from pipeline.compress.plan.plan import GroupPlan
@@ -23,7 +23,7 @@ FORMATS = (None, "int2-b16-asym", "int3-b32-asym", "int4-b64-sym", "int6-b16-sym
 def tensors_of(group: GroupPlan) -> dict[str, torch.Tensor]:
     tiny = surveyed("llama")
     moment = torch.eye(group.columns, dtype=torch.float64)
-    fit = Fit(two_sided=False, quantize=RTN)
+    fit = Fit(two_sided=False, quantize=_RTN)
     return fit_group(tiny.model, group, InputMoments(moment), fit, None, torch.float16)[0]
 
 

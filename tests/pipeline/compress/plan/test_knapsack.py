@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.compress.forms import stored_parameters
-from pipeline.compress.plan.knapsack import RELATIVE_GAP, allocate, undominated
+from pipeline.compress.plan.knapsack import _RELATIVE_GAP, allocate, undominated
 
 SIZES = st.integers(1, 60)
 LOSSES = st.floats(0, 100, allow_subnormal=False).map(lambda loss: round(loss, 6))
@@ -48,7 +48,7 @@ def test_the_choice_is_within_the_budget_and_loses_as_little_as_any(
     assert size <= budget
     # The solver stops within its gap, and takes what is below 1e-6 of the largest loss for zero.
     slack = 1e-6 * max(loss for group in groups for _, loss in group)
-    assert loss <= least_loss(groups, budget) * (1 + RELATIVE_GAP) + slack
+    assert loss <= least_loss(groups, budget) * (1 + _RELATIVE_GAP) + slack
 
 
 @pytest.mark.parametrize("budget", [10**3, 10**6, 10**9, 10**11])
@@ -98,7 +98,7 @@ def test_losses_of_any_scale_are_told_apart() -> None:
         lost, least = (
             sum(e[c] for e, c in zip(losses, chosen, strict=True)) for chosen in (found, expected)
         )
-        assert lost == pytest.approx(least, rel=2 * RELATIVE_GAP)
+        assert lost == pytest.approx(least, rel=2 * _RELATIVE_GAP)
 
 
 def test_losses_that_are_all_zero_have_a_choice() -> None:

@@ -17,7 +17,7 @@ from pipeline.calibrate.layer_stream import LayerStream
 from pipeline.compress.finished_layers import FinishedLayers
 from pipeline.compress.methods import Fit
 from pipeline.compress.plan.layer_costs import (
-    SENSITIVITY_SHRINKAGE,
+    _SENSITIVITY_SHRINKAGE,
     CostRequest,
     LayerCosts,
     output_tails,
@@ -213,7 +213,7 @@ def test_curves_are_the_tails_of_what_it_keeps() -> None:
     whole = torch.trace(g @ weight @ tiny.survey.geometry((member,), moments) @ weight.T) / 2
     # What is kept has been rounded to bfloat16.
     assert tiny.survey.curves[(member,)][0] == pytest.approx(whole.item(), rel=1e-2)
-    shrunk_least = SENSITIVITY_SHRINKAGE * g.diagonal().mean() * (1 - 2**-7)
+    shrunk_least = _SENSITIVITY_SHRINKAGE * g.diagonal().mean() * (1 - 2**-7)
     assert torch.linalg.eigvalsh(g)[0] > shrunk_least * 0.9
 
 
@@ -221,7 +221,7 @@ def test_curves_are_the_tails_of_what_it_keeps() -> None:
 def test_output_tails_are_those_of_the_singular_values_of_the_outputs(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(precision, "has_bfloat16_units", lambda: False)
+    monkeypatch.setattr(precision, "_has_bfloat16_units", lambda: False)
     tiny = surveyed(family)
     tails = output_tails(tiny.model, tiny.layers, TOKENS)
     stream = LayerStream(tiny.model, tiny.layers, TOKENS)

@@ -8,7 +8,7 @@ import torch
 
 from pipeline.compress.factorize.factors import Factors, stored_factors
 from pipeline.compress.factorize.quantized_factors import (
-    gptq_factors,
+    _gptq_factors,
     latent_map,
     moment_of_down,
     values_of,
@@ -99,7 +99,7 @@ def test_the_costs_of_both_factors_add_up_to_no_less_than_rounding_both_adds(
     """Refitting the second factor makes up for part of the first one's errors."""
     form, noise = measured
     factors = at_rank(form, int(noise.ranks[number]))
-    rounded = gptq_factors(factors, TARGET, S, PARTS, (STYLES[place], STYLES[place]))
+    rounded = _gptq_factors(factors, TARGET, S, PARTS, (STYLES[place], STYLES[place]))
     added = (lost(rounded.factors) - lost(factors)) / 2
     expected = noise.down[number, place] + noise.up[number, place]
     assert 0.7 * added < expected < 3 * added

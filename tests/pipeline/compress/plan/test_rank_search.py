@@ -16,7 +16,7 @@ from pipeline.compress.plan import rank_search as search
 from pipeline.compress.plan.plan import RankPlan, load_plan, uniform_plan
 from pipeline.compress.plan.rank_search import (
     Curves,
-    group_candidates,
+    _group_candidates,
     partitions,
     searched_plan,
     stacks_of,
@@ -152,9 +152,9 @@ def test_a_grid_of_ranks_is_no_finer_than_meant_and_of_tiles_where_it_is_coarse(
 ) -> None:
     step = search.rank_step(full, multiple)
     assert step % multiple == 0
-    assert full / step <= search.RANKS_PER_STACK
-    assert step % search.TILE == 0 or step <= math.lcm(multiple, search.TILE) / 2
-    if full <= search.RANKS_PER_STACK:
+    assert full / step <= search._RANKS_PER_STACK
+    assert step % search._TILE == 0 or step <= math.lcm(multiple, search._TILE) / 2
+    if full <= search._RANKS_PER_STACK:
         assert search.rank_step(full, 1) == 1
 
 
@@ -183,7 +183,7 @@ def test_candidates_rise_in_size_fall_in_loss_and_end_dense(
     heights: list[int], width: int, skip: bool, seed: int
 ) -> None:
     group, curves = random_group(heights, width, seed)
-    found = group_candidates(group, curves, cat=True, skip=skip, multiple=1)
+    found = _group_candidates(group, curves, cat=True, skip=skip, multiple=1)
     assert all(a.size < b.size and a.loss > b.loss for a, b in pairwise(found))
     assert found[-1].loss == 0
     assert {stack.form for stack in found[-1].stacks} == {"dense"}
@@ -198,8 +198,8 @@ def test_a_group_has_no_more_candidates_than_the_solver_is_meant_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     group, curves = random_group([40, 40, 40], 60, 0)
-    every = group_candidates(group, curves, cat=True, skip=True, multiple=1)
+    every = _group_candidates(group, curves, cat=True, skip=True, multiple=1)
     monkeypatch.setattr(search, "CANDIDATES_PER_GROUP", 20)
-    fewer = group_candidates(group, curves, cat=True, skip=True, multiple=1)
+    fewer = _group_candidates(group, curves, cat=True, skip=True, multiple=1)
     assert len(every) > len(fewer) == 20
     assert (fewer[0], fewer[-1]) == (every[0], every[-1])

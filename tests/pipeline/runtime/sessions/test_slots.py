@@ -13,7 +13,7 @@ from pipeline.runtime.sequence import Decoding
 from pipeline.runtime.sessions.onnx_session import OnnxSession
 from pipeline.runtime.sessions.open_session import open_session
 from pipeline.runtime.sessions.session import SlotSession
-from pipeline.runtime.sessions.slots import SlotsOneByOne, open_slots
+from pipeline.runtime.sessions.slots import _SlotsOneByOne, open_slots
 from pipeline.runtime.sessions.torch_session import TorchSession
 from tests.support.tiny_decoder import (
     MAX_LENGTH,
@@ -113,9 +113,9 @@ def test_a_slot_that_is_full_is_refused_alone(
 
 
 def test_the_weights_are_held_once(exports: dict[str, Path]) -> None:
-    onnx = SlotsOneByOne(OnnxSession(exports["opset24"]), 4)
+    onnx = _SlotsOneByOne(OnnxSession(exports["opset24"]), 4)
     assert len({id(session._session) for session in onnx._sessions}) == 1  # type: ignore[attr-defined]
-    eager = SlotsOneByOne(TorchSession(tiny_llama()), 4)
+    eager = _SlotsOneByOne(TorchSession(tiny_llama()), 4)
     assert len({id(session.model) for session in eager._sessions}) == 1  # type: ignore[attr-defined]
 
 
@@ -136,9 +136,9 @@ class Alone(TorchSession):
 
 
 def test_a_backend_of_one_sequence_has_one_slot_and_refuses_more() -> None:
-    assert SlotsOneByOne(Alone(tiny_llama()), 1).slots == 1
+    assert _SlotsOneByOne(Alone(tiny_llama()), 1).slots == 1
     with pytest.raises(UsageError, match="one sequence"):
-        SlotsOneByOne(Alone(tiny_llama()), 2)
+        _SlotsOneByOne(Alone(tiny_llama()), 2)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

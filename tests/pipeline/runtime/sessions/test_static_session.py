@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pipeline.errors import InputError
-from pipeline.runtime.sessions.slots import SlotsOneByOne
+from pipeline.runtime.sessions.slots import _SlotsOneByOne
 from pipeline.runtime.sessions.static_session import StaticSession
 from pipeline.runtime.sessions.torch_session import TorchSession
 from tests.support.families import tiny_model
@@ -74,7 +74,7 @@ def test_logits_on_the_device_are_those_of_forward() -> None:
 
 def test_slots_have_caches_of_their_own_over_the_same_weights() -> None:
     first = session()
-    slots = SlotsOneByOne(first, 3)
+    slots = _SlotsOneByOne(first, 3)
     second = first.sibling()
     assert second.model is first.model
     other = (TOKENS + 1) % VOCAB_SIZE

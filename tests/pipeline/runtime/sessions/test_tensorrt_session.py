@@ -11,7 +11,7 @@ from pipeline.engine.target import resolve_target
 from pipeline.errors import InputError
 from pipeline.gpu import find_gpu
 from pipeline.runtime.sessions.onnx_session import OnnxSession
-from pipeline.runtime.sessions.slots import SlotsOneByOne
+from pipeline.runtime.sessions.slots import _SlotsOneByOne
 from pipeline.runtime.sessions.tensorrt_session import (
     TensorRTSession,
     _load_engine_plugin,
@@ -71,7 +71,7 @@ def test_an_engine_with_a_plugin_refuses_another_library(tmp_path: Path) -> None
 
 def test_slots_of_one_engine_have_contexts_profiles_and_caches_of_their_own(tmp_path: Path) -> None:
     opened, engine = fake_engine()
-    slots = SlotsOneByOne(TensorRTSession(tmp_path, engine=opened), 3)
+    slots = _SlotsOneByOne(TensorRTSession(tmp_path, engine=opened), 3)
     prompt = np.ones(5, np.int64)
     for _ in range(2):  # prompts of some between tokens of the others
         slots.prefill(0, prompt)
