@@ -40,6 +40,7 @@ OF_ONE_TASK = (
     "pipeline.export.trace_decoder",
     "pipeline.model.classifier_structure",
     "pipeline.calibrate.images",
+    "pipeline.runtime.sessions.image_sessions",
     "validate.classifier",
     "validate.decoder",
 )
@@ -140,9 +141,9 @@ def test_an_adapter_is_imported_by_the_table_alone_or_by_adapters_of_its_task() 
     named = {
         reference.partition(":")[0] for row in TASKS.values() for reference in row.adapters.values()
     }
-    assert named - {"pipeline.cli.inspect", "pipeline.engine.profiles"} <= set(OF_ONE_TASK)
+    assert named - {"pipeline.engine.profiles"} <= set(OF_ONE_TASK)
     task_of = {
-        name: "images" if "class" in name or "images" in name else "text" for name in OF_ONE_TASK
+        name: "images" if "class" in name or "image" in name else "text" for name in OF_ONE_TASK
     }
     for name, target in arrows():
         if target in task_of:

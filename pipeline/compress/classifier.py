@@ -211,3 +211,27 @@ def _require_images(images: ImageBatch, structure: ImageStructure) -> None:
             expected=f"at least {needed[widest]}, better {8 * needed[widest]}",
             change="raise --windows, or give more images",
         )
+
+
+def facts(what: str, trust_remote_code: bool) -> dict[str, Any]:
+    """Architecture of an image classifier, and the groups of all its layers."""
+    loaded = load_classifier(what, trust_remote_code=trust_remote_code)
+    structure = image_structure(loaded.model, loaded.input_shape)
+    return {
+        "task": IMAGES,
+        "source": loaded.source.kind,
+        "architecture": type(loaded.model).__name__,
+        "image processor": type(loaded.processor).__name__,
+        "pixel values": "x".join(map(str, loaded.input_shape)),
+        "classes": loaded.model.config.num_labels,
+        "parameters": f"{sum(p.numel() for p in loaded.model.parameters()):,}",
+        "published as": str(loaded.storage_dtype).removeprefix("torch."),
+        "layers": len(structure.layers),
+        "groups": "\n".join(
+            f"{', '.join(m.removeprefix(layer.name + '.') for m in group.members)} of "
+            f"{layer.name}: {sum(group.out_features)} x {group.in_features}, "
+            f"{structure.rows[group.name]} an image"
+            for layer in structure.layers
+            for group in layer.groups
+        ),
+    } | ({"left as they are": structure.left_out} if structure.left_out else {})

@@ -250,3 +250,22 @@ def _require_tokens(tokens: TokenBatch, layers: list[Layer]) -> None:
             expected=f"at least {widest.in_features} tokens, better {8 * widest.in_features}",
             change="raise --windows or --window-length",
         )
+
+
+def facts(what: str, trust_remote_code: bool) -> dict[str, Any]:
+    """Architecture of a decoder language model, and the groups of its first layer."""
+    loaded = load_model(what, trust_remote_code=trust_remote_code)
+    layers = decoder_structure(loaded.model)
+    groups = layers[0].groups
+    return {
+        "source": loaded.source.kind,
+        "architecture": type(loaded.model).__name__,
+        "parameters": f"{sum(p.numel() for p in loaded.model.parameters()):,}",
+        "published as": str(loaded.storage_dtype).removeprefix("torch."),
+        "layers": len(layers),
+        "groups of a layer": "\n".join(
+            f"{', '.join(m.rsplit('.', 1)[-1] for m in group.members)}: "
+            f"{sum(group.out_features)} x {group.in_features}"
+            for group in groups
+        ),
+    }

@@ -24,7 +24,7 @@ from transformers import (
 
 from pipeline.errors import InputError, PipelineError, UsageError
 from pipeline.model.source import Source, resolve_source
-from pipeline.model.task import IMAGES, task_of_config
+from pipeline.model.task import refuse_other_tasks, task_of_config
 from pipeline.progress import note
 
 
@@ -159,13 +159,7 @@ def _quiet_gguf() -> Iterator[None]:
 
 def _refuse_unsupported(source: Source, config: Any) -> None:
     """Raise InputError for a model that is no plain decoder, or is quantised already."""
-    if task_of_config(config) == IMAGES:
-        raise InputError(
-            "This takes decoder language models.",
-            where=source.name,
-            observed=f"{config.model_type}, an image classifier",
-            change="use compress, export, engine, validate, export-dense or inspect",
-        )
+    refuse_other_tasks(task_of_config(config), source.name, f"{config.model_type}, ")
     if getattr(config, "is_encoder_decoder", False):
         raise InputError(
             "Only decoder language models are supported.",

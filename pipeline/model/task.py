@@ -73,7 +73,7 @@ TASKS: dict[Task, _TaskRow] = {
             "export": "pipeline.export.trace_decoder:trace_decoder",
             "engine": "pipeline.engine.profiles:decoder_limits",
             "ledger": "validate.decoder:DECODER",
-            "inspect": "pipeline.cli.inspect:decoder_facts",
+            "inspect": "pipeline.compress.decoder:facts",
         },
     ),
     IMAGES: _TaskRow(
@@ -92,7 +92,7 @@ TASKS: dict[Task, _TaskRow] = {
             "export": "pipeline.export.trace_classifier:trace_classifier",
             "engine": "pipeline.engine.profiles:image_limits",
             "ledger": "validate.classifier:CLASSIFIER",
-            "inspect": "pipeline.cli.inspect:classifier_facts",
+            "inspect": "pipeline.compress.classifier:facts",
         },
     ),
 }
@@ -151,20 +151,29 @@ def task_of_model(name: str) -> Task:
     return task_of_config(fields)
 
 
-def refuse_images(folder: Path) -> None:
-    """Refuse an image classifier where only decoders will do: a checkpoint, an export or an engine.
+def require_decoder(folder: Path) -> None:
+    """Refuse a checkpoint, an export or an engine of anything but a decoder language model.
 
     Raises:
-        InputError: it is one.
+        InputError: it is of another task.
     """
     # Every artefact made of a classifier carries the settings of its image processor; a decoder
     # that also sees has a tokenizer beside it.
     sees = (folder / "preprocessor_config.json").is_file()
     reads = (folder / "tokenizer_config.json").is_file()
-    if (sees and not reads) or task_of_folder(folder) == IMAGES:
+    refuse_other_tasks(IMAGES if sees and not reads else task_of_folder(folder), folder)
+
+
+def refuse_other_tasks(found: Task, where: object, of: str = "") -> None:
+    """Refuse a model of another task than text generation; `of` is said before what it is.
+
+    Raises:
+        InputError: it is one.
+    """
+    if found != TEXT:
         raise InputError(
             "This takes decoder language models.",
-            where=folder,
-            observed="an image classifier",
+            where=where,
+            observed=of + TASKS[found].kind,
             change="use compress, export, engine, validate, export-dense or inspect",
         )

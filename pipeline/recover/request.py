@@ -15,7 +15,7 @@ from pipeline.calibrate.text import require_text
 from pipeline.checkpoint.folder import DTYPES, read_recipe, read_report, require_checkpoint
 from pipeline.errors import InputError, UsageError
 from pipeline.model.load import refuse_long_windows
-from pipeline.model.task import refuse_images
+from pipeline.model.task import require_decoder
 from pipeline.recover.adapters import require_peft
 from pipeline.recover.train import Schedule, windows_needed
 
@@ -146,7 +146,7 @@ def require_recoverable(request: RecoverRequest) -> Recoverable:
     require_peft()
     folder = request.checkpoint
     require_checkpoint(folder)
-    refuse_images(folder)
+    require_decoder(folder)
     modules = _factored_modules(folder)
     recipe, report = read_recipe(folder), read_report(folder)
     for name, record in (("recipe.json", recipe), ("report.json", report)):

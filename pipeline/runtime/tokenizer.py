@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pipeline.errors import InputError
-from pipeline.model.task import refuse_images
+from pipeline.model.task import require_decoder
 from pipeline.runtime.chat_template import ChatTemplate, find_template
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ def _settings(folder: Path) -> dict[str, Any]:
     """Content of tokenizer_config.json."""
     path = folder / "tokenizer_config.json"
     if not path.is_file():
-        refuse_images(folder)
+        require_decoder(folder)
         raise InputError(
             "The folder has no tokenizer.",
             where=folder,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from tests.support.digits import Digits, make_digits
 
+from benchmarks.digits import Digits, make_digits
 from tests.support.compressed_classifiers import checkpoints, images, sources
 
 __all__ = ["checkpoints", "digits", "images", "sources"]

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.support.digits import Digits, make_digits
 
+from benchmarks.digits import Digits, make_digits
 from pipeline.cli.main import main
 from pipeline.errors import UsageError
 from tests.support.ledger_stages import outputs_alive

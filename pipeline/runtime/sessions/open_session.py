@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.errors import InputError, UsageError
 from pipeline.export.contract import RECORD_FILE
-from pipeline.model.task import refuse_images
+from pipeline.model.task import require_decoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,7 +43,7 @@ def open_session(
         UsageError: the folder is not of the kind that `backend` reads, or `device` is for another.
     """
     kind = folder_kind(folder)
-    refuse_images(folder)
+    require_decoder(folder)
     if backend not in ("auto", kind):
         raise UsageError(
             f"The backend '{backend}' cannot read this folder.",
