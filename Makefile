@@ -65,6 +65,7 @@ lint-spelling: $(STAMP)
 
 lint-figures: $(STAMP)
 	$(VENV)python -m benchmarks.documentation.write --check
+	$(VENV)python tools/write_tree.py --check
 
 lint-tensorrt: $(STAMP) ## Check what calls TensorRT against its published stubs, from PyPI
 	$(VENV)python tools/check_tensorrt_types.py
@@ -73,8 +74,9 @@ format: $(STAMP) ## Rewrite the sources in house style
 	$(VENV)ruff check --fix-only --quiet .
 	$(VENV)ruff format .
 
-docs: $(STAMP) ## Write the figures of the documentation from the results; ARGS=--check only looks
+docs: $(STAMP) ## Write the figures and the tree of the documentation; ARGS=--check only looks
 	$(VENV)python -m benchmarks.documentation.write $(ARGS)
+	$(VENV)python tools/write_tree.py $(ARGS)
 
 table: $(STAMP) ## Measure the README's table of compression methods
 	$(VENV)python -m benchmarks.quality.quality $(ARGS)
