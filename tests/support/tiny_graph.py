@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import onnx.parser
+import pytest
 from onnx import numpy_helper
 
 from pipeline.export.block_skip import _BODY
@@ -188,3 +190,15 @@ def write_export(
     }
     (folder / "export.json").write_text(json.dumps(record))
     return folder
+
+
+@pytest.fixture(scope="session")
+def export_writer() -> Callable[..., Path]:
+    """`write_export`, for tests that need a folder of their own."""
+    return write_export
+
+
+@pytest.fixture(scope="session")
+def tiny_export(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An opset24 float16 folder that no test changes."""
+    return write_export(tmp_path_factory.mktemp("exports") / "tiny")

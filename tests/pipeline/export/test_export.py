@@ -260,7 +260,7 @@ def test_a_failed_export_leaves_nothing(
     def broken(*args: object, **kwargs: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("pipeline.export.export.save_graph", broken)
+    monkeypatch.setattr("pipeline.export.export._save_graph", broken)
     with pytest.raises(OSError, match="No space"):
         export_folder(checkpoints["llama"], tmp_path / "onnx", ExportRequest(max_length=8))
     assert list(tmp_path.iterdir()) == []
