@@ -19,7 +19,8 @@ NORM = "n = RMSNormalization <axis = -1, epsilon = 1e-6> (s, gain) y = Tanh(n)"
 def test_a_sum_and_its_norm_become_one_node_with_the_same_numbers() -> None:
     text = (
         "f (float[2, 3, 8] x) => (float[2, 3, 8] y, float[2, 3, 8] z) "
-        f"<float[2, 3, 8] h, float[2, 3, 8] s, float[2, 3, 8] n> {{ h = Sigmoid(x) s = Add(x, h) {NORM} z = Neg(s) }}"
+        "<float[2, 3, 8] h, float[2, 3, 8] s, float[2, 3, 8] n> "
+        f"{{ h = Sigmoid(x) s = Add(x, h) {NORM} z = Neg(s) }}"
     )
     model = graph(text, gain=GAIN)
     before = run(graph(text, gain=GAIN), X)
@@ -41,7 +42,8 @@ def test_a_norm_that_stays_says_why(
 ) -> None:
     text = (
         "f (float[2, 3, 8] x) => (float[2, 3, 8] y) "
-        f"<float[2, 3, 8] s, float[2, 3, 8] n> {{ one = Constant <value = float {{1.0}}> () {sum_} {NORM} }}"
+        "<float[2, 3, 8] s, float[2, 3, 8] n> "
+        f"{{ one = Constant <value = float {{1.0}}> () {sum_} {NORM} }}"
     )
     with caplog.at_level(logging.DEBUG, "pipeline.export.passes"):
         assert fuse_residual_norms(graph(text, gain=GAIN)) == 0
