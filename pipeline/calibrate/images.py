@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.image_processing_base import ImageProcessingMixin
 
 from pipeline.errors import InputError, UsageError
-from pipeline.model.load_classifier import Shape, input_shape
+from pipeline.model.load import Shape, input_shape
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
 FORMATS = (

@@ -9,7 +9,6 @@ from torch import nn
 
 from pipeline.checkpoint.modeling_skipcat import FactoredLinear, stored_layer
 from pipeline.quantize.groupwise import Blocks
-from pipeline.quantize.packing import rows_of, stored_tensors
 
 
 def group_tensors(
@@ -34,7 +33,7 @@ def group_tensors(
     """
     owner = members[0]
     if isinstance(down, Blocks):
-        tensors = _prefixed(f"{owner}.down.stored", stored_tensors(down))
+        tensors = _prefixed(f"{owner}.down.stored", down.stored_tensors())
     else:
         tensors = {f"{owner}.down.weight": down.to(dtype).contiguous()}
     if permutation is not None:
@@ -60,8 +59,8 @@ def _quantized_rows(
     tensors: dict[str, torch.Tensor] = {}
     start = 0
     for member, height in zip(members, heights, strict=True):
-        rows = rows_of(codes, start, start + height)
-        tensors |= _prefixed(member + suffix, stored_tensors(rows))
+        rows = codes.rows(start, start + height)
+        tensors |= _prefixed(member + suffix, rows.stored_tensors())
         start += height
     return tensors
 

@@ -33,9 +33,8 @@ from pipeline.checkpoint.modeling_skipcat import (
 )
 from pipeline.errors import InputError
 from pipeline.model.task import TASKS, task_of_folder
-from pipeline.quantize.formats import Format, parse_format
-from pipeline.quantize.groupwise import Blocks, dequantize_blocks
-from pipeline.quantize.packing import blocks_of
+from pipeline.quantize.formats import Format
+from pipeline.quantize.groupwise import Blocks
 
 # What hands its weight to an operator as it is; nothing else is known not to be computed with.
 _LAYERS = (nn.Linear, nn.Embedding, _ConvNd, Conv1D)
@@ -87,14 +86,14 @@ class QuantizedMatrix(StoredMatrix):
 
     def read(self) -> torch.Tensor:
         """What the codes stand for, in `dtype`."""
-        return torch.from_numpy(dequantize_blocks(self.codes())).to(self.dtype)
+        return torch.from_numpy(self.codes().dequantized()).to(self.dtype)
 
     def codes(self) -> Blocks:
         """Codes, scales and zero points."""
         with safe_open(self.file, framework="pt") as tensors:
             names = [n for n in tensors.keys() if n.startswith(self.name)]  # noqa: SIM118 - no dict
             parts = {n.removeprefix(self.name): tensors.get_tensor(n) for n in names}
-        return blocks_of(parts, self.format, self.shape[1])
+        return Blocks.from_stored(parts, self.format, self.shape[1])
 
 
 @dataclass(frozen=True)
@@ -201,7 +200,7 @@ def _quantized_matrix(
     )
     first, place = next(iter(found.items()))
     stored_prefix = place.name.removesuffix(first.removeprefix(prefix))
-    return QuantizedMatrix(place.file, stored_prefix, (rows, columns), dtype, parse_format(format_))
+    return QuantizedMatrix(place.file, stored_prefix, (rows, columns), dtype, Format.parse(format_))
 
 
 def _empty_model(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, dict[str, str]]:

@@ -12,16 +12,15 @@ import torch
 
 from pipeline.calibrate.images import ImageBatch, load_images, require_source
 from pipeline.calibrate.whole_model import DRAWS, PairedModel, measure_whole
-from pipeline.compress.calibrated import Stream, cost_request
-from pipeline.compress.factorize.quantized_factors import Rounding
+from pipeline.compress.calibrated import Stream
+from pipeline.compress.factorize.factors import Rounding
 from pipeline.compress.methods import Fit
-from pipeline.compress.plan.bit_search import EmbeddingChoice
-from pipeline.compress.plan.layer_costs import WholeModelCosts
-from pipeline.compress.plan.plan import Curves
+from pipeline.compress.plan.layer_costs import CostRequest, WholeModelCosts
+from pipeline.compress.plan.plan import Curves, EmbeddingChoice
 from pipeline.compress.request import CompressRequest
 from pipeline.errors import InputError, UsageError
 from pipeline.model.classifier_structure import ImageStructure, image_structure
-from pipeline.model.load_classifier import LoadedClassifier, load_classifier
+from pipeline.model.load import LoadedClassifier, load_classifier
 from pipeline.model.task import IMAGES
 from pipeline.progress import note
 from pipeline.quantize.formats import Runtime
@@ -140,7 +139,7 @@ class _CalibratedClassifier:
         draws = DRAWS * len(self.images.pixels)
         costs = WholeModelCosts(self.model, self.layers, moments, draws)
         if gradients:
-            costs.measure(cost_request(request))
+            costs.measure(CostRequest.of(request))
         return costs
 
     @property

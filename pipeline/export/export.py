@@ -12,7 +12,7 @@ import onnx_ir as ir
 import torch
 
 from pipeline.artefact import sha256_of_file, staged_folder, write_json
-from pipeline.checkpoint.folder import read_recipe
+from pipeline.checkpoint.folder import read_record
 from pipeline.checkpoint.skeleton import load_skeleton
 from pipeline.errors import InputError
 from pipeline.export.block_skip import function_bodies
@@ -80,7 +80,7 @@ def export_folder(
         record |= _describe(traced, request, folder)
         record |= {
             "checkpoint": str(checkpoint),
-            "recipe": read_recipe(checkpoint),
+            "recipe": read_record(checkpoint, "recipe.json"),
             "weight_bytes": weight_bytes,
             "exact_weights": exact,
             "seconds": time.monotonic() - started,

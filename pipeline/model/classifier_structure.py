@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from pipeline.errors import InputError
-from pipeline.model.load_classifier import Shape
+from pipeline.model.load import Shape
 from pipeline.model.structure import Group, Layer, evaluating
 
 

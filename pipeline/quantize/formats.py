@@ -36,6 +36,28 @@ class Format:
     block: int
     zero: Zero
 
+    @classmethod
+    def parse(cls, name: str) -> Format:
+        """The format that a name such as `int4-b32-asym` or `int8-row-sym` stands for.
+
+        Raises:
+            ValueError: no such format; says how they are written.
+        """
+        try:
+            kind, block, word = name.split("-")
+            bits = int(kind.removeprefix("int"))
+            width = 0 if block == "row" else int(block.removeprefix("b"))
+        except ValueError:
+            raise ValueError(
+                f"{name!r} is no format: write int4-b32-asym or int8-row-sym"
+            ) from None
+        zero = next((zero for zero in _ZEROS if zero == word), None)
+        if bits not in _BITS or width < 0 or zero is None:
+            raise ValueError(
+                f"{name!r}: bits are one of {_BITS}, the last word of {', '.join(_ZEROS)}"
+            )
+        return cls(bits, width, zero)
+
     @property
     def symmetric(self) -> bool:
         """Whether a block has a scale alone."""
@@ -67,24 +89,6 @@ class Format:
         return {"sym": 0, "asym": -(-blocks * self.bits // 8), "offset": blocks * scale_bytes}[
             self.zero
         ]
-
-
-def parse_format(name: str) -> Format:
-    """The format that a name such as `int4-b32-asym` or `int8-row-sym` stands for.
-
-    Raises:
-        ValueError: no such format; says how they are written.
-    """
-    try:
-        kind, block, word = name.split("-")
-        bits = int(kind.removeprefix("int"))
-        width = 0 if block == "row" else int(block.removeprefix("b"))
-    except ValueError:
-        raise ValueError(f"{name!r} is no format: write int4-b32-asym or int8-row-sym") from None
-    zero = next((zero for zero in _ZEROS if zero == word), None)
-    if bits not in _BITS or width < 0 or zero is None:
-        raise ValueError(f"{name!r}: bits are one of {_BITS}, the last word of {', '.join(_ZEROS)}")
-    return Format(bits, width, zero)
 
 
 @dataclass(frozen=True)
@@ -138,7 +142,7 @@ def _in_tensorrt(format: Format) -> bool:
 
 
 def _formats(*names: str) -> tuple[Format, ...]:
-    return tuple(parse_format(name) for name in names)
+    return tuple(Format.parse(name) for name in names)
 
 
 RUNTIMES = {

@@ -22,13 +22,13 @@ from pipeline.calibrate.hooks import not_finite
 from pipeline.calibrate.layer_stream import LayerStream
 from pipeline.calibrate.moments import DrawnMoments, GroupMoments, balanced
 from pipeline.calibrate.precision import fast_products
-from pipeline.compress.factorize.whitened_svd import shrunk, tails_of, whitened_energies
+from pipeline.compress.factorize.factors import Form
+from pipeline.compress.factorize.whitened_svd import shrunk, truncation_losses
 from pipeline.compress.finished_layers import FinishedLayers
-from pipeline.compress.forms import Form
-from pipeline.compress.plan.bit_search import EmbeddingChoice, QuantizationCosts
-from pipeline.compress.plan.plan import Curves, Members
-from pipeline.compress.plan.quantization_costs import StackCost, stack_cost
+from pipeline.compress.plan.plan import Curves, EmbeddingChoice, Members
+from pipeline.compress.plan.quantization_costs import QuantizationCosts, StackCost
 from pipeline.compress.plan.rank_search import stacks_of
+from pipeline.compress.request import CompressRequest
 from pipeline.model.structure import Group, Layer
 from pipeline.progress import track
 from pipeline.quantize.formats import Format
@@ -53,6 +53,13 @@ class CostRequest:
     formats: tuple[Format, ...] = ()
     form: Form = "skip"
     seed: int = 0
+
+    @classmethod
+    def of(cls, request: CompressRequest) -> CostRequest:
+        """What a request's method and budget are decided by."""
+        method = request.resolved_method
+        form: Form = "skip" if method.skip else "low_rank"
+        return cls(method.cat, request.formats, form, request.seed)
 
 
 class GroupStatistics(Protocol):
@@ -103,10 +110,10 @@ def _group_costs(
     costs: dict[Members, tuple[torch.Tensor, StackCost | None]] = {}
     for stack in stacks_of(group, cat=wanted.cat):
         stacked, parts = torch.cat([weight[m] for m in stack]), [sensitivities[m] for m in stack]
-        curve = tails_of(whitened_energies(stacked, geometry, parts)) / 2
+        curve = truncation_losses(stacked, geometry, parts) / 2
         rounding = None
         if wanted.formats:
-            rounding = stack_cost(stacked, geometry, parts, wanted.formats, wanted.form)
+            rounding = StackCost.measure(stacked, geometry, parts, wanted.formats, wanted.form)
         costs[stack] = curve, rounding
     return costs
 
@@ -133,6 +140,13 @@ class LayerCosts:
         self.quantization: QuantizationCosts = {}
         self._layer_of: dict[str, str] = {}
         self._source_of: dict[str, str] = {}
+
+    @staticmethod
+    def disk_bytes(layers: list[Layer], tokens: int) -> int:
+        """Bytes on disk that costs from so many tokens take, but for the curves."""
+        groups = [group for layer in layers for group in layer.groups]
+        moments = sum(4 * g.in_features**2 + 2 * sum(h * h for h in g.out_features) for g in groups)
+        return moments + 2 * len(layers) * tokens * layers[0].groups[0].in_features
 
     def measure(
         self, model: PreTrainedModel, layers: list[Layer], tokens: torch.Tensor, wanted: CostRequest
@@ -189,13 +203,6 @@ class LayerCosts:
     def _tensors(self, members: Members) -> dict[str, torch.Tensor]:
         tensors, _ = self.finished.load(self._layer_of[members[0]])
         return tensors
-
-
-def disk_bytes(layers: list[Layer], tokens: int) -> int:
-    """Bytes on disk that `LayerCosts` of so many tokens takes, but for its curves."""
-    groups = [group for layer in layers for group in layer.groups]
-    moments = sum(4 * g.in_features**2 + 2 * sum(h * h for h in g.out_features) for g in groups)
-    return moments + 2 * len(layers) * tokens * layers[0].groups[0].in_features
 
 
 def _layer_tensors(
@@ -318,5 +325,5 @@ def output_tails(
 
 def _output_tail(model: PreTrainedModel, linear: str, moment: torch.Tensor) -> np.ndarray:
     weight = model.get_submodule(linear).weight.detach()
-    tail: np.ndarray = tails_of(whitened_energies(weight, moment)).numpy()
+    tail: np.ndarray = truncation_losses(weight, moment).numpy()
     return tail

@@ -7,9 +7,15 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from pipeline.compress.forms import Form, rank_for_kept, reason_to_stay_dense
+from pipeline.compress.factorize.factors import Form
 from pipeline.compress.methods import DEFAULT_METHOD
-from pipeline.compress.plan.plan import GroupPlan, Measured, RankBudget, RankPlan
+from pipeline.compress.plan.plan import (
+    GroupPlan,
+    Measured,
+    RankBudget,
+    RankPlan,
+    rank_for_kept,
+)
 from pipeline.errors import UsageError
 from pipeline.model.structure import Layer
 
@@ -110,7 +116,4 @@ def _group(
     member: str, rows: int, columns: int, form: Form, kept: float, multiple: int
 ) -> GroupPlan:
     rank = rank_for_kept(form, rows, columns, min(kept, 1.0), multiple)
-    reason = reason_to_stay_dense(form, rows, columns, rank)
-    if reason:
-        return GroupPlan((member,), rows, columns, "dense", min(rows, columns), reason)
-    return GroupPlan((member,), rows, columns, form, rank)
+    return GroupPlan.at_rank((member,), rows, columns, form, rank)
