@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -99,16 +100,9 @@ def load_tokens(
         for part in filter(_is_file, parts):
             _read(Path(part))  # before a part that takes minutes
         shares = [count // len(parts) + (i < count % len(parts)) for i in range(len(parts))]
+        take = partial(load_tokens, tokenizer=tokenizer, model=model, length=length, seed=seed)
         batches = [
-            load_tokens(
-                part,
-                tokenizer,
-                model,
-                count=share,
-                length=length,
-                seed=seed,
-                sequential=sequential,
-            )
+            take(part, count=share, sequential=sequential)
             for part, share in zip(parts, shares, strict=True)
             if share
         ]

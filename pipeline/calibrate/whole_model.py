@@ -22,7 +22,7 @@ from pipeline.calibrate.hooks import (
     seeing_inputs,
     stopping_at,
 )
-from pipeline.calibrate.moments import DrawnMoments, SecondMoment, rows_of
+from pipeline.calibrate.moments import DrawnMoments, SecondMoment
 from pipeline.errors import InputError
 from pipeline.model.structure import Layer, evaluating
 from pipeline.progress import track
@@ -164,6 +164,8 @@ class PairedModel:
 
 def _input_of(model: PreTrainedModel, layer: str, linear: str, call: Call) -> torch.Tensor:
     """What a linear reads when its layer is called so, float32 [tokens, n]."""
+    args, keywords = call
     with stopping_at(model.get_submodule(linear)) as caught:
-        model.get_submodule(layer)(*call.args, **call.kwargs)
-    return rows_of(caught[0].args[0]).float()
+        model.get_submodule(layer)(*args, **keywords)
+    (inputs,), _ = caught[0]
+    return inputs.flatten(0, -2).float()

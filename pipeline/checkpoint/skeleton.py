@@ -110,6 +110,38 @@ class Skeleton:
     model: PreTrainedModel
     matrices: dict[str, StoredMatrix]
 
+    @classmethod
+    def load(cls, folder: Path, dtype: torch.dtype) -> Skeleton:
+        """Read a checkpoint's structure, vectors and tables, and find its matrices.
+
+        Args:
+            folder: a compressed or plain Hugging Face folder.
+            dtype: of the graph to be.
+
+        Raises:
+            InputError: no such folder, broken weights, or tensors missing, superfluous, misshapen.
+        """
+        require_checkpoint(folder)
+        model, formats = _empty_model(folder, dtype)
+        places = _places(folder, model)
+        matrices: dict[str, StoredMatrix] = {}
+        for name, format_ in formats.items():
+            matrices[f"{name}.weight"] = _quantized_matrix(
+                folder, model, name, format_, places, dtype
+            )
+        _require_match(folder, model, places, set(matrices))
+        for number, (name, matrix) in enumerate(matrices.items(), start=len(places)):
+            _set(model, name, _stand_in(number, matrix.shape, dtype))
+        for number, (name, place) in enumerate(sorted(places.items())):
+            if _is_matrix(model, name, place.shape):
+                matrices[name] = StoredMatrix(place.file, place.name, place.shape, dtype)
+                _set(model, name, _stand_in(number, place.shape, dtype))
+            else:
+                read = place.read()
+                _set(model, name, read.to(dtype) if read.is_floating_point() else read)
+        model.tie_weights()
+        return cls(folder, model.eval(), _with_tied_names(model, matrices))
+
 
 @dataclass(frozen=True)
 class _Place:
@@ -122,36 +154,6 @@ class _Place:
     def read(self) -> torch.Tensor:
         with safe_open(self.file, framework="pt") as tensors:
             return tensors.get_tensor(self.name)
-
-
-def load_skeleton(folder: Path, dtype: torch.dtype) -> Skeleton:
-    """Read a checkpoint's structure, vectors and tables, and find its matrices.
-
-    Args:
-        folder: a compressed or plain Hugging Face folder.
-        dtype: of the graph to be.
-
-    Raises:
-        InputError: no such folder, broken weights, or tensors missing, superfluous or misshapen.
-    """
-    require_checkpoint(folder)
-    model, formats = _empty_model(folder, dtype)
-    places = _places(folder, model)
-    matrices: dict[str, StoredMatrix] = {}
-    for name, format_ in formats.items():
-        matrices[f"{name}.weight"] = _quantized_matrix(folder, model, name, format_, places, dtype)
-    _require_match(folder, model, places, set(matrices))
-    for number, (name, matrix) in enumerate(matrices.items(), start=len(places)):
-        _set(model, name, _stand_in(number, matrix.shape, dtype))
-    for number, (name, place) in enumerate(sorted(places.items())):
-        if _is_matrix(model, name, place.shape):
-            matrices[name] = StoredMatrix(place.file, place.name, place.shape, dtype)
-            _set(model, name, _stand_in(number, place.shape, dtype))
-        else:
-            read = place.read()
-            _set(model, name, read.to(dtype) if read.is_floating_point() else read)
-    model.tie_weights()
-    return Skeleton(folder, model.eval(), _with_tied_names(model, matrices))
 
 
 def _is_matrix(model: nn.Module, name: str, shape: tuple[int, ...]) -> bool:

@@ -111,10 +111,5 @@ class Opened(Protocol):
         ...
 
     def calibrate(self, folder: Path, settings: dict[str, Any]) -> Calibrated:
-        """The model with its calibration inputs.
-
-        Args:
-            folder: for what is measured; an interrupted measurement continues there.
-            settings: what measurements depend on.
-        """
+        """With its calibration inputs; measurements, which depend on settings, lie in a folder."""
         ...

@@ -11,23 +11,23 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from pipeline.calibrate.layer_stream import LayerStream
+from pipeline.calibrate.layer_stream import LayerStream, PairedStream
 from pipeline.calibrate.moments import SecondMoment
-from pipeline.calibrate.paired_stream import PairedStream
 from pipeline.calibrate.precision import fast_products
 from pipeline.calibrate.text import TokenBatch, load_tokens
 from pipeline.compress.calibrated import Stream
 from pipeline.compress.channel_scaling import scale_channels_
 from pipeline.compress.embeddings import Embeddings
 from pipeline.compress.factorize.factors import Rounding
+from pipeline.compress.factorize.whitened_svd import truncation_losses
 from pipeline.compress.methods import Fit
-from pipeline.compress.plan.layer_costs import LayerCosts, output_tails
+from pipeline.compress.plan.layer_costs import CostRequest, LayerCosts
 from pipeline.compress.plan.plan import Curves, EmbeddingChoice
 from pipeline.compress.request import CompressRequest
 from pipeline.errors import InputError
 from pipeline.model.load import LoadedModel, load_model
 from pipeline.model.structure import Group, Layer, decoder_structure
-from pipeline.progress import note
+from pipeline.progress import note, track
 from pipeline.quantize.formats import Runtime
 
 _SEQUENCES_AT_ONCE = 8
@@ -160,12 +160,10 @@ class CalibratedDecoder:
 
     @cached_property
     def statistics(self) -> LayerCosts:
-        """Costs and geometry of every group."""
         return self._open_costs(self.batch)
 
     @property
     def curves(self) -> Curves:
-        """Expected KL of every stack at every rank."""
         return self.statistics.curves
 
     def measure(self, request: CompressRequest) -> None:
@@ -178,9 +176,16 @@ class CalibratedDecoder:
         self._is_measured = True
 
     def output_tails(self) -> tuple[dict[str, np.ndarray], int]:
-        """Linear -> what it loses of its output at each rank, mean over so many tokens."""
-        tokens = self.batch.tokens
-        return output_tails(self.model, self.layers, tokens), tokens.numel()
+        stream = LayerStream(self.model, self.layers, self.batch.tokens)
+        tails: dict[str, np.ndarray] = {}
+        for index, layer in enumerate(track(self.layers, "truncation losses")):
+            with fast_products(self.model):
+                moments = stream.advance(index)
+            for group in layer.groups:
+                inputs = moments[group.name].mean()
+                weights = {m: self.model.get_submodule(m).weight.detach() for m in group.members}
+                tails |= {m: truncation_losses(w, inputs).numpy() for m, w in weights.items()}
+        return tails, self.batch.tokens.numel()
 
     def embedding_choices(self, runtime: Runtime) -> list[list[EmbeddingChoice]]:
         """Every way to store the embedding and the LM head, measured once and kept."""
@@ -191,7 +196,6 @@ class CalibratedDecoder:
     def quantize_embeddings_(
         self, formats: dict[str, str], rounding: Rounding
     ) -> dict[str, dict[str, Any]]:
-        """Quantise the embedding and the LM head, in place."""
         if not formats:
             return {}
         entries, _ = self._embeddings.quantize_(formats, self.batch.tokens, rounding)
@@ -203,7 +207,6 @@ class CalibratedDecoder:
         return _OneShot(LayerStream(*arguments)) if fit.mix is None else PairedStream(*arguments)
 
     def describe(self) -> dict[str, Any]:
-        """What recipe.json says of the text."""
         return self.batch.describe()
 
 

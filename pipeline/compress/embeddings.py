@@ -144,14 +144,7 @@ def _entries(
 def _gptq(
     model: PreTrainedModel, names: tuple[str, ...], format: Format, windows: torch.Tensor
 ) -> Blocks:
-    """The codes of one matrix: of an LM head by GPTQ, else by RTN.
-
-    Args:
-        model: not changed.
-        names: of the modules that share it.
-        format: the format.
-        windows: tokens that tell what the head reads, int64 [N, T].
-    """
+    """The codes of one matrix: of an LM head by GPTQ on the windows, int64 [N, T], else by RTN."""
     weight = model.get_submodule(names[0]).weight.detach()
     heads = [name for name in names if isinstance(model.get_submodule(name), nn.Linear)]
     if not heads:

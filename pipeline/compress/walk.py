@@ -17,7 +17,6 @@ from pipeline.checkpoint.install import (
     group_entries,
     group_tensors,
     install_,
-    rebind_,
 )
 from pipeline.compress.calibrated import Calibrated
 from pipeline.compress.factorize.factors import Factors, Rounding, relative_output_error
@@ -86,7 +85,7 @@ def compress_(
             )
             if finished is not None:
                 finished.add(layer.name, tensors, groups)
-                rebind_(model, finished.load(layer.name)[0])
+                _rebind_(model, finished.load(layer.name)[0])
         stream.leave(index)
         modules |= _plan_entries(planned)
         reports += groups
@@ -124,6 +123,19 @@ def _plan_entries(planned: tuple[GroupPlan, ...]) -> dict[str, dict[str, Any]]:
             styles = (group.down_style, group.up_style)
             entries |= group_entries(group.members, group.form, group.rank, *styles)
     return entries
+
+
+def _rebind_(model: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> None:
+    """Let factors that are installed read from other tensors of equal values.
+
+    Tensors that were read from a file stay in that file until they are used, and leave memory
+    again when it is needed: a model larger than memory is compressed layer by layer.
+    """
+    for name, tensor in tensors.items():
+        path, _, attribute = name.rpartition(".")
+        held = getattr(model.get_submodule(path), attribute)
+        if held.dtype == tensor.dtype:
+            held.data = tensor
 
 
 def _return_free_memory() -> None:
@@ -210,8 +222,7 @@ def _factored(group: GroupPlan, problem: _Problem, fit: Fit, dtype: torch.dtype)
     )
     factors = Factors.stored(b, a, problem.target, inputs.seen, group.form)
     rounding: Rounding = imported(fit.quantize)
-    formats = (_format(group.down_style), _format(group.up_style))
-    rounded = rounding.factors(factors, problem.target, geometry, sensitivities, formats)
+    rounded = rounding.factors(factors, problem.target, geometry, sensitivities, group.formats)
     stored = rounded.factors
     report = _group_report(group) | {"relative_error": factors.relative_error}
     if rounded.down is not None or rounded.up is not None:
@@ -234,7 +245,3 @@ def _quantized_dense(group: GroupPlan, problem: _Problem, fit: Fit) -> _Fitted:
     error = relative_output_error(problem.target, codes.values(), problem.inputs.seen)
     report = _group_report(group) | {"relative_error": 0.0, "rounded_relative_error": error}
     return dense_tensors(group.members, problem.heights, codes), report
-
-
-def _format(name: str | None) -> Format | None:
-    return None if name is None else Format.parse(name)

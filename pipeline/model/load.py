@@ -169,15 +169,8 @@ def _refuse_unsupported(source: Source, config: Any) -> None:
             where=source.name,
             observed=f"{config.model_type}, an encoder-decoder",
         )
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is not None and source.kind != "gguf":
-        method = quantization if isinstance(quantization, dict) else quantization.to_dict()
-        raise InputError(
-            "The model is compressed or quantised already.",
-            where=source.name,
-            observed=f"quant_method {method.get('quant_method')}",
-            change="start from the original weights (for a skipcat checkpoint: export-dense)",
-        )
+    if source.kind != "gguf":
+        _refuse_quantised(source, config)
 
 
 def refuse_long_windows(flag: str, length: int, config: Any) -> None:
@@ -325,6 +318,7 @@ def input_shape(config: Any, where: str) -> Shape:
 
 
 def _refuse_quantised(source: Source, config: Any) -> None:
+    """Raise InputError for a model that is quantised already."""
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
         method = quantization if isinstance(quantization, dict) else quantization.to_dict()

@@ -141,24 +141,18 @@ def _in_tensorrt(format: Format) -> bool:
     return format.symmetric and (format.bits, format.block) in ((4, 64), (4, 128), (8, 0))
 
 
-def _formats(*names: str) -> tuple[Format, ...]:
-    return tuple(Format.parse(name) for name in names)
+def _formats(names: str) -> tuple[Format, ...]:
+    return tuple(map(Format.parse, names.split()))
 
 
 RUNTIMES = {
     "cpu": Runtime(
         "cpu",
         _formats(
-            "int2-b32-asym",
-            "int2-b64-asym",
-            "int4-b128-asym",
-            "int4-b64-asym",
-            "int4-b32-asym",
-            "int4-b32-offset",
-            "int8-b128-sym",
-            "int8-b32-sym",
+            "int2-b32-asym int2-b64-asym int4-b128-asym int4-b64-asym int4-b32-asym "
+            "int4-b32-offset int8-b128-sym int8-b32-sym"
         ),
-        _formats("int4-b64-asym", "int4-b32-asym", "int8-b64-sym"),
+        _formats("int4-b64-asym int4-b32-asym int8-b64-sym"),
         4,
         4,
         "2, 4 or 8 bits, blocks of 16 to 256",
@@ -168,7 +162,7 @@ RUNTIMES = {
     ),
     "tensorrt": Runtime(
         "tensorrt",
-        _formats("int4-b128-sym", "int4-b64-sym", "int8-row-sym"),
+        _formats("int4-b128-sym int4-b64-sym int8-row-sym"),
         _formats("int8-row-sym"),
         2,
         2,
@@ -179,24 +173,11 @@ RUNTIMES = {
     "any": Runtime(
         "any",
         _formats(
-            "int2-b32-asym",
-            "int2-b64-asym",
-            "int3-b64-asym",
-            "int3-b32-asym",
-            "int4-b128-asym",
-            "int4-b64-asym",
-            "int4-b32-asym",
-            "int4-b32-offset",
-            "int6-b64-sym",
-            "int8-b128-sym",
+            "int2-b32-asym int2-b64-asym int3-b64-asym int3-b32-asym int4-b128-asym "
+            "int4-b64-asym int4-b32-asym int4-b32-offset int6-b64-sym int8-b128-sym"
         ),
         _formats(
-            "int2-b32-asym",
-            "int3-b32-asym",
-            "int4-b64-asym",
-            "int4-b32-asym",
-            "int6-b64-sym",
-            "int8-b64-sym",
+            "int2-b32-asym int3-b32-asym int4-b64-asym int4-b32-asym int6-b64-sym int8-b64-sym"
         ),
         2,
         2,

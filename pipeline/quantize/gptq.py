@@ -53,12 +53,11 @@ def gptq(
     Raises:
         ValueError: a moment or sensitivity that is not finite.
     """
-    hessian = _damped(moment)
+    hessian, order, root = _ordered(moment)
     values = weight.detach().float().numpy()
     columns, width = values.shape[1], format.width(values.shape[1])
     grid = Grid.fit(values, format.bits, width, zero=format.zero, importance=np.diagonal(hessian))
-    order = _falling(hessian)
-    upper = _inverse_of(_upper_root(hessian[np.ix_(order, order)]))
+    upper = _inverse_of(root)
     spread = _spread(grid, width, order)
     codes = np.empty((len(values), columns), np.float32)
     for start, stop, sensitivity in _matrices(len(values), sensitivities):
@@ -71,14 +70,7 @@ def gptq(
 
 @dataclass(frozen=True)
 class _Spread:
-    """The grid of every single weight, columns in the order they are taken.
-
-    Attributes:
-        scales: float32 [m, n].
-        zero_points: float32 [m, n].
-        order: int [n], the columns.
-        largest: code.
-    """
+    """The grid of every single weight, float32 [m, n]; columns in the order they are taken."""
 
     scales: np.ndarray
     zero_points: np.ndarray
@@ -112,9 +104,8 @@ def _down_the_rows(
     """Codes float32 [m, n] of one matrix, columns in the order they are taken."""
     if sensitivity is None:
         return _along_rows(values[:, spread.order], spread, upper)[0]
-    hessian = _damped(sensitivity)
-    order = _falling(hessian)
-    root = _inverse_of(_upper_root(hessian[np.ix_(order, order)]))
+    _, order, upper_root = _ordered(sensitivity)
+    root = _inverse_of(upper_root)
     target = values[np.ix_(order, spread.order)]
     codes = np.empty_like(target)
     for start in range(0, len(target), _ROWS_AT_ONCE):
@@ -164,6 +155,13 @@ def _padded_codes(codes: np.ndarray, grid: Grid, width: int) -> np.ndarray:
         nearest_zero = np.rint(grid.zero_points[:, -1, None]).clip(0, 2**grid.bits - 1)
         padded[:, -1, width - filling :] = nearest_zero
     return padded
+
+
+def _ordered(moment: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The damped moment, the order in which its rows are taken, and its root in that order."""
+    matrix = _damped(moment)
+    order = _falling(matrix)
+    return matrix, order, _upper_root(matrix[np.ix_(order, order)])
 
 
 def _falling(matrix: np.ndarray) -> np.ndarray:
@@ -228,10 +226,8 @@ class InputPivots:
         Raises:
             ValueError: a moment that is not finite.
         """
-        hessian = _damped(moment)
-        order = _falling(hessian)
+        hessian, order, root = _ordered(moment)
         pivots = np.empty(len(hessian))
-        root = _upper_root(hessian[np.ix_(order, order)])
         pivots[order] = np.square(np.diagonal(root))
         return cls(pivots, np.diagonal(hessian))
 
@@ -244,7 +240,7 @@ def output_pivots(sensitivities: Sequence[torch.Tensor]) -> np.ndarray | None:
     Raises:
         ValueError: a sensitivity that is not finite.
     """
-    parts = [_block_pivots(_damped(block)) for block in sensitivities]
+    parts = [_block_pivots(block) for block in sensitivities]
     return np.concatenate(parts) if parts else None
 
 
@@ -276,9 +272,8 @@ def expected_error(
     return float(by_row @ weights[sample]) * share / 2
 
 
-def _block_pivots(matrix: np.ndarray) -> np.ndarray:
-    order = _falling(matrix)
-    root = _upper_root(matrix[np.ix_(order, order)])
+def _block_pivots(sensitivity: torch.Tensor) -> np.ndarray:
+    matrix, order, root = _ordered(sensitivity)
     result = np.empty(len(matrix))
     for start in range(0, len(matrix), _ROWS_AT_ONCE):
         stop = min(start + _ROWS_AT_ONCE, len(matrix))

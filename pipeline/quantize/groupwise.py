@@ -158,9 +158,9 @@ class Grid:
             weight: float [m, n].
             bits: of a code, 2 to 8.
             block: weights that share a scale.
-            zero: "sym" has zero points in the middle of the range, and stores none; "asym" between
-                the block's extremes, and 0 on the grid; "offset" anywhere.
-            importance: what a squared error costs in each column, [n]; the same everywhere for None.
+            zero: "sym" has zero points in the middle of the range, and stores none; "asym" in
+                the block's range, with 0 on the grid; "offset" anywhere.
+            importance: what a squared error costs in each column, [n]; None for all the same.
 
         Raises:
             ValueError: another number of bits.
@@ -197,12 +197,7 @@ class Grid:
 
 
 def quantize_blocks(
-    weight: np.ndarray,
-    bits: int,
-    block: int,
-    *,
-    zero: Zero,
-    importance: np.ndarray | None = None,
+    weight: np.ndarray, bits: int, block: int, *, zero: Zero, importance: np.ndarray | None = None
 ) -> Blocks:
     """Round every weight to the nearest point of the grid that is best for its block.
 
@@ -292,13 +287,9 @@ _HALF_STEP_OF_8_BITS = 1 / 254
 
 
 def is_kept_by(format: Format, weight: np.ndarray) -> bool:
-    """Whether no weight is changed by more than rounding its block to 8 bits may change it.
+    """Whether no weight of [m, n] is changed by more than rounding its block to 8 bits may change it.
 
     Weights that were on such grids and were then stored in float16 or bfloat16 pass, too.
-
-    Args:
-        format: the format.
-        weight: float [m, n].
     """
     width = format.width(weight.shape[1])
     rounded = quantize_blocks(weight, format.bits, width, zero=format.zero).dequantized()

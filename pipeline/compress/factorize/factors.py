@@ -119,12 +119,10 @@ def relative_output_error(
 
 
 def _strong_pivots(a: torch.Tensor, bound: float = _BOUND) -> tuple[torch.Tensor, torch.Tensor]:
-    """Choose pivot columns of A and write the others in them.
+    """Choose pivot columns of A, float64 [r, n], r <= n, and write the others in them.
 
-    Args:
-        a: A, float64 [r, n], r <= n. It may lack full row rank: the pivots are then those of a
-            larger row space, and the identity A2 = A1 A' still holds.
-        bound: f, larger than 1.
+    A may lack full row rank: the pivots are then those of a larger row space, and A2 = A1 A' still
+    holds.
 
     Returns:
         permutation: int64 [n], the r pivot columns first.
@@ -188,12 +186,7 @@ def _swap_until_bounded(table: np.ndarray, permutation: np.ndarray, bound: float
 
 
 def _skip_block(b: torch.Tensor, a: torch.Tensor, bound: float = _BOUND) -> Factors:
-    """Rewrite a product B A so that r of the inputs pass straight to the latent.
-
-    Args:
-        b: B, float64 [m, r].
-        a: A, float64 [r, n].
-        bound: largest |A'| allowed.
+    """Rewrite B A, float64 [m, r] and [r, n], so that r of the inputs pass straight to the latent.
 
     Raises:
         ValueError: shapes that do not fit.
@@ -228,14 +221,9 @@ def _gptq_factors(
     sensitivities: Sequence[torch.Tensor],
     formats: _Formats,
 ) -> _QuantizedFactors:
-    """Quantise the factors of a stack by GPTQ: errors are fed forward.
+    """Quantise the factors of a stack W [m, n] by GPTQ, S of its input, G of each of its matrices.
 
-    Args:
-        factors: in float64.
-        target: W, what their product stands for, float64 [m, n].
-        geometry: S of the input, float64 [n, n].
-        sensitivities: G of each matrix of the stack; none weighs all outputs alike.
-        formats: of `down` and of `up`; None leaves one as it is.
+    Formats are of `down` and of `up`; None leaves one as it is.
     """
     down_format, up_format = formats
     down = up = None

@@ -40,17 +40,10 @@ _RELATIVE_FLOOR = 1e-9
 def _whitening_roots(
     moment: torch.Tensor, relative_floor: float = _RELATIVE_FLOOR
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Symmetric root R and its inverse, with S = R R and eigenvalues floored.
+    """Symmetric root R and its inverse of S = R R, float64 [n, n], eigenvalues floored.
 
     Directions that the calibration text never excites would have eigenvalue zero, and no inverse;
     they are given `relative_floor` times the largest eigenvalue, so W R R^-1 = W holds exactly.
-
-    Args:
-        moment: S = E[x x^T], float64 [n, n], symmetric.
-        relative_floor: smallest eigenvalue allowed, as a fraction of the largest.
-
-    Returns:
-        R and R^-1, float64 [n, n].
 
     Raises:
         ValueError: the moment is not finite, or is zero.
@@ -84,12 +77,9 @@ def shrunk(moment: torch.Tensor, share: float) -> torch.Tensor:
 
 
 def _cholesky(moment: torch.Tensor, relative_ridge: float = _RELATIVE_FLOOR) -> torch.Tensor:
-    """Lower-triangular C with C C^T = S, up to a ridge that lets a singular S through.
+    """Lower-triangular C with C C^T = S, float64 [n, n], up to a ridge that lets a singular S pass.
 
-    Args:
-        moment: S, float64 [n, n], symmetric, positive semidefinite up to rounding.
-        relative_ridge: added to the diagonal, as a fraction of the trace; raised tenfold until the
-            factorisation exists.
+    The ridge is a fraction of the trace, raised tenfold until the factorisation exists.
 
     Raises:
         ValueError: the moment is not finite, or is zero.
@@ -234,12 +224,6 @@ def _whitened_energies(
     """The energies of `Spectrum.of` alone, at a fraction of its cost: no vectors, no root.
 
     They are the eigenvalues of L W S W^T L^T, or equally of C^T W^T G W C with S = C C^T.
-
-    Returns:
-        float64 [min(m, n)], falling.
-
-    Raises:
-        ValueError: as `Spectrum.of`.
     """
     rows, columns = weight.shape
     _require_fit(weight, moment, sensitivities)
@@ -313,18 +297,10 @@ def _propagated_target(
     mix: float,
     relative_ridge: float = _RELATIVE_RIDGE,
 ) -> torch.Tensor:
-    """The dense weight that fits the wanted output best, W*.
+    """The dense weight that fits the wanted output best, W*, float64 [m, n].
 
-    Args:
-        weight: W, float [m, n].
-        seen: S' = E[x' x'^T], float64 [n, n].
-        drift: D = E[(x - x') x'^T], float64 [n, n].
-        mix: share of the original model's output in the target, in [0, 1].
-        relative_ridge: added to S', as a fraction of the mean of S''s diagonal; it pulls
-            directions in which x' hardly moves towards W itself.
-
-    Returns:
-        float64 [m, n].
+    A ridge, relative to the mean of the diagonal of S', pulls directions in which x' hardly moves
+    towards W itself.
 
     Raises:
         ValueError: moments that are not finite.
@@ -347,12 +323,6 @@ def _reconstructed_factors(
 
     U = W* S V^T (V S V^T)^-1, the least-squares fit with V held; then V = U^+ W*, which is the
     least-squares fit of the weights, not of the outputs (Zhao et al., ICML 2025).
-
-    Args:
-        left: U at the start, float64 [m, r]; only its shape matters.
-        right: V at the start, float64 [r, n].
-        target: W*, float64 [m, n].
-        moment: S, float64 [n, n].
     """
     latent = right @ moment @ right.T
     left = torch.linalg.lstsq(latent, right @ moment @ target.T, driver="gelsd").solution.T

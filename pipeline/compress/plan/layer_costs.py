@@ -19,9 +19,7 @@ from transformers import PreTrainedModel
 from pipeline.artefact import write_json
 from pipeline.calibrate.fisher import BackwardSweep
 from pipeline.calibrate.hooks import not_finite
-from pipeline.calibrate.layer_stream import LayerStream
 from pipeline.calibrate.moments import DrawnMoments, GroupMoments, balanced
-from pipeline.calibrate.precision import fast_products
 from pipeline.compress.factorize.factors import Form
 from pipeline.compress.factorize.whitened_svd import shrunk, truncation_losses
 from pipeline.compress.finished_layers import FinishedLayers
@@ -78,15 +76,7 @@ class GroupStatistics(Protocol):
         ...
 
     def geometry(self, members: Members, moment: torch.Tensor) -> torch.Tensor:
-        """What errors of the members are measured in.
-
-        Args:
-            members: that read the same input.
-            moment: S of that input, float64 [n, n], in whichever model it was measured.
-
-        Returns:
-            float64 [n, n].
-        """
+        """What errors of the members are measured in, from S of their input; float64 [n, n]."""
         ...
 
 
@@ -97,15 +87,7 @@ def _group_costs(
     sensitivities: Mapping[str, torch.Tensor],
     wanted: CostRequest,
 ) -> dict[Members, tuple[torch.Tensor, StackCost | None]]:
-    """Of every stack of a group: what truncation costs at each rank, and what rounding costs.
-
-    Args:
-        model: holds the matrices.
-        group: of linears that read the same input.
-        geometry: float64 [n, n].
-        sensitivities: member -> shrunk G, float64 [m_i, m_i].
-        wanted: stacks, formats and form.
-    """
+    """Of every stack of a group: what truncation costs at each rank, and what rounding costs."""
     weight = {m: model.get_submodule(m).weight.detach() for m in group.members}
     costs: dict[Members, tuple[torch.Tensor, StackCost | None]] = {}
     for stack in stacks_of(group, cat=wanted.cat):
@@ -192,12 +174,10 @@ class LayerCosts:
         return found
 
     def sensitivities(self, members: Members) -> list[torch.Tensor]:
-        """Shrunk G of each member's output, float64 [m_i, m_i]."""
         tensors = self._tensors(members)
         return [shrunk(tensors[f"sensitivity.{m}"], _SENSITIVITY_SHRINKAGE) for m in members]
 
     def geometry(self, members: Members, moment: torch.Tensor) -> torch.Tensor:
-        """What errors of the members are measured in: `moment`, balanced with the weighted one."""
         return balanced(moment, self._tensors(members)[f"weighted.{self._source_of[members[0]]}"])
 
     def _tensors(self, members: Members) -> dict[str, torch.Tensor]:
@@ -283,47 +263,16 @@ class WholeModelCosts:
         return self._of(members).inputs.mean()
 
     def sensitivities(self, members: Members) -> list[torch.Tensor]:
-        """Shrunk G of each member's output, summed over an image, float64 [m_i, m_i]."""
         outputs, scale = self._of(members).outputs, 1 / self.draws
         return [shrunk(outputs[member] * scale, _SENSITIVITY_SHRINKAGE) for member in members]
 
     def geometry(self, members: Members, moment: torch.Tensor) -> torch.Tensor:
-        """What errors of the members are measured in: `moment`, balanced with the weighted one."""
         return balanced(moment, self._of(members).weighted)
 
     def output_tails(self) -> dict[str, np.ndarray]:
         """Linear -> E |(W - W_r) x|^2 at each rank r, float64 [min(m, n) + 1]."""
-        return {m: _output_tail(self.model, m, self.moment((m,))) for m in self.groups}
+        weights = {m: self.model.get_submodule(m).weight.detach() for m in self.groups}
+        return {m: truncation_losses(w, self.moment((m,))).numpy() for m, w in weights.items()}
 
     def _of(self, members: Members) -> DrawnMoments:
         return self.moments[self.groups[members[0]].name]
-
-
-def output_tails(
-    model: PreTrainedModel, layers: list[Layer], tokens: torch.Tensor
-) -> dict[str, np.ndarray]:
-    """What each linear alone loses of its output at each rank: E |(W - W_r) x|^2.
-
-    Args:
-        model: a decoder in evaluation mode; it is not changed.
-        layers: its structure.
-        tokens: int64 [N, T].
-
-    Returns:
-        Linear -> float64 [min(m, n) + 1].
-    """
-    stream = LayerStream(model, layers, tokens)
-    tails: dict[str, np.ndarray] = {}
-    for index, layer in enumerate(track(layers, "truncation losses")):
-        with fast_products(model):
-            moments = stream.advance(index)
-        for group in layer.groups:
-            inputs = moments[group.name].mean()
-            tails |= {member: _output_tail(model, member, inputs) for member in group.members}
-    return tails
-
-
-def _output_tail(model: PreTrainedModel, linear: str, moment: torch.Tensor) -> np.ndarray:
-    weight = model.get_submodule(linear).weight.detach()
-    tail: np.ndarray = truncation_losses(weight, moment).numpy()
-    return tail

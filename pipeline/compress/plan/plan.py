@@ -63,6 +63,15 @@ class GroupPlan:
         return self.form == "dense" and self.up_style is None
 
     @property
+    def formats(self) -> tuple[Format | None, Format | None]:
+        """Of `down` and of `up`; None for numbers."""
+        down, up = (
+            None if name is None else Format.parse(name)
+            for name in (self.down_style, self.up_style)
+        )
+        return down, up
+
+    @property
     def dense_parameters(self) -> int:
         """Numbers in the matrices as they were."""
         return self.rows * self.columns

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -159,13 +160,7 @@ def _group_candidates(
 def _candidates_of(
     group: Group, cat: bool, of_stack: Callable[[Members, tuple[int, int]], list[_Candidate]]
 ) -> list[_Candidate]:
-    """The candidates of one group that no other beats, smallest first.
-
-    Args:
-        group: of matrices that share an input.
-        cat: whether they may share their right factor.
-        of_stack: gives the candidates of a stack of such a shape.
-    """
+    """The candidates of one group, given those of a stack, that no other beats, smallest first."""
     heights = dict(zip(group.members, group.out_features, strict=True))
     found: list[_Candidate] = []
     known: dict[Members, list[_Candidate]] = {}
@@ -313,8 +308,9 @@ def _bit_stack_candidates(
     rows, columns = shape
     full = min(rows, columns)
     formats = (None, *request.runtime.formats)
+    make = partial(_candidate, request.runtime, members, shape)
     found = [
-        _candidate(members, shape, "dense", full, None, format, loss, request)
+        make("dense", full, None, format, loss)
         for format, loss in zip(formats, (0.0, *cost.dense), strict=True)
         if format is None or request.runtime.accepts(format, columns)
     ]
@@ -328,18 +324,7 @@ def _bit_stack_candidates(
     losses = np.where(sizes < _REFUSED, losses, np.inf)
     for place in undominated(sizes.ravel(), losses.ravel()):
         i, d, u = np.unravel_index(place, losses.shape)
-        found.append(
-            _candidate(
-                members,
-                shape,
-                form,
-                int(ranks[i]),
-                formats[d],
-                formats[u],
-                float(losses[i, d, u]),
-                request,
-            )
-        )
+        found.append(make(form, int(ranks[i]), formats[d], formats[u], float(losses[i, d, u])))
     return _front_of(found)
 
 
@@ -382,6 +367,7 @@ def _taken_bytes(rows: int, columns: int, format: Format | None, runtime: Runtim
 
 
 def _candidate(
+    runtime: Runtime,
     members: Members,
     shape: tuple[int, int],
     form: Form,
@@ -389,9 +375,8 @@ def _candidate(
     down: Format | None,
     up: Format | None,
     loss: float,
-    request: BitsRequest,
 ) -> _Candidate:
     names = (None if format is None else format.name for format in (down, up))
     reason = "it is worth its size" if form == "dense" and up is None else None
     plan = GroupPlan(members, *shape, form, rank, reason, float(loss), *names)
-    return _Candidate((plan,), group_bytes(plan, request.runtime), float(loss))
+    return _Candidate((plan,), group_bytes(plan, runtime), float(loss))
