@@ -121,7 +121,6 @@ class PairedModel:
         self._given: list[tuple[Call, Call]] = []
 
     def enter(self, index: int, *, measure: bool = True) -> None:
-        """Go on to layer `index`."""
         self._given = []
 
     @torch.no_grad()
@@ -149,7 +148,6 @@ class PairedModel:
         return seen.mean(), drift / seen.tokens
 
     def leave(self, index: int) -> None:
-        """Let go of what layer `index` was called with."""
         self._given = []
 
     def _calls(self, layer: str, batch: torch.Tensor) -> tuple[Call, Call]:

@@ -120,12 +120,7 @@ class Runtime:
     holds_angles: bool = False
 
     def accepts(self, format: Format, columns: int | None = None) -> bool:
-        """Whether its kernels multiply with matrices of that format.
-
-        Args:
-            format: the format.
-            columns: of one matrix; None asks whether any will do.
-        """
+        """Whether its kernels multiply with matrices of that format and, if given, that many columns."""
         if self.whole_blocks and columns is not None and columns % format.width(columns):
             return False
         return self.multiplies(format)

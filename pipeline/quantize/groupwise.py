@@ -97,13 +97,7 @@ class Blocks:
 
     @classmethod
     def from_stored(cls, tensors: dict[str, torch.Tensor], format: Format, columns: int) -> Blocks:
-        """The inverse of `stored_tensors`.
-
-        Args:
-            tensors: by the names it gives them.
-            format: the format they are in.
-            columns: n.
-        """
+        """The inverse of `stored_tensors`, of a matrix of n columns in that format."""
         width, count = format.width(columns), format.blocks(columns)
         codes = _unpack_codes(tensors[_CODES].numpy(), format.bits, count * width)
         scales = _from_float16_bits(tensors[_SCALES])
@@ -199,14 +193,9 @@ class Grid:
 def quantize_blocks(
     weight: np.ndarray, bits: int, block: int, *, zero: Zero, importance: np.ndarray | None = None
 ) -> Blocks:
-    """Round every weight to the nearest point of the grid that is best for its block.
+    """Round every weight of [m, n] to the nearest point of the grid that is best for its block.
 
-    Args:
-        weight: float [m, n].
-        bits: of a code, 2 to 8.
-        block: weights that share a scale.
-        zero: see `Grid.fit`.
-        importance: see `Grid.fit`.
+    Arguments as in `Grid.fit`.
 
     Raises:
         ValueError: another number of bits.
@@ -287,7 +276,7 @@ _HALF_STEP_OF_8_BITS = 1 / 254
 
 
 def is_kept_by(format: Format, weight: np.ndarray) -> bool:
-    """Whether no weight of [m, n] is changed by more than rounding its block to 8 bits may change it.
+    """Whether no weight of [m, n] changes by more than rounding its block to 8 bits may change it.
 
     Weights that were on such grids and were then stored in float16 or bfloat16 pass, too.
     """
