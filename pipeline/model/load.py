@@ -1,4 +1,4 @@
-"""Load a decoder language model and its tokenizer, or say why not."""
+"""Load a language model or an image classifier, and what makes its inputs, or say why not."""
 
 from __future__ import annotations
 

@@ -120,7 +120,7 @@ class Runtime:
     holds_angles: bool = False
 
     def accepts(self, format: Format, columns: int | None = None) -> bool:
-        """Whether its kernels multiply with matrices of that format and, if given, that many columns."""
+        """Whether its kernels multiply with matrices of a format and, if given, so many columns."""
         if self.whole_blocks and columns is not None and columns % format.width(columns):
             return False
         return self.multiplies(format)
