@@ -94,7 +94,7 @@ def _load(
 ) -> Loaded:
     """The model in float32 and the images that are drawn."""
     from pipeline.calibrate.images import load_images
-    from pipeline.model.load_classifier import load_classifier
+    from pipeline.model.load import load_classifier
 
     loaded = load_classifier(original, trust_remote_code=trust_remote_code)
     batch = load_images(

@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from pipeline.checkpoint.folder import read_report
+from pipeline.checkpoint.folder import read_record
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def read_rounding(checkpoint: Path) -> Rounding | None:
     Raises:
         InputError: the report is broken.
     """
-    report = read_report(checkpoint)
+    report = read_record(checkpoint, "report.json")
     every: list[dict[str, Any]] = report.get("groups", [])
     tables = {name: style for name, style in report.get("tables", {}).items() if style}
     groups = [group for group in every if "rounded_relative_error" in group]

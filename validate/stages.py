@@ -164,9 +164,9 @@ def original_of(checkpoint: Path) -> str:
     Raises:
         InputError: the recipe is missing or names none.
     """
-    from pipeline.checkpoint.folder import read_recipe
+    from pipeline.checkpoint.folder import read_record
 
-    name = read_recipe(checkpoint).get("model")
+    name = read_record(checkpoint, "recipe.json").get("model")
     if not name:
         raise InputError(
             "The checkpoint does not say what it was made from.",

@@ -38,7 +38,7 @@ from pipeline.bench.bandwidth import DeviceMemory, HostMemory
 from pipeline.bench.measure import describe_machine
 from pipeline.bench.shapes import Shape, find_shape
 from pipeline.child_process import environment
-from pipeline.compress.forms import rank_for_kept
+from pipeline.compress.plan.plan import rank_for_kept
 from pipeline.provenance import provenance
 
 _RESULT = RESULTS / "block_skip_speed.json"

@@ -28,7 +28,7 @@ from benchmarks.quality.evaluation_texts import hash_of_text, tokens_of
 from benchmarks.quality.recorded_session import RecordedSession
 from pipeline.artefact import write_json
 from pipeline.bench.measure import describe_machine, load_average
-from pipeline.compress.decoder import CalibratedDecoder, spread
+from pipeline.compress.decoder import CalibratedDecoder
 from pipeline.compress.methods import EFFORTS, Fit
 from pipeline.compress.plan.layer_costs import CostRequest, LayerCosts
 from pipeline.compress.plan.plan import RankPlan, uniform_plan
@@ -109,7 +109,7 @@ def _measured_rows(
     tests = tokens_of(str(texts[1]), loaded, test_windows, 2048, 0, sequential=True).tokens.numpy()
     reference = RecordedSession(TorchSession(loaded.model, "dense"), scratch / "logits")
     costs = LayerCosts(scratch / "survey", {})
-    chosen = spread(tokens.tokens, EFFORTS[effort].survey_windows)
+    chosen = tokens.spread(EFFORTS[effort].survey_windows)
     costs.measure(loaded.model, layers, chosen, CostRequest())
     for variant in _VARIANTS:
         started = time.perf_counter()

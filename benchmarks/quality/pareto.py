@@ -41,7 +41,7 @@ from pipeline.artefact import write_json
 from pipeline.bench.measure import load_average
 from pipeline.checkpoint.folder import save_checkpoint
 from pipeline.compress.channel_scaling import scale_channels_
-from pipeline.compress.decoder import CalibratedDecoder, spread
+from pipeline.compress.decoder import CalibratedDecoder
 from pipeline.compress.plan.layer_costs import LayerCosts
 from pipeline.compress.plan.make_plan import make_plan
 from pipeline.compress.request import CompressRequest
@@ -226,7 +226,7 @@ def _measured_row(bench: Bench, cell: _Cell, dense_nlls: np.ndarray) -> dict[str
     plan_seconds, plan_cpu = time.perf_counter() - started, time.process_time() - cpu_started
     fit = request.resolved_method.fit
     dtype = torch.float32 if cell.method == "factors" else torch.float16
-    fitted = replace(tokens, tokens=spread(tokens.tokens, _FIT_WINDOWS))
+    fitted = replace(tokens, tokens=tokens.spread(_FIT_WINDOWS))
     ready = CalibratedDecoder.at_hand(model, layers, fitted, costs)
     ready.measure(request)
     done = compress_(ready, plan, dtype=dtype, fit=fit)

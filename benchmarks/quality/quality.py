@@ -41,8 +41,8 @@ from pipeline.compress.methods import DEFAULT_EFFORT, DEFAULT_METHOD, METHODS
 from pipeline.compress.plan.layer_costs import LayerCosts
 from pipeline.compress.plan.make_plan import make_plan
 from pipeline.compress.plan.plan import RankPlan
-from pipeline.compress.records import parameter_count
 from pipeline.compress.request import CompressRequest
+from pipeline.compress.run import parameter_count
 from pipeline.compress.walk import compress_
 from pipeline.errors import UsageError
 from pipeline.model.load import load_model

@@ -27,8 +27,12 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
-from pipeline.compress.forms import Form, reason_to_stay_dense
-from pipeline.compress.plan.plan import GroupPlan, RankPlan, uniform_plan
+from pipeline.compress.factorize.factors import Form
+from pipeline.compress.plan.plan import (
+    GroupPlan,
+    RankPlan,
+    uniform_plan,
+)
 from pipeline.errors import InputError
 from pipeline.model.structure import Layer
 
@@ -149,8 +153,8 @@ def _plan_with_ranks(layers: list[Layer], form: Form, ranks: _Ranks) -> RankPlan
     planned = {}
     for layer in layers:
         planned[layer.name] = tuple(
-            _single(member, rows, group.in_features, form, ranks(member, rows, group.in_features))
-            for group in layer.groups
+            GroupPlan.at_rank((member,), rows, n, form, ranks(member, rows, n))
+            for group, n in ((group, group.in_features) for group in layer.groups)
             for member, rows in zip(group.members, group.out_features, strict=True)
         )
     return RankPlan(planned)
@@ -158,13 +162,6 @@ def _plan_with_ranks(layers: list[Layer], form: Form, ranks: _Ranks) -> RankPlan
 
 def _looked_up(ranks: dict[str, int]) -> _Ranks:
     return lambda member, m, n: ranks[member]
-
-
-def _single(member: str, rows: int, columns: int, form: Form, rank: int) -> GroupPlan:
-    reason = reason_to_stay_dense(form, rows, columns, rank)
-    if reason:
-        return GroupPlan((member,), rows, columns, "dense", min(rows, columns), reason)
-    return GroupPlan((member,), rows, columns, form, rank)
 
 
 def _run_swift_svd(

@@ -15,7 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from pipeline.bench.shapes import Shape, empty_model
 from pipeline.bench.traffic import CacheTensor, StoredTensor, Traffic
-from pipeline.checkpoint.skeleton import load_skeleton
+from pipeline.checkpoint.skeleton import Skeleton
 from pipeline.errors import InputError
 
 _PROBE_TOKENS = 4
@@ -53,7 +53,7 @@ def traffic_of_checkpoint(folder: Path) -> Traffic:
     Raises:
         InputError: broken weights, or tensors missing, superfluous or misshapen.
     """
-    model = load_skeleton(folder, torch.float32).model.to("meta")
+    model = Skeleton.load(folder, torch.float32).model.to("meta")
     model.tie_weights()  # the move has made two tensors of a shared one
     stored: dict[str, StoredTensor] = {}
     for file in sorted(folder.glob("*.safetensors")):

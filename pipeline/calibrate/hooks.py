@@ -4,38 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 
+from pipeline.calibrate.moments import DrawnMoments, GroupMoments
 from pipeline.errors import InputError
 
-
-class _Accumulator(Protocol):
-    """What is summed over the inputs and gradients of linears that read the same input."""
-
-    @property
-    def members(self) -> tuple[str, ...]:
-        """Names of the linears; the first is watched for the input."""
-        ...
-
-    def see_input(self, inputs: torch.Tensor) -> None:
-        """Add a batch of inputs, float [..., n]; ValueError if one is not finite."""
-        ...
-
-    def see_gradient(self, member: str, gradients: torch.Tensor) -> None:
-        """Add the gradients by a member's output, [..., m]; ValueError if one is not finite."""
-        ...
-
-
-@dataclass(frozen=True)
-class Call:
-    """Arguments of one call of a module."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+# Positional and keyword arguments of one call of a module.
+Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class _Reached(Exception):
@@ -48,7 +26,7 @@ def stopping_at(module: nn.Module) -> Iterator[list[Call]]:
     caught: list[Call] = []
 
     def catch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        caught.append(Call(args, kwargs))
+        caught.append((args, kwargs))
         raise _Reached
 
     hook = module.register_forward_pre_hook(catch, with_kwargs=True)
@@ -81,7 +59,9 @@ def seeing_inputs(
 
 
 @contextmanager
-def seeing_gradients(model: nn.Module, groups: Mapping[str, _Accumulator]) -> Iterator[None]:
+def seeing_gradients(
+    model: nn.Module, groups: Mapping[str, GroupMoments | DrawnMoments]
+) -> Iterator[None]:
     """Let the sums see all that passes through their linears, forward and back.
 
     Parameters are frozen meanwhile: gradients by them are not wanted.
@@ -115,7 +95,7 @@ def _giving_input(name: str, take: Callable[[torch.Tensor], object]) -> Any:
     return give
 
 
-def _watching_output(member: str, sums: _Accumulator) -> Any:
+def _watching_output(member: str, sums: GroupMoments | DrawnMoments) -> Any:
     def see(gradient: torch.Tensor) -> None:
         try:
             sums.see_gradient(member, gradient)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -17,8 +18,8 @@ from safetensors.numpy import load_file
 from transformers import PreTrainedModel
 from transformers.image_processing_base import ImageProcessingMixin
 
-from pipeline.errors import InputError, UsageError
-from pipeline.model.load_classifier import Shape, input_shape
+from pipeline.errors import InputError
+from pipeline.model.load import Shape, input_shape
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
 FORMATS = (
@@ -256,15 +257,8 @@ def _process(
     images: Iterator[np.ndarray], shape: Shape, processor: Any, path: Path
 ) -> torch.Tensor:
     """Pixel values of images uint8 [H, W, C], some at a time."""
-    parts, waiting = [], []
-    for image in images:
-        waiting.append(image)
-        if len(waiting) == _PROCESSED_AT_ONCE:
-            parts.append(_pixels_of(waiting, shape, processor, path))
-            waiting = []
-    if waiting:
-        parts.append(_pixels_of(waiting, shape, processor, path))
-    return torch.cat(parts)
+    parts = iter(lambda: list(islice(images, _PROCESSED_AT_ONCE)), [])
+    return torch.cat([_pixels_of(part, shape, processor, path) for part in parts])
 
 
 def _pixels_of(images: list[np.ndarray], shape: Shape, processor: Any, path: Path) -> torch.Tensor:
@@ -287,14 +281,3 @@ def _pixels_of(images: list[np.ndarray], shape: Shape, processor: Any, path: Pat
             change="set size (and crop_size) in preprocessor_config.json to the model's image_size",
         )
     return pixels
-
-
-def require_source(spec: str) -> None:
-    """Raise UsageError for `self`: an image classifier writes no images of its own."""
-    if spec == "self":
-        raise UsageError(
-            "An image classifier is calibrated on images.",
-            where="--calibration",
-            observed="self",
-            expected=FORMATS,
-        )

@@ -10,7 +10,7 @@ _LARGEST_NORM = 10.0
 _BLOCK = 256
 
 
-def rows_of(inputs: torch.Tensor) -> torch.Tensor:
+def _rows_of(inputs: torch.Tensor) -> torch.Tensor:
     """Vectors [t, n] of a batch of them [..., n]."""
     return inputs.reshape(-1, inputs.shape[-1])
 
@@ -27,31 +27,14 @@ def _gram(rows: torch.Tensor) -> torch.Tensor:
     return product
 
 
-class SecondMoment:
-    """Running S = sum over tokens of x x^T, for one input of width n.
+class _Mean:
+    """A running sum over tokens of products of a vector with itself."""
 
-    Products are taken in float32, where the matrix units are, and summed in float64, so that the
-    number of batches does not add to the error.
-    """
-
-    def __init__(self, width: int) -> None:
-        self.total = torch.zeros(width, width, dtype=torch.float64)
-        self.tokens = 0
-
-    def add_(self, inputs: torch.Tensor) -> None:
-        """Add a batch of inputs, float [..., n].
-
-        Raises:
-            ValueError: NaN or infinite values.
-        """
-        rows = rows_of(inputs).float()
-        if not torch.isfinite(rows.sum()) and not torch.isfinite(rows).all():
-            raise ValueError("NaN or infinite activations")
-        self.total += _gram(rows)
-        self.tokens += rows.shape[0]
+    def __init__(self, width: int, dtype: torch.dtype) -> None:
+        self.total, self.tokens = torch.zeros(width, width, dtype=dtype), 0
 
     def mean(self) -> torch.Tensor:
-        """S / tokens, float64 [n, n].
+        """The sum divided by the tokens, in its type, [n, n].
 
         Raises:
             ValueError: no token was added.
@@ -61,7 +44,30 @@ class SecondMoment:
         return self.total / self.tokens
 
 
-class _OutputMoment:
+class SecondMoment(_Mean):
+    """Running S = sum over tokens of x x^T, for one input of width n.
+
+    Products are taken in float32, where the matrix units are, and summed in float64, so that the
+    number of batches does not add to the error.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, torch.float64)
+
+    def add_(self, inputs: torch.Tensor) -> None:
+        """Add a batch of inputs, float [..., n].
+
+        Raises:
+            ValueError: NaN or infinite values.
+        """
+        rows = _rows_of(inputs).float()
+        if not torch.isfinite(rows.sum()) and not torch.isfinite(rows).all():
+            raise ValueError("NaN or infinite activations")
+        self.total += _gram(rows)
+        self.tokens += rows.shape[0]
+
+
+class _OutputMoment(_Mean):
     """Running G = sum over tokens of g g^T, for the gradient by one output of height m.
 
     A few tokens have gradients hundreds of times larger than the rest and would decide alone: a
@@ -70,8 +76,7 @@ class _OutputMoment:
     """
 
     def __init__(self, height: int) -> None:
-        self.total = torch.zeros(height, height, dtype=torch.float32)
-        self.tokens = 0
+        super().__init__(height, torch.float32)
 
     @torch.no_grad()
     def add_(self, gradients: torch.Tensor) -> torch.Tensor:
@@ -83,7 +88,7 @@ class _OutputMoment:
         Raises:
             ValueError: NaN or infinite values.
         """
-        rows = rows_of(gradients.detach()).float()
+        rows = _rows_of(gradients.detach()).float()
         squares = rows.square().sum(dim=1)
         if not torch.isfinite(squares).all():
             raise ValueError("NaN or infinite gradients")
@@ -95,18 +100,25 @@ class _OutputMoment:
         self.tokens += rows.shape[0]
         return weights
 
-    def mean(self) -> torch.Tensor:
-        """G / tokens, float32 [m, m].
+
+class _Watched:
+    """Linears that read the same input, by name, whose input and gradients are seen."""
+
+    def __init__(self, width: int, heights: dict[str, int]) -> None:
+        self.inputs, self.members = SecondMoment(width), tuple(heights)
+        self._rows = torch.empty(0, width)
+
+    def see_input(self, inputs: torch.Tensor) -> None:
+        """Add a batch of inputs, float [..., n]; its gradients follow before the next batch.
 
         Raises:
-            ValueError: no token was added.
+            ValueError: NaN or infinite values.
         """
-        if self.tokens == 0:
-            raise ValueError("no tokens were accumulated")
-        return self.total / self.tokens
+        self._rows = _rows_of(inputs.detach()).float()
+        self.inputs.add_(self._rows)
 
 
-class GroupMoments:
+class GroupMoments(_Watched):
     """Moments of a group of linears that read the same input, over batches run forward and back.
 
     Attributes:
@@ -116,20 +128,10 @@ class GroupMoments:
     """
 
     def __init__(self, width: int, heights: dict[str, int]) -> None:
-        self.inputs, self.weighted = SecondMoment(width), SecondMoment(width)
+        super().__init__(width, heights)
+        self.weighted = SecondMoment(width)
         self.outputs = {name: _OutputMoment(height) for name, height in heights.items()}
-        self.members = tuple(heights)
-        self._rows: torch.Tensor | None = None
         self._weights: list[torch.Tensor] = []
-
-    def see_input(self, inputs: torch.Tensor) -> None:
-        """Add a batch of inputs, float [..., n]; its gradients follow before the next batch.
-
-        Raises:
-            ValueError: NaN or infinite values.
-        """
-        self._rows = rows_of(inputs.detach()).float()
-        self.inputs.add_(self._rows)
 
     def see_gradient(self, name: str, gradients: torch.Tensor) -> None:
         """Add the gradients by the output of one member, float [..., m].
@@ -138,13 +140,13 @@ class GroupMoments:
             ValueError: NaN or infinite values.
         """
         self._weights.append(self.outputs[name].add_(gradients))
-        if len(self._weights) == len(self.outputs) and self._rows is not None:
+        if len(self._weights) == len(self.outputs):
             weights = torch.stack(self._weights).mean(dim=0)
             self.weighted.add_(self._rows * weights.sqrt()[:, None])
-            self._rows, self._weights = None, []
+            self._rows, self._weights = torch.empty(0), []
 
 
-class DrawnMoments:
+class DrawnMoments(_Watched):
     """Moments of a group of linears, of a model of whose outputs several are drawn for each input.
 
     Nothing is cut: the few draws that differ from what is almost sure carry most of the gradient.
@@ -156,20 +158,10 @@ class DrawnMoments:
     """
 
     def __init__(self, width: int, heights: dict[str, int]) -> None:
-        self.inputs, self.members = SecondMoment(width), tuple(heights)
+        super().__init__(width, heights)
         self.weighted = torch.zeros(width, width)
         self.outputs = {name: torch.zeros(height, height) for name, height in heights.items()}
-        self._rows = torch.empty(0, width)
         self._squares: list[torch.Tensor] = []
-
-    def see_input(self, inputs: torch.Tensor) -> None:
-        """Add a batch of inputs, float [..., n]; gradients of it follow.
-
-        Raises:
-            ValueError: NaN or infinite values.
-        """
-        self._rows = rows_of(inputs.detach()).float()
-        self.inputs.add_(self._rows)
 
     def see_gradient(self, member: str, gradients: torch.Tensor) -> None:
         """Add the gradients by a member's output for one draw, float [..., m].
@@ -177,7 +169,7 @@ class DrawnMoments:
         Raises:
             ValueError: NaN or infinite values.
         """
-        rows = rows_of(gradients.detach()).float()
+        rows = _rows_of(gradients.detach()).float()
         squares = rows.square().sum(dim=1)
         if not torch.isfinite(squares).all():
             raise ValueError("NaN or infinite gradients")

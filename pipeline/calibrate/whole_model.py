@@ -22,7 +22,7 @@ from pipeline.calibrate.hooks import (
     seeing_inputs,
     stopping_at,
 )
-from pipeline.calibrate.moments import DrawnMoments, SecondMoment, rows_of
+from pipeline.calibrate.moments import DrawnMoments, SecondMoment
 from pipeline.errors import InputError
 from pipeline.model.structure import Layer, evaluating
 from pipeline.progress import track
@@ -121,7 +121,6 @@ class PairedModel:
         self._given: list[tuple[Call, Call]] = []
 
     def enter(self, index: int, *, measure: bool = True) -> None:
-        """Go on to layer `index`."""
         self._given = []
 
     @torch.no_grad()
@@ -149,7 +148,6 @@ class PairedModel:
         return seen.mean(), drift / seen.tokens
 
     def leave(self, index: int) -> None:
-        """Let go of what layer `index` was called with."""
         self._given = []
 
     def _calls(self, layer: str, batch: torch.Tensor) -> tuple[Call, Call]:
@@ -164,6 +162,8 @@ class PairedModel:
 
 def _input_of(model: PreTrainedModel, layer: str, linear: str, call: Call) -> torch.Tensor:
     """What a linear reads when its layer is called so, float32 [tokens, n]."""
+    args, keywords = call
     with stopping_at(model.get_submodule(linear)) as caught:
-        model.get_submodule(layer)(*call.args, **call.kwargs)
-    return rows_of(caught[0].args[0]).float()
+        model.get_submodule(layer)(*args, **keywords)
+    (inputs,), _ = caught[0]
+    return inputs.flatten(0, -2).float()

@@ -47,17 +47,6 @@ Quality was not measured here: `skipcat validate` does.
 """
 
 
-_TOTALS = (
-    "dense_parameters",
-    "kept_parameters",
-    "total_before",
-    "total_after",
-    "factored",
-    "kept_dense",
-    "largest",
-)
-
-
 def model_card(
     recipe: dict[str, Any], report: dict[str, Any], fine_tuning: str | None = None
 ) -> str:
@@ -87,5 +76,5 @@ def model_card(
         dtype=recipe["dtype"],
         error_time=" when it was compressed" if fine_tuning else "",
         fine_tuning=fine_tuning or "No fine-tuning took place.",
-        **{name: totals[name] for name in _TOTALS},
+        **totals,
     )

@@ -9,7 +9,7 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
-from pipeline.checkpoint.folder import load_checkpoint, read_report, save_checkpoint
+from pipeline.checkpoint.folder import load_checkpoint, read_record, save_checkpoint
 from pipeline.checkpoint.modeling_skipcat import FactoredLinear, QuantizedEmbedding, QuantizedLinear
 from pipeline.model.task import TASKS, task_of_folder
 
@@ -67,7 +67,7 @@ def dense_bytes(checkpoint: Path) -> int:
     """
     stored_bytes = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
     try:
-        totals = read_report(checkpoint)["totals"]
+        totals = read_record(checkpoint, "report.json")["totals"]
         return stored_bytes * totals["total_before"] // totals["total_after"]
     except (KeyError, TypeError):
         return stored_bytes

@@ -144,17 +144,13 @@ def require_exact(folder: Path, info: dict[str, Any]) -> None:
             )
 
 
-def read_recipe(folder: Path) -> dict[str, Any]:
-    """recipe.json of a checkpoint; empty for a folder that skipcat did not write."""
-    return _read_record(folder / "recipe.json")
+def read_record(folder: Path, name: str) -> dict[str, Any]:
+    """recipe.json or report.json of a checkpoint; empty for a folder that skipcat did not write.
 
-
-def read_report(folder: Path) -> dict[str, Any]:
-    """report.json of a checkpoint; empty for a folder that skipcat did not write."""
-    return _read_record(folder / "report.json")
-
-
-def _read_record(path: Path) -> dict[str, Any]:
+    Raises:
+        InputError: it is no JSON.
+    """
+    path = folder / name
     if not path.is_file():
         return {}
     try:

@@ -9,7 +9,6 @@ from torch import nn
 
 from pipeline.checkpoint.modeling_skipcat import FactoredLinear, stored_layer
 from pipeline.quantize.groupwise import Blocks
-from pipeline.quantize.packing import rows_of, stored_tensors
 
 
 def group_tensors(
@@ -34,34 +33,27 @@ def group_tensors(
     """
     owner = members[0]
     if isinstance(down, Blocks):
-        tensors = _prefixed(f"{owner}.down.stored", stored_tensors(down))
+        tensors = _prefixed(f"{owner}.down.stored", down.stored_tensors())
     else:
         tensors = {f"{owner}.down.weight": down.to(dtype).contiguous()}
     if permutation is not None:
         tensors[f"{owner}.permutation"] = permutation.to(torch.int32)
     if isinstance(up, Blocks):
-        return tensors | _quantized_rows(members, heights, up, ".up.stored")
+        return tensors | dense_tensors(members, heights, up, ".up.stored")
     for member, rows in zip(members, up.split(heights), strict=True):
         tensors[f"{member}.up.weight"] = rows.to(dtype).contiguous()
     return tensors
 
 
 def dense_tensors(
-    members: tuple[str, ...], heights: list[int], codes: Blocks
+    members: tuple[str, ...], heights: list[int], codes: Blocks, suffix: str = ".stored"
 ) -> dict[str, torch.Tensor]:
-    """The tensors a checkpoint stores for quantised dense matrices, by name."""
-    return _quantized_rows(members, heights, codes, ".stored")
-
-
-def _quantized_rows(
-    members: tuple[str, ...], heights: list[int], codes: Blocks, suffix: str
-) -> dict[str, torch.Tensor]:
-    """Each member's rows of a quantised stack."""
+    """The tensors a checkpoint stores for quantised dense matrices, by name: each its own rows."""
     tensors: dict[str, torch.Tensor] = {}
     start = 0
     for member, height in zip(members, heights, strict=True):
-        rows = rows_of(codes, start, start + height)
-        tensors |= _prefixed(member + suffix, stored_tensors(rows))
+        rows = codes.rows(start, start + height)
+        tensors |= _prefixed(member + suffix, rows.stored_tensors())
         start += height
     return tensors
 
@@ -116,20 +108,3 @@ def _set(layer: nn.Module, part: str, tensor: torch.Tensor, empty: torch.Tensor)
     if isinstance(empty, nn.Parameter):
         value = nn.Parameter(value, requires_grad=empty.requires_grad)
     setattr(layer.get_submodule(path), attribute, value)
-
-
-def rebind_(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
-    """Let factors that are installed read from other tensors of equal values.
-
-    Tensors that were read from a file stay in that file until they are used, and leave memory
-    again when it is needed: a model larger than memory is compressed layer by layer.
-
-    Args:
-        model: changed in place.
-        tensors: parameter or buffer name -> tensor, as `group_tensors` makes them.
-    """
-    for name, tensor in tensors.items():
-        path, _, attribute = name.rpartition(".")
-        held = getattr(model.get_submodule(path), attribute)
-        if held.dtype == tensor.dtype:
-            held.data = tensor

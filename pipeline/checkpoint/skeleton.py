@@ -33,9 +33,8 @@ from pipeline.checkpoint.modeling_skipcat import (
 )
 from pipeline.errors import InputError
 from pipeline.model.task import TASKS, task_of_folder
-from pipeline.quantize.formats import Format, parse_format
-from pipeline.quantize.groupwise import Blocks, dequantize_blocks
-from pipeline.quantize.packing import blocks_of
+from pipeline.quantize.formats import Format
+from pipeline.quantize.groupwise import Blocks
 
 # What hands its weight to an operator as it is; nothing else is known not to be computed with.
 _LAYERS = (nn.Linear, nn.Embedding, _ConvNd, Conv1D)
@@ -87,14 +86,14 @@ class QuantizedMatrix(StoredMatrix):
 
     def read(self) -> torch.Tensor:
         """What the codes stand for, in `dtype`."""
-        return torch.from_numpy(dequantize_blocks(self.codes())).to(self.dtype)
+        return torch.from_numpy(self.codes().dequantized()).to(self.dtype)
 
     def codes(self) -> Blocks:
         """Codes, scales and zero points."""
         with safe_open(self.file, framework="pt") as tensors:
             names = [n for n in tensors.keys() if n.startswith(self.name)]  # noqa: SIM118 - no dict
             parts = {n.removeprefix(self.name): tensors.get_tensor(n) for n in names}
-        return blocks_of(parts, self.format, self.shape[1])
+        return Blocks.from_stored(parts, self.format, self.shape[1])
 
 
 @dataclass(frozen=True)
@@ -111,6 +110,38 @@ class Skeleton:
     model: PreTrainedModel
     matrices: dict[str, StoredMatrix]
 
+    @classmethod
+    def load(cls, folder: Path, dtype: torch.dtype) -> Skeleton:
+        """Read a checkpoint's structure, vectors and tables, and find its matrices.
+
+        Args:
+            folder: a compressed or plain Hugging Face folder.
+            dtype: of the graph to be.
+
+        Raises:
+            InputError: no such folder, broken weights, or tensors missing, superfluous, misshapen.
+        """
+        require_checkpoint(folder)
+        model, formats = _empty_model(folder, dtype)
+        places = _places(folder, model)
+        matrices: dict[str, StoredMatrix] = {}
+        for name, format_ in formats.items():
+            matrices[f"{name}.weight"] = _quantized_matrix(
+                folder, model, name, format_, places, dtype
+            )
+        _require_match(folder, model, places, set(matrices))
+        for number, (name, matrix) in enumerate(matrices.items(), start=len(places)):
+            _set(model, name, _stand_in(number, matrix.shape, dtype))
+        for number, (name, place) in enumerate(sorted(places.items())):
+            if _is_matrix(model, name, place.shape):
+                matrices[name] = StoredMatrix(place.file, place.name, place.shape, dtype)
+                _set(model, name, _stand_in(number, place.shape, dtype))
+            else:
+                read = place.read()
+                _set(model, name, read.to(dtype) if read.is_floating_point() else read)
+        model.tie_weights()
+        return cls(folder, model.eval(), _with_tied_names(model, matrices))
+
 
 @dataclass(frozen=True)
 class _Place:
@@ -123,36 +154,6 @@ class _Place:
     def read(self) -> torch.Tensor:
         with safe_open(self.file, framework="pt") as tensors:
             return tensors.get_tensor(self.name)
-
-
-def load_skeleton(folder: Path, dtype: torch.dtype) -> Skeleton:
-    """Read a checkpoint's structure, vectors and tables, and find its matrices.
-
-    Args:
-        folder: a compressed or plain Hugging Face folder.
-        dtype: of the graph to be.
-
-    Raises:
-        InputError: no such folder, broken weights, or tensors missing, superfluous or misshapen.
-    """
-    require_checkpoint(folder)
-    model, formats = _empty_model(folder, dtype)
-    places = _places(folder, model)
-    matrices: dict[str, StoredMatrix] = {}
-    for name, format_ in formats.items():
-        matrices[f"{name}.weight"] = _quantized_matrix(folder, model, name, format_, places, dtype)
-    _require_match(folder, model, places, set(matrices))
-    for number, (name, matrix) in enumerate(matrices.items(), start=len(places)):
-        _set(model, name, _stand_in(number, matrix.shape, dtype))
-    for number, (name, place) in enumerate(sorted(places.items())):
-        if _is_matrix(model, name, place.shape):
-            matrices[name] = StoredMatrix(place.file, place.name, place.shape, dtype)
-            _set(model, name, _stand_in(number, place.shape, dtype))
-        else:
-            read = place.read()
-            _set(model, name, read.to(dtype) if read.is_floating_point() else read)
-    model.tie_weights()
-    return Skeleton(folder, model.eval(), _with_tied_names(model, matrices))
 
 
 def _is_matrix(model: nn.Module, name: str, shape: tuple[int, ...]) -> bool:
@@ -201,7 +202,7 @@ def _quantized_matrix(
     )
     first, place = next(iter(found.items()))
     stored_prefix = place.name.removesuffix(first.removeprefix(prefix))
-    return QuantizedMatrix(place.file, stored_prefix, (rows, columns), dtype, parse_format(format_))
+    return QuantizedMatrix(place.file, stored_prefix, (rows, columns), dtype, Format.parse(format_))
 
 
 def _empty_model(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, dict[str, str]]:

@@ -12,11 +12,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.image_processing_base import ImageProcessingMixin
 
-from pipeline.compress.factorize.quantized_factors import Rounding
+from pipeline.compress.factorize.factors import Rounding
 from pipeline.compress.methods import Fit
-from pipeline.compress.plan.bit_search import EmbeddingChoice
-from pipeline.compress.plan.layer_costs import CostRequest, GroupStatistics
-from pipeline.compress.plan.plan import Measured
+from pipeline.compress.plan.layer_costs import GroupStatistics
+from pipeline.compress.plan.plan import EmbeddingChoice, Measured
 from pipeline.compress.request import CompressRequest
 from pipeline.model.source import Source
 from pipeline.model.structure import Layer
@@ -112,17 +111,5 @@ class Opened(Protocol):
         ...
 
     def calibrate(self, folder: Path, settings: dict[str, Any]) -> Calibrated:
-        """The model with its calibration inputs.
-
-        Args:
-            folder: for what is measured; an interrupted measurement continues there.
-            settings: what measurements depend on.
-        """
+        """With its calibration inputs; measurements, which depend on settings, lie in a folder."""
         ...
-
-
-def cost_request(request: CompressRequest) -> CostRequest:
-    """The costs that a request's method and budget are decided by."""
-    method = request.resolved_method
-    form = "skip" if method.skip else "low_rank"
-    return CostRequest(method.cat, request.formats, form, request.seed)  # type: ignore[arg-type]

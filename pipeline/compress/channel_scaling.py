@@ -15,18 +15,16 @@ from transformers import PreTrainedModel
 
 from pipeline.calibrate.layer_stream import LayerStream
 from pipeline.calibrate.precision import fast_products
-from pipeline.model.structure import Group, Layer, evaluating, probe_tokens
+from pipeline.model.structure import Group, Layer, probe_logits
 from pipeline.progress import note, track
 
 _RELATIVE_FLOOR = 1e-4
 
 
 def _channel_scales(moment: torch.Tensor, power: float) -> torch.Tensor:
-    """D of an input, float64 [n], with geometric mean 1.
+    """D of an input with S = E[x x^T] [n, n], float64 [n], with geometric mean 1.
 
-    Args:
-        moment: S = E[x x^T], float64 [n, n].
-        power: a, in [0, 1]; 0 scales nothing, 1 makes all inputs equally large.
+    A power of 0 scales nothing, 1 makes all inputs equally large.
 
     Raises:
         ValueError: a power outside [0, 1], or a moment that is not finite.
@@ -63,7 +61,7 @@ def scale_channels_(
         Names of the groups whose inputs are scaled.
     """
     norms = _norms_of(model, layers)
-    before = _logits(model)
+    before = probe_logits(model).float()
     stream = LayerStream(model, layers, tokens)
     scales: dict[str, torch.Tensor] = {}
     for index, layer in enumerate(track(layers, "channel scales")):
@@ -75,7 +73,8 @@ def scale_channels_(
     groups = [g for layer in layers for g in layer.groups if g.name in scales]
     for group in groups:
         _scale_(model, norms[group.name], group, scales[group.name])
-    if _changed(before, _logits(model)):
+    change = (before - probe_logits(model).float()).abs().max()
+    if change > _RELATIVE_CHANGE * before.abs().max():
         # A gain that is not multiplied as it stands (1 + w), or one that something else reads.
         for group in groups:
             _scale_(model, norms[group.name], group, 1 / scales[group.name])
@@ -114,7 +113,7 @@ def _norms_of(model: PreTrainedModel, layers: list[Layer]) -> dict[str, str]:
             linear = model.get_submodule(group.name)
             hooks.append(linear.register_forward_pre_hook(reads(group.name)))
     try:
-        _logits(model)
+        probe_logits(model)
     finally:
         for hook in hooks:
             hook.remove()
@@ -134,12 +133,3 @@ def _scale_(model: PreTrainedModel, norm: str, group: Group, scales: torch.Tenso
     for member in group.members:
         weight = model.get_submodule(member).weight
         weight.mul_(scales.to(weight.dtype))
-
-
-def _logits(model: PreTrainedModel) -> torch.Tensor:
-    with torch.no_grad(), evaluating(model):
-        return model(input_ids=probe_tokens(model), use_cache=False).logits.float()
-
-
-def _changed(before: torch.Tensor, after: torch.Tensor) -> bool:
-    return bool((before - after).abs().max() > _RELATIVE_CHANGE * before.abs().max())

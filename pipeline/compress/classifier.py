@@ -10,18 +10,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.calibrate.images import ImageBatch, load_images, require_source
+from pipeline.calibrate.images import FORMATS, ImageBatch, load_images
 from pipeline.calibrate.whole_model import DRAWS, PairedModel, measure_whole
-from pipeline.compress.calibrated import Stream, cost_request
-from pipeline.compress.factorize.quantized_factors import Rounding
+from pipeline.compress.calibrated import Stream
+from pipeline.compress.factorize.factors import Rounding
 from pipeline.compress.methods import Fit
-from pipeline.compress.plan.bit_search import EmbeddingChoice
-from pipeline.compress.plan.layer_costs import WholeModelCosts
-from pipeline.compress.plan.plan import Curves
+from pipeline.compress.plan.layer_costs import CostRequest, WholeModelCosts
+from pipeline.compress.plan.plan import Curves, EmbeddingChoice
 from pipeline.compress.request import CompressRequest
 from pipeline.errors import InputError, UsageError
-from pipeline.model.classifier_structure import ImageStructure, image_structure
-from pipeline.model.load_classifier import LoadedClassifier, load_classifier
+from pipeline.model.classifier_structure import ImageStructure
+from pipeline.model.load import LoadedClassifier, load_classifier
 from pipeline.model.task import IMAGES
 from pipeline.progress import note
 from pipeline.quantize.formats import Runtime
@@ -39,7 +38,13 @@ def prepare(request: CompressRequest) -> _OpenedClassifier:
         PipelineError: a request that cannot be meant, or a model that cannot be compressed.
     """
     request.check()
-    require_source(request.calibration)
+    if request.calibration == "self":
+        raise UsageError(
+            "An image classifier is calibrated on images.",
+            where="--calibration",
+            observed="self",
+            expected=FORMATS,
+        )
     for flag, given in (
         ("--window-length", request.window_length is not None),
         ("--stream-weights", request.stream_weights),
@@ -62,7 +67,7 @@ class _OpenedClassifier:
 
     def __init__(self, request: CompressRequest, loaded: LoadedClassifier) -> None:
         self.request, self.loaded, self.model = request, loaded, loaded.model
-        self.structure = image_structure(loaded.model, loaded.input_shape)
+        self.structure = ImageStructure.of(loaded.model, loaded.input_shape)
         self.layers = self.structure.layers
         self.source, self.processor = loaded.source, loaded.processor
         self.storage_dtype = loaded.storage_dtype
@@ -140,12 +145,11 @@ class _CalibratedClassifier:
         draws = DRAWS * len(self.images.pixels)
         costs = WholeModelCosts(self.model, self.layers, moments, draws)
         if gradients:
-            costs.measure(cost_request(request))
+            costs.measure(CostRequest.of(request))
         return costs
 
     @property
     def curves(self) -> Curves:
-        """Expected KL of every stack at every rank."""
         return self.statistics.curves
 
     def measure(self, request: CompressRequest) -> None:
@@ -153,7 +157,6 @@ class _CalibratedClassifier:
         assert self.statistics is not None
 
     def output_tails(self) -> tuple[dict[str, np.ndarray], int]:
-        """Linear -> what it loses of its output at each rank, mean over so many inputs."""
         inputs = min(moments.inputs.tokens for moments in self.statistics.moments.values())
         return self.statistics.output_tails(), inputs
 
@@ -174,7 +177,6 @@ class _CalibratedClassifier:
         return PairedModel(self.model, self.layers, self.images.pixels, self._batch_size)
 
     def describe(self) -> dict[str, Any]:
-        """What recipe.json says of the images."""
         return self.images.describe()
 
 
@@ -216,7 +218,7 @@ def _require_images(images: ImageBatch, structure: ImageStructure) -> None:
 def facts(what: str, trust_remote_code: bool) -> dict[str, Any]:
     """Architecture of an image classifier, and the groups of all its layers."""
     loaded = load_classifier(what, trust_remote_code=trust_remote_code)
-    structure = image_structure(loaded.model, loaded.input_shape)
+    structure = ImageStructure.of(loaded.model, loaded.input_shape)
     return {
         "task": IMAGES,
         "source": loaded.source.kind,

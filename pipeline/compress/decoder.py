@@ -11,25 +11,23 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from pipeline.calibrate.layer_stream import LayerStream
+from pipeline.calibrate.layer_stream import LayerStream, PairedStream
 from pipeline.calibrate.moments import SecondMoment
-from pipeline.calibrate.paired_stream import PairedStream
 from pipeline.calibrate.precision import fast_products
 from pipeline.calibrate.text import TokenBatch, load_tokens
-from pipeline.compress.calibrated import Stream, cost_request
+from pipeline.compress.calibrated import Stream
 from pipeline.compress.channel_scaling import scale_channels_
-from pipeline.compress.embeddings import embedding_choices, quantize_embeddings_
-from pipeline.compress.factorize.quantized_factors import Rounding
+from pipeline.compress.embeddings import Embeddings
+from pipeline.compress.factorize.factors import Rounding
+from pipeline.compress.factorize.whitened_svd import truncation_losses
 from pipeline.compress.methods import Fit
-from pipeline.compress.plan.bit_search import EmbeddingChoice
-from pipeline.compress.plan.layer_costs import LayerCosts, disk_bytes, output_tails
-from pipeline.compress.plan.plan import Curves
+from pipeline.compress.plan.layer_costs import CostRequest, LayerCosts
+from pipeline.compress.plan.plan import Curves, EmbeddingChoice
 from pipeline.compress.request import CompressRequest
 from pipeline.errors import InputError
-from pipeline.model.embeddings import find_embeddings
 from pipeline.model.load import LoadedModel, load_model
 from pipeline.model.structure import Group, Layer, decoder_structure
-from pipeline.progress import note
+from pipeline.progress import note, track
 from pipeline.quantize.formats import Runtime
 
 _SEQUENCES_AT_ONCE = 8
@@ -73,7 +71,9 @@ class _OpenedDecoder:
         needed_bytes = 2 * sum(p.numel() for p in self.model.parameters()) * dtype.itemsize
         if self.request.resolved_method.needs_costs:
             effort = self.request.resolved_effort
-            needed_bytes += disk_bytes(self.layers, effort.survey_windows * effort.window_length)
+            needed_bytes += LayerCosts.disk_bytes(
+                self.layers, effort.survey_windows * effort.window_length
+            )
         return needed_bytes
 
     def calibrate(self, folder: Path, settings: dict[str, Any]) -> CalibratedDecoder:
@@ -129,7 +129,8 @@ class CalibratedDecoder:
         open_costs: Callable[[TokenBatch], LayerCosts],
     ) -> None:
         self.model, self.layers = model, layers
-        self.embeddings = find_embeddings(model).groups
+        self._embeddings = Embeddings(model)
+        self.embeddings = self._embeddings.groups
         config = model.config.get_text_config()
         width = getattr(config, "head_dim", None)
         self.rotary_width = width or config.hidden_size // config.num_attention_heads
@@ -159,12 +160,10 @@ class CalibratedDecoder:
 
     @cached_property
     def statistics(self) -> LayerCosts:
-        """Costs and geometry of every group."""
         return self._open_costs(self.batch)
 
     @property
     def curves(self) -> Curves:
-        """Expected KL of every stack at every rank."""
         return self.statistics.curves
 
     def measure(self, request: CompressRequest) -> None:
@@ -172,28 +171,34 @@ class CalibratedDecoder:
         wanted = request.resolved_method.needs_costs and request.changes_weights
         if not wanted or self._is_measured:
             return
-        windows = spread(self.batch.tokens, request.resolved_effort.survey_windows)
-        self.statistics.measure(self.model, self.layers, windows, cost_request(request))
+        windows = self.batch.spread(request.resolved_effort.survey_windows)
+        self.statistics.measure(self.model, self.layers, windows, CostRequest.of(request))
         self._is_measured = True
 
     def output_tails(self) -> tuple[dict[str, np.ndarray], int]:
-        """Linear -> what it loses of its output at each rank, mean over so many tokens."""
-        tokens = self.batch.tokens
-        return output_tails(self.model, self.layers, tokens), tokens.numel()
+        stream = LayerStream(self.model, self.layers, self.batch.tokens)
+        tails: dict[str, np.ndarray] = {}
+        for index, layer in enumerate(track(self.layers, "truncation losses")):
+            with fast_products(self.model):
+                moments = stream.advance(index)
+            for group in layer.groups:
+                inputs = moments[group.name].mean()
+                weights = {m: self.model.get_submodule(m).weight.detach() for m in group.members}
+                tails |= {m: truncation_losses(w, inputs).numpy() for m, w in weights.items()}
+        return tails, self.batch.tokens.numel()
 
     def embedding_choices(self, runtime: Runtime) -> list[list[EmbeddingChoice]]:
         """Every way to store the embedding and the LM head, measured once and kept."""
         return self.statistics.kept_choices(
-            "tables", lambda: embedding_choices(self.model, self.batch.tokens, runtime)
+            "tables", lambda: self._embeddings.choices(self.batch.tokens, runtime)
         )
 
     def quantize_embeddings_(
         self, formats: dict[str, str], rounding: Rounding
     ) -> dict[str, dict[str, Any]]:
-        """Quantise the embedding and the LM head, in place."""
         if not formats:
             return {}
-        entries, _ = quantize_embeddings_(self.model, formats, self.batch.tokens, rounding)
+        entries, _ = self._embeddings.quantize_(formats, self.batch.tokens, rounding)
         return entries
 
     def stream(self, fit: Fit) -> Stream:
@@ -202,7 +207,6 @@ class CalibratedDecoder:
         return _OneShot(LayerStream(*arguments)) if fit.mix is None else PairedStream(*arguments)
 
     def describe(self) -> dict[str, Any]:
-        """What recipe.json says of the text."""
         return self.batch.describe()
 
 
@@ -222,11 +226,6 @@ class _OneShot:
 
     def leave(self, index: int) -> None:
         self.moments = {}
-
-
-def spread(tokens: torch.Tensor, count: int) -> torch.Tensor:
-    """`count` of the windows [N, T], evenly spread over them."""
-    return tokens[torch.linspace(0, len(tokens) - 1, min(count, len(tokens))).round().long()]
 
 
 def _require_tokens(tokens: TokenBatch, layers: list[Layer]) -> None:

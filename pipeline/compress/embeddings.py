@@ -16,13 +16,12 @@ from transformers import PreTrainedModel
 
 from pipeline.calibrate.moments import SecondMoment
 from pipeline.checkpoint.install import dense_tensors, install_
-from pipeline.compress.factorize.quantized_factors import Rounding, rtn
+from pipeline.compress.factorize.factors import Rounding, rtn
 from pipeline.compress.factorize.whitened_svd import shrunk
-from pipeline.compress.plan.bit_search import EmbeddingChoice
 from pipeline.compress.plan.file_bytes import embedding_bytes
-from pipeline.model.embeddings import find_embeddings
+from pipeline.compress.plan.plan import EmbeddingChoice
 from pipeline.progress import track
-from pipeline.quantize.formats import Format, Runtime, parse_format
+from pipeline.quantize.formats import Format, Runtime
 from pipeline.quantize.gptq import gptq
 from pipeline.quantize.groupwise import Blocks
 
@@ -32,72 +31,102 @@ _TIED_SHRINKAGE = 0.5
 _WINDOWS = 3
 
 
-@torch.no_grad()
-def embedding_choices(
-    model: PreTrainedModel, tokens: torch.Tensor, runtime: Runtime
-) -> list[list[EmbeddingChoice]]:
-    """Every way to store the embedding and the LM head, with its bytes and its cost.
+class Embeddings:
+    """The embedding and the LM head of a language model: matrices as wide as the vocabulary.
 
     Args:
-        model: a decoder in evaluation mode; it is as it was afterwards.
-        tokens: calibration tokens, int64 [N, T]; a few of the windows are used.
-        runtime: formats, and what they take in its file.
+        model: a decoder in evaluation mode, which is asked for them.
 
-    Returns:
-        For each matrix its choices: as it is, and in each format.
+    Attributes:
+        embedding: dotted name; None where it is no plain nn.Embedding.
+        head: dotted name; None where it is no plain nn.Linear.
+        tied: both are one matrix.
     """
-    windows = tokens[:_WINDOWS]
-    every = []
-    for names in find_embeddings(model).groups:
-        owner, shared = model.get_submodule(names[0]), len(names) > 1
-        columns = owner.weight.shape[1]
-        taken = [format for format in runtime.table if runtime.accepts(format, columns)]
-        formats = list(track(taken, f"formats of {names[0]}"))
-        codes = [_gptq(model, names, format, windows) for format in formats]
-        losses = _losses(model, names, formats, codes, windows)
-        sizes = [
-            embedding_bytes(owner, shared=shared, format=format, runtime=runtime)
-            for format in (None, *formats)
-        ]
-        chosen = [{}, *(dict.fromkeys(names, format.name) for format in formats)]
-        every.append(list(map(EmbeddingChoice, chosen, sizes, [0.0, *losses])))
-    return every
 
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        names = {id(module): name for name, module in model.named_modules()}
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+        self.tied = (
+            embedding is not None
+            and head is not None
+            and getattr(embedding, "weight", None) is getattr(head, "weight", 0)
+        )
+        self.embedding = names[id(embedding)] if type(embedding) is nn.Embedding else None
+        self.head = names[id(head)] if type(head) is nn.Linear else None
 
-def quantize_embeddings_(
-    model: PreTrainedModel, formats: dict[str, str], tokens: torch.Tensor, rounding: Rounding
-) -> tuple[dict[str, dict[str, Any]], dict[str, torch.Tensor]]:
-    """Bring the embedding and the LM head into the formats of a plan, in place.
+    @property
+    def groups(self) -> tuple[tuple[str, ...], ...]:
+        """Names of the modules that are stored together, the owner of the matrix first."""
+        if self.tied:
+            both = (self.embedding, self.head)
+            return () if None in both else (tuple(str(name) for name in both),)
+        return tuple((name,) for name in (self.embedding, self.head) if name is not None)
 
-    Args:
-        model: changed; where both are one matrix its config says afterwards that they are not
-            tied, since the entries say how they share it.
-        formats: module name -> format.
-        tokens: calibration tokens, int64 [N, T].
-        rounding: the way; one that looks at no moments rounds each number to its nearest.
+    @torch.no_grad()
+    def choices(self, tokens: torch.Tensor, runtime: Runtime) -> list[list[EmbeddingChoice]]:
+        """Every way to store them, with its bytes and its cost; the model is as it was afterwards.
 
-    Returns:
-        `quantization_config.modules` entries, and the tensors to be stored.
-    """
-    entries: dict[str, dict[str, Any]] = {}
-    tensors: dict[str, torch.Tensor] = {}
-    for names in find_embeddings(model).groups:
-        if names[0] not in formats:
-            continue
-        format = parse_format(formats[names[0]])
-        if rounding.needs_moments:
-            codes = _gptq(model, names, format, tokens[:_WINDOWS])
-        else:
-            codes = rtn(model.get_submodule(names[0]).weight.detach(), format)
-        new_entries = _entries(model, names, format)
-        new = dense_tensors(names[:1], [len(codes.codes)], codes)
-        install_(model, new_entries, new)
-        entries |= new_entries
-        tensors |= new
-        if len(names) > 1:
-            model.config.tie_word_embeddings = False
-            model.all_tied_weights_keys = {}
-    return entries, tensors
+        Args:
+            tokens: calibration tokens, int64 [N, T]; a few of the windows are used.
+            runtime: formats, and what they take in its file.
+
+        Returns:
+            For each matrix its choices: as it is, and in each format.
+        """
+        model, windows = self.model, tokens[:_WINDOWS]
+        every = []
+        for names in self.groups:
+            owner, shared = model.get_submodule(names[0]), len(names) > 1
+            columns = owner.weight.shape[1]
+            taken = [format for format in runtime.table if runtime.accepts(format, columns)]
+            formats = list(track(taken, f"formats of {names[0]}"))
+            codes = [_gptq(model, names, format, windows) for format in formats]
+            losses = _losses(model, names, formats, codes, windows)
+            sizes = [
+                embedding_bytes(owner, shared=shared, format=format, runtime=runtime)
+                for format in (None, *formats)
+            ]
+            chosen = [{}, *(dict.fromkeys(names, format.name) for format in formats)]
+            every.append(list(map(EmbeddingChoice, chosen, sizes, [0.0, *losses])))
+        return every
+
+    def quantize_(
+        self, formats: dict[str, str], tokens: torch.Tensor, rounding: Rounding
+    ) -> tuple[dict[str, dict[str, Any]], dict[str, torch.Tensor]]:
+        """Bring them into the formats of a plan, in place.
+
+        Where both are one matrix the model's config says afterwards that they are not tied: the
+        entries say how they share it.
+
+        Args:
+            formats: module name -> format.
+            tokens: calibration tokens, int64 [N, T].
+            rounding: the way; one that looks at no moments rounds each number to its nearest.
+
+        Returns:
+            `quantization_config.modules` entries, and the tensors to be stored.
+        """
+        model = self.model
+        entries: dict[str, dict[str, Any]] = {}
+        tensors: dict[str, torch.Tensor] = {}
+        for names in self.groups:
+            if names[0] not in formats:
+                continue
+            format = Format.parse(formats[names[0]])
+            if rounding.needs_moments:
+                codes = _gptq(model, names, format, tokens[:_WINDOWS])
+            else:
+                codes = rtn(model.get_submodule(names[0]).weight.detach(), format)
+            new_entries = _entries(model, names, format)
+            new = dense_tensors(names[:1], [len(codes.codes)], codes)
+            install_(model, new_entries, new)
+            entries |= new_entries
+            tensors |= new
+            if len(names) > 1:
+                model.config.tie_word_embeddings = False
+                model.all_tied_weights_keys = {}
+        return entries, tensors
 
 
 def _entries(
@@ -115,14 +144,7 @@ def _entries(
 def _gptq(
     model: PreTrainedModel, names: tuple[str, ...], format: Format, windows: torch.Tensor
 ) -> Blocks:
-    """The codes of one matrix: of an LM head by GPTQ, else by RTN.
-
-    Args:
-        model: not changed.
-        names: of the modules that share it.
-        format: the format.
-        windows: tokens that tell what the head reads, int64 [N, T].
-    """
+    """The codes of one matrix: of an LM head by GPTQ on the windows, int64 [N, T], else by RTN."""
     weight = model.get_submodule(names[0]).weight.detach()
     heads = [name for name in names if isinstance(model.get_submodule(name), nn.Linear)]
     if not heads:

@@ -12,9 +12,9 @@ DEFAULT_METHOD = "skipcat-kl"
 DEFAULT_EFFORT = "default"
 # Ways to turn a target into a product B A, and a matrix into low-bit codes.
 TRUNCATED = "pipeline.compress.factorize.whitened_svd:truncated"
-_RECONSTRUCTED = "pipeline.compress.factorize.targets:reconstructed"
-_GPTQ = "pipeline.compress.factorize.quantized_factors:GPTQ"
-_RTN = "pipeline.compress.factorize.quantized_factors:RTN"
+_RECONSTRUCTED = "pipeline.compress.factorize.whitened_svd:reconstructed"
+_GPTQ = "pipeline.compress.factorize.factors:GPTQ"
+_RTN = "pipeline.compress.factorize.factors:RTN"
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from pipeline.compress.methods import (
     Method,
 )
 from pipeline.errors import UsageError
-from pipeline.quantize.formats import DEFAULT_RUNTIME, RUNTIMES, Format, parse_format
+from pipeline.quantize.formats import DEFAULT_RUNTIME, RUNTIMES, Format
 
 _SHORTENING = 4
 
@@ -163,7 +163,7 @@ class CompressRequest:
 
     def _check_format(self, flag: str, name: str) -> None:
         try:
-            style = parse_format(name)
+            style = Format.parse(name)
         except ValueError as error:
             raise UsageError("There is no such format.", where=flag, observed=error) from error
         runtime = RUNTIMES[self.runtime]

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from pipeline.artefact import (
@@ -25,12 +26,12 @@ from pipeline.compress.finished_layers import FinishedLayers
 from pipeline.compress.plan.chart import save_plan_chart
 from pipeline.compress.plan.make_plan import make_plan
 from pipeline.compress.plan.plan import RankPlan
-from pipeline.compress.records import build_report, parameter_count, recipe_of
 from pipeline.compress.request import CompressRequest
 from pipeline.compress.walk import Compressed, compress_
 from pipeline.lazy import imported
 from pipeline.model.task import adapter_of, task_of_model
 from pipeline.progress import note
+from pipeline.provenance import provenance
 
 _WORK, _COSTS = "layers", "survey"
 
@@ -72,9 +73,9 @@ def compress_to_folder(
         settings |= {"formats": [format.name for format in request.formats]}
         calibrated = opened.calibrate(folder / _COSTS, settings)
         plan, compressed = _compress(folder, request, calibrated, settings, dtype)
-        report = build_report(compressed, plan, total_before, time.monotonic() - started)
+        report = _build_report(compressed, plan, total_before, time.monotonic() - started)
         report |= opened.report_fields
-        recipe = recipe_of(request, opened, calibrated, dtype)
+        recipe = _recipe_of(request, opened, calibrated, dtype)
         _write(folder, opened, compressed, plan, dtype, recipe, report)
         discard(folder / _WORK)
         discard(folder / _COSTS)
@@ -150,3 +151,55 @@ def _write(
     write_json(folder / "recipe.json", recipe)
     write_json(folder / "report.json", report)
     write_text(folder / "README.md", model_card(recipe, report))
+
+
+_SCHEMA = 1
+
+
+def parameter_count(model: torch.nn.Module) -> int:
+    """Parameters of a model; those that are shared count once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _build_report(
+    compressed: Compressed, plan: RankPlan, total_before: int, seconds: float
+) -> dict[str, Any]:
+    """report.json: every group, and the totals."""
+    groups = compressed.groups
+    factored = [group for group in groups if group["form"] != "dense"]
+    memory = psutil.Process().memory_info()
+    totals = {
+        "kept_fraction": plan.kept_fraction,
+        "dense_parameters": sum(group["dense_parameters"] for group in groups),
+        "kept_parameters": sum(group["kept_parameters"] for group in groups),
+        "total_before": total_before,
+        "total_after": total_before
+        - sum(g["dense_parameters"] - g["kept_parameters"] for g in groups),
+        "factored": len(factored),
+        "kept_dense": len(groups) - len(factored),
+        "in_few_bits": sum("up_style" in group for group in groups)
+        + len(set(plan.tables.values())),
+        "largest": max((g.get("largest_interpolation", 0.0) for g in factored), default=0.0),
+        "seconds": seconds,
+        "resident_bytes": memory.rss,
+    }
+    return {"schema": _SCHEMA, "totals": totals, "groups": groups}
+
+
+def _recipe_of(
+    request: CompressRequest, opened: Opened, calibrated: Calibrated, dtype: torch.dtype
+) -> dict[str, Any]:
+    """recipe.json: all that is needed to make the checkpoint again."""
+    return {
+        "schema": _SCHEMA,
+        **opened.recipe_fields,
+        "model": request.model,
+        "label": opened.source.label,
+        "dtype": str(dtype).removeprefix("torch."),
+        "held_dtype": str(opened.model.dtype).removeprefix("torch."),
+        "settings": asdict(request),
+        "method": request.resolved_method.describe(),
+        "effort": asdict(request.resolved_effort),
+        "calibration": calibrated.describe(),
+        "provenance": provenance(),
+    }

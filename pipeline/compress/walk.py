@@ -12,15 +12,24 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from pipeline.checkpoint.install import group_entries, install_, rebind_
+from pipeline.checkpoint.install import (
+    dense_tensors,
+    group_entries,
+    group_tensors,
+    install_,
+)
 from pipeline.compress.calibrated import Calibrated
+from pipeline.compress.factorize.factors import Factors, Rounding, relative_output_error
 from pipeline.compress.factorize.whitened_svd import InputMoments
 from pipeline.compress.finished_layers import FinishedLayers
-from pipeline.compress.fit_group import Fitted, fit_group, group_report
 from pipeline.compress.methods import ONE_SIDED, Fit
+from pipeline.compress.plan.layer_costs import GroupStatistics
 from pipeline.compress.plan.plan import GroupPlan, RankPlan
+from pipeline.errors import InputError
+from pipeline.lazy import imported
 from pipeline.model.structure import Layer
 from pipeline.progress import track
+from pipeline.quantize.formats import Format
 
 
 @dataclass
@@ -60,7 +69,7 @@ def compress_(
     """
     model, stream = calibrated.model, calibrated.stream(fit)
     statistics = calibrated.statistics if fit.two_sided else None
-    factor = partial(fit_group, model, fit=fit, statistics=statistics, dtype=dtype)
+    factor = partial(_fit_group, model, fit=fit, statistics=statistics, dtype=dtype)
     modules: dict[str, dict[str, Any]] = {}
     reports: list[dict[str, Any]] = []
     for index, layer in enumerate(track(calibrated.layers, "compress")):
@@ -76,7 +85,7 @@ def compress_(
             )
             if finished is not None:
                 finished.add(layer.name, tensors, groups)
-                rebind_(model, finished.load(layer.name)[0])
+                _rebind_(model, finished.load(layer.name)[0])
         stream.leave(index)
         modules |= _plan_entries(planned)
         reports += groups
@@ -89,11 +98,11 @@ def _fit_layer_(
     layer: Layer,
     planned: tuple[GroupPlan, ...],
     measure: Callable[[str], tuple[torch.Tensor, torch.Tensor | None]],
-    factor: Callable[[GroupPlan, InputMoments], Fitted],
+    factor: Callable[[GroupPlan, InputMoments], _Fitted],
 ) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
     """Fit and install one layer, group after group in the order they run: tensors and reports."""
     tensors: dict[str, torch.Tensor] = {}
-    reports = {group.members: group_report(group) for group in planned}
+    reports = {group.members: _group_report(group) for group in planned}
     for source in layer.groups:
         wanted = [g for g in planned if g.members[0] in source.members and not g.is_unchanged]
         if not wanted:
@@ -116,6 +125,19 @@ def _plan_entries(planned: tuple[GroupPlan, ...]) -> dict[str, dict[str, Any]]:
     return entries
 
 
+def _rebind_(model: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> None:
+    """Let factors that are installed read from other tensors of equal values.
+
+    Tensors that were read from a file stay in that file until they are used, and leave memory
+    again when it is needed: a model larger than memory is compressed layer by layer.
+    """
+    for name, tensor in tensors.items():
+        path, _, attribute = name.rpartition(".")
+        held = getattr(model.get_submodule(path), attribute)
+        if held.dtype == tensor.dtype:
+            held.data = tensor
+
+
 def _return_free_memory() -> None:
     """Give what is free on the heap back to the system, where the C library is glibc.
 
@@ -124,3 +146,102 @@ def _return_free_memory() -> None:
     """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+_Fitted = tuple[dict[str, torch.Tensor], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """A stack, what it should be, and in what geometry errors of it count."""
+
+    stack: torch.Tensor
+    heights: list[int]
+    target: torch.Tensor
+    inputs: InputMoments
+    geometry: torch.Tensor
+    sensitivities: list[torch.Tensor]
+
+
+def _fit_group(
+    model: PreTrainedModel,
+    group: GroupPlan,
+    inputs: InputMoments,
+    fit: Fit,
+    statistics: GroupStatistics | None,
+    dtype: torch.dtype,
+) -> _Fitted:
+    """The tensors a checkpoint stores for a group that changes, and its report.
+
+    Raises:
+        InputError: the group cannot be factored or rounded; names its members.
+    """
+    weights = [model.get_submodule(member).weight.detach() for member in group.members]
+    geometry, sensitivities = inputs.seen, []
+    if fit.two_sided and statistics is not None:
+        geometry = statistics.geometry(group.members, inputs.seen)
+        sensitivities = statistics.sensitivities(group.members)
+    try:
+        stack, heights = torch.cat(weights), [len(w) for w in weights]
+        target = inputs.target(stack, fit.mix or 0.0)
+        problem = _Problem(stack, heights, target, inputs, geometry, sensitivities)
+        if group.form == "dense":
+            return _quantized_dense(group, problem, fit)
+        return _factored(group, problem, fit, dtype)
+    except (ValueError, torch.linalg.LinAlgError) as error:
+        raise InputError(
+            "A group of matrices cannot be factored or rounded.",
+            where=", ".join(group.members),
+            observed=str(error),
+            change="calibrate on more text, or keep this group dense in the plan",
+        ) from error
+
+
+def _group_report(group: GroupPlan) -> dict[str, Any]:
+    """What report.json says of a group whatever its form."""
+    report: dict[str, Any] = {
+        "members": list(group.members),
+        "form": group.form,
+        "rank": group.rank,
+        "dense_parameters": group.dense_parameters,
+        "kept_parameters": group.kept_parameters,
+        "expected_kl": group.expected_kl,
+    }
+    styles = {"down_style": group.down_style, "up_style": group.up_style}
+    report |= {name: style for name, style in styles.items() if style is not None}
+    if group.is_unchanged:
+        report |= {"relative_error": 0.0, "reason": group.reason}
+    return report
+
+
+def _factored(group: GroupPlan, problem: _Problem, fit: Fit, dtype: torch.dtype) -> _Fitted:
+    """Tensors and report of matrices that become a product."""
+    inputs, geometry, sensitivities = problem.inputs, problem.geometry, problem.sensitivities
+    b, a = imported(fit.factorize)(
+        problem.stack, problem.target, group.rank, inputs, geometry, sensitivities
+    )
+    factors = Factors.stored(b, a, problem.target, inputs.seen, group.form)
+    rounding: Rounding = imported(fit.quantize)
+    rounded = rounding.factors(factors, problem.target, geometry, sensitivities, group.formats)
+    stored = rounded.factors
+    report = _group_report(group) | {"relative_error": factors.relative_error}
+    if rounded.down is not None or rounded.up is not None:
+        error = relative_output_error(problem.target, stored.product(), inputs.seen)
+        report["rounded_relative_error"] = error
+    if group.form == "skip":
+        sizes = stored.down.abs()
+        report["largest_interpolation"] = float(sizes.max()) if sizes.numel() else 0.0
+    down = stored.down if rounded.down is None else rounded.down
+    up = stored.up if rounded.up is None else rounded.up
+    tensors = group_tensors(group.members, problem.heights, down, up, stored.permutation, dtype)
+    return tensors, report
+
+
+def _quantized_dense(group: GroupPlan, problem: _Problem, fit: Fit) -> _Fitted:
+    """Tensors and report of matrices that stay dense, quantised."""
+    rounding: Rounding = imported(fit.quantize)
+    format = Format.parse(group.up_style or "")
+    codes = rounding.matrix(problem.target, format, problem.geometry, problem.sensitivities)
+    error = relative_output_error(problem.target, codes.values(), problem.inputs.seen)
+    report = _group_report(group) | {"relative_error": 0.0, "rounded_relative_error": error}
+    return dense_tensors(group.members, problem.heights, codes), report

@@ -12,8 +12,8 @@ import onnx_ir as ir
 import torch
 
 from pipeline.artefact import sha256_of_file, staged_folder, write_json
-from pipeline.checkpoint.folder import read_recipe
-from pipeline.checkpoint.skeleton import load_skeleton
+from pipeline.checkpoint.folder import read_record
+from pipeline.checkpoint.skeleton import Skeleton
 from pipeline.errors import InputError
 from pipeline.export.block_skip import function_bodies
 from pipeline.export.contract import (
@@ -65,7 +65,7 @@ def export_folder(
     started = time.monotonic()
     checkpoint = Path(checkpoint)
     trace = adapter_of(task_of_folder(checkpoint), "export")
-    skeleton = load_skeleton(checkpoint, getattr(torch, request.dtype))
+    skeleton = Skeleton.load(checkpoint, getattr(torch, request.dtype))
     weights, exact = chosen_weights(request, skeleton)
     weight_bytes = sum(p.numel() * p.element_size() for p in skeleton.model.parameters())
     with staged_folder(
@@ -80,7 +80,7 @@ def export_folder(
         record |= _describe(traced, request, folder)
         record |= {
             "checkpoint": str(checkpoint),
-            "recipe": read_recipe(checkpoint),
+            "recipe": read_record(checkpoint, "recipe.json"),
             "weight_bytes": weight_bytes,
             "exact_weights": exact,
             "seconds": time.monotonic() - started,

@@ -13,7 +13,7 @@ from pipeline.export.attention import active
 from pipeline.export.contract import LOGITS, PIXEL_VALUES, Profile
 from pipeline.export.request import ExportRequest
 from pipeline.export.tracing import Traced, traced_graph
-from pipeline.model.load_classifier import input_shape, load_processor
+from pipeline.model.load import input_shape, load_processor
 from pipeline.model.task import IMAGES
 
 # More than one, and no number that a dimension of the model is likely to have.

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from pipeline.errors import InputError
-from pipeline.model.load_classifier import Shape
+from pipeline.model.load import Shape
 from pipeline.model.structure import Group, Layer, evaluating
 
 
@@ -34,48 +34,41 @@ class ImageStructure:
     rows: dict[str, int]
     left_out: dict[str, str]
 
+    @classmethod
+    def of(cls, model: PreTrainedModel, shape: Shape) -> ImageStructure:
+        """Run one image and read off which linears there are and which share an input.
 
-@dataclass
-class _Call:
-    """A linear's call; the input is kept alive, so that `is` tells whether two were given one."""
+        Args:
+            model: an image classifier.
+            shape: channels, height and width of an image.
 
-    given: torch.Tensor
-
-
-def image_structure(model: PreTrainedModel, shape: Shape) -> ImageStructure:
-    """Run one image and read off which linears there are and which share an input.
-
-    Args:
-        model: an image classifier.
-        shape: channels, height and width of an image.
-
-    Raises:
-        InputError: it gives no logits, or has no linears in a list of modules.
-    """
-    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-    encoder = {name: _layer_of(model, name) for name in linears}
-    calls = _trace(model, {n: linears[n] for n, layer in encoder.items() if layer}, shape)
-    left_out = _left_out(linears, calls)
-    left_out |= {n: "it is not run" for n, layer in encoder.items() if layer and n not in calls}
-    by_input: dict[tuple[int, str], list[str]] = {}
-    for name, made in calls.items():
-        if name not in left_out:
-            by_input.setdefault((id(made[0].given), encoder[name]), []).append(name)
-    layers: dict[str, list[Group]] = {}
-    rows = {}
-    for (_, layer), members in by_input.items():
-        heights = tuple(linears[member].out_features for member in members)
-        group = Group(tuple(members), linears[members[0]].in_features, heights)
-        rows[group.name] = calls[group.name][0].given.shape[:-1].numel()
-        layers.setdefault(layer, []).append(group)
-    if not layers:
-        raise InputError(
-            "No linear layers were found in a list of modules.",
-            where=type(model).__name__,
-            observed=f"{len(linears)} linear layers in all",
-            expected="an encoder of nn.Linear",
-        )
-    return ImageStructure([Layer(n, tuple(g)) for n, g in layers.items()], rows, left_out)
+        Raises:
+            InputError: it gives no logits, or has no linears in a list of modules.
+        """
+        linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+        encoder = {name: _layer_of(model, name) for name in linears}
+        calls = _trace(model, {n: linears[n] for n, layer in encoder.items() if layer}, shape)
+        left_out = _left_out(linears, calls)
+        left_out |= {n: "it is not run" for n, layer in encoder.items() if layer and n not in calls}
+        by_input: dict[tuple[int, str], list[str]] = {}
+        for name, made in calls.items():
+            if name not in left_out:
+                by_input.setdefault((id(made[0]), encoder[name]), []).append(name)
+        layers: dict[str, list[Group]] = {}
+        rows = {}
+        for (_, layer), members in by_input.items():
+            heights = tuple(linears[member].out_features for member in members)
+            group = Group(tuple(members), linears[members[0]].in_features, heights)
+            rows[group.name] = calls[group.name][0].shape[:-1].numel()
+            layers.setdefault(layer, []).append(group)
+        if not layers:
+            raise InputError(
+                "No linear layers were found in a list of modules.",
+                where=type(model).__name__,
+                observed=f"{len(linears)} linear layers in all",
+                expected="an encoder of nn.Linear",
+            )
+        return cls([Layer(n, tuple(g)) for n, g in layers.items()], rows, left_out)
 
 
 def _layer_of(model: nn.Module, name: str) -> str:
@@ -89,9 +82,9 @@ def _layer_of(model: nn.Module, name: str) -> str:
 
 def _trace(
     model: PreTrainedModel, linears: dict[str, nn.Linear], shape: Shape
-) -> dict[str, list[_Call]]:
-    """Calls of every linear during one forward pass, in the order of the first."""
-    calls: dict[str, list[_Call]] = {}
+) -> dict[str, list[torch.Tensor]]:
+    """Inputs of every linear in one forward pass; kept alive, so that identities stay unique."""
+    calls: dict[str, list[torch.Tensor]] = {}
     hooks = [linear.register_forward_pre_hook(_recorder(calls, n)) for n, linear in linears.items()]
     probe = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
     try:
@@ -118,14 +111,16 @@ def _trace(
     return calls
 
 
-def _recorder(calls: dict[str, list[_Call]], name: str) -> Any:
+def _recorder(calls: dict[str, list[torch.Tensor]], name: str) -> Any:
     def record(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        calls.setdefault(name, []).append(_Call(args[0]))
+        calls.setdefault(name, []).append(args[0])
 
     return record
 
 
-def _left_out(linears: dict[str, nn.Linear], calls: dict[str, list[_Call]]) -> dict[str, str]:
+def _left_out(
+    linears: dict[str, nn.Linear], calls: dict[str, list[torch.Tensor]]
+) -> dict[str, str]:
     """Linears that are run, but cannot be replaced one by one."""
     holders: dict[int, list[str]] = {}
     for name, linear in linears.items():

@@ -1,4 +1,4 @@
-"""Load a decoder language model and its tokenizer, or say why not."""
+"""Load a language model or an image classifier, and what makes its inputs, or say why not."""
 
 from __future__ import annotations
 
@@ -14,13 +14,16 @@ import transformers
 from accelerate import init_empty_weights
 from transformers import (
     AutoConfig,
+    AutoImageProcessor,
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     modeling_gguf_pytorch_utils,
 )
+from transformers.image_processing_base import ImageProcessingMixin
 
 from pipeline.errors import InputError, PipelineError, UsageError
 from pipeline.model.source import Source, resolve_source
@@ -78,17 +81,17 @@ def load_model(
     refuse_long_windows("--window-length", window_length, preview.config)
     if dtype is None:
         dtype = _held_dtype(source, preview.config, trust_remote_code, stream_weights)
-    with explaining(source), _quiet_gguf():
+    with _explaining(source), _quiet_gguf():
         model, info = AutoModelForCausalLM.from_pretrained(
             source.location,
             dtype=dtype,
             use_safetensors=True,
             output_loading_info=True,
-            **loading_keywords(source, trust_remote_code),
+            **_loading_keywords(source, trust_remote_code),
         )
-    refuse_incomplete(source, info)
+    _refuse_incomplete(source, info)
     _forget_gguf(model)
-    model.published_dtype = published_dtype(source, preview.config)
+    model.published_dtype = _published_dtype(source, preview.config)
     return LoadedModel(model.eval(), preview.tokenizer, source)
 
 
@@ -96,10 +99,10 @@ def _held_dtype(
     source: Source, config: Any, trust_remote_code: bool, stream_weights: bool
 ) -> torch.dtype:
     """float32, or the published type: when asked, or float32 would fill half of the free memory."""
-    published = published_dtype(source, config)
+    published = _published_dtype(source, config)
     if source.kind == "gguf":
         return torch.float32
-    with explaining(source), init_empty_weights():
+    with _explaining(source), init_empty_weights():
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     needed_bytes = 4 * sum(parameter.numel() for parameter in model.parameters())
     free_bytes = psutil.virtual_memory().available
@@ -121,22 +124,22 @@ def preview_model(name: str, *, trust_remote_code: bool = False) -> _Preview:
     source = resolve_source(name)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    keywords = loading_keywords(source, trust_remote_code)
-    with explaining(source):
+    keywords = _loading_keywords(source, trust_remote_code)
+    with _explaining(source):
         config = AutoConfig.from_pretrained(source.location, **keywords)
         _refuse_unsupported(source, config)
         tokenizer = AutoTokenizer.from_pretrained(source.location, **keywords)
     return _Preview(config, tokenizer, source)
 
 
-def loading_keywords(source: Source, trust_remote_code: bool) -> dict[str, Any]:
+def _loading_keywords(source: Source, trust_remote_code: bool) -> dict[str, Any]:
     """What transformers' from_pretrained is given for a source."""
     keywords: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     return keywords | ({"gguf_file": source.gguf_file} if source.gguf_file else {})
 
 
 @contextmanager
-def explaining(source: Source) -> Iterator[None]:
+def _explaining(source: Source) -> Iterator[None]:
     """Turn whatever transformers raises into an InputError that says what to change."""
     try:
         yield
@@ -166,15 +169,8 @@ def _refuse_unsupported(source: Source, config: Any) -> None:
             where=source.name,
             observed=f"{config.model_type}, an encoder-decoder",
         )
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is not None and source.kind != "gguf":
-        method = quantization if isinstance(quantization, dict) else quantization.to_dict()
-        raise InputError(
-            "The model is compressed or quantised already.",
-            where=source.name,
-            observed=f"quant_method {method.get('quant_method')}",
-            change="start from the original weights (for a skipcat checkpoint: export-dense)",
-        )
+    if source.kind != "gguf":
+        _refuse_quantised(source, config)
 
 
 def refuse_long_windows(flag: str, length: int, config: Any) -> None:
@@ -189,7 +185,7 @@ def refuse_long_windows(flag: str, length: int, config: Any) -> None:
         )
 
 
-def published_dtype(source: Source, config: Any) -> torch.dtype:
+def _published_dtype(source: Source, config: Any) -> torch.dtype:
     """The type that the weights are in on disk; float16 for GGUF, which names none."""
     if source.kind == "gguf":
         return torch.float16
@@ -210,7 +206,7 @@ def _explained(source: Source, error: Exception) -> InputError:
     )
 
 
-def refuse_incomplete(source: Source, info: dict[str, Any]) -> None:
+def _refuse_incomplete(source: Source, info: dict[str, Any]) -> None:
     """Raise InputError when transformers found tensors missing or of another shape."""
     missing = sorted(info["missing_keys"])
     mismatched = sorted(str(entry) for entry in info["mismatched_keys"])
@@ -231,3 +227,104 @@ def _forget_gguf(model: PreTrainedModel) -> None:
         if hasattr(model, attribute):
             delattr(model, attribute)
     model.is_quantized = False
+
+
+Shape = tuple[int, int, int]
+
+
+@dataclass
+class LoadedClassifier:
+    """A classifier in memory, with what makes its inputs and where it came from.
+
+    Attributes:
+        model: in evaluation mode, float32.
+        processor: turns images into pixel values.
+        source: its files.
+        storage_dtype: the type its weights were published in.
+    """
+
+    model: PreTrainedModel
+    processor: ImageProcessingMixin
+    source: Source
+    storage_dtype: torch.dtype
+
+    @property
+    def input_shape(self) -> Shape:
+        """Channels, height and width of what the model is given."""
+        return input_shape(self.model.config, self.source.name)
+
+
+def load_classifier(name: str, *, trust_remote_code: bool = False) -> LoadedClassifier:
+    """Load an image classifier in float32, by hub id or folder.
+
+    Raises:
+        InputError: unknown, unreachable, broken, compressed already, or without image processor.
+    """
+    source = resolve_source(name)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    keywords = _loading_keywords(source, trust_remote_code)
+    with _explaining(source):
+        config = AutoConfig.from_pretrained(source.location, **keywords)
+        _refuse_quantised(source, config)
+        processor = load_processor(source.location, **keywords)
+        model, info = AutoModelForImageClassification.from_pretrained(
+            source.location,
+            dtype=torch.float32,
+            use_safetensors=True,
+            output_loading_info=True,
+            **keywords,
+        )
+    _refuse_incomplete(source, info)
+    input_shape(config, name)
+    return LoadedClassifier(model.eval(), processor, source, _published_dtype(source, config))
+
+
+def load_processor(location: str, **keywords: Any) -> ImageProcessingMixin:
+    """The image processor of a folder or hub id.
+
+    Raises:
+        InputError: there is none.
+    """
+    try:
+        return AutoImageProcessor.from_pretrained(location, **keywords)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            "The model has no image processor.",
+            where=location,
+            observed=(str(error).splitlines() or [type(error).__name__])[0],
+            expected="preprocessor_config.json beside config.json",
+            change="save it with processor.save_pretrained(folder)",
+        ) from error
+
+
+def input_shape(config: Any, where: str) -> Shape:
+    """Channels, height and width of a classifier's input, by its config.
+
+    Raises:
+        InputError: the config does not say.
+    """
+    size, channels = getattr(config, "image_size", None), getattr(config, "num_channels", 3)
+    if isinstance(size, int):
+        return channels, size, size
+    if isinstance(size, list | tuple) and len(size) == 2:
+        return channels, int(size[0]), int(size[1])
+    raise InputError(
+        "The config does not say how large the model's images are.",
+        where=where,
+        observed=f"image_size {size}",
+        expected="a number, or height and width",
+    )
+
+
+def _refuse_quantised(source: Source, config: Any) -> None:
+    """Raise InputError for a model that is quantised already."""
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        method = quantization if isinstance(quantization, dict) else quantization.to_dict()
+        raise InputError(
+            "The model is compressed or quantised already.",
+            where=source.name,
+            observed=f"quant_method {method.get('quant_method')}",
+            change="start from the original weights (for a skipcat checkpoint: export-dense)",
+        )

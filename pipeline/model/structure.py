@@ -127,17 +127,22 @@ def _trace(model: PreTrainedModel, layers: dict[str, nn.Module]) -> dict[str, li
         for n, module in watched.items()
     ]
     try:
-        _logits(model, probe_tokens(model))
+        probe_logits(model)
     finally:
         for hook in hooks:
             hook.remove()
     return calls
 
 
-def probe_tokens(model: PreTrainedModel) -> torch.Tensor:
+def _probe_tokens(model: PreTrainedModel) -> torch.Tensor:
     """A few different tokens, int64 [1, S]."""
     vocab_size = model.config.get_text_config().vocab_size
     return torch.arange(_PROBE_TOKENS, device=model.device).remainder(vocab_size).unsqueeze(0)
+
+
+def probe_logits(model: PreTrainedModel) -> torch.Tensor:
+    """Logits of a few different tokens, [1, S, V]."""
+    return _logits(model, _probe_tokens(model))
 
 
 @torch.no_grad()
@@ -154,7 +159,7 @@ def _refuse_bidirectional(model: PreTrainedModel) -> None:
     `is_decoder`; only running it tells. Two probes differ in their last token alone: before it,
     their logits must agree but for rounding.
     """
-    tokens = probe_tokens(model)
+    tokens = _probe_tokens(model)
     other = tokens.clone()
     other[0, -1] = tokens[0, 0]
     before, after = (_logits(model, probe)[0, :-1].float() for probe in (tokens, other))
@@ -228,12 +233,10 @@ def _groups(name: str, layer: nn.Module, calls: dict[str, list[_Call]]) -> tuple
                 expected="1 (no routed experts, no shared layers)",
             )
         by_input.setdefault(id(calls[full_name][0].given), []).append(full_name)
-    return tuple(_group(layer, name, members) for members in by_input.values())
-
-
-def _group(layer: nn.Module, layer_name: str, members: list[str]) -> Group:
-    modules = (layer.get_submodule(member.removeprefix(f"{layer_name}.")) for member in members)
-    linears = [module for module in modules if isinstance(module, nn.Linear)]
-    return Group(
-        tuple(members), linears[0].in_features, tuple(linear.out_features for linear in linears)
-    )
+    groups = []
+    for members in by_input.values():
+        modules = (layer.get_submodule(member.removeprefix(f"{name}.")) for member in members)
+        linears = [module for module in modules if isinstance(module, nn.Linear)]
+        heights = tuple(linear.out_features for linear in linears)
+        groups.append(Group(tuple(members), linears[0].in_features, heights))
+    return tuple(groups)

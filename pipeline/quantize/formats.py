@@ -36,6 +36,28 @@ class Format:
     block: int
     zero: Zero
 
+    @classmethod
+    def parse(cls, name: str) -> Format:
+        """The format that a name such as `int4-b32-asym` or `int8-row-sym` stands for.
+
+        Raises:
+            ValueError: no such format; says how they are written.
+        """
+        try:
+            kind, block, word = name.split("-")
+            bits = int(kind.removeprefix("int"))
+            width = 0 if block == "row" else int(block.removeprefix("b"))
+        except ValueError:
+            raise ValueError(
+                f"{name!r} is no format: write int4-b32-asym or int8-row-sym"
+            ) from None
+        zero = next((zero for zero in _ZEROS if zero == word), None)
+        if bits not in _BITS or width < 0 or zero is None:
+            raise ValueError(
+                f"{name!r}: bits are one of {_BITS}, the last word of {', '.join(_ZEROS)}"
+            )
+        return cls(bits, width, zero)
+
     @property
     def symmetric(self) -> bool:
         """Whether a block has a scale alone."""
@@ -69,24 +91,6 @@ class Format:
         ]
 
 
-def parse_format(name: str) -> Format:
-    """The format that a name such as `int4-b32-asym` or `int8-row-sym` stands for.
-
-    Raises:
-        ValueError: no such format; says how they are written.
-    """
-    try:
-        kind, block, word = name.split("-")
-        bits = int(kind.removeprefix("int"))
-        width = 0 if block == "row" else int(block.removeprefix("b"))
-    except ValueError:
-        raise ValueError(f"{name!r} is no format: write int4-b32-asym or int8-row-sym") from None
-    zero = next((zero for zero in _ZEROS if zero == word), None)
-    if bits not in _BITS or width < 0 or zero is None:
-        raise ValueError(f"{name!r}: bits are one of {_BITS}, the last word of {', '.join(_ZEROS)}")
-    return Format(bits, width, zero)
-
-
 @dataclass(frozen=True)
 class Runtime:
     """What a runtime takes, and how it stores it.
@@ -116,12 +120,7 @@ class Runtime:
     holds_angles: bool = False
 
     def accepts(self, format: Format, columns: int | None = None) -> bool:
-        """Whether its kernels multiply with matrices of that format.
-
-        Args:
-            format: the format.
-            columns: of one matrix; None asks whether any will do.
-        """
+        """Whether its kernels multiply with matrices of a format and, if given, so many columns."""
         if self.whole_blocks and columns is not None and columns % format.width(columns):
             return False
         return self.multiplies(format)
@@ -137,24 +136,18 @@ def _in_tensorrt(format: Format) -> bool:
     return format.symmetric and (format.bits, format.block) in ((4, 64), (4, 128), (8, 0))
 
 
-def _formats(*names: str) -> tuple[Format, ...]:
-    return tuple(parse_format(name) for name in names)
+def _formats(names: str) -> tuple[Format, ...]:
+    return tuple(map(Format.parse, names.split()))
 
 
 RUNTIMES = {
     "cpu": Runtime(
         "cpu",
         _formats(
-            "int2-b32-asym",
-            "int2-b64-asym",
-            "int4-b128-asym",
-            "int4-b64-asym",
-            "int4-b32-asym",
-            "int4-b32-offset",
-            "int8-b128-sym",
-            "int8-b32-sym",
+            "int2-b32-asym int2-b64-asym int4-b128-asym int4-b64-asym int4-b32-asym "
+            "int4-b32-offset int8-b128-sym int8-b32-sym"
         ),
-        _formats("int4-b64-asym", "int4-b32-asym", "int8-b64-sym"),
+        _formats("int4-b64-asym int4-b32-asym int8-b64-sym"),
         4,
         4,
         "2, 4 or 8 bits, blocks of 16 to 256",
@@ -164,7 +157,7 @@ RUNTIMES = {
     ),
     "tensorrt": Runtime(
         "tensorrt",
-        _formats("int4-b128-sym", "int4-b64-sym", "int8-row-sym"),
+        _formats("int4-b128-sym int4-b64-sym int8-row-sym"),
         _formats("int8-row-sym"),
         2,
         2,
@@ -175,24 +168,11 @@ RUNTIMES = {
     "any": Runtime(
         "any",
         _formats(
-            "int2-b32-asym",
-            "int2-b64-asym",
-            "int3-b64-asym",
-            "int3-b32-asym",
-            "int4-b128-asym",
-            "int4-b64-asym",
-            "int4-b32-asym",
-            "int4-b32-offset",
-            "int6-b64-sym",
-            "int8-b128-sym",
+            "int2-b32-asym int2-b64-asym int3-b64-asym int3-b32-asym int4-b128-asym "
+            "int4-b64-asym int4-b32-asym int4-b32-offset int6-b64-sym int8-b128-sym"
         ),
         _formats(
-            "int2-b32-asym",
-            "int3-b32-asym",
-            "int4-b64-asym",
-            "int4-b32-asym",
-            "int6-b64-sym",
-            "int8-b64-sym",
+            "int2-b32-asym int3-b32-asym int4-b64-asym int4-b32-asym int6-b64-sym int8-b64-sym"
         ),
         2,
         2,

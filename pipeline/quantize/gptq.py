@@ -11,6 +11,11 @@ outputs (see `pipeline.compress.factorize.whitened_svd`): the Hessian of the wei
 
 Columns are taken by falling S[j, j], rows by falling G[i, i]. The grids are fixed before, so the
 order is free.
+
+What that will cost is estimated without rounding: what is left of tr(G E S E^T) is
+sum_ij g_i d_j e_ij^2, d_j the variance of input j that the inputs taken before it do not explain
+(the pivots of S), g_i likewise of output i, and e_ij what a weight that may be anywhere on its grid
+is away from it: the error of rounding to the nearest.
 """
 
 from __future__ import annotations
@@ -23,10 +28,10 @@ import scipy.linalg
 import torch
 
 from pipeline.quantize.formats import Format
-from pipeline.quantize.groupwise import Blocks, Grid, fit_grid, on_grid, pad_to_blocks
+from pipeline.quantize.groupwise import BITS_TO_CLIP, Blocks, Grid, pad_to_blocks
 
 _RELATIVE_DAMPING = 1e-2
-ROWS_AT_ONCE = 64
+_ROWS_AT_ONCE = 64
 _COLUMNS_AT_ONCE = 64
 
 
@@ -48,12 +53,11 @@ def gptq(
     Raises:
         ValueError: a moment or sensitivity that is not finite.
     """
-    hessian = damped(moment)
+    hessian, order, root = _ordered(moment)
     values = weight.detach().float().numpy()
     columns, width = values.shape[1], format.width(values.shape[1])
-    grid = fit_grid(values, format.bits, width, zero=format.zero, importance=np.diagonal(hessian))
-    order = falling(hessian)
-    upper = _inverse_of(upper_root(hessian[np.ix_(order, order)]))
+    grid = Grid.fit(values, format.bits, width, zero=format.zero, importance=np.diagonal(hessian))
+    upper = _inverse_of(root)
     spread = _spread(grid, width, order)
     codes = np.empty((len(values), columns), np.float32)
     for start, stop, sensitivity in _matrices(len(values), sensitivities):
@@ -61,19 +65,12 @@ def gptq(
             values[start:stop], spread.rows(slice(start, stop)), upper, sensitivity
         )
     back = codes[:, np.argsort(order)]
-    return on_grid(_padded_codes(back, grid, width), grid, zero=format.zero, columns=columns)
+    return grid.stored(_padded_codes(back, grid, width), zero=format.zero, columns=columns)
 
 
 @dataclass(frozen=True)
 class _Spread:
-    """The grid of every single weight, columns in the order they are taken.
-
-    Attributes:
-        scales: float32 [m, n].
-        zero_points: float32 [m, n].
-        order: int [n], the columns.
-        largest: code.
-    """
+    """The grid of every single weight, float32 [m, n]; columns in the order they are taken."""
 
     scales: np.ndarray
     zero_points: np.ndarray
@@ -107,13 +104,12 @@ def _down_the_rows(
     """Codes float32 [m, n] of one matrix, columns in the order they are taken."""
     if sensitivity is None:
         return _along_rows(values[:, spread.order], spread, upper)[0]
-    hessian = damped(sensitivity)
-    order = falling(hessian)
-    root = _inverse_of(upper_root(hessian[np.ix_(order, order)]))
+    _, order, upper_root = _ordered(sensitivity)
+    root = _inverse_of(upper_root)
     target = values[np.ix_(order, spread.order)]
     codes = np.empty_like(target)
-    for start in range(0, len(target), ROWS_AT_ONCE):
-        stop = min(start + ROWS_AT_ONCE, len(target))
+    for start in range(0, len(target), _ROWS_AT_ONCE):
+        stop = min(start + _ROWS_AT_ONCE, len(target))
         part = spread.rows(order[start:stop])
         codes[start:stop], error = _along_rows(target[start:stop], part, upper)
         solved = scipy.linalg.solve_triangular(root[start:stop, start:stop], error, trans="T")
@@ -161,12 +157,19 @@ def _padded_codes(codes: np.ndarray, grid: Grid, width: int) -> np.ndarray:
     return padded
 
 
-def falling(matrix: np.ndarray) -> np.ndarray:
+def _ordered(moment: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The damped moment, the order in which its rows are taken, and its root in that order."""
+    matrix = _damped(moment)
+    order = _falling(matrix)
+    return matrix, order, _upper_root(matrix[np.ix_(order, order)])
+
+
+def _falling(matrix: np.ndarray) -> np.ndarray:
     """The order in which rows or columns are taken: by falling diagonal."""
     return np.argsort(-np.diagonal(matrix), kind="stable")
 
 
-def damped(moment: torch.Tensor) -> np.ndarray:
+def _damped(moment: torch.Tensor) -> np.ndarray:
     """The moment with a hundredth of its mean diagonal added, float64 [n, n].
 
     Raises:
@@ -180,7 +183,7 @@ def damped(moment: torch.Tensor) -> np.ndarray:
     return matrix + (_RELATIVE_DAMPING * mean if mean > 0 else 1.0) * np.eye(len(matrix))
 
 
-def upper_root(matrix: np.ndarray) -> np.ndarray:
+def _upper_root(matrix: np.ndarray) -> np.ndarray:
     """Upper triangular M with M M^T = S, float64 [n, n].
 
     M[j, j]^2 is the variance of input j that the inputs behind it do not explain. The inverse U of
@@ -196,3 +199,84 @@ def _inverse_of(root: np.ndarray) -> np.ndarray:
     identity = torch.eye(len(root), dtype=torch.float64)
     solved = torch.linalg.solve_triangular(torch.from_numpy(root), identity, upper=True)
     return solved.float().numpy()
+
+
+# The rows of a matrix have much the same error: so many of them tell what all have.
+_SAMPLED_ROWS = 96
+
+
+@dataclass(frozen=True)
+class InputPivots:
+    """What an error in a column costs.
+
+    Attributes:
+        pivots: d_j, float64 [n].
+        importance: S[j, j], which decides the grids, float64 [n].
+    """
+
+    pivots: np.ndarray
+    importance: np.ndarray
+
+    @classmethod
+    def of(cls, moment: torch.Tensor) -> InputPivots:
+        """From S of the input, float64 [n, n].
+
+        d_j = M[j, j]^2 with M M^T = S, columns taken by falling S[j, j].
+
+        Raises:
+            ValueError: a moment that is not finite.
+        """
+        hessian, order, root = _ordered(moment)
+        pivots = np.empty(len(hessian))
+        pivots[order] = np.square(np.diagonal(root))
+        return cls(pivots, np.diagonal(hessian))
+
+
+def output_pivots(sensitivities: Sequence[torch.Tensor]) -> np.ndarray | None:
+    """g_i, float64 [m], from G of each matrix of a stack; None for none.
+
+    Rows are taken in blocks, those of one block as if they were independent.
+
+    Raises:
+        ValueError: a sensitivity that is not finite.
+    """
+    parts = [_block_pivots(block) for block in sensitivities]
+    return np.concatenate(parts) if parts else None
+
+
+def expected_error(
+    weight: torch.Tensor, format: Format, inputs: InputPivots, outputs: np.ndarray | None
+) -> float:
+    """Half of tr(G E S E^T) that rounding is expected to leave; nats where G is the Fisher's.
+
+    Args:
+        weight: W, float [m, n].
+        format: the format.
+        inputs: of its columns.
+        outputs: of its rows; None weighs all alike.
+    """
+    rows, columns = weight.shape
+    sample = np.linspace(0, rows - 1, min(rows, _SAMPLED_ROWS)).round().astype(int)
+    values, width = weight.detach().float().numpy()[sample], format.width(columns)
+    importance = inputs.importance
+    grid = Grid.fit(values, format.bits, width, zero=format.zero, importance=importance)
+    pivots = pad_to_blocks(inputs.pivots[None], width)
+    if format.bits >= BITS_TO_CLIP:
+        by_row = (np.square(grid.scales) / 12 * pivots.sum(axis=-1)).sum(axis=-1)
+    else:
+        padded = pad_to_blocks(values, width)
+        error = grid.values(grid.codes(padded)) - padded
+        by_row = (np.square(error) * pivots).sum(axis=(-2, -1))
+    weights = np.ones(rows) if outputs is None else outputs
+    share = weights.sum() / weights[sample].sum()
+    return float(by_row @ weights[sample]) * share / 2
+
+
+def _block_pivots(sensitivity: torch.Tensor) -> np.ndarray:
+    matrix, order, root = _ordered(sensitivity)
+    result = np.empty(len(matrix))
+    for start in range(0, len(matrix), _ROWS_AT_ONCE):
+        stop = min(start + _ROWS_AT_ONCE, len(matrix))
+        part = root[start:stop, start:stop]
+        result[order[start:stop]] = np.square(part).sum(axis=1)
+    return result

@@ -5,7 +5,8 @@ block-wise formats have it. Scales are numbers of float16, so that they are the 
 are stored. A zero point that is no whole number stands for an offset, -zero point * scale, which
 is a number of float16 likewise.
 
-Whether a matrix is on the grids of a format already, as one read from a GGUF file may be.
+Whether a matrix is on the grids of a format already, as one read from a GGUF file may be; and a
+quantised matrix as the tensors that a checkpoint holds, and back.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from pipeline.quantize.formats import Format, Zero
 
@@ -56,6 +58,58 @@ class Blocks:
         assert self.zero_points is not None
         return _as_float16(-self.zero_points * self.scales)
 
+    def dequantized(self) -> np.ndarray:
+        """What the codes stand for, float32 [m, n]."""
+        zero_points = self.zero_points
+        if zero_points is None:
+            zero_points = np.full(self.scales.shape, 2 ** (self.bits - 1), np.float32)
+        grid = Grid(self.scales, zero_points.astype(np.float32), self.bits)
+        values = grid.values(self.codes)
+        return values.reshape(len(values), -1)[:, : self.columns]
+
+    def values(self) -> torch.Tensor:
+        """What the codes stand for, float64 [m, n]."""
+        return torch.from_numpy(self.dequantized()).double()
+
+    def rows(self, start: int, stop: int) -> Blocks:
+        """Some of the rows."""
+        zero_points = None if self.zero_points is None else self.zero_points[start:stop]
+        part = self.codes[start:stop], self.scales[start:stop], zero_points
+        return Blocks(*part, self.bits, self.columns)
+
+    def stored_tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors that a checkpoint holds, named as its `QuantizedWeight` registers them.
+
+        Returns:
+            codes uint8 [m, bytes], scales int16 [m, blocks], and, in formats that have them, zero
+            points uint8 [m, bytes] or offsets int16 [m, blocks].
+        """
+        rows = len(self.codes)
+        tensors = {
+            _CODES: torch.from_numpy(pack_codes(self.codes.reshape(rows, -1), self.bits)),
+            _SCALES: _float16_bits(self.scales),
+        }
+        if self.has_offsets:
+            tensors[_OFFSETS] = _float16_bits(self.offsets)
+        elif self.zero_points is not None:
+            tensors[_ZERO_POINTS] = torch.from_numpy(pack_codes(self.zero_points, self.bits))
+        return tensors
+
+    @classmethod
+    def from_stored(cls, tensors: dict[str, torch.Tensor], format: Format, columns: int) -> Blocks:
+        """The inverse of `stored_tensors`, of a matrix of n columns in that format."""
+        width, count = format.width(columns), format.blocks(columns)
+        codes = _unpack_codes(tensors[_CODES].numpy(), format.bits, count * width)
+        scales = _from_float16_bits(tensors[_SCALES])
+        zero_points = None
+        if format.zero == "offset":
+            zero_points = -_from_float16_bits(tensors[_OFFSETS]) / scales
+        elif format.zero == "asym":
+            zero_points = _unpack_codes(tensors[_ZERO_POINTS].numpy(), format.bits, count)
+        return cls(
+            codes.reshape(len(codes), count, width), scales, zero_points, format.bits, columns
+        )
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -82,94 +136,73 @@ class Grid:
         value: np.ndarray = codes.astype(np.float32) - self.zero_points[..., None]
         return value * self.scales[..., None]
 
+    @classmethod
+    def fit(
+        cls,
+        weight: np.ndarray,
+        bits: int,
+        block: int,
+        *,
+        zero: Zero,
+        importance: np.ndarray | None = None,
+    ) -> Grid:
+        """For each block the grid, of those that `_candidates` tries, of least squared error.
+
+        Args:
+            weight: float [m, n].
+            bits: of a code, 2 to 8.
+            block: weights that share a scale.
+            zero: "sym" has zero points in the middle of the range, and stores none; "asym" in
+                the block's range, with 0 on the grid; "offset" anywhere.
+            importance: what a squared error costs in each column, [n]; None for all the same.
+
+        Raises:
+            ValueError: another number of bits.
+        """
+        if not 2 <= bits <= 8:
+            raise ValueError(f"bits must be 2 to 8, not {bits}")
+        padded = pad_to_blocks(weight.astype(np.float32), block)
+        weights = np.ones(weight.shape[1]) if importance is None else importance
+        cost = pad_to_blocks(weights[None].astype(np.float32), block)
+        grids = _candidates(padded, bits, zero)
+        best = next(grids)
+        if bits > BITS_TO_CLIP:
+            return best
+        least = _squared_error(best, padded, cost)
+        for grid in grids:
+            if (least <= np.square(_EXACT_STEPS * best.scales) * cost.sum(axis=-1)).all():
+                break  # the weights were on such grids before
+            error = _squared_error(grid, padded, cost)
+            better = error < least
+            least = np.where(better, error, least)
+            best = cls(
+                np.where(better, grid.scales, best.scales),
+                np.where(better, grid.zero_points, best.zero_points),
+                bits,
+            )
+        return best
+
+    def stored(self, codes: np.ndarray, *, zero: Zero, columns: int) -> Blocks:
+        """Codes [m, blocks, block] as they are stored."""
+        stored: np.ndarray | None = None
+        if zero != "sym":
+            stored = self.zero_points.astype(np.uint8 if zero == "asym" else np.float32)
+        return Blocks(codes.astype(np.uint8), self.scales, stored, self.bits, columns)
+
 
 def quantize_blocks(
-    weight: np.ndarray,
-    bits: int,
-    block: int,
-    *,
-    zero: Zero,
-    importance: np.ndarray | None = None,
+    weight: np.ndarray, bits: int, block: int, *, zero: Zero, importance: np.ndarray | None = None
 ) -> Blocks:
-    """Round every weight to the nearest point of the grid that is best for its block.
+    """Round every weight of [m, n] to the nearest point of the grid that is best for its block.
 
-    Args:
-        weight: float [m, n].
-        bits: of a code, 2 to 8.
-        block: weights that share a scale.
-        zero: see `fit_grid`.
-        importance: see `fit_grid`.
+    Arguments as in `Grid.fit`.
 
     Raises:
         ValueError: another number of bits.
     """
-    grid = fit_grid(weight, bits, block, zero=zero, importance=importance)
+    grid = Grid.fit(weight, bits, block, zero=zero, importance=importance)
     codes = grid.codes(pad_to_blocks(weight.astype(np.float32), block))
-    return on_grid(codes, grid, zero=zero, columns=weight.shape[1])
-
-
-def fit_grid(
-    weight: np.ndarray,
-    bits: int,
-    block: int,
-    *,
-    zero: Zero,
-    importance: np.ndarray | None = None,
-) -> Grid:
-    """For each block the grid, of those that `_candidates` tries, of least squared error.
-
-    Args:
-        weight: float [m, n].
-        bits: of a code, 2 to 8.
-        block: weights that share a scale.
-        zero: "sym" has zero points in the middle of the range, which then need not be stored;
-            "asym" between the block's least and greatest weight, and 0 on the grid; "offset" has
-            them anywhere.
-        importance: what a squared error costs in each column, [n]; the same everywhere for None.
-
-    Raises:
-        ValueError: another number of bits.
-    """
-    if not 2 <= bits <= 8:
-        raise ValueError(f"bits must be 2 to 8, not {bits}")
-    padded = pad_to_blocks(weight.astype(np.float32), block)
-    weights = np.ones(weight.shape[1]) if importance is None else importance
-    cost = pad_to_blocks(weights[None].astype(np.float32), block)
-    grids = _candidates(padded, bits, zero)
-    best = next(grids)
-    if bits > BITS_TO_CLIP:
-        return best
-    least = _squared_error(best, padded, cost)
-    for grid in grids:
-        if (least <= np.square(_EXACT_STEPS * best.scales) * cost.sum(axis=-1)).all():
-            break  # the weights were on such grids before
-        error = _squared_error(grid, padded, cost)
-        better = error < least
-        least = np.where(better, error, least)
-        best = Grid(
-            np.where(better, grid.scales, best.scales),
-            np.where(better, grid.zero_points, best.zero_points),
-            bits,
-        )
-    return best
-
-
-def on_grid(codes: np.ndarray, grid: Grid, *, zero: Zero, columns: int) -> Blocks:
-    """Codes [m, blocks, block] as they are stored."""
-    stored: np.ndarray | None = None
-    if zero != "sym":
-        stored = grid.zero_points.astype(np.uint8 if zero == "asym" else np.float32)
-    return Blocks(codes.astype(np.uint8), grid.scales, stored, grid.bits, columns)
-
-
-def dequantize_blocks(blocks: Blocks) -> np.ndarray:
-    """The matrix that the codes stand for, float32 [m, n]."""
-    zero_points = blocks.zero_points
-    if zero_points is None:
-        zero_points = np.full(blocks.scales.shape, 2 ** (blocks.bits - 1), np.float32)
-    grid = Grid(blocks.scales, zero_points.astype(np.float32), blocks.bits)
-    values = grid.values(blocks.codes)
-    return values.reshape(len(values), -1)[:, : blocks.columns]
+    return grid.stored(codes, zero=zero, columns=weight.shape[1])
 
 
 def pad_to_blocks(weight: np.ndarray, block: int) -> np.ndarray:
@@ -243,16 +276,62 @@ _HALF_STEP_OF_8_BITS = 1 / 254
 
 
 def is_kept_by(format: Format, weight: np.ndarray) -> bool:
-    """Whether no weight is changed by more than rounding its block to 8 bits may change it.
+    """Whether no weight of [m, n] changes by more than rounding its block to 8 bits may change it.
 
     Weights that were on such grids and were then stored in float16 or bfloat16 pass, too.
-
-    Args:
-        format: the format.
-        weight: float [m, n].
     """
     width = format.width(weight.shape[1])
-    rounded = dequantize_blocks(quantize_blocks(weight, format.bits, width, zero=format.zero))
+    rounded = quantize_blocks(weight, format.bits, width, zero=format.zero).dequantized()
     error = np.abs(pad_to_blocks(rounded - weight, width)).max(axis=-1)
     largest = np.abs(pad_to_blocks(weight, width)).max(axis=-1)
     return bool((error <= largest * _HALF_STEP_OF_8_BITS).all())
+
+
+_CODES, _SCALES, _ZERO_POINTS, _OFFSETS = "codes", "scales", "zero_points", "offsets"
+
+
+def _float16_bits(numbers: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(numbers.astype(np.float16).view(np.int16))
+
+
+def _from_float16_bits(bits: torch.Tensor) -> np.ndarray:
+    return bits.numpy().view(np.float16).astype(np.float32)
+
+
+def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Codes along the last axis into bytes; the last byte is padded.
+
+    Where `bits` divides 8 this is how ONNX Runtime and ONNX's 4-bit types lay them out; codes of
+    3 and 6 bits straddle bytes.
+
+    Args:
+        codes: uint8 [..., k], each below 2^bits.
+        bits: 1 to 8.
+
+    Returns:
+        uint8 [..., ceil(k bits / 8)].
+
+    Raises:
+        ValueError: another number of bits.
+    """
+    if not 1 <= bits <= 8:
+        raise ValueError(f"codes of {bits} bits do not fit a byte")
+    if 8 % bits:
+        every = (codes[..., None] >> np.arange(bits, dtype=np.uint8)) & 1
+        flat = every.reshape(*codes.shape[:-1], -1)
+        return np.packbits(flat.astype(np.uint8), axis=-1, bitorder="little")
+    each = 8 // bits
+    missing = -codes.shape[-1] % each
+    padded = np.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, missing)])
+    slots = padded.reshape(*codes.shape[:-1], -1, each)
+    shifts = (np.arange(each) * bits).astype(np.uint8)
+    packed: np.ndarray = np.bitwise_or.reduce(slots << shifts, axis=-1)
+    return packed
+
+
+def _unpack_codes(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
+    """The first `count` codes that `pack_codes` put along the last axis, uint8 [..., count]."""
+    places = np.unpackbits(packed, axis=-1, bitorder="little", count=count * bits)
+    slots = places.reshape(*packed.shape[:-1], count, bits)
+    values: np.ndarray = (slots << np.arange(bits, dtype=np.uint8)).sum(axis=-1, dtype=np.uint8)
+    return values

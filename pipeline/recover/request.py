@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from pipeline.calibrate.text import require_text
-from pipeline.checkpoint.folder import DTYPES, read_recipe, read_report, require_checkpoint
+from pipeline.checkpoint.folder import DTYPES, read_record, require_checkpoint
 from pipeline.errors import InputError, UsageError
 from pipeline.model.load import refuse_long_windows
 from pipeline.model.task import require_decoder
@@ -148,7 +148,7 @@ def require_recoverable(request: RecoverRequest) -> Recoverable:
     require_checkpoint(folder)
     require_decoder(folder)
     modules = _factored_modules(folder)
-    recipe, report = read_recipe(folder), read_report(folder)
+    recipe, report = read_record(folder, "recipe.json"), read_record(folder, "report.json")
     for name, record in (("recipe.json", recipe), ("report.json", report)):
         if not record:
             raise InputError(

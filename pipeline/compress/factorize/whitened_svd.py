@@ -16,6 +16,15 @@ Two equal ways to the optimum, of which the one with the smaller eigenproblem is
 Both are projections, so at full rank the product is W whatever the accuracy of U or V.
 
 Roots of a second moment by its eigenvalues: no Cholesky, so a singular one is no failure.
+
+The target of a layer that no longer sees what it saw in the original model: with x the input there,
+x' that in the compressed one, and the wanted output y* = (1 - mix) W x' + mix W x, the
+least-squares fit to y* on x' is
+
+    W* = W (I + mix D S'^-1),  S' = E[x' x'^T],  D = E[(x - x') x'^T],
+
+and the best rank-r fit is W* cut at rank r in the geometry of S' (reduced-rank regression). mix = 0
+keeps the layer's own weights; mix = 1 asks it to undo all of the error that reaches it.
 """
 
 from __future__ import annotations
@@ -31,17 +40,10 @@ _RELATIVE_FLOOR = 1e-9
 def _whitening_roots(
     moment: torch.Tensor, relative_floor: float = _RELATIVE_FLOOR
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Symmetric root R and its inverse, with S = R R and eigenvalues floored.
+    """Symmetric root R and its inverse of S = R R, float64 [n, n], eigenvalues floored.
 
     Directions that the calibration text never excites would have eigenvalue zero, and no inverse;
     they are given `relative_floor` times the largest eigenvalue, so W R R^-1 = W holds exactly.
-
-    Args:
-        moment: S = E[x x^T], float64 [n, n], symmetric.
-        relative_floor: smallest eigenvalue allowed, as a fraction of the largest.
-
-    Returns:
-        R and R^-1, float64 [n, n].
 
     Raises:
         ValueError: the moment is not finite, or is zero.
@@ -75,12 +77,9 @@ def shrunk(moment: torch.Tensor, share: float) -> torch.Tensor:
 
 
 def _cholesky(moment: torch.Tensor, relative_ridge: float = _RELATIVE_FLOOR) -> torch.Tensor:
-    """Lower-triangular C with C C^T = S, up to a ridge that lets a singular S through.
+    """Lower-triangular C with C C^T = S, float64 [n, n], up to a ridge that lets a singular S pass.
 
-    Args:
-        moment: S, float64 [n, n], symmetric, positive semidefinite up to rounding.
-        relative_ridge: added to the diagonal, as a fraction of the trace; raised tenfold until the
-            factorisation exists.
+    The ridge is a fraction of the trace, raised tenfold until the factorisation exists.
 
     Raises:
         ValueError: the moment is not finite, or is zero.
@@ -121,41 +120,42 @@ class Spectrum:
         total = self.energies.sum()
         return float(self.energies[rank:].sum() / total) if total > 0 else 0.0
 
+    @classmethod
+    def of(
+        cls,
+        weight: torch.Tensor,
+        moment: torch.Tensor,
+        sensitivities: Sequence[torch.Tensor] = (),
+        roots: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] = _whitening_roots,
+    ) -> Spectrum:
+        """A weight decomposed in the geometry of its inputs and, if given, of the loss.
 
-def tails_of(energies: torch.Tensor) -> torch.Tensor:
+        Args:
+            weight: W, float [m, n]; perhaps a stack of matrices.
+            moment: S = E[x x^T], float64 [n, n].
+            sensitivities: G = E[g g^T] of each matrix of the stack, float64 [m_i, m_i], of full
+                rank (see `shrunk`); none for the one-sided truncation.
+            roots: gives R and R^-1 of the moment, where they are needed.
+
+        Raises:
+            ValueError: shapes that do not fit, or a moment that is not finite or zero.
+        """
+        rows, columns = weight.shape
+        _require_fit(weight, moment, sensitivities)
+        weight = weight.double()
+        if rows <= columns:
+            uppers = [_cholesky(block).T for block in sensitivities]
+            inner = _weighted(weight, uppers)
+            energies, vectors = _falling_eigen(inner @ moment @ inner.T)
+            return cls(energies, _unweighted(vectors, uppers), vectors.T @ inner)
+        root, inverse_root = roots(moment)
+        energies, vectors = _falling_eigen(root @ weighted_gram(weight, sensitivities) @ root)
+        return cls(energies, weight @ root @ vectors, vectors.T @ inverse_root)
+
+
+def _tails_of(energies: torch.Tensor) -> torch.Tensor:
     """Sums of what is left of falling energies [k] behind each rank, float64 [k + 1]."""
     return torch.cat([energies.flip(0).cumsum(0).flip(0), energies.new_zeros(1)])
-
-
-def whitened_spectrum(
-    weight: torch.Tensor,
-    moment: torch.Tensor,
-    sensitivities: Sequence[torch.Tensor] = (),
-    roots: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] = _whitening_roots,
-) -> Spectrum:
-    """Decompose a weight in the geometry of its inputs and, if given, of the loss.
-
-    Args:
-        weight: W, float [m, n]; perhaps a stack of matrices.
-        moment: S = E[x x^T], float64 [n, n].
-        sensitivities: G = E[g g^T] of each matrix of the stack, float64 [m_i, m_i], of full rank
-            (see `shrunk`); none for the one-sided truncation.
-        roots: gives R and R^-1 of the moment, where they are needed.
-
-    Raises:
-        ValueError: shapes that do not fit, or a moment that is not finite or zero.
-    """
-    rows, columns = weight.shape
-    _require_fit(weight, moment, sensitivities)
-    weight = weight.double()
-    if rows <= columns:
-        uppers = [_cholesky(block).T for block in sensitivities]
-        inner = _weighted(weight, uppers)
-        energies, vectors = _falling_eigen(inner @ moment @ inner.T)
-        return Spectrum(energies, _unweighted(vectors, uppers), vectors.T @ inner)
-    root, inverse_root = roots(moment)
-    energies, vectors = _falling_eigen(root @ weighted_gram(weight, sensitivities) @ root)
-    return Spectrum(energies, weight @ root @ vectors, vectors.T @ inverse_root)
 
 
 @dataclass
@@ -178,6 +178,17 @@ class InputMoments:
             self._roots = _whitening_roots(geometry)
         return self._roots
 
+    def target(self, stack: torch.Tensor, mix: float) -> torch.Tensor:
+        """What a stack should be, given what it will be fed; float64 [m, n].
+
+        Args:
+            stack: W, float [m, n].
+            mix: share of the original model's output in the target, in [0, 1].
+        """
+        if self.drift is None:
+            return stack.double()
+        return _propagated_target(stack, self.seen, self.drift, mix)
+
 
 def truncated(
     stack: torch.Tensor,
@@ -195,23 +206,24 @@ def truncated(
         rank: r.
         inputs: of the stack.
         geometry: S, float64 [n, n].
-        sensitivities: as in `whitened_spectrum`.
+        sensitivities: as in `Spectrum.of`.
     """
-    return whitened_spectrum(target, geometry, sensitivities, inputs.roots).factors(rank)
+    return Spectrum.of(target, geometry, sensitivities, inputs.roots).factors(rank)
 
 
-def whitened_energies(
+def truncation_losses(
     weight: torch.Tensor, moment: torch.Tensor, sensitivities: Sequence[torch.Tensor] = ()
 ) -> torch.Tensor:
-    """The energies of `whitened_spectrum` alone, at a fraction of its cost: no vectors, no root.
+    """What is lost at each rank: tr(G (W - W_r) S (W - W_r)^T), float64 [min(m, n) + 1]."""
+    return _tails_of(_whitened_energies(weight, moment, sensitivities))
+
+
+def _whitened_energies(
+    weight: torch.Tensor, moment: torch.Tensor, sensitivities: Sequence[torch.Tensor] = ()
+) -> torch.Tensor:
+    """The energies of `Spectrum.of` alone, at a fraction of its cost: no vectors, no root.
 
     They are the eigenvalues of L W S W^T L^T, or equally of C^T W^T G W C with S = C C^T.
-
-    Returns:
-        float64 [min(m, n)], falling.
-
-    Raises:
-        ValueError: as `whitened_spectrum`.
     """
     rows, columns = weight.shape
     _require_fit(weight, moment, sensitivities)
@@ -273,3 +285,61 @@ def _require_fit(
     for name, matrix in (("second moment", moment), *(("sensitivity", g) for g in sensitivities)):
         if not torch.isfinite(matrix).all():
             raise ValueError(f"the {name} holds NaN or infinite values")
+
+
+_RELATIVE_RIDGE = 1e-3
+
+
+def _propagated_target(
+    weight: torch.Tensor,
+    seen: torch.Tensor,
+    drift: torch.Tensor,
+    mix: float,
+    relative_ridge: float = _RELATIVE_RIDGE,
+) -> torch.Tensor:
+    """The dense weight that fits the wanted output best, W*, float64 [m, n].
+
+    A ridge, relative to the mean of the diagonal of S', pulls directions in which x' hardly moves
+    towards W itself.
+
+    Raises:
+        ValueError: moments that are not finite.
+    """
+    if not (torch.isfinite(seen).all() and torch.isfinite(drift).all()):
+        raise ValueError("the second moment holds NaN or infinite values")
+    weight = weight.double()
+    if mix == 0:
+        return weight
+    ridge = relative_ridge * seen.diagonal().mean()
+    regular = seen.clone()
+    regular.diagonal().add_(ridge)
+    return weight + mix * torch.linalg.solve(regular, drift.T @ weight.T).T
+
+
+def _reconstructed_factors(
+    left: torch.Tensor, right: torch.Tensor, target: torch.Tensor, moment: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One closed-form update of each factor in turn, as MPIFA's reconstruction does.
+
+    U = W* S V^T (V S V^T)^-1, the least-squares fit with V held; then V = U^+ W*, which is the
+    least-squares fit of the weights, not of the outputs (Zhao et al., ICML 2025).
+    """
+    latent = right @ moment @ right.T
+    left = torch.linalg.lstsq(latent, right @ moment @ target.T, driver="gelsd").solution.T
+    return left, torch.linalg.lstsq(left, target, driver="gelsd").solution
+
+
+def reconstructed(
+    stack: torch.Tensor,
+    target: torch.Tensor,
+    rank: int,
+    inputs: InputMoments,
+    geometry: torch.Tensor,
+    sensitivities: Sequence[torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """B [m, r] and A [r, n] of the matrix as it is, cut, and then fitted to the target in turn.
+
+    Arguments as in `truncated`.
+    """
+    left, right = Spectrum.of(stack, geometry, sensitivities, inputs.roots).factors(rank)
+    return _reconstructed_factors(left, right, target, inputs.seen)

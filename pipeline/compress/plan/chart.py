@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -42,22 +43,17 @@ def save_plan_chart(plan: RankPlan, path: Path) -> None:
                 shared.append((column, rows))
     # Without a date, and with names inside that do not change from run to run.
     with rc_context({"svg.hashsalt": "skipcat"}):
-        draw = _draw_bits if is_quantized else _draw_kept
-        draw(kept, roles, shared, plan.kept_fraction).savefig(path, metadata={"Date": None})
-
-
-def _draw_kept(
-    kept: np.ndarray, roles: list[str], shared: list[tuple[int, list[int]]], total: float
-) -> Figure:
-    title = f"parameters kept of each matrix; {total:.1%} in all (dots joined: one right factor)"
-    return _draw(kept, roles, shared, title, 1.0, lambda value, _: f"{value:.0%}")
-
-
-def _draw_bits(
-    bits: np.ndarray, roles: list[str], shared: list[tuple[int, list[int]]], total: float
-) -> Figure:
-    title = f"bits stored for each weight; {total:.1%} of the numbers (dots joined: one factor)"
-    return _draw(bits, roles, shared, title, 8.0, lambda value, _: f"{value:.1f}")
+        draw = partial(_draw, kept, roles, shared)
+        total = f"{plan.kept_fraction:.1%}"
+        if is_quantized:
+            title = f"bits stored for each weight; {total} of the numbers (dots joined: one factor)"
+            figure = draw(title, 8.0, lambda value, _: f"{value:.1f}")
+        else:
+            title = (
+                f"parameters kept of each matrix; {total} in all (dots joined: one right factor)"
+            )
+            figure = draw(title, 1.0, lambda value, _: f"{value:.0%}")
+        figure.savefig(path, metadata={"Date": None})
 
 
 def _draw(

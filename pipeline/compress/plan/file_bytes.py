@@ -6,7 +6,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from pipeline.compress.plan.plan import GroupPlan
-from pipeline.quantize.formats import Format, Runtime, parse_format
+from pipeline.quantize.formats import Format, Runtime
 
 _INDEX_BYTES = 4
 # A safetensors header names every tensor with its type, shape and place.
@@ -26,9 +26,7 @@ def matrix_bytes(rows: int, columns: int, format: Format | None, runtime: Runtim
 
 def group_bytes(group: GroupPlan, runtime: Runtime) -> int:
     """Bytes of all that a group stores: factors or matrices, and the permutation."""
-    down_format, up_format = (
-        None if name is None else parse_format(name) for name in (group.down_style, group.up_style)
-    )
+    down_format, up_format = group.formats
     others = _NAME_BYTES * 3 * (len(group.members) - 1)
     if group.form == "dense":
         return matrix_bytes(group.rows, group.columns, up_format, runtime) + others

@@ -19,16 +19,14 @@ from transformers import PreTrainedModel
 from pipeline.artefact import write_json
 from pipeline.calibrate.fisher import BackwardSweep
 from pipeline.calibrate.hooks import not_finite
-from pipeline.calibrate.layer_stream import LayerStream
 from pipeline.calibrate.moments import DrawnMoments, GroupMoments, balanced
-from pipeline.calibrate.precision import fast_products
-from pipeline.compress.factorize.whitened_svd import shrunk, tails_of, whitened_energies
+from pipeline.compress.factorize.factors import Form
+from pipeline.compress.factorize.whitened_svd import shrunk, truncation_losses
 from pipeline.compress.finished_layers import FinishedLayers
-from pipeline.compress.forms import Form
-from pipeline.compress.plan.bit_search import EmbeddingChoice, QuantizationCosts
-from pipeline.compress.plan.plan import Curves, Members
-from pipeline.compress.plan.quantization_costs import StackCost, stack_cost
+from pipeline.compress.plan.plan import Curves, EmbeddingChoice, Members
+from pipeline.compress.plan.quantization_costs import QuantizationCosts, StackCost
 from pipeline.compress.plan.rank_search import stacks_of
+from pipeline.compress.request import CompressRequest
 from pipeline.model.structure import Group, Layer
 from pipeline.progress import track
 from pipeline.quantize.formats import Format
@@ -54,6 +52,13 @@ class CostRequest:
     form: Form = "skip"
     seed: int = 0
 
+    @classmethod
+    def of(cls, request: CompressRequest) -> CostRequest:
+        """What a request's method and budget are decided by."""
+        method = request.resolved_method
+        form: Form = "skip" if method.skip else "low_rank"
+        return cls(method.cat, request.formats, form, request.seed)
+
 
 class GroupStatistics(Protocol):
     """Statistics of the linears of a model, by the names of linears that read the same input.
@@ -71,15 +76,7 @@ class GroupStatistics(Protocol):
         ...
 
     def geometry(self, members: Members, moment: torch.Tensor) -> torch.Tensor:
-        """What errors of the members are measured in.
-
-        Args:
-            members: that read the same input.
-            moment: S of that input, float64 [n, n], in whichever model it was measured.
-
-        Returns:
-            float64 [n, n].
-        """
+        """What errors of the members are measured in, from S of their input; float64 [n, n]."""
         ...
 
 
@@ -90,23 +87,15 @@ def _group_costs(
     sensitivities: Mapping[str, torch.Tensor],
     wanted: CostRequest,
 ) -> dict[Members, tuple[torch.Tensor, StackCost | None]]:
-    """Of every stack of a group: what truncation costs at each rank, and what rounding costs.
-
-    Args:
-        model: holds the matrices.
-        group: of linears that read the same input.
-        geometry: float64 [n, n].
-        sensitivities: member -> shrunk G, float64 [m_i, m_i].
-        wanted: stacks, formats and form.
-    """
+    """Of every stack of a group: what truncation costs at each rank, and what rounding costs."""
     weight = {m: model.get_submodule(m).weight.detach() for m in group.members}
     costs: dict[Members, tuple[torch.Tensor, StackCost | None]] = {}
     for stack in stacks_of(group, cat=wanted.cat):
         stacked, parts = torch.cat([weight[m] for m in stack]), [sensitivities[m] for m in stack]
-        curve = tails_of(whitened_energies(stacked, geometry, parts)) / 2
+        curve = truncation_losses(stacked, geometry, parts) / 2
         rounding = None
         if wanted.formats:
-            rounding = stack_cost(stacked, geometry, parts, wanted.formats, wanted.form)
+            rounding = StackCost.measure(stacked, geometry, parts, wanted.formats, wanted.form)
         costs[stack] = curve, rounding
     return costs
 
@@ -133,6 +122,13 @@ class LayerCosts:
         self.quantization: QuantizationCosts = {}
         self._layer_of: dict[str, str] = {}
         self._source_of: dict[str, str] = {}
+
+    @staticmethod
+    def disk_bytes(layers: list[Layer], tokens: int) -> int:
+        """Bytes on disk that costs from so many tokens take, but for the curves."""
+        groups = [group for layer in layers for group in layer.groups]
+        moments = sum(4 * g.in_features**2 + 2 * sum(h * h for h in g.out_features) for g in groups)
+        return moments + 2 * len(layers) * tokens * layers[0].groups[0].in_features
 
     def measure(
         self, model: PreTrainedModel, layers: list[Layer], tokens: torch.Tensor, wanted: CostRequest
@@ -178,24 +174,15 @@ class LayerCosts:
         return found
 
     def sensitivities(self, members: Members) -> list[torch.Tensor]:
-        """Shrunk G of each member's output, float64 [m_i, m_i]."""
         tensors = self._tensors(members)
         return [shrunk(tensors[f"sensitivity.{m}"], _SENSITIVITY_SHRINKAGE) for m in members]
 
     def geometry(self, members: Members, moment: torch.Tensor) -> torch.Tensor:
-        """What errors of the members are measured in: `moment`, balanced with the weighted one."""
         return balanced(moment, self._tensors(members)[f"weighted.{self._source_of[members[0]]}"])
 
     def _tensors(self, members: Members) -> dict[str, torch.Tensor]:
         tensors, _ = self.finished.load(self._layer_of[members[0]])
         return tensors
-
-
-def disk_bytes(layers: list[Layer], tokens: int) -> int:
-    """Bytes on disk that `LayerCosts` of so many tokens takes, but for its curves."""
-    groups = [group for layer in layers for group in layer.groups]
-    moments = sum(4 * g.in_features**2 + 2 * sum(h * h for h in g.out_features) for g in groups)
-    return moments + 2 * len(layers) * tokens * layers[0].groups[0].in_features
 
 
 def _layer_tensors(
@@ -276,47 +263,16 @@ class WholeModelCosts:
         return self._of(members).inputs.mean()
 
     def sensitivities(self, members: Members) -> list[torch.Tensor]:
-        """Shrunk G of each member's output, summed over an image, float64 [m_i, m_i]."""
         outputs, scale = self._of(members).outputs, 1 / self.draws
         return [shrunk(outputs[member] * scale, _SENSITIVITY_SHRINKAGE) for member in members]
 
     def geometry(self, members: Members, moment: torch.Tensor) -> torch.Tensor:
-        """What errors of the members are measured in: `moment`, balanced with the weighted one."""
         return balanced(moment, self._of(members).weighted)
 
     def output_tails(self) -> dict[str, np.ndarray]:
         """Linear -> E |(W - W_r) x|^2 at each rank r, float64 [min(m, n) + 1]."""
-        return {m: _output_tail(self.model, m, self.moment((m,))) for m in self.groups}
+        weights = {m: self.model.get_submodule(m).weight.detach() for m in self.groups}
+        return {m: truncation_losses(w, self.moment((m,))).numpy() for m, w in weights.items()}
 
     def _of(self, members: Members) -> DrawnMoments:
         return self.moments[self.groups[members[0]].name]
-
-
-def output_tails(
-    model: PreTrainedModel, layers: list[Layer], tokens: torch.Tensor
-) -> dict[str, np.ndarray]:
-    """What each linear alone loses of its output at each rank: E |(W - W_r) x|^2.
-
-    Args:
-        model: a decoder in evaluation mode; it is not changed.
-        layers: its structure.
-        tokens: int64 [N, T].
-
-    Returns:
-        Linear -> float64 [min(m, n) + 1].
-    """
-    stream = LayerStream(model, layers, tokens)
-    tails: dict[str, np.ndarray] = {}
-    for index, layer in enumerate(track(layers, "truncation losses")):
-        with fast_products(model):
-            moments = stream.advance(index)
-        for group in layer.groups:
-            inputs = moments[group.name].mean()
-            tails |= {member: _output_tail(model, member, inputs) for member in group.members}
-    return tails
-
-
-def _output_tail(model: PreTrainedModel, linear: str, moment: torch.Tensor) -> np.ndarray:
-    weight = model.get_submodule(linear).weight.detach()
-    tail: np.ndarray = tails_of(whitened_energies(weight, moment)).numpy()
-    return tail

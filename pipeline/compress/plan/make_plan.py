@@ -7,20 +7,19 @@ from pathlib import Path
 
 from pipeline.compress.calibrated import Calibrated
 from pipeline.compress.methods import DEFAULT_METHOD
-from pipeline.compress.plan.bit_search import BitsRequest, searched_bits
 from pipeline.compress.plan.file_bytes import fixed_bytes
 from pipeline.compress.plan.plan import (
     GroupPlan,
     RankBudget,
     RankPlan,
     allocate_uniformly,
-    load_plan,
 )
+from pipeline.compress.plan.rank_search import BitsRequest, searched_bits
 from pipeline.compress.request import CompressRequest
 from pipeline.errors import UsageError
 from pipeline.lazy import imported
 from pipeline.progress import note
-from pipeline.quantize.formats import RUNTIMES, parse_format
+from pipeline.quantize.formats import RUNTIMES, Format
 
 
 def make_plan(request: CompressRequest, calibrated: Calibrated) -> RankPlan:
@@ -35,7 +34,7 @@ def make_plan(request: CompressRequest, calibrated: Calibrated) -> RankPlan:
         InputError: a plan file that does not fit the model.
     """
     if request.plan:
-        return load_plan(Path(request.plan), calibrated.layers)
+        return RankPlan.load(Path(request.plan), calibrated.layers)
     method = request.resolved_method
     kept = 1.0 if method.quantizer else request.keep_params
     if method.allocation.needs_costs:
@@ -93,9 +92,9 @@ def _matrices_of(group: GroupPlan) -> dict[str, tuple[str | None, int]]:
 def _require_taken(name: str, format: str | None, columns: int, request: CompressRequest) -> None:
     """Raise UsageError for a matrix that the runtime does not take."""
     runtime = RUNTIMES[request.runtime]
-    if format is None or runtime.accepts(parse_format(format), columns):
+    if format is None or runtime.accepts(Format.parse(format), columns):
         return
-    block = parse_format(format).block
+    block = Format.parse(format).block
     raise UsageError(
         "The runtime takes matrices of whole blocks only.",
         where=f"--runtime {runtime.name}, {format}",

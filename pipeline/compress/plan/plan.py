@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,15 +11,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from pipeline.artefact import write_json
-from pipeline.compress.forms import (
-    Form,
-    rank_for_kept,
-    reason_to_stay_dense,
-    stored_parameters,
-)
+from pipeline.compress.factorize.factors import Form
 from pipeline.errors import InputError, UsageError
 from pipeline.model.structure import Layer
-from pipeline.quantize.formats import parse_format
+from pipeline.quantize.formats import Format
 
 _SCHEMA = 1
 Members = tuple[str, ...]
@@ -53,10 +49,27 @@ class GroupPlan:
     down_style: str | None = None
     up_style: str | None = None
 
+    @classmethod
+    def at_rank(cls, members: Members, rows: int, columns: int, form: Form, rank: int) -> GroupPlan:
+        """Factored at that rank; dense, and why, where that would not pay."""
+        reason = _reason_to_stay_dense(form, rows, columns, rank)
+        if reason:
+            return cls(members, rows, columns, "dense", min(rows, columns), reason)
+        return cls(members, rows, columns, form, rank)
+
     @property
     def is_unchanged(self) -> bool:
         """Whether the matrices are stored as they were."""
         return self.form == "dense" and self.up_style is None
+
+    @property
+    def formats(self) -> tuple[Format | None, Format | None]:
+        """Of `down` and of `up`; None for numbers."""
+        down, up = (
+            None if name is None else Format.parse(name)
+            for name in (self.down_style, self.up_style)
+        )
+        return down, up
 
     @property
     def dense_parameters(self) -> int:
@@ -66,7 +79,7 @@ class GroupPlan:
     @property
     def kept_parameters(self) -> int:
         """Numbers stored under this plan."""
-        return stored_parameters(self.form, self.rows, self.columns, self.rank)
+        return _stored_parameters(self.form, self.rows, self.columns, self.rank)
 
 
 @dataclass(frozen=True)
@@ -93,11 +106,47 @@ class RankPlan:
         dense = sum(group.dense_parameters for group in self.groups)
         return sum(group.kept_parameters for group in self.groups) / dense
 
+    @classmethod
+    def load(cls, path: Path, layers: list[Layer]) -> RankPlan:
+        """Read a plan, perhaps edited by hand, and check it against a model.
+
+        Raises:
+            InputError: not a plan, or not one for this model.
+        """
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+            planned = {
+                name: tuple(_group_from(entry) for entry in entries)
+                for name, entries in raw["layers"].items()
+            }
+            tables = {
+                str(name): _style_from(style) for name, style in raw.get("tables", {}).items()
+            }
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError("The rank plan cannot be read.", where=path, observed=error) from error
+        _check_fit(path, planned, layers)
+        return cls(planned, {name: style for name, style in tables.items() if style})
+
     def save(self, path: Path) -> None:
         """Write plan.json."""
         layers = {name: [_entry(group) for group in groups] for name, groups in self.layers.items()}
         value = {"schema": _SCHEMA, "kept_fraction": self.kept_fraction, "layers": layers}
         write_json(path, value | {"tables": self.tables})
+
+
+@dataclass(frozen=True)
+class EmbeddingChoice:
+    """One way to store an embedding, a head, or both where they are one matrix.
+
+    Attributes:
+        tables: module name -> format; empty where it stays as it is.
+        stored_bytes: in the runtime's file.
+        loss: KL to the original, nats per token, measured.
+    """
+
+    tables: dict[str, str]
+    stored_bytes: int
+    loss: float
 
 
 @dataclass(frozen=True)
@@ -187,33 +236,11 @@ def uniform_plan(
 def _uniform_group(
     members: tuple[str, ...], rows: int, columns: int, form: Form, kept: float, multiple: int
 ) -> GroupPlan:
-    full = min(rows, columns)
     if kept == 1:
+        full = min(rows, columns)
         return GroupPlan(members, rows, columns, "dense", full, "everything is kept")
     rank = rank_for_kept(form, rows, columns, kept, multiple)
-    reason = reason_to_stay_dense(form, rows, columns, rank)
-    if reason:
-        return GroupPlan(members, rows, columns, "dense", full, reason)
-    return GroupPlan(members, rows, columns, form, rank)
-
-
-def load_plan(path: Path, layers: list[Layer]) -> RankPlan:
-    """Read a plan, perhaps edited by hand, and check it against a model.
-
-    Raises:
-        InputError: not a plan, or not one for this model.
-    """
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        planned = {
-            name: tuple(_group_from(entry) for entry in entries)
-            for name, entries in raw["layers"].items()
-        }
-        tables = {str(name): _style_from(style) for name, style in raw.get("tables", {}).items()}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError("The rank plan cannot be read.", where=path, observed=error) from error
-    _check_fit(path, planned, layers)
-    return RankPlan(planned, {name: style for name, style in tables.items() if style})
+    return GroupPlan.at_rank(members, rows, columns, form, rank)
 
 
 def _check_fit(path: Path, planned: dict[str, tuple[GroupPlan, ...]], layers: list[Layer]) -> None:
@@ -276,4 +303,63 @@ def _group_from(entry: dict[str, Any]) -> GroupPlan:
 
 def _style_from(name: str | None) -> str | None:
     """A format's name as it is written, checked."""
-    return None if name is None else parse_format(name).name
+    return None if name is None else Format.parse(name).name
+
+
+def _stored_parameters(form: Form, rows: int, columns: int, rank: int) -> int:
+    """Numbers stored for a matrix of `rows` x `columns` (m x n).
+
+    dense: m n. low_rank, W = B A: r (m + n). skip, W = B' [I A'] P: r (m + n - r); the
+    permutation P is n small integers and is not counted, as in the literature.
+
+    Raises:
+        ValueError: rank outside [0, n].
+    """
+    if not 0 <= rank <= columns:
+        raise ValueError(f"rank {rank} is outside [0, {columns}]")
+    if form == "dense":
+        return rows * columns
+    if form == "low_rank":
+        return rank * (rows + columns)
+    return rank * (rows + columns - rank)
+
+
+def rank_for_kept(form: Form, rows: int, columns: int, kept: float, multiple: int = 1) -> int:
+    """Largest rank whose parameters are at most `kept` of the dense ones.
+
+    low_rank: r = kept m n / (m + n). skip: the smaller root of r (m + n - r) = kept m n,
+    r = ((m + n) - sqrt((m + n)^2 - 4 kept m n)) / 2.
+
+    Args:
+        form: what will be stored.
+        rows: m, the height of the (stacked) matrix.
+        columns: n, its width.
+        kept: fraction of m n to keep, in (0, 1].
+        multiple: the rank is rounded down to a multiple of this.
+
+    Raises:
+        ValueError: `kept` outside (0, 1], or `form` is dense.
+    """
+    if not 0 < kept <= 1:
+        raise ValueError(f"kept fraction {kept} is outside (0, 1]")
+    dense = rows * columns
+    total = rows + columns
+    if form == "low_rank":
+        rank = math.floor(kept * dense / total)
+    elif form == "skip":
+        rank = math.floor((total - math.sqrt(total * total - 4 * kept * dense)) / 2)
+    else:
+        raise ValueError("a dense matrix has no rank to choose")
+    return min(rank, rows, columns) // multiple * multiple
+
+
+def _reason_to_stay_dense(form: Form, rows: int, columns: int, rank: int) -> str | None:
+    """Why a factorisation of this rank would not pay; None when it does."""
+    if rank < 1:
+        return f"the budget allows rank {rank}: nothing would be left of the matrix"
+    if rank >= min(rows, columns):
+        return f"rank {rank} is the full rank of {rows} x {columns}"
+    stored = _stored_parameters(form, rows, columns, rank)
+    if stored >= rows * columns:
+        return f"rank {rank} would store {stored} numbers, the matrix itself {rows * columns}"
+    return None

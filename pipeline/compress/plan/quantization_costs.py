@@ -13,18 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from pipeline.compress.factorize.block_skip import quick_pivots
-from pipeline.compress.factorize.factors import Factors
-from pipeline.compress.factorize.quantized_factors import latent_map, moment_of_down
-from pipeline.compress.factorize.whitened_svd import Spectrum, weighted_gram, whitened_spectrum
-from pipeline.compress.forms import Form
-from pipeline.quantize.expected_error import (
-    InputPivots,
-    expected_error,
-    input_pivots,
-    output_pivots,
-)
+from pipeline.compress.factorize.factors import Factors, Form
+from pipeline.compress.factorize.whitened_svd import Spectrum, weighted_gram
+from pipeline.compress.plan.plan import Members
 from pipeline.quantize.formats import Format
+from pipeline.quantize.gptq import InputPivots, expected_error, output_pivots
 
 # Of the full rank.
 _SHARES = (0.15, 0.5, 0.85)
@@ -59,53 +52,52 @@ class StackCost:
             tables.append(np.exp(np.stack(columns, axis=1)))
         return tables[0], tables[1]
 
+    @classmethod
+    def measure(
+        cls,
+        weight: torch.Tensor,
+        geometry: torch.Tensor,
+        sensitivities: Sequence[torch.Tensor],
+        formats: Sequence[Format],
+        form: Form,
+    ) -> StackCost:
+        """Of one stack, measured.
 
-def stack_cost(
-    weight: torch.Tensor,
-    geometry: torch.Tensor,
-    sensitivities: Sequence[torch.Tensor],
-    formats: Sequence[Format],
-    form: Form,
-) -> StackCost:
-    """Measure a stack.
+        Args:
+            weight: W, float [m, n].
+            geometry: S of the input, float64 [n, n].
+            sensitivities: G of each matrix of the stack, float64 [m_i, m_i].
+            formats: the formats.
+            form: "skip" or "low_rank".
 
-    Args:
-        weight: W, float [m, n].
-        geometry: S of the input, float64 [n, n].
-        sensitivities: G of each matrix of the stack, float64 [m_i, m_i].
-        formats: the formats.
-        form: "skip" or "low_rank".
-
-    Raises:
-        ValueError: a moment that cannot be used.
-    """
-    outputs = output_pivots(sensitivities)
-    dense = _of_formats(weight, formats, input_pivots(geometry), outputs)
-    spectrum = whitened_spectrum(weight, geometry, sensitivities)
-    full = len(spectrum.energies)
-    ranks = sorted({min(max(1, round(share * full)), max(1, full - 1)) for share in _SHARES})
-    down, up = [], []
-    for rank in ranks:
-        factors = _factors(spectrum, rank, form)
-        latent = latent_map(factors)
-        worth = output_pivots([weighted_gram(factors.up, sensitivities)])
-        multiplied = moment_of_down(factors, geometry)
-        if factors.down.numel():
-            down.append(_of_formats(factors.down, formats, input_pivots(multiplied), worth))
-        else:
-            down.append(np.zeros(len(formats)))
-        up.append(
-            _of_formats(factors.up, formats, input_pivots(latent @ geometry @ latent.T), outputs)
-        )
-    return StackCost(dense, np.array(ranks), np.stack(down), np.stack(up))
+        Raises:
+            ValueError: a moment that cannot be used.
+        """
+        outputs = output_pivots(sensitivities)
+        dense = _of_formats(weight, formats, InputPivots.of(geometry), outputs)
+        spectrum = Spectrum.of(weight, geometry, sensitivities)
+        full = len(spectrum.energies)
+        ranks = sorted({min(max(1, round(share * full)), max(1, full - 1)) for share in _SHARES})
+        down, up = [], []
+        for rank in ranks:
+            factors = Factors.estimated(*spectrum.factors(rank), form)
+            latent = factors.latent_map()
+            worth = output_pivots([weighted_gram(factors.up, sensitivities)])
+            multiplied = factors.moment_of_down(geometry)
+            if factors.down.numel():
+                down.append(_of_formats(factors.down, formats, InputPivots.of(multiplied), worth))
+            else:
+                down.append(np.zeros(len(formats)))
+            up.append(
+                _of_formats(
+                    factors.up, formats, InputPivots.of(latent @ geometry @ latent.T), outputs
+                )
+            )
+        return cls(dense, np.array(ranks), np.stack(down), np.stack(up))
 
 
-def _factors(spectrum: Spectrum, rank: int, form: Form) -> Factors:
-    b, a = spectrum.factors(rank)
-    if form == "low_rank":
-        return Factors(form, rank, b, a, None, 0.0)
-    permutation, interpolation = quick_pivots(a)
-    return Factors(form, rank, b @ a[:, permutation[:rank]], interpolation, permutation, 0.0)
+# Of every stack.
+QuantizationCosts = dict[Members, StackCost]
 
 
 def _of_formats(

@@ -7,9 +7,15 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from pipeline.compress.forms import Form, rank_for_kept, reason_to_stay_dense
+from pipeline.compress.factorize.factors import Form
 from pipeline.compress.methods import DEFAULT_METHOD
-from pipeline.compress.plan.plan import GroupPlan, Measured, RankBudget, RankPlan
+from pipeline.compress.plan.plan import (
+    GroupPlan,
+    Measured,
+    RankBudget,
+    RankPlan,
+    rank_for_kept,
+)
 from pipeline.errors import UsageError
 from pipeline.model.structure import Layer
 
@@ -19,12 +25,8 @@ _LEAST_KEPT = 0.05
 def _removed_by_loss(losses: np.ndarray, removed: float) -> np.ndarray:
     """Fraction to remove of each of N matrices of one size: N removed s_i / sum(s), s = 1 / log L.
 
-    Args:
-        losses: L, the Frobenius norm |(W - W_r) X| of each at the uniform rank, float [N].
-        removed: mean fraction to remove, in [0, 1 - LEAST_KEPT].
-
-    Returns:
-        float64 [N], mean `removed`, each at most 1 - LEAST_KEPT.
+    L is the Frobenius norm |(W - W_r) X| of each at the uniform rank, float [N]; the fractions have
+    mean `removed`, each at most 1 - LEAST_KEPT.
     """
     scores = 1 / np.log(np.maximum(losses, np.e))
     shares = np.full(len(scores), float(removed))
@@ -76,15 +78,8 @@ def _plan_by_loss(
 ) -> RankPlan:
     """Ranks by truncation loss, kind by kind (Wang et al., NAACL 2025).
 
-    Matrices are of one kind when they stand at the same place of their layers.
-
-    Args:
-        layers: the decoder's structure.
-        tails: linear -> E |(W - W_r) x|^2 at each rank r from 0 to full.
-        tokens: calibration tokens; the loss is summed over them.
-        kept: fraction of the parameters to keep, in (0, 1].
-        skip: factors are stored in block-skip form.
-        multiple: ranks are rounded down to a multiple of this.
+    Matrices are of one kind when they stand at the same place of their layers. `tails` are means
+    over so many tokens; the loss is their sum.
     """
     form: Form = "skip" if skip else "low_rank"
     kinds: dict[tuple[int, int], list[tuple[str, str, int, int]]] = defaultdict(list)
@@ -110,7 +105,4 @@ def _group(
     member: str, rows: int, columns: int, form: Form, kept: float, multiple: int
 ) -> GroupPlan:
     rank = rank_for_kept(form, rows, columns, min(kept, 1.0), multiple)
-    reason = reason_to_stay_dense(form, rows, columns, rank)
-    if reason:
-        return GroupPlan((member,), rows, columns, "dense", min(rows, columns), reason)
-    return GroupPlan((member,), rows, columns, form, rank)
+    return GroupPlan.at_rank((member,), rows, columns, form, rank)

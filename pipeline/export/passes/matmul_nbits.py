@@ -49,8 +49,7 @@ from pipeline.export.passes.weights import (
     weight_shape,
 )
 from pipeline.quantize.formats import Format
-from pipeline.quantize.groupwise import Blocks, quantize_blocks
-from pipeline.quantize.packing import pack_codes
+from pipeline.quantize.groupwise import Blocks, pack_codes, quantize_blocks
 
 # Measured (docs/cpu.md): the node rounds its input in the blocks of the weights, which costs more
 # than rounding the weights does; blocks of 16 make that small. The head's input needs them less.

@@ -15,7 +15,7 @@ from pipeline.bench.shapes import (
     shape_plan,
 )
 from pipeline.checkpoint.modeling_skipcat import FactoredLinear
-from pipeline.compress.forms import rank_for_kept
+from pipeline.compress.plan.plan import rank_for_kept
 from pipeline.errors import UsageError
 from pipeline.model.structure import decoder_structure
 from tests.support.families import tiny_model

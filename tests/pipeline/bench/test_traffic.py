@@ -14,10 +14,9 @@ from pipeline.bench.targets import traffic_of_folder
 from pipeline.bench.traffic import CacheTensor, StoredTensor
 from pipeline.checkpoint.folder import save_checkpoint
 from pipeline.checkpoint.install import dense_tensors, group_entries, group_tensors, install_
-from pipeline.compress.factorize.factors import Factors
-from pipeline.compress.factorize.quantized_factors import rtn
+from pipeline.compress.factorize.factors import Factors, rtn
 from pipeline.errors import InputError
-from pipeline.quantize.formats import parse_format
+from pipeline.quantize.formats import Format
 from pipeline.runtime.sessions.torch_session import TorchSession
 from tests.support.families import save_family, tiny_model
 from tests.support.tiny_decoder import MAX_LENGTH, byte_tokenizer, shared_export, tiny_llama
@@ -73,7 +72,7 @@ def test_matrices_in_few_bits_are_stored_as_codes_and_read_in_the_type_of_the_se
     model = tiny_llama()
     members = ("model.layers.0.mlp.gate_proj",)
     entries = group_entries(members, "dense", 32, None, "int4-b32-asym")
-    codes = rtn(model.get_submodule(members[0]).weight.detach(), parse_format("int4-b32-asym"))
+    codes = rtn(model.get_submodule(members[0]).weight.detach(), Format.parse("int4-b32-asym"))
     install_(model, entries, dense_tensors(members, [64], codes))
     save_checkpoint(model, byte_tokenizer(), entries, tmp_path, torch.float16)
     stored = sum(tensor.nbytes for tensor in load_file(tmp_path / "model.safetensors").values())

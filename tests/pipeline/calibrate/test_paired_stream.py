@@ -10,8 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from pipeline.calibrate import precision
-from pipeline.calibrate.layer_stream import LayerStream
-from pipeline.calibrate.paired_stream import PairedStream
+from pipeline.calibrate.layer_stream import LayerStream, PairedStream
 from pipeline.errors import InputError
 from pipeline.model.structure import decoder_structure
 from tests.support.families import FAMILIES, tiny_model

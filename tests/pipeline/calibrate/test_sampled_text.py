@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from pipeline.calibrate.sampled_text import generate_windows
+from pipeline.calibrate.text import _generate_windows
 from tests.support.families import tiny_model
 from tests.support.tiny_decoder import byte_tokenizer
 
@@ -23,7 +23,7 @@ def model() -> PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def windows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
-    return generate_windows(model, tokenizer, count=COUNT, length=LENGTH, seed=0)
+    return _generate_windows(model, tokenizer, count=COUNT, length=LENGTH, seed=0)
 
 
 def test_every_window_is_full(windows: torch.Tensor) -> None:
@@ -35,7 +35,8 @@ def test_the_seed_decides_the_text(
     windows: torch.Tensor, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     again, other = (
-        generate_windows(model, tokenizer, count=COUNT, length=LENGTH, seed=seed) for seed in (0, 1)
+        _generate_windows(model, tokenizer, count=COUNT, length=LENGTH, seed=seed)
+        for seed in (0, 1)
     )
     assert torch.equal(again, windows)
     assert not torch.equal(other, windows)
@@ -58,7 +59,7 @@ def test_the_random_state_of_the_caller_is_left_alone(
 ) -> None:
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    generate_windows(model, tokenizer, count=2, length=6, seed=0)
+    _generate_windows(model, tokenizer, count=2, length=6, seed=0)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -66,14 +67,14 @@ def test_the_random_state_of_the_caller_is_left_alone(
 def test_short_windows_are_as_short_as_asked(
     length: int, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    windows = generate_windows(model, tokenizer, count=3, length=length, seed=0)
+    windows = _generate_windows(model, tokenizer, count=3, length=length, seed=0)
     assert windows.shape == (3, length)
 
 
 def test_a_tokenizer_without_bos_begins_with_the_random_token(model: PreTrainedModel) -> None:
     tokenizer = byte_tokenizer()
     tokenizer.bos_token = None
-    windows = generate_windows(model, tokenizer, count=COUNT, length=5, seed=0)
+    windows = _generate_windows(model, tokenizer, count=COUNT, length=5, seed=0)
     assert windows.shape == (COUNT, 5)
     assert windows[:, 0].max() < 256
 
@@ -87,5 +88,5 @@ def test_the_sampling_advice_of_the_model_is_ignored(
     config.temperature, config.top_k, config.top_p = 0.1, 2, 0.5
     config.repetition_penalty = 1.3
     config.min_p, config.no_repeat_ngram_size, config.num_beams = 0.5, 2, 2
-    repeated = generate_windows(model, tokenizer, count=COUNT, length=LENGTH, seed=0)
+    repeated = _generate_windows(model, tokenizer, count=COUNT, length=LENGTH, seed=0)
     assert torch.equal(repeated, windows)

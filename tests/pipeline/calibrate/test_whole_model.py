@@ -12,7 +12,7 @@ from pipeline.calibrate.whole_model import measure_whole
 from pipeline.compress.plan import layer_costs
 from pipeline.compress.plan.layer_costs import CostRequest, WholeModelCosts
 from pipeline.errors import InputError
-from pipeline.model.classifier_structure import image_structure
+from pipeline.model.classifier_structure import ImageStructure
 from tests.support.classifiers import tiny_classifier
 
 SHAPE = (3, 16, 16)
@@ -21,7 +21,7 @@ LINEAR = "vit.layers.1.mlp.fc1"
 
 def measured(family: str, pixels: torch.Tensor, **keywords: Any) -> WholeModelCosts:
     model = tiny_classifier(family)
-    layers = image_structure(model, SHAPE).layers
+    layers = ImageStructure.of(model, SHAPE).layers
     moments = measure_whole(model, layers, pixels, gradients=True, **keywords)
     costs = WholeModelCosts(model, layers, moments, whole_model.DRAWS * len(pixels))
     costs.measure(CostRequest())
@@ -84,7 +84,7 @@ def test_values_that_are_not_finite_name_the_linear() -> None:
     model = tiny_classifier("vit")
     with torch.no_grad():
         model.vit.layers[0].mlp.fc1.weight.fill_(torch.inf)
-    layers = image_structure(model, SHAPE).layers
+    layers = ImageStructure.of(model, SHAPE).layers
     with pytest.raises(InputError, match="not finite") as caught:
         measure_whole(model, layers, torch.randn(4, *SHAPE), gradients=True)
     assert caught.value.details["where"] == "vit.layers.0.mlp.fc2"

@@ -6,14 +6,14 @@ from typing import Any
 import pytest
 
 from pipeline.checkpoint.card import model_card
-from pipeline.checkpoint.folder import read_recipe, read_report
+from pipeline.checkpoint.folder import read_record
 from tests.support.tiny_recovery import save_small
 
 
 @pytest.fixture(scope="module")
 def records(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[str, Any]]:
     small: Path = save_small(tmp_path_factory.mktemp("card"))
-    return read_recipe(small), read_report(small)
+    return read_record(small, "recipe.json"), read_record(small, "report.json")
 
 
 def test_without_a_recovery_the_card_says_that_nothing_was_fine_tuned(

@@ -10,9 +10,8 @@ from torch import nn
 
 from pipeline.checkpoint.install import group_entries, group_tensors, install_
 from pipeline.checkpoint.modeling_skipcat import FactoredLinear, SkipCatConfig
-from pipeline.compress.factorize.factors import stored_factors
-from pipeline.compress.factorize.whitened_svd import whitened_spectrum
-from pipeline.compress.forms import Form
+from pipeline.compress.factorize.factors import Factors, Form
+from pipeline.compress.factorize.whitened_svd import Spectrum
 
 
 class Pair(nn.Module):
@@ -34,8 +33,8 @@ def installed(form: Form, rank: int) -> tuple[Pair, Pair]:
     factored = copy.deepcopy(dense)
     stack = torch.cat([dense.first.weight, dense.second.weight]).detach()
     moment = torch.eye(16, dtype=torch.float64)
-    b, a = whitened_spectrum(stack, moment).factors(rank)
-    factors = stored_factors(b, a, stack, moment, form)
+    b, a = Spectrum.of(stack, moment).factors(rank)
+    factors = Factors.stored(b, a, stack, moment, form)
     members = ("first", "second")
     stored = (factors.down, factors.up, factors.permutation)
     tensors = group_tensors(members, [12, 6], *stored, torch.float64)

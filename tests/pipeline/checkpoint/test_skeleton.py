@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline.checkpoint.skeleton import load_skeleton
+from pipeline.checkpoint.skeleton import Skeleton
 from pipeline.errors import InputError
 from pipeline.export.request import ExportRequest
 from pipeline.export.trace_decoder import trace_decoder
@@ -23,7 +23,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_matrices_occupy_one_number_and_vectors_are_real(family: str, tmp_path: Path) -> None:
     folder = save_family(tmp_path, family)
-    skeleton = load_skeleton(folder, torch.float32)
+    skeleton = Skeleton.load(folder, torch.float32)
     stored = load_file(folder / "model.safetensors")
     for name, parameter in skeleton.model.named_parameters():
         if parameter.ndim >= 2:
@@ -34,7 +34,7 @@ def test_matrices_occupy_one_number_and_vectors_are_real(family: str, tmp_path: 
 
 
 def test_traced_weights_are_those_of_the_checkpoint(plain: Path) -> None:
-    skeleton = load_skeleton(plain, torch.float32)
+    skeleton = Skeleton.load(plain, torch.float32)
     graph = trace_decoder(skeleton, ExportRequest("opset24", max_length=32)).graph.graph
     stored = load_file(plain / "model.safetensors")
     matrices = [name for name in graph.initializers if name in skeleton.matrices]
@@ -45,7 +45,7 @@ def test_traced_weights_are_those_of_the_checkpoint(plain: Path) -> None:
 
 
 def test_float16_is_cast_when_it_is_read(plain: Path) -> None:
-    skeleton = load_skeleton(plain, torch.float16)
+    skeleton = Skeleton.load(plain, torch.float16)
     assert skeleton.model.dtype == torch.float16
     assert next(iter(skeleton.matrices.values())).read().dtype == torch.float16
 
@@ -64,4 +64,4 @@ def test_tensors_that_do_not_match_are_refused(plain: Path, tmp_path: Path, chan
         tensors[name] = tensors[name][1:].clone()
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError, match="not those"):
-        load_skeleton(tmp_path, torch.float32)
+        Skeleton.load(tmp_path, torch.float32)

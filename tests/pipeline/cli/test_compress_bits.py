@@ -19,13 +19,13 @@ from pipeline.artefact import sha256_of_file
 from pipeline.calibrate.fisher import BackwardSweep
 from pipeline.checkpoint.folder import load_checkpoint
 from pipeline.cli.main import main
-from pipeline.compress import decoder
 from pipeline.compress import run as recipe
+from pipeline.compress.embeddings import Embeddings
 from pipeline.compress.finished_layers import FinishedLayers
 from pipeline.compress.plan.layer_costs import LayerCosts
 from pipeline.export.export import export_folder
 from pipeline.export.request import ExportRequest
-from pipeline.quantize.formats import RUNTIMES, parse_format
+from pipeline.quantize.formats import RUNTIMES, Format
 from tests.support.families import save_family
 
 WEIGHTS = "model.safetensors"
@@ -198,7 +198,7 @@ def test_factors_in_few_bits_report_what_truncation_and_rounding_left(
         (BackwardSweep, "backward"),
         (FinishedLayers, "add"),
         (LayerCosts, "kept_choices"),
-        (decoder, "quantize_embeddings_"),
+        (Embeddings, "quantize_"),
     ],
 )
 def test_an_interrupted_run_resumes_to_the_same_bytes(
@@ -231,7 +231,7 @@ def test_another_budget_is_not_taken_up_where_an_earlier_one_stopped(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(recipe, "build_report", None)  # Fails behind the last layer.
+        patch.setattr(recipe, "_build_report", None)  # Fails behind the last layer.
         assert compress(root, tmp_path / "small", "--keep-bytes", "0.4") == 1
     assert compress(root, tmp_path / "small", "--keep-bytes", "0.5", "--resume") == 3
     assert "differs in keep_bytes" in capsys.readouterr().err
@@ -266,7 +266,7 @@ def test_formats_that_are_edited_into_a_plan_are_followed(
         owner = group["members"][0]
         part = "" if group["form"] == "dense" else ".up"
         width = group["columns"] if group["form"] == "dense" else group["rank"]
-        blocks = parse_format("int8-b16-sym").blocks(width)
+        blocks = Format.parse("int8-b16-sym").blocks(width)
         assert stored[f"{owner}{part}.stored.scales"].shape[1] == blocks
 
 
@@ -298,5 +298,5 @@ def test_a_plan_holds_formats_of_its_runtime_alone(undisturbed: Path) -> None:
     groups = [g for layer in plan["layers"].values() for g in layer]
     styles = {g[k] for g in groups for k in ("down_style", "up_style")} | {*plan["tables"].values()}
     runtime = RUNTIMES["cpu"]
-    assert all(runtime.accepts(parse_format(style)) for style in styles - {None})
+    assert all(runtime.accepts(Format.parse(style)) for style in styles - {None})
     assert len(styles - {None}) > 1

@@ -247,7 +247,7 @@ def test_a_plan_that_was_edited_since_the_interruption_is_refused(
     path = tmp_path / "plan.json"
     path.write_bytes((undisturbed / "plan.json").read_bytes())
     with monkeypatch.context() as patch:
-        patch.setattr(recipe, "build_report", None)  # Fails behind the last layer.
+        patch.setattr(recipe, "_build_report", None)  # Fails behind the last layer.
         assert compress("--plan", str(path)) == 1
     plan = read(tmp_path, "plan.json")
     first = next(g for g in plan["layers"]["model.layers.0"] if g["form"] != "dense")

@@ -19,7 +19,7 @@ from pipeline.checkpoint.folder import load_checkpoint
 from pipeline.compress.request import CompressRequest
 from pipeline.compress.run import compress_to_folder, plan_only
 from pipeline.errors import InputError, UsageError
-from pipeline.model.classifier_structure import image_structure
+from pipeline.model.classifier_structure import ImageStructure
 from tests.support.classifiers import (
     FAMILIES,
     processor,
@@ -40,7 +40,7 @@ def logits_of(model: PreTrainedModel, pixels: torch.Tensor = PIXELS) -> torch.Te
 def full_rank_plan(family: str, path: Path) -> Path:
     """Every group at full rank: q, k, v in skip form together, the others low-rank and skip."""
     layers: dict[str, list[dict]] = {}
-    for layer in image_structure(tiny_classifier(family), SHAPE).layers:
+    for layer in ImageStructure.of(tiny_classifier(family), SHAPE).layers:
         layers[layer.name] = [
             {
                 "members": list(group.members),

@@ -7,16 +7,10 @@ import torch
 from transformers import PreTrainedModel
 
 from pipeline.checkpoint.modeling_skipcat import QuantizedEmbedding, QuantizedLinear
-from pipeline.compress.embeddings import (
-    _WINDOWS,
-    _entries,
-    _gptq,
-    embedding_choices,
-    quantize_embeddings_,
-)
-from pipeline.compress.factorize.quantized_factors import GPTQ, rtn, values_of
-from pipeline.model.embeddings import find_embeddings
-from pipeline.quantize.formats import RUNTIMES, parse_format
+from pipeline.compress.embeddings import _WINDOWS, Embeddings, _entries, _gptq
+from pipeline.compress.factorize.factors import GPTQ, rtn
+from pipeline.quantize.formats import RUNTIMES, Format
+from pipeline.quantize.groupwise import Blocks
 from tests.support.families import tiny_model
 
 TOKENS = torch.randint(3, 250, (8, 24), generator=torch.Generator().manual_seed(0))
@@ -33,7 +27,7 @@ def log_chances(model: PreTrainedModel) -> torch.Tensor:
 def test_every_format_is_measured_and_the_model_is_as_it_was(family: str, groups: int) -> None:
     model, runtime = tiny_model(family), RUNTIMES["any"]
     before = log_chances(model)
-    choices = embedding_choices(model, TOKENS, runtime)
+    choices = Embeddings(model).choices(TOKENS, runtime)
     assert torch.equal(log_chances(model), before)
     assert len(choices) == groups
     for every in choices:
@@ -47,10 +41,10 @@ def test_every_format_is_measured_and_the_model_is_as_it_was(family: str, groups
 def test_the_cost_of_a_format_is_the_kl_to_the_model_as_it_is() -> None:
     model = tiny_model("smollm")
     windows = TOKENS[:_WINDOWS]
-    choice = embedding_choices(model, TOKENS, RUNTIMES["any"])[0][1]
+    choice = Embeddings(model).choices(TOKENS, RUNTIMES["any"])[0][1]
     with torch.no_grad():
         before = model(windows).logits.log_softmax(-1)
-        quantize_embeddings_(model, choice.tables, TOKENS, GPTQ)
+        Embeddings(model).quantize_(choice.tables, TOKENS, GPTQ)
         after = model(windows).logits.log_softmax(-1)
     expected = (before.exp() * (before - after)).sum(-1).mean()
     assert choice.loss == pytest.approx(float(expected), rel=1e-4)
@@ -58,8 +52,8 @@ def test_the_cost_of_a_format_is_the_kl_to_the_model_as_it_is() -> None:
 
 def test_a_tied_matrix_is_rounded_once_and_read_by_both() -> None:
     model = tiny_model("smollm")
-    entries, tensors = quantize_embeddings_(
-        model, dict.fromkeys((EMBEDDING, HEAD), STYLE), TOKENS, GPTQ
+    entries, tensors = Embeddings(model).quantize_(
+        dict.fromkeys((EMBEDDING, HEAD), STYLE), TOKENS, GPTQ
     )
     assert {name: entry["form"] for name, entry in entries.items()} == {
         EMBEDDING: "table",
@@ -73,28 +67,28 @@ def test_a_tied_matrix_is_rounded_once_and_read_by_both() -> None:
 
 
 def test_an_untied_head_feeds_errors_forward_and_an_embedding_does_not() -> None:
-    model, style = tiny_model("llama"), parse_format("int3-b16-asym")
+    model, style = tiny_model("llama"), Format.parse("int3-b16-asym")
     embedding, head = (model.get_submodule(n).weight.detach().clone() for n in (EMBEDDING, HEAD))
     x = model.model(TOKENS).last_hidden_state.flatten(0, 1).detach().double()
 
-    def lost(codes: object) -> float:
-        return float((x @ (values_of(codes) - head.double()).T).square().sum())  # type: ignore[arg-type]
+    def lost(codes: Blocks) -> float:
+        return float((x @ (codes.values() - head.double()).T).square().sum())
 
     assert lost(_gptq(model, (HEAD,), style, TOKENS)) < 0.8 * lost(rtn(head, style))
-    plain = values_of(rtn(embedding, style))
-    assert torch.equal(values_of(_gptq(model, (EMBEDDING,), style, TOKENS)), plain)
+    plain = rtn(embedding, style).values()
+    assert torch.equal(_gptq(model, (EMBEDDING,), style, TOKENS).values(), plain)
 
 
 def test_a_format_for_one_of_them_leaves_the_other_as_it_is() -> None:
     model = tiny_model("llama")
-    entries, _ = quantize_embeddings_(model, {HEAD: STYLE}, TOKENS, GPTQ)
+    entries, _ = Embeddings(model).quantize_({HEAD: STYLE}, TOKENS, GPTQ)
     assert list(entries) == [HEAD]
     assert isinstance(model.get_submodule(EMBEDDING), torch.nn.Embedding)
 
 
 def test_a_tied_table_pays_on_the_cpu_for_scales_and_zeros_in_two_shapes() -> None:
     model = tiny_model("smollm")
-    choices = embedding_choices(model, TOKENS[:1], RUNTIMES["cpu"])[0][1:]
+    choices = Embeddings(model).choices(TOKENS[:1], RUNTIMES["cpu"])[0][1:]
     rows, columns = model.get_submodule(EMBEDDING).weight.shape
     for choice, style in zip(choices, RUNTIMES["cpu"].table, strict=True):
         twice = rows * style.blocks(columns) * (4 if style.symmetric else 5)
@@ -103,18 +97,18 @@ def test_a_tied_table_pays_on_the_cpu_for_scales_and_zeros_in_two_shapes() -> No
 
 def test_formats_that_the_runtime_takes_no_such_width_in_are_no_choice() -> None:
     model = tiny_model("smollm")
-    taken = embedding_choices(model, TOKENS[:1], RUNTIMES["tensorrt"])[0]
+    taken = Embeddings(model).choices(TOKENS[:1], RUNTIMES["tensorrt"])[0]
     assert [set(choice.tables.values()) for choice in taken] == [set(), {"int8-row-sym"}]
 
 
 @pytest.mark.parametrize("family", ["smollm", "llama"])
 def test_the_tables_of_a_model_are_found_by_asking_it(family: str) -> None:
-    found = find_embeddings(tiny_model(family))
+    found = Embeddings(tiny_model(family))
     assert (found.embedding, found.head) == (EMBEDDING, HEAD)
     assert found.groups == (((EMBEDDING, HEAD),) if family == "smollm" else ((EMBEDDING,), (HEAD,)))
 
 
 def test_entries_of_a_shared_matrix_name_its_owner_first() -> None:
-    entries = _entries(tiny_model("smollm"), (EMBEDDING, HEAD), parse_format(STYLE))
+    entries = _entries(tiny_model("smollm"), (EMBEDDING, HEAD), Format.parse(STYLE))
     assert list(entries) == [EMBEDDING, HEAD]
     assert [entry["owner"] for entry in entries.values()] == [None, EMBEDDING]

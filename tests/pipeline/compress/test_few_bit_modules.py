@@ -24,14 +24,12 @@ from pipeline.checkpoint.modeling_skipcat import (
     QuantizedLinear,
     QuantizedWeight,
 )
-from pipeline.compress.embeddings import quantize_embeddings_
-from pipeline.compress.factorize.factors import stored_factors
-from pipeline.compress.factorize.quantized_factors import RTN, _rtn_factors
-from pipeline.compress.factorize.whitened_svd import whitened_spectrum
+from pipeline.compress.embeddings import Embeddings
+from pipeline.compress.factorize.factors import RTN, Factors, _rtn_factors
+from pipeline.compress.factorize.whitened_svd import Spectrum
 from pipeline.errors import InputError
-from pipeline.quantize.formats import parse_format
-from pipeline.quantize.groupwise import Blocks, dequantize_blocks, quantize_blocks
-from pipeline.quantize.packing import blocks_of, stored_tensors
+from pipeline.quantize.formats import Format
+from pipeline.quantize.groupwise import Blocks, quantize_blocks
 from tests.support.families import tiny_model
 from tests.support.tiny_decoder import byte_tokenizer
 
@@ -57,13 +55,13 @@ TABLE = "model.embed_tokens"
 
 
 def codes_in(style: str, weight: torch.Tensor = WEIGHT) -> Blocks:
-    form = parse_format(style)
+    form = Format.parse(style)
     width = form.width(weight.shape[1])
     return quantize_blocks(weight.numpy(), form.bits, width, zero=form.zero)
 
 
 def filled(module: QuantizedLinear | QuantizedEmbedding, codes: Blocks) -> None:
-    for name, tensor in stored_tensors(codes).items():
+    for name, tensor in codes.stored_tensors().items():
         setattr(module.stored, name, tensor)
 
 
@@ -75,7 +73,7 @@ def linear_in(style: str, bias: bool = True) -> tuple[QuantizedLinear, torch.Ten
         assert layer.bias is not None
         with torch.no_grad():
             layer.bias.normal_(generator=GENERATOR)
-    return layer, torch.from_numpy(dequantize_blocks(codes))
+    return layer, torch.from_numpy(codes.dequantized())
 
 
 @pytest.mark.parametrize("style", FORMATS)
@@ -91,14 +89,14 @@ def test_an_embedding_looks_up_rows_of_the_matrix_that_its_codes_stand_for(style
     table, codes = QuantizedEmbedding(ROWS, COLUMNS, style), codes_in(style)
     filled(table, codes)
     ids = torch.tensor([[0, 5, 5], [11, 1, 0]])
-    assert torch.equal(table(ids), torch.from_numpy(dequantize_blocks(codes))[ids])
-    assert torch.equal(table.weight, torch.from_numpy(dequantize_blocks(codes)))
+    assert torch.equal(table(ids), torch.from_numpy(codes.dequantized())[ids])
+    assert torch.equal(table.weight, torch.from_numpy(codes.dequantized()))
 
 
 @pytest.mark.parametrize("style", FORMATS)
 def test_storing_and_reading_codes_back_loses_nothing(style: str) -> None:
     codes = codes_in(style)
-    again = blocks_of(stored_tensors(codes), parse_format(style), COLUMNS)
+    again = Blocks.from_stored(codes.stored_tensors(), Format.parse(style), COLUMNS)
     for name in ("codes", "scales", "zero_points"):
         np.testing.assert_array_equal(getattr(again, name), getattr(codes, name))
     assert (again.bits, again.columns) == (codes.bits, codes.columns)
@@ -107,7 +105,7 @@ def test_storing_and_reading_codes_back_loses_nothing(style: str) -> None:
 @pytest.mark.parametrize("style", FORMATS)
 def test_a_new_module_has_the_shapes_that_are_stored(style: str) -> None:
     empty = dict(QuantizedWeight(ROWS, COLUMNS, style, "meta").named_buffers())
-    stored = stored_tensors(codes_in(style))
+    stored = codes_in(style).stored_tensors()
     assert {n: (t.shape, t.dtype) for n, t in empty.items()} == {
         n: (t.shape, t.dtype) for n, t in stored.items()
     }
@@ -143,10 +141,10 @@ def few_bit_model(
     tensors = dense_tensors((KEY,), [len(key)], codes_in("int3-b16-asym", key))
     down = model.get_submodule(DOWN).weight.detach()
     moment = torch.eye(down.shape[1], dtype=torch.float64)
-    b, a = whitened_spectrum(down, moment).factors(20)
-    factors = stored_factors(b, a, down, moment, "skip")
+    b, a = Spectrum.of(down, moment).factors(20)
+    factors = Factors.stored(b, a, down, moment, "skip")
     styles = ("int6-b16-sym", "int8-row-sym")
-    rounded = _rtn_factors(factors, (parse_format(styles[0]), parse_format(styles[1])))
+    rounded = _rtn_factors(factors, (Format.parse(styles[0]), Format.parse(styles[1])))
     entries |= group_entries((DOWN,), "skip", 20, *styles)
     assert rounded.down is not None
     assert rounded.up is not None
@@ -154,7 +152,7 @@ def few_bit_model(
     tensors |= group_tensors((DOWN,), [len(down)], *stored, torch.float16)
     install_(model, entries, tensors)
     names = (TABLE, "lm_head")
-    entries |= quantize_embeddings_(model, dict.fromkeys(names, table), IDS, RTN)[0]
+    entries |= Embeddings(model).quantize_(dict.fromkeys(names, table), IDS, RTN)[0]
     return model, entries
 
 

@@ -8,12 +8,11 @@ import pytest
 import torch
 
 from pipeline.calibrate.layer_stream import LayerStream
-from pipeline.compress.factorize.targets import propagated_target
-from pipeline.compress.factorize.whitened_svd import InputMoments
-from pipeline.compress.fit_group import fit_group
-from pipeline.compress.forms import Form
+from pipeline.compress.factorize.factors import Form
+from pipeline.compress.factorize.whitened_svd import InputMoments, _propagated_target
 from pipeline.compress.methods import _RECONSTRUCTED, ONE_SIDED, Fit
 from pipeline.compress.plan.plan import GroupPlan
+from pipeline.compress.walk import _fit_group
 from pipeline.errors import InputError
 from tests.support.tiny_survey import TOKENS, surveyed
 
@@ -44,7 +43,7 @@ def fitted(
 ) -> tuple[dict[str, torch.Tensor], dict]:
     tiny = surveyed("llama")
     group = GroupPlan(QKV, ROWS, COLUMNS, form, rank, expected_kl=0.25)
-    return fit_group(tiny.model, group, inputs, fit, tiny.survey, dtype)
+    return _fit_group(tiny.model, group, inputs, fit, tiny.survey, dtype)
 
 
 def product(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -72,7 +71,7 @@ def test_full_rank_gives_the_target_back(fit: Fit, form: Form, inputs: InputMome
         inputs = InputMoments(inputs.seen)
     else:
         assert inputs.drift is not None
-        target = propagated_target(target, inputs.seen, inputs.drift, fit.mix)
+        target = _propagated_target(target, inputs.seen, inputs.drift, fit.mix)
     tensors, report = fitted(inputs, fit, COLUMNS, form)
     torch.testing.assert_close(product(tensors), target, rtol=0, atol=1e-6)
     assert report["relative_error"] < 1e-10
@@ -85,7 +84,7 @@ def test_the_reported_error_is_that_of_the_stored_product(fit: Fit, inputs: Inpu
         inputs = InputMoments(inputs.seen)
     else:
         assert inputs.drift is not None
-        target = propagated_target(target, inputs.seen, inputs.drift, fit.mix)
+        target = _propagated_target(target, inputs.seen, inputs.drift, fit.mix)
     tensors, report = fitted(inputs, fit, 12)
     expected = output_error(target, product(tensors), inputs.seen)
     assert report["relative_error"] == pytest.approx(expected, rel=1e-6)
@@ -111,7 +110,7 @@ def test_two_sided_gives_up_output_error_for_what_the_model_minds(inputs: InputM
 def test_the_survey_is_not_needed_for_a_one_sided_fit(inputs: InputMoments) -> None:
     group = GroupPlan(QKV, ROWS, COLUMNS, "skip", 12)
     model = surveyed("llama").model
-    alone, _ = fit_group(model, group, InputMoments(inputs.seen), ONE_SIDED, None, torch.float32)
+    alone, _ = _fit_group(model, group, InputMoments(inputs.seen), ONE_SIDED, None, torch.float32)
     beside, _ = fitted(InputMoments(inputs.seen), ONE_SIDED, 12, dtype=torch.float32)
     assert alone.keys() == beside.keys()
     assert all(torch.equal(alone[name], beside[name]) for name in alone)

@@ -14,8 +14,8 @@ from pipeline.checkpoint.dense import densify_
 from pipeline.compress.methods import DEFAULT_EFFORT, DEFAULT_METHOD, EFFORTS, METHODS
 from pipeline.compress.plan.make_plan import make_plan
 from pipeline.compress.plan.plan import RankPlan
-from pipeline.compress.records import parameter_count
 from pipeline.compress.request import CompressRequest
+from pipeline.compress.run import parameter_count
 from pipeline.compress.walk import Compressed, compress_
 from tests.support.tiny_survey import TOKENS, calibrated, divergence, surveyed
 

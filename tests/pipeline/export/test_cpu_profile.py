@@ -18,7 +18,7 @@ from pipeline.compress.run import compress_to_folder
 from pipeline.errors import InputError, UsageError
 from pipeline.export.export import export_folder
 from pipeline.export.request import ExportRequest
-from pipeline.quantize.groupwise import dequantize_blocks, quantize_blocks
+from pipeline.quantize.groupwise import quantize_blocks
 from pipeline.runtime.generate import generate
 from pipeline.runtime.sequence import Decoding
 from pipeline.runtime.sessions.onnx_cpu_session import CpuSession
@@ -112,7 +112,7 @@ def test_few_bits_stay_close_to_torch(
 def on_grids(weight: torch.Tensor) -> torch.Tensor:
     """The matrix as a file in GGUF's Q4_1 would give it back."""
     blocks = quantize_blocks(weight.detach().numpy(), 4, 32, zero="offset")
-    return torch.from_numpy(dequantize_blocks(blocks))
+    return torch.from_numpy(blocks.dequantized())
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +150,7 @@ def test_4_bits_with_offsets_round_nothing_but_the_head(from_gguf: Path, tmp_pat
     with torch.no_grad():
         for table in tables:
             blocks = quantize_blocks(table.weight.detach().numpy(), 8, 64, zero="sym")
-            table.weight = torch.nn.Parameter(torch.from_numpy(dequantize_blocks(blocks)))
+            table.weight = torch.nn.Parameter(torch.from_numpy(blocks.dequantized()))
         expected = model(torch.from_numpy(IDS)).logits.numpy()
     found = in_pieces(CpuSession(tmp_path / "onnx"), [9, 10, 11])
     np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-4)

@@ -24,7 +24,7 @@ from pipeline.export.contract import QUANTIZED_SKIP, QUANTIZED_SKIP_INDEXED
 from pipeline.export.export import export_folder
 from pipeline.export.request import ExportRequest
 from pipeline.model.structure import decoder_structure
-from pipeline.quantize.formats import RUNTIMES, parse_format
+from pipeline.quantize.formats import RUNTIMES, Format
 from pipeline.runtime.sessions.onnx_cpu_session import CpuSession
 from pipeline.runtime.sessions.onnx_session import OnnxSession
 from tests.support.families import save_family
@@ -288,7 +288,7 @@ def test_numbers_can_be_asked_for(
 
 
 WIDTHS = {
-    runtime: {parse_format(name): {128} for name in names}
+    runtime: {Format.parse(name): {128} for name in names}
     for runtime, names in {
         "cpu": ("int4-b32-asym", "int8-b64-sym"),
         "tensorrt": ("int4-b64-sym", "int8-row-sym"),
@@ -329,7 +329,7 @@ def test_there_are_no_stored_codes_in_a_checkpoint_of_numbers() -> None:
 def test_a_width_that_is_no_whole_blocks_becomes_numbers_for_tensorrt(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    style = parse_format("int4-b64-sym")
+    style = Format.parse("int4-b64-sym")
     assert ExportRequest("opset24").weights_of({style: {128, 64}}) == "stored"
     assert ExportRequest("compat").weights_of({style: {128, 64}}) == "float"
     assert ExportRequest("opset24").weights_of({style: {128, 73}}) == "float"

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from pipeline.checkpoint.folder import load_checkpoint
-from pipeline.checkpoint.skeleton import StoredMatrix, load_skeleton
+from pipeline.checkpoint.skeleton import Skeleton, StoredMatrix
 from pipeline.compress.request import CompressRequest
 from pipeline.compress.run import compress_to_folder
 from pipeline.engine.build import build_engine
@@ -192,7 +192,7 @@ def test_a_skeleton_holds_no_matrix_of_any_classifier(
     compressed: bool, sources: dict[str, Path], checkpoints: dict[str, Path]
 ) -> None:
     for folder in (checkpoints if compressed else sources).values():
-        skeleton, whole = load_skeleton(folder, torch.float32), load_checkpoint(folder)
+        skeleton, whole = Skeleton.load(folder, torch.float32), load_checkpoint(folder)
         stored = dict(whole.named_parameters())
         assert stored.keys() == dict(skeleton.model.named_parameters()).keys()
         for name, parameter in skeleton.model.named_parameters():

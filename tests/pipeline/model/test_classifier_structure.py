@@ -7,14 +7,14 @@ import torch
 from torch import nn
 
 from pipeline.errors import InputError
-from pipeline.model.classifier_structure import _layer_of, image_structure
+from pipeline.model.classifier_structure import ImageStructure, _layer_of
 from tests.support.classifiers import FAMILIES, tiny_classifier
 
 SHAPE = (3, 16, 16)
 
 
 def short_names(family: str) -> list[tuple[str, ...]]:
-    structure = image_structure(tiny_classifier(family), SHAPE)
+    structure = ImageStructure.of(tiny_classifier(family), SHAPE)
     return [
         tuple(member.rsplit(".", 1)[-1] for member in group.members)
         for layer in structure.layers
@@ -34,7 +34,7 @@ def test_a_swin_has_its_blocks_stage_by_stage_and_the_merging_of_patches() -> No
 
 
 def test_inputs_of_an_image_are_counted_by_stage() -> None:
-    rows = image_structure(tiny_classifier("swin"), SHAPE).rows
+    rows = ImageStructure.of(tiny_classifier("swin"), SHAPE).rows
     assert rows["swin.encoder.layers.0.blocks.0.attention.q_proj"] == 64
     assert rows["swin.encoder.layers.0.downsample.reduction"] == 16
     assert rows["swin.encoder.layers.1.blocks.0.mlp.fc2"] == 16
@@ -45,7 +45,7 @@ def test_head_and_embeddings_are_left_alone(family: str) -> None:
     model = tiny_classifier(family)
     members = [
         member
-        for layer in image_structure(model, SHAPE).layers
+        for layer in ImageStructure.of(model, SHAPE).layers
         for group in layer.groups
         for member in group.members
     ]
@@ -59,7 +59,7 @@ def test_a_linear_that_is_run_twice_is_left_out_and_said() -> None:
     layer = model.vit.layers[0]
     inner = layer.mlp.forward
     layer.mlp.forward = lambda x: inner(x) + layer.mlp.fc2(layer.mlp.fc1(x))
-    structure = image_structure(model, SHAPE)
+    structure = ImageStructure.of(model, SHAPE)
     assert structure.left_out["vit.layers.0.mlp.fc1"] == "it is run 2 times for one image"
     assert "vit.layers.0.mlp.fc1" not in structure.rows
 
@@ -68,13 +68,13 @@ def test_a_shared_weight_is_left_out_and_said() -> None:
     model = tiny_classifier("vit")
     first, second = model.vit.layers[0].mlp.fc1, model.vit.layers[1].mlp.fc1
     second.weight = first.weight
-    left_out = image_structure(model, SHAPE).left_out
+    left_out = ImageStructure.of(model, SHAPE).left_out
     assert set(left_out) == {"vit.layers.0.mlp.fc1", "vit.layers.1.mlp.fc1"}
 
 
 def test_images_of_another_shape_than_the_model_takes_are_refused() -> None:
     with pytest.raises(InputError, match="does not take images"):
-        image_structure(tiny_classifier("vit"), (3, 20, 20))
+        ImageStructure.of(tiny_classifier("vit"), (3, 20, 20))
 
 
 def test_the_layer_of_a_linear_is_the_innermost_element_of_a_list() -> None:
@@ -92,5 +92,5 @@ def test_the_model_is_as_it_was() -> None:
     pixels = torch.randn(2, *SHAPE)
     with torch.no_grad():
         before = model(pixel_values=pixels).logits
-        image_structure(model, SHAPE)
+        ImageStructure.of(model, SHAPE)
         torch.testing.assert_close(model(pixel_values=pixels).logits, before, rtol=0, atol=0)

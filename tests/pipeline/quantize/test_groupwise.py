@@ -5,14 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pipeline.quantize.formats import _ZEROS, Zero, parse_format
-from pipeline.quantize.groupwise import (
-    _SHRINKAGES,
-    dequantize_blocks,
-    is_kept_by,
-    pad_to_blocks,
-    quantize_blocks,
-)
+from pipeline.quantize.formats import _ZEROS, Format, Zero
+from pipeline.quantize.groupwise import _SHRINKAGES, is_kept_by, pad_to_blocks, quantize_blocks
 
 RANDOM = np.random.default_rng(0)
 WEIGHT = RANDOM.normal(size=(5, 70)).astype(np.float32)
@@ -25,7 +19,7 @@ def test_without_clipping_no_weight_is_further_than_half_a_step_from_its_code(
 ) -> None:
     monkeypatch.setattr("pipeline.quantize.groupwise._SHRINKAGES", np.ones(1, np.float32))
     blocks = quantize_blocks(WEIGHT, bits, 32, zero=zero)
-    error = np.abs(pad_to_blocks(dequantize_blocks(blocks) - WEIGHT, 32))
+    error = np.abs(pad_to_blocks(blocks.dequantized() - WEIGHT, 32))
     # A zero point between two codes shifts the range by up to half a step; scales and offsets are
     # numbers of float16.
     allowed = blocks.scales[..., None] * {"sym": 0.5, "asym": 1.0, "offset": 0.5}[zero]
@@ -35,9 +29,9 @@ def test_without_clipping_no_weight_is_further_than_half_a_step_from_its_code(
 
 @pytest.mark.parametrize("zero", _ZEROS)
 def test_searching_the_range_never_adds_error(zero: Zero, monkeypatch: pytest.MonkeyPatch) -> None:
-    searched = dequantize_blocks(quantize_blocks(WEIGHT, 4, 32, zero=zero))
+    searched = quantize_blocks(WEIGHT, 4, 32, zero=zero).dequantized()
     monkeypatch.setattr("pipeline.quantize.groupwise._SHRINKAGES", _SHRINKAGES[:1])
-    plain = dequantize_blocks(quantize_blocks(WEIGHT, 4, 32, zero=zero))
+    plain = quantize_blocks(WEIGHT, 4, 32, zero=zero).dequantized()
     errors = [np.square(pad_to_blocks(w - WEIGHT, 32)).sum(axis=-1) for w in (searched, plain)]
     assert (errors[0] <= errors[1] + 1e-6).all()
     assert errors[0].sum() < errors[1].sum()
@@ -48,7 +42,7 @@ def test_weights_on_the_grid_are_exact() -> None:
     codes[..., 0], codes[..., 1] = 0, 15
     grid = ((codes - 7) * 0.25).reshape(3, 64).astype(np.float32)
     blocks = quantize_blocks(grid, 4, 32, zero="asym")
-    np.testing.assert_array_equal(dequantize_blocks(blocks), grid)
+    np.testing.assert_array_equal(blocks.dequantized(), grid)
     assert blocks.zero_points is not None
     assert (blocks.zero_points == 7).all()
 
@@ -67,12 +61,12 @@ def test_weights_on_a_grid_that_begins_anywhere_are_exact_with_offsets(
     blocks = quantize_blocks(weight, bits, 32, zero="offset")
     np.testing.assert_array_equal(blocks.codes, codes)
     np.testing.assert_array_equal(blocks.offsets, least[..., 0])
-    np.testing.assert_allclose(dequantize_blocks(blocks), weight, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(blocks.dequantized(), weight, rtol=0, atol=1e-6)
 
 
 def test_offsets_lose_no_more_than_zero_points_that_are_codes() -> None:
     asym, offset = (
-        np.square(dequantize_blocks(quantize_blocks(WEIGHT, 4, 32, zero=zero)) - WEIGHT).sum()
+        np.square(quantize_blocks(WEIGHT, 4, 32, zero=zero).dequantized() - WEIGHT).sum()
         for zero in ("asym", "offset")
     )
     assert offset < asym
@@ -81,7 +75,7 @@ def test_offsets_lose_no_more_than_zero_points_that_are_codes() -> None:
 @pytest.mark.parametrize("zero", _ZEROS)
 def test_zeros_stay_zeros(zero: Zero) -> None:
     blocks = quantize_blocks(np.zeros((2, 40), np.float32), 4, 32, zero=zero)
-    assert not dequantize_blocks(blocks).any()
+    assert not blocks.dequantized().any()
 
 
 @pytest.mark.parametrize("bits", [1, 9])
@@ -94,7 +88,7 @@ def test_important_columns_decide_the_range() -> None:
     weight = RANDOM.normal(size=(20, 32)).astype(np.float32)
     weight[:, 0] = 8.0
     plain, weighted = (
-        dequantize_blocks(quantize_blocks(weight, 3, 32, zero="sym", importance=importance))
+        quantize_blocks(weight, 3, 32, zero="sym", importance=importance).dequantized()
         for importance in (None, np.r_[1e-6, np.ones(31)])
     )
     errors = [np.square(w - weight)[:, 1:].sum() for w in (plain, weighted)]
@@ -118,14 +112,12 @@ def test_offsets_are_numbers_of_float16_and_come_back_from_the_zero_points() -> 
 
 LOSSLESS_RANDOM = np.random.default_rng(0)
 LOSSLESS_WEIGHT = LOSSLESS_RANDOM.normal(size=(24, 96)).astype(np.float32)
-STYLE = parse_format("int4-b32-offset")
+STYLE = Format.parse("int4-b32-offset")
 
 
 def in_format(name: str) -> np.ndarray:
-    style = parse_format(name)
-    return dequantize_blocks(
-        quantize_blocks(LOSSLESS_WEIGHT, style.bits, style.block, zero=style.zero)
-    )
+    style = Format.parse(name)
+    return quantize_blocks(LOSSLESS_WEIGHT, style.bits, style.block, zero=style.zero).dequantized()
 
 
 @pytest.mark.parametrize(

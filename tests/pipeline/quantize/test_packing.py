@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pipeline.quantize.packing import _unpack_codes, pack_codes
+from pipeline.quantize.groupwise import _unpack_codes, pack_codes
 
 RANDOM = np.random.default_rng(0)
 

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.compress.factorize.block_skip import _strong_pivots, quick_pivots, skip_block
-from pipeline.compress.forms import stored_parameters
+from pipeline.compress.factorize.factors import _quick_pivots, _skip_block, _strong_pivots
+from pipeline.compress.plan.plan import _stored_parameters
 
 
 def factors(rows: int, columns: int, rank: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -29,42 +29,43 @@ def test_skipping_the_block_changes_nothing_in_float64(
 ) -> None:
     rank = max(1, int(part * columns))
     b, a = factors(rows, columns, rank, seed)
-    skip = skip_block(b, a)
+    skip = _skip_block(b, a)
     x = torch.randn(columns, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     ordered = x[skip.permutation]
-    y = skip.up @ (ordered[:rank] + skip.interpolation @ ordered[rank:])
+    y = skip.up @ (ordered[:rank] + skip.down @ ordered[rank:])
     expected = b @ (a @ x)
     assert (y - expected).abs().max() <= 1e-10 * max(1.0, expected.abs().max().item())
 
 
 def test_up_is_exactly_the_pivot_columns_of_the_product() -> None:
     b, a = factors(9, 14, 5, 0)
-    skip = skip_block(b, a)
+    skip = _skip_block(b, a)
+    assert skip.permutation is not None
     torch.testing.assert_close(skip.up, (b @ a)[:, skip.permutation[:5]], rtol=0, atol=1e-12)
 
 
 def test_dense_gives_the_product_back() -> None:
     b, a = factors(9, 14, 5, 1)
-    torch.testing.assert_close(skip_block(b, a).dense(), b @ a, rtol=0, atol=1e-12)
+    torch.testing.assert_close(_skip_block(b, a).product(), b @ a, rtol=0, atol=1e-12)
 
 
 def test_full_rank_skip_stores_the_dense_matrix_and_no_interpolation() -> None:
     b, a = factors(6, 10, 10, 2)
-    skip = skip_block(b, a)
-    assert skip.interpolation.numel() == 0
-    assert skip.up.numel() == stored_parameters("skip", 6, 10, 10) == 60
-    torch.testing.assert_close(skip.dense(), b @ a, rtol=0, atol=1e-12)
+    skip = _skip_block(b, a)
+    assert skip.down.numel() == 0
+    assert skip.up.numel() == _stored_parameters("skip", 6, 10, 10) == 60
+    torch.testing.assert_close(skip.product(), b @ a, rtol=0, atol=1e-12)
 
 
 def test_it_stores_as_many_numbers_as_promised() -> None:
     b, a = factors(9, 14, 5, 3)
-    skip = skip_block(b, a)
-    assert skip.up.numel() + skip.interpolation.numel() == stored_parameters("skip", 9, 14, 5)
+    skip = _skip_block(b, a)
+    assert skip.up.numel() + skip.down.numel() == _stored_parameters("skip", 9, 14, 5)
 
 
 def test_factors_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="do not fit"):
-        skip_block(torch.ones(3, 2), torch.ones(3, 4))
+        _skip_block(torch.ones(3, 2), torch.ones(3, 4))
 
 
 def wide(rank: int, columns: int, seed: int) -> torch.Tensor:
@@ -154,7 +155,7 @@ def test_graded_columns_of_any_shape_end_within_the_bound(
 @pytest.mark.parametrize(("rank", "columns"), [(1, 1), (7, 7), (12, 40), (60, 200)])
 def test_quick_pivots_reproduce_all_others_too(rank: int, columns: int) -> None:
     a = wide(rank, columns, 0)
-    permutation, interpolation = quick_pivots(a)
+    permutation, interpolation = _quick_pivots(a)
     assert sorted(permutation.tolist()) == list(range(columns))
     pivots, others = a[:, permutation[:rank]], a[:, permutation[rank:]]
     torch.testing.assert_close(pivots @ interpolation, others, rtol=0, atol=1e-9)

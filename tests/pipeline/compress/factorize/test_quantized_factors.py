@@ -5,18 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pipeline.compress.factorize.factors import Factors, stored_factors
-from pipeline.compress.factorize.quantized_factors import (
-    _Formats,
-    _gptq_factors,
-    _rtn_factors,
-    latent_map,
-    moment_of_down,
-    values_of,
-)
-from pipeline.compress.factorize.whitened_svd import whitened_spectrum
-from pipeline.compress.forms import Form
-from pipeline.quantize.formats import parse_format
+from pipeline.compress.factorize.factors import Factors, Form, _Formats, _gptq_factors, _rtn_factors
+from pipeline.compress.factorize.whitened_svd import Spectrum
+from pipeline.quantize.formats import Format
 
 GENERATOR = torch.Generator().manual_seed(0)
 ROWS, COLUMNS, RANK = 60, 48, 20
@@ -36,17 +27,17 @@ PARTS = [moment_of(40, 0.03), moment_of(20, 0.03)]
 
 
 def factors_in(form: Form) -> Factors:
-    b, a = whitened_spectrum(TARGET, S, PARTS).factors(RANK)
-    return stored_factors(b, a, TARGET, S, form)
+    b, a = Spectrum.of(TARGET, S, PARTS).factors(RANK)
+    return Factors.stored(b, a, TARGET, S, form)
 
 
 def styles_of(down: str | None, up: str | None) -> _Formats:
-    first, second = (None if name is None else parse_format(name) for name in (down, up))
+    first, second = (None if name is None else Format.parse(name) for name in (down, up))
     return first, second
 
 
 def product(factors: Factors) -> torch.Tensor:
-    return factors.up @ latent_map(factors)
+    return factors.up @ factors.latent_map()
 
 
 def lost(factors: Factors, sensitivities: list[torch.Tensor] = PARTS) -> float:
@@ -58,7 +49,7 @@ def lost(factors: Factors, sensitivities: list[torch.Tensor] = PARTS) -> float:
 
 @pytest.mark.parametrize("form", ["skip", "low_rank"])
 def test_the_latent_map_gives_the_product_that_is_stored(form: Form) -> None:
-    exact = whitened_spectrum(TARGET, S, PARTS).factors(RANK)
+    exact = Spectrum.of(TARGET, S, PARTS).factors(RANK)
     torch.testing.assert_close(product(factors_in(form)), exact[0] @ exact[1], rtol=0, atol=1e-9)
 
 
@@ -93,7 +84,7 @@ def test_refitting_the_second_factor_never_loses(form: Form, style: str) -> None
 @pytest.mark.parametrize("form", ["skip", "low_rank"])
 def test_the_refitted_factor_solves_the_normal_equations(form: Form) -> None:
     refitted = _gptq_factors(factors_in(form), TARGET, S, PARTS, styles_of("int3-b16-asym", None))
-    latent = latent_map(refitted.factors)
+    latent = refitted.factors.latent_map()
     gradient = (product(refitted.factors) - TARGET) @ S @ latent.T
     scale = (TARGET @ S @ latent.T).abs().max()
     assert gradient.abs().max() < 1e-4 * scale  # the ridge is 1e-6 of the mean
@@ -118,7 +109,7 @@ def test_a_format_for_the_second_factor_leaves_the_first_alone(form: Form) -> No
     assert rounded.down is None
     assert rounded.up is not None
     assert torch.equal(rounded.factors.down, factors.down)
-    assert torch.equal(rounded.factors.up, values_of(rounded.up))
+    assert torch.equal(rounded.factors.up, rounded.up.values())
 
 
 @pytest.mark.parametrize("form", ["skip", "low_rank"])
@@ -127,8 +118,8 @@ def test_the_factors_are_the_values_of_the_codes(form: Form) -> None:
     rounded = _gptq_factors(factors_in(form), TARGET, S, PARTS, styles)
     assert rounded.down is not None
     assert rounded.up is not None
-    assert torch.equal(rounded.factors.down, values_of(rounded.down))
-    assert torch.equal(rounded.factors.up, values_of(rounded.up))
+    assert torch.equal(rounded.factors.down, rounded.down.values())
+    assert torch.equal(rounded.factors.up, rounded.up.values())
 
 
 def test_eight_bits_add_next_to_nothing() -> None:
@@ -138,8 +129,8 @@ def test_eight_bits_add_next_to_nothing() -> None:
 
 
 def test_at_full_rank_there_is_no_first_factor_to_round() -> None:
-    b, a = whitened_spectrum(TARGET, S).factors(COLUMNS)
-    factors = stored_factors(b, a, TARGET, S, "skip")
+    b, a = Spectrum.of(TARGET, S).factors(COLUMNS)
+    factors = Factors.stored(b, a, TARGET, S, "skip")
     rounded = _gptq_factors(factors, TARGET, S, [], styles_of("int4-b16-asym", "int8-row-sym"))
     assert rounded.down is None
     assert rounded.up is not None
@@ -151,4 +142,4 @@ def test_what_the_first_factor_of_a_skip_form_multiplies_is_what_it_skips_not() 
     x = torch.randn(2000, COLUMNS, generator=GENERATOR, dtype=torch.float64)
     others = x[:, factors.permutation[RANK:].long()]
     expected = others.T @ others
-    torch.testing.assert_close(moment_of_down(factors, x.T @ x), expected)
+    torch.testing.assert_close(factors.moment_of_down(x.T @ x), expected)

@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.compress.factorize.targets import _reconstructed_factors, propagated_target
-from pipeline.compress.factorize.whitened_svd import whitened_spectrum
+from pipeline.compress.factorize.whitened_svd import (
+    Spectrum,
+    _propagated_target,
+    _reconstructed_factors,
+)
 from pipeline.compress.methods import Fit
 from pipeline.compress.plan.rank_search import searched_plan
 from pipeline.compress.walk import compress_
@@ -41,19 +44,19 @@ def moments(x: torch.Tensor, seen: torch.Tensor) -> tuple[torch.Tensor, torch.Te
 
 def test_a_mix_of_zero_keeps_the_weights() -> None:
     weight, x, seen = drifted()
-    assert torch.equal(propagated_target(weight, *moments(x, seen), mix=0), weight)
+    assert torch.equal(_propagated_target(weight, *moments(x, seen), mix=0), weight)
 
 
 @pytest.mark.parametrize("mix", [0.0, 0.3, 1.0])
 def test_inputs_that_have_not_drifted_keep_the_weights(mix: float) -> None:
     weight, x, _ = drifted()
-    assert torch.equal(propagated_target(weight, *moments(x, x), mix=mix), weight)
+    assert torch.equal(_propagated_target(weight, *moments(x, x), mix=mix), weight)
 
 
 @pytest.mark.parametrize("mix", [0.25, 0.5, 1.0])
 def test_without_a_ridge_it_is_the_least_squares_fit_to_the_wanted_output(mix: float) -> None:
     weight, x, seen = drifted()
-    target = propagated_target(weight, *moments(x, seen), mix=mix, relative_ridge=0.0)
+    target = _propagated_target(weight, *moments(x, seen), mix=mix, relative_ridge=0.0)
     wanted = (1 - mix) * seen @ weight.T + mix * x @ weight.T
     expected, *_ = np.linalg.lstsq(seen.numpy(), wanted.numpy(), rcond=None)
     torch.testing.assert_close(target, torch.from_numpy(expected).T, rtol=0, atol=1e-10)
@@ -62,7 +65,7 @@ def test_without_a_ridge_it_is_the_least_squares_fit_to_the_wanted_output(mix: f
 def test_the_ridge_costs_little_and_undoes_most_of_the_error() -> None:
     weight, x, seen = drifted()
     exact, ridged = (
-        propagated_target(weight, *moments(x, seen), mix=1.0, relative_ridge=ridge)
+        _propagated_target(weight, *moments(x, seen), mix=1.0, relative_ridge=ridge)
         for ridge in (0.0, 1e-3)
     )
     wanted = x @ weight.T
@@ -75,7 +78,7 @@ def test_the_ridge_costs_little_and_undoes_most_of_the_error() -> None:
 
 def test_directions_in_which_nothing_is_seen_any_more_keep_their_weights() -> None:
     weight, x, seen = drifted(seen_directions=7)
-    target = propagated_target(weight, *moments(x, seen), mix=1.0)
+    target = _propagated_target(weight, *moments(x, seen), mix=1.0)
     assert torch.isfinite(target).all()
     torch.testing.assert_close(target[:, 7:], weight[:, 7:], rtol=0, atol=1e-12)
     assert (target[:, :7] - weight[:, :7]).abs().max() > 1e-3
@@ -85,7 +88,7 @@ def test_the_moments_are_left_as_they_were() -> None:
     weight, x, seen = drifted()
     given = moments(x, seen)
     before = [moment.clone() for moment in given]
-    propagated_target(weight, *given, mix=0.5)
+    _propagated_target(weight, *given, mix=0.5)
     assert all(map(torch.equal, given, before))
 
 
@@ -96,7 +99,7 @@ def test_moments_that_are_not_finite_are_refused(place: int, mix: float) -> None
     given = moments(x, seen)
     given[place][0, 0] = torch.nan
     with pytest.raises(ValueError, match="NaN or infinite"):
-        propagated_target(weight, *given, mix=mix)
+        _propagated_target(weight, *given, mix=mix)
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(9, 12), (12, 9), (10, 10)])
@@ -105,10 +108,10 @@ def test_reconstruction_at_full_rank_reproduces_the_target(rows: int, columns: i
     weight, target = torch.randn(2, rows, columns, dtype=torch.float64, generator=generator)
     inputs = torch.randn(60, columns, dtype=torch.float64, generator=generator)
     moment = inputs.T @ inputs / len(inputs)
-    left, right = whitened_spectrum(weight, moment).factors(min(rows, columns))
+    left, right = Spectrum.of(weight, moment).factors(min(rows, columns))
     if rows < columns:
         # The rows of V, those of W, do not span a target of other rows; those of the target do.
-        left, right = whitened_spectrum(target, moment).factors(rows)
+        left, right = Spectrum.of(target, moment).factors(rows)
     u, v = _reconstructed_factors(left, right, target, moment)
     torch.testing.assert_close(u @ v, target, rtol=0, atol=1e-9)
 
@@ -116,8 +119,8 @@ def test_reconstruction_at_full_rank_reproduces_the_target(rows: int, columns: i
 def test_reconstruction_fits_outputs_with_one_factor_held_and_then_weights_with_the_other() -> None:
     weight, x, seen = drifted()
     moment, drift = moments(x, seen)
-    target = propagated_target(weight, moment, drift, 0.25)
-    left, right = whitened_spectrum(weight, moment).factors(4)
+    target = _propagated_target(weight, moment, drift, 0.25)
+    left, right = Spectrum.of(weight, moment).factors(4)
     u, v = _reconstructed_factors(left, right, target, moment)
     expected_u, *_ = np.linalg.lstsq((seen @ right.T).numpy(), (seen @ target.T).numpy(), None)
     torch.testing.assert_close(u, torch.from_numpy(expected_u).T, rtol=0, atol=1e-9)

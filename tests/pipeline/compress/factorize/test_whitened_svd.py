@@ -14,11 +14,10 @@ from hypothesis import strategies as st
 from pipeline.compress.factorize.whitened_svd import (
     Spectrum,
     _cholesky,
+    _tails_of,
+    _whitened_energies,
     _whitening_roots,
     shrunk,
-    tails_of,
-    whitened_energies,
-    whitened_spectrum,
 )
 
 SHAPES = [(24, 16), (16, 24), (16, 16), (48, 8)]
@@ -41,7 +40,7 @@ def second_moment(inputs: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(("rows", "columns"), SHAPES)
 def test_full_rank_factorisation_is_exact(rows: int, columns: int) -> None:
     weight, inputs = problem(rows, columns)
-    b, a = whitened_spectrum(weight, second_moment(inputs)).factors(min(rows, columns))
+    b, a = Spectrum.of(weight, second_moment(inputs)).factors(min(rows, columns))
     torch.testing.assert_close(b @ a, weight, rtol=0, atol=1e-10)
 
 
@@ -49,7 +48,7 @@ def test_full_rank_factorisation_is_exact(rows: int, columns: int) -> None:
 @pytest.mark.parametrize("rank", [1, 3, 7])
 def test_truncation_error_equals_the_tail(rows: int, columns: int, rank: int) -> None:
     weight, inputs = problem(rows, columns)
-    spectrum = whitened_spectrum(weight, second_moment(inputs))
+    spectrum = Spectrum.of(weight, second_moment(inputs))
     b, a = spectrum.factors(rank)
     lost = (inputs @ (weight - b @ a).T).square().sum() / (inputs @ weight.T).square().sum()
     assert lost.item() == pytest.approx(spectrum.relative_tail(rank), rel=1e-6)
@@ -63,7 +62,7 @@ def test_energies_are_the_squared_singular_values_of_the_whitened_weight(
     moment = second_moment(inputs)
     _cholesky = torch.linalg.cholesky(moment)
     expected = torch.linalg.svdvals(weight @ _cholesky).square()
-    energies = whitened_spectrum(weight, moment).energies
+    energies = Spectrum.of(weight, moment).energies
     torch.testing.assert_close(energies, expected, rtol=1e-6, atol=1e-9 * expected[0].item())
 
 
@@ -71,7 +70,7 @@ def test_energies_are_the_squared_singular_values_of_the_whitened_weight(
 def test_no_other_product_of_that_rank_does_better(rows: int, columns: int) -> None:
     weight, inputs = problem(rows, columns)
     rank = 4
-    b, a = whitened_spectrum(weight, second_moment(inputs)).factors(rank)
+    b, a = Spectrum.of(weight, second_moment(inputs)).factors(rank)
     best = (inputs @ (weight - b @ a).T).square().sum()
     generator = torch.Generator().manual_seed(1)
     for size in (1e-1, 1e-3):
@@ -90,7 +89,7 @@ def test_no_other_product_of_that_rank_does_better(rows: int, columns: int) -> N
 def test_a_singular_moment_is_no_failure(rows: int, columns: int) -> None:
     weight, inputs = problem(rows, columns)
     inputs = inputs[: columns // 2]
-    spectrum = whitened_spectrum(weight, second_moment(inputs))
+    spectrum = Spectrum.of(weight, second_moment(inputs))
     b, a = spectrum.factors(min(rows, columns))
     torch.testing.assert_close(b @ a, weight, rtol=0, atol=1e-8)
     # Half of the directions are never seen, so half of the rank loses nothing that is seen.
@@ -99,7 +98,7 @@ def test_a_singular_moment_is_no_failure(rows: int, columns: int) -> None:
 
 def test_a_moment_of_another_size_is_refused() -> None:
     with pytest.raises(ValueError, match=r"\(3, 3\) does not fit"):
-        whitened_spectrum(torch.ones(2, 4), torch.eye(3, dtype=torch.float64))
+        Spectrum.of(torch.ones(2, 4), torch.eye(3, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("shape", [(8, 4), (4, 8)])
@@ -107,7 +106,7 @@ def test_nan_in_the_moment_is_refused(shape: tuple[int, int]) -> None:
     moment = torch.eye(shape[1], dtype=torch.float64)
     moment[0, 0] = float("nan")
     with pytest.raises(ValueError, match="NaN"):
-        whitened_spectrum(torch.ones(shape), moment)
+        Spectrum.of(torch.ones(shape), moment)
 
 
 # Two-sided: heights of the matrices of a stack, and the width of their input; m <= n and m > n.
@@ -150,7 +149,7 @@ def lost(
 @pytest.mark.parametrize(("heights", "columns"), STACKS)
 def test_two_sided_full_rank_is_exact(heights: tuple[int, ...], columns: int) -> None:
     weight, moment, blocks = stacked_problem(heights, columns)
-    b, a = whitened_spectrum(weight, moment, blocks).factors(min(weight.shape))
+    b, a = Spectrum.of(weight, moment, blocks).factors(min(weight.shape))
     torch.testing.assert_close(b @ a, weight, rtol=0, atol=1e-8)
 
 
@@ -158,8 +157,8 @@ def test_two_sided_full_rank_is_exact(heights: tuple[int, ...], columns: int) ->
 @pytest.mark.parametrize("rank", [0, 1, 5, 12])
 def test_two_sided_loss_equals_the_tail(heights: tuple[int, ...], columns: int, rank: int) -> None:
     weight, moment, blocks = stacked_problem(heights, columns)
-    spectrum = whitened_spectrum(weight, moment, blocks)
-    expected = tails_of(spectrum.energies)[rank].item()
+    spectrum = Spectrum.of(weight, moment, blocks)
+    expected = _tails_of(spectrum.energies)[rank].item()
     assert lost(spectrum, rank, weight, moment, blocks) == pytest.approx(expected, rel=1e-6)
 
 
@@ -171,7 +170,7 @@ def test_two_sided_energies_are_the_squared_singular_values_that_numpy_finds(
     left = np.linalg.cholesky(torch.block_diag(*blocks).numpy())
     right = np.linalg.cholesky(moment.numpy())
     u, s, vt = np.linalg.svd(left.T @ weight.numpy() @ right, full_matrices=False)
-    spectrum = whitened_spectrum(weight, moment, blocks)
+    spectrum = Spectrum.of(weight, moment, blocks)
     # The ridge; and rounding, which takes 1e-16 of the largest.
     torch.testing.assert_close(
         spectrum.energies, torch.from_numpy(s**2), rtol=1e-6, atol=1e-12 * s[0] ** 2
@@ -190,10 +189,10 @@ def test_no_other_product_of_that_rank_has_a_lower_two_sided_loss(
 ) -> None:
     weight, moment, blocks = stacked_problem(heights, columns)
     rank = 4
-    spectrum = whitened_spectrum(weight, moment, blocks)
+    spectrum = Spectrum.of(weight, moment, blocks)
     best = lost(spectrum, rank, weight, moment, blocks)
     # The truncation that only minds the inputs is not merely no better.
-    assert lost(whitened_spectrum(weight, moment), rank, weight, moment, blocks) > 1.05 * best
+    assert lost(Spectrum.of(weight, moment), rank, weight, moment, blocks) > 1.05 * best
     b, a = spectrum.factors(rank)
     generator = torch.Generator().manual_seed(1)
     for size in (1e-1, 1e-3, 1e-5):
@@ -210,7 +209,7 @@ def test_sensitivities_of_equal_worth_change_nothing(
 ) -> None:
     weight, moment, _ = stacked_problem(heights, columns)
     ones = [torch.eye(m, dtype=torch.float64) for m in heights]
-    equal, plain = whitened_spectrum(weight, moment, ones), whitened_spectrum(weight, moment)
+    equal, plain = Spectrum.of(weight, moment, ones), Spectrum.of(weight, moment)
     torch.testing.assert_close(equal.energies, plain.energies, rtol=1e-7, atol=1e-9)
     (b, a), (plain_b, plain_a) = equal.factors(3), plain.factors(3)
     torch.testing.assert_close(b @ a, plain_b @ plain_a, rtol=0, atol=1e-7)
@@ -231,8 +230,8 @@ def test_energies_alone_are_those_of_the_spectrum_even_if_the_moment_is_singular
     moment = second_moment(inputs[: max(1, round(seen * columns))])
     blocks = [shrunk(second_moment(problem(1, m, seed)[1]), 0.1) for m in heights]
     blocks = blocks if two_sided else []
-    energies = whitened_energies(weight, moment, blocks)
-    expected = whitened_spectrum(weight, moment, blocks).energies
+    energies = _whitened_energies(weight, moment, blocks)
+    expected = Spectrum.of(weight, moment, blocks).energies
     # Of directions that are never seen one holds the floor 1e-9, the other the ridge 1e-9 and,
     # where rounding made the moment indefinite, ten or a hundred of them.
     torch.testing.assert_close(energies, expected, rtol=1e-5, atol=1e-6 * float(expected[0]))
@@ -242,10 +241,10 @@ def test_energies_alone_are_those_of_the_spectrum_even_if_the_moment_is_singular
 
 def test_tails_are_the_sums_of_what_is_left() -> None:
     energies = torch.tensor([5.0, 3.0, 1.0], dtype=torch.float64)
-    assert tails_of(energies).tolist() == [9.0, 4.0, 1.0, 0.0]
+    assert _tails_of(energies).tolist() == [9.0, 4.0, 1.0, 0.0]
 
 
-@pytest.mark.parametrize("decompose", [whitened_spectrum, whitened_energies])
+@pytest.mark.parametrize("decompose", [Spectrum.of, _whitened_energies])
 @pytest.mark.parametrize("shape", [(8, 4), (4, 8)])
 def test_what_does_not_fit_or_is_not_finite_is_refused(
     decompose: Any, shape: tuple[int, int]
@@ -271,7 +270,7 @@ def test_a_shrunk_sensitivity_of_rank_one_still_gives_the_weight_back_at_full_ra
     single[0, 0] = 1
     moment = torch.eye(shape[1], dtype=torch.float64)
     weight = problem(*shape)[0]
-    b, a = whitened_spectrum(weight, moment, [shrunk(single, 0.1)]).factors(min(shape))
+    b, a = Spectrum.of(weight, moment, [shrunk(single, 0.1)]).factors(min(shape))
     torch.testing.assert_close(b @ a, weight, rtol=0, atol=1e-10)
 
 
@@ -283,7 +282,7 @@ def test_refitting_the_left_factor_on_the_latent_changes_nothing(shape: tuple[in
     weight = torch.randn(rows, columns, dtype=torch.float64, generator=generator)
     x = torch.randn(3 * columns, columns, dtype=torch.float64, generator=generator)
     moment = x.T @ x / len(x)
-    b, a = whitened_spectrum(weight, moment).factors(4)
+    b, a = Spectrum.of(weight, moment).factors(4)
     refit = torch.linalg.lstsq(x @ a.T, x @ weight.T).solution.T
     torch.testing.assert_close(refit, b)
 

@@ -10,23 +10,25 @@ import numpy as np
 import pytest
 
 from pipeline.compress.plan import file_bytes as stored_bytes
-from pipeline.compress.plan.bit_search import (
-    BitsRequest,
-    EmbeddingChoice,
-    QuantizationCosts,
-    searched_bits,
-)
 from pipeline.compress.plan.file_bytes import group_bytes
 from pipeline.compress.plan.plan import GroupPlan, RankPlan
 from pipeline.compress.plan.quantization_costs import StackCost
-from pipeline.compress.plan.rank_search import Curves, Members, stacks_of
+from pipeline.compress.plan.rank_search import (
+    BitsRequest,
+    Curves,
+    EmbeddingChoice,
+    Members,
+    QuantizationCosts,
+    searched_bits,
+    stacks_of,
+)
 from pipeline.errors import UsageError
 from pipeline.model.structure import Group, Layer
-from pipeline.quantize.formats import RUNTIMES, Runtime, parse_format
+from pipeline.quantize.formats import RUNTIMES, Format, Runtime
 
 RANDOM = np.random.default_rng(0)
 STYLES = ("int4-b16-asym", "int8-row-sym")
-SMALL = Runtime("any", tuple(map(parse_format, STYLES)), (), 2, 2, "two formats")
+SMALL = Runtime("any", tuple(map(Format.parse, STYLES)), (), 2, 2, "two formats")
 PAIR = Group(("a", "b"), 8, (8, 6))
 SINGLE = Group(("c",), 12, (8,))
 LAYERS = [Layer("layer", (PAIR, SINGLE))]
@@ -169,6 +171,6 @@ def test_tensorrt_is_given_whole_blocks_only(share: float, skip: bool) -> None:
             else [(group.down_style, width), (group.up_style, group.rank)]
         )
         for style, columns in matrices:
-            assert style is None or runtime.accepts(parse_format(style), columns)
+            assert style is None or runtime.accepts(Format.parse(style), columns)
     styles = {style for g in plan.groups for style in (g.down_style, g.up_style)}
     assert styles & {"int4-b64-sym", "int4-b128-sym"}

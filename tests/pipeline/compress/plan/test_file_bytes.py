@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
+from pipeline.compress.factorize.factors import Form
 from pipeline.compress.factorize.whitened_svd import InputMoments
-from pipeline.compress.fit_group import fit_group
-from pipeline.compress.forms import Form
 from pipeline.compress.methods import _RTN, Fit
 from pipeline.compress.plan import file_bytes as stored_bytes
 from pipeline.compress.plan.file_bytes import group_bytes, matrix_bytes
 from pipeline.compress.plan.plan import GroupPlan
-from pipeline.quantize.formats import RUNTIMES, parse_format
+from pipeline.compress.walk import _fit_group
+from pipeline.quantize.formats import RUNTIMES, Format
 from tests.support.tiny_survey import surveyed
 
 QKV = tuple(f"model.layers.0.self_attn.{kind}_proj" for kind in "qkv")
@@ -24,7 +24,7 @@ def tensors_of(group: GroupPlan) -> dict[str, torch.Tensor]:
     tiny = surveyed("llama")
     moment = torch.eye(group.columns, dtype=torch.float64)
     fit = Fit(two_sided=False, quantize=_RTN)
-    return fit_group(tiny.model, group, InputMoments(moment), fit, None, torch.float16)[0]
+    return _fit_group(tiny.model, group, InputMoments(moment), fit, None, torch.float16)[0]
 
 
 @pytest.mark.parametrize("members", [QKV, DOWN], ids=["three members", "one member"])
@@ -62,6 +62,6 @@ def test_but_for_names_the_bytes_of_a_group_are_those_of_its_tensors(
 
 @pytest.mark.parametrize("name", ["int4-b32-asym", "int8-b64-sym"])
 def test_a_runtime_that_holds_scales_in_four_bytes_pays_for_them(name: str) -> None:
-    style = parse_format(name)
+    style = Format.parse(name)
     cpu, any_ = (matrix_bytes(30, 100, style, RUNTIMES[runtime]) for runtime in ("cpu", "any"))
     assert cpu - any_ == 2 * 30 * style.blocks(100)

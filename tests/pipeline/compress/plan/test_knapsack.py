@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.compress.forms import stored_parameters
 from pipeline.compress.plan.knapsack import _RELATIVE_GAP, allocate, undominated
+from pipeline.compress.plan.plan import _stored_parameters
 
 SIZES = st.integers(1, 60)
 LOSSES = st.floats(0, 100, allow_subnormal=False).map(lambda loss: round(loss, 6))
@@ -62,7 +62,7 @@ def test_one_number_over_a_large_budget_is_over_it(budget: int) -> None:
 def concave_problem() -> tuple[list[np.ndarray], list[np.ndarray], int]:
     """Ranks of block-skip groups: sizes r (m + n - r), losses that fall at different rates."""
     ranks = np.arange(1, 33)
-    size = np.array([stored_parameters("skip", 64, 32, int(r)) for r in ranks])
+    size = np.array([_stored_parameters("skip", 64, 32, int(r)) for r in ranks])
     losses = [rate * np.exp(-ranks / rate) for rate in (1.0, 2.0, 4.0, 8.0, 16.0)]
     return [size] * len(losses), losses, int(0.6 * 64 * 32 * len(losses))
 

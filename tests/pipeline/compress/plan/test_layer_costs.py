@@ -20,7 +20,6 @@ from pipeline.compress.plan.layer_costs import (
     _SENSITIVITY_SHRINKAGE,
     CostRequest,
     LayerCosts,
-    output_tails,
 )
 from pipeline.compress.plan.rank_search import searched_plan, stacks_of
 from pipeline.compress.walk import compress_
@@ -223,7 +222,7 @@ def test_output_tails_are_those_of_the_singular_values_of_the_outputs(
 ) -> None:
     monkeypatch.setattr(precision, "_has_bfloat16_units", lambda: False)
     tiny = surveyed(family)
-    tails = output_tails(tiny.model, tiny.layers, TOKENS)
+    tails, _ = calibrated(tiny.model, tiny.layers).output_tails()
     stream = LayerStream(tiny.model, tiny.layers, TOKENS)
     for index, layer in enumerate(tiny.layers):
         moments = stream.advance(index)

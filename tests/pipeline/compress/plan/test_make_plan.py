@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.compress.decoder import spread
+from pipeline.calibrate.text import TokenBatch
 from pipeline.compress.methods import METHODS
 from pipeline.compress.plan.layer_costs import LayerCosts
 from pipeline.compress.plan.make_plan import make_plan
@@ -20,7 +20,7 @@ from tests.support.tiny_survey import calibrated, surveyed
 @pytest.mark.parametrize("count", [1, 2, 5, 12, 40])
 def test_windows_are_spread_evenly_with_both_ends(count: int) -> None:
     tokens = torch.arange(12)[:, None]
-    chosen = spread(tokens, count)[:, 0].tolist()
+    chosen = TokenBatch(tokens, "test", 0).spread(count)[:, 0].tolist()
     assert len(set(chosen)) == len(chosen) == min(count, 12)
     assert chosen[0] == 0
     if count > 1:

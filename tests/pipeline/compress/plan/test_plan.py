@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.compress.plan.plan import load_plan, uniform_plan
+from pipeline.compress.plan.plan import RankPlan, uniform_plan
 from pipeline.errors import InputError, UsageError
 from pipeline.model.structure import Layer, decoder_structure
 from tests.support.families import tiny_model
@@ -29,7 +29,7 @@ def edited(path: Path, **changes: object) -> Path:
 def test_a_saved_plan_reads_back_the_same(layers: list[Layer], tmp_path: Path) -> None:
     plan = uniform_plan(layers, 0.7)
     plan.save(tmp_path / "plan.json")
-    assert load_plan(tmp_path / "plan.json", layers) == plan
+    assert RankPlan.load(tmp_path / "plan.json", layers) == plan
 
 
 def test_cat_stacks_what_shares_an_input_and_no_cat_does_not(layers: list[Layer]) -> None:
@@ -42,7 +42,7 @@ def test_cat_stacks_what_shares_an_input_and_no_cat_does_not(layers: list[Layer]
 
 def test_an_edited_rank_is_followed(layers: list[Layer], tmp_path: Path) -> None:
     uniform_plan(layers, 0.7).save(tmp_path / "plan.json")
-    plan = load_plan(edited(tmp_path / "plan.json", rank=3), layers)
+    plan = RankPlan.load(edited(tmp_path / "plan.json", rank=3), layers)
     assert plan.groups[0].rank == 3
 
 
@@ -60,7 +60,7 @@ def test_an_impossible_plan_is_refused(
 ) -> None:
     uniform_plan(layers, 0.7).save(tmp_path / "plan.json")
     with pytest.raises(InputError, match=message):
-        load_plan(edited(tmp_path / "plan.json", **changes), layers)
+        RankPlan.load(edited(tmp_path / "plan.json", **changes), layers)
 
 
 def test_stacking_matrices_with_different_inputs_is_refused(
@@ -75,7 +75,7 @@ def test_stacking_matrices_with_different_inputs_is_refused(
     del groups[1]
     path.write_text(json.dumps(plan))
     with pytest.raises(InputError, match="do not share an input"):
-        load_plan(path, layers)
+        RankPlan.load(path, layers)
 
 
 @pytest.mark.parametrize("kept", [0.0, -1.0, 1.5])
@@ -87,4 +87,4 @@ def test_a_kept_fraction_outside_the_range_is_refused(layers: list[Layer], kept:
 def test_a_file_that_is_no_plan_is_refused(layers: list[Layer], tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text("[]")
     with pytest.raises(InputError, match="cannot be read"):
-        load_plan(tmp_path / "plan.json", layers)
+        RankPlan.load(tmp_path / "plan.json", layers)

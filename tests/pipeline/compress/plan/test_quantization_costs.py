@@ -6,21 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.compress.factorize.factors import Factors, stored_factors
-from pipeline.compress.factorize.quantized_factors import (
-    _gptq_factors,
-    latent_map,
-    moment_of_down,
-    values_of,
-)
-from pipeline.compress.factorize.whitened_svd import weighted_gram, whitened_spectrum
-from pipeline.compress.forms import Form
-from pipeline.compress.plan.quantization_costs import _SHARES, StackCost, stack_cost
-from pipeline.quantize.formats import parse_format
+from pipeline.compress.factorize.factors import Factors, Form, _gptq_factors
+from pipeline.compress.factorize.whitened_svd import Spectrum, weighted_gram
+from pipeline.compress.plan.quantization_costs import _SHARES, StackCost
+from pipeline.quantize.formats import Format
 from pipeline.quantize.gptq import gptq
 from tests.pipeline.compress.factorize.test_quantized_factors import COLUMNS, PARTS, TARGET, S, lost
 
-STYLES = [parse_format(name) for name in ("int3-b16-asym", "int4-b16-asym", "int8-b16-sym")]
+STYLES = [Format.parse(name) for name in ("int3-b16-asym", "int4-b16-asym", "int8-b16-sym")]
 # Expected over measured: what feedback moves beyond a clipped range costs more than expected, and
 # factors of so few rows and columns scatter.
 LEAST, MOST = 0.5, 1.5
@@ -28,12 +21,12 @@ LEAST, MOST = 0.5, 1.5
 
 @pytest.fixture(scope="module", params=["skip", "low_rank"])
 def measured(request: pytest.FixtureRequest) -> tuple[Form, StackCost]:
-    return request.param, stack_cost(TARGET, S, PARTS, STYLES, request.param)
+    return request.param, StackCost.measure(TARGET, S, PARTS, STYLES, request.param)
 
 
 def at_rank(form: Form, rank: int) -> Factors:
-    b, a = whitened_spectrum(TARGET, S, PARTS).factors(rank)
-    return stored_factors(b, a, TARGET, S, form)
+    b, a = Spectrum.of(TARGET, S, PARTS).factors(rank)
+    return Factors.stored(b, a, TARGET, S, form)
 
 
 def half_cost(error: torch.Tensor, moment: torch.Tensor, sensitivity: torch.Tensor) -> float:
@@ -68,7 +61,7 @@ def test_the_expected_cost_of_dense_matrices_is_near_what_rounding_leaves(
     measured: tuple[Form, StackCost], place: int
 ) -> None:
     codes = gptq(TARGET, STYLES[place], S, PARTS)
-    left = half_cost(values_of(codes) - TARGET, S, torch.block_diag(*PARTS))
+    left = half_cost(codes.values() - TARGET, S, torch.block_diag(*PARTS))
     assert LEAST * left < measured[1].dense[place] < MOST * left
 
 
@@ -80,13 +73,13 @@ def test_the_expected_cost_of_each_factor_is_near_what_rounding_it_leaves(
     form, noise = measured
     factors = at_rank(form, int(noise.ranks[number]))
     style = STYLES[place]
-    worth, moment = weighted_gram(factors.up, PARTS), moment_of_down(factors, S)
-    down = values_of(gptq(factors.down, style, moment, [worth])) - factors.down
+    worth, moment = weighted_gram(factors.up, PARTS), factors.moment_of_down(S)
+    down = gptq(factors.down, style, moment, [worth]).values() - factors.down
     left = half_cost(down, moment, worth)
     assert LEAST * left < noise.down[number, place] < MOST * left
-    latent = latent_map(factors)
+    latent = factors.latent_map()
     moment = latent @ S @ latent.T
-    up = values_of(gptq(factors.up, style, moment, PARTS)) - factors.up
+    up = gptq(factors.up, style, moment, PARTS).values() - factors.up
     left = half_cost(up, moment, torch.block_diag(*PARTS))
     assert LEAST * left < noise.up[number, place] < MOST * left
 
@@ -112,11 +105,11 @@ def test_more_bits_are_expected_to_cost_less_everywhere(measured: tuple[Form, St
 
 def test_a_matrix_of_rank_one_is_measured_at_that_rank() -> None:
     weight = torch.randn(2, COLUMNS, generator=torch.Generator().manual_seed(1)).double()
-    noise = stack_cost(weight, S, [torch.eye(2, dtype=torch.float64)], STYLES, "skip")
+    noise = StackCost.measure(weight, S, [torch.eye(2, dtype=torch.float64)], STYLES, "skip")
     assert noise.ranks.tolist() == [1]
     assert noise.up.shape == noise.down.shape == (1, len(STYLES))
 
 
 def test_moments_that_are_not_finite_are_refused() -> None:
     with pytest.raises(ValueError, match="NaN"):
-        stack_cost(TARGET, S * float("nan"), PARTS, STYLES, "skip")
+        StackCost.measure(TARGET, S * float("nan"), PARTS, STYLES, "skip")

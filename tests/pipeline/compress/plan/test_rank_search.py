@@ -13,11 +13,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pipeline.compress.plan import rank_search as search
-from pipeline.compress.plan.plan import RankPlan, load_plan, uniform_plan
+from pipeline.compress.plan.plan import RankPlan, uniform_plan
 from pipeline.compress.plan.rank_search import (
     Curves,
     _group_candidates,
-    partitions,
+    _partitions,
     searched_plan,
     stacks_of,
 )
@@ -117,7 +117,7 @@ def test_ranks_are_multiples(multiple: int) -> None:
 def test_a_plan_reads_back_the_same_with_its_expected_cost(tmp_path: Path) -> None:
     plan = plan_of("gemma3_text", 0.7)
     plan.save(tmp_path / "plan.json")
-    again = load_plan(tmp_path / "plan.json", surveyed("gemma3_text").layers)
+    again = RankPlan.load(tmp_path / "plan.json", surveyed("gemma3_text").layers)
     assert again == plan
     assert any(group.expected_kl for group in again.groups)
 
@@ -150,16 +150,16 @@ def test_the_budget_it_names_works_whatever_the_shape(rows: int, columns: int) -
 def test_a_grid_of_ranks_is_no_finer_than_meant_and_of_tiles_where_it_is_coarse(
     full: int, multiple: int
 ) -> None:
-    step = search.rank_step(full, multiple)
+    step = search._rank_step(full, multiple)
     assert step % multiple == 0
     assert full / step <= search._RANKS_PER_STACK
     assert step % search._TILE == 0 or step <= math.lcm(multiple, search._TILE) / 2
     if full <= search._RANKS_PER_STACK:
-        assert search.rank_step(full, 1) == 1
+        assert search._rank_step(full, 1) == 1
 
 
 def test_three_matrices_are_divided_in_every_way_and_more_in_two() -> None:
-    assert sorted(partitions(("q", "k", "v"), cat=True)) == [
+    assert sorted(_partitions(("q", "k", "v"), cat=True)) == [
         (("k", "v"), ("q",)),
         (("q",), ("k",), ("v",)),
         (("q", "k"), ("v",)),
@@ -167,9 +167,9 @@ def test_three_matrices_are_divided_in_every_way_and_more_in_two() -> None:
         (("q", "v"), ("k",)),
     ]
     four = ("a", "b", "c", "d")
-    assert list(partitions(four, cat=True)) == [(four,), (("a",), ("b",), ("c",), ("d",))]
-    assert list(partitions(four, cat=False)) == [(("a",), ("b",), ("c",), ("d",))]
-    assert list(partitions(("o",), cat=True)) == [(("o",),)]
+    assert list(_partitions(four, cat=True)) == [(four,), (("a",), ("b",), ("c",), ("d",))]
+    assert list(_partitions(four, cat=False)) == [(("a",), ("b",), ("c",), ("d",))]
+    assert list(_partitions(("o",), cat=True)) == [(("o",),)]
 
 
 @settings(max_examples=25, deadline=None)
@@ -199,7 +199,7 @@ def test_a_group_has_no_more_candidates_than_the_solver_is_meant_for(
 ) -> None:
     group, curves = random_group([40, 40, 40], 60, 0)
     every = _group_candidates(group, curves, cat=True, skip=True, multiple=1)
-    monkeypatch.setattr(search, "CANDIDATES_PER_GROUP", 20)
+    monkeypatch.setattr(search, "_CANDIDATES_PER_GROUP", 20)
     fewer = _group_candidates(group, curves, cat=True, skip=True, multiple=1)
     assert len(every) > len(fewer) == 20
     assert (fewer[0], fewer[-1]) == (every[0], every[-1])

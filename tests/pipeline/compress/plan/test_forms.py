@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.compress.forms import Form, rank_for_kept, reason_to_stay_dense, stored_parameters
+from pipeline.compress.factorize.factors import Form
+from pipeline.compress.plan.plan import _reason_to_stay_dense, _stored_parameters, rank_for_kept
 
 SIZES = st.integers(2, 5000)
 FACTORED: list[Form] = ["skip", "low_rank"]
@@ -18,9 +19,9 @@ def test_the_budget_is_kept_and_one_more_rank_would_break_it(
 ) -> None:
     rank = rank_for_kept(form, rows, columns, kept)
     budget = kept * rows * columns
-    assert stored_parameters(form, rows, columns, rank) <= budget * (1 + 1e-9)
+    assert _stored_parameters(form, rows, columns, rank) <= budget * (1 + 1e-9)
     if rank < min(rows, columns):
-        assert stored_parameters(form, rows, columns, rank + 1) > budget * (1 - 1e-9)
+        assert _stored_parameters(form, rows, columns, rank + 1) > budget * (1 - 1e-9)
 
 
 @pytest.mark.parametrize(
@@ -41,7 +42,7 @@ def test_ranks_match_the_published_table(
 
 
 def test_skip_at_full_rank_stores_what_the_dense_matrix_does() -> None:
-    assert stored_parameters("skip", 70, 50, 50) == stored_parameters("dense", 70, 50, 0) == 3500
+    assert _stored_parameters("skip", 70, 50, 50) == _stored_parameters("dense", 70, 50, 0) == 3500
 
 
 def test_ranks_are_rounded_down_to_the_multiple() -> None:
@@ -56,12 +57,12 @@ def test_a_kept_fraction_outside_the_range_is_refused(kept: float) -> None:
 
 
 def test_a_group_stays_dense_when_low_rank_would_not_pay() -> None:
-    assert "nothing would be left" in str(reason_to_stay_dense("skip", 4, 4, 0))
-    assert "full rank" in str(reason_to_stay_dense("skip", 8, 4, 4))
-    assert "would store" in str(reason_to_stay_dense("low_rank", 10, 10, 9))
-    assert reason_to_stay_dense("skip", 10, 10, 9) is None
+    assert "nothing would be left" in str(_reason_to_stay_dense("skip", 4, 4, 0))
+    assert "full rank" in str(_reason_to_stay_dense("skip", 8, 4, 4))
+    assert "would store" in str(_reason_to_stay_dense("low_rank", 10, 10, 9))
+    assert _reason_to_stay_dense("skip", 10, 10, 9) is None
 
 
 def test_a_rank_beyond_the_matrix_is_refused() -> None:
     with pytest.raises(ValueError, match=r"outside \[0, 4\]"):
-        stored_parameters("skip", 8, 4, 5)
+        _stored_parameters("skip", 8, 4, 5)
