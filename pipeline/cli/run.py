@@ -14,7 +14,7 @@ import click
 from pipeline.cli import options
 from pipeline.cli.prompts import answer_all, read_prompts
 from pipeline.errors import UsageError
-from pipeline.runtime.sessions.open_session import BACKENDS, DEVICES
+from pipeline.runtime.sessions.open_session import DEVICES
 
 if TYPE_CHECKING:
     from pipeline.runtime.generate import Answer
@@ -25,29 +25,13 @@ _Messages = list[dict[str, str]]
 _Ask = Callable[[_Messages, Callable[[str], None]], "Answer"]
 
 _sampling_options = options.apply(
-    click.option(
-        "--max-new-tokens",
-        type=click.IntRange(min=1),
-        default=256,
-        show_default=True,
-        help="Most tokens of an answer.",
-    ),
-    click.option(
-        "--temperature",
-        type=float,
-        default=0.0,
-        show_default=True,
-        help="0 always takes the likeliest token.",
-    ),
-    click.option("--top-k", type=int, default=0, show_default=True, help="0 keeps all."),
-    click.option("--top-p", type=float, default=1.0, show_default=True, help="1 keeps all."),
-    click.option("--min-p", type=float, default=0.0, show_default=True, help="0 keeps all."),
-    click.option(
-        "--repetition-penalty",
-        type=float,
-        default=1.0,
-        show_default=True,
-        help="Above 1, tokens that are there already become less likely.",
+    options.setting("--max-new-tokens", 256, "Most tokens of an answer.", options.positive),
+    options.setting("--temperature", 0.0, "0 always takes the likeliest token."),
+    options.setting("--top-k", 0, "0 keeps all."),
+    options.setting("--top-p", 1.0, "1 keeps all."),
+    options.setting("--min-p", 0.0, "0 keeps all."),
+    options.setting(
+        "--repetition-penalty", 1.0, "Above 1, tokens that are there already become less likely."
     ),
     click.option("--stop", "stops", multiple=True, help="Text that ends the answer; repeatable."),
     options.seed,
@@ -56,43 +40,31 @@ _sampling_options = options.apply(
 
 
 @click.command("run", cls=options.GroupedCommand)
-@click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@options.folder
 @click.option("-p", "--prompt", help="What to ask; without it, stdin or a conversation.")
 @click.option(
     "--prompts",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
     help="A prompt a line, or a .jsonl of prompt or messages: answered side by side, in order.",
 )
-@click.option(
-    "--batch-size",
-    type=click.IntRange(1, 256),
-    default=8,
-    show_default=True,
-    help="Answers of --prompts that decode together.",
+@options.setting(
+    "--batch-size", 8, "Answers of --prompts that decode together.", click.IntRange(1, 256)
 )
 @click.option("--system", help="System message of the conversation.")
 @click.option("--raw", is_flag=True, help="Give the prompt as it is, without a chat template.")
-@click.option(
-    "--backend",
-    type=click.Choice(BACKENDS),
-    default="auto",
-    show_default=True,
-    help="What runs it; auto: what the folder is for.",
-)
-@click.option(
+@options.backend
+@options.setting(
     "--device",
-    type=click.Choice(DEVICES),
-    default="cpu",
-    show_default=True,
-    help="Where PyTorch computes a checkpoint: cpu, or cuda in half precision with the block-skip "
+    "cpu",
+    "Where PyTorch computes a checkpoint: cpu, or cuda in half precision with the block-skip "
     "kernels. Exports run on the CPU, engines on their GPU.",
+    click.Choice(DEVICES),
 )
-@click.option("--threads", type=click.IntRange(min=1), help="Threads of ONNX Runtime.")
-@click.option(
+@options.threads
+@options.setting(
     "--lookup/--no-lookup",
-    default=True,
-    show_default=True,
-    help="Prompt-lookup (speculative) decoding: several draft tokens out of the conversation are "
+    True,
+    "Prompt-lookup (speculative) decoding: several draft tokens out of the conversation are "
     "checked in one call (profile cpu).",
 )
 @_sampling_options
