@@ -16,7 +16,7 @@ from pipeline.runtime.sessions.image_sessions import (
     OnnxImages,
     TorchImages,
 )
-from validate.compare import StageLogits, run_batches
+from validate.compare import StageLogits
 from validate.ledger import Adapter, Column, Drawn, Loaded
 from validate.record import Accuracy, Row
 from validate.stages import Artefacts, Openers
@@ -116,7 +116,7 @@ def _measure(
     name: str, session: ImageSession, inputs: _Inputs, watched: Mapping[str, _Outputs]
 ) -> _Outputs:
     """Logits of a session, and its accuracy where there are labels."""
-    logits = run_batches(name, session.classify, inputs.batches)
+    logits = StageLogits.of(name, session.classify, inputs.batches)
     return _Outputs(logits, _accuracy_of(np.concatenate(logits.arrays()), inputs.labels))
 
 

@@ -72,7 +72,6 @@ def command(
     from pipeline.build import BuildRequest, build
     from pipeline.compress.request import CompressRequest
     from pipeline.model.source import resolve_source
-    from validate.run import require_passed
 
     compress = CompressRequest(**settings)
     compress.check()
@@ -84,7 +83,7 @@ def command(
         click.echo(json.dumps(record | {"ledger": ledger.to_json()}, indent=2))
     else:
         _show(state, ledger)
-    require_passed(ledger)
+    ledger.require_passed()
 
 
 def _default_folder(label: str, compress: CompressRequest) -> Path:

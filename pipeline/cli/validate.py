@@ -96,14 +96,15 @@ def command(
     if output is not None:
         refuse_existing(output, overwrite=overwrite)
 
-    from validate.run import require_passed, validate, write_reports
+    from validate.report import write_reports
+    from validate.run import validate
 
     request = _request_of(artefacts, settings)
     ledger = validate(request, lambda message: click.echo(message, err=True))
     if output is not None:
         write_reports(ledger, output, overwrite=overwrite)
     _show(ledger, output, as_json)
-    require_passed(ledger)
+    ledger.require_passed()
 
 
 def _request_of(artefacts: Artefacts, settings: dict[str, Any]) -> ValidateRequest:
@@ -134,10 +135,10 @@ def _gather(
     Raises:
         UsageError: there is nothing that names the original.
     """
-    from validate.stages import Artefacts, find_artefacts, original_of
+    from validate.stages import Artefacts, original_of
 
     if build_folder is not None:
-        found = find_artefacts(build_folder)
+        found = Artefacts.find(build_folder)
         return Artefacts(
             original or found.original,
             checkpoint or found.checkpoint,

@@ -105,6 +105,7 @@ class OnnxSession(CheckedSession):
         rows, count = self._check_call(input_ids)
         if self._rows is None:
             self._start_cache(rows)
+        # The graph computes the logits of all tokens, so a long prompt is fed by parts.
         for start in range(0, count, _PREFILL_TOKENS if last_only else count):
             part = input_ids[:, start : start + _PREFILL_TOKENS] if last_only else input_ids
             logits = self._run(part)

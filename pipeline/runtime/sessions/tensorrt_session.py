@@ -157,6 +157,7 @@ class TensorRTSession(CheckedSession):
         return TensorRTSession(self._folder, name=self.name, engine=self._opened)
 
     def forward(self, input_ids: np.ndarray, last_only: bool = False) -> np.ndarray:
+        """As every session's; ResourceError says that TensorRT could not run the call."""
         rows, count = self._check_call(input_ids)
         if self._rows is None:
             self._start_cache(rows)
@@ -171,15 +172,7 @@ class TensorRTSession(CheckedSession):
     def _check_rows(self, rows: int) -> None:
         """Raise InputError for more rows than the engine was built for, too."""
         super()._check_rows(rows)
-        max_batch = self.manifest["limits"]["max_batch"]
-        if rows > max_batch:
-            raise InputError(
-                "More rows than the engine takes.",
-                where=self.name,
-                observed=f"{rows} rows",
-                expected=f"at most {max_batch}",
-                change="build the engine again with a larger --max-batch",
-            )
+        _require_rows(rows, self.manifest["limits"]["max_batch"], self.name)
 
     def _start_cache(self, rows: int) -> None:
         """Zeroed buffers for `rows` sequences: a stale NaN would survive a mask of zero weight."""
@@ -355,6 +348,18 @@ def _require_context(context: trt.IExecutionContext | None) -> trt.IExecutionCon
             change="close other programs on the GPU, or build with a smaller --max-prefill",
         )
     return context
+
+
+def _require_rows(rows: int, max_batch: int, where: str) -> None:
+    """Raise InputError for more rows than the engine was built for."""
+    if rows > max_batch:
+        raise InputError(
+            "More rows than the engine takes.",
+            where=where,
+            observed=f"{rows} rows",
+            expected=f"at most {max_batch}",
+            change="build the engine again with a larger --max-batch",
+        )
 
 
 def _split_call(count: int, longest: int) -> list[tuple[int, int]]:

@@ -51,7 +51,7 @@ class TorchSession(CheckedSession):
         return TorchSession(self.model, self.name, self.max_length)
 
     def forward(self, input_ids: np.ndarray, last_only: bool = False) -> np.ndarray:
-        rows, count = self._check_call(input_ids)
+        rows, _ = self._check_call(input_ids)
         logits = self.logits(torch.from_numpy(input_ids).to(self.model.device), last_only)
         self._rows = rows
         return logits.float().cpu().numpy()

@@ -82,7 +82,7 @@ def test_lent_weights_give_the_logits_of_weights_that_onnx_runtime_maps(
 ) -> None:
     lent = kind(shared_export(profile), threads=1)
     assert (lent._weights is not None) == _borrows_files(onnxruntime.__version__)
-    monkeypatch.setattr(onnx_session, "map_weights", lambda path: None)
+    monkeypatch.setattr(onnx_session, "_map_weights", lambda path: None)
     own = kind(shared_export(profile), threads=1)
     assert own._weights is None
     for session in (lent, own):
