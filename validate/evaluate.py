@@ -173,7 +173,7 @@ def _open_as(request: EvaluateRequest, name: str, backend: str) -> _Subject:
 
 def _open_subject(
     name: str, backend: str = "auto", *, threads: int | None = None, trust_remote_code: bool = False
-) -> Subject:
+) -> _Subject:
     """Open an ONNX export, a checkpoint folder, or a model by alias, hub id or GGUF file.
 
     Args:
@@ -203,7 +203,7 @@ def _open_subject(
     return _open_named(name, trust_remote_code)
 
 
-def _open_named(name: str, trust_remote_code: bool) -> Subject:
+def _open_named(name: str, trust_remote_code: bool) -> _Subject:
     """Anything that `pipeline.model.load` takes, in float32."""
     from pipeline.model.load import load_model
     from pipeline.runtime.sessions.torch_session import TorchSession

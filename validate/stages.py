@@ -130,7 +130,8 @@ class Artefacts:
                 "This is not a build folder.",
                 where=build,
                 expected="checkpoint/, and beside it onnx*/ and engine*/",
-                change="give the folder of `skipcat build`, or pass --original, --checkpoint, --onnx",
+                change="give the folder of `skipcat build`, or pass --original, --checkpoint, "
+                "--onnx",
             )
         return cls(
             original=original_of(checkpoint),
