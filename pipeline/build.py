@@ -150,8 +150,9 @@ def build(
     Raises:
         PipelineError: bad input, a missing package, or not enough memory or disk.
     """
-    from validate.run import validate, write_reports
-    from validate.stages import find_artefacts
+    from validate.report import write_reports
+    from validate.run import validate
+    from validate.stages import Artefacts
 
     request.check()
     target = resolve_target(request.target)
@@ -175,7 +176,7 @@ def build(
     ledgers: list[Ledger] = []
 
     def ledger_stage(path: Path) -> None:
-        ledgers.append(validate(request.validation(find_artefacts(folder)), note))
+        ledgers.append(validate(request.validation(Artefacts.find(folder)), note))
         write_reports(ledgers[0], path)
 
     _forget_failed_ledger(folder / "ledger")

@@ -119,13 +119,14 @@ def validate(
     Raises:
         PipelineError: the artefacts or the text cannot be read.
     """
-    from validate.run import ValidateRequest, write_reports
+    from validate.report import write_reports
+    from validate.run import ValidateRequest
     from validate.run import validate as run
-    from validate.stages import find_artefacts
+    from validate.stages import Artefacts
 
     if output is not None:
         refuse_existing(Path(output), overwrite=overwrite)
-    artefacts = find_artefacts(Path(build)) if isinstance(build, (str, Path)) else build
+    artefacts = Artefacts.find(Path(build)) if isinstance(build, (str, Path)) else build
     ledger = run(ValidateRequest(artefacts, **settings))
     if output is not None:
         write_reports(ledger, Path(output), overwrite=overwrite)

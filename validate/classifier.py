@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
 from pipeline.errors import UsageError
 from pipeline.model.task import IMAGES, Task
-from pipeline.runtime.sessions.image_sessions import ImageSession
-from validate.compare import StageLogits, run_batches
+from pipeline.runtime.sessions.image_sessions import (
+    EngineImages,
+    ImageSession,
+    OnnxImages,
+    TorchImages,
+)
+from validate.compare import StageLogits
 from validate.ledger import Adapter, Column, Drawn, Loaded
 from validate.record import Accuracy, Row
 from validate.stages import Artefacts, Openers
@@ -112,7 +116,7 @@ def _measure(
     name: str, session: ImageSession, inputs: _Inputs, watched: Mapping[str, _Outputs]
 ) -> _Outputs:
     """Logits of a session, and its accuracy where there are labels."""
-    logits = run_batches(name, session.classify, inputs.batches)
+    logits = StageLogits.of(name, session.classify, inputs.batches)
     return _Outputs(logits, _accuracy_of(np.concatenate(logits.arrays()), inputs.labels))
 
 
@@ -130,24 +134,6 @@ def _accuracy_of(logits: np.ndarray, labels: np.ndarray | None) -> Accuracy | No
     return Accuracy(share, float(np.sqrt(share * (1 - share) / len(labels))), len(labels))
 
 
-def _open_model(model: Any, name: str) -> ImageSession:
-    from pipeline.runtime.sessions.image_sessions import TorchImages
-
-    return TorchImages(model, name)
-
-
-def _open_onnx(folder: Path, name: str) -> ImageSession:
-    from pipeline.runtime.sessions.image_sessions import OnnxImages
-
-    return OnnxImages(folder, name)
-
-
-def _open_engine(folder: Path, name: str) -> ImageSession:
-    from pipeline.runtime.sessions.image_sessions import EngineImages
-
-    return EngineImages(folder, name)
-
-
 def _accuracy_cell(row: Row) -> str | None:
     if row.accuracy is None:
         return None
@@ -162,7 +148,7 @@ def _accuracy(row: Row) -> tuple[float, float] | None:
 CLASSIFIER = Adapter(
     options=_options,
     load=_load,
-    openers=Openers(_open_model, _open_onnx, _open_engine),
+    openers=Openers(TorchImages, OnnxImages, EngineImages),
     measure=_measure,
     item="image",
     per_item="an image",

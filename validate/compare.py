@@ -25,7 +25,7 @@ from polygraphy.comparator import (
 from polygraphy.logger import G_LOGGER
 
 from pipeline.export.contract import LOGITS
-from validate.metrics import LogitMetrics, compare_logits
+from validate.metrics import LogitMetrics
 from validate.stages import Tolerance
 
 _INPUT = "batch"
@@ -45,9 +45,61 @@ class StageLogits:
     results: RunResults
     inference_s: float
 
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        forward: _Forward,
+        batches: Sequence[np.ndarray],
+        before: Callable[[], object] = lambda: None,
+    ) -> StageLogits:
+        """Feed every batch to a stage, and keep what it answers.
+
+        Args:
+            name: of the stage.
+            forward: float32 logits of a batch.
+            batches: int64 [B, S] or float32 [B, C, H, W] each.
+            before: is called ahead of every batch, and does not count as inference.
+        """
+        feeds = [{_INPUT: np.ascontiguousarray(batch)} for batch in batches]
+        runner = _Runner(name, forward, before, batches[0])
+        with _quiet_polygraphy():
+            results = Comparator.run([runner], data_loader=feeds)
+        return cls(name, results, sum(iteration.runtime for iteration in results[name]))
+
     def arrays(self) -> list[np.ndarray]:
         """The logits, one float32 [B, S, V] per batch; of images, [B, classes]."""
         return [iteration[LOGITS] for iteration in self.results[self.name]]
+
+    def compare(self, other: StageLogits, demands: Tolerance) -> Comparison:
+        """The logits against those of `other`, the reference.
+
+        Args:
+            other: the reference.
+            demands: what Polygraphy's verdict is about.
+
+        Raises:
+            ValueError: the two were given different batches, or have different vocabularies.
+        """
+        pairs = list(zip(self.arrays(), other.arrays(), strict=True))
+        for own, reference in pairs:
+            if own.shape != reference.shape:
+                raise ValueError(f"logits {own.shape} against {reference.shape}")
+        width = pairs[0][0].shape[-1]
+        own_rows = np.concatenate([own.reshape(-1, width) for own, _ in pairs])
+        reference_rows = np.concatenate([reference.reshape(-1, width) for _, reference in pairs])
+        largest = float(np.abs(reference_rows).max())
+        errors, cosines = _by_polygraphy(self, other, demands, largest)
+        judged = demands.min_cosine is not None or demands.max_relative_error is not None
+        return Comparison(
+            other=other.name,
+            metrics=LogitMetrics.of(reference_rows, own_rows),
+            # NumPy's, since Python's min and max would hide NaN.
+            batch_cosine=float(np.min([result.cosine_similarity for result in cosines])),
+            batch_max_error=float(np.max([result.max_absdiff for result in errors])),
+            batch_mean_error=float(np.mean([result.mean_absdiff for result in errors])),
+            polygraphy_passed=all(map(bool, errors + cosines)) if judged else None,
+        )
 
 
 @dataclass(frozen=True)
@@ -102,59 +154,6 @@ class _Runner(BaseRunner):
 
     def deactivate_impl(self) -> None:
         """Nothing: the session belongs to the caller."""
-
-
-def run_batches(
-    name: str,
-    forward: _Forward,
-    batches: Sequence[np.ndarray],
-    before: Callable[[], object] = lambda: None,
-) -> StageLogits:
-    """Feed every batch to a stage.
-
-    Args:
-        name: of the stage.
-        forward: float32 logits of a batch.
-        batches: int64 [B, S] or float32 [B, C, H, W] each.
-        before: is called ahead of every batch, and does not count as inference.
-    """
-    feeds = [{_INPUT: np.ascontiguousarray(batch)} for batch in batches]
-    runner = _Runner(name, forward, before, batches[0])
-    with _quiet_polygraphy():
-        results = Comparator.run([runner], data_loader=feeds)
-    return StageLogits(name, results, sum(iteration.runtime for iteration in results[name]))
-
-
-def compare_stages(stage: StageLogits, other: StageLogits, demands: Tolerance) -> Comparison:
-    """Compare the logits of `stage` with those of `other`, the reference.
-
-    Args:
-        stage: the one that is compared.
-        other: the reference.
-        demands: what Polygraphy's verdict is about.
-
-    Raises:
-        ValueError: the two were given different batches, or have different vocabularies.
-    """
-    pairs = list(zip(stage.arrays(), other.arrays(), strict=True))
-    for own, reference in pairs:
-        if own.shape != reference.shape:
-            raise ValueError(f"logits {own.shape} against {reference.shape}")
-    width = pairs[0][0].shape[-1]
-    own_rows = np.concatenate([own.reshape(-1, width) for own, _ in pairs])
-    reference_rows = np.concatenate([reference.reshape(-1, width) for _, reference in pairs])
-    largest = float(np.abs(reference_rows).max())
-    errors, cosines = _by_polygraphy(stage, other, demands, largest)
-    judged = demands.min_cosine is not None or demands.max_relative_error is not None
-    return Comparison(
-        other=other.name,
-        metrics=compare_logits(reference_rows, own_rows),
-        # NumPy's, since Python's min and max would hide NaN.
-        batch_cosine=float(np.min([result.cosine_similarity for result in cosines])),
-        batch_max_error=float(np.max([result.max_absdiff for result in errors])),
-        batch_mean_error=float(np.mean([result.mean_absdiff for result in errors])),
-        polygraphy_passed=all(map(bool, errors + cosines)) if judged else None,
-    )
 
 
 def _by_polygraphy(

@@ -13,8 +13,8 @@ from pipeline.errors import UsageError
 from pipeline.export.record import read_export_record
 from pipeline.model.task import TEXT, Task
 from pipeline.runtime.sessions.session import Session
-from validate.compare import StageLogits, run_batches
-from validate.greedy import GreedyTrace, agreement, trace_greedy
+from validate.compare import StageLogits
+from validate.greedy import GreedyAgreement, GreedyTrace, trace_greedy
 from validate.ledger import Adapter, Column, Drawn, Loaded
 from validate.metrics import log_perplexity_change
 from validate.quality import Perplexity, measure_perplexity
@@ -117,7 +117,9 @@ class _Outputs:
     def row_fields(self, reference: _Outputs | None, original: _Outputs | None) -> dict[str, Any]:
         """Perplexity, its change, and the agreement of greedy answers."""
         to_reference, to_original = (
-            None if other is None else agreement(other.logits.name, self.traces, other.traces)
+            None
+            if other is None
+            else GreedyAgreement.of(other.logits.name, self.traces, other.traces)
             for other in (reference, original)
         )
         return {
@@ -199,7 +201,7 @@ def _measure(
     """Logits, perplexity and greedy answers of a session."""
     traces = {other: outputs.traces for other, outputs in watched.items()}
     return _Outputs(
-        run_batches(name, session.forward, inputs.token_batches, before=session.reset),
+        StageLogits.of(name, session.forward, inputs.token_batches, before=session.reset),
         measure_perplexity(session, inputs.windows),
         trace_greedy(session, inputs.prompts, inputs.max_new_tokens, traces),
     )

@@ -16,17 +16,20 @@ import numpy as np
 
 from pipeline.calibrate.text import TokenBatch, load_tokens
 from pipeline.errors import InputError, MissingPackageError, UsageError
+from pipeline.export.contract import RECORD_FILE
 from pipeline.provenance import provenance
 from pipeline.runtime.generate import answer
 from pipeline.runtime.sequence import Decoding
-from pipeline.runtime.tokenizer import chat_prompt_ids
+from pipeline.runtime.sessions.open_session import open_session
+from pipeline.runtime.sessions.session import Session
+from pipeline.runtime.tokenizer import chat_prompt_ids, load_whole_tokenizer, stop_token_ids
 from validate.metrics import log_perplexity_change, perplexity_with_error, standard_error
-from validate.opened_model import Subject, open_subject
 from validate.quality import Quality, measure_quality
 
 if TYPE_CHECKING:
     from lm_eval.api.group import Group
     from lm_eval.api.task import Task
+    from transformers import PreTrainedTokenizerBase
 
 _SCHEMA = 1
 _Tell = Callable[[str], None]
@@ -69,6 +72,15 @@ class EvaluateRequest:
     max_new_tokens: int = 64
     threads: int | None = None
     trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """What is tested."""
+
+    session: Session
+    tokenizer: PreTrainedTokenizerBase
+    stop_ids: frozenset[int]
 
 
 def evaluate(request: EvaluateRequest, tell: _Tell) -> dict[str, Any]:
@@ -149,9 +161,9 @@ def _load_tasks(specs: tuple[str, ...]) -> list[Task | Group]:
     return harness_tasks.load_tasks(specs)
 
 
-def _open_as(request: EvaluateRequest, name: str, backend: str) -> Subject:
+def _open_as(request: EvaluateRequest, name: str, backend: str) -> _Subject:
     """Open a model with the request's settings."""
-    return open_subject(
+    return _open_subject(
         name,
         backend,
         threads=request.threads,
@@ -159,12 +171,56 @@ def _open_as(request: EvaluateRequest, name: str, backend: str) -> Subject:
     )
 
 
+def _open_subject(
+    name: str, backend: str = "auto", *, threads: int | None = None, trust_remote_code: bool = False
+) -> _Subject:
+    """Open an ONNX export, a checkpoint folder, or a model by alias, hub id or GGUF file.
+
+    Args:
+        name: folder or name; what runs in PyTorch runs in float32.
+        backend: `auto`, `torch` or `onnx`.
+        threads: of ONNX Runtime within one operator.
+        trust_remote_code: let the model's own Python code run.
+
+    Raises:
+        InputError: nothing of that name, or it does not load.
+        UsageError: the backend cannot read it.
+    """
+    folder = Path(name).expanduser()
+    # skipcat's own checkpoints need no code but skipcat's, and `load_model` takes none of them.
+    needs_code = trust_remote_code and not (folder / "recipe.json").is_file()
+    is_checkpoint = (folder / "config.json").is_file() and not needs_code
+    if is_checkpoint or (folder / RECORD_FILE).is_file():
+        tokenizer = load_whole_tokenizer(folder)
+        session = open_session(folder, backend, threads)
+        return _Subject(session, tokenizer, stop_token_ids(tokenizer, folder))
+    if backend == "onnx":
+        raise UsageError(
+            "The backend 'onnx' reads exported folders only.",
+            where=name,
+            change="export the model first, or pass --backend torch",
+        )
+    return _open_named(name, trust_remote_code)
+
+
+def _open_named(name: str, trust_remote_code: bool) -> _Subject:
+    """Anything that `pipeline.model.load` takes, in float32."""
+    from pipeline.model.load import load_model
+    from pipeline.runtime.sessions.torch_session import TorchSession
+
+    loaded = load_model(name, trust_remote_code=trust_remote_code)
+    listed = loaded.model.generation_config.eos_token_id
+    ids = {loaded.tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])}
+    stop_ids = frozenset(token for token in ids if token is not None)
+    return _Subject(TorchSession(loaded.model, "torch float32"), loaded.tokenizer, stop_ids)
+
+
 def _jsonable(value: Any) -> Any:
     """A setting as JSON has it: a path as text."""
     return str(value) if isinstance(value, Path) else value
 
 
-def _measure_text(request: EvaluateRequest, subject: Subject, tell: _Tell) -> dict[str, Any]:
+def _measure_text(request: EvaluateRequest, subject: _Subject, tell: _Tell) -> dict[str, Any]:
     """Perplexity over the text and, given a reference, closeness to it."""
     batch = _tokens_of(request, subject)
     reference = None
@@ -181,7 +237,7 @@ def _measure_text(request: EvaluateRequest, subject: Subject, tell: _Tell) -> di
     }
 
 
-def _tokens_of(request: EvaluateRequest, subject: Subject) -> TokenBatch:
+def _tokens_of(request: EvaluateRequest, subject: _Subject) -> TokenBatch:
     """The first windows of the text, as the model's tokenizer sees it.
 
     Raises:
@@ -207,7 +263,7 @@ def _tokens_of(request: EvaluateRequest, subject: Subject) -> TokenBatch:
 
 
 def _require_same_tokens(
-    subject: Subject, reference: Subject, own: TokenBatch, others: TokenBatch
+    subject: _Subject, reference: _Subject, own: TokenBatch, others: TokenBatch
 ) -> None:
     """Raise InputError when two models do not share their tokens, so that logits do not compare."""
     sizes = subject.session.vocab_size, reference.session.vocab_size
@@ -249,7 +305,7 @@ def _error_of(values: list[float]) -> float | None:
 
 
 def _measure_tasks(
-    request: EvaluateRequest, subject: Subject, tasks: list[Task | Group], tell: _Tell
+    request: EvaluateRequest, subject: _Subject, tasks: list[Task | Group], tell: _Tell
 ) -> dict[str, Any]:
     """Scores by the harness, under its own keys, and as a plain list."""
     from validate.harness import SessionLM
@@ -274,7 +330,7 @@ def _measure_tasks(
     }
 
 
-def _measure_answer(request: EvaluateRequest, subject: Subject, prompt: str) -> dict[str, Any]:
+def _measure_answer(request: EvaluateRequest, subject: _Subject, prompt: str) -> dict[str, Any]:
     """The greedy answer to a prompt."""
     messages = [{"role": "user", "content": prompt}]
     ids = chat_prompt_ids(subject.tokenizer, messages, request.raw)

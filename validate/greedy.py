@@ -51,6 +51,38 @@ class GreedyAgreement:
     gap: list[float | None]
     other_margin: list[float | None]
 
+    @classmethod
+    def of(
+        cls, other: str, own: Sequence[GreedyTrace], others: Sequence[GreedyTrace]
+    ) -> GreedyAgreement:
+        """Summarise the traces of a stage against those of the stage named `other`.
+
+        Args:
+            other: name of the other stage.
+            own: traces of the stage, made with `others` watched under that name.
+            others: traces of the other stage, for the same prompts.
+        """
+        first = [_first_difference(a.tokens, b.tokens) for a, b in zip(own, others, strict=True)]
+        total = sum(len(trace.tokens) for trace in own)
+        same = sum(
+            a == b
+            for mine, theirs in zip(own, others, strict=True)
+            for a, b in zip(mine.tokens, theirs.tokens, strict=True)
+        )
+        return cls(
+            other=other,
+            prompts=len(own),
+            tokens=total,
+            identical_fraction=same / total,
+            identical_prompts=first.count(None),
+            first_divergence=first,
+            gap=[trace.gaps[other] for trace in own],
+            other_margin=[
+                None if step is None else trace.margins[step]
+                for trace, step in zip(others, first, strict=True)
+            ],
+        )
+
 
 def trace_greedy(
     session: Session,
@@ -100,38 +132,6 @@ def _trace_prompt(
         margins.append(float(best - runner_up))
         new_ids = np.array([[token]], dtype=np.int64)
     return GreedyTrace(tokens, margins, gaps)
-
-
-def agreement(
-    other: str, own: Sequence[GreedyTrace], others: Sequence[GreedyTrace]
-) -> GreedyAgreement:
-    """Summarise the traces of a stage against those of the stage named `other`.
-
-    Args:
-        other: name of the other stage.
-        own: traces of the stage, made with `others` watched under that name.
-        others: traces of the other stage, for the same prompts.
-    """
-    first = [_first_difference(a.tokens, b.tokens) for a, b in zip(own, others, strict=True)]
-    total = sum(len(trace.tokens) for trace in own)
-    same = sum(
-        a == b
-        for mine, theirs in zip(own, others, strict=True)
-        for a, b in zip(mine.tokens, theirs.tokens, strict=True)
-    )
-    return GreedyAgreement(
-        other=other,
-        prompts=len(own),
-        tokens=total,
-        identical_fraction=same / total,
-        identical_prompts=first.count(None),
-        first_divergence=first,
-        gap=[trace.gaps[other] for trace in own],
-        other_margin=[
-            None if step is None else trace.margins[step]
-            for trace, step in zip(others, first, strict=True)
-        ],
-    )
 
 
 def _first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:

@@ -13,10 +13,10 @@ from typing import Any, Protocol
 
 from pipeline.errors import PipelineError, UsageError
 from pipeline.model.task import Task
-from validate.compare import StageLogits, compare_stages
+from validate.compare import StageLogits
 from validate.record import Row
 from validate.stages import Artefacts, Openers, Stage, Tolerance
-from validate.verdict import judge, not_run
+from validate.verdict import Verdict
 
 _logger = logging.getLogger(__name__)
 
@@ -210,11 +210,11 @@ def _run_stage(
         outputs = adapter.measure(stage.name, stage.open(), inputs, watched)
         row = _row_of(stage, adapter.item, outputs, watched, original)
     except PipelineError as error:
-        verdict = not_run(str(error), required=stage.required or strict)
+        verdict = Verdict.not_run(str(error), required=stage.required or strict)
         return Row(stage.name, stage.reference, stage.tolerance, verdict)
     except Exception as error:
         _logger.exception("stage '%s' broke", stage.name)
-        verdict = not_run(f"internal error: {type(error).__name__}: {error}", required=True)
+        verdict = Verdict.not_run(f"internal error: {type(error).__name__}: {error}", required=True)
         return Row(stage.name, stage.reference, stage.tolerance, verdict)
     kept[stage.name] = outputs
     return replace(row, total_s=time.perf_counter() - start)
@@ -225,10 +225,8 @@ def _row_of(
 ) -> Row:
     """The row of a stage that ran, but for how long it took."""
     comparisons = {
-        name: compare_stages(
-            outputs.logits,
-            other.logits,
-            stage.tolerance if name == stage.reference else Tolerance(),
+        name: outputs.logits.compare(
+            other.logits, stage.tolerance if name == stage.reference else Tolerance()
         )
         for name, other in watched.items()
     }
@@ -238,7 +236,7 @@ def _row_of(
         name=stage.name,
         reference=stage.reference,
         tolerance=stage.tolerance,
-        verdict=judge(
+        verdict=Verdict.judge(
             stage.tolerance,
             to_reference,
             to_original,

@@ -42,37 +42,37 @@ class LogitMetrics:
     top1_agreement: float
     is_finite: bool
 
+    @classmethod
+    def of(cls, reference: np.ndarray, stage: np.ndarray) -> LogitMetrics:
+        """All metrics of two arrays of logits.
 
-def compare_logits(reference: np.ndarray, stage: np.ndarray) -> LogitMetrics:
-    """All metrics of two arrays of logits.
+        Args:
+            reference: float [..., V].
+            stage: float [..., V], the same shape.
 
-    Args:
-        reference: float [..., V].
-        stage: float [..., V], the same shape.
-
-    Raises:
-        ValueError: the shapes differ, or there is no token.
-    """
-    if reference.shape != stage.shape or reference.size == 0:
-        raise ValueError(f"logits {reference.shape} against {stage.shape}")
-    reference = reference.reshape(-1, reference.shape[-1])  # [N, V]
-    stage = stage.reshape(-1, stage.shape[-1])  # [N, V]
-    with np.errstate(invalid="ignore"):  # NaN and infinities are reported, not warned about
-        cosines = _cosine_per_token(reference, stage)
-        divergences = kl_per_token(reference, stage)
-        max_errors, mean_errors = _error_per_token(reference, stage)
-    return LogitMetrics(
-        tokens=len(reference),
-        min_cosine=float(cosines.min()),
-        mean_cosine=float(cosines.mean()),
-        max_error=float(max_errors.max()),
-        mean_error=float(mean_errors.mean()),
-        relative_error=float(max_errors.max() / np.abs(reference).max()),
-        kl_mean=float(divergences.mean()),
-        kl_max=float(divergences.max()),
-        top1_agreement=_top1_agreement(reference, stage),
-        is_finite=bool(np.isfinite(stage).all()),
-    )
+        Raises:
+            ValueError: the shapes differ, or there is no token.
+        """
+        if reference.shape != stage.shape or reference.size == 0:
+            raise ValueError(f"logits {reference.shape} against {stage.shape}")
+        reference = reference.reshape(-1, reference.shape[-1])  # [N, V]
+        stage = stage.reshape(-1, stage.shape[-1])  # [N, V]
+        with np.errstate(invalid="ignore"):  # NaN and infinities are reported, not warned about
+            cosines = _cosine_per_token(reference, stage)
+            divergences = kl_per_token(reference, stage)
+            max_errors, mean_errors = _error_per_token(reference, stage)
+        return cls(
+            tokens=len(reference),
+            min_cosine=float(cosines.min()),
+            mean_cosine=float(cosines.mean()),
+            max_error=float(max_errors.max()),
+            mean_error=float(mean_errors.mean()),
+            relative_error=float(max_errors.max() / np.abs(reference).max()),
+            kl_mean=float(divergences.mean()),
+            kl_max=float(divergences.max()),
+            top1_agreement=_top1_agreement(reference, stage),
+            is_finite=bool(np.isfinite(stage).all()),
+        )
 
 
 def _cosine_per_token(reference: np.ndarray, stage: np.ndarray) -> np.ndarray:

@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, ValidationError
 from pipeline.model.task import TEXT, Task
 from validate.compare import Comparison
 from validate.greedy import GreedyAgreement
@@ -112,6 +112,16 @@ class Ledger:
     def failures(self) -> list[Row]:
         """The rows that make the ledger fail."""
         return [row for row in self.rows if row.verdict.counts_as_failure]
+
+    def require_passed(self) -> None:
+        """Raise ValidationError when a stage is beyond its tolerance or could not run."""
+        failures = self.failures
+        if failures:
+            raise ValidationError(
+                f"{len(failures)} of {len(self.rows)} stages failed validation.",
+                where="; ".join(row.name for row in failures),
+                observed="; ".join(reason for row in failures for reason in row.verdict.reasons),
+            )
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; NaN and infinities, which JSON lacks, become their names."""

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from pipeline.artefact import staged_folder, write_json, write_text
 from pipeline.model.task import adapter_of
 from validate.ledger import Adapter, Column
 from validate.record import Ledger, Row
@@ -51,7 +52,18 @@ def build_table(ledger: Ledger) -> Table:
     return table
 
 
-def render_html(ledger: Ledger) -> str:
+def write_reports(ledger: Ledger, output: Path, *, overwrite: bool = False) -> None:
+    """Write `ledger.json` and `ledger.html` into the folder `output`.
+
+    Raises:
+        UsageError: `output` exists and may not be replaced.
+    """
+    with staged_folder(output, overwrite=overwrite) as staging:
+        write_json(staging / "ledger.json", ledger.to_json())
+        write_text(staging / "ledger.html", _render_html(ledger))
+
+
+def _render_html(ledger: Ledger) -> str:
     """The page, with its plots inside."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 

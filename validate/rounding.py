@@ -35,32 +35,32 @@ class Rounding:
     truncated: float | None
     rounded: float | None
 
+    @classmethod
+    def read(cls, checkpoint: Path) -> Rounding | None:
+        """What report.json says; None for a checkpoint with nothing quantised.
+
+        Raises:
+            InputError: the report is broken.
+        """
+        report = read_record(checkpoint, "report.json")
+        every: list[dict[str, Any]] = report.get("groups", [])
+        tables = {name: style for name, style in report.get("tables", {}).items() if style}
+        groups = [group for group in every if "rounded_relative_error" in group]
+        if not groups and not tables:
+            return None
+        styles = (group.get(key) for group in groups for key in ("down_style", "up_style"))
+        return cls(
+            groups=len(groups),
+            all_groups=len(every),
+            formats=dict(Counter(style for style in styles if style).most_common()),
+            tables=tables,
+            truncated=fmean(g["relative_error"] for g in groups) if groups else None,
+            rounded=fmean(g["rounded_relative_error"] for g in groups) if groups else None,
+        )
+
     @property
     def share(self) -> float | None:
         """Of `rounded`, what rounding added; below zero where the refit won more than it cost."""
         if self.truncated is None or not self.rounded:
             return None
         return 1 - self.truncated / self.rounded
-
-
-def read_rounding(checkpoint: Path) -> Rounding | None:
-    """What report.json says; None for a checkpoint with nothing quantised.
-
-    Raises:
-        InputError: the report is broken.
-    """
-    report = read_record(checkpoint, "report.json")
-    every: list[dict[str, Any]] = report.get("groups", [])
-    tables = {name: style for name, style in report.get("tables", {}).items() if style}
-    groups = [group for group in every if "rounded_relative_error" in group]
-    if not groups and not tables:
-        return None
-    styles = (group.get(key) for group in groups for key in ("down_style", "up_style"))
-    return Rounding(
-        groups=len(groups),
-        all_groups=len(every),
-        formats=dict(Counter(style for style in styles if style).most_common()),
-        tables=tables,
-        truncated=fmean(g["relative_error"] for g in groups) if groups else None,
-        rounded=fmean(g["rounded_relative_error"] for g in groups) if groups else None,
-    )

@@ -1,19 +1,16 @@
-"""The verb: artefacts and inputs in, a ledger and its reports out."""
+"""The verb: artefacts and inputs in, a ledger out."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from pipeline.artefact import staged_folder, write_json, write_text
-from pipeline.errors import ValidationError
 from pipeline.model.task import adapter_of
 from pipeline.provenance import provenance
 from validate.ledger import Adapter, Options, run_ledger
 from validate.record import Ledger
-from validate.rounding import read_rounding
+from validate.rounding import Rounding
 from validate.stages import ORIGINAL, Artefacts, Stage, standard_stages
 
 
@@ -60,7 +57,7 @@ def validate(
         "onnx": [str(folder) for folder in artefacts.onnx],
         "engines": [str(folder) for folder in artefacts.engines],
     }
-    rounding = None if artefacts.checkpoint is None else read_rounding(artefacts.checkpoint)
+    rounding = None if artefacts.checkpoint is None else Rounding.read(artefacts.checkpoint)
     return Ledger(rows, inputs.describe() | named | source, provenance(), rounding)
 
 
@@ -81,27 +78,3 @@ def _prepare(
         request.max_kl,
     )
     return stages, loaded.inputs, loaded.source
-
-
-def write_reports(ledger: Ledger, output: Path, *, overwrite: bool = False) -> None:
-    """Write `ledger.json` and `ledger.html` into the folder `output`.
-
-    Raises:
-        UsageError: `output` exists and may not be replaced.
-    """
-    from validate.report import render_html
-
-    with staged_folder(output, overwrite=overwrite) as staging:
-        write_json(staging / "ledger.json", ledger.to_json())
-        write_text(staging / "ledger.html", render_html(ledger))
-
-
-def require_passed(ledger: Ledger) -> None:
-    """Raise ValidationError when a stage is beyond its tolerance or could not run."""
-    failures = ledger.failures
-    if failures:
-        raise ValidationError(
-            f"{len(failures)} of {len(ledger.rows)} stages failed validation.",
-            where="; ".join(row.name for row in failures),
-            observed="; ".join(reason for row in failures for reason in row.verdict.reasons),
-        )

@@ -117,27 +117,28 @@ class Artefacts:
     onnx: tuple[Path, ...] = ()
     engines: tuple[Path, ...] = ()
 
+    @classmethod
+    def find(cls, build: Path) -> Artefacts:
+        """What lies in a build folder: checkpoint/, onnx*/ and engine*/.
 
-def find_artefacts(build: Path) -> Artefacts:
-    """What lies in a build folder: checkpoint/, onnx*/ and engine*/.
-
-    Raises:
-        InputError: no checkpoint there, or it does not name its original.
-    """
-    checkpoint = build / "checkpoint"
-    if not (checkpoint / "config.json").is_file():
-        raise InputError(
-            "This is not a build folder.",
-            where=build,
-            expected="checkpoint/, and beside it onnx*/ and engine*/",
-            change="give the folder of `skipcat build`, or pass --original, --checkpoint, --onnx",
+        Raises:
+            InputError: no checkpoint there, or it does not name its original.
+        """
+        checkpoint = build / "checkpoint"
+        if not (checkpoint / "config.json").is_file():
+            raise InputError(
+                "This is not a build folder.",
+                where=build,
+                expected="checkpoint/, and beside it onnx*/ and engine*/",
+                change="give the folder of `skipcat build`, or pass --original, --checkpoint, "
+                "--onnx",
+            )
+        return cls(
+            original=original_of(checkpoint),
+            checkpoint=checkpoint,
+            onnx=_folders(build, "onnx*", RECORD_FILE),
+            engines=_folders(build, "engine*", "manifest.json"),
         )
-    return Artefacts(
-        original=original_of(checkpoint),
-        checkpoint=checkpoint,
-        onnx=_folders(build, "onnx*", RECORD_FILE),
-        engines=_folders(build, "engine*", "manifest.json"),
-    )
 
 
 def _folders(build: Path, pattern: str, record: str) -> tuple[Path, ...]:

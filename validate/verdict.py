@@ -28,41 +28,42 @@ class Verdict:
     reasons: list[str] = field(default_factory=list)
     counts_as_failure: bool = False
 
+    @classmethod
+    def not_run(cls, reason: str, *, required: bool) -> Verdict:
+        """The verdict on a stage that could not be loaded or broke while running."""
+        return cls(_NOT_RUN, [reason], required)
 
-def not_run(reason: str, *, required: bool) -> Verdict:
-    """The verdict on a stage that could not be loaded or broke while running."""
-    return Verdict(_NOT_RUN, [reason], required)
+    @classmethod
+    def judge(
+        cls,
+        tolerance: Tolerance,
+        to_reference: Comparison | None,
+        to_original: Comparison | None,
+        complaints: Sequence[str] = (),
+        *,
+        item: str = "token",
+        is_original: bool = False,
+    ) -> Verdict:
+        """Hold a stage that ran against its tolerance.
 
-
-def judge(
-    tolerance: Tolerance,
-    to_reference: Comparison | None,
-    to_original: Comparison | None,
-    complaints: Sequence[str] = (),
-    *,
-    item: str = "token",
-    is_original: bool = False,
-) -> Verdict:
-    """Hold a stage that ran against its tolerance.
-
-    Args:
-        tolerance: what is demanded.
-        to_reference: against the stage it should equal; None if that one did not run.
-        to_original: against the original; None if that one did not run.
-        complaints: what is a failure whatever the tolerance.
-        item: what a row of logits is of.
-        is_original: it is the baseline, and there is nothing to compare it with.
-    """
-    comparison, reasons = to_reference or to_original, []
-    if comparison is not None and not comparison.metrics.is_finite:
-        reasons.append("its logits hold NaN or infinity")
-    reasons += complaints
-    if not is_original:
-        reasons += _reference_reasons(tolerance, to_reference, item)
-        reasons += _original_reasons(tolerance, to_original, item)
-    if reasons:
-        return Verdict(_FAIL, reasons, counts_as_failure=True)
-    return Verdict(_MEASURED if tolerance.is_free else _PASS)
+        Args:
+            tolerance: what is demanded.
+            to_reference: against the stage it should equal; None if that one did not run.
+            to_original: against the original; None if that one did not run.
+            complaints: what is a failure whatever the tolerance.
+            item: what a row of logits is of.
+            is_original: it is the baseline, and there is nothing to compare it with.
+        """
+        comparison, reasons = to_reference or to_original, []
+        if comparison is not None and not comparison.metrics.is_finite:
+            reasons.append("its logits hold NaN or infinity")
+        reasons += complaints
+        if not is_original:
+            reasons += _reference_reasons(tolerance, to_reference, item)
+            reasons += _original_reasons(tolerance, to_original, item)
+        if reasons:
+            return cls(_FAIL, reasons, counts_as_failure=True)
+        return cls(_MEASURED if tolerance.is_free else _PASS)
 
 
 def _reference_reasons(tolerance: Tolerance, comparison: Comparison | None, item: str) -> list[str]:

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
     from pipeline.bench.targets import BenchTarget
 
-_positive = click.IntRange(min=1)
 _SHAPE_DTYPES = ("bfloat16", "float16", "float32", "int8", "int4", "nvfp4")
 _MEASURED_DTYPES = _SHAPE_DTYPES[:3]
 _new_file = click.Path(path_type=Path, dir_okay=False)
@@ -28,56 +27,37 @@ _model_options = options.apply(
         multiple=True,
         help="Architecture with random weights, such as llama-3.2-1b; repeatable.",
     ),
-    click.option(
+    options.setting(
         "--keep-params",
-        default="1",
-        show_default=True,
-        help="Of --shape: fractions of the linear parameters to keep, such as 1,0.8,0.6.",
+        "1",
+        "Of --shape: fractions of the linear parameters to keep, such as 1,0.8,0.6.",
     ),
-    click.option(
+    options.setting(
         "--dtype",
-        type=click.Choice(_SHAPE_DTYPES),
-        default="bfloat16",
-        show_default=True,
-        help="Of --shape; those below 16 bits can only be predicted.",
+        "bfloat16",
+        "Of --shape; those below 16 bits can only be predicted.",
+        click.Choice(_SHAPE_DTYPES),
     ),
 )
 _measuring_options = options.apply(
-    click.option(
+    options.setting(
         "--device",
-        type=click.Choice(["auto", "cpu", "cuda"]),
-        default="auto",
-        show_default=True,
-        help="Where the models run: exports on cpu, engines on cuda, checkpoints on either; auto: "
+        "auto",
+        "Where the models run: exports on cpu, engines on cuda, checkpoints on either; auto: "
         "cuda for engines, cpu for all else.",
+        click.Choice(["auto", "cpu", "cuda"]),
     ),
-    click.option(
-        "--prompt-tokens",
-        type=_positive,
-        default=128,
-        show_default=True,
-        help="Tokens read at once (prefill).",
-    ),
-    click.option(
-        "--new-tokens",
-        type=_positive,
-        default=64,
-        show_default=True,
-        help="Tokens fed one by one (decoding).",
-    ),
+    options.setting("--prompt-tokens", 128, "Tokens read at once (prefill).", options.positive),
+    options.setting("--new-tokens", 64, "Tokens fed one by one (decoding).", options.positive),
     click.option(
         "--context",
-        type=_positive,
+        type=options.positive,
         help="Tokens in the cache before the first new one.  [--prompt-tokens]",
     ),
-    click.option(
-        "--rounds",
-        type=_positive,
-        default=3,
-        show_default=True,
-        help="Turns of every model, after one that warms up.",
+    options.setting(
+        "--rounds", 3, "Turns of every model, after one that warms up.", options.positive
     ),
-    click.option("--threads", type=_positive, help="Of the CPU.  [all cores]"),
+    click.option("--threads", type=options.positive, help="Of the CPU.  [all cores]"),
 )
 _output_options = options.apply(
     click.option("--json", "json_file", type=_new_file, help="File for the figures."),

@@ -18,16 +18,13 @@ if TYPE_CHECKING:
 
 
 _evaluation_options = options.apply(
-    click.option(
+    options.setting(
         "--eval-text",
-        default="self",
-        show_default=True,
-        help="Text for the ledger: a file, or 'self': text that the original generates.",
+        "self",
+        "Text for the ledger: a file, or 'self': text that the original generates.",
     ),
-    click.option(
-        "--eval-windows", type=int, default=16, show_default=True, help="Windows of that text."
-    ),
-    click.option("--eval-length", type=int, default=256, show_default=True, help="Tokens in each."),
+    options.setting("--eval-windows", 16, "Windows of that text."),
+    options.setting("--eval-length", 256, "Tokens in each."),
     heading="Evaluation",
 )
 
@@ -40,15 +37,14 @@ _evaluation_options = options.apply(
     type=click.Path(path_type=Path),
     help="Folder to write; by default artefacts/<model>-keep<fraction>.",
 )
-@click.option(
+@options.setting(
     "--target",
-    default="auto",
-    show_default=True,
-    help="GPU to build an engine for: auto, sm86, sm89, tensorrt, ... (see skipcat doctor); cpu "
+    "auto",
+    "GPU to build an engine for: auto, sm86, sm89, tensorrt, ... (see skipcat doctor); cpu "
     "builds none.",
 )
 @compression_options
-@click.option("--max-length", type=int, default=2048, show_default=True, help="Cache length.")
+@options.setting("--max-length", 2048, "Cache length.")
 @_evaluation_options
 @options.trust_remote_code
 @options.overwrite
@@ -76,7 +72,6 @@ def command(
     from pipeline.build import BuildRequest, build
     from pipeline.compress.request import CompressRequest
     from pipeline.model.source import resolve_source
-    from validate.run import require_passed
 
     compress = CompressRequest(**settings)
     compress.check()
@@ -88,7 +83,7 @@ def command(
         click.echo(json.dumps(record | {"ledger": ledger.to_json()}, indent=2))
     else:
         _show(state, ledger)
-    require_passed(ledger)
+    ledger.require_passed()
 
 
 def _default_folder(label: str, compress: CompressRequest) -> Path:

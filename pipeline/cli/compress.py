@@ -15,12 +15,10 @@ from pipeline.quantize.formats import DEFAULT_RUNTIME, RUNTIMES
 _LANGUAGE_MODELS = "Language models only."
 
 _budget_options = options.apply(
-    click.option(
+    options.setting(
         "--keep-params",
-        type=float,
-        default=0.8,
-        show_default=True,
-        help="Fraction of the decoder's linear parameters to keep, in (0, 1]. Not looked at with "
+        0.8,
+        "Fraction of the decoder's linear parameters to keep, in (0, 1]. Not looked at with "
         "--memory or --keep-bytes, whose search decides it.",
     ),
     click.option(
@@ -42,20 +40,18 @@ _budget_options = options.apply(
     heading="Budget",
 )
 _method_options = options.apply(
-    click.option(
+    options.setting(
         "--method",
-        type=click.Choice(list(METHODS)),
-        default=DEFAULT_METHOD,
-        show_default=True,
-        help="; ".join(f"{name}: {method.summary}" for name, method in METHODS.items())
+        DEFAULT_METHOD,
+        "; ".join(f"{name}: {method.summary}" for name, method in METHODS.items())
         + f". --memory and --keep-bytes need {DEFAULT_METHOD}; rtn and gptq need --weights.",
+        click.Choice(list(METHODS)),
     ),
-    click.option(
+    options.setting(
         "--effort",
-        type=click.Choice(list(EFFORTS)),
-        default=DEFAULT_EFFORT,
-        show_default=True,
-        help="Minutes against quality: how much text is read, and how layers are fitted.",
+        DEFAULT_EFFORT,
+        "Minutes against quality: how much text is read, and how layers are fitted.",
+        click.Choice(list(EFFORTS)),
     ),
     click.option(
         "--cat/--no-cat", default=True, help="Let q,k,v and gate,up share their right factor."
@@ -77,11 +73,10 @@ _method_options = options.apply(
     heading="Method",
 )
 _calibration_options = options.apply(
-    click.option(
+    options.setting(
         "--calibration",
-        default="self",
-        show_default=True,
-        help="A text file, 'wikitext2+c4' from the hub, 'self': text the model generates; or "
+        "self",
+        "A text file, 'wikitext2+c4' from the hub, 'self': text the model generates; or "
         "several, joined by '+'. For an image classifier a folder of images, or a .npz, .npy or "
         ".safetensors of arrays.",
     ),
@@ -97,15 +92,14 @@ _calibration_options = options.apply(
     heading="Calibration",
 )
 _quantization_options = options.apply(
-    click.option(
+    options.setting(
         "--runtime",
-        type=click.Choice(list(RUNTIMES)),
-        default=DEFAULT_RUNTIME,
-        show_default=True,
-        help="What will run the quantised model: which formats it takes, and in whose file bytes "
+        DEFAULT_RUNTIME,
+        "What will run the quantised model: which formats it takes, and in whose file bytes "
         "are counted; cpu is ONNX Runtime on a CPU. "
         + "; ".join(f"{name}: {runtime.takes}" for name, runtime in RUNTIMES.items())
         + ".",
+        click.Choice(list(RUNTIMES)),
     ),
     click.option(
         "--weights",
@@ -117,12 +111,10 @@ _quantization_options = options.apply(
         "--table",
         help=f"One for the embedding and the LM head, such as int4-b32-asym. {_LANGUAGE_MODELS}",
     ),
-    click.option(
+    options.setting(
         "--balance",
-        type=float,
-        default=0.0,
-        show_default=True,
-        help="Channel scaling, as in AWQ and SmoothQuant: scale the channels that norms feed by "
+        0.0,
+        "Channel scaling, as in AWQ and SmoothQuant: scale the channels that norms feed by "
         "this power of their size, in [0, 1]; outliers go from the inputs into the weights. "
         + _LANGUAGE_MODELS,
     ),

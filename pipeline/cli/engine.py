@@ -18,31 +18,23 @@ if TYPE_CHECKING:
 _MEBIBYTE = 1 << 20
 
 _limit_options = options.apply(
-    click.option(
-        "--max-batch",
-        type=click.IntRange(min=1),
-        default=1,
-        show_default=True,
-        help="Most sequences at once.",
-    ),
-    click.option(
+    options.setting("--max-batch", 1, "Most sequences at once.", options.positive),
+    options.setting(
         "--max-prefill",
-        type=click.IntRange(min=1),
-        default=1024,
-        show_default=True,
-        help="Most tokens of one call; capped by the cache length.",
+        1024,
+        "Most tokens of one call; capped by the cache length.",
+        options.positive,
     ),
-    click.option(
+    options.setting(
         "--decode",
-        type=click.Choice(["auto", "shared", "separate"]),
-        default="auto",
-        show_default=True,
-        help="Whether decoding shares the prefill's weights, or stores its own in another layout "
+        "auto",
+        "Whether decoding shares the prefill's weights, or stores its own in another layout "
         "(a plan almost twice as large). auto: shared for RTX, separate for standard TensorRT.",
+        click.Choice(["auto", "shared", "separate"]),
     ),
     click.option(
         "--workspace",
-        type=click.IntRange(min=1),
+        type=options.positive,
         metavar="MIB",
         help="Most scratch memory a kernel may use; TensorRT's default if not given.",
     ),
@@ -60,11 +52,10 @@ _limit_options = options.apply(
 @click.command("engine")
 @click.argument("onnx_folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @options.output
-@click.option(
+@options.setting(
     "--target",
-    default="auto",
-    show_default=True,
-    help="GPU to build for: auto, tensorrt, orin, or a generation: sm86, 8.9, rtx:sm120. There is "
+    "auto",
+    "GPU to build for: auto, tensorrt, orin, or a generation: sm86, 8.9, rtx:sm120. There is "
     "no engine for cpu, where ONNX Runtime runs the folder as it is.",
 )
 @click.option(

@@ -10,9 +10,6 @@ import click
 
 from pipeline.artefact import refuse_existing, write_json
 from pipeline.cli import options
-from pipeline.runtime.sessions.open_session import BACKENDS
-
-_positive = click.IntRange(min=1)
 
 _task_options = options.apply(
     click.option(
@@ -21,50 +18,29 @@ _task_options = options.apply(
         help="Names of lm-evaluation-harness tasks, or .jsonl files of multiple-choice questions; "
         "comma separated, repeatable.",
     ),
-    click.option("--limit", type=_positive, help="Only the first questions of each task."),
+    click.option("--limit", type=options.positive, help="Only the first questions of each task."),
     click.option("--num-fewshot", type=click.IntRange(min=0), help="[the task's own]"),
-    click.option(
-        "--batch-size",
-        "max_rows",
-        type=_positive,
-        default=4,
-        show_default=True,
-        help="Rows of a task that run at once.",
+    options.setting(
+        "--batch-size", 4, "Rows of a task that run at once.", options.positive, name="max_rows"
     ),
 )
 _text_options = options.apply(
     click.option("--text", type=click.Path(path_type=Path), help="UTF-8 file, for perplexity."),
-    click.option(
-        "--windows", type=_positive, default=10, show_default=True, help="Windows of --text."
-    ),
-    click.option(
-        "--window-length",
-        type=click.IntRange(min=2),
-        default=2048,
-        show_default=True,
-        help="Tokens in each.",
-    ),
+    options.setting("--windows", 10, "Windows of --text.", options.positive),
+    options.setting("--window-length", 2048, "Tokens in each.", click.IntRange(min=2)),
     click.option("--reference", help="Also KL to this model and top-1 agreement, over --text."),
 )
 _prompt_options = options.apply(
     click.option("-p", "--prompt", "prompts", multiple=True, help="Show the answer; repeatable."),
     click.option("--raw", is_flag=True, help="Give prompts as they are, without chat template."),
-    click.option(
-        "--max-new-tokens", type=_positive, default=64, show_default=True, help="Of each answer."
-    ),
+    options.setting("--max-new-tokens", 64, "Of each answer.", options.positive),
 )
 
 
 @click.command("evaluate")
 @click.argument("model")
-@click.option(
-    "--backend",
-    type=click.Choice(BACKENDS),
-    default="auto",
-    show_default=True,
-    help="What runs it; auto: what the folder is for.",
-)
-@click.option("--threads", type=_positive, help="Threads of ONNX Runtime.")
+@options.backend
+@options.threads
 @_task_options
 @_text_options
 @_prompt_options

@@ -24,19 +24,14 @@ from pipeline.export.contract import (
 @click.command("export")
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @options.output
-@click.option(
+@options.setting(
     "--profile",
-    type=click.Choice(list(PROFILES)),
-    default=DEFAULT_PROFILE,
-    show_default=True,
-    help="; ".join(profile.help for profile in PROFILES.values()) + ".",
+    DEFAULT_PROFILE,
+    "; ".join(profile.help for profile in PROFILES.values()) + ".",
+    click.Choice(list(PROFILES)),
 )
-@click.option(
-    "--dtype",
-    type=click.Choice(DTYPES),
-    default=FLOAT32,
-    show_default=True,
-    help="float32 for the CPU, float16 for TensorRT.",
+@options.setting(
+    "--dtype", FLOAT32, "float32 for the CPU, float16 for TensorRT.", click.Choice(DTYPES)
 )
 @click.option(
     "--weights",
@@ -48,21 +43,14 @@ from pipeline.export.contract import (
     "what was read from a GGUF file in 4 bits (the default for these); elsewhere they are as "
     "--dtype says.",
 )
-@click.option(
+@options.setting(
     "--products",
-    type=click.Choice(list(PRODUCTS)),
-    default=INTEGER,
-    show_default=True,
-    help="With --profile cpu: integer rounds the inputs of products to 8 bits, which is fast; "
+    INTEGER,
+    "With --profile cpu: integer rounds the inputs of products to 8 bits, which is fast; "
     "float does not, and shows what the graph alone costs.",
+    click.Choice(list(PRODUCTS)),
 )
-@click.option(
-    "--max-length",
-    type=int,
-    default=2048,
-    show_default=True,
-    help="Length of the static cache: prompt and answer together.",
-)
+@options.setting("--max-length", 2048, "Length of the static cache: prompt and answer together.")
 @options.overwrite
 @options.json_output
 def command(

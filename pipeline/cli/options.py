@@ -8,8 +8,37 @@ from typing import Any
 
 import click
 
+from pipeline.runtime.sessions.open_session import BACKENDS
+
 _Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
+
+def setting(
+    flag: str,
+    default: Any,
+    help: str,
+    type: click.ParamType | None = None,
+    name: str | None = None,
+) -> _Decorator:
+    """An option that has a default, and whose help shows it.
+
+    Args:
+        flag: as it is typed.
+        default: its type is the option's, unless another is given.
+        help: of the option.
+        type: click's, of a range or choice.
+        name: of the command's argument; None is the flag's.
+    """
+    names = (flag,) if name is None else (flag, name)
+    return click.option(*names, type=type, default=default, show_default=True, help=help)
+
+
+positive = click.IntRange(min=1)
+folder = click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
+backend = setting(
+    "--backend", "auto", "What runs it; auto: what the folder is for.", click.Choice(BACKENDS)
+)
+threads = click.option("--threads", type=positive, help="Threads of ONNX Runtime.")
 model = click.option(
     "-m",
     "--model",
@@ -23,9 +52,7 @@ output = click.option(
 overwrite = click.option("--overwrite", is_flag=True, help="Replace the output if it exists.")
 resume = click.option("--resume", is_flag=True, help="Continue an interrupted run.")
 dry_run = click.option("--dry-run", is_flag=True, help="Say what would be done, and stop.")
-seed = click.option(
-    "--seed", type=int, default=0, show_default=True, help="Of all that is drawn at random."
-)
+seed = setting("--seed", 0, "Of all that is drawn at random.")
 json_output = click.option(
     "--json", "as_json", is_flag=True, help="Print the result as JSON on stdout."
 )

@@ -24,36 +24,22 @@ from pipeline.cli import options
     help="The original model: train towards its distribution instead of the text's next tokens.",
 )
 @click.option("--steps", type=int, required=True, help="Steps of the optimizer.")
-@click.option(
-    "--lora-rank", type=int, default=8, show_default=True, help="Of the adapter of each factor."
-)
-@click.option(
-    "--lora-alpha",
-    type=int,
-    default=16,
-    show_default=True,
-    help="An adapter adds alpha / rank times its product.",
-)
-@click.option(
+@options.setting("--lora-rank", 8, "Of the adapter of each factor.")
+@options.setting("--lora-alpha", 16, "An adapter adds alpha / rank times its product.")
+@options.setting(
     "--learning-rate",
-    type=float,
-    default=1e-4,
-    show_default=True,
-    help="The highest: it rises over a tenth of the steps, then falls to 0 along a cosine.",
+    1e-4,
+    "The highest: it rises over a tenth of the steps, then falls to 0 along a cosine.",
 )
-@click.option("--batch-size", type=int, default=4, show_default=True, help="Windows in a step.")
+@options.setting("--batch-size", 4, "Windows in a step.")
 @click.option(
     "--windows",
     type=int,
     help="Windows to take, a tenth of them held out; by default as many as the steps read once.",
 )
-@click.option(
-    "--window-length", type=int, default=512, show_default=True, help="Tokens in each window."
-)
+@options.setting("--window-length", 512, "Tokens in each window.")
 @click.option("--bfloat16", is_flag=True, help="Multiply in bfloat16; weights stay float32.")
-@click.option(
-    "--device", default="cpu", show_default=True, help="Where PyTorch trains: cpu, cuda, cuda:1."
-)
+@options.setting("--device", "cpu", "Where PyTorch trains: cpu, cuda, cuda:1.")
 @options.seed
 @options.trust_remote_code
 @options.overwrite

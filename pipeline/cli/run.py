@@ -12,42 +12,26 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pipeline.cli import options
-from pipeline.cli.prompts import answer_all, read_prompts
-from pipeline.errors import UsageError
-from pipeline.runtime.sessions.open_session import BACKENDS, DEVICES
+from pipeline.errors import InputError, UsageError
+from pipeline.runtime.sessions.open_session import DEVICES
 
 if TYPE_CHECKING:
     from pipeline.runtime.generate import Answer
     from pipeline.runtime.language_model import LanguageModel
+    from pipeline.runtime.sequence import Decoding
 
 _Messages = list[dict[str, str]]
 # Messages and where the text goes -> the answer.
 _Ask = Callable[[_Messages, Callable[[str], None]], "Answer"]
 
 _sampling_options = options.apply(
-    click.option(
-        "--max-new-tokens",
-        type=click.IntRange(min=1),
-        default=256,
-        show_default=True,
-        help="Most tokens of an answer.",
-    ),
-    click.option(
-        "--temperature",
-        type=float,
-        default=0.0,
-        show_default=True,
-        help="0 always takes the likeliest token.",
-    ),
-    click.option("--top-k", type=int, default=0, show_default=True, help="0 keeps all."),
-    click.option("--top-p", type=float, default=1.0, show_default=True, help="1 keeps all."),
-    click.option("--min-p", type=float, default=0.0, show_default=True, help="0 keeps all."),
-    click.option(
-        "--repetition-penalty",
-        type=float,
-        default=1.0,
-        show_default=True,
-        help="Above 1, tokens that are there already become less likely.",
+    options.setting("--max-new-tokens", 256, "Most tokens of an answer.", options.positive),
+    options.setting("--temperature", 0.0, "0 always takes the likeliest token."),
+    options.setting("--top-k", 0, "0 keeps all."),
+    options.setting("--top-p", 1.0, "1 keeps all."),
+    options.setting("--min-p", 0.0, "0 keeps all."),
+    options.setting(
+        "--repetition-penalty", 1.0, "Above 1, tokens that are there already become less likely."
     ),
     click.option("--stop", "stops", multiple=True, help="Text that ends the answer; repeatable."),
     options.seed,
@@ -56,43 +40,31 @@ _sampling_options = options.apply(
 
 
 @click.command("run", cls=options.GroupedCommand)
-@click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@options.folder
 @click.option("-p", "--prompt", help="What to ask; without it, stdin or a conversation.")
 @click.option(
     "--prompts",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
     help="A prompt a line, or a .jsonl of prompt or messages: answered side by side, in order.",
 )
-@click.option(
-    "--batch-size",
-    type=click.IntRange(1, 256),
-    default=8,
-    show_default=True,
-    help="Answers of --prompts that decode together.",
+@options.setting(
+    "--batch-size", 8, "Answers of --prompts that decode together.", click.IntRange(1, 256)
 )
 @click.option("--system", help="System message of the conversation.")
 @click.option("--raw", is_flag=True, help="Give the prompt as it is, without a chat template.")
-@click.option(
-    "--backend",
-    type=click.Choice(BACKENDS),
-    default="auto",
-    show_default=True,
-    help="What runs it; auto: what the folder is for.",
-)
-@click.option(
+@options.backend
+@options.setting(
     "--device",
-    type=click.Choice(DEVICES),
-    default="cpu",
-    show_default=True,
-    help="Where PyTorch computes a checkpoint: cpu, or cuda in half precision with the block-skip "
+    "cpu",
+    "Where PyTorch computes a checkpoint: cpu, or cuda in half precision with the block-skip "
     "kernels. Exports run on the CPU, engines on their GPU.",
+    click.Choice(DEVICES),
 )
-@click.option("--threads", type=click.IntRange(min=1), help="Threads of ONNX Runtime.")
-@click.option(
+@options.threads
+@options.setting(
     "--lookup/--no-lookup",
-    default=True,
-    show_default=True,
-    help="Prompt-lookup (speculative) decoding: several draft tokens out of the conversation are "
+    True,
+    "Prompt-lookup (speculative) decoding: several draft tokens out of the conversation are "
     "checked in one call (profile cpu).",
 )
 @_sampling_options
@@ -138,8 +110,8 @@ def command(
         if prompt is not None or device != "cpu":
             raise UsageError("--prompts goes with neither --prompt nor --device cuda.")
         _require_sensible(raw, system, False)
-        conversations = [opening + messages for messages in read_prompts(prompts)]
-        answer_all(folder, conversations, decoding, raw, backend, threads, batch_size, as_json)
+        conversations = [opening + messages for messages in _read_prompts(prompts)]
+        _answer_all(folder, conversations, decoding, raw, backend, threads, batch_size, as_json)
         return
     converse = prompt is None and sys.stdin.isatty()
     _require_sensible(raw, system, converse and as_json)
@@ -218,3 +190,91 @@ def _report(model: LanguageModel, result: Answer) -> None:
         click.echo("[cut at --max-new-tokens]", err=True)
     if result.ended == "context":
         click.echo(f"[the cache of {model.max_length} tokens is full]", err=True)
+
+
+def _read_prompts(path: Path) -> list[_Messages]:
+    """The conversations of a file, one a line; blank lines are passed over.
+
+    A `.jsonl` file has an object on each line, with `prompt` or `messages`; in any other a line is
+    a prompt.
+
+    Raises:
+        InputError: the file is not UTF-8, is empty, or a line is not understood; names the line.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise InputError("The prompts are not UTF-8 text.", where=path, observed=error) from error
+    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not numbered:
+        raise InputError("There is no prompt in this file.", where=path, expected="one a line")
+    if path.suffix != ".jsonl":
+        return [[{"role": "user", "content": line.strip()}] for _, line in numbered]
+    return [_read_object(line, f"{path}, line {number}") for number, line in numbered]
+
+
+def _read_object(line: str, where: str) -> _Messages:
+    """The conversation of one JSON object; raise InputError that says `where` for anything else."""
+    expected = '{"prompt": "..."} or {"messages": [{"role": "user", "content": "..."}]}'
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InputError(
+            "This is not JSON.", where=where, observed=error, expected=expected
+        ) from error
+    if isinstance(value, dict) and isinstance(value.get("prompt"), str):
+        return [{"role": "user", "content": value["prompt"]}]
+    messages = value.get("messages") if isinstance(value, dict) else None
+    if not (isinstance(messages, list) and messages and all(map(_is_message, messages))):
+        raise InputError("This is no prompt.", where=where, observed=line[:80], expected=expected)
+    return [{"role": item["role"], "content": item["content"]} for item in messages]
+
+
+def _is_message(value: Any) -> bool:
+    """Whether a value has a role and a content, both text."""
+    return isinstance(value, dict) and all(
+        isinstance(value.get(name), str) for name in ("role", "content")
+    )
+
+
+def _answer_all(
+    folder: Path,
+    conversations: list[_Messages],
+    decoding: Decoding,
+    raw: bool,
+    backend: str,
+    threads: int | None,
+    batch_size: int,
+    as_json: bool,
+) -> None:
+    """Answer every conversation, `batch_size` at a time, and print the answers in their order.
+
+    Args:
+        folder: whatever `skipcat run` takes.
+        conversations: each begins with its system message, if any.
+        decoding: how; the model's own stop tokens end an answer, too.
+        raw: give the last message's text as it is, without the chat template.
+        backend: as for `open_session`.
+        threads: of ONNX Runtime.
+        batch_size: how many sequences decode together.
+        as_json: one JSON object a line, instead of text with a heading.
+
+    Raises:
+        InputError: as `open_slots` and `generate_batch`.
+    """
+    from pipeline.runtime.generate import generate_batch
+    from pipeline.runtime.sessions.slots import open_slots
+    from pipeline.runtime.tokenizer import chat_prompt_ids, load_tokenizer, stop_token_ids
+
+    tokenizer = load_tokenizer(folder)
+    prompts = [chat_prompt_ids(tokenizer, messages, raw) for messages in conversations]
+    session = open_slots(folder, backend, threads, min(batch_size, len(prompts)))
+    own = replace(decoding, stop_ids=stop_token_ids(tokenizer, folder))
+    for number, answer in enumerate(generate_batch(session, prompts, own, tokenizer)):
+        if as_json:
+            record = {"number": number, "text": answer.text}
+            counts = {"prompt_tokens": len(answer.prompt_ids), "new_tokens": len(answer.ids)}
+            click.echo(json.dumps(record | counts))
+        else:
+            click.echo(f"--- {number + 1} ---\n{answer.text}")
+    click.echo(f"[{session.name}: {len(prompts)} prompts, {batch_size} at a time]", err=True)

@@ -10,21 +10,13 @@ import click
 
 from pipeline.cli import options
 from pipeline.errors import MissingPackageError, UsageError
-from pipeline.runtime.sessions.open_session import BACKENDS
 
 _PACKAGES = ("starlette", "uvicorn", "pydantic")
-_positive = click.IntRange(min=1)
 _seconds = click.FloatRange(min=0, min_open=True)
 
 _address_options = options.apply(
-    click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at."),
-    click.option(
-        "--port",
-        type=click.IntRange(0, 65535),
-        default=8000,
-        show_default=True,
-        help="0 takes a free one.",
-    ),
+    options.setting("--host", "127.0.0.1", "Address to listen at."),
+    options.setting("--port", 8000, "0 takes a free one.", click.IntRange(0, 65535)),
     click.option(
         "--api-key-file",
         type=click.Path(path_type=Path, exists=True, dir_okay=False),
@@ -34,82 +26,64 @@ _address_options = options.apply(
     heading="Address",
 )
 _load_options = options.apply(
-    click.option(
-        "--slots",
-        type=_positive,
-        default=4,
-        show_default=True,
-        help="Requests answered together; each has a cache of its own.",
+    options.setting(
+        "--slots", 4, "Requests answered together; each has a cache of its own.", options.positive
     ),
-    click.option(
+    options.setting(
         "--queue",
-        type=click.IntRange(min=0),
-        default=64,
-        show_default=True,
-        help="Requests that wait for a slot; further ones get a 429.",
+        64,
+        "Requests that wait for a slot; further ones get a 429.",
+        click.IntRange(min=0),
     ),
-    click.option(
+    options.setting(
         "--prefill-chunk",
-        type=_positive,
-        default=64,
-        show_default=True,
-        help="Tokens of a prompt read between two tokens of the other answers.",
+        64,
+        "Tokens of a prompt read between two tokens of the other answers.",
+        options.positive,
     ),
-    click.option(
+    options.setting(
         "--prefix-reuse/--no-prefix-reuse",
-        "reuse",
-        default=True,
-        show_default=True,
-        help="Go on from what a slot still holds of an earlier conversation.",
+        True,
+        "Go on from what a slot still holds of an earlier conversation.",
+        name="reuse",
     ),
-    click.option(
+    options.setting(
         "--lookup/--no-lookup",
-        default=False,
-        show_default=True,
-        help="Prompt-lookup (speculative) decoding of an answer that runs alone (profile cpu). "
+        False,
+        "Prompt-lookup (speculative) decoding of an answer that runs alone (profile cpu). "
         "Near-ties may then turn with the other requests in the batch.",
     ),
     heading="Requests side by side",
 )
 _limit_options = options.apply(
     click.option(
-        "--max-new-tokens", type=_positive, help="Most tokens of one answer.  [the context's]"
+        "--max-new-tokens",
+        type=options.positive,
+        help="Most tokens of one answer.  [the context's]",
     ),
-    click.option(
-        "--max-body-bytes",
-        type=_positive,
-        default=1 << 20,
-        show_default=True,
-        help="Longest request; a longer one gets a 413.",
+    options.setting(
+        "--max-body-bytes", 1 << 20, "Longest request; a longer one gets a 413.", options.positive
     ),
-    click.option(
+    options.setting(
         "--client-timeout-s",
-        type=_seconds,
-        default=30.0,
-        show_default=True,
-        help="Longest a client may take to send, to read, or between requests.",
+        30.0,
+        "Longest a client may take to send, to read, or between requests.",
+        _seconds,
     ),
-    click.option(
+    options.setting(
         "--grace-s",
-        type=click.FloatRange(min=0),
-        default=10.0,
-        show_default=True,
-        help="Time for running answers after SIGTERM or Ctrl-C.",
+        10.0,
+        "Time for running answers after SIGTERM or Ctrl-C.",
+        click.FloatRange(min=0),
     ),
     heading="Limits",
 )
 
 
 @click.command("serve", cls=options.GroupedCommand)
-@click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
-@click.option(
-    "--backend",
-    type=click.Choice(BACKENDS),
-    default="auto",
-    show_default=True,
-    help="What runs it; auto: what the folder is for.",
-)
-@click.option("--threads", type=_positive, help="Threads of ONNX Runtime.")
+@options.folder
+@options.backend
+@options.threads
 @_address_options
 @_load_options
 @_limit_options

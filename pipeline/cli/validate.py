@@ -28,40 +28,20 @@ _artefact_options = options.apply(
     click.option("--engine", type=_existing_folder, multiple=True, help="Engine; repeatable."),
 )
 _input_options = options.apply(
-    click.option(
-        "--text",
-        default="self",
-        show_default=True,
-        help="UTF-8 file to evaluate on; 'self' lets the original write the text.",
+    options.setting(
+        "--text", "self", "UTF-8 file to evaluate on; 'self' lets the original write the text."
     ),
-    click.option(
-        "--windows",
-        type=click.IntRange(min=1),
-        default=10,
-        show_default=True,
-        help="Windows of the text, for logits and perplexity.",
+    options.setting(
+        "--windows", 10, "Windows of the text, for logits and perplexity.", options.positive
     ),
-    click.option(
-        "--window-length",
-        type=click.IntRange(min=32),
-        default=512,
-        show_default=True,
-        help="Tokens in each.",
-    ),
-    click.option(
+    options.setting("--window-length", 512, "Tokens in each.", click.IntRange(min=32)),
+    options.setting(
         "--prompts",
-        type=click.IntRange(min=1),
-        default=8,
-        show_default=True,
-        help="Prompts of 32 tokens, cut from the windows, that every stage answers greedily.",
+        8,
+        "Prompts of 32 tokens, cut from the windows, that every stage answers greedily.",
+        options.positive,
     ),
-    click.option(
-        "--max-new-tokens",
-        type=click.IntRange(min=1),
-        default=64,
-        show_default=True,
-        help="Tokens of each answer.",
-    ),
+    options.setting("--max-new-tokens", 64, "Tokens of each answer.", options.positive),
     options.seed,
 )
 _image_options = options.apply(
@@ -70,7 +50,7 @@ _image_options = options.apply(
         help="Of an image classifier, in place of the text: a folder of images (in sub-folders by "
         "class if labelled), or a .npz, .npy or .safetensors of arrays.",
     ),
-    click.option("--image-count", type=click.IntRange(min=1), help="Images to draw. [1024]"),
+    click.option("--image-count", type=options.positive, help="Images to draw. [1024]"),
 )
 
 
@@ -116,14 +96,15 @@ def command(
     if output is not None:
         refuse_existing(output, overwrite=overwrite)
 
-    from validate.run import require_passed, validate, write_reports
+    from validate.report import write_reports
+    from validate.run import validate
 
     request = _request_of(artefacts, settings)
     ledger = validate(request, lambda message: click.echo(message, err=True))
     if output is not None:
         write_reports(ledger, output, overwrite=overwrite)
     _show(ledger, output, as_json)
-    require_passed(ledger)
+    ledger.require_passed()
 
 
 def _request_of(artefacts: Artefacts, settings: dict[str, Any]) -> ValidateRequest:
@@ -154,10 +135,10 @@ def _gather(
     Raises:
         UsageError: there is nothing that names the original.
     """
-    from validate.stages import Artefacts, find_artefacts, original_of
+    from validate.stages import Artefacts, original_of
 
     if build_folder is not None:
-        found = find_artefacts(build_folder)
+        found = Artefacts.find(build_folder)
         return Artefacts(
             original or found.original,
             checkpoint or found.checkpoint,

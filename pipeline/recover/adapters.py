@@ -93,24 +93,3 @@ def merge_(adapted: PeftModel, dtype: torch.dtype) -> PreTrainedModel:
     for parameter in model.parameters():
         parameter.copy_(parameter.to(dtype))
     return model
-
-
-def largest_interpolations(report: dict[str, Any], model: nn.Module) -> dict[str, Any]:
-    """report.json with the largest |A'| of each skip-form group as it is in a model now.
-
-    The errors of the groups stay those of the compression.
-
-    Args:
-        report: of the compression; not changed.
-        model: holds the merged factors.
-    """
-    groups = []
-    for group in report["groups"]:
-        if group["form"] == "skip":
-            owner = model.get_submodule(group["members"][0])
-            assert isinstance(owner, FactoredLinear)
-            sizes = owner.owner.down.weight.detach().abs()
-            group = group | {"largest_interpolation": float(sizes.max()) if sizes.numel() else 0.0}
-        groups.append(group)
-    largest = max((group.get("largest_interpolation", 0.0) for group in groups), default=0.0)
-    return report | {"totals": report["totals"] | {"largest": largest}, "groups": groups}

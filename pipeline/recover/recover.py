@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import math
 import shutil
 import time
 from dataclasses import asdict, replace
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import PreTrainedModel
 
 from pipeline.artefact import (
@@ -28,14 +28,13 @@ from pipeline.artefact import (
 from pipeline.calibrate.text import TokenBatch, load_tokens
 from pipeline.checkpoint.card import model_card
 from pipeline.checkpoint.folder import load_checkpoint, save_checkpoint
-from pipeline.checkpoint.modeling_skipcat import QuantizedWeight
+from pipeline.checkpoint.modeling_skipcat import FactoredLinear, QuantizedWeight
 from pipeline.errors import InputError, PipelineError
 from pipeline.model.load import LoadedModel, load_model
 from pipeline.model.source import Source
 from pipeline.provenance import provenance
-from pipeline.recover.adapters import attach, largest_interpolations, merge_
-from pipeline.recover.request import Recoverable, RecoverRequest, require_recoverable
-from pipeline.recover.train import Loss, Progress, held_out, losses_of, mean_loss, train_
+from pipeline.recover.request import Recoverable, RecoverRequest, held_out
+from pipeline.recover.train import Progress, fine_tune
 
 _SCHEMA = 1
 _WORK = "training"
@@ -62,7 +61,7 @@ def recover_to_folder(
     """
     request.check()
     started = time.monotonic()
-    subject = require_recoverable(request)
+    subject = Recoverable.read(request)
     discard_unfinished(output, resume=resume)
     student, teacher = _load(request, subject)
     stored_bytes = sum(path.stat().st_size for path in request.checkpoint.glob("*.safetensors"))
@@ -74,7 +73,7 @@ def recover_to_folder(
         text = _recovery_windows(request, student, teacher, work / "tokens.safetensors")
         identity = _identity(request, text)
         _require_same_run(identity, work / "run.json")
-        model, measured, progress = _train(request, subject, student, teacher, text, work)
+        model, measured, progress = fine_tune(request, subject, student, teacher, text, work)
         recovery = _section(identity, subject, text, measured, progress)
         recovery["seconds"] = time.monotonic() - started
         _write(folder, request, subject, model, recovery)
@@ -183,55 +182,6 @@ def _require_same_run(identity: dict[str, Any], record: Path) -> None:
     require_same_settings(json.loads(record.read_text(encoding="utf-8")), settings, record.parent)
 
 
-def _train(
-    request: RecoverRequest,
-    subject: Recoverable,
-    student: LoadedModel,
-    teacher: LoadedModel | None,
-    text: TokenBatch,
-    work: Path,
-) -> tuple[PreTrainedModel, dict[str, dict[str, float]], Progress]:
-    """Train, merge, and measure before and after; the model as it will be stored."""
-    device = torch.device(request.device)
-    guide = None if teacher is None else teacher.model.to(device)
-    tokens = text.tokens.to(device)
-    measured = tokens[-held_out(len(tokens)) :]
-    adapted = attach(student.model.to(device), request.lora_rank, request.lora_alpha, request.seed)
-    losses = losses_of(adapted, guide)
-    objective = list(losses.values())[-1]
-
-    def training_loss(batch: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=request.bfloat16):
-            return objective(batch)
-
-    before = _measure(losses, measured, request.batch_size)
-    progress = train_(
-        adapted,
-        training_loss,
-        tokens[: -len(measured)],
-        request.schedule,
-        work / "state.safetensors",
-    )
-    model = merge_(adapted, subject.dtype)
-    after = _measure(losses_of(model, guide), measured, request.batch_size)
-    pairs = {name: {"before": before[name], "after": after[name]} for name in losses}
-    return model.cpu(), pairs, progress
-
-
-def _measure(losses: dict[str, Loss], windows: torch.Tensor, batch_size: int) -> dict[str, float]:
-    """Each loss on the held-out windows, nats per token."""
-    values = {name: mean_loss(loss, windows, batch_size) for name, loss in losses.items()}
-    for name, value in values.items():
-        if not math.isfinite(value):
-            raise InputError(
-                "A loss on the held-out windows is not finite.",
-                where=name,
-                observed=value,
-                change="validate the checkpoint, or train with a smaller --learning-rate",
-            )
-    return values
-
-
 def _section(
     identity: dict[str, Any],
     subject: Recoverable,
@@ -266,13 +216,34 @@ def _write(
     save_checkpoint(model, subject.tokenizer, subject.modules, folder, subject.dtype)
     _require_same_tensors(request.checkpoint, folder)
     recipe = subject.recipe | {"recovery": recovery}
-    report = largest_interpolations(subject.report, model)
+    report = _largest_interpolations(subject.report, model)
     for name in ("plan.json", "plan.svg"):
         if (request.checkpoint / name).exists():
             shutil.copyfile(request.checkpoint / name, folder / name)
     write_json(folder / "recipe.json", recipe)
     write_json(folder / "report.json", report)
     write_text(folder / "README.md", model_card(recipe, report, _fine_tuning(recovery)))
+
+
+def _largest_interpolations(report: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """report.json with the largest |A'| of each skip-form group as it is in a model now.
+
+    The errors of the groups stay those of the compression.
+
+    Args:
+        report: of the compression; not changed.
+        model: holds the merged factors.
+    """
+    groups = []
+    for group in report["groups"]:
+        if group["form"] == "skip":
+            owner = model.get_submodule(group["members"][0])
+            assert isinstance(owner, FactoredLinear)
+            sizes = owner.owner.down.weight.detach().abs()
+            group = group | {"largest_interpolation": float(sizes.max()) if sizes.numel() else 0.0}
+        groups.append(group)
+    largest = max((group.get("largest_interpolation", 0.0) for group in groups), default=0.0)
+    return report | {"totals": report["totals"] | {"largest": largest}, "groups": groups}
 
 
 def _fine_tuning(recovery: dict[str, Any]) -> str:

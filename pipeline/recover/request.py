@@ -1,4 +1,4 @@
-"""What a recovery is asked to do, and what is refused before any weights are read."""
+"""What a recovery is asked to do, in which steps, and what is refused before weights are read."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
@@ -17,7 +18,51 @@ from pipeline.errors import InputError, UsageError
 from pipeline.model.load import refuse_long_windows
 from pipeline.model.task import require_decoder
 from pipeline.recover.adapters import require_peft
-from pipeline.recover.train import Schedule, windows_needed
+
+_WARMUP_FRACTION = 0.1
+_HELD_OUT_PART = 10
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The steps of a run.
+
+    Attributes:
+        steps: how many.
+        batch_size: windows that each reads.
+        learning_rate: the highest.
+        seed: of the order in which windows are read.
+    """
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    seed: int
+
+    def rate_at(self, step: int) -> float:
+        """Learning rate of a step counted from 0: a linear warm-up, then half a cosine to 0."""
+        warmup = max(1, round(self.steps * _WARMUP_FRACTION))
+        if step < warmup:
+            return self.learning_rate * ((step + 1) / warmup)
+        passed = (step - warmup) / max(1, self.steps - warmup)
+        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * passed))
+
+    def windows_at(self, step: int, count: int) -> np.ndarray:
+        """Indices of the windows that a step reads.
+
+        All are read once before any is read again, in another order each time. Where the batch
+        size does not divide their number, the few left over sit out this time.
+
+        Args:
+            step: counted from 0.
+            count: windows there are, at least `batch_size`.
+
+        Returns:
+            int64 [batch_size], in [0, count).
+        """
+        epoch, place = divmod(step, count // self.batch_size)
+        order = np.random.default_rng([self.seed, epoch]).permutation(count)
+        return order[place * self.batch_size : (place + 1) * self.batch_size]
 
 
 @dataclass(frozen=True)
@@ -60,7 +105,7 @@ class RecoverRequest:
     @property
     def window_count(self) -> int:
         """Windows to take from the text, held-out ones included."""
-        return self.windows or windows_needed(self.steps, self.batch_size)
+        return self.windows or _windows_needed(self.steps, self.batch_size)
 
     @property
     def schedule(self) -> Schedule:
@@ -75,7 +120,7 @@ class RecoverRequest:
         """
         least = {"steps": 1, "lora_rank": 1, "lora_alpha": 1, "batch_size": 1, "window_length": 2}
         if self.windows is not None:
-            least["windows"] = windows_needed(1, max(1, self.batch_size))
+            least["windows"] = _windows_needed(1, max(1, self.batch_size))
         for name, smallest in least.items():
             if getattr(self, name) < smallest:
                 raise UsageError(
@@ -100,6 +145,17 @@ class RecoverRequest:
                 change="pass --teacher MODEL, or a text file",
             )
         _require_device(self.device)
+
+
+def held_out(windows: int) -> int:
+    """How many of the windows are kept for measuring: a tenth, at least one."""
+    return max(1, windows // _HELD_OUT_PART)
+
+
+def _windows_needed(steps: int, batch_size: int) -> int:
+    """Fewest windows, held-out ones included, that let each step read new ones."""
+    # n - held_out(n) is at least 9 n / 10, and n - 1 where n is below 10.
+    return -(-steps * batch_size * _HELD_OUT_PART // (_HELD_OUT_PART - 1))
 
 
 def _require_device(name: str) -> None:
@@ -134,35 +190,37 @@ class Recoverable:
     dtype: torch.dtype
     vocabulary_size: int
 
+    @classmethod
+    def read(cls, request: RecoverRequest) -> Recoverable:
+        """Read all of a checkpoint but its weights, and refuse what would fail later.
 
-def require_recoverable(request: RecoverRequest) -> Recoverable:
-    """Read all of a checkpoint but its weights, and refuse what would fail later.
-
-    Raises:
-        InputError: not a compressed decoder, its records are missing, or too little text.
-        MissingPackageError: peft is not installed.
-        UsageError: windows longer than the model's context.
-    """
-    require_peft()
-    folder = request.checkpoint
-    require_checkpoint(folder)
-    require_decoder(folder)
-    modules = _factored_modules(folder)
-    recipe, report = read_record(folder, "recipe.json"), read_record(folder, "report.json")
-    for name, record in (("recipe.json", recipe), ("report.json", report)):
-        if not record:
-            raise InputError(
-                "A record of the checkpoint is missing.",
-                where=folder / name,
-                change="copy the whole folder that skipcat compress wrote",
-            )
-    config = AutoConfig.from_pretrained(folder)
-    refuse_long_windows("--window-length", request.window_length, config)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    require_text(request.text, tokenizer, count=request.window_count, length=request.window_length)
-    vocabulary_size = config.get_text_config().vocab_size
-    dtype = DTYPES[recipe["dtype"]]
-    return Recoverable(modules, recipe, report, tokenizer, dtype, vocabulary_size)
+        Raises:
+            InputError: not a compressed decoder, its records are missing, or too little text.
+            MissingPackageError: peft is not installed.
+            UsageError: windows longer than the model's context.
+        """
+        require_peft()
+        folder = request.checkpoint
+        require_checkpoint(folder)
+        require_decoder(folder)
+        modules = _factored_modules(folder)
+        recipe, report = read_record(folder, "recipe.json"), read_record(folder, "report.json")
+        for name, record in (("recipe.json", recipe), ("report.json", report)):
+            if not record:
+                raise InputError(
+                    "A record of the checkpoint is missing.",
+                    where=folder / name,
+                    change="copy the whole folder that skipcat compress wrote",
+                )
+        config = AutoConfig.from_pretrained(folder)
+        refuse_long_windows("--window-length", request.window_length, config)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        require_text(
+            request.text, tokenizer, count=request.window_count, length=request.window_length
+        )
+        vocabulary_size = config.get_text_config().vocab_size
+        dtype = DTYPES[recipe["dtype"]]
+        return cls(modules, recipe, report, tokenizer, dtype, vocabulary_size)
 
 
 def _factored_modules(folder: Path) -> dict[str, dict[str, Any]]:

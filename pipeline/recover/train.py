@@ -20,7 +20,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -28,17 +27,68 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from pipeline.calibrate.text import TokenBatch
 from pipeline.errors import InputError
+from pipeline.model.load import LoadedModel
 from pipeline.progress import track
+from pipeline.recover.adapters import attach, merge_
+from pipeline.recover.request import Recoverable, RecoverRequest, Schedule, held_out
 
 # Mean loss of a batch of windows, int64 [B, T].
-Loss = Callable[[torch.Tensor], torch.Tensor]
+_Loss = Callable[[torch.Tensor], torch.Tensor]
 _SECONDS_BETWEEN_SAVES = 60.0
 _LARGEST_GRADIENT = 1.0
-_WARMUP_FRACTION = 0.1
-_HELD_OUT_PART = 10
 # What AdamW keeps of a parameter.
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+
+
+def fine_tune(
+    request: RecoverRequest,
+    subject: Recoverable,
+    student: LoadedModel,
+    teacher: LoadedModel | None,
+    text: TokenBatch,
+    work: Path,
+) -> tuple[PreTrainedModel, dict[str, dict[str, float]], Progress]:
+    """Train, merge, and measure before and after; the model as it will be stored."""
+    device = torch.device(request.device)
+    guide = None if teacher is None else teacher.model.to(device)
+    tokens = text.tokens.to(device)
+    measured = tokens[-held_out(len(tokens)) :]
+    adapted = attach(student.model.to(device), request.lora_rank, request.lora_alpha, request.seed)
+    losses = _losses_of(adapted, guide)
+    objective = list(losses.values())[-1]
+
+    def training_loss(batch: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=request.bfloat16):
+            return objective(batch)
+
+    before = _measure(losses, measured, request.batch_size)
+    progress = _train_(
+        adapted,
+        training_loss,
+        tokens[: -len(measured)],
+        request.schedule,
+        work / "state.safetensors",
+    )
+    model = merge_(adapted, subject.dtype)
+    after = _measure(_losses_of(model, guide), measured, request.batch_size)
+    pairs = {name: {"before": before[name], "after": after[name]} for name in losses}
+    return model.cpu(), pairs, progress
+
+
+def _measure(losses: dict[str, _Loss], windows: torch.Tensor, batch_size: int) -> dict[str, float]:
+    """Each loss on the held-out windows, nats per token."""
+    values = {name: _mean_loss(loss, windows, batch_size) for name, loss in losses.items()}
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise InputError(
+                "A loss on the held-out windows is not finite.",
+                where=name,
+                observed=value,
+                change="validate the checkpoint, or train with a smaller --learning-rate",
+            )
+    return values
 
 
 def _next_token_loss(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -64,7 +114,7 @@ def _distillation_loss(logits: torch.Tensor, teacher_logits: torch.Tensor) -> to
     return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
 
 
-def losses_of(model: Any, teacher: PreTrainedModel | None) -> dict[str, Loss]:
+def _losses_of(model: Any, teacher: PreTrainedModel | None) -> dict[str, _Loss]:
     """The losses of a model, by name; the last is the one to train on.
 
     Args:
@@ -81,12 +131,12 @@ def losses_of(model: Any, teacher: PreTrainedModel | None) -> dict[str, Loss]:
             target = teacher(batch, use_cache=False).logits
         return _distillation_loss(model(batch, use_cache=False).logits, target)
 
-    losses: dict[str, Loss] = {"next_token": next_token}
+    losses: dict[str, _Loss] = {"next_token": next_token}
     return losses if teacher is None else losses | {"distillation": distillation}
 
 
 @torch.no_grad()
-def mean_loss(loss_of: Loss, windows: torch.Tensor, batch_size: int) -> float:
+def _mean_loss(loss_of: _Loss, windows: torch.Tensor, batch_size: int) -> float:
     """Mean over windows of a loss, float64 on the way.
 
     Args:
@@ -96,59 +146,6 @@ def mean_loss(loss_of: Loss, windows: torch.Tensor, batch_size: int) -> float:
     """
     total = sum(loss_of(batch).item() * len(batch) for batch in windows.split(batch_size))
     return total / len(windows)
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """The steps of a run.
-
-    Attributes:
-        steps: how many.
-        batch_size: windows that each reads.
-        learning_rate: the highest.
-        seed: of the order in which windows are read.
-    """
-
-    steps: int
-    batch_size: int
-    learning_rate: float
-    seed: int
-
-    def rate_at(self, step: int) -> float:
-        """Learning rate of a step counted from 0: a linear warm-up, then half a cosine to 0."""
-        warmup = max(1, round(self.steps * _WARMUP_FRACTION))
-        if step < warmup:
-            return self.learning_rate * ((step + 1) / warmup)
-        passed = (step - warmup) / max(1, self.steps - warmup)
-        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * passed))
-
-    def windows_at(self, step: int, count: int) -> np.ndarray:
-        """Indices of the windows that a step reads.
-
-        All are read once before any is read again, in another order each time. Where the batch
-        size does not divide their number, the few left over sit out this time.
-
-        Args:
-            step: counted from 0.
-            count: windows there are, at least `batch_size`.
-
-        Returns:
-            int64 [batch_size], in [0, count).
-        """
-        epoch, place = divmod(step, count // self.batch_size)
-        order = np.random.default_rng([self.seed, epoch]).permutation(count)
-        return order[place * self.batch_size : (place + 1) * self.batch_size]
-
-
-def held_out(windows: int) -> int:
-    """How many of the windows are kept for measuring: a tenth, at least one."""
-    return max(1, windows // _HELD_OUT_PART)
-
-
-def windows_needed(steps: int, batch_size: int) -> int:
-    """Fewest windows, held-out ones included, that let each step read new ones."""
-    # n - held_out(n) is at least 9 n / 10, and n - 1 where n is below 10.
-    return -(-steps * batch_size * _HELD_OUT_PART // (_HELD_OUT_PART - 1))
 
 
 @dataclass
@@ -225,8 +222,8 @@ class _TrainingState:
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
 
 
-def train_(
-    model: nn.Module, loss_of: Loss, windows: torch.Tensor, schedule: Schedule, path: Path
+def _train_(
+    model: nn.Module, loss_of: _Loss, windows: torch.Tensor, schedule: Schedule, path: Path
 ) -> Progress:
     """Take the steps of a schedule that an earlier run has not taken yet.
 

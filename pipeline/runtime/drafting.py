@@ -70,7 +70,6 @@ class PromptLookup:
         self._agreeing = _SHORTEST
 
     def learn(self, drafted: Sequence[int], chosen: Sequence[int]) -> None:
-        """Append tokens that came, and count how many of the last draft were among them."""
         right = common_length(drafted, chosen)
         self.taken += right
         self._right[self._agreeing] += right
@@ -82,7 +81,6 @@ class PromptLookup:
             self._ids.append(token)
 
     def draft(self, most: int) -> list[int]:
-        """Propose what comes next: up to `most` tokens, often none."""
         ids, end = self._ids, len(self._ids)
         for n in range(min(_LONGEST, end), _SHORTEST - 1, -1):
             start = self._next.get(tuple(ids[end - n :]))

@@ -14,7 +14,7 @@ from pipeline.runtime.drafting import Drafter
 from pipeline.runtime.prefix_cache import PrefixCache
 from pipeline.runtime.sequence import Decoding, RunningAnswer
 from pipeline.runtime.sessions.session import Session, SlotSession
-from pipeline.runtime.text_stream import Decoder, ignore_text
+from pipeline.runtime.text_stream import Decoder
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def answer(
     decoder: Decoder,
     prompt_ids: Sequence[int],
     decoding: Decoding,
-    emit: Callable[[str], None] = ignore_text,
+    emit: Callable[[str], None] = lambda text: None,
     drafter: Drafter | None = None,
 ) -> Answer:
     """The whole answer, timed; `emit` gets its text piece by piece. As `generate` otherwise."""

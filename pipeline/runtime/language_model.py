@@ -20,7 +20,6 @@ from pipeline.runtime.prefix_cache import PrefixCache
 from pipeline.runtime.sequence import Decoding
 from pipeline.runtime.sessions.open_session import open_session
 from pipeline.runtime.sessions.session import Session
-from pipeline.runtime.text_stream import ignore_text
 from pipeline.runtime.tokenizer import (
     Message,
     TextTokenizer,
@@ -81,7 +80,7 @@ class LanguageModel:
         self,
         prompt: _Prompt,
         decoding: Decoding = _USUAL,
-        emit: Callable[[str], None] = ignore_text,
+        emit: Callable[[str], None] = lambda text: None,
     ) -> Answer:
         """Answer a prompt, as it is or as ids; `emit` gets the text piece by piece.
 
@@ -96,7 +95,7 @@ class LanguageModel:
         self,
         messages: list[Message],
         decoding: Decoding = _USUAL,
-        emit: Callable[[str], None] = ignore_text,
+        emit: Callable[[str], None] = lambda text: None,
         raw: bool = False,
     ) -> Answer:
         """Answer a conversation in the model's own chat format, or, raw, its last message alone.

@@ -47,35 +47,33 @@ class Sampling:
             if not is_valid:
                 raise UsageError(f"{name} is out of range.", observed=getattr(self, name))
 
+    def choose(
+        self,
+        logits: np.ndarray,
+        history: Sequence[int] | np.ndarray,
+        generator: np.random.Generator,
+    ) -> int:
+        """Choose the next token.
+
+        Args:
+            logits: float [V].
+            history: the N tokens so far, for the repetition penalty; not looked at without one.
+            generator: source of randomness; not touched when the temperature is 0.
+
+        Returns:
+            A token id.
+        """
+        scores = _penalise_repetition(logits, history, self.repetition_penalty)
+        if self.temperature == 0:
+            return int(scores.argmax())
+        scores = scores.astype(np.float64) / self.temperature
+        scores = _keep_top_k(scores, self.top_k)
+        scores = _keep_top_p(scores, self.top_p)
+        scores = _keep_min_p(scores, self.min_p)
+        return int(generator.choice(scores.size, p=_softmax(scores)))
+
 
 GREEDY = Sampling()
-
-
-def choose_token(
-    logits: np.ndarray,
-    sampling: Sampling,
-    history: Sequence[int] | np.ndarray,
-    generator: np.random.Generator,
-) -> int:
-    """Choose the next token.
-
-    Args:
-        logits: float [V].
-        sampling: how to choose.
-        history: the N tokens so far, for the repetition penalty; not looked at without one.
-        generator: source of randomness; not touched when the temperature is 0.
-
-    Returns:
-        A token id.
-    """
-    scores = _penalise_repetition(logits, history, sampling.repetition_penalty)
-    if sampling.temperature == 0:
-        return int(scores.argmax())
-    scores = scores.astype(np.float64) / sampling.temperature
-    scores = _keep_top_k(scores, sampling.top_k)
-    scores = _keep_top_p(scores, sampling.top_p)
-    scores = _keep_min_p(scores, sampling.min_p)
-    return int(generator.choice(scores.size, p=_softmax(scores)))
 
 
 def _softmax(scores: np.ndarray) -> np.ndarray:

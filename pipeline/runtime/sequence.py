@@ -14,8 +14,8 @@ import numpy as np
 
 from pipeline.errors import InputError
 from pipeline.runtime.drafting import Drafter
-from pipeline.runtime.sampling import GREEDY, Sampling, choose_token
-from pipeline.runtime.text_stream import Decoder, TextStream, ignore_text
+from pipeline.runtime.sampling import GREEDY, Sampling
+from pipeline.runtime.text_stream import Decoder, TextStream
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class RunningAnswer:
         max_length: int,
         decoder: Decoder | None = None,
         drafter: Drafter | None = None,
-        emit: Callable[[str], None] = ignore_text,
+        emit: Callable[[str], None] = lambda text: None,
     ) -> None:
         if not len(prompt_ids):
             raise InputError("The prompt is empty.", change="give at least one token")
@@ -121,7 +121,7 @@ class RunningAnswer:
     def _choose(self, logits: np.ndarray) -> None:
         """Choose one token, and hand on the text that became certain."""
         how = self._decoding
-        token = choose_token(logits, how.sampling, self._history, self._generator)
+        token = how.sampling.choose(logits, self._history, self._generator)
         if token in how.stop_ids:
             self._end("stop")
             return

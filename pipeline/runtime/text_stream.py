@@ -134,7 +134,3 @@ class TextStream:
     def finish(self) -> str:
         """Return what was held back: no more tokens come."""
         return self._stops.push(self._detokenizer.finish()) + self._stops.finish()
-
-
-def ignore_text(text: str) -> None:
-    """For text that nobody waits for."""

@@ -7,18 +7,19 @@ leaves something to it: no tokenizer.json, or special tokens that it adds by its
 
 from __future__ import annotations
 
+import datetime
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pipeline.errors import InputError
 from pipeline.model.task import require_decoder
-from pipeline.runtime.chat_template import ChatTemplate, find_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Message = dict[str, str]
+_TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
 _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token")
 # Settings by which transformers changes what tokenizer.json says.
 _ADDING = ("add_bos_token", "add_eos_token")
@@ -74,23 +75,20 @@ class _FolderTokenizer:
         }
         eos = self._special.get("eos_token")
         self.eos_token_id = None if eos is None else self._tokenizer.token_to_id(eos)
-        self.chat_template = find_template(folder, settings)
-        self._template = ChatTemplate(self.chat_template) if self.chat_template else None
+        self.chat_template = _find_template(folder, settings)
+        self._template = _ChatTemplate(self.chat_template) if self.chat_template else None
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Ids of a text."""
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool = False) -> str:
-        """Text of ids."""
         text: str = self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
         return text
 
     def apply_chat_template(
         self, messages: list[Message], *, add_generation_prompt: bool, tokenize: bool
     ) -> str:
-        """A conversation in the model's own format; always as text."""
         assert self._template is not None, "callers look at chat_template first"
         assert not tokenize, "callers encode the text themselves"
         return self._template.render(messages, add_generation_prompt, self._special)
@@ -181,3 +179,81 @@ def stop_token_ids(tokenizer: TextTokenizer, folder: Path) -> frozenset[int]:
         listed = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
         ids.update(listed if isinstance(listed, list) else [listed])
     return frozenset(token for token in ids if token is not None)
+
+
+class _ChatTemplate:
+    """A chat template, in jinja2's sandbox with what transformers offers templates.
+
+    Raises:
+        InputError: the template is not valid jinja2.
+    """
+
+    def __init__(self, source: str) -> None:
+        from jinja2 import TemplateError
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        environment.filters["tojson"] = _to_json
+        environment.globals["raise_exception"] = _refuse
+        environment.globals["strftime_now"] = _now
+        try:
+            self._template = environment.from_string(source)
+        except TemplateError as error:
+            raise InputError("The chat template is broken.", observed=error) from error
+
+    def render(
+        self, messages: list[dict[str, str]], add_generation_prompt: bool, special: dict[str, str]
+    ) -> str:
+        """The conversation as one text.
+
+        Args:
+            messages: `role` and `content` each.
+            add_generation_prompt: end with what opens the model's answer.
+            special: the special tokens that templates may name, such as `bos_token`.
+
+        Raises:
+            InputError: the template refuses the conversation, and why.
+        """
+        from jinja2 import TemplateError
+
+        try:
+            return self._template.render(
+                messages=messages, add_generation_prompt=add_generation_prompt, **special
+            )
+        except TemplateError as error:
+            raise InputError(
+                "The chat template refuses this conversation.", observed=error
+            ) from error
+
+
+def _find_template(folder: Path, settings: dict[str, Any]) -> str | None:
+    """The template of a folder: a file of its own, or part of tokenizer_config.json.
+
+    Of several named templates it is the one called "default".
+    """
+    for name in _TEMPLATE_FILES:
+        path = folder / name
+        if path.is_file():
+            text = path.read_text(encoding="utf-8")
+            return text if path.suffix == ".jinja" else json.loads(text)["chat_template"]
+    template = settings.get("chat_template")
+    if isinstance(template, list):
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    return template
+
+
+def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **more: Any) -> str:
+    """jinja2's own filter escapes for HTML, which no model has seen."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **more)
+
+
+def _refuse(message: str) -> None:
+    from jinja2 import TemplateError
+
+    raise TemplateError(message)
+
+
+def _now(form: str) -> str:
+    return datetime.datetime.now().astimezone().strftime(form)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import secrets
 import time
@@ -14,20 +15,17 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from pipeline.runtime.sequence import Decoding
-from pipeline.serve.failure import RequestFailure, internal
+from pipeline.serve.failure import RequestFailure
 from pipeline.serve.job import Job, Outbox
 from pipeline.serve.prompt import PromptReader
 from pipeline.serve.reply import Reply
 from pipeline.serve.scheduler import Scheduler
-from pipeline.serve.schema import Body, ChatRequest, CompletionRequest, Generation, parse_body
-from pipeline.serve.streaming import (
-    EventStream,
-    collect_answer,
-    first_pieces,
-    read_body,
-    unless_gone,
-)
+from pipeline.serve.schema import Body, ChatRequest, CompletionRequest, Generation
+from pipeline.serve.streaming import EventStream, unless_gone
 
+# So much of a body that is too long is still read, and dropped: closing while a client writes would
+# reset the connection, and most clients would then not see why.
+_DRAINED_BODIES = 8
 _SEEDS = 2**64
 _GONE = 499  # as nginx calls a client that left; nobody reads it
 
@@ -129,8 +127,8 @@ class Api:
     async def _read(self, request: Request, kind: type[Body]) -> Body:
         self._authorize(request)
         limits = self._limits
-        body = await read_body(request, limits.max_body_bytes, limits.client_timeout_s)
-        wanted = parse_body(body, kind)
+        body = await _read_body(request, limits.max_body_bytes, limits.client_timeout_s)
+        wanted = kind.from_body(body)
         self._require_model(wanted.model)
         return wanted
 
@@ -145,9 +143,9 @@ class Api:
         self._scheduler.submit(job)
         try:
             if not wanted.stream:
-                text, ending = await unless_gone(collect_answer(job.outbox), request.receive)
+                text, ending = await unless_gone(job.outbox.take_all(), request.receive)
                 return JSONResponse(reply.whole(text, ending))
-            first = await unless_gone(first_pieces(job.outbox), request.receive)
+            first = await unless_gone(job.outbox.take_first(), request.receive)
         except BaseException:
             self._scheduler.cancel(job)
             raise
@@ -216,6 +214,60 @@ class Api:
         }
 
 
+async def _read_body(request: Request, max_bytes: int, timeout_s: float) -> bytes:
+    """The JSON body of a request, of at most `max_bytes`.
+
+    Raises:
+        RequestFailure: 415 not called JSON, 413 too long, 408 too slow.
+        ClientDisconnect: the client is gone.
+    """
+    kind = request.headers.get("content-type", "")
+    if kind.partition(";")[0].strip().lower() != "application/json":
+        raise RequestFailure(
+            415,
+            f"The body must be sent as Content-Type: application/json, not '{kind}'.",
+            code="unsupported_media_type",
+        )
+    try:
+        async with asyncio.timeout(timeout_s):
+            body = await _collect_body(request, max_bytes)
+    except TimeoutError as error:
+        raise RequestFailure(
+            408,
+            f"The body did not come within {timeout_s:g} s.",
+            code="request_timeout",
+            headers={"Connection": "close"},
+        ) from error
+    if body is None:
+        raise RequestFailure(
+            413,
+            f"The body is longer than {max_bytes} bytes.",
+            code="body_too_large",
+            headers={"Connection": "close"},
+        )
+    return body
+
+
+async def _collect_body(request: Request, max_bytes: int) -> bytes | None:
+    """The body, or None when it is longer than `max_bytes`; never holds more than that."""
+    announced = request.headers.get("content-length", "0")
+    is_too_long = int(announced) > max_bytes
+    if is_too_long and "expect" in request.headers:
+        return None  # the client waits for leave to send it
+    body = bytearray()
+    seen_bytes = 0
+    async for part in request.stream():
+        seen_bytes += len(part)
+        if seen_bytes > max_bytes:
+            is_too_long = True
+            body.clear()
+        if not is_too_long:
+            body += part
+        elif seen_bytes > _DRAINED_BODIES * max_bytes:
+            break
+    return None if is_too_long else bytes(body)
+
+
 async def _answer_failure(request: Request, failure: RequestFailure) -> Response:
     """A failure that was foreseen."""
     return JSONResponse(failure.to_json(), failure.status, failure.headers)
@@ -245,4 +297,6 @@ async def _answer_nobody(request: Request, error: ClientDisconnect) -> Response:
 
 async def _answer_defect(request: Request, error: Exception) -> Response:
     """Anything else is a defect of this server; the traceback goes to its log."""
-    return await _answer_failure(request, internal("Internal error; the server's log says more."))
+    return await _answer_failure(
+        request, RequestFailure.internal("Internal error; the server's log says more.")
+    )

@@ -10,7 +10,7 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from pipeline.serve.failure import RequestFailure, too_busy
+from pipeline.serve.failure import RequestFailure
 
 
 class LimitedConnection(H11Protocol):
@@ -37,7 +37,7 @@ class LimitedConnection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         if len(self.connections) > self._max_connections:
-            self._refuse(too_busy(1))
+            self._refuse(RequestFailure.too_busy(1))
         else:
             self._arm()
 

@@ -40,25 +40,24 @@ class RequestFailure(Exception):
         fields = {"type": self.kind, "param": self.param, "code": self.code}
         return {"error": {"message": self.message, **fields}}
 
+    @classmethod
+    def too_busy(cls, retry_after_s: int) -> RequestFailure:
+        """All slots are taken and the queue is full."""
+        return cls(
+            429,
+            "The server is busy and its queue is full; try again later.",
+            kind="rate_limit_error",
+            code="queue_full",
+            headers={"Retry-After": str(retry_after_s)},
+        )
 
-def too_busy(retry_after_s: int) -> RequestFailure:
-    """All slots are taken and the queue is full."""
-    return RequestFailure(
-        429,
-        "The server is busy and its queue is full; try again later.",
-        kind="rate_limit_error",
-        code="queue_full",
-        headers={"Retry-After": str(retry_after_s)},
-    )
+    @classmethod
+    def shutting_down(cls) -> RequestFailure:
+        """The server was told to stop."""
+        headers = {"Retry-After": "10"}
+        return cls(503, "The server is shutting down.", code="shutting_down", headers=headers)
 
-
-def shutting_down() -> RequestFailure:
-    """The server was told to stop."""
-    return RequestFailure(
-        503, "The server is shutting down.", code="shutting_down", headers={"Retry-After": "10"}
-    )
-
-
-def internal(message: str) -> RequestFailure:
-    """A failure that the request is not to blame for."""
-    return RequestFailure(500, message, code="internal_error")
+    @classmethod
+    def internal(cls, message: str) -> RequestFailure:
+        """A failure that the request is not to blame for."""
+        return cls(500, message, code="internal_error")

@@ -82,6 +82,32 @@ class Outbox:
             self._on_room()
         return pieces
 
+    async def take_first(self) -> list[Piece]:
+        """The beginning of an answer.
+
+        Raises:
+            RequestFailure: it failed before it began.
+        """
+        pieces = await self.take()
+        if isinstance(pieces[0], RequestFailure):
+            raise pieces[0]
+        return pieces
+
+    async def take_all(self) -> tuple[str, Ending]:
+        """The whole text of an answer, and how it ended.
+
+        Raises:
+            RequestFailure: it failed.
+        """
+        texts: list[str] = []
+        while True:
+            for piece in await self.take():
+                if isinstance(piece, RequestFailure):
+                    raise piece
+                if isinstance(piece, Ending):
+                    return "".join(texts), piece
+                texts.append(piece)
+
 
 @dataclass(eq=False)
 class Job:

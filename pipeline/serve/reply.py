@@ -59,6 +59,11 @@ class Reply:
             event += self._event([], self.usage(ending))
         return event + _DONE
 
+    @staticmethod
+    def broken_off(failure: RequestFailure) -> bytes:
+        """The last events of a stream that cannot go on: OpenAI's client raises the error."""
+        return _sse(failure.to_json()) + _DONE
+
     def usage(self, ending: Ending) -> dict[str, Any]:
         """Counts of tokens."""
         return {
@@ -84,11 +89,6 @@ class Reply:
     def _event(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> bytes:
         body = self._envelope("chat.completion.chunk", choices)
         return _sse(body | {"usage": usage} if self.include_usage else body)
-
-
-def broken_off(failure: RequestFailure) -> bytes:
-    """The last events of a stream that cannot go on: OpenAI's client raises the error."""
-    return _sse(failure.to_json()) + _DONE
 
 
 def _sse(body: dict[str, Any]) -> bytes:

@@ -21,7 +21,7 @@ from pipeline.runtime.prefix_cache import SlotTable
 from pipeline.runtime.sequence import RunningAnswer
 from pipeline.runtime.sessions.session import SlotSession
 from pipeline.runtime.text_stream import Decoder
-from pipeline.serve.failure import RequestFailure, internal, shutting_down, too_busy
+from pipeline.serve.failure import RequestFailure
 from pipeline.serve.job import Ending, Job
 
 logger = logging.getLogger(__name__)
@@ -118,9 +118,9 @@ class Scheduler:
         """
         with self._condition:
             if self._deadline is not None or self._is_closed:
-                raise shutting_down()
+                raise RequestFailure.shutting_down()
             if len(self._running) + len(self._waiting) >= self._session.slots + self._queue:
-                raise too_busy(self._retry_after_s())
+                raise RequestFailure.too_busy(self._retry_after_s())
             self._waiting.append(job)
             self._condition.notify()
 
@@ -164,7 +164,7 @@ class Scheduler:
 
     def _turn_away(self) -> None:
         while self._waiting:
-            self._waiting.popleft().outbox.put(shutting_down())
+            self._waiting.popleft().outbox.put(RequestFailure.shutting_down())
 
     def _retry_after_s(self) -> int:
         """Roughly when a slot comes free: the tokens still to come, shared by the slots."""
@@ -182,10 +182,10 @@ class Scheduler:
             except Exception:
                 logger.exception("A step of the scheduler failed; the answers in it are given up.")
                 for running in list(self._running.values()):
-                    self._fail(running, internal("The model failed."))
+                    self._fail(running, RequestFailure.internal("The model failed."))
             self._step_s += 0.1 * (time.monotonic() - started - self._step_s)
         for running in list(self._running.values()):
-            self._fail(running, shutting_down())
+            self._fail(running, RequestFailure.shutting_down())
 
     def _wait_for_work(self) -> bool:
         """Sleep until a step has something to do; False when closed."""
@@ -220,7 +220,7 @@ class Scheduler:
             if running.job.is_cancelled:
                 self._release(running)
             elif is_overdue:
-                running.job.outbox.put(shutting_down())
+                running.job.outbox.put(RequestFailure.shutting_down())
                 self._release(running)
 
     def _admit_jobs(self) -> None:
@@ -238,7 +238,7 @@ class Scheduler:
                 del running.pending[: running.cached]
             except Exception:
                 logger.exception("Slot %d could not be made ready.", slot)
-                self._fail(running, internal("The model failed."))
+                self._fail(running, RequestFailure.internal("The model failed."))
 
     def _begin(self, job: Job) -> RunningAnswer:
         """The answer to a job, whose text goes to its outbox."""
@@ -275,7 +275,7 @@ class Scheduler:
             logits = self._session.prefill(running.slot, np.array(chunk, np.int64))
         except Exception:
             logger.exception("Reading a prompt failed.")
-            self._fail(running, internal("The model failed to read the prompt."))
+            self._fail(running, RequestFailure.internal("The model failed to read the prompt."))
             return
         held += chunk
         del running.pending[: len(chunk)]
@@ -329,7 +329,7 @@ class Scheduler:
                 logits = self._decode([running])
             except Exception:
                 logger.exception("Decoding slot %d failed.", running.slot)
-                self._fail(running, internal("The model failed."))
+                self._fail(running, RequestFailure.internal("The model failed."))
             else:
                 self._take(running, logits)
 
@@ -354,7 +354,7 @@ class Scheduler:
             self._fail(running, failure)
         except Exception:
             logger.exception("Choosing a token failed.")
-            self._fail(running, internal("Choosing a token failed."))
+            self._fail(running, RequestFailure.internal("Choosing a token failed."))
         else:
             self._end(running)
             return accepted
@@ -389,5 +389,7 @@ def _numbers(rows: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
     """
     for logits in rows:
         if not np.isfinite(float(logits.max())):  # NaN if there is one anywhere
-            raise internal("The model's logits are not finite numbers; nothing can be chosen.")
+            raise RequestFailure.internal(
+                "The model's logits are not finite numbers; nothing can be chosen."
+            )
         yield logits

@@ -6,7 +6,7 @@ it holds what it is anyway (`"n": 1`) or only tells about the request (`"user"`)
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -104,6 +104,20 @@ class Generation(BaseModel):
         if not all(0 < len(stop) <= 1000 for stop in stops):
             raise ValueError("a stop string has 1 to 1000 characters")
         return value
+
+    @classmethod
+    def from_body(cls, body: bytes) -> Self:
+        """Read a request.
+
+        Raises:
+            RequestFailure: 400; not JSON, a field missing or wrong, or one that is not known.
+        """
+        try:
+            request = cls.model_validate_json(body)
+        except ValidationError as error:
+            raise _explain(error) from error
+        request.require_known()
+        return request
 
     def sampling(self) -> Sampling:
         """How tokens are chosen; as in OpenAI's interface, temperature 1 unless it is given."""
@@ -206,20 +220,6 @@ class CompletionRequest(Generation):
                 400, f"One prompt at a time; here are {len(prompt)}.", param="prompt"
             )
         return prompt[0]  # type: ignore[return-value] # str or list of int
-
-
-def parse_body(body: bytes, kind: type[Body]) -> Body:
-    """Read a request.
-
-    Raises:
-        RequestFailure: 400; not JSON, a field missing or wrong, or one that is not known.
-    """
-    try:
-        request = kind.model_validate_json(body)
-    except ValidationError as error:
-        raise _explain(error) from error
-    request.require_known()
-    return request
 
 
 def _explain(error: ValidationError) -> RequestFailure:

@@ -71,7 +71,7 @@ class ServeRequest:
     grace_s: float = 10.0
 
 
-class Server(uvicorn.Server):
+class _Server(uvicorn.Server):
     """The server of uvicorn, which ends the running answers before it closes.
 
     Args:
@@ -136,7 +136,7 @@ def serve(request: ServeRequest) -> int:
 
 
 @contextlib.contextmanager
-def _running_server(request: ServeRequest, session: SlotSession) -> Iterator[Server]:
+def _running_server(request: ServeRequest, session: SlotSession) -> Iterator[_Server]:
     """A server over a session, whose threads end with the block."""
     tokenizer = load_tokenizer(request.folder)
     stop_ids = stop_token_ids(tokenizer, request.folder)
@@ -153,7 +153,7 @@ def _running_server(request: ServeRequest, session: SlotSession) -> Iterator[Ser
     try:
         name = _served_name(request)
         api = Api(name, session.max_length, scheduler, prompts, request.limits, request.keys)
-        yield Server(_configure(request, api), scheduler, request.grace_s)
+        yield _Server(_configure(request, api), scheduler, request.grace_s)
     finally:
         scheduler.close()
         prompts.close()

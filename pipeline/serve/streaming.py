@@ -1,4 +1,4 @@
-"""Between a client and its answer: bodies with a limit, time-outs, and clients that go away."""
+"""Between a client and its answer: time-outs, and clients that go away."""
 
 from __future__ import annotations
 
@@ -6,79 +6,21 @@ import asyncio
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from pipeline.serve.failure import RequestFailure
-from pipeline.serve.job import Ending, Job, Outbox, Piece
-from pipeline.serve.reply import Reply, broken_off
+from pipeline.serve.job import Ending, Job, Piece
+from pipeline.serve.reply import Reply
 from pipeline.serve.scheduler import Scheduler
 
 _Result = TypeVar("_Result")
 
-# So much of a body that is too long is still read, and dropped: closing while a client writes would
-# reset the connection, and most clients would then not see why.
-_DRAINED_BODIES = 8
 _EVENT_HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",
     "Cache-Control": "no-cache",
     "X-Accel-Buffering": "no",
 }
-
-
-async def read_body(request: Request, max_bytes: int, timeout_s: float) -> bytes:
-    """The JSON body of a request, of at most `max_bytes`.
-
-    Raises:
-        RequestFailure: 415 not called JSON, 413 too long, 408 too slow.
-        ClientDisconnect: the client is gone.
-    """
-    kind = request.headers.get("content-type", "")
-    if kind.partition(";")[0].strip().lower() != "application/json":
-        raise RequestFailure(
-            415,
-            f"The body must be sent as Content-Type: application/json, not '{kind}'.",
-            code="unsupported_media_type",
-        )
-    try:
-        async with asyncio.timeout(timeout_s):
-            body = await _collect_body(request, max_bytes)
-    except TimeoutError as error:
-        raise RequestFailure(
-            408,
-            f"The body did not come within {timeout_s:g} s.",
-            code="request_timeout",
-            headers={"Connection": "close"},
-        ) from error
-    if body is None:
-        raise RequestFailure(
-            413,
-            f"The body is longer than {max_bytes} bytes.",
-            code="body_too_large",
-            headers={"Connection": "close"},
-        )
-    return body
-
-
-async def _collect_body(request: Request, max_bytes: int) -> bytes | None:
-    """The body, or None when it is longer than `max_bytes`; never holds more than that."""
-    announced = request.headers.get("content-length", "0")
-    is_too_long = int(announced) > max_bytes
-    if is_too_long and "expect" in request.headers:
-        return None  # the client waits for leave to send it
-    body = bytearray()
-    seen_bytes = 0
-    async for part in request.stream():
-        seen_bytes += len(part)
-        if seen_bytes > max_bytes:
-            is_too_long = True
-            body.clear()
-        if not is_too_long:
-            body += part
-        elif seen_bytes > _DRAINED_BODIES * max_bytes:
-            break
-    return None if is_too_long else bytes(body)
 
 
 async def unless_gone(work: Coroutine[Any, Any, _Result], receive: Receive) -> _Result:
@@ -104,34 +46,6 @@ async def _until_gone(receive: Receive) -> None:
     """Wait until the client disconnects."""
     while (await receive())["type"] != "http.disconnect":
         pass
-
-
-async def collect_answer(outbox: Outbox) -> tuple[str, Ending]:
-    """The whole text of an answer, and how it ended.
-
-    Raises:
-        RequestFailure: it failed.
-    """
-    texts: list[str] = []
-    while True:
-        for piece in await outbox.take():
-            if isinstance(piece, RequestFailure):
-                raise piece
-            if isinstance(piece, Ending):
-                return "".join(texts), piece
-            texts.append(piece)
-
-
-async def first_pieces(outbox: Outbox) -> list[Piece]:
-    """The beginning of an answer.
-
-    Raises:
-        RequestFailure: it failed before it began.
-    """
-    pieces = await outbox.take()
-    if isinstance(pieces[0], RequestFailure):
-        raise pieces[0]
-    return pieces
 
 
 class EventStream(Response):
@@ -186,4 +100,4 @@ class EventStream(Response):
             return self._reply.piece(piece)
         if isinstance(piece, Ending):
             return self._reply.closing(piece)
-        return broken_off(piece)
+        return self._reply.broken_off(piece)

@@ -22,7 +22,7 @@ from pipeline.runtime.sessions.slots import open_slots
 from pipeline.runtime.sessions.torch_session import TorchSession
 from pipeline.runtime.tokenizer import chat_prompt_ids
 from pipeline.serve.scheduler import Scheduler
-from pipeline.serve.server import Server, ServeRequest, _listen, _running_server
+from pipeline.serve.server import ServeRequest, _listen, _running_server, _Server
 from tests.support.tiny_decoder import byte_tokenizer, tiny_llama
 
 MODEL = "tiny"
@@ -34,7 +34,7 @@ class LiveServer:
     """A running server."""
 
     port: int
-    server: Server
+    server: _Server
     scheduler: Scheduler
     thread: threading.Thread
 

@@ -25,10 +25,9 @@ from tests.support.ledger_stages import (
 )
 from tests.support.tiny_decoder import tiny_llama
 from validate.record import Ledger
-from validate.report import print_ledger, render_html
-from validate.run import require_passed, write_reports
+from validate.report import _render_html, print_ledger, write_reports
 from validate.stages import Stage, Tolerance
-from validate.verdict import judge
+from validate.verdict import Verdict
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +51,7 @@ def broken() -> Ledger:
 def test_exports_of_the_model_pass(ledger: Ledger) -> None:
     assert [row.verdict.status for row in ledger.rows] == ["measured", "pass", "pass", "not run"]
     assert not ledger.failures
-    require_passed(ledger)
+    ledger.require_passed()
     for row in ledger.rows[1:3]:
         assert row.to_reference is not None
         assert row.perplexity is not None
@@ -84,7 +83,7 @@ def test_a_wrong_matrix_in_an_export_fails(tmp_path: Path) -> None:
     assert [row.verdict.status for row in ledger.rows] == ["measured", "fail"]
     assert [row.name for row in ledger.failures] == ["broken"]
     with pytest.raises(ValidationError, match=r"0\.99999 is demanded") as failure:
-        require_passed(ledger)
+        ledger.require_passed()
     assert failure.value.exit_status == 5
 
 
@@ -121,7 +120,7 @@ def test_a_changed_torch_weight_is_measured_by_every_column(broken: Ledger) -> N
 def test_each_tolerance_decides(broken: Ledger, tolerance: Tolerance, status: str) -> None:
     row = broken.rows[1]
     assert row.perplexity is not None
-    verdict = judge(tolerance, row.to_reference, row.to_original)
+    verdict = Verdict.judge(tolerance, row.to_reference, row.to_original)
     assert verdict.status == status
     assert verdict.counts_as_failure == bool(verdict.reasons) == (status == "fail")
 
@@ -217,7 +216,7 @@ def test_another_schema_is_refused(ledger: Ledger) -> None:
 
 
 def test_html_names_every_stage_and_needs_no_other_file(ledger: Ledger) -> None:
-    page = render_html(ledger)
+    page = _render_html(ledger)
     for row in ledger.rows:
         assert f"<td>{row.name}</td>" in page
     assert page.count("data:image/svg+xml;base64,") == 4
@@ -227,15 +226,15 @@ def test_html_names_every_stage_and_needs_no_other_file(ledger: Ledger) -> None:
 
 def test_html_escapes_names() -> None:
     stage = dataclasses.replace(unavailable_stage(required=False), name="<script>", reference=None)
-    page = render_html(run(stage))
+    page = _render_html(run(stage))
     assert "<script>" not in page
     assert "&lt;script&gt;" in page
 
 
 def test_html_is_drawn_when_nothing_ran_or_values_are_nan(broken: Ledger) -> None:
-    assert "</html>" in render_html(broken)
+    assert "</html>" in _render_html(broken)
     nothing = dataclasses.replace(unavailable_stage(required=True), reference=None)
-    assert "</html>" in render_html(run(nothing))
+    assert "</html>" in _render_html(run(nothing))
 
 
 def test_table_names_every_stage_and_every_reason(ledger: Ledger) -> None:

@@ -9,8 +9,8 @@ import torch
 from torch.nn import functional
 
 from validate.metrics import (
+    LogitMetrics,
     _cosine_per_token,
-    compare_logits,
     kl_per_token,
     log_perplexity_change,
     nll_per_token,
@@ -55,7 +55,7 @@ def test_nll_equals_torchs_cross_entropy(pair: tuple[np.ndarray, np.ndarray]) ->
 
 def test_all_metrics_equal_plain_formulas(pair: tuple[np.ndarray, np.ndarray]) -> None:
     reference, stage = (array.astype(np.float64) for array in pair)
-    metrics = compare_logits(*(array.reshape(3, 50, VOCAB) for array in pair))
+    metrics = LogitMetrics.of(*(array.reshape(3, 50, VOCAB) for array in pair))
     difference = np.abs(stage - reference)
     assert metrics.tokens == ROWS
     assert metrics.max_error == difference.max()
@@ -68,7 +68,7 @@ def test_all_metrics_equal_plain_formulas(pair: tuple[np.ndarray, np.ndarray]) -
 
 
 def test_equal_logits_have_no_distance(pair: tuple[np.ndarray, np.ndarray]) -> None:
-    metrics = compare_logits(pair[0], pair[0])
+    metrics = LogitMetrics.of(pair[0], pair[0])
     assert metrics.min_cosine == pytest.approx(1, abs=1e-14)
     assert metrics.max_error == metrics.kl_max == 0
     assert metrics.top1_agreement == 1
@@ -77,14 +77,14 @@ def test_equal_logits_have_no_distance(pair: tuple[np.ndarray, np.ndarray]) -> N
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_one_bad_logit_is_seen(pair: tuple[np.ndarray, np.ndarray], bad: float) -> None:
     pair[1][70, 3] = bad
-    metrics = compare_logits(*pair)
+    metrics = LogitMetrics.of(*pair)
     assert not metrics.is_finite
     assert not metrics.min_cosine >= 0
 
 
 def test_different_shapes_are_refused(pair: tuple[np.ndarray, np.ndarray]) -> None:
     with pytest.raises(ValueError, match="against"):
-        compare_logits(pair[0], pair[1][:-1])
+        LogitMetrics.of(pair[0], pair[1][:-1])
 
 
 def test_perplexity_error_equals_the_spread_of_repeated_measurements() -> None:

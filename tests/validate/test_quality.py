@@ -7,7 +7,7 @@ import torch
 from pipeline.errors import InputError
 from pipeline.runtime.sessions.torch_session import TorchSession
 from tests.support.tiny_decoder import MAX_LENGTH, VOCAB_SIZE, tiny_llama
-from validate.metrics import compare_logits
+from validate.metrics import LogitMetrics
 from validate.quality import CHUNK_TOKENS, measure_perplexity, measure_quality
 
 LENGTH = CHUNK_TOKENS + 20  # two chunks, the second one shorter
@@ -34,7 +34,7 @@ def test_closeness_equals_that_of_all_logits_at_once(windows: np.ndarray) -> Non
     for session in (other, own):
         session.reset()
         logits.append(session.forward(windows[:, :-1]))
-    expected = compare_logits(*logits)
+    expected = LogitMetrics.of(*logits)
     assert quality.kl == pytest.approx(expected.kl_mean, rel=1e-5)  # float32 logits
     assert quality.top1 == pytest.approx(expected.top1_agreement)
     assert quality.window_nlls == pytest.approx(measure_perplexity(own, windows).window_nlls)

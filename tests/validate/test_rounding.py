@@ -19,8 +19,8 @@ from pipeline.export.request import ExportRequest
 from tests.support.families import save_family
 from validate.decoder import _TextOptions
 from validate.record import Ledger
-from validate.report import print_ledger, render_html
-from validate.rounding import Rounding, read_rounding
+from validate.report import _render_html, print_ledger
+from validate.rounding import Rounding
 from validate.run import ValidateRequest, validate
 from validate.stages import (
     _DENSE_PRODUCT,
@@ -114,7 +114,7 @@ def test_the_ledger_says_what_rounding_added_to_truncation(root: Path, ledger: L
 def test_the_reports_print_it_and_the_json_keeps_it(ledger: Ledger) -> None:
     printed = io.StringIO()
     print_ledger(ledger, printed)
-    for text in (printed.getvalue(), render_html(ledger)):
+    for text in (printed.getvalue(), _render_html(ledger)):
         assert "of it, rounding" in " ".join(text.split())
         assert "int4-b32-asym" in text
     again = Ledger.from_json(json.loads(json.dumps(ledger.to_json())))
@@ -122,10 +122,10 @@ def test_the_reports_print_it_and_the_json_keeps_it(ledger: Ledger) -> None:
 
 
 def test_a_checkpoint_of_numbers_has_nothing_to_say(tmp_path: Path, ledger: Ledger) -> None:
-    assert read_rounding(tmp_path) is None
+    assert Rounding.read(tmp_path) is None
     report = {"groups": [{"form": "skip", "relative_error": 0.1}], "tables": {}}
     (tmp_path / "report.json").write_text(json.dumps(report))
-    assert read_rounding(tmp_path) is None
+    assert Rounding.read(tmp_path) is None
     printed = io.StringIO()
     print_ledger(replace(ledger, rounding=None), printed)
     assert "in few bits" not in printed.getvalue()
@@ -139,7 +139,7 @@ def test_tables_alone_in_few_bits_are_named_without_errors_that_nobody_measured(
         "tables": {"lm_head": "int8-row-sym"},
     }
     (tmp_path / "report.json").write_text(json.dumps(report))
-    found = read_rounding(tmp_path)
+    found = Rounding.read(tmp_path)
     assert found == Rounding(0, 1, {}, {"lm_head": "int8-row-sym"}, None, None)
     assert found.share is None
 
@@ -153,7 +153,7 @@ def test_a_ledger_written_before_rounding_was_known_is_read(ledger: Ledger) -> N
 def test_a_broken_report_is_refused(tmp_path: Path) -> None:
     (tmp_path / "report.json").write_text("{")
     with pytest.raises(InputError, match="broken"):
-        read_rounding(tmp_path)
+        Rounding.read(tmp_path)
 
 
 @pytest.mark.parametrize(

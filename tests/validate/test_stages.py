@@ -17,7 +17,6 @@ from validate.stages import (
     ORIGINAL,
     SKIP_FORM,
     Artefacts,
-    find_artefacts,
     standard_stages,
 )
 
@@ -71,7 +70,7 @@ def test_a_build_folder_is_read_whole(tmp_path: Path) -> None:
     half_export(tmp_path / "onnx")
     (tmp_path / "engine-sm86").mkdir()
     (tmp_path / "engine-sm86" / "manifest.json").write_text("{}")
-    assert find_artefacts(tmp_path) == Artefacts(
+    assert Artefacts.find(tmp_path) == Artefacts(
         "the-original",
         tmp_path / "checkpoint",
         (tmp_path / "onnx", tmp_path / "onnx-fp16"),
@@ -81,14 +80,14 @@ def test_a_build_folder_is_read_whole(tmp_path: Path) -> None:
 
 def test_an_incomplete_build_is_refused_and_not_passed_over(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="not a build folder"):
-        find_artefacts(tmp_path)
+        Artefacts.find(tmp_path)
     save_tiny_folder(tmp_path / "checkpoint")
     with pytest.raises(InputError, match="--original"):
-        find_artefacts(tmp_path)
+        Artefacts.find(tmp_path)
     (tmp_path / "checkpoint" / "recipe.json").write_text(json.dumps({"model": "the-original"}))
     (tmp_path / "onnx").mkdir()
     with pytest.raises(InputError, match=r"export\.json"):
-        find_artefacts(tmp_path)
+        Artefacts.find(tmp_path)
 
 
 def test_inputs_longer_than_a_cache_are_refused_before_anything_runs() -> None:

@@ -7,57 +7,73 @@ import numpy as np
 from pipeline.errors import InputError
 
 
-def require_tokens(input_ids: np.ndarray, vocab_size: int, where: str) -> None:
-    """Check that `input_ids` is int64 [B, S], not empty, and inside the vocabulary.
+class CheckedSession:
+    """What sessions of rows of equal length share: attributes as of a `Session`, and the checks."""
 
-    Raises:
-        InputError: it is not.
-    """
-    if input_ids.ndim != 2 or input_ids.dtype != np.int64 or input_ids.size == 0:
-        raise InputError(
-            "A session takes a block of token ids.",
-            where=where,
-            observed=f"{input_ids.dtype} {list(input_ids.shape)}",
-            expected="int64 [B, S], at least one token",
-        )
-    lowest, highest = int(input_ids.min()), int(input_ids.max())
-    if lowest < 0 or highest >= vocab_size:
-        raise InputError(
-            "A token id lies outside the vocabulary.",
-            where=where,
-            observed=f"ids from {lowest} to {highest}",
-            expected=f"0 to {vocab_size - 1}",
-            change="use the tokenizer that belongs to this model",
-        )
+    name: str
+    vocab_size: int
+    max_length: int
+    row_cost: float | None = None
 
+    def reset(self) -> None:
+        self._length = 0
+        # Of the call that filled the cache; None for an empty one.
+        self._rows: int | None = None
 
-def require_room(used: int, new: int, max_length: int, where: str) -> None:
-    """Check that `new` tokens fit behind the `used` ones of a cache of `max_length`.
+    @property
+    def length(self) -> int:
+        return self._length
 
-    Raises:
-        InputError: they do not.
-    """
-    if used + new > max_length:
-        raise InputError(
-            "Too many tokens for the cache.",
-            where=where,
-            observed=f"{used} in the cache and {new} new ones",
-            expected=f"at most {max_length} together",
-            change="use a shorter prompt, or export with a longer --max-length",
-        )
+    def _check_call(self, input_ids: np.ndarray) -> tuple[int, int]:
+        """Rows and tokens of a call, int64 [B, S], once it is known to be fit for the cache.
 
+        Raises:
+            InputError: ids outside the vocabulary, another batch size than before, or more tokens
+                than `max_length`.
+        """
+        self._check_tokens(input_ids)
+        rows, count = input_ids.shape
+        self._check_rows(rows)
+        self._check_room(self.length, count)
+        return rows, count
 
-def require_batch(rows: int, cached_rows: int | None, where: str) -> None:
-    """Check that a later call has as many rows as the call that filled the cache.
+    def _check_tokens(self, input_ids: np.ndarray) -> None:
+        """Raise InputError unless `input_ids` is int64 [B, S], not empty, and in the vocabulary."""
+        if input_ids.ndim != 2 or input_ids.dtype != np.int64 or input_ids.size == 0:
+            raise InputError(
+                "A session takes a block of token ids.",
+                where=self.name,
+                observed=f"{input_ids.dtype} {list(input_ids.shape)}",
+                expected="int64 [B, S], at least one token",
+            )
+        lowest, highest = int(input_ids.min()), int(input_ids.max())
+        if lowest < 0 or highest >= self.vocab_size:
+            raise InputError(
+                "A token id lies outside the vocabulary.",
+                where=self.name,
+                observed=f"ids from {lowest} to {highest}",
+                expected=f"0 to {self.vocab_size - 1}",
+                change="use the tokenizer that belongs to this model",
+            )
 
-    Raises:
-        InputError: it has not.
-    """
-    if cached_rows is not None and rows != cached_rows:
-        raise InputError(
-            "The batch size changed while the cache was in use.",
-            where=where,
-            observed=f"{rows} rows",
-            expected=f"{cached_rows} rows",
-            change="call reset() first",
-        )
+    def _check_rows(self, rows: int) -> None:
+        """Raise InputError where a later call has other rows than the one that filled the cache."""
+        if self._rows is not None and rows != self._rows:
+            raise InputError(
+                "The batch size changed while the cache was in use.",
+                where=self.name,
+                observed=f"{rows} rows",
+                expected=f"{self._rows} rows",
+                change="call reset() first",
+            )
+
+    def _check_room(self, used: int, new: int) -> None:
+        """Raise InputError unless `new` tokens fit behind the `used` ones of the cache."""
+        if used + new > self.max_length:
+            raise InputError(
+                "Too many tokens for the cache.",
+                where=self.name,
+                observed=f"{used} in the cache and {new} new ones",
+                expected=f"at most {self.max_length} together",
+                change="use a shorter prompt, or export with a longer --max-length",
+            )

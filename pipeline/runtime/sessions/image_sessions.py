@@ -65,11 +65,11 @@ class OnnxImages:
 
     def __init__(self, folder: Path, name: str) -> None:
         from pipeline.export.record import read_export_record
-        from pipeline.runtime.sessions.onnx_session import open_graph
+        from pipeline.runtime.sessions.onnx_session import Graph
 
         self.name = name
         self.record = read_export_record(folder, tasks=(IMAGES,))
-        self._session, self._weights = open_graph(folder, self.record, None)
+        self._session, self._weights = Graph.open(folder, self.record, None)
 
     def classify(self, pixels: np.ndarray) -> np.ndarray:
         """Logits of a batch.

@@ -28,8 +28,8 @@ from pipeline.export.contract import (
     present_name,
 )
 from pipeline.export.record import read_export_record
-from pipeline.runtime.sessions.checks import require_batch, require_room, require_tokens
-from pipeline.runtime.sessions.onnx_session import Graph, open_graph, share_buffer
+from pipeline.runtime.sessions.checks import CheckedSession
+from pipeline.runtime.sessions.onnx_session import Graph, share_buffer
 
 # A long prompt goes in by parts: activations stay small, and so does the arena that keeps them.
 _PREFILL_TOKENS = 128
@@ -40,7 +40,7 @@ _ROW_COST = 0.25
 _ALL, _LAST = np.array([0], np.int64), np.array([-1], np.int64)
 
 
-class CpuSession:
+class CpuSession(CheckedSession):
     """ONNX Runtime on the CPU, with operators of its own.
 
     It is a `Session` of any number of rows of equal length, and a `SlotSession` of rows that come
@@ -58,6 +58,8 @@ class CpuSession:
         MissingPackageError: onnxruntime is not installed.
     """
 
+    row_cost: float | None = _ROW_COST
+
     def __init__(
         self,
         folder: Path,
@@ -70,20 +72,18 @@ class CpuSession:
         self.name = name or f"onnxruntime cpu {record.weights}"
         self.vocab_size = record.vocab_size
         self.max_length = record.max_length
-        self.row_cost: float | None = _ROW_COST
-        self._folder, self._graph = folder, graph or open_graph(folder, record, threads)
+        self._folder, self._graph = folder, graph or Graph.open(folder, record, threads)
         self._session, self._weights = self._graph
         nodes = [*self._session.get_inputs(), *self._session.get_overridable_initializers()]
         self._inputs = {node.name: node for node in nodes}
         self._lengths = np.zeros(slots, np.int64)
         self._allocate(slots)
-        self._rows: int | None = None
+        self._rows = None
         # One row of a product with 4 bits is summed in another order than several are.
         self._sums_one_row_alike = record.weights in (FLOAT, INT8)
 
     @property
     def slots(self) -> int:
-        """Rows of the cache."""
         return len(self._lengths)
 
     # --- Session ---
@@ -99,7 +99,6 @@ class CpuSession:
         return int(self._lengths[0])
 
     def rewind(self, length: int) -> None:
-        """Forget all but the first `length` tokens of every row."""
         self._lengths[:] = np.minimum(self._lengths, length)
         if length == 0:
             self._rows = None
@@ -109,23 +108,7 @@ class CpuSession:
         return CpuSession(self._folder, name=self.name, slots=self.slots, graph=self._graph)
 
     def forward(self, input_ids: np.ndarray, last_only: bool = False) -> np.ndarray:
-        """Append tokens to the cache and return their logits.
-
-        Args:
-            input_ids: int64 [B, S].
-            last_only: only the last token's logits are wanted.
-
-        Returns:
-            float32 [B, S, V], or [B, 1, V].
-
-        Raises:
-            InputError: ids outside the vocabulary, another batch size than before, or more tokens
-                than the export's `max_length`.
-        """
-        require_tokens(input_ids, self.vocab_size, self.name)
-        rows, count = input_ids.shape
-        require_batch(rows, self._rows, self.name)
-        require_room(self.length, count, self.max_length, self.name)
+        rows, count = self._check_call(input_ids)
         if rows > self.slots:
             self._grow(rows)
         self._rows = rows
@@ -135,12 +118,7 @@ class CpuSession:
         return np.concatenate(parts)
 
     def repeat(self, rows: int) -> None:
-        """Make the one sequence in the cache into `rows` equal ones.
-
-        Raises:
-            InputError: the cache holds several sequences.
-        """
-        require_batch(1, self._rows, self.name)
+        self._check_rows(1)
         if rows > self.slots:
             self._grow(rows)
         for buffer in self._buffers.values():
@@ -151,34 +129,10 @@ class CpuSession:
     # --- SlotSession ---
 
     def prefill(self, slot: int, input_ids: np.ndarray) -> np.ndarray:
-        """Append tokens to one slot; return the last one's logits.
-
-        Args:
-            slot: which.
-            input_ids: int64 [S].
-
-        Returns:
-            float32 [V].
-
-        Raises:
-            InputError: ids outside the vocabulary, or more tokens than `max_length`.
-        """
         logits: np.ndarray = self._read_checked(slot, input_ids, last_only=True)[0]
         return logits
 
     def read_block(self, slot: int, input_ids: np.ndarray) -> np.ndarray:
-        """Append tokens to one slot; return the logits of every one.
-
-        Args:
-            slot: which.
-            input_ids: int64 [S].
-
-        Returns:
-            float32 [S, V].
-
-        Raises:
-            InputError: ids outside the vocabulary, or more tokens than `max_length`.
-        """
         return self._read_checked(slot, input_ids, last_only=False)
 
     def decode(self, slots: Sequence[int], tokens: Sequence[int]) -> np.ndarray:
@@ -198,9 +152,9 @@ class CpuSession:
         first, last = self._decoded_rows(slots)
         ids = np.zeros((last + 1 - first, 1), np.int64)
         ids[np.array(slots) - first, 0] = tokens
-        require_tokens(ids, self.vocab_size, self.name)
+        self._check_tokens(ids)
         for slot in slots:
-            require_room(int(self._lengths[slot]), 1, self.max_length, self.name)
+            self._check_room(int(self._lengths[slot]), 1)
         lengths = self._lengths.copy()
         # A full row that only happens to lie between gives up its last token.
         self._lengths = np.minimum(self._lengths, self.max_length - 1)
@@ -211,15 +165,12 @@ class CpuSession:
         return logits[np.array(slots) - first, 0]
 
     def rewind_slot(self, slot: int, length: int) -> None:
-        """Forget all but the first `length` tokens of a slot."""
         self._lengths[slot] = min(int(self._lengths[slot]), length)
 
     def clear(self, slot: int) -> None:
-        """Forget what is in a slot."""
         self._lengths[slot] = 0
 
     def slot_length(self, slot: int) -> int:
-        """Tokens in a slot."""
         return int(self._lengths[slot])
 
     def _decoded_rows(self, slots: Sequence[int]) -> tuple[int, int]:
@@ -235,8 +186,8 @@ class CpuSession:
 
     def _read_checked(self, slot: int, input_ids: np.ndarray, last_only: bool) -> np.ndarray:
         """Append [S] tokens to a slot, unless there is something wrong: [S, V] or [1, V]."""
-        require_tokens(input_ids[None], self.vocab_size, self.name)
-        require_room(int(self._lengths[slot]), len(input_ids), self.max_length, self.name)
+        self._check_tokens(input_ids[None])
+        self._check_room(int(self._lengths[slot]), len(input_ids))
         return self._read(slot, input_ids, last_only)[0]
 
     def _read(self, row: int, input_ids: np.ndarray, last_only: bool) -> np.ndarray:

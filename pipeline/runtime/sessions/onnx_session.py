@@ -7,7 +7,10 @@ slots in place and copies nothing. `compat` feeds each `present` back as the nex
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+import mmap
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -32,8 +35,7 @@ from pipeline.export.contract import (
     present_name,
 )
 from pipeline.export.record import ExportRecord, read_export_record
-from pipeline.runtime.sessions.checks import require_batch, require_room, require_tokens
-from pipeline.runtime.sessions.mapped_weights import MappedWeights, map_weights
+from pipeline.runtime.sessions.checks import CheckedSession
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -42,10 +44,12 @@ _FIRST_RUNTIME_THAT_BORROWS_FILES = (1, 32)
 _BORROW_FILES = "session.use_external_initializer_file_buffers_directly"
 # 512 rows of logits at most are held while a prompt is read: 100 MB for 49,152 words.
 _PREFILL_TOKENS = 512
+# How long read pages may pile up while a session packs them.
+_INTERVAL_S = 0.01
 _ORT_TYPES = {FLOAT32: "tensor(float)", FLOAT16: "tensor(float16)"}
 
 
-class OnnxSession:
+class OnnxSession(CheckedSession):
     """ONNX Runtime, CPU execution provider.
 
     Args:
@@ -60,8 +64,6 @@ class OnnxSession:
         MissingPackageError: onnxruntime is not installed.
     """
 
-    row_cost: float | None = None
-
     def __init__(
         self,
         folder: Path,
@@ -73,22 +75,12 @@ class OnnxSession:
         self.name = name or f"onnxruntime {self.record.profile} {self.record.dtype}"
         self.vocab_size = self.record.vocab_size
         self.max_length = self.record.max_length
-        self._folder, self._graph = folder, graph or open_graph(folder, self.record, threads)
+        self._folder, self._graph = folder, graph or Graph.open(folder, self.record, threads)
         self._session, self._weights = self._graph
         self._widths = _cache_widths(self._session, self.record, folder)
         self._buffers: dict[str, np.ndarray] = {}
         self._cache: dict[str, Any] = {}
         self.reset()
-
-    def reset(self) -> None:
-        """Forget the cache."""
-        self._length = 0
-        self._rows: int | None = None
-
-    @property
-    def length(self) -> int:
-        """Tokens in the cache."""
-        return self._length
 
     def rewind(self, length: int) -> None:
         """Forget all but the first `length` tokens.
@@ -110,26 +102,10 @@ class OnnxSession:
         return OnnxSession(self._folder, name=self.name, graph=self._graph)
 
     def forward(self, input_ids: np.ndarray, last_only: bool = False) -> np.ndarray:
-        """Append tokens to the cache and return their logits.
-
-        Args:
-            input_ids: int64 [B, S].
-            last_only: only the last token's logits are wanted. The graph computes all, so a long
-                block is fed by parts of `_PREFILL_TOKENS`.
-
-        Returns:
-            float32 [B, S, V], or [B, 1, V].
-
-        Raises:
-            InputError: ids outside the vocabulary, another batch size than before, or more tokens
-                than the export's `max_length`.
-        """
-        require_tokens(input_ids, self.vocab_size, self.name)
-        rows, count = input_ids.shape
-        require_batch(rows, self._rows, self.name)
-        require_room(self._length, count, self.max_length, self.name)
+        rows, count = self._check_call(input_ids)
         if self._rows is None:
             self._start_cache(rows)
+        # The graph computes the logits of all tokens, so a long prompt is fed by parts.
         for start in range(0, count, _PREFILL_TOKENS if last_only else count):
             part = input_ids[:, start : start + _PREFILL_TOKENS] if last_only else input_ids
             logits = self._run(part)
@@ -211,48 +187,95 @@ class Graph(NamedTuple):
     """
 
     session: onnxruntime.InferenceSession
-    weights: MappedWeights | None
+    weights: _MappedWeights | None
+
+    @classmethod
+    def open(cls, folder: Path, record: ExportRecord, threads: int | None) -> Graph:
+        """Load `folder/model.onnx`, with every failure explained.
+
+        Raises:
+            InputError: the installed ONNX Runtime is too old for the profile, or refuses the graph.
+            MissingPackageError: onnxruntime is not installed.
+        """
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise MissingPackageError("onnxruntime", "cpu", "run an ONNX export") from error
+        _require_runtime_version(onnxruntime.__version__, record.profile)
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        # Products behind DequantizeLinear would otherwise have inputs rounded to 8 bits, unasked.
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        path = folder / GRAPH_FILE
+        borrows = _borrows_files(onnxruntime.__version__)
+        weights = _map_weights(folder / WEIGHTS_FILE) if borrows else None
+        try:
+            with _lend_weights(options, weights):
+                session = onnxruntime.InferenceSession(
+                    str(path), options, providers=["CPUExecutionProvider"]
+                )
+        except Exception as error:  # ONNX Runtime's exceptions share no base class but this one
+            raise InputError(
+                "ONNX Runtime cannot load this graph.",
+                where=path,
+                observed=str(error).strip(),
+                change="check that model.onnx.data lies beside it, or export again",
+            ) from error
+        return cls(session, weights)
 
 
-def open_graph(folder: Path, record: ExportRecord, threads: int | None) -> Graph:
-    """Load `folder/model.onnx`, with every failure explained.
+class _MappedWeights:
+    """A file of external data, mapped; its memory must outlive the sessions over it.
+
+    ONNX Runtime's kernels keep the matrices in a layout of their own, so what was read from the
+    file is needed once. The pages are clean: releasing one costs nothing but reading it again.
+
+    Args:
+        path: a file that is not empty.
 
     Raises:
-        InputError: the installed ONNX Runtime is too old for the profile, or refuses the graph.
-        MissingPackageError: onnxruntime is not installed.
+        OSError: it cannot be mapped.
     """
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise MissingPackageError("onnxruntime", "cpu", "run an ONNX export") from error
-    _require_runtime_version(onnxruntime.__version__, record.profile)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    # Products behind DequantizeLinear would otherwise have their inputs rounded to 8 bits unasked.
-    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-    if threads is not None:
-        options.intra_op_num_threads = threads
-    path = folder / GRAPH_FILE
-    weights = (
-        map_weights(folder / WEIGHTS_FILE) if _borrows_files(onnxruntime.__version__) else None
-    )
-    try:
-        with _lend_weights(options, weights):
-            session = onnxruntime.InferenceSession(
-                str(path), options, providers=["CPUExecutionProvider"]
-            )
-    except Exception as error:  # ONNX Runtime's exceptions share no base class but this one
-        raise InputError(
-            "ONNX Runtime cannot load this graph.",
-            where=path,
-            observed=str(error).strip(),
-            change="check that model.onnx.data lies beside it, or export again",
-        ) from error
-    return Graph(session, weights)
+
+    def __init__(self, path: Path) -> None:
+        self.name = path.name
+        with path.open("rb") as file:
+            self.pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def release_pages(self) -> None:
+        """Take the file's pages out of the process; they come again when they are read."""
+        self.pages.madvise(mmap.MADV_DONTNEED)
+
+    @contextmanager
+    def releasing_pages(self) -> Iterator[None]:
+        """Release pages again and again while the body reads the file, and at its end."""
+        done = threading.Event()
+
+        def watch() -> None:
+            while not done.wait(_INTERVAL_S):
+                self.release_pages()
+
+        watcher = threading.Thread(target=watch, name="weights", daemon=True)
+        watcher.start()
+        try:
+            yield
+        finally:
+            done.set()
+            watcher.join()
+            self.release_pages()
+
+
+def _map_weights(path: Path) -> _MappedWeights | None:
+    """The file mapped; None where there is none, or where the system cannot take pages back."""
+    if not hasattr(mmap, "MADV_DONTNEED") or not path.is_file() or not path.stat().st_size:
+        return None
+    return _MappedWeights(path)
 
 
 def _lend_weights(
-    options: onnxruntime.SessionOptions, weights: MappedWeights | None
+    options: onnxruntime.SessionOptions, weights: _MappedWeights | None
 ) -> AbstractContextManager[None]:
     """Let a session use mapped weights as they are, and release their pages while it loads."""
     if weights is None:

@@ -35,21 +35,17 @@ class _SlotsOneByOne:
 
     @property
     def slots(self) -> int:
-        """Number of slots."""
         return len(self._sessions)
 
     def prefill(self, slot: int, input_ids: np.ndarray) -> np.ndarray:
-        """Append int64 [S] to a slot; return float32 [V], the logits of the last token."""
         logits: np.ndarray = self._sessions[slot].forward(input_ids[None], last_only=True)[0, -1]
         return logits.copy()  # so that the logits of all tokens are not kept alive by one row
 
     def read_block(self, slot: int, input_ids: np.ndarray) -> np.ndarray:
-        """Append int64 [S] to a slot; return float32 [S, V], the logits of every token."""
         logits: np.ndarray = self._sessions[slot].forward(input_ids[None])[0]
         return logits
 
     def decode(self, slots: Sequence[int], tokens: Sequence[int]) -> np.ndarray:
-        """Append one token to each of several slots; return float32 [len(slots), V]."""
         return np.stack(
             [
                 self.prefill(slot, np.array([token], np.int64))
@@ -58,15 +54,12 @@ class _SlotsOneByOne:
         )
 
     def slot_length(self, slot: int) -> int:
-        """Tokens in a slot."""
         return self._sessions[slot].length
 
     def rewind_slot(self, slot: int, length: int) -> None:
-        """Forget all but the first `length` tokens of a slot."""
         self._sessions[slot].rewind(length)
 
     def clear(self, slot: int) -> None:
-        """Forget what is in a slot."""
         self._sessions[slot].reset()
 
 

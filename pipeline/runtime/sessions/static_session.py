@@ -14,7 +14,7 @@ from transformers import StaticCache
 from transformers.cache_utils import StaticLayer
 
 from pipeline.errors import InputError
-from pipeline.runtime.sessions.checks import require_batch, require_room, require_tokens
+from pipeline.runtime.sessions.checks import CheckedSession
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _WARM_UP_STEPS = 2
 
 
-class StaticSession:
+class StaticSession(CheckedSession):
     """PyTorch over a static cache; on a GPU the decode step is a captured graph.
 
     Args:
@@ -33,8 +33,6 @@ class StaticSession:
     Raises:
         InputError: a layer's cache cannot be of fixed size (a sliding window).
     """
-
-    row_cost: float | None = None
 
     def __init__(self, model: PreTrainedModel, name: str, max_length: int) -> None:
         self.name = name
@@ -52,12 +50,7 @@ class StaticSession:
     def reset(self) -> None:
         """Forget the cache, and keep its memory: the graph writes there."""
         self._set_length(0)
-        self._rows: int | None = None
-
-    @property
-    def length(self) -> int:
-        """Tokens in the cache."""
-        return self._length
+        self._rows = 1
 
     def rewind(self, length: int) -> None:
         """Forget all but the first `length` tokens; what lies behind them is masked out."""
@@ -68,22 +61,7 @@ class StaticSession:
         return StaticSession(self.model, self.name, self.max_length)
 
     def forward(self, input_ids: np.ndarray, last_only: bool = False) -> np.ndarray:
-        """Append tokens to the cache and return their logits.
-
-        Args:
-            input_ids: int64 [1, S].
-            last_only: only the last token's logits are wanted.
-
-        Returns:
-            float32 [1, S, V], or [1, 1, V].
-
-        Raises:
-            InputError: ids outside the vocabulary, several rows, or more tokens than `max_length`.
-        """
-        require_tokens(input_ids, self.vocab_size, self.name)
-        rows, count = input_ids.shape
-        require_batch(rows, 1, self.name)
-        require_room(self._length, count, self.max_length, self.name)
+        self._check_call(input_ids)
         return self.logits(torch.from_numpy(input_ids), last_only).float().cpu().numpy()
 
     def logits(self, input_ids: torch.Tensor, last_only: bool = False) -> torch.Tensor:

@@ -35,7 +35,7 @@ from pipeline.export.contract import (
     present_name,
 )
 from pipeline.gpu import Gpu, find_gpu
-from pipeline.runtime.sessions.checks import require_batch, require_room, require_tokens
+from pipeline.runtime.sessions.checks import CheckedSession
 from pipeline.runtime.sessions.onnx_session import token_feeds
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def open_engine(
     return _OpenEngine(manifest, library, torch, engine, (runtime, logger))
 
 
-class TensorRTSession:
+class TensorRTSession(CheckedSession):
     """A TensorRT or TensorRT for RTX engine.
 
     Args:
@@ -122,8 +122,6 @@ class TensorRTSession:
         name: what the ledger calls this backend; None makes one out of flavour and version.
         engine: the same folder's, where another session has opened it; None opens it.
     """
-
-    row_cost: float | None = None
 
     def __init__(
         self,
@@ -148,16 +146,6 @@ class TensorRTSession:
         self._buffers: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self.reset()
 
-    def reset(self) -> None:
-        """Forget the cache."""
-        self._length = 0
-        self._rows: int | None = None
-
-    @property
-    def length(self) -> int:
-        """Tokens in the cache."""
-        return self._length
-
     def rewind(self, length: int) -> None:
         """Forget all but the first `length` tokens; their slots are written anew before use."""
         self._length = min(self._length, length)
@@ -169,25 +157,8 @@ class TensorRTSession:
         return TensorRTSession(self._folder, name=self.name, engine=self._opened)
 
     def forward(self, input_ids: np.ndarray, last_only: bool = False) -> np.ndarray:
-        """Append tokens to the cache and return their logits.
-
-        Args:
-            input_ids: int64 [B, S]; more than the engine's longest call are run in pieces.
-            last_only: only the last token's logits are wanted.
-
-        Returns:
-            float32 [B, S, V], or [B, 1, V].
-
-        Raises:
-            InputError: ids outside the vocabulary, another batch size than before, more rows than
-                the engine's, or more tokens than the cache holds.
-            ResourceError: TensorRT could not run the call.
-        """
-        require_tokens(input_ids, self.vocab_size, self.name)
-        rows, count = input_ids.shape
-        require_batch(rows, self._rows, self.name)
-        _require_rows(rows, self.manifest["limits"]["max_batch"], self.name)
-        require_room(self._length, count, self.max_length, self.name)
+        """As every session's; ResourceError says that TensorRT could not run the call."""
+        rows, count = self._check_call(input_ids)
         if self._rows is None:
             self._start_cache(rows)
         pieces: list[np.ndarray] = []
@@ -197,6 +168,11 @@ class TensorRTSession:
             self._length += stop - start
         self._rows = rows
         return np.concatenate(pieces, axis=1)
+
+    def _check_rows(self, rows: int) -> None:
+        """Raise InputError for more rows than the engine was built for, too."""
+        super()._check_rows(rows)
+        _require_rows(rows, self.manifest["limits"]["max_batch"], self.name)
 
     def _start_cache(self, rows: int) -> None:
         """Zeroed buffers for `rows` sequences: a stale NaN would survive a mask of zero weight."""

@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
-from pipeline.runtime.sessions.checks import require_batch, require_room, require_tokens
+from pipeline.runtime.sessions.checks import CheckedSession
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class TorchSession:
+class TorchSession(CheckedSession):
     """PyTorch, on whatever device and in whatever dtype the model already has.
 
     Args:
@@ -22,8 +22,6 @@ class TorchSession:
         name: what the ledger calls this backend.
         max_length: most tokens of prompt and answer; None takes the model's own limit.
     """
-
-    row_cost: float | None = None
 
     def __init__(
         self, model: PreTrainedModel, name: str = "torch", max_length: int | None = None
@@ -36,18 +34,10 @@ class TorchSession:
         self.reset()
 
     def reset(self) -> None:
-        """Forget the cache."""
+        super().reset()
         self._cache = DynamicCache(config=self.model.config)
-        self._length = 0
-        self._rows: int | None = None
-
-    @property
-    def length(self) -> int:
-        """Tokens in the cache."""
-        return self._length
 
     def rewind(self, length: int) -> None:
-        """Forget all but the first `length` tokens."""
         if length == 0:
             self.reset()
         elif length < self._length:
@@ -58,27 +48,10 @@ class TorchSession:
                 self.reset()
 
     def sibling(self) -> TorchSession:
-        """A session over the same model, with an empty cache of its own."""
         return TorchSession(self.model, self.name, self.max_length)
 
     def forward(self, input_ids: np.ndarray, last_only: bool = False) -> np.ndarray:
-        """Append tokens to the cache and return their logits.
-
-        Args:
-            input_ids: int64 [B, S].
-            last_only: only the last token's logits are wanted.
-
-        Returns:
-            float32 [B, S, V], or [B, 1, V].
-
-        Raises:
-            InputError: ids outside the vocabulary, another batch size than before, or more tokens
-                than `max_length`.
-        """
-        require_tokens(input_ids, self.vocab_size, self.name)
-        rows, count = input_ids.shape
-        require_batch(rows, self._rows, self.name)
-        require_room(self._length, count, self.max_length, self.name)
+        rows, _ = self._check_call(input_ids)
         logits = self.logits(torch.from_numpy(input_ids).to(self.model.device), last_only)
         self._rows = rows
         return logits.float().cpu().numpy()
@@ -105,11 +78,6 @@ class TorchSession:
         return logits
 
     def repeat(self, rows: int) -> None:
-        """Make the one sequence in the cache into `rows` equal ones.
-
-        Raises:
-            InputError: the cache holds several sequences.
-        """
-        require_batch(1, self._rows, self.name)
+        self._check_rows(1)
         self._cache.batch_repeat_interleave(rows)
         self._rows = rows

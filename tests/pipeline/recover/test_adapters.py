@@ -18,7 +18,8 @@ from pipeline.compress.walk import compress_
 from pipeline.errors import MissingPackageError, PipelineError
 from pipeline.model.structure import decoder_structure
 from pipeline.recover import adapters
-from pipeline.recover.adapters import _factor_names, attach, largest_interpolations, merge_
+from pipeline.recover.adapters import _factor_names, attach, merge_
+from pipeline.recover.recover import _largest_interpolations
 from tests.support.families import FAMILIES, tiny_model
 from tests.support.tiny_survey import calibrated
 
@@ -162,7 +163,7 @@ def test_the_report_gets_the_largest_interpolation_of_the_merged_factors() -> No
         {"members": [name], "form": "skip", "largest_interpolation": 99.0} for name in owners
     ]
     report: dict[str, Any] = {"totals": {"largest": 99.0, "factored": 8}, "groups": groups}
-    updated = largest_interpolations(report, model)
+    updated = _largest_interpolations(report, model)
     expected = [factored[name].down.weight.abs().max().item() for name in owners]
     assert [group["largest_interpolation"] for group in updated["groups"]] == expected
     assert updated["totals"] == {"largest": max(expected), "factored": 8}

@@ -24,7 +24,7 @@ from pipeline.recover.recover import (
     _require_same_tensors,
     recover_to_folder,
 )
-from pipeline.recover.request import require_recoverable
+from pipeline.recover.request import Recoverable
 from pipeline.recover.train import _distillation_loss, _next_token_loss
 from tests.support.families import FAMILIES, save_family, tiny_model
 from tests.support.tiny_decoder import byte_tokenizer
@@ -249,7 +249,7 @@ def test_an_image_classifier_is_refused_before_its_weights_are_read(
     shutil.copytree(small, folder, ignore=shutil.ignore_patterns("tokenizer_config.json"))
     (folder / "preprocessor_config.json").write_text("{}")
     with pytest.raises(InputError, match="decoder language models"):
-        require_recoverable(tiny_request(folder, train_text))
+        Recoverable.read(tiny_request(folder, train_text))
 
 
 @pytest.mark.parametrize("record", ["recipe.json", "report.json"])
@@ -267,7 +267,7 @@ def test_a_checkpoint_without_its_records_is_refused(
 def test_a_full_disk_is_noticed_before_anything_is_trained(
     small: Path, train_text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(recover, "_train", None)
+    monkeypatch.setattr(recover, "fine_tune", None)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 0))  # type: ignore[attr-defined]
     with pytest.raises(ResourceError, match="disk space"):
         recover_to_folder(tiny_request(small, train_text), tmp_path / "better")

@@ -15,16 +15,14 @@ from torch.nn import functional as F
 
 from pipeline.errors import InputError
 from pipeline.recover import train
+from pipeline.recover.request import Schedule, _windows_needed, held_out
 from pipeline.recover.train import (
-    Loss,
     Progress,
-    Schedule,
     _distillation_loss,
+    _Loss,
+    _mean_loss,
     _next_token_loss,
-    held_out,
-    mean_loss,
-    train_,
-    windows_needed,
+    _train_,
 )
 
 SCHEDULE = Schedule(steps=12, batch_size=3, learning_rate=0.05, seed=3)
@@ -50,7 +48,7 @@ class Stop(Exception):
     """Stands for whatever ends a process."""
 
 
-def stopping(loss: Loss, at: int) -> Loss:
+def stopping(loss: _Loss, at: int) -> _Loss:
     """The loss until its `at`-th call, counted from 0, which never returns."""
     calls = iter(range(at))
 
@@ -70,13 +68,13 @@ def saving_at_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
 def uninterrupted(folder: Path, schedule: Schedule = SCHEDULE) -> tuple[Bigrams, Progress]:
     model = Bigrams()
     path = folder / "uninterrupted.safetensors"
-    return model, train_(model, model.loss, WINDOWS, schedule, path)
+    return model, _train_(model, model.loss, WINDOWS, schedule, path)
 
 
 def test_training_lowers_the_loss_and_leaves_frozen_parameters(tmp_path: Path) -> None:
-    before = mean_loss(Bigrams().loss, WINDOWS, 4)
+    before = _mean_loss(Bigrams().loss, WINDOWS, 4)
     model, progress = uninterrupted(tmp_path)
-    assert mean_loss(model.loss, WINDOWS, 4) < before
+    assert _mean_loss(model.loss, WINDOWS, 4) < before
     assert torch.equal(model.frozen, torch.ones(7))
     assert progress.step == len(progress.losses) == 12
 
@@ -87,9 +85,9 @@ def test_a_resumed_run_ends_in_the_same_bits(stops: tuple[int, ...], tmp_path: P
     for stop in stops:
         model = Bigrams()
         with pytest.raises(Stop):
-            train_(model, stopping(model.loss, stop), WINDOWS, SCHEDULE, path)
+            _train_(model, stopping(model.loss, stop), WINDOWS, SCHEDULE, path)
     model = Bigrams()
-    progress = train_(model, model.loss, WINDOWS, SCHEDULE, path)
+    progress = _train_(model, model.loss, WINDOWS, SCHEDULE, path)
     expected, record = uninterrupted(tmp_path)
     assert torch.equal(model.table, expected.table)
     assert torch.equal(model.bias, expected.bias)
@@ -100,10 +98,10 @@ def test_steps_that_were_taken_are_not_taken_again(tmp_path: Path) -> None:
     path = tmp_path / "state.safetensors"
     model = Bigrams()
     with pytest.raises(Stop):
-        train_(model, stopping(model.loss, 7), WINDOWS, SCHEDULE, path)
+        _train_(model, stopping(model.loss, 7), WINDOWS, SCHEDULE, path)
     again = Bigrams()
     # The state is from before the seventh update, which is taken again; then five are left.
-    train_(again, stopping(again.loss, 6), WINDOWS, SCHEDULE, path)
+    _train_(again, stopping(again.loss, 6), WINDOWS, SCHEDULE, path)
 
 
 def test_between_saves_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,7 +110,7 @@ def test_between_saves_nothing_is_written(tmp_path: Path, monkeypatch: pytest.Mo
     assert list(tmp_path.iterdir()) == []
 
 
-def poisoned(loss: Loss, at: int, value: float) -> Loss:
+def poisoned(loss: _Loss, at: int, value: float) -> _Loss:
     """The loss, and at its `at`-th call one that is not finite, or has such a gradient."""
     calls = iter(range(at))
 
@@ -129,11 +127,11 @@ def test_a_loss_that_is_not_finite_names_its_step_and_keeps_the_state_before_it(
     path = tmp_path / "state.safetensors"
     model = Bigrams()
     with pytest.raises(InputError, match="diverged") as caught:
-        train_(model, poisoned(model.loss, 5, value), WINDOWS, SCHEDULE, path)
+        _train_(model, poisoned(model.loss, 5, value), WINDOWS, SCHEDULE, path)
     assert caught.value.details["where"] == "step 6"
     assert "--resume" in caught.value.details["change"]
     again = Bigrams()
-    train_(again, again.loss, WINDOWS, SCHEDULE, path)
+    _train_(again, again.loss, WINDOWS, SCHEDULE, path)
     assert torch.equal(again.table, uninterrupted(tmp_path)[0].table)
 
 
@@ -145,7 +143,7 @@ def test_a_gradient_that_is_not_finite_is_noticed_under_a_finite_loss(tmp_path: 
         return model.loss(batch) + (model.bias - model.bias.detach()).abs().sum().sqrt()
 
     with pytest.raises(InputError, match="diverged") as caught:
-        train_(model, kinked, WINDOWS, SCHEDULE, tmp_path / "state.safetensors")
+        _train_(model, kinked, WINDOWS, SCHEDULE, tmp_path / "state.safetensors")
     assert caught.value.details["where"] == "step 1"
     assert "from the start" in caught.value.details["change"]
 
@@ -154,10 +152,10 @@ def test_a_learning_rate_that_changed_is_recorded_with_its_step(tmp_path: Path) 
     path = tmp_path / "state.safetensors"
     model = Bigrams()
     with pytest.raises(Stop):
-        train_(model, stopping(model.loss, 7), WINDOWS, SCHEDULE, path)
+        _train_(model, stopping(model.loss, 7), WINDOWS, SCHEDULE, path)
     again = Bigrams()
     smaller = replace(SCHEDULE, learning_rate=0.01)
-    progress = train_(again, again.loss, WINDOWS, smaller, path)
+    progress = _train_(again, again.loss, WINDOWS, smaller, path)
     assert progress.learning_rates == {"0": 0.05, "6": 0.01}
 
 
@@ -166,11 +164,11 @@ def test_a_broken_state_is_refused(content: bytes | None, tmp_path: Path) -> Non
     path = tmp_path / "state.safetensors"
     if content is None:  # that of another model
         other = nn.Linear(2, 2)
-        train_(other, lambda batch: other(batch[:, :2].float()).sum(), WINDOWS, SCHEDULE, path)
+        _train_(other, lambda batch: other(batch[:, :2].float()).sum(), WINDOWS, SCHEDULE, path)
     else:
         path.write_bytes(content)
     with pytest.raises(InputError, match="cannot be read") as caught:
-        train_(Bigrams(), Bigrams().loss, WINDOWS, SCHEDULE, path)
+        _train_(Bigrams(), Bigrams().loss, WINDOWS, SCHEDULE, path)
     assert "without --resume" in caught.value.details["change"]
 
 
@@ -179,7 +177,7 @@ def test_the_mean_loss_does_not_depend_on_the_batch_size() -> None:
     whole = model.loss(WINDOWS).item()
     for batch_size in (1, 3, 10, 99):
         # Means of ten float32 losses, in another order.
-        assert mean_loss(model.loss, WINDOWS, batch_size) == pytest.approx(whole, abs=1e-5)
+        assert _mean_loss(model.loss, WINDOWS, batch_size) == pytest.approx(whole, abs=1e-5)
 
 
 # float32 sums of some tens of terms against float64 ones.
@@ -263,7 +261,7 @@ def test_the_learning_rate_rises_to_its_peak_and_falls_towards_zero(steps: int) 
 
 @given(steps=st.integers(1, 300), batch=st.integers(1, 9))
 def test_the_windows_needed_let_each_step_read_new_ones(steps: int, batch: int) -> None:
-    needed = windows_needed(steps, batch)
+    needed = _windows_needed(steps, batch)
     assert needed - held_out(needed) >= steps * batch
     # One of them at most could be spared.
     assert needed - 2 - held_out(max(1, needed - 2)) < steps * batch

@@ -13,7 +13,6 @@ from pipeline.runtime.sampling import (
     _keep_top_p,
     _penalise_repetition,
     _softmax,
-    choose_token,
 )
 
 LOGITS = np.log(np.array([0.05, 0.5, 0.15, 0.3]))
@@ -57,14 +56,14 @@ def test_repetition_penalty_lowers_seen_tokens_of_either_sign_once() -> None:
 def test_temperature_zero_is_argmax_and_draws_nothing() -> None:
     generator = np.random.default_rng(0)
     state = generator.bit_generator.state
-    assert choose_token(LOGITS, GREEDY, NO_HISTORY, generator) == 1
+    assert GREEDY.choose(LOGITS, NO_HISTORY, generator) == 1
     assert generator.bit_generator.state == state
 
 
 def test_samples_follow_the_distribution() -> None:
     generator = np.random.default_rng(0)
     how = Sampling(temperature=1.0)
-    drawn = [choose_token(LOGITS, how, NO_HISTORY, generator) for _ in range(4000)]
+    drawn = [how.choose(LOGITS, NO_HISTORY, generator) for _ in range(4000)]
     frequencies = np.bincount(drawn, minlength=4) / len(drawn)
     # Four standard errors of a frequency of 0.5 over 4000 draws.
     np.testing.assert_allclose(frequencies, np.exp(LOGITS), atol=4 * 0.5 / np.sqrt(4000))

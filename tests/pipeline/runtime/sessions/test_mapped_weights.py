@@ -11,9 +11,13 @@ import pytest
 from pipeline.errors import InputError
 from pipeline.export.contract import WEIGHTS_FILE
 from pipeline.runtime.sessions import onnx_session
-from pipeline.runtime.sessions.mapped_weights import MappedWeights, map_weights
 from pipeline.runtime.sessions.onnx_cpu_session import CpuSession
-from pipeline.runtime.sessions.onnx_session import OnnxSession, _borrows_files
+from pipeline.runtime.sessions.onnx_session import (
+    OnnxSession,
+    _borrows_files,
+    _map_weights,
+    _MappedWeights,
+)
 from tests.support.tiny_decoder import shared_export
 
 PAGES = 512
@@ -41,7 +45,7 @@ def resident_bytes(path: Path) -> int:
 def test_released_pages_leave_the_process_and_come_again_unchanged(
     tmp_path: Path, content: bytes
 ) -> None:
-    weights = MappedWeights(tmp_path / WEIGHTS_FILE)
+    weights = _MappedWeights(tmp_path / WEIGHTS_FILE)
     assert weights.pages[:] == content
     assert resident_bytes(tmp_path / WEIGHTS_FILE) == len(content)
     weights.release_pages()
@@ -52,7 +56,7 @@ def test_released_pages_leave_the_process_and_come_again_unchanged(
 def test_what_the_body_read_is_gone_at_its_end_even_when_it_fails(
     tmp_path: Path, content: bytes
 ) -> None:
-    weights = MappedWeights(tmp_path / WEIGHTS_FILE)
+    weights = _MappedWeights(tmp_path / WEIGHTS_FILE)
 
     def read_and_fail() -> None:
         with weights.releasing_pages():
@@ -65,9 +69,9 @@ def test_what_the_body_read_is_gone_at_its_end_even_when_it_fails(
 
 
 def test_nothing_to_map_is_left_to_onnx_runtime(tmp_path: Path) -> None:
-    assert map_weights(tmp_path / WEIGHTS_FILE) is None
+    assert _map_weights(tmp_path / WEIGHTS_FILE) is None
     (tmp_path / WEIGHTS_FILE).touch()
-    assert map_weights(tmp_path / WEIGHTS_FILE) is None
+    assert _map_weights(tmp_path / WEIGHTS_FILE) is None
 
 
 @pytest.mark.parametrize(
@@ -78,7 +82,7 @@ def test_lent_weights_give_the_logits_of_weights_that_onnx_runtime_maps(
 ) -> None:
     lent = kind(shared_export(profile), threads=1)
     assert (lent._weights is not None) == _borrows_files(onnxruntime.__version__)
-    monkeypatch.setattr(onnx_session, "map_weights", lambda path: None)
+    monkeypatch.setattr(onnx_session, "_map_weights", lambda path: None)
     own = kind(shared_export(profile), threads=1)
     assert own._weights is None
     for session in (lent, own):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.cli.main import main
-from pipeline.cli.prompts import read_prompts
+from pipeline.cli.run import _read_prompts
 from pipeline.errors import InputError
 from tests.support.tiny_decoder import save_tiny_folder, shared_export
 
@@ -62,7 +62,7 @@ def test_json_lines_hold_prompts_or_conversations(tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi."}]
     path.write_text(json.dumps({"prompt": "Hello."}) + "\n\n" + json.dumps({"messages": chat}))
-    assert read_prompts(path) == [[{"role": "user", "content": "Hello."}], chat]
+    assert _read_prompts(path) == [[{"role": "user", "content": "Hello."}], chat]
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_a_bad_line_is_named(line: str, tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": "good"}\n' + line + "\n")
     with pytest.raises(InputError) as raised:
-        read_prompts(path)
+        _read_prompts(path)
     assert "line 2" in str(raised.value)
 
 

@@ -12,7 +12,7 @@ from pipeline.compress.run import compress_to_folder
 from pipeline.errors import InputError, UsageError
 from pipeline.runtime.sessions.torch_session import TorchSession
 from tests.support.tiny_decoder import save_tiny_folder, tiny_llama
-from validate.opened_model import _open_named, open_subject
+from validate.evaluate import _open_named, _open_subject
 
 OWN_CODE = """
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -29,7 +29,7 @@ class OwnModel(LlamaForCausalLM):
 
 def test_a_folder_opens_the_same_by_either_way(tmp_path: Path) -> None:
     folder = str(save_tiny_folder(tmp_path / "model"))
-    by_folder, by_name = open_subject(folder), _open_named(folder, trust_remote_code=False)
+    by_folder, by_name = _open_subject(folder), _open_named(folder, trust_remote_code=False)
     ids = np.arange(10)[None]
     expected = by_folder.session.forward(ids)
     np.testing.assert_array_equal(by_name.session.forward(ids), expected)
@@ -47,7 +47,7 @@ def test_a_compressed_checkpoint_opens_with_and_without_trust_in_its_code(tmp_pa
     compress_to_folder(request, tmp_path / "checkpoint")
     ids = np.arange(10)[None]
     plain, trusted = (
-        open_subject(str(tmp_path / "checkpoint"), trust_remote_code=trust).session.forward(ids)
+        _open_subject(str(tmp_path / "checkpoint"), trust_remote_code=trust).session.forward(ids)
         for trust in (False, True)
     )
     np.testing.assert_array_equal(plain, trusted)
@@ -64,14 +64,14 @@ def test_trusted_code_of_a_folder_runs(tmp_path: Path, monkeypatch: pytest.Monke
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "own.py").write_text(OWN_CODE)
     with pytest.raises(InputError, match="could not be loaded"):
-        open_subject(str(folder))
-    subject = open_subject(str(folder), trust_remote_code=True)
+        _open_subject(str(folder))
+    subject = _open_subject(str(folder), trust_remote_code=True)
     expected = TorchSession(tiny_llama()).forward(np.arange(10)[None])
     np.testing.assert_allclose(subject.session.forward(np.arange(10)[None]), expected, atol=5e-5)
 
 
 def test_an_unknown_name_and_a_backend_that_cannot_read_it_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="Unknown model"):
-        open_subject(str(tmp_path / "nothing"))
+        _open_subject(str(tmp_path / "nothing"))
     with pytest.raises(UsageError, match="exported folders only"):
-        open_subject("smollm2-135m", "onnx")
+        _open_subject("smollm2-135m", "onnx")
