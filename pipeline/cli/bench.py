@@ -121,7 +121,7 @@ def command(
             expected=", ".join(_MEASURED_DTYPES),
             change="pass --predict, or quantise a model and give its folder",
         )
-    from pipeline.bench.devices import find_devices
+    from pipeline.bench.predict import find_devices
 
     devices = find_devices(predict) if predict is not None else []
     targets = _find_targets(folders, shapes, dtype, _fractions(keep_params))
@@ -215,10 +215,9 @@ def _write_results(record: dict[str, Any], json_file: Path | None, plot: Path | 
     if json_file is not None:
         write_json(json_file, record)
     if plot is not None:
-        from pipeline.bench.plot import write_measured, write_predicted
+        from pipeline.bench.plot import write_plot
 
-        write = write_measured if record["kind"] == "measurement" else write_predicted
-        write(record, plot)
+        write_plot(record, plot)
 
 
 def _measured_table(record: dict[str, Any]) -> Table:
