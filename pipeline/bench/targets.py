@@ -1,4 +1,4 @@
-"""What is to be measured or predicted: folders and shapes, checked and counted before anything runs."""
+"""What is to be measured or predicted: folders and shapes, checked and counted first."""
 
 from __future__ import annotations
 
@@ -58,6 +58,42 @@ class BenchTarget:
     what: dict[str, Any]
     traffic: Traffic
 
+    @staticmethod
+    def of_folder(folder: Path) -> BenchTarget:
+        """A checkpoint, an ONNX export or an engine.
+
+        Raises:
+            InputError: the folder is none of them, or its files are broken.
+        """
+        from pipeline.runtime.sessions.open_session import folder_kind
+
+        if not folder.is_dir():
+            raise InputError("There is no such folder.", where=folder)
+        path = folder.resolve()
+        what = {"folder": str(path)}
+        label = "/".join(path.parts[-2:]).lstrip("/")
+        return BenchTarget(label, folder_kind(path), what, traffic_of_folder(path))
+
+    @staticmethod
+    def of_shape(name: str, dtype: str, kept: Sequence[float]) -> list[BenchTarget]:
+        """An architecture, dense for a kept fraction of 1 and with factors for others.
+
+        Raises:
+            UsageError: there is no such shape, or a fraction is outside (0, 1].
+        """
+        from pipeline.bench.shapes import find_shape
+        from pipeline.bench.torch_traffic import traffic_of_shape
+
+        shape = find_shape(name)
+        targets = []
+        for fraction in kept:
+            label = f"{name} {dtype}" + (f" keep {fraction:g}" if fraction != 1 else " dense")
+            what = {"shape": name, "dtype": dtype, "kept": fraction}
+            targets.append(
+                BenchTarget(label, "torch", what, traffic_of_shape(shape, dtype, fraction))
+            )
+        return targets
+
     def request(self, device: str, threads: int) -> dict[str, Any]:
         """What the child process is told to open."""
         kind = "shape" if "shape" in self.what else "folder"
@@ -81,22 +117,6 @@ class BenchTarget:
             )
 
 
-def folder_target(folder: Path) -> BenchTarget:
-    """A checkpoint, an ONNX export or an engine.
-
-    Raises:
-        InputError: the folder is none of them, or its files are broken.
-    """
-    from pipeline.runtime.sessions.open_session import folder_kind
-
-    if not folder.is_dir():
-        raise InputError("There is no such folder.", where=folder)
-    path = folder.resolve()
-    what = {"folder": str(path)}
-    label = "/".join(path.parts[-2:]).lstrip("/")
-    return BenchTarget(label, folder_kind(path), what, traffic_of_folder(path))
-
-
 def traffic_of_folder(folder: Path) -> Traffic:
     """Count what a checkpoint, an ONNX export or an engine reads, from its own files.
 
@@ -111,24 +131,6 @@ def traffic_of_folder(folder: Path) -> Traffic:
 
         return traffic_of_checkpoint(folder)
     return _traffic_of_export(folder) if kind == "onnx" else _traffic_of_engine(folder)
-
-
-def shape_targets(name: str, dtype: str, kept: Sequence[float]) -> list[BenchTarget]:
-    """An architecture, dense for a kept fraction of 1 and with factors for others.
-
-    Raises:
-        UsageError: there is no such shape, or a fraction is outside (0, 1].
-    """
-    from pipeline.bench.shapes import find_shape
-    from pipeline.bench.torch_traffic import traffic_of_shape
-
-    shape = find_shape(name)
-    targets = []
-    for fraction in kept:
-        label = f"{name} {dtype}" + (f" keep {fraction:g}" if fraction != 1 else " dense")
-        what = {"shape": name, "dtype": dtype, "kept": fraction}
-        targets.append(BenchTarget(label, "torch", what, traffic_of_shape(shape, dtype, fraction)))
-    return targets
 
 
 def _traffic_of_export(folder: Path) -> Traffic:

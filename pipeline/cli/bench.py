@@ -159,10 +159,10 @@ def _find_targets(
     """All that was named, checked and counted."""
     if not folders and not shapes:
         raise UsageError("There is nothing to measure.", change="name a folder, or a --shape")
-    from pipeline.bench.targets import folder_target, shape_targets
+    from pipeline.bench.targets import BenchTarget
 
-    found = [target for name in shapes for target in shape_targets(name, dtype, kept)]
-    return [*(folder_target(folder) for folder in folders), *found]
+    found = [target for name in shapes for target in BenchTarget.of_shape(name, dtype, kept)]
+    return [*(BenchTarget.of_folder(folder) for folder in folders), *found]
 
 
 def _measured_record(

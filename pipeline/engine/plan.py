@@ -8,7 +8,7 @@ from typing import Any
 
 import psutil
 
-from pipeline.engine.profiles import DecodeForm, Limits, make_profiles
+from pipeline.engine.profiles import DecodeForm, Limits
 from pipeline.engine.target import Target
 from pipeline.engine.worker_protocol import WorkerRequest
 from pipeline.errors import InputError, UsageError
@@ -139,7 +139,7 @@ def plan_engine(onnx_folder: Path, request: EngineRequest) -> EnginePlan:
         flavour=target.flavour,
         compute_capability=target.compute_capability,
         onnx_path=folder.onnx_path,
-        profiles=tuple(make_profiles(folder.inputs, limits)),
+        profiles=tuple(limits.profiles_of(folder.inputs)),
         shared_weights=limits.decode == "shared",
         workspace_bytes=request.workspace_bytes,
         plugin=plugin,

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.bench import child, shapes, targets
+from pipeline.bench import child, shapes
 from pipeline.bench.bandwidth import _last_level_cache_bytes
 from pipeline.bench.measure import _Child, _choose_device, _cpu_name, _require_memory
 from pipeline.bench.shapes import Shape
-from pipeline.bench.targets import BenchTarget, folder_target
+from pipeline.bench.targets import BenchTarget
 from pipeline.bench.traffic import CacheTensor, StoredTensor, Traffic
 from pipeline.errors import InputError, ResourceError, UsageError
 from tests.support.tiny_decoder import shared_export
@@ -28,7 +28,7 @@ def test_a_shape_is_opened_with_random_weights_of_the_type_that_was_asked(
     tiny = Shape("llama", 64, 96, 2, 4, 2, 16, 128, True, 256)
     monkeypatch.setitem(shapes._SHAPES, "tiny", tiny)
     for kept in (1.0, 0.6):
-        (target,) = targets.shape_targets("tiny", "bfloat16", [kept])
+        (target,) = BenchTarget.of_shape("tiny", "bfloat16", [kept])
         generate, ready = child._open_target(target.request("cpu", 1))
         assert ready["session"] == "torch bfloat16"
         assert ready["float_bytes"] == {"weights": 2, "cache": 2}
@@ -50,7 +50,7 @@ def test_what_a_child_refuses_reaches_the_parent_as_the_same_error(tmp_path: Pat
 
 
 def test_a_killed_child_is_explained() -> None:
-    target = folder_target(shared_export("compat"))
+    target = BenchTarget.of_folder(shared_export("compat"))
     with _Child("victim", target.request("cpu", 1)) as process:
         process.wait_until_open()
         os.kill(process._process.pid, signal.SIGKILL)
