@@ -192,10 +192,8 @@ def _forget_failed_ledger(folder: Path) -> None:
 
 def _refuse_missing_packages(target: Target) -> None:
     """Say what is missing before minutes of work, not after."""
-    from pipeline.engine.plan import require_package
-
     if target.flavour != "cpu":
-        require_package(target)
+        target.require_package()
 
 
 def _export(

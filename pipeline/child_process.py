@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 _ROOT = Path(__file__).resolve().parents[1]
 _SECONDS_TO_END = 20.0
@@ -137,7 +137,7 @@ class JsonChild:
         except subprocess.TimeoutExpired:
             return _kill(self._process)
 
-    def __enter__(self) -> JsonChild:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

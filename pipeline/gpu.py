@@ -14,11 +14,9 @@ from pathlib import Path
 Capability = tuple[int, int]
 
 ORIN: Capability = (8, 7)
-_THOR: Capability = (11, 0)
+THOR: Capability = (11, 0)
 # What TensorRT for RTX builds for; the standard one builds for the GPU that it runs on.
 RTX_CAPABILITIES: tuple[Capability, ...] = ((7, 5), (8, 0), (8, 6), (8, 9), (12, 0), (12, 1))
-# Those that only the standard one serves, as people call them.
-_NAMES = {ORIN: "Jetson Orin", (9, 0): "Hopper", (10, 0): "Blackwell B200", _THOR: "Jetson Thor"}
 TEGRA_RELEASE = Path("/etc/nv_tegra_release")
 _DEVICE_TREE_MODEL = Path("/proc/device-tree/model")
 # L4T release to JetPack and the TensorRT it ships.
@@ -56,11 +54,6 @@ class Gpu:
 def capability_name(capability: Capability) -> str:
     """(8, 6) -> 'sm86'."""
     return f"sm{capability[0]}{capability[1]}"
-
-
-def generation_name(capability: Capability) -> str:
-    """What people call GPUs of a capability, where TensorRT for RTX does not cover them."""
-    return _NAMES.get(capability, "this GPU")
 
 
 def find_gpus() -> tuple[tuple[Gpu, ...], str]:
@@ -112,7 +105,7 @@ def _find_jetson(model_file: Path = _DEVICE_TREE_MODEL) -> Gpu | None:
         model = model_file.read_text(encoding="utf-8", errors="replace").strip("\x00\n ")
     except OSError:
         return None
-    for word, capability in (("Orin", ORIN), ("Thor", _THOR)):
+    for word, capability in (("Orin", ORIN), ("Thor", THOR)):
         if word in model:
             return Gpu(model, capability)
     return None

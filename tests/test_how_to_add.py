@@ -24,7 +24,7 @@ from pipeline.export.contract import COMPAT, PROFILES
 from pipeline.export.export import export_folder
 from pipeline.export.request import ExportRequest
 from pipeline.quantize import formats
-from pipeline.quantize.formats import RUNTIMES, parse_format
+from pipeline.quantize.formats import RUNTIMES, Format
 from pipeline.runtime import drafting
 from pipeline.runtime.drafting import make_drafter
 from pipeline.runtime.generate import generate
@@ -89,7 +89,7 @@ def test_a_format_of_the_known_kinds_is_a_row(
     source: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(ValueError, match="bits are one of"):
-        parse_format("int5-b16-asym")
+        Format.parse("int5-b16-asym")
     monkeypatch.setattr(formats, "_BITS", (*formats._BITS, 5))
     wanted = request(source, text, method="rtn", weights="int5-b16-asym", runtime="any")
     report = compress_to_folder(wanted, tmp_path / "small")

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from pipeline.errors import InputError
 from pipeline.gpu import find_gpus
-from pipeline.toolchain import (
+from trt_plugins.toolchain import (
     OLDEST_CAPABILITY,
     WORK,
     Found,

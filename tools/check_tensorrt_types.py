@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from pipeline.errors import InputError
-from pipeline.toolchain import pip
+from trt_plugins.toolchain import pip
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "build" / "tensorrt-types"

@@ -26,7 +26,7 @@ from benchmarks.command import run
 from pipeline.errors import InputError
 from pipeline.kernels.build import SOURCE_FOLDER, SOURCES, build_library
 from pipeline.kernels.interface import BF16, FP16, Device, Pointers, Problem, open_library
-from pipeline.toolchain import local_nvcc
+from trt_plugins.toolchain import local_nvcc
 
 BOUNDS = {torch.float16: 1e-3, torch.bfloat16: 1e-2}
 _TYPES = {torch.float16: FP16, torch.bfloat16: BF16}

@@ -38,7 +38,7 @@ from benchmarks import RESULTS
 from benchmarks.command import run
 from pipeline.artefact import write_json
 from pipeline.bench.measure import describe_machine
-from pipeline.bench.shapes import Shape, empty_model, fill_randomly_, find_shape, shape_plan
+from pipeline.bench.shapes import Shape, fill_randomly_, find_shape
 from pipeline.checkpoint.install import group_entries
 from pipeline.checkpoint.modeling_skipcat import stored_layer
 from pipeline.compress.plan.plan import RankPlan
@@ -97,12 +97,12 @@ def _shape_of(name: str) -> Shape:
 
 def _plan_of(shape: Shape, kept: float) -> RankPlan:
     """The uniform plan, ranks in whole vectors."""
-    return shape_plan(shape, kept, _RANK_MULTIPLE)
+    return shape.plan(kept, _RANK_MULTIPLE)
 
 
 def _make_model(shape: Shape, kept: float, form: str, device: str) -> Any:
     """The model on its device; `form` is "dense", "low_rank" or "skip"."""
-    model = empty_model(shape)
+    model = shape.empty_model()
     if form != "dense":
         for group in _plan_of(shape, kept).groups:
             entries = group_entries(group.members, form, group.rank)
@@ -116,7 +116,7 @@ def _make_model(shape: Shape, kept: float, form: str, device: str) -> Any:
 
 def _read_bytes(shape: Shape, kept: float, form: str) -> int:
     """Weights that a step reads, in half precision: no embedding, unless it is the head."""
-    model = empty_model(shape)
+    model = shape.empty_model()
     total = sum(parameter.numel() for parameter in model.parameters())
     if not shape.tied:
         total -= shape.vocab * shape.hidden

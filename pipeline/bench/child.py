@@ -85,10 +85,10 @@ def _open_shape(target: _Request) -> Session:
     """An architecture with random weights in PyTorch."""
     import torch
 
-    from pipeline.bench.shapes import empty_model, fill_randomly_, find_shape
+    from pipeline.bench.shapes import fill_randomly_, find_shape
     from pipeline.runtime.sessions.torch_session import TorchSession
 
-    model = empty_model(find_shape(target["shape"]), target["kept"])
+    model = find_shape(target["shape"]).empty_model(target["kept"])
     fill_randomly_(model, getattr(torch, target["dtype"]))
     if target["device"] == "cuda":
         return _open_on_gpu(model, target["dtype"])

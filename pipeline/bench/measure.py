@@ -5,18 +5,15 @@ from __future__ import annotations
 import contextlib
 import os
 import statistics
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.bench.process import Child
-from pipeline.bench.targets import (
-    BenchTarget,
-    choose_device,
-    require_length,
-    require_memory,
-)
+from pipeline.bench.targets import BenchTarget
+from pipeline.child_process import ChildEndedError, JsonChild
+from pipeline.errors import InputError, PipelineError, ResourceError, UsageError
 from pipeline.gpu import find_gpus, read_jetpack
 from pipeline.machine import cpu_flags, usable_cores
 from pipeline.progress import note, track
@@ -25,7 +22,9 @@ from pipeline.provenance import provenance
 _SCHEMA = 1
 _WARM_UP_TOKENS = 4
 _MEMORY_BUFFER_BYTES = 512 << 20
+_GIGABYTE = 1e9
 _Turn = dict[str, Any]
+_ERRORS = {error.exit_status: error for error in (UsageError, InputError, ResourceError)}
 
 
 @dataclass(frozen=True)
@@ -82,22 +81,23 @@ def measure(
         InputError: a model does not load, or there is no GPU.
         ResourceError: not enough memory.
     """
-    device = choose_device(targets, settings.device)
-    require_length(targets, settings.context, settings.new_tokens)
+    device = _choose_device(targets, settings.device)
+    for target in targets:
+        target.require_length(settings.context, settings.new_tokens)
     if device == "cpu":
         length = settings.context + settings.new_tokens
-        require_memory(targets, length, _MEMORY_BUFFER_BYTES)
+        _require_memory(targets, length, _MEMORY_BUFFER_BYTES)
     before = load_average()
     with contextlib.ExitStack() as stack:
         memory_target = {"kind": "memory", "device": device, "threads": settings.threads}
-        memory = stack.enter_context(Child("memory", memory_target))
+        memory = stack.enter_context(_Child("memory", memory_target))
         memory.wait_until_open()
         memory.ask()
         children = []
         for target in targets:  # one after the other: then the GPU's memory tells what each took
             note(f"loading {target.label}")
             request = target.request(device, settings.threads)
-            child = stack.enter_context(Child(target.label, request))
+            child = stack.enter_context(_Child(target.label, request))
             child.wait_until_open()
             child.ask(**settings.asked(min(_WARM_UP_TOKENS, settings.new_tokens)))
             children.append(child)
@@ -120,7 +120,7 @@ def measure(
 
 
 def _take_turns(
-    memory: Child, children: Sequence[Child], settings: Settings, tell: Callable[[str], None]
+    memory: _Child, children: Sequence[_Child], settings: Settings, tell: Callable[[str], None]
 ) -> tuple[list[float], list[list[_Turn]]]:
     """Bytes a second of the memory in each round, and the turns of each child."""
     speeds: list[float] = []
@@ -216,3 +216,106 @@ def _cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
         return "unknown"
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, "unknown")
+
+
+def _choose_device(targets: Sequence[BenchTarget], device: str) -> str:
+    """`cpu` or `cuda`; `auto` is the GPU for engines, and the CPU for all else.
+
+    Raises:
+        UsageError: a model that does not run there.
+        InputError: PyTorch sees no GPU.
+    """
+    engines = [target.label for target in targets if target.library == "tensorrt"]
+    exports = [target.label for target in targets if target.library == "onnx"]
+    chosen = ("cuda" if engines else "cpu") if device == "auto" else device
+    wrong = exports if chosen == "cuda" else engines
+    if wrong:
+        library = "ONNX Runtime runs on the CPU" if chosen == "cuda" else "An engine runs on a GPU"
+        raise UsageError(
+            f"{library} here.",
+            where=wrong[0],
+            observed=f"device {chosen}",
+            change="measure it in a run of its own, with the other --device",
+        )
+    if chosen == "cuda":
+        _require_cuda()
+    return chosen
+
+
+def _require_cuda() -> None:
+    """Raise InputError when PyTorch sees no GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise InputError(
+            "PyTorch cannot use a GPU on this machine.",
+            observed=f"torch {torch.__version__}",
+            change="pass --device cpu, or --predict a device",
+        )
+
+
+def _require_memory(targets: Sequence[BenchTarget], context: int, others_bytes: int) -> None:
+    """Raise ResourceError when the models do not fit into the CPU's free memory together."""
+    import psutil
+
+    needed = others_bytes
+    for target in targets:
+        needed += target.held_bytes() + target.traffic.cache_bytes(context)
+    free = psutil.virtual_memory().available
+    if needed > free:
+        raise ResourceError(
+            "Not enough memory for these models side by side.",
+            observed=f"needs {needed / _GIGABYTE:.1f} GB, {free / _GIGABYTE:.1f} GB are free",
+            change="measure fewer at once, or --predict, which makes no weights",
+        )
+
+
+class _Child(JsonChild):
+    """A process that runs `pipeline.bench.child`.
+
+    Args:
+        label: for messages.
+        target: what it opens, see `pipeline.bench.child._open_target`.
+    """
+
+    def __init__(self, label: str, target: dict[str, Any]) -> None:
+        super().__init__([sys.executable, "-m", "pipeline.bench.child"], own_session=True)
+        self.label = label
+        self.ready: dict[str, Any] = {}
+        self.send(target)
+
+    def wait_until_open(self) -> None:
+        """Read what the child says of its target into `ready`.
+
+        Raises:
+            PipelineError: what it refused the target for, of the child's own class.
+        """
+        self.ready = self.hear()
+
+    def hear(self) -> dict[str, Any]:
+        """The next answer.
+
+        Raises:
+            PipelineError: the child's own.
+            ResourceError: something killed it.
+        """
+        try:
+            answer = super().hear()
+        except ChildEndedError as end:
+            raise self._explained(end) from end
+        error = answer.get("error")
+        if error is not None:
+            raise _ERRORS.get(error["status"], PipelineError)(error["what"], **error["details"])
+        return answer
+
+    def _explained(self, end: ChildEndedError) -> PipelineError:
+        if end.status < 0:
+            return ResourceError(
+                "A measuring process was killed, most likely for lack of memory.",
+                where=self.label,
+                observed=end,
+                change="measure fewer models at once, or a smaller one",
+            )
+        return PipelineError(
+            "A measuring process ended.", where=self.label, observed=f"{end}; see above"
+        )

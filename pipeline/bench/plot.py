@@ -42,7 +42,13 @@ class _Point:
     high: float
 
 
-def write_measured(record: dict[str, Any], path: Path) -> None:
+def write_plot(record: dict[str, Any], path: Path) -> None:
+    """The SVG of a measurement or a prediction, as the record says of itself."""
+    draw = _draw_measured if record["kind"] == "measurement" else _draw_predicted
+    write_text(path, draw(record))
+
+
+def _draw_measured(record: dict[str, Any]) -> str:
     """The SVG of a measurement: a line for the bandwidth, and a dot for each model."""
     points = []
     for row in record["rows"]:
@@ -52,10 +58,10 @@ def write_measured(record: dict[str, Any], path: Path) -> None:
         points.append(_Point(label, 0, *place))
     bandwidth = record["bandwidth"]["bytes_per_s"]["median"]
     lines = [(f"memory, {bandwidth / 1e9:.1f} GB/s", bandwidth)]
-    write_text(path, _draw("decode, measured", lines, points, measured=True))
+    return _draw("decode, measured", lines, points, measured=True)
 
 
-def write_predicted(record: dict[str, Any], path: Path) -> None:
+def _draw_predicted(record: dict[str, Any]) -> str:
     """The SVG of a prediction: a line for each device, and circles for what is expected."""
     speeds = {row["device"]: row["gb_per_s"] * 1e9 for row in record["rows"]}
     lines = [(f"{name}, {speed / 1e9:.0f} GB/s", speed) for name, speed in speeds.items()]
@@ -65,7 +71,7 @@ def write_predicted(record: dict[str, Any], path: Path) -> None:
         rate = row["expected_tokens_per_s"]
         line = order.index(row["device"])
         points.append(_Point(row["model"], line, row["bytes_per_token"], rate, rate, rate))
-    write_text(path, _draw("decode, PREDICTED, not measured", lines, points, measured=False))
+    return _draw("decode, PREDICTED, not measured", lines, points, measured=False)
 
 
 def _draw(

@@ -68,6 +68,57 @@ class Shape:
             max_position_embeddings=self.positions,
         )
 
+    def empty_model(self, kept: float = 1.0) -> Any:
+        """The architecture with all parameters on the meta device; buffers are real.
+
+        Args:
+            kept: fraction of the parameters of each group of linears to keep, in (0, 1].
+                Factors get the ranks of the uniform plan.
+
+        Raises:
+            UsageError: `kept` outside (0, 1].
+        """
+        import torch
+        from accelerate import init_empty_weights
+        from transformers import AutoModelForCausalLM
+
+        from pipeline.checkpoint.install import group_entries
+        from pipeline.checkpoint.modeling_skipcat import stored_layer
+
+        plan = self.plan(kept)
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(self.config(), dtype=torch.float32)
+        for group in plan.groups:
+            if group.form == "dense":
+                continue
+            entries = group_entries(group.members, group.form, group.rank)
+            for name, entry in entries.items():
+                model.set_submodule(name, stored_layer(model, name, entry, device="meta"))
+        model.tie_weights()
+        return model.eval()
+
+    def plan(self, kept: float, multiple: int = 1) -> RankPlan:
+        """The uniform plan for an architecture, from its sizes alone; ranks in multiples.
+
+        Raises:
+            UsageError: `kept` outside (0, 1].
+        """
+        from pipeline.compress.plan.plan import uniform_plan
+        from pipeline.model.structure import Group, Layer
+
+        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        heights = ((queries, keys, keys), (self.hidden,), 2 * (self.intermediate,), (self.hidden,))
+        widths = (self.hidden, queries, self.hidden, self.intermediate)
+        layers = []
+        for index in range(self.layers):
+            name = f"model.layers.{index}"
+            groups = tuple(
+                Group(tuple(f"{name}.{member}" for member in members), width, tall)
+                for members, width, tall in zip(_GROUPS, widths, heights, strict=True)
+            )
+            layers.append(Layer(name, groups))
+        return uniform_plan(layers, kept, multiple=multiple)
+
 
 _SHAPES = {
     "llama-3.1-70b": Shape("llama", 8192, 28672, 80, 64, 8, 128, 128256, False, 131072),
@@ -102,62 +153,8 @@ def find_shape(name: str) -> Shape:
     return _SHAPES[name.lower()]
 
 
-def empty_model(shape: Shape, kept: float = 1.0) -> Any:
-    """The architecture with all parameters on the meta device; buffers are real.
-
-    Args:
-        shape: sizes.
-        kept: fraction of the parameters of each group of linears to keep, in (0, 1]. Factors get
-            the ranks of the uniform plan.
-
-    Raises:
-        UsageError: `kept` outside (0, 1].
-    """
-    import torch
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
-
-    from pipeline.checkpoint.install import group_entries
-    from pipeline.checkpoint.modeling_skipcat import stored_layer
-
-    plan = shape_plan(shape, kept)
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(shape.config(), dtype=torch.float32)
-    for group in plan.groups:
-        if group.form == "dense":
-            continue
-        entries = group_entries(group.members, group.form, group.rank)
-        for name, entry in entries.items():
-            model.set_submodule(name, stored_layer(model, name, entry, device="meta"))
-    model.tie_weights()
-    return model.eval()
-
-
-def shape_plan(shape: Shape, kept: float, multiple: int = 1) -> RankPlan:
-    """The uniform plan for an architecture, from its sizes alone; ranks in multiples.
-
-    Raises:
-        UsageError: `kept` outside (0, 1].
-    """
-    from pipeline.compress.plan.plan import uniform_plan
-    from pipeline.model.structure import Group, Layer
-
-    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    heights = ((queries, keys, keys), (shape.hidden,), 2 * (shape.intermediate,), (shape.hidden,))
-    widths = (shape.hidden, queries, shape.hidden, shape.intermediate)
-    layers = []
-    for index in range(shape.layers):
-        name = f"model.layers.{index}"
-        groups = tuple(
-            Group(tuple(f"{name}.{member}" for member in members), width, tall)
-            for members, width, tall in zip(_GROUPS, widths, heights, strict=True)
-        )
-        layers.append(Layer(name, groups))
-    return uniform_plan(layers, kept, multiple=multiple)
-
-
 def fill_randomly_(model: nn.Module, dtype: Any) -> None:
-    """Give a model of `empty_model` random weights in memory, the same ones each time.
+    """Give a model of `Shape.empty_model` random weights in memory, the same ones each time.
 
     A matrix repeats one block of a million normal numbers, so that 8 billion are there in seconds;
     gains are 1 and permutations are random. Its text is nonsense, its speed is the real one's.

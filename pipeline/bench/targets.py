@@ -1,18 +1,45 @@
-"""What is to be measured or predicted: folders and shapes, checked before anything runs."""
+"""What is to be measured or predicted: folders and shapes, checked and counted first."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.bench.traffic import Traffic
-from pipeline.errors import InputError, ResourceError, UsageError
+import onnx
+import onnx_ir as ir
+
+from pipeline.bench.traffic import CacheTensor, StoredTensor, Traffic
+from pipeline.engine.manifest import read_manifest
+from pipeline.errors import InputError, UsageError
+from pipeline.export.contract import (
+    CACHE_PREFIX,
+    DOMAIN,
+    FLOAT16,
+    GATHER_NBITS,
+    GRAPH_FILE,
+    GROUPED_ATTENTION,
+    MATMUL_NBITS,
+    PROFILES,
+    RECORD_FILE,
+)
+from pipeline.export.record import ExportRecord, read_export_record
 
 # What PyTorch holds a checkpoint in on the CPU, and what ONNX Runtime widens float16 to.
 _CPU_FLOAT_BYTES = 4
-_GIGABYTE = 1e9
+# Operator -> inputs of which one row is read for a token.
+_LOOKED_UP = {
+    "Gather": (0,),
+    GATHER_NBITS: (0, 2, 3),
+    GROUPED_ATTENTION: (7, 8),
+}
+# Operator -> input that is the matrix of a product. A head that is also the embedding is turned
+# first, which ONNX Runtime does once, as it loads.
+_PRODUCTS = {"MatMul": (0, 1), "Gemm": (1,), MATMUL_NBITS: (1,), "Transpose": (0,)}
+_Use = tuple[str, str, int]  # domain, operator, number of the input
 
 
 @dataclass(frozen=True)
@@ -31,6 +58,42 @@ class BenchTarget:
     what: dict[str, Any]
     traffic: Traffic
 
+    @staticmethod
+    def of_folder(folder: Path) -> BenchTarget:
+        """A checkpoint, an ONNX export or an engine.
+
+        Raises:
+            InputError: the folder is none of them, or its files are broken.
+        """
+        from pipeline.runtime.sessions.open_session import folder_kind
+
+        if not folder.is_dir():
+            raise InputError("There is no such folder.", where=folder)
+        path = folder.resolve()
+        what = {"folder": str(path)}
+        label = "/".join(path.parts[-2:]).lstrip("/")
+        return BenchTarget(label, folder_kind(path), what, traffic_of_folder(path))
+
+    @staticmethod
+    def of_shape(name: str, dtype: str, kept: Sequence[float]) -> list[BenchTarget]:
+        """An architecture, dense for a kept fraction of 1 and with factors for others.
+
+        Raises:
+            UsageError: there is no such shape, or a fraction is outside (0, 1].
+        """
+        from pipeline.bench.shapes import find_shape
+        from pipeline.bench.torch_traffic import traffic_of_shape
+
+        shape = find_shape(name)
+        targets = []
+        for fraction in kept:
+            label = f"{name} {dtype}" + (f" keep {fraction:g}" if fraction != 1 else " dense")
+            what = {"shape": name, "dtype": dtype, "kept": fraction}
+            targets.append(
+                BenchTarget(label, "torch", what, traffic_of_shape(shape, dtype, fraction))
+            )
+        return targets
+
     def request(self, device: str, threads: int) -> dict[str, Any]:
         """What the child process is told to open."""
         kind = "shape" if "shape" in self.what else "folder"
@@ -41,21 +104,17 @@ class BenchTarget:
         """Weights in the memory of the CPU."""
         return self.traffic.held_bytes(None if "shape" in self.what else _CPU_FLOAT_BYTES)
 
-
-def folder_target(folder: Path) -> BenchTarget:
-    """A checkpoint, an ONNX export or an engine.
-
-    Raises:
-        InputError: the folder is none of them, or its files are broken.
-    """
-    from pipeline.runtime.sessions.open_session import folder_kind
-
-    if not folder.is_dir():
-        raise InputError("There is no such folder.", where=folder)
-    path = folder.resolve()
-    what = {"folder": str(path)}
-    label = "/".join(path.parts[-2:]).lstrip("/")
-    return BenchTarget(label, folder_kind(path), what, traffic_of_folder(path))
+    def require_length(self, context: int, new_tokens: int) -> None:
+        """Raise UsageError when the model cannot hold so many tokens."""
+        longest = self.traffic.max_length
+        if longest is not None and context + new_tokens > longest:
+            raise UsageError(
+                "The tokens do not fit into the model's context.",
+                where=self.label,
+                observed=f"{context} + {new_tokens} tokens",
+                expected=f"at most {longest}",
+                change="lower --prompt-tokens, --context or --new-tokens",
+            )
 
 
 def traffic_of_folder(folder: Path) -> Traffic:
@@ -71,92 +130,114 @@ def traffic_of_folder(folder: Path) -> Traffic:
         from pipeline.bench.torch_traffic import traffic_of_checkpoint
 
         return traffic_of_checkpoint(folder)
-    from pipeline.bench import onnx_traffic
-
-    if kind == "onnx":
-        return onnx_traffic.traffic_of_export(folder)
-    return onnx_traffic.traffic_of_engine(folder)
+    return _traffic_of_export(folder) if kind == "onnx" else _traffic_of_engine(folder)
 
 
-def shape_targets(name: str, dtype: str, kept: Sequence[float]) -> list[BenchTarget]:
-    """An architecture, dense for a kept fraction of 1 and with factors for others.
+def _traffic_of_export(folder: Path) -> Traffic:
+    """Count an ONNX export from the initializers and the cache inputs of its graph.
 
     Raises:
-        UsageError: there is no such shape, or a fraction is outside (0, 1].
+        InputError: files are missing, or the graph is not the one that the record is for.
     """
-    from pipeline.bench.shapes import find_shape
-    from pipeline.bench.torch_traffic import traffic_of_shape
+    record = read_export_record(folder)
+    path = folder / GRAPH_FILE
+    try:
+        graph = onnx.load(str(path), load_external_data=False).graph
+    except Exception as error:  # protobuf's errors share no base class but this one
+        raise InputError("The graph cannot be read.", where=path, observed=error) from error
+    _require_weights(folder, graph.initializer)
+    uses = _uses_of_inputs(graph.node)
+    tensors = tuple(
+        _stored_tensor(initializer, uses[initializer.name]) for initializer in graph.initializer
+    )
+    cache = tuple(
+        _cache_input(value, record) for value in graph.input if value.name.startswith(CACHE_PREFIX)
+    )
+    return Traffic(tensors, cache, record.max_length, GRAPH_FILE)
 
-    shape = find_shape(name)
-    targets = []
-    for fraction in kept:
-        label = f"{name} {dtype}" + (f" keep {fraction:g}" if fraction != 1 else " dense")
-        what = {"shape": name, "dtype": dtype, "kept": fraction}
-        targets.append(BenchTarget(label, "torch", what, traffic_of_shape(shape, dtype, fraction)))
-    return targets
 
-
-def require_length(targets: Sequence[BenchTarget], context: int, new_tokens: int) -> None:
-    """Raise UsageError when a model cannot hold so many tokens."""
-    for target in targets:
-        longest = target.traffic.max_length
-        if longest is not None and context + new_tokens > longest:
-            raise UsageError(
-                "The tokens do not fit into the model's context.",
-                where=target.label,
-                observed=f"{context} + {new_tokens} tokens",
-                expected=f"at most {longest}",
-                change="lower --prompt-tokens, --context or --new-tokens",
+def _require_weights(folder: Path, initializers: Iterable[Any]) -> None:
+    """Raise InputError when a file that weights are in is missing or too short."""
+    ends: dict[str, int] = defaultdict(int)
+    for initializer in initializers:
+        place = {entry.key: entry.value for entry in initializer.external_data}
+        if "location" in place:
+            end = int(place.get("offset", 0)) + int(place.get("length", 0))
+            ends[place["location"]] = max(ends[place["location"]], end)
+    for name, end in ends.items():
+        path = folder / name
+        stored = path.stat().st_size if path.is_file() else 0
+        if stored < end:
+            raise InputError(
+                "The weights of this export are missing or truncated.",
+                where=path,
+                observed=f"{stored} bytes",
+                expected=f"at least {end}",
+                change="copy the whole folder again, or export again",
             )
 
 
-def choose_device(targets: Sequence[BenchTarget], device: str) -> str:
-    """`cpu` or `cuda`; `auto` is the GPU for engines, and the CPU for all else.
+def _uses_of_inputs(nodes: Iterable[Any]) -> dict[str, list[_Use]]:
+    """Who reads each tensor."""
+    uses: dict[str, list[_Use]] = defaultdict(list)
+    for node in nodes:
+        for place, name in enumerate(node.input):
+            uses[name].append((node.domain, node.op_type, place))
+    return uses
+
+
+def _stored_tensor(initializer: Any, uses: list[_Use]) -> StoredTensor:
+    """An initializer, judged by the nodes that read it."""
+    kind = ir.DataType(initializer.data_type)
+    shape = tuple(initializer.dims)
+    product = len(shape) >= 2 and any(
+        domain == DOMAIN or place in _PRODUCTS.get(operator, ()) for domain, operator, place in uses
+    )
+    looked_up = bool(uses) and all(
+        place in _LOOKED_UP.get(operator, ()) for _, operator, place in uses
+    )
+    # ONNX Runtime's CPU kernels widen float16 as they load; scales of rounded weights stay.
+    floating = kind == ir.DataType.FLOAT16
+    return StoredTensor(initializer.name, shape, kind.bitwidth, looked_up, product, floating)
+
+
+def _cache_input(value: Any, record: ExportRecord) -> CacheTensor:
+    """Keys or values of a layer, from the graph's input [B, heads, length, width]."""
+    dims = [dim.dim_value for dim in value.type.tensor_type.shape.dim]
+    bits = ir.DataType(value.type.tensor_type.elem_type).bitwidth
+    # The static cache is read to its end under a mask.
+    static = record.max_length if record.traits.fixed_length else None
+    return CacheTensor(dims[1] * dims[3], bits, static_length=static)
+
+
+def _traffic_of_engine(folder: Path) -> Traffic:
+    """Count an engine by the ONNX folder beside it that it was built from, or by its plan.
 
     Raises:
-        UsageError: a model that does not run there.
-        InputError: PyTorch sees no GPU.
+        InputError: the manifest is missing or broken.
     """
-    engines = [target.label for target in targets if target.library == "tensorrt"]
-    exports = [target.label for target in targets if target.library == "onnx"]
-    chosen = ("cuda" if engines else "cpu") if device == "auto" else device
-    wrong = exports if chosen == "cuda" else engines
-    if wrong:
-        library = "ONNX Runtime runs on the CPU" if chosen == "cuda" else "An engine runs on a GPU"
-        raise UsageError(
-            f"{library} here.",
-            where=wrong[0],
-            observed=f"device {chosen}",
-            change="measure it in a run of its own, with the other --device",
-        )
-    if chosen == "cuda":
-        _require_cuda()
-    return chosen
+    manifest = read_manifest(folder)
+    try:
+        digest = manifest["onnx"]["sha256"]
+        length = manifest["limits"]["max_length"]
+        plan = StoredTensor("engine.plan", (manifest["plan"]["bytes"],), 8, floating=False)
+        cache = tuple(_engine_cache(manifest))
+    except (KeyError, TypeError, IndexError) as error:
+        raise InputError("The manifest of this engine is broken.", where=folder) from error
+    for record in sorted(folder.absolute().parent.glob(f"*/{RECORD_FILE}")):
+        if json.loads(record.read_text(encoding="utf-8")).get("onnx_sha256") == digest:
+            counted = _traffic_of_export(record.parent)
+            return Traffic(counted.tensors, cache, length, f"{record.parent.name}/{GRAPH_FILE}")
+    # Kernels, and an embedding that is not the head, are counted too.
+    return Traffic((plan,), cache, length, "engine.plan, all of it")
 
 
-def _require_cuda() -> None:
-    """Raise InputError when PyTorch sees no GPU."""
-    import torch
-
-    if not torch.cuda.is_available():
-        raise InputError(
-            "PyTorch cannot use a GPU on this machine.",
-            observed=f"torch {torch.__version__}",
-            change="pass --device cpu, or --predict a device",
-        )
-
-
-def require_memory(targets: Sequence[BenchTarget], context: int, others_bytes: int) -> None:
-    """Raise ResourceError when the models do not fit into the CPU's free memory together."""
-    import psutil
-
-    needed = others_bytes
-    for target in targets:
-        needed += target.held_bytes() + target.traffic.cache_bytes(context)
-    free = psutil.virtual_memory().available
-    if needed > free:
-        raise ResourceError(
-            "Not enough memory for these models side by side.",
-            observed=f"needs {needed / _GIGABYTE:.1f} GB, {free / _GIGABYTE:.1f} GB are free",
-            change="measure fewer at once, or --predict, which makes no weights",
-        )
+def _engine_cache(manifest: dict[str, Any]) -> Iterable[CacheTensor]:
+    """Keys and values of an engine, from the ranges of its decode profile."""
+    bits = 16 if manifest["onnx"]["dtype"] == FLOAT16 else 32
+    fixed = PROFILES[manifest["onnx"]["profile"]].fixed_length
+    static = manifest["limits"]["max_length"] if fixed else None
+    for name, ends in manifest["profiles"][0]["shapes"].items():
+        if name.startswith(CACHE_PREFIX):
+            _, heads, _, width = ends["max"]
+            yield CacheTensor(heads * width, bits, static_length=static)

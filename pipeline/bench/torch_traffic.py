@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
-from pipeline.bench.shapes import Shape, empty_model
+from pipeline.bench.shapes import Shape
 from pipeline.bench.traffic import CacheTensor, StoredTensor, Traffic
 from pipeline.checkpoint.skeleton import Skeleton
 from pipeline.errors import InputError
@@ -137,7 +137,7 @@ def traffic_of_shape(shape: Shape, dtype: str, kept: float = 1.0) -> Traffic:
         pipeline.errors.UsageError: `kept` outside (0, 1].
     """
     precision = _PRECISIONS[dtype]
-    model = empty_model(shape, kept).to("meta")
+    model = shape.empty_model(kept).to("meta")
     layers = {id(parameter) for parameter in model.get_decoder().layers.parameters()}
     looked_up = _lookup_tensors(model)
     tensors = []

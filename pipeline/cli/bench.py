@@ -101,7 +101,7 @@ def command(
             expected=", ".join(_MEASURED_DTYPES),
             change="pass --predict, or quantise a model and give its folder",
         )
-    from pipeline.bench.devices import find_devices
+    from pipeline.bench.predict import find_devices
 
     devices = find_devices(predict) if predict is not None else []
     targets = _find_targets(folders, shapes, dtype, _fractions(keep_params))
@@ -139,10 +139,10 @@ def _find_targets(
     """All that was named, checked and counted."""
     if not folders and not shapes:
         raise UsageError("There is nothing to measure.", change="name a folder, or a --shape")
-    from pipeline.bench.targets import folder_target, shape_targets
+    from pipeline.bench.targets import BenchTarget
 
-    found = [target for name in shapes for target in shape_targets(name, dtype, kept)]
-    return [*(folder_target(folder) for folder in folders), *found]
+    found = [target for name in shapes for target in BenchTarget.of_shape(name, dtype, kept)]
+    return [*(BenchTarget.of_folder(folder) for folder in folders), *found]
 
 
 def _measured_record(
@@ -195,10 +195,9 @@ def _write_results(record: dict[str, Any], json_file: Path | None, plot: Path | 
     if json_file is not None:
         write_json(json_file, record)
     if plot is not None:
-        from pipeline.bench.plot import write_measured, write_predicted
+        from pipeline.bench.plot import write_plot
 
-        write = write_measured if record["kind"] == "measurement" else write_predicted
-        write(record, plot)
+        write_plot(record, plot)
 
 
 def _measured_table(record: dict[str, Any]) -> Table:

@@ -10,7 +10,7 @@ import click
 from pipeline.cli import options
 
 if TYPE_CHECKING:
-    from pipeline.doctor import StageVerdict
+    from pipeline.doctor import Machine
 
 
 @click.command("doctor")
@@ -21,21 +21,21 @@ def command(as_json: bool) -> None:
 
     machine = doctor.examine()
     if as_json:
-        click.echo(json.dumps(doctor.as_json(machine), indent=2))
+        click.echo(json.dumps(machine.to_json(), indent=2))
     else:
-        _print_report(doctor.facts(machine), doctor.stages(machine))
+        _print_report(machine)
 
 
-def _print_report(rows: list[tuple[str, str, str]], verdicts: list[StageVerdict]) -> None:
+def _print_report(found: Machine) -> None:
     """Print the facts and the verdicts as two tables on stdout."""
     from rich.console import Console
     from rich.table import Table
 
     machine = Table("", "Found", "Reason", title="This machine", title_justify="left")
-    for row in rows:
+    for row in found.facts():
         machine.add_row(*row)
     pipeline = Table("Stage", "", "Why", title="The pipeline", title_justify="left")
-    for verdict in verdicts:
+    for verdict in found.stages():
         pipeline.add_row(verdict.stage, "yes" if verdict.works else "no", verdict.why)
     console = Console()
     for table in (machine, pipeline):

@@ -9,11 +9,10 @@ from typing import Any
 
 from pipeline.artefact import sha256_of_file
 from pipeline.engine.plan import EnginePlan
-from pipeline.engine.plugin_library import plugin_record
-from pipeline.engine.profiles import Limits, ShapeProfile
+from pipeline.engine.profiles import Limits
 from pipeline.engine.worker_protocol import PLAN_FILE, WorkerResult
 from pipeline.errors import InputError
-from pipeline.export.contract import GRAPH_FILE
+from pipeline.export.contract import BLOCK_SKIP_OPS, DOMAIN, GRAPH_FILE, OP_VERSION
 from pipeline.export.onnx_folder import OnnxFolder
 from pipeline.gpu import Capability, capability_name
 from pipeline.model.task import TASKS
@@ -72,7 +71,7 @@ def _limits_record(limits: Limits) -> dict[str, Any]:
 def _block_skip_record(plugin: Path | None, result: WorkerResult) -> dict[str, Any]:
     """The path the block-skip nodes took, and the plugin if it was that."""
     used = plugin if result.block_skip["path"] == "plugin" else None
-    return {**result.block_skip, "plugin": None if used is None else plugin_record(used)}
+    return {**result.block_skip, "plugin": None if used is None else _plugin_record(used)}
 
 
 def _onnx_record(folder: OnnxFolder) -> dict[str, Any]:
@@ -201,6 +200,12 @@ def mismatch(what: str, where: Path, observed: object, expected: object) -> Inpu
     )
 
 
-def read_profiles(manifest: dict[str, Any]) -> list[ShapeProfile]:
-    """The manifest's optimisation profiles, in the engine's order."""
-    return [ShapeProfile.from_json(entry) for entry in manifest["profiles"]]
+def _plugin_record(path: Path) -> dict[str, Any]:
+    """The manifest's description of the library the engine needs at run time."""
+    return {
+        "library": path.name,
+        "names": list(BLOCK_SKIP_OPS),
+        "sha256": sha256_of_file(path),
+        "version": str(OP_VERSION),
+        "namespace": DOMAIN,
+    }

@@ -49,7 +49,7 @@ class _BlockSkipPath:
     """How the block-skip nodes of a graph were taken.
 
     Attributes:
-        path: `plugin`, `embedded kernels` (see `graph_variants`), `function body` (inlined into
+        path: `plugin`, `embedded kernels` (see `standard`), `function body` (inlined into
             native layers), or `none` without such nodes.
         nodes: how many there are.
     """

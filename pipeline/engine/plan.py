@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from pipeline.engine.plugin_library import choose_plugin
-from pipeline.engine.profiles import DecodeForm, Limits, make_profiles
-from pipeline.engine.target import LIBRARIES, Target
+from pipeline.engine.profiles import DecodeForm, Limits
+from pipeline.engine.target import Target
 from pipeline.engine.worker_protocol import WorkerRequest
-from pipeline.errors import InputError, MissingPackageError, UsageError
-from pipeline.export.onnx_folder import OnnxFolder, read_onnx_folder, require_float16
+from pipeline.errors import InputError, UsageError
+from pipeline.export.onnx_folder import OnnxFolder, read_onnx_folder
 from pipeline.model.task import adapter_of
 
 # Measured on SmolLM2-135M with TensorRT for RTX 1.7, see docs/engine-size.md.
 _PEAK_PER_WEIGHT: dict[DecodeForm, float] = {"shared": 4.5, "separate": 6.7}
 _PEAK_BASE_BYTES = 220_000_000
 _GIBIBYTE = 1 << 30
+BUILT_PLUGIN = (
+    Path(__file__).parents[2] / "trt_plugins" / "block_skip" / "lib" / "libskipcat_block_skip.so"
+)
 
 
 @dataclass(frozen=True)
@@ -123,8 +124,8 @@ def plan_engine(onnx_folder: Path, request: EngineRequest) -> EnginePlan:
     request.check()
     target = request.target
     folder = read_onnx_folder(onnx_folder)
-    require_float16(folder)
-    require_package(target)
+    folder.require_float16()
+    target.require_package()
     limits, notes = adapter_of(folder.record.task, "engine")(
         request.max_batch,
         request.max_prefill,
@@ -138,7 +139,7 @@ def plan_engine(onnx_folder: Path, request: EngineRequest) -> EnginePlan:
         flavour=target.flavour,
         compute_capability=target.compute_capability,
         onnx_path=folder.onnx_path,
-        profiles=tuple(make_profiles(folder.inputs, limits)),
+        profiles=tuple(limits.profiles_of(folder.inputs)),
         shared_weights=limits.decode == "shared",
         workspace_bytes=request.workspace_bytes,
         plugin=plugin,
@@ -150,13 +151,6 @@ def plan_engine(onnx_folder: Path, request: EngineRequest) -> EnginePlan:
     )
     said = (*notes, *_memory_notes(target, folder, limits), *plugin_notes)
     return EnginePlan(target, folder, limits, work, request.timeout_s, said)
-
-
-def require_package(target: Target) -> None:
-    """Raise MissingPackageError when the flavour's Python package is not installed."""
-    module, package, extra = LIBRARIES[target.flavour]
-    if importlib.util.find_spec(module) is None:
-        raise MissingPackageError(package, extra, f"build an engine for {target}")
 
 
 def _choose_kernels(
@@ -172,7 +166,7 @@ def _choose_kernels(
     wanted = request.plugin is not None or folder.block_skip_nodes
     if request.target.flavour == "rtx" or not wanted:
         return None, ()
-    library, note = choose_plugin(request.plugin)
+    library, note = _choose_plugin(request.plugin)
     return library, (note,)
 
 
@@ -191,3 +185,30 @@ def _memory_notes(target: Target, folder: OnnxFolder, limits: Limits) -> list[st
 def _expected_peak_bytes(folder: OnnxFolder, limits: Limits) -> int:
     """Largest resident size of the worker, roughly, by the bytes of the graph's weights."""
     return _PEAK_BASE_BYTES + int(folder.weight_bytes * _PEAK_PER_WEIGHT[limits.decode])
+
+
+def _choose_plugin(given: Path | None) -> tuple[Path | None, str]:
+    """The plugin library to build with, and what to say of it.
+
+    Args:
+        given: what the user named; None takes what `make plugin` built, if it did.
+
+    Raises:
+        InputError: the file that was named does not exist.
+    """
+    if given is not None:
+        return _require_plugin_file(given), f"block-skip plugin: {given}"
+    if BUILT_PLUGIN.is_file():
+        return BUILT_PLUGIN, f"block-skip plugin: {BUILT_PLUGIN}, built by make plugin"
+    return None, "no block-skip plugin: none is built (make plugin), so its function body is used"
+
+
+def _require_plugin_file(path: Path) -> Path:
+    """The absolute path of a plugin library; raise InputError when there is no such file."""
+    if not path.is_file():
+        raise InputError(
+            "The plugin library is missing.",
+            where=path,
+            change="build it first (make plugin), or leave --plugin out",
+        )
+    return path.resolve()

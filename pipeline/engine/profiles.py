@@ -77,6 +77,30 @@ class Limits:
     max_length: int
     decode: DecodeForm = "shared"
 
+    def profiles_of(self, inputs: Mapping[str, tuple[int | None, ...]]) -> list[ShapeProfile]:
+        """The decode profile, then the prefill profile unless every call is one token.
+
+        A graph that takes images has one profile.
+
+        Args:
+            inputs: shape of every graph input, None where the axis is dynamic.
+
+        Raises:
+            InputError: an input that is none of the pipeline's, or a static axis out of the limits.
+        """
+        if set(inputs) == {PIXEL_VALUES}:
+            return [_image_profile(inputs[PIXEL_VALUES], self.max_batch)]
+        static_cache = _has_static_cache(inputs)
+        decode = (
+            _Sizes(1, 1, 0, 1),
+            _decode_opt(self),
+            _decode_max(self, static_cache),
+        )
+        profiles = [_profile("decode", inputs, decode)]
+        if self.max_prefill > 1:
+            profiles.append(_profile("prefill", inputs, _prefill_sizes(self, static_cache)))
+        return profiles
+
 
 @dataclass(frozen=True)
 class _Sizes:
@@ -139,34 +163,6 @@ def image_limits(
 def _require_positive(flag: str, value: int) -> None:
     if value < 1:
         raise UsageError(f"{flag} must be at least 1.", observed=value)
-
-
-def make_profiles(
-    inputs: Mapping[str, tuple[int | None, ...]], limits: Limits
-) -> list[ShapeProfile]:
-    """The decode profile, then the prefill profile unless every call is one token.
-
-    A graph that takes images has one profile.
-
-    Args:
-        inputs: shape of every graph input, None where the axis is dynamic.
-        limits: what the engine must run.
-
-    Raises:
-        InputError: an input that is none of the pipeline's, or a static axis out of the limits.
-    """
-    if set(inputs) == {PIXEL_VALUES}:
-        return [_image_profile(inputs[PIXEL_VALUES], limits.max_batch)]
-    static_cache = _has_static_cache(inputs)
-    decode = (
-        _Sizes(1, 1, 0, 1),
-        _decode_opt(limits),
-        _decode_max(limits, static_cache),
-    )
-    profiles = [_profile("decode", inputs, decode)]
-    if limits.max_prefill > 1:
-        profiles.append(_profile("prefill", inputs, _prefill_sizes(limits, static_cache)))
-    return profiles
 
 
 def _image_profile(shape: tuple[int | None, ...], max_batch: int) -> ShapeProfile:

@@ -1,17 +1,40 @@
-"""Standard TensorRT, 10.3 to 11.x: builds on the GPU that will run the engine."""
+"""Standard TensorRT, 10.3 to 11.x: builds on the GPU that will run the engine.
+
+It may take block-skip nodes as kernels of ours. From a plugin library: up to TensorRT 10.6 a local
+function always wins over a plugin of the same name, so there the plugin is only taken from a file
+that has no such function. Or embedded in the engine: then each node is split into the two that
+`trt_plugins.block_skip.aot` offers to it:
+
+    BlockSkipLinear(x, a, b)               ->  BlockSkipProduct(BlockSkipMix(x, a), b)
+    BlockSkipLinearIndexed(x, a, b, index) ->  BlockSkipProduct(BlockSkipMixIndexed(x, a, index), b)
+"""
 
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from pipeline.engine.graph_variants import needs_stripping, write_split_graph, write_stripped_graph
 from pipeline.engine.network import build_network, load_library
-from pipeline.engine.plugin_library import load_plugin
 from pipeline.engine.worker_protocol import WorkerRequest, WorkerResult
 from pipeline.errors import InputError
-from pipeline.export.contract import COMPAT, PROFILES, dotted
+from pipeline.export.contract import (
+    BLOCK_SKIP,
+    BLOCK_SKIP_OPS,
+    COMPAT,
+    DOMAIN,
+    OP_VERSION,
+    PROFILES,
+    dotted,
+)
+from pipeline.export.onnx_folder import data_files, load_graph
+from trt_plugins.block_skip.aot import MIX, MIX_INDEXED, PRODUCT
+
+if TYPE_CHECKING:
+    import onnx
+
+_FIRST_PLUGIN_OVER_FUNCTION = (10, 7)
 
 
 def build(request: WorkerRequest, staging: Path) -> WorkerResult:
@@ -26,7 +49,7 @@ def build(request: WorkerRequest, staging: Path) -> WorkerResult:
     version = _parse_version(library.__version__)
     _require_version(version, request.onnx_profile)
     if request.plugin is not None:
-        load_plugin(library, request.plugin)
+        _load_plugin(library, request.plugin)
     if request.embed:
         _register_kernels(request)
     onnx_path, notes = _graph_to_parse(request, staging, version)
@@ -74,12 +97,141 @@ def _graph_to_parse(
 ) -> tuple[Path, tuple[str, ...]]:
     """The graph this TensorRT must be given, and what to note about it."""
     if request.embed:
-        split = write_split_graph(request.onnx_path, staging / "split")
+        split = _write_split_graph(request.onnx_path, staging / "split")
         return split, ("block-skip kernels are part of the engine: it needs no plugin library",)
-    if not needs_stripping(version, request.plugin is not None):
+    if not _needs_stripping(version, request.plugin is not None):
         return request.onnx_path, ()
-    stripped = write_stripped_graph(request.onnx_path, staging / "stripped")
+    stripped = _write_stripped_graph(request.onnx_path, staging / "stripped")
     return stripped, (
         "block-skip function bodies were removed from the graph given to TensorRT, which would "
         "have preferred them to the plugin",
     )
+
+
+def _needs_stripping(version: tuple[int, ...], plugin_registered: bool) -> bool:
+    """Whether this TensorRT would take the function although the plugin is there."""
+    return plugin_registered and version[:2] < _FIRST_PLUGIN_OVER_FUNCTION
+
+
+def _write_stripped_graph(onnx_path: Path, folder: Path) -> Path:
+    """Write `onnx_path` without block-skip bodies into a new `folder`; arguments as below."""
+    return _write_variant(load_graph(onnx_path), onnx_path, folder)
+
+
+def _write_split_graph(onnx_path: Path, folder: Path) -> Path:
+    """Write `onnx_path` with every block-skip node split into a new `folder`, with its weights.
+
+    Args:
+        onnx_path: absolute path of a graph with external weights beside it.
+        folder: is made; holds the graph and symbolic links to its weights, which TensorRT
+            follows (the onnx package would not, nor would it read a hard link).
+
+    Returns:
+        Path of the new graph.
+    """
+    model = load_graph(onnx_path)
+    nodes: list[onnx.NodeProto] = []
+    for node in model.graph.node:
+        ours = node.domain == DOMAIN and node.op_type in BLOCK_SKIP_OPS
+        nodes += _split_node(node) if ours else [node]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    return _write_variant(model, onnx_path, folder)
+
+
+def _split_node(node: onnx.NodeProto) -> list[onnx.NodeProto]:
+    """One block-skip node as its two products, which ask for embedded kernels."""
+    from onnx import helper
+
+    x, a, b, *index = node.input
+    latent = f"{node.output[0]}/latent"
+    # `aot`: embedded or refused, whatever the network's flags prefer.
+    attributes: dict[str, Any] = {
+        "plugin_namespace": DOMAIN,
+        "plugin_version": str(OP_VERSION),
+        "aot": 1,
+    }
+    name = node.name or node.output[0]
+    mix = helper.make_node(
+        MIX_INDEXED if index else MIX, [x, a, *index], [latent], name=f"{name}/mix",
+        domain=DOMAIN, **attributes,
+    )  # fmt: skip
+    product = helper.make_node(
+        PRODUCT, [latent, b], list(node.output), name=f"{name}/product",
+        domain=DOMAIN, **attributes,
+    )  # fmt: skip
+    return [mix, product]
+
+
+def _write_variant(model: onnx.ModelProto, onnx_path: Path, folder: Path) -> Path:
+    """Write a changed graph without the bodies that a plugin takes the place of.
+
+    Bodies of nodes with quantised factors stay: nothing else computes those.
+    """
+    kept = [
+        function
+        for function in model.functions
+        if not (function.domain == DOMAIN and function.name in BLOCK_SKIP_OPS)
+    ]
+    del model.functions[:]
+    model.functions.extend(kept)
+    folder.mkdir(parents=True)
+    written = folder / onnx_path.name
+    written.write_bytes(model.SerializeToString())
+    for weights in data_files(model, onnx_path.parent):
+        (folder / weights.name).symlink_to(weights)
+    return written
+
+
+@dataclass(frozen=True)
+class _PluginCreator:
+    """What a registered plugin is found by."""
+
+    name: str
+    version: str
+    namespace: str
+
+
+def _load_plugin(library: Any, path: Path) -> list[_PluginCreator]:
+    """Load a plugin library into the registry and return the block-skip creators it brought.
+
+    Args:
+        library: the imported TensorRT module.
+        path: the `.so`.
+
+    Raises:
+        InputError: it cannot be loaded, or brings no block-skip plugin.
+    """
+    registry = library.get_plugin_registry()
+    if registry.load_library(str(path)) is None:
+        raise InputError(
+            "TensorRT cannot load this plugin library.",
+            where=path,
+            change="build it on this machine against the installed TensorRT; build.log says more",
+        )
+    found = [_describe(creator) for creator in registry.all_creators]
+    ours = _block_skip_creators(found)
+    if not ours:
+        raise InputError(
+            "This library has no block-skip plugin.",
+            where=path,
+            observed=", ".join(f"{item.namespace}::{item.name} {item.version}" for item in found),
+            expected=f"{DOMAIN}::{BLOCK_SKIP} {OP_VERSION!s}",
+        )
+    return ours
+
+
+def _describe(creator: Any) -> _PluginCreator:
+    """Name, version and namespace of a registered creator."""
+    return _PluginCreator(creator.name, creator.plugin_version, creator.plugin_namespace)
+
+
+def _block_skip_creators(creators: list[_PluginCreator]) -> list[_PluginCreator]:
+    """Those that the graph's nodes resolve to; another namespace would be passed over silently."""
+    return [
+        creator
+        for creator in creators
+        if creator.name in BLOCK_SKIP_OPS
+        and creator.namespace == DOMAIN
+        and creator.version == str(OP_VERSION)
+    ]

@@ -11,11 +11,11 @@ from pipeline.errors import InputError, MissingPackageError, UsageError
 from pipeline.gpu import (
     ORIN,
     RTX_CAPABILITIES,
+    THOR,
     Capability,
     Gpu,
     capability_name,
     find_gpu,
-    generation_name,
 )
 
 Flavour = Literal["rtx", "tensorrt", "cpu"]
@@ -24,6 +24,8 @@ LIBRARIES: dict[Flavour, tuple[str, str, str]] = {
     "rtx": ("tensorrt_rtx", "tensorrt-rtx-cu13", "rtx"),
     "tensorrt": ("tensorrt", "tensorrt", "trt"),
 }
+# Those that only the standard one serves, as people call them.
+_NAMES = {ORIN: "Jetson Orin", (9, 0): "Hopper", (10, 0): "Blackwell B200", THOR: "Jetson Thor"}
 _DEFAULT_CAPABILITY: Capability = (8, 6)
 _ACCEPTED = "auto, cpu, tensorrt, orin, or a capability such as sm86, 8.6 or rtx:sm86"
 
@@ -63,6 +65,12 @@ class Target:
             "compute_capability": None if capability is None else list(capability),
             "reason": self.reason,
         }
+
+    def require_package(self) -> None:
+        """Raise MissingPackageError when the flavour's Python package is not installed."""
+        module, package, extra = LIBRARIES[self.flavour]
+        if importlib.util.find_spec(module) is None:
+            raise MissingPackageError(package, extra, f"build an engine for {self}")
 
 
 def resolve_target(text: str, host: _Host | None = None) -> Target:
@@ -132,7 +140,7 @@ def _standard_target(host: _Host, wanted: Capability | None) -> Target:
 
 def _unsupported(capability: Capability, gpu: Gpu | None = None) -> InputError:
     """The error for a GPU that TensorRT for RTX does not build for."""
-    name = generation_name(capability)
+    name = _generation_name(capability)
     here = f"this machine has {gpu.name if gpu else 'no NVIDIA GPU'}"
     return InputError(
         f"An engine for {name} ({capability_name(capability)}) cannot be built here: TensorRT for "
@@ -160,3 +168,8 @@ def _parse_capability(word: str, text: str) -> Capability:
 def _look() -> _Host:
     """The GPU and the standard TensorRT package of this machine."""
     return _Host(find_gpu(), importlib.util.find_spec("tensorrt") is not None)
+
+
+def _generation_name(capability: Capability) -> str:
+    """What people call GPUs of a capability, where TensorRT for RTX does not cover them."""
+    return _NAMES.get(capability, "this GPU")

@@ -7,13 +7,14 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import torch
 
 from pipeline.artefact import sha256_of_file, staged_folder, write_json
 from pipeline.checkpoint.folder import read_record
-from pipeline.checkpoint.skeleton import Skeleton
+from pipeline.checkpoint.skeleton import QuantizedMatrix, Skeleton, StoredMatrix
 from pipeline.errors import InputError
 from pipeline.export.block_skip import function_bodies
 from pipeline.export.contract import (
@@ -21,9 +22,11 @@ from pipeline.export.contract import (
     DOMAIN,
     FLOAT,
     GRAPH_FILE,
+    INT4_OFFSET,
     OP_VERSION,
     PRODUCTS,
     RECORD_FILE,
+    ROUNDED,
     SCHEMA,
     STORED,
     WEIGHTS_FILE,
@@ -34,14 +37,17 @@ from pipeline.export.passes.fold_permutation import fold_permutations
 from pipeline.export.passes.fuse import merge_duplicates
 from pipeline.export.passes.lay_out import lay_out
 from pipeline.export.passes.matmul_nbits import FORMATS, quantize_linears
-from pipeline.export.quantized_weights import chosen_weights
 from pipeline.export.request import ExportRequest
 from pipeline.export.tracing import Traced
 from pipeline.model.task import adapter_of, task_of_folder
+from pipeline.progress import note
 from pipeline.provenance import provenance
+from pipeline.quantize.formats import Format
+from pipeline.quantize.groupwise import is_kept_by
 
 # Below this a tensor stays inside the graph file: shape constants must, for some runtimes.
 _EXTERNAL_BYTES = 1024
+_SAMPLED_ROWS = 32
 
 
 def export_folder(
@@ -66,7 +72,7 @@ def export_folder(
     checkpoint = Path(checkpoint)
     trace = adapter_of(task_of_folder(checkpoint), "export")
     skeleton = Skeleton.load(checkpoint, getattr(torch, request.dtype))
-    weights, exact = chosen_weights(request, skeleton)
+    weights, exact = _chosen_weights(request, skeleton)
     weight_bytes = sum(p.numel() * p.element_size() for p in skeleton.model.parameters())
     with staged_folder(
         output, overwrite=overwrite, required_bytes=weight_bytes * 11 // 10
@@ -175,3 +181,57 @@ def _describe(traced: Traced, request: ExportRequest, folder: Path) -> dict[str,
         "data_sha256": sha256_of_file(data) if data.exists() else None,
         "provenance": provenance(),
     }
+
+
+def _chosen_weights(request: ExportRequest, skeleton: Skeleton) -> tuple[str, bool]:
+    """How the graph stores the matrices, and whether rounding them so is known to lose nothing.
+
+    Raises:
+        UsageError: the runtimes of the profile do not take the checkpoint's formats.
+    """
+    weights = request.weights_of(_widths(skeleton))
+    undecided = request.weights is None and weights in ROUNDED
+    exact = (undecided or weights == INT4_OFFSET) and _is_in_four_bits(skeleton)
+    if exact and undecided:
+        weights = INT4_OFFSET
+        note(
+            f"weights are exported as {weights}: the checkpoint's own are on such grids, so 4 bits "
+            "round nothing; --weights int8 takes 8"
+        )
+    return weights, exact
+
+
+def _widths(skeleton: Skeleton) -> dict[Format, set[int]]:
+    """Formats of the quantised matrices, and the columns of those in each."""
+    widths: dict[Format, set[int]] = {}
+    for matrix in skeleton.matrices.values():
+        if isinstance(matrix, QuantizedMatrix):
+            widths.setdefault(matrix.format, set()).add(matrix.shape[1])
+    return widths
+
+
+def _is_in_four_bits(skeleton: Skeleton) -> bool:
+    """Whether a sample of rows of every linear layer's matrix loses nothing in 4 bits with offsets.
+
+    Models read from GGUF files of that kind are; others are found out by their first matrix.
+    """
+    layers = _linear_layers(skeleton)
+    return bool(layers) and all(
+        is_kept_by(FORMATS[INT4_OFFSET], _some_rows(matrix.read())) for matrix in layers
+    )
+
+
+def _linear_layers(skeleton: Skeleton) -> list[StoredMatrix]:
+    """Every matrix that is neither the embedding's nor the head's, nor a convolution's."""
+    model = skeleton.model
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    return [
+        matrix
+        for name, matrix in skeleton.matrices.items()
+        if len(matrix.shape) == 2 and model.get_submodule(name.rpartition(".")[0]) not in ends
+    ]
+
+
+def _some_rows(matrix: torch.Tensor) -> np.ndarray:
+    rows: np.ndarray = matrix[:: max(1, len(matrix) // _SAMPLED_ROWS)].float().numpy()
+    return rows

@@ -63,6 +63,27 @@ class OnnxFolder:
         """Hex SHA-256 of each weight file, by file name."""
         return {path.name: sha256_of_file(path) for path in self.data_files}
 
+    def require_float16(self) -> None:
+        """Raise InputError for an export that TensorRT cannot build, before it is asked to."""
+        if self.record.traits.contrib:
+            raise InputError(
+                "This export has ONNX Runtime's own operators, which TensorRT does not know.",
+                where=self.path,
+                observed=f"profile {CPU}",
+                expected=f"profile {OPSET24} or {COMPAT}, {FLOAT16}",
+                change="export the checkpoint again with --dtype float16, without --profile cpu",
+            )
+        if self.record.dtype != FLOAT16:
+            raise InputError(
+                f"TensorRT engines are built from a float16 export, and this one is "
+                f"{self.record.dtype}: the fused attention and cache layers have no "
+                "float32 kernels ('not supported by a dedicated kernel').",
+                where=self.path,
+                observed=self.record.dtype,
+                expected=FLOAT16,
+                change="export the checkpoint again with --dtype float16",
+            )
+
 
 def read_onnx_folder(folder: Path) -> OnnxFolder:
     """Read and check an exported folder.
@@ -84,28 +105,6 @@ def read_onnx_folder(folder: Path) -> OnnxFolder:
         _count_nodes(model, QUANTIZED_SKIP_OPS),
         _count_nodes(model, (DEQUANTIZE,), domain=""),
     )
-
-
-def require_float16(folder: OnnxFolder) -> None:
-    """Raise InputError for an export that TensorRT cannot build, before it is asked to."""
-    if folder.record.traits.contrib:
-        raise InputError(
-            "This export has ONNX Runtime's own operators, which TensorRT does not know.",
-            where=folder.path,
-            observed=f"profile {CPU}",
-            expected=f"profile {OPSET24} or {COMPAT}, {FLOAT16}",
-            change="export the checkpoint again with --dtype float16, without --profile cpu",
-        )
-    if folder.record.dtype != FLOAT16:
-        raise InputError(
-            f"TensorRT engines are built from a float16 export, and this one is "
-            f"{folder.record.dtype}: the fused attention and cache layers have no "
-            "float32 kernels ('not supported by a dedicated kernel').",
-            where=folder.path,
-            observed=folder.record.dtype,
-            expected=FLOAT16,
-            change="export the checkpoint again with --dtype float16",
-        )
 
 
 def load_graph(path: Path) -> onnx.ModelProto:

@@ -1,8 +1,8 @@
-"""One graph for prefill and decode, through torch's own exporter."""
+"""One graph for prefill and decode, through torch's own exporter, and the files beside it."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,16 +10,17 @@ from typing import Any
 import onnx_ir as ir
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from pipeline.artefact import copy_tokenizer, write_json
 from pipeline.checkpoint.skeleton import Skeleton
 from pipeline.errors import InputError
-from pipeline.export.attention import active
+from pipeline.export.attention import GraphCache, active
 from pipeline.export.contract import (
     ATTENTION_MASK,
     FIRST_LOGIT,
     GENAI_FILE,
+    GRAPH_FILE,
     INPUT_IDS,
     LOGITS,
     POSITION_IDS,
@@ -28,13 +29,11 @@ from pipeline.export.contract import (
     Profile,
     cache_names,
 )
-from pipeline.export.genai import CacheShape, genai_config
 from pipeline.export.passes.fuse import fuse_operators
 from pipeline.export.passes.group_query_attention import simplify_attention
 from pipeline.export.passes.last_logits import choose_first_logit
 from pipeline.export.passes.skip_norm import SKIP_NORM, fuse_residual_norms
 from pipeline.export.request import ExportRequest
-from pipeline.export.traced_cache import GraphCache
 from pipeline.export.tracing import Fusions, Traced, traced_graph
 
 # Sizes to trace with; all different, so that no two dimensions are taken for the same one.
@@ -114,7 +113,7 @@ def trace_decoder(skeleton: Skeleton, request: ExportRequest) -> Traced:
 
     def write_files(folder: Path) -> None:
         copy_tokenizer(skeleton.folder, folder)
-        write_json(folder / GENAI_FILE, genai_config(config, profile, shapes, max_length))
+        write_json(folder / GENAI_FILE, _genai_config(config, profile, shapes, max_length))
 
     record: dict[str, Any] = {
         "max_length": max_length,
@@ -137,7 +136,7 @@ def _fusions(profile: Profile, max_length: int) -> Fusions:
     )
 
 
-def _cache_shapes(model: PreTrainedModel) -> list[CacheShape]:
+def _cache_shapes(model: PreTrainedModel) -> list[_CacheShape]:
     """Widths of every layer's cache, read off a real one after a short forward pass.
 
     Raises:
@@ -149,7 +148,7 @@ def _cache_shapes(model: PreTrainedModel) -> list[CacheShape]:
         ).past_key_values
     try:
         pairs = [(layer.keys, layer.values) for layer in cache.layers]
-        return [CacheShape(k.shape[1], k.shape[3], v.shape[3]) for k, v in pairs]
+        return [_CacheShape(k.shape[1], k.shape[3], v.shape[3]) for k, v in pairs]
     except (AttributeError, IndexError) as error:
         raise InputError(
             "The model's cache does not consist of keys and values.",
@@ -158,7 +157,7 @@ def _cache_shapes(model: PreTrainedModel) -> list[CacheShape]:
 
 
 def _trace(
-    skeleton: Skeleton, profile: Profile, shapes: list[CacheShape], max_length: int
+    skeleton: Skeleton, profile: Profile, shapes: list[_CacheShape], max_length: int
 ) -> ir.Model:
     """The graph; `max_length` is that of a static cache."""
     model = skeleton.model
@@ -196,3 +195,71 @@ def _dynamic_shapes(profile: Profile, caches: int) -> dict[str, object]:
         POSITION_IDS: {0: "batch_size", 1: "sequence_length"},
         "past": [cache] * caches,
     }
+
+
+@dataclass(frozen=True)
+class _CacheShape:
+    """Width of one layer's cache: [B, kv_heads, length, key or value width]."""
+
+    kv_heads: int
+    key_width: int
+    value_width: int
+
+
+def _genai_config(
+    config: PreTrainedConfig, profile: Profile, shapes: list[_CacheShape], context_length: int
+) -> dict[str, Any]:
+    """What onnxruntime-genai needs to know beside the graph.
+
+    The type is "decoder", its name for any plain decoder: it refuses model types it has not heard
+    of. A static cache makes past and present share one buffer; so says the flag, for clarity.
+
+    Args:
+        config: of the model.
+        profile: of the graph.
+        shapes: of the caches.
+        context_length: most tokens the graph takes.
+    """
+    text = config.get_text_config()
+    eos = _generation_defaults(config).get("eos_token_id", text.eos_token_id)
+    bos = text.bos_token_id if text.bos_token_id is not None else 0
+    pad = text.pad_token_id
+    first_eos = eos[0] if isinstance(eos, list) else eos
+    past_key, past_value = cache_names("%d")
+    present_key, present_value = cache_names("%d", PRESENT)
+    past = {"past_key_names": past_key, "past_value_names": past_value}
+    present = {"present_key_names": present_key, "present_value_names": present_value}
+    plain = {name: name for name in TOKEN_INPUTS}
+    return {
+        "model": {
+            "type": "decoder",
+            "context_length": context_length,
+            "vocab_size": text.vocab_size,
+            "bos_token_id": bos,
+            "eos_token_id": eos if eos is not None else 0,
+            "pad_token_id": pad if pad is not None else (first_eos or 0),
+            "decoder": {
+                "filename": GRAPH_FILE,
+                "hidden_size": text.hidden_size,
+                "head_size": shapes[0].key_width,
+                "num_attention_heads": text.num_attention_heads,
+                "num_key_value_heads": shapes[0].kv_heads,
+                "num_hidden_layers": len(shapes),
+                "inputs": plain | past,
+                "outputs": {LOGITS: LOGITS} | present,
+                "session_options": {"provider_options": []},
+            },
+        },
+        "search": {
+            "max_length": context_length,
+            "past_present_share_buffer": profile.static_cache,
+        },
+    }
+
+
+def _generation_defaults(config: PreTrainedConfig) -> dict[str, Any]:
+    """generation_config.json beside the checkpoint, if there is one."""
+    folder = Path(config.name_or_path)
+    if not (folder / "generation_config.json").is_file():
+        return {}
+    return GenerationConfig.from_pretrained(folder).to_diff_dict()

@@ -28,7 +28,7 @@ from pipeline.errors import InputError
 from pipeline.export.attention import ATTENTION
 from pipeline.export.contract import BLOCK_SKIP_INDEXED, DOMAIN, OP_VERSION
 from pipeline.export.passes.lay_out import LINEAR, TRACE_DOMAIN
-from pipeline.export.passes.weights import StoredCodes, note_codes
+from pipeline.export.passes.weights import StoredCodes
 
 # Vectors and tables of positions may be computed while tracing; matrices may not.
 _LARGEST_COMPUTED_BYTES = 1 << 16
@@ -121,7 +121,7 @@ def _attach_matrices(graph: ir.Graph, skeleton: Skeleton) -> None:
             attached.add(id(matrix))
             weight.const_value = matrix.lazy_tensor(name)
             if isinstance(matrix, QuantizedMatrix):
-                note_codes(weight, StoredCodes(matrix.format, matrix.codes))
+                StoredCodes(matrix.format, matrix.codes).note_on(weight)
         elif name not in own and weight.const_value.nbytes > _LARGEST_COMPUTED_BYTES:
             large = name
     # What is computed from sizes alone, such as the masks of windows, may be large, too: then no

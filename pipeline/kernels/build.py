@@ -14,7 +14,7 @@ from filelock import FileLock
 
 from pipeline.errors import InputError
 from pipeline.progress import note
-from pipeline.toolchain import local_nvcc, nvcc_text, require_capability, run_nvcc
+from trt_plugins.toolchain import local_nvcc, nvcc_text, require_capability, run_nvcc
 
 SOURCE_FOLDER = Path(__file__).parents[2] / "trt_plugins" / "block_skip"
 SOURCES = ("block_skip_kernel.cu", "c_interface.cpp")

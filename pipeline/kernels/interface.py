@@ -7,7 +7,7 @@ from ctypes import POINTER, byref, c_char_p, c_int, c_int32, c_size_t, c_void_p
 from pathlib import Path
 from typing import ClassVar
 
-from pipeline.errors import InputError, ResourceError
+from pipeline.errors import InputError
 
 FP16, BF16 = 0, 1
 FLOAT_WEIGHTS = 0
@@ -72,24 +72,6 @@ def open_library(path: Path) -> ctypes.CDLL:
     ]  # fmt: skip
     _require_same_structures(library, path)
     return library
-
-
-def make_counters(library: ctypes.CDLL, device: int, size_bytes: int) -> int:
-    """Address of zeroed memory on a GPU that stays for the life of the process.
-
-    Raises:
-        ResourceError: CUDA does not give it.
-    """
-    address = c_void_p()
-    status = library.skipcatMakeCounters(device, size_bytes, byref(address))
-    if status != 0 or not address.value:
-        raise ResourceError(
-            "The GPU gives no memory for the counters of the block-skip kernels.",
-            where=f"cuda:{device}",
-            observed=f"CUDA error {status} for {size_bytes} bytes",
-            change="free some of the GPU's memory",
-        )
-    return address.value
 
 
 def _require_same_structures(library: ctypes.CDLL, path: Path) -> None:

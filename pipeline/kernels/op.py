@@ -14,7 +14,7 @@ from functools import cache
 
 import torch
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, ResourceError
 from pipeline.kernels.build import build_library
 from pipeline.kernels.interface import (
     BF16,
@@ -23,7 +23,6 @@ from pipeline.kernels.interface import (
     Device,
     Pointers,
     Problem,
-    make_counters,
     open_library,
 )
 
@@ -238,4 +237,22 @@ def _counters_for(device: int, stream: int, numbers: int) -> int:
             change="run the layer once on the stream that captures, before capturing",
         )
     library = _library_for(_device_of(device).capability)
-    return make_counters(library, device, 4 * numbers)
+    return _make_counters(library, device, 4 * numbers)
+
+
+def _make_counters(library: ctypes.CDLL, device: int, size_bytes: int) -> int:
+    """Address of zeroed memory on a GPU that stays for the life of the process.
+
+    Raises:
+        ResourceError: CUDA does not give it.
+    """
+    address = ctypes.c_void_p()
+    status = library.skipcatMakeCounters(device, size_bytes, ctypes.byref(address))
+    if status != 0 or not address.value:
+        raise ResourceError(
+            "The GPU gives no memory for the counters of the block-skip kernels.",
+            where=f"cuda:{device}",
+            observed=f"CUDA error {status} for {size_bytes} bytes",
+            change="free some of the GPU's memory",
+        )
+    return address.value

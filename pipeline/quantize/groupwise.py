@@ -58,6 +58,13 @@ class Blocks:
         assert self.zero_points is not None
         return _as_float16(-self.zero_points * self.scales)
 
+    @property
+    def rests(self) -> np.ndarray:
+        """What a weight has beyond (code - 2^(bits - 1)) * scale, likewise."""
+        middle = np.float32(2 ** (self.bits - 1))
+        rests: np.ndarray = self.offsets + middle * self.scales
+        return rests
+
     def dequantized(self) -> np.ndarray:
         """What the codes stand for, float32 [m, n]."""
         zero_points = self.zero_points

@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
 from pipeline import doctor
 from pipeline.cli.main import main
+from pipeline.doctor import Machine
 from pipeline.gpu import Gpu
-from pipeline.machine import Machine
 
 PLAIN = Machine(
     python="3.11.7",
@@ -32,8 +33,8 @@ H200 = Gpu("NVIDIA H200", (9, 0), 143771, "580.1")
 RTX_4090 = Gpu("NVIDIA GeForce RTX 4090", (8, 9), 24564, "580.1")
 
 
-def verdict(machine: Machine, stage: str) -> doctor.StageVerdict:
-    return next(found for found in doctor.stages(machine) if found.stage == stage)
+def verdict(machine: Machine, stage: str) -> doctor._StageVerdict:
+    return next(found for found in machine.stages() if found.stage == stage)
 
 
 def with_versions(machine: Machine, **versions: str) -> Machine:
@@ -145,3 +146,15 @@ def test_command_prints_json_that_agrees_with_the_table(
     assert main(["doctor"]) == 0
     table = capsys.readouterr().out
     assert all(stage["stage"] in table for stage in report["stages"])
+
+
+def test_a_compiler_that_does_not_answer_is_no_compiler(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    for text, expected in (("release 12.6, V12.6.85", f"12.6 ({nvcc})"), ("rubbish", None)):
+        nvcc.write_text(f"#!/bin/sh\necho '{text}'\n")
+        nvcc.chmod(0o755)
+        assert doctor._find_nvcc() == expected

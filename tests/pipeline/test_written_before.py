@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from pipeline.checkpoint.folder import load_checkpoint
 from pipeline.cli.main import main
-from pipeline.engine.manifest import read_manifest, read_profiles
+from pipeline.engine.manifest import read_manifest
+from pipeline.engine.profiles import ShapeProfile
 from pipeline.runtime.sessions.image_sessions import OnnxImages
 from pipeline.runtime.sessions.open_session import open_session
 
@@ -174,7 +175,8 @@ def test_the_manifest_of_an_engine_written_before_is_read(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     folder, wanted = WRITTEN / "engine", expected("engine")
-    assert [profile.to_json() for profile in read_profiles(read_manifest(folder))] == wanted
+    profiles = [ShapeProfile.from_json(entry) for entry in read_manifest(folder)["profiles"]]
+    assert [profile.to_json() for profile in profiles] == wanted
     capsys.readouterr()
     assert main(["inspect", str(folder), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)

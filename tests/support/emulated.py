@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.toolchain import local_nvcc
+from trt_plugins.toolchain import local_nvcc
 
 KERNELS = Path(__file__).parents[2] / "trt_plugins" / "block_skip"
 FAST = ("-O1",)

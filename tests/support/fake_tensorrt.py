@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.engine.profiles import Limits, ShapeProfile, make_profiles
+from pipeline.engine.profiles import Limits, ShapeProfile
 from pipeline.runtime.sessions.tensorrt_session import _OpenEngine
 
 VOCAB_SIZE, MAX_LENGTH = 16, 512
@@ -20,7 +20,7 @@ INPUTS: dict[str, tuple[int | None, ...]] = {
     "position_ids": (None, None),
     "past_key_values.0.key": (None, 3, MAX_LENGTH, 64),
 }
-PROFILES = make_profiles(INPUTS, Limits(2, 256, MAX_LENGTH))
+PROFILES = Limits(2, 256, MAX_LENGTH).profiles_of(INPUTS)
 
 
 @dataclass

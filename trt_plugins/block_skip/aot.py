@@ -22,7 +22,7 @@ from types import ModuleType
 from typing import Any, Literal
 
 from pipeline.errors import InputError, MissingPackageError
-from pipeline.toolchain import WORK, find_nvcc, local_nvcc, require_capability, run_nvcc
+from trt_plugins.toolchain import WORK, find_nvcc, local_nvcc, require_capability, run_nvcc
 
 _SOURCE_FOLDER = Path(__file__).parent
 _NAMESPACE = "skipcat"

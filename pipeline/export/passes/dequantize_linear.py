@@ -17,21 +17,16 @@ import onnx_ir as ir
 
 from pipeline.export.contract import (
     DEQUANTIZE,
-    DOMAIN,
-    OP_VERSION,
     QUANTIZED_SKIP,
     QUANTIZED_SKIP_INDEXED,
 )
 from pipeline.export.passes.lay_out import (
-    common_name,
+    SharedLatent,
     is_linear,
-    same_latent,
-    split_between,
     take_place,
 )
 from pipeline.export.passes.weights import (
     StoredCodes,
-    codes_of,
     derived_weight,
     moved_rows,
     one_format,
@@ -56,15 +51,15 @@ def dequantize_linears(model: ir.Model) -> dict[str, int]:
     """
     counts: Counter[str] = Counter()
     for node in list(model.graph):
-        codes = codes_of(node.inputs[1]) if is_linear(node) else None
+        codes = StoredCodes.of(node.inputs[1]) if is_linear(node) else None
         if codes is not None:
             _linear(model.graph, node)
             counts[f"{DEQUANTIZE} {codes.format.bits}"] += 1
-    for nodes in same_latent(model.graph):
-        parts = [[nodes[0].inputs[1]], [node.inputs[2] for node in nodes]]
+    for group in SharedLatent.all_of(model.graph):
+        parts = [[group.first.inputs[1]], group.ups]
         formats = [codes.format for part in parts if (codes := _common_codes(part)) is not None]
         if formats:
-            _block_skip(model.graph, nodes)
+            _block_skip(group)
             counts.update(f"{DEQUANTIZE} {format_.bits}" for format_ in formats)
     for gather, codes in quantized_lookups(model.graph):
         weight = gather.inputs[0]
@@ -77,7 +72,7 @@ def dequantize_linears(model: ir.Model) -> dict[str, int]:
 
 def _common_codes(weights: list[ir.Value]) -> StoredCodes | None:
     """The codes of the first of some matrices, if all are in its format."""
-    return codes_of(weights[0]) if one_format(weights) else None
+    return StoredCodes.of(weights[0]) if one_format(weights) else None
 
 
 def _linear(graph: ir.Graph, node: ir.Node) -> None:
@@ -140,7 +135,7 @@ def _codes_and_scales(
     graph: ir.Graph, weights: list[ir.Value], name: str, dtype: ir.DataType
 ) -> tuple[ir.Value, ir.Value, dict[str, int]]:
     """Codes [n, m] and scales of a stack, and the attributes of DequantizeLinear for them."""
-    noted = [codes for weight in weights if (codes := codes_of(weight)) is not None]
+    noted = [codes for weight in weights if (codes := StoredCodes.of(weight)) is not None]
     assert one_format(weights)
     format_ = noted[0].format
     rows, columns = sum(weight_shape(w)[0] for w in weights), weight_shape(weights[0])[1]
@@ -166,29 +161,10 @@ def _codes_and_scales(
     return codes, scales, {"axis": _ROWS_AXIS, "block_size": format_.block}
 
 
-def _block_skip(graph: ir.Graph, nodes: list[ir.Node]) -> None:
-    first = nodes[0]
-    x, a, index = first.inputs[0], first.inputs[1], first.inputs[3:]
-    ups = [node.inputs[2] for node in nodes]
-    heights = [weight_shape(up)[0] for up in ups]
-    name = common_name([up.name for up in ups])
+def _block_skip(group: SharedLatent) -> None:
+    x, a, index = group.first.inputs[0], group.first.inputs[1], group.first.inputs[3:]
     factors = [
-        _matrix(graph, first, weights, f"{name}.{letter}", x.dtype)
-        for letter, weights in (("a", [a]), ("b", ups))
+        _matrix(group.graph, group.first, weights, f"{group.name}.{letter}", x.dtype)
+        for letter, weights in (("a", [a]), ("b", group.ups))
     ]
-    node = ir.node(
-        QUANTIZED_SKIP_INDEXED if index else QUANTIZED_SKIP,
-        [x, *factors, *index],
-        domain=DOMAIN,
-        version=OP_VERSION,
-        name=name,
-    )
-    output = node.outputs[0]
-    output.name, output.type = f"{name}.output", first.outputs[0].type
-    output.shape = ir.Shape([*first.outputs[0].shape[:-1], sum(heights)])
-    graph.insert_before(first, node)
-    if len(nodes) == 1:
-        take_place(first, output)
-    else:
-        split_between(graph, nodes, output, heights, name)
-    graph.remove(nodes, safe=True)
+    group.become(QUANTIZED_SKIP_INDEXED if index else QUANTIZED_SKIP, factors)

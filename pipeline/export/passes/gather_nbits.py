@@ -15,7 +15,6 @@ import onnx_ir as ir
 
 from pipeline.export.contract import CONTRIB, GATHER_NBITS
 from pipeline.export.passes.lay_out import take_place
-from pipeline.export.passes.offsets import rests_of
 from pipeline.export.passes.weights import derived_weight, new_constant, weight_shape
 from pipeline.quantize.formats import Format
 from pipeline.quantize.groupwise import Blocks
@@ -59,7 +58,9 @@ def look_up_rows(
     looked_up = ir.node(GATHER_NBITS, [codes, ids, *tables], sizes, domain=CONTRIB)
     nodes = {f"{name}.blocks": looked_up}
     if format_.zero == "offset":
-        rests = ir.node("Gather", [table("row_rests", ir.DataType.FLOAT, rests_of), ids])
+        rests = ir.node(
+            "Gather", [table("row_rests", ir.DataType.FLOAT, lambda found: found.rests), ids]
+        )
         nodes[f"{name}.row_rest"] = rests
         nodes[f"{name}.whole"] = ir.node("Add", [looked_up.outputs[0], rests.outputs[0]])
     nodes |= _joined(

@@ -10,6 +10,8 @@ is tied to the head) is stored once, and transposed by a node.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
@@ -28,29 +30,104 @@ def lay_out(model: ir.Model) -> int:
     What no node reads goes with it: this is the last pass.
     """
     graph = model.graph
-    groups = same_latent(graph)
+    groups = SharedLatent.all_of(graph)
     for node in list(graph):
         if is_linear(node):
             _matmul(graph, node)
-    for nodes in groups:
-        _merge(graph, nodes)
+    for group in groups:
+        _merge(group)
     RemoveUnusedNodesPass()(model)
     return len(groups)
+
+
+@dataclass(frozen=True)
+class SharedLatent:
+    """Block-skip nodes with one input, one A' and one index, which become one.
+
+    Attributes:
+        graph: theirs.
+        nodes: in its order, at least one.
+    """
+
+    graph: ir.Graph
+    nodes: list[ir.Node]
+
+    @staticmethod
+    def all_of(graph: ir.Graph) -> list[SharedLatent]:
+        """Every block-skip node of a graph, in one of these."""
+        groups: dict[tuple[ir.Value | None, ...], list[ir.Node]] = {}
+        for node in graph:
+            if is_block_skip(node):
+                index = node.inputs[3] if len(node.inputs) > 3 else None
+                groups.setdefault((node.inputs[0], node.inputs[1], index), []).append(node)
+        return [SharedLatent(graph, nodes) for nodes in groups.values()]
+
+    @property
+    def first(self) -> ir.Node:
+        """What takes their place is inserted before it; its inputs x, A' and index are theirs."""
+        return self.nodes[0]
+
+    @property
+    def ups(self) -> list[ir.Value]:
+        """B of each."""
+        return [node.inputs[2] for node in self.nodes]
+
+    @property
+    def name(self) -> str:
+        """`layers.0.self_attn.q_proj+k_proj+v_proj` from the names of the members' weights."""
+        modules = [up.name.split(".up.weight")[0] for up in self.ups]
+        return "+".join([modules[0], *(module.rsplit(".", 1)[-1] for module in modules[1:])])
+
+    def become(
+        self, op_type: str, factors: list[ir.Value], attributes: dict[str, str] | None = None
+    ) -> None:
+        """Put one node of ours in their place, which takes x, the factors and the index."""
+        x, index, shape = self.first.inputs[0], self.first.inputs[3:], self.first.outputs[0].shape
+        inputs = [x, *factors, *index]
+        node = ir.node(
+            op_type, inputs, attributes, domain=DOMAIN, version=OP_VERSION, name=self.name
+        )
+        output = node.outputs[0]
+        output.name, output.type = f"{self.name}.output", self.first.outputs[0].type
+        output.shape = ir.Shape([*shape[:-1], sum(self._heights)])
+        self.graph.insert_before(self.first, node)
+        self.give_way(output)
+
+    def give_way(self, output: ir.Value) -> None:
+        """Let `output`, or the parts of it, take the place of their outputs, and remove them."""
+        if len(self.nodes) == 1:
+            take_place(self.first, output)
+        else:
+            self._split(output)
+        self.graph.remove(self.nodes, safe=True)
+
+    @property
+    def _heights(self) -> list[int]:
+        return [weight_shape(up)[0] for up in self.ups]
+
+    def _split(self, output: ir.Value) -> None:
+        heights = np.array(self._heights, dtype=np.int64)
+        sizes = new_constant(self.graph, f"{self.name}.heights", heights)
+        count, name = len(self.nodes), f"{self.name}.split"
+        split = ir.node("Split", [output, sizes], {"axis": -1}, num_outputs=count, name=name)
+        self.graph.insert_before(self.first, split)
+        for node, part in zip(self.nodes, split.outputs, strict=True):
+            part.name = f"{node.inputs[2].name}.part"
+            take_place(node, part)
+
+
+def _merge(group: SharedLatent) -> None:
+    a, ups, name = group.first.inputs[1], group.ups, group.name
+    rank, rest = weight_shape(a)
+    height = sum(weight_shape(up)[0] for up in ups)
+    a = derived_weight(group.graph, f"{name}.a", [a], (rest, rank), np.transpose)
+    b = derived_weight(group.graph, f"{name}.b", ups, (rank, height), _stack_and_transpose)
+    group.become(group.first.op_type, [a, b], PLUGIN_ATTRIBUTES)
 
 
 def is_linear(node: ir.Node) -> bool:
     """Whether a node is a traced linear layer."""
     return (node.domain, node.op_type) == (TRACE_DOMAIN, LINEAR)
-
-
-def same_latent(graph: ir.Graph) -> list[list[ir.Node]]:
-    """Block-skip nodes, those with one input, one A' and one index together."""
-    groups: dict[tuple[ir.Value | None, ...], list[ir.Node]] = {}
-    for node in graph:
-        if is_block_skip(node):
-            index = node.inputs[3] if len(node.inputs) > 3 else None
-            groups.setdefault((node.inputs[0], node.inputs[1], index), []).append(node)
-    return list(groups.values())
 
 
 def _matmul(graph: ir.Graph, node: ir.Node) -> None:
@@ -73,53 +150,8 @@ def _matmul(graph: ir.Graph, node: ir.Node) -> None:
     graph.remove(node, safe=True)
 
 
-def _merge(graph: ir.Graph, nodes: list[ir.Node]) -> None:
-    first = nodes[0]
-    x, a, index = first.inputs[0], first.inputs[1], first.inputs[3:]
-    ups = [node.inputs[2] for node in nodes]
-    heights = [weight_shape(up)[0] for up in ups]
-    rank, rest = weight_shape(a)
-    name = common_name([up.name for up in ups])
-    weights = [
-        derived_weight(graph, f"{name}.a", [a], (rest, rank), np.transpose),
-        derived_weight(graph, f"{name}.b", ups, (rank, sum(heights)), _stack_and_transpose),
-    ]
-    merged = ir.node(
-        first.op_type,
-        [x, *weights, *index],
-        attributes=PLUGIN_ATTRIBUTES,
-        domain=DOMAIN,
-        version=OP_VERSION,
-        name=name,
-    )
-    output = merged.outputs[0]
-    output.name = f"{name}.output"
-    output.type = first.outputs[0].type
-    output.shape = ir.Shape([*first.outputs[0].shape[:-1], sum(heights)])
-    graph.insert_before(first, merged)
-    if len(nodes) == 1:
-        take_place(first, output)
-    else:
-        split_between(graph, nodes, output, heights, name)
-    graph.remove(nodes, safe=True)
-
-
 def _stack_and_transpose(*arrays: np.ndarray) -> np.ndarray:
     return np.concatenate(arrays).T
-
-
-def split_between(
-    graph: ir.Graph, nodes: list[ir.Node], output: ir.Value, heights: list[int], name: str
-) -> None:
-    """Let the parts of `output` take the place of the nodes' outputs, in their order."""
-    sizes = new_constant(graph, f"{name}.heights", np.array(heights, dtype=np.int64))
-    split = ir.node(
-        "Split", [output, sizes], {"axis": -1}, num_outputs=len(nodes), name=f"{name}.split"
-    )
-    graph.insert_before(nodes[0], split)
-    for node, part in zip(nodes, split.outputs, strict=True):
-        part.name = f"{node.inputs[2].name}.part"
-        take_place(node, part)
 
 
 def take_place(node: ir.Node, value: ir.Value) -> None:
@@ -129,9 +161,3 @@ def take_place(node: ir.Node, value: ir.Value) -> None:
     if old.is_graph_output():
         value.name = old.name
     ir.convenience.replace_all_uses_with(old, value, replace_graph_outputs=True)
-
-
-def common_name(weights: list[str]) -> str:
-    """`layers.0.self_attn.q_proj+k_proj+v_proj` from the names of the members' weights."""
-    modules = [weight.split(".up.weight")[0] for weight in weights]
-    return "+".join([modules[0], *(module.rsplit(".", 1)[-1] for module in modules[1:])])

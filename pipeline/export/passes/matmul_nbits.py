@@ -5,8 +5,16 @@
     Gather(W, ids), W the head's -> GatherBlockQuantized(Q(W), ids), from the same bytes
 
 Q rounds in blocks along a row (`quantize.groupwise`). The node multiplies integers: it rounds
-its input to 8 bits, too, in the same blocks (accuracy_level 4), which makes it fast on CPUs. What
-formats with offsets have beyond that is in `pipeline.export.passes.offsets`.
+its input to 8 bits, too, in the same blocks (accuracy_level 4), which makes it fast on CPUs.
+
+Offsets of blocks are a small product of their own beside one whose codes count from the middle:
+w = code * scale + offset is (code - 2^(bits - 1)) * scale + rest, with one `rest` for each block,
+and ONNX Runtime has fast kernels for the first part alone. With s the sums of x over the blocks:
+
+    W x                            = MatMulNBits(x, Q) + rest s
+    rows of W, blocks side by side = GatherBlockQuantized(Q, ids) + rest[ids]
+
+`rest` has one number where W has `block` of them. Sums and their product stay in float32.
 """
 
 from __future__ import annotations
@@ -30,15 +38,12 @@ from pipeline.export.contract import (
 )
 from pipeline.export.passes.gather_nbits import look_up_rows
 from pipeline.export.passes.lay_out import (
-    common_name,
+    SharedLatent,
     is_linear,
-    same_latent,
-    split_between,
     take_place,
 )
-from pipeline.export.passes.offsets import BlockSums, add_rests, rests_of
 from pipeline.export.passes.weights import (
-    codes_of,
+    StoredCodes,
     derived_weight,
     moved_rows,
     new_constant,
@@ -70,7 +75,7 @@ class _Rounder:
     def __call__(self, name: str, format_: Format, weights: list[ir.Value]) -> Blocks:
         """The stack of weights [m_i, n] under `name`: its stored codes, or rounded here."""
         if self._last is None or self._last[0] != name:
-            stored = [codes.read() for w in weights if (codes := codes_of(w)) is not None]
+            stored = [codes.read() for w in weights if (codes := StoredCodes.of(w)) is not None]
             if stored:
                 self._last = (name, moved_rows(stored, stacked_rows))
             else:
@@ -106,11 +111,11 @@ class _Pass:
     counts: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
-        self.sums = BlockSums(self.graph)
+        self.sums = _BlockSums(self.graph)
 
     def format_of(self, weights: list[ir.Value], other: Format | None) -> Format | None:
         """The format that weights are stored in, or `other`."""
-        codes = codes_of(weights[0])
+        codes = StoredCodes.of(weights[0])
         return codes.format if codes is not None and one_format(weights) else other
 
 
@@ -138,10 +143,10 @@ def quantize_linears(
             chosen = work.format_of([node.inputs[1]], other)
             if chosen is not None:
                 _linear(work, node, chosen)
-    for nodes in same_latent(model.graph):
-        parts = [[nodes[0].inputs[1]], [node.inputs[2] for node in nodes]]
+    for group in SharedLatent.all_of(model.graph):
+        parts = [[group.first.inputs[1]], group.ups]
         if any(work.format_of(weights, format_) is not None for weights in parts):
-            _block_skip(work, nodes)
+            _block_skip(work, group)
     for gather, found in quantized_lookups(work.graph):
         weight = gather.inputs[0]
         name = weight.name.removesuffix(".weight")
@@ -208,7 +213,7 @@ def _product(
     if format_.zero == "offset":
         rests = _part(work, name, "rests", format_, weights)
         sums = work.sums(x, columns, format_.block)
-        product = add_rests(work.graph, before, product, sums, rests)
+        product = _add_rests(work.graph, before, product, sums, rests)
     return product, inputs[1]
 
 
@@ -221,7 +226,7 @@ def _part(work: _Pass, name: str, kind: str, format_: Format, weights: list[ir.V
         "codes": ((rows, blocks, format_.block * format_.bits // 8), bytes_, _codes),
         "scales": ((rows * blocks,), float_, lambda found: found.scales),
         "zeros": ((rows * -(-blocks * format_.bits // 8),), bytes_, _zeros),
-        "rests": ((blocks, rows), float_, lambda found: rests_of(found).T),
+        "rests": ((blocks, rows), float_, lambda found: found.rests.T),
     }
     shape, dtype, of = parts[kind]
 
@@ -273,13 +278,10 @@ def _embedding(
     look_up_rows(work.graph, gather, codes, format_, lambda: work.rounder(name, format_, [weight]))
 
 
-def _block_skip(work: _Pass, nodes: list[ir.Node]) -> None:
-    graph, first = work.graph, nodes[0]
+def _block_skip(work: _Pass, group: SharedLatent) -> None:
+    graph, first, name = work.graph, group.first, group.name
     x, a = first.inputs[0], first.inputs[1]
-    ups = [node.inputs[2] for node in nodes]
-    heights = [weight_shape(up)[0] for up in ups]
     rank, rest = weight_shape(a)
-    name = common_name([up.name for up in ups])
     if len(first.inputs) > 3:
         gather = ir.node("Gather", [x, first.inputs[3]], {"axis": -1}, name=f"{name}.ordered")
         graph.insert_before(first, gather)
@@ -293,9 +295,60 @@ def _block_skip(work: _Pass, nodes: list[ir.Node]) -> None:
     latent = ir.node("Add", [split.outputs[0], mixed], name=f"{name}.latent")
     graph.insert_before(first, latent)
     latent.outputs[0].name = f"{name}.z"
-    product = _any_product(work, first, latent.outputs[0], ups, f"{name}.b")
-    if len(nodes) == 1:
-        take_place(first, product)
-    else:
-        split_between(graph, nodes, product, heights, name)
-    graph.remove(nodes, safe=True)
+    group.give_way(_any_product(work, first, latent.outputs[0], group.ups, f"{name}.b"))
+
+
+class _BlockSums:
+    """Sums of inputs over blocks of neighbours, computed once however many products read them."""
+
+    def __init__(self, graph: ir.Graph) -> None:
+        self._graph = graph
+        self._sums: dict[tuple[ir.Value, int], ir.Value] = {}
+        self._ones: dict[tuple[int, int], ir.Value] = {}
+
+    def __call__(self, x: ir.Value, columns: int, block: int) -> ir.Value:
+        """Sums [..., blocks] of x [..., columns], the last block being what is left."""
+        key = (x, block)
+        if key not in self._sums:
+            name = f"{x.name}.sums.{block}"
+            node = ir.node("MatMul", [x, self._block_ones(columns, block)], name=name)
+            node.outputs[0].name = name
+            producer = x.producer()
+            if producer is None:
+                self._graph.insert_before(self._graph[0], node)
+            else:
+                self._graph.insert_after(producer, node)
+            self._sums[key] = node.outputs[0]
+        return self._sums[key]
+
+    def _block_ones(self, columns: int, block: int) -> ir.Value:
+        """[columns, blocks], 1 where a column is in a block."""
+        key = (columns, block)
+        if key not in self._ones:
+            blocks = -(-columns // block)
+            ones = np.repeat(np.eye(blocks, dtype=np.float32), block, axis=0)[:columns]
+            self._ones[key] = new_constant(self._graph, f"blocks.{columns}.{block}", ones)
+        return self._ones[key]
+
+
+def _add_rests(
+    graph: ir.Graph, before: ir.Node, product: ir.Value, sums: ir.Value, rests: ir.Value
+) -> ir.Value:
+    """Add what a product lacks, sums rests, in nodes inserted before one.
+
+    Args:
+        graph: changed in place.
+        before: the node to insert before.
+        product: [..., m].
+        sums: [..., blocks].
+        rests: a weight [blocks, m].
+
+    Returns:
+        [..., m].
+    """
+    name = f"{product.name}.rest"
+    rest = ir.node("MatMul", [sums, rests], name=name)
+    whole = ir.node("Add", [product, rest.outputs[0]], name=f"{product.name}.whole")
+    rest.outputs[0].name, whole.outputs[0].name = name, whole.name
+    graph.insert_before(before, [rest, whole])
+    return whole.outputs[0]

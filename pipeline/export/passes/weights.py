@@ -116,26 +116,25 @@ class StoredCodes:
     format: Format
     read: Callable[[], Blocks]
 
+    @staticmethod
+    def of(value: ir.Value | None) -> StoredCodes | None:
+        """The codes of a weight; None for one that is not quantised."""
+        return None if value is None else value.meta.get(_NOTE)
 
-def note_codes(value: ir.Value, codes: StoredCodes) -> None:
-    """Remember the codes of a weight."""
-    value.meta[_NOTE] = codes
-
-
-def codes_of(value: ir.Value | None) -> StoredCodes | None:
-    """The codes of a weight; None for one that is not quantised."""
-    return None if value is None else value.meta.get(_NOTE)
+    def note_on(self, value: ir.Value) -> None:
+        """Remember them as those of a weight."""
+        value.meta[_NOTE] = self
 
 
 def quantized_lookups(graph: ir.Graph) -> list[tuple[ir.Node, StoredCodes]]:
     """Look-ups in a quantised embedding that is not the head as well, and its codes."""
     gathers = [node for node in graph if node.op_type == "Gather" and not node.domain]
-    return [(node, codes) for node in gathers if (codes := codes_of(node.inputs[0]))]
+    return [(node, codes) for node in gathers if (codes := StoredCodes.of(node.inputs[0]))]
 
 
 def one_format(values: Sequence[ir.Value]) -> bool:
     """Whether all weights are stored alike: as numbers, or as codes of the same format."""
-    formats = [codes.format if (codes := codes_of(value)) else None for value in values]
+    formats = [codes.format if (codes := StoredCodes.of(value)) else None for value in values]
     return len(set(formats)) == 1
 
 
@@ -146,14 +145,14 @@ def _note_moved_rows(
 
     Does nothing where the sources are not all quantised in one format.
     """
-    every = [codes for source in sources if (codes := codes_of(source)) is not None]
+    every = [codes for source in sources if (codes := StoredCodes.of(source)) is not None]
     if len(every) < len(sources) or not one_format(sources):
         return
 
     def read() -> Blocks:
         return moved_rows([codes.read() for codes in every], function)
 
-    note_codes(value, StoredCodes(every[0].format, read))
+    StoredCodes(every[0].format, read).note_on(value)
 
 
 def moved_rows(parts: Sequence[Blocks], function: Callable[..., np.ndarray]) -> Blocks:

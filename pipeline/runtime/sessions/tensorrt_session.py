@@ -21,7 +21,6 @@ from pipeline.engine.manifest import (
     check_manifest,
     mismatch,
     read_manifest,
-    read_profiles,
 )
 from pipeline.engine.profiles import ShapeProfile
 from pipeline.engine.worker_protocol import PLAN_FILE
@@ -139,7 +138,7 @@ class TensorRTSession(CheckedSession):
         self.name = name or f"{flavour} {self._library.__version__}"
         self.vocab_size: int = self.manifest["onnx"]["vocab_size"]
         self.max_length: int = self.manifest["onnx"]["max_length"]
-        self._profiles = read_profiles(self.manifest)
+        self._profiles = [ShapeProfile.from_json(entry) for entry in self.manifest["profiles"]]
         self._context = self._opened.make_context()
         self._stream = self._torch.cuda.Stream()
         self._active_profile: int | None = None

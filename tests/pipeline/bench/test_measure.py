@@ -6,12 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.bench import child, shapes, targets
+from pipeline.bench import child, shapes
 from pipeline.bench.bandwidth import _last_level_cache_bytes
-from pipeline.bench.measure import _cpu_name
-from pipeline.bench.process import Child
+from pipeline.bench.measure import _Child, _choose_device, _cpu_name, _require_memory
 from pipeline.bench.shapes import Shape
-from pipeline.bench.targets import BenchTarget, choose_device, folder_target, require_memory
+from pipeline.bench.targets import BenchTarget
 from pipeline.bench.traffic import CacheTensor, StoredTensor, Traffic
 from pipeline.errors import InputError, ResourceError, UsageError
 from tests.support.tiny_decoder import shared_export
@@ -29,7 +28,7 @@ def test_a_shape_is_opened_with_random_weights_of_the_type_that_was_asked(
     tiny = Shape("llama", 64, 96, 2, 4, 2, 16, 128, True, 256)
     monkeypatch.setitem(shapes._SHAPES, "tiny", tiny)
     for kept in (1.0, 0.6):
-        (target,) = targets.shape_targets("tiny", "bfloat16", [kept])
+        (target,) = BenchTarget.of_shape("tiny", "bfloat16", [kept])
         generate, ready = child._open_target(target.request("cpu", 1))
         assert ready["session"] == "torch bfloat16"
         assert ready["float_bytes"] == {"weights": 2, "cache": 2}
@@ -44,15 +43,15 @@ def test_a_shape_is_opened_with_random_weights_of_the_type_that_was_asked(
 def test_what_a_child_refuses_reaches_the_parent_as_the_same_error(tmp_path: Path) -> None:
     request = target_of("onnx").request("cpu", 1) | {"folder": str(tmp_path)}
     with (
-        Child("broken", request) as process,
+        _Child("broken", request) as process,
         pytest.raises(InputError, match="neither an ONNX export"),
     ):
         process.wait_until_open()
 
 
 def test_a_killed_child_is_explained() -> None:
-    target = folder_target(shared_export("compat"))
-    with Child("victim", target.request("cpu", 1)) as process:
+    target = BenchTarget.of_folder(shared_export("compat"))
+    with _Child("victim", target.request("cpu", 1)) as process:
         process.wait_until_open()
         os.kill(process._process.pid, signal.SIGKILL)
         with pytest.raises(ResourceError, match="killed"):
@@ -61,19 +60,19 @@ def test_a_killed_child_is_explained() -> None:
 
 def test_models_beyond_the_free_memory_are_refused_with_both_sizes() -> None:
     with pytest.raises(ResourceError) as refused:
-        require_memory([target_of("torch", 10**15)], 1, 0)
+        _require_memory([target_of("torch", 10**15)], 1, 0)
     assert "needs 1000000.0 GB" in str(refused.value)
-    require_memory([target_of("torch")], 1, 0)
+    _require_memory([target_of("torch")], 1, 0)
 
 
 def test_a_model_on_a_device_that_its_library_does_not_use_is_refused() -> None:
     with pytest.raises(UsageError, match="engine runs on a GPU"):
-        choose_device([target_of("onnx"), target_of("tensorrt")], "cpu")
+        _choose_device([target_of("onnx"), target_of("tensorrt")], "cpu")
     with pytest.raises(UsageError, match="ONNX Runtime runs on the CPU"):
-        choose_device([target_of("onnx")], "cuda")
+        _choose_device([target_of("onnx")], "cuda")
     with pytest.raises(UsageError, match="ONNX Runtime runs on the CPU"):
-        choose_device([target_of("onnx"), target_of("tensorrt")], "auto")
-    assert choose_device([target_of("onnx"), target_of("torch")], "auto") == "cpu"
+        _choose_device([target_of("onnx"), target_of("tensorrt")], "auto")
+    assert _choose_device([target_of("onnx"), target_of("torch")], "auto") == "cpu"
 
 
 def test_the_largest_cache_is_read_as_linux_writes_it(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.bench.plot import _plain, write_measured, write_predicted
+from pipeline.bench.plot import _plain, write_plot
 
 
 def measured(name: str, read_bytes: float, rates: list[float]) -> dict[str, Any]:
@@ -20,10 +20,14 @@ def measured(name: str, read_bytes: float, rates: list[float]) -> dict[str, Any]
 
 def test_each_model_and_the_bandwidth_are_in_the_measured_roofline(tmp_path: Path) -> None:
     rows = [measured("dense", 5e8, [30, 31, 33]), measured("kept", 3e8, [40, 44, 45])]
-    record = {"rows": rows, "bandwidth": {"bytes_per_s": {"median": 3.35e10}}}
+    record = {
+        "kind": "measurement",
+        "rows": rows,
+        "bandwidth": {"bytes_per_s": {"median": 3.35e10}},
+    }
     drawn = []
     for name in ("a.svg", "b.svg"):
-        write_measured(record, tmp_path / name)
+        write_plot(record, tmp_path / name)
         drawn.append((tmp_path / name).read_text())
     assert drawn[0] == drawn[1]
     for text in ("dense, torch float32", "kept, torch float32", "33.5 GB/s", "decode, measured"):
@@ -41,7 +45,7 @@ def test_each_device_has_a_line_in_the_predicted_roofline(tmp_path: Path) -> Non
         }
         for device, speed in (("thor", 273.0), ("orin-nano-8gb", 68.3))
     ]
-    write_predicted({"rows": rows}, tmp_path / "p.svg")
+    write_plot({"kind": "prediction", "rows": rows}, tmp_path / "p.svg")
     text = (tmp_path / "p.svg").read_text()
     for part in ("thor, 273 GB/s", "orin-nano-8gb, 68 GB/s", "PREDICTED, not measured"):
         assert part in text

@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from pipeline.bench.devices import DEVICES
 from pipeline.bench.predict import (
+    _DEVICES,
+    _FIGURES,
     _Case,
     _check,
     _error_of,
@@ -15,12 +16,24 @@ from pipeline.bench.predict import (
     _kernels_of,
     _predict_one,
     _published_cases,
+    find_devices,
 )
-from pipeline.bench.published import FIGURES
 from pipeline.bench.shapes import _SHAPES
 from pipeline.bench.torch_traffic import traffic_of_shape
+from pipeline.errors import UsageError
 
 KNOWN = _Fit(efficiency=0.8, cycles_per_kernel=9000.0)
+PUBLISHED_GB_PER_S = {
+    "orin-nano-4gb": 34,
+    "orin-nano-8gb": 68,
+    "orin-nano-8gb-super": 102,
+    "orin-nx-16gb": 102.4,
+    "agx-orin-64gb": 204.8,
+    "thor": 273,
+    "rtx-3090": 936,
+    "rtx-4090": 1008,
+    "rtx-5090": 1792,
+}
 
 
 @pytest.mark.parametrize(
@@ -60,7 +73,7 @@ def test_published_figures_are_met_as_well_as_the_documentation_says() -> None:
     assert record["worst_error_of_fitted"] < 0.145
     assert record["worst_error_without_device"] < 0.20
     assert record["worst_error_of_others"] < 0.11
-    assert len(record["published"]) == len(FIGURES)
+    assert len(record["published"]) == len(_FIGURES)
 
 
 def test_no_published_figure_is_above_its_bound() -> None:
@@ -80,7 +93,7 @@ def test_the_orin_nano_was_not_in_its_faster_mode() -> None:
 
 
 def test_compression_raises_the_bound_by_the_ratio_of_the_bytes_and_starts_more_kernels() -> None:
-    device, fit = DEVICES["orin-nx-16gb"], _fitted()
+    device, fit = _DEVICES["orin-nx-16gb"], _fitted()
     dense, kept = (traffic_of_shape(_SHAPES["llama-3.2-1b"], "float16", k) for k in (1.0, 0.6))
     before, after = (_predict_one(traffic, device, 1024, fit) for traffic in (dense, kept))
     ratio = before.bytes_per_token / after.bytes_per_token
@@ -94,7 +107,7 @@ def test_compression_raises_the_bound_by_the_ratio_of_the_bytes_and_starts_more_
 def test_expected_is_below_the_bound_and_a_model_beyond_the_memory_does_not_fit() -> None:
     traffic = traffic_of_shape(_SHAPES["llama-3.1-70b"], "int4")
     nano, thor = (
-        _predict_one(traffic, DEVICES[d], 128, _fitted()) for d in ("orin-nano-8gb", "thor")
+        _predict_one(traffic, _DEVICES[d], 128, _fitted()) for d in ("orin-nano-8gb", "thor")
     )
     assert (nano.fits, thor.fits) == (False, True)
     for prediction in (nano, thor):
@@ -105,6 +118,24 @@ def test_expected_is_below_the_bound_and_a_model_beyond_the_memory_does_not_fit(
 
 
 def test_a_longer_context_is_slower() -> None:
-    traffic, device = traffic_of_shape(_SHAPES["qwen3-0.6b"], "int4"), DEVICES["thor"]
+    traffic, device = traffic_of_shape(_SHAPES["qwen3-0.6b"], "int4"), _DEVICES["thor"]
     rates = [_predict_one(traffic, device, n, _fitted()).expected_tokens_per_s for n in (128, 4096)]
     assert rates[1] < rates[0]
+
+
+@pytest.mark.parametrize("name", PUBLISHED_GB_PER_S)
+def test_bus_width_times_data_rate_is_the_published_bandwidth(name: str) -> None:
+    assert _DEVICES[name].gb_per_s == pytest.approx(PUBLISHED_GB_PER_S[name], rel=0.006)
+
+
+def test_devices_are_found_once_each_in_the_order_given() -> None:
+    found = find_devices("thor, RTX-4090,thor,")
+    assert [device.name for device in found] == ["thor", "rtx-4090"]
+
+
+@pytest.mark.parametrize("names", ["tpu-v9", "", "thor,tpu-v9"])
+def test_an_unknown_device_is_refused_with_the_known_ones(names: str) -> None:
+    with pytest.raises(UsageError) as refused:
+        find_devices(names)
+    for name in _DEVICES:
+        assert name in str(refused.value)

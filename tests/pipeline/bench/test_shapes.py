@@ -9,10 +9,8 @@ from pipeline.bench.shapes import (
     _GROUPS,
     _SHAPES,
     Shape,
-    empty_model,
     fill_randomly_,
     find_shape,
-    shape_plan,
 )
 from pipeline.checkpoint.modeling_skipcat import FactoredLinear
 from pipeline.compress.plan.plan import rank_for_kept
@@ -38,7 +36,7 @@ PUBLISHED_PARAMETERS = {
 
 @pytest.mark.parametrize("name", PUBLISHED_PARAMETERS)
 def test_parameter_counts_are_the_published_ones(name: str) -> None:
-    parameters = empty_model(_SHAPES[name]).parameters()
+    parameters = _SHAPES[name].empty_model().parameters()
     assert sum(parameter.numel() for parameter in parameters) == PUBLISHED_PARAMETERS[name]
 
 
@@ -57,9 +55,9 @@ def test_groups_are_those_found_by_running_the_family(family: str) -> None:
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_the_plan_from_sizes_is_the_plan_from_the_model(family: str) -> None:
     shape = tiny_shape(family)
-    model = empty_model(shape)
+    model = shape.empty_model()
     fill_randomly_(model, torch.float32)
-    planned = [(g.members, g.rows, g.columns) for g in shape_plan(shape, 0.8).groups]
+    planned = [(g.members, g.rows, g.columns) for g in shape.plan(0.8).groups]
     found = [
         (group.members, sum(group.out_features), group.in_features)
         for layer in decoder_structure(model)
@@ -70,7 +68,7 @@ def test_the_plan_from_sizes_is_the_plan_from_the_model(family: str) -> None:
 
 def test_factors_have_the_rank_of_the_formula_and_keep_no_more_than_asked() -> None:
     shape = tiny_shape("qwen3")
-    dense, kept = empty_model(shape), empty_model(shape, 0.6)
+    dense, kept = shape.empty_model(), shape.empty_model(0.6)
     down = kept.get_submodule("model.layers.0.mlp.down_proj")
     assert isinstance(down, FactoredLinear)
     assert down.rank == rank_for_kept("skip", shape.hidden, shape.intermediate, 0.6)
@@ -84,7 +82,7 @@ def test_factors_have_the_rank_of_the_formula_and_keep_no_more_than_asked() -> N
 def test_random_weights_are_the_same_each_time_and_run() -> None:
     outputs = []
     for _ in range(2):
-        model = empty_model(tiny_shape("llama"), 0.8)
+        model = tiny_shape("llama").empty_model(0.8)
         fill_randomly_(model, torch.float32)
         with torch.inference_mode():
             outputs.append(model(torch.arange(6)[None]).logits)
@@ -94,7 +92,7 @@ def test_random_weights_are_the_same_each_time_and_run() -> None:
 
 
 def test_a_tied_head_stays_the_embedding() -> None:
-    model = empty_model(tiny_shape("llama"))
+    model = tiny_shape("llama").empty_model()
     fill_randomly_(model, torch.bfloat16)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert model.lm_head.weight.dtype == torch.bfloat16
@@ -104,7 +102,7 @@ def test_an_unknown_shape_and_a_kept_fraction_of_zero_are_refused() -> None:
     with pytest.raises(UsageError, match="no such shape"):
         find_shape("gpt-5")
     with pytest.raises(UsageError, match="out of range"):
-        shape_plan(_SHAPES["qwen3-8b"], 0.0)
+        _SHAPES["qwen3-8b"].plan(0.0)
 
 
 def tiny_shape(family: str) -> Shape:

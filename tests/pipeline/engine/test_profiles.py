@@ -11,7 +11,6 @@ from pipeline.engine.profiles import (
     ShapeProfile,
     decoder_limits,
     image_limits,
-    make_profiles,
 )
 from pipeline.errors import InputError, UsageError
 
@@ -37,31 +36,31 @@ limits = st.builds(
 
 
 def test_decode_is_one_token_and_prefill_is_tuned_for_128() -> None:
-    decode, prefill = make_profiles(STATIC, Limits(1, 512, 512, "separate"))
+    decode, prefill = Limits(1, 512, 512, "separate").profiles_of(STATIC)
     assert [decode.shapes["input_ids"].min, decode.shapes["input_ids"].max] == [(1, 1), (1, 1)]
     tokens = prefill.shapes["input_ids"]
     assert (tokens.min, tokens.opt, tokens.max) == ((1, 1), (1, 128), (1, 512))
 
 
 def test_the_shared_decode_profile_admits_two_tokens_and_is_tuned_for_one() -> None:
-    tokens = make_profiles(STATIC, Limits(1, 512, 512, "shared"))[0].shapes["input_ids"]
+    tokens = Limits(1, 512, 512, "shared").profiles_of(STATIC)[0].shapes["input_ids"]
     assert (tokens.min, tokens.opt, tokens.max) == ((1, 1), (1, 1), (1, 2))
 
 
 def test_each_cache_tensor_keeps_its_own_width() -> None:
-    shapes = make_profiles(STATIC, Limits(2, 512, 512))[0].shapes
+    shapes = Limits(2, 512, 512).profiles_of(STATIC)[0].shapes
     assert shapes["past_key_values.0.key"].max == (2, 3, 512, 64)
     assert shapes["past_key_values.0.value"].max == (2, 3, 512, 40)
 
 
 def test_a_growing_cache_starts_empty_and_may_hold_all_but_the_new_token() -> None:
-    for profile in make_profiles(GROWING, Limits(1, 128, 512)):
+    for profile in Limits(1, 128, 512).profiles_of(GROWING):
         past = profile.shapes["past_key_values.0.key"]
         assert (past.min[2], past.max[2]) == (0, 511)
 
 
 def test_one_token_calls_need_one_profile_only() -> None:
-    assert [profile.name for profile in make_profiles(STATIC, Limits(1, 1, 512))] == ["decode"]
+    assert [profile.name for profile in Limits(1, 1, 512).profiles_of(STATIC)] == ["decode"]
 
 
 def test_prefill_is_capped_by_the_cache_and_the_user_is_told() -> None:
@@ -93,7 +92,7 @@ def test_limits_below_one_are_refused(batch: int, prefill: int) -> None:
 @given(limits=limits, growing=st.booleans())
 def test_every_profile_is_ordered_and_its_ends_fit_together(limits: Limits, growing: bool) -> None:
     inputs = GROWING if growing else {**STATIC, **static_cache(limits.max_length)}
-    for profile in make_profiles(inputs, limits):
+    for profile in limits.profiles_of(inputs):
         for ends in profile.shapes.values():
             assert all(a <= b <= c for a, b, c in zip(ends.min, ends.opt, ends.max, strict=True))
         for end in ("min", "opt", "max"):
@@ -102,7 +101,7 @@ def test_every_profile_is_ordered_and_its_ends_fit_together(limits: Limits, grow
 
 @given(limits=limits, growing=st.booleans())
 def test_every_call_that_fits_the_cache_has_a_profile(limits: Limits, growing: bool) -> None:
-    profiles = make_profiles(GROWING if growing else STATIC, limits)
+    profiles = limits.profiles_of(GROWING if growing else STATIC)
     longest = max(profile.shapes["input_ids"].max[1] for profile in profiles)
     assert longest == limits.max_prefill
     for profile in profiles:
@@ -127,7 +126,7 @@ def assert_consistent(profile: ShapeProfile, end: str, growing: bool, max_length
 
 
 def test_a_profile_survives_json() -> None:
-    for profile in make_profiles(STATIC, Limits(4, 512, 512)):
+    for profile in Limits(4, 512, 512).profiles_of(STATIC):
         assert ShapeProfile.from_json(json.loads(json.dumps(profile.to_json()))) == profile
 
 
@@ -139,9 +138,9 @@ def test_an_input_without_a_rule_is_refused_by_name(
     extra: dict[str, tuple[int | None, ...]],
 ) -> None:
     with pytest.raises(InputError, match=next(iter(extra))):
-        make_profiles({**STATIC, **extra}, Limits(1, 512, 512))
+        Limits(1, 512, 512).profiles_of({**STATIC, **extra})
 
 
 def test_a_graph_without_a_cache_is_refused() -> None:
     with pytest.raises(InputError, match="no cache"):
-        make_profiles({"input_ids": (None, None)}, Limits(1, 512, 512))
+        Limits(1, 512, 512).profiles_of({"input_ids": (None, None)})

@@ -15,9 +15,9 @@ from pipeline.compress.plan.plan import uniform_plan
 from pipeline.compress.request import CompressRequest
 from pipeline.compress.run import compress_to_folder
 from pipeline.engine.build import build_engine
-from pipeline.engine.graph_variants import write_split_graph, write_stripped_graph
 from pipeline.engine.network import _quantized_path
 from pipeline.engine.plan import EngineRequest
+from pipeline.engine.standard import _write_split_graph, _write_stripped_graph
 from pipeline.engine.target import Target
 from pipeline.errors import InputError
 from pipeline.export.contract import QUANTIZED_SKIP, QUANTIZED_SKIP_INDEXED
@@ -103,7 +103,7 @@ def test_the_folder_counts_nodes_of_few_bits_apart(exported: Path) -> None:
     assert folder.dequantized > 10
 
 
-@pytest.mark.parametrize("write", [write_stripped_graph, write_split_graph])
+@pytest.mark.parametrize("write", [_write_stripped_graph, _write_split_graph])
 def test_bodies_that_no_plugin_replaces_stay_in_the_graph(
     write: Any, exported: Path, tmp_path: Path
 ) -> None:

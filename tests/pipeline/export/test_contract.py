@@ -13,12 +13,12 @@ import pytest
 
 from pipeline import doctor
 from pipeline.cli.export import command
+from pipeline.doctor import Machine
 from pipeline.engine.standard import _require_version
 from pipeline.errors import InputError
 from pipeline.export import contract
 from pipeline.export.contract import COMPAT, CPU, OPSET24, PROFILES, cache_names, dotted
 from pipeline.export.request import ExportRequest
-from pipeline.machine import Machine
 from pipeline.quantize.formats import RUNTIMES
 
 ROOT = Path(__file__).parents[3]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import InputError
-from pipeline.export.onnx_folder import read_onnx_folder, require_float16
+from pipeline.export.onnx_folder import read_onnx_folder
 
 
 def test_an_export_is_read_with_its_inputs_and_block_skip_nodes(tiny_export: Path) -> None:
@@ -23,7 +23,7 @@ def test_a_float32_export_is_refused_with_the_flag_that_helps(
 ) -> None:
     folder = read_onnx_folder(export_writer(tmp_path / "float32", dtype="float32"))
     with pytest.raises(InputError, match="float16") as caught:
-        require_float16(folder)
+        folder.require_float16()
     assert "--dtype float16" in caught.value.details["change"]
 
 
@@ -72,5 +72,5 @@ def test_the_cpu_profile_is_refused_before_its_dtype_is_looked_at(
 ) -> None:
     folder = read_onnx_folder(export_writer(tmp_path / "cpu", profile="cpu", dtype="float32"))
     with pytest.raises(InputError, match="own operators") as caught:
-        require_float16(folder)
+        folder.require_float16()
     assert "without --profile cpu" in caught.value.details["change"]

@@ -10,8 +10,9 @@ import pytest
 from pipeline.errors import InputError, ResourceError
 from pipeline.kernels import build
 from pipeline.kernels.build import _compile_library, _library_name, build_library
-from pipeline.kernels.interface import Device, Problem, make_counters, open_library
-from pipeline.toolchain import local_nvcc
+from pipeline.kernels.interface import Device, Problem, open_library
+from pipeline.kernels.op import _make_counters
+from trt_plugins.toolchain import local_nvcc
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ def test_the_library_answers_without_a_gpu(library: ctypes.CDLL) -> None:
 
 def test_a_machine_that_gives_no_memory_is_said_plainly(library: ctypes.CDLL) -> None:
     with pytest.raises(ResourceError, match="no memory") as raised:
-        make_counters(library, 99, 256)
+        _make_counters(library, 99, 256)
     assert raised.value.exit_status == 4
     assert "cuda:99" in str(raised.value)
     assert "CUDA error" in str(raised.value)

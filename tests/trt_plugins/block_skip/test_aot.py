@@ -13,7 +13,6 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from pipeline.errors import InputError, MissingPackageError
-from pipeline.toolchain import local_nvcc
 from tests.support.emulated import CHECKED, FAST, compile_program
 from trt_plugins.block_skip import aot
 from trt_plugins.block_skip.aot import (
@@ -26,6 +25,7 @@ from trt_plugins.block_skip.aot import (
     _kernel_of,
     _launch_of,
 )
+from trt_plugins.toolchain import local_nvcc
 
 OPS = (MIX, MIX_INDEXED, PRODUCT)
 # Rounding of the result alone is 2^-12 (fp16) and 2^-9 (bf16) of each number at most.

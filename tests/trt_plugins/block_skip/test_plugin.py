@@ -65,7 +65,7 @@ REGISTER = """
 import sys
 import numpy as np
 import tensorrt_rtx as trt
-from pipeline.engine.plugin_library import load_plugin
+from pipeline.engine.standard import _load_plugin
 from pathlib import Path
 
 class Logger(trt.ILogger):
@@ -77,7 +77,7 @@ class Logger(trt.ILogger):
 
 logger = Logger()
 builder = trt.Builder(logger)
-found = load_plugin(trt, Path(sys.argv[1]))
+found = _load_plugin(trt, Path(sys.argv[1]))
 print(sorted((c.name, c.version, c.namespace) for c in found))
 registry = trt.get_plugin_registry()
 creator = registry.get_creator("BlockSkipLinearQuantized", "1", "skipcat")

@@ -11,13 +11,19 @@ import onnx
 import onnx.parser
 import pytest
 
-from pipeline.engine.graph_variants import (
-    needs_stripping,
-    write_split_graph,
-    write_stripped_graph,
-)
+from pipeline.engine import plan
 from pipeline.engine.network import _parse_network
-from pipeline.engine.standard import _parse_version, _require_version
+from pipeline.engine.plan import _choose_plugin, _require_plugin_file
+from pipeline.engine.standard import (
+    _block_skip_creators,
+    _load_plugin,
+    _needs_stripping,
+    _parse_version,
+    _PluginCreator,
+    _require_version,
+    _write_split_graph,
+    _write_stripped_graph,
+)
 from pipeline.errors import InputError
 from pipeline.export.onnx_folder import load_graph
 
@@ -42,6 +48,7 @@ PRODUCT = """
 <domain: "skipcat", opset_import: ["" : 18]>
 BlockSkipProduct (z, b) => (y) { y = MatMul (z, b) }
 """
+OURS = _PluginCreator("BlockSkipLinear", "1", "skipcat")
 
 
 def answers(path: Path) -> list[np.ndarray]:
@@ -65,7 +72,7 @@ def test_the_split_graph_computes_the_same(
     tmp_path: Path, export_writer: Callable[..., Path]
 ) -> None:
     source = export_writer(tmp_path / "onnx", profile="compat", dtype="float32") / "model.onnx"
-    split = write_split_graph(source, tmp_path / "split")
+    split = _write_split_graph(source, tmp_path / "split")
     model = load_graph(split)
     model.functions.extend(map(onnx.parser.parse_function, (MIX, PRODUCT)))
     # ONNX Runtime follows no link to weights.
@@ -85,14 +92,14 @@ def test_an_indexed_node_passes_its_index_to_the_first_product(
             node.op_type = "BlockSkipLinearIndexed"
             node.input.append("order")
     path.write_bytes(model.SerializeToString())
-    nodes = load_graph(write_split_graph(path, tmp_path / "split")).graph.node
+    nodes = load_graph(_write_split_graph(path, tmp_path / "split")).graph.node
     mixes = [node for node in nodes if node.op_type == "BlockSkipMixIndexed"]
     assert [list(node.input)[2:] for node in mixes] == [["order"], ["order"]]
 
 
 def test_every_node_becomes_two_that_must_be_embedded(tiny_export: Path, tmp_path: Path) -> None:
     before = (tiny_export / "model.onnx").read_bytes()
-    split = write_split_graph(tiny_export / "model.onnx", tmp_path / "split")
+    split = _write_split_graph(tiny_export / "model.onnx", tmp_path / "split")
     model = load_graph(split)
     ours = [node for node in model.graph.node if node.domain == "skipcat"]
     assert [node.op_type for node in ours] == ["BlockSkipMix", "BlockSkipProduct"] * 2
@@ -118,14 +125,14 @@ def test_every_node_becomes_two_that_must_be_embedded(tiny_export: Path, tmp_pat
 def test_only_versions_that_prefer_the_function_need_stripping(
     version: str, registered: bool, expected: bool
 ) -> None:
-    assert needs_stripping(_parse_version(version), registered) is expected
+    assert _needs_stripping(_parse_version(version), registered) is expected
 
 
 def test_stripping_leaves_nodes_and_weights_and_takes_the_bodies(
     tiny_export: Path, tmp_path: Path
 ) -> None:
     source = tiny_export / "model.onnx"
-    stripped = write_stripped_graph(source, tmp_path / "stripped")
+    stripped = _write_stripped_graph(source, tmp_path / "stripped")
     before, after = load_graph(source), load_graph(stripped)
     assert len(before.functions) == 1
     assert len(after.functions) == 0
@@ -142,14 +149,14 @@ def test_tensorrts_parser_follows_the_link_to_the_weights(
 ) -> None:
     """The real function bodies put back: only the weights' link is in question."""
     trt = pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx-cu13")
-    stripped = write_stripped_graph(tiny_export / "model.onnx", tmp_path / "stripped")
+    stripped = _write_stripped_graph(tiny_export / "model.onnx", tmp_path / "stripped")
     stripped.write_bytes((tiny_export / "model.onnx").read_bytes())
     assert _parse_network(trt, stripped).network.num_layers > 0
 
 
 def test_the_original_graph_is_not_touched(tiny_export: Path, tmp_path: Path) -> None:
     before = (tiny_export / "model.onnx").read_bytes()
-    write_stripped_graph(tiny_export / "model.onnx", tmp_path / "stripped")
+    _write_stripped_graph(tiny_export / "model.onnx", tmp_path / "stripped")
     assert (tiny_export / "model.onnx").read_bytes() == before
 
 
@@ -166,3 +173,40 @@ def test_the_oldest_tensorrt_of_each_export_is_taken(version: str, profile: str)
 
 def test_a_version_suffix_is_left_out() -> None:
     assert _parse_version("11.4.0.post1") == (11, 4, 0)
+
+
+def test_only_the_name_version_and_namespace_of_the_nodes_count() -> None:
+    others = [
+        _PluginCreator("BlockSkipLinear", "1", ""),
+        _PluginCreator("BlockSkipLinear", "2", "skipcat"),
+        _PluginCreator("NMS", "1", "skipcat"),
+    ]
+    assert _block_skip_creators([*others, OURS]) == [OURS]
+
+
+def test_a_missing_library_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="missing"):
+        _require_plugin_file(tmp_path / "absent.so")
+
+
+def test_a_file_that_is_no_library_is_refused(tmp_path: Path) -> None:
+    trt = pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx-cu13")
+    path = tmp_path / "empty.so"
+    path.write_bytes(b"not a library")
+    with pytest.raises(InputError, match="cannot load"):
+        _load_plugin(trt, path)
+
+
+def test_the_plugin_that_was_built_is_taken_unless_another_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built, named = tmp_path / "built.so", tmp_path / "named.so"
+    monkeypatch.setattr(plan, "BUILT_PLUGIN", built)
+    path, said = _choose_plugin(None)
+    assert path is None
+    assert "make plugin" in said
+    assert "function body" in said
+    built.write_bytes(b"")
+    assert _choose_plugin(None)[0] == built
+    named.write_bytes(b"")
+    assert _choose_plugin(named)[0] == named

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import toolchain
 from pipeline.errors import InputError
+from trt_plugins import toolchain
 
 
 def write_headers(folder: Path, version: tuple[int, int, int], enterprise: bool) -> Path:
