@@ -20,7 +20,6 @@ from pipeline.export.contract import CPU, DEFAULT_PROFILE, FLOAT16, FLOAT32
 from pipeline.export.export import export_folder
 from pipeline.export.request import ExportRequest
 from pipeline.memory import peak_bytes
-from pipeline.model.task import TEXT, adapter_of
 from pipeline.progress import note
 from pipeline.provenance import provenance
 
@@ -78,17 +77,13 @@ class BuildRequest:
         """What the last stage is asked to do."""
         from validate.run import ValidateRequest
 
-        options = adapter_of(TEXT, "ledger").options(
-            self.compress.model,
+        return ValidateRequest.of(
+            artefacts,
+            seed=self.compress.seed,
+            trust_remote_code=self.compress.trust_remote_code,
             text=self.eval_text,
             windows=self.eval_windows,
             window_length=self.eval_length,
-        )
-        return ValidateRequest(
-            artefacts,
-            options,
-            seed=self.compress.seed,
-            trust_remote_code=self.compress.trust_remote_code,
         )
 
 

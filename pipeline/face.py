@@ -111,7 +111,7 @@ def validate(
         build: a folder that holds checkpoint/, onnx*/ and engine*/, or the artefacts one by one.
         output: folder for ledger.json and ledger.html; None writes nothing.
         overwrite: replace it if it exists.
-        settings: fields of `validate.run.ValidateRequest`, such as `text="test.txt"`.
+        settings: as `validate.run.ValidateRequest.of` takes them, such as `text="test.txt"`.
 
     Returns:
         The ledger, whatever its verdict; `ledger.failures` is empty when all stages passed.
@@ -127,7 +127,7 @@ def validate(
     if output is not None:
         refuse_existing(Path(output), overwrite=overwrite)
     artefacts = Artefacts.find(Path(build)) if isinstance(build, (str, Path)) else build
-    ledger = run(ValidateRequest(artefacts, **settings))
+    ledger = run(ValidateRequest.of(artefacts, **settings))
     if output is not None:
         write_reports(ledger, Path(output), overwrite=overwrite)
     return ledger

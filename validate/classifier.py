@@ -85,7 +85,14 @@ class _Outputs:
 def _options(
     original: str, *, images: str | None = None, image_count: int | None = None, **text: Any
 ) -> ImageOptions:
-    """The options among the flags; those of texts have defaults, and mean nothing here."""
+    """The options among the flags that were given; raise UsageError for those of texts."""
+    if text:
+        raise UsageError(
+            "An image classifier takes no text.",
+            where=", ".join("--" + name.replace("_", "-") for name in text),
+            observed=original,
+            change="give --images",
+        )
     return ImageOptions(images, image_count or _DEFAULT_IMAGES)
 
 

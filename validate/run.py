@@ -1,4 +1,4 @@
-"""The verb: artefacts and inputs in, a ledger out."""
+"""The command: artefacts and inputs in, a ledger out."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.model.task import adapter_of
+from pipeline.model.task import adapter_of, task_of_model
 from pipeline.provenance import provenance
 from validate.ledger import Adapter, Options, run_ledger
 from validate.record import Ledger
@@ -34,6 +34,26 @@ class ValidateRequest:
     strict: bool = False
     seed: int = 0
     trust_remote_code: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        artefacts: Artefacts,
+        *,
+        max_kl: float | None = None,
+        strict: bool = False,
+        seed: int = 0,
+        trust_remote_code: bool = False,
+        **inputs: Any,
+    ) -> ValidateRequest:
+        """The request with `inputs` as the task of the original takes them, `text` or `images`.
+
+        Raises:
+            UsageError: inputs of another task.
+        """
+        adapter: Adapter = adapter_of(task_of_model(artefacts.original), "ledger")
+        options = adapter.options(artefacts.original, **inputs)
+        return cls(artefacts, options, max_kl, strict, seed, trust_remote_code)
 
 
 def validate(

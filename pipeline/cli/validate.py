@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from pipeline.artefact import refuse_existing
 from pipeline.cli import options
@@ -15,7 +16,6 @@ from pipeline.errors import UsageError
 
 if TYPE_CHECKING:
     from validate.record import Ledger
-    from validate.run import ValidateRequest
     from validate.stages import Artefacts
 
 _existing_folder = click.Path(path_type=Path, exists=True, file_okay=False)
@@ -97,30 +97,17 @@ def command(
         refuse_existing(output, overwrite=overwrite)
 
     from validate.report import write_reports
-    from validate.run import validate
+    from validate.run import ValidateRequest, validate
 
-    request = _request_of(artefacts, settings)
+    # What was left at its default is for the task to decide.
+    source = click.get_current_context().get_parameter_source
+    given = {n: v for n, v in settings.items() if source(n) is not ParameterSource.DEFAULT}
+    request = ValidateRequest.of(artefacts, **given)
     ledger = validate(request, lambda message: click.echo(message, err=True))
     if output is not None:
         write_reports(ledger, output, overwrite=overwrite)
     _show(ledger, output, as_json)
     ledger.require_passed()
-
-
-def _request_of(artefacts: Artefacts, settings: dict[str, Any]) -> ValidateRequest:
-    """What to do with the artefacts; the task of the original says which inputs it takes.
-
-    Raises:
-        UsageError: inputs of another task.
-    """
-    from pipeline.model.task import adapter_of, task_of_model
-    from validate.run import ValidateRequest
-
-    names = ("max_kl", "strict", "seed", "trust_remote_code")
-    shared = {name: settings.pop(name) for name in names}
-    adapter = adapter_of(task_of_model(artefacts.original), "ledger")
-    inputs = adapter.options(artefacts.original, **settings)
-    return ValidateRequest(artefacts, inputs, **shared)
 
 
 def _gather(

@@ -179,6 +179,15 @@ def test_polygraphys_verdict_is_in_the_ledger_and_counts(
     assert again.polygraphy_passed is None
 
 
+@pytest.mark.parametrize("option", ["--text", "--windows", "--max-new-tokens"])
+def test_options_of_texts_are_refused_for_a_classifier(
+    option: str, sources: dict[str, Path], images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original = ("--original", str(sources["vit"]), "--images", str(images))
+    assert main(["validate", *original, option, "40"]) == 2
+    assert option in capsys.readouterr().err
+
+
 def test_a_classifier_without_images_is_refused_before_it_is_loaded() -> None:
     with pytest.raises(UsageError, match="validated on images"):
         ImageOptions(None).check(Artefacts("nowhere"))
