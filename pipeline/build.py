@@ -16,7 +16,7 @@ from pipeline.compress.request import CompressRequest
 from pipeline.compress.run import compress_to_folder
 from pipeline.engine.target import Target, resolve_target
 from pipeline.errors import InputError, UsageError
-from pipeline.export.contract import CPU, DEFAULT_PROFILE, FLOAT16, FLOAT32
+from pipeline.export.contract import CPU, DEFAULT_MAX_LENGTH, DEFAULT_PROFILE, FLOAT16, FLOAT32
 from pipeline.export.export import export_folder
 from pipeline.export.request import ExportRequest
 from pipeline.memory import peak_bytes
@@ -47,7 +47,7 @@ class BuildRequest:
 
     compress: CompressRequest
     target: str = "auto"
-    max_length: int = 2048
+    max_length: int = DEFAULT_MAX_LENGTH
     eval_text: str = "self"
     eval_windows: int = 16
     eval_length: int = 256

@@ -19,8 +19,8 @@ FLOORS = (
     "model",
     "calibrate",
     "checkpoint",
-    "compress",
     "export",
+    "compress",  # what a file of a runtime holds is said by export's contract
     "kernels",
     "engine",
     "runtime",

@@ -230,7 +230,7 @@ def _measured_row(bench: Bench, cell: _Cell, dense_nlls: np.ndarray) -> dict[str
     ready = CalibratedDecoder.at_hand(model, layers, fitted, costs)
     ready.measure(request)
     done = compress_(ready, plan, dtype=dtype, fit=fit)
-    entries = ready.quantize_embeddings_(plan.tables, imported(fit.quantize))
+    entries = ready.quantize_embeddings_(plan.embeddings, imported(fit.quantize))
     seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
     with tempfile.TemporaryDirectory() as folder:
         modules = done.modules | entries
@@ -249,7 +249,7 @@ def _measured_row(bench: Bench, cell: _Cell, dense_nlls: np.ndarray) -> dict[str
         "kept_fraction": plan.kept_fraction,
         "expected_kl": sum(group.expected_kl or 0.0 for group in plan.groups),
         "forms": _forms_of(plan),
-        "tables": plan.tables,
+        "tables": plan.embeddings,
         **quality_fields(quality, dense_nlls),
         "plan_seconds": round(plan_seconds, 1),
         "plan_cpu_seconds": round(plan_cpu, 1),
@@ -262,7 +262,7 @@ def _forms_of(plan: Any) -> dict[str, int]:
     """How many groups there are of each form and pair of formats."""
     counts: dict[str, int] = {}
     for group in plan.groups:
-        name = " ".join(filter(None, (group.form, group.down_style, group.up_style)))
+        name = " ".join(filter(None, (group.form, group.down_format, group.up_format)))
         counts[name] = counts.get(name, 0) + 1
     return dict(sorted(counts.items(), key=lambda item: -item[1]))
 

@@ -115,7 +115,7 @@ def _costs(
                     "whole_layer": len(part) == len(changed),
                     "alone": len(part) == 1,
                     "form": part[0].form,
-                    "styles": [part[0].down_style, part[0].up_style],
+                    "styles": [part[0].down_format, part[0].up_format],
                     "rank": part[0].rank,
                     "expected_kl": sum(group.expected_kl or 0.0 for group in part),
                     "measured_kl": _measured(model, part, tensors, windows, expected),
@@ -135,7 +135,7 @@ def _measured(
     """Mean KL to the original with some groups compressed; the model is as it was afterwards."""
     before = {m: model.get_submodule(m) for group in groups for m in group.members}
     for group in groups:
-        styles = (group.down_style, group.up_style)
+        styles = (group.down_format, group.up_format)
         install_(model, group_entries(group.members, group.form, group.rank, *styles), tensors)
     losses = []
     for window, log_p in zip(windows, expected, strict=True):

@@ -66,12 +66,12 @@ def group_entries(
     members: tuple[str, ...],
     form: str,
     rank: int,
-    down_style: str | None = None,
-    up_style: str | None = None,
+    down_format: str | None = None,
+    up_format: str | None = None,
 ) -> dict[str, dict[str, Any]]:
     """`quantization_config.modules` entries of one group, owner first."""
-    styles = {"down_style": down_style, "up_style": up_style}
-    entry = {"form": form, "rank": rank} | {k: v for k, v in styles.items() if v is not None}
+    formats = {"down_style": down_format, "up_style": up_format}
+    entry = {"form": form, "rank": rank} | {k: v for k, v in formats.items() if v is not None}
     shares = form != "dense"
     return {
         member: entry | {"owner": members[0] if shares and member != members[0] else None}

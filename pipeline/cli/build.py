@@ -10,6 +10,7 @@ import click
 
 from pipeline.cli import options
 from pipeline.cli.compress import compression_options
+from pipeline.export.contract import DEFAULT_MAX_LENGTH
 
 if TYPE_CHECKING:
     from pipeline.build import Build
@@ -44,7 +45,7 @@ _evaluation_options = options.apply(
     "builds none.",
 )
 @compression_options
-@options.setting("--max-length", 2048, "Cache length.")
+@options.setting("--max-length", DEFAULT_MAX_LENGTH, "Cache length.")
 @_evaluation_options
 @options.trust_remote_code
 @options.overwrite

@@ -215,7 +215,7 @@ def _show_plan(request: Any, as_json: bool) -> None:
             f"{group.rows} x {group.columns}",
             group.form,
             str(group.rank),
-            " ".join(style or "-" for style in (group.down_style, group.up_style)),
+            " ".join(format or "-" for format in (group.down_format, group.up_format)),
             f"{group.dense_parameters:,}",
             f"{group.kept_parameters:,}",
         )

@@ -10,6 +10,7 @@ import click
 from pipeline.cli import options
 from pipeline.export.contract import (
     CPU,
+    DEFAULT_MAX_LENGTH,
     DEFAULT_PROFILE,
     DTYPES,
     FLOAT32,
@@ -50,7 +51,9 @@ from pipeline.export.contract import (
     "float does not, and shows what the graph alone costs.",
     click.Choice(list(PRODUCTS)),
 )
-@options.setting("--max-length", 2048, "Length of the static cache: prompt and answer together.")
+@options.setting(
+    "--max-length", DEFAULT_MAX_LENGTH, "Length of the static cache: prompt and answer together."
+)
 @options.overwrite
 @options.json_output
 def command(

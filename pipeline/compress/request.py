@@ -163,11 +163,11 @@ class CompressRequest:
 
     def _check_format(self, flag: str, name: str) -> None:
         try:
-            style = Format.parse(name)
+            format = Format.parse(name)
         except ValueError as error:
             raise UsageError("There is no such format.", where=flag, observed=error) from error
         runtime = RUNTIMES[self.runtime]
-        if not runtime.accepts(style):
+        if not runtime.accepts(format):
             raise UsageError(
                 "The runtime does not multiply with matrices of this format.",
                 where=flag,

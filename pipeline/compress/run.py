@@ -130,7 +130,7 @@ def _compress(
     }
     finished = FinishedLayers(folder / _WORK, identity)
     compressed = compress_(calibrated, plan, dtype=dtype, fit=fit, finished=finished)
-    compressed.modules |= calibrated.quantize_embeddings_(plan.tables, imported(fit.quantize))
+    compressed.modules |= calibrated.quantize_embeddings_(plan.embeddings, imported(fit.quantize))
     return plan, compressed
 
 
@@ -145,7 +145,7 @@ def _write(
 ) -> None:
     save_checkpoint(compressed.model, opened.processor, compressed.modules, folder, dtype)
     report["totals"]["stored_bytes"] = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
-    report["tables"] = plan.tables
+    report["tables"] = plan.embeddings
     plan.save(folder / "plan.json")
     save_plan_chart(plan, folder / "plan.svg")
     write_json(folder / "recipe.json", recipe)
@@ -178,7 +178,7 @@ def _build_report(
         "factored": len(factored),
         "kept_dense": len(groups) - len(factored),
         "in_few_bits": sum("up_style" in group for group in groups)
-        + len(set(plan.tables.values())),
+        + len(set(plan.embeddings.values())),
         "largest": max((g.get("largest_interpolation", 0.0) for g in factored), default=0.0),
         "seconds": seconds,
         "resident_bytes": memory.rss,

@@ -120,8 +120,8 @@ def _plan_entries(planned: tuple[GroupPlan, ...]) -> dict[str, dict[str, Any]]:
     entries: dict[str, dict[str, Any]] = {}
     for group in planned:
         if not group.is_unchanged:
-            styles = (group.down_style, group.up_style)
-            entries |= group_entries(group.members, group.form, group.rank, *styles)
+            formats = (group.down_format, group.up_format)
+            entries |= group_entries(group.members, group.form, group.rank, *formats)
     return entries
 
 
@@ -207,8 +207,8 @@ def _group_report(group: GroupPlan) -> dict[str, Any]:
         "kept_parameters": group.kept_parameters,
         "expected_kl": group.expected_kl,
     }
-    styles = {"down_style": group.down_style, "up_style": group.up_style}
-    report |= {name: style for name, style in styles.items() if style is not None}
+    formats = {"down_style": group.down_format, "up_style": group.up_format}
+    report |= {name: format for name, format in formats.items() if format is not None}
     if group.is_unchanged:
         report |= {"relative_error": 0.0, "reason": group.reason}
     return report
@@ -240,7 +240,7 @@ def _factored(group: GroupPlan, problem: _Problem, fit: Fit, dtype: torch.dtype)
 def _quantized_dense(group: GroupPlan, problem: _Problem, fit: Fit) -> _Fitted:
     """Tensors and report of matrices that stay dense, quantised."""
     rounding: Rounding = imported(fit.quantize)
-    format = Format.parse(group.up_style or "")
+    format = Format.parse(group.up_format or "")
     codes = rounding.matrix(problem.target, format, problem.geometry, problem.sensitivities)
     error = relative_output_error(problem.target, codes.values(), problem.inputs.seen)
     report = _group_report(group) | {"relative_error": 0.0, "rounded_relative_error": error}

@@ -146,3 +146,5 @@ _PROFILES = (
 )  # fmt: skip
 PROFILES = {profile.name: profile for profile in _PROFILES}
 DEFAULT_PROFILE = OPSET24
+# Tokens that a cache holds, prompt and answer together; never more than the model's positions.
+DEFAULT_MAX_LENGTH = 2048

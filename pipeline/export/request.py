@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pipeline.errors import UsageError
 from pipeline.export.contract import (
     CPU,
+    DEFAULT_MAX_LENGTH,
     DEFAULT_PROFILE,
     DTYPES,
     FLOAT,
@@ -42,7 +43,7 @@ class ExportRequest:
 
     profile: str = DEFAULT_PROFILE
     dtype: str = FLOAT32
-    max_length: int = 2048
+    max_length: int = DEFAULT_MAX_LENGTH
     weights: str | None = None
     products: str = INTEGER
 

@@ -22,7 +22,7 @@ def save_plan_chart(plan: RankPlan, path: Path) -> None:
     the original, scales and all. A stack that shares its right factor has one colour, and an
     outline around its members.
     """
-    is_quantized = any(group.up_style or group.down_style for group in plan.groups)
+    is_quantized = any(group.up_format or group.down_format for group in plan.groups)
     roles = list(
         dict.fromkeys(
             member.removeprefix(f"{layer}.")

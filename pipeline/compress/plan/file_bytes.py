@@ -6,14 +6,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from pipeline.compress.plan.plan import GroupPlan
+from pipeline.export.contract import DEFAULT_MAX_LENGTH
 from pipeline.quantize.formats import Format, Runtime
 
 _INDEX_BYTES = 4
 # A safetensors header names every tensor with its type, shape and place.
 _NAME_BYTES = 140
-# What an export's cache holds unless --max-length says otherwise; a graph that holds the angles of
-# every position holds so many.
-_DEFAULT_MAX_LENGTH = 2048
 
 
 def matrix_bytes(rows: int, columns: int, format: Format | None, runtime: Runtime) -> int:
@@ -81,6 +79,6 @@ def fixed_bytes(
             total += parameter.numel() * runtime.float_bytes + _NAME_BYTES
     if runtime.holds_angles and rotary_width:
         config = model.config.get_text_config()
-        limit = getattr(config, "max_position_embeddings", None) or _DEFAULT_MAX_LENGTH
-        total += min(_DEFAULT_MAX_LENGTH, limit) * rotary_width * runtime.float_bytes
+        limit = getattr(config, "max_position_embeddings", None) or DEFAULT_MAX_LENGTH
+        total += min(DEFAULT_MAX_LENGTH, limit) * rotary_width * runtime.float_bytes
     return total

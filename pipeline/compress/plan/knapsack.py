@@ -50,8 +50,8 @@ def allocate(sizes: Sequence[np.ndarray], losses: Sequence[np.ndarray], budget: 
     front_sizes = [s[front].astype(float) for s, front in zip(sizes, fronts, strict=True)]
     front_losses = [e[front].astype(float) for e, front in zip(losses, fronts, strict=True)]
     chosen = _solve(front_sizes, front_losses, budget)
-    _come_within_(chosen, front_sizes, front_losses, budget)
-    _spend_the_rest_(chosen, front_sizes, front_losses, budget)
+    _repair_excess_(chosen, front_sizes, front_losses, budget)
+    _use_slack_(chosen, front_sizes, front_losses, budget)
     return [int(front[c]) for front, c in zip(fronts, chosen, strict=True)]
 
 
@@ -96,7 +96,7 @@ def _silent_stdout() -> Iterator[None]:
         os.close(nowhere)
 
 
-def _come_within_(
+def _repair_excess_(
     chosen: list[int], sizes: list[np.ndarray], losses: list[np.ndarray], budget: int
 ) -> None:
     """Step down where it loses least, while the budget is exceeded; changes `chosen`.
@@ -108,7 +108,7 @@ def _come_within_(
         chosen[min(steps)[1]] -= 1
 
 
-def _spend_the_rest_(
+def _use_slack_(
     chosen: list[int], sizes: list[np.ndarray], losses: list[np.ndarray], budget: int
 ) -> None:
     """Take the best step that still fits, until none does; changes `chosen`."""

@@ -84,9 +84,9 @@ def _in_one_format(plan: RankPlan, calibrated: Calibrated, request: CompressRequ
 def _matrices_of(group: GroupPlan) -> dict[str, tuple[str | None, int]]:
     """Format and columns of what a group stores."""
     if group.form == "dense":
-        return {"the matrix": (group.up_style, group.columns)}
+        return {"the matrix": (group.up_format, group.columns)}
     width = group.columns - group.rank if group.form == "skip" else group.columns
-    return {"A'": (group.down_style, width), "B'": (group.up_style, group.rank)}
+    return {"A'": (group.down_format, width), "B'": (group.up_format, group.rank)}
 
 
 def _require_taken(name: str, format: str | None, columns: int, request: CompressRequest) -> None:
@@ -106,7 +106,7 @@ def _require_taken(name: str, format: str | None, columns: int, request: Compres
 
 def _in_format(group: GroupPlan, format: str) -> GroupPlan:
     down = None if group.form == "dense" else format
-    return replace(group, down_style=down, up_style=format, reason=None)
+    return replace(group, down_format=down, up_format=format, reason=None)
 
 
 def _plan_in_bytes(request: CompressRequest, calibrated: Calibrated) -> RankPlan:

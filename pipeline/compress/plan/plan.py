@@ -34,9 +34,9 @@ class GroupPlan:
         rank: r; min(m, n) for dense.
         reason: why it stays dense; None otherwise.
         expected_kl: what it is expected to cost, nats per token; None when it was not estimated.
-        down_style: low-bit format of A' or A (see `pipeline.quantize.formats`); None for
+        down_format: low-bit format of A' or A (see `pipeline.quantize.formats`); None for
             numbers of the checkpoint's type.
-        up_style: of B' or B, or of the dense matrices, likewise.
+        up_format: of B' or B, or of the dense matrices, likewise.
     """
 
     members: tuple[str, ...]
@@ -46,8 +46,8 @@ class GroupPlan:
     rank: int
     reason: str | None = None
     expected_kl: float | None = None
-    down_style: str | None = None
-    up_style: str | None = None
+    down_format: str | None = None
+    up_format: str | None = None
 
     @classmethod
     def at_rank(cls, members: Members, rows: int, columns: int, form: Form, rank: int) -> GroupPlan:
@@ -60,14 +60,14 @@ class GroupPlan:
     @property
     def is_unchanged(self) -> bool:
         """Whether the matrices are stored as they were."""
-        return self.form == "dense" and self.up_style is None
+        return self.form == "dense" and self.up_format is None
 
     @property
     def formats(self) -> tuple[Format | None, Format | None]:
         """Of `down` and of `up`; None for numbers."""
         down, up = (
             None if name is None else Format.parse(name)
-            for name in (self.down_style, self.up_style)
+            for name in (self.down_format, self.up_format)
         )
         return down, up
 
@@ -88,12 +88,12 @@ class RankPlan:
 
     Attributes:
         layers: layer name -> its groups.
-        tables: module name of an embedding or an LM head -> its low-bit format; those that are not
-            named stay as they are.
+        embeddings: module name of an embedding or an LM head -> its low-bit format; those that
+            are not named stay as they are.
     """
 
     layers: dict[str, tuple[GroupPlan, ...]]
-    tables: dict[str, str] = field(default_factory=dict)
+    embeddings: dict[str, str] = field(default_factory=dict)
 
     @property
     def groups(self) -> list[GroupPlan]:
@@ -120,18 +120,18 @@ class RankPlan:
                 for name, entries in raw["layers"].items()
             }
             tables = {
-                str(name): _style_from(style) for name, style in raw.get("tables", {}).items()
+                str(name): _checked_format(format) for name, format in raw.get("tables", {}).items()
             }
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError("The rank plan cannot be read.", where=path, observed=error) from error
         _check_fit(path, planned, layers)
-        return cls(planned, {name: style for name, style in tables.items() if style})
+        return cls(planned, {name: format for name, format in tables.items() if format})
 
     def save(self, path: Path) -> None:
         """Write plan.json."""
         layers = {name: [_entry(group) for group in groups] for name, groups in self.layers.items()}
         value = {"schema": _SCHEMA, "kept_fraction": self.kept_fraction, "layers": layers}
-        write_json(path, value | {"tables": self.tables})
+        write_json(path, value | {"tables": self.embeddings})
 
 
 @dataclass(frozen=True)
@@ -139,12 +139,12 @@ class EmbeddingChoice:
     """One way to store an embedding, a head, or both where they are one matrix.
 
     Attributes:
-        tables: module name -> format; empty where it stays as it is.
+        embeddings: module name -> format; empty where it stays as it is.
         stored_bytes: in the runtime's file.
         loss: KL to the original, nats per token, measured.
     """
 
-    tables: dict[str, str]
+    embeddings: dict[str, str]
     stored_bytes: int
     loss: float
 
@@ -276,8 +276,13 @@ def _check_fit(path: Path, planned: dict[str, tuple[GroupPlan, ...]], layers: li
             )
 
 
+# plan.json says "style" where everything else says "format".
+_WRITTEN_AS = {"down_format": "down_style", "up_format": "up_style"}
+
+
 def _entry(group: GroupPlan) -> dict[str, Any]:
-    return asdict(group) | {
+    fields = {_WRITTEN_AS.get(name, name): value for name, value in asdict(group).items()}
+    return fields | {
         "members": list(group.members),
         "dense_parameters": group.dense_parameters,
         "kept_parameters": group.kept_parameters,
@@ -296,12 +301,11 @@ def _group_from(entry: dict[str, Any]) -> GroupPlan:
         int(entry["rank"]),
         entry.get("reason"),
         entry.get("expected_kl"),
-        _style_from(entry.get("down_style")),
-        _style_from(entry.get("up_style")),
+        *(_checked_format(entry.get(name)) for name in _WRITTEN_AS.values()),
     )
 
 
-def _style_from(name: str | None) -> str | None:
+def _checked_format(name: str | None) -> str | None:
     """A format's name as it is written, checked."""
     return None if name is None else Format.parse(name).name
 

@@ -293,7 +293,7 @@ def searched_bits(
     places = allocate(sizes, losses, left)
     named: dict[str, str] = {}
     for choices, index in zip(tables, places[len(groups) :], strict=True):
-        named |= choices[index].tables
+        named |= choices[index].embeddings
     return RankPlan(_chosen(layers, options, places[: len(groups)]), named)
 
 

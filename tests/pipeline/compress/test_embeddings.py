@@ -33,7 +33,7 @@ def test_every_format_is_measured_and_the_model_is_as_it_was(family: str, groups
     for every in choices:
         assert len(every) == 1 + len(runtime.table)
         whole, *few = every
-        assert (whole.tables, whole.loss) == ({}, 0.0)
+        assert (whole.embeddings, whole.loss) == ({}, 0.0)
         assert 0 < few[0].stored_bytes < whole.stored_bytes
         assert few[0].loss > few[-1].loss > 0  # 2 bits against 8
 
@@ -44,7 +44,7 @@ def test_the_cost_of_a_format_is_the_kl_to_the_model_as_it_is() -> None:
     choice = Embeddings(model).choices(TOKENS, RUNTIMES["any"])[0][1]
     with torch.no_grad():
         before = model(windows).logits.log_softmax(-1)
-        Embeddings(model).quantize_(choice.tables, TOKENS, GPTQ)
+        Embeddings(model).quantize_(choice.embeddings, TOKENS, GPTQ)
         after = model(windows).logits.log_softmax(-1)
     expected = (before.exp() * (before - after)).sum(-1).mean()
     assert choice.loss == pytest.approx(float(expected), rel=1e-4)
@@ -98,7 +98,7 @@ def test_a_tied_table_pays_on_the_cpu_for_scales_and_zeros_in_two_shapes() -> No
 def test_formats_that_the_runtime_takes_no_such_width_in_are_no_choice() -> None:
     model = tiny_model("smollm")
     taken = Embeddings(model).choices(TOKENS[:1], RUNTIMES["tensorrt"])[0]
-    assert [set(choice.tables.values()) for choice in taken] == [set(), {"int8-row-sym"}]
+    assert [set(choice.embeddings.values()) for choice in taken] == [set(), {"int8-row-sym"}]
 
 
 @pytest.mark.parametrize("family", ["smollm", "llama"])

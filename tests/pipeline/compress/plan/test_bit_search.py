@@ -69,7 +69,7 @@ def searched(budget: int, runtime: Runtime = SMALL) -> RankPlan:
 
 
 def size_and_loss(plan: RankPlan) -> tuple[int, float]:
-    table = TABLES[0][1 if plan.tables else 0]
+    table = TABLES[0][1 if plan.embeddings else 0]
     size = sum(group_bytes(group, SMALL) for group in plan.groups)
     loss = sum(group.expected_kl or 0.0 for group in plan.groups)
     return size + table.stored_bytes + FIXED, loss + table.loss
@@ -82,7 +82,7 @@ def every_way(group: Group, members: Members) -> list[tuple[int, float]]:
     full, noise = min(rows, columns), NOISES[members]
     found = []
     for place, style in enumerate((None, *STYLES)):
-        plan = GroupPlan(members, rows, columns, "dense", full, up_style=style)
+        plan = GroupPlan(members, rows, columns, "dense", full, up_format=style)
         found.append((group_bytes(plan, SMALL), 0.0 if place == 0 else noise.dense[place - 1]))
     for rank, d, u in itertools.product(range(1, full), range(3), range(3)):
         down, up = noise.at(np.array([rank]))
@@ -126,7 +126,7 @@ def test_a_larger_budget_never_loses_more() -> None:
 def test_where_all_fits_nothing_changes() -> None:
     plan = searched(1_000_000)
     assert all(group.is_unchanged for group in plan.groups)
-    assert plan.tables == {}
+    assert plan.embeddings == {}
     assert size_and_loss(plan)[1] == 0
 
 
@@ -166,11 +166,11 @@ def test_tensorrt_is_given_whole_blocks_only(share: float, skip: bool) -> None:
     for group in plan.groups:
         width = group.columns - group.rank if skip else group.columns
         matrices = (
-            [(group.up_style, group.columns)]
+            [(group.up_format, group.columns)]
             if group.form == "dense"
-            else [(group.down_style, width), (group.up_style, group.rank)]
+            else [(group.down_format, width), (group.up_format, group.rank)]
         )
         for style, columns in matrices:
             assert style is None or runtime.accepts(Format.parse(style), columns)
-    styles = {style for g in plan.groups for style in (g.down_style, g.up_style)}
+    styles = {style for g in plan.groups for style in (g.down_format, g.up_format)}
     assert styles & {"int4-b64-sym", "int4-b128-sym"}
