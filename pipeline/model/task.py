@@ -1,4 +1,4 @@
-"""What a model is for, by what its folder says: the one place where verbs tell models apart."""
+"""What a model is for, by what its folder says: the one place where commands tell models apart."""
 
 from __future__ import annotations
 
