@@ -85,6 +85,16 @@ def test_a_method_with_its_own_allocation_is_one_file_and_one_row(
     assert len(touched) <= 2
 
 
+def test_an_allocation_that_does_not_exist_is_an_error_and_no_other_allocation(
+    source: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = Method("nothing", True, True, _Allocation("none", "no_such:allocate"), ONE_SIDED)
+    monkeypatch.setitem(METHODS, "none", row)
+    with pytest.raises(ModuleNotFoundError, match="no_such"):
+        compress_to_folder(request(source, text, method="none"), tmp_path / "small")
+    assert not (tmp_path / "small").exists()
+
+
 def test_a_format_of_the_known_kinds_is_a_row(
     source: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from benchmarks.models import save_tiny_folder
 from pipeline.compress.channel_scaling import _channel_scales, scale_channels_
+from pipeline.compress.request import CompressRequest
+from pipeline.compress.run import compress_to_folder, plan_only
 from pipeline.model.structure import decoder_structure
 from tests.support.families import FAMILIES, tiny_model
 
@@ -70,3 +75,17 @@ def test_powers_out_of_range_and_broken_moments_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=r"outside|NaN"):
         _channel_scales(moment, power)
+
+
+def test_the_plan_that_is_shown_is_of_scaled_channels_as_the_one_that_is_followed(
+    tmp_path: Path,
+) -> None:
+    source = save_tiny_folder(tmp_path / "source")
+    (tmp_path / "text.txt").write_text("Whales sing, and people listen to them. " * 200)
+    request = CompressRequest(
+        str(source), 0.7, balance=1.0, effort="fast", calibration=str(tmp_path / "text.txt"),
+        windows=16, window_length=32,
+    )  # fmt: skip
+    compress_to_folder(request, tmp_path / "small")
+    plan_only(request).save(tmp_path / "shown.json")
+    assert (tmp_path / "shown.json").read_text() == (tmp_path / "small" / "plan.json").read_text()

@@ -16,6 +16,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Pr
 from pipeline.calibrate.images import load_images
 from pipeline.checkpoint.dense import export_dense
 from pipeline.checkpoint.folder import load_checkpoint
+from pipeline.compress.methods import EFFORTS
 from pipeline.compress.request import CompressRequest
 from pipeline.compress.run import compress_to_folder, plan_only
 from pipeline.errors import InputError, UsageError
@@ -135,6 +136,8 @@ def test_the_folder_says_what_it_is(checkpoints: dict[str, Path]) -> None:
     }  # fmt: skip
     recipe = json.loads((folder / "recipe.json").read_text())
     assert recipe["task"] == "image-classification"
+    assert recipe["effort"]["windows"] == EFFORTS["default"].windows
+    assert recipe["held_dtype"] == "float32"
     assert recipe["calibration"]["images"] == 80
     assert AutoImageProcessor.from_pretrained(folder).size["height"] == 16
     assert "pipeline_tag: image-classification" in (folder / "README.md").read_text()
@@ -204,6 +207,19 @@ def test_a_budget_of_bytes_is_met_and_used(
     model = load_checkpoint(tmp_path / "checkpoint", dtype=torch.float32)
     top1 = logits_of(model).argmax(-1) == logits_of(tiny_classifier("vit")).argmax(-1)
     assert top1.float().mean() >= 0.6
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_a_quantiser_leaves_every_rank_whatever_fraction_is_kept(
+    method: str, sources: dict[str, Path], images: Path
+) -> None:
+    request = CompressRequest(
+        str(sources["vit"]), 0.6, method=method, weights="int4-b16-asym", runtime="any",
+        calibration=str(images),
+    )  # fmt: skip
+    plan = plan_only(request)
+    assert {group.form for group in plan.groups} == {"dense"}
+    assert plan.kept_fraction == 1
 
 
 def test_a_plan_can_be_shown_without_writing_anything(
