@@ -203,7 +203,7 @@ def _show_plan(request: Any, as_json: bool) -> None:
 
     plan = plan_only(request)
     if as_json:
-        groups = [vars(g) | {"kept_parameters": g.kept_parameters} for g in plan.groups]
+        groups = [group.to_json() for group in plan.groups]
         click.echo(json.dumps({"kept_fraction": plan.kept_fraction, "groups": groups}, indent=2))
         return
     table = Table(title=f"{request.model}: {plan.kept_fraction:.2%} would be kept")

@@ -22,6 +22,10 @@ Members = tuple[str, ...]
 Curves = dict[Members, np.ndarray]
 
 
+# plan.json says "style" where everything else says "format".
+_WRITTEN_AS = {"down_format": "down_style", "up_format": "up_style"}
+
+
 @dataclass(frozen=True)
 class GroupPlan:
     """What becomes of one stack of matrices that share an input.
@@ -56,6 +60,15 @@ class GroupPlan:
         if reason:
             return cls(members, rows, columns, "dense", min(rows, columns), reason)
         return cls(members, rows, columns, form, rank)
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as plan.json has them, with the numbers before and after."""
+        fields = {_WRITTEN_AS.get(name, name): value for name, value in asdict(self).items()}
+        return fields | {
+            "members": list(self.members),
+            "dense_parameters": self.dense_parameters,
+            "kept_parameters": self.kept_parameters,
+        }
 
     @property
     def is_unchanged(self) -> bool:
@@ -129,7 +142,9 @@ class RankPlan:
 
     def save(self, path: Path) -> None:
         """Write plan.json."""
-        layers = {name: [_entry(group) for group in groups] for name, groups in self.layers.items()}
+        layers = {
+            name: [group.to_json() for group in groups] for name, groups in self.layers.items()
+        }
         value = {"schema": _SCHEMA, "kept_fraction": self.kept_fraction, "layers": layers}
         write_json(path, value | {"tables": self.embeddings})
 
@@ -274,19 +289,6 @@ def _check_fit(path: Path, planned: dict[str, tuple[GroupPlan, ...]], layers: li
                 observed=f"{group.rows} rows, rank {group.rank}",
                 expected=f"{heights} rows, rank 1 to {min(heights, group.columns)}",
             )
-
-
-# plan.json says "style" where everything else says "format".
-_WRITTEN_AS = {"down_format": "down_style", "up_format": "up_style"}
-
-
-def _entry(group: GroupPlan) -> dict[str, Any]:
-    fields = {_WRITTEN_AS.get(name, name): value for name, value in asdict(group).items()}
-    return fields | {
-        "members": list(group.members),
-        "dense_parameters": group.dense_parameters,
-        "kept_parameters": group.kept_parameters,
-    }
 
 
 def _group_from(entry: dict[str, Any]) -> GroupPlan:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.compress.plan.plan import RankPlan, uniform_plan
+from pipeline.compress.plan.plan import GroupPlan, RankPlan, uniform_plan
 from pipeline.errors import InputError, UsageError
 from pipeline.model.structure import Layer, decoder_structure
 from tests.support.families import tiny_model
@@ -88,3 +88,10 @@ def test_a_file_that_is_no_plan_is_refused(layers: list[Layer], tmp_path: Path) 
     (tmp_path / "plan.json").write_text("[]")
     with pytest.raises(InputError, match="cannot be read"):
         RankPlan.load(tmp_path / "plan.json", layers)
+
+
+def test_formats_are_written_under_the_names_that_earlier_plans_have() -> None:
+    group = GroupPlan(("q",), 4, 8, "skip", 2, None, 0.1, "int4-b16-asym", "int8-row-sym")
+    written = group.to_json()
+    assert (written["down_style"], written["up_style"]) == ("int4-b16-asym", "int8-row-sym")
+    assert not {"down_format", "up_format"} & set(written)
