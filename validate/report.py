@@ -150,7 +150,7 @@ def _rounding_text(ledger: Ledger) -> str:
         return ""
     formats = ", ".join(f"{style} {count}" for style, count in found.formats.items())
     tables = ", ".join(f"{name} {style}" for name, style in found.tables.items())
-    text = f"in few bits: {found.groups} of {found.all_groups} groups"
+    text = f"quantised: {found.groups} of {found.all_groups} groups"
     text += f" ({formats})" if formats else ""
     text += f"; {tables}" if tables else ""
     if found.truncated is None or found.rounded is None:

@@ -182,7 +182,7 @@ def _quantized_rows(few_bits: dict[str, Any]) -> list[tuple[str, str]]:
     """The row of quantised matrices; none for a graph without them."""
     if not few_bits["matrices"]:
         return []
-    return [("few bits", f"{few_bits['matrices']} matrices, read as codes")]
+    return [("quantised", f"{few_bits['matrices']} matrices, read as codes")]
 
 
 def _context_rows(max_length: int) -> list[tuple[str, str]]:
