@@ -128,7 +128,7 @@ def test_a_checkpoint_of_numbers_has_nothing_to_say(tmp_path: Path, ledger: Ledg
     assert Rounding.read(tmp_path) is None
     printed = io.StringIO()
     print_ledger(replace(ledger, rounding=None), printed)
-    assert "in few bits" not in printed.getvalue()
+    assert "quantised" not in printed.getvalue()
 
 
 def test_tables_alone_in_few_bits_are_named_without_errors_that_nobody_measured(
