@@ -9,9 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import onnx
-import onnx_ir as ir
-
 from pipeline.bench.traffic import CacheTensor, StoredTensor, Traffic
 from pipeline.engine.manifest import read_manifest
 from pipeline.errors import InputError, UsageError
@@ -139,6 +136,8 @@ def _traffic_of_export(folder: Path) -> Traffic:
     Raises:
         InputError: files are missing, or the graph is not the one that the record is for.
     """
+    import onnx
+
     record = read_export_record(folder)
     path = folder / GRAPH_FILE
     try:
@@ -188,6 +187,8 @@ def _uses_of_inputs(nodes: Iterable[Any]) -> dict[str, list[_Use]]:
 
 def _stored_tensor(initializer: Any, uses: list[_Use]) -> StoredTensor:
     """An initializer, judged by the nodes that read it."""
+    import onnx_ir as ir
+
     kind = ir.DataType(initializer.data_type)
     shape = tuple(initializer.dims)
     product = len(shape) >= 2 and any(
@@ -203,6 +204,8 @@ def _stored_tensor(initializer: Any, uses: list[_Use]) -> StoredTensor:
 
 def _cache_input(value: Any, record: ExportRecord) -> CacheTensor:
     """Keys or values of a layer, from the graph's input [B, heads, length, width]."""
+    import onnx_ir as ir
+
     dims = [dim.dim_value for dim in value.type.tensor_type.shape.dim]
     bits = ir.DataType(value.type.tensor_type.elem_type).bitwidth
     # The static cache is read to its end under a mask.

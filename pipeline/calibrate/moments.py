@@ -67,6 +67,19 @@ class SecondMoment(_Mean):
         self.tokens += rows.shape[0]
 
 
+def _rows_and_squares(gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients float32 [t, m] of a batch [..., m], and their squared lengths [t].
+
+    Raises:
+        ValueError: NaN or infinite values.
+    """
+    rows = _rows_of(gradients.detach()).float()
+    squares = rows.square().sum(dim=1)
+    if not torch.isfinite(squares).all():
+        raise ValueError("NaN or infinite gradients")
+    return rows, squares
+
+
 class _OutputMoment(_Mean):
     """Running G = sum over tokens of g g^T, for the gradient by one output of height m.
 
@@ -88,10 +101,7 @@ class _OutputMoment(_Mean):
         Raises:
             ValueError: NaN or infinite values.
         """
-        rows = _rows_of(gradients.detach()).float()
-        squares = rows.square().sum(dim=1)
-        if not torch.isfinite(squares).all():
-            raise ValueError("NaN or infinite gradients")
+        rows, squares = _rows_and_squares(gradients)
         limit = _LARGEST_NORM**2 * squares.mean()
         cut = (limit / squares.clamp_min(1e-30)).clamp_max(1)
         rows = rows * cut.sqrt()[:, None]
@@ -169,10 +179,7 @@ class DrawnMoments(_Watched):
         Raises:
             ValueError: NaN or infinite values.
         """
-        rows = _rows_of(gradients.detach()).float()
-        squares = rows.square().sum(dim=1)
-        if not torch.isfinite(squares).all():
-            raise ValueError("NaN or infinite gradients")
+        rows, squares = _rows_and_squares(gradients)
         self.outputs[member] += _gram(rows)
         self._squares.append(squares)
         if len(self._squares) == len(self.outputs):
