@@ -168,7 +168,11 @@ def test_a_plan_written_before_is_followed(capsys: pytest.CaptureFixture[str]) -
     arguments = ["-m", str(WRITTEN / "decoder"), "-o", "never-written", "--plan", str(plan)]
     capsys.readouterr()
     assert main(["compress", *arguments, "--dry-run", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == expected("plan")
+    followed, wanted = json.loads(capsys.readouterr().out), expected("plan")
+    assert followed["kept_fraction"] == wanted["kept_fraction"]
+    assert len(followed["groups"]) == len(wanted["groups"])
+    for now, then in zip(followed["groups"], wanted["groups"], strict=True):
+        assert {name: now[name] for name in then} == then
 
 
 def test_the_manifest_of_an_engine_written_before_is_read(
