@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+from contextlib import AbstractContextManager
 from pathlib import Path
 from unittest.mock import patch
 
@@ -96,23 +97,31 @@ class BackwardSweep:
             InputError: activations or gradients that are not finite; names the layer.
         """
         layer = self.layers[index]
-        self._input_path(index + 1).unlink(missing_ok=True)
-        self._gradient_path(index + 2).unlink(missing_ok=True)
         moments = {
             group.name: GroupMoments(
                 group.in_features, dict(zip(group.members, group.out_features, strict=True))
             )
             for group in layer.groups
         }
+        self.carry(index, seeing_gradients(self.model, moments))
+        return moments
+
+    def carry(self, index: int, watching: AbstractContextManager[None]) -> None:
+        """Carry the gradient through layer `index` while something watches; as `backward`.
+
+        Raises:
+            InputError: activations or gradients that are not finite; names the layer.
+        """
+        self._input_path(index + 1).unlink(missing_ok=True)
+        self._gradient_path(index + 2).unlink(missing_ok=True)
         inputs, gradients = _read(self._input_path(index)), _read(self._gradient_path(index + 1))
-        with seeing_gradients(self.model, moments):
+        with watching:
             before = [
                 self._through(index, hidden, gradient)
                 for hidden, gradient in zip(inputs, gradients, strict=True)
             ]
-        _require_finite(layer.name, before)
+        _require_finite(self.layers[index].name, before)
         _write(self._gradient_path(index), before)
-        return moments
 
     def remove(self) -> None:
         """Remove what the sweep kept on disk."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.calibrate.moments import DrawnMoments, GroupMoments
+from pipeline.calibrate.moments import DrawnMoments, GroupMoments, OutputMoments
 from pipeline.errors import InputError
 
 # Positional and keyword arguments of one call of a module.
@@ -83,6 +83,54 @@ def seeing_gradients(
         finally:
             for parameter in frozen:
                 parameter.requires_grad_(True)
+
+
+@contextmanager
+def seeing_outputs(
+    model: nn.Module,
+    takers: Mapping[str, tuple[OutputMoments, Callable[[torch.Tensor], torch.Tensor]]],
+) -> Iterator[None]:
+    """Show `OutputMoments` what modules return, and the gradients by it.
+
+    Args:
+        model: its parameters are frozen meanwhile.
+        takers: module -> its moments, and how what it returns is read as [..., n].
+
+    Raises:
+        InputError: values that are not finite; names the module.
+    """
+    frozen = [p for p in model.parameters() if p.requires_grad]
+    with ExitStack() as hooks:
+        for name, (moments, read) in takers.items():
+            hook = _seeing_output(name, moments, read)
+            hooks.enter_context(model.get_submodule(name).register_forward_hook(hook))
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad_(True)
+
+
+def _seeing_output(
+    name: str, moments: OutputMoments, read: Callable[[torch.Tensor], torch.Tensor]
+) -> Any:
+    def see(gradient: torch.Tensor) -> None:
+        try:
+            moments.see_gradient(read(gradient))
+        except ValueError as error:
+            raise not_finite(name, error) from error
+
+    def watch(module: nn.Module, args: Any, output: torch.Tensor) -> None:
+        try:
+            moments.see_output(read(output))
+        except ValueError as error:
+            raise not_finite(name, error) from error
+        if output.requires_grad:
+            output.register_hook(see)
+
+    return watch
 
 
 def _giving_input(name: str, take: Callable[[torch.Tensor], object]) -> Any:

@@ -156,6 +156,59 @@ class GroupMoments(_Watched):
             self._rows, self._weights = torch.empty(0), []
 
 
+class OutputMoments:
+    """Moments of what a module returns, over batches run forward and back.
+
+    Args:
+        width: n, numbers that it returns for a token.
+
+    Attributes:
+        gradients: G of the gradient by what it returns.
+    """
+
+    def __init__(self, width: int) -> None:
+        self.gradients = _OutputMoment(width)
+        self._plain, self._weighted = SecondMoment(width + 1), SecondMoment(width + 1)
+        self._rows = torch.empty(0, width + 1)
+
+    def see_output(self, outputs: torch.Tensor) -> None:
+        """Add a batch of outputs, float [..., n]; its gradients follow before the next batch.
+
+        Raises:
+            ValueError: NaN or infinite values.
+        """
+        rows = _rows_of(outputs.detach()).float()
+        self._rows = torch.cat([rows, torch.ones(len(rows), 1)], dim=1)
+        self._plain.add_(self._rows)
+
+    def see_gradient(self, gradients: torch.Tensor) -> None:
+        """Add the gradients by the last batch, float [..., n].
+
+        Raises:
+            ValueError: NaN or infinite values.
+        """
+        weights = self.gradients.add_(gradients)
+        self._weighted.add_(self._rows * weights.sqrt()[:, None])
+
+    def centred(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """E[(y - m)(y - m)^T], float64 [n, n], and m = E[y], float64 [n].
+
+        Where gradients were seen, tokens count by them for a half (see `balanced`).
+        """
+        plain = self._plain.mean()
+        mean = plain[-1, :-1]
+        moment = _about(plain, mean)
+        if self._weighted.tokens:
+            moment = balanced(moment, _about(self._weighted.mean(), mean))
+        return moment, mean
+
+
+def _about(moment: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+    """E[w (y - m)(y - m)^T] from E[w (y, 1)(y, 1)^T], float64 [n, n]."""
+    cross = torch.outer(moment[:-1, -1], mean)
+    return moment[:-1, :-1] - cross - cross.T + moment[-1, -1] * torch.outer(mean, mean)
+
+
 class DrawnMoments(_Watched):
     """Moments of a group of linears, of a model of whose outputs several are drawn for each input.
 

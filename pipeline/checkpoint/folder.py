@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -12,8 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.image_processing_base import ImageProcessingMixin
 
 from pipeline.artefact import write_json
-from pipeline.checkpoint import modeling_skipcat
-from pipeline.checkpoint.modeling_skipcat import SkipCatConfig
+from pipeline.checkpoint import modeling_cache, modeling_skipcat
+from pipeline.checkpoint.modeling_cache import SmallCacheConfig
 from pipeline.errors import InputError
 from pipeline.model.source import check_safetensors
 from pipeline.model.task import TASKS, Task, task_of_config, task_of_folder
@@ -30,6 +31,7 @@ def save_checkpoint(
     modules: dict[str, dict[str, Any]],
     folder: Path,
     dtype: torch.dtype,
+    caches: dict[str, dict[str, Any]] | None = None,
 ) -> None:
     """Write config, weights, tokenizer, chat template and the code that loads them.
 
@@ -39,13 +41,16 @@ def save_checkpoint(
         modules: `quantization_config.modules`; empty when nothing was factored.
         folder: exists.
         dtype: of all floating-point weights on disk.
+        caches: `quantization_config.caches`; None for a cache as it is.
     """
     config = model.config
     task = task_of_config({"architectures": [type(model).__name__]})
-    if modules:
+    code = modeling_cache if caches else modeling_skipcat
+    file = code.__name__.rpartition(".")[2]
+    if modules or caches:
         # Not model.hf_quantizer: with one, save_pretrained ignores the state that it is given.
-        config.quantization_config = SkipCatConfig(modules)
-        config.auto_map = {TASKS[task].auto_class: f"modeling_skipcat.{_remote_class(task)}"}
+        config.quantization_config = SmallCacheConfig(modules, caches=caches)
+        config.auto_map = {TASKS[task].auto_class: f"{file}.{_remote_class(task)}"}
     model.save_pretrained(
         folder, state_dict=_cast_state(model, dtype), max_shard_size=_LARGEST_SHARD
     )
@@ -53,8 +58,8 @@ def save_checkpoint(
     saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     write_json(folder / "config.json", saved | {"dtype": str(dtype).removeprefix("torch.")})
     tokenizer.save_pretrained(folder)
-    if modules:
-        _ship_code(type(model), _remote_class(task), folder)
+    if modules or caches:
+        _ship_code(code, type(model), _remote_class(task), folder)
 
 
 def _remote_class(task: Task) -> str:
@@ -74,16 +79,22 @@ def _cast_state(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.T
     return state
 
 
-def _ship_code(model_class: type[PreTrainedModel], remote: str, folder: Path) -> None:
-    """Copy the loading code, ending in the class that `auto_map` names."""
-    source = Path(modeling_skipcat.__file__).read_text(encoding="utf-8")
+def _ship_code(
+    code: ModuleType, model_class: type[PreTrainedModel], remote: str, folder: Path
+) -> None:
+    """Copy the loading code, and what it imports, ending in the class that `auto_map` names."""
+    own = Path(modeling_skipcat.__file__)
+    if code is not modeling_skipcat:
+        (folder / own.name).write_text(own.read_text(encoding="utf-8"), encoding="utf-8")
+    path = Path(str(code.__file__))
+    source = path.read_text(encoding="utf-8")
     base = model_class.__name__
     tail = (
         f"\n\nfrom {model_class.__module__} import {base}  # noqa: E402\n\n\n"
         f"class {remote}({base}):\n"
         f'    """{base}; importing this file taught transformers to load its factors."""\n'
     )
-    (folder / "modeling_skipcat.py").write_text(source + tail, encoding="utf-8")
+    (folder / path.name).write_text(source + tail, encoding="utf-8")
 
 
 def load_checkpoint(folder: Path | str, *, dtype: torch.dtype | None = None) -> PreTrainedModel:

@@ -25,12 +25,8 @@ from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
 from pipeline.checkpoint.folder import require_checkpoint, require_exact
-from pipeline.checkpoint.modeling_skipcat import (
-    QUANT_METHOD,
-    QuantizedWeight,
-    SkipCatConfig,
-    SkipCatQuantizer,
-)
+from pipeline.checkpoint.modeling_cache import SmallCacheConfig, SmallCacheQuantizer
+from pipeline.checkpoint.modeling_skipcat import QUANT_METHOD, QuantizedWeight
 from pipeline.errors import InputError
 from pipeline.model.task import TASKS, task_of_folder
 from pipeline.quantize.formats import Format
@@ -214,7 +210,8 @@ def _empty_model(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, dic
     try:
         config = AutoConfig.from_pretrained(folder)
         quantization = getattr(config, "quantization_config", None)
-        modules = {} if quantization is None else _parsed(folder, quantization).modules
+        parsed = SmallCacheConfig({}) if quantization is None else _parsed(folder, quantization)
+        modules = parsed.modules
         if any(entry["form"] == "head" for entry in modules.values()):
             config.tie_word_embeddings = True
         auto_class = getattr(transformers, TASKS[task_of_folder(folder)].auto_class)
@@ -222,8 +219,8 @@ def _empty_model(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, dic
             model = auto_class.from_config(config, dtype=dtype)
             if quantization is not None:
                 factored, formats = _unquantized(modules)
-                quantizer = SkipCatQuantizer(SkipCatConfig(factored))
-                quantizer._process_model_before_weight_loading(model)
+                bare = SmallCacheConfig(factored, caches=getattr(parsed, "caches", None))
+                SmallCacheQuantizer(bare)._process_model_before_weight_loading(model)
     except InputError:
         raise
     except Exception as error:
@@ -256,9 +253,9 @@ def _unquantized(
     return factored, formats
 
 
-def _parsed(folder: Path, quantization: object) -> SkipCatConfig:
+def _parsed(folder: Path, quantization: object) -> SmallCacheConfig:
     """`quantization_config` as an object; only skipcat's own can be exported."""
-    if isinstance(quantization, SkipCatConfig):
+    if isinstance(quantization, SmallCacheConfig):
         return quantization
     fields = quantization if isinstance(quantization, dict) else vars(quantization)
     if fields.get("quant_method") != QUANT_METHOD:
@@ -268,7 +265,7 @@ def _parsed(folder: Path, quantization: object) -> SkipCatConfig:
             observed=f"quant_method {fields.get('quant_method')}",
             expected=f"{QUANT_METHOD}, or none",
         )
-    return SkipCatConfig(**fields)
+    return SmallCacheConfig(**fields)
 
 
 def _places(folder: Path, model: PreTrainedModel) -> dict[str, _Place]:

@@ -10,6 +10,7 @@ import click
 
 from pipeline.cli import options
 from pipeline.compress.methods import DEFAULT_EFFORT, DEFAULT_METHOD, EFFORTS, METHODS
+from pipeline.compress.request import CACHE_BITS
 from pipeline.quantize.formats import DEFAULT_RUNTIME, RUNTIMES
 
 _LANGUAGE_MODELS = "Language models only."
@@ -120,11 +121,37 @@ _quantization_options = options.apply(
     ),
     heading="Quantisation",
 )
+_cache_options = options.apply(
+    click.option(
+        "--cache-bytes",
+        help="Bytes that a token may take in the KV cache, such as 6KB: ranks and bits of keys and "
+        f"values are searched. Excludes --keep-cache. {_LANGUAGE_MODELS}",
+    ),
+    click.option(
+        "--keep-cache",
+        type=float,
+        help="The same, as a fraction of its bytes in float16. Excludes --cache-bytes.",
+    ),
+    options.setting(
+        "--cache-groups",
+        1,
+        "Groups of key/value heads, each with a latent of its own: 1 is best for quality, as many "
+        "as heads cheapest to rebuild.",
+    ),
+    options.setting(
+        "--cache-bits",
+        "any",
+        "Of the latents' numbers: any is searched; float leaves rank alone, as export needs it.",
+        click.Choice(list(CACHE_BITS)),
+    ),
+    heading="KV cache",
+)
 compression_options = options.apply(
     _budget_options,
     _method_options,
     _calibration_options,
     _quantization_options,
+    _cache_options,
     click.option(
         "--dtype",
         type=click.Choice(["auto", "float32", "float16", "bfloat16"]),
@@ -185,6 +212,12 @@ def command(
     )
     if totals["in_few_bits"]:
         click.echo(f"{totals['stored_bytes'] / 1e6:.2f} MB of weights on disk")
+    if "cache" in report:
+        cache = report["cache"]
+        click.echo(
+            f"KV cache: {cache['token_bytes']:,} bytes a token, {cache['kept_fraction']:.1%} of "
+            f"{cache['dense_bytes']:,} in float16"
+        )
     for group in report["groups"]:
         if group.get("reason"):
             click.echo(f"dense: {', '.join(group['members'])}: {group['reason']}")

@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.image_processing_base import ImageProcessingMixin
 
+from pipeline.compress.cache.cache_plan import CachePlan
 from pipeline.compress.factorize.factors import Rounding
 from pipeline.compress.methods import Fit
 from pipeline.compress.plan.layer_costs import GroupStatistics
@@ -74,6 +75,16 @@ class Calibrated(Measured, Protocol):
         self, formats: dict[str, str], rounding: Rounding
     ) -> dict[str, dict[str, Any]]:
         """Quantise embeddings by name, in place; returns their `modules` entries."""
+        ...
+
+    def shrink_cache_(
+        self, request: CompressRequest, planned: Any, folder: Path, settings: dict[str, Any]
+    ) -> CachePlan:
+        """Give the compressed model a smaller cache, in place (see `compress_cache_`).
+
+        Raises:
+            UsageError: a model that has none.
+        """
         ...
 
     def stream(self, fit: Fit) -> Stream:

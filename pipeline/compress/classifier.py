@@ -12,6 +12,7 @@ import torch
 
 from pipeline.calibrate.images import FORMATS, ImageBatch, load_images
 from pipeline.calibrate.whole_model import DRAWS, PairedModel, measure_whole
+from pipeline.compress.cache.cache_plan import CachePlan
 from pipeline.compress.calibrated import Stream
 from pipeline.compress.factorize.factors import Rounding
 from pipeline.compress.methods import Fit
@@ -48,6 +49,7 @@ def prepare(request: CompressRequest) -> _OpenedClassifier:
     for flag, given in (
         ("--window-length", request.window_length is not None),
         ("--stream-weights", request.stream_weights),
+        ("--cache-bytes, --keep-cache", request.shrinks_cache),
         ("--table", request.table is not None),
         ("--balance", request.balance > 0),
     ):
@@ -169,6 +171,11 @@ class _CalibratedClassifier:
     ) -> dict[str, dict[str, Any]]:
         """Nothing to quantise."""
         return {}
+
+    def shrink_cache_(
+        self, request: CompressRequest, planned: Any, folder: Path, settings: dict[str, Any]
+    ) -> CachePlan:
+        raise UsageError("An image classifier has no KV cache.", where=request.plan)
 
     def stream(self, fit: Fit) -> Stream:
         """Both models side by side, or the moments of the original where all is fitted once."""

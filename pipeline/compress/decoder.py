@@ -15,6 +15,8 @@ from pipeline.calibrate.layer_stream import LayerStream, PairedStream
 from pipeline.calibrate.moments import SecondMoment
 from pipeline.calibrate.precision import fast_products
 from pipeline.calibrate.text import TokenBatch, load_tokens
+from pipeline.compress.cache.cache_plan import CachePlan
+from pipeline.compress.cache.compress_cache import compress_cache_
 from pipeline.compress.calibrated import Stream
 from pipeline.compress.channel_scaling import scale_channels_
 from pipeline.compress.embeddings import Embeddings
@@ -200,6 +202,12 @@ class CalibratedDecoder:
             return {}
         entries, _ = self._embeddings.quantize_(formats, self.batch.tokens, rounding)
         return entries
+
+    def shrink_cache_(
+        self, request: CompressRequest, planned: Any, folder: Path, settings: dict[str, Any]
+    ) -> CachePlan:
+        windows = self.batch.spread(request.resolved_effort.survey_windows)
+        return compress_cache_(self.model, self.layers, windows, request, planned, folder, settings)
 
     def stream(self, fit: Fit) -> Stream:
         """Both models side by side, or the original alone where every layer is fitted once."""

@@ -18,6 +18,13 @@ from pipeline.errors import UsageError
 from pipeline.quantize.formats import DEFAULT_RUNTIME, RUNTIMES, Format
 
 _SHORTENING = 4
+# What --cache-bits names: bits of a latent's numbers to choose from, None for float16.
+LATENT_BITS = (2, 3, 4, 5, 6, 8)
+CACHE_BITS: dict[str, tuple[int | None, ...]] = {
+    "any": (None, *LATENT_BITS),
+    "float": (None,),
+    **{str(bits): (bits,) for bits in LATENT_BITS},
+}
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,10 @@ class CompressRequest:
         table: one for the embedding and the head.
         balance: channels that norms feed are scaled by this power of their size, in [0, 1]; 0 for
             not at all.
+        cache_bytes: bytes that a token may take in the KV cache, such as "6KB"; None for all.
+        keep_cache: the same, as a fraction of those in float16.
+        cache_groups: groups of key/value heads, each with a latent of its own.
+        cache_bits: of the latents: `any`, `float`, or a number.
     """
 
     model: str
@@ -78,6 +89,10 @@ class CompressRequest:
     weights: str | None = None
     table: str | None = None
     balance: float = 0.0
+    cache_bytes: str | None = None
+    keep_cache: float | None = None
+    cache_groups: int = 1
+    cache_bits: str = "any"
 
     def check(self) -> None:
         """Refuse values that cannot be meant, before any work is done.
@@ -120,6 +135,32 @@ class CompressRequest:
                     expected=", ".join(known),
                 )
         self._check_bits()
+        self._check_cache()
+
+    def _check_cache(self) -> None:
+        """Refuse budgets of the cache that cannot be meant."""
+        if self.cache_bytes is not None and self.keep_cache is not None:
+            raise UsageError(
+                "The cache has one budget.",
+                where="--cache-bytes, --keep-cache",
+                expected="at most one of them",
+            )
+        if self.keep_cache is not None and not 0 < self.keep_cache <= 1:
+            raise UsageError(
+                "The fraction of the cache is out of range.",
+                where="--keep-cache",
+                observed=self.keep_cache,
+                expected="a number in (0, 1]; 0.25 keeps a quarter of the float16 bytes",
+            )
+        if self.cache_bytes is not None:
+            _parse_bytes(self.cache_bytes, "--cache-bytes")
+        if self.cache_bits not in CACHE_BITS:
+            raise UsageError(
+                "There is no such format of the cache.",
+                where="--cache-bits",
+                observed=self.cache_bits,
+                expected=", ".join(CACHE_BITS),
+            )
 
     def _check_bits(self) -> None:
         """Refuse budgets of bytes, and formats, that cannot be meant."""
@@ -180,6 +221,22 @@ class CompressRequest:
     def searches_bits(self) -> bool:
         """Whether there is a budget of bytes."""
         return self.memory is not None or self.keep_bytes is not None
+
+    @property
+    def shrinks_cache(self) -> bool:
+        """Whether the cache has a budget; a plan of the user's may say so, too."""
+        return self.cache_bytes is not None or self.keep_cache is not None
+
+    @property
+    def cache_formats(self) -> tuple[int | None, ...]:
+        """Bits to choose from; None among them for float16."""
+        return CACHE_BITS[self.cache_bits]
+
+    def cache_budget(self, float16_bytes: int) -> int:
+        """Bytes a token, of a model whose cache takes so many in float16."""
+        if self.cache_bytes is not None:
+            return _parse_bytes(self.cache_bytes, "--cache-bytes")
+        return int((self.keep_cache or 1.0) * float16_bytes)
 
     @property
     def formats(self) -> tuple[Format, ...]:

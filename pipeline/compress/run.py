@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from pipeline.artefact import (
 )
 from pipeline.checkpoint.card import model_card
 from pipeline.checkpoint.folder import DTYPES, save_checkpoint
+from pipeline.compress.cache.cache_plan import CachePlan
 from pipeline.compress.calibrated import Calibrated, Opened
 from pipeline.compress.finished_layers import FinishedLayers
 from pipeline.compress.plan.chart import save_plan_chart
@@ -28,12 +29,13 @@ from pipeline.compress.plan.make_plan import make_plan
 from pipeline.compress.plan.plan import RankPlan
 from pipeline.compress.request import CompressRequest
 from pipeline.compress.walk import Compressed, compress_
+from pipeline.errors import UsageError
 from pipeline.lazy import imported
 from pipeline.model.task import adapter_of, task_of_model
 from pipeline.progress import note
 from pipeline.provenance import provenance
 
-_WORK, _COSTS = "layers", "survey"
+_WORK, _COSTS, _CACHE = "layers", "survey", "cache"
 
 
 def compress_to_folder(
@@ -73,12 +75,13 @@ def compress_to_folder(
         settings |= {"formats": [format.name for format in request.formats]}
         calibrated = opened.calibrate(folder / _COSTS, settings)
         plan, compressed = _compress(folder, request, calibrated, settings, dtype)
+        cache = _shrink_cache(folder, request, plan, calibrated, settings)
         report = _build_report(compressed, plan, total_before, time.monotonic() - started)
         report |= opened.report_fields
         recipe = _recipe_of(request, opened, calibrated, dtype)
-        _write(folder, opened, compressed, plan, dtype, recipe, report)
-        discard(folder / _WORK)
-        discard(folder / _COSTS)
+        _write(folder, opened, compressed, plan, cache, dtype, recipe, report)
+        for work in (_WORK, _COSTS, _CACHE):
+            discard(folder / work)
     return report
 
 
@@ -134,19 +137,48 @@ def _compress(
     return plan, compressed
 
 
+def _shrink_cache(
+    folder: Path,
+    request: CompressRequest,
+    plan: RankPlan,
+    calibrated: Calibrated,
+    settings: dict[str, Any],
+) -> CachePlan | None:
+    """Maps for the cache, where a budget or the user's plan asks for them; None where not."""
+    if not request.shrinks_cache and plan.caches is None:
+        return None
+    if request.shrinks_cache and plan.caches is not None:
+        raise UsageError(
+            "The plan says what becomes of the cache already.",
+            where="--cache-bytes, --keep-cache",
+            observed=f"a section 'caches' in {request.plan}",
+            change="pass the plan alone, or take the section out of it",
+        )
+    identity = settings | {"inputs": calibrated.describe()["sha256"]}
+    return calibrated.shrink_cache_(request, plan.caches, folder / _CACHE, identity)
+
+
 def _write(
     folder: Path,
     opened: Opened,
     compressed: Compressed,
     plan: RankPlan,
+    cache: CachePlan | None,
     dtype: torch.dtype,
     recipe: dict[str, Any],
     report: dict[str, Any],
 ) -> None:
-    save_checkpoint(compressed.model, opened.processor, compressed.modules, folder, dtype)
+    caches = cache.entries() if cache is not None else None
+    save_checkpoint(compressed.model, opened.processor, compressed.modules, folder, dtype, caches)
     report["totals"]["stored_bytes"] = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
     report["tables"] = plan.embeddings
-    plan.save(folder / "plan.json")
+    if cache is not None:
+        report["cache"] = {
+            "dense_bytes": cache.dense_bytes,
+            "token_bytes": cache.token_bytes,
+            "kept_fraction": cache.kept_fraction,
+        }
+    replace(plan, caches=None if cache is None else cache.to_json()).save(folder / "plan.json")
     save_plan_chart(plan, folder / "plan.svg")
     write_json(folder / "recipe.json", recipe)
     write_json(folder / "report.json", report)

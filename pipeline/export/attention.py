@@ -17,6 +17,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from pipeline.export.contract import CONTRIB, CPU, GROUPED_ATTENTION, Profile
+from pipeline.export.latents import GraphLatents
 
 ATTENTION = "skipcat_export"
 # ONNX Runtime's own attention takes heads whose width is a multiple of this.
@@ -200,6 +201,8 @@ class GraphCache:
         slots: int64 [B, S], where the new tokens go; unused where the attention node knows.
         lengths: int32 [B], the tokens of each row with this call's, less one; and int32 [], those
             of the longest row. Only for ONNX Runtime's own attention.
+        latents: what holds latents instead of keys and values, and rebuilds them; None where no
+            layer has any.
     """
 
     is_compileable = False
@@ -210,8 +213,9 @@ class GraphCache:
         past: list[torch.Tensor],
         slots: torch.Tensor,
         lengths: tuple[torch.Tensor, torch.Tensor] | None = None,
+        latents: GraphLatents | None = None,
     ) -> None:
-        self.profile = profile
+        self.profile, self.latents = profile, latents
         self.keys, self.values = list(past[0::2]), list(past[1::2])
         self.slots, self.lengths = slots, lengths
         self.layer = 0
@@ -231,9 +235,12 @@ class GraphCache:
         self.layer = layer_idx
         if self.profile.contrib:
             return key, value
+        if self.latents is not None:
+            key, value = self.latents.of_new(layer_idx, key, value)
         self.keys[layer_idx] = self._extend(self.keys[layer_idx], key)
         self.values[layer_idx] = self._extend(self.values[layer_idx], value)
-        return self.keys[layer_idx], self.values[layer_idx]
+        held = self.keys[layer_idx], self.values[layer_idx]
+        return held if self.latents is None else self.latents.rebuilt(layer_idx, *held)
 
     def _extend(self, past: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         if not self.profile.static_cache:

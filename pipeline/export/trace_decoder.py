@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from pipeline.artefact import copy_tokenizer, write_json
+from pipeline.checkpoint.modeling_cache import LatentCache, cache_maps
 from pipeline.checkpoint.skeleton import Skeleton
 from pipeline.errors import InputError
 from pipeline.export.attention import GraphCache, active
@@ -25,10 +26,12 @@ from pipeline.export.contract import (
     LOGITS,
     POSITION_IDS,
     PRESENT,
+    PROFILES,
     TOKEN_INPUTS,
     Profile,
     cache_names,
 )
+from pipeline.export.latents import GraphLatents
 from pipeline.export.passes.fuse import fuse_operators
 from pipeline.export.passes.group_query_attention import simplify_attention
 from pipeline.export.passes.last_logits import choose_first_logit
@@ -46,6 +49,7 @@ class _DecoderStep(nn.Module):
     def __init__(self, model: PreTrainedModel, profile: Profile) -> None:
         super().__init__()
         self.model, self.profile = model, profile
+        self.latents = GraphLatents(model) if cache_maps(model) else None
 
     def forward(
         self,
@@ -91,7 +95,7 @@ class _DecoderStep(nn.Module):
         else:
             slots = past[0].shape[2] + torch.arange(length)
         slots = slots[None, :] + torch.zeros_like(input_ids)
-        return GraphCache(self.profile, past, slots)
+        return GraphCache(self.profile, past, slots, latents=self.latents)
 
 
 def trace_decoder(skeleton: Skeleton, request: ExportRequest) -> Traced:
@@ -106,6 +110,7 @@ def trace_decoder(skeleton: Skeleton, request: ExportRequest) -> Traced:
         InputError: the exporter cannot handle the model.
     """
     profile, config = request.traits, skeleton.model.config
+    _refuse_latents_in(profile, skeleton.model)
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     max_length = min(request.max_length, limit or request.max_length)
     shapes = _cache_shapes(skeleton.model)
@@ -113,15 +118,28 @@ def trace_decoder(skeleton: Skeleton, request: ExportRequest) -> Traced:
 
     def write_files(folder: Path) -> None:
         copy_tokenizer(skeleton.folder, folder)
-        write_json(folder / GENAI_FILE, _genai_config(config, profile, shapes, max_length))
+        if len(set(shapes)) == 1 and len(set(shapes[0].sides)) == 1:  # all that its file can say
+            write_json(folder / GENAI_FILE, _genai_config(config, profile, shapes, max_length))
 
     record: dict[str, Any] = {
         "max_length": max_length,
         "vocab_size": int(graph.graph.outputs[0].shape[-1]),
         "num_layers": len(shapes),
-        "cache": [asdict(shape) for shape in shapes],
+        "cache": [shape.to_json() for shape in shapes],
     }
     return Traced(graph, record, write_files, _fusions(profile, max_length))
+
+
+def _refuse_latents_in(profile: Profile, model: PreTrainedModel) -> None:
+    """Raise InputError where the attention itself writes the cache, and knows no latents."""
+    if profile.contrib and cache_maps(model):
+        raise InputError(
+            "This profile's attention cannot read the latents that the checkpoint caches.",
+            where=model.config.name_or_path,
+            observed=f"--profile {profile.name}",
+            expected=" or ".join(name for name, row in PROFILES.items() if not row.contrib),
+            change="export with another profile",
+        )
 
 
 def _fusions(profile: Profile, max_length: int) -> Fusions:
@@ -142,13 +160,14 @@ def _cache_shapes(model: PreTrainedModel) -> list[_CacheShape]:
     Raises:
         InputError: the model keeps something else than keys and values.
     """
+    own = LatentCache(model) if cache_maps(model) else None
     with torch.no_grad():
         cache = model(
-            input_ids=torch.zeros(1, 2, dtype=torch.int64), use_cache=True
+            input_ids=torch.zeros(1, 2, dtype=torch.int64), use_cache=True, past_key_values=own
         ).past_key_values
     try:
-        pairs = [(layer.keys, layer.values) for layer in cache.layers]
-        return [_CacheShape(k.shape[1], k.shape[3], v.shape[3]) for k, v in pairs]
+        pairs = [(layer.keys.shape, layer.values.shape) for layer in cache.layers]
+        return [_CacheShape(k[1], k[3], v[3], v[1] if v[1] != k[1] else None) for k, v in pairs]
     except (AttributeError, IndexError) as error:
         raise InputError(
             "The model's cache does not consist of keys and values.",
@@ -163,9 +182,9 @@ def _trace(
     model = skeleton.model
     slots = max_length if profile.static_cache else _TRACE_PAST
     past = [
-        torch.zeros(_TRACE_BATCH, shape.kv_heads, slots, width, dtype=model.dtype)
+        torch.zeros(_TRACE_BATCH, heads, slots, width, dtype=model.dtype)
         for shape in shapes
-        for width in (shape.key_width, shape.value_width)
+        for heads, width in shape.sides
     ]
     ids = torch.zeros(_TRACE_BATCH, _TRACE_LENGTH, dtype=torch.int64)
     total = _TRACE_PAST + _TRACE_LENGTH
@@ -199,11 +218,31 @@ def _dynamic_shapes(profile: Profile, caches: int) -> dict[str, object]:
 
 @dataclass(frozen=True)
 class _CacheShape:
-    """Width of one layer's cache: [B, kv_heads, length, key or value width]."""
+    """Width of one layer's cache: [B, kv_heads, length, key or value width].
+
+    Attributes:
+        kv_heads: of keys; of latents, the groups of heads that have one.
+        key_width: of each.
+        value_width: of values.
+        value_heads: of values, where they are not as many.
+    """
 
     kv_heads: int
     key_width: int
     value_width: int
+    value_heads: int | None = None
+
+    @property
+    def sides(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Heads and width of keys, and of values."""
+        return (
+            (self.kv_heads, self.key_width),
+            (self.value_heads or self.kv_heads, self.value_width),
+        )
+
+    def to_json(self) -> dict[str, int]:
+        """The entry of export.json."""
+        return {name: value for name, value in vars(self).items() if value is not None}
 
 
 def _genai_config(

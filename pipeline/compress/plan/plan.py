@@ -103,10 +103,12 @@ class RankPlan:
         layers: layer name -> its groups.
         embeddings: module name of an embedding or an LM head -> its low-bit format; those that
             are not named stay as they are.
+        caches: what becomes of the KV cache, as `CachePlan.to_json` writes it; None for nothing.
     """
 
     layers: dict[str, tuple[GroupPlan, ...]]
     embeddings: dict[str, str] = field(default_factory=dict)
+    caches: Any = None
 
     @property
     def groups(self) -> list[GroupPlan]:
@@ -138,7 +140,8 @@ class RankPlan:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError("The rank plan cannot be read.", where=path, observed=error) from error
         _check_fit(path, planned, layers)
-        return cls(planned, {name: format for name, format in tables.items() if format})
+        formats = {name: format for name, format in tables.items() if format}
+        return cls(planned, formats, raw.get("caches"))
 
     def save(self, path: Path) -> None:
         """Write plan.json."""
@@ -146,7 +149,8 @@ class RankPlan:
             name: [group.to_json() for group in groups] for name, groups in self.layers.items()
         }
         value = {"schema": _SCHEMA, "kept_fraction": self.kept_fraction, "layers": layers}
-        write_json(path, value | {"tables": self.embeddings})
+        caches = {} if self.caches is None else {"caches": self.caches}
+        write_json(path, value | {"tables": self.embeddings} | caches)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
+from pipeline.checkpoint.modeling_cache import LatentCache, cache_maps
 from pipeline.runtime.sessions.checks import CheckedSession
 
 if TYPE_CHECKING:
@@ -21,12 +22,18 @@ class TorchSession(CheckedSession):
         model: a causal language model; it is put into eval mode.
         name: what the ledger calls this backend.
         max_length: most tokens of prompt and answer; None takes the model's own limit.
+        latent: keep the latents of a model whose cache is smaller; False keeps what they stand for.
     """
 
     def __init__(
-        self, model: PreTrainedModel, name: str = "torch", max_length: int | None = None
+        self,
+        model: PreTrainedModel,
+        name: str = "torch",
+        max_length: int | None = None,
+        latent: bool = True,
     ) -> None:
         self.name = name
+        self._latent = latent and bool(cache_maps(model))
         self.model = model.eval()
         text_config = model.config.get_text_config()
         self.vocab_size: int = text_config.vocab_size
@@ -35,7 +42,9 @@ class TorchSession(CheckedSession):
 
     def reset(self) -> None:
         super().reset()
-        self._cache = DynamicCache(config=self.model.config)
+        self._cache = (
+            LatentCache(self.model) if self._latent else DynamicCache(config=self.model.config)
+        )
 
     def rewind(self, length: int) -> None:
         if length == 0:
@@ -48,7 +57,7 @@ class TorchSession(CheckedSession):
                 self.reset()
 
     def sibling(self) -> TorchSession:
-        return TorchSession(self.model, self.name, self.max_length)
+        return TorchSession(self.model, self.name, self.max_length, self._latent)
 
     def forward(self, input_ids: np.ndarray, last_only: bool = False) -> np.ndarray:
         rows, _ = self._check_call(input_ids)

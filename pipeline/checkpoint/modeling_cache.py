@@ -1,0 +1,285 @@
+"""A smaller KV cache: maps of keys and values to latents, and a cache that holds those.
+
+This file travels with every checkpoint whose cache is smaller and depends on torch and transformers
+alone. With an ordinary cache the numbers are the same and only memory is not saved: the maps change
+what keys and values are, the cache what is kept of them.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+)
+
+# Relative, so that it is found in the package and in the folder of a checkpoint.
+from .modeling_skipcat import QUANT_METHOD, SkipCatConfig, SkipCatQuantizer
+
+_SIDES = ("key", "value")
+_CACHE_FORMAT_VERSION = 3
+
+
+class CacheMap(nn.Module):
+    """What becomes of the keys, before they are rotated, or the values of one layer.
+
+    z = down (y - mean), perhaps rounded, is cached; y = mean + up z is what attention is given.
+
+    Args:
+        heads: key/value heads.
+        width: of each.
+        groups: groups of heads, each with a latent of its own.
+        rank: numbers of each latent.
+        bits: of each number, with a scale and an offset a token and group; None rounds nothing.
+        is_rotated: whether the keys are turned by their position afterwards.
+        device: where the parameters are made.
+        dtype: their type.
+
+    Attributes:
+        down: [groups, rank, n], n numbers of the heads of a group.
+        up: [groups, n, rank].
+        mean: [groups, n].
+        latent: what the last call gave, [B, groups, S, rank].
+        angles: of keys, cos and sin that the attention turns the same tokens by.
+    """
+
+    def __init__(
+        self,
+        heads: int,
+        width: int,
+        groups: int,
+        rank: int,
+        bits: int | None = None,
+        *,
+        is_rotated: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.heads, self.width, self.groups, self.rank, self.bits = heads, width, groups, rank, bits
+        numbers = heads // groups * width
+        self.down, self.up, self.mean = (
+            nn.Parameter(torch.empty(shape, device=device, dtype=dtype), requires_grad=False)
+            for shape in ((groups, rank, numbers), (groups, numbers, rank), (groups, numbers))
+        )
+        self.is_rotated, self.is_active = is_rotated, True
+        self.latent: torch.Tensor | None = None
+        self.angles: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """Latents [B, groups, S, rank] of keys or values [B, S, heads * width]."""
+        parts = states.unflatten(-1, (self.groups, -1)).transpose(1, 2)
+        latent = (parts - self.mean[:, None]) @ self.down.transpose(1, 2)
+        return latent if self.bits is None else _rounded(latent, self.bits)
+
+    def rebuilt(self, latent: torch.Tensor) -> torch.Tensor:
+        """Keys or values [B, S, heads * width] of latents [B, groups, S, rank]."""
+        parts = latent @ self.up.transpose(1, 2) + self.mean[:, None]
+        return parts.transpose(1, 2).flatten(2)
+
+    def heads_of(self, latent: torch.Tensor) -> torch.Tensor:
+        """Keys or values [B, heads, S, width] of latents, not turned."""
+        return self.rebuilt(latent).unflatten(-1, (self.heads, self.width)).transpose(1, 2)
+
+    def after_source(self, module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        """Forward hook of the module that gives the keys or values: its output, mapped."""
+        if not self.is_active:
+            return output
+        last_axis = output.dim() == 3
+        heads_first = not last_axis and output.shape[2] != self.heads
+        flat = (
+            output if last_axis else (output.transpose(1, 2) if heads_first else output).flatten(2)
+        )
+        self.latent = self(flat)
+        mapped = self.rebuilt(self.latent)
+        if last_axis:
+            return mapped
+        mapped = mapped.unflatten(-1, (self.heads, self.width))
+        return mapped.transpose(1, 2) if heads_first else mapped
+
+    def before_attention(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of the attention: notes the angles that it is given."""
+        self.angles = kwargs.get("position_embeddings")
+
+    def extra_repr(self) -> str:
+        """What print(model) shows."""
+        kind = "" if self.bits is None else f", {self.bits} bits"
+        return f"{self.heads} heads of {self.width}, {self.groups} x {self.rank}{kind}"
+
+
+def _rounded(latent: torch.Tensor, bits: int) -> torch.Tensor:
+    """Rounded to 2^bits steps of each token and group; scale and offset are float16."""
+    low = latent.amin(-1, keepdim=True).half().to(latent.dtype)
+    span = latent.amax(-1, keepdim=True) - low
+    # A step so small that float16 has it not would divide by zero; all is then the offset.
+    step = (span / (2**bits - 1)).half().to(latent.dtype)
+    codes = ((latent - low) / step.clamp_min(torch.finfo(torch.float16).tiny)).round()
+    return codes.clamp(0, 2**bits - 1) * step + low
+
+
+def attach_cache_maps(model: nn.Module, entries: dict[str, dict[str, Any]]) -> None:
+    """Put empty maps into a model, beside the modules whose outputs they map.
+
+    Args:
+        model: changed in place.
+        entries: `quantization_config.caches`: source -> side, heads, width, groups, rank, bits,
+            is_rotated.
+
+    Raises:
+        ValueError: an entry that fits no module.
+    """
+    for source, entry in entries.items():
+        parent, _, _ = source.rpartition(".")
+        holder = model.get_submodule(parent)
+        weight = next(model.parameters())
+        sizes = (entry[name] for name in ("heads", "width", "groups", "rank", "bits"))
+        made = CacheMap(
+            *sizes,
+            is_rotated=entry["is_rotated"],
+            device=_device_of(holder, weight),
+            dtype=weight.dtype,
+        )
+        setattr(holder, f"{entry['side']}_map", made)
+    hook_cache_maps(model, entries)
+
+
+def _device_of(holder: nn.Module, other: torch.Tensor) -> torch.device:
+    own = next(holder.parameters(), other)
+    return own.device
+
+
+def hook_cache_maps(model: nn.Module, entries: dict[str, dict[str, Any]]) -> None:
+    """Let the maps see what their sources return; again where a source was replaced."""
+    for source, entry in entries.items():
+        holder = model.get_submodule(source.rpartition(".")[0])
+        own = getattr(holder, f"{entry['side']}_map")
+        module = model.get_submodule(source)
+        if not _is_hooked(module._forward_hooks, own):
+            module.register_forward_hook(own.after_source)
+        if entry["side"] == "key" and not _is_hooked(holder._forward_pre_hooks, own):
+            holder.register_forward_pre_hook(own.before_attention, with_kwargs=True)
+
+
+def _is_hooked(hooks: Mapping[int, Any], own: CacheMap) -> bool:
+    return any(getattr(hook, "__self__", None) is own for hook in hooks.values())
+
+
+def cache_maps(model: nn.Module) -> dict[str, CacheMap]:
+    """The maps of a model by name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, CacheMap)}
+
+
+class _LatentLayer(DynamicLayer):
+    """One layer: latents are kept, keys and values are rebuilt whenever they are read.
+
+    Args:
+        attention: the module that holds the maps.
+    """
+
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        self.maps = tuple(getattr(attention, f"{side}_map", None) for side in _SIDES)
+        self._rotate = rotation_of(attention)
+        self._angles: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keep the latents of new keys and values; return all of them, rebuilt."""
+        past = self.get_seq_length()
+        new = [
+            states if made is None or made.latent is None else made.latent
+            for states, made in zip((key_states, value_states), self.maps, strict=True)
+        ]
+        kept = super().update(new[0], new[1])
+        keys, values = (
+            states if made is None else made.heads_of(states)
+            for states, made in zip(kept, self.maps, strict=True)
+        )
+        return (keys if self.maps[0] is None else self._rotated(keys, past)), values
+
+    def _rotated(self, keys: torch.Tensor, past: int) -> torch.Tensor:
+        """Keys [B, heads, S, width] turned by their positions, as they are where none are."""
+        if not self.maps[0].is_rotated:
+            return keys
+        new = self.maps[0].angles
+        earlier = self._angles if past and self._angles is not None else new
+        self._angles = tuple(
+            torch.cat([old[:, :past].expand(len(now), -1, -1), now], dim=1)
+            for old, now in zip(earlier, new, strict=True)
+        )
+        return self._rotate(keys, *self._angles)
+
+
+def rotation_of(attention: nn.Module) -> Callable[..., torch.Tensor] | None:
+    """What turns keys by cos and sin in the attention's own file: (keys, cos, sin) -> keys.
+
+    None if it has no function of the usual form.
+    """
+    found = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
+    if found is None or list(inspect.signature(found).parameters)[:4] != ["q", "k", "cos", "sin"]:
+        return None
+    return lambda keys, cos, sin: found(keys, keys, cos, sin)[1]
+
+
+class LatentCache(DynamicCache):
+    """A cache that holds the latents of a model's maps.
+
+    Args:
+        model: with maps in place.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(config=model.config)
+        for name in {name.rpartition(".")[0] for name in cache_maps(model)}:
+            attention = model.get_submodule(name)
+            place = attention.layer_idx
+            while len(self.layers) <= place:
+                self.layers.append(DynamicLayer())
+            self.layers[place] = _LatentLayer(attention)
+
+
+class SmallCacheConfig(SkipCatConfig):
+    """`quantization_config` of a checkpoint that may have a smaller cache.
+
+    Args:
+        modules: as of `SkipCatConfig`.
+        version: of the format; 3 where there are maps, so that older code refuses them.
+        caches: source -> what `attach_cache_maps` reads; None for a cache as it is.
+    """
+
+    def __init__(
+        self,
+        modules: dict[str, dict[str, Any]],
+        version: int | None = None,
+        caches: dict[str, dict[str, Any]] | None = None,
+        **unused: Any,
+    ) -> None:
+        if version is not None and version > _CACHE_FORMAT_VERSION:
+            raise ValueError(
+                f"checkpoint format {version} is newer than {_CACHE_FORMAT_VERSION}: update skipcat"
+            )
+        super().__init__(modules)
+        if caches:
+            self.version, self.caches = _CACHE_FORMAT_VERSION, caches
+
+
+class SmallCacheQuantizer(SkipCatQuantizer):
+    """Puts the maps of a smaller cache into the empty model, too."""
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        model = super()._process_model_before_weight_loading(model, **kwargs)
+        attach_cache_maps(model, getattr(self.quantization_config, "caches", {}))
+        return model
+
+
+AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = SmallCacheConfig
+AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = SmallCacheQuantizer

@@ -1,0 +1,121 @@
+"""Give a model a smaller cache: measure, plan, put the maps in place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from pipeline.checkpoint.modeling_cache import attach_cache_maps, cache_maps, rotation_of
+from pipeline.compress.cache.cache_plan import CachePlan, SidePlan
+from pipeline.compress.cache.cache_search import CacheBudget, bases_of, searched_cache
+from pipeline.compress.cache.latent_basis import LatentBasis, random_rotation
+from pipeline.compress.cache.statistics import measure_cache
+from pipeline.compress.request import CompressRequest
+from pipeline.errors import InputError, UsageError
+from pipeline.model.cache_structure import CachedSide, cache_structure
+from pipeline.model.structure import Layer
+
+
+def compress_cache_(
+    model: PreTrainedModel,
+    layers: list[Layer],
+    tokens: torch.Tensor,
+    request: CompressRequest,
+    planned: Any,
+    folder: Path,
+    settings: dict[str, Any],
+) -> CachePlan:
+    """Choose and install the maps of a smaller cache.
+
+    Args:
+        model: a decoder whose weights are as they will be stored; changed in place.
+        layers: its structure.
+        tokens: calibration text, int64 [N, T].
+        request: what the cache may take.
+        planned: the section `caches` of the plan that the user gave; None to search one.
+        folder: where measurements are kept; an interrupted one continues there.
+        settings: everything they depend on.
+
+    Raises:
+        InputError: a model of which it is not known what it caches, or how its keys are turned.
+        UsageError: a budget that no cache can meet, or groups that do not divide the heads.
+    """
+    structure = cache_structure(model, layers)
+    _require_known_rotation(model, structure)
+    groups = request.cache_groups
+    _require_groups(structure, groups)
+    plan = None if planned is None else CachePlan.from_json(planned, structure, request.plan)
+    statistics = measure_cache(model, layers, structure, tokens, folder, settings)
+    if plan is None:
+        dense = sum(2 * side.numbers for side in structure)
+        budget = CacheBudget(request.cache_budget(dense), groups, request.cache_formats)
+        plan = searched_cache(structure, bases_of(structure, statistics, groups), budget)
+    wanted = sorted({side.groups for side in plan.sides if side.form == "latent"})
+    bases = {count: bases_of(structure, statistics, count) for count in wanted}
+    install_cache_(model, plan, bases, request.seed)
+    return plan
+
+
+def install_cache_(
+    model: PreTrainedModel,
+    plan: CachePlan,
+    bases: Mapping[int, Mapping[str, Sequence[LatentBasis]]],
+    seed: int,
+) -> None:
+    """Put the maps of a plan into a model.
+
+    Args:
+        model: changed in place.
+        plan: of its cache.
+        bases: number of groups -> source -> the basis of each group.
+        seed: of the rotations of what is rounded.
+    """
+    latent = [side for side in plan.sides if side.form == "latent"]
+    attach_cache_maps(model, plan.entries())
+    maps = cache_maps(model)
+    for number, side in enumerate(latent):
+        made = maps[f"{side.source.rpartition('.')[0]}.{side.side}_map"]
+        for group, basis in enumerate(bases[side.groups][side.source]):
+            down, up = basis.maps(side.rank, balanced=True, rotation=_rotation(side, seed + number))
+            made.down.data[group] = down.to(made.down.dtype)
+            made.up.data[group] = up.to(made.up.dtype)
+            made.mean.data[group] = basis.mean.to(made.mean.dtype)
+
+
+def _rotation(side: SidePlan, seed: int) -> torch.Tensor | None:
+    """Coordinates that share a step should be alike; those that are not rounded need not."""
+    return None if side.bits is None else random_rotation(side.rank, seed)
+
+
+def _require_groups(structure: Sequence[CachedSide], groups: int) -> None:
+    """Raise UsageError for a number of groups that does not divide the heads."""
+    heads = structure[0].heads
+    if groups < 1 or heads % groups:
+        fitting = [count for count in range(1, heads + 1) if heads % count == 0]
+        raise UsageError(
+            "The heads cannot be divided into so many groups.",
+            where="--cache-groups",
+            observed=f"{groups} groups of {heads} key/value heads",
+            expected=f"one of {', '.join(map(str, fitting))}",
+        )
+
+
+def _require_known_rotation(model: PreTrainedModel, structure: Sequence[CachedSide]) -> None:
+    """Refuse keys that could not be turned again after they were rebuilt.
+
+    Raises:
+        InputError: names the attention.
+    """
+    for side in structure:
+        holder = side.source.rpartition(".")[0]
+        if side.is_rotated and rotation_of(model.get_submodule(holder)) is None:
+            raise InputError(
+                "The keys of this model cannot be rebuilt: it is not known how they are turned.",
+                where=holder,
+                expected="a function apply_rotary_pos_emb(q, k, cos, sin) beside the attention",
+                change="compress it without a budget for the cache",
+            )

@@ -1,0 +1,156 @@
+"""The basis in which keys or values are cut to a rank and rounded to few bits.
+
+For outputs y of a projection, with mean m, C = E[(y - m)(y - m)^T] and G = E[g g^T] = L^T L the
+Fisher information at y, an error d of y costs E (g . d)^2 / 2 nats of KL. With
+
+    L C L^T = U diag(e) U^T,  z = U^T L (y - m),  y = m + L^-1 U z
+
+an error of z costs half its square, and E[z_i^2] = e_i: cutting to the first r coordinates costs
+half of the tail of e. With G = 1 this is Palu's whitened truncation (Chang et al., ICLR 2025,
+section 3.2), whose left singular vectors are the same U.
+
+Rounding to b bits with one scale and one offset a token: coordinates scaled by 1 / t_i and turned
+by a random rotation share a step s, cost sum t_i^2 s^2 / 24 nats, and have s in proportion to the
+root of sum e_i / t_i^2. The product is least for t_i^2 = sqrt(e_i) (Cauchy-Schwarz), and is then
+(sum sqrt(e_i))^2: the balanced gauge, which is also that of Palu's symmetric factors.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+_RELATIVE_FLOOR = 1e-9
+# Of whitened energies: a coordinate that never moves has no scale.
+_LEAST_ENERGY = 1e-12
+# A scale and an offset for each token, in float16.
+SCALE_BITS = 32
+
+
+@dataclass(frozen=True)
+class LatentBasis:
+    """Outputs in falling order of what they are worth.
+
+    Attributes:
+        energies: e, twice the nats that losing each coordinate costs, falling, float64 [n].
+        down: U^T L, float64 [n, n]: rows take y - m to z.
+        up: L^-1 U, float64 [n, n]: columns take z back.
+        mean: m, float64 [n].
+    """
+
+    energies: torch.Tensor
+    down: torch.Tensor
+    up: torch.Tensor
+    mean: torch.Tensor
+
+    @classmethod
+    def of(
+        cls, moment: torch.Tensor, mean: torch.Tensor, sensitivity: torch.Tensor | None = None
+    ) -> LatentBasis:
+        """The basis of outputs with these moments.
+
+        Args:
+            moment: E[(y - m)(y - m)^T], float64 [n, n].
+            mean: m, float64 [n]; zero where nothing is subtracted.
+            sensitivity: G, float64 [n, n], of full rank; None weighs all outputs alike.
+
+        Raises:
+            ValueError: moments that are not finite.
+        """
+        for name, tensor in (("second moment", moment), ("mean", mean)):
+            if not torch.isfinite(tensor).all():
+                raise ValueError(f"the {name} of keys or values holds NaN or infinite values")
+        root, inverse = _root(sensitivity, len(moment))
+        weighted = root @ moment.double() @ root
+        energies, vectors = torch.linalg.eigh((weighted + weighted.T) / 2)
+        vectors = vectors.flip(1)
+        return cls(
+            energies.flip(0).clamp_min(0), vectors.T @ root, inverse @ vectors, mean.double()
+        )
+
+    def truncation_losses(self) -> np.ndarray:
+        """Expected KL of keeping r coordinates, nats a token, float64 [n + 1]."""
+        tails = torch.cat([self.energies.flip(0).cumsum(0).flip(0), self.energies.new_zeros(1)])
+        return (tails / 2).numpy()
+
+    def rounding_losses(self, bits: int) -> np.ndarray:
+        """Expected KL of rounding the first r coordinates to so many bits, nats, float64 [n + 1].
+
+        The range of r numbers of a normal distribution is taken for theirs.
+        """
+        roots = self.energies.sqrt().cumsum(0).numpy()
+        ranks = np.arange(1, len(roots) + 1)
+        steps = _range_of_normal(ranks) / (2**bits - 1)
+        return np.r_[0.0, roots**2 / ranks * steps**2 / 24]
+
+    def maps(
+        self, rank: int, *, balanced: bool, rotation: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`down` [r, n] and `up` [n, r] of the first r coordinates.
+
+        Args:
+            rank: r.
+            balanced: scale coordinates so that rounding them alike costs least.
+            rotation: orthogonal [r, r], turns the coordinates; None leaves them.
+        """
+        down, up = self.down[:rank], self.up[:, :rank]
+        if balanced and rank:
+            floor = _LEAST_ENERGY * float(self.energies[0].clamp_min(1e-300))
+            scale = self.energies[:rank].clamp_min(floor) ** 0.25
+            down, up = down / scale[:, None], up * scale
+        if rotation is not None:
+            down, up = rotation @ down, up @ rotation.T
+        return down, up
+
+
+def _root(sensitivity: torch.Tensor | None, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Symmetric root of G and its inverse; of 1 where there is none."""
+    if sensitivity is None:
+        identity = torch.eye(width, dtype=torch.float64)
+        return identity, identity
+    if not torch.isfinite(sensitivity).all():
+        raise ValueError("the sensitivity of keys or values holds NaN or infinite values")
+    values, vectors = torch.linalg.eigh(sensitivity.double())
+    largest = float(values[-1])
+    if largest <= 0:
+        # Nothing that is cached here is ever looked at: whatever is kept costs nothing.
+        identity = torch.eye(width, dtype=torch.float64)
+        return 1e-30 * identity, 1e30 * identity
+    roots = values.clamp_min(_RELATIVE_FLOOR * largest).sqrt()
+    return (vectors * roots) @ vectors.T, (vectors / roots) @ vectors.T
+
+
+def _range_of_normal(counts: np.ndarray) -> np.ndarray:
+    """Expected range of so many numbers drawn from N(0, 1); Blom's approximation."""
+    from scipy.special import ndtri
+
+    return 2 * ndtri((counts - 0.375) / (counts + 0.25)).clip(0.5)
+
+
+def random_rotation(size: int, seed: int) -> torch.Tensor:
+    """An orthogonal matrix, float64 [size, size]: Haar distributed, the same for a seed.
+
+    Raises:
+        ValueError: a size below 1.
+    """
+    if size < 1:
+        raise ValueError(f"no rotation has size {size}")
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randn(size, size, generator=generator, dtype=torch.float64)
+    orthogonal, upper = torch.linalg.qr(drawn)
+    return orthogonal * upper.diagonal().sign()
+
+
+def latent_bits(rank: int, bits: int | None) -> int:
+    """Bits that one token takes, its scale and offset included; 16 a number without rounding."""
+    if rank == 0:
+        return 0
+    return 16 * rank if bits is None else bits * rank + SCALE_BITS
+
+
+def kept_bytes(rank: int, bits: int | None, groups: int) -> int:
+    """Bytes of one token, each group of heads filled up to whole bytes."""
+    return groups * math.ceil(latent_bits(rank, bits) / 8)
