@@ -230,6 +230,12 @@ def _open_model(model: Any, name: str) -> Session:
     return TorchSession(model, name)
 
 
+def _open_full_cache(model: Any, name: str) -> Session:
+    from pipeline.runtime.sessions.torch_session import TorchSession
+
+    return TorchSession(model, name, latent=False)
+
+
 def _open_onnx(folder: Path, name: str) -> Session:
     if read_export_record(folder).profile == "cpu":
         from pipeline.runtime.sessions.onnx_cpu_session import CpuSession
@@ -269,7 +275,7 @@ def _perplexity(row: Row) -> tuple[float, float | None] | None:
 DECODER = Adapter(
     options=_options,
     load=_load,
-    openers=Openers(_open_model, _open_onnx, _open_engine),
+    openers=Openers(_open_model, _open_onnx, _open_engine, _open_full_cache),
     measure=_measure,
     item="token",
     per_item="per token",

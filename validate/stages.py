@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.errors import InputError
 from pipeline.export.contract import FLOAT16, INT4, INT4_OFFSET, INT8, RECORD_FILE
 from pipeline.export.record import ExportRecord, read_export_record
+from pipeline.json_file import json_field, read_json_object
 from pipeline.model.task import TASKS
 
 if TYPE_CHECKING:
@@ -79,16 +80,21 @@ class Openers:
         onnx: of the folder of an export, under a name.
         engine: of the folder of an engine, under a name; an InputError says why not, on a machine
             that cannot run it.
+        full_cache: as `model`, of one whose cache is smaller: what is cached is what the latents
+            stand for.
     """
 
     model: Callable[[PreTrainedModel, str], Any]
     onnx: Callable[[Path, str], Any]
     engine: Callable[[Path, str], Any]
+    full_cache: Callable[[PreTrainedModel, str], Any] | None = None
 
 
 ORIGINAL = "original"
 _DENSE_PRODUCT = "compressed, dense product"
 SKIP_FORM = "compressed, skip form"
+# Of a checkpoint whose KV cache is smaller: what that costs, and that latents give the same.
+CACHE_FULL, CACHE_LATENT = "cache, full width", "cache, latent"
 
 # Both forms are the same matrix, multiplied out in another order in float32.
 _SAME_MATRIX = Tolerance(min_cosine=0.99999, max_relative_error=1e-3, max_kl_to_reference=1e-5)
@@ -187,8 +193,9 @@ def standard_stages(
     """The stages of the ledger, the original first.
 
     An export or engine should equal the checkpoint in its skip form, which is what it was made
-    from; without a checkpoint it should equal the original. Of a quantised checkpoint both forms
-    are those of the values that its codes stand for: `validate.rounding` says what they cost.
+    from, with the latents of its smaller cache if it has one; without a checkpoint it should equal
+    the original. Of a quantised checkpoint both forms are those of the values that its codes stand
+    for: `validate.rounding` says what they cost.
 
     Args:
         artefacts: what there is.
@@ -200,13 +207,19 @@ def standard_stages(
     stages = []
     reference = ORIGINAL
     if artefacts.checkpoint is not None:
-        for form, equal, tolerance in (
+        forms = [
             (_DENSE_PRODUCT, ORIGINAL, Tolerance()),
             (SKIP_FORM, _DENSE_PRODUCT, _SAME_MATRIX),
-        ):
+        ]
+        if _has_smaller_cache(artefacts.checkpoint):
+            forms += [
+                (CACHE_FULL, SKIP_FORM, Tolerance()),
+                (CACHE_LATENT, CACHE_FULL, _SAME_MATRIX),
+            ]
+        for form, equal, tolerance in forms:
             opener = functools.partial(_open_checkpoint, artefacts.checkpoint, openers, form)
             stages.append(Stage(form, opener, equal, tolerance))
-        reference = SKIP_FORM
+        reference = forms[-1][0]
     for folder, label in _labelled(artefacts.onnx):
         name = f"onnxruntime {label}"
         opener = functools.partial(openers.onnx, folder, name)
@@ -228,11 +241,23 @@ def _open_checkpoint(folder: Path, openers: Openers, form: str) -> Any:
 
     from pipeline.checkpoint.dense import densify_
     from pipeline.checkpoint.folder import load_checkpoint
+    from pipeline.checkpoint.modeling_cache import cache_maps
 
     model = load_checkpoint(folder, dtype=torch.float32)
     if form == _DENSE_PRODUCT:
         densify_(model)
-    return openers.model(model, form)
+    for made in cache_maps(model).values():
+        made.is_active = form in (CACHE_FULL, CACHE_LATENT)
+    if form == CACHE_LATENT or openers.full_cache is None:
+        return openers.model(model, form)
+    return openers.full_cache(model, form)
+
+
+def _has_smaller_cache(folder: Path) -> bool:
+    """Whether a checkpoint caches latents in the place of keys and values."""
+    config = read_json_object(folder / "config.json")
+    quantization = json_field(config, "quantization_config", dict, folder, default=None)
+    return bool(quantization and quantization.get("caches"))
 
 
 def _labelled(paths: tuple[Path, ...]) -> list[tuple[Path, str]]:

@@ -22,7 +22,7 @@ from pipeline.checkpoint.folder import load_checkpoint
 model = load_checkpoint("this folder")
 ```
 
-or with transformers alone, which runs `modeling_skipcat.py` from this folder:
+or with transformers alone, which runs `{code}` from this folder:
 
 ```python
 {auto_class}.from_pretrained("this folder", trust_remote_code=True)
@@ -40,10 +40,12 @@ Without either, transformers fills the factored layers with random numbers and o
 | largest entry of A' | {largest:.3f} |
 | calibration | {calibration} |
 | weights stored as | {dtype} |
-
+{cache}
 `recipe.json` says how it was made, `plan.json` the rank of every group, `report.json` the error
 of every group{error_time}. {fine_tuning}
 Quality was not measured here: `skipcat validate` does.
+"""
+_CACHE_ROW = """| KV cache | {token_bytes:,} bytes a token, of {dense_bytes:,} in float16 |
 """
 
 
@@ -76,5 +78,7 @@ def model_card(
         dtype=recipe["dtype"],
         error_time=" when it was compressed" if fine_tuning else "",
         fine_tuning=fine_tuning or "No fine-tuning took place.",
+        cache=_CACHE_ROW.format(**report["cache"]) if "cache" in report else "",
+        code="modeling_cache.py" if "cache" in report else "modeling_skipcat.py",
         **totals,
     )

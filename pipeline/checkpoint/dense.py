@@ -10,7 +10,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from pipeline.checkpoint.folder import load_checkpoint, read_record, save_checkpoint
+from pipeline.checkpoint.modeling_cache import cache_maps, hook_cache_maps
 from pipeline.checkpoint.modeling_skipcat import FactoredLinear, QuantizedEmbedding, QuantizedLinear
+from pipeline.errors import InputError
 from pipeline.model.task import TASKS, task_of_folder
 
 
@@ -39,6 +41,7 @@ def densify_(model: PreTrainedModel) -> PreTrainedModel:
                 model.config.tie_word_embeddings = True
     for name, (product, bias) in products.items():
         model.set_submodule(name, _linear(_frozen(product), bias))
+    hook_cache_maps(model)
     for attribute in ("quantization_config", "auto_map"):
         if hasattr(model.config, attribute):
             delattr(model.config, attribute)
@@ -46,6 +49,18 @@ def densify_(model: PreTrainedModel) -> PreTrainedModel:
         del model.hf_quantizer
     model.is_quantized = False
     return model
+
+
+def _refuse_cache_maps(model: PreTrainedModel, checkpoint: Path) -> None:
+    """Raise InputError for a checkpoint whose cache is smaller: no ordinary model has its maps."""
+    maps = cache_maps(model)
+    if maps:
+        raise InputError(
+            "The maps of a smaller cache have no place in an ordinary model.",
+            where=checkpoint,
+            observed=f"{len(maps)} maps, of {next(iter(maps.values())).source} and others",
+            change="compress without a budget for the cache",
+        )
 
 
 def _frozen(weight: torch.Tensor) -> nn.Parameter:
@@ -79,10 +94,11 @@ def export_dense(checkpoint: Path, folder: Path) -> None:
     The products are formed in float64 from the stored factors and rounded to the stored type.
 
     Raises:
-        InputError: `checkpoint` is not a whole checkpoint.
+        InputError: `checkpoint` is not a whole checkpoint, or its cache is smaller.
     """
     model = load_checkpoint(checkpoint)
     dtype: torch.dtype = model.dtype
+    _refuse_cache_maps(model, Path(checkpoint))
     densify_(model)
     processor_class = TASKS[task_of_folder(Path(checkpoint))].processor_class
     processor = getattr(transformers, processor_class).from_pretrained(checkpoint)

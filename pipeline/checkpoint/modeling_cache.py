@@ -24,7 +24,6 @@ from transformers.quantizers.auto import (
 # Relative, so that it is found in the package and in the folder of a checkpoint.
 from .modeling_skipcat import QUANT_METHOD, SkipCatConfig, SkipCatQuantizer
 
-_SIDES = ("key", "value")
 _CACHE_FORMAT_VERSION = 3
 
 
@@ -40,6 +39,7 @@ class CacheMap(nn.Module):
         rank: numbers of each latent.
         bits: of each number, with a scale and an offset a token and group; None rounds nothing.
         is_rotated: whether the keys are turned by their position afterwards.
+        source: name of the module whose output is mapped.
         device: where the parameters are made.
         dtype: their type.
 
@@ -60,6 +60,7 @@ class CacheMap(nn.Module):
         bits: int | None = None,
         *,
         is_rotated: bool = False,
+        source: str = "",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -70,7 +71,7 @@ class CacheMap(nn.Module):
             nn.Parameter(torch.empty(shape, device=device, dtype=dtype), requires_grad=False)
             for shape in ((groups, rank, numbers), (groups, numbers, rank), (groups, numbers))
         )
-        self.is_rotated, self.is_active = is_rotated, True
+        self.is_rotated, self.source, self.is_active = is_rotated, source, True
         self.latent: torch.Tensor | None = None
         self.angles: tuple[torch.Tensor, torch.Tensor] | None = None
 
@@ -144,11 +145,12 @@ def attach_cache_maps(model: nn.Module, entries: dict[str, dict[str, Any]]) -> N
         made = CacheMap(
             *sizes,
             is_rotated=entry["is_rotated"],
+            source=source,
             device=_device_of(holder, weight),
             dtype=weight.dtype,
         )
         setattr(holder, f"{entry['side']}_map", made)
-    hook_cache_maps(model, entries)
+    hook_cache_maps(model)
 
 
 def _device_of(holder: nn.Module, other: torch.Tensor) -> torch.device:
@@ -156,16 +158,28 @@ def _device_of(holder: nn.Module, other: torch.Tensor) -> torch.device:
     return own.device
 
 
-def hook_cache_maps(model: nn.Module, entries: dict[str, dict[str, Any]]) -> None:
+def hook_cache_maps(model: nn.Module) -> None:
     """Let the maps see what their sources return; again where a source was replaced."""
-    for source, entry in entries.items():
-        holder = model.get_submodule(source.rpartition(".")[0])
-        own = getattr(holder, f"{entry['side']}_map")
-        module = model.get_submodule(source)
-        if not _is_hooked(module._forward_hooks, own):
-            module.register_forward_hook(own.after_source)
-        if entry["side"] == "key" and not _is_hooked(holder._forward_pre_hooks, own):
+    for name, own in cache_maps(model).items():
+        holder, source = (
+            model.get_submodule(name.rpartition(".")[0]),
+            model.get_submodule(own.source),
+        )
+        if not _is_hooked(source._forward_hooks, own):
+            source.register_forward_hook(own.after_source)
+        if own.is_rotated and not _is_hooked(holder._forward_pre_hooks, own):
             holder.register_forward_pre_hook(own.before_attention, with_kwargs=True)
+
+
+def remove_cache_maps(model: nn.Module) -> None:
+    """Take all maps out again."""
+    for name, own in cache_maps(model).items():
+        path, _, attribute = name.rpartition(".")
+        holder, source = model.get_submodule(path), model.get_submodule(own.source)
+        for hooks in (source._forward_hooks, holder._forward_pre_hooks):
+            for key in [k for k, hook in hooks.items() if getattr(hook, "__self__", None) is own]:
+                del hooks[key]
+        delattr(holder, attribute)
 
 
 def _is_hooked(hooks: Mapping[int, Any], own: CacheMap) -> bool:
@@ -186,7 +200,10 @@ class _LatentLayer(DynamicLayer):
 
     def __init__(self, attention: nn.Module) -> None:
         super().__init__()
-        self.maps = tuple(getattr(attention, f"{side}_map", None) for side in _SIDES)
+        self.maps: tuple[CacheMap | None, CacheMap | None] = (
+            getattr(attention, "key_map", None),
+            getattr(attention, "value_map", None),
+        )
         self._rotate = rotation_of(attention)
         self._angles: tuple[torch.Tensor, torch.Tensor] | None = None
 
@@ -195,28 +212,34 @@ class _LatentLayer(DynamicLayer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keep the latents of new keys and values; return all of them, rebuilt."""
         past = self.get_seq_length()
-        new = [
-            states if made is None or made.latent is None else made.latent
-            for states, made in zip((key_states, value_states), self.maps, strict=True)
-        ]
-        kept = super().update(new[0], new[1])
-        keys, values = (
-            states if made is None else made.heads_of(states)
-            for states, made in zip(kept, self.maps, strict=True)
+        for_keys, for_values = self.maps
+        keys, values = super().update(
+            _latent_of(for_keys, key_states), _latent_of(for_values, value_states)
         )
-        return (keys if self.maps[0] is None else self._rotated(keys, past)), values
+        if for_keys is not None:
+            keys = for_keys.heads_of(keys)
+            if for_keys.is_rotated:
+                keys = self._rotated(keys, for_keys.angles, past)
+        return keys, values if for_values is None else for_values.heads_of(values)
 
-    def _rotated(self, keys: torch.Tensor, past: int) -> torch.Tensor:
-        """Keys [B, heads, S, width] turned by their positions, as they are where none are."""
-        if not self.maps[0].is_rotated:
-            return keys
-        new = self.maps[0].angles
+    def _rotated(
+        self, keys: torch.Tensor, new: tuple[torch.Tensor, torch.Tensor] | None, past: int
+    ) -> torch.Tensor:
+        """Keys [B, heads, S, width] turned by the angles of all tokens so far."""
+        if new is None or self._rotate is None:
+            raise ValueError("the attention was not given the angles of its keys as usual")
         earlier = self._angles if past and self._angles is not None else new
-        self._angles = tuple(
+        cos, sin = (
             torch.cat([old[:, :past].expand(len(now), -1, -1), now], dim=1)
             for old, now in zip(earlier, new, strict=True)
         )
-        return self._rotate(keys, *self._angles)
+        self._angles = cos, sin
+        return self._rotate(keys, cos, sin)
+
+
+def _latent_of(made: CacheMap | None, states: torch.Tensor) -> torch.Tensor:
+    """What is kept of new keys or values."""
+    return states if made is None or made.latent is None else made.latent
 
 
 def rotation_of(attention: nn.Module) -> Callable[..., torch.Tensor] | None:
@@ -240,8 +263,8 @@ class LatentCache(DynamicCache):
     def __init__(self, model: nn.Module) -> None:
         super().__init__(config=model.config)
         for name in {name.rpartition(".")[0] for name in cache_maps(model)}:
-            attention = model.get_submodule(name)
-            place = attention.layer_idx
+            attention: Any = model.get_submodule(name)
+            place: int = attention.layer_idx
             while len(self.layers) <= place:
                 self.layers.append(DynamicLayer())
             self.layers[place] = _LatentLayer(attention)

@@ -105,7 +105,18 @@ def _checkpoint_facts(record: dict[str, Any], folder: Path) -> dict[str, Any]:
     chosen = {name: recipe[name] for name in ("model", "dtype", "settings", "calibration")}
     if "recovery" in recipe:
         chosen["loss on held-out windows"] = recipe["recovery"]["loss"]
-    return chosen | {"groups": forms} | record["totals"]
+    return chosen | {"groups": forms} | record["totals"] | _cache_facts(record)
+
+
+def _cache_facts(record: dict[str, Any]) -> dict[str, Any]:
+    """What a smaller cache takes; nothing for one as it is."""
+    if "cache" not in record:
+        return {}
+    token_bytes = record["cache"]["token_bytes"]
+    return {
+        "KV cache, bytes a token": f"{token_bytes:,} of {record['cache']['dense_bytes']:,}",
+        "tokens in 1 GB of it": f"{10**9 // max(1, token_bytes):,}",
+    }
 
 
 def _model_facts(what: str, trust_remote_code: bool) -> dict[str, Any]:

@@ -66,6 +66,21 @@ class Fit:
 
 
 @dataclass(frozen=True)
+class CacheFit:
+    """How the KV cache is made smaller, where it has a budget.
+
+    Attributes:
+        allocate: `module:name` of (problem) -> plan, a `CacheProblem` and a `CachePlan`.
+        two_sided: keys and values weigh what the model's own output says they are worth.
+        centred: their mean is taken apart, instead of being spanned.
+    """
+
+    allocate: str = "pipeline.compress.cache.cache_search:searched_cache"
+    two_sided: bool = True
+    centred: bool = True
+
+
+@dataclass(frozen=True)
 class Method:
     """How a model is compressed.
 
@@ -76,6 +91,8 @@ class Method:
         allocation: where rank goes.
         fit: how the factors are fitted.
         quantizer: matrices stay dense, in one low-bit format that the user names.
+        cache: what becomes of the KV cache under a budget of its own.
+        cache_alone: the weights stay as they are.
     """
 
     summary: str
@@ -84,6 +101,8 @@ class Method:
     allocation: _Allocation
     fit: Fit
     quantizer: bool = False
+    cache: CacheFit = CacheFit()
+    cache_alone: bool = False
 
     @property
     def needs_costs(self) -> bool:
@@ -103,6 +122,7 @@ class Method:
 
 
 ONE_SIDED = Fit(two_sided=False)
+_PALU = "pipeline.compress.cache.palu"
 METHODS = {
     # Wang et al., ICLR 2025; NAACL 2025
     "svd-llm": Method("whitened SVD (SVD-LLM)", False, False, _UNIFORM, ONE_SIDED),
@@ -134,6 +154,25 @@ METHODS = {
         _UNIFORM,
         Fit(two_sided=False, mix=0.0),
         quantizer=True,
+    ),
+    # Chang et al., ICLR 2025
+    "palu": Method(
+        "latents of keys and values alone, ranks by Fisher information of weights (Palu)",
+        False,
+        False,
+        _UNIFORM,
+        ONE_SIDED,
+        cache=CacheFit(f"{_PALU}:allocate_by_fisher", two_sided=False, centred=False),
+        cache_alone=True,
+    ),
+    "palu-uniform": Method(
+        "the same, of the same rank everywhere (Palu)",
+        False,
+        False,
+        _UNIFORM,
+        ONE_SIDED,
+        cache=CacheFit(f"{_PALU}:allocate_uniformly", two_sided=False, centred=False),
+        cache_alone=True,
     ),
     DEFAULT_METHOD: Method(
         "block-skip, two-sided, ranks and sharing by expected KL", True, True, _SEARCHED, Fit()

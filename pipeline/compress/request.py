@@ -154,6 +154,12 @@ class CompressRequest:
             )
         if self.cache_bytes is not None:
             _parse_bytes(self.cache_bytes, "--cache-bytes")
+        if METHODS[self.method].cache_alone and not self.shrinks_cache and self.plan is None:
+            raise UsageError(
+                "This method makes the cache smaller, and nothing else.",
+                where=f"--method {self.method}",
+                expected="--keep-cache 0.5, or --cache-bytes",
+            )
         if self.cache_bits not in CACHE_BITS:
             raise UsageError(
                 "There is no such format of the cache.",
@@ -253,7 +259,7 @@ class CompressRequest:
         """Whether anything but a copy of the model is asked for."""
         return (
             self.plan is not None
-            or self.keep_params < 1
+            or (self.keep_params < 1 and not METHODS[self.method].cache_alone)
             or self.searches_bits
             or self.weights is not None
         )

@@ -7,6 +7,7 @@ from collections import defaultdict
 import torch
 from torch import nn
 
+from pipeline.checkpoint.modeling_cache import hook_cache_maps
 from pipeline.checkpoint.modeling_skipcat import FactoredLinear
 from pipeline.kernels.op import block_skip_linear
 
@@ -84,4 +85,5 @@ def use_operator_(model: nn.Module) -> int:
         group = _BlockSkipGroup([layer for _, layer in members])
         for place, (name, layer) in enumerate(members):
             model.set_submodule(name, _BlockSkipMember(group, place, layer.up.bias))
+    hook_cache_maps(model)
     return sum(map(len, groups.values()))

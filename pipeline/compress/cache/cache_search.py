@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from transformers import PreTrainedModel
 
 from pipeline.compress.cache.cache_plan import CachePlan, SidePlan
 from pipeline.compress.cache.latent_basis import LatentBasis, kept_bytes
@@ -36,71 +38,65 @@ AS_EXPECTED = CachePrices({"key": 1.0, "value": 1.0}, {"key": 1.0, "value": 1.0}
 
 
 @dataclass(frozen=True)
-class CacheBudget:
-    """What a search of the cache may choose from.
+class CacheProblem:
+    """A cache to be planned, and what is known of it.
 
     Attributes:
-        token_bytes: largest number of bytes a token, in all layers.
+        model: a decoder; its weights are final.
+        structure: what it caches.
+        bases: source -> the basis of each group of its heads.
+        tokens: calibration text, int64 [N, T].
+        budget_bytes: largest number of bytes a token, in all layers.
         groups: groups that the heads of a layer are divided into; 1 for all together.
         bits: numbers of bits to choose from; None among them for float16.
-        multiple: ranks are multiples of this.
+        prices: corrections of the expected KL.
     """
 
-    token_bytes: int
+    model: PreTrainedModel
+    structure: Sequence[CachedSide]
+    bases: Mapping[str, Sequence[LatentBasis]]
+    tokens: torch.Tensor
+    budget_bytes: int
     groups: int = 1
     bits: tuple[int | None, ...] = (None, *LATENT_BITS)
-    multiple: int = 1
+    prices: CachePrices = AS_EXPECTED
 
 
-def searched_cache(
-    structure: Sequence[CachedSide],
-    bases: Mapping[str, Sequence[LatentBasis]],
-    budget: CacheBudget,
-    prices: CachePrices = AS_EXPECTED,
-) -> CachePlan:
+def searched_cache(problem: CacheProblem) -> CachePlan:
     """Choose rank and bits of every side, by one integer program.
-
-    Args:
-        structure: what the model caches.
-        bases: source -> the basis of each group of its heads.
-        budget: bytes a token, and what there is to choose from.
-        prices: corrections of the expected KL.
 
     Raises:
         UsageError: no plan is small enough; says how small the smallest is.
     """
-    options = [_options(side, bases[side.source], budget, prices) for side in structure]
+    options = [_options(side, problem) for side in problem.structure]
     sizes = [np.array([plan.token_bytes for plan in plans]) for plans in options]
     losses = [np.array([plan.expected_kl for plan in plans]) for plans in options]
     smallest = sum(int(s.min()) for s in sizes)
-    if smallest > budget.token_bytes:
+    if smallest > problem.budget_bytes:
         raise UsageError(
             "No cache is so small.",
-            observed=f"{budget.token_bytes} bytes a token",
-            expected=f"at least {smallest}, one coordinate in {min(LATENT_BITS)} bits everywhere",
+            observed=f"{problem.budget_bytes} bytes a token",
+            expected=f"at least {smallest}, one coordinate for all keys and all values of a layer",
             change="raise --cache-bytes or --keep-cache",
         )
-    places = allocate(sizes, losses, budget.token_bytes)
+    places = allocate(sizes, losses, problem.budget_bytes)
     return CachePlan(tuple(plans[i] for plans, i in zip(options, places, strict=True)))
 
 
-def _options(
-    side: CachedSide, bases: Sequence[LatentBasis], budget: CacheBudget, prices: CachePrices
-) -> list[SidePlan]:
+def _options(side: CachedSide, problem: CacheProblem) -> list[SidePlan]:
     """Every way to cache one side: as it is, and at each rank in each number of bits."""
-    groups, most = budget.groups, side.numbers // budget.groups
-    truncation = sum(basis.truncation_losses() for basis in bases) * prices.truncation[side.side]
-    step = budget.multiple * math.ceil(most / _RANKS_PER_SIDE / budget.multiple)
-    ranks = np.unique(
-        np.r_[np.arange(step, most, step), most if most % budget.multiple == 0 else 1]
-    )
-    found = [SidePlan.full(side)] if None in budget.bits else []
-    for bits in budget.bits:
+    bases, groups, prices = problem.bases[side.source], problem.groups, problem.prices
+    truncation = np.sum([basis.truncation_losses() for basis in bases], axis=0)
+    truncation = truncation * prices.truncation[side.side]
+    most = side.numbers // groups
+    step = math.ceil(most / _RANKS_PER_SIDE)
+    found = [SidePlan.full(side)] if None in problem.bits else []
+    for bits in problem.bits:
         loss = truncation
         if bits is not None:
-            rounding = sum(basis.rounding_losses(bits) for basis in bases)
+            rounding = np.sum([basis.rounding_losses(bits) for basis in bases], axis=0)
             loss = truncation + rounding * prices.rounding[side.side]
-        for rank in map(int, ranks):
+        for rank in sorted({*range(step, most, step), most}):
             if kept_bytes(rank, bits, groups) < 2 * side.numbers:
                 found.append(SidePlan.latent(side, groups, rank, bits, float(loss[rank])))
     return found

@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from pipeline.checkpoint.modeling_cache import attach_cache_maps, cache_maps, rotation_of
+from pipeline.checkpoint.modeling_cache import (
+    LatentCache,
+    attach_cache_maps,
+    cache_maps,
+    rotation_of,
+)
 from pipeline.compress.cache.cache_plan import CachePlan, SidePlan
-from pipeline.compress.cache.cache_search import CacheBudget, bases_of, searched_cache
+from pipeline.compress.cache.cache_search import CacheProblem, bases_of
 from pipeline.compress.cache.latent_basis import LatentBasis, random_rotation
+from pipeline.compress.cache.prices import measured_prices
 from pipeline.compress.cache.statistics import measure_cache
 from pipeline.compress.request import CompressRequest
 from pipeline.errors import InputError, UsageError
+from pipeline.lazy import imported
 from pipeline.model.cache_structure import CachedSide, cache_structure
 from pipeline.model.structure import Layer
+
+# Logits of so many tokens, relative to their largest; rounding may fall to the other side.
+_PROVED_TOKENS, _SAME = 16, 1e-2
 
 
 def compress_cache_(
@@ -46,23 +58,49 @@ def compress_cache_(
     """
     structure = cache_structure(model, layers)
     _require_known_rotation(model, structure)
-    groups = request.cache_groups
-    _require_groups(structure, groups)
-    plan = None if planned is None else CachePlan.from_json(planned, structure, request.plan)
+    _require_groups(structure, request.cache_groups)
+    plan: CachePlan | None = None
+    if planned is not None:
+        plan = CachePlan.from_json(planned, structure, request.plan)
     statistics = measure_cache(model, layers, structure, tokens, folder, settings)
+    row = request.resolved_method.cache
+    bases_in = partial(
+        bases_of, structure, statistics, two_sided=row.two_sided, centred=row.centred
+    )
     if plan is None:
-        dense = sum(2 * side.numbers for side in structure)
-        budget = CacheBudget(request.cache_budget(dense), groups, request.cache_formats)
-        plan = searched_cache(structure, bases_of(structure, statistics, groups), budget)
-    wanted = sorted({side.groups for side in plan.sides if side.form == "latent"})
-    bases = {count: bases_of(structure, statistics, count) for count in wanted}
-    install_cache_(model, plan, bases, request.seed)
+        bases = bases_in(request.cache_groups)
+        plan = _planned(model, structure, bases, tokens, request)
+    wanted = {side.groups for side in plan.sides if side.form == "latent"}
+    every = {groups: bases_in(groups) for groups in sorted(wanted)}
+    install_cache_(model, plan, bases=every, seed=request.seed)
+    _require_equal_latents(model, tokens)
+    return plan
+
+
+def _planned(
+    model: PreTrainedModel,
+    structure: Sequence[CachedSide],
+    bases: Mapping[str, Sequence[LatentBasis]],
+    tokens: torch.Tensor,
+    request: CompressRequest,
+) -> CachePlan:
+    """The plan of the request's method under its budget; prices are measured where it has any."""
+    row, groups = request.resolved_method.cache, request.cache_groups
+    budget_bytes = request.cache_budget(sum(2 * side.numbers for side in structure))
+    problem = CacheProblem(
+        model, structure, bases, tokens, budget_bytes, groups, request.cache_formats
+    )
+    if row.two_sided:
+        put = partial(install_cache_, bases={groups: bases}, seed=request.seed)
+        problem = replace(problem, prices=measured_prices(problem, put))
+    plan: CachePlan = imported(row.allocate)(problem)
     return plan
 
 
 def install_cache_(
     model: PreTrainedModel,
     plan: CachePlan,
+    *,
     bases: Mapping[int, Mapping[str, Sequence[LatentBasis]]],
     seed: int,
 ) -> None:
@@ -89,6 +127,31 @@ def install_cache_(
 def _rotation(side: SidePlan, seed: int) -> torch.Tensor | None:
     """Coordinates that share a step should be alike; those that are not rounded need not."""
     return None if side.bits is None else random_rotation(side.rank, seed)
+
+
+@torch.no_grad()
+def _require_equal_latents(model: PreTrainedModel, tokens: torch.Tensor) -> None:
+    """Run a few tokens with what is cached in full, and as latents in two calls.
+
+    Raises:
+        InputError: the logits differ, so that something about this model's cache is not understood.
+    """
+    ids = tokens[:1, :_PROVED_TOKENS].to(model.device)
+    wanted = model(input_ids=ids, use_cache=False).logits
+    cache = LatentCache(model)
+    parts = [
+        model(input_ids=part, past_key_values=cache, use_cache=True).logits
+        for part in ids.split(_PROVED_TOKENS // 2, dim=1)
+    ]
+    error = (torch.cat(parts, dim=1) - wanted).abs().max() / wanted.abs().max()
+    if not error <= _SAME:
+        raise InputError(
+            "Latents in the cache of this model do not give what they stand for.",
+            where=type(model).__name__,
+            observed=f"logits off by {float(error):.2g} of their largest",
+            expected=f"at most {_SAME:g}",
+            change="compress it without a budget for the cache",
+        )
 
 
 def _require_groups(structure: Sequence[CachedSide], groups: int) -> None:

@@ -8,7 +8,7 @@ calibration texts, of the gradient of the loss by it; the loss is that of the te
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -17,13 +17,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from pipeline.compress.cache.cache_plan import CachePlan, SidePlan
-from pipeline.compress.cache.latent_basis import kept_bytes
+from pipeline.compress.cache.cache_search import CacheProblem
+from pipeline.compress.cache.latent_basis import SCALE_BITS, kept_bytes
 from pipeline.errors import InputError
 from pipeline.model.cache_structure import CachedSide
 from pipeline.progress import track
 
 
-def fisher_of_weights(
+def _fisher_of_weights(
     model: PreTrainedModel, structure: Sequence[CachedSide], tokens: torch.Tensor
 ) -> dict[str, float]:
     """Source -> Fisher information of its matrix, over texts that are read one by one.
@@ -93,38 +94,47 @@ def proportional_ranks(shares: np.ndarray, full: int, total: int) -> np.ndarray:
     return ranks
 
 
-def palu_plan(
-    structure: Sequence[CachedSide],
-    kept: float,
-    groups: int,
-    *,
-    fisher: Mapping[str, float] | None = None,
-    bits: int | None = None,
-    multiple: int = 1,
-) -> CachePlan:
-    """Palu's plan: a rank for every matrix, divided evenly among its groups of heads.
+def allocate_by_fisher(problem: CacheProblem) -> CachePlan:
+    """Palu's ranks, in proportion to the Fisher information of the matrices.
 
-    Args:
-        structure: what the model caches.
-        kept: fraction of all ranks, in (0, 1].
-        groups: groups that the heads of a layer are divided into.
-        fisher: source -> what its matrix is worth; None for the same fraction of each.
-        bits: of the latents; None for float16.
-        multiple: ranks are rounded to the nearest multiple; Palu's code has 32.
+    Raises:
+        InputError: keys or values that no linear layer gives.
     """
-    full = max(side.numbers for side in structure)
-    if fisher is None:
-        ranks = np.array([side.numbers * kept for side in structure])
-    else:
-        shares = np.array([fisher[side.source] for side in structure])
-        ranks = proportional_ranks(shares, full, math.floor(kept * full * len(structure)))
+    fisher = _fisher_of_weights(problem.model, problem.structure, problem.tokens)
+    shares = np.array([fisher[side.source] for side in problem.structure])
+    full = max(side.numbers for side in problem.structure)
+    total = math.floor(_kept_ranks(problem) * full * len(problem.structure))
+    return _plan_of(problem, proportional_ranks(shares, full, total))
+
+
+def allocate_uniformly(problem: CacheProblem) -> CachePlan:
+    """The same fraction of every rank."""
+    kept = _kept_ranks(problem)
+    return _plan_of(problem, np.array([math.floor(kept * s.numbers) for s in problem.structure]))
+
+
+def _bits_of(problem: CacheProblem) -> int | None:
+    """Palu rounds all latents alike: to float16, unless one number of bits is asked for."""
+    return None if None in problem.bits else problem.bits[0]
+
+
+def _kept_ranks(problem: CacheProblem) -> float:
+    """Fraction of all ranks that the budget has bytes for, scales and offsets taken off."""
+    bits, ranks = _bits_of(problem), sum(side.numbers for side in problem.structure)
+    latents = problem.groups * len(problem.structure)
+    scales_bytes = 0 if bits is None else latents * SCALE_BITS // 8
+    left = problem.budget_bytes - scales_bytes - (latents if bits else 0)  # filled up to bytes
+    return min(1.0, max(0.0, 8 * left / (bits or 16) / ranks))
+
+
+def _plan_of(problem: CacheProblem, ranks: np.ndarray) -> CachePlan:
+    """The plan in which each side has its rank, divided evenly among its groups."""
+    groups, bits = problem.groups, _bits_of(problem)
     sides = []
-    for side, rank in zip(structure, ranks, strict=True):
-        own = max(1, round(float(rank) / groups / multiple)) * multiple
-        own = min(own, side.numbers // groups)
-        # A latent that is no smaller than what it stands for is not worth its maps.
-        if bits is None and kept_bytes(own, None, groups) >= 2 * side.numbers:
-            sides.append(SidePlan.full(side))
-            continue
-        sides.append(SidePlan.latent(side, groups, own, bits))
+    for side, rank in zip(problem.structure, ranks, strict=True):
+        own = min(max(1, int(rank) // groups), side.numbers // groups)
+        is_smaller = kept_bytes(own, bits, groups) < 2 * side.numbers
+        sides.append(
+            SidePlan.latent(side, groups, own, bits) if is_smaller else SidePlan.full(side)
+        )
     return CachePlan(tuple(sides))

@@ -36,7 +36,7 @@ def make_plan(request: CompressRequest, calibrated: Calibrated) -> RankPlan:
     if request.plan:
         return RankPlan.load(Path(request.plan), calibrated.layers)
     method = request.resolved_method
-    kept = 1.0 if method.quantizer else request.keep_params
+    kept = 1.0 if method.quantizer or method.cache_alone else request.keep_params
     if method.allocation.needs_costs:
         calibrated.measure(request)
     if request.searches_bits:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from pipeline.errors import InputError, UsageError
 from pipeline.export.contract import RECORD_FILE
 from pipeline.model.task import require_decoder
+from pipeline.progress import note
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -122,8 +123,10 @@ def _open_cuda(folder: Path, threads: int | None, slots: int) -> Session:
     """
     import torch
 
+    from pipeline.checkpoint.modeling_cache import cache_maps
     from pipeline.kernels.op import prepare
     from pipeline.runtime.sessions.static_session import StaticSession
+    from pipeline.runtime.sessions.torch_session import TorchSession
 
     if not torch.cuda.is_available():
         built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
@@ -137,6 +140,9 @@ def _open_cuda(folder: Path, threads: int | None, slots: int) -> Session:
         prepare(torch.cuda.current_device())
     kind = f"block-skip kernels in {replaced} layers" if replaced else "no block-skip layers"
     name = f"torch cuda {str(model.dtype).removeprefix('torch.')}, {kind}"
+    if cache_maps(model):
+        note("the cache holds latents: steps run one by one, not as a CUDA graph")
+        return TorchSession(model.to("cuda"), name)
     return StaticSession(model.to("cuda"), name, CUDA_CACHE_TOKENS)
 
 
