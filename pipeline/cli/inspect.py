@@ -70,14 +70,12 @@ def _describe(what: str, *, trust_remote_code: bool = False) -> tuple[str, dict[
 
 def _read(path: Path) -> dict[str, Any]:
     from pipeline.errors import InputError
+    from pipeline.json_file import read_json_object, restated
 
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError("The record cannot be read.", where=path, observed=error) from error
-    if not isinstance(record, dict):
-        raise InputError("The record is not a JSON object.", where=path)
-    return record
+        return read_json_object(path)
+    except InputError as error:
+        raise restated(error, "The record cannot be read.", path) from error
 
 
 def _onnx_facts(record: dict[str, Any], folder: Path) -> dict[str, Any]:

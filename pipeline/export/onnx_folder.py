@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +21,7 @@ from pipeline.export.contract import (
     RECORD_FILE,
 )
 from pipeline.export.record import ExportRecord, read_export_record, wrong_field
+from pipeline.json_file import read_json_object
 from pipeline.model.task import TASKS
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ def _count_nodes(model: onnx.ModelProto, op_types: tuple[str, ...], domain: str 
 
 def _require_node_count(record_path: Path, found: int) -> None:
     """Raise InputError when `export.json` promises another number of block-skip nodes."""
-    promised = json.loads(record_path.read_text(encoding="utf-8")).get("block_skip_nodes")
+    promised = read_json_object(record_path).get("block_skip_nodes")
     if promised != found:
         raise wrong_field(record_path, "block_skip_nodes", promised, f"{found}, as in {GRAPH_FILE}")
 
