@@ -355,9 +355,9 @@ def stored_layer(
 
 
 def _require_entries(modules: object) -> None:
-    """Raise ValueError unless `modules` are entries as `stored_layer` reads them."""
+    """Raise ValueError or TypeError unless `modules` are entries as `stored_layer` reads them."""
     if not isinstance(modules, dict):
-        raise ValueError("quantization_config.modules is not an object")
+        raise TypeError("quantization_config.modules is not an object")
     for name, entry in modules.items():
         fields = entry if isinstance(entry, dict) else {}
         owner = fields.get("owner")
@@ -422,9 +422,11 @@ class SkipCatQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         for name, layer in model.named_modules():
-            if isinstance(layer, FactoredLinear) and "permutation" in layer._buffers:
-                if not layer.permutation.is_meta:
-                    require_permutation(name, layer.permutation)
+            places = (
+                layer._buffers.get("permutation") if isinstance(layer, FactoredLinear) else None
+            )
+            if places is not None and not places.is_meta:
+                require_permutation(name, places)
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:

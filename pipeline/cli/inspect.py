@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from pipeline.cli import options
-from pipeline.export.contract import PIXEL_VALUES, RECORD_FILE
+from pipeline.export.contract import GRAPH_FILE, PIXEL_VALUES, RECORD_FILE
 
 
 @click.command("inspect")
@@ -79,6 +79,11 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _onnx_facts(record: dict[str, Any], folder: Path) -> dict[str, Any]:
+    from pipeline.export.record import read_export_record, require_weights
+    from pipeline.model.task import TASKS
+
+    if (folder / GRAPH_FILE).is_file():  # a record alone is shown as it is
+        require_weights(folder, read_export_record(folder, tuple(TASKS)), known=False)
     names = (
         "task", "profile", "opset", "runs_in", "dtype", PIXEL_VALUES, "classes",
         "max_length", "num_layers", "block_skip_nodes",

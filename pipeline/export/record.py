@@ -16,9 +16,11 @@ from pipeline.export.contract import (
     RECORD_FILE,
     SCHEMA,
     WEIGHTS,
+    WEIGHTS_FILE,
     Profile,
 )
 from pipeline.json_file import json_field, read_json_object
+from pipeline.known_hashes import known_sha256
 from pipeline.model.task import TASKS, TEXT, Task
 
 # What every record has; `TASKS` says what those of each task have beside.
@@ -74,7 +76,7 @@ class ExportRecord:
 
 
 def read_export_record(folder: Path, tasks: tuple[Task, ...] = (TEXT,)) -> ExportRecord:
-    """Read `folder/export.json` and check it against itself and against `model.onnx`.
+    """Read `folder/export.json` and check it against itself, `model.onnx` and the weights' size.
 
     Args:
         folder: what `skipcat export` wrote.
@@ -94,7 +96,46 @@ def read_export_record(folder: Path, tasks: tuple[Task, ...] = (TEXT,)) -> Expor
             expected=f"one for {' or '.join(tasks)}",
         )
     _require_same_graph(record, _require_file(folder / GRAPH_FILE))
+    _require_size(record, folder / WEIGHTS_FILE)
     return record
+
+
+def require_weights(folder: Path, record: ExportRecord, *, known: bool = True) -> None:
+    """Hold the weights to the hash in the record; one of an older version may have none.
+
+    Args:
+        folder: of both.
+        record: as `read_export_record` gives it.
+        known: the hash that the file had when it was last read will do, if it was not changed.
+
+    Raises:
+        InputError: they are other weights, or a copy that broke.
+    """
+    path = folder / WEIGHTS_FILE
+    if record.data_sha256 is None or not path.is_file():
+        return
+    digest = known_sha256(path, again=not known)
+    if digest != record.data_sha256:
+        raise _other_weights(path, f"sha256 {digest}", f"sha256 {record.data_sha256}")
+
+
+def _require_size(record: ExportRecord, path: Path) -> None:
+    """Raise InputError for weights of another size than the record says."""
+    if record.data_bytes is None or not path.is_file():
+        return
+    size_bytes = path.stat().st_size
+    if size_bytes != record.data_bytes:
+        raise _other_weights(path, f"{size_bytes} bytes", f"{record.data_bytes} bytes")
+
+
+def _other_weights(path: Path, observed: str, expected: str) -> InputError:
+    return InputError(
+        f"{path.name} is truncated or broken, or belongs to another export.",
+        where=path,
+        observed=observed,
+        expected=expected,
+        change="copy the whole folder again, or export again",
+    )
 
 
 def _parse_record(fields: dict[str, Any], path: Path) -> ExportRecord:

@@ -11,6 +11,7 @@ import math
 import mmap
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -31,7 +32,7 @@ from pipeline.export.contract import (
     dotted,
     present_name,
 )
-from pipeline.export.record import ExportRecord, read_export_record
+from pipeline.export.record import ExportRecord, read_export_record, require_weights
 from pipeline.runtime.sessions.checks import CheckedSession
 from pipeline.runtime.sessions.graph_interface import (
     explained,
@@ -220,7 +221,8 @@ class Graph(NamedTuple):
         """Load `folder/model.onnx`, with every failure explained.
 
         Raises:
-            InputError: the installed ONNX Runtime is too old for the profile, or refuses the graph.
+            InputError: the installed ONNX Runtime is too old for the profile, or refuses the graph;
+                or the weights are not those of the export.
             MissingPackageError: onnxruntime is not installed.
         """
         try:
@@ -238,7 +240,9 @@ class Graph(NamedTuple):
         borrows = _borrows_files(onnxruntime.__version__)
         weights = _map_weights(folder / WEIGHTS_FILE) if borrows else None
         try:
-            with _lend_weights(options, weights):
+            # Beside the loading, which takes longer, where the hash is not known yet.
+            with ThreadPoolExecutor(1) as beside, _lend_weights(options, weights):
+                checked = beside.submit(require_weights, folder, record)
                 session = onnxruntime.InferenceSession(
                     str(path), options, providers=["CPUExecutionProvider"]
                 )
@@ -251,6 +255,7 @@ class Graph(NamedTuple):
                 observed=first_line(error),
                 change="check that model.onnx.data lies beside it, or export again",
             ) from error
+        checked.result()
         return cls(session, weights)
 
 
