@@ -147,14 +147,3 @@ def sha256_of_file(path: Path) -> str:
 def folder_bytes(folder: Path) -> int:
     """Sum of the sizes of all files below `folder`, in bytes."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def copy_tokenizer(checkpoint: Path, folder: Path) -> None:
-    """Copy tokenizer, chat template and generation settings, or the image processor's settings."""
-    patterns = (
-        "tokenizer*", "special_tokens_map.json", "chat_template*", "*.jinja",
-        "generation_config.json", "vocab.*", "merges.txt", "preprocessor_config.json",
-    )  # fmt: skip
-    for pattern in patterns:
-        for path in checkpoint.glob(pattern):
-            shutil.copy2(path, folder / path.name)

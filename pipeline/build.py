@@ -19,6 +19,7 @@ from pipeline.errors import InputError, UsageError
 from pipeline.export.contract import CPU, DEFAULT_MAX_LENGTH, DEFAULT_PROFILE, FLOAT16, FLOAT32
 from pipeline.export.export import export_folder
 from pipeline.export.request import ExportRequest
+from pipeline.json_file import json_field, read_json_object
 from pipeline.memory import peak_bytes
 from pipeline.progress import note
 from pipeline.provenance import provenance
@@ -211,7 +212,7 @@ def _engine(state: Build, target: Target) -> None:
 def _read_ledger(folder: Path) -> Ledger:
     from validate.record import Ledger
 
-    return Ledger.from_json(json.loads((folder / "ledger.json").read_text(encoding="utf-8")))
+    return Ledger.read(folder / "ledger.json")
 
 
 def _refuse_inputs(request: BuildRequest) -> None:
@@ -267,9 +268,9 @@ def _earlier_stages(
 def _read_build(folder: Path) -> dict[str, Any]:
     """build.json; without one the folder is not ours to change."""
     try:
-        record = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
-        return {name: record[name] for name in ("request", "stages")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        record = read_json_object(folder / _RECORD)
+        return {name: json_field(record, name, dict, _RECORD) for name in ("request", "stages")}
+    except InputError as error:
         raise InputError(
             "The output was not written by skipcat build, so it is left as it is.",
             where=folder,

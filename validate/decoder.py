@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from pipeline.errors import UsageError
-from pipeline.export.record import read_export_record
+from pipeline.export.record import read_export_record, require_weights
 from pipeline.model.task import TEXT, Task
 from pipeline.runtime.sessions.session import Session
 from validate.compare import StageLogits
@@ -231,7 +231,9 @@ def _open_model(model: Any, name: str) -> Session:
 
 
 def _open_onnx(folder: Path, name: str) -> Session:
-    if read_export_record(folder).profile == "cpu":
+    record = read_export_record(folder)
+    require_weights(folder, record, known=False)
+    if record.profile == "cpu":
         from pipeline.runtime.sessions.onnx_cpu_session import CpuSession
 
         return CpuSession(folder, name=name)

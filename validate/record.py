@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from pipeline.errors import InputError, ValidationError
+from pipeline.json_file import json_field, read_json_object
 from pipeline.model.task import TEXT, Task
 from validate.compare import Comparison
 from validate.greedy import GreedyAgreement
@@ -17,6 +19,7 @@ from validate.stages import Tolerance
 from validate.verdict import Verdict
 
 _SCHEMA = 1
+_AGAIN = "run `skipcat validate` again"
 
 
 @dataclass(frozen=True)
@@ -135,23 +138,41 @@ class Ledger:
         }
 
     @classmethod
-    def from_json(cls, fields: dict[str, Any]) -> Ledger:
+    def from_json(cls, fields: dict[str, Any], where: object = "ledger.json") -> Ledger:
         """The ledger that `to_json` was called on.
 
         Raises:
-            InputError: written under another schema.
+            InputError: written under another schema, or broken.
         """
         if fields.get("schema") != _SCHEMA:
             raise InputError(
                 "This ledger was written by another version of skipcat.",
                 observed=f"schema {fields.get('schema')}",
                 expected=f"schema {_SCHEMA}",
-                change="run `skipcat validate` again",
+                change=_AGAIN,
             )
-        rows = [_row_from_json(row) for row in fields["rows"]]
-        kept = fields.get("rounding")
-        rounding = None if kept is None else Rounding(**kept)
-        return cls(rows, fields["inputs"], fields["provenance"], rounding)
+        try:
+            rows = [_row_from_json(row) for row in json_field(fields, "rows", list, where)]
+            kept = json_field(fields, "rounding", dict, where, default=None)
+            rounding = None if kept is None else Rounding(**kept)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise InputError(
+                "This ledger is broken.",
+                where=where,
+                observed=f"{type(error).__name__}: {error}",
+                change=_AGAIN,
+            ) from error
+        inputs, made = (json_field(fields, n, dict, where) for n in ("inputs", "provenance"))
+        return cls(rows, inputs, made, rounding)
+
+    @classmethod
+    def read(cls, path: Path) -> Ledger:
+        """The ledger of a ledger.json.
+
+        Raises:
+            InputError: it is missing, broken, or written under another schema.
+        """
+        return cls.from_json(read_json_object(path, change=_AGAIN), path)
 
 
 def _row_from_json(fields: dict[str, Any]) -> Row:

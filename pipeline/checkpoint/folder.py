@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from pipeline.artefact import write_json
 from pipeline.checkpoint import modeling_skipcat
 from pipeline.checkpoint.modeling_skipcat import SkipCatConfig
 from pipeline.errors import InputError
+from pipeline.json_file import read_json_object
 from pipeline.model.source import check_safetensors
 from pipeline.model.task import TASKS, Task, task_of_config, task_of_folder
 
@@ -50,7 +50,7 @@ def save_checkpoint(
         folder, state_dict=_cast_state(model, dtype), max_shard_size=_LARGEST_SHARD
     )
     # save_pretrained names the type the weights had in memory.
-    saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    saved = read_json_object(folder / "config.json")
     write_json(folder / "config.json", saved | {"dtype": str(dtype).removeprefix("torch.")})
     tokenizer.save_pretrained(folder)
     if modules:
@@ -148,12 +148,9 @@ def read_record(folder: Path, name: str) -> dict[str, Any]:
     """recipe.json or report.json of a checkpoint; empty for a folder that skipcat did not write.
 
     Raises:
-        InputError: it is no JSON.
+        InputError: it is no JSON object.
     """
     path = folder / name
     if not path.is_file():
         return {}
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError("A record is broken.", where=path, observed=str(error)) from error
+    return read_json_object(path, change="copy the whole folder again")

@@ -30,6 +30,7 @@ from pipeline.checkpoint.modeling_skipcat import (
     QuantizedWeight,
     SkipCatConfig,
     SkipCatQuantizer,
+    require_permutation,
 )
 from pipeline.errors import InputError
 from pipeline.model.task import TASKS, task_of_folder
@@ -39,6 +40,7 @@ from pipeline.quantize.groupwise import Blocks
 # What hands its weight to an operator as it is; nothing else is known not to be computed with.
 _LAYERS = (nn.Linear, nn.Embedding, _ConvNd, Conv1D)
 # Beyond this size nothing is read, whatever holds it: tables are smaller, experts are larger.
+_PERMUTATION = ".permutation"
 _LARGEST_TABLE_BYTES = 16 << 20
 
 
@@ -138,6 +140,8 @@ class Skeleton:
                 _set(model, name, _stand_in(number, place.shape, dtype))
             else:
                 read = place.read()
+                if name.endswith(_PERMUTATION):
+                    _require_permutation(place, read)
                 _set(model, name, read.to(dtype) if read.is_floating_point() else read)
         model.tie_weights()
         return cls(folder, model.eval(), _with_tied_names(model, matrices))
@@ -154,6 +158,15 @@ class _Place:
     def read(self) -> torch.Tensor:
         with safe_open(self.file, framework="pt") as tensors:
             return tensors.get_tensor(self.name)
+
+
+def _require_permutation(place: _Place, read: torch.Tensor) -> None:
+    try:
+        require_permutation(place.name.removesuffix(_PERMUTATION), read)
+    except ValueError as error:
+        raise InputError(
+            "The checkpoint could not be read.", where=place.file, observed=error
+        ) from error
 
 
 def _is_matrix(model: nn.Module, name: str, shape: tuple[int, ...]) -> bool:

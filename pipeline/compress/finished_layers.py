@@ -10,8 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline.artefact import require_same_settings, sha256_of_file, write_json
+from pipeline.errors import InputError
+from pipeline.json_file import json_field, read_json_object
 
 _PROGRESS = "progress.json"
+AFRESH = "start afresh without --resume"
+_RECORD_FIELDS = {"file": str, "sha256": str, "tensors": int, "groups": list}
 
 
 class FinishedLayers:
@@ -22,20 +26,24 @@ class FinishedLayers:
         settings: everything the factors depend on; compared when a run is taken up again.
 
     Raises:
-        InputError: the folder holds layers of a run with other settings.
+        InputError: the folder holds layers of a run with other settings, or its record is broken.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
         self.folder, self.settings = folder, json.loads(json.dumps(settings))
         self.records: dict[str, dict[str, Any]] = {}
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except FileExistsError as error:
+            raise InputError("A file is in the way.", where=folder, change=AFRESH) from error
         progress = folder / _PROGRESS
         if not progress.exists():
             self._write_progress()
             return
-        earlier = json.loads(progress.read_text(encoding="utf-8"))
-        require_same_settings(earlier["settings"], self.settings, folder)
-        self.records = earlier["layers"]
+        earlier = read_json_object(progress, change=AFRESH)
+        settings = json_field(earlier, "settings", dict, progress)
+        require_same_settings(settings, self.settings, folder)
+        self.records = _records(earlier, progress)
 
     def __contains__(self, name: str) -> bool:
         """Whether the layer is finished and its file is whole."""
@@ -43,12 +51,25 @@ class FinishedLayers:
         if record is None:
             return False
         path = self.folder / record["file"]
-        return path.exists() and sha256_of_file(path) == record["sha256"]
+        return path.is_file() and sha256_of_file(path) == record["sha256"]
 
     def load(self, name: str) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
-        """Tensors and group reports of a finished layer."""
+        """Tensors and group reports of a finished layer.
+
+        Raises:
+            InputError: the file does not hold what its record says.
+        """
         record = self.records[name]
-        tensors = load_file(self.folder / record["file"]) if record["tensors"] else {}
+        path = self.folder / record["file"]
+        tensors = load_file(path)
+        if len(tensors) != record["tensors"]:
+            raise InputError(
+                "A finished layer is not what its record says.",
+                where=path,
+                observed=f"{len(tensors)} tensors",
+                expected=record["tensors"],
+                change=AFRESH,
+            )
         return tensors, record["groups"]
 
     def add(
@@ -70,3 +91,24 @@ class FinishedLayers:
 
     def _write_progress(self) -> None:
         write_json(self.folder / _PROGRESS, {"settings": self.settings, "layers": self.records})
+
+
+def _records(earlier: dict[str, Any], path: Path) -> dict[str, dict[str, Any]]:
+    """The records of finished layers, each with what `add` wrote.
+
+    Raises:
+        InputError: one is broken, or names a file that lies elsewhere.
+    """
+    layers: dict[str, Any] = json_field(earlier, "layers", dict, path)
+    for name in layers:
+        where = f"{path}: {name}"
+        record: dict[str, Any] = json_field(layers, name, dict, where)
+        for field, kind in _RECORD_FIELDS.items():
+            json_field(record, field, kind, where)
+        groups = [group for group in record["groups"] if isinstance(group, dict)]
+        members = [json_field(group, "members", list, where) for group in groups]
+        if record["file"] != f"{name}.safetensors" or len(members) != len(record["groups"]):
+            raise InputError(
+                "The record of a finished layer is broken.", where=where, change=AFRESH
+            )
+    return layers

@@ -5,14 +5,13 @@ Every way the worker process can end becomes a result or an explained error.
 
 from __future__ import annotations
 
-import json
 import shutil
 import signal
 import sys
 from pathlib import Path
 from typing import Any
 
-from pipeline.artefact import copy_tokenizer, refuse_existing, staged_folder, write_json
+from pipeline.artefact import refuse_existing, staged_folder, write_json
 from pipeline.child_process import ChildEnd, run_to_end
 from pipeline.engine.manifest import MANIFEST_FILE, make_manifest
 from pipeline.engine.network import OUT_OF_MEMORY_WORDS
@@ -20,6 +19,8 @@ from pipeline.engine.plan import EnginePlan, EngineRequest, plan_engine
 from pipeline.engine.profiles import DecodeForm
 from pipeline.engine.worker_protocol import REQUEST_FILE, RESULT_FILE, WorkerResult
 from pipeline.errors import InputError, PipelineError, ResourceError
+from pipeline.json_file import read_json_object
+from pipeline.tokenizer_files import copy_tokenizer
 
 # Measured on SmolLM2-135M with TensorRT for RTX 1.7, see docs/engine-size.md.
 _PLAN_PER_WEIGHT: dict[DecodeForm, float] = {"shared": 1.2, "separate": 2.1}
@@ -110,10 +111,7 @@ def _read_result(end: ChildEnd, staging: Path, timeout_s: float) -> WorkerResult
 
 def _read_answer(path: Path) -> dict[str, Any]:
     """The worker's JSON; empty when it wrote none."""
-    if not path.is_file():
-        return {}
-    answer: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return answer
+    return read_json_object(path) if path.is_file() else {}
 
 
 def _refused(status: int, answer: dict[str, Any], log: str) -> PipelineError:

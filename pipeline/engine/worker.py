@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
-import json
 import signal
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ from pathlib import Path
 from pipeline.artefact import write_json
 from pipeline.engine.worker_protocol import RESULT_FILE, WorkerRequest, WorkerResult
 from pipeline.errors import PipelineError
+from pipeline.json_file import read_json_object
 from pipeline.memory import peak_bytes
 
 _PR_SET_PDEATHSIG = 1
@@ -25,7 +25,7 @@ def main(arguments: list[str]) -> int:
     """Build what the request file says, beside it; return the exit status of `pipeline.errors`."""
     _die_with_parent()
     path = Path(arguments[0])
-    request = WorkerRequest.from_json(json.loads(path.read_text(encoding="utf-8")))
+    request = WorkerRequest.from_json(read_json_object(path))
     try:
         result = _build(request, path.parent)
     except PipelineError as error:

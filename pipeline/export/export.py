@@ -39,6 +39,7 @@ from pipeline.export.passes.lay_out import lay_out
 from pipeline.export.passes.matmul_nbits import FORMATS, quantize_linears
 from pipeline.export.request import ExportRequest
 from pipeline.export.tracing import Traced
+from pipeline.known_hashes import remember_sha256
 from pipeline.model.task import adapter_of, task_of_folder
 from pipeline.progress import note
 from pipeline.provenance import provenance
@@ -166,6 +167,9 @@ def _check_graph(path: Path) -> None:
 def _describe(traced: Traced, request: ExportRequest, folder: Path) -> dict[str, Any]:
     """export.json: what later stages and users want to know without opening the graph."""
     data = folder / WEIGHTS_FILE
+    data_sha256 = sha256_of_file(data) if data.exists() else None
+    if data_sha256 is not None:
+        remember_sha256(data, data_sha256)
     counts = Counter(node.op_type for node in traced.graph.graph)
     return {
         "schema": SCHEMA,
@@ -178,7 +182,7 @@ def _describe(traced: Traced, request: ExportRequest, folder: Path) -> dict[str,
         "graph_bytes": (folder / GRAPH_FILE).stat().st_size,
         "data_bytes": data.stat().st_size if data.exists() else 0,
         "onnx_sha256": sha256_of_file(folder / GRAPH_FILE),
-        "data_sha256": sha256_of_file(data) if data.exists() else None,
+        "data_sha256": data_sha256,
         "provenance": provenance(),
     }
 

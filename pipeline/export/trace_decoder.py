@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from pipeline.artefact import copy_tokenizer, write_json
+from pipeline.artefact import write_json
 from pipeline.checkpoint.skeleton import Skeleton
 from pipeline.errors import InputError
 from pipeline.export.attention import GraphCache, active
@@ -35,6 +35,7 @@ from pipeline.export.passes.last_logits import choose_first_logit
 from pipeline.export.passes.skip_norm import SKIP_NORM, fuse_residual_norms
 from pipeline.export.request import ExportRequest
 from pipeline.export.tracing import Fusions, Traced, traced_graph
+from pipeline.tokenizer_files import copy_tokenizer
 
 # Sizes to trace with; all different, so that no two dimensions are taken for the same one.
 _TRACE_BATCH, _TRACE_LENGTH, _TRACE_PAST = 2, 3, 5

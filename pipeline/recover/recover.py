@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import shutil
 import time
 from dataclasses import asdict, replace
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
@@ -30,12 +29,14 @@ from pipeline.checkpoint.card import model_card
 from pipeline.checkpoint.folder import load_checkpoint, save_checkpoint
 from pipeline.checkpoint.modeling_skipcat import FactoredLinear, QuantizedWeight
 from pipeline.errors import InputError, PipelineError
+from pipeline.json_file import read_json_object
 from pipeline.model.load import LoadedModel, load_model
 from pipeline.model.source import Source
 from pipeline.provenance import provenance
 from pipeline.recover.request import Recoverable, RecoverRequest, held_out
 from pipeline.recover.train import Progress, fine_tune
 
+_AFRESH = "start afresh without --resume"
 _SCHEMA = 1
 _WORK = "training"
 
@@ -146,7 +147,8 @@ def _recovery_windows(
     source = teacher if teacher and sampled else student
     details = {"text": f"sampled from {source.source.name}, temperature 1"}
     if sampled and kept.exists():
-        return TokenBatch(load_file(kept)["tokens"], request.text, request.seed, details)
+        tokens = _kept_windows(kept, request)
+        return TokenBatch(tokens, request.text, request.seed, details)
     text = load_tokens(
         request.text,
         source.tokenizer,
@@ -161,6 +163,33 @@ def _recovery_windows(
     save_file({"tokens": text.tokens}, aside)
     aside.replace(kept)
     return replace(text, details=details)
+
+
+def _kept_windows(path: Path, request: RecoverRequest) -> torch.Tensor:
+    """Windows that an interrupted run sampled, int64 [count, length].
+
+    Raises:
+        InputError: the file is broken, or holds something else.
+    """
+    try:
+        tokens = load_file(path)["tokens"]
+    except (SafetensorError, OSError, KeyError) as error:
+        raise InputError(
+            "The windows of the unfinished run cannot be read.",
+            where=path,
+            observed=f"{type(error).__name__}: {error}",
+            change=_AFRESH,
+        ) from error
+    shape = (request.window_count, request.window_length)
+    if tokens.dtype != torch.int64 or tuple(tokens.shape) != shape:
+        raise InputError(
+            "The unfinished run was started with other windows.",
+            where=path,
+            observed=f"{tokens.dtype} {list(tokens.shape)}",
+            expected=f"{torch.int64} {list(shape)}",
+            change=_AFRESH,
+        )
+    return tokens
 
 
 def _identity(request: RecoverRequest, text: TokenBatch) -> dict[str, Any]:
@@ -179,7 +208,7 @@ def _require_same_run(identity: dict[str, Any], record: Path) -> None:
     if not record.exists():
         write_json(record, settings)
         return
-    require_same_settings(json.loads(record.read_text(encoding="utf-8")), settings, record.parent)
+    require_same_settings(read_json_object(record, change=_AFRESH), settings, record.parent)
 
 
 def _section(

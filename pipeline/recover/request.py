@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from pipeline.calibrate.text import require_text
 from pipeline.checkpoint.folder import DTYPES, read_record, require_checkpoint
 from pipeline.errors import InputError, UsageError
+from pipeline.json_file import json_field, read_json_object
 from pipeline.model.load import refuse_long_windows
 from pipeline.model.task import require_decoder
 from pipeline.recover.adapters import require_peft
@@ -224,8 +224,9 @@ class Recoverable:
 
 
 def _factored_modules(folder: Path) -> dict[str, dict[str, Any]]:
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    modules = (config.get("quantization_config") or {}).get("modules")
+    path = folder / "config.json"
+    quantization = json_field(read_json_object(path), "quantization_config", dict, path, default={})
+    modules = json_field(quantization or {}, "modules", dict, path, default=None)
     if not modules:
         raise InputError(
             "The checkpoint has no factored layers.",

@@ -29,6 +29,7 @@ from transformers import PreTrainedModel
 
 from pipeline.calibrate.text import TokenBatch
 from pipeline.errors import InputError
+from pipeline.json_file import json_field, parse_json
 from pipeline.model.load import LoadedModel
 from pipeline.progress import track
 from pipeline.recover.adapters import attach, merge_
@@ -200,7 +201,7 @@ class _TrainingState:
             return Progress()
         try:
             with safe_open(self.path, "pt") as file:
-                progress = Progress(**json.loads(file.metadata()["progress"]))
+                progress = _progress(file.metadata()["progress"], self.path)
             self._put_back(load_file(self.path))
         except Exception as error:
             raise InputError(
@@ -220,6 +221,25 @@ class _TrainingState:
                 moments[index] = {kind: tensors[f"{kind}/{name}"] for kind in _MOMENTS}
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+
+
+def _progress(text: str, path: Path) -> Progress:
+    """What `_TrainingState.save` wrote of a run.
+
+    Raises:
+        InputError: it is something else.
+    """
+    fields = json_field({"progress": parse_json(text, path)}, "progress", dict, path)
+    rates = json_field(fields, "learning_rates", dict, path)
+    losses = json_field(fields, "losses", list, path)
+    progress = Progress(
+        json_field(fields, "step", int, path),
+        [json_field({"losses": loss}, "losses", float, path) for loss in losses],
+        {step: json_field(rates, step, float, path) for step in rates},
+    )
+    if progress.step != len(losses):
+        raise InputError("Steps and losses differ in number.", where=path, observed=progress.step)
+    return progress
 
 
 def _train_(

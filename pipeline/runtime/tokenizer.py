@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pipeline.errors import InputError
+from pipeline.json_file import json_field, read_json_object, read_text_file, restated
 from pipeline.model.task import require_decoder
 
 if TYPE_CHECKING:
@@ -68,11 +69,7 @@ class _FolderTokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.name_or_path = str(folder)
-        self._special = {
-            name: token if isinstance(token, str) else token["content"]
-            for name in _SPECIAL
-            if (token := settings.get(name)) is not None
-        }
+        self._special = _special_tokens(folder, settings)
         eos = self._special.get("eos_token")
         self.eos_token_id = None if eos is None else self._tokenizer.token_to_id(eos)
         self.chat_template = _find_template(folder, settings)
@@ -136,10 +133,25 @@ def _settings(folder: Path) -> dict[str, Any]:
             change="give a folder that `skipcat export` or `skipcat compress` wrote",
         )
     try:
-        settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise _not_loading(folder, error) from error
-    return settings
+        return read_json_object(path)
+    except InputError as error:
+        raise restated(error, "The tokenizer does not load.", folder) from error
+
+
+def _special_tokens(folder: Path, settings: dict[str, Any]) -> dict[str, str]:
+    """The special tokens that tokenizer_config.json names, each a text or an object that has one.
+
+    Raises:
+        InputError: a token is neither.
+    """
+    path, tokens = folder / "tokenizer_config.json", {}
+    for name in _SPECIAL:
+        token = settings.get(name)
+        if isinstance(token, dict):
+            tokens[name] = json_field(token, "content", str, f"{path}: {name}")
+        elif token is not None:
+            tokens[name] = json_field(settings, name, str, path)
+    return tokens
 
 
 def _not_loading(folder: Path, error: Exception) -> InputError:
@@ -176,8 +188,9 @@ def stop_token_ids(tokenizer: TextTokenizer, folder: Path) -> frozenset[int]:
     ids = {tokenizer.eos_token_id}
     path = folder / "generation_config.json"
     if path.is_file():
-        listed = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-        ids.update(listed if isinstance(listed, list) else [listed])
+        listed = read_json_object(path).get("eos_token_id")
+        for token in listed if isinstance(listed, list) else [listed]:
+            ids.add(json_field({"eos_token_id": token}, "eos_token_id", int, path, default=None))
     return frozenset(token for token in ids if token is not None)
 
 
@@ -236,12 +249,17 @@ def _find_template(folder: Path, settings: dict[str, Any]) -> str | None:
     for name in _TEMPLATE_FILES:
         path = folder / name
         if path.is_file():
-            text = path.read_text(encoding="utf-8")
-            return text if path.suffix == ".jinja" else json.loads(text)["chat_template"]
-    template = settings.get("chat_template")
+            if path.suffix == ".jinja":
+                return read_text_file(path)
+            return json_field(read_json_object(path), "chat_template", str, path)
+    path, template = folder / "tokenizer_config.json", settings.get("chat_template")
     if isinstance(template, list):
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
-    return template
+        named = {}
+        for entry in template:
+            fields = json_field({"chat_template": entry}, "chat_template", dict, path)
+            named[json_field(fields, "name", str, path)] = fields.get("template")
+        return json_field(named, "default", str, f"{path}: chat_template", default=None)
+    return json_field(settings, "chat_template", str, path, default=None)
 
 
 def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **more: Any) -> str:
