@@ -47,6 +47,8 @@ class RunningAnswer:
         decoder: turns tokens into text; None makes ids alone, which no text ends.
         drafter: fresh, proposes draft tokens; None proposes none.
         emit: gets the text piece by piece, as it becomes certain.
+        watch: gets every token of the answer, before its text is emitted, and the logits that it
+            was chosen from, float32 [V].
 
     Attributes:
         prompt_ids: as given.
@@ -68,6 +70,7 @@ class RunningAnswer:
         decoder: Decoder | None = None,
         drafter: Drafter | None = None,
         emit: Callable[[str], None] = lambda text: None,
+        watch: Callable[[int, np.ndarray], None] | None = None,
     ) -> None:
         if not len(prompt_ids):
             raise InputError("The prompt is empty.", change="give at least one token")
@@ -78,7 +81,7 @@ class RunningAnswer:
         self.ending = None if decoding.max_new_tokens > 0 else "length"
         # The last token needs no place in the cache.
         self._most = min(decoding.max_new_tokens, max_length + 1 - len(prompt_ids))
-        self._decoding, self._emit = decoding, emit
+        self._decoding, self._emit, self._watch = decoding, emit, watch
         self._stream = None if decoder is None else TextStream(decoder, decoding.stops)
         self._generator = np.random.default_rng(decoding.seed)
         self._history = self.prompt_ids.copy()
@@ -128,6 +131,8 @@ class RunningAnswer:
         self.token = token
         self.ids.append(token)
         self._history.append(token)
+        if self._watch is not None:
+            self._watch(token, logits)
         if self._stream is not None:
             self._hand_on(self._stream.push(token))
         if self._stream is not None and self._stream.has_stopped:
