@@ -98,8 +98,7 @@ class Scheduler:
             as this does.
 
         Raises:
-            RequestFailure: 429, too many wait already; 503, no more are taken; 400, more at once
-                than there are places.
+            RequestFailure: 429, too many wait; 503, no more are taken; 400, more than all places.
         """
         with self._condition:
             self._require_open()

@@ -141,6 +141,7 @@ def serve(request: ServeRequest) -> int:
     with _listen(request.host, request.port) as listener:
         session = open_slots(request.folder, request.backend, request.threads, request.slots)
         with _running_server(request, session) as server:
+            listener.listen()  # whoever reads the address may call it at once
             _announce(request, session, listener)
             server.run(sockets=[listener])
             death = server.scheduler.death

@@ -218,7 +218,7 @@ def test_a_chunked_body_is_measured_as_it_comes(strict: LiveServer) -> None:
 def test_a_client_that_asks_first_need_not_send_what_is_too_long(strict: LiveServer) -> None:
     with strict.connect() as connection:
         connection.sendall(
-            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            b"POST /v1/completions HTTP/1.1\r\nHost: [::1]:80\r\nContent-Type: application/json\r\n"
             b"Expect: 100-continue\r\nContent-Length: 99999999\r\n\r\n"
         )
         assert connection.recv(1000).startswith(b"HTTP/1.1 413 ")
