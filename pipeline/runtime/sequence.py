@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -16,6 +17,18 @@ from pipeline.errors import InputError
 from pipeline.runtime.drafting import Drafter
 from pipeline.runtime.sampling import GREEDY, Sampling
 from pipeline.runtime.text_stream import Decoder, TextStream
+
+
+class Constraint(Protocol):
+    """Which tokens may come next; it goes along with one answer."""
+
+    def mask(self, logits: np.ndarray) -> np.ndarray:
+        """Logits, float32 [V], with -inf for tokens that may not come."""
+        ...
+
+    def take(self, token: int) -> None:
+        """Go on behind a token."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -49,6 +62,7 @@ class RunningAnswer:
         emit: gets the text piece by piece, as it becomes certain.
         watch: gets every token of the answer, before its text is emitted, and the logits that it
             was chosen from, float32 [V].
+        constraint: fresh, says which tokens may come; None for all.
 
     Attributes:
         prompt_ids: as given.
@@ -71,6 +85,7 @@ class RunningAnswer:
         drafter: Drafter | None = None,
         emit: Callable[[str], None] = lambda text: None,
         watch: Callable[[int, np.ndarray], None] | None = None,
+        constraint: Constraint | None = None,
     ) -> None:
         if not len(prompt_ids):
             raise InputError("The prompt is empty.", change="give at least one token")
@@ -82,6 +97,7 @@ class RunningAnswer:
         # The last token needs no place in the cache.
         self._most = min(decoding.max_new_tokens, max_length + 1 - len(prompt_ids))
         self._decoding, self._emit, self._watch = decoding, emit, watch
+        self._constraint = constraint
         self._stream = None if decoder is None else TextStream(decoder, decoding.stops)
         self._generator = np.random.default_rng(decoding.seed)
         self._history = self.prompt_ids.copy()
@@ -124,10 +140,13 @@ class RunningAnswer:
     def _choose(self, logits: np.ndarray) -> None:
         """Choose one token, and hand on the text that became certain."""
         how = self._decoding
-        token = how.sampling.choose(logits, self._history, self._generator)
+        allowed = logits if self._constraint is None else self._constraint.mask(logits)
+        token = how.sampling.choose(allowed, self._history, self._generator)
         if token in how.stop_ids:
             self._end("stop")
             return
+        if self._constraint is not None:
+            self._constraint.take(token)
         self.token = token
         self.ids.append(token)
         self._history.append(token)

@@ -19,6 +19,7 @@ from starlette.routing import Route
 from pipeline.runtime.sequence import Decoding
 from pipeline.serve.body import BodyReader
 from pipeline.serve.failure import RequestFailure
+from pipeline.serve.grammar import GrammarMaker
 from pipeline.serve.job import Job, Outbox
 from pipeline.serve.prompt import PromptReader
 from pipeline.serve.reply import Reply
@@ -55,6 +56,7 @@ class Api:
         max_length: tokens that the context holds.
         scheduler: runs the model.
         prompts: makes ids of prompts.
+        grammars: makes grammars of the forms that answers are to have.
         limits: what a client may ask for.
         keys: accepted API keys; none accepts everybody.
     """
@@ -65,12 +67,14 @@ class Api:
         max_length: int,
         scheduler: Scheduler,
         prompts: PromptReader,
+        grammars: GrammarMaker,
         limits: Limits,
         keys: tuple[str, ...] = (),
     ) -> None:
         self._model, self._max_length = model, max_length
         self._scheduler, self._prompts, self._limits = scheduler, prompts, limits
         self._bodies = BodyReader(limits.max_body_bytes, limits.client_timeout_s)
+        self._grammars = grammars
         self._keys = keys
         self._created = int(time.time())
 
@@ -78,6 +82,7 @@ class Api:
         """Let its threads end."""
         self._bodies.close()
         self._prompts.close()
+        self._grammars.close()
 
     def app(self) -> Starlette:
         """The ASGI application."""
@@ -163,7 +168,11 @@ class Api:
         most, count = self._most_tokens(wanted), wanted.answers()
         with self._scheduler.places(count) as submit:
             ids = await unless_gone(reading, request.receive)
+            making = self._grammars.make(wanted.form())
+            grammar = await unless_gone(making, request.receive)
             jobs = [self._job(wanted, ids, most, index) for index in range(count)]
+            for job in jobs:
+                job.constraint = grammar.copy() if grammar is not None else None
             try:
                 for job in jobs:
                     submit(job)

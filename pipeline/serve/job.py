@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from pipeline.runtime.sequence import Decoding
+from pipeline.runtime.sequence import Constraint, Decoding
 from pipeline.serve.failure import RequestFailure
 from pipeline.serve.log_probs import ScoredText
 
@@ -125,6 +125,7 @@ class Job:
         outbox: where the answer goes.
         alternatives: of how many of the likeliest tokens the log probability goes with each token;
             None for text alone.
+        constraint: the form that the answer has; None for any.
         is_cancelled: nobody waits for the answer any more; set through `Scheduler.cancel`.
     """
 
@@ -132,6 +133,7 @@ class Job:
     decoding: Decoding
     outbox: Outbox
     alternatives: int | None = None
+    constraint: Constraint | None = None
     is_cancelled: bool = field(default=False, init=False)
 
 

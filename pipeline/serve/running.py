@@ -82,6 +82,7 @@ def start_job(
         drafter,
         job.outbox.put if scorer is None else scorer.emit,
         None if scorer is None else scorer.watch,
+        job.constraint,
     )
     return Running(job, slot, answer, list(job.prompt_ids), scorer)
 

@@ -157,6 +157,10 @@ class Generation(BaseModel):
         """Of how many likely tokens log probabilities are wanted; None for none at all."""
         raise NotImplementedError
 
+    def form(self) -> dict[str, Any] | None:
+        """The JSON schema that answers have to follow; None for any text."""
+        return None
+
     def wanted_tokens(self) -> int | None:
         """Most tokens of the answer; None when the client leaves it open."""
         return self.max_tokens
@@ -203,6 +207,36 @@ class ChatMessage(BaseModel):
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
+class JsonSchema(BaseModel):
+    """`response_format.json_schema`."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    name: str | None = None
+    description: str | None = None
+    strict: bool | None = None
+    definition: dict[str, Any] = Field(alias="schema")
+
+    @model_validator(mode="after")
+    def _nothing_else(self) -> Self:
+        return _without_others(self)
+
+
+class ResponseFormat(BaseModel):
+    """`response_format`."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _nothing_else(self) -> Self:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema is given with the type json_schema, and with no other")
+        return _without_others(self)
+
+
 class ChatRequest(Generation):
     """`POST /v1/chat/completions`."""
 
@@ -210,6 +244,14 @@ class ChatRequest(Generation):
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
+    response_format: ResponseFormat | None = None
+
+    def form(self) -> dict[str, Any] | None:
+        """As `Generation.form`."""
+        wanted = self.response_format
+        if wanted is None or wanted.type == "text":
+            return None
+        return {"type": "object"} if wanted.json_schema is None else wanted.json_schema.definition
 
     def alternatives(self) -> int | None:
         """As `Generation.alternatives`."""

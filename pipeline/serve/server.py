@@ -26,6 +26,7 @@ from pipeline.runtime.tokenizer import load_tokenizer, stop_token_ids
 from pipeline.serve.app import Api, Limits
 from pipeline.serve.connection import LimitedConnection
 from pipeline.serve.gate import Callers, Gate, host_name
+from pipeline.serve.grammar import GrammarMaker
 from pipeline.serve.prompt import PromptReader
 from pipeline.serve.scheduler import PREFILL_CHUNK, Scheduler
 
@@ -171,7 +172,9 @@ def _running_server(request: ServeRequest, session: SlotSession) -> Iterator[_Se
     second = tokenizer if is_shareable else load_tokenizer(request.folder)
     prompts = PromptReader(tokenizer, second, session.vocab_size, session.max_length)
     name = _served_name(request)
-    api = Api(name, session.max_length, scheduler, prompts, request.limits, request.keys)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    grammars = GrammarMaker(backend, session.vocab_size, stop_ids)
+    api = Api(name, session.max_length, scheduler, prompts, grammars, request.limits, request.keys)
     try:
         yield _Server(_configure(request, api), scheduler, request.grace_s)
     finally:
