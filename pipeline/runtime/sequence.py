@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -16,6 +17,18 @@ from pipeline.errors import InputError
 from pipeline.runtime.drafting import Drafter
 from pipeline.runtime.sampling import GREEDY, Sampling
 from pipeline.runtime.text_stream import Decoder, TextStream
+
+
+class Constraint(Protocol):
+    """Which tokens may come next; it goes along with one answer."""
+
+    def mask(self, logits: np.ndarray) -> np.ndarray:
+        """Logits, float32 [V], with -inf for tokens that may not come."""
+        ...
+
+    def take(self, token: int) -> None:
+        """Go on behind a token."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -47,6 +60,9 @@ class RunningAnswer:
         decoder: turns tokens into text; None makes ids alone, which no text ends.
         drafter: fresh, proposes draft tokens; None proposes none.
         emit: gets the text piece by piece, as it becomes certain.
+        watch: gets every token of the answer, before its text is emitted, and the logits that it
+            was chosen from, float32 [V].
+        constraint: fresh, says which tokens may come; None for all.
 
     Attributes:
         prompt_ids: as given.
@@ -68,6 +84,8 @@ class RunningAnswer:
         decoder: Decoder | None = None,
         drafter: Drafter | None = None,
         emit: Callable[[str], None] = lambda text: None,
+        watch: Callable[[int, np.ndarray], None] | None = None,
+        constraint: Constraint | None = None,
     ) -> None:
         if not len(prompt_ids):
             raise InputError("The prompt is empty.", change="give at least one token")
@@ -78,7 +96,8 @@ class RunningAnswer:
         self.ending = None if decoding.max_new_tokens > 0 else "length"
         # The last token needs no place in the cache.
         self._most = min(decoding.max_new_tokens, max_length + 1 - len(prompt_ids))
-        self._decoding, self._emit = decoding, emit
+        self._decoding, self._emit, self._watch = decoding, emit, watch
+        self._constraint = constraint
         self._stream = None if decoder is None else TextStream(decoder, decoding.stops)
         self._generator = np.random.default_rng(decoding.seed)
         self._history = self.prompt_ids.copy()
@@ -121,13 +140,18 @@ class RunningAnswer:
     def _choose(self, logits: np.ndarray) -> None:
         """Choose one token, and hand on the text that became certain."""
         how = self._decoding
-        token = how.sampling.choose(logits, self._history, self._generator)
+        allowed = logits if self._constraint is None else self._constraint.mask(logits)
+        token = how.sampling.choose(allowed, self._history, self._generator)
         if token in how.stop_ids:
             self._end("stop")
             return
+        if self._constraint is not None:
+            self._constraint.take(token)
         self.token = token
         self.ids.append(token)
         self._history.append(token)
+        if self._watch is not None:
+            self._watch(token, logits)
         if self._stream is not None:
             self._hand_on(self._stream.push(token))
         if self._stream is not None and self._stream.has_stopped:

@@ -68,6 +68,7 @@ class _FolderTokenizer:
             raise ValueError(str(error)) from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        self.backend_tokenizer = self._tokenizer  # by the name that it has in transformers
         self.name_or_path = str(folder)
         self._special = _special_tokens(folder, settings)
         eos = self._special.get("eos_token")
@@ -76,7 +77,9 @@ class _FolderTokenizer:
         self._template = _ChatTemplate(self.chat_template) if self.chat_template else None
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        # A batch of one: the library lets other threads run meanwhile, as it does not for a text.
+        encoded = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        ids: list[int] = encoded[0].ids
         return ids
 
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool = False) -> str:
