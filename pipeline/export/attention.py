@@ -140,7 +140,7 @@ def _require_own(
     """Raise NotImplementedError where what is attended to is not what the node will cache."""
     if mask is not None:
         raise NotImplementedError(f"attention with a mask of its own, in the profile '{CPU}'")
-    if key is not cache.new[0] or value is not cache.new[1]:
+    if cache.new is None or key is not cache.new[0] or value is not cache.new[1]:
         raise NotImplementedError(
             f"keys or values that change behind the cache, in the profile '{CPU}'"
         )
