@@ -21,6 +21,12 @@ from pipeline.export.contract import CONTRIB, CPU, GROUPED_ATTENTION, Profile
 ATTENTION = "skipcat_export"
 # ONNX Runtime's own attention takes heads whose width is a multiple of this.
 _HEAD_WIDTH = 16
+# What transformers and its models pass on, and what the mask says already or nothing minds.
+_HARMLESS = (
+    "sliding_window", "is_causal", "position_ids", "cache_position", "use_cache", "layer_idx",
+    "output_attentions", "output_hidden_states", "deterministic", "return_dict",
+    "output_router_logits", "logits_to_keep", "num_items_in_batch", "position_embeddings",
+)  # fmt: skip
 # transformers calls the functions below with no place for our own arguments.
 active: ContextVar[tuple[Profile, GraphCache | None]] = ContextVar("active")
 
@@ -92,13 +98,18 @@ def _attend(
     Returns [B, S, H, D].
 
     Raises:
-        NotImplementedError: soft-capped logits, which TensorRT's Attention refuses.
+        NotImplementedError: soft-capped logits, which TensorRT's Attention refuses; anything else
+            that changes attention and that no graph of ours has.
     """
+    _refuse_unknown(kwargs)
     if kwargs.get("softcap") is not None:
         raise NotImplementedError("attention with soft-capped logits")
     scaling = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     profile, cache = active.get()
+    if cache is not None:
+        cache.attended += 1
     if cache is not None and profile.contrib:
+        _require_own(key, value, attention_mask, cache)
         return _grouped(query, key, value, cache, scaling), None
     if cache is None:
         if attention_mask is None:
@@ -110,6 +121,29 @@ def _attend(
     else:
         operation = _primitive if cache is None else _primitive_by_group
     return operation(query, key, value, attention_mask, scaling).transpose(1, 2), None
+
+
+def _refuse_unknown(arguments: dict[str, Any]) -> None:
+    """Raise NotImplementedError for sinks, biases by position, and whatever else is not a mask."""
+    unknown = sorted(
+        name
+        for name, value in arguments.items()
+        if value is not None and name not in _HARMLESS and name != "softcap"
+    )
+    if unknown:
+        raise NotImplementedError(f"attention that takes {', '.join(unknown)} too")
+
+
+def _require_own(
+    key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, cache: GraphCache
+) -> None:
+    """Raise NotImplementedError where what is attended to is not what the node will cache."""
+    if mask is not None:
+        raise NotImplementedError(f"attention with a mask of its own, in the profile '{CPU}'")
+    if cache.new is None or key is not cache.new[0] or value is not cache.new[1]:
+        raise NotImplementedError(
+            f"keys or values that change behind the cache, in the profile '{CPU}'"
+        )
 
 
 def _native(
@@ -215,6 +249,8 @@ class GraphCache:
         self.keys, self.values = list(past[0::2]), list(past[1::2])
         self.slots, self.lengths = slots, lengths
         self.layer = 0
+        self.updated = self.attended = 0
+        self.new: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def update(
         self,
@@ -228,7 +264,8 @@ class GraphCache:
 
         With ONNX Runtime's own attention, return the new ones alone.
         """
-        self.layer = layer_idx
+        self.layer, self.new = layer_idx, (key, value)
+        self.updated += 1
         if self.profile.contrib:
             return key, value
         self.keys[layer_idx] = self._extend(self.keys[layer_idx], key)
@@ -246,6 +283,11 @@ class GraphCache:
             shape=past.shape,
             version=24,
         )
+
+    def require_attention(self) -> None:
+        """Raise NotImplementedError when some layer attended in a way of its own."""
+        if self.attended < self.updated:
+            raise NotImplementedError("attention that does not go through transformers' interface")
 
     @property
     def present(self) -> list[torch.Tensor]:
