@@ -15,7 +15,8 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from pipeline.artefact import copy_tokenizer, write_json
 from pipeline.checkpoint.skeleton import Skeleton
 from pipeline.errors import InputError
-from pipeline.export.attention import GraphCache, active, padded_width
+from pipeline.export.attention import active
+from pipeline.export.cache import GraphCache, padded_width
 from pipeline.export.contract import (
     ATTENTION_MASK,
     FIRST_LOGIT,
@@ -34,6 +35,7 @@ from pipeline.export.passes.group_query_attention import simplify_attention
 from pipeline.export.passes.last_logits import choose_first_logit
 from pipeline.export.passes.skip_norm import SKIP_NORM, fuse_residual_norms
 from pipeline.export.request import ExportRequest
+from pipeline.export.rotary import constant_angles_length
 from pipeline.export.tracing import Fusions, Traced, traced_graph
 
 # Sizes to trace with; all different, so that no two dimensions are taken for the same one.
@@ -76,6 +78,7 @@ class _DecoderStep(nn.Module):
             past_key_values=cache,
             use_cache=True,
         )
+        cache.require_attention()
         return output.logits, cache.present
 
     def _cache(
@@ -133,8 +136,7 @@ def trace_decoder(skeleton: Skeleton, request: ExportRequest) -> Traced:
         InputError: the exporter cannot handle the model.
     """
     profile, config = request.traits, skeleton.model.config
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    max_length = min(request.max_length, limit or request.max_length)
+    max_length, bound = _bounded_length(config, request.max_length)
     shapes = _cache_shapes(skeleton.model, profile)
     graph = _trace(skeleton, profile, shapes, max_length)
     _name_nodes(graph)
@@ -145,11 +147,22 @@ def trace_decoder(skeleton: Skeleton, request: ExportRequest) -> Traced:
 
     record: dict[str, Any] = {
         "max_length": max_length,
+        **({"max_length_bound": bound} if bound else {}),
         "vocab_size": int(graph.graph.outputs[0].shape[-1]),
         "num_layers": len(shapes),
         "cache": [asdict(shape) for shape in shapes],
     }
     return Traced(graph, record, write_files, _fusions(profile, max_length))
+
+
+def _bounded_length(config: PreTrainedConfig, wanted: int) -> tuple[int, str | None]:
+    """The length of the cache, and what made it shorter than the model's positions allow."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None) or wanted
+    constant = constant_angles_length(config) or wanted
+    length = min(wanted, limit, constant)
+    if length == min(wanted, limit):
+        return length, None
+    return length, f"long-rope turns all tokens otherwise beyond the original context of {length}"
 
 
 def _fusions(profile: Profile, max_length: int) -> Fusions:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -93,13 +94,34 @@ def traced_graph(
         raise InputError(
             "The model cannot be exported to ONNX.",
             where=type(model).__name__,
-            observed=(str(error).strip().splitlines() or [type(error).__name__])[0],
+            observed=_own_reason(error),
             change="run again with -v to see the exporter's own traceback",
         ) from error
     graph: ir.Model = program.model  # type: ignore[union-attr]  # None without dynamo only
     _name_as_in_checkpoint(graph.graph)
     _attach_matrices(graph.graph, skeleton)
     return graph
+
+
+def _own_reason(error: BaseException) -> str:
+    """Why, in words of ours: what our attention refused, or that torch's exporter gave up.
+
+    The exporter wraps what it meets, and its own words are for people who mend exporters.
+    """
+    root: BaseException | None = error
+    while root is not None:
+        if isinstance(root, NotImplementedError) and _raised_here(root):
+            return str(root)
+        error, root = root, root.__cause__ or root.__context__
+    return f"torch's exporter does not get through the model's code ({type(error).__name__})"
+
+
+def _raised_here(error: BaseException) -> bool:
+    """Whether a file of ours raised it."""
+    last = None
+    for last, _ in traceback.walk_tb(error.__traceback__):
+        pass
+    return last is not None and str(last.f_globals.get("__name__")).startswith("pipeline.")
 
 
 def _name_as_in_checkpoint(graph: ir.Graph) -> None:

@@ -12,7 +12,7 @@ from pipeline.lazy import imported
 from pipeline.model.source import resolve_source
 
 Task = Literal["text-generation", "image-classification"]
-_Stage = Literal["compress", "export", "engine", "ledger", "inspect"]
+_Stage = Literal["compress", "export", "prove", "engine", "ledger", "inspect"]
 TEXT: Task = "text-generation"
 IMAGES: Task = "image-classification"
 
@@ -71,6 +71,7 @@ TASKS: dict[Task, _TaskRow] = {
         adapters={
             "compress": "pipeline.compress.decoder:prepare",
             "export": "pipeline.export.trace_decoder:trace_decoder",
+            "prove": "pipeline.export.prove_decoder:DECODER",
             "engine": "pipeline.engine.profiles:decoder_limits",
             "ledger": "validate.decoder:DECODER",
             "inspect": "pipeline.compress.decoder:facts",
@@ -90,6 +91,7 @@ TASKS: dict[Task, _TaskRow] = {
         adapters={
             "compress": "pipeline.compress.classifier:prepare",
             "export": "pipeline.export.trace_classifier:trace_classifier",
+            "prove": "pipeline.export.prove_classifier:CLASSIFIER",
             "engine": "pipeline.engine.profiles:image_limits",
             "ledger": "validate.classifier:CLASSIFIER",
             "inspect": "pipeline.compress.classifier:facts",
