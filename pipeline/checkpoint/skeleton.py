@@ -321,13 +321,20 @@ def _require_match(
 
 
 def _stand_in(number: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """A tensor of that shape that occupies one number.
+    """A tensor of that shape that occupies one number, which is not a number.
 
-    Each has a value of its own, so that nothing takes two of them for the same constant: the
-    bit patterns 1, 2, ... of float16 are 31,743 different finite numbers.
+    Whatever is computed from it is not a number either, and is found by that. Each has a bit
+    pattern of its own, so that nothing takes two of them for the same constant; in float16 there
+    are 2,046 patterns, and what merges constants looks at those of up to 1,024 numbers alone.
     """
-    pattern = torch.tensor(number + 1, dtype=torch.int16)
-    return pattern.view(torch.float16).to(dtype).expand(shape)
+    bits, infinity, payloads = (
+        (torch.int16, 0x7C00, 1023)
+        if dtype == torch.float16
+        else (torch.int32, 0x7F800000, 1 << 22)
+    )
+    sign = -1 - torch.iinfo(bits).max if number // payloads % 2 else 0
+    pattern = torch.tensor((infinity | 1 + number % payloads) + sign, dtype=bits)
+    return pattern.view(dtype).expand(shape)
 
 
 def _set(model: nn.Module, name: str, tensor: torch.Tensor) -> None:

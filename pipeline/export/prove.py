@@ -1,8 +1,8 @@
 """Before a graph is written: does what is traced so compute what the model computes?
 
-A shrunk twin of the model (`twin.py`) goes through the same tracer and the same passes, in the same
-profile and type. ONNX Runtime runs its graph, call by call, beside transformers. Where the two part,
-there is nothing to export.
+A shrunk twin of the model (`twin.py`) goes through the same tracer and the same passes, in the
+same profile and type. ONNX Runtime runs its graph, call by call, beside transformers. Where the two
+part, there is nothing to export.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pipeline.checkpoint.skeleton import Skeleton
 from pipeline.errors import InputError
 from pipeline.export.contract import CPU, FLOAT, FLOAT32, GRAPH_FILE, OPSET24
 from pipeline.export.request import ExportRequest
-from pipeline.export.twin import make_twin
+from pipeline.export.twin import NAMES, make_twin
 from pipeline.model.task import adapter_of, task_of_config
 from pipeline.progress import note
 
@@ -66,7 +66,7 @@ class Prover(Protocol):
         """
 
     def calls_of_model(self, model: PreTrainedModel, length: int) -> list[Call]:
-        """transformers' own, in float32 whatever it computes in."""
+        """Those of transformers, in float32 whatever it computes in."""
         ...
 
     def calls_of_graph(self, session: Any, model: PreTrainedModel, length: int) -> list[Call]:
@@ -132,7 +132,8 @@ def prove(config: PreTrainedConfig, request: ExportRequest, write: _Write) -> di
 
 
 def _key(config: PreTrainedConfig, request: ExportRequest) -> str:
-    return json.dumps([type(config).__name__, config.to_dict(), asdict(request)], default=str)
+    fields = {name: value for name, value in config.to_dict().items() if name not in NAMES}
+    return json.dumps([type(config).__name__, fields, asdict(request)], default=str)
 
 
 def _prove(
@@ -216,8 +217,8 @@ def _require_equal(
     raise InputError(
         "The graph would not compute what the model computes, so it is not exported.",
         where=f"{of}, --profile {request.profile}, {request.dtype}",
-        observed=f"from length {wrong[0].first + 1} on ({wrong[0].what}), a small twin of the model "
-        f"gives logits off by {worst:.2g} of the largest",
+        observed=f"from length {wrong[0].first + 1} on ({wrong[0].what}), a small twin of the "
+        f"model gives logits off by {worst:.2g} of the largest",
         expected=f"at most {tolerance:.1g}, as transformers computes them",
         change=change,
     )

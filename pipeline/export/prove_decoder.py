@@ -26,8 +26,10 @@ _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
 class _DecoderProver:
-    """Two ways through one length: a short prompt that grows token by token past the window and the
-    original context, then several tokens at once; and two rows whose prompt is past both.
+    """Two ways through one length, past the window and the original context.
+
+    A short prompt grows past both token by token, then by several at once; and two rows have a
+    prompt that is past both.
     """
 
     longest = ORIGINAL_CONTEXT + WINDOW

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from torch import nn
@@ -31,8 +32,6 @@ from pipeline.export.contract import BLOCK_SKIP_INDEXED, DOMAIN, OP_VERSION
 from pipeline.export.passes.lay_out import LINEAR, TRACE_DOMAIN
 from pipeline.export.passes.weights import StoredCodes
 
-# Vectors and tables of positions may be computed while tracing; matrices may not.
-_LARGEST_COMPUTED_BYTES = 1 << 16
 _Pass = Callable[[ir.Model], Mapping[str, int]]
 
 
@@ -118,10 +117,8 @@ def _own_reason(error: BaseException) -> str:
 
 def _raised_here(error: BaseException) -> bool:
     """Whether a file of ours raised it."""
-    last = None
-    for last, _ in traceback.walk_tb(error.__traceback__):
-        pass
-    return last is not None and str(last.f_globals.get("__name__")).startswith("pipeline.")
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return bool(frames) and str(frames[-1].f_globals.get("__name__")).startswith("pipeline.")
 
 
 def _name_as_in_checkpoint(graph: ir.Graph) -> None:
@@ -134,27 +131,34 @@ def _name_as_in_checkpoint(graph: ir.Graph) -> None:
 
 
 def _attach_matrices(graph: ir.Graph, skeleton: Skeleton) -> None:
-    """Replace every stand-in by the stored matrix, and make sure that none was computed with."""
-    own = dict(skeleton.model.named_parameters(remove_duplicate=False))
-    large, attached = None, set()
+    """Replace every stand-in by the stored matrix, and make sure that none was computed with.
+
+    Stand-ins are not numbers, nor is what is computed from one, whatever its size; what is computed
+    from vectors, tables and sizes alone is right as it is.
+    """
     for name, weight in graph.initializers.items():
-        if name in skeleton.matrices:
-            matrix = skeleton.matrices[name]
-            attached.add(id(matrix))
+        matrix = skeleton.matrices.get(name)
+        if matrix is not None and tuple(weight.const_value.shape) == matrix.shape:
             weight.const_value = matrix.lazy_tensor(name)
             if isinstance(matrix, QuantizedMatrix):
                 StoredCodes(matrix.format, matrix.codes).note_on(weight)
-        elif name not in own and weight.const_value.nbytes > _LARGEST_COMPUTED_BYTES:
-            large = name
-    # What is computed from sizes alone, such as the masks of windows, may be large, too: then no
-    # matrix is gone.
-    gone = [name for name, matrix in skeleton.matrices.items() if id(matrix) not in attached]
-    if large and gone:
+        else:
+            _require_computed(name, weight.const_value, skeleton)
+    for node in graph.all_nodes():
+        for attribute in node.attributes.values():
+            if attribute.type == ir.AttributeType.TENSOR:
+                _require_computed(node.outputs[0].name, attribute.value, skeleton)
+
+
+def _require_computed(name: str, constant: ir.TensorProtocol, skeleton: Skeleton) -> None:
+    """Raise InputError for a constant that holds what a stand-in makes of it."""
+    if constant.dtype.is_floating_point() and np.isnan(constant.numpy()).any():
         raise InputError(
             "The model cannot be exported to ONNX.",
             where=type(skeleton.model).__name__,
-            observed=f"the exporter computed {large} from weights that it does not have",
-            expected=f"{gone[0]} in the graph",
+            observed=f"the exporter computed {name} from weights that are read only when the graph "
+            "is written",
+            expected="matrices that the model hands to its operators as they are",
         )
 
 

@@ -1,8 +1,8 @@
 """A shrunk twin of a model: the same class and features, few layers, narrow, with random numbers.
 
-What decides the form of the function stays: head width, rotary settings, the kinds of layers, norms,
-biases, ties, activations, multipliers. Lengths at which it changes (windows, the original context)
-become short enough to be passed in a few tokens. Sizes that only repeat things become small.
+What decides the form of the function stays: head width, rotary settings, the kinds of layers,
+norms, biases, ties, activations, multipliers. Lengths at which it changes (windows, the original
+context) become short enough to be passed in a few tokens. Sizes that only repeat things shrink.
 """
 
 from __future__ import annotations
@@ -42,6 +42,9 @@ _WINDOWS = ("sliding_window", "window_size", "attention_chunk_size", "local_atte
 _CONTEXTS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
 _ORIGINAL = "original_max_position_embeddings"
 _ROTARY = ("rope_parameters", "rope_scaling")
+# Of a config, what says nothing about the function; of a module, likewise.
+NAMES = ("quantization_config", "auto_map", "_name_or_path", "dtype", "transformers_version")
+_OWN = ("training", "name_or_path")
 # Vectors are moved away from what they are made as: 0 and 1 would hide a forgotten bias or gain.
 _SPREAD = 0.3
 
@@ -146,9 +149,7 @@ def _shrunk(config: PreTrainedConfig, layers: list[int], narrow: bool) -> PreTra
 
 def _copy(config: PreTrainedConfig, changes: dict[str, Any]) -> PreTrainedConfig:
     fields = config.to_dict() | changes
-    for name in ("quantization_config", "auto_map", "_name_or_path"):
-        fields.pop(name, None)
-    return type(config).from_dict(fields)
+    return type(config).from_dict({k: v for k, v in fields.items() if k not in NAMES})
 
 
 def _changes(fields: dict[str, Any], layers: list[int], narrow: bool) -> dict[str, Any]:
@@ -254,9 +255,7 @@ def _features(model: nn.Module) -> set[str]:
         switches = sorted(
             f"{key}={value}"
             for key, value in vars(module).items()
-            if isinstance(value, bool | str | None)
-            and not key.startswith("_")
-            and key != "training"
+            if isinstance(value, bool | str | None) and not key.startswith("_") and key not in _OWN
         )
         tensors = sorted(key for key, tensor in module._parameters.items() if tensor is not None)
         kind = re.sub(r"\d+", "#", name)
