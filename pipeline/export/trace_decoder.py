@@ -15,7 +15,8 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from pipeline.artefact import write_json
 from pipeline.checkpoint.skeleton import Skeleton
 from pipeline.errors import InputError
-from pipeline.export.attention import GraphCache, active
+from pipeline.export.attention import active
+from pipeline.export.cache import GraphCache, padded_width
 from pipeline.export.contract import (
     ATTENTION_MASK,
     FIRST_LOGIT,
@@ -40,6 +41,7 @@ from pipeline.tokenizer_files import copy_tokenizer
 
 # Sizes to trace with; all different, so that no two dimensions are taken for the same one.
 _TRACE_BATCH, _TRACE_LENGTH, _TRACE_PAST = 2, 3, 5
+_NAME, _RIGHT_PADDED = "skipcat.name", "attention_mask_must_be_padded_on_the_right"
 
 
 class _DecoderStep(nn.Module):
@@ -48,6 +50,7 @@ class _DecoderStep(nn.Module):
     def __init__(self, model: PreTrainedModel, profile: Profile) -> None:
         super().__init__()
         self.model, self.profile = model, profile
+        self._windows: list[int] = []
 
     def forward(
         self,
@@ -85,8 +88,9 @@ class _DecoderStep(nn.Module):
         length = input_ids.shape[1]
         if self.profile.contrib:
             rows = attention_mask.sum(dim=1).to(torch.int32) - 1
+            rows = rows + _zero_or_refused(attention_mask)
             longest = torch.zeros((), dtype=torch.int32) + attention_mask.shape[1]
-            return GraphCache(self.profile, past, input_ids, (rows, longest))
+            return GraphCache(self.profile, past, input_ids, (rows, longest), self._windows)
         if self.profile.static_cache:
             places = torch.arange(attention_mask.shape[1])
             last = (attention_mask * places).amax(dim=(0, 1))
@@ -95,6 +99,30 @@ class _DecoderStep(nn.Module):
             slots = past[0].shape[2] + torch.arange(length)
         slots = slots[None, :] + torch.zeros_like(input_ids)
         return GraphCache(self.profile, past, slots)
+
+
+def _zero_or_refused(attention_mask: torch.Tensor) -> torch.Tensor:
+    """int32 [B] of zeros, from a node that fails where a row's mask has zeros before its ones.
+
+    ONNX Runtime's own attention counts a row's tokens from its first slot on, and would answer such
+    a row wrongly without a word. An index out of bounds is the one way a graph has to refuse.
+    """
+    places = torch.arange(attention_mask.shape[1]) + 1
+    before = (attention_mask * places).amax(dim=1) - attention_mask.sum(dim=1)
+    return torch.onnx.ops.symbolic(
+        "Gather",
+        (torch.zeros(1, dtype=torch.int32), before),
+        dtype=torch.int32,
+        shape=before.shape,
+        version=13,
+        metadata_props={_NAME: _RIGHT_PADDED},
+    )
+
+
+def _name_nodes(graph: ir.Model) -> None:
+    """Give nodes the names that they were traced with, by which runtimes call them in errors."""
+    for node in graph.graph:
+        node.name = node.metadata_props.pop(_NAME, node.name)
 
 
 def trace_decoder(skeleton: Skeleton, request: ExportRequest) -> Traced:
@@ -110,8 +138,9 @@ def trace_decoder(skeleton: Skeleton, request: ExportRequest) -> Traced:
     """
     profile, config = request.traits, skeleton.model.config
     max_length, bound = _bounded_length(config, request.max_length)
-    shapes = _cache_shapes(skeleton.model)
+    shapes = _cache_shapes(skeleton.model, profile)
     graph = _trace(skeleton, profile, shapes, max_length)
+    _name_nodes(graph)
 
     def write_files(folder: Path) -> None:
         copy_tokenizer(skeleton.folder, folder)
@@ -149,8 +178,10 @@ def _fusions(profile: Profile, max_length: int) -> Fusions:
     )
 
 
-def _cache_shapes(model: PreTrainedModel) -> list[_CacheShape]:
+def _cache_shapes(model: PreTrainedModel, profile: Profile) -> list[_CacheShape]:
     """Widths of every layer's cache, read off a real one after a short forward pass.
+
+    ONNX Runtime's own attention has keys and values of one width.
 
     Raises:
         InputError: the model keeps something else than keys and values.
@@ -161,12 +192,16 @@ def _cache_shapes(model: PreTrainedModel) -> list[_CacheShape]:
         ).past_key_values
     try:
         pairs = [(layer.keys, layer.values) for layer in cache.layers]
-        return [_CacheShape(k.shape[1], k.shape[3], v.shape[3]) for k, v in pairs]
+        shapes = [_CacheShape(k.shape[1], k.shape[3], v.shape[3]) for k, v in pairs]
     except (AttributeError, IndexError) as error:
         raise InputError(
             "The model's cache does not consist of keys and values.",
             observed=type(cache).__name__,
         ) from error
+    if not profile.contrib:
+        return shapes
+    widths = [padded_width(shape.key_width, shape.value_width) for shape in shapes]
+    return [_CacheShape(s.kv_heads, w, w) for s, w in zip(shapes, widths, strict=True)]
 
 
 def _trace(
@@ -188,7 +223,7 @@ def _trace(
         skeleton,
         _DecoderStep(model, profile),
         (ids, mask, positions, past),
-        rehearse=profile.contrib,  # where masks have values, they are looked at
+        rehearse=True,  # where masks have values, they are looked at; and errors are plain
         opset_version=profile.opset,
         dynamic_shapes=_dynamic_shapes(profile, len(past)),
         input_names=[*TOKEN_INPUTS, *cache_names(len(shapes))],
