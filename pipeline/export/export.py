@@ -41,7 +41,7 @@ from pipeline.export.request import ExportRequest
 from pipeline.export.tracing import Traced
 from pipeline.model.task import adapter_of, task_of_folder
 from pipeline.progress import note
-from pipeline.provenance import provenance
+from pipeline.provenance import provenance, public_name
 from pipeline.quantize.formats import Format
 from pipeline.quantize.groupwise import is_kept_by
 
@@ -75,7 +75,10 @@ def export_folder(
     weights, exact = _chosen_weights(request, skeleton)
     weight_bytes = sum(p.numel() * p.element_size() for p in skeleton.model.parameters())
     with staged_folder(
-        output, overwrite=overwrite, required_bytes=weight_bytes * 11 // 10
+        output,
+        overwrite=overwrite,
+        inputs=(checkpoint,),
+        required_bytes=weight_bytes * 11 // 10,
     ) as folder:
         traced: Traced = trace(skeleton, request)
         record = _transform(traced, request, weights)
@@ -85,7 +88,7 @@ def export_folder(
         skeleton.model.config.save_pretrained(folder)
         record |= _describe(traced, request, folder)
         record |= {
-            "checkpoint": str(checkpoint),
+            "checkpoint": public_name(checkpoint),
             "recipe": read_record(checkpoint, "recipe.json"),
             "weight_bytes": weight_bytes,
             "exact_weights": exact,
