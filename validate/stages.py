@@ -5,6 +5,7 @@ Which they are does not depend on the task; what they are opened with does.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.errors import InputError
 from pipeline.export.contract import FLOAT16, INT4, INT4_OFFSET, INT8, RECORD_FILE
 from pipeline.export.record import ExportRecord, read_export_record
+from pipeline.json_file import json_field, read_json_object
 from pipeline.model.task import TASKS
 
 if TYPE_CHECKING:
@@ -90,6 +92,7 @@ class Openers:
 
 
 ORIGINAL = "original"
+_FOLDERS_ABOVE = 3
 _DENSE_PRODUCT = "compressed, dense product"
 SKIP_FORM = "compressed, skip form"
 
@@ -120,6 +123,11 @@ class Artefacts:
     onnx: tuple[Path, ...] = ()
     engines: tuple[Path, ...] = ()
 
+    @property
+    def inputs(self) -> tuple[object, ...]:
+        """All that is read, as it was named."""
+        return (self.original, self.checkpoint or "", *self.onnx, *self.engines)
+
     @classmethod
     def find(cls, build: Path) -> Artefacts:
         """What lies in a build folder: checkpoint/, onnx*/ and engine*/.
@@ -137,7 +145,7 @@ class Artefacts:
                 "--onnx",
             )
         return cls(
-            original=original_of(checkpoint),
+            original=_original_of_build(build) or original_of(checkpoint),
             checkpoint=checkpoint,
             onnx=_folders(build, "onnx*", RECORD_FILE),
             engines=_folders(build, "engine*", "manifest.json"),
@@ -162,15 +170,26 @@ def _folders(build: Path, pattern: str, record: str) -> tuple[Path, ...]:
     return found
 
 
+def _original_of_build(build: Path) -> str | None:
+    """The original as build.json names it, a path included; None where that says nothing."""
+    if not (build / "build.json").is_file():
+        return None
+    record = read_json_object(build / "build.json")
+    request = json_field(record, "request", dict, build / "build.json", default=None) or {}
+    compress = json_field(request, "compress", dict, build / "build.json", default=None) or {}
+    return json_field(compress, "model", str, build / "build.json", default=None)
+
+
 def original_of(checkpoint: Path) -> str:
     """The model that a checkpoint was made from, as its recipe.json names it.
 
     Raises:
-        InputError: the recipe is missing or names none.
+        InputError: the recipe is missing or names none, or one of another machine or content.
     """
     from pipeline.checkpoint.folder import read_record
 
-    name = read_record(checkpoint, "recipe.json").get("model")
+    recipe = read_record(checkpoint, "recipe.json")
+    name = recipe.get("model")
     if not name:
         raise InputError(
             "The checkpoint does not say what it was made from.",
@@ -178,7 +197,30 @@ def original_of(checkpoint: Path) -> str:
             expected="the name of the original under the key 'model'",
             change="pass --original",
         )
-    return str(name)
+    return _local_original(checkpoint, recipe) if recipe.get("model_is_local") else str(name)
+
+
+def _local_original(checkpoint: Path, recipe: dict[str, Any]) -> str:
+    """The local model of a recipe, which holds its last name alone: looked for near by, and known.
+
+    Raises:
+        InputError: none of that name and content is here or in a folder above the checkpoint.
+    """
+    from pipeline.model.fingerprint import model_hashes
+
+    name = Path(recipe["model"]).name
+    for folder in (Path(), *checkpoint.resolve().parents[:_FOLDERS_ABOVE]):
+        path = folder / name
+        if path.exists() and path.resolve() != checkpoint.resolve():
+            with contextlib.suppress(InputError):
+                if model_hashes(str(path)) == recipe.get("model_files"):
+                    return str(path)
+    raise InputError(
+        "The checkpoint was made from a local model, which is not here.",
+        where=checkpoint / "recipe.json",
+        observed=f"none called '{name}' with the same files, here or above the checkpoint",
+        change="pass --original with its path",
+    )
 
 
 def standard_stages(

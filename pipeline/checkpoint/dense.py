@@ -9,9 +9,11 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
+from pipeline.artefact import write_json
 from pipeline.checkpoint.folder import load_checkpoint, read_record, save_checkpoint
 from pipeline.checkpoint.modeling_skipcat import FactoredLinear, QuantizedEmbedding, QuantizedLinear
 from pipeline.model.task import TASKS, task_of_folder
+from pipeline.provenance import provenance
 
 
 def densify_(model: PreTrainedModel) -> PreTrainedModel:
@@ -87,3 +89,6 @@ def export_dense(checkpoint: Path, folder: Path) -> None:
     processor_class = TASKS[task_of_folder(Path(checkpoint))].processor_class
     processor = getattr(transformers, processor_class).from_pretrained(checkpoint)
     save_checkpoint(model, processor, {}, folder, dtype)
+    # Nothing else in the folder says that it is ours to replace.
+    made_of = {"checkpoint": Path(checkpoint).resolve().name}
+    write_json(folder / "dense.json", {"schema": 1, **made_of, "provenance": provenance()})

@@ -162,16 +162,17 @@ def command(
     skipcat compress -m smollm2-135m -o small --memory 60MB
     skipcat compress -m ./my-vit -o small --keep-params 0.6 --calibration images/
     """  # noqa: D301 - click reads the escape
-    from pipeline.artefact import refuse_existing
     from pipeline.compress.request import CompressRequest
     from pipeline.compress.run import compress_to_folder
+    from pipeline.output import check_output
 
     request = CompressRequest(**settings)
     request.check()
     if dry_run:
         _show_plan(request, as_json)
         return
-    refuse_existing(output, overwrite=overwrite)  # before the model is loaded
+    # Before the model is loaded.
+    check_output(output, overwrite=overwrite, inputs=request.paths.values())
     report = compress_to_folder(request, output, overwrite=overwrite, resume=resume)
     if as_json:
         click.echo(json.dumps(report, indent=2))

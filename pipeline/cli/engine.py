@@ -90,12 +90,14 @@ def command(
     as_json: bool,
 ) -> None:
     """Build a TensorRT engine out of an exported ONNX folder (float16)."""
-    from pipeline.artefact import refuse_existing
     from pipeline.engine.build import run_plan
     from pipeline.engine.plan import EngineRequest, plan_engine
     from pipeline.engine.target import resolve_target
+    from pipeline.output import check_output
     from pipeline.progress import note
 
+    if not dry_run:
+        check_output(output, overwrite=overwrite, inputs=(onnx_folder, plugin or ""))
     chosen = resolve_target(target)
     note(f"target {chosen}: {chosen.reason}")
     request = EngineRequest(
@@ -109,7 +111,6 @@ def command(
         timeout_s=timeout,
     )
     plan = plan_engine(onnx_folder, request)
-    refuse_existing(output, overwrite=overwrite)
     for line in plan.notes:
         note(line)
     if dry_run:

@@ -8,8 +8,9 @@ from typing import Any
 
 import click
 
-from pipeline.artefact import refuse_existing, write_json
+from pipeline.artefact import write_json
 from pipeline.cli import options
+from pipeline.output import check_output_file
 
 _task_options = options.apply(
     click.option(
@@ -61,7 +62,7 @@ def command(
       skipcat evaluate build/checkpoint --text test.txt --reference smollm2-135m
     """  # noqa: D301 - click reads the escape
     if output is not None:
-        refuse_existing(output, overwrite=overwrite)
+        check_output_file(output, overwrite=overwrite)
 
     from pipeline.progress import note
     from validate.evaluate import EvaluateRequest, evaluate

@@ -76,9 +76,10 @@ def command(
     skipcat export small -o small-onnx-fp16 --dtype float16
     skipcat export small -o small-onnx-cpu --profile cpu
     """  # noqa: D301 - click reads the escape
-    from pipeline.artefact import refuse_existing
+    from pipeline.output import check_output
 
-    refuse_existing(output, overwrite=overwrite)  # before torch and the model are loaded
+    # Before torch and the model are loaded.
+    check_output(output, overwrite=overwrite, inputs=(checkpoint,))
 
     from pipeline.export.export import export_folder
     from pipeline.export.request import ExportRequest

@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import traceback
+from typing import Any
 
 import click
 
@@ -30,6 +31,9 @@ _COMMANDS = {
 }
 
 
+_STATUS_OF_SIGPIPE = 141  # 128 and the signal, as a shell says it of other programs
+
+
 class _LazyGroup(click.Group):
     """A group that imports a command's file only when it is called, so that --help is quick."""
 
@@ -40,6 +44,18 @@ class _LazyGroup(click.Group):
         if cmd_name not in _COMMANDS:
             return None
         return importlib.import_module(_COMMANDS[cmd_name]).command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; end without a word when whoever reads stdout is gone."""
+        try:
+            result = super().invoke(ctx)
+            if sys.stdout is not None:
+                sys.stdout.flush()
+            return result
+        except BrokenPipeError:
+            # What is still buffered would fail again when Python ends.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise click.exceptions.Exit(_STATUS_OF_SIGPIPE) from None
 
 
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})

@@ -58,9 +58,10 @@ def command(
     skipcat recover small -o better --text train.txt --steps 500
     skipcat recover small -o better --text self --teacher smollm2-135m --steps 500
     """  # noqa: D301 - click reads the escape
-    from pipeline.artefact import refuse_existing
+    from pipeline.output import check_output
 
-    refuse_existing(output, overwrite=overwrite)  # before torch is loaded
+    inputs = (checkpoint, settings["text"], settings["teacher"] or "")
+    check_output(output, overwrite=overwrite, inputs=inputs)  # before torch is loaded
 
     from pipeline.recover.recover import recover_to_folder
     from pipeline.recover.request import RecoverRequest

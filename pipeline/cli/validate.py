@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from pipeline.artefact import refuse_existing
 from pipeline.cli import options
 from pipeline.errors import UsageError
+from pipeline.output import check_output
 
 if TYPE_CHECKING:
     from validate.record import Ledger
@@ -94,7 +94,8 @@ def command(
         _list_stages(artefacts, output)
         return
     if output is not None:
-        refuse_existing(output, overwrite=overwrite)
+        read = (settings["text"], settings["images"] or "")
+        check_output(output, overwrite=overwrite, inputs=(*artefacts.inputs, *read))
 
     from validate.report import write_reports
     from validate.run import ValidateRequest, validate

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline.artefact import require_same_settings, sha256_of_file, write_json
+from pipeline.artefact import damaged, require_same_settings, sha256_of_file, write_json
 from pipeline.errors import InputError
-from pipeline.json_file import json_field, read_json_object
 
 _PROGRESS = "progress.json"
 AFRESH = "start afresh without --resume"
-_RECORD_FIELDS = {"file": str, "sha256": str, "tensors": int, "groups": list}
 
 
 class FinishedLayers:
@@ -26,7 +25,7 @@ class FinishedLayers:
         settings: everything the factors depend on; compared when a run is taken up again.
 
     Raises:
-        InputError: the folder holds layers of a run with other settings, or its record is broken.
+        InputError: the folder holds layers of a run with other settings, or its record is damaged.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
@@ -40,10 +39,11 @@ class FinishedLayers:
         if not progress.exists():
             self._write_progress()
             return
-        earlier = read_json_object(progress, change=AFRESH)
-        settings = json_field(earlier, "settings", dict, progress)
-        require_same_settings(settings, self.settings, folder)
-        self.records = _records(earlier, progress)
+        earlier = kept_values(progress)
+        if earlier is None:
+            raise damaged(progress, "not what was written")
+        require_same_settings(earlier["settings"], self.settings, folder)
+        self.records = earlier["layers"]
 
     def __contains__(self, name: str) -> bool:
         """Whether the layer is finished and its file is whole."""
@@ -90,25 +90,23 @@ class FinishedLayers:
         self._write_progress()
 
     def _write_progress(self) -> None:
-        write_json(self.folder / _PROGRESS, {"settings": self.settings, "layers": self.records})
+        keep_values(self.folder / _PROGRESS, {"settings": self.settings, "layers": self.records})
 
 
-def _records(earlier: dict[str, Any], path: Path) -> dict[str, dict[str, Any]]:
-    """The records of finished layers, each with what `add` wrote.
+def keep_values(path: Path, values: Any) -> None:
+    """Write values as JSON with their hash, for a run that is taken up again."""
+    write_json(path, {"sha256": _digest(values), "values": values})
 
-    Raises:
-        InputError: one is broken, or names a file that lies elsewhere.
-    """
-    layers: dict[str, Any] = json_field(earlier, "layers", dict, path)
-    for name in layers:
-        where = f"{path}: {name}"
-        record: dict[str, Any] = json_field(layers, name, dict, where)
-        for field, kind in _RECORD_FIELDS.items():
-            json_field(record, field, kind, where)
-        groups = [group for group in record["groups"] if isinstance(group, dict)]
-        members = [json_field(group, "members", list, where) for group in groups]
-        if record["file"] != f"{name}.safetensors" or len(members) != len(record["groups"]):
-            raise InputError(
-                "The record of a finished layer is broken.", where=where, change=AFRESH
-            )
-    return layers
+
+def kept_values(path: Path) -> Any:
+    """The values as they were kept; None where the file is missing or another."""
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        values = kept["values"]
+        return values if kept["sha256"] == _digest(values) else None
+    except (OSError, ValueError, TypeError, LookupError, RecursionError):
+        return None
+
+
+def _digest(values: Any) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

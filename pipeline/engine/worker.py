@@ -6,6 +6,7 @@ Everything TensorRT says goes to stderr, which the caller sends to `build.log`.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import signal
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from pipeline.artefact import write_json
 from pipeline.engine.worker_protocol import RESULT_FILE, WorkerRequest, WorkerResult
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, explain
 from pipeline.json_file import read_json_object
 from pipeline.memory import peak_bytes
 
@@ -28,12 +29,17 @@ def main(arguments: list[str]) -> int:
     request = WorkerRequest.from_json(read_json_object(path))
     try:
         result = _build(request, path.parent)
-    except PipelineError as error:
-        failure = {"error": {"what": error.what, "details": error.details}}
-        write_json(path.with_name(RESULT_FILE), failure)
+        result = dataclasses.replace(result, peak_memory_bytes=peak_bytes())
+        write_json(path.with_name(RESULT_FILE), dataclasses.asdict(result))
+    except Exception as failure:
+        error = explain(failure)
+        if error is None or error.exit_status == PipelineError.exit_status:
+            raise
+        # On a full disk there may be no room for the reason either; the status says which kind.
+        with contextlib.suppress(OSError):
+            reason = {"error": {"what": error.what, "details": error.details}}
+            write_json(path.with_name(RESULT_FILE), reason)
         return error.exit_status
-    result = dataclasses.replace(result, peak_memory_bytes=peak_bytes())
-    write_json(path.with_name(RESULT_FILE), dataclasses.asdict(result))
     return 0
 
 

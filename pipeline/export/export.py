@@ -44,7 +44,7 @@ from pipeline.export.tracing import Traced
 from pipeline.known_hashes import remember_sha256
 from pipeline.model.task import adapter_of, task_of_folder
 from pipeline.progress import note
-from pipeline.provenance import provenance
+from pipeline.provenance import provenance, public_name
 from pipeline.quantize.formats import Format
 from pipeline.quantize.groupwise import is_kept_by
 
@@ -78,7 +78,10 @@ def export_folder(
     proof = prove_model(skeleton.model.config, request)
     weight_bytes = sum(p.numel() * p.element_size() for p in skeleton.model.parameters())
     with staged_folder(
-        output, overwrite=overwrite, required_bytes=weight_bytes * 11 // 10
+        output,
+        overwrite=overwrite,
+        inputs=(checkpoint,),
+        required_bytes=weight_bytes * 11 // 10,
     ) as folder:
         traced, record = _write_graph(skeleton, request, weights, folder)
         if bound := traced.record.get("max_length_bound"):
@@ -87,7 +90,7 @@ def export_folder(
         skeleton.model.config.save_pretrained(folder)
         record |= _describe(traced, request, folder)
         record |= {
-            "checkpoint": str(checkpoint),
+            "checkpoint": public_name(checkpoint),
             "recipe": read_record(checkpoint, "recipe.json"),
             "weight_bytes": weight_bytes,
             "exact_weights": exact,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import shutil
 import time
 from dataclasses import asdict, replace
@@ -10,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
+from pipeline import __version__
 from pipeline.artefact import (
+    damaged,
     discard,
-    discard_unfinished,
+    require_free_bytes,
     require_same_settings,
     sha256_of_file,
     staged_folder,
@@ -30,9 +32,11 @@ from pipeline.checkpoint.folder import load_checkpoint, save_checkpoint
 from pipeline.checkpoint.modeling_skipcat import FactoredLinear, QuantizedWeight
 from pipeline.errors import InputError, PipelineError
 from pipeline.json_file import read_json_object
+from pipeline.kept_tensors import keep_tensors, kept_tensors
+from pipeline.model.fingerprint import model_hashes
 from pipeline.model.load import LoadedModel, load_model
 from pipeline.model.source import Source
-from pipeline.provenance import provenance
+from pipeline.provenance import provenance, public_name
 from pipeline.recover.request import Recoverable, RecoverRequest, held_out
 from pipeline.recover.train import Progress, fine_tune
 
@@ -63,12 +67,12 @@ def recover_to_folder(
     request.check()
     started = time.monotonic()
     subject = Recoverable.read(request)
-    discard_unfinished(output, resume=resume)
-    student, teacher = _load(request, subject)
     stored_bytes = sum(path.stat().st_size for path in request.checkpoint.glob("*.safetensors"))
     with staged_folder(
-        output, overwrite=overwrite, resume=True, required_bytes=2 * stored_bytes
+        output, overwrite=overwrite, keep=True, resume=resume, inputs=request.inputs
     ) as folder:
+        student, teacher = _load(request, subject)
+        require_free_bytes(folder, 2 * stored_bytes)
         work = folder / _WORK
         work.mkdir(exist_ok=True)
         text = _recovery_windows(request, student, teacher, work / "tokens.safetensors")
@@ -145,10 +149,10 @@ def _recovery_windows(
     """
     sampled = request.text == "self"
     source = teacher if teacher and sampled else student
-    details = {"text": f"sampled from {source.source.name}, temperature 1"}
-    if sampled and kept.exists():
-        tokens = _kept_windows(kept, request)
-        return TokenBatch(tokens, request.text, request.seed, details)
+    details = {"text": f"sampled from {public_name(source.source.name)}, temperature 1"}
+    earlier = kept_tensors(kept) if sampled else None
+    if earlier is not None:
+        return TokenBatch(earlier[0]["tokens"], request.text, request.seed, details)
     text = load_tokens(
         request.text,
         source.tokenizer,
@@ -159,44 +163,20 @@ def _recovery_windows(
     )
     if not sampled:
         return text
-    aside = kept.with_suffix(".writing")
-    save_file({"tokens": text.tokens}, aside)
-    aside.replace(kept)
+    keep_tensors(kept, {"tokens": text.tokens})
     return replace(text, details=details)
-
-
-def _kept_windows(path: Path, request: RecoverRequest) -> torch.Tensor:
-    """Windows that an interrupted run sampled, int64 [count, length].
-
-    Raises:
-        InputError: the file is broken, or holds something else.
-    """
-    try:
-        tokens = load_file(path)["tokens"]
-    except (SafetensorError, OSError, KeyError) as error:
-        raise InputError(
-            "The windows of the unfinished run cannot be read.",
-            where=path,
-            observed=f"{type(error).__name__}: {error}",
-            change=_AFRESH,
-        ) from error
-    shape = (request.window_count, request.window_length)
-    if tokens.dtype != torch.int64 or tuple(tokens.shape) != shape:
-        raise InputError(
-            "The unfinished run was started with other windows.",
-            where=path,
-            observed=f"{tokens.dtype} {list(tokens.shape)}",
-            expected=f"{torch.int64} {list(shape)}",
-            change=_AFRESH,
-        )
-    return tokens
 
 
 def _identity(request: RecoverRequest, text: TokenBatch) -> dict[str, Any]:
     """All that the result depends on, as JSON holds it."""
     weights = {path.name: sha256_of_file(path) for path in _weight_files(request.checkpoint)}
     settings = asdict(request) | {"checkpoint": str(request.checkpoint)}
-    return settings | {"weights_sha256": weights, "text_sha256": text.describe()["sha256"]}
+    return settings | {
+        "weights_sha256": weights,
+        "teacher_sha256": model_hashes(request.teacher) if request.teacher else None,
+        "text_sha256": text.describe()["sha256"],
+        "version": __version__,
+    }
 
 
 def _require_same_run(identity: dict[str, Any], record: Path) -> None:
@@ -208,7 +188,11 @@ def _require_same_run(identity: dict[str, Any], record: Path) -> None:
     if not record.exists():
         write_json(record, settings)
         return
-    require_same_settings(read_json_object(record, change=_AFRESH), settings, record.parent)
+    try:
+        earlier = read_json_object(record)
+    except InputError as error:
+        raise damaged(record, error) from error
+    require_same_settings(earlier, json.loads(json.dumps(settings)), record.parent)
 
 
 def _section(
@@ -222,7 +206,7 @@ def _section(
     section = {
         "method": "LoRA on every factor, merged",
         "objective": list(measured)[-1],
-        "settings": identity,
+        "settings": {name: _public(value) for name, value in identity.items()},
         "learning_rates": progress.learning_rates,
         "text": text.describe(),
         "held_out_windows": held_out(len(text.tokens)),
@@ -273,6 +257,10 @@ def _largest_interpolations(report: dict[str, Any], model: nn.Module) -> dict[st
         groups.append(group)
     largest = max((group.get("largest_interpolation", 0.0) for group in groups), default=0.0)
     return report | {"totals": report["totals"] | {"largest": largest}, "groups": groups}
+
+
+def _public(value: Any) -> Any:
+    return public_name(value) if isinstance(value, str) else value
 
 
 def _fine_tuning(recovery: dict[str, Any]) -> str:

@@ -103,6 +103,11 @@ class RecoverRequest:
     trust_remote_code: bool = False
 
     @property
+    def inputs(self) -> tuple[object, ...]:
+        """What is read, as it was named."""
+        return (self.checkpoint, self.text, self.teacher or "")
+
+    @property
     def window_count(self) -> int:
         """Windows to take from the text, held-out ones included."""
         return self.windows or _windows_needed(self.steps, self.batch_size)

@@ -15,18 +15,16 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from pipeline.artefact import write_json
 from pipeline.calibrate.fisher import BackwardSweep
 from pipeline.calibrate.hooks import not_finite
 from pipeline.calibrate.moments import DrawnMoments, GroupMoments, balanced
 from pipeline.compress.factorize.factors import Form
 from pipeline.compress.factorize.whitened_svd import shrunk, truncation_losses
-from pipeline.compress.finished_layers import AFRESH, FinishedLayers
+from pipeline.compress.finished_layers import FinishedLayers, keep_values, kept_values
 from pipeline.compress.plan.plan import Curves, EmbeddingChoice, Members
 from pipeline.compress.plan.quantization_costs import QuantizationCosts, StackCost
 from pipeline.compress.plan.rank_search import stacks_of
 from pipeline.compress.request import CompressRequest
-from pipeline.json_file import json_field, parse_json, read_text_file
 from pipeline.model.structure import Group, Layer
 from pipeline.progress import track
 from pipeline.quantize.formats import Format
@@ -166,10 +164,11 @@ class LayerCosts:
     ) -> list[list[EmbeddingChoice]]:
         """What `measure` returns, kept in the folder so that it is measured once."""
         path = self.folder / f"{name}.json"
-        if path.exists():
-            return _kept_choices(path)
+        kept = kept_values(path)
+        if kept is not None:
+            return [[EmbeddingChoice(**choice) for choice in choices] for choices in kept]
         found = measure()
-        write_json(path, [[asdict(choice) for choice in choices] for choices in found])
+        keep_values(path, [[asdict(choice) for choice in choices] for choices in found])
         return found
 
     def sensitivities(self, members: Members) -> list[torch.Tensor]:
@@ -182,25 +181,6 @@ class LayerCosts:
     def _tensors(self, members: Members) -> dict[str, torch.Tensor]:
         tensors, _ = self.finished.load(self._layer_of[members[0]])
         return tensors
-
-
-def _kept_choices(path: Path) -> list[list[EmbeddingChoice]]:
-    """Choices as `LayerCosts.kept_choices` wrote them.
-
-    Raises:
-        InputError: the file is broken.
-    """
-    kinds: dict[str, type] = {"embeddings": dict, "stored_bytes": int, "loss": float}
-    value = {"choices": parse_json(read_text_file(path, change=AFRESH), path, change=AFRESH)}
-    found = []
-    for entries in json_field(value, "choices", list, path):
-        choices = []
-        for entry in json_field({"choices": entries}, "choices", list, path):
-            fields: dict[str, Any] = json_field({"choice": entry}, "choice", dict, path)
-            typed: dict[str, Any] = {n: json_field(fields, n, k, path) for n, k in kinds.items()}
-            choices.append(EmbeddingChoice(**typed))
-        found.append(choices)
-    return found
 
 
 def _layer_tensors(
