@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -65,6 +66,7 @@ def generate(
 
     Raises:
         InputError: the prompt is empty, or longer than the cache.
+        UsageError: another stream of the session is open.
     """
     running = RunningAnswer(prompt_ids, decoding, session.max_length, drafter=drafter)
     yield from _advance(session, running)
@@ -82,9 +84,10 @@ def stream_text(
     running = RunningAnswer(
         prompt_ids, decoding, session.max_length, decoder, drafter, pieces.append
     )
-    for _ in _advance(session, running):
-        yield from pieces
-        pieces.clear()
+    with contextlib.closing(_advance(session, running)) as tokens:
+        for _ in tokens:
+            yield from pieces
+            pieces.clear()
     yield from pieces
 
 
@@ -99,7 +102,7 @@ def answer(
     """The whole answer, timed; `emit` gets its text piece by piece. As `generate` otherwise."""
     times_s = [time.perf_counter()]
     running = RunningAnswer(prompt_ids, decoding, session.max_length, decoder, drafter, emit)
-    for _ in _advance(session, running):
+    for _ in _advance(session, running, streams=False):
         times_s.append(time.perf_counter())
     assert running.ending is not None
     first_s = times_s[1] if running.ids else time.perf_counter()
@@ -162,17 +165,26 @@ def generate_batch(
     return answers
 
 
-def _advance(session: Session | PrefixCache, running: RunningAnswer) -> Iterator[int]:
-    """Read what an answer wants read until it ends; yields its ids as they are chosen."""
+def _advance(
+    session: Session | PrefixCache, running: RunningAnswer, streams: bool = True
+) -> Generator[int, None, None]:
+    """Read what an answer wants read until it ends; yields its ids as they are chosen.
+
+    Args:
+        session: of nothing else until then, or until this is closed.
+        running: the answer.
+        streams: whether whoever reads this decides when it goes on.
+    """
     cache = session if isinstance(session, PrefixCache) else PrefixCache(session)
-    new_ids, drafted = cache.begin(running.prompt_ids), list[int]()
-    while running.ending is None:
-        known = len(running.ids)
-        accepted = running.take(cache.read(new_ids, drafted), drafted)
-        yield from running.ids[known:]
-        if running.ending is None:
-            cache.drop(len(drafted) - accepted)
-            new_ids, drafted = running.ids[-1:], running.draft()
+    with cache.turn(streams):
+        new_ids, drafted = cache.begin(running.prompt_ids), list[int]()
+        while running.ending is None:
+            known = len(running.ids)
+            accepted = running.take(cache.read(new_ids, drafted), drafted)
+            yield from running.ids[known:]
+            if running.ending is None:
+                cache.drop(len(drafted) - accepted)
+                new_ids, drafted = running.ids[-1:], running.draft()
 
 
 def _decode_rate(times_s: list[float]) -> float | None:

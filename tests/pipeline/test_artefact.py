@@ -10,7 +10,6 @@ import pytest
 from pipeline import artefact
 from pipeline.errors import ResourceError, UsageError
 
-
 RECORD = {"schema": 1, "provenance": {"tool": "skipcat"}}
 
 
