@@ -71,7 +71,11 @@ def export_folder(
     started = time.monotonic()
     checkpoint = Path(checkpoint)
     trace = adapter_of(task_of_folder(checkpoint), "export")
-    skeleton = Skeleton.load(checkpoint, getattr(torch, request.dtype))
+    skeleton = Skeleton.load(
+        checkpoint,
+        getattr(torch, request.dtype),
+        trust_remote_code=request.trust_remote_code,
+    )
     weights, exact = _chosen_weights(request, skeleton)
     weight_bytes = sum(p.numel() * p.element_size() for p in skeleton.model.parameters())
     with staged_folder(
