@@ -13,7 +13,7 @@ _NAMES = re.compile(
     r"tokenizer\.(json|model|tiktoken)|tokenizer_config\.json|special_tokens_map\.json"
     r"|added_tokens\.json|vocab\.(json|txt|bpe|tiktoken|model)|merges\.txt|spiece\.model"
     r"|sentencepiece(\.bpe)?\.model|chat_template\.(jinja|json)|generation_config\.json"
-    r"|preprocessor_config\.json"
+    r"|preprocessor_config\.json|processor_config\.json"
 )
 # The Hugging Face cache: a file is a link to one that is named by its hash.
 _BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")

@@ -31,7 +31,9 @@ from pipeline.compress.request import CompressRequest
 from pipeline.compress.walk import Compressed, compress_
 from pipeline.lazy import imported
 from pipeline.model.fingerprint import model_hashes
+from pipeline.model.numbers import require_fitting
 from pipeline.model.task import adapter_of, task_of_model
+from pipeline.model.weight_files import weight_files
 from pipeline.progress import note
 from pipeline.provenance import provenance, public_name
 
@@ -69,6 +71,7 @@ def compress_to_folder(
     ) as folder:
         opened = opened or _open_model(request)
         dtype = _stored_dtype(request, opened.storage_dtype)
+        require_fitting(opened.model, dtype, request.model)
         require_free_bytes(folder, opened.needed_bytes(dtype))
         total_before = parameter_count(opened.model)
         settings = asdict(request) | {"dtype": str(dtype).removeprefix("torch.")}
@@ -148,8 +151,15 @@ def _write(
     recipe: dict[str, Any],
     report: dict[str, Any],
 ) -> None:
-    save_checkpoint(compressed.model, opened.processor, compressed.modules, folder, dtype)
-    report["totals"]["stored_bytes"] = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+    save_checkpoint(
+        compressed.model,
+        opened.processor,
+        compressed.modules,
+        folder,
+        dtype,
+        source=opened.source.folder(),
+    )
+    report["totals"]["stored_bytes"] = sum(f.stat().st_size for f in weight_files(folder))
     report["tables"] = plan.embeddings
     plan.save(folder / "plan.json")
     save_plan_chart(plan, folder / "plan.svg")

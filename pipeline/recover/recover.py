@@ -36,6 +36,7 @@ from pipeline.kept_tensors import keep_tensors, kept_tensors
 from pipeline.model.fingerprint import model_hashes
 from pipeline.model.load import LoadedModel, load_model
 from pipeline.model.source import Source
+from pipeline.model.weight_files import weight_files
 from pipeline.provenance import provenance, public_name
 from pipeline.recover.request import Recoverable, RecoverRequest, held_out
 from pipeline.recover.train import Progress, fine_tune
@@ -67,7 +68,7 @@ def recover_to_folder(
     request.check()
     started = time.monotonic()
     subject = Recoverable.read(request)
-    stored_bytes = sum(path.stat().st_size for path in request.checkpoint.glob("*.safetensors"))
+    stored_bytes = sum(path.stat().st_size for path in weight_files(request.checkpoint))
     with staged_folder(
         output, overwrite=overwrite, keep=True, resume=resume, inputs=request.inputs
     ) as folder:
@@ -98,7 +99,9 @@ def _load(request: RecoverRequest, subject: Recoverable) -> tuple[LoadedModel, L
         )
         _require_same_vocabulary(request.teacher, subject, teacher)
         teacher.model.requires_grad_(False)
-    model = load_checkpoint(request.checkpoint, dtype=torch.float32)
+    model = load_checkpoint(
+        request.checkpoint, dtype=torch.float32, trust_remote_code=request.trust_remote_code
+    )
     _refuse_quantized(request, model)
     # With it, save_pretrained would ignore the state that it is given.
     del model.hf_quantizer
@@ -169,7 +172,7 @@ def _recovery_windows(
 
 def _identity(request: RecoverRequest, text: TokenBatch) -> dict[str, Any]:
     """All that the result depends on, as JSON holds it."""
-    weights = {path.name: sha256_of_file(path) for path in _weight_files(request.checkpoint)}
+    weights = {path.name: sha256_of_file(path) for path in weight_files(request.checkpoint)}
     settings = asdict(request) | {"checkpoint": str(request.checkpoint)}
     return settings | {
         "weights_sha256": weights,
@@ -226,7 +229,14 @@ def _write(
     recovery: dict[str, Any],
 ) -> None:
     """The checkpoint and its records; the plan is that of the compression."""
-    save_checkpoint(model, subject.tokenizer, subject.modules, folder, subject.dtype)
+    save_checkpoint(
+        model,
+        subject.tokenizer,
+        subject.modules,
+        folder,
+        subject.dtype,
+        source=request.checkpoint,
+    )
     _require_same_tensors(request.checkpoint, folder)
     recipe = subject.recipe | {"recovery": recovery}
     report = _largest_interpolations(subject.report, model)
@@ -302,13 +312,9 @@ def _require_same_tensors(before: Path, after: Path) -> None:
 
 def _tensors(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     found = {}
-    for path in _weight_files(folder):
+    for path in weight_files(folder):
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118 - not a dict
                 entry = file.get_slice(name)
                 found[name] = (entry.get_dtype(), tuple(entry.get_shape()))
     return found
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.safetensors"))
