@@ -86,11 +86,13 @@ class _FolderTokenizer:
         self.chat_template = find_template(folder, settings)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        return _limited_ids(
-            lambda: self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids,
-            text,
-            self.name_or_path,
-        )
+        def ids() -> list[int]:
+            # Of one text, since `encode` keeps the interpreter to itself.
+            found = self._tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)
+            listed: list[int] = found[0].ids
+            return listed
+
+        return _limited_ids(ids, text, self.name_or_path)
 
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool = False) -> str:
         try:
@@ -210,8 +212,8 @@ def _failing(error: BaseException, where: object) -> BaseException:
 def _limited_ids(encode: Callable[[], list[int]], text: str, where: object) -> list[int]:
     """Ids of a text, or the end of the wait for them; Ctrl-C is heard meanwhile.
 
-    The library lets go of the interpreter while it works, but cannot be stopped: a thread that came
-    to no end ends with the process.
+    The library lets go of the interpreter in `encode_batch`, but cannot be stopped: a thread that
+    came to no end ends with the process.
     """
     require_text(text)
     outcome: list[list[int] | BaseException] = []
@@ -306,9 +308,7 @@ def chat_prompt_ids(
     conversation = checked_messages(messages)
     if raw:
         return tokenizer.encode(conversation[-1]["content"])
-    source = tokenizer.chat_template
-    if isinstance(source, dict):
-        source = source.get("default")
+    source = _template_source(tokenizer)
     if not source:
         raise InputError(
             "This model has no chat template.",
@@ -318,6 +318,24 @@ def chat_prompt_ids(
     text = chat_template(source).render(conversation, True, tokenizer.special_tokens_map)
     require_text(text, "what the chat template made")
     return tokenizer.encode(text, add_special_tokens=False)
+
+
+def start_template(tokenizer: TextTokenizer) -> None:
+    """Begin to compile the chat template, beside whatever comes next; nothing where there is none.
+
+    For a program that is about to answer a conversation.
+    """
+    source = _template_source(tokenizer)
+    if source:
+        chat_template(source).start()
+
+
+def _template_source(tokenizer: TextTokenizer) -> str | None:
+    """The template of a tokenizer; of several named ones, as transformers has them, the default."""
+    source = tokenizer.chat_template
+    if isinstance(source, dict):
+        source = source.get("default")
+    return source
 
 
 def stop_token_ids(tokenizer: TextTokenizer, folder: Path) -> frozenset[int]:
