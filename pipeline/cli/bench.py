@@ -57,7 +57,7 @@ _measuring_options = options.apply(
     options.setting(
         "--rounds", 3, "Turns of every model, after one that warms up.", options.positive
     ),
-    click.option("--threads", type=options.positive, help="Of the CPU.  [all cores]"),
+    click.option("--threads", type=options.thread_count, help="Of the CPU.  [all cores]"),
 )
 _output_options = options.apply(
     click.option("--json", "json_file", type=_new_file, help="File for the figures."),

@@ -25,8 +25,8 @@ _evaluation_options = options.apply(
         "self",
         "Text for the ledger: a file, or 'self': text that the original generates.",
     ),
-    options.setting("--eval-windows", 16, "Windows of that text."),
-    options.setting("--eval-length", 256, "Tokens in each."),
+    options.setting("--eval-windows", 16, "Windows of that text.", options.positive),
+    options.setting("--eval-length", 256, "Tokens in each.", options.positive),
     heading="Evaluation",
 )
 
@@ -46,7 +46,7 @@ _evaluation_options = options.apply(
     "builds none.",
 )
 @compression_options
-@options.setting("--max-length", DEFAULT_MAX_LENGTH, "Cache length.")
+@options.setting("--max-length", DEFAULT_MAX_LENGTH, "Cache length.", options.positive)
 @_evaluation_options
 @options.trust_remote_code
 @options.overwrite

@@ -28,7 +28,7 @@ _budget_options = options.apply(
     ),
     click.option(
         "--keep-bytes",
-        type=float,
+        type=options.number,
         help="The same, as a fraction of the model's bytes in float16. Excludes --memory and "
         "--weights.",
     ),
@@ -65,11 +65,13 @@ _method_options = options.apply(
     ),
     click.option(
         "--mix",
-        type=float,
+        type=options.number,
         help="Share of the original's output in the targets of layers; by default the effort's. "
         "Excludes --one-shot.",
     ),
-    click.option("--rank-multiple", type=int, default=1, help="Make ranks multiples of this."),
+    click.option(
+        "--rank-multiple", type=options.positive, default=1, help="Make ranks multiples of this."
+    ),
     heading="Method",
 )
 _calibration_options = options.apply(
@@ -81,11 +83,13 @@ _calibration_options = options.apply(
         ".safetensors of arrays.",
     ),
     click.option(
-        "--windows", type=int, help="Of calibration text, or images; by default the effort's."
+        "--windows",
+        type=options.positive,
+        help="Of calibration text, or images; by default the effort's.",
     ),
     click.option(
         "--window-length",
-        type=int,
+        type=options.positive,
         help=f"Tokens in each; by default the effort's. {_LANGUAGE_MODELS}",
     ),
     options.seed,

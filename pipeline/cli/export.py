@@ -52,7 +52,10 @@ from pipeline.export.contract import (
     click.Choice(list(PRODUCTS)),
 )
 @options.setting(
-    "--max-length", DEFAULT_MAX_LENGTH, "Length of the static cache: prompt and answer together."
+    "--max-length",
+    DEFAULT_MAX_LENGTH,
+    "Length of the static cache: prompt and answer together.",
+    options.positive,
 )
 @options.trust_remote_code
 @options.overwrite

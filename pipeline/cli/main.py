@@ -13,6 +13,7 @@ import click
 
 from pipeline import __version__
 from pipeline.errors import explain
+from pipeline.terminal import guarded, safe_stdout
 
 _COMMANDS = {
     "build": "pipeline.cli.build",
@@ -64,7 +65,9 @@ class _LazyGroup(click.Group):
 def skipcat(verbose: bool) -> None:
     """Deliver a language model, smaller and provably right, to an edge GPU."""
     logging.basicConfig(
-        level=logging.INFO if verbose else logging.WARNING, stream=sys.stderr, format="%(message)s"
+        level=logging.INFO if verbose else logging.WARNING,
+        stream=guarded(sys.stderr),
+        format="%(message)s",
     )
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -73,12 +76,14 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit status of `pipeline.errors`."""
     arguments = sys.argv[1:] if arguments is None else arguments
     verbose = "-v" in arguments or "--verbose" in arguments
+    stderr = guarded(sys.stderr)
     try:
-        result = skipcat.main(args=arguments, prog_name="skipcat", standalone_mode=False)
+        with safe_stdout():
+            result = skipcat.main(args=arguments, prog_name="skipcat", standalone_mode=False)
     except click.exceptions.Exit as leave:
         return leave.exit_code
     except click.ClickException as error:
-        error.show()
+        error.show(stderr)
         return 2
     except BaseException as error:
         aborted = isinstance(error, click.exceptions.Abort)
@@ -86,8 +91,8 @@ def main(arguments: list[str] | None = None) -> int:
         if failure is None:
             raise
         if verbose or failure.exit_status == 1:
-            traceback.print_exception(error, file=sys.stderr)
-        print(f"error: {failure}", file=sys.stderr)
+            traceback.print_exception(error, file=stderr)
+        print(f"error: {failure}", file=stderr)
         return failure.exit_status
     return result if isinstance(result, int) else 0
 

@@ -13,7 +13,7 @@ from pipeline.errors import InputError, MissingPackageError, UsageError
 from pipeline.json_file import read_text_file
 
 _PACKAGES = ("starlette", "uvicorn", "pydantic")
-_seconds = click.FloatRange(min=0, min_open=True)
+_seconds = options.above_zero
 
 _address_options = options.apply(
     options.setting("--host", "127.0.0.1", "Address to listen at."),
@@ -50,7 +50,7 @@ _load_options = options.apply(
         "--queue",
         64,
         "Requests that wait for a slot; further ones get a 429.",
-        click.IntRange(min=0),
+        options.count,
     ),
     options.setting(
         "--prefill-chunk",
@@ -91,7 +91,7 @@ _limit_options = options.apply(
         "--grace-s",
         10.0,
         "Time for running answers after SIGTERM or Ctrl-C.",
-        click.FloatRange(min=0),
+        options.not_negative,
     ),
     heading="Limits",
 )

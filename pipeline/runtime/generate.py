@@ -124,16 +124,29 @@ def generate_batch(
     decoding: Decoding,
     decoder: Decoder | None = None,
 ) -> list[RunningAnswer]:
+    """Answer every prompt to its end; as `stream_batch`, all at once."""
+    return list(stream_batch(session, prompts, decoding, decoder))
+
+
+def stream_batch(
+    session: SlotSession,
+    prompts: Sequence[Sequence[int]],
+    decoding: Decoding,
+    decoder: Decoder | None = None,
+    seeds: Sequence[int] | None = None,
+) -> Iterator[RunningAnswer]:
     """Answer every prompt to its end; a slot that has finished takes the next one.
 
-    Each prompt has a source of randomness of its own, seeded with the seed and its number, so that
-    an answer does not depend on which others are asked with it.
+    Each prompt has a source of randomness of its own, so that an answer does not depend on which
+    others are asked with it. The answers come in the order of their prompts, each as soon as it and
+    those before it are at their end.
 
     Args:
         session: freshly opened, or all slots cleared.
         prompts: ids, at least one token each, of any lengths.
         decoding: how; the seed is a number.
         decoder: turns ids into text; None makes ids alone.
+        seeds: of each prompt's source; None seeds it with the seed and the prompt's number.
 
     Raises:
         InputError: a prompt is empty, or longer than a slot.
@@ -141,17 +154,19 @@ def generate_batch(
     assert isinstance(decoding.seed, int)
     answers = []
     for number, prompt in enumerate(prompts):
-        own = replace(decoding, seed=(decoding.seed, number))
+        own = replace(decoding, seed=seeds[number] if seeds else (decoding.seed, number))
         answers.append(RunningAnswer(prompt, own, session.max_length, decoder))
     waiting = deque(answer for answer in answers if answer.ending is None)
-    running: dict[int, RunningAnswer] = {}
+    unsaid, running = deque(answers), dict[int, RunningAnswer]()
 
     def take(slot: int, logits: np.ndarray) -> None:
         running[slot].take([logits])
         if running[slot].ending is not None:
             del running[slot]
 
-    while waiting or running:
+    while unsaid:
+        while unsaid and unsaid[0].ending is not None:
+            yield unsaid.popleft()
         for slot in range(session.slots):
             while waiting and slot not in running:
                 running[slot] = waiting.popleft()
@@ -162,7 +177,6 @@ def generate_batch(
             tokens = [running[slot].ids[-1] for slot in slots]
             for slot, logits in zip(slots, session.decode(slots, tokens), strict=True):
                 take(slot, logits)
-    return answers
 
 
 def _advance(

@@ -7,9 +7,10 @@ scheduler for its slots.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -41,6 +42,10 @@ class Decoding:
         stop_ids: tokens that end it, and are not part of it.
         stops: texts that end it; nothing of one gets out.
         seed: of its own source of randomness; or that source, for several answers to share.
+
+    Raises:
+        InputError: stops or stop ids that are no collection of texts or of ids, or a limit that is
+            no whole number.
     """
 
     max_new_tokens: int = 256
@@ -48,6 +53,27 @@ class Decoding:
     stop_ids: Collection[int] = frozenset()
     stops: Sequence[str] = ()
     seed: int | Sequence[int] | np.random.Generator = 0
+
+    def __post_init__(self) -> None:
+        # A text is a sequence of texts, and of nothing else that is meant here.
+        if isinstance(self.stops, str) or not all(isinstance(stop, str) for stop in self.stops):
+            raise InputError(
+                "The stop texts are no list of texts.",
+                observed=repr(self.stops)[:80],
+                expected='such as stops=("END",)',
+            )
+        _whole_numbers(self.stop_ids, "The stop ids are no token ids.")
+        _whole_numbers([self.max_new_tokens], "The most new tokens are no whole number.")
+
+
+def _whole_numbers(values: Any, what: str) -> list[int]:
+    """The values as a list; raise InputError for text, bytes, and numbers that are not whole."""
+    holds_others = isinstance(values, str | bytes | bytearray | dict)
+    try:
+        return [operator.index(value) for value in ([None] if holds_others else values)]
+    except TypeError as error:
+        observed = f"a value of type {type(values).__name__}: {values!r}"[:80]
+        raise InputError(what, observed=observed, expected="whole numbers") from error
 
 
 class RunningAnswer:
@@ -73,7 +99,7 @@ class RunningAnswer:
             cache is full); None while it goes on.
 
     Raises:
-        InputError: the prompt is empty.
+        InputError: the prompt is empty, or no sequence of token ids.
     """
 
     def __init__(
@@ -87,9 +113,9 @@ class RunningAnswer:
         watch: Callable[[int, np.ndarray], None] | None = None,
         constraint: Constraint | None = None,
     ) -> None:
-        if not len(prompt_ids):
+        self.prompt_ids = _whole_numbers(prompt_ids, "The prompt is neither text nor token ids.")
+        if not self.prompt_ids:
             raise InputError("The prompt is empty.", change="give at least one token")
-        self.prompt_ids = [int(token) for token in prompt_ids]
         self.ids: list[int] = []
         self.token: int | None = None
         self.text = ""

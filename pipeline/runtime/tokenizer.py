@@ -11,7 +11,6 @@ import base64
 import json
 import threading
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -58,6 +57,12 @@ class TextTokenizer(Protocol):
         """Text of ids."""
         ...
 
+    def apply_chat_template(
+        self, messages: list[Message], *, add_generation_prompt: bool, tokenize: bool
+    ) -> Any:
+        """A conversation in the model's own format."""
+        ...
+
 
 class _FolderTokenizer:
     """tokenizer.json through the tokenizers library, with the folder's chat template.
@@ -88,15 +93,13 @@ class _FolderTokenizer:
         self.chat_template = find_template(folder, settings)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        # A batch of one: the library lets other threads run meanwhile, as it does not for a text.
-        batch = partial(
-            self._tokenizer.encode_batch_fast, [text], add_special_tokens=add_special_tokens
-        )
-        return _limited_ids(
-            lambda: batch()[0].ids,
-            text,
-            self.name_or_path,
-        )
+        def ids() -> list[int]:
+            # Of one text, since `encode` keeps the interpreter to itself.
+            found = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+            listed: list[int] = found[0].ids
+            return listed
+
+        return _limited_ids(ids, text, self.name_or_path)
 
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool = False) -> str:
         try:
@@ -108,11 +111,8 @@ class _FolderTokenizer:
     def apply_chat_template(
         self, messages: list[Message], *, add_generation_prompt: bool, tokenize: bool
     ) -> str:
-        """A conversation in the model's own format."""
-        assert self.chat_template, "callers look at chat_template first"
         assert not tokenize, "callers encode the text themselves"
-        template = chat_template(self.chat_template)
-        return template.render(messages, add_generation_prompt, self.special_tokens_map)
+        return _rendered(self, messages, add_generation_prompt)
 
 
 class _WholeTokenizer:
@@ -124,6 +124,7 @@ class _WholeTokenizer:
         self.chat_template = tokenizer.chat_template
         self.eos_token_id = tokenizer.eos_token_id
         self.special_tokens_map = tokenizer.special_tokens_map
+        self.backend_tokenizer = getattr(tokenizer, "backend_tokenizer", None)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         return _limited_ids(
@@ -138,6 +139,12 @@ class _WholeTokenizer:
         except BaseException as error:
             raise _failing(error, self.name_or_path) from error
         return text
+
+    def apply_chat_template(
+        self, messages: list[Message], *, add_generation_prompt: bool, tokenize: bool
+    ) -> str:
+        assert not tokenize, "callers encode the text themselves"
+        return _rendered(self, messages, add_generation_prompt)
 
 
 def load_tokenizer(folder: Path) -> TextTokenizer:
@@ -226,8 +233,8 @@ def _failing(error: BaseException, where: object) -> BaseException:
 def _limited_ids(encode: Callable[[], list[int]], text: str, where: object) -> list[int]:
     """Ids of a text, or the end of the wait for them; Ctrl-C is heard meanwhile.
 
-    The library lets go of the interpreter while it works, but cannot be stopped: a thread that came
-    to no end ends with the process.
+    The library lets go of the interpreter in `encode_batch`, but cannot be stopped: a thread that
+    came to no end ends with the process.
     """
     require_text(text)
     outcome: list[list[int] | BaseException] = []
@@ -322,18 +329,44 @@ def chat_prompt_ids(
     conversation = checked_messages(messages)
     if raw:
         return tokenizer.encode(conversation[-1]["content"])
-    source = tokenizer.chat_template
-    if isinstance(source, dict):
-        source = source.get("default")
+    text = _rendered(tokenizer, conversation, True)
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def _rendered(tokenizer: TextTokenizer, messages: list[Message], opened: bool) -> str:
+    """A conversation in the model's chat template, which runs in a process of its own.
+
+    Raises:
+        InputError: there is none, or it refuses the conversation.
+    """
+    source = _template_source(tokenizer)
     if not source:
         raise InputError(
             "This model has no chat template.",
             where=tokenizer.name_or_path,
             change="pass --raw to give it the prompt as it is",
         )
-    text = chat_template(source).render(conversation, True, tokenizer.special_tokens_map)
+    text = chat_template(source).render(messages, opened, tokenizer.special_tokens_map)
     require_text(text, "what the chat template made")
-    return tokenizer.encode(text, add_special_tokens=False)
+    return text
+
+
+def start_template(tokenizer: TextTokenizer) -> None:
+    """Begin to compile the chat template, beside whatever comes next; nothing where there is none.
+
+    For a program that is about to answer a conversation.
+    """
+    source = _template_source(tokenizer)
+    if source:
+        chat_template(source).start()
+
+
+def _template_source(tokenizer: TextTokenizer) -> str | None:
+    """The template of a tokenizer; of several named ones, as transformers has them, the default."""
+    source = tokenizer.chat_template
+    if isinstance(source, dict):
+        source = source.get("default")
+    return source
 
 
 def stop_token_ids(tokenizer: TextTokenizer, folder: Path) -> frozenset[int]:

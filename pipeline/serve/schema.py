@@ -17,12 +17,9 @@ from pydantic import (
     model_validator,
 )
 
-from pipeline.runtime.sampling import Sampling
+from pipeline.runtime.sampling import LEAST_TEMPERATURE, MOST_PENALTY, Sampling
 from pipeline.runtime.tokenizer import Message
 from pipeline.serve.failure import RequestFailure
-
-# Smaller temperatures overflow float64; they would choose as 0 does.
-_LEAST_TEMPERATURE = 1e-6
 
 # They say something about the request, or only how quickly it is answered.
 _IGNORED = frozenset(
@@ -99,15 +96,15 @@ class Generation(BaseModel):
     top_p: float | None = Field(default=None, gt=0, le=1)
     top_k: int | None = Field(default=None, ge=-1)
     min_p: float | None = Field(default=None, ge=0, le=1)
-    repetition_penalty: float | None = Field(default=None, ge=0.1, le=10)
+    repetition_penalty: float | None = Field(default=None, ge=1 / MOST_PENALTY, le=MOST_PENALTY)
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     stop: _Stops | None = None
 
     @field_validator("temperature")
     @classmethod
     def _not_almost_zero(cls, value: float | None) -> float | None:
-        if value and value < _LEAST_TEMPERATURE:
-            raise ValueError(f"give 0, or at least {_LEAST_TEMPERATURE}")
+        if value and value < LEAST_TEMPERATURE:
+            raise ValueError(f"give 0, or at least {LEAST_TEMPERATURE}")
         return value
 
     @field_validator("stop")
