@@ -68,9 +68,10 @@ class Decoding:
 
 def _whole_numbers(values: Any, what: str) -> list[int]:
     """The values as a list; raise InputError for text, bytes, and numbers that are not whole."""
-    holds_others = isinstance(values, str | bytes | bytearray | dict)
     try:
-        return [operator.index(value) for value in ([None] if holds_others else values)]
+        if isinstance(values, str | bytes | bytearray | dict):
+            raise TypeError
+        return [operator.index(value) for value in values]
     except TypeError as error:
         observed = f"a value of type {type(values).__name__}: {values!r}"[:80]
         raise InputError(what, observed=observed, expected="whole numbers") from error
