@@ -11,15 +11,20 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.artefact import folder_bytes, write_json
+from pipeline import __version__
+from pipeline.artefact import clear, folder_bytes, write_json
 from pipeline.compress.request import CompressRequest
 from pipeline.compress.run import compress_to_folder
 from pipeline.engine.target import Target, resolve_target
-from pipeline.errors import InputError, UsageError
+from pipeline.errors import InputError, UsageError, shortage_of
 from pipeline.export.contract import CPU, DEFAULT_MAX_LENGTH, DEFAULT_PROFILE, FLOAT16, FLOAT32
 from pipeline.export.export import export_folder
 from pipeline.export.request import ExportRequest
+from pipeline.folder_lock import LOCK_FILE, FolderLock
+from pipeline.json_file import json_field, read_json_object
 from pipeline.memory import peak_bytes
+from pipeline.model.fingerprint import file_hashes, model_hashes
+from pipeline.output import check_output, real_path
 from pipeline.progress import note
 from pipeline.provenance import provenance
 
@@ -51,6 +56,11 @@ class BuildRequest:
     eval_text: str = "self"
     eval_windows: int = 16
     eval_length: int = 256
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """What is read, as it was named."""
+        return (*self.compress.paths.values(), self.eval_text)
 
     def check(self) -> None:
         """Refuse values that cannot be meant, or that a later stage would refuse.
@@ -89,11 +99,12 @@ class BuildRequest:
 
 @dataclass
 class Build:
-    """A build under way: its folder, its record, and the stages that are finished."""
+    """A build under way: its folder, its record, the stages that are finished, what was read."""
 
     folder: Path
     request: BuildRequest
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
+    inputs: dict[str, Any] = field(default_factory=dict)
 
     def run(self, name: str, folder: str, work: Callable[[Path], Any]) -> None:
         """Do one stage unless its folder is there already, and record time and memory."""
@@ -121,6 +132,7 @@ class Build:
             {
                 "schema": _SCHEMA,
                 "request": asdict(self.request),
+                "inputs": self.inputs,
                 "stages": self.stages,
                 "provenance": provenance(),
             },
@@ -145,17 +157,30 @@ def build(
     Raises:
         PipelineError: bad input, a missing package, or not enough memory or disk.
     """
-    from validate.report import write_reports
-    from validate.run import validate
-    from validate.stages import Artefacts
-
     request.check()
     target = resolve_target(request.target)
     note(f"target: {target.flavour}, because {target.reason}")
     _refuse_missing_packages(target)
-    earlier = _earlier_stages(request, folder, overwrite=overwrite, resume=resume)
+    _refuse_output(request, folder, overwrite=overwrite, resume=resume)
     _refuse_inputs(request)
-    state = _open(request, folder, earlier)
+    try:
+        with FolderLock(real_path(folder)):
+            state = _open(request, folder, resume=resume)
+            return state, target, _run_stages(state, target, resume=resume)
+    except Exception as error:
+        shortage = shortage_of(error, folder)
+        if shortage is None:
+            raise
+        raise shortage from error
+
+
+def _run_stages(state: Build, target: Target, *, resume: bool) -> Ledger:
+    """Each stage in its folder, unless it is finished."""
+    from validate.report import write_reports
+    from validate.run import validate
+    from validate.stages import Artefacts
+
+    request, folder = state.request, state.folder
     state.run(
         "compress",
         "checkpoint",
@@ -176,7 +201,7 @@ def build(
 
     _forget_failed_ledger(folder / "ledger")
     state.run("validate", "ledger", ledger_stage)
-    return state, target, ledgers[0] if ledgers else _read_ledger(folder / "ledger")
+    return ledgers[0] if ledgers else _read_ledger(folder / "ledger")
 
 
 def _forget_failed_ledger(folder: Path) -> None:
@@ -194,7 +219,8 @@ def _refuse_missing_packages(target: Target) -> None:
 def _export(
     state: Build, checkpoint: Path, folder: str, dtype: str, profile: str = DEFAULT_PROFILE
 ) -> None:
-    wanted = ExportRequest(profile, dtype, state.request.max_length)
+    code = state.request.compress.trust_remote_code
+    wanted = ExportRequest(profile, dtype, state.request.max_length, trust_remote_code=code)
     name = f"export {dtype}" if profile == DEFAULT_PROFILE else f"export {profile}"
     state.run(name, folder, lambda path: export_folder(checkpoint, path, wanted))
 
@@ -211,7 +237,7 @@ def _engine(state: Build, target: Target) -> None:
 def _read_ledger(folder: Path) -> Ledger:
     from validate.record import Ledger
 
-    return Ledger.from_json(json.loads((folder / "ledger.json").read_text(encoding="utf-8")))
+    return Ledger.read(folder / "ledger.json")
 
 
 def _refuse_inputs(request: BuildRequest) -> None:
@@ -235,41 +261,77 @@ def _refuse_inputs(request: BuildRequest) -> None:
         require_text(spec, preview.tokenizer, count=count, length=length)
 
 
-def _earlier_stages(
-    request: BuildRequest, folder: Path, *, overwrite: bool, resume: bool
-) -> dict[str, dict[str, Any]] | None:
-    """The stages that are kept of an earlier build; None when all has to be made.
+def _refuse_output(request: BuildRequest, folder: Path, *, overwrite: bool, resume: bool) -> None:
+    """Refuse a folder that cannot be built in, or must not be.
 
     Raises:
         InputError: the folder is not a build's, so it is neither replaced nor added to.
-        UsageError: there is a build and neither flag was given, or it has other settings.
+        UsageError: there is a build and neither flag was given; or see `check_output`.
     """
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return None
+    if not _holds_something(folder):
+        check_output(folder)
+        return
     if not (overwrite or resume):
         raise UsageError(
             "The output exists already.",
             where=folder,
             change="RESUME=1 (--resume) continues it, OVERWRITE=1 (--overwrite) replaces it",
         )
-    earlier = _read_build(folder)
+    _read_build(folder)
     if not resume:
-        return None
-    if earlier["request"] != json.loads(json.dumps(asdict(request))):
-        raise UsageError(
-            "The unfinished build was started with other settings.",
-            where=folder / _RECORD,
-            change="repeat the earlier settings, or replace it with --overwrite",
-        )
-    return earlier["stages"]
+        check_output(folder, overwrite=True, inputs=request.inputs)
+
+
+def _earlier_stages(
+    request: BuildRequest, inputs: dict[str, Any], folder: Path
+) -> dict[str, dict[str, Any]]:
+    """The stages that are kept of an earlier build.
+
+    Raises:
+        UsageError: it had other settings, or read something else.
+    """
+    if not _holds_something(folder):
+        return {}
+    earlier = _read_build(folder)
+    for name, now in (("request", _as_json(asdict(request))), ("inputs", inputs)):
+        before = earlier[name]
+        if before is None:
+            note(f"{folder / _RECORD} is of an older skipcat and does not say what was read")
+        elif before != now:
+            changed = ", ".join(key for key in now if before.get(key) != now[key])
+            raise UsageError(
+                "The unfinished build was started with other settings or inputs.",
+                where=folder / _RECORD,
+                observed=f"differs in {changed or 'its settings'}",
+                change="repeat the earlier ones, or replace it with --overwrite",
+            )
+    stages: dict[str, dict[str, Any]] = earlier["stages"]
+    return stages
+
+
+def _holds_something(folder: Path) -> bool:
+    return folder.is_dir() and any(path.name != LOCK_FILE for path in folder.iterdir())
+
+
+def _as_json(value: Any) -> Any:
+    return json.loads(json.dumps(value))
+
+
+def _inputs_of(request: BuildRequest) -> dict[str, Any]:
+    """What the artefacts depend on besides the request: what is read, and by which skipcat."""
+    wanted = request.compress
+    texts = file_hashes(wanted.calibration, wanted.plan, request.eval_text)
+    return {"model": model_hashes(wanted.model), "files": texts, "version": __version__}
 
 
 def _read_build(folder: Path) -> dict[str, Any]:
     """build.json; without one the folder is not ours to change."""
     try:
-        record = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
-        return {name: record[name] for name in ("request", "stages")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        record = read_json_object(folder / _RECORD)
+        where = folder / _RECORD
+        earlier = {name: json_field(record, name, dict, where) for name in ("request", "stages")}
+        return earlier | {"inputs": json_field(record, "inputs", dict, where, default=None)}
+    except InputError as error:
         raise InputError(
             "The output was not written by skipcat build, so it is left as it is.",
             where=folder,
@@ -278,11 +340,12 @@ def _read_build(folder: Path) -> dict[str, Any]:
         ) from error
 
 
-def _open(request: BuildRequest, folder: Path, earlier: dict[str, Any] | None) -> Build:
+def _open(request: BuildRequest, folder: Path, *, resume: bool) -> Build:
     """Take up the earlier build, or start afresh in an empty folder."""
-    if earlier is None and folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    state = Build(folder, request, earlier or {})
+    inputs = _inputs_of(request)
+    if not resume:
+        clear(real_path(folder))
+    earlier = _earlier_stages(request, inputs, folder)
+    state = Build(folder, request, earlier, inputs)
     state.save()
     return state

@@ -40,9 +40,14 @@ class ChildEnd:
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """That of this process, with this checkout first where Python looks for packages."""
-    paths = [str(_ROOT), os.environ.get("PYTHONPATH", "")]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), **changes}
+    """That of this process, with this checkout first where Python looks for packages.
+
+    The current folder, from which `python -m` and an empty part of PYTHONPATH would import, is left
+    out: it may be a downloaded model's.
+    """
+    paths = [str(_ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    safe = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONSAFEPATH": "1"}
+    return {**os.environ, **safe, **changes}
 
 
 def run_to_end(command: Sequence[str], log_path: Path, timeout_s: float) -> ChildEnd:

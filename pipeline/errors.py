@@ -7,6 +7,9 @@ Exit status: 0 ok, 1 internal, 2 usage, 3 bad or unsupported input, 4 out of mem
 from __future__ import annotations
 
 import errno
+import os
+import re
+from pathlib import Path
 
 
 class PipelineError(Exception):
@@ -82,8 +85,83 @@ class MissingPackageError(InputError):
         )
 
 
+# Libraries tell of a full disk or memory in words of their own: safetensors, numpy's tofile,
+# torch's zip writer, h5py, protobuf; torch, ONNX Runtime, C++.
+_FULL_DISK_NUMBERS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FULL_DISK_WORDS = re.compile(
+    r"no space left|quota exceeded|file too large|\b(?:os error|errno)[ =]*(?:27|28|122)\b"
+    r"|\d+ requested and \d+ written|PytorchStreamWriter failed writing|unexpected pos \d+ vs \d+"
+    r"|basic_ios::clear|error writing (?:file|data|to file)|failed to (?:write|serialize) .*proto",
+    re.IGNORECASE,
+)
+_FULL_MEMORY_WORDS = re.compile(
+    r"(?:can't|cannot|unable to|failed to|could not) allocate|bad[_ ]alloc|out of memory"
+    r"|memory allocation .*failed|cudaErrorMemoryAllocation",
+    re.IGNORECASE,
+)
+# Of a path, and so of whoever gave it.
+_PATH_NUMBERS = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
+    errno.ENOTEMPTY, errno.EBUSY, errno.ELOOP, errno.ENAMETOOLONG,
+)  # fmt: skip
+# Python's own errors about values quote what they are about, whatever that says.
+_ABOUT_VALUES = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError)
+
+
+def shortage_of(error: BaseException | None, where: object | None = None) -> ResourceError | None:
+    """What an exception, or what it was raised from, says of a full disk or memory.
+
+    Args:
+        error: the exception.
+        where: the folder written to, for an exception that names no file.
+
+    Returns:
+        The user's view of it; None if it tells of neither.
+    """
+    while error is not None:
+        if isinstance(error, ResourceError):
+            return error
+        if _tells(error, _FULL_DISK_NUMBERS, _FULL_DISK_WORDS):
+            return ResourceError(
+                "No space left on the disk, or for a file of this size.",
+                where=where or getattr(error, "filename", None),
+                observed=_first_line(error),
+                change="free some space or raise the limit, or write to another disk",
+            )
+        if isinstance(error, MemoryError) or _tells(error, (errno.ENOMEM,), _FULL_MEMORY_WORDS):
+            return ResourceError(
+                "Out of memory.",
+                observed=_first_line(error),
+                change="use a smaller model, fewer tokens or a smaller --max-length",
+            )
+        error = error.__cause__
+    return None
+
+
+def _tells(error: BaseException, numbers: tuple[int, ...], words: re.Pattern[str]) -> bool:
+    if isinstance(error, (PipelineError, *_ABOUT_VALUES)):
+        return False
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in numbers
+    return isinstance(error, Exception) and words.search(str(error)) is not None
+
+
+def _first_line(error: BaseException) -> str | None:
+    return next((line for line in str(error).splitlines() if line.strip()), None)
+
+
+def path_of(error: BaseException) -> Path | None:
+    """The path that an exception says is missing, in the way or not ours to use; None of others."""
+    if not isinstance(error, OSError) or error.errno not in _PATH_NUMBERS:
+        return None
+    return Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else None
+
+
 def explain(error: BaseException) -> PipelineError | None:
     """The user's view of an exception; None for one that must not be caught."""
+    shortage = shortage_of(error)
+    if shortage is not None:
+        return shortage
     if isinstance(error, PipelineError):
         return error
     if isinstance(error, KeyboardInterrupt):
@@ -91,10 +169,14 @@ def explain(error: BaseException) -> PipelineError | None:
             "Interrupted.",
             change="the same command with --resume continues a compress, a recover or a build",
         )
-    if isinstance(error, MemoryError):
-        return ResourceError("Out of memory.", change="use a smaller model or fewer tokens")
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return ResourceError("No space left on the disk.", where=error.filename)
+    path = path_of(error)
+    if path is not None:
+        return InputError(
+            "A file or folder cannot be used.",
+            where=path,
+            observed=getattr(error, "strerror", None),
+            change="check that it is there, and its permissions",
+        )
     if isinstance(error, Exception):
         return PipelineError(
             f"Internal error: {type(error).__name__}: {error}",

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.artefact import refuse_existing
+from pipeline.output import check_output
 
 if TYPE_CHECKING:
     from pipeline.compress.request import CompressRequest
@@ -45,7 +45,8 @@ def compress(
         request = dataclasses.replace(model, **settings)
     else:
         request = CompressRequest(model, **settings)
-    refuse_existing(Path(output), overwrite=overwrite)  # before the model is loaded
+    # Before the model is loaded.
+    check_output(Path(output), overwrite=overwrite, inputs=request.paths.values())
     return compress_to_folder(request, Path(output), overwrite=overwrite, resume=resume)
 
 
@@ -69,7 +70,7 @@ def export(
     from pipeline.export.export import ExportRequest, export_folder
 
     request = ExportRequest(**settings)
-    refuse_existing(Path(output), overwrite=overwrite)
+    check_output(Path(output), overwrite=overwrite, inputs=(checkpoint,))
     return export_folder(Path(checkpoint), Path(output), request, overwrite=overwrite)
 
 
@@ -124,9 +125,9 @@ def validate(
     from validate.run import validate as run
     from validate.stages import Artefacts
 
-    if output is not None:
-        refuse_existing(Path(output), overwrite=overwrite)
     artefacts = Artefacts.find(Path(build)) if isinstance(build, (str, Path)) else build
+    if output is not None:
+        check_output(Path(output), overwrite=overwrite, inputs=artefacts.inputs)
     ledger = run(ValidateRequest.of(artefacts, **settings))
     if output is not None:
         write_reports(ledger, Path(output), overwrite=overwrite)

@@ -146,6 +146,19 @@ def json_field(
     return _require(value, kind, where, f"The field '{name}' is wrong.", None)
 
 
+def restated(error: InputError, what: str, where: object) -> InputError:
+    """The same error under a sentence that says what the file was wanted for.
+
+    Args:
+        error: of this module.
+        what: that sentence.
+        where: file or folder, if the error does not say.
+    """
+    told: dict[str, Any] = {"where": where, **error.details}
+    told["observed"] = f"{error.what} {error.details.get('observed', '')}".strip()
+    return InputError(what, **told)
+
+
 def _require(value: Any, kind: type[T], where: object, what: str, change: str | None) -> T:
     if kind is float and type(value) is int:
         try:

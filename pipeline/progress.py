@@ -2,37 +2,68 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sized
-from typing import TYPE_CHECKING, TypeVar
+from contextlib import AbstractContextManager
+from typing import IO, TYPE_CHECKING, Any, TypeVar
+
+from pipeline.terminal import unguarded, visible
 
 # rich is imported where it is used: answering a prompt needs none of it, and it takes 5 MB.
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.text import Text
 
 _Item = TypeVar("_Item")
 _SECONDS_BETWEEN_LINES = 20.0
 
 
+@functools.cache
+def _console_class() -> type[Console]:
+    """A console to which a string is a text of somebody else: no markup, no control characters."""
+    from rich.console import Console
+
+    class PlainConsole(Console):
+        def render_str(self, text: str, **settings: Any) -> Text:
+            settings["markup"] = settings["emoji"] = False
+            return super().render_str(visible(text) if self.is_terminal else text, **settings)
+
+    return PlainConsole
+
+
 def _console() -> Console:
     """Where progress, notes and warnings go."""
-    from rich.console import Console
-
-    return Console(file=sys.stderr, highlight=False, soft_wrap=True)
+    return _console_class()(file=unguarded(sys.stderr), highlight=False, soft_wrap=True)
 
 
-def result_console() -> Console:
-    """Where tables go: stdout, as wide as the terminal or 120 columns where there is none."""
-    from rich.console import Console
+def result_console(file: IO[str] | None = None, width: int = 120) -> Console:
+    """Where tables go. What is a string in one is shown as it is; rich's `Text` may have styles.
 
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=120)
+    Args:
+        file: None is stdout.
+        width: in columns, where there is no terminal to ask.
+    """
+    target = unguarded(sys.stdout) if file is None else file
+    console = _console_class()(file=target, highlight=False)
+    return (
+        console
+        if console.is_terminal
+        else _console_class()(file=target, highlight=False, width=width)
+    )
+
+
+def waiting(message: str) -> AbstractContextManager[Any]:
+    """A spinner on stderr, where that is a terminal."""
+    from rich.text import Text
+
+    return _console().status(Text(visible(message)))
 
 
 def note(message: str) -> None:
     """Tell the user one thing, on stderr."""
-    _console().print(message, markup=False)
+    _console().print(message)
 
 
 def track(items: Iterable[_Item], description: str, total: int | None = None) -> Iterator[_Item]:
@@ -51,9 +82,10 @@ def track(items: Iterable[_Item], description: str, total: int | None = None) ->
         TimeRemainingColumn,
     )
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    shown = TextColumn("{task.description}", markup=False)
+    columns = (shown, BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeRemainingColumn(), console=target, transient=True) as progress:
-        task = progress.add_task(description, total=total)
+        task = progress.add_task(visible(description), total=total)
         for item in items:
             yield item
             progress.advance(task)

@@ -50,6 +50,20 @@ def _git_commit() -> str | None:
     return answer.stdout.strip() or None
 
 
+def public_name(spec: object) -> str:
+    """What a record that travels says of something that was read: of a path its last part alone.
+
+    Args:
+        spec: a path, several joined by `+`, or a name that is none, which stays as it is.
+    """
+    text = str(spec)
+    path = Path(text).expanduser()
+    if path.exists() or path.is_absolute() or text.startswith("."):
+        return path.name or path.resolve().name
+    parts = text.split("+")
+    return "+".join(map(public_name, parts)) if len(parts) > 1 else text
+
+
 def provenance() -> dict[str, object]:
     """The record written beside every artefact."""
     return {

@@ -36,6 +36,8 @@ ABOVE = {"build": "build", "doctor": "build", "face": "build"}
 OF_ONE_TASK = (
     "pipeline.compress.classifier",
     "pipeline.compress.decoder",
+    "pipeline.export.prove_classifier",
+    "pipeline.export.prove_decoder",
     "pipeline.export.trace_classifier",
     "pipeline.export.trace_decoder",
     "pipeline.model.classifier_structure",

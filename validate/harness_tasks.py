@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import difflib
 import functools
-import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from lm_eval.tasks import TaskManager
 
 from pipeline.artefact import sha256_of_file
 from pipeline.errors import InputError, UsageError
+from pipeline.json_file import parse_json
 
 _LOCAL_SUFFIX = ".jsonl"
 _FIELDS = ("question", "choices", "answer")
@@ -117,7 +117,7 @@ def _read_questions(path: Path) -> list[dict[str, Any]]:
         InputError: no such file, not UTF-8, empty, or a line that is no such object.
     """
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
             "The questions cannot be read.",
@@ -141,10 +141,7 @@ def _parse_question(line: str, where: str) -> dict[str, Any]:
     Raises:
         InputError: not JSON, a field missing or of another type, or an answer out of range.
     """
-    try:
-        value = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError("This line is not JSON.", where=where, observed=error) from error
+    value = parse_json(line, where)
     fields = {key: value.get(key) for key in _FIELDS} if isinstance(value, dict) else {}
     if not _is_question(*(fields.get(key) for key in _FIELDS)):
         raise InputError(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from pipeline.errors import InputError, ValidationError
+from pipeline.json_file import json_field, read_json_object
 from pipeline.model.task import TEXT, Task
 from validate.compare import Comparison
 from validate.greedy import GreedyAgreement
@@ -17,6 +19,7 @@ from validate.stages import Tolerance
 from validate.verdict import Verdict
 
 _SCHEMA = 1
+_AGAIN = "run `skipcat validate` again"
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,8 @@ class Row:
         inference_s: seconds for the token batches.
         total_s: seconds for loading and all measurements.
         accuracy: of an image classifier, where there are labels.
+        cached_to_reference: its logits of tokens behind a cache, against the reference's.
+        cached_to_original: the same against the original's.
     """
 
     name: str
@@ -80,6 +85,8 @@ class Row:
     inference_s: float | None = None
     total_s: float | None = None
     accuracy: Accuracy | None = None
+    cached_to_reference: Comparison | None = None
+    cached_to_original: Comparison | None = None
 
     @property
     def closeness(self) -> Comparison | None:
@@ -135,23 +142,41 @@ class Ledger:
         }
 
     @classmethod
-    def from_json(cls, fields: dict[str, Any]) -> Ledger:
+    def from_json(cls, fields: dict[str, Any], where: object = "ledger.json") -> Ledger:
         """The ledger that `to_json` was called on.
 
         Raises:
-            InputError: written under another schema.
+            InputError: written under another schema, or broken.
         """
         if fields.get("schema") != _SCHEMA:
             raise InputError(
                 "This ledger was written by another version of skipcat.",
                 observed=f"schema {fields.get('schema')}",
                 expected=f"schema {_SCHEMA}",
-                change="run `skipcat validate` again",
+                change=_AGAIN,
             )
-        rows = [_row_from_json(row) for row in fields["rows"]]
-        kept = fields.get("rounding")
-        rounding = None if kept is None else Rounding(**kept)
-        return cls(rows, fields["inputs"], fields["provenance"], rounding)
+        try:
+            rows = [_row_from_json(row) for row in json_field(fields, "rows", list, where)]
+            kept = json_field(fields, "rounding", dict, where, default=None)
+            rounding = None if kept is None else Rounding(**kept)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise InputError(
+                "This ledger is broken.",
+                where=where,
+                observed=f"{type(error).__name__}: {error}",
+                change=_AGAIN,
+            ) from error
+        inputs, made = (json_field(fields, n, dict, where) for n in ("inputs", "provenance"))
+        return cls(rows, inputs, made, rounding)
+
+    @classmethod
+    def read(cls, path: Path) -> Ledger:
+        """The ledger of a ledger.json.
+
+        Raises:
+            InputError: it is missing, broken, or written under another schema.
+        """
+        return cls.from_json(read_json_object(path, change=_AGAIN), path)
 
 
 def _row_from_json(fields: dict[str, Any]) -> Row:
@@ -168,6 +193,8 @@ def _row_from_json(fields: dict[str, Any]) -> Row:
             "verdict": Verdict(**fields["verdict"]),
             "to_reference": _comparison_from_json(fields["to_reference"]),
             "to_original": _comparison_from_json(fields["to_original"]),
+            "cached_to_reference": _comparison_from_json(fields.get("cached_to_reference")),
+            "cached_to_original": _comparison_from_json(fields.get("cached_to_original")),
             "greedy_to_reference": build("greedy_to_reference", GreedyAgreement),
             "greedy_to_original": build("greedy_to_original", GreedyAgreement),
             "perplexity": build("perplexity", Perplexity),

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from functools import partial
 from pathlib import Path
 from typing import IO
 
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from pipeline.artefact import staged_folder, write_json, write_text
 from pipeline.model.task import adapter_of
+from pipeline.progress import result_console
 from validate.ledger import Adapter, Column
 from validate.record import Ledger, Row
 
@@ -23,17 +22,15 @@ _STYLES = {"pass": "green", "fail": "bold red", "not run": "yellow", "measured":
 
 def print_ledger(ledger: Ledger, file: IO[str] | None = None) -> None:
     """Print the table, and below it why stages failed or did not run."""
-    console = Console(file=file or sys.stdout, highlight=False)
-    if not console.is_terminal:
-        console = Console(file=file or sys.stdout, highlight=False, width=_WIDTH_WITHOUT_TERMINAL)
+    console = result_console(file, _WIDTH_WITHOUT_TERMINAL)
     console.print(build_table(ledger))
     if ledger.rounding is not None:
-        console.print(escape(_rounding_text(ledger)))
+        console.print(_rounding_text(ledger))
     for row in ledger.rows:
         for reason in row.verdict.reasons:
             style = _STYLES[row.verdict.status]
             status = row.verdict.status
-            console.print(f"{status}: {escape(row.name)}: {escape(reason)}", style=style)
+            console.print(f"{status}: {row.name}: {reason}", style=style)
 
 
 def build_table(ledger: Ledger) -> Table:
@@ -46,9 +43,7 @@ def build_table(ledger: Ledger) -> Table:
     for column in columns:
         table.add_column(column.title, justify="right")
     for row in ledger.rows:
-        table.add_row(
-            escape(row.name), _verdict_cell(row), _reference_text(row), *_cells(row, columns)
-        )
+        table.add_row(row.name, _verdict_cell(row), _reference_text(row), *_cells(row, columns))
     return table
 
 
@@ -137,10 +132,9 @@ def _reference_text(row: Row) -> str:
     return row.reference or _NOTHING
 
 
-def _verdict_cell(row: Row) -> str:
+def _verdict_cell(row: Row) -> Text:
     """The status in its colour."""
-    style = _STYLES[row.verdict.status]
-    return f"[{style}]{row.verdict.status}[/]" if style else row.verdict.status
+    return Text(row.verdict.status, style=_STYLES[row.verdict.status])
 
 
 def _rounding_text(ledger: Ledger) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.model.task import adapter_of, task_of_model
-from pipeline.provenance import provenance
+from pipeline.provenance import provenance, public_name
 from validate.ledger import Adapter, Options, run_ledger
 from validate.record import Ledger
 from validate.rounding import Rounding
@@ -72,10 +72,10 @@ def validate(
     stages, inputs, source = _prepare(request, adapter, progress)
     rows = run_ledger(stages, inputs, adapter, strict=request.strict, progress=progress)
     named = {
-        "original": artefacts.original,
-        "checkpoint": None if artefacts.checkpoint is None else str(artefacts.checkpoint),
-        "onnx": [str(folder) for folder in artefacts.onnx],
-        "engines": [str(folder) for folder in artefacts.engines],
+        "original": public_name(artefacts.original),
+        "checkpoint": None if artefacts.checkpoint is None else public_name(artefacts.checkpoint),
+        "onnx": [public_name(folder) for folder in artefacts.onnx],
+        "engines": [public_name(folder) for folder in artefacts.engines],
     }
     rounding = None if artefacts.checkpoint is None else Rounding.read(artefacts.checkpoint)
     return Ledger(rows, inputs.describe() | named | source, provenance(), rounding)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.child_process import answers_on_stdout
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, explain
 from pipeline.memory import peak_bytes
 
 if TYPE_CHECKING:
@@ -34,7 +34,10 @@ def main() -> None:
         tell(ready)
         for line in sys.stdin:
             tell(measure(json.loads(line)))
-    except PipelineError as error:
+    except Exception as failure:
+        error = explain(failure)
+        if error is None or error.exit_status == PipelineError.exit_status:
+            raise
         details = {"what": error.what, "status": error.exit_status, "details": error.details}
         tell({"error": details})
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from pipeline.export.contract import (
     RECORD_FILE,
 )
 from pipeline.export.record import ExportRecord, read_export_record
+from pipeline.json_file import read_json_object
 
 # What PyTorch holds a checkpoint in on the CPU, and what ONNX Runtime widens float16 to.
 _CPU_FLOAT_BYTES = 4
@@ -228,7 +228,7 @@ def _traffic_of_engine(folder: Path) -> Traffic:
     except (KeyError, TypeError, IndexError) as error:
         raise InputError("The manifest of this engine is broken.", where=folder) from error
     for record in sorted(folder.absolute().parent.glob(f"*/{RECORD_FILE}")):
-        if json.loads(record.read_text(encoding="utf-8")).get("onnx_sha256") == digest:
+        if read_json_object(record).get("onnx_sha256") == digest:
             counted = _traffic_of_export(record.parent)
             return Traffic(counted.tensors, cache, length, f"{record.parent.name}/{GRAPH_FILE}")
     # Kernels, and an embedding that is not the head, are counted too.

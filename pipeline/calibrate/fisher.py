@@ -17,13 +17,14 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
+from pipeline.artefact import damaged
 from pipeline.calibrate.hooks import not_finite, seeing_gradients
 from pipeline.calibrate.layer_stream import LayerStream
 from pipeline.calibrate.moments import GroupMoments
 from pipeline.calibrate.precision import fast_products
+from pipeline.kept_tensors import keep_tensors, kept_tensors
 from pipeline.model.structure import Layer, hidden_states_of
 from pipeline.progress import track
 
@@ -66,7 +67,8 @@ class BackwardSweep:
         """
         end = len(self.layers) - 1
         last = end if last is None else last
-        if self._gradient_path(last + 1).exists() and self._input_path(last).exists():
+        needed = [self._gradient_path(last + 1), *map(self._input_path, range(last + 1))]
+        if all(kept_tensors(path) is not None for path in needed):
             return last
         for index in track(range(len(self.layers)), "sensitivity, forward"):
             _write(self._input_path(index), self.stream.hidden)
@@ -178,11 +180,11 @@ def _require_finite(layer: str, tensors: list[torch.Tensor]) -> None:
 
 def _write(path: Path, batches: list[torch.Tensor]) -> None:
     """Keep batches, rounded to bfloat16: sensitivities need its range, not more digits."""
-    aside = path.with_suffix(".writing")
-    save_file({str(i): b.bfloat16().contiguous() for i, b in enumerate(batches)}, aside)
-    aside.replace(path)
+    keep_tensors(path, {str(i): b.bfloat16().contiguous() for i, b in enumerate(batches)})
 
 
 def _read(path: Path) -> list[torch.Tensor]:
-    tensors = load_file(path)
+    tensors, _ = kept_tensors(path) or ({}, {})
+    if not tensors:
+        raise damaged(path, "not what was written")
     return [tensors[str(i)].float() for i in range(len(tensors))]

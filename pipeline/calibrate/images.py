@@ -20,6 +20,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 
 from pipeline.errors import InputError
 from pipeline.model.load import Shape, input_shape
+from pipeline.provenance import public_name
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
 FORMATS = (
@@ -46,7 +47,7 @@ class ImageBatch:
     def describe(self) -> dict[str, Any]:
         """What a recipe or a ledger says of them."""
         return {
-            "source": self.source,
+            "source": public_name(self.source),
             "images": len(self.pixels),
             "shape": list(self.pixels.shape[1:]),
             "labelled": self.labels is not None,

@@ -27,6 +27,7 @@ from transformers import (
 from pipeline.artefact import sha256_of_file
 from pipeline.errors import InputError, MissingPackageError
 from pipeline.progress import track
+from pipeline.provenance import public_name
 
 _HUB_DATASETS = {
     "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "train"),
@@ -63,6 +64,7 @@ class TokenBatch:
         entry = {key: value for key, value in asdict(self).items() if key != "tokens"}
         digest = hashlib.sha256(self.tokens.numpy().astype("<i8").tobytes()).hexdigest()
         return entry | {
+            "source": public_name(self.source),
             "windows": count,
             "window_length": length,
             "tokens": count * length,
@@ -131,8 +133,11 @@ def _mixed(batches: list[TokenBatch], spec: str, seed: int) -> TokenBatch:
     """The windows of all parts, spread so that any stretch of them holds every part."""
     places = torch.cat([(torch.arange(len(b.tokens)) + 0.5) / len(b.tokens) for b in batches])
     tokens = torch.cat([batch.tokens for batch in batches])[places.argsort(stable=True)]
+    names = [public_name(batch.source) for batch in batches]
     details = {
-        f"{batch.source}: {key}": value for batch in batches for key, value in batch.details.items()
+        f"{name if names.count(name) == 1 else f'{name} ({place})'}: {key}": value
+        for place, (name, batch) in enumerate(zip(names, batches, strict=True), 1)
+        for key, value in batch.details.items()
     }
     return TokenBatch(tokens, spec, seed, details)
 
@@ -178,7 +183,7 @@ def _is_file(part: str) -> bool:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
             "The text cannot be read.",

@@ -2,27 +2,44 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 import transformers
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.image_processing_base import ImageProcessingMixin
 
 from pipeline.artefact import write_json
 from pipeline.checkpoint import modeling_cache, modeling_skipcat
 from pipeline.checkpoint.modeling_cache import SmallCacheConfig
+from pipeline.checkpoint.own_code import REMOTE_MODULES, OwnCode, own_class
 from pipeline.errors import InputError
-from pipeline.model.source import check_safetensors
+from pipeline.json_file import read_json_object
+from pipeline.model.check import check_folder
+from pipeline.model.loading import (
+    empty_model,
+    explaining,
+    require_tensors,
+    settle_ties,
+    silence_transformers,
+)
+from pipeline.model.numbers import cast, require_finite, require_finite_model
+from pipeline.model.structure import refuse_other_architectures
 from pipeline.model.task import TASKS, Task, task_of_config, task_of_folder
+from pipeline.tokenizer_files import copy_tokenizer
 
 # What weights are stored in, by the names that recipe.json and --dtype give.
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # save_pretrained holds one shard in memory a second time.
 _LARGEST_SHARD = "2GB"
+_KINDS = ("missing_keys", "unexpected_keys", "mismatched_keys")
 
 
 def save_checkpoint(
@@ -31,6 +48,8 @@ def save_checkpoint(
     modules: dict[str, dict[str, Any]],
     folder: Path,
     dtype: torch.dtype,
+    *,
+    source: Path | None = None,
     caches: dict[str, dict[str, Any]] | None = None,
 ) -> None:
     """Write config, weights, tokenizer, chat template and the code that loads them.
@@ -41,23 +60,39 @@ def save_checkpoint(
         modules: `quantization_config.modules`; empty when nothing was factored.
         folder: exists.
         dtype: of all floating-point weights on disk.
+        source: the folder that the model was read from. If it holds tokenizer.json, its files go
+            over as they are: saving them anew would change how some of them split text.
         caches: `quantization_config.caches`; None for a cache as it is.
+
+    Raises:
+        InputError: a weight is not finite, or does not fit `dtype`.
     """
     config = model.config
     task = task_of_config({"architectures": [type(model).__name__]})
+    own_code = OwnCode.of(model, source)
     code = modeling_cache if caches else modeling_skipcat
-    file = code.__name__.rpartition(".")[2]
     if modules or caches:
         # Not model.hf_quantizer: with one, save_pretrained ignores the state that it is given.
         config.quantization_config = SmallCacheConfig(modules, caches=caches)
-        config.auto_map = {TASKS[task].auto_class: f"{file}.{_remote_class(task)}"}
+        file = code.__name__.rpartition(".")[2]
+        config.auto_map = own_code.auto_map() | {
+            TASKS[task].auto_class: f"{file}.{_remote_class(task)}"
+        }
+    else:
+        config.auto_map = own_code.auto_map(TASKS[task].auto_class)
+        if not config.auto_map:
+            del config.auto_map
     model.save_pretrained(
         folder, state_dict=_cast_state(model, dtype), max_shard_size=_LARGEST_SHARD
     )
     # save_pretrained names the type the weights had in memory.
-    saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    saved = read_json_object(folder / "config.json")
     write_json(folder / "config.json", saved | {"dtype": str(dtype).removeprefix("torch.")})
-    tokenizer.save_pretrained(folder)
+    if source is not None and (source / "tokenizer.json").is_file():
+        copy_tokenizer(source, folder)
+    else:
+        tokenizer.save_pretrained(folder)
+    own_code.copy(folder)
     if modules or caches:
         _ship_code(code, type(model), _remote_class(task), folder)
 
@@ -69,13 +104,13 @@ def _remote_class(task: Task) -> str:
 
 def _cast_state(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """The state in another type; tensors that share memory go on sharing it."""
-    cast: dict[int, torch.Tensor] = {}
+    done: dict[int, torch.Tensor] = {}
     state = {}
     for name, tensor in model.state_dict().items():
         key = tensor.data_ptr()
-        if key not in cast or cast[key].shape != tensor.shape:
-            cast[key] = tensor.to(dtype) if tensor.is_floating_point() else tensor
-        state[name] = cast[key]
+        if key not in done or done[key].shape != tensor.shape:
+            done[key] = cast(name, tensor, dtype)
+        state[name] = done[key]
     return state
 
 
@@ -89,15 +124,20 @@ def _ship_code(
     path = Path(str(code.__file__))
     source = path.read_text(encoding="utf-8")
     base = model_class.__name__
+    module = model_class.__module__
+    if module.startswith(REMOTE_MODULES):
+        module = "." + module.rpartition(".")[2]  # its own code, which lies beside
     tail = (
-        f"\n\nfrom {model_class.__module__} import {base}  # noqa: E402\n\n\n"
+        f"\n\nfrom {module} import {base}  # noqa: E402\n\n\n"
         f"class {remote}({base}):\n"
         f'    """{base}; importing this file taught transformers to load its factors."""\n'
     )
     (folder / path.name).write_text(source + tail, encoding="utf-8")
 
 
-def load_checkpoint(folder: Path | str, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
+def load_checkpoint(
+    folder: Path | str, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
     """Load a compressed (or plain) checkpoint, refusing one whose tensors do not all match.
 
     transformers fills tensors that it cannot find with random numbers and goes on; this does not.
@@ -105,26 +145,51 @@ def load_checkpoint(folder: Path | str, *, dtype: torch.dtype | None = None) -> 
     Args:
         folder: a Hugging Face folder.
         dtype: what the weights are held in; by default what they are stored in.
+        trust_remote_code: let Python code that comes with the model run.
 
     Raises:
-        InputError: no such folder, broken weights, or tensors missing, superfluous or misshapen.
+        InputError: no such folder, broken weights, or tensors missing, superfluous or misshapen,
+            or not finite; a kind of model that is not supported.
     """
     folder = Path(folder)
-    require_checkpoint(folder)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        auto_class = getattr(transformers, TASKS[task_of_folder(folder)].auto_class)
-        model, info = auto_class.from_pretrained(
-            folder, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True
+    config, model_class = read_architecture(folder, trust_remote_code=trust_remote_code)
+    with explaining("The checkpoint could not be loaded.", folder):
+        model, info = model_class.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype or "auto",
+            use_safetensors=True,
+            output_loading_info=True,
+            trust_remote_code=trust_remote_code,
         )
-    except Exception as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(
-            "The checkpoint could not be loaded.", where=folder, observed=first
-        ) from error
     require_exact(folder, info)
+    settle_ties(model, folder)
+    require_finite_model(model, folder)
+    for name, module in model.named_modules():
+        if isinstance(module, modeling_skipcat.QuantizedWeight):
+            require_finite(f"{name}.scales", module.scales.view(torch.float16), folder)
     return model.eval()
+
+
+def read_architecture(
+    folder: Path, *, trust_remote_code: bool = False
+) -> tuple[PreTrainedConfig, Any]:
+    """The config of a checkpoint, and what makes the model of it, after all checks but of weights.
+
+    Raises:
+        InputError: no checkpoint, its own code is not trusted, or not a supported kind of model.
+    """
+    require_checkpoint(folder)
+    silence_transformers()
+    with explaining("The checkpoint could not be read.", folder):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        model_class = own_class(config, folder) if trust_remote_code else None
+        if model_class is None:
+            auto_class = TASKS[task_of_folder(folder)].auto_class
+            model_class = getattr(transformers, auto_class)
+            model = empty_model(auto_class, config, trust_remote_code)
+            refuse_other_architectures(model, folder)
+    return config, model_class
 
 
 def require_checkpoint(folder: Path) -> None:
@@ -133,7 +198,7 @@ def require_checkpoint(folder: Path) -> None:
         raise InputError(
             "Not a checkpoint folder.", where=folder, expected="a folder that holds config.json"
         )
-    check_safetensors(folder)
+    check_folder(folder)
 
 
 def require_exact(folder: Path, info: dict[str, Any]) -> None:
@@ -143,28 +208,22 @@ def require_exact(folder: Path, info: dict[str, Any]) -> None:
         folder: for the message.
         info: `missing_keys`, `unexpected_keys`, `mismatched_keys`, as transformers reports them.
     """
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        names = sorted(str(name) for name in info.get(kind) or ())
-        if names:
-            raise InputError(
-                "The checkpoint's tensors are not those its config asks for.",
-                where=folder,
-                observed=f"{len(names)} {kind.replace('_', ' ')}: {', '.join(names[:4])}",
-                expected="every tensor, and no other",
-                change="compress again, or copy the whole folder again",
-            )
+    info = {kind: info.get(kind) or () for kind in _KINDS}
+    require_tensors(
+        "The checkpoint's tensors are not those its config asks for.",
+        folder,
+        info,
+        change="compress again, or copy the whole folder again",
+    )
 
 
 def read_record(folder: Path, name: str) -> dict[str, Any]:
     """recipe.json or report.json of a checkpoint; empty for a folder that skipcat did not write.
 
     Raises:
-        InputError: it is no JSON.
+        InputError: it is no JSON object.
     """
     path = folder / name
     if not path.is_file():
         return {}
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError("A record is broken.", where=path, observed=str(error)) from error
+    return read_json_object(path, change="copy the whole folder again")

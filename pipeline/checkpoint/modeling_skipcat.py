@@ -335,6 +335,8 @@ def stored_layer(
     if not isinstance(layer, nn.Linear):
         raise TypeError(f"{name} is a {type(layer).__name__}, not an nn.Linear")
     shape = (layer.in_features, layer.out_features)
+    if not 1 <= entry["rank"] <= layer.in_features:
+        raise ValueError(f"{name} of {shape[1]} x {shape[0]} cannot have rank {entry['rank']}")
     keywords["bias"] = layer.bias is not None
     if form in ("dense", "head"):
         if not isinstance(owner, QuantizedEmbedding | None):
@@ -342,8 +344,46 @@ def stored_layer(
         return QuantizedLinear(*shape, str(up_style), table=owner, **keywords)
     if not isinstance(owner, FactoredLinear | None):
         raise TypeError(f"{name} shares with {entry['owner']}, which is not factored")
+    if owner is not None and (owner.rank, owner.form, owner.in_features) != (
+        entry["rank"],
+        form,
+        layer.in_features,
+    ):
+        raise ValueError(f"{name} and {entry['owner']}, whose latent it reads, differ")
     keywords |= {"down_style": down_style, "up_style": up_style}
     return FactoredLinear(*shape, entry["rank"], form, owner=owner, **keywords)
+
+
+def _require_entries(modules: object) -> None:
+    """Raise ValueError or TypeError unless `modules` are entries as `stored_layer` reads them."""
+    if not isinstance(modules, dict):
+        raise TypeError("quantization_config.modules is not an object")
+    for name, entry in modules.items():
+        fields = entry if isinstance(entry, dict) else {}
+        owner = fields.get("owner")
+        known = fields.get("form") in ("skip", "low_rank", "dense", "table", "head")
+        rank = fields.get("rank")
+        styles = all(isinstance(fields.get(key, ""), str) for key in ("down_style", "up_style"))
+        if not (known and type(rank) is int and rank > 0 and styles):
+            raise ValueError(f"the entry of {name} in quantization_config.modules is broken")
+        if owner is not None and not isinstance(modules.get(owner), dict):
+            raise ValueError(f"{name} shares with {owner!r}, which has no entry")
+        if owner is not None and modules[owner].get("owner") is not None:
+            raise ValueError(f"{name} shares with {owner!r}, which shares itself")
+
+
+def require_permutation(name: str, permutation: torch.Tensor) -> None:
+    """Raise ValueError unless every input has one place: kernels read where it points.
+
+    Args:
+        name: of the layer, for the message.
+        permutation: int32 [n].
+    """
+    places = torch.arange(len(permutation), dtype=permutation.dtype, device=permutation.device)
+    if not torch.equal(permutation.sort().values, places):
+        raise ValueError(
+            f"{name}.permutation does not have every number from 0 to {len(places) - 1} once"
+        )
 
 
 class SkipCatConfig(QuantizationConfigMixin):
@@ -358,10 +398,11 @@ class SkipCatConfig(QuantizationConfigMixin):
     def __init__(
         self, modules: dict[str, dict[str, Any]], version: int = FORMAT_VERSION, **unused: Any
     ) -> None:
-        if version > FORMAT_VERSION:
+        if type(version) is not int or version > FORMAT_VERSION:
             raise ValueError(
                 f"checkpoint format {version} is newer than {FORMAT_VERSION}: update skipcat"
             )
+        _require_entries(modules)
         self.quant_method = QUANT_METHOD
         self.version = version
         self.modules = modules
@@ -377,6 +418,15 @@ class SkipCatQuantizer(HfQuantizer):
         # Owners first: config.json is written with its keys sorted.
         for name, entry in sorted(modules.items(), key=lambda item: bool(item[1]["owner"])):
             model.set_submodule(name, stored_layer(model, name, entry))
+        return model
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        for name, layer in model.named_modules():
+            places = (
+                layer._buffers.get("permutation") if isinstance(layer, FactoredLinear) else None
+            )
+            if places is not None and not places.is_meta:
+                require_permutation(name, places)
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:

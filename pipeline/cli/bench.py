@@ -57,7 +57,7 @@ _measuring_options = options.apply(
     options.setting(
         "--rounds", 3, "Turns of every model, after one that warms up.", options.positive
     ),
-    click.option("--threads", type=options.positive, help="Of the CPU.  [all cores]"),
+    click.option("--threads", type=options.thread_count, help="Of the CPU.  [all cores]"),
 )
 _output_options = options.apply(
     click.option("--json", "json_file", type=_new_file, help="File for the figures."),
@@ -114,10 +114,14 @@ def command(
 
 
 def _require_places(*paths: Path | None) -> None:
-    """Raise UsageError for a file in a folder that is not there, before hours are spent."""
+    """Raise UsageError for a file that cannot be written, before hours are spent."""
+    from pipeline.output import check_output_file
+
     for path in paths:
         if path is not None and not path.absolute().parent.is_dir():
             raise UsageError("There is no such folder to write to.", where=path)
+        if path is not None:
+            check_output_file(path, overwrite=True)
 
 
 def _fractions(text: str) -> list[float]:

@@ -11,6 +11,7 @@ import click
 from pipeline.cli import options
 from pipeline.cli.compress import compression_options
 from pipeline.export.contract import DEFAULT_MAX_LENGTH
+from pipeline.json_file import read_json_object
 
 if TYPE_CHECKING:
     from pipeline.build import Build
@@ -24,8 +25,8 @@ _evaluation_options = options.apply(
         "self",
         "Text for the ledger: a file, or 'self': text that the original generates.",
     ),
-    options.setting("--eval-windows", 16, "Windows of that text."),
-    options.setting("--eval-length", 256, "Tokens in each."),
+    options.setting("--eval-windows", 16, "Windows of that text.", options.positive),
+    options.setting("--eval-length", 256, "Tokens in each.", options.positive),
     heading="Evaluation",
 )
 
@@ -45,7 +46,7 @@ _evaluation_options = options.apply(
     "builds none.",
 )
 @compression_options
-@options.setting("--max-length", DEFAULT_MAX_LENGTH, "Cache length.")
+@options.setting("--max-length", DEFAULT_MAX_LENGTH, "Cache length.", options.positive)
 @_evaluation_options
 @options.trust_remote_code
 @options.overwrite
@@ -80,7 +81,7 @@ def command(
     request = BuildRequest(compress, target, max_length, eval_text, eval_windows, eval_length)
     state, _, ledger = build(request, folder, overwrite=overwrite, resume=resume)
     if as_json:
-        record = json.loads((folder / "build.json").read_text(encoding="utf-8"))
+        record = read_json_object(folder / "build.json")
         click.echo(json.dumps(record | {"ledger": ledger.to_json()}, indent=2))
     else:
         _show(state, ledger)
@@ -105,7 +106,7 @@ def _show(state: Build, ledger: Ledger) -> None:
 
     folder = state.folder
     console = result_console()
-    report = json.loads((folder / "checkpoint" / "report.json").read_text(encoding="utf-8"))
+    report = read_json_object(folder / "checkpoint" / "report.json")
     totals = report["totals"]
     table = Table(title=f"{state.request.compress.model} -> {folder}")
     for heading in ("stage", "folder", "MB", "seconds", "peak MB so far"):

@@ -29,7 +29,7 @@ _budget_options = options.apply(
     ),
     click.option(
         "--keep-bytes",
-        type=float,
+        type=options.number,
         help="The same, as a fraction of the model's bytes in float16. Excludes --memory and "
         "--weights.",
     ),
@@ -66,11 +66,13 @@ _method_options = options.apply(
     ),
     click.option(
         "--mix",
-        type=float,
+        type=options.number,
         help="Share of the original's output in the targets of layers; by default the effort's. "
         "Excludes --one-shot.",
     ),
-    click.option("--rank-multiple", type=int, default=1, help="Make ranks multiples of this."),
+    click.option(
+        "--rank-multiple", type=options.positive, default=1, help="Make ranks multiples of this."
+    ),
     heading="Method",
 )
 _calibration_options = options.apply(
@@ -82,11 +84,13 @@ _calibration_options = options.apply(
         ".safetensors of arrays.",
     ),
     click.option(
-        "--windows", type=int, help="Of calibration text, or images; by default the effort's."
+        "--windows",
+        type=options.positive,
+        help="Of calibration text, or images; by default the effort's.",
     ),
     click.option(
         "--window-length",
-        type=int,
+        type=options.positive,
         help=f"Tokens in each; by default the effort's. {_LANGUAGE_MODELS}",
     ),
     options.seed,
@@ -189,16 +193,17 @@ def command(
     skipcat compress -m smollm2-135m -o small --memory 60MB
     skipcat compress -m ./my-vit -o small --keep-params 0.6 --calibration images/
     """  # noqa: D301 - click reads the escape
-    from pipeline.artefact import refuse_existing
     from pipeline.compress.request import CompressRequest
     from pipeline.compress.run import compress_to_folder
+    from pipeline.output import check_output
 
     request = CompressRequest(**settings)
     request.check()
     if dry_run:
         _show_plan(request, as_json)
         return
-    refuse_existing(output, overwrite=overwrite)  # before the model is loaded
+    # Before the model is loaded.
+    check_output(output, overwrite=overwrite, inputs=request.paths.values())
     report = compress_to_folder(request, output, overwrite=overwrite, resume=resume)
     if as_json:
         click.echo(json.dumps(report, indent=2))

@@ -28,8 +28,9 @@ def command(as_json: bool) -> None:
 
 def _print_report(found: Machine) -> None:
     """Print the facts and the verdicts as two tables on stdout."""
-    from rich.console import Console
     from rich.table import Table
+
+    from pipeline.progress import result_console
 
     machine = Table("", "Found", "Reason", title="This machine", title_justify="left")
     for row in found.facts():
@@ -37,6 +38,5 @@ def _print_report(found: Machine) -> None:
     pipeline = Table("Stage", "", "Why", title="The pipeline", title_justify="left")
     for verdict in found.stages():
         pipeline.add_row(verdict.stage, "yes" if verdict.works else "no", verdict.why)
-    console = Console()
     for table in (machine, pipeline):
-        console.print(table, markup=False)
+        result_console().print(table)

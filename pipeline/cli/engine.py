@@ -40,7 +40,7 @@ _limit_options = options.apply(
     ),
     click.option(
         "--timeout",
-        type=click.FloatRange(min=1),
+        type=options.one_or_more,
         default=7200.0,
         show_default=True,
         metavar="SECONDS",
@@ -90,12 +90,14 @@ def command(
     as_json: bool,
 ) -> None:
     """Build a TensorRT engine out of an exported ONNX folder (float16)."""
-    from pipeline.artefact import refuse_existing
     from pipeline.engine.build import run_plan
     from pipeline.engine.plan import EngineRequest, plan_engine
     from pipeline.engine.target import resolve_target
-    from pipeline.progress import note
+    from pipeline.output import check_output
+    from pipeline.progress import note, waiting
 
+    if not dry_run:
+        check_output(output, overwrite=overwrite, inputs=(onnx_folder, plugin or ""))
     chosen = resolve_target(target)
     note(f"target {chosen}: {chosen.reason}")
     request = EngineRequest(
@@ -109,24 +111,16 @@ def command(
         timeout_s=timeout,
     )
     plan = plan_engine(onnx_folder, request)
-    refuse_existing(output, overwrite=overwrite)
     for line in plan.notes:
         note(line)
     if dry_run:
         _show(plan.to_json(), _plan_rows(plan), "Would build", as_json)
         return
-    with _waiting(f"building {output.name} for {chosen}"):
+    with waiting(f"building {output.name} for {chosen}"):
         manifest = run_plan(plan, output, overwrite=overwrite)
     for line in manifest["notes"][len(plan.notes) :]:
         note(line)
     _show(manifest, _manifest_rows(manifest, output), "Engine", as_json)
-
-
-def _waiting(text: str) -> Any:
-    """A spinner on stderr, where that is a terminal."""
-    from rich.console import Console
-
-    return Console(stderr=True).status(text)
 
 
 def _show(
@@ -136,13 +130,14 @@ def _show(
     if as_json:
         print(json.dumps(value, indent=2))
         return
-    from rich.console import Console
     from rich.table import Table
+
+    from pipeline.progress import result_console
 
     table = Table(title=title, show_header=False)
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    result_console().print(table)
 
 
 def _plan_rows(plan: EnginePlan) -> list[tuple[str, str]]:

@@ -8,8 +8,9 @@ from typing import Any
 
 import click
 
-from pipeline.artefact import refuse_existing, write_json
+from pipeline.artefact import write_json
 from pipeline.cli import options
+from pipeline.output import check_output_file
 
 _task_options = options.apply(
     click.option(
@@ -19,7 +20,7 @@ _task_options = options.apply(
         "comma separated, repeatable.",
     ),
     click.option("--limit", type=options.positive, help="Only the first questions of each task."),
-    click.option("--num-fewshot", type=click.IntRange(min=0), help="[the task's own]"),
+    click.option("--num-fewshot", type=options.count, help="[the task's own]"),
     options.setting(
         "--batch-size", 4, "Rows of a task that run at once.", options.positive, name="max_rows"
     ),
@@ -27,7 +28,7 @@ _task_options = options.apply(
 _text_options = options.apply(
     click.option("--text", type=click.Path(path_type=Path), help="UTF-8 file, for perplexity."),
     options.setting("--windows", 10, "Windows of --text.", options.positive),
-    options.setting("--window-length", 2048, "Tokens in each.", click.IntRange(min=2)),
+    options.setting("--window-length", 2048, "Tokens in each.", options.window_length),
     click.option("--reference", help="Also KL to this model and top-1 agreement, over --text."),
 )
 _prompt_options = options.apply(
@@ -61,7 +62,7 @@ def command(
       skipcat evaluate build/checkpoint --text test.txt --reference smollm2-135m
     """  # noqa: D301 - click reads the escape
     if output is not None:
-        refuse_existing(output, overwrite=overwrite)
+        check_output_file(output, overwrite=overwrite)
 
     from pipeline.progress import note
     from validate.evaluate import EvaluateRequest, evaluate
@@ -85,7 +86,6 @@ def _split_names(values: tuple[str, ...]) -> tuple[str, ...]:
 
 def _show(record: dict[str, Any]) -> None:
     """The numbers as a table on stdout, and below it the answers."""
-    from rich.markup import escape
     from rich.table import Table
 
     from pipeline.progress import result_console
@@ -93,18 +93,18 @@ def _show(record: dict[str, Any]) -> None:
     console = result_console()
     rows = _score_rows(record)
     if rows:
-        table = Table(title=escape(f"{record['model']}, {record['backend']}"))
+        table = Table(title=f"{record['model']}, {record['backend']}")
         table.add_column("measured")
         for heading in ("value", "standard error", "over"):
             table.add_column(heading, justify="right")
         for row in rows:
-            table.add_row(*map(escape, row))
+            table.add_row(*row)
         console.print(table)
     for answer in record["answers"]:
-        console.print(f"> {answer['prompt']}", markup=False, style="bold")
-        console.print(answer["text"], markup=False, soft_wrap=True)
+        console.print(f"> {answer['prompt']}", style="bold")
+        console.print(answer["text"], soft_wrap=True)
         if answer["ended"] != "stop":
-            console.print(f"[cut after {answer['new_tokens']} tokens]", markup=False)
+            console.print(f"[cut after {answer['new_tokens']} tokens]")
 
 
 def _score_rows(record: dict[str, Any]) -> list[tuple[str, str, str, str]]:

@@ -52,8 +52,12 @@ from pipeline.export.contract import (
     click.Choice(list(PRODUCTS)),
 )
 @options.setting(
-    "--max-length", DEFAULT_MAX_LENGTH, "Length of the static cache: prompt and answer together."
+    "--max-length",
+    DEFAULT_MAX_LENGTH,
+    "Length of the static cache: prompt and answer together.",
+    options.positive,
 )
+@options.trust_remote_code
 @options.overwrite
 @options.json_output
 def command(
@@ -64,6 +68,7 @@ def command(
     weights: str | None,
     products: str,
     max_length: int,
+    trust_remote_code: bool,
     overwrite: bool,
     as_json: bool,
 ) -> None:
@@ -76,14 +81,15 @@ def command(
     skipcat export small -o small-onnx-fp16 --dtype float16
     skipcat export small -o small-onnx-cpu --profile cpu
     """  # noqa: D301 - click reads the escape
-    from pipeline.artefact import refuse_existing
+    from pipeline.output import check_output
 
-    refuse_existing(output, overwrite=overwrite)  # before torch and the model are loaded
+    # Before torch and the model are loaded.
+    check_output(output, overwrite=overwrite, inputs=(checkpoint,))
 
     from pipeline.export.export import export_folder
     from pipeline.export.request import ExportRequest
 
-    request = ExportRequest(profile, dtype, max_length, weights, products)
+    request = ExportRequest(profile, dtype, max_length, weights, products, trust_remote_code)
     record = export_folder(checkpoint, output, request, overwrite=overwrite)
     if as_json:
         click.echo(json.dumps(record, indent=2))

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from pipeline.cli import options
-from pipeline.export.contract import PIXEL_VALUES, RECORD_FILE
+from pipeline.export.contract import GRAPH_FILE, PIXEL_VALUES, RECORD_FILE
 
 
 @click.command("inspect")
@@ -70,17 +70,20 @@ def _describe(what: str, *, trust_remote_code: bool = False) -> tuple[str, dict[
 
 def _read(path: Path) -> dict[str, Any]:
     from pipeline.errors import InputError
+    from pipeline.json_file import read_json_object, restated
 
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError("The record cannot be read.", where=path, observed=error) from error
-    if not isinstance(record, dict):
-        raise InputError("The record is not a JSON object.", where=path)
-    return record
+        return read_json_object(path)
+    except InputError as error:
+        raise restated(error, "The record cannot be read.", path) from error
 
 
 def _onnx_facts(record: dict[str, Any], folder: Path) -> dict[str, Any]:
+    from pipeline.export.record import read_export_record, require_weights
+    from pipeline.model.task import TASKS
+
+    if (folder / GRAPH_FILE).is_file():  # a record alone is shown as it is
+        require_weights(folder, read_export_record(folder, tuple(TASKS)), known=False)
     names = (
         "task", "profile", "opset", "runs_in", "dtype", PIXEL_VALUES, "classes",
         "max_length", "num_layers", "block_skip_nodes",

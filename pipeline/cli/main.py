@@ -7,11 +7,13 @@ import logging
 import os
 import sys
 import traceback
+from typing import Any
 
 import click
 
 from pipeline import __version__
 from pipeline.errors import explain
+from pipeline.terminal import guarded, safe_stdout
 
 _COMMANDS = {
     "build": "pipeline.cli.build",
@@ -30,6 +32,9 @@ _COMMANDS = {
 }
 
 
+_STATUS_OF_SIGPIPE = 141  # 128 and the signal, as a shell says it of other programs
+
+
 class _LazyGroup(click.Group):
     """A group that imports a command's file only when it is called, so that --help is quick."""
 
@@ -41,6 +46,18 @@ class _LazyGroup(click.Group):
             return None
         return importlib.import_module(_COMMANDS[cmd_name]).command
 
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; end without a word when whoever reads stdout is gone."""
+        try:
+            result = super().invoke(ctx)
+            if sys.stdout is not None:
+                sys.stdout.flush()
+            return result
+        except BrokenPipeError:
+            # What is still buffered would fail again when Python ends.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise click.exceptions.Exit(_STATUS_OF_SIGPIPE) from None
+
 
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="skipcat")
@@ -48,7 +65,9 @@ class _LazyGroup(click.Group):
 def skipcat(verbose: bool) -> None:
     """Deliver a language model, smaller and provably right, to an edge GPU."""
     logging.basicConfig(
-        level=logging.INFO if verbose else logging.WARNING, stream=sys.stderr, format="%(message)s"
+        level=logging.INFO if verbose else logging.WARNING,
+        stream=guarded(sys.stderr),
+        format="%(message)s",
     )
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -57,12 +76,14 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit status of `pipeline.errors`."""
     arguments = sys.argv[1:] if arguments is None else arguments
     verbose = "-v" in arguments or "--verbose" in arguments
+    stderr = guarded(sys.stderr)
     try:
-        result = skipcat.main(args=arguments, prog_name="skipcat", standalone_mode=False)
+        with safe_stdout():
+            result = skipcat.main(args=arguments, prog_name="skipcat", standalone_mode=False)
     except click.exceptions.Exit as leave:
         return leave.exit_code
     except click.ClickException as error:
-        error.show()
+        error.show(stderr)
         return 2
     except BaseException as error:
         aborted = isinstance(error, click.exceptions.Abort)
@@ -70,8 +91,8 @@ def main(arguments: list[str] | None = None) -> int:
         if failure is None:
             raise
         if verbose or failure.exit_status == 1:
-            traceback.print_exception(error, file=sys.stderr)
-        print(f"error: {failure}", file=sys.stderr)
+            traceback.print_exception(error, file=stderr)
+        print(f"error: {failure}", file=stderr)
         return failure.exit_status
     return result if isinstance(result, int) else 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,12 +34,33 @@ def setting(
     return click.option(*names, type=type, default=default, show_default=True, help=help)
 
 
-positive = click.IntRange(min=1)
+class _Finite(click.FloatRange):
+    """A range of numbers; click's own lets through what is no number, and infinities."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return number
+
+
+# What a C int holds: libraries take no more.
+_LARGEST = 2**31 - 1
+count = click.IntRange(0, _LARGEST)
+positive = click.IntRange(1, _LARGEST)
+window_length = click.IntRange(2, _LARGEST)
+number = _Finite()
+# Seconds and rates: a thread cannot wait longer.
+not_negative = _Finite(min=0, max=1e9)
+above_zero = _Finite(min=0, max=1e9, min_open=True)
+one_or_more = _Finite(min=1, max=1e9)
 folder = click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
 backend = setting(
     "--backend", "auto", "What runs it; auto: what the folder is for.", click.Choice(BACKENDS)
 )
-threads = click.option("--threads", type=positive, help="Threads of ONNX Runtime.")
+# More would be made without a word, until the machine has no more.
+thread_count = click.IntRange(1, 1024)
+threads = click.option("--threads", type=thread_count, help="Threads of ONNX Runtime.")
 model = click.option(
     "-m",
     "--model",
@@ -52,7 +74,7 @@ output = click.option(
 overwrite = click.option("--overwrite", is_flag=True, help="Replace the output if it exists.")
 resume = click.option("--resume", is_flag=True, help="Continue an interrupted run.")
 dry_run = click.option("--dry-run", is_flag=True, help="Say what would be done, and stop.")
-seed = setting("--seed", 0, "Of all that is drawn at random.")
+seed = setting("--seed", 0, "Of all that is drawn at random.", click.IntRange(0, 2**63 - 1))
 json_output = click.option(
     "--json", "as_json", is_flag=True, help="Print the result as JSON on stdout."
 )

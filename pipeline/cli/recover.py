@@ -23,21 +23,24 @@ from pipeline.cli import options
     "--teacher",
     help="The original model: train towards its distribution instead of the text's next tokens.",
 )
-@click.option("--steps", type=int, required=True, help="Steps of the optimizer.")
-@options.setting("--lora-rank", 8, "Of the adapter of each factor.")
-@options.setting("--lora-alpha", 16, "An adapter adds alpha / rank times its product.")
+@click.option("--steps", type=options.positive, required=True, help="Steps of the optimizer.")
+@options.setting("--lora-rank", 8, "Of the adapter of each factor.", options.positive)
+@options.setting(
+    "--lora-alpha", 16, "An adapter adds alpha / rank times its product.", options.positive
+)
 @options.setting(
     "--learning-rate",
     1e-4,
     "The highest: it rises over a tenth of the steps, then falls to 0 along a cosine.",
+    options.above_zero,
 )
-@options.setting("--batch-size", 4, "Windows in a step.")
+@options.setting("--batch-size", 4, "Windows in a step.", options.positive)
 @click.option(
     "--windows",
-    type=int,
+    type=options.positive,
     help="Windows to take, a tenth of them held out; by default as many as the steps read once.",
 )
-@options.setting("--window-length", 512, "Tokens in each window.")
+@options.setting("--window-length", 512, "Tokens in each window.", options.positive)
 @click.option("--bfloat16", is_flag=True, help="Multiply in bfloat16; weights stay float32.")
 @options.setting("--device", "cpu", "Where PyTorch trains: cpu, cuda, cuda:1.")
 @options.seed
@@ -58,9 +61,10 @@ def command(
     skipcat recover small -o better --text train.txt --steps 500
     skipcat recover small -o better --text self --teacher smollm2-135m --steps 500
     """  # noqa: D301 - click reads the escape
-    from pipeline.artefact import refuse_existing
+    from pipeline.output import check_output
 
-    refuse_existing(output, overwrite=overwrite)  # before torch is loaded
+    inputs = (checkpoint, settings["text"], settings["teacher"] or "")
+    check_output(output, overwrite=overwrite, inputs=inputs)  # before torch is loaded
 
     from pipeline.recover.recover import recover_to_folder
     from pipeline.recover.request import RecoverRequest

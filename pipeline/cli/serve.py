@@ -9,10 +9,11 @@ from typing import Any
 import click
 
 from pipeline.cli import options
-from pipeline.errors import MissingPackageError, UsageError
+from pipeline.errors import InputError, MissingPackageError, UsageError
+from pipeline.json_file import read_text_file
 
 _PACKAGES = ("starlette", "uvicorn", "pydantic")
-_seconds = click.FloatRange(min=0, min_open=True)
+_seconds = options.above_zero
 
 _address_options = options.apply(
     options.setting("--host", "127.0.0.1", "Address to listen at."),
@@ -20,7 +21,23 @@ _address_options = options.apply(
     click.option(
         "--api-key-file",
         type=click.Path(path_type=Path, exists=True, dir_okay=False),
-        help="Accepted keys, one a line; without it everybody is served.",
+        help="Accepted keys, one a line, # before comments; without it everybody is served.",
+    ),
+    click.option(
+        "--allowed-host",
+        "allowed_hosts",
+        multiple=True,
+        metavar="NAME",
+        help="A name that clients call the server by; several times for several, '*' for any.  "
+        "[without keys: addresses, localhost and --host; with keys: any]",
+    ),
+    click.option(
+        "--cors-origin",
+        "cors_origins",
+        multiple=True,
+        metavar="ORIGIN",
+        help="Where web pages that may use the server come from, such as https://app.example; "
+        "several times for several, '*' for any.  [none]",
     ),
     click.option("--model-name", help="What clients call the model.  [the folder's name]"),
     heading="Address",
@@ -33,7 +50,7 @@ _load_options = options.apply(
         "--queue",
         64,
         "Requests that wait for a slot; further ones get a 429.",
-        click.IntRange(min=0),
+        options.count,
     ),
     options.setting(
         "--prefill-chunk",
@@ -74,7 +91,7 @@ _limit_options = options.apply(
         "--grace-s",
         10.0,
         "Time for running answers after SIGTERM or Ctrl-C.",
-        click.FloatRange(min=0),
+        options.not_negative,
     ),
     heading="Limits",
 )
@@ -105,6 +122,7 @@ def command(
       curl http://127.0.0.1:8000/v1/models
     """  # noqa: D301 - click reads the escape
     _require_packages()
+    _require_callers(settings["allowed_hosts"], settings["cors_origins"])
     from pipeline.serve.app import Limits
     from pipeline.serve.server import ServeRequest, serve
 
@@ -120,17 +138,38 @@ def _require_packages() -> None:
             raise MissingPackageError(package, "serve", "serve a model")
 
 
+def _require_callers(hosts: tuple[str, ...], origins: tuple[str, ...]) -> None:
+    """Raise UsageError for what no client can call the server, and no browser an origin."""
+    from pipeline.serve.gate import host_name, is_origin
+
+    for name in hosts:
+        if host_name(name) is None:
+            raise UsageError("This is no host.", observed=name, expected="a name, without http://")
+    for origin in origins:
+        if not is_origin(origin):
+            expected = "scheme://name or scheme://name:port, without a path"
+            raise UsageError("This is no origin.", observed=origin, expected=expected)
+
+
 def _read_keys(path: Path) -> tuple[str, ...]:
-    """The keys of a file, one a line.
+    """The keys of a file, one a line; lines that begin with # are comments.
 
     Raises:
-        UsageError: there is none, or it is not text.
+        UsageError: there is none, one that no client can send, or the file is not text.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError("The key file cannot be read.", where=path, observed=error) from error
-    keys = tuple(line.strip() for line in lines if line.strip())
+        lines = [line.strip() for line in read_text_file(path).split("\n")]
+    except InputError as error:
+        observed = error.details.get("observed")
+        raise UsageError("The key file cannot be read.", where=path, observed=observed) from error
+    keys = tuple(line for line in lines if line and not line.startswith("#"))
     if not keys:
         raise UsageError("The key file holds no key.", where=path, expected="one key a line")
+    for number, line in enumerate(lines, 1):
+        if line in keys and not all("!" <= letter <= "~" for letter in line):
+            raise UsageError(
+                "No client can send this key.",
+                where=f"{path}:{number}",
+                expected="letters, digits and signs of ASCII, without blanks",
+            )
     return keys

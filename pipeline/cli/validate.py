@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from pipeline.artefact import refuse_existing
 from pipeline.cli import options
 from pipeline.errors import UsageError
+from pipeline.output import check_output
+from pipeline.terminal import aside
 
 if TYPE_CHECKING:
     from validate.record import Ledger
@@ -34,7 +35,9 @@ _input_options = options.apply(
     options.setting(
         "--windows", 10, "Windows of the text, for logits and perplexity.", options.positive
     ),
-    options.setting("--window-length", 512, "Tokens in each.", click.IntRange(min=32)),
+    options.setting(
+        "--window-length", 512, "Tokens in each.", click.IntRange(32, options.window_length.max)
+    ),
     options.setting(
         "--prompts",
         8,
@@ -60,7 +63,7 @@ _image_options = options.apply(
 @_image_options
 @click.option(
     "--max-kl",
-    type=float,
+    type=options.not_negative,
     help="Fail above this KL to the original, nats per token or image; no limit.",
 )
 @click.option("--strict", is_flag=True, help="Fail also when an engine cannot run here.")
@@ -94,7 +97,8 @@ def command(
         _list_stages(artefacts, output)
         return
     if output is not None:
-        refuse_existing(output, overwrite=overwrite)
+        read = (settings["text"], settings["images"] or "")
+        check_output(output, overwrite=overwrite, inputs=(*artefacts.inputs, *read))
 
     from validate.report import write_reports
     from validate.run import ValidateRequest, validate
@@ -103,7 +107,7 @@ def command(
     source = click.get_current_context().get_parameter_source
     given = {n: v for n, v in settings.items() if source(n) is not ParameterSource.DEFAULT}
     request = ValidateRequest.of(artefacts, **given)
-    ledger = validate(request, lambda message: click.echo(message, err=True))
+    ledger = validate(request, aside)
     if output is not None:
         write_reports(ledger, output, overwrite=overwrite)
     _show(ledger, output, as_json)
@@ -150,7 +154,7 @@ def _show(ledger: Ledger, output: Path | None, as_json: bool) -> None:
 
     print_ledger(ledger, sys.stdout)
     if output is not None:
-        click.echo(f"wrote {output / 'ledger.json'} and {output / 'ledger.html'}", err=True)
+        aside(f"wrote {output / 'ledger.json'} and {output / 'ledger.html'}")
 
 
 def _list_stages(artefacts: Artefacts, output: Path | None) -> None:
@@ -164,4 +168,4 @@ def _list_stages(artefacts: Artefacts, output: Path | None) -> None:
     for stage in standard_stages(artefacts, nothing, open_nothing):
         source = artefacts.original if stage.name == ORIGINAL else f"against {stage.reference}"
         click.echo(f"{stage.name}: {source}")
-    click.echo(f"would write {output}" if output else "would write nothing", err=True)
+    aside(f"would write {output}" if output else "would write nothing")

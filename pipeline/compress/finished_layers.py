@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline.artefact import require_same_settings, sha256_of_file, write_json
+from pipeline.artefact import damaged, require_same_settings, sha256_of_file, write_json
+from pipeline.errors import InputError
 
 _PROGRESS = "progress.json"
+AFRESH = "start afresh without --resume"
 
 
 class FinishedLayers:
@@ -22,18 +25,23 @@ class FinishedLayers:
         settings: everything the factors depend on; compared when a run is taken up again.
 
     Raises:
-        InputError: the folder holds layers of a run with other settings.
+        InputError: the folder holds layers of a run with other settings, or its record is damaged.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
         self.folder, self.settings = folder, json.loads(json.dumps(settings))
         self.records: dict[str, dict[str, Any]] = {}
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except FileExistsError as error:
+            raise InputError("A file is in the way.", where=folder, change=AFRESH) from error
         progress = folder / _PROGRESS
         if not progress.exists():
             self._write_progress()
             return
-        earlier = json.loads(progress.read_text(encoding="utf-8"))
+        earlier = kept_values(progress)
+        if earlier is None:
+            raise damaged(progress, "not what was written")
         require_same_settings(earlier["settings"], self.settings, folder)
         self.records = earlier["layers"]
 
@@ -43,12 +51,25 @@ class FinishedLayers:
         if record is None:
             return False
         path = self.folder / record["file"]
-        return path.exists() and sha256_of_file(path) == record["sha256"]
+        return path.is_file() and sha256_of_file(path) == record["sha256"]
 
     def load(self, name: str) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
-        """Tensors and group reports of a finished layer."""
+        """Tensors and group reports of a finished layer.
+
+        Raises:
+            InputError: the file does not hold what its record says.
+        """
         record = self.records[name]
-        tensors = load_file(self.folder / record["file"]) if record["tensors"] else {}
+        path = self.folder / record["file"]
+        tensors = load_file(path)
+        if len(tensors) != record["tensors"]:
+            raise InputError(
+                "A finished layer is not what its record says.",
+                where=path,
+                observed=f"{len(tensors)} tensors",
+                expected=record["tensors"],
+                change=AFRESH,
+            )
         return tensors, record["groups"]
 
     def add(
@@ -69,4 +90,23 @@ class FinishedLayers:
         self._write_progress()
 
     def _write_progress(self) -> None:
-        write_json(self.folder / _PROGRESS, {"settings": self.settings, "layers": self.records})
+        keep_values(self.folder / _PROGRESS, {"settings": self.settings, "layers": self.records})
+
+
+def keep_values(path: Path, values: Any) -> None:
+    """Write values as JSON with their hash, for a run that is taken up again."""
+    write_json(path, {"sha256": _digest(values), "values": values})
+
+
+def kept_values(path: Path) -> Any:
+    """The values as they were kept; None where the file is missing or another."""
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        values = kept["values"]
+        return values if kept["sha256"] == _digest(values) else None
+    except (OSError, ValueError, TypeError, LookupError, RecursionError):
+        return None
+
+
+def _digest(values: Any) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -224,6 +224,12 @@ class CompressRequest:
             )
 
     @property
+    def paths(self) -> dict[str, str]:
+        """What is read, as it was named; some of it may be no path."""
+        named = {"model": self.model, "calibration": self.calibration, "plan": self.plan}
+        return {name: value for name, value in named.items() if value is not None}
+
+    @property
     def searches_bits(self) -> bool:
         """Whether there is a budget of bytes."""
         return self.memory is not None or self.keep_bytes is not None

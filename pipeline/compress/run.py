@@ -11,9 +11,10 @@ from typing import Any
 import psutil
 import torch
 
+from pipeline import __version__
 from pipeline.artefact import (
     discard,
-    discard_unfinished,
+    require_free_bytes,
     sha256_of_file,
     staged_folder,
     write_json,
@@ -31,9 +32,12 @@ from pipeline.compress.request import CompressRequest
 from pipeline.compress.walk import Compressed, compress_
 from pipeline.errors import UsageError
 from pipeline.lazy import imported
+from pipeline.model.fingerprint import model_hashes
+from pipeline.model.numbers import require_fitting
 from pipeline.model.task import adapter_of, task_of_model
+from pipeline.model.weight_files import weight_files
 from pipeline.progress import note
-from pipeline.provenance import provenance
+from pipeline.provenance import provenance, public_name
 
 _WORK, _COSTS, _CACHE = "layers", "survey", "cache"
 
@@ -64,21 +68,25 @@ def compress_to_folder(
         PipelineError: bad input, or not enough disk.
     """
     started = time.monotonic()
-    discard_unfinished(output, resume=resume)
-    opened = opened or _open_model(request)
-    dtype = _stored_dtype(request, opened.storage_dtype)
     with staged_folder(
-        output, overwrite=overwrite, resume=True, required_bytes=opened.needed_bytes(dtype)
+        output, overwrite=overwrite, keep=True, resume=resume, inputs=request.paths.values()
     ) as folder:
+        opened = opened or _open_model(request)
+        dtype = _stored_dtype(request, opened.storage_dtype)
+        require_fitting(opened.model, dtype, request.model)
+        require_free_bytes(folder, opened.needed_bytes(dtype))
         total_before = parameter_count(opened.model)
         settings = asdict(request) | {"dtype": str(dtype).removeprefix("torch.")}
         settings |= {"formats": [format.name for format in request.formats]}
+        files = model_hashes(request.model)
+        # Not the path: a model that was moved is the same.
+        settings |= {"model": None, "model_files": files, "version": __version__}
         calibrated = opened.calibrate(folder / _COSTS, settings)
         plan, compressed = _compress(folder, request, calibrated, settings, dtype)
         cache = _shrink_cache(folder, request, plan, calibrated, settings)
         report = _build_report(compressed, plan, total_before, time.monotonic() - started)
         report |= opened.report_fields
-        recipe = _recipe_of(request, opened, calibrated, dtype)
+        recipe = _recipe_of(request, opened, calibrated, dtype, files)
         _write(folder, opened, compressed, plan, cache, dtype, recipe, report)
         for work in (_WORK, _COSTS, _CACHE):
             discard(folder / work)
@@ -168,9 +176,16 @@ def _write(
     recipe: dict[str, Any],
     report: dict[str, Any],
 ) -> None:
-    caches = cache.entries() if cache is not None else None
-    save_checkpoint(compressed.model, opened.processor, compressed.modules, folder, dtype, caches)
-    report["totals"]["stored_bytes"] = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+    save_checkpoint(
+        compressed.model,
+        opened.processor,
+        compressed.modules,
+        folder,
+        dtype,
+        source=opened.source.folder(),
+        caches=None if cache is None else cache.entries(),
+    )
+    report["totals"]["stored_bytes"] = sum(f.stat().st_size for f in weight_files(folder))
     report["tables"] = plan.embeddings
     if cache is not None:
         report["cache"] = {
@@ -219,17 +234,24 @@ def _build_report(
 
 
 def _recipe_of(
-    request: CompressRequest, opened: Opened, calibrated: Calibrated, dtype: torch.dtype
+    request: CompressRequest,
+    opened: Opened,
+    calibrated: Calibrated,
+    dtype: torch.dtype,
+    files: dict[str, str],
 ) -> dict[str, Any]:
-    """recipe.json: all that is needed to make the checkpoint again."""
+    """recipe.json: all that is needed to make the checkpoint again, and nothing of this machine."""
+    named = {name: public_name(value) for name, value in request.paths.items()}
     return {
         "schema": _SCHEMA,
         **opened.recipe_fields,
-        "model": request.model,
+        "model": named["model"],
+        "model_is_local": Path(request.model).expanduser().exists(),
+        "model_files": files,
         "label": opened.source.label,
         "dtype": str(dtype).removeprefix("torch."),
         "held_dtype": str(opened.model.dtype).removeprefix("torch."),
-        "settings": asdict(request),
+        "settings": asdict(request) | named,
         "method": request.resolved_method.describe(),
         "effort": asdict(request.resolved_effort),
         "calibration": calibrated.describe(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -74,7 +75,7 @@ def compress_(
     reports: list[dict[str, Any]] = []
     for index, layer in enumerate(track(calibrated.layers, "compress")):
         planned = plan.layers[layer.name]
-        if finished is not None and layer.name in finished:
+        if finished is not None and _is_finished(finished, layer.name, planned):
             tensors, groups = finished.load(layer.name)
             stream.enter(index, measure=False)
             install_(model, _plan_entries(planned), tensors)
@@ -91,6 +92,18 @@ def compress_(
         reports += groups
         _return_free_memory()
     return Compressed(model, modules, reports)
+
+
+def _is_finished(finished: FinishedLayers, name: str, planned: tuple[GroupPlan, ...]) -> bool:
+    """Whether a layer is on disk whole, and with the report of every group of the plan."""
+    if name not in finished:
+        return False
+    _, reports = finished.load(name)
+    return len(reports) == len(planned) and all(
+        report.items() >= json.loads(json.dumps(_group_report(group))).items()
+        and isinstance(report.get("relative_error"), float)
+        for report, group in zip(reports, planned, strict=True)
+    )
 
 
 def _fit_layer_(

@@ -5,14 +5,13 @@ Every way the worker process can end becomes a result or an explained error.
 
 from __future__ import annotations
 
-import json
 import shutil
 import signal
 import sys
 from pathlib import Path
 from typing import Any
 
-from pipeline.artefact import copy_tokenizer, refuse_existing, staged_folder, write_json
+from pipeline.artefact import staged_folder, write_json
 from pipeline.child_process import ChildEnd, run_to_end
 from pipeline.engine.manifest import MANIFEST_FILE, make_manifest
 from pipeline.engine.network import OUT_OF_MEMORY_WORDS
@@ -20,6 +19,9 @@ from pipeline.engine.plan import EnginePlan, EngineRequest, plan_engine
 from pipeline.engine.profiles import DecodeForm
 from pipeline.engine.worker_protocol import REQUEST_FILE, RESULT_FILE, WorkerResult
 from pipeline.errors import InputError, PipelineError, ResourceError
+from pipeline.json_file import read_json_object
+from pipeline.output import check_output
+from pipeline.tokenizer_files import copy_tokenizer
 
 # Measured on SmolLM2-135M with TensorRT for RTX 1.7, see docs/engine-size.md.
 _PLAN_PER_WEIGHT: dict[DecodeForm, float] = {"shared": 1.2, "separate": 2.1}
@@ -49,8 +51,8 @@ def build_engine(
         ResourceError: memory, disk or time ran out.
         UsageError: `output` exists, a limit is below 1, or the target needs no engine.
     """
+    check_output(output, overwrite=overwrite, inputs=(onnx_folder, request.plugin or ""))
     plan = plan_engine(onnx_folder, request)
-    refuse_existing(output, overwrite=overwrite)
     return run_plan(plan, output, overwrite=overwrite)
 
 
@@ -63,7 +65,10 @@ def run_plan(plan: EnginePlan, output: Path, *, overwrite: bool = False) -> dict
         UsageError: `output` exists.
     """
     required = int(plan.folder.weight_bytes * _PLAN_PER_WEIGHT[plan.limits.decode])
-    with staged_folder(output, overwrite=overwrite, required_bytes=required) as staging:
+    inputs = (plan.folder.path, plan.work.plugin or "")
+    with staged_folder(
+        output, overwrite=overwrite, inputs=inputs, required_bytes=required
+    ) as staging:
         request_path = staging.resolve() / REQUEST_FILE
         write_json(request_path, plan.work.to_json())
         end = run_to_end(_worker_command(request_path), staging / _LOG_FILE, plan.timeout_s)
@@ -110,10 +115,7 @@ def _read_result(end: ChildEnd, staging: Path, timeout_s: float) -> WorkerResult
 
 def _read_answer(path: Path) -> dict[str, Any]:
     """The worker's JSON; empty when it wrote none."""
-    if not path.is_file():
-        return {}
-    answer: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return answer
+    return read_json_object(path) if path.is_file() else {}
 
 
 def _refused(status: int, answer: dict[str, Any], log: str) -> PipelineError:

@@ -2,26 +2,41 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.artefact import sha256_of_file
 from pipeline.engine.plan import EnginePlan
-from pipeline.engine.profiles import Limits
+from pipeline.engine.profiles import Limits, ShapeProfile
 from pipeline.engine.worker_protocol import PLAN_FILE, WorkerResult
 from pipeline.errors import InputError
 from pipeline.export.contract import BLOCK_SKIP_OPS, DOMAIN, GRAPH_FILE, OP_VERSION
 from pipeline.export.onnx_folder import OnnxFolder
 from pipeline.gpu import Capability, capability_name
+from pipeline.json_file import json_field, read_json_object
 from pipeline.model.task import TASKS
 from pipeline.provenance import provenance
 
 _SCHEMA = 1
 MANIFEST_FILE = "manifest.json"
 _BUILD_AGAIN = "build the engine again with skipcat engine"
-_REQUIRED_FIELDS = ("target", "tensorrt_version", "profiles", "block_skip", "plan", "onnx")
+_REQUIRED_FIELDS: dict[str, type] = {
+    "target": dict, "tensorrt_version": str, "profiles": list, "block_skip": dict, "plan": dict,
+    "onnx": dict,
+}  # fmt: skip
+# Within them, in an engine that is to be run.
+_INNER_FIELDS: dict[str, dict[str, type]] = {
+    "target": {"flavour": str, "compute_capability": list},
+    "plan": {"bytes": int, "sha256": str},
+    "onnx": {"sha256": str, "data_sha256": dict},
+}
+_OPTIONAL_FIELDS: dict[str, dict[str, type]] = {
+    "limits": {"max_batch": int, "max_prefill": int, "max_length": int},
+    "onnx": {"task": str, "profile": str, "dtype": str}
+    | {name: kind for row in TASKS.values() for name, kind in row.record_fields.items()},
+    "block_skip": {"plugin": dict},
+}
 
 
 @dataclass(frozen=True)
@@ -105,6 +120,9 @@ def check_manifest(
         InputError: something is missing, changed, or does not belong together.
     """
     manifest = read_manifest(engine_folder)
+    for name, fields in _INNER_FIELDS.items():
+        for inner, kind in fields.items():
+            json_field(manifest[name], inner, kind, f"{engine_folder / MANIFEST_FILE}: {name}")
     _require_plan(engine_folder / PLAN_FILE, manifest["plan"])
     if onnx_folder is not None:
         _require_onnx(engine_folder, manifest["onnx"], onnx_folder)
@@ -117,7 +135,7 @@ def read_manifest(engine_folder: Path) -> dict[str, Any]:
     """Parse `manifest.json`.
 
     Raises:
-        InputError: missing, not JSON, or of another schema.
+        InputError: missing, not JSON, of another schema, or with a field of another type.
     """
     path = engine_folder / MANIFEST_FILE
     if not path.is_file():
@@ -127,18 +145,49 @@ def read_manifest(engine_folder: Path) -> dict[str, Any]:
             expected=MANIFEST_FILE,
             change=_BUILD_AGAIN,
         )
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError("This file is not JSON.", where=path, observed=error) from error
+    manifest = read_json_object(path, change=_BUILD_AGAIN)
     _require_schema(manifest, path)
-    fields: dict[str, Any] = manifest
-    return fields
+    _require_types(manifest, path)
+    return manifest
 
 
-def _require_schema(manifest: Any, path: Path) -> None:
+def _require_types(manifest: dict[str, Any], path: Path) -> None:
+    """Raise InputError for a field that stages read and that holds something else."""
+    for name, kind in _REQUIRED_FIELDS.items():
+        json_field(manifest, name, kind, path)
+    for name, fields in (*_INNER_FIELDS.items(), *_OPTIONAL_FIELDS.items()):
+        section: dict[str, Any] = json_field(manifest, name, dict, path, default=None) or {}
+        for inner, inner_kind in fields.items():
+            value = json_field(section, inner, inner_kind, f"{path}: {name}", default=None)
+            if isinstance(value, int) and value < 0:
+                raise mismatch(f"{name}, {inner}", path, value, "at least 0")
+    capability = manifest["target"].get("compute_capability") or []
+    if any(type(part) is not int for part in capability):
+        raise mismatch("GPU", path, capability, "whole numbers")
+    for entry in manifest["profiles"]:
+        _require_profile(entry, path)
+
+
+def _require_profile(entry: Any, path: Path) -> None:
+    """Raise InputError unless an optimisation profile names a range for each input."""
+    try:
+        profile = ShapeProfile.from_json(entry)
+        sizes = [n for ends in profile.shapes.values() for end in astuple(ends) for n in end]
+        fits = all(type(size) is int and size >= 0 for size in sizes)
+    except (AttributeError, KeyError, TypeError):
+        fits = False
+    if not fits:
+        raise InputError(
+            "An optimisation profile of this manifest is wrong.",
+            where=path,
+            expected="a name, and min, opt and max of every input",
+            change=_BUILD_AGAIN,
+        )
+
+
+def _require_schema(manifest: dict[str, Any], path: Path) -> None:
     """Raise InputError unless the manifest is of the schema that this version writes."""
-    known = isinstance(manifest, dict) and manifest.get("schema") == _SCHEMA
+    known = manifest.get("schema") == _SCHEMA
     missing = [name for name in _REQUIRED_FIELDS if not known or name not in manifest]
     if missing:
         raise InputError(

@@ -129,6 +129,7 @@ def dotted(version: tuple[int, ...]) -> str:
     return ".".join(map(str, version))
 
 
+# A window of ONNX Runtime's own attention had one token more before 1.24.
 # `compat` is there for JetPack 6.1 and 6.2, whose TensorRT is 10.3: nothing is built with an older.
 _PROFILES = (
     Profile(
@@ -140,7 +141,7 @@ _PROFILES = (
         "primitives and a growing cache, for TensorRT {tensorrt} and later (JetPack 6.2)",
     ),
     Profile(
-        CPU, 23, True, True, True, "cpu", (1, 23), None, " and onnxruntime-genai, CPU",
+        CPU, 23, True, True, True, "cpu", (1, 24), None, " and onnxruntime-genai, CPU",
         "ONNX Runtime's own operators, the fastest where there is no GPU",
     ),
 )  # fmt: skip

@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import torch
+from transformers import PreTrainedConfig
 
 from pipeline.artefact import sha256_of_file, staged_folder, write_json
 from pipeline.checkpoint.folder import read_record
@@ -37,11 +38,13 @@ from pipeline.export.passes.fold_permutation import fold_permutations
 from pipeline.export.passes.fuse import merge_duplicates
 from pipeline.export.passes.lay_out import lay_out
 from pipeline.export.passes.matmul_nbits import FORMATS, quantize_linears
+from pipeline.export.prove import prove
 from pipeline.export.request import ExportRequest
 from pipeline.export.tracing import Traced
+from pipeline.known_hashes import remember_sha256
 from pipeline.model.task import adapter_of, task_of_folder
 from pipeline.progress import note
-from pipeline.provenance import provenance
+from pipeline.provenance import provenance, public_name
 from pipeline.quantize.formats import Format
 from pipeline.quantize.groupwise import is_kept_by
 
@@ -70,29 +73,68 @@ def export_folder(
     request.check()
     started = time.monotonic()
     checkpoint = Path(checkpoint)
-    trace = adapter_of(task_of_folder(checkpoint), "export")
-    skeleton = Skeleton.load(checkpoint, getattr(torch, request.dtype))
+    skeleton = Skeleton.load(
+        checkpoint,
+        getattr(torch, request.dtype),
+        trust_remote_code=request.trust_remote_code,
+    )
     weights, exact = _chosen_weights(request, skeleton)
+    proof = prove_model(skeleton.model.config, request)
     weight_bytes = sum(p.numel() * p.element_size() for p in skeleton.model.parameters())
     with staged_folder(
-        output, overwrite=overwrite, required_bytes=weight_bytes * 11 // 10
+        output,
+        overwrite=overwrite,
+        inputs=(checkpoint,),
+        required_bytes=weight_bytes * 11 // 10,
     ) as folder:
-        traced: Traced = trace(skeleton, request)
-        record = _transform(traced, request, weights)
-        _save_graph(traced.graph, request.traits, folder)
-        _check_graph(folder / GRAPH_FILE)
+        traced, record = _write_graph(skeleton, request, weights, folder)
+        if bound := traced.record.get("max_length_bound"):
+            note(f"the cache holds {traced.record['max_length']} tokens at most: {bound}")
         traced.write_files(folder)
         skeleton.model.config.save_pretrained(folder)
         record |= _describe(traced, request, folder)
         record |= {
-            "checkpoint": str(checkpoint),
+            "checkpoint": public_name(checkpoint),
             "recipe": read_record(checkpoint, "recipe.json"),
             "weight_bytes": weight_bytes,
             "exact_weights": exact,
+            "proof": proof,
             "seconds": time.monotonic() - started,
         }
         write_json(folder / RECORD_FILE, record)
     return record
+
+
+def prove_model(config: PreTrainedConfig, request: ExportRequest) -> dict[str, Any]:
+    """Prove, in seconds, that what a request makes of a model computes what the model computes.
+
+    Args:
+        config: of the model; its weights are not needed.
+        request: profile, dtype, cache length.
+
+    Returns:
+        What export.json says of it.
+
+    Raises:
+        InputError: it does not, or the model cannot be exported at all.
+    """
+
+    def write(skeleton: Skeleton, wanted: ExportRequest, folder: Path) -> dict[str, Any]:
+        return _write_graph(skeleton, wanted, FLOAT, folder)[0].record
+
+    return prove(config, request, write)
+
+
+def _write_graph(
+    skeleton: Skeleton, request: ExportRequest, weights: str, folder: Path
+) -> tuple[Traced, dict[str, Any]]:
+    """Trace, transform, write and check; what was traced, and what was done to it."""
+    trace = adapter_of(task_of_folder(skeleton.folder), "export")
+    traced: Traced = trace(skeleton, request)
+    record = _transform(traced, request, weights)
+    _save_graph(traced.graph, request.traits, folder)
+    _check_graph(folder / GRAPH_FILE)
+    return traced, record
 
 
 def _transform(traced: Traced, request: ExportRequest, weights: str) -> dict[str, Any]:
@@ -166,6 +208,9 @@ def _check_graph(path: Path) -> None:
 def _describe(traced: Traced, request: ExportRequest, folder: Path) -> dict[str, Any]:
     """export.json: what later stages and users want to know without opening the graph."""
     data = folder / WEIGHTS_FILE
+    data_sha256 = sha256_of_file(data) if data.exists() else None
+    if data_sha256 is not None:
+        remember_sha256(data, data_sha256)
     counts = Counter(node.op_type for node in traced.graph.graph)
     return {
         "schema": SCHEMA,
@@ -178,7 +223,7 @@ def _describe(traced: Traced, request: ExportRequest, folder: Path) -> dict[str,
         "graph_bytes": (folder / GRAPH_FILE).stat().st_size,
         "data_bytes": data.stat().st_size if data.exists() else 0,
         "onnx_sha256": sha256_of_file(folder / GRAPH_FILE),
-        "data_sha256": sha256_of_file(data) if data.exists() else None,
+        "data_sha256": data_sha256,
         "provenance": provenance(),
     }
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.artefact import sha256_of_file
 from pipeline.errors import InputError
 from pipeline.export.contract import (
     BLOCK_SKIP_OPS,
@@ -21,7 +19,14 @@ from pipeline.export.contract import (
     QUANTIZED_SKIP_OPS,
     RECORD_FILE,
 )
-from pipeline.export.record import ExportRecord, read_export_record, wrong_field
+from pipeline.export.record import (
+    ExportRecord,
+    read_export_record,
+    require_weights,
+    wrong_field,
+)
+from pipeline.json_file import read_json_object
+from pipeline.known_hashes import known_sha256
 from pipeline.model.task import TASKS
 
 if TYPE_CHECKING:
@@ -60,8 +65,13 @@ class OnnxFolder:
         return sum(path.stat().st_size for path in (self.onnx_path, *self.data_files))
 
     def data_sha256(self) -> dict[str, str]:
-        """Hex SHA-256 of each weight file, by file name."""
-        return {path.name: sha256_of_file(path) for path in self.data_files}
+        """Hex SHA-256 of each weight file, by file name.
+
+        Raises:
+            InputError: they are not those that the export wrote.
+        """
+        require_weights(self.path, self.record, known=False)
+        return {path.name: known_sha256(path) for path in self.data_files}
 
     def require_float16(self) -> None:
         """Raise InputError for an export that TensorRT cannot build, before it is asked to."""
@@ -140,7 +150,7 @@ def _count_nodes(model: onnx.ModelProto, op_types: tuple[str, ...], domain: str 
 
 def _require_node_count(record_path: Path, found: int) -> None:
     """Raise InputError when `export.json` promises another number of block-skip nodes."""
-    promised = json.loads(record_path.read_text(encoding="utf-8")).get("block_skip_nodes")
+    promised = read_json_object(record_path).get("block_skip_nodes")
     if promised != found:
         raise wrong_field(record_path, "block_skip_nodes", promised, f"{found}, as in {GRAPH_FILE}")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,18 @@ from pipeline.export.contract import (
     PROFILES,
     RECORD_FILE,
     SCHEMA,
+    WEIGHTS,
+    WEIGHTS_FILE,
     Profile,
 )
+from pipeline.json_file import json_field, read_json_object
+from pipeline.known_hashes import known_sha256
 from pipeline.model.task import TASKS, TEXT, Task
 
 # What every record has; `TASKS` says what those of each task have beside.
 _FIELD_TYPES: dict[str, type] = {"profile": str, "dtype": str, "onnx_sha256": str}
+_EXPORT_AGAIN = "export the checkpoint again"
+_SIDES = 3
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,8 @@ class ExportRecord:
             does not; None where there are none.
         exact_weights: whether the export kept the checkpoint's matrices as they are, up to the
             last bits of float16.
+        data_bytes: size of `model.onnx.data`; None where an older version did not say.
+        data_sha256: its hex digest, likewise.
         task: what the graph does.
         pixel_values: channels, height and width of an image; empty for a language model.
         classes: width of an image classifier's logits; 0 for a language model.
@@ -59,6 +66,8 @@ class ExportRecord:
     classes: int = 0
     accuracy_level: int | None = None
     exact_weights: bool = False
+    data_bytes: int | None = None
+    data_sha256: str | None = None
 
     @property
     def traits(self) -> Profile:
@@ -67,7 +76,7 @@ class ExportRecord:
 
 
 def read_export_record(folder: Path, tasks: tuple[Task, ...] = (TEXT,)) -> ExportRecord:
-    """Read `folder/export.json` and check it against itself and against `model.onnx`.
+    """Read `folder/export.json` and check it against itself, `model.onnx` and the weights' size.
 
     Args:
         folder: what `skipcat export` wrote.
@@ -78,11 +87,7 @@ def read_export_record(folder: Path, tasks: tuple[Task, ...] = (TEXT,)) -> Expor
             the record was written for, or does something else than `tasks`.
     """
     path = _require_file(folder / RECORD_FILE)
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError("This file is not JSON.", where=path, observed=error) from error
-    record = _parse_record(fields, path)
+    record = _parse_record(read_json_object(path, change=_EXPORT_AGAIN), path)
     if record.task not in tasks:
         raise InputError(
             "This export is of another kind of model than is needed here.",
@@ -91,46 +96,105 @@ def read_export_record(folder: Path, tasks: tuple[Task, ...] = (TEXT,)) -> Expor
             expected=f"one for {' or '.join(tasks)}",
         )
     _require_same_graph(record, _require_file(folder / GRAPH_FILE))
+    _require_size(record, folder / WEIGHTS_FILE)
     return record
 
 
-def _parse_record(fields: Any, path: Path) -> ExportRecord:
+def require_weights(folder: Path, record: ExportRecord, *, known: bool = True) -> None:
+    """Hold the weights to the hash in the record; one of an older version may have none.
+
+    Args:
+        folder: of both.
+        record: as `read_export_record` gives it.
+        known: the hash that the file had when it was last read will do, if it was not changed.
+
+    Raises:
+        InputError: they are other weights, or a copy that broke.
+    """
+    path = folder / WEIGHTS_FILE
+    if record.data_sha256 is None or not path.is_file():
+        return
+    digest = known_sha256(path, again=not known)
+    if digest != record.data_sha256:
+        raise _other_weights(path, f"sha256 {digest}", f"sha256 {record.data_sha256}")
+
+
+def _require_size(record: ExportRecord, path: Path) -> None:
+    """Raise InputError for weights of another size than the record says."""
+    if record.data_bytes is None or not path.is_file():
+        return
+    size_bytes = path.stat().st_size
+    if size_bytes != record.data_bytes:
+        raise _other_weights(path, f"{size_bytes} bytes", f"{record.data_bytes} bytes")
+
+
+def _other_weights(path: Path, observed: str, expected: str) -> InputError:
+    return InputError(
+        f"{path.name} is truncated or broken, or belongs to another export.",
+        where=path,
+        observed=observed,
+        expected=expected,
+        change="copy the whole folder again, or export again",
+    )
+
+
+def _parse_record(fields: dict[str, Any], path: Path) -> ExportRecord:
     """Build the record out of parsed JSON.
 
     Raises:
-        InputError: another schema, a field that is missing or has the wrong type, or a profile or
-            dtype that this version does not know.
+        InputError: another schema, a field that is missing or has the wrong type, a number that
+            counts nothing, or a profile or dtype that this version does not know.
     """
-    if not isinstance(fields, dict) or fields.get("schema") != SCHEMA:
-        observed = fields.get("schema") if isinstance(fields, dict) else type(fields).__name__
+    if fields.get("schema") != SCHEMA:
         raise InputError(
             "This export was written by another version of skipcat.",
             where=path,
-            observed=f"schema {observed}",
+            observed=f"schema {fields.get('schema')!r}",
             expected=f"schema {SCHEMA}",
-            change="export the checkpoint again",
+            change=_EXPORT_AGAIN,
         )
     task = fields.get("task", TEXT)
-    if task not in TASKS:
+    if not isinstance(task, str) or task not in TASKS:
         raise wrong_field(path, "task", task, " or ".join(TASKS))
-    expected_types = _FIELD_TYPES | TASKS[task].record_fields
-    for name, expected_type in expected_types.items():
-        if not isinstance(fields.get(name), expected_type):
-            raise wrong_field(path, name, fields.get(name), expected_type.__name__)
+    own: dict[str, Any] = {}
+    for name, kind in (_FIELD_TYPES | TASKS[task].record_fields).items():
+        own[name] = json_field(fields, name, kind, path)
+        if kind is int:
+            _require_count(path, name, own[name])
+        elif kind is list:
+            own[name] = _image_shape(path, name, own[name])
     for name, known in (("profile", PROFILES), ("dtype", DTYPES)):
-        if fields[name] not in known:
-            raise wrong_field(path, name, fields[name], " or ".join(known))
-    lists = {name for name, expected_type in expected_types.items() if expected_type is list}
-    own: dict[str, Any] = {
-        name: tuple(fields[name]) if name in lists else fields[name] for name in expected_types
-    }
+        if own[name] not in known:
+            raise wrong_field(path, name, own[name], " or ".join(known))
+    weights = json_field(fields, "weights", str, path, default=FLOAT)
+    if weights not in WEIGHTS:
+        raise wrong_field(path, "weights", weights, " or ".join(WEIGHTS))
     return ExportRecord(
         **own,
-        weights=str(fields.get("weights", FLOAT)),
-        accuracy_level=fields.get("accuracy_level"),
+        weights=weights,
+        accuracy_level=json_field(fields, "accuracy_level", int, path, default=None),
         exact_weights=fields.get("exact_weights") is True,
         task=task,
+        data_bytes=json_field(fields, "data_bytes", int, path, default=None),
+        data_sha256=json_field(fields, "data_sha256", str, path, default=None),
     )
+
+
+def _require_count(path: Path, name: str, value: int) -> None:
+    """Raise InputError unless a field counts something."""
+    if value < 1:
+        raise wrong_field(path, name, value, "at least 1")
+
+
+def _image_shape(path: Path, name: str, value: list[Any]) -> tuple[int, ...]:
+    """Channels, height and width.
+
+    Raises:
+        InputError: it is something else.
+    """
+    if len(value) != _SIDES or any(type(side) is not int or side < 1 for side in value):
+        raise wrong_field(path, name, value, "channels, height and width")
+    return tuple(value)
 
 
 def _require_same_graph(record: ExportRecord, onnx_path: Path) -> None:
@@ -142,7 +206,7 @@ def _require_same_graph(record: ExportRecord, onnx_path: Path) -> None:
             where=onnx_path,
             observed=f"sha256 {digest}",
             expected=f"sha256 {record.onnx_sha256}",
-            change="export the checkpoint again",
+            change=_EXPORT_AGAIN,
         )
 
 
@@ -164,5 +228,5 @@ def wrong_field(path: Path, name: str, observed: object, expected: str) -> Input
         where=path,
         observed=repr(observed),
         expected=expected,
-        change="export the checkpoint again",
+        change=_EXPORT_AGAIN,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,7 +47,6 @@ def trace_classifier(skeleton: Skeleton, request: ExportRequest) -> Traced:
     """
     model = skeleton.model
     shape = input_shape(model.config, str(skeleton.folder))
-    processor = load_processor(str(skeleton.folder))
     graph = traced_graph(
         skeleton,
         _Classify(model, request.traits),
@@ -62,4 +62,8 @@ def trace_classifier(skeleton: Skeleton, request: ExportRequest) -> Traced:
         PIXEL_VALUES: list(shape),
         "classes": int(graph.graph.outputs[0].shape[-1]),
     }
-    return Traced(graph, record, processor.save_pretrained)
+
+    def write_files(folder: Path) -> None:
+        load_processor(str(skeleton.folder)).save_pretrained(folder)
+
+    return Traced(graph, record, write_files)

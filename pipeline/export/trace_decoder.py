@@ -12,11 +12,12 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from pipeline.artefact import copy_tokenizer, write_json
+from pipeline.artefact import write_json
 from pipeline.checkpoint.modeling_cache import LatentCache, cache_maps
 from pipeline.checkpoint.skeleton import Skeleton
 from pipeline.errors import InputError
-from pipeline.export.attention import GraphCache, active
+from pipeline.export.attention import active
+from pipeline.export.cache import GraphCache, padded_width
 from pipeline.export.contract import (
     ATTENTION_MASK,
     FIRST_LOGIT,
@@ -37,10 +38,13 @@ from pipeline.export.passes.group_query_attention import simplify_attention
 from pipeline.export.passes.last_logits import choose_first_logit
 from pipeline.export.passes.skip_norm import SKIP_NORM, fuse_residual_norms
 from pipeline.export.request import ExportRequest
+from pipeline.export.rotary import constant_angles_length
 from pipeline.export.tracing import Fusions, Traced, traced_graph
+from pipeline.tokenizer_files import copy_tokenizer
 
 # Sizes to trace with; all different, so that no two dimensions are taken for the same one.
 _TRACE_BATCH, _TRACE_LENGTH, _TRACE_PAST = 2, 3, 5
+_NAME, _RIGHT_PADDED = "skipcat.name", "attention_mask_must_be_padded_on_the_right"
 
 
 class _DecoderStep(nn.Module):
@@ -50,6 +54,7 @@ class _DecoderStep(nn.Module):
         super().__init__()
         self.model, self.profile = model, profile
         self.latents = GraphLatents(model) if cache_maps(model) else None
+        self._windows: list[int] = []
 
     def forward(
         self,
@@ -78,6 +83,7 @@ class _DecoderStep(nn.Module):
             past_key_values=cache,
             use_cache=True,
         )
+        cache.require_attention()
         return output.logits, cache.present
 
     def _cache(
@@ -86,8 +92,9 @@ class _DecoderStep(nn.Module):
         length = input_ids.shape[1]
         if self.profile.contrib:
             rows = attention_mask.sum(dim=1).to(torch.int32) - 1
+            rows = rows + _zero_or_refused(attention_mask)
             longest = torch.zeros((), dtype=torch.int32) + attention_mask.shape[1]
-            return GraphCache(self.profile, past, input_ids, (rows, longest))
+            return GraphCache(self.profile, past, input_ids, (rows, longest), self._windows)
         if self.profile.static_cache:
             places = torch.arange(attention_mask.shape[1])
             last = (attention_mask * places).amax(dim=(0, 1))
@@ -96,6 +103,30 @@ class _DecoderStep(nn.Module):
             slots = past[0].shape[2] + torch.arange(length)
         slots = slots[None, :] + torch.zeros_like(input_ids)
         return GraphCache(self.profile, past, slots, latents=self.latents)
+
+
+def _zero_or_refused(attention_mask: torch.Tensor) -> torch.Tensor:
+    """int32 [B] of zeros, from a node that fails where a row's mask has zeros before its ones.
+
+    ONNX Runtime's own attention counts a row's tokens from its first slot on, and would answer such
+    a row wrongly without a word. An index out of bounds is the one way a graph has to refuse.
+    """
+    places = torch.arange(attention_mask.shape[1]) + 1
+    before = (attention_mask * places).amax(dim=1) - attention_mask.sum(dim=1)
+    return torch.onnx.ops.symbolic(
+        "Gather",
+        (torch.zeros(1, dtype=torch.int32), before),
+        dtype=torch.int32,
+        shape=before.shape,
+        version=13,
+        metadata_props={_NAME: _RIGHT_PADDED},
+    )
+
+
+def _name_nodes(graph: ir.Model) -> None:
+    """Give nodes the names that they were traced with, by which runtimes call them in errors."""
+    for node in graph.graph:
+        node.name = node.metadata_props.pop(_NAME, node.name)
 
 
 def trace_decoder(skeleton: Skeleton, request: ExportRequest) -> Traced:
@@ -111,10 +142,10 @@ def trace_decoder(skeleton: Skeleton, request: ExportRequest) -> Traced:
     """
     profile, config = request.traits, skeleton.model.config
     _refuse_latents_in(profile, skeleton.model)
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    max_length = min(request.max_length, limit or request.max_length)
-    shapes = _cache_shapes(skeleton.model)
+    max_length, bound = _bounded_length(config, request.max_length)
+    shapes = _cache_shapes(skeleton.model, profile)
     graph = _trace(skeleton, profile, shapes, max_length)
+    _name_nodes(graph)
 
     def write_files(folder: Path) -> None:
         copy_tokenizer(skeleton.folder, folder)
@@ -123,6 +154,7 @@ def trace_decoder(skeleton: Skeleton, request: ExportRequest) -> Traced:
 
     record: dict[str, Any] = {
         "max_length": max_length,
+        **({"max_length_bound": bound} if bound else {}),
         "vocab_size": int(graph.graph.outputs[0].shape[-1]),
         "num_layers": len(shapes),
         "cache": [shape.to_json() for shape in shapes],
@@ -142,6 +174,16 @@ def _refuse_latents_in(profile: Profile, model: PreTrainedModel) -> None:
         )
 
 
+def _bounded_length(config: PreTrainedConfig, wanted: int) -> tuple[int, str | None]:
+    """The length of the cache, and what made it shorter than the model's positions allow."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None) or wanted
+    constant = constant_angles_length(config) or wanted
+    length = min(wanted, limit, constant)
+    if length == min(wanted, limit):
+        return length, None
+    return length, f"long-rope turns all tokens otherwise beyond the original context of {length}"
+
+
 def _fusions(profile: Profile, max_length: int) -> Fusions:
     """The passes that the profile's operators ask for."""
     folded = (
@@ -154,8 +196,10 @@ def _fusions(profile: Profile, max_length: int) -> Fusions:
     )
 
 
-def _cache_shapes(model: PreTrainedModel) -> list[_CacheShape]:
+def _cache_shapes(model: PreTrainedModel, profile: Profile) -> list[_CacheShape]:
     """Widths of every layer's cache, read off a real one after a short forward pass.
+
+    ONNX Runtime's own attention has keys and values of one width.
 
     Raises:
         InputError: the model keeps something else than keys and values.
@@ -167,12 +211,16 @@ def _cache_shapes(model: PreTrainedModel) -> list[_CacheShape]:
         ).past_key_values
     try:
         pairs = [(layer.keys.shape, layer.values.shape) for layer in cache.layers]
-        return [_CacheShape(k[1], k[3], v[3], v[1] if v[1] != k[1] else None) for k, v in pairs]
+        shapes = [_CacheShape(k[1], k[3], v[3], v[1] if v[1] != k[1] else None) for k, v in pairs]
     except (AttributeError, IndexError) as error:
         raise InputError(
             "The model's cache does not consist of keys and values.",
             observed=type(cache).__name__,
         ) from error
+    if not profile.contrib:
+        return shapes
+    widths = [padded_width(shape.key_width, shape.value_width) for shape in shapes]
+    return [_CacheShape(s.kv_heads, w, w) for s, w in zip(shapes, widths, strict=True)]
 
 
 def _trace(
@@ -194,7 +242,7 @@ def _trace(
         skeleton,
         _DecoderStep(model, profile),
         (ids, mask, positions, past),
-        rehearse=profile.contrib,  # where masks have values, they are looked at
+        rehearse=True,  # where masks have values, they are looked at; and errors are plain
         opset_version=profile.opset,
         dynamic_shapes=_dynamic_shapes(profile, len(past)),
         input_names=[*TOKEN_INPUTS, *cache_names(len(shapes))],

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from torch import nn
@@ -30,8 +32,6 @@ from pipeline.export.contract import BLOCK_SKIP_INDEXED, DOMAIN, OP_VERSION
 from pipeline.export.passes.lay_out import LINEAR, TRACE_DOMAIN
 from pipeline.export.passes.weights import StoredCodes
 
-# Vectors and tables of positions may be computed while tracing; matrices may not.
-_LARGEST_COMPUTED_BYTES = 1 << 16
 _Pass = Callable[[ir.Model], Mapping[str, int]]
 
 
@@ -93,13 +93,32 @@ def traced_graph(
         raise InputError(
             "The model cannot be exported to ONNX.",
             where=type(model).__name__,
-            observed=(str(error).strip().splitlines() or [type(error).__name__])[0],
+            observed=_own_reason(error),
             change="run again with -v to see the exporter's own traceback",
         ) from error
     graph: ir.Model = program.model  # type: ignore[union-attr]  # None without dynamo only
     _name_as_in_checkpoint(graph.graph)
     _attach_matrices(graph.graph, skeleton)
     return graph
+
+
+def _own_reason(error: BaseException) -> str:
+    """Why, in words of ours: what our attention refused, or that torch's exporter gave up.
+
+    The exporter wraps what it meets, and its own words are for people who mend exporters.
+    """
+    root: BaseException | None = error
+    while root is not None:
+        if isinstance(root, NotImplementedError) and _raised_here(root):
+            return str(root)
+        error, root = root, root.__cause__ or root.__context__
+    return f"torch's exporter does not get through the model's code ({type(error).__name__})"
+
+
+def _raised_here(error: BaseException) -> bool:
+    """Whether a file of ours raised it."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return bool(frames) and str(frames[-1].f_globals.get("__name__")).startswith("pipeline.")
 
 
 def _name_as_in_checkpoint(graph: ir.Graph) -> None:
@@ -112,27 +131,34 @@ def _name_as_in_checkpoint(graph: ir.Graph) -> None:
 
 
 def _attach_matrices(graph: ir.Graph, skeleton: Skeleton) -> None:
-    """Replace every stand-in by the stored matrix, and make sure that none was computed with."""
-    own = dict(skeleton.model.named_parameters(remove_duplicate=False))
-    large, attached = None, set()
+    """Replace every stand-in by the stored matrix, and make sure that none was computed with.
+
+    Stand-ins are not numbers, nor is what is computed from one, whatever its size; what is computed
+    from vectors, tables and sizes alone is right as it is.
+    """
     for name, weight in graph.initializers.items():
-        if name in skeleton.matrices:
-            matrix = skeleton.matrices[name]
-            attached.add(id(matrix))
+        matrix = skeleton.matrices.get(name)
+        if matrix is not None and tuple(weight.const_value.shape) == matrix.shape:
             weight.const_value = matrix.lazy_tensor(name)
             if isinstance(matrix, QuantizedMatrix):
                 StoredCodes(matrix.format, matrix.codes).note_on(weight)
-        elif name not in own and weight.const_value.nbytes > _LARGEST_COMPUTED_BYTES:
-            large = name
-    # What is computed from sizes alone, such as the masks of windows, may be large, too: then no
-    # matrix is gone.
-    gone = [name for name, matrix in skeleton.matrices.items() if id(matrix) not in attached]
-    if large and gone:
+        else:
+            _require_computed(name, weight.const_value, skeleton)
+    for node in graph.all_nodes():
+        for attribute in node.attributes.values():
+            if attribute.type == ir.AttributeType.TENSOR:
+                _require_computed(node.outputs[0].name, attribute.value, skeleton)
+
+
+def _require_computed(name: str, constant: ir.TensorProtocol, skeleton: Skeleton) -> None:
+    """Raise InputError for a constant that holds what a stand-in makes of it."""
+    if constant.dtype.is_floating_point() and np.isnan(constant.numpy()).any():
         raise InputError(
             "The model cannot be exported to ONNX.",
             where=type(skeleton.model).__name__,
-            observed=f"the exporter computed {large} from weights that it does not have",
-            expected=f"{gone[0]} in the graph",
+            observed=f"the exporter computed {name} from weights that are read only when the graph "
+            "is written",
+            expected="matrices that the model hands to its operators as they are",
         )
 
 

@@ -13,19 +13,13 @@ from pathlib import Path
 from filelock import FileLock
 
 from pipeline.errors import InputError
+from pipeline.known_hashes import cache_folder
 from pipeline.progress import note
 from trt_plugins.toolchain import local_nvcc, nvcc_text, require_capability, run_nvcc
 
 SOURCE_FOLDER = Path(__file__).parents[2] / "trt_plugins" / "block_skip"
 SOURCES = ("block_skip_kernel.cu", "c_interface.cpp")
 _HEADERS = ("block_skip.h", "decode.cuh", "device.cuh", "prefill.cuh", "weights.cuh")
-
-
-def _cache_folder() -> Path:
-    """Where libraries are kept: `SKIPCAT_CACHE`, or `skipcat` in the user's cache folder."""
-    chosen = os.environ.get("SKIPCAT_CACHE")
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return (Path(chosen) if chosen else Path(base) / "skipcat") / "kernels"
 
 
 def _library_name(capability: int, version: str) -> str:
@@ -50,7 +44,7 @@ def build_library(capability: int) -> Path:
             observed="no nvcc in CUDA_HOME, on PATH, or in /usr/local/cuda/bin",
             change="install the CUDA toolkit (on a Jetson: apt install cuda-nvcc-12-6)",
         )
-    folder = _cache_folder()
+    folder = cache_folder() / "kernels"
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / _library_name(capability, nvcc_text(nvcc).rpartition("\n")[2])
     # Two processes that start together compile once.

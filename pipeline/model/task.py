@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.errors import InputError, PipelineError
+from pipeline.json_file import json_field, read_json_object
 from pipeline.lazy import imported
 from pipeline.model.source import resolve_source
 
 Task = Literal["text-generation", "image-classification"]
-_Stage = Literal["compress", "export", "engine", "ledger", "inspect"]
+_Stage = Literal["compress", "export", "prove", "engine", "ledger", "inspect"]
 TEXT: Task = "text-generation"
 IMAGES: Task = "image-classification"
 
@@ -71,6 +71,7 @@ TASKS: dict[Task, _TaskRow] = {
         adapters={
             "compress": "pipeline.compress.decoder:prepare",
             "export": "pipeline.export.trace_decoder:trace_decoder",
+            "prove": "pipeline.export.prove_decoder:DECODER",
             "engine": "pipeline.engine.profiles:decoder_limits",
             "ledger": "validate.decoder:DECODER",
             "inspect": "pipeline.compress.decoder:facts",
@@ -90,6 +91,7 @@ TASKS: dict[Task, _TaskRow] = {
         adapters={
             "compress": "pipeline.compress.classifier:prepare",
             "export": "pipeline.export.trace_classifier:trace_classifier",
+            "prove": "pipeline.export.prove_classifier:CLASSIFIER",
             "engine": "pipeline.engine.profiles:image_limits",
             "ledger": "validate.classifier:CLASSIFIER",
             "inspect": "pipeline.compress.classifier:facts",
@@ -104,26 +106,28 @@ def adapter_of(task: Task, stage: _Stage) -> Any:
 
 
 def task_of_config(config: Any) -> Task:
-    """The task of a config, object or dict, by the classes that it names."""
+    """The task of a config, object or dict, by the classes that it names.
+
+    Raises:
+        InputError: they are not named as a config names them.
+    """
     fields = config if isinstance(config, dict) else config.to_dict()
-    named = [*(fields.get("architectures") or ()), *(fields.get("auto_map") or {})]
+    architectures = json_field(fields, "architectures", list, "config.json", default=None)
+    auto_map = json_field(fields, "auto_map", dict, "config.json", default=None)
+    named = [*(architectures or ()), *(auto_map or {})]
     words = {task: row.class_word for task, row in TASKS.items() if task != TEXT}
     found = (task for task, word in words.items() if any(word in str(name) for name in named))
     return next(found, TEXT)
 
 
 def task_of_folder(folder: Path) -> Task:
-    """The task of a Hugging Face folder; text generation where there is no config to ask."""
+    """The task of a Hugging Face folder; text generation where there is no config to ask.
+
+    Raises:
+        InputError: the config is broken.
+    """
     path = folder / "config.json"
-    if not path.is_file():
-        return TEXT
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError("The config cannot be read.", where=path, observed=error) from error
-    if not isinstance(fields, dict):
-        raise InputError("The config is not a JSON object.", where=path)
-    return task_of_config(fields)
+    return task_of_config(read_json_object(path)) if path.is_file() else TEXT
 
 
 def task_of_model(name: str) -> Task:

@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
+from pipeline import __version__
 from pipeline.artefact import (
+    damaged,
     discard,
-    discard_unfinished,
+    require_free_bytes,
     require_same_settings,
     sha256_of_file,
     staged_folder,
@@ -30,12 +31,17 @@ from pipeline.checkpoint.card import model_card
 from pipeline.checkpoint.folder import load_checkpoint, save_checkpoint
 from pipeline.checkpoint.modeling_skipcat import FactoredLinear, QuantizedWeight
 from pipeline.errors import InputError, PipelineError
+from pipeline.json_file import read_json_object
+from pipeline.kept_tensors import keep_tensors, kept_tensors
+from pipeline.model.fingerprint import model_hashes
 from pipeline.model.load import LoadedModel, load_model
 from pipeline.model.source import Source
-from pipeline.provenance import provenance
+from pipeline.model.weight_files import weight_files
+from pipeline.provenance import provenance, public_name
 from pipeline.recover.request import Recoverable, RecoverRequest, held_out
 from pipeline.recover.train import Progress, fine_tune
 
+_AFRESH = "start afresh without --resume"
 _SCHEMA = 1
 _WORK = "training"
 
@@ -62,12 +68,12 @@ def recover_to_folder(
     request.check()
     started = time.monotonic()
     subject = Recoverable.read(request)
-    discard_unfinished(output, resume=resume)
-    student, teacher = _load(request, subject)
-    stored_bytes = sum(path.stat().st_size for path in request.checkpoint.glob("*.safetensors"))
+    stored_bytes = sum(path.stat().st_size for path in weight_files(request.checkpoint))
     with staged_folder(
-        output, overwrite=overwrite, resume=True, required_bytes=2 * stored_bytes
+        output, overwrite=overwrite, keep=True, resume=resume, inputs=request.inputs
     ) as folder:
+        student, teacher = _load(request, subject)
+        require_free_bytes(folder, 2 * stored_bytes)
         work = folder / _WORK
         work.mkdir(exist_ok=True)
         text = _recovery_windows(request, student, teacher, work / "tokens.safetensors")
@@ -93,7 +99,9 @@ def _load(request: RecoverRequest, subject: Recoverable) -> tuple[LoadedModel, L
         )
         _require_same_vocabulary(request.teacher, subject, teacher)
         teacher.model.requires_grad_(False)
-    model = load_checkpoint(request.checkpoint, dtype=torch.float32)
+    model = load_checkpoint(
+        request.checkpoint, dtype=torch.float32, trust_remote_code=request.trust_remote_code
+    )
     _refuse_quantized(request, model)
     # With it, save_pretrained would ignore the state that it is given.
     del model.hf_quantizer
@@ -144,9 +152,10 @@ def _recovery_windows(
     """
     sampled = request.text == "self"
     source = teacher if teacher and sampled else student
-    details = {"text": f"sampled from {source.source.name}, temperature 1"}
-    if sampled and kept.exists():
-        return TokenBatch(load_file(kept)["tokens"], request.text, request.seed, details)
+    details = {"text": f"sampled from {public_name(source.source.name)}, temperature 1"}
+    earlier = kept_tensors(kept) if sampled else None
+    if earlier is not None:
+        return TokenBatch(earlier[0]["tokens"], request.text, request.seed, details)
     text = load_tokens(
         request.text,
         source.tokenizer,
@@ -157,17 +166,20 @@ def _recovery_windows(
     )
     if not sampled:
         return text
-    aside = kept.with_suffix(".writing")
-    save_file({"tokens": text.tokens}, aside)
-    aside.replace(kept)
+    keep_tensors(kept, {"tokens": text.tokens})
     return replace(text, details=details)
 
 
 def _identity(request: RecoverRequest, text: TokenBatch) -> dict[str, Any]:
     """All that the result depends on, as JSON holds it."""
-    weights = {path.name: sha256_of_file(path) for path in _weight_files(request.checkpoint)}
+    weights = {path.name: sha256_of_file(path) for path in weight_files(request.checkpoint)}
     settings = asdict(request) | {"checkpoint": str(request.checkpoint)}
-    return settings | {"weights_sha256": weights, "text_sha256": text.describe()["sha256"]}
+    return settings | {
+        "weights_sha256": weights,
+        "teacher_sha256": model_hashes(request.teacher) if request.teacher else None,
+        "text_sha256": text.describe()["sha256"],
+        "version": __version__,
+    }
 
 
 def _require_same_run(identity: dict[str, Any], record: Path) -> None:
@@ -179,7 +191,11 @@ def _require_same_run(identity: dict[str, Any], record: Path) -> None:
     if not record.exists():
         write_json(record, settings)
         return
-    require_same_settings(json.loads(record.read_text(encoding="utf-8")), settings, record.parent)
+    try:
+        earlier = read_json_object(record)
+    except InputError as error:
+        raise damaged(record, error) from error
+    require_same_settings(earlier, json.loads(json.dumps(settings)), record.parent)
 
 
 def _section(
@@ -193,7 +209,7 @@ def _section(
     section = {
         "method": "LoRA on every factor, merged",
         "objective": list(measured)[-1],
-        "settings": identity,
+        "settings": {name: _public(value) for name, value in identity.items()},
         "learning_rates": progress.learning_rates,
         "text": text.describe(),
         "held_out_windows": held_out(len(text.tokens)),
@@ -213,7 +229,14 @@ def _write(
     recovery: dict[str, Any],
 ) -> None:
     """The checkpoint and its records; the plan is that of the compression."""
-    save_checkpoint(model, subject.tokenizer, subject.modules, folder, subject.dtype)
+    save_checkpoint(
+        model,
+        subject.tokenizer,
+        subject.modules,
+        folder,
+        subject.dtype,
+        source=request.checkpoint,
+    )
     _require_same_tensors(request.checkpoint, folder)
     recipe = subject.recipe | {"recovery": recovery}
     report = _largest_interpolations(subject.report, model)
@@ -244,6 +267,10 @@ def _largest_interpolations(report: dict[str, Any], model: nn.Module) -> dict[st
         groups.append(group)
     largest = max((group.get("largest_interpolation", 0.0) for group in groups), default=0.0)
     return report | {"totals": report["totals"] | {"largest": largest}, "groups": groups}
+
+
+def _public(value: Any) -> Any:
+    return public_name(value) if isinstance(value, str) else value
 
 
 def _fine_tuning(recovery: dict[str, Any]) -> str:
@@ -285,13 +312,9 @@ def _require_same_tensors(before: Path, after: Path) -> None:
 
 def _tensors(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     found = {}
-    for path in _weight_files(folder):
+    for path in weight_files(folder):
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118 - not a dict
                 entry = file.get_slice(name)
                 found[name] = (entry.get_dtype(), tuple(entry.get_shape()))
     return found
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.safetensors"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,9 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from pipeline.calibrate.text import require_text
 from pipeline.checkpoint.folder import DTYPES, read_record, require_checkpoint
 from pipeline.errors import InputError, UsageError
+from pipeline.json_file import json_field, read_json_object
 from pipeline.model.load import refuse_long_windows
+from pipeline.model.loading import explaining
 from pipeline.model.task import require_decoder
 from pipeline.recover.adapters import require_peft
 
@@ -101,6 +102,11 @@ class RecoverRequest:
     bfloat16: bool = False
     device: str = "cpu"
     trust_remote_code: bool = False
+
+    @property
+    def inputs(self) -> tuple[object, ...]:
+        """What is read, as it was named."""
+        return (self.checkpoint, self.text, self.teacher or "")
 
     @property
     def window_count(self) -> int:
@@ -212,9 +218,11 @@ class Recoverable:
                     where=folder / name,
                     change="copy the whole folder that skipcat compress wrote",
                 )
-        config = AutoConfig.from_pretrained(folder)
+        code = request.trust_remote_code
+        with explaining("The checkpoint's config or tokenizer could not be loaded.", folder):
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=code)
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=code)
         refuse_long_windows("--window-length", request.window_length, config)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
         require_text(
             request.text, tokenizer, count=request.window_count, length=request.window_length
         )
@@ -224,8 +232,9 @@ class Recoverable:
 
 
 def _factored_modules(folder: Path) -> dict[str, dict[str, Any]]:
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    modules = (config.get("quantization_config") or {}).get("modules")
+    path = folder / "config.json"
+    quantization = json_field(read_json_object(path), "quantization_config", dict, path, default={})
+    modules = json_field(quantization or {}, "modules", dict, path, default=None)
     if not modules:
         raise InputError(
             "The checkpoint has no factored layers.",

@@ -21,14 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from pipeline.artefact import damaged
 from pipeline.calibrate.text import TokenBatch
 from pipeline.errors import InputError
+from pipeline.kept_tensors import keep_tensors, kept_tensors
 from pipeline.model.load import LoadedModel
 from pipeline.progress import track
 from pipeline.recover.adapters import attach, merge_
@@ -186,9 +186,7 @@ class _TrainingState:
         for name, parameter in self.parameters.items():
             moments = self.optimizer.state.get(parameter, {})
             tensors |= {f"{kind}/{name}": tensor for kind, tensor in moments.items()}
-        aside = self.path.with_suffix(".writing")
-        save_file(tensors, aside, {"progress": json.dumps(asdict(progress))})
-        aside.replace(self.path)
+        keep_tensors(self.path, tensors, {"progress": json.dumps(asdict(progress))})
 
     def load_(self) -> Progress:
         """Put parameters and moments where they were; the start of a run if there is no file.
@@ -198,18 +196,12 @@ class _TrainingState:
         """
         if not self.path.exists():
             return Progress()
-        try:
-            with safe_open(self.path, "pt") as file:
-                progress = Progress(**json.loads(file.metadata()["progress"]))
-            self._put_back(load_file(self.path))
-        except Exception as error:
-            raise InputError(
-                "The state of the unfinished run cannot be read.",
-                where=self.path,
-                observed=f"{type(error).__name__}: {error}",
-                change="start afresh without --resume",
-            ) from error
-        return progress
+        kept = kept_tensors(self.path)
+        if kept is None:
+            raise damaged(self.path, "not what was written")
+        tensors, told = kept
+        self._put_back(tensors)
+        return Progress(**json.loads(told["progress"]))
 
     @torch.no_grad()
     def _put_back(self, tensors: dict[str, torch.Tensor]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from pipeline.errors import UsageError
 from pipeline.runtime.prefix_cache import common_length
 from pipeline.runtime.sessions.session import Session, SlotSession
 
@@ -140,5 +141,10 @@ def make_drafter(session: Session | SlotSession, kind: str | None) -> Drafter | 
     Args:
         session: which checks the drafts.
         kind: a name of `_DRAFTERS`; None for no drafts.
+
+    Raises:
+        UsageError: there is no drafter of that name.
     """
+    if kind is not None and kind not in _DRAFTERS:
+        raise UsageError("Unknown drafter.", observed=kind, expected=", ".join(_DRAFTERS))
     return None if kind is None else _DRAFTERS[kind](session)

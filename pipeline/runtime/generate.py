@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -65,6 +66,7 @@ def generate(
 
     Raises:
         InputError: the prompt is empty, or longer than the cache.
+        UsageError: another stream of the session is open.
     """
     running = RunningAnswer(prompt_ids, decoding, session.max_length, drafter=drafter)
     yield from _advance(session, running)
@@ -82,9 +84,10 @@ def stream_text(
     running = RunningAnswer(
         prompt_ids, decoding, session.max_length, decoder, drafter, pieces.append
     )
-    for _ in _advance(session, running):
-        yield from pieces
-        pieces.clear()
+    with contextlib.closing(_advance(session, running)) as tokens:
+        for _ in tokens:
+            yield from pieces
+            pieces.clear()
     yield from pieces
 
 
@@ -99,7 +102,7 @@ def answer(
     """The whole answer, timed; `emit` gets its text piece by piece. As `generate` otherwise."""
     times_s = [time.perf_counter()]
     running = RunningAnswer(prompt_ids, decoding, session.max_length, decoder, drafter, emit)
-    for _ in _advance(session, running):
+    for _ in _advance(session, running, streams=False):
         times_s.append(time.perf_counter())
     assert running.ending is not None
     first_s = times_s[1] if running.ids else time.perf_counter()
@@ -121,16 +124,29 @@ def generate_batch(
     decoding: Decoding,
     decoder: Decoder | None = None,
 ) -> list[RunningAnswer]:
+    """Answer every prompt to its end; as `stream_batch`, all at once."""
+    return list(stream_batch(session, prompts, decoding, decoder))
+
+
+def stream_batch(
+    session: SlotSession,
+    prompts: Sequence[Sequence[int]],
+    decoding: Decoding,
+    decoder: Decoder | None = None,
+    seeds: Sequence[int] | None = None,
+) -> Iterator[RunningAnswer]:
     """Answer every prompt to its end; a slot that has finished takes the next one.
 
-    Each prompt has a source of randomness of its own, seeded with the seed and its number, so that
-    an answer does not depend on which others are asked with it.
+    Each prompt has a source of randomness of its own, so that an answer does not depend on which
+    others are asked with it. The answers come in the order of their prompts, each as soon as it and
+    those before it are at their end.
 
     Args:
         session: freshly opened, or all slots cleared.
         prompts: ids, at least one token each, of any lengths.
         decoding: how; the seed is a number.
         decoder: turns ids into text; None makes ids alone.
+        seeds: of each prompt's source; None seeds it with the seed and the prompt's number.
 
     Raises:
         InputError: a prompt is empty, or longer than a slot.
@@ -138,17 +154,19 @@ def generate_batch(
     assert isinstance(decoding.seed, int)
     answers = []
     for number, prompt in enumerate(prompts):
-        own = replace(decoding, seed=(decoding.seed, number))
+        own = replace(decoding, seed=seeds[number] if seeds else (decoding.seed, number))
         answers.append(RunningAnswer(prompt, own, session.max_length, decoder))
     waiting = deque(answer for answer in answers if answer.ending is None)
-    running: dict[int, RunningAnswer] = {}
+    unsaid, running = deque(answers), dict[int, RunningAnswer]()
 
     def take(slot: int, logits: np.ndarray) -> None:
         running[slot].take([logits])
         if running[slot].ending is not None:
             del running[slot]
 
-    while waiting or running:
+    while unsaid:
+        while unsaid and unsaid[0].ending is not None:
+            yield unsaid.popleft()
         for slot in range(session.slots):
             while waiting and slot not in running:
                 running[slot] = waiting.popleft()
@@ -159,20 +177,28 @@ def generate_batch(
             tokens = [running[slot].ids[-1] for slot in slots]
             for slot, logits in zip(slots, session.decode(slots, tokens), strict=True):
                 take(slot, logits)
-    return answers
 
 
-def _advance(session: Session | PrefixCache, running: RunningAnswer) -> Iterator[int]:
-    """Read what an answer wants read until it ends; yields its ids as they are chosen."""
+def _advance(
+    session: Session | PrefixCache, running: RunningAnswer, streams: bool = True
+) -> Generator[int, None, None]:
+    """Read what an answer wants read until it ends; yields its ids as they are chosen.
+
+    Args:
+        session: of nothing else until then, or until this is closed.
+        running: the answer.
+        streams: whether whoever reads this decides when it goes on.
+    """
     cache = session if isinstance(session, PrefixCache) else PrefixCache(session)
-    new_ids, drafted = cache.begin(running.prompt_ids), list[int]()
-    while running.ending is None:
-        known = len(running.ids)
-        accepted = running.take(cache.read(new_ids, drafted), drafted)
-        yield from running.ids[known:]
-        if running.ending is None:
-            cache.drop(len(drafted) - accepted)
-            new_ids, drafted = running.ids[-1:], running.draft()
+    with cache.turn(streams):
+        new_ids, drafted = cache.begin(running.prompt_ids), list[int]()
+        while running.ending is None:
+            known = len(running.ids)
+            accepted = running.take(cache.read(new_ids, drafted), drafted)
+            yield from running.ids[known:]
+            if running.ending is None:
+                cache.drop(len(drafted) - accepted)
+                new_ids, drafted = running.ids[-1:], running.draft()
 
 
 def _decode_rate(times_s: list[float]) -> float | None:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from pipeline.runtime.chat_template import require_text
 from pipeline.runtime.drafting import PROMPT_LOOKUP, make_drafter
 from pipeline.runtime.generate import Answer, answer, stream_text
 from pipeline.runtime.prefix_cache import PrefixCache
@@ -25,6 +26,7 @@ from pipeline.runtime.tokenizer import (
     TextTokenizer,
     chat_prompt_ids,
     load_tokenizer,
+    start_template,
     stop_token_ids,
 )
 
@@ -33,7 +35,7 @@ _USUAL = Decoding()
 
 
 class LanguageModel:
-    """Answers to prompts and conversations; what two prompts share is read once.
+    """Answers to prompts and conversations, one at a time; what two prompts share is read once.
 
     Args:
         session: any backend; used by this object alone.
@@ -73,6 +75,7 @@ class LanguageModel:
         """
         folder = Path(folder)
         tokenizer = load_tokenizer(folder)
+        start_template(tokenizer)
         session = open_session(folder, backend, threads, device)
         return cls(session, tokenizer, stop_token_ids(tokenizer, folder), drafter)
 
@@ -85,7 +88,8 @@ class LanguageModel:
         """Answer a prompt, as it is or as ids; `emit` gets the text piece by piece.
 
         Raises:
-            InputError: the prompt is empty, or longer than the cache.
+            InputError: the prompt is empty, no text or ids, or longer than the cache.
+            UsageError: a stream of this model is open. An answer of another thread is waited for.
         """
         ids, how = self._ids(prompt), self._own(decoding)
         drafter = make_drafter(self._cache.session, self._drafter)
@@ -110,6 +114,7 @@ class LanguageModel:
 
         Raises:
             InputError: the prompt is empty, or longer than the cache.
+            UsageError: another stream of this model is open.
         """
         ids, how = self._ids(prompt), self._own(decoding)
         drafter = make_drafter(self._cache.session, self._drafter)
@@ -120,4 +125,7 @@ class LanguageModel:
         return replace(decoding, stop_ids=self.stop_ids.union(decoding.stop_ids))
 
     def _ids(self, prompt: _Prompt) -> Sequence[int]:
-        return self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        if not isinstance(prompt, str):
+            return prompt
+        require_text(prompt, "the prompt")
+        return self.tokenizer.encode(prompt)

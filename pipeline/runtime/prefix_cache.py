@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
 from itertools import count
 
 import numpy as np
 
+from pipeline.errors import UsageError
 from pipeline.runtime.sessions.session import Session
 
 
@@ -33,6 +37,40 @@ def _kept_tokens(shared: int, length: int, chunk: int) -> int:
     return shared - 1 if end - shared == 1 and shared % chunk else shared
 
 
+class _Turns:
+    """Who uses a session: one answer at a time, whichever objects hold the session."""
+
+    _SECONDS_BETWEEN_LOOKS = 0.05
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._streams = False
+        self._thread: int | None = None
+        # Whose tokens the session holds.
+        self.cache: weakref.ref[PrefixCache] | None = None
+
+    @contextlib.contextmanager
+    def one(self, streams: bool) -> Iterator[None]:
+        """Use the session for the block; a whole answer of another thread is waited for."""
+        while not self._lock.acquire(timeout=self._SECONDS_BETWEEN_LOOKS):
+            # Nobody can say when a stream will be read on; this thread's own would never be.
+            if self._streams or self._thread == threading.get_ident():
+                raise UsageError(
+                    "This model is in use: it gives one answer at a time.",
+                    observed="an answer that has not come to its end",
+                    change="read or close() the other stream first, or open the model twice",
+                )
+        try:
+            self._streams, self._thread = streams, threading.get_ident()
+            yield
+        finally:
+            self._streams, self._thread = False, None
+            self._lock.release()
+
+
+_TURNS: weakref.WeakKeyDictionary[Session, _Turns] = weakref.WeakKeyDictionary()
+
+
 class PrefixCache:
     """A session of one sequence, and the tokens it has read.
 
@@ -41,18 +79,38 @@ class PrefixCache:
 
     Attributes:
         max_length: most tokens of the cache.
+
+    Raises:
+        UsageError: another answer of the session has not come to its end.
     """
 
     def __init__(self, session: Session) -> None:
         self.session = session
         self.max_length = session.max_length
         self._ids: list[int] = []
-        session.reset()
+        self._turns = _TURNS.setdefault(session, _Turns())
+        with self.turn(streams=False):
+            session.reset()
+
+    def turn(self, streams: bool) -> contextlib.AbstractContextManager[None]:
+        """What an answer holds while it is made.
+
+        Args:
+            streams: whether somebody else decides when it goes on.
+
+        Raises:
+            UsageError: on entering; a stream, or another answer of this thread, is not at its end.
+        """
+        return self._turns.one(streams)
 
     def begin(self, prompt_ids: Sequence[int]) -> list[int]:
         """Keep what the cache and a prompt have in common; return the rest, at least one token."""
         length = len(prompt_ids)  # all of it goes into one call
+        if self._turns.cache is None or self._turns.cache() is not self:
+            self._ids = []  # another cache has had the session since
+            self._turns.cache = weakref.ref(self)
         kept = _kept_tokens(common_length(self._ids, prompt_ids[:-1]), length, length)
+        self._ids = []  # until the session has done what is asked of it
         if kept:
             self.session.rewind(kept)
             kept = self.session.length

@@ -5,6 +5,7 @@ Removed candidates have the logit -inf. Every filter keeps at least the likelies
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,21 +13,27 @@ import numpy as np
 
 from pipeline.errors import UsageError
 
+# Smaller temperatures overflow float64; they would choose as 0 does.
+LEAST_TEMPERATURE = 1e-6
+# A penalty and its inverse; beyond it there is nothing left of a logit.
+MOST_PENALTY = 10.0
+
 
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is chosen.
 
     Attributes:
-        temperature: 0 takes the likeliest token; larger values flatten the distribution.
+        temperature: 0 takes the likeliest token; larger values, from 1e-6 on, flatten the
+            distribution.
         top_k: keep this many candidates; 0 keeps all.
         top_p: keep the smallest set of candidates with at least this probability; 1 keeps all.
         min_p: drop candidates below this fraction of the likeliest one's probability; 0 keeps all.
         repetition_penalty: divides positive and multiplies negative logits of tokens that have
-            occurred; 1 changes nothing.
+            occurred; 1 changes nothing. From 0.1 to 10.
 
     Raises:
-        UsageError: a value outside its range.
+        UsageError: a value outside its range, or not finite.
     """
 
     temperature: float = 0.0
@@ -36,16 +43,22 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
+        finite = math.isfinite(self.temperature)
+        is_warm = finite and self.temperature >= LEAST_TEMPERATURE
         ranges = {
-            "temperature": self.temperature >= 0,
-            "top_k": self.top_k >= 0,
-            "top_p": 0 < self.top_p <= 1,
-            "min_p": 0 <= self.min_p <= 1,
-            "repetition_penalty": self.repetition_penalty > 0,
+            "temperature": (self.temperature == 0 or is_warm, f"0, or {LEAST_TEMPERATURE} and up"),
+            "top_k": (isinstance(self.top_k, int) and self.top_k >= 0, "a whole number, 0 and up"),
+            "top_p": (0 < self.top_p <= 1, "above 0, up to 1"),
+            "min_p": (0 <= self.min_p <= 1, "0 to 1"),
+            "repetition_penalty": (
+                1 / MOST_PENALTY <= self.repetition_penalty <= MOST_PENALTY,
+                f"{1 / MOST_PENALTY} to {MOST_PENALTY:g}",
+            ),
         }
-        for name, is_valid in ranges.items():
+        for name, (is_valid, expected) in ranges.items():
             if not is_valid:
-                raise UsageError(f"{name} is out of range.", observed=getattr(self, name))
+                observed = getattr(self, name)
+                raise UsageError(f"{name} is out of range.", observed=observed, expected=expected)
 
     def choose(
         self,

@@ -7,8 +7,11 @@ scheduler for its slots.
 
 from __future__ import annotations
 
+import contextlib
+import operator
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -16,6 +19,18 @@ from pipeline.errors import InputError
 from pipeline.runtime.drafting import Drafter
 from pipeline.runtime.sampling import GREEDY, Sampling
 from pipeline.runtime.text_stream import Decoder, TextStream
+
+
+class Constraint(Protocol):
+    """Which tokens may come next; it goes along with one answer."""
+
+    def mask(self, logits: np.ndarray) -> np.ndarray:
+        """Logits, float32 [V], with -inf for tokens that may not come."""
+        ...
+
+    def take(self, token: int) -> None:
+        """Go on behind a token."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -28,6 +43,10 @@ class Decoding:
         stop_ids: tokens that end it, and are not part of it.
         stops: texts that end it; nothing of one gets out.
         seed: of its own source of randomness; or that source, for several answers to share.
+
+    Raises:
+        InputError: stops or stop ids that are no collection of texts or of ids, or a limit that is
+            no whole number.
     """
 
     max_new_tokens: int = 256
@@ -35,6 +54,26 @@ class Decoding:
     stop_ids: Collection[int] = frozenset()
     stops: Sequence[str] = ()
     seed: int | Sequence[int] | np.random.Generator = 0
+
+    def __post_init__(self) -> None:
+        # A text is a sequence of texts, and of nothing else that is meant here.
+        if isinstance(self.stops, str) or not all(isinstance(stop, str) for stop in self.stops):
+            raise InputError(
+                "The stop texts are no list of texts.",
+                observed=repr(self.stops)[:80],
+                expected='such as stops=("END",)',
+            )
+        _whole_numbers(self.stop_ids, "The stop ids are no token ids.")
+        _whole_numbers([self.max_new_tokens], "The most new tokens are no whole number.")
+
+
+def _whole_numbers(values: Any, what: str) -> list[int]:
+    """The values as a list; raise InputError for text, bytes, and numbers that are not whole."""
+    if not isinstance(values, str | bytes | bytearray | dict):
+        with contextlib.suppress(TypeError):
+            return [operator.index(value) for value in values]
+    observed = f"a value of type {type(values).__name__}: {values!r}"[:80]
+    raise InputError(what, observed=observed, expected="whole numbers")
 
 
 class RunningAnswer:
@@ -47,6 +86,9 @@ class RunningAnswer:
         decoder: turns tokens into text; None makes ids alone, which no text ends.
         drafter: fresh, proposes draft tokens; None proposes none.
         emit: gets the text piece by piece, as it becomes certain.
+        watch: gets every token of the answer, before its text is emitted, and the logits that it
+            was chosen from, float32 [V].
+        constraint: fresh, says which tokens may come; None for all.
 
     Attributes:
         prompt_ids: as given.
@@ -57,7 +99,7 @@ class RunningAnswer:
             cache is full); None while it goes on.
 
     Raises:
-        InputError: the prompt is empty.
+        InputError: the prompt is empty, or no sequence of token ids.
     """
 
     def __init__(
@@ -68,17 +110,20 @@ class RunningAnswer:
         decoder: Decoder | None = None,
         drafter: Drafter | None = None,
         emit: Callable[[str], None] = lambda text: None,
+        watch: Callable[[int, np.ndarray], None] | None = None,
+        constraint: Constraint | None = None,
     ) -> None:
-        if not len(prompt_ids):
+        self.prompt_ids = _whole_numbers(prompt_ids, "The prompt is neither text nor token ids.")
+        if not self.prompt_ids:
             raise InputError("The prompt is empty.", change="give at least one token")
-        self.prompt_ids = [int(token) for token in prompt_ids]
         self.ids: list[int] = []
         self.token: int | None = None
         self.text = ""
         self.ending = None if decoding.max_new_tokens > 0 else "length"
         # The last token needs no place in the cache.
         self._most = min(decoding.max_new_tokens, max_length + 1 - len(prompt_ids))
-        self._decoding, self._emit = decoding, emit
+        self._decoding, self._emit, self._watch = decoding, emit, watch
+        self._constraint = constraint
         self._stream = None if decoder is None else TextStream(decoder, decoding.stops)
         self._generator = np.random.default_rng(decoding.seed)
         self._history = self.prompt_ids.copy()
@@ -121,13 +166,18 @@ class RunningAnswer:
     def _choose(self, logits: np.ndarray) -> None:
         """Choose one token, and hand on the text that became certain."""
         how = self._decoding
-        token = how.sampling.choose(logits, self._history, self._generator)
+        allowed = logits if self._constraint is None else self._constraint.mask(logits)
+        token = how.sampling.choose(allowed, self._history, self._generator)
         if token in how.stop_ids:
             self._end("stop")
             return
+        if self._constraint is not None:
+            self._constraint.take(token)
         self.token = token
         self.ids.append(token)
         self._history.append(token)
+        if self._watch is not None:
+            self._watch(token, logits)
         if self._stream is not None:
             self._hand_on(self._stream.push(token))
         if self._stream is not None and self._stream.has_stopped:

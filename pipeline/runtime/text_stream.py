@@ -10,6 +10,9 @@ from collections.abc import Sequence
 from typing import Protocol
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+# A character has four bytes at most, and a token one at least: what is not whole after so many
+# further tokens never will be.
+_MOST_HELD = 3
 
 
 class Decoder(Protocol):
@@ -25,7 +28,7 @@ class _Detokenizer:
 
     A token's text can depend on the token before it (leading blanks), so each piece is the
     difference between decoding a short window with and without the new tokens; a window that ends
-    within a character is held back until the rest of the character has come.
+    within a character is held back until the rest of the character has come, or cannot come.
     """
 
     def __init__(self, tokenizer: Decoder) -> None:
@@ -38,10 +41,34 @@ class _Detokenizer:
         """Take one id; return the text that has become certain, which may be empty."""
         self._ids.append(token)
         before, after = self._texts()
-        if after.endswith(_REPLACEMENT) or len(after) <= len(before):
+        if not after.endswith(_REPLACEMENT) and len(after) > len(before):
+            return self._move_on(after[len(before) :])
+        if after.endswith(_REPLACEMENT) and (alone := self._alone()):
+            return self._move_on(alone)
+        if len(self._ids) - self._emitted <= _MOST_HELD:
             return ""
-        self._window = self._emitted
-        self._emitted = len(self._ids)
+        given_up = self._give_up_one()
+        return given_up + (self._move_on(alone) if (alone := self._alone()) else "")
+
+    def _move_on(self, text: str) -> str:
+        """All tokens have been shown; the last of them are the window."""
+        self._window, self._emitted = self._emitted, len(self._ids)
+        return text
+
+    def _alone(self) -> str:
+        """Text of the held tokens without those before them; empty where it is not whole.
+
+        Where bytes are tokens, a decoder shows all bytes of a run as broken if one of them is.
+        """
+        text = self._decode(self._ids[self._emitted :])
+        return "" if text.endswith(_REPLACEMENT) else text
+
+    def _give_up_one(self) -> str:
+        """Show the oldest held token as it is: its character is broken."""
+        before = self._decode(self._ids[self._window : self._emitted])
+        self._emitted += 1
+        after = self._decode(self._ids[self._window : self._emitted])
+        self._window = max(self._window, self._emitted - _MOST_HELD)
         return after[len(before) :]
 
     def finish(self) -> str:

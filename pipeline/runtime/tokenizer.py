@@ -7,22 +7,38 @@ leaves something to it: no tokenizer.json, or special tokens that it adds by its
 
 from __future__ import annotations
 
-import datetime
+import base64
 import json
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pipeline.errors import InputError
+from pipeline.json_file import json_field, read_json_object, restated
 from pipeline.model.task import require_decoder
+from pipeline.runtime.chat_template import (
+    Message,
+    chat_template,
+    checked_messages,
+    find_template,
+    require_text,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Message = dict[str, str]
-_TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
-_SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token")
+_SPECIAL = (
+    "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
+)  # fmt: skip
 # Settings by which transformers changes what tokenizer.json says.
 _ADDING = ("add_bos_token", "add_eos_token")
+# A text takes a tokenizer microseconds per character. One that needs more than this has been given
+# a regular expression, or rules, that come to no end.
+_ENCODE_S = 10.0
+_CHARACTERS_PER_S = 20_000
+# Unicode's own normal forms make 18 characters of one at most.
+_MOST_GROWTH = 100
 
 
 class TextTokenizer(Protocol):
@@ -31,6 +47,7 @@ class TextTokenizer(Protocol):
     name_or_path: Any
     chat_template: Any
     eos_token_id: Any
+    special_tokens_map: Any
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Ids of a text."""
@@ -42,7 +59,7 @@ class TextTokenizer(Protocol):
 
     def apply_chat_template(
         self, messages: list[Message], *, add_generation_prompt: bool, tokenize: bool
-    ) -> str:
+    ) -> Any:
         """A conversation in the model's own format."""
         ...
 
@@ -63,35 +80,71 @@ class _FolderTokenizer:
 
         try:
             self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        except Exception as error:  # the library raises nothing narrower
-            raise ValueError(str(error)) from error
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
+            self._tokenizer.no_truncation()
+            self._tokenizer.no_padding()
+            _require_bounded(self._tokenizer)
+        except BaseException as error:  # the library raises nothing narrower, and panics
+            raise _as_value_error(error) from error
+        self.backend_tokenizer = self._tokenizer  # by the name that it has in transformers
         self.name_or_path = str(folder)
-        self._special = {
-            name: token if isinstance(token, str) else token["content"]
-            for name in _SPECIAL
-            if (token := settings.get(name)) is not None
-        }
-        eos = self._special.get("eos_token")
+        self.special_tokens_map = _special_tokens(folder, settings)
+        eos = self.special_tokens_map.get("eos_token")
         self.eos_token_id = None if eos is None else self._tokenizer.token_to_id(eos)
-        self.chat_template = _find_template(folder, settings)
-        self._template = _ChatTemplate(self.chat_template) if self.chat_template else None
+        self.chat_template = find_template(folder, settings)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
-        return ids
+        def ids() -> list[int]:
+            # Of one text, since `encode` keeps the interpreter to itself.
+            found = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+            listed: list[int] = found[0].ids
+            return listed
+
+        return _limited_ids(ids, text, self.name_or_path)
 
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool = False) -> str:
-        text: str = self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        try:
+            text: str = self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        except BaseException as error:
+            raise _failing(error, self.name_or_path) from error
         return text
 
     def apply_chat_template(
         self, messages: list[Message], *, add_generation_prompt: bool, tokenize: bool
     ) -> str:
-        assert self._template is not None, "callers look at chat_template first"
         assert not tokenize, "callers encode the text themselves"
-        return self._template.render(messages, add_generation_prompt, self._special)
+        return _rendered(self, messages, add_generation_prompt)
+
+
+class _WholeTokenizer:
+    """A tokenizer of transformers, held to the limits of `_FolderTokenizer`."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self.name_or_path = tokenizer.name_or_path
+        self.chat_template = tokenizer.chat_template
+        self.eos_token_id = tokenizer.eos_token_id
+        self.special_tokens_map = tokenizer.special_tokens_map
+        self.backend_tokenizer = getattr(tokenizer, "backend_tokenizer", None)
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        return _limited_ids(
+            lambda: self._tokenizer.encode(text, add_special_tokens=add_special_tokens),
+            text,
+            self.name_or_path,
+        )
+
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool = False) -> str:
+        try:
+            text: str = self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        except BaseException as error:
+            raise _failing(error, self.name_or_path) from error
+        return text
+
+    def apply_chat_template(
+        self, messages: list[Message], *, add_generation_prompt: bool, tokenize: bool
+    ) -> str:
+        assert not tokenize, "callers encode the text themselves"
+        return _rendered(self, messages, add_generation_prompt)
 
 
 def load_tokenizer(folder: Path) -> TextTokenizer:
@@ -102,7 +155,7 @@ def load_tokenizer(folder: Path) -> TextTokenizer:
     """
     settings = _settings(folder)
     if not (folder / "tokenizer.json").is_file() or any(settings.get(n) for n in _ADDING):
-        return load_whole_tokenizer(folder)
+        return _WholeTokenizer(load_whole_tokenizer(folder))
     try:
         return _FolderTokenizer(folder, settings)
     except (ValueError, KeyError) as error:
@@ -119,9 +172,14 @@ def load_whole_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
     _settings(folder)
     try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except (ValueError, OSError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # transformers raises whatever a file brings about in it
         raise _not_loading(folder, error) from error
+    except BaseException as error:
+        raise (_not_loading(folder, error) if _is_panic(error) else error) from error
+    return tokenizer
 
 
 def _settings(folder: Path) -> dict[str, Any]:
@@ -136,14 +194,122 @@ def _settings(folder: Path) -> dict[str, Any]:
             change="give a folder that `skipcat export` or `skipcat compress` wrote",
         )
     try:
-        settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise _not_loading(folder, error) from error
-    return settings
+        return read_json_object(path)
+    except InputError as error:
+        raise restated(error, "The tokenizer does not load.", folder) from error
 
 
-def _not_loading(folder: Path, error: Exception) -> InputError:
+def _not_loading(folder: Path, error: BaseException) -> InputError:
+    if "trust_remote_code" in str(error):
+        return InputError(
+            "The tokenizer comes with Python code of its own, which is not run unasked.",
+            where=folder,
+            observed="auto_map in tokenizer_config.json",
+            change="read the code; if you trust it, load it in transformers and save it as "
+            "tokenizer.json",
+        )
     return InputError("The tokenizer does not load.", where=folder, observed=error)
+
+
+def _is_panic(error: BaseException) -> bool:
+    """Whether it is how the tokenizers library fails where it did not foresee it: no Exception."""
+    return type(error).__name__ == "PanicException"
+
+
+def _as_value_error(error: BaseException) -> BaseException:
+    """A failure of the tokenizers library while loading; anything else as it is."""
+    foreign = isinstance(error, Exception) and not isinstance(error, MemoryError)
+    return ValueError(str(error)) if foreign or _is_panic(error) else error
+
+
+def _failing(error: BaseException, where: object) -> BaseException:
+    """A failure of the tokenizers library at work, as an InputError; anything else as it is."""
+    foreign = isinstance(error, Exception) and not isinstance(error, MemoryError | InputError)
+    if foreign or _is_panic(error):
+        return InputError("The tokenizer fails on this text.", where=where, observed=error)
+    return error
+
+
+def _limited_ids(encode: Callable[[], list[int]], text: str, where: object) -> list[int]:
+    """Ids of a text, or the end of the wait for them; Ctrl-C is heard meanwhile.
+
+    The library lets go of the interpreter in `encode_batch`, but cannot be stopped: a thread that
+    came to no end ends with the process.
+    """
+    require_text(text)
+    outcome: list[list[int] | BaseException] = []
+
+    def run() -> None:
+        try:
+            outcome.append(encode())
+        except BaseException as error:
+            outcome.append(error)
+
+    limit_s = _ENCODE_S + len(text) / _CHARACTERS_PER_S
+    thread = threading.Thread(target=run, daemon=True, name="encode")
+    thread.start()
+    thread.join(limit_s)
+    if not outcome:
+        raise InputError(
+            "The tokenizer comes to no end with this text.",
+            where=where,
+            observed=f"{len(text)} characters, {limit_s:.0f} s",
+        )
+    if isinstance(outcome[0], BaseException):
+        raise _failing(outcome[0], where) from outcome[0]
+    return outcome[0]
+
+
+def _require_bounded(tokenizer: Any) -> None:
+    """Raise ValueError for rules that multiply a text: a few of them fill any memory."""
+    for name in ("normalizer", "decoder"):
+        part = getattr(tokenizer, name)
+        if part is None:
+            continue
+        growth = _growth(json.loads(part.__getstate__()))
+        if growth > _MOST_GROWTH:
+            raise ValueError(f"its {name} makes texts up to {growth} times as long")
+
+
+def _growth(rule: dict[str, Any]) -> int:
+    """How many characters a rule of tokenizer.json makes of one, at most."""
+    kind, product = rule.get("type"), 1
+    for step in rule.get("normalizers") or rule.get("decoders") or ():
+        product *= _growth(step)
+    if kind == "Replace":
+        fixed = rule["pattern"].get("String")  # a regular expression may match nothing at all
+        return -(-len(rule["content"]) // len(fixed)) or 1 if fixed else 1 + len(rule["content"])
+    if kind == "Prepend":
+        return 1 + len(rule["prepend"])
+    if kind == "Precompiled":
+        texts = base64.b64decode(rule["precompiled_charsmap"] or "").split(b"\0")
+        return max(map(len, texts))
+    return product
+
+
+def _special_tokens(folder: Path, settings: dict[str, Any]) -> dict[str, str]:
+    """Special tokens by name, as `special_tokens_map` of transformers has them."""
+    named = settings
+    legacy = folder / "special_tokens_map.json"
+    if "added_tokens_decoder" not in settings and legacy.is_file():
+        named = settings | read_json_object(legacy)
+    found = {name: _token(named.get(name)) for name in _SPECIAL}
+    for name, value in named.items():
+        is_token = isinstance(value, str) or (isinstance(value, dict) and "__type" in value)
+        if name.endswith("_token") and is_token and name not in found:
+            found[name] = _token(value)
+    for group in ("extra_special_tokens", "model_specific_special_tokens"):
+        if isinstance(named.get(group), dict):
+            found |= {name: _token(value) for name, value in named[group].items()}
+    return {name: token for name, token in found.items() if token is not None}
+
+
+def _token(value: Any) -> str | None:
+    """The text of a special token: a string, or an object with `content`."""
+    content = value.get("content") if isinstance(value, dict) else value
+    if value is not None and not isinstance(content, str):
+        raise ValueError(f"a special token is neither a text nor an object: {value!r}"[:200])
+    return content
 
 
 def chat_prompt_ids(
@@ -153,22 +319,54 @@ def chat_prompt_ids(
 
     Args:
         tokenizer: of the model.
-        messages: `role` and `content` each.
+        messages: `role` and `content` each; contents are texts, or parts of type text.
         raw: take the last message's text as it is, and no chat format.
 
     Raises:
-        InputError: the tokenizer has no chat template, or the template refuses the conversation.
+        InputError: the messages are none; the tokenizer has no chat template, or the template
+            refuses the conversation; or the tokenizer fails on it.
     """
+    conversation = checked_messages(messages)
     if raw:
-        return tokenizer.encode(messages[-1]["content"])
-    if not tokenizer.chat_template:
+        return tokenizer.encode(conversation[-1]["content"])
+    text = _rendered(tokenizer, conversation, True)
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def _rendered(tokenizer: TextTokenizer, messages: list[Message], opened: bool) -> str:
+    """A conversation in the model's chat template, which runs in a process of its own.
+
+    Raises:
+        InputError: there is none, or it refuses the conversation.
+    """
+    source = _template_source(tokenizer)
+    if not source:
         raise InputError(
             "This model has no chat template.",
             where=tokenizer.name_or_path,
             change="pass --raw to give it the prompt as it is",
         )
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    return tokenizer.encode(text, add_special_tokens=False)
+    text = chat_template(source).render(messages, opened, tokenizer.special_tokens_map)
+    require_text(text, "what the chat template made")
+    return text
+
+
+def start_template(tokenizer: TextTokenizer) -> None:
+    """Begin to compile the chat template, beside whatever comes next; nothing where there is none.
+
+    For a program that is about to answer a conversation.
+    """
+    source = _template_source(tokenizer)
+    if source:
+        chat_template(source).start()
+
+
+def _template_source(tokenizer: TextTokenizer) -> str | None:
+    """The template of a tokenizer; of several named ones, as transformers has them, the default."""
+    source = tokenizer.chat_template
+    if isinstance(source, dict):
+        source = source.get("default")
+    return source
 
 
 def stop_token_ids(tokenizer: TextTokenizer, folder: Path) -> frozenset[int]:
@@ -176,84 +374,7 @@ def stop_token_ids(tokenizer: TextTokenizer, folder: Path) -> frozenset[int]:
     ids = {tokenizer.eos_token_id}
     path = folder / "generation_config.json"
     if path.is_file():
-        listed = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-        ids.update(listed if isinstance(listed, list) else [listed])
+        listed = read_json_object(path).get("eos_token_id")
+        for token in listed if isinstance(listed, list) else [listed]:
+            ids.add(json_field({"eos_token_id": token}, "eos_token_id", int, path, default=None))
     return frozenset(token for token in ids if token is not None)
-
-
-class _ChatTemplate:
-    """A chat template, in jinja2's sandbox with what transformers offers templates.
-
-    Raises:
-        InputError: the template is not valid jinja2.
-    """
-
-    def __init__(self, source: str) -> None:
-        from jinja2 import TemplateError
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.filters["tojson"] = _to_json
-        environment.globals["raise_exception"] = _refuse
-        environment.globals["strftime_now"] = _now
-        try:
-            self._template = environment.from_string(source)
-        except TemplateError as error:
-            raise InputError("The chat template is broken.", observed=error) from error
-
-    def render(
-        self, messages: list[dict[str, str]], add_generation_prompt: bool, special: dict[str, str]
-    ) -> str:
-        """The conversation as one text.
-
-        Args:
-            messages: `role` and `content` each.
-            add_generation_prompt: end with what opens the model's answer.
-            special: the special tokens that templates may name, such as `bos_token`.
-
-        Raises:
-            InputError: the template refuses the conversation, and why.
-        """
-        from jinja2 import TemplateError
-
-        try:
-            return self._template.render(
-                messages=messages, add_generation_prompt=add_generation_prompt, **special
-            )
-        except TemplateError as error:
-            raise InputError(
-                "The chat template refuses this conversation.", observed=error
-            ) from error
-
-
-def _find_template(folder: Path, settings: dict[str, Any]) -> str | None:
-    """The template of a folder: a file of its own, or part of tokenizer_config.json.
-
-    Of several named templates it is the one called "default".
-    """
-    for name in _TEMPLATE_FILES:
-        path = folder / name
-        if path.is_file():
-            text = path.read_text(encoding="utf-8")
-            return text if path.suffix == ".jinja" else json.loads(text)["chat_template"]
-    template = settings.get("chat_template")
-    if isinstance(template, list):
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
-    return template
-
-
-def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **more: Any) -> str:
-    """jinja2's own filter escapes for HTML, which no model has seen."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **more)
-
-
-def _refuse(message: str) -> None:
-    from jinja2 import TemplateError
-
-    raise TemplateError(message)
-
-
-def _now(form: str) -> str:
-    return datetime.datetime.now().astimezone().strftime(form)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import secrets
 import time
+from collections.abc import Coroutine
 from dataclasses import asdict, dataclass
 
 from starlette.applications import Starlette
@@ -15,7 +17,9 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from pipeline.runtime.sequence import Decoding
+from pipeline.serve.body import BodyReader
 from pipeline.serve.failure import RequestFailure
+from pipeline.serve.grammar import GrammarMaker
 from pipeline.serve.job import Job, Outbox
 from pipeline.serve.prompt import PromptReader
 from pipeline.serve.reply import Reply
@@ -23,10 +27,8 @@ from pipeline.serve.scheduler import Scheduler
 from pipeline.serve.schema import Body, ChatRequest, CompletionRequest, Generation
 from pipeline.serve.streaming import EventStream, unless_gone
 
-# So much of a body that is too long is still read, and dropped: closing while a client writes would
-# reset the connection, and most clients would then not see why.
-_DRAINED_BODIES = 8
 _SEEDS = 2**64
+_SHOWN_CHARACTERS = 100
 _GONE = 499  # as nginx calls a client that left; nobody reads it
 
 
@@ -54,6 +56,7 @@ class Api:
         max_length: tokens that the context holds.
         scheduler: runs the model.
         prompts: makes ids of prompts.
+        grammars: makes grammars of the forms that answers are to have.
         limits: what a client may ask for.
         keys: accepted API keys; none accepts everybody.
     """
@@ -64,13 +67,22 @@ class Api:
         max_length: int,
         scheduler: Scheduler,
         prompts: PromptReader,
+        grammars: GrammarMaker,
         limits: Limits,
         keys: tuple[str, ...] = (),
     ) -> None:
         self._model, self._max_length = model, max_length
         self._scheduler, self._prompts, self._limits = scheduler, prompts, limits
+        self._bodies = BodyReader(limits.max_body_bytes, limits.client_timeout_s)
+        self._grammars = grammars
         self._keys = keys
         self._created = int(time.time())
+
+    def close(self) -> None:
+        """Let its threads end."""
+        self._bodies.close()
+        self._prompts.close()
+        self._grammars.close()
 
     def app(self) -> Starlette:
         """The ASGI application."""
@@ -94,7 +106,8 @@ class Api:
     async def health(self, request: Request) -> Response:
         """Whether jobs are taken, and how busy it is; needs no key."""
         is_open = self._scheduler.is_open
-        body = {"status": "ok" if is_open else "stopping", **asdict(self._scheduler.load())}
+        closed = "stopping" if self._scheduler.death is None else "failed"
+        body = {"status": "ok" if is_open else closed, **asdict(self._scheduler.load())}
         return JSONResponse(body, 200 if is_open else 503)
 
     async def models(self, request: Request) -> Response:
@@ -112,54 +125,78 @@ class Api:
         """`POST /v1/chat/completions`."""
         wanted = await self._read(request, ChatRequest)
         messages = [message.to_message() for message in wanted.messages]
-        return await self._answer(request, wanted, await self._prompts.chat_ids(messages), True)
+        return await self._answer(request, wanted, self._prompts.chat_ids(messages), True)
 
     async def completions(self, request: Request) -> Response:
         """`POST /v1/completions`."""
         wanted = await self._read(request, CompletionRequest)
-        prompt = wanted.one_prompt()
-        if isinstance(prompt, str):
-            ids = await self._prompts.text_ids(prompt)
-        else:
-            ids = self._prompts.given_ids(prompt)
-        return await self._answer(request, wanted, ids, False)
+        return await self._answer(request, wanted, self._prompts.ids(wanted.one_prompt()), False)
 
     async def _read(self, request: Request, kind: type[Body]) -> Body:
         self._authorize(request)
-        limits = self._limits
-        body = await _read_body(request, limits.max_body_bytes, limits.client_timeout_s)
-        wanted = kind.from_body(body)
+        wanted = await self._bodies.read(request, kind)
         self._require_model(wanted.model)
         return wanted
 
     async def _answer(
-        self, request: Request, wanted: Generation, prompt_ids: list[int], is_chat: bool
+        self,
+        request: Request,
+        wanted: Generation,
+        reading: Coroutine[None, None, list[int]],
+        is_chat: bool,
     ) -> Response:
-        """Put the job into the queue, and give its answer whole or as it comes."""
-        job = self._job(wanted, prompt_ids)
+        """Read the prompt, put the jobs into the queue, and give their answers."""
+        with contextlib.closing(reading):
+            jobs = await self._submit(request, wanted, reading)
         options = wanted.stream_options
         usage = options is not None and options.include_usage
-        reply = Reply(self._model, is_chat, len(prompt_ids), usage)
-        self._scheduler.submit(job)
+        reply = Reply(self._model, is_chat, len(jobs[0].prompt_ids), usage, wanted.alternatives())
         try:
             if not wanted.stream:
-                text, ending = await unless_gone(job.outbox.take_all(), request.receive)
-                return JSONResponse(reply.whole(text, ending))
-            first = await unless_gone(job.outbox.take_first(), request.receive)
+                work = asyncio.gather(*(job.outbox.take_all() for job in jobs))
+                return JSONResponse(reply.whole(await unless_gone(work, request.receive)))
+            first = await unless_gone(jobs[0].outbox.take_first(), request.receive)
         except BaseException:
-            self._scheduler.cancel(job)
+            self._cancel(jobs)
             raise
-        timeout_s = self._limits.client_timeout_s
-        return EventStream(job, first, reply, self._scheduler, timeout_s)
+        return EventStream(jobs, first, reply, self._scheduler, self._limits.client_timeout_s)
 
-    def _job(self, wanted: Generation, prompt_ids: list[int]) -> Job:
+    async def _submit(
+        self, request: Request, wanted: Generation, reading: Coroutine[None, None, list[int]]
+    ) -> list[Job]:
+        """One job for each answer; they have their places before the prompt is read."""
+        most, count = self._most_tokens(wanted), wanted.answers()
+        with self._scheduler.places(count) as submit:
+            ids = await unless_gone(reading, request.receive)
+            making = self._grammars.make(wanted.form())
+            grammar = await unless_gone(making, request.receive)
+            jobs = [self._job(wanted, ids, most, index) for index in range(count)]
+            for job in jobs:
+                job.constraint = grammar.copy() if grammar is not None else None
+            try:
+                for job in jobs:
+                    submit(job)
+            except BaseException:
+                self._cancel(jobs)
+                raise
+        return jobs
+
+    def _cancel(self, jobs: list[Job]) -> None:
+        for job in jobs:
+            self._scheduler.cancel(job)
+
+    def _job(self, wanted: Generation, prompt_ids: list[int], most: int, index: int) -> Job:
         seed = secrets.randbelow(_SEEDS) if wanted.seed is None else wanted.seed % _SEEDS
         return Job(
             prompt_ids=prompt_ids,
             decoding=Decoding(
-                self._most_tokens(wanted), wanted.sampling(), stops=wanted.stops(), seed=seed
+                most,
+                wanted.sampling(),
+                stops=wanted.stops(),
+                seed=(seed, index) if index else seed,  # the first as if it were the only one
             ),
             outbox=Outbox(self._scheduler.wake),
+            alternatives=wanted.alternatives(),
         )
 
     def _most_tokens(self, wanted: Generation) -> int:
@@ -172,12 +209,12 @@ class Api:
         if limit is not None and asked is not None and asked > limit:
             raise RequestFailure(
                 400,
-                f"This server gives at most {limit} tokens of an answer; {asked} were asked for.",
+                f"This server gives at most {limit} tokens of an answer.",
                 param="max_tokens" if wanted.max_tokens == asked else "max_completion_tokens",
                 code="too_many_tokens",
             )
-        usual = (limit, wanted.default_tokens, self._max_length)
-        return asked or min(count for count in usual if count is not None)
+        usual = (limit, asked or wanted.default_tokens, self._max_length)
+        return min(count for count in usual if count is not None)
 
     def _authorize(self, request: Request) -> None:
         """Raise RequestFailure unless the request has one of the keys."""
@@ -199,7 +236,7 @@ class Api:
         if name != self._model:
             raise RequestFailure(
                 404,
-                f"The model '{name}' is not served here; '{self._model}' is.",
+                f"The model '{name[:_SHOWN_CHARACTERS]}' is not served here; '{self._model}' is.",
                 param="model",
                 code="model_not_found",
             )
@@ -214,60 +251,6 @@ class Api:
         }
 
 
-async def _read_body(request: Request, max_bytes: int, timeout_s: float) -> bytes:
-    """The JSON body of a request, of at most `max_bytes`.
-
-    Raises:
-        RequestFailure: 415 not called JSON, 413 too long, 408 too slow.
-        ClientDisconnect: the client is gone.
-    """
-    kind = request.headers.get("content-type", "")
-    if kind.partition(";")[0].strip().lower() != "application/json":
-        raise RequestFailure(
-            415,
-            f"The body must be sent as Content-Type: application/json, not '{kind}'.",
-            code="unsupported_media_type",
-        )
-    try:
-        async with asyncio.timeout(timeout_s):
-            body = await _collect_body(request, max_bytes)
-    except TimeoutError as error:
-        raise RequestFailure(
-            408,
-            f"The body did not come within {timeout_s:g} s.",
-            code="request_timeout",
-            headers={"Connection": "close"},
-        ) from error
-    if body is None:
-        raise RequestFailure(
-            413,
-            f"The body is longer than {max_bytes} bytes.",
-            code="body_too_large",
-            headers={"Connection": "close"},
-        )
-    return body
-
-
-async def _collect_body(request: Request, max_bytes: int) -> bytes | None:
-    """The body, or None when it is longer than `max_bytes`; never holds more than that."""
-    announced = request.headers.get("content-length", "0")
-    is_too_long = int(announced) > max_bytes
-    if is_too_long and "expect" in request.headers:
-        return None  # the client waits for leave to send it
-    body = bytearray()
-    seen_bytes = 0
-    async for part in request.stream():
-        seen_bytes += len(part)
-        if seen_bytes > max_bytes:
-            is_too_long = True
-            body.clear()
-        if not is_too_long:
-            body += part
-        elif seen_bytes > _DRAINED_BODIES * max_bytes:
-            break
-    return None if is_too_long else bytes(body)
-
-
 async def _answer_failure(request: Request, failure: RequestFailure) -> Response:
     """A failure that was foreseen."""
     return JSONResponse(failure.to_json(), failure.status, failure.headers)
@@ -275,9 +258,10 @@ async def _answer_failure(request: Request, failure: RequestFailure) -> Response
 
 async def _answer_http_error(request: Request, error: HTTPException) -> Response:
     """Unknown routes and wrong methods."""
+    path = request.scope["path"][:_SHOWN_CHARACTERS]
     messages = {
-        404: f"There is nothing at {request.method} {request.url.path}.",
-        405: f"{request.url.path} does not take {request.method}.",
+        404: f"There is nothing at {request.method} {path}.",
+        405: f"{path} does not take {request.method}.",
     }
     message = messages.get(error.status_code, error.detail)
     codes = {404: "not_found", 405: "method_not_allowed"}

@@ -5,12 +5,17 @@ from __future__ import annotations
 import asyncio
 import http
 import json
+import select
 from typing import Any
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from pipeline.serve.failure import RequestFailure
+
+_CONTINUE = h11.InformationalResponse(status_code=100, headers=[], reason=b"Continue")
+# After a client ended its side: how long until it is looked at whether it is there, and how often.
+_FIRST_LOOK_S, _LOOKS_S = 0.05, 1.0
 
 
 class LimitedConnection(H11Protocol):
@@ -30,7 +35,7 @@ class LimitedConnection(H11Protocol):
         super().__init__(**settings)
         self._timeout_s, self._max_connections = timeout_s, max_connections
         self._deadline: asyncio.TimerHandle | None = None
-        self._has_begun = False
+        self._has_begun = self._is_half = False
         # So that the application can drop a client that does not read.
         self.app_state = {**self.app_state, "abort": lambda: self.transport.abort()}
 
@@ -54,9 +59,34 @@ class LimitedConnection(H11Protocol):
             self._has_begun = True
             self._arm()
 
+    def handle_events(self) -> None:
+        """As uvicorn, but empty lines before a request are passed over, as HTTP asks."""
+        if self.conn.their_state is h11.IDLE:
+            buffer = self.conn._receive_buffer
+            content = bytes(buffer)
+            buffer.maybe_extract_at_most(len(content) - len(content.lstrip(b"\r\n")))
+        super().handle_events()
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """Keep the connection of a client that has said all and still waits for its answer.
+
+        One that is gone looks alike, until something is sent: its system then says so.
+        """
+        if self._is_clients_turn() or self.cycle.more_body or not hasattr(select, "poll"):
+            return False
+        if not self._is_half:
+            self._is_half = True
+            is_silent = not self.cycle.response_started
+            if is_silent and self.scope["http_version"] == "1.1":
+                self.transport.write(self.conn.send(_CONTINUE) or b"")
+            self.loop.call_later(_FIRST_LOOK_S, self._look_after_client)
+        return True
+
     def on_response_complete(self) -> None:
         super().on_response_complete()
         if self._is_clients_turn():
+            if self._is_half:
+                self.transport.close()
             self._has_begun = False
             self._arm()
 
@@ -69,6 +99,17 @@ class LimitedConnection(H11Protocol):
 
     def timeout_keep_alive_handler(self) -> None:
         """Leave idle connections to the one deadline."""
+
+    def _look_after_client(self) -> None:
+        """Give up a client that ended its side because it is gone."""
+        if self.transport.is_closing():
+            return
+        poll = select.poll()
+        poll.register(self.transport.get_extra_info("socket").fileno(), 0)
+        if poll.poll(0):  # an error or a hang-up: these are told unasked
+            self.transport.abort()
+        else:
+            self.loop.call_later(_LOOKS_S, self._look_after_client)
 
     def _is_clients_turn(self) -> bool:
         return self.cycle is None or self.cycle.response_complete

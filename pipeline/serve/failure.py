@@ -61,3 +61,8 @@ class RequestFailure(Exception):
     def internal(cls, message: str) -> RequestFailure:
         """A failure that the request is not to blame for."""
         return cls(500, message, code="internal_error")
+
+    @classmethod
+    def broken(cls) -> RequestFailure:
+        """The thread that runs the model is no more."""
+        return cls.internal("The model's thread has failed, and the server ends.")

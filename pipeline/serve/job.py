@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from pipeline.runtime.sequence import Decoding
+from pipeline.runtime.sequence import Constraint, Decoding
 from pipeline.serve.failure import RequestFailure
+from pipeline.serve.log_probs import ScoredText
 
 # Pieces of text, each of a token or a few, that may wait for a reader before its slot pauses.
 _OUTBOX_PIECES = 64
@@ -30,7 +32,7 @@ class Ending:
     cached_tokens: int
 
 
-Piece = str | Ending | RequestFailure
+Piece = str | ScoredText | Ending | RequestFailure
 
 
 class Outbox:
@@ -66,8 +68,9 @@ class Outbox:
         with self._lock:
             was_empty = not self._pieces
             self._pieces.append(piece)
-        if was_empty and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._ready.set)
+        if was_empty:
+            with contextlib.suppress(RuntimeError):  # the loop has ended, and nobody reads
+                self._loop.call_soon_threadsafe(self._ready.set)
 
     async def take(self) -> list[Piece]:
         """Wait for pieces; take all there are."""
@@ -93,20 +96,23 @@ class Outbox:
             raise pieces[0]
         return pieces
 
-    async def take_all(self) -> tuple[str, Ending]:
+    async def take_all(self) -> tuple[ScoredText, Ending]:
         """The whole text of an answer, and how it ended.
 
         Raises:
             RequestFailure: it failed.
         """
+        whole = ScoredText("")
         texts: list[str] = []
         while True:
             for piece in await self.take():
                 if isinstance(piece, RequestFailure):
                     raise piece
                 if isinstance(piece, Ending):
-                    return "".join(texts), piece
-                texts.append(piece)
+                    return ScoredText("".join(texts), whole.scores), piece
+                if isinstance(piece, ScoredText):
+                    whole.scores.extend(piece.scores)
+                texts.append(piece if isinstance(piece, str) else piece.text)
 
 
 @dataclass(eq=False)
@@ -117,10 +123,25 @@ class Job:
         prompt_ids: at least one token, at most as many as a slot holds.
         decoding: how it is made; the model's own stop tokens end it, too.
         outbox: where the answer goes.
+        alternatives: of how many of the likeliest tokens the log probability goes with each token;
+            None for text alone.
+        constraint: the form that the answer has; None for any.
         is_cancelled: nobody waits for the answer any more; set through `Scheduler.cancel`.
     """
 
     prompt_ids: list[int]
     decoding: Decoding
     outbox: Outbox
+    alternatives: int | None = None
+    constraint: Constraint | None = None
     is_cancelled: bool = field(default=False, init=False)
+
+
+@dataclass(frozen=True)
+class Load:
+    """How busy the scheduler is: answers in slots, requests waiting, and the limits of both."""
+
+    running: int
+    waiting: int
+    slots: int
+    queue: int

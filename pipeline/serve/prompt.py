@@ -2,102 +2,148 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
 
 from pipeline.errors import InputError
-from pipeline.runtime.tokenizer import Message, TextTokenizer, chat_prompt_ids
+from pipeline.runtime.tokenizer import Message, TextTokenizer
 from pipeline.serve.failure import RequestFailure
+from pipeline.serve.token_bound import TokenBound
+from pipeline.serve.worker import Worker
 
-_Result = TypeVar("_Result")
+# Texts up to this length are read in milliseconds, and have a thread of their own: they never wait
+# for long ones, which take up to seconds.
+_SHORT_CHARACTERS = 8192
+_LONGEST_REASON = 500
 
 
 class PromptReader:
-    """Turns prompts into ids in one thread of its own: a tokenizer is not made for several.
+    """Turns prompts into ids, the short ones in one thread and the long ones in another.
+
+    A tokenizer is made for one thread at a time, its methods let other threads run.
 
     Args:
-        tokenizer: used by this thread alone.
+        tokenizer: for short prompts.
+        second: for long ones; the same, if it may be used by two threads at once.
         vocab_size: ids at or above it are refused.
         max_length: longest prompt, in tokens.
     """
 
-    def __init__(self, tokenizer: TextTokenizer, vocab_size: int, max_length: int) -> None:
-        self._tokenizer, self._vocab_size, self._max_length = tokenizer, vocab_size, max_length
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
+    def __init__(
+        self, tokenizer: TextTokenizer, second: TextTokenizer, vocab_size: int, max_length: int
+    ) -> None:
+        self._vocab_size, self._max_length = vocab_size, max_length
+        self._bound = TokenBound(getattr(tokenizer, "backend_tokenizer", None))
+        self._has_template = bool(tokenizer.chat_template)
+        self._short = (tokenizer, Worker("tokenizer"))
+        self._long = (second, Worker("tokenizer of long prompts"))
 
     async def chat_ids(self, messages: list[Message]) -> list[int]:
         """Ids of a conversation, up to where the answer begins.
 
         Raises:
-            RequestFailure: the model has no chat template, its template refuses the messages, or
-                they are too long.
+            RequestFailure: the model has no chat template, its template refuses the messages or
+                fails, or they are too long.
         """
-        if not self._tokenizer.chat_template:
+        if not self._has_template:
             raise RequestFailure(
                 400,
                 "This model has no chat template; use /v1/completions.",
                 param="messages",
                 code="no_chat_template",
             )
-        ids = await self._run(lambda: self._apply_template(messages))
-        return self._checked(ids, "messages")
+        length = sum(len(message["content"]) for message in messages)
+        return await self._run(length, lambda tokenizer: self._chat(tokenizer, messages))
 
-    async def text_ids(self, text: str) -> list[int]:
-        """Ids of a text as it is.
-
-        Raises:
-            RequestFailure: it is empty or too long.
-        """
-        ids = await self._run(lambda: self._tokenizer.encode(text))
-        return self._checked(ids, "prompt")
-
-    def given_ids(self, ids: list[int]) -> list[int]:
-        """Ids that the client made itself.
+    async def ids(self, prompt: str | list[int]) -> list[int]:
+        """Ids of a text as it is, or those that the client made itself.
 
         Raises:
-            RequestFailure: there are none or too many, or one lies outside the vocabulary.
+            RequestFailure: it is empty or too long, or the tokenizer fails, or an id lies outside
+                the vocabulary.
         """
+        if isinstance(prompt, str):
+            return await self._text_ids(prompt)
+        return self._given_ids(prompt)
+
+    def close(self) -> None:
+        """Let the threads end, and wait for none of them."""
+        self._short[1].close()
+        self._long[1].close()
+
+    async def _text_ids(self, text: str) -> list[int]:
+        self._require_short(text, "prompt")  # before it waits for its turn
+        return await self._run(len(text), lambda tokenizer: self._ids(tokenizer, text, "prompt"))
+
+    def _given_ids(self, ids: list[int]) -> list[int]:
+        self._require_fitting(ids, "prompt")
         wrong = next((token for token in ids if not 0 <= token < self._vocab_size), None)
         if wrong is not None:
             raise RequestFailure(
                 400,
-                f"The token id {wrong} lies outside the vocabulary of {self._vocab_size}.",
+                f"The token id {str(wrong)[:50]} lies outside the vocabulary of "
+                f"{self._vocab_size}.",
                 param="prompt",
                 code="invalid_token",
             )
-        return self._checked(ids, "prompt")
+        return ids
 
-    def close(self) -> None:
-        """End the thread."""
-        self._thread.shutdown(cancel_futures=True)
+    async def _run(self, length: int, work: Callable[[TextTokenizer], list[int]]) -> list[int]:
+        tokenizer, worker = self._short if length <= _SHORT_CHARACTERS else self._long
+        return await worker.run(lambda: work(tokenizer))
 
-    async def _run(self, work: Callable[[], _Result]) -> _Result:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
-
-    def _apply_template(self, messages: list[Message]) -> list[int]:
-        from jinja2 import TemplateError
-
+    def _chat(self, tokenizer: TextTokenizer, messages: list[Message]) -> list[int]:
         try:
-            return chat_prompt_ids(self._tokenizer, messages)
-        except (InputError, TemplateError) as error:
-            reason = error.details.get("observed", "") if isinstance(error, InputError) else error
+            text = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=False
+            )
+        except BaseException as error:  # a template is a program of others, and fails as it likes
             raise RequestFailure(
                 400,
-                f"The model's chat template refuses these messages: {reason}",
+                f"The model's chat template refuses these messages: {_reason(error)}",
                 param="messages",
                 code="template_refused",
             ) from error
+        return self._ids(tokenizer, text, "messages", add_special_tokens=False)
 
-    def _checked(self, ids: list[int], param: str) -> list[int]:
+    def _ids(
+        self, tokenizer: TextTokenizer, text: str, param: str, add_special_tokens: bool = True
+    ) -> list[int]:
+        self._require_short(text, param)
+        try:
+            ids = tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        except BaseException as error:  # the library's panics are no Exceptions
+            raise RequestFailure(
+                400,
+                f"The model's tokenizer cannot read this text: {_reason(error)}",
+                param=param,
+                code="tokenizer_refused",
+            ) from error
+        return self._require_fitting(ids, param)
+
+    def _require_short(self, text: str, param: str) -> None:
+        """Raise RequestFailure for a text that is too long whatever its tokens are."""
+        fewest = self._bound.fewest_tokens(text)
+        if fewest > self._max_length:
+            raise self._too_long(f"at least {fewest}", param)
+
+    def _require_fitting(self, ids: list[int], param: str) -> list[int]:
         if not ids:
             raise RequestFailure(400, "The prompt is empty.", param=param, code="empty_prompt")
         if len(ids) > self._max_length:
-            raise RequestFailure(
-                400,
-                f"The prompt has {len(ids)} tokens; this model's context holds {self._max_length}.",
-                param=param,
-                code="context_length_exceeded",
-            )
+            raise self._too_long(str(len(ids)), param)
         return ids
+
+    def _too_long(self, count: str, param: str) -> RequestFailure:
+        return RequestFailure(
+            400,
+            f"The prompt has {count} tokens; this model's context holds {self._max_length}.",
+            param=param,
+            code="context_length_exceeded",
+        )
+
+
+def _reason(error: BaseException) -> str:
+    """Why foreign code failed, in a line or so: it may have put a whole prompt there."""
+    observed = error.details.get("observed", "") if isinstance(error, InputError) else str(error)
+    reason = observed or type(error).__name__
+    return reason if len(reason) <= _LONGEST_REASON else reason[:_LONGEST_REASON] + " ..."

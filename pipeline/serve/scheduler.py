@@ -11,18 +11,24 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 
 from pipeline.runtime.drafting import make_drafter
 from pipeline.runtime.prefix_cache import SlotTable
-from pipeline.runtime.sequence import RunningAnswer
 from pipeline.runtime.sessions.session import SlotSession
 from pipeline.runtime.text_stream import Decoder
 from pipeline.serve.failure import RequestFailure
-from pipeline.serve.job import Ending, Job
+from pipeline.serve.job import Job, Load
+from pipeline.serve.running import (
+    Running,
+    finite_rows,
+    keep_beginning,
+    start_job,
+    take_back,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -31,42 +37,6 @@ logger = logging.getLogger(__name__)
 # else runs, so that an answer does not depend on who else asks.
 PREFILL_CHUNK = 64
 _LONGEST_RETRY_S = 60
-
-
-@dataclass(eq=False)
-class _Running:
-    """A job in a slot.
-
-    Attributes:
-        job: what is wanted.
-        slot: where.
-        answer: what has come of it.
-        pending: tokens of the prompt that the slot does not hold yet.
-        cached: tokens of the prompt that it held already.
-    """
-
-    job: Job
-    slot: int
-    answer: RunningAnswer
-    pending: list[int]
-    cached: int = 0
-
-    @property
-    def can_go_on(self) -> bool:
-        """Whether a step would do something for it."""
-        if self.job.is_cancelled or self.pending:
-            return True
-        return self.answer.token is not None and not self.job.outbox.is_full
-
-
-@dataclass(frozen=True)
-class _Load:
-    """How busy the scheduler is: answers in slots, requests waiting, and the limits of both."""
-
-    running: int
-    waiting: int
-    slots: int
-    queue: int
 
 
 class Scheduler:
@@ -82,6 +52,9 @@ class Scheduler:
         drafter: what proposes draft tokens for an answer that runs alone, where that saves the
             session time; None for nothing. A block of tokens rounds otherwise than single ones do,
             so with low-bit weights an answer may then depend on the other requests in the batch.
+
+    Attributes:
+        death: what ended the thread, if it ended by a failure.
     """
 
     def __init__(
@@ -99,30 +72,71 @@ class Scheduler:
         self._queue, self._chunk, self._reuse = queue, prefill_chunk, reuse
         self._drafter = drafter
         self._table = SlotTable(session.slots)
-        self._running: dict[int, _Running] = {}  # by slot, in order of arrival
+        self._running: dict[int, Running] = {}  # by slot, in order of arrival
         self._waiting: deque[Job] = deque()
+        self._reserved = 0  # places of jobs whose prompt is being read
         self._condition = threading.Condition()
+        self._on_death = lambda: None
         self._deadline: float | None = None
         self._is_closed = False
+        self.death: BaseException | None = None
         self._step_s = 0.0
         self._thread = threading.Thread(target=self._work, name="scheduler", daemon=True)
         self._thread.start()
 
     # --- called by other threads ---
 
+    @contextmanager
+    def places(self, count: int) -> Iterator[Callable[[Job], None]]:
+        """Keep places for jobs while their prompt is read, which is work like theirs.
+
+        Args:
+            count: of the jobs.
+
+        Yields:
+            Takes a job to one of the places; everything further goes through its outbox. It raises
+            as this does.
+
+        Raises:
+            RequestFailure: 429, too many wait; 503, no more are taken; 400, more than all places.
+        """
+        with self._condition:
+            self._require_open()
+            limit = self._session.slots + self._queue
+            if count > limit:
+                raise RequestFailure(400, f"At most {limit} answers at a time.", param="n")
+            if self._inside() + count > limit:
+                raise RequestFailure.too_busy(self._retry_after_s())
+            self._reserved += count
+        left = count
+
+        def submit(job: Job) -> None:
+            nonlocal left
+            with self._condition:
+                self._require_open()
+                left -= 1
+                self._reserved -= 1
+                self._waiting.append(job)
+                self._condition.notify()
+
+        try:
+            yield submit
+        finally:
+            with self._condition:
+                self._reserved -= left
+
     def submit(self, job: Job) -> None:
-        """Take a job; everything further goes through its outbox.
+        """Take one job; everything further goes through its outbox.
 
         Raises:
             RequestFailure: 429, too many wait already; 503, no more are taken.
         """
-        with self._condition:
-            if self._deadline is not None or self._is_closed:
-                raise RequestFailure.shutting_down()
-            if len(self._running) + len(self._waiting) >= self._session.slots + self._queue:
-                raise RequestFailure.too_busy(self._retry_after_s())
-            self._waiting.append(job)
-            self._condition.notify()
+        with self.places(1) as submit:
+            submit(job)
+
+    def on_death(self, tell: Callable[[], None]) -> None:
+        """Have something called, from the thread, when the thread ends by a failure of its own."""
+        self._on_death = tell
 
     def cancel(self, job: Job) -> None:
         """Free what a job holds, at the latest after the step that runs."""
@@ -137,14 +151,14 @@ class Scheduler:
         with self._condition:
             self._condition.notify()
 
-    def load(self) -> _Load:
+    def load(self) -> Load:
         """How busy it is."""
-        return _Load(len(self._running), len(self._waiting), self._session.slots, self._queue)
+        return Load(len(self._running), len(self._waiting), self._session.slots, self._queue)
 
     @property
     def is_open(self) -> bool:
         """Whether jobs are taken."""
-        return self._deadline is None and not self._is_closed and self._thread.is_alive()
+        return self._deadline is None and not self._is_closed and self.death is None
 
     def drain(self, grace_s: float) -> None:
         """Take no more jobs, turn the waiting ones away, and end the running ones in time."""
@@ -166,15 +180,35 @@ class Scheduler:
         while self._waiting:
             self._waiting.popleft().outbox.put(RequestFailure.shutting_down())
 
+    def _require_open(self) -> None:
+        """Raise RequestFailure unless jobs are taken."""
+        if self.death is not None:
+            raise RequestFailure.broken()
+        if not self.is_open:
+            raise RequestFailure.shutting_down()
+
+    def _inside(self) -> int:
+        """Places that are taken."""
+        return len(self._running) + len(self._waiting) + self._reserved
+
     def _retry_after_s(self) -> int:
         """Roughly when a slot comes free: the tokens still to come, shared by the slots."""
-        wanted = sum(job.decoding.max_new_tokens for job in self._waiting)
+        most = self._session.max_length
+        wanted = sum(min(job.decoding.max_new_tokens, most) for job in self._waiting)
         estimate_s = self._step_s * wanted / self._session.slots
         return max(1, min(_LONGEST_RETRY_S, round(estimate_s)))
 
     # --- the thread ---
 
     def _work(self) -> None:
+        try:
+            self._advance()
+        except BaseException as error:  # a panic of a library in Rust is no Exception
+            logger.critical("The thread that runs the model has ended.", exc_info=error)
+            self._die(error)
+
+    def _advance(self) -> None:
+        """Step by step, until closed."""
         while self._wait_for_work():
             started = time.monotonic()
             try:
@@ -186,6 +220,17 @@ class Scheduler:
             self._step_s += 0.1 * (time.monotonic() - started - self._step_s)
         for running in list(self._running.values()):
             self._fail(running, RequestFailure.shutting_down())
+
+    def _die(self, error: BaseException) -> None:
+        """Nobody waits for a thread that is no more: fail everything, and tell the server."""
+        with self._condition:
+            self.death = error
+            left = [running.job for running in self._running.values()] + list(self._waiting)
+            self._running.clear()
+            self._waiting.clear()
+        for job in left:
+            job.outbox.put(RequestFailure.broken())
+        self._on_death()
 
     def _wait_for_work(self) -> bool:
         """Sleep until a step has something to do; False when closed."""
@@ -231,38 +276,24 @@ class Scheduler:
                     return
                 job = self._waiting.popleft()
                 slot, kept = self._table.take(job.prompt_ids, self._chunk, self._reuse)
-                running = _Running(job, slot, self._begin(job), list(job.prompt_ids))
-                self._running[slot] = running
+                running = self._running[slot] = self._start(job, slot)
             try:
-                running.cached = self._go_back(slot, kept)
+                running.cached = keep_beginning(self._session, self._table, slot, kept)
                 del running.pending[: running.cached]
             except Exception:
                 logger.exception("Slot %d could not be made ready.", slot)
                 self._fail(running, RequestFailure.internal("The model failed."))
 
-    def _begin(self, job: Job) -> RunningAnswer:
-        """The answer to a job, whose text goes to its outbox."""
-        return RunningAnswer(
-            job.prompt_ids,
-            replace(job.decoding, stop_ids=self._stop_ids.union(job.decoding.stop_ids)),
-            self._session.max_length,
-            self._decoder,
-            make_drafter(self._session, self._drafter),
-            job.outbox.put,
-        )
-
-    def _go_back(self, slot: int, length: int) -> int:
-        """Leave only the first tokens of a slot; returns how many the session could keep."""
-        held = self._session.slot_length(slot)
-        if 0 < length < held:
-            self._session.rewind_slot(slot, length)
-            held = self._session.slot_length(slot)
-        # It may have given up tokens by itself, of a slot that was free.
-        if not 0 < held <= length:
-            self._session.clear(slot)
-            held = 0
-        del self._table.tokens[slot][held:]
-        return held
+    def _start(self, job: Job, slot: int) -> Running:
+        """The beginning of the answer to a job that waits no more."""
+        try:
+            drafter = make_drafter(self._session, self._drafter)
+            length = self._session.max_length
+            return start_job(job, slot, length, self._decoder, self._stop_ids, drafter)
+        except BaseException:
+            self._table.release(slot)
+            job.outbox.put(RequestFailure.internal("The answer could not begin."))
+            raise
 
     def _read_chunk(self) -> None:
         """Read the next chunk of the prompt that came first."""
@@ -299,7 +330,7 @@ class Scheduler:
         for running, row in zip(ready, logits, strict=True):
             self._take(running, [row])
 
-    def _decode(self, ready: list[_Running]) -> np.ndarray:
+    def _decode(self, ready: list[Running]) -> np.ndarray:
         """Feed the last token of each; float32 [len(ready), V]."""
         tokens = [running.answer.ids[-1] for running in ready]
         logits = self._session.decode([running.slot for running in ready], tokens)
@@ -307,25 +338,25 @@ class Scheduler:
             self._table.tokens[running.slot].append(token)
         return logits
 
-    def _draft(self, running: _Running) -> list[int]:
+    def _draft(self, running: Running) -> list[int]:
         """Draft tokens for the only answer: no more than its outbox has room for."""
         return running.answer.draft(running.job.outbox.room)
 
-    def _decode_drafted(self, running: _Running, drafted: list[int]) -> None:
+    def _decode_drafted(self, running: Running, drafted: list[int]) -> None:
         """Feed the last token of the only answer and draft tokens; keep those it accepts."""
         slot, token = running.slot, running.answer.ids[-1]
         held = self._table.tokens[slot]
         rows = self._session.read_block(slot, np.array([token, *drafted], np.int64))
         held.append(token)
         held += drafted[: self._take(running, rows, drafted)]
-        self._take_back(slot, len(held))
+        take_back(self._session, slot, len(held))
 
-    def _decode_apart(self, ready: list[_Running]) -> None:
+    def _decode_apart(self, ready: list[Running]) -> None:
         """After a failure of all together: each alone, so that only the one at fault fails."""
         for running in ready:
             try:
                 length = len(self._table.tokens[running.slot])
-                self._take_back(running.slot, length)
+                take_back(self._session, running.slot, length)
                 logits = self._decode([running])
             except Exception:
                 logger.exception("Decoding slot %d failed.", running.slot)
@@ -333,26 +364,15 @@ class Scheduler:
             else:
                 self._take(running, logits)
 
-    def _take_back(self, slot: int, length: int) -> None:
-        """Undo a token that a failed call may have appended.
-
-        Raises:
-            RuntimeError: the session cannot.
-        """
-        if self._session.slot_length(slot) != length:
-            self._session.rewind_slot(slot, length)
-            if self._session.slot_length(slot) != length:
-                raise RuntimeError(f"slot {slot} cannot go back to {length} tokens")
-
     def _take(
-        self, running: _Running, rows: Iterable[np.ndarray], drafted: Sequence[int] = ()
+        self, running: Running, rows: Iterable[np.ndarray], drafted: Sequence[int] = ()
     ) -> int:
         """Let an answer go on, and free its slot at the end; returns accepted draft tokens."""
         try:
-            accepted = running.answer.take(_numbers(rows), drafted)
+            accepted = running.answer.take(finite_rows(rows), drafted)
         except RequestFailure as failure:
             self._fail(running, failure)
-        except Exception:
+        except BaseException:  # a panic of the tokenizer, too, is the matter of this answer alone
             logger.exception("Choosing a token failed.")
             self._fail(running, RequestFailure.internal("Choosing a token failed."))
         else:
@@ -360,36 +380,20 @@ class Scheduler:
             return accepted
         return 0
 
-    def _end(self, running: _Running) -> None:
+    def _end(self, running: Running) -> None:
         """Say how an answer ended, and free its slot; nothing where it goes on."""
         if running.answer.ending is None:
             return
-        # A full context is a limit of the length, as OpenAI's interface has it.
-        reason = "stop" if running.answer.ending == "stop" else "length"
-        running.job.outbox.put(Ending(reason, len(running.answer.ids), running.cached))
+        running.finish()
         self._release(running)
 
-    def _fail(self, running: _Running, failure: RequestFailure) -> None:
+    def _fail(self, running: Running, failure: RequestFailure) -> None:
         """Give up an answer, and forget what its slot holds: it cannot be trusted any more."""
         running.job.outbox.put(failure)
         self._table.tokens[running.slot].clear()
         self._release(running)
 
-    def _release(self, running: _Running) -> None:
+    def _release(self, running: Running) -> None:
         with self._condition:
             del self._running[running.slot]
             self._table.release(running.slot)
-
-
-def _numbers(rows: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    """Rows of logits, float32 [V], as long as they are numbers.
-
-    Raises:
-        RequestFailure: 500, one holds a NaN, or its largest entry is not finite.
-    """
-    for logits in rows:
-        if not np.isfinite(float(logits.max())):  # NaN if there is one anywhere
-            raise RequestFailure.internal(
-                "The model's logits are not finite numbers; nothing can be chosen."
-            )
-        yield logits

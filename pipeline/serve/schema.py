@@ -6,16 +6,20 @@ it holds what it is anyway (`"n": 1`) or only tells about the request (`"user"`)
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
-from pipeline.runtime.sampling import Sampling
+from pipeline.runtime.sampling import LEAST_TEMPERATURE, MOST_PENALTY, Sampling
 from pipeline.runtime.tokenizer import Message
 from pipeline.serve.failure import RequestFailure
-
-# Smaller temperatures overflow float64; they would choose as 0 does.
-_LEAST_TEMPERATURE = 1e-6
 
 # They say something about the request, or only how quickly it is answered.
 _IGNORED = frozenset(
@@ -33,11 +37,9 @@ _IGNORED = frozenset(
 )
 # What OpenAI's interface does when the field is absent, which is all that this server does.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
     "best_of": (1,),
     "echo": (False,),
     "suffix": ("",),
-    "logprobs": (False,),
     "logit_bias": ({},),
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
@@ -54,15 +56,24 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 _NEUTRAL_IN_MESSAGE: dict[str, tuple[Any, ...]] = {"tool_calls": ([],), "annotations": ([],)}
 
 Body = TypeVar("Body", bound="Generation")
+_Item = TypeVar("_Item")
+# The first wrong element is the last that is looked at: a body can hold a million of them.
+_List = Annotated[list[_Item], Field(fail_fast=True)]
+_Stops = str | _List[str]
+_SHOWN_CHARACTERS = 100
 
 
 class StreamOptions(BaseModel):
     """`stream_options`."""
 
-    model_config = ConfigDict(strict=True, extra="forbid")
+    model_config = ConfigDict(strict=True, extra="allow")
 
     include_usage: bool = False
     include_obfuscation: Literal[False] = False
+
+    @model_validator(mode="after")
+    def _nothing_else(self) -> Self:
+        return _without_others(self)
 
 
 class Generation(BaseModel):
@@ -79,20 +90,21 @@ class Generation(BaseModel):
     model: str
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    n: int | None = Field(default=None, ge=1, le=128)
     max_tokens: int | None = Field(default=None, ge=1)
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = Field(default=None, gt=0, le=1)
     top_k: int | None = Field(default=None, ge=-1)
     min_p: float | None = Field(default=None, ge=0, le=1)
-    repetition_penalty: float | None = Field(default=None, ge=0.1, le=10)
+    repetition_penalty: float | None = Field(default=None, ge=1 / MOST_PENALTY, le=MOST_PENALTY)
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
-    stop: str | list[str] | None = None
+    stop: _Stops | None = None
 
     @field_validator("temperature")
     @classmethod
     def _not_almost_zero(cls, value: float | None) -> float | None:
-        if value and value < _LEAST_TEMPERATURE:
-            raise ValueError(f"give 0, or at least {_LEAST_TEMPERATURE}")
+        if value and value < LEAST_TEMPERATURE:
+            raise ValueError(f"give 0, or at least {LEAST_TEMPERATURE}")
         return value
 
     @field_validator("stop")
@@ -134,6 +146,18 @@ class Generation(BaseModel):
         """Strings that end the answer."""
         return tuple(_as_list(self.stop))
 
+    def answers(self) -> int:
+        """How many answers are wanted."""
+        return self.n or 1
+
+    def alternatives(self) -> int | None:
+        """Of how many likely tokens log probabilities are wanted; None for none at all."""
+        raise NotImplementedError
+
+    def form(self) -> dict[str, Any] | None:
+        """The JSON schema that answers have to follow; None for any text."""
+        return None
+
     def wanted_tokens(self) -> int | None:
         """Most tokens of the answer; None when the client leaves it open."""
         return self.max_tokens
@@ -155,10 +179,14 @@ class Generation(BaseModel):
 class TextPart(BaseModel):
     """A part of a message's content."""
 
-    model_config = ConfigDict(strict=True, extra="forbid")
+    model_config = ConfigDict(strict=True, extra="allow")
 
     type: Literal["text"]
     text: str
+
+    @model_validator(mode="after")
+    def _nothing_else(self) -> Self:
+        return _without_others(self)
 
 
 class ChatMessage(BaseModel):
@@ -167,7 +195,7 @@ class ChatMessage(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | _List[TextPart]
 
     def to_message(self) -> Message:
         """As chat templates take it; `developer` is OpenAI's newer name of `system`."""
@@ -176,11 +204,55 @@ class ChatMessage(BaseModel):
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
+class JsonSchema(BaseModel):
+    """`response_format.json_schema`."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    name: str | None = None
+    description: str | None = None
+    strict: bool | None = None
+    definition: dict[str, Any] = Field(alias="schema")
+
+    @model_validator(mode="after")
+    def _nothing_else(self) -> Self:
+        return _without_others(self)
+
+
+class ResponseFormat(BaseModel):
+    """`response_format`."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _nothing_else(self) -> Self:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema is given with the type json_schema, and with no other")
+        return _without_others(self)
+
+
 class ChatRequest(Generation):
     """`POST /v1/chat/completions`."""
 
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: list[ChatMessage] = Field(min_length=1, fail_fast=True)
     max_completion_tokens: int | None = Field(default=None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=20)
+    response_format: ResponseFormat | None = None
+
+    def form(self) -> dict[str, Any] | None:
+        """As `Generation.form`."""
+        wanted = self.response_format
+        if wanted is None or wanted.type == "text":
+            return None
+        return {"type": "object"} if wanted.json_schema is None else wanted.json_schema.definition
+
+    def alternatives(self) -> int | None:
+        """As `Generation.alternatives`."""
+        return (self.top_logprobs or 0) if self.logprobs else None
 
     def wanted_tokens(self) -> int | None:
         """Most tokens of the answer, by either of the two names."""
@@ -194,6 +266,8 @@ class ChatRequest(Generation):
             raise RequestFailure(
                 400, "max_tokens and max_completion_tokens differ.", param="max_tokens"
             )
+        if self.top_logprobs and not self.logprobs:
+            raise RequestFailure(400, 'top_logprobs needs "logprobs": true.', param="top_logprobs")
         for index, message in enumerate(self.messages):
             extra = message.model_extra or {}
             _require_neutral(extra, _NEUTRAL_IN_MESSAGE, f"messages[{index}].")
@@ -204,7 +278,17 @@ class CompletionRequest(Generation):
 
     default_tokens: ClassVar[int | None] = 16
 
-    prompt: str | list[int] | list[str] | list[list[int]]
+    prompt: str | _List[int] | _List[str] | _List[_List[int]]
+    logprobs: int | None = Field(default=None, ge=0, le=5)
+
+    @field_validator("logprobs", mode="before")
+    @classmethod
+    def _false_is_none(cls, value: Any) -> Any:
+        return None if value is False else value
+
+    def alternatives(self) -> int | None:
+        """As `Generation.alternatives`."""
+        return self.logprobs
 
     def one_prompt(self) -> str | list[int]:
         """The prompt, out of a list of one if need be.
@@ -230,6 +314,7 @@ def _explain(error: ValidationError) -> RequestFailure:
     path = [str(part) for part in first["loc"]]
     # Behind the field, the path names alternatives of a union: not the client's business.
     name = path[0] if path and path[0] != "messages" else ".".join(path[:3])
+    name = name[:_SHOWN_CHARACTERS]
     message = f"{name}: {first['msg']}" if name else first["msg"]
     return RequestFailure(400, message, param=name or None, code="invalid_value")
 
@@ -240,12 +325,24 @@ def _require_neutral(fields: dict[str, Any], neutral: dict[str, tuple[Any, ...]]
         if value is None or (not at and name in _IGNORED):
             continue
         if not any(_is_same(value, allowed) for allowed in neutral.get(name, ())):
+            shown = f"{at}{name[:_SHOWN_CHARACTERS]}"
             raise RequestFailure(
                 400,
-                f"This server does not support {at}{name} with this value; leave it out.",
-                param=f"{at}{name}",
+                f"This server does not support {shown} with this value; leave it out.",
+                param=shown,
                 code="unsupported_parameter",
             )
+
+
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+def _without_others(model: _Model) -> _Model:
+    """A part of a body, which has no fields but its own."""
+    extra = next(iter(model.model_extra or {}), None)
+    if extra is not None:
+        raise ValueError(f"the field {extra[:_SHOWN_CHARACTERS]} is not known")
+    return model
 
 
 def _is_same(value: Any, allowed: Any) -> bool:

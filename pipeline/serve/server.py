@@ -25,6 +25,8 @@ from pipeline.runtime.sessions.slots import open_slots
 from pipeline.runtime.tokenizer import load_tokenizer, stop_token_ids
 from pipeline.serve.app import Api, Limits
 from pipeline.serve.connection import LimitedConnection
+from pipeline.serve.gate import Callers, Gate, host_name
+from pipeline.serve.grammar import GrammarMaker
 from pipeline.serve.prompt import PromptReader
 from pipeline.serve.scheduler import PREFILL_CHUNK, Scheduler
 
@@ -53,6 +55,9 @@ class ServeRequest:
         limits: what a client may ask for.
         keys: accepted API keys; none accepts everybody.
         grace_s: how long running answers may take after the signal to stop.
+        allowed_hosts: names that it goes by, beside `host`, addresses and localhost; "*" is any.
+            With keys and without such names it goes by any.
+        cors_origins: of web pages that may use it; "*" is any.
     """
 
     folder: Path
@@ -69,6 +74,8 @@ class ServeRequest:
     limits: Limits = field(default_factory=Limits)
     keys: tuple[str, ...] = ()
     grace_s: float = 10.0
+    allowed_hosts: tuple[str, ...] = ()
+    cors_origins: tuple[str, ...] = ()
 
 
 class _Server(uvicorn.Server):
@@ -81,16 +88,22 @@ class _Server(uvicorn.Server):
 
     Attributes:
         ended_by: the signal that ended it, if one did.
+        scheduler: as given.
     """
 
     def __init__(self, config: uvicorn.Config, scheduler: Scheduler, grace_s: float) -> None:
         super().__init__(config)
         self.ended_by: int | None = None
-        self._scheduler, self._grace_s = scheduler, grace_s
+        self.scheduler, self._grace_s = scheduler, grace_s
+        scheduler.on_death(self._end)
+
+    def _end(self) -> None:
+        """End, from another thread."""
+        self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Take no more, end what runs, close."""
-        self._scheduler.drain(self._grace_s)
+        self.scheduler.drain(self._grace_s)
         await super().shutdown(sockets)
 
     @contextlib.contextmanager
@@ -120,7 +133,7 @@ def serve(request: ServeRequest) -> int:
     """Serve until a signal comes.
 
     Returns:
-        Exit status: 0, or 130 after Ctrl-C.
+        Exit status: 0, 130 after Ctrl-C, or 1 when the thread that runs the model failed.
 
     Raises:
         InputError: the folder does not load.
@@ -129,8 +142,13 @@ def serve(request: ServeRequest) -> int:
     with _listen(request.host, request.port) as listener:
         session = open_slots(request.folder, request.backend, request.threads, request.slots)
         with _running_server(request, session) as server:
+            listener.listen()  # whoever reads the address may call it at once
             _announce(request, session, listener)
             server.run(sockets=[listener])
+            death = server.scheduler.death
+    if death is not None:
+        note(f"error: the thread that runs the model has failed: {type(death).__name__}")
+        return 1
     note("stopped")
     return 130 if server.ended_by == signal.SIGINT else 0
 
@@ -149,14 +167,19 @@ def _running_server(request: ServeRequest, session: SlotSession) -> Iterator[_Se
         reuse=request.reuse,
         drafter=PROMPT_LOOKUP if request.lookup else None,
     )
-    prompts = PromptReader(tokenizer, session.vocab_size, session.max_length)
+    # transformers' tokenizers change while they are used: one for each thread.
+    is_shareable = not type(tokenizer).__module__.startswith("transformers")
+    second = tokenizer if is_shareable else load_tokenizer(request.folder)
+    prompts = PromptReader(tokenizer, second, session.vocab_size, session.max_length)
+    name = _served_name(request)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    grammars = GrammarMaker(backend, session.vocab_size, stop_ids)
+    api = Api(name, session.max_length, scheduler, prompts, grammars, request.limits, request.keys)
     try:
-        name = _served_name(request)
-        api = Api(name, session.max_length, scheduler, prompts, request.limits, request.keys)
         yield _Server(_configure(request, api), scheduler, request.grace_s)
     finally:
         scheduler.close()
-        prompts.close()
+        api.close()
 
 
 def _configure(request: ServeRequest, api: Api) -> uvicorn.Config:
@@ -167,7 +190,7 @@ def _configure(request: ServeRequest, api: Api) -> uvicorn.Config:
         max_connections=_MAX_CONNECTIONS,
     )
     return uvicorn.Config(
-        api.app(),
+        Gate(api.app(), _callers(request)),
         http=connection,  # type: ignore[arg-type] # called like the class, never subclassed
         ws="none",
         lifespan="off",
@@ -177,6 +200,15 @@ def _configure(request: ServeRequest, api: Api) -> uvicorn.Config:
         server_header=False,
         timeout_graceful_shutdown=math.ceil(request.grace_s + _FLUSH_S),
     )
+
+
+def _callers(request: ServeRequest) -> Callers:
+    """Whom the server answers."""
+    named = (host_name(name) for name in (*request.allowed_hosts, request.host))
+    hosts = frozenset(name for name in named if name is not None)
+    looks_at_names = not request.keys or request.allowed_hosts
+    origins = frozenset(origin.lower() for origin in request.cors_origins)
+    return Callers(hosts if looks_at_names else None, origins)
 
 
 def _listen(host: str, port: int) -> socket.socket:

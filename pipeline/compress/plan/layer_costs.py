@@ -6,7 +6,6 @@ memory. A fit asks for the same statistics: in what geometry errors count.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,13 +15,12 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from pipeline.artefact import write_json
 from pipeline.calibrate.fisher import BackwardSweep
 from pipeline.calibrate.hooks import not_finite
 from pipeline.calibrate.moments import DrawnMoments, GroupMoments, balanced
 from pipeline.compress.factorize.factors import Form
 from pipeline.compress.factorize.whitened_svd import shrunk, truncation_losses
-from pipeline.compress.finished_layers import FinishedLayers
+from pipeline.compress.finished_layers import FinishedLayers, keep_values, kept_values
 from pipeline.compress.plan.plan import Curves, EmbeddingChoice, Members
 from pipeline.compress.plan.quantization_costs import QuantizationCosts, StackCost
 from pipeline.compress.plan.rank_search import stacks_of
@@ -166,11 +164,11 @@ class LayerCosts:
     ) -> list[list[EmbeddingChoice]]:
         """What `measure` returns, kept in the folder so that it is measured once."""
         path = self.folder / f"{name}.json"
-        if path.exists():
-            kept = json.loads(path.read_text(encoding="utf-8"))
+        kept = kept_values(path)
+        if kept is not None:
             return [[EmbeddingChoice(**choice) for choice in choices] for choices in kept]
         found = measure()
-        write_json(path, [[asdict(choice) for choice in choices] for choices in found])
+        keep_values(path, [[asdict(choice) for choice in choices] for choices in found])
         return found
 
     def sensitivities(self, members: Members) -> list[torch.Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,7 +11,9 @@ import numpy as np
 
 from pipeline.artefact import write_json
 from pipeline.compress.factorize.factors import Form
+from pipeline.compress.plan.plan_file import WRITTEN_AS, read_plan_file
 from pipeline.errors import InputError, UsageError
+from pipeline.json_file import restated
 from pipeline.model.structure import Layer
 from pipeline.quantize.formats import Format
 
@@ -20,10 +21,6 @@ _SCHEMA = 1
 Members = tuple[str, ...]
 # Loss, in nats, of a stack of members at each rank from 0 to min(m, n).
 Curves = dict[Members, np.ndarray]
-
-
-# plan.json says "style" where everything else says "format".
-_WRITTEN_AS = {"down_format": "down_style", "up_format": "up_style"}
 
 
 @dataclass(frozen=True)
@@ -63,7 +60,7 @@ class GroupPlan:
 
     def to_json(self) -> dict[str, Any]:
         """The fields as plan.json has them, with the numbers before and after."""
-        fields = {_WRITTEN_AS.get(name, name): value for name, value in asdict(self).items()}
+        fields = {WRITTEN_AS.get(name, name): value for name, value in asdict(self).items()}
         return fields | {
             "members": list(self.members),
             "dense_parameters": self.dense_parameters,
@@ -126,22 +123,17 @@ class RankPlan:
         """Read a plan, perhaps edited by hand, and check it against a model.
 
         Raises:
-            InputError: not a plan, or not one for this model.
+            InputError: not a plan, or not one for this model; names group and field.
         """
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-            planned = {
-                name: tuple(_group_from(entry) for entry in entries)
-                for name, entries in raw["layers"].items()
-            }
-            tables = {
-                str(name): _checked_format(format) for name, format in raw.get("tables", {}).items()
-            }
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError("The rank plan cannot be read.", where=path, observed=error) from error
+            written, tables, caches = read_plan_file(path, _SCHEMA)
+        except InputError as error:
+            raise restated(error, "The rank plan cannot be read.", path) from error
+        planned = {
+            name: tuple(GroupPlan(**group) for group in groups) for name, groups in written.items()
+        }
         _check_fit(path, planned, layers)
-        formats = {name: format for name, format in tables.items() if format}
-        return cls(planned, formats, raw.get("caches"))
+        return cls(planned, tables, caches)
 
     def save(self, path: Path) -> None:
         """Write plan.json."""
@@ -293,27 +285,6 @@ def _check_fit(path: Path, planned: dict[str, tuple[GroupPlan, ...]], layers: li
                 observed=f"{group.rows} rows, rank {group.rank}",
                 expected=f"{heights} rows, rank 1 to {min(heights, group.columns)}",
             )
-
-
-def _group_from(entry: dict[str, Any]) -> GroupPlan:
-    form = entry["form"]
-    if form not in ("dense", "low_rank", "skip"):
-        raise ValueError(f"form {form!r} of {entry['members']} is not dense, low_rank or skip")
-    return GroupPlan(
-        tuple(entry["members"]),
-        int(entry["rows"]),
-        int(entry["columns"]),
-        form,
-        int(entry["rank"]),
-        entry.get("reason"),
-        entry.get("expected_kl"),
-        *(_checked_format(entry.get(name)) for name in _WRITTEN_AS.values()),
-    )
-
-
-def _checked_format(name: str | None) -> str | None:
-    """A format's name as it is written, checked."""
-    return None if name is None else Format.parse(name).name
 
 
 def _stored_parameters(form: Form, rows: int, columns: int, rank: int) -> int:

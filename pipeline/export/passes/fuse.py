@@ -2,6 +2,9 @@
 
 w * x * (mean(x^2) + eps)^-1/2        -> RMSNormalization(x, w)
 x * cos + rotate_half(x) * sin        -> RotaryEmbedding(x, cos, sin)
+
+A norm's input and gain are brought to one type, for ONNX's own type inference knows no other norm:
+models in half precision whose gain is applied in float32 have two.
 """
 
 from __future__ import annotations
@@ -51,7 +54,35 @@ def fuse_operators(model: ir.Model) -> dict[str, int]:
         "RMSNormalization": fuse_rms_normalization(model),
         "RotaryEmbedding": fuse_rotary_embedding(model) + _HALF_ROTARY.apply_to_model(model),
     }
+    for node in list(model.graph):
+        if node.op_type == "RMSNormalization" and not node.domain:
+            _bring_to_one_type(model.graph, node)
     return fused
+
+
+def _bring_to_one_type(graph: ir.Graph, norm: ir.Node) -> None:
+    """Where input and gain differ in type, let the norm have all in float32."""
+    inputs, result = [v for v in norm.inputs if v is not None], norm.outputs[0]
+    if len({value.dtype for value in inputs}) == 1:
+        return
+    for number, value in enumerate(inputs):
+        if value.dtype != ir.DataType.FLOAT:
+            widened = ir.node("Cast", [value], {"to": ir.DataType.FLOAT})
+            widened.outputs[0].name = f"{result.name}.widened.{number}"
+            widened.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+            widened.outputs[0].shape = value.shape
+            graph.insert_before(norm, widened)
+            norm.replace_input_with(number, widened.outputs[0])
+    if (narrow := result.dtype) == ir.DataType.FLOAT or narrow is None:
+        return
+    back = ir.node("Cast", [result], {"to": narrow})
+    back.outputs[0].name = f"{result.name}.narrowed"
+    back.outputs[0].type, back.outputs[0].shape = ir.TensorType(narrow), result.shape
+    result.type = ir.TensorType(ir.DataType.FLOAT)
+    graph.insert_after(norm, back)
+    users = [use for use in result.uses() if use.node is not back]
+    for user, number in users:
+        user.replace_input_with(number, back.outputs[0])
 
 
 def merge_duplicates(model: ir.Model) -> None:

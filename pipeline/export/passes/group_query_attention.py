@@ -32,6 +32,7 @@ from pipeline.export.passes.weights import (
 
 _logger = logging.getLogger(__name__)
 _HEADS_FIRST = [0, 2, 1, 3]
+_TURNED_WIDTH = 16
 
 
 def simplify_attention(model: ir.Model, max_length: int) -> dict[str, int]:
@@ -86,6 +87,8 @@ def _rotate_inside(
         return "q or k is not what a whole rotation of heads gives"
     if query[1] != key[1]:
         return "q and k are rotated by different angles"
+    if (width := query[0].shape[3] if query[0].shape else None) is None or width % _TURNED_WIDTH:
+        return f"it turns heads whose width is a multiple of {_TURNED_WIDTH}, not {width}"
     if query[1] not in tables:
         arrays = _by_position(model, query[1], max_length)
         if arrays is None:
@@ -97,7 +100,7 @@ def _rotate_inside(
         ]
     for number, (source, _) in enumerate((query, key)):
         node.replace_input_with(number, _flat(model.graph, source, node, number))
-    node.resize_inputs(9)
+    node.resize_inputs(max(9, len(node.inputs)))
     for number, table in enumerate(tables[query[1]], start=7):
         node.replace_input_with(number, table)
     node.attributes.add(ir.AttrInt64("do_rotary", 1))

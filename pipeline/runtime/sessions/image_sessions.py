@@ -8,8 +8,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from pipeline.errors import InputError, ResourceError
-from pipeline.export.contract import LOGITS, PIXEL_VALUES
+from pipeline.export.contract import GRAPH_FILE, LOGITS, PIXEL_VALUES
 from pipeline.model.task import IMAGES
+from pipeline.runtime.sessions.graph_interface import (
+    explained,
+    require_image_graph,
+    require_logits,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -67,9 +72,11 @@ class OnnxImages:
         from pipeline.export.record import read_export_record
         from pipeline.runtime.sessions.onnx_session import Graph
 
-        self.name = name
+        self.name, self._graph = name, folder / GRAPH_FILE
         self.record = read_export_record(folder, tasks=(IMAGES,))
         self._session, self._weights = Graph.open(folder, self.record, None)
+        require_image_graph(self._session, self.record, folder)
+        self.classify(np.zeros((1, *self.record.pixel_values), np.float32))
 
     def classify(self, pixels: np.ndarray) -> np.ndarray:
         """Logits of a batch.
@@ -79,7 +86,9 @@ class OnnxImages:
         """
         _require_shape(pixels, self.record.pixel_values, self.name)
         given = np.ascontiguousarray(pixels, dtype=self.record.dtype)
-        (logits,) = self._session.run([LOGITS], {PIXEL_VALUES: given})
+        with explained(self._graph):
+            (logits,) = self._session.run([LOGITS], {PIXEL_VALUES: given})
+        require_logits(logits, (len(pixels), self.record.classes), self._graph)
         answer: np.ndarray = logits.astype(np.float32)
         return answer
 

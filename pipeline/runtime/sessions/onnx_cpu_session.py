@@ -18,9 +18,9 @@ import numpy as np
 
 from pipeline.export.contract import (
     ATTENTION_MASK,
-    CACHE_PREFIX,
     FIRST_LOGIT,
     FLOAT,
+    GRAPH_FILE,
     INPUT_IDS,
     INT8,
     LOGITS,
@@ -29,6 +29,11 @@ from pipeline.export.contract import (
 )
 from pipeline.export.record import read_export_record
 from pipeline.runtime.sessions.checks import CheckedSession
+from pipeline.runtime.sessions.graph_interface import (
+    explained,
+    require_decoder_graph,
+    require_logits,
+)
 from pipeline.runtime.sessions.onnx_session import Graph, share_buffer
 
 # A long prompt goes in by parts: activations stay small, and so does the arena that keeps them.
@@ -76,9 +81,12 @@ class CpuSession(CheckedSession):
         self._session, self._weights = self._graph
         nodes = [*self._session.get_inputs(), *self._session.get_overridable_initializers()]
         self._inputs = {node.name: node for node in nodes}
+        self._widths = require_decoder_graph(self._session, record, folder)
         self._lengths = np.zeros(slots, np.int64)
         self._allocate(slots)
         self._rows = None
+        if graph is None:
+            self._rehearse()
         # One row of a product with 4 bits is summed in another order than several are.
         self._sums_one_row_alike = record.weights in (FLOAT, INT8)
 
@@ -220,11 +228,35 @@ class CpuSession(CheckedSession):
         wanted = count if first is _ALL or FIRST_LOGIT not in self._inputs else 1
         logits = np.empty((rows, wanted, self.vocab_size), np.float32)
         binding.bind_ortvalue_output(LOGITS, share_buffer(logits))
-        self._session.run_with_iobinding(binding)
+        with explained(self._folder / GRAPH_FILE):
+            self._session.run_with_iobinding(binding)
         if self._weights is not None and count > 1:
             self._weights.release_pages()  # rows of the embedding, each with the pages around it
         self._lengths[row : row + rows] = ends
         return logits if first is _ALL else logits[:, -1:]
+
+    def _rehearse(self) -> None:
+        """One call of one token, so that a graph that cannot run is refused when it is opened.
+
+        The mask is as wide as it will ever be: attention holds it against its table of angles.
+
+        Raises:
+            InputError: the graph fails, or its logits are not as wide as the record says.
+        """
+        feeds = {
+            INPUT_IDS: np.zeros((1, 1), np.int64),
+            ATTENTION_MASK: np.eye(1, self.max_length, dtype=np.int64),
+            POSITION_IDS: np.zeros((1, 1), np.int64),
+        }
+        binding = self._bound(0, 1)
+        for name in self._inputs.keys() & feeds:
+            binding.bind_ortvalue_input(name, share_buffer(feeds[name]))
+        binding.bind_output(LOGITS)
+        with explained(self._folder / GRAPH_FILE):
+            self._session.run_with_iobinding(binding)
+            logits = binding.get_outputs()[-1].numpy()
+        self._bindings.clear()
+        require_logits(logits, (1, 1, self.vocab_size), self._folder / GRAPH_FILE)
 
     def _bound(self, row: int, rows: int) -> Any:
         """A binding with the cache of these rows bound as past and as present."""
@@ -241,10 +273,8 @@ class CpuSession(CheckedSession):
         """Empty rows; the system gives memory to zeros only when something is written."""
         self._bindings: dict[tuple[int, int], Any] = {}
         self._buffers = {}
-        for name, node in self._inputs.items():
-            if name.startswith(CACHE_PREFIX):
-                _, heads, _, width = node.shape
-                self._buffers[name] = np.zeros((slots, heads, self.max_length, width), np.float32)
+        for name, (heads, width) in self._widths.items():
+            self._buffers[name] = np.zeros((slots, heads, self.max_length, width), np.float32)
 
     def _grow(self, slots: int) -> None:
         """More rows, the present ones kept."""

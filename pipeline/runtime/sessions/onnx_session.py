@@ -7,35 +7,39 @@ slots in place and copies nothing. `compat` feeds each `present` back as the nex
 
 from __future__ import annotations
 
+import math
 import mmap
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from pipeline.errors import InputError, MissingPackageError
+from pipeline.errors import InputError, MissingPackageError, ResourceError
 from pipeline.export.contract import (
     ATTENTION_MASK,
     COMPAT,
-    FLOAT16,
-    FLOAT32,
     GRAPH_FILE,
     INPUT_IDS,
     LOGITS,
     OPSET24,
     POSITION_IDS,
     PROFILES,
-    TOKEN_INPUTS,
     WEIGHTS_FILE,
-    cache_names,
     dotted,
     present_name,
 )
-from pipeline.export.record import ExportRecord, read_export_record
+from pipeline.export.record import ExportRecord, read_export_record, require_weights
 from pipeline.runtime.sessions.checks import CheckedSession
+from pipeline.runtime.sessions.graph_interface import (
+    explained,
+    first_line,
+    require_decoder_graph,
+    require_logits,
+)
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -46,7 +50,6 @@ _BORROW_FILES = "session.use_external_initializer_file_buffers_directly"
 _PREFILL_TOKENS = 512
 # How long read pages may pile up while a session packs them.
 _INTERVAL_S = 0.01
-_ORT_TYPES = {FLOAT32: "tensor(float)", FLOAT16: "tensor(float16)"}
 
 
 class OnnxSession(CheckedSession):
@@ -77,10 +80,13 @@ class OnnxSession(CheckedSession):
         self.max_length = self.record.max_length
         self._folder, self._graph = folder, graph or Graph.open(folder, self.record, threads)
         self._session, self._weights = self._graph
-        self._widths = _cache_widths(self._session, self.record, folder)
+        self._widths = require_decoder_graph(self._session, self.record, folder)
         self._buffers: dict[str, np.ndarray] = {}
         self._cache: dict[str, Any] = {}
         self.reset()
+        if graph is None:
+            self.forward(np.zeros((1, 1), np.int64))  # a graph that cannot run is refused now
+            self.reset()
 
     def rewind(self, length: int) -> None:
         """Forget all but the first `length` tokens.
@@ -125,11 +131,14 @@ class OnnxSession(CheckedSession):
                 binding.bind_ortvalue_output(present_name(past_name), value)
             else:
                 binding.bind_output(present_name(past_name))
-        self._session.run_with_iobinding(binding)
-        logits, *present = binding.get_outputs()
+        with explained(self._folder / GRAPH_FILE):
+            self._session.run_with_iobinding(binding)
+            logits, *present = binding.get_outputs()
+            found: np.ndarray = logits.numpy()
+        require_logits(found, (*input_ids.shape, self.vocab_size), self._folder / GRAPH_FILE)
         if not self.record.traits.static_cache:
             self._cache = dict(zip(self._cache, present, strict=True))
-        return logits.numpy()
+        return found
 
     def _start_cache(self, rows: int) -> None:
         """Bind an empty cache for `rows` sequences, in the buffers of the last one if they fit.
@@ -144,10 +153,28 @@ class OnnxSession(CheckedSession):
             for name, shape in shapes.items()
         ):
             dtype = np.dtype(self.record.dtype)
+            needed_bytes = dtype.itemsize * sum(map(math.prod, shapes.values()))
+            _require_memory(needed_bytes, self._folder)
             self._buffers = {name: np.zeros(shape, dtype) for name, shape in shapes.items()}
-        for buffer in self._buffers.values():
-            buffer.fill(0)
+        else:
+            for buffer in self._buffers.values():
+                buffer.fill(0)
         self._cache = {name: share_buffer(buffer) for name, buffer in self._buffers.items()}
+
+
+def _require_memory(needed_bytes: int, folder: Path) -> None:
+    """Raise ResourceError for a cache, read to its end at every step, that memory cannot hold."""
+    import psutil
+
+    free_bytes = psutil.virtual_memory().available
+    if needed_bytes > free_bytes:
+        raise ResourceError(
+            "There is not enough memory for the cache of this export.",
+            where=folder,
+            observed=f"{free_bytes / 1e9:.1f} GB free",
+            expected=f"{needed_bytes / 1e9:.1f} GB",
+            change="export with a shorter --max-length",
+        )
 
 
 def token_feeds(input_ids: np.ndarray, past_length: int) -> dict[str, np.ndarray]:
@@ -194,7 +221,8 @@ class Graph(NamedTuple):
         """Load `folder/model.onnx`, with every failure explained.
 
         Raises:
-            InputError: the installed ONNX Runtime is too old for the profile, or refuses the graph.
+            InputError: the installed ONNX Runtime is too old for the profile, or refuses the graph;
+                or the weights are not those of the export.
             MissingPackageError: onnxruntime is not installed.
         """
         try:
@@ -203,7 +231,7 @@ class Graph(NamedTuple):
             raise MissingPackageError("onnxruntime", "cpu", "run an ONNX export") from error
         _require_runtime_version(onnxruntime.__version__, record.profile)
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # what fails is raised, and told once
         # Products behind DequantizeLinear would otherwise have inputs rounded to 8 bits, unasked.
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
         if threads is not None:
@@ -212,17 +240,22 @@ class Graph(NamedTuple):
         borrows = _borrows_files(onnxruntime.__version__)
         weights = _map_weights(folder / WEIGHTS_FILE) if borrows else None
         try:
-            with _lend_weights(options, weights):
+            # Beside the loading, which takes longer, where the hash is not known yet.
+            with ThreadPoolExecutor(1) as beside, _lend_weights(options, weights):
+                checked = beside.submit(require_weights, folder, record)
                 session = onnxruntime.InferenceSession(
                     str(path), options, providers=["CPUExecutionProvider"]
                 )
+        except MemoryError:
+            raise
         except Exception as error:  # ONNX Runtime's exceptions share no base class but this one
             raise InputError(
                 "ONNX Runtime cannot load this graph.",
                 where=path,
-                observed=str(error).strip(),
+                observed=first_line(error),
                 change="check that model.onnx.data lies beside it, or export again",
             ) from error
+        checked.result()
         return cls(session, weights)
 
 
@@ -302,55 +335,4 @@ def _require_runtime_version(version: str, profile: str) -> None:
             observed=f"onnxruntime {version}",
             expected=f"onnxruntime {dotted(oldest)} or newer",
             change=f"pip install -U onnxruntime, or export with --profile {COMPAT}",
-        )
-
-
-def _cache_widths(
-    session: onnxruntime.InferenceSession, record: ExportRecord, folder: Path
-) -> dict[str, tuple[int, int]]:
-    """(heads, width) of each `past_key_values.*` input, after checking the graph's interface.
-
-    The width is read from the graph, since a compressed cache need not be head_dim wide.
-
-    Raises:
-        InputError: the graph's inputs and outputs are not those that `export.json` promises.
-    """
-    inputs = {node.name: node for node in session.get_inputs()}
-    outputs = {node.name for node in session.get_outputs()}
-    past = cache_names(record.num_layers)
-    promised = {*TOKEN_INPUTS, *past}
-    _require_names(set(inputs), promised, "inputs", folder)
-    _require_names(outputs, {LOGITS, *map(present_name, past)}, "outputs", folder)
-    for name in past:
-        _require_cache_input(inputs[name], record, folder)
-    return {name: (inputs[name].shape[1], inputs[name].shape[3]) for name in past}
-
-
-def _require_names(observed: set[str], expected: set[str], kind: str, folder: Path) -> None:
-    """Raise InputError when two sets of tensor names differ, naming the difference."""
-    if observed != expected:
-        raise InputError(
-            f"The graph's {kind} are not those that export.json promises.",
-            where=folder / GRAPH_FILE,
-            observed=f"unexpected {sorted(observed - expected)[:4]}",
-            expected=f"missing {sorted(expected - observed)[:4]}",
-            change="export the checkpoint again",
-        )
-
-
-def _require_cache_input(node: Any, record: ExportRecord, folder: Path) -> None:
-    """Raise InputError when a cache input has another dtype or static length than promised."""
-    length = node.shape[2]
-    expected_length = record.max_length if record.traits.fixed_length else "any length"
-    length_is_right = length == expected_length or (
-        not record.traits.static_cache and not isinstance(length, int)
-    )
-    widths_are_static = isinstance(node.shape[1], int) and isinstance(node.shape[3], int)
-    if node.type != _ORT_TYPES[record.dtype] or not length_is_right or not widths_are_static:
-        raise InputError(
-            f"The cache input {node.name} is not what export.json promises.",
-            where=folder / GRAPH_FILE,
-            observed=f"{node.type} {node.shape}",
-            expected=f"{_ORT_TYPES[record.dtype]} [batch, heads, {expected_length}, width]",
-            change="export the checkpoint again",
         )

@@ -17,6 +17,7 @@ import numpy as np
 
 from pipeline.artefact import sha256_of_file
 from pipeline.engine.manifest import (
+    MANIFEST_FILE,
     EngineRuntime,
     check_manifest,
     mismatch,
@@ -34,7 +35,9 @@ from pipeline.export.contract import (
     present_name,
 )
 from pipeline.gpu import Gpu, find_gpu
+from pipeline.json_file import json_field
 from pipeline.runtime.sessions.checks import CheckedSession
+from pipeline.runtime.sessions.engine_interface import require_engine_interface
 from pipeline.runtime.sessions.onnx_session import token_feeds
 
 if TYPE_CHECKING:
@@ -100,7 +103,8 @@ def open_engine(
         MissingPackageError: torch with CUDA, or the engine's TensorRT, is not installed.
     """
     gpu = _require_gpu(folder)
-    flavour = read_manifest(folder)["target"]["flavour"]
+    path = folder / MANIFEST_FILE
+    flavour = json_field(read_manifest(folder)["target"], "flavour", str, path)
     library = _load_library(flavour)
     manifest = check_manifest(
         folder, onnx_folder, EngineRuntime(flavour, library.__version__, gpu.capability)
@@ -139,6 +143,8 @@ class TensorRTSession(CheckedSession):
         self.vocab_size: int = self.manifest["onnx"]["vocab_size"]
         self.max_length: int = self.manifest["onnx"]["max_length"]
         self._profiles = [ShapeProfile.from_json(entry) for entry in self.manifest["profiles"]]
+        if engine is None:
+            require_engine_interface(self._engine, self.manifest, self._profiles[:1], folder)
         self._context = self._opened.make_context()
         self._stream = self._torch.cuda.Stream()
         self._active_profile: int | None = None

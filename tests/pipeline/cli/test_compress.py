@@ -142,7 +142,7 @@ def test_an_existing_output_is_refused_before_anything_is_loaded(
 
 
 def test_overwrite_replaces_the_whole_folder(original: str, compressed: Path, output: Path) -> None:
-    output.mkdir()
+    shutil.copytree(compressed, output)
     (output / "stale.txt").write_text("of an earlier run")
     arguments = ["compress", "-m", original, "-o", str(output), *SETTINGS]
     assert main(arguments) == 2

@@ -55,9 +55,9 @@ def test_the_dense_model_is_plain_and_gives_the_same_logits(
 def test_an_existing_output_is_refused_and_can_be_replaced(
     compressed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "dense").mkdir()
-    (tmp_path / "dense" / "stale.txt").write_text("stale")
     arguments = ["export-dense", str(compressed), "-o", str(tmp_path / "dense")]
+    assert main(arguments) == 0
+    (tmp_path / "dense" / "stale.txt").write_text("stale")
     assert main(arguments) == 2
     assert "--overwrite" in capsys.readouterr().err
     assert main([*arguments, "--overwrite"]) == 0

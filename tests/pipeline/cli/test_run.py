@@ -166,3 +166,27 @@ def test_a_compressed_checkpoint_answers_on_the_gpu_as_on_the_cpu(
         answers.append(json.loads(capsys.readouterr().out))
     assert "block-skip kernels" in answers[1]["backend"]
     assert answers[0]["text"] == answers[1]["text"]
+
+
+@pytest.mark.parametrize("flags", [["-p", "a\udcff"], ["-p", "a", "--stop", "\udcff"]])
+def test_bytes_that_are_no_text_are_named(
+    folders: dict[str, str], capsys: pytest.CaptureFixture[str], flags: list[str]
+) -> None:
+    assert main(["run", folders["onnx"], *flags]) == 3
+    captured = capsys.readouterr().err
+    assert "byte 0xff at" in captured
+    assert "Traceback" not in captured
+
+
+def test_stdin_that_is_no_text_is_named_and_a_byte_order_mark_passed_over(
+    folders: dict[str, str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    arguments = ["run", folders["onnx"], "--raw", "--json", "--max-new-tokens", "2"]
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"ab\xff")))
+    assert main(arguments) == 3
+    assert "byte 0xff at 2" in capsys.readouterr().err
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbfabc")))
+    assert main(arguments) == 0
+    assert json.loads(capsys.readouterr().out)["prompt_tokens"] == 3

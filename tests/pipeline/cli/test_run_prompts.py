@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from pipeline.cli.main import main
@@ -104,3 +105,116 @@ def test_a_stop_string_cuts_where_it_begins_as_alone(
         assert [answer[key] for key in ("text", "prompt_tokens", "new_tokens")] == [
             alone[key] for key in ("text", "prompt_tokens", "new_tokens")
         ]
+
+
+SAMPLED = ("--temperature", "1.3", "--top-k", "30", "--seed", "7")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        (),
+        SAMPLED,
+        (*SAMPLED, "--raw"),
+        ("--system", "Be brief."),
+        ("--raw", "--stop", "a", "--stop", "e"),
+        ("--repetition-penalty", "1.4", "--max-new-tokens", "40"),
+        ("--raw", "--max-new-tokens", "1000"),
+    ],
+)
+def test_every_option_means_what_it_does_for_one_prompt(
+    options: tuple[str, ...],
+    folders: dict[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = tmp_path / "prompts.txt"
+    asked = ["  blanks stay  ", "hello", "<s>special</s>", "hello"]
+    path.write_bytes("\n".join(asked).encode())
+    together = run_json(capsys, folders["onnx"], "--prompts", str(path), *options)
+    fields = ("schema", "backend", "text", "prompt_tokens", "new_tokens", "ended")
+    for prompt, answer in zip(asked, together, strict=True):
+        alone = run_json(capsys, folders["onnx"], "-p", prompt, "--no-lookup", *options)[0]
+        assert [answer[name] for name in fields] == [alone[name] for name in fields]
+
+
+def test_a_line_with_a_system_message_keeps_it(
+    folders: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = [{"role": "system", "content": "SS"}, {"role": "user", "content": "hi"}]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(json.dumps({"messages": own}) + "\n" + json.dumps({"messages": own[1:]}))
+    answers = run_json(capsys, folders["onnx"], "--prompts", str(path), "--system", "SSSS")
+    chat = len("<user>hi\n<assistant>")
+    assert [a["prompt_tokens"] for a in answers] == [
+        chat + len("<system>SS\n"),
+        chat + len("<system>SSSS\n"),
+    ]
+
+
+def test_a_prompt_that_cannot_be_answered_costs_no_other_its_answer(
+    folders: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "prompts.jsonl"
+    asked = ["hello", "x" * 400, "", "xyz"]
+    path.write_text("\n\n".join(json.dumps({"prompt": prompt}) for prompt in asked))
+    arguments = ["run", folders["onnx"], "--prompts", str(path), "--raw", "--max-new-tokens", "4"]
+    assert main([*arguments, "--json"]) == 3
+    captured = capsys.readouterr()
+    records = [json.loads(line) for line in captured.out.splitlines()]
+    assert [record["number"] for record in records] == [0, 1, 2, 3]
+    assert ["text" in record for record in records] == [True, False, False, True]
+    assert [record["line"] for record in records] == [1, 3, 5, 7]
+    assert "400 tokens" in records[1]["observed"]
+    assert f"{path}, line 3" in captured.err
+    assert "2 of 4 prompts were not answered" in captured.err
+    assert main(arguments) == 3
+    assert capsys.readouterr().out.count("---\n") == 4
+
+
+def test_lines_end_at_newlines_alone(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    inside = "a\u2028b\u2029c\x85d\x0be\x0cf\x1cg\rh"
+    path.write_bytes(f"\ufeff{inside}\r\n \r\nsecond \n".encode())
+    assert [messages[0]["content"] for messages in _read_prompts(path)] == [inside, "second "]
+    path = tmp_path / "prompts.jsonl"
+    lines = [json.dumps({"prompt": inside}, ensure_ascii=False), '{"prompt": "b"}']
+    path.write_bytes(("\ufeff" + "\r\n".join(lines)).encode())
+    assert [messages[0]["content"] for messages in _read_prompts(path)] == [inside, "b"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b'{"prompt": "\\ud83d"}', b"[" * 100_000, b'{"prompt": ' + b"1" * 5000 + b"}", b'"\xff"'],
+)
+def test_text_that_is_none_is_named_by_its_line(line: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(b'{"prompt": "good"}\n' + line)
+    with pytest.raises(InputError, match="line 2"):
+        _read_prompts(path)
+
+
+def test_answers_are_printed_as_they_come(
+    folders: dict[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What fails later leaves what was answered before."""
+    from pipeline.runtime.sessions import onnx_session
+
+    path = tmp_path / "prompts.txt"
+    path.write_text("hello\nstop here\n")
+    prefills = []
+    forward = onnx_session.OnnxSession.forward
+
+    def failing(self: object, input_ids: np.ndarray, last_only: bool = False) -> np.ndarray:
+        prefills.extend([input_ids] if input_ids.shape[1] > 1 else [])
+        if len(prefills) > 1:
+            raise RuntimeError("power cut")
+        return forward(self, input_ids, last_only)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(onnx_session.OnnxSession, "forward", failing)
+    arguments = ["run", folders["onnx"], "--prompts", str(path), "--batch-size", "1"]
+    assert main([*arguments, "--max-new-tokens", "3"]) == 1
+    assert capsys.readouterr().out.startswith("--- 1 ---\n")

@@ -77,6 +77,8 @@ def test_a_port_in_use_is_told_before_the_model_loads(
         (["--slots", "0"], 2, "--slots"),
         (["--client-timeout-s", "0"], 2, "--client-timeout-s"),
         (["--api-key-file", "/nowhere"], 2, "does not exist"),
+        (["--allowed-host", "http://models.lan"], 2, "models.lan"),
+        (["--cors-origin", "app.example"], 2, "scheme://name"),
         (["--backend", "onnx", "--port", "0"], 2, "--backend torch"),
     ],
 )
@@ -104,9 +106,36 @@ def test_keys_are_lines_and_there_must_be_one(
     path = tmp_path / "keys"
     path.write_text("one\n\n two \n", encoding="utf-8")
     assert _read_keys(path) == ("one", "two")
+    path.write_bytes(b"\xef\xbb\xbfsk-1\r\n# of the laptop\r\nsk-2")
+    assert _read_keys(path) == ("sk-1", "sk-2")
     path.write_text("\n \n", encoding="utf-8")
     assert main(["serve", str(folder), "--api-key-file", str(path)]) == 2
     assert "holds no key" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "place"),
+    [
+        ("one\nключ\n".encode(), ":2"),
+        (b"two words\n", ":1"),
+        ("a\u2028b".encode(), ":1"),
+        (b"\xff", "key"),
+    ],
+)
+def test_keys_that_no_client_can_send_are_refused_unshown(
+    tmp_path: Path,
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    content: bytes,
+    place: str,
+) -> None:
+    path = tmp_path / "keys"
+    path.write_bytes(content)
+    assert main(["serve", str(folder), "--api-key-file", str(path)]) == 2
+    message = capsys.readouterr().err
+    assert place in message
+    assert "ключ" not in message
+    assert "words" not in message
 
 
 def test_a_missing_package_is_named_with_its_extra(

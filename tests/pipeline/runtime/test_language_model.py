@@ -113,3 +113,35 @@ def test_an_engine_says_that_it_needs_a_gpu(folders: dict[str, Path], tmp_path: 
     (tmp_path / "engine.plan").write_bytes(b"plan")
     with pytest.raises(InputError, match="GPU"):
         open_session(tmp_path)
+
+
+@pytest.mark.parametrize("prompt", [b"abc", [1.7, 2.2], 5, None, {"a": 1}, ["a"], np.ones(3), ""])
+def test_what_is_neither_text_nor_ids_is_refused(folders: dict[str, Path], prompt: object) -> None:
+    model = LanguageModel.open(folders["cpu"])
+    with pytest.raises(InputError):
+        model.generate(prompt)  # type: ignore[arg-type]
+    with pytest.raises(InputError):
+        list(model.stream(prompt))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("messages", ["hi", [], [{"role": "user", "content": None}]])
+def test_what_is_no_conversation_is_refused(folders: dict[str, Path], messages: object) -> None:
+    model = LanguageModel.open(folders["cpu"])
+    for raw in (True, False):
+        with pytest.raises(InputError):
+            model.chat(messages, raw=raw)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"stops": "END"}, {"stops": [b"END"]}, {"stop_ids": "12"}, {"max_new_tokens": 2.5}],
+)
+def test_settings_that_mean_something_else_are_refused(settings: dict[str, object]) -> None:
+    with pytest.raises(InputError):
+        Decoding(**settings)  # type: ignore[arg-type]
+
+
+def test_ids_may_be_of_numpy(folders: dict[str, Path]) -> None:
+    model = LanguageModel.open(folders["cpu"])
+    ids = [5, 6, 7]
+    assert model.generate(np.array(ids), Decoding(4)).text == model.generate(ids, Decoding(4)).text  # type: ignore[arg-type]

@@ -10,6 +10,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from pipeline.errors import InputError
+from pipeline.runtime import tokenizer as module
 from pipeline.runtime.tokenizer import (
     _FolderTokenizer,
     chat_prompt_ids,
@@ -117,3 +118,58 @@ def test_loading_needs_neither_torch_nor_transformers(folder: Path) -> None:
         "assert not {'torch', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def changed(folder: Path, **changes: object) -> Path:
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return folder
+
+
+def replace(pattern: str, content: str) -> dict[str, object]:
+    return {"type": "Replace", "pattern": {"String": pattern}, "content": content}
+
+
+@pytest.mark.parametrize("part", ["normalizer", "decoder"])
+def test_rules_that_multiply_a_text_do_not_load(folder: Path, part: str) -> None:
+    steps = [replace("a", "a" * 1000)] * 3
+    listed = {"type": "Sequence", part + "s": steps}
+    with pytest.raises(InputError, match="times as long"):
+        load_tokenizer(changed(folder, **{part: listed}))
+
+
+def test_rules_of_ordinary_tokenizers_load(folder: Path) -> None:
+    steps = [{"type": "Prepend", "prepend": "▁"}, replace(" ", "▁"), {"type": "NFKC"}]
+    changed(folder, normalizer={"type": "Sequence", "normalizers": steps})
+    assert load_tokenizer(folder).encode("a")
+
+
+def test_a_panic_of_the_library_is_a_bad_input(folder: Path) -> None:
+    split = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated"}
+    split |= {"invert": False}
+    tokenizer = load_tokenizer(changed(folder, pre_tokenizer=split))
+    assert tokenizer.encode("aa") is not None
+    with pytest.raises(InputError, match="fails on this text"):
+        tokenizer.encode("a" * 40 + "b")
+
+
+def test_a_tokenizer_that_does_not_load_for_a_panic_is_named(folder: Path) -> None:
+    model = json.loads((folder / "tokenizer.json").read_text())["model"]
+    changed(folder, model=model | {"continuing_subword_prefix": "x" * 50, "merges": [["a", "b"]]})
+    with pytest.raises(InputError, match="does not load"):
+        load_tokenizer(folder)
+
+
+def test_a_text_that_the_tokenizer_does_not_end_with_is_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_ENCODE_S", 0.05)
+    monkeypatch.setattr(module, "_CHARACTERS_PER_S", 1e9)
+    with pytest.raises(InputError, match="no end"):
+        load_tokenizer(folder).encode("hello world " * 200_000)
+
+
+@pytest.mark.parametrize("text", ["\ud83d", b"bytes", None])
+def test_what_is_no_text_is_refused(folder: Path, text: object) -> None:
+    with pytest.raises(InputError, match=r"no text|not text"):
+        load_tokenizer(folder).encode(text)  # type: ignore[arg-type]

@@ -119,16 +119,22 @@ def text(**fields: Any) -> bytes:
         (CHAT, chat(stream="yes"), 400, "stream"),
         (CHAT, chat(stream_options={"include_usage": True}), 400, "stream_options"),
         (CHAT, chat(stream=True, stream_options={"x": 1}), 400, "stream_options"),
-        (CHAT, chat(n=2), 400, "n"),
+        (CHAT, chat(n=0), 400, "n"),
+        (CHAT, chat(n=129), 400, "n"),
+        (CHAT, chat(n=100), 400, "n"),
         (CHAT, chat(n=True), 400, "n"),
         (CHAT, chat(logit_bias={"5": 1}), 400, "logit_bias"),
-        (CHAT, chat(logprobs=True), 400, "logprobs"),
+        (CHAT, chat(logprobs=2), 400, "logprobs"),
+        (CHAT, chat(logprobs=True, top_logprobs=21), 400, "top_logprobs"),
         (CHAT, chat(top_logprobs=3), 400, "top_logprobs"),
         (CHAT, chat(presence_penalty=0.5), 400, "presence_penalty"),
         (CHAT, chat(frequency_penalty=0.5), 400, "frequency_penalty"),
         (CHAT, chat(tools=[{"type": "function"}]), 400, "tools"),
         (CHAT, chat(tool_choice="required"), 400, "tool_choice"),
-        (CHAT, chat(response_format={"type": "json_object"}), 400, "response_format"),
+        (CHAT, chat(response_format={"type": "xml"}), 400, "response_format"),
+        (CHAT, chat(response_format={"type": "json_schema"}), 400, "response_format"),
+        (CHAT, chat(response_format={"type": "text", "x": 1}), 400, "response_format"),
+        (TEXT, text(response_format={"type": "json_object"}), 400, "response_format"),
         (CHAT, chat(unheard_of=1), 400, "unheard_of"),
         (TEXT, b'{"model": "tiny"}', 400, "prompt"),
         (TEXT, text(prompt=""), 400, "prompt"),
@@ -144,7 +150,8 @@ def text(**fields: Any) -> bytes:
         (TEXT, text(echo=True), 400, "echo"),
         (TEXT, text(suffix="x"), 400, "suffix"),
         (TEXT, text(best_of=2), 400, "best_of"),
-        (TEXT, text(logprobs=0), 400, "logprobs"),
+        (TEXT, text(logprobs=6), 400, "logprobs"),
+        (TEXT, text(logprobs=True), 400, "logprobs"),
     ],
 )
 def test_a_bad_body_is_refused_naming_the_field(
@@ -214,7 +221,7 @@ def test_a_chunked_body_is_measured_as_it_comes(strict: LiveServer) -> None:
 def test_a_client_that_asks_first_need_not_send_what_is_too_long(strict: LiveServer) -> None:
     with strict.connect() as connection:
         connection.sendall(
-            b"POST /v1/completions HTTP/1.1\r\nHost: t\r\nContent-Type: application/json\r\n"
+            b"POST /v1/completions HTTP/1.1\r\nHost: [::1]:80\r\nContent-Type: application/json\r\n"
             b"Expect: 100-continue\r\nContent-Length: 99999999\r\n\r\n"
         )
         assert connection.recv(1000).startswith(b"HTTP/1.1 413 ")
@@ -247,8 +254,8 @@ def test_what_is_not_http_gets_a_400(strict: LiveServer, garbage: bytes) -> None
 def test_the_official_client_raises_its_own_errors(strict: LiveServer) -> None:
     client = strict.client()
     message: Any = [{"role": "user", "content": "hi"}]
-    with pytest.raises(openai.BadRequestError, match="not support n"):
-        client.chat.completions.create(model=MODEL, messages=message, n=2)
+    with pytest.raises(openai.BadRequestError, match="not support logit_bias"):
+        client.chat.completions.create(model=MODEL, messages=message, logit_bias={"5": 1})
     with pytest.raises(openai.NotFoundError, match="'gpt' is not served here"):
         client.chat.completions.create(model="gpt", messages=message)
 

@@ -1,0 +1,224 @@
+"""Before a graph is written: does what is traced so compute what the model computes?
+
+A shrunk twin of the model (`twin.py`) goes through the same tracer and the same passes, in the
+same profile and type. ONNX Runtime runs its graph, call by call, beside transformers. Where the two
+part, there is nothing to export.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import transformers
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from pipeline.checkpoint.skeleton import Skeleton
+from pipeline.errors import InputError
+from pipeline.export.contract import CPU, FLOAT, FLOAT32, GRAPH_FILE, OPSET24
+from pipeline.export.request import ExportRequest
+from pipeline.export.twin import NAMES, make_twin
+from pipeline.model.task import adapter_of, task_of_config
+from pipeline.progress import note
+
+# Of float32: both sides round every sum, some tens of them one after the other, in other orders.
+# What was ever right was right to 3e-6; what was ever wrong was wrong by 0.01 and more.
+_TOLERANCE = 1e-4
+# Of float16: so many times what transformers itself loses by float16 on the same twin, and at least
+# so many units in the last place (2^-11), for a twin that happens to lose nothing.
+_TIMES_TRANSFORMERS, _FEWEST_UNITS = 4.0, 8
+_UNIT = 2.0**-11
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the model in a sequence of calls.
+
+    Attributes:
+        what: of the call, for messages: what was read behind how much.
+        logits: float32 [B, S, V] or [B, classes].
+        first: tokens before it; 0 of an image.
+    """
+
+    what: str
+    logits: np.ndarray
+    first: int = 0
+
+
+class Prover(Protocol):
+    """What a task knows of running its models; `calls` of both sides correspond."""
+
+    longest: int
+
+    def require(self, config: PreTrainedConfig) -> None:
+        """Ask for what can be asked for.
+
+        Raises:
+            InputError: the tracer assumes what does not hold for this model.
+        """
+
+    def calls_of_model(self, model: PreTrainedModel, length: int) -> list[Call]:
+        """Those of transformers, in float32 whatever it computes in."""
+        ...
+
+    def calls_of_graph(self, session: Any, model: PreTrainedModel, length: int) -> list[Call]:
+        """ONNX Runtime's of the same inputs."""
+        ...
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What `export.json` says of the twin.
+
+    Attributes:
+        twin: the class it is of.
+        profile: of the graph.
+        dtype: of the graph.
+        tokens: most tokens that were in the cache; 0 of an image classifier.
+        calls: that were compared.
+        relative_error: the largest difference of logits, in parts of the largest logit.
+        tolerance: the most that it may be.
+        seconds: that it took.
+    """
+
+    twin: str
+    profile: str
+    dtype: str
+    tokens: int
+    calls: int
+    relative_error: float
+    tolerance: float
+    seconds: float
+
+
+_Write = Callable[[Skeleton, ExportRequest, Path], dict[str, Any]]
+# A twin is the same for many models, and several exports of a build are of one.
+_proven: dict[str, Proof] = {}
+
+
+def prove(config: PreTrainedConfig, request: ExportRequest, write: _Write) -> dict[str, Any]:
+    """Prove the graph that a request makes of a model, by a twin of the model.
+
+    Args:
+        config: of the model.
+        request: profile, type, cache length.
+        write: traces a skeleton and writes the graph into a folder, as for the model itself;
+            returns its record.
+
+    Returns:
+        The proof as `export.json` has it; why there is none, where ONNX Runtime is not installed.
+
+    Raises:
+        InputError: the twin's graph is not what the twin is, or cannot be made.
+    """
+    prover: Prover = adapter_of(task_of_config(config), "prove")
+    prover.require(config)
+    if find_spec("onnxruntime") is None:
+        note("the graph is not proven: onnxruntime is not installed")
+        return {"missing": "onnxruntime is not installed"}
+    wanted = replace(request, max_length=min(request.max_length, prover.longest), weights=FLOAT)
+    key = _key(config, wanted)
+    if key not in _proven:
+        _proven[key] = _prove(config, wanted, write, prover)
+    return asdict(_proven[key])
+
+
+def _key(config: PreTrainedConfig, request: ExportRequest) -> str:
+    fields = {name: value for name, value in config.to_dict().items() if name not in NAMES}
+    return json.dumps([type(config).__name__, fields, asdict(request)], default=str)
+
+
+def _prove(
+    config: PreTrainedConfig, request: ExportRequest, write: _Write, prover: Prover
+) -> Proof:
+    started = time.monotonic()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    dtype = getattr(torch, request.dtype)
+    twin = make_twin(config, dtype, lambda m: prover.calls_of_model(m, request.max_length))
+    with tempfile.TemporaryDirectory(prefix="skipcat-twin-") as name:
+        folder, graph = Path(name, "twin"), Path(name, "onnx")
+        graph.mkdir()
+        twin.model.save_pretrained(folder)
+        skeleton = Skeleton.load(folder, dtype)
+        record = write(skeleton, request, graph)
+        length = record.get("max_length", 0)
+        actual = prover.calls_of_graph(_open(graph, request), twin.model, length)
+    expected = prover.calls_of_model(twin.model, length)
+    tolerance = _TOLERANCE
+    if request.dtype != FLOAT32:
+        own = prover.calls_of_model(twin.model.to(dtype), length)
+        lost = max(_differences(own, expected))
+        tolerance = max(_TIMES_TRANSFORMERS * lost, _FEWEST_UNITS * _UNIT)
+    differences = _differences(actual, expected)
+    _require_equal(actual, differences, tolerance, twin.of, request)
+    return Proof(
+        twin.of,
+        request.profile,
+        request.dtype,
+        length,
+        len(actual),
+        max(differences),
+        tolerance,
+        round(time.monotonic() - started, 2),
+    )
+
+
+def _open(folder: Path, request: ExportRequest) -> Any:
+    """The graph in ONNX Runtime, as the sessions of `pipeline.runtime` open it.
+
+    Raises:
+        InputError: ONNX Runtime does not take it.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = 1
+    try:
+        return onnxruntime.InferenceSession(
+            str(folder / GRAPH_FILE), options, providers=["CPUExecutionProvider"]
+        )
+    except Exception as error:  # ONNX Runtime's exceptions share no base class but this one
+        raise InputError(
+            "ONNX Runtime does not take the graph that this model becomes.",
+            where=f"--profile {request.profile}, {request.dtype}",
+            change="run again with -v to see ONNX Runtime's own words",
+        ) from error
+
+
+def _differences(actual: list[Call], expected: list[Call]) -> list[float]:
+    """Of each call, the largest difference in parts of the largest logit there is."""
+    scale = max(float(np.abs(call.logits).max()) for call in expected)
+    pairs = zip(actual, expected, strict=True)
+    return [float(np.abs(a.logits - e.logits).max() / scale) for a, e in pairs]
+
+
+def _require_equal(
+    calls: list[Call], differences: list[float], tolerance: float, of: str, request: ExportRequest
+) -> None:
+    """Raise InputError that names the first call, and its length, that is not what it should be."""
+    # A NaN is no smaller than anything.
+    wrong = [call for call, error in zip(calls, differences, strict=True) if not error <= tolerance]
+    if not wrong:
+        return
+    worst = max(differences, key=lambda error: np.inf if np.isnan(error) else error)
+    change = None
+    if request.profile == CPU:
+        change = f"export with --profile {OPSET24}; it may hold there"
+    raise InputError(
+        "The graph would not compute what the model computes, so it is not exported.",
+        where=f"{of}, --profile {request.profile}, {request.dtype}",
+        observed=f"from length {wrong[0].first + 1} on ({wrong[0].what}), a small twin of the "
+        f"model gives logits off by {worst:.2g} of the largest",
+        expected=f"at most {tolerance:.1g}, as transformers computes them",
+        change=change,
+    )
