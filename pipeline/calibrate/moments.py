@@ -190,17 +190,17 @@ class OutputMoments:
         weights = self.gradients.add_(gradients)
         self._weighted.add_(self._rows * weights.sqrt()[:, None])
 
-    def centred(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """E[(y - m)(y - m)^T], float64 [n, n], and m = E[y], float64 [n].
+    def centred(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """E[(y - m)(y - m)^T] and the same with tokens weighted by their gradients; m = E[y].
 
-        Where gradients were seen, tokens count by them for a half (see `balanced`).
+        Returns:
+            Float64 [n, n]; float64 [n, n], in which gradients count for a half (see `balanced`);
+            float64 [n].
         """
         plain = self._plain.mean()
         mean = plain[-1, :-1]
         moment = _about(plain, mean)
-        if self._weighted.tokens:
-            moment = balanced(moment, _about(self._weighted.mean(), mean))
-        return moment, mean
+        return moment, balanced(moment, _about(self._weighted.mean(), mean)), mean
 
 
 def _about(moment: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:

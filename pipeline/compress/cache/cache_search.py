@@ -126,12 +126,13 @@ def bases_of(
             statistics[side.source].heads(start, start + width)
             for start in range(0, side.numbers, width)
         ]
-        found[side.source] = [
-            LatentBasis.of(
-                part.moment if centred else part.moment + part.mean.outer(part.mean),
-                part.mean if centred else part.mean * 0,
-                part.sensitivity if two_sided else None,
-            )
-            for part in parts
-        ]
+        found[side.source] = [_basis_of(part, two_sided, centred) for part in parts]
     return found
+
+
+def _basis_of(part: CacheStatistics, two_sided: bool, centred: bool) -> LatentBasis:
+    moment = part.weighted if two_sided else part.moment
+    sensitivity = part.sensitivity if two_sided else None
+    if centred:
+        return LatentBasis.of(moment, part.mean, sensitivity)
+    return LatentBasis.of(moment + part.mean.outer(part.mean), 0 * part.mean, sensitivity)

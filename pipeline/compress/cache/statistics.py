@@ -22,6 +22,7 @@ from pipeline.progress import track
 
 # Of the sensitivities, which are estimated from few tokens.
 _SHRINKAGE = 0.1
+_PARTS = ("moment", "weighted", "mean", "sensitivity")
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,13 @@ class CacheStatistics:
 
     Attributes:
         moment: E[(y - m)(y - m)^T], float64 [n, n].
+        weighted: the same, with tokens weighted by what the output minds of them.
         mean: m, float64 [n].
         sensitivity: shrunk G = E[g g^T], float64 [n, n].
     """
 
     moment: torch.Tensor
+    weighted: torch.Tensor
     mean: torch.Tensor
     sensitivity: torch.Tensor
 
@@ -42,7 +45,10 @@ class CacheStatistics:
         """Those of some of the numbers, which lie side by side."""
         part = slice(first, last)
         return CacheStatistics(
-            self.moment[part, part], self.mean[part], self.sensitivity[part, part]
+            self.moment[part, part],
+            self.weighted[part, part],
+            self.mean[part],
+            self.sensitivity[part, part],
         )
 
 
@@ -88,11 +94,9 @@ def measure_cache(
     for layer in layers:
         tensors, _ = finished.load(layer.name)
         for side in (side for side in sides if side.layer == layer.name):
-            moment, mean, sensitivity = (
-                tensors[f"{side.source}:{part}"].double()
-                for part in ("moment", "mean", "sensitivity")
-            )
-            found[side.source] = CacheStatistics(moment, mean, shrunk(sensitivity, _SHRINKAGE))
+            parts = {part: tensors[f"{side.source}:{part}"].double() for part in _PARTS}
+            parts["sensitivity"] = shrunk(parts["sensitivity"], _SHRINKAGE)
+            found[side.source] = CacheStatistics(**parts)
     return found
 
 
@@ -108,9 +112,6 @@ def _read(output: torch.Tensor, heads: int, width: int) -> torch.Tensor:
 
 
 def _kept(moments: OutputMoments) -> list[tuple[str, torch.Tensor]]:
-    moment, mean = moments.centred()
-    return [
-        ("moment", moment),
-        ("mean", mean.clone()),
-        ("sensitivity", moments.gradients.mean()),
-    ]
+    moment, weighted, mean = moments.centred()
+    found = (moment, weighted, mean.clone(), moments.gradients.mean())
+    return list(zip(_PARTS, found, strict=True))
