@@ -7,6 +7,7 @@ scheduler for its slots.
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -68,13 +69,11 @@ class Decoding:
 
 def _whole_numbers(values: Any, what: str) -> list[int]:
     """The values as a list; raise InputError for text, bytes, and numbers that are not whole."""
-    try:
-        if isinstance(values, str | bytes | bytearray | dict):
-            raise TypeError
-        return [operator.index(value) for value in values]
-    except TypeError as error:
-        observed = f"a value of type {type(values).__name__}: {values!r}"[:80]
-        raise InputError(what, observed=observed, expected="whole numbers") from error
+    if not isinstance(values, str | bytes | bytearray | dict):
+        with contextlib.suppress(TypeError):
+            return [operator.index(value) for value in values]
+    observed = f"a value of type {type(values).__name__}: {values!r}"[:80]
+    raise InputError(what, observed=observed, expected="whole numbers")
 
 
 class RunningAnswer:
