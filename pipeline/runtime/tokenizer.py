@@ -68,6 +68,7 @@ class _FolderTokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.backend_tokenizer = self._tokenizer  # by the name that it has in transformers
+        self.is_shareable = True  # several threads may use it at once
         self.name_or_path = str(folder)
         self._special = {
             name: token if isinstance(token, str) else token["content"]
