@@ -86,6 +86,7 @@ class _FolderTokenizer:
         except BaseException as error:  # the library raises nothing narrower, and panics
             raise _as_value_error(error) from error
         self.backend_tokenizer = self._tokenizer  # by the name that it has in transformers
+        self.is_shareable = True  # several threads may use it at once
         self.name_or_path = str(folder)
         self.special_tokens_map = _special_tokens(folder, settings)
         eos = self.special_tokens_map.get("eos_token")

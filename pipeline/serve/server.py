@@ -168,7 +168,7 @@ def _running_server(request: ServeRequest, session: SlotSession) -> Iterator[_Se
         drafter=PROMPT_LOOKUP if request.lookup else None,
     )
     # transformers' tokenizers change while they are used: one for each thread.
-    is_shareable = not type(tokenizer).__module__.startswith("transformers")
+    is_shareable = getattr(tokenizer, "is_shareable", False)
     second = tokenizer if is_shareable else load_tokenizer(request.folder)
     prompts = PromptReader(tokenizer, second, session.vocab_size, session.max_length)
     name = _served_name(request)
