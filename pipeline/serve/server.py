@@ -22,7 +22,7 @@ from pipeline.progress import note
 from pipeline.runtime.drafting import PROMPT_LOOKUP
 from pipeline.runtime.sessions.session import SlotSession
 from pipeline.runtime.sessions.slots import open_slots
-from pipeline.runtime.tokenizer import load_tokenizer, stop_token_ids
+from pipeline.runtime.tokenizer import load_tokenizer, start_template, stop_token_ids
 from pipeline.serve.app import Api, Limits
 from pipeline.serve.connection import LimitedConnection
 from pipeline.serve.gate import Callers, Gate, host_name
@@ -157,6 +157,7 @@ def serve(request: ServeRequest) -> int:
 def _running_server(request: ServeRequest, session: SlotSession) -> Iterator[_Server]:
     """A server over a session, whose threads end with the block."""
     tokenizer = load_tokenizer(request.folder)
+    start_template(tokenizer)
     stop_ids = stop_token_ids(tokenizer, request.folder)
     scheduler = Scheduler(
         session,
