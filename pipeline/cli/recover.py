@@ -32,7 +32,7 @@ from pipeline.cli import options
     "--learning-rate",
     1e-4,
     "The highest: it rises over a tenth of the steps, then falls to 0 along a cosine.",
-    options.above_zero,
+    options.rate,
 )
 @options.setting("--batch-size", 4, "Windows in a step.", options.positive)
 @click.option(
