@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pipeline.errors import InputError
+from pipeline.json_file import json_field, read_json_object
 from pipeline.model.task import require_decoder
+from pipeline.model.tokenizer_file import follow_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -122,6 +124,7 @@ def load_whole_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False
         )
+        follow_file(tokenizer, folder)
     except Exception as error:  # transformers raises whatever a file brings about in it
         raise _not_loading(folder, error) from error
     return tokenizer
@@ -183,13 +186,35 @@ def chat_prompt_ids(
 
 
 def stop_token_ids(tokenizer: TextTokenizer, folder: Path) -> frozenset[int]:
-    """Ids that end an answer: the tokenizer's and those of `generation_config.json`."""
-    ids = {tokenizer.eos_token_id}
-    path = folder / "generation_config.json"
-    if path.is_file():
-        listed = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-        ids.update(listed if isinstance(listed, list) else [listed])
-    return frozenset(token for token in ids if token is not None)
+    """Ids that end an answer, as transformers finds them.
+
+    They are those of generation_config.json, else those of config.json, else the tokenizer's.
+
+    Raises:
+        InputError: a file is broken, or its ids are no ids.
+    """
+    for name in ("generation_config.json", "config.json"):
+        path = folder / name
+        fields = read_json_object(path) if path.is_file() else {}
+        text = json_field(fields, "text_config", dict, path, default=None) or {}
+        for level in (fields, text):
+            ids = _ids_of(level.get("eos_token_id"), path)
+            if ids:
+                return ids
+    return _ids_of(tokenizer.eos_token_id, folder)
+
+
+def _ids_of(listed: Any, where: Path) -> frozenset[int]:
+    """One id, several, or none."""
+    ids = listed if isinstance(listed, list) else [] if listed is None else [listed]
+    if any(type(token) is not int or token < 0 for token in ids):
+        raise InputError(
+            "The field 'eos_token_id' is wrong.",
+            where=where,
+            observed=listed,
+            expected="a token id, or a list of them",
+        )
+    return frozenset(ids)
 
 
 class _ChatTemplate:

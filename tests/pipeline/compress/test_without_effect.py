@@ -29,7 +29,7 @@ def no_way_in(model: PreTrainedModel) -> str:
 
 
 @pytest.mark.parametrize("break_", [no_way_out, no_way_in])
-@pytest.mark.parametrize("settings", [{}, {"keep_bytes": 0.4}, {"method": "svd-llm-v2"}])
+@pytest.mark.parametrize("settings", [{}, {"keep_bytes": 0.7}, {"method": "svd-llm-v2"}])
 def test_a_group_without_effect_costs_nothing(
     break_: Callable[[PreTrainedModel], str], settings: dict[str, object], tmp_path: Path
 ) -> None:
