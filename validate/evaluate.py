@@ -210,7 +210,8 @@ def _open_named(name: str, trust_remote_code: bool) -> _Subject:
 
     loaded = load_model(name, trust_remote_code=trust_remote_code)
     listed = loaded.model.generation_config.eos_token_id
-    ids = {loaded.tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])}
+    listed = loaded.tokenizer.eos_token_id if listed is None else listed
+    ids = listed if isinstance(listed, list) else [listed]
     stop_ids = frozenset(token for token in ids if token is not None)
     return _Subject(TorchSession(loaded.model, "torch float32"), loaded.tokenizer, stop_ids)
 

@@ -63,7 +63,7 @@ def _needs_code(where: object) -> InputError:
 
 
 def empty_model(auto_class: str, config: Any, trust_remote_code: bool) -> PreTrainedModel:
-    """A model of a config, on the meta device, by the name of one of transformers' loaders."""
+    """A model of a config without numbers, on the meta device."""
     with init_empty_weights():
         return getattr(transformers, auto_class).from_config(
             config, trust_remote_code=trust_remote_code

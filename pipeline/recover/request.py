@@ -18,6 +18,7 @@ from pipeline.json_file import json_field, read_json_object
 from pipeline.model.load import refuse_long_windows
 from pipeline.model.loading import explaining
 from pipeline.model.task import require_decoder
+from pipeline.model.tokenizer_file import follow_file
 from pipeline.recover.adapters import require_peft
 
 _WARMUP_FRACTION = 0.1
@@ -222,6 +223,7 @@ class Recoverable:
         with explaining("The checkpoint's config or tokenizer could not be loaded.", folder):
             config = AutoConfig.from_pretrained(folder, trust_remote_code=code)
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=code)
+            follow_file(tokenizer, folder)
         refuse_long_windows("--window-length", request.window_length, config)
         require_text(
             request.text, tokenizer, count=request.window_count, length=request.window_length

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from pipeline.errors import InputError
 from pipeline.json_file import json_field, read_json_object, restated
 from pipeline.model.task import require_decoder
+from pipeline.model.tokenizer_file import follow_file
 from pipeline.runtime.chat_template import (
     Message,
     chat_template,
@@ -176,6 +177,7 @@ def load_whole_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False
         )
+        follow_file(tokenizer, folder)
     except Exception as error:  # transformers raises whatever a file brings about in it
         raise _not_loading(folder, error) from error
     except BaseException as error:
@@ -371,11 +373,32 @@ def _template_source(tokenizer: TextTokenizer) -> str | None:
 
 
 def stop_token_ids(tokenizer: TextTokenizer, folder: Path) -> frozenset[int]:
-    """Ids that end an answer: the tokenizer's and those of `generation_config.json`."""
-    ids = {tokenizer.eos_token_id}
-    path = folder / "generation_config.json"
-    if path.is_file():
-        listed = read_json_object(path).get("eos_token_id")
-        for token in listed if isinstance(listed, list) else [listed]:
-            ids.add(json_field({"eos_token_id": token}, "eos_token_id", int, path, default=None))
-    return frozenset(token for token in ids if token is not None)
+    """Ids that end an answer, as transformers finds them.
+
+    They are those of generation_config.json, else those of config.json, else the tokenizer's.
+
+    Raises:
+        InputError: a file is broken, or its ids are no ids.
+    """
+    for name in ("generation_config.json", "config.json"):
+        path = folder / name
+        fields = read_json_object(path) if path.is_file() else {}
+        text = json_field(fields, "text_config", dict, path, default=None) or {}
+        for level in (fields, text):
+            ids = _ids_of(level.get("eos_token_id"), path)
+            if ids:
+                return ids
+    return _ids_of(tokenizer.eos_token_id, folder)
+
+
+def _ids_of(listed: Any, where: Path) -> frozenset[int]:
+    """One id, several, or none."""
+    ids = listed if isinstance(listed, list) else [] if listed is None else [listed]
+    if any(type(token) is not int or token < 0 for token in ids):
+        raise InputError(
+            "The field 'eos_token_id' is wrong.",
+            where=where,
+            observed=listed,
+            expected="a token id, or a list of them",
+        )
+    return frozenset(ids)

@@ -94,11 +94,24 @@ def test_what_transformers_adds_by_itself_is_left_to_it(folder: Path) -> None:
     assert not isinstance(load_tokenizer(folder), _FolderTokenizer)
 
 
-def test_stop_ids_come_from_tokenizer_and_generation_config(folder: Path) -> None:
+def test_stop_ids_are_those_that_transformers_takes(folder: Path) -> None:
     tokenizer = load_tokenizer(folder)
     assert stop_token_ids(tokenizer, folder) == {tokenizer.eos_token_id}
+    (folder / "config.json").write_text('{"text_config": {"eos_token_id": 9}}')
+    assert stop_token_ids(tokenizer, folder) == {9}
+    (folder / "config.json").write_text('{"eos_token_id": [3, 4, 257]}')
+    assert stop_token_ids(tokenizer, folder) == {3, 4, 257}
+    (folder / "generation_config.json").write_text('{"temperature": 0.5}')
+    assert stop_token_ids(tokenizer, folder) == {3, 4, 257}
     (folder / "generation_config.json").write_text('{"eos_token_id": [5, 7]}')
-    assert stop_token_ids(tokenizer, folder) == {tokenizer.eos_token_id, 5, 7}
+    assert stop_token_ids(tokenizer, folder) == {5, 7}
+
+
+@pytest.mark.parametrize("ids", ['"x"', "[[1]]", "true", "-1", '{"a": 1}'])
+def test_stop_ids_that_are_no_ids_are_refused(folder: Path, ids: str) -> None:
+    (folder / "generation_config.json").write_text(f'{{"eos_token_id": {ids}}}')
+    with pytest.raises(InputError, match="eos_token_id"):
+        stop_token_ids(load_tokenizer(folder), folder)
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
