@@ -154,7 +154,8 @@ def copy_tokenizer(checkpoint: Path, folder: Path) -> None:
     patterns = (
         "tokenizer*", "special_tokens_map.json", "chat_template*", "*.jinja",
         "generation_config.json", "vocab.*", "merges.txt", "preprocessor_config.json",
+        "added_tokens.json", "*.model", "processor_config.json",
     )  # fmt: skip
     for pattern in patterns:
-        for path in checkpoint.glob(pattern):
+        for path in filter(Path.is_file, checkpoint.glob(pattern)):
             shutil.copy2(path, folder / path.name)

@@ -194,7 +194,8 @@ def _refuse_missing_packages(target: Target) -> None:
 def _export(
     state: Build, checkpoint: Path, folder: str, dtype: str, profile: str = DEFAULT_PROFILE
 ) -> None:
-    wanted = ExportRequest(profile, dtype, state.request.max_length)
+    code = state.request.compress.trust_remote_code
+    wanted = ExportRequest(profile, dtype, state.request.max_length, trust_remote_code=code)
     name = f"export {dtype}" if profile == DEFAULT_PROFILE else f"export {profile}"
     state.run(name, folder, lambda path: export_folder(checkpoint, path, wanted))
 

@@ -9,9 +9,16 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
-from pipeline.checkpoint.folder import load_checkpoint, read_record, save_checkpoint
+from pipeline.checkpoint.folder import (
+    load_checkpoint,
+    read_record,
+    require_checkpoint,
+    save_checkpoint,
+)
 from pipeline.checkpoint.modeling_skipcat import FactoredLinear, QuantizedEmbedding, QuantizedLinear
+from pipeline.model.loading import explaining
 from pipeline.model.task import TASKS, task_of_folder
+from pipeline.model.weight_files import weight_files
 
 
 def densify_(model: PreTrainedModel) -> PreTrainedModel:
@@ -39,9 +46,8 @@ def densify_(model: PreTrainedModel) -> PreTrainedModel:
                 model.config.tie_word_embeddings = True
     for name, (product, bias) in products.items():
         model.set_submodule(name, _linear(_frozen(product), bias))
-    for attribute in ("quantization_config", "auto_map"):
-        if hasattr(model.config, attribute):
-            delattr(model.config, attribute)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
     if hasattr(model, "hf_quantizer"):
         del model.hf_quantizer
     model.is_quantized = False
@@ -64,8 +70,12 @@ def dense_bytes(checkpoint: Path) -> int:
     """Bytes that the dense weights of a checkpoint will take, from the totals of its report.
 
     A folder without them is taken to be as large as it is.
+
+    Raises:
+        InputError: it is no checkpoint.
     """
-    stored_bytes = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
+    require_checkpoint(checkpoint)
+    stored_bytes = sum(path.stat().st_size for path in weight_files(checkpoint))
     try:
         totals = read_record(checkpoint, "report.json")["totals"]
         return stored_bytes * totals["total_before"] // totals["total_after"]
@@ -73,7 +83,7 @@ def dense_bytes(checkpoint: Path) -> int:
         return stored_bytes
 
 
-def export_dense(checkpoint: Path, folder: Path) -> None:
+def export_dense(checkpoint: Path, folder: Path, *, trust_remote_code: bool = False) -> None:
     """Write a compressed checkpoint as an ordinary dense model of the same architecture.
 
     The products are formed in float64 from the stored factors and rounded to the stored type.
@@ -81,9 +91,13 @@ def export_dense(checkpoint: Path, folder: Path) -> None:
     Raises:
         InputError: `checkpoint` is not a whole checkpoint.
     """
-    model = load_checkpoint(checkpoint)
+    checkpoint = Path(checkpoint)
+    model = load_checkpoint(checkpoint, trust_remote_code=trust_remote_code)
     dtype: torch.dtype = model.dtype
     densify_(model)
-    processor_class = TASKS[task_of_folder(Path(checkpoint))].processor_class
-    processor = getattr(transformers, processor_class).from_pretrained(checkpoint)
-    save_checkpoint(model, processor, {}, folder, dtype)
+    processor_class = TASKS[task_of_folder(checkpoint)].processor_class
+    with explaining("The checkpoint's tokenizer or processor could not be loaded.", checkpoint):
+        processor = getattr(transformers, processor_class).from_pretrained(
+            checkpoint, trust_remote_code=trust_remote_code
+        )
+    save_checkpoint(model, processor, {}, folder, dtype, source=checkpoint)

@@ -8,20 +8,36 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.image_processing_base import ImageProcessingMixin
 
-from pipeline.artefact import write_json
+from pipeline.artefact import copy_tokenizer, write_json
 from pipeline.checkpoint import modeling_skipcat
 from pipeline.checkpoint.modeling_skipcat import SkipCatConfig
+from pipeline.checkpoint.own_code import REMOTE_MODULES, OwnCode, own_class
 from pipeline.errors import InputError
-from pipeline.model.source import check_safetensors
+from pipeline.model.check import check_folder
+from pipeline.model.loading import (
+    empty_model,
+    explaining,
+    require_tensors,
+    settle_ties,
+    silence_transformers,
+)
+from pipeline.model.numbers import cast, require_finite, require_finite_model
+from pipeline.model.structure import refuse_other_architectures
 from pipeline.model.task import TASKS, Task, task_of_config, task_of_folder
 
 # What weights are stored in, by the names that recipe.json and --dtype give.
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # save_pretrained holds one shard in memory a second time.
 _LARGEST_SHARD = "2GB"
+_KINDS = ("missing_keys", "unexpected_keys", "mismatched_keys")
 
 
 def save_checkpoint(
@@ -30,6 +46,8 @@ def save_checkpoint(
     modules: dict[str, dict[str, Any]],
     folder: Path,
     dtype: torch.dtype,
+    *,
+    source: Path | None = None,
 ) -> None:
     """Write config, weights, tokenizer, chat template and the code that loads them.
 
@@ -39,20 +57,36 @@ def save_checkpoint(
         modules: `quantization_config.modules`; empty when nothing was factored.
         folder: exists.
         dtype: of all floating-point weights on disk.
+        source: the folder that the model was read from. If it holds tokenizer.json, its files go
+            over as they are: saving them anew would change how some of them split text.
+
+    Raises:
+        InputError: a weight is not finite, or does not fit `dtype`.
     """
     config = model.config
     task = task_of_config({"architectures": [type(model).__name__]})
+    own_code = OwnCode.of(model, source)
     if modules:
         # Not model.hf_quantizer: with one, save_pretrained ignores the state that it is given.
         config.quantization_config = SkipCatConfig(modules)
-        config.auto_map = {TASKS[task].auto_class: f"modeling_skipcat.{_remote_class(task)}"}
+        config.auto_map = own_code.auto_map() | {
+            TASKS[task].auto_class: f"modeling_skipcat.{_remote_class(task)}"
+        }
+    else:
+        config.auto_map = own_code.auto_map(TASKS[task].auto_class)
+        if not config.auto_map:
+            del config.auto_map
     model.save_pretrained(
         folder, state_dict=_cast_state(model, dtype), max_shard_size=_LARGEST_SHARD
     )
     # save_pretrained names the type the weights had in memory.
     saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     write_json(folder / "config.json", saved | {"dtype": str(dtype).removeprefix("torch.")})
-    tokenizer.save_pretrained(folder)
+    if source is not None and (source / "tokenizer.json").is_file():
+        copy_tokenizer(source, folder)
+    else:
+        tokenizer.save_pretrained(folder)
+    own_code.copy(folder)
     if modules:
         _ship_code(type(model), _remote_class(task), folder)
 
@@ -64,13 +98,13 @@ def _remote_class(task: Task) -> str:
 
 def _cast_state(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """The state in another type; tensors that share memory go on sharing it."""
-    cast: dict[int, torch.Tensor] = {}
+    done: dict[int, torch.Tensor] = {}
     state = {}
     for name, tensor in model.state_dict().items():
         key = tensor.data_ptr()
-        if key not in cast or cast[key].shape != tensor.shape:
-            cast[key] = tensor.to(dtype) if tensor.is_floating_point() else tensor
-        state[name] = cast[key]
+        if key not in done or done[key].shape != tensor.shape:
+            done[key] = cast(name, tensor, dtype)
+        state[name] = done[key]
     return state
 
 
@@ -78,15 +112,20 @@ def _ship_code(model_class: type[PreTrainedModel], remote: str, folder: Path) ->
     """Copy the loading code, ending in the class that `auto_map` names."""
     source = Path(modeling_skipcat.__file__).read_text(encoding="utf-8")
     base = model_class.__name__
+    module = model_class.__module__
+    if module.startswith(REMOTE_MODULES):
+        module = "." + module.rpartition(".")[2]  # its own code, which lies beside
     tail = (
-        f"\n\nfrom {model_class.__module__} import {base}  # noqa: E402\n\n\n"
+        f"\n\nfrom {module} import {base}  # noqa: E402\n\n\n"
         f"class {remote}({base}):\n"
         f'    """{base}; importing this file taught transformers to load its factors."""\n'
     )
     (folder / "modeling_skipcat.py").write_text(source + tail, encoding="utf-8")
 
 
-def load_checkpoint(folder: Path | str, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
+def load_checkpoint(
+    folder: Path | str, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
     """Load a compressed (or plain) checkpoint, refusing one whose tensors do not all match.
 
     transformers fills tensors that it cannot find with random numbers and goes on; this does not.
@@ -94,26 +133,51 @@ def load_checkpoint(folder: Path | str, *, dtype: torch.dtype | None = None) -> 
     Args:
         folder: a Hugging Face folder.
         dtype: what the weights are held in; by default what they are stored in.
+        trust_remote_code: let Python code that comes with the model run.
 
     Raises:
-        InputError: no such folder, broken weights, or tensors missing, superfluous or misshapen.
+        InputError: no such folder, broken weights, or tensors missing, superfluous or misshapen,
+            or not finite; a kind of model that is not supported.
     """
     folder = Path(folder)
-    require_checkpoint(folder)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        auto_class = getattr(transformers, TASKS[task_of_folder(folder)].auto_class)
-        model, info = auto_class.from_pretrained(
-            folder, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True
+    config, model_class = read_architecture(folder, trust_remote_code=trust_remote_code)
+    with explaining("The checkpoint could not be loaded.", folder):
+        model, info = model_class.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype or "auto",
+            use_safetensors=True,
+            output_loading_info=True,
+            trust_remote_code=trust_remote_code,
         )
-    except Exception as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(
-            "The checkpoint could not be loaded.", where=folder, observed=first
-        ) from error
     require_exact(folder, info)
+    settle_ties(model, folder)
+    require_finite_model(model, folder)
+    for name, module in model.named_modules():
+        if isinstance(module, modeling_skipcat.QuantizedWeight):
+            require_finite(f"{name}.scales", module.scales.view(torch.float16), folder)
     return model.eval()
+
+
+def read_architecture(
+    folder: Path, *, trust_remote_code: bool = False
+) -> tuple[PreTrainedConfig, Any]:
+    """The config of a checkpoint, and what makes the model of it, after all checks but of weights.
+
+    Raises:
+        InputError: no checkpoint, its own code is not trusted, or not a supported kind of model.
+    """
+    require_checkpoint(folder)
+    silence_transformers()
+    with explaining("The checkpoint could not be read.", folder):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        model_class = own_class(config, folder) if trust_remote_code else None
+        if model_class is None:
+            auto_class = TASKS[task_of_folder(folder)].auto_class
+            model_class = getattr(transformers, auto_class)
+            model = empty_model(auto_class, config, trust_remote_code)
+            refuse_other_architectures(model, folder)
+    return config, model_class
 
 
 def require_checkpoint(folder: Path) -> None:
@@ -122,7 +186,7 @@ def require_checkpoint(folder: Path) -> None:
         raise InputError(
             "Not a checkpoint folder.", where=folder, expected="a folder that holds config.json"
         )
-    check_safetensors(folder)
+    check_folder(folder)
 
 
 def require_exact(folder: Path, info: dict[str, Any]) -> None:
@@ -132,16 +196,13 @@ def require_exact(folder: Path, info: dict[str, Any]) -> None:
         folder: for the message.
         info: `missing_keys`, `unexpected_keys`, `mismatched_keys`, as transformers reports them.
     """
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        names = sorted(str(name) for name in info.get(kind) or ())
-        if names:
-            raise InputError(
-                "The checkpoint's tensors are not those its config asks for.",
-                where=folder,
-                observed=f"{len(names)} {kind.replace('_', ' ')}: {', '.join(names[:4])}",
-                expected="every tensor, and no other",
-                change="compress again, or copy the whole folder again",
-            )
+    info = {kind: info.get(kind) or () for kind in _KINDS}
+    require_tensors(
+        "The checkpoint's tensors are not those its config asks for.",
+        folder,
+        info,
+        change="compress again, or copy the whole folder again",
+    )
 
 
 def read_record(folder: Path, name: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from pipeline.checkpoint.modeling_skipcat import FactoredLinear, stored_layer
+from pipeline.model.numbers import cast
 from pipeline.quantize.groupwise import Blocks
 
 
@@ -30,18 +31,23 @@ def group_tensors(
         up: B' or B [m, r], likewise.
         permutation: int [n] of the block-skip form, else None.
         dtype: of what is stored as numbers.
+
+    Raises:
+        InputError: a factor is not finite, or does not fit the type.
     """
     owner = members[0]
     if isinstance(down, Blocks):
         tensors = _prefixed(f"{owner}.down.stored", down.stored_tensors())
     else:
-        tensors = {f"{owner}.down.weight": down.to(dtype).contiguous()}
+        name = f"{owner}.down.weight"
+        tensors = {name: cast(name, down, dtype).contiguous()}
     if permutation is not None:
         tensors[f"{owner}.permutation"] = permutation.to(torch.int32)
     if isinstance(up, Blocks):
         return tensors | dense_tensors(members, heights, up, ".up.stored")
     for member, rows in zip(members, up.split(heights), strict=True):
-        tensors[f"{member}.up.weight"] = rows.to(dtype).contiguous()
+        name = f"{member}.up.weight"
+        tensors[name] = cast(name, rows, dtype).contiguous()
     return tensors
 
 

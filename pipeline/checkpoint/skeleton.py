@@ -10,29 +10,29 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import onnx_ir as ir
 import torch
-import transformers
 from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
-from pipeline.checkpoint.folder import require_checkpoint, require_exact
+from pipeline.checkpoint.folder import read_architecture, require_exact
 from pipeline.checkpoint.modeling_skipcat import (
-    QUANT_METHOD,
     QuantizedWeight,
     SkipCatConfig,
     SkipCatQuantizer,
 )
-from pipeline.errors import InputError
-from pipeline.model.task import TASKS, task_of_folder
+from pipeline.model.loading import explaining, settle_ties
+from pipeline.model.numbers import cast, require_finite
+from pipeline.model.weight_files import read_header, weight_files
 from pipeline.quantize.formats import Format
 from pipeline.quantize.groupwise import Blocks
 
@@ -68,9 +68,13 @@ class StoredMatrix:
         )
 
     def read(self) -> torch.Tensor:
-        """The values, in `dtype`."""
+        """The values, in `dtype`.
+
+        Raises:
+            InputError: one is not finite, or does not fit the type.
+        """
         with safe_open(self.file, framework="pt") as tensors:
-            return tensors.get_tensor(self.name).to(self.dtype)
+            return cast(self.name, tensors.get_tensor(self.name), self.dtype, self.file)
 
 
 @dataclass(frozen=True)
@@ -86,13 +90,15 @@ class QuantizedMatrix(StoredMatrix):
 
     def read(self) -> torch.Tensor:
         """What the codes stand for, in `dtype`."""
-        return torch.from_numpy(self.codes().dequantized()).to(self.dtype)
+        return cast(self.name, torch.from_numpy(self.codes().dequantized()), self.dtype, self.file)
 
     def codes(self) -> Blocks:
         """Codes, scales and zero points."""
         with safe_open(self.file, framework="pt") as tensors:
             names = [n for n in tensors.keys() if n.startswith(self.name)]  # noqa: SIM118 - no dict
             parts = {n.removeprefix(self.name): tensors.get_tensor(n) for n in names}
+        for part in {"scales", "offsets"} & parts.keys():
+            require_finite(self.name + part, parts[part].view(torch.float16), self.file)
         return Blocks.from_stored(parts, self.format, self.shape[1])
 
 
@@ -111,25 +117,27 @@ class Skeleton:
     matrices: dict[str, StoredMatrix]
 
     @classmethod
-    def load(cls, folder: Path, dtype: torch.dtype) -> Skeleton:
+    def load(cls, folder: Path, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Skeleton:
         """Read a checkpoint's structure, vectors and tables, and find its matrices.
 
         Args:
             folder: a compressed or plain Hugging Face folder.
             dtype: of the graph to be.
+            trust_remote_code: let Python code that comes with the model run.
 
         Raises:
-            InputError: no such folder, broken weights, or tensors missing, superfluous, misshapen.
+            InputError: no such folder, broken weights, or tensors missing, superfluous, misshapen,
+                not finite, or beyond `dtype`.
         """
-        require_checkpoint(folder)
-        model, formats = _empty_model(folder, dtype)
+        model, formats = _empty_model(folder, dtype, trust_remote_code)
         places = _places(folder, model)
         matrices: dict[str, StoredMatrix] = {}
         for name, format_ in formats.items():
             matrices[f"{name}.weight"] = _quantized_matrix(
                 folder, model, name, format_, places, dtype
             )
-        _require_match(folder, model, places, set(matrices))
+        _join_equal_ties(model, places)
+        missing = _require_match(folder, model, places, set(matrices))
         for number, (name, matrix) in enumerate(matrices.items(), start=len(places)):
             _set(model, name, _stand_in(number, matrix.shape, dtype))
         for number, (name, place) in enumerate(sorted(places.items())):
@@ -137,9 +145,11 @@ class Skeleton:
                 matrices[name] = StoredMatrix(place.file, place.name, place.shape, dtype)
                 _set(model, name, _stand_in(number, place.shape, dtype))
             else:
-                read = place.read()
-                _set(model, name, read.to(dtype) if read.is_floating_point() else read)
-        model.tie_weights()
+                _set(model, name, cast(place.name, place.read(), dtype, place.file))
+        # As from_pretrained: towards whichever of the names is there, and not where both are.
+        model.tie_weights(missing_keys=missing, recompute_mapping=False)
+        require_exact(folder, {"missing_keys": missing})
+        settle_ties(model, folder)
         return cls(folder, model.eval(), _with_tied_names(model, matrices))
 
 
@@ -205,32 +215,31 @@ def _quantized_matrix(
     return QuantizedMatrix(place.file, stored_prefix, (rows, columns), dtype, Format.parse(format_))
 
 
-def _empty_model(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, dict[str, str]]:
+def _empty_model(
+    folder: Path, dtype: torch.dtype, trust_remote_code: bool
+) -> tuple[PreTrainedModel, dict[str, str]]:
     """The architecture with factored layers in place, parameters on the meta device.
 
     Quantised matrices are ordinary ones there; their formats are returned by the module's name.
     """
     formats: dict[str, str] = {}
-    try:
-        config = AutoConfig.from_pretrained(folder)
+    config, model_class = read_architecture(folder, trust_remote_code=trust_remote_code)
+    with explaining("The checkpoint could not be read.", folder):
         quantization = getattr(config, "quantization_config", None)
-        modules = {} if quantization is None else _parsed(folder, quantization).modules
+        modules = {} if quantization is None else _parsed(quantization).modules
         if any(entry["form"] == "head" for entry in modules.values()):
             config.tie_word_embeddings = True
-        auto_class = getattr(transformers, TASKS[task_of_folder(folder)].auto_class)
         with init_empty_weights(include_buffers=False):
-            model = auto_class.from_config(config, dtype=dtype)
+            if hasattr(model_class, "from_config"):
+                model = model_class.from_config(
+                    config, dtype=dtype, trust_remote_code=trust_remote_code
+                )
+            else:
+                model = model_class._from_config(config, dtype=dtype)
             if quantization is not None:
                 factored, formats = _unquantized(modules)
                 quantizer = SkipCatQuantizer(SkipCatConfig(factored))
                 quantizer._process_model_before_weight_loading(model)
-    except InputError:
-        raise
-    except Exception as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(
-            "The checkpoint could not be read.", where=folder, observed=first
-        ) from error
     model.config.name_or_path = str(folder)
     return model, formats
 
@@ -256,19 +265,11 @@ def _unquantized(
     return factored, formats
 
 
-def _parsed(folder: Path, quantization: object) -> SkipCatConfig:
-    """`quantization_config` as an object; only skipcat's own can be exported."""
+def _parsed(quantization: object) -> SkipCatConfig:
+    """`quantization_config` as an object; another tool's was refused before."""
     if isinstance(quantization, SkipCatConfig):
         return quantization
-    fields = quantization if isinstance(quantization, dict) else vars(quantization)
-    if fields.get("quant_method") != QUANT_METHOD:
-        raise InputError(
-            "The checkpoint is quantised by another tool.",
-            where=folder,
-            observed=f"quant_method {fields.get('quant_method')}",
-            expected=f"{QUANT_METHOD}, or none",
-        )
-    return SkipCatConfig(**fields)
+    return SkipCatConfig(**(quantization if isinstance(quantization, dict) else vars(quantization)))
 
 
 def _places(folder: Path, model: PreTrainedModel) -> dict[str, _Place]:
@@ -283,41 +284,53 @@ def _places(folder: Path, model: PreTrainedModel) -> dict[str, _Place]:
     ]
     own = model.state_dict()
     places: dict[str, _Place] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            for stored in tensors.keys():  # noqa: SIM118 - a handle, not a dict
-                name, _ = rename_source_key(stored, renamings, [], model.base_model_prefix, own)
-                if name not in own and stored in own:
-                    name = stored
-                shape = tuple(tensors.get_slice(stored).get_shape())
-                places[name] = _Place(file, stored, shape)
+    for file in weight_files(folder):
+        for stored, (_, shape) in read_header(file).items():
+            name, _ = rename_source_key(stored, renamings, [], model.base_model_prefix, own)
+            if name not in own and stored in own:
+                name = stored
+            places[name] = _Place(file, stored, shape)
     return places
+
+
+def _join_equal_ties(model: PreTrainedModel, places: dict[str, _Place]) -> None:
+    """Forget the second of two tensors that the model ties, where the file holds both, equal."""
+    for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        if (
+            target in places
+            and source in places
+            and torch.equal(places[target].read(), places[source].read())
+        ):
+            del places[target]
 
 
 def _require_match(
     folder: Path, model: PreTrainedModel, places: dict[str, _Place], found: set[str]
-) -> None:
-    """Hold the files to what the strict loader asks: every tensor, no other, of its shape.
+) -> set[str]:
+    """Hold the files to what the strict loader asks: no tensor but the model's, of its shape.
 
-    `found` are quantised matrices, which were looked at already.
+    Args:
+        folder: for the message.
+        model: without numbers.
+        places: what the files hold; what the model does not use is taken out.
+        found: quantised matrices, which were looked at already.
+
+    Returns:
+        The tensors that are missing, unless they are tied to others.
     """
-    expected = {
-        name: tuple(tensor.shape)
-        for name, tensor in model.state_dict().items()
-        if name not in found
-    }
-    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    differ = [
-        name for name, place in places.items() if name in expected and place.shape != expected[name]
-    ]
-    require_exact(
-        folder,
-        {
-            "missing_keys": set(expected) - set(places) - tied,
-            "unexpected_keys": set(places) - set(expected),
-            "mismatched_keys": differ,
-        },
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    info: Any = SimpleNamespace(
+        missing_keys=set(expected) - set(places) - found,
+        unexpected_keys=set(places) - set(expected) | set(places) & found,
     )
+    differ = {name for name, p in places.items() if p.shape != expected.get(name, p.shape)}
+    # The model's class knows which tensors of older versions it no longer uses.
+    model._adjust_missing_and_unexpected_keys(info)
+    require_exact(folder, {"unexpected_keys": info.unexpected_keys, "mismatched_keys": differ})
+    for name in set(places) - set(expected):
+        del places[name]
+    missing: set[str] = info.missing_keys
+    return missing
 
 
 def _stand_in(number: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

@@ -54,6 +54,7 @@ from pipeline.export.contract import (
 @options.setting(
     "--max-length", DEFAULT_MAX_LENGTH, "Length of the static cache: prompt and answer together."
 )
+@options.trust_remote_code
 @options.overwrite
 @options.json_output
 def command(
@@ -64,6 +65,7 @@ def command(
     weights: str | None,
     products: str,
     max_length: int,
+    trust_remote_code: bool,
     overwrite: bool,
     as_json: bool,
 ) -> None:
@@ -83,7 +85,7 @@ def command(
     from pipeline.export.export import export_folder
     from pipeline.export.request import ExportRequest
 
-    request = ExportRequest(profile, dtype, max_length, weights, products)
+    request = ExportRequest(profile, dtype, max_length, weights, products, trust_remote_code)
     record = export_folder(checkpoint, output, request, overwrite=overwrite)
     if as_json:
         click.echo(json.dumps(record, indent=2))

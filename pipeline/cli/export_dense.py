@@ -12,8 +12,9 @@ from pipeline.cli import options
 @click.command("export-dense")
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @options.output
+@options.trust_remote_code
 @options.overwrite
-def command(checkpoint: Path, output: Path, overwrite: bool) -> None:
+def command(checkpoint: Path, output: Path, trust_remote_code: bool, overwrite: bool) -> None:
     """Multiply the factors out, for tools that know nothing of skipcat.
 
     The result is as large as the original and loads in transformers, vLLM, llama.cpp's converter,
@@ -27,5 +28,5 @@ def command(checkpoint: Path, output: Path, overwrite: bool) -> None:
 
     needed_bytes = dense_bytes(checkpoint)
     with staged_folder(output, overwrite=overwrite, required_bytes=needed_bytes) as folder:
-        export_dense(checkpoint, folder)
+        export_dense(checkpoint, folder, trust_remote_code=trust_remote_code)
     click.echo(f"{output}: dense weights, same architecture, same outputs")

@@ -29,7 +29,9 @@ from pipeline.compress.plan.plan import RankPlan
 from pipeline.compress.request import CompressRequest
 from pipeline.compress.walk import Compressed, compress_
 from pipeline.lazy import imported
+from pipeline.model.numbers import require_fitting
 from pipeline.model.task import adapter_of, task_of_model
+from pipeline.model.weight_files import weight_files
 from pipeline.progress import note
 from pipeline.provenance import provenance
 
@@ -65,6 +67,7 @@ def compress_to_folder(
     discard_unfinished(output, resume=resume)
     opened = opened or _open_model(request)
     dtype = _stored_dtype(request, opened.storage_dtype)
+    require_fitting(opened.model, dtype, request.model)
     with staged_folder(
         output, overwrite=overwrite, resume=True, required_bytes=opened.needed_bytes(dtype)
     ) as folder:
@@ -143,8 +146,15 @@ def _write(
     recipe: dict[str, Any],
     report: dict[str, Any],
 ) -> None:
-    save_checkpoint(compressed.model, opened.processor, compressed.modules, folder, dtype)
-    report["totals"]["stored_bytes"] = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+    save_checkpoint(
+        compressed.model,
+        opened.processor,
+        compressed.modules,
+        folder,
+        dtype,
+        source=opened.source.folder(),
+    )
+    report["totals"]["stored_bytes"] = sum(f.stat().st_size for f in weight_files(folder))
     report["tables"] = plan.embeddings
     plan.save(folder / "plan.json")
     save_plan_chart(plan, folder / "plan.svg")

@@ -72,7 +72,11 @@ def export_folder(
     request.check()
     started = time.monotonic()
     checkpoint = Path(checkpoint)
-    skeleton = Skeleton.load(checkpoint, getattr(torch, request.dtype))
+    skeleton = Skeleton.load(
+        checkpoint,
+        getattr(torch, request.dtype),
+        trust_remote_code=request.trust_remote_code,
+    )
     weights, exact = _chosen_weights(request, skeleton)
     proof = prove_model(skeleton.model.config, request)
     weight_bytes = sum(p.numel() * p.element_size() for p in skeleton.model.parameters())

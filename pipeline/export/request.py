@@ -39,6 +39,7 @@ class ExportRequest:
             int4-offset where that rounds nothing.
         products: of quantised matrices in the profile `cpu`: "integer" rounds inputs to 8 bits
             and is fast, "float" multiplies in float32.
+        trust_remote_code: let Python code that comes with the checkpoint run.
     """
 
     profile: str = DEFAULT_PROFILE
@@ -46,6 +47,7 @@ class ExportRequest:
     max_length: int = DEFAULT_MAX_LENGTH
     weights: str | None = None
     products: str = INTEGER
+    trust_remote_code: bool = False
 
     @property
     def traits(self) -> Profile:

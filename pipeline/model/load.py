@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-import transformers
-from accelerate import init_empty_weights
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -25,9 +24,20 @@ from transformers import (
 )
 from transformers.image_processing_base import ImageProcessingMixin
 
-from pipeline.errors import InputError, PipelineError, UsageError
+from pipeline.errors import InputError, UsageError
+from pipeline.model.check import check_config
+from pipeline.model.gguf import read_gguf
+from pipeline.model.loading import (
+    empty_model,
+    explaining,
+    require_tensors,
+    settle_ties,
+    silence_transformers,
+)
+from pipeline.model.numbers import require_finite_model
 from pipeline.model.source import Source, resolve_source
-from pipeline.model.task import refuse_other_tasks, task_of_config
+from pipeline.model.structure import refuse_other_architectures
+from pipeline.model.task import TASKS, TEXT, refuse_other_tasks, task_of_config
 from pipeline.progress import note
 
 
@@ -52,6 +62,7 @@ class _Preview:
     config: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
     source: Source
+    parameters: int
 
 
 def load_model(
@@ -80,31 +91,30 @@ def load_model(
     source = preview.source
     refuse_long_windows("--window-length", window_length, preview.config)
     if dtype is None:
-        dtype = _held_dtype(source, preview.config, trust_remote_code, stream_weights)
+        dtype = _held_dtype(preview, stream_weights)
     with _explaining(source), _quiet_gguf():
         model, info = AutoModelForCausalLM.from_pretrained(
             source.location,
+            config=preview.config,
             dtype=dtype,
             use_safetensors=True,
             output_loading_info=True,
             **_loading_keywords(source, trust_remote_code),
         )
     _refuse_incomplete(source, info)
+    settle_ties(model, source.name)
     _forget_gguf(model)
+    require_finite_model(model, source.location)
     model.published_dtype = _published_dtype(source, preview.config)
     return LoadedModel(model.eval(), preview.tokenizer, source)
 
 
-def _held_dtype(
-    source: Source, config: Any, trust_remote_code: bool, stream_weights: bool
-) -> torch.dtype:
+def _held_dtype(preview: _Preview, stream_weights: bool) -> torch.dtype:
     """float32, or the published type: when asked, or float32 would fill half of the free memory."""
-    published = _published_dtype(source, config)
-    if source.kind == "gguf":
+    published = _published_dtype(preview.source, preview.config)
+    if preview.source.kind == "gguf":
         return torch.float32
-    with _explaining(source), init_empty_weights():
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    needed_bytes = 4 * sum(parameter.numel() for parameter in model.parameters())
+    needed_bytes = 4 * preview.parameters
     free_bytes = psutil.virtual_memory().available
     if needed_bytes <= free_bytes / 2 and not stream_weights:
         return torch.float32
@@ -122,14 +132,18 @@ def preview_model(name: str, *, trust_remote_code: bool = False) -> _Preview:
         InputError: as `load_model`.
     """
     source = resolve_source(name)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    silence_transformers()
     keywords = _loading_keywords(source, trust_remote_code)
     with _explaining(source):
         config = AutoConfig.from_pretrained(source.location, **keywords)
         _refuse_unsupported(source, config)
+        model = empty_model(TASKS[TEXT].auto_class, config, trust_remote_code)
+        refuse_other_architectures(model, source.name)
+        if source.gguf_file:
+            read_gguf(Path(source.location) / source.gguf_file, config, model)
         tokenizer = AutoTokenizer.from_pretrained(source.location, **keywords)
-    return _Preview(config, tokenizer, source)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return _Preview(config, tokenizer, source, parameters)
 
 
 def _loading_keywords(source: Source, trust_remote_code: bool) -> dict[str, Any]:
@@ -138,15 +152,14 @@ def _loading_keywords(source: Source, trust_remote_code: bool) -> dict[str, Any]
     return keywords | ({"gguf_file": source.gguf_file} if source.gguf_file else {})
 
 
-@contextmanager
-def _explaining(source: Source) -> Iterator[None]:
+def _explaining(source: Source) -> AbstractContextManager[None]:
     """Turn whatever transformers raises into an InputError that says what to change."""
-    try:
-        yield
-    except (PipelineError, MemoryError):
-        raise
-    except Exception as error:
-        raise _explained(source, error) from error
+    change = "check the id and the network, or pass a local folder"
+    return explaining(
+        "The model could not be loaded.",
+        source.location,
+        change if source.kind == "hub" else None,
+    )
 
 
 @contextmanager
@@ -170,7 +183,7 @@ def _refuse_unsupported(source: Source, config: Any) -> None:
             observed=f"{config.model_type}, an encoder-decoder",
         )
     if source.kind != "gguf":
-        _refuse_quantised(source, config)
+        _refuse_compressed(source, config)
 
 
 def refuse_long_windows(flag: str, length: int, config: Any) -> None:
@@ -193,30 +206,13 @@ def _published_dtype(source: Source, config: Any) -> torch.dtype:
     return getattr(torch, declared) if isinstance(declared, str) else declared
 
 
-def _explained(source: Source, error: Exception) -> InputError:
-    text = str(error).strip().splitlines()
-    first = text[0] if text else type(error).__name__
-    change = None
-    if "trust_remote_code" in str(error):
-        change = "read the model's code, then pass --trust-remote-code if you trust it"
-    elif source.kind == "hub":
-        change = "check the id and the network, or pass a local folder"
-    return InputError(
-        "The model could not be loaded.", where=source.location, observed=first, change=change
-    )
-
-
 def _refuse_incomplete(source: Source, info: dict[str, Any]) -> None:
-    """Raise InputError when transformers found tensors missing or of another shape."""
-    missing = sorted(info["missing_keys"])
-    mismatched = sorted(str(entry) for entry in info["mismatched_keys"])
-    if missing or mismatched:
-        bad = missing + mismatched
-        raise InputError(
-            "The checkpoint does not hold all weights of its architecture.",
-            where=source.location,
-            observed=f"{len(bad)} missing or of another shape: {', '.join(bad[:4])}",
-        )
+    """Raise InputError when transformers found tensors missing, superfluous or of another shape."""
+    require_tensors(
+        "The checkpoint does not hold all weights of its architecture, and no others.",
+        source.location,
+        info,
+    )
 
 
 def _forget_gguf(model: PreTrainedModel) -> None:
@@ -261,12 +257,11 @@ def load_classifier(name: str, *, trust_remote_code: bool = False) -> LoadedClas
         InputError: unknown, unreachable, broken, compressed already, or without image processor.
     """
     source = resolve_source(name)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    silence_transformers()
     keywords = _loading_keywords(source, trust_remote_code)
     with _explaining(source):
         config = AutoConfig.from_pretrained(source.location, **keywords)
-        _refuse_quantised(source, config)
+        _refuse_compressed(source, config)
         processor = load_processor(source.location, **keywords)
         model, info = AutoModelForImageClassification.from_pretrained(
             source.location,
@@ -276,6 +271,7 @@ def load_classifier(name: str, *, trust_remote_code: bool = False) -> LoadedClas
             **keywords,
         )
     _refuse_incomplete(source, info)
+    require_finite_model(model, source.location)
     input_shape(config, name)
     return LoadedClassifier(model.eval(), processor, source, _published_dtype(source, config))
 
@@ -317,14 +313,13 @@ def input_shape(config: Any, where: str) -> Shape:
     )
 
 
-def _refuse_quantised(source: Source, config: Any) -> None:
-    """Raise InputError for a model that is quantised already."""
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is not None:
-        method = quantization if isinstance(quantization, dict) else quantization.to_dict()
+def _refuse_compressed(source: Source, config: Any) -> None:
+    """Raise InputError for a model that is compressed, or quantised by any tool, already."""
+    check_config(config.to_dict(), source.name)
+    if getattr(config, "quantization_config", None) is not None:
         raise InputError(
             "The model is compressed or quantised already.",
             where=source.name,
-            observed=f"quant_method {method.get('quant_method')}",
+            observed="quant_method skipcat",
             change="start from the original weights (for a skipcat checkpoint: export-dense)",
         )

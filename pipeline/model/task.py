@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.errors import InputError, PipelineError
+from pipeline.json_file import json_field, read_json_object
 from pipeline.lazy import imported
 from pipeline.model.source import resolve_source
 
@@ -106,26 +106,32 @@ def adapter_of(task: Task, stage: _Stage) -> Any:
 
 
 def task_of_config(config: Any) -> Task:
-    """The task of a config, object or dict, by the classes that it names."""
+    """The task of a config, object or dict, by the classes that it names.
+
+    Raises:
+        InputError: the fields that name them are of another type.
+    """
     fields = config if isinstance(config, dict) else config.to_dict()
-    named = [*(fields.get("architectures") or ()), *(fields.get("auto_map") or {})]
+    where = "config.json"
+    named = [
+        *(json_field(fields, "architectures", list, where, default=None) or ()),
+        *(json_field(fields, "auto_map", dict, where, default=None) or {}),
+    ]
     words = {task: row.class_word for task, row in TASKS.items() if task != TEXT}
     found = (task for task, word in words.items() if any(word in str(name) for name in named))
     return next(found, TEXT)
 
 
 def task_of_folder(folder: Path) -> Task:
-    """The task of a Hugging Face folder; text generation where there is no config to ask."""
+    """The task of a Hugging Face folder; text generation where there is no config to ask.
+
+    Raises:
+        InputError: its config is broken.
+    """
     path = folder / "config.json"
     if not path.is_file():
         return TEXT
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError("The config cannot be read.", where=path, observed=error) from error
-    if not isinstance(fields, dict):
-        raise InputError("The config is not a JSON object.", where=path)
-    return task_of_config(fields)
+    return task_of_config(read_json_object(path))
 
 
 def task_of_model(name: str) -> Task:

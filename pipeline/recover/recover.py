@@ -32,6 +32,7 @@ from pipeline.checkpoint.modeling_skipcat import FactoredLinear, QuantizedWeight
 from pipeline.errors import InputError, PipelineError
 from pipeline.model.load import LoadedModel, load_model
 from pipeline.model.source import Source
+from pipeline.model.weight_files import weight_files
 from pipeline.provenance import provenance
 from pipeline.recover.request import Recoverable, RecoverRequest, held_out
 from pipeline.recover.train import Progress, fine_tune
@@ -64,7 +65,7 @@ def recover_to_folder(
     subject = Recoverable.read(request)
     discard_unfinished(output, resume=resume)
     student, teacher = _load(request, subject)
-    stored_bytes = sum(path.stat().st_size for path in request.checkpoint.glob("*.safetensors"))
+    stored_bytes = sum(path.stat().st_size for path in weight_files(request.checkpoint))
     with staged_folder(
         output, overwrite=overwrite, resume=True, required_bytes=2 * stored_bytes
     ) as folder:
@@ -93,7 +94,9 @@ def _load(request: RecoverRequest, subject: Recoverable) -> tuple[LoadedModel, L
         )
         _require_same_vocabulary(request.teacher, subject, teacher)
         teacher.model.requires_grad_(False)
-    model = load_checkpoint(request.checkpoint, dtype=torch.float32)
+    model = load_checkpoint(
+        request.checkpoint, dtype=torch.float32, trust_remote_code=request.trust_remote_code
+    )
     _refuse_quantized(request, model)
     # With it, save_pretrained would ignore the state that it is given.
     del model.hf_quantizer
@@ -165,7 +168,7 @@ def _recovery_windows(
 
 def _identity(request: RecoverRequest, text: TokenBatch) -> dict[str, Any]:
     """All that the result depends on, as JSON holds it."""
-    weights = {path.name: sha256_of_file(path) for path in _weight_files(request.checkpoint)}
+    weights = {path.name: sha256_of_file(path) for path in weight_files(request.checkpoint)}
     settings = asdict(request) | {"checkpoint": str(request.checkpoint)}
     return settings | {"weights_sha256": weights, "text_sha256": text.describe()["sha256"]}
 
@@ -213,7 +216,14 @@ def _write(
     recovery: dict[str, Any],
 ) -> None:
     """The checkpoint and its records; the plan is that of the compression."""
-    save_checkpoint(model, subject.tokenizer, subject.modules, folder, subject.dtype)
+    save_checkpoint(
+        model,
+        subject.tokenizer,
+        subject.modules,
+        folder,
+        subject.dtype,
+        source=request.checkpoint,
+    )
     _require_same_tensors(request.checkpoint, folder)
     recipe = subject.recipe | {"recovery": recovery}
     report = _largest_interpolations(subject.report, model)
@@ -285,13 +295,9 @@ def _require_same_tensors(before: Path, after: Path) -> None:
 
 def _tensors(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     found = {}
-    for path in _weight_files(folder):
+    for path in weight_files(folder):
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118 - not a dict
                 entry = file.get_slice(name)
                 found[name] = (entry.get_dtype(), tuple(entry.get_shape()))
     return found
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.safetensors"))

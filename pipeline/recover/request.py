@@ -16,6 +16,7 @@ from pipeline.calibrate.text import require_text
 from pipeline.checkpoint.folder import DTYPES, read_record, require_checkpoint
 from pipeline.errors import InputError, UsageError
 from pipeline.model.load import refuse_long_windows
+from pipeline.model.loading import explaining
 from pipeline.model.task import require_decoder
 from pipeline.recover.adapters import require_peft
 
@@ -212,9 +213,11 @@ class Recoverable:
                     where=folder / name,
                     change="copy the whole folder that skipcat compress wrote",
                 )
-        config = AutoConfig.from_pretrained(folder)
+        code = request.trust_remote_code
+        with explaining("The checkpoint's config or tokenizer could not be loaded.", folder):
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=code)
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=code)
         refuse_long_windows("--window-length", request.window_length, config)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
         require_text(
             request.text, tokenizer, count=request.window_count, length=request.window_length
         )

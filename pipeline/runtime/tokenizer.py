@@ -119,9 +119,12 @@ def load_whole_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
     _settings(folder)
     try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except (ValueError, OSError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # transformers raises whatever a file brings about in it
         raise _not_loading(folder, error) from error
+    return tokenizer
 
 
 def _settings(folder: Path) -> dict[str, Any]:
@@ -143,6 +146,14 @@ def _settings(folder: Path) -> dict[str, Any]:
 
 
 def _not_loading(folder: Path, error: Exception) -> InputError:
+    if "trust_remote_code" in str(error):
+        return InputError(
+            "The tokenizer comes with Python code of its own, which is not run unasked.",
+            where=folder,
+            observed="auto_map in tokenizer_config.json",
+            change="read the code; if you trust it, load it in transformers and save it as "
+            "tokenizer.json",
+        )
     return InputError("The tokenizer does not load.", where=folder, observed=error)
 
 

@@ -145,7 +145,7 @@ def test_a_gguf_that_ends_after_its_first_bytes_is_refused(tmp_path: Path) -> No
 
 def test_a_config_that_is_not_json_is_refused(folder: Path) -> None:
     (folder / "config.json").write_text("{")
-    with pytest.raises(InputError, match="could not be loaded"):
+    with pytest.raises(InputError, match="not JSON"):
         load_model(str(folder))
 
 

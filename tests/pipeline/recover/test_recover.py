@@ -216,7 +216,9 @@ def test_a_result_of_another_size_never_appears(
 ) -> None:
     save: Any = recover.save_checkpoint
     monkeypatch.setattr(
-        recover, "save_checkpoint", lambda *arguments: save(*arguments[:-1], torch.float16)
+        recover,
+        "save_checkpoint",
+        lambda *arguments, **more: save(*arguments[:-1], torch.float16, **more),
     )
     with pytest.raises(PipelineError, match="changed the tensors"):
         recover_to_folder(tiny_request(small, train_text, steps=1), tmp_path / "better")
