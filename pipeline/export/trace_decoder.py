@@ -186,22 +186,30 @@ def _cache_shapes(model: PreTrainedModel, profile: Profile) -> list[_CacheShape]
     Raises:
         InputError: the model keeps something else than keys and values.
     """
+    ids = torch.zeros(1, 2, dtype=torch.int64)
     with torch.no_grad():
-        cache = model(
-            input_ids=torch.zeros(1, 2, dtype=torch.int64), use_cache=True
-        ).past_key_values
+        # State-space models name theirs otherwise, or have none.
+        cache = getattr(model(input_ids=ids, use_cache=True), "past_key_values", None)
     try:
-        pairs = [(layer.keys, layer.values) for layer in cache.layers]
+        pairs = [(layer.keys, layer.values) for layer in getattr(cache, "layers", [])]
         shapes = [_CacheShape(k.shape[1], k.shape[3], v.shape[3]) for k, v in pairs]
     except (AttributeError, IndexError) as error:
-        raise InputError(
-            "The model's cache does not consist of keys and values.",
-            observed=type(cache).__name__,
-        ) from error
+        raise _not_keys_and_values(cache) from error
+    if not shapes:
+        raise _not_keys_and_values(cache)
     if not profile.contrib:
         return shapes
     widths = [padded_width(shape.key_width, shape.value_width) for shape in shapes]
     return [_CacheShape(s.kv_heads, w, w) for s, w in zip(shapes, widths, strict=True)]
+
+
+def _not_keys_and_values(cache: object) -> InputError:
+    layers = [type(layer).__name__ for layer in getattr(cache, "layers", [])]
+    return InputError(
+        "The model's cache does not consist of keys and values.",
+        observed=", ".join(dict.fromkeys(layers)) or "none, or one of the model's own",
+        expected="attention in every layer",
+    )
 
 
 def _trace(
