@@ -162,8 +162,13 @@ def damage(case: Case, source: Path, folder: Path, seed: int, tries: int) -> Ite
 
 
 def hold(
-    name: str, seed: int, tries: int, made: dict[str, Path], folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:  # fmt: skip
+    name: str,
+    seed: int,
+    tries: int,
+    made: dict[str, Path],
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     case = CASES[name]
     source = made.get(str(case.source), case.source)
     for number in damage(case, source, folder / "copy", seed, tries):
