@@ -121,6 +121,33 @@ def test_broken_files_are_named(folder: Path, name: str) -> None:
         load_tokenizer(folder)
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer_config.json", "[]"),
+        ("tokenizer_config.json", '"x"'),
+        ("tokenizer_config.json", '{"eos_token": 5}'),
+        ("tokenizer_config.json", '{"bos_token": {"content": null}}'),
+        ("tokenizer_config.json", '{"chat_template": [5]}'),
+        ("chat_template.json", "[]"),
+        ("chat_template.json", '{"chat_template": 5}'),
+        ("generation_config.json", "[]"),
+        ("generation_config.json", "{"),
+        ("generation_config.json", "[" * 200_000),
+        ("generation_config.json", '{"eos_token_id": [{}]}'),
+        ("generation_config.json", '{"eos_token_id": true}'),
+        ("generation_config.json", '{"eos_token_id": ' + "9" * 5000 + "}"),
+    ],
+)
+def test_settings_of_another_type_are_refused_by_the_name_of_the_file(
+    folder: Path, name: str, content: str
+) -> None:
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    (folder / name).write_text(content)
+    with pytest.raises(InputError, match=name):
+        stop_token_ids(load_tokenizer(folder), folder)
+
+
 def test_loading_needs_neither_torch_nor_transformers(folder: Path) -> None:
     import subprocess
 
