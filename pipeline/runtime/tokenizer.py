@@ -7,10 +7,6 @@ leaves something to it: no tokenizer.json, or special tokens that it adds by its
 
 from __future__ import annotations
 
-import base64
-import json
-import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -25,6 +21,13 @@ from pipeline.runtime.chat_template import (
     find_template,
     require_text,
 )
+from pipeline.runtime.tokenizer_limits import (
+    as_value_error,
+    failing,
+    is_panic,
+    limited_ids,
+    require_bounded,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,12 +37,6 @@ _SPECIAL = (
 )  # fmt: skip
 # Settings by which transformers changes what tokenizer.json says.
 _ADDING = ("add_bos_token", "add_eos_token")
-# A text takes a tokenizer microseconds per character. One that needs more than this has been given
-# a regular expression, or rules, that come to no end.
-_ENCODE_S = 10.0
-_CHARACTERS_PER_S = 20_000
-# Unicode's own normal forms make 18 characters of one at most.
-_MOST_GROWTH = 100
 
 
 class TextTokenizer(Protocol):
@@ -83,9 +80,9 @@ class _FolderTokenizer:
             self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
             self._tokenizer.no_truncation()
             self._tokenizer.no_padding()
-            _require_bounded(self._tokenizer)
+            require_bounded(self._tokenizer)
         except BaseException as error:  # the library raises nothing narrower, and panics
-            raise _as_value_error(error) from error
+            raise as_value_error(error) from error
         self.backend_tokenizer = self._tokenizer  # by the name that it has in transformers
         self.is_shareable = True  # several threads may use it at once
         self.name_or_path = str(folder)
@@ -101,13 +98,13 @@ class _FolderTokenizer:
             listed: list[int] = found[0].ids
             return listed
 
-        return _limited_ids(ids, text, self.name_or_path)
+        return limited_ids(ids, text, self.name_or_path)
 
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool = False) -> str:
         try:
             text: str = self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
         except BaseException as error:
-            raise _failing(error, self.name_or_path) from error
+            raise failing(error, self.name_or_path) from error
         return text
 
     def apply_chat_template(
@@ -129,7 +126,7 @@ class _WholeTokenizer:
         self.backend_tokenizer = getattr(tokenizer, "backend_tokenizer", None)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        return _limited_ids(
+        return limited_ids(
             lambda: self._tokenizer.encode(text, add_special_tokens=add_special_tokens),
             text,
             self.name_or_path,
@@ -139,7 +136,7 @@ class _WholeTokenizer:
         try:
             text: str = self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
         except BaseException as error:
-            raise _failing(error, self.name_or_path) from error
+            raise failing(error, self.name_or_path) from error
         return text
 
     def apply_chat_template(
@@ -181,7 +178,7 @@ def load_whole_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     except Exception as error:  # transformers raises whatever a file brings about in it
         raise _not_loading(folder, error) from error
     except BaseException as error:
-        raise (_not_loading(folder, error) if _is_panic(error) else error) from error
+        raise (_not_loading(folder, error) if is_panic(error) else error) from error
     return tokenizer
 
 
@@ -212,82 +209,6 @@ def _not_loading(folder: Path, error: BaseException) -> InputError:
             "tokenizer.json",
         )
     return InputError("The tokenizer does not load.", where=folder, observed=error)
-
-
-def _is_panic(error: BaseException) -> bool:
-    """Whether it is how the tokenizers library fails where it did not foresee it: no Exception."""
-    return type(error).__name__ == "PanicException"
-
-
-def _as_value_error(error: BaseException) -> BaseException:
-    """A failure of the tokenizers library while loading; anything else as it is."""
-    foreign = isinstance(error, Exception) and not isinstance(error, MemoryError)
-    return ValueError(str(error)) if foreign or _is_panic(error) else error
-
-
-def _failing(error: BaseException, where: object) -> BaseException:
-    """A failure of the tokenizers library at work, as an InputError; anything else as it is."""
-    foreign = isinstance(error, Exception) and not isinstance(error, MemoryError | InputError)
-    if foreign or _is_panic(error):
-        return InputError("The tokenizer fails on this text.", where=where, observed=error)
-    return error
-
-
-def _limited_ids(encode: Callable[[], list[int]], text: str, where: object) -> list[int]:
-    """Ids of a text, or the end of the wait for them; Ctrl-C is heard meanwhile.
-
-    The library lets go of the interpreter in `encode_batch`, but cannot be stopped: a thread that
-    came to no end ends with the process.
-    """
-    require_text(text)
-    outcome: list[list[int] | BaseException] = []
-
-    def run() -> None:
-        try:
-            outcome.append(encode())
-        except BaseException as error:
-            outcome.append(error)
-
-    limit_s = _ENCODE_S + len(text) / _CHARACTERS_PER_S
-    thread = threading.Thread(target=run, daemon=True, name="encode")
-    thread.start()
-    thread.join(limit_s)
-    if not outcome:
-        raise InputError(
-            "The tokenizer comes to no end with this text.",
-            where=where,
-            observed=f"{len(text)} characters, {limit_s:.0f} s",
-        )
-    if isinstance(outcome[0], BaseException):
-        raise _failing(outcome[0], where) from outcome[0]
-    return outcome[0]
-
-
-def _require_bounded(tokenizer: Any) -> None:
-    """Raise ValueError for rules that multiply a text: a few of them fill any memory."""
-    for name in ("normalizer", "decoder"):
-        part = getattr(tokenizer, name)
-        if part is None:
-            continue
-        growth = _growth(json.loads(part.__getstate__()))
-        if growth > _MOST_GROWTH:
-            raise ValueError(f"its {name} makes texts up to {growth} times as long")
-
-
-def _growth(rule: dict[str, Any]) -> int:
-    """How many characters a rule of tokenizer.json makes of one, at most."""
-    kind, product = rule.get("type"), 1
-    for step in rule.get("normalizers") or rule.get("decoders") or ():
-        product *= _growth(step)
-    if kind == "Replace":
-        fixed = rule["pattern"].get("String")  # a regular expression may match nothing at all
-        return -(-len(rule["content"]) // len(fixed)) or 1 if fixed else 1 + len(rule["content"])
-    if kind == "Prepend":
-        return 1 + len(rule["prepend"])
-    if kind == "Precompiled":
-        texts = base64.b64decode(rule["precompiled_charsmap"] or "").split(b"\0")
-        return max(map(len, texts))
-    return product
 
 
 def _special_tokens(folder: Path, settings: dict[str, Any]) -> dict[str, str]:

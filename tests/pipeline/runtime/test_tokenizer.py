@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from pipeline.errors import InputError
-from pipeline.runtime import tokenizer as module
+from pipeline.runtime import tokenizer_limits as module
 from pipeline.runtime.tokenizer import (
     _FolderTokenizer,
     chat_prompt_ids,
