@@ -78,7 +78,7 @@ def make_twin(
         InputError: none of a bearable size has all the kinds of layers that the model has.
     """
     task = task_of_config(config)
-    wanted = _features(_empty(config, task))
+    wanted = _features(_whole(config))
     reasons = []
     for number, shrunk in enumerate(_candidates(config)):
         try:
@@ -257,8 +257,27 @@ def _first(fields: dict[str, Any], names: tuple[str, ...]) -> Any:
 
 
 def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """The class of the model that a config describes."""
-    return type(_empty(config, task_of_config(config)))
+    """The class of the model that a config describes.
+
+    Raises:
+        InputError: it is none of transformers' own for the task.
+    """
+    return type(_whole(config))
+
+
+def _whole(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model that a config describes, without numbers; InputError where there is none."""
+    task = task_of_config(config)
+    try:
+        return _empty(config, task)
+    except Exception as error:  # code of its own, another task, settings at odds
+        raise InputError(
+            "The model cannot be exported: its class cannot be made of its config.",
+            where=config.model_type,
+            observed=type(error).__name__,
+            expected=f"a class of transformers' own behind {TASKS[task].auto_class}",
+            change="run again with -v to see what transformers says",
+        ) from error
 
 
 def _empty(config: PreTrainedConfig, task: Task) -> PreTrainedModel:

@@ -73,6 +73,11 @@ def test_what_attention_takes_beside_a_mask_is_refused_in_words_of_ours(
     assert "\x1b" not in str(caught.value)
 
 
+def test_a_config_without_a_decoder_is_refused_and_no_internal_error() -> None:
+    with pytest.raises(InputError, match="class cannot be made of its config"):
+        prove_model(AutoConfig.for_model("vit_mae"), ExportRequest())
+
+
 def test_dynamic_ntk_is_refused_in_one_sentence() -> None:
     rotary = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}
     with pytest.raises(InputError, match="dynamic NTK scaling is not exported"):
