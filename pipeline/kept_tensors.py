@@ -51,5 +51,5 @@ def _digest(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> str:
         about: list[Any] = [name, str(tensor.dtype), list(tensor.shape)]
         digest.update(json.dumps(about).encode())
         # As bytes: NumPy knows no bfloat16, and a scalar has no last axis to view.
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -25,7 +25,7 @@ from transformers import (
 )
 from transformers.image_processing_base import ImageProcessingMixin
 
-from pipeline.errors import InputError, PipelineError, UsageError
+from pipeline.errors import InputError, PipelineError, UsageError, shortage_of
 from pipeline.model.source import Source, resolve_source
 from pipeline.model.task import refuse_other_tasks, task_of_config
 from pipeline.progress import note
@@ -146,7 +146,7 @@ def _explaining(source: Source) -> Iterator[None]:
     except (PipelineError, MemoryError):
         raise
     except Exception as error:
-        raise _explained(source, error) from error
+        raise shortage_of(error) or _explained(source, error) from error
 
 
 @contextmanager

@@ -126,6 +126,7 @@ def check_safetensors(folder: Path) -> None:
             change="save the model again with save_pretrained(..., safe_serialization=True)",
         )
     for file in files:
+        _require_readable(file)
         try:
             with safe_open(file, framework="pt") as tensors:
                 tensors.keys()
@@ -136,3 +137,16 @@ def check_safetensors(folder: Path) -> None:
                 observed=f"{error} ({file.stat().st_size} bytes)",
                 change="download or copy the file again",
             ) from error
+
+
+def _require_readable(file: Path) -> None:
+    """Raise InputError for a file without permission, of which the library says it is not there."""
+    try:
+        file.open("rb").close()
+    except OSError as error:
+        raise InputError(
+            "A weight file cannot be read.",
+            where=file,
+            observed=error.strerror,
+            change="check its permissions, and those of its folder",
+        ) from error
