@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
+import psutil
 import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from pipeline.artefact import write_json
 from pipeline.checkpoint.skeleton import Skeleton
-from pipeline.errors import InputError
+from pipeline.errors import InputError, ResourceError
 from pipeline.export.attention import active
 from pipeline.export.cache import GraphCache, padded_width
 from pipeline.export.contract import (
@@ -217,6 +218,7 @@ def _trace(
 ) -> ir.Model:
     """The graph; `max_length` is that of a static cache."""
     model = skeleton.model
+    _require_memory(shapes, profile, max_length)
     slots = max_length if profile.static_cache else _TRACE_PAST
     past = [
         torch.zeros(_TRACE_BATCH, shape.kv_heads, slots, width, dtype=model.dtype)
@@ -237,6 +239,27 @@ def _trace(
         input_names=[*TOKEN_INPUTS, *cache_names(len(shapes))],
         output_names=[LOGITS, *cache_names(len(shapes), PRESENT)],
     )
+
+
+def _require_memory(shapes: list[_CacheShape], profile: Profile, max_length: int) -> None:
+    """Raise ResourceError for a cache to trace with, or tables of angles, that memory cannot hold.
+
+    It is looked at before: the kernel promises more than there is, and kills who takes it.
+    """
+    numbers = 2 * max(shape.key_width for shape in shapes)
+    if profile.static_cache:
+        widths = (shape.kv_heads * (shape.key_width + shape.value_width) for shape in shapes)
+        numbers += _TRACE_BATCH * sum(widths)
+    needed_bytes = 4 * numbers * max_length
+    free_bytes = psutil.virtual_memory().available
+    if needed_bytes > free_bytes:
+        raise ResourceError(
+            "A cache of this length does not fit into memory.",
+            where="--max-length",
+            observed=f"{max_length} tokens, about {needed_bytes / 1e9:.1f} GB",
+            expected=f"{free_bytes / 1e9:.1f} GB at most",
+            change="pass a smaller --max-length",
+        )
 
 
 def _dynamic_shapes(profile: Profile, caches: int) -> dict[str, object]:
