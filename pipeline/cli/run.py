@@ -317,6 +317,7 @@ def _answer_all(
     prompts = [_ids_or_failure(tokenizer, session, opening, m, raw) for m in conversations]
     fit = [ids for ids in prompts if not isinstance(ids, InputError)]
     own = replace(decoding, stop_ids=stop_token_ids(tokenizer, folder))
+    assert isinstance(decoding.seed, int)
     seeds = [decoding.seed] * len(fit)
     answers = stream_batch(session, fit, own, tokenizer, seeds)
     ended: list[str] = []

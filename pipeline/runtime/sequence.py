@@ -57,8 +57,9 @@ class Decoding:
 def _whole_numbers(values: Any, what: str) -> list[int]:
     """The values as a list; raise InputError for text, bytes, and numbers that are not whole."""
     holds_others = isinstance(values, str | bytes | bytearray | dict)
+    listed: Iterable[Any] = [None] if holds_others else values
     try:
-        return [operator.index(value) for value in ([None] if holds_others else values)]
+        return [operator.index(value) for value in listed]
     except TypeError as error:
         observed = f"a value of type {type(values).__name__}: {values!r}"[:80]
         raise InputError(what, observed=observed, expected="whole numbers") from error
