@@ -50,6 +50,7 @@ def test_ids_and_text_equal_those_of_transformers(folder: Path) -> None:
 def test_a_template_renders_as_in_transformers(folder: Path) -> None:
     (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
     ours, theirs = load_tokenizer(folder), AutoTokenizer.from_pretrained(str(folder))
+    assert isinstance(ours, _FolderTokenizer)
     for opened in (True, False):
         text = ours.apply_chat_template(CHAT, add_generation_prompt=opened, tokenize=False)
         expected = theirs.apply_chat_template(CHAT, add_generation_prompt=opened, tokenize=False)
@@ -63,9 +64,9 @@ def test_a_template_may_stand_in_the_settings(folder: Path) -> None:
     named = [{"name": "tools", "template": "x"}, {"name": "default", "template": "d"}]
     for template, expected in (("{{ messages[0].role }}", "system"), (named, "d")):
         path.write_text(json.dumps(settings | {"chat_template": template}))
-        text = load_tokenizer(folder).apply_chat_template(
-            CHAT, add_generation_prompt=False, tokenize=False
-        )
+        tokenizer = load_tokenizer(folder)
+        assert isinstance(tokenizer, _FolderTokenizer)
+        text = tokenizer.apply_chat_template(CHAT, add_generation_prompt=False, tokenize=False)
         assert text == expected
 
 
@@ -185,7 +186,11 @@ def test_rules_of_ordinary_tokenizers_load(folder: Path) -> None:
 
 
 def test_a_panic_of_the_library_is_a_bad_input(folder: Path) -> None:
-    split = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated"}
+    split: dict[str, object] = {
+        "type": "Split",
+        "pattern": {"Regex": "(a+)+$"},
+        "behavior": "Isolated",
+    }
     split |= {"invert": False}
     tokenizer = load_tokenizer(changed(folder, pre_tokenizer=split))
     assert tokenizer.encode("aa") is not None
