@@ -232,8 +232,8 @@ class _Reading:
         if factors is not None and bool((factors != 1).any()):
             if scaled:
                 raise self.refused(f"{_FACTORS} beside rope.scaling")
-            scaled = llama3_of(factors, self._angles().get("rope_theta", 0.0))
-            if scaled is None:
+            scaled = llama3_of(factors, self._angles().get("rope_theta", 0.0)) or {}
+            if not scaled:
                 raise self.refused(f"{_FACTORS}, which are not those of Llama 3")
         if scaled:
             if "rope_theta" not in self._angles():
