@@ -17,7 +17,7 @@ from pipeline.compress.run import compress_to_folder
 from pipeline.engine.target import Target, resolve_target
 from pipeline.errors import InputError, UsageError
 from pipeline.export.contract import CPU, DEFAULT_MAX_LENGTH, DEFAULT_PROFILE, FLOAT16, FLOAT32
-from pipeline.export.export import export_folder
+from pipeline.export.export import export_folder, prove_model
 from pipeline.export.request import ExportRequest
 from pipeline.memory import peak_bytes
 from pipeline.progress import note
@@ -154,7 +154,9 @@ def build(
     note(f"target: {target.flavour}, because {target.reason}")
     _refuse_missing_packages(target)
     earlier = _earlier_stages(request, folder, overwrite=overwrite, resume=resume)
+    exports = _exports_of(request, target)
     _refuse_inputs(request)
+    _refuse_exports(request, [one for path, one in exports.items() if not (folder / path).exists()])
     state = _open(request, folder, earlier)
     state.run(
         "compress",
@@ -162,11 +164,9 @@ def build(
         lambda path: compress_to_folder(request.compress, path, resume=resume),
     )
     checkpoint = folder / "checkpoint"
-    _export(state, checkpoint, "onnx", FLOAT32)
-    if request.compress.is_quantized and request.compress.runtime == "cpu":
-        _export(state, checkpoint, "onnx-cpu", FLOAT32, CPU)
+    for path, wanted in exports.items():
+        _export(state, checkpoint, path, wanted)
     if target.flavour != "cpu":
-        _export(state, checkpoint, "onnx-fp16", FLOAT16)
         _engine(state, target)
     ledgers: list[Ledger] = []
 
@@ -191,12 +191,24 @@ def _refuse_missing_packages(target: Target) -> None:
         target.require_package()
 
 
-def _export(
-    state: Build, checkpoint: Path, folder: str, dtype: str, profile: str = DEFAULT_PROFILE
-) -> None:
-    code = state.request.compress.trust_remote_code
-    wanted = ExportRequest(profile, dtype, state.request.max_length, trust_remote_code=code)
-    name = f"export {dtype}" if profile == DEFAULT_PROFILE else f"export {profile}"
+def _exports_of(request: BuildRequest, target: Target) -> dict[str, ExportRequest]:
+    """The graphs that a build makes, by the folder of each."""
+
+    def wanted(profile: str, dtype: str) -> ExportRequest:
+        code = request.compress.trust_remote_code
+        return ExportRequest(profile, dtype, request.max_length, trust_remote_code=code)
+
+    exports = {"onnx": wanted(DEFAULT_PROFILE, FLOAT32)}
+    if request.compress.is_quantized and request.compress.runtime == "cpu":
+        exports["onnx-cpu"] = wanted(CPU, FLOAT32)
+    if target.flavour != "cpu":
+        exports["onnx-fp16"] = wanted(DEFAULT_PROFILE, FLOAT16)
+    return exports
+
+
+def _export(state: Build, checkpoint: Path, folder: str, wanted: ExportRequest) -> None:
+    default = wanted.profile == DEFAULT_PROFILE
+    name = f"export {wanted.dtype if default else wanted.profile}"
     state.run(name, folder, lambda path: export_folder(checkpoint, path, wanted))
 
 
@@ -234,6 +246,22 @@ def _refuse_inputs(request: BuildRequest) -> None:
     ):
         refuse_long_windows(flag, length, preview.config)
         require_text(spec, preview.tokenizer, count=count, length=length)
+
+
+def _refuse_exports(request: BuildRequest, exports: list[ExportRequest]) -> None:
+    """Find out in seconds which graphs cannot be made of the model, before it is compressed.
+
+    Raises:
+        InputError: as `prove_model`.
+    """
+    from pipeline.model.load import preview_model
+
+    compress = request.compress
+    if exports:
+        note("proving the graphs on a small twin of the model ...")
+        config = preview_model(compress.model, trust_remote_code=compress.trust_remote_code).config
+        for wanted in exports:
+            prove_model(config, wanted)
 
 
 def _earlier_stages(

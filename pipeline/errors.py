@@ -7,6 +7,10 @@ Exit status: 0 ok, 1 internal, 2 usage, 3 bad or unsupported input, 4 out of mem
 from __future__ import annotations
 
 import errno
+import re
+
+# Escape sequences of terminals: colours, and what else begins so.
+_COLOUR = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
 
 
 class PipelineError(Exception):
@@ -34,7 +38,12 @@ class PipelineError(Exception):
         super().__init__(what)
         self.what = what
         details = {"where": where, "observed": observed, "expected": expected, "change": change}
-        self.details = {name: str(value) for name, value in details.items() if value is not None}
+        # Some libraries colour what they say, also where nobody sees it.
+        self.details = {
+            name: _COLOUR.sub("", str(value))
+            for name, value in details.items()
+            if value is not None
+        }
 
     def __str__(self) -> str:
         lines = [self.what]

@@ -19,7 +19,7 @@ from pipeline.runtime.sessions.image_sessions import (
 from validate.compare import StageLogits
 from validate.ledger import Adapter, Column, Drawn, Loaded
 from validate.record import Accuracy, Row
-from validate.stages import Artefacts, Openers
+from validate.stages import Artefacts, Openers, Tolerance
 
 _BATCH = 16
 # The standard error of an accuracy of 80% is then 1.2%.
@@ -72,8 +72,9 @@ class _Outputs:
 
     logits: StageLogits
     accuracy: Accuracy | None
+    cached: ClassVar[None] = None
 
-    def complaints(self) -> list[str]:
+    def complaints(self, tolerance: Tolerance, reference: _Outputs | None) -> list[str]:
         """None: an accuracy is always a number."""
         return []
 

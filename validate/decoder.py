@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,11 +21,15 @@ from validate.ledger import Adapter, Column, Drawn, Loaded
 from validate.metrics import log_perplexity_change
 from validate.quality import Perplexity, measure_perplexity
 from validate.record import PerplexityChange, Row
-from validate.stages import Artefacts, Openers, export_record_if_readable
+from validate.stages import Artefacts, Openers, Tolerance, export_record_if_readable
 
 _BATCHES = 4
 _BATCH_TOKENS = 128
 _PROMPT_TOKENS = 32
+# Behind a cache that holds the rest of a window: one token in each of so many calls, then several
+# at once in each of two. A graph can be right for a prompt and wrong for these.
+_CACHED_WINDOWS, _SINGLE_STEPS, _BLOCK, _BLOCKS = 2, 4, 8, 2
+_CACHED_TOKENS = _SINGLE_STEPS + _BLOCK * _BLOCKS
 # Text that the model writes for its evaluation must not be the text it was calibrated on.
 _EVALUATION_SEED_OFFSET = 1_000_003
 
@@ -91,10 +97,21 @@ class _Inputs:
     prompts: np.ndarray
     max_new_tokens: int
 
+    @property
+    def cached_batches(self) -> list[np.ndarray]:
+        """Whole windows, int64 [1, L] each, whose last tokens are read behind a cache."""
+        return [window[None] for window in self.windows[:_CACHED_WINDOWS]]
+
     def describe(self) -> dict[str, Any]:
         """Counts and lengths, for the ledger."""
+        length = self.windows.shape[1]
         return {
             "token_batches": [list(batch.shape) for batch in self.token_batches],
+            "cached": {
+                "batches": len(self.cached_batches),
+                "prompt": _cuts(length)[0],
+                "tokens": length - _cuts(length)[0],
+            },
             "windows": list(self.windows.shape),
             "prompts": list(self.prompts.shape),
             "max_new_tokens": self.max_new_tokens,
@@ -106,13 +123,21 @@ class _Outputs:
     """What a stage answered."""
 
     logits: StageLogits
+    cached: StageLogits
     perplexity: Perplexity
     traces: list[GreedyTrace]
 
-    def complaints(self) -> list[str]:
-        """A perplexity that is NaN or infinite."""
+    def complaints(self, tolerance: Tolerance, reference: _Outputs | None) -> list[str]:
+        """A perplexity that is NaN or infinite; an answer that leaves the reference's for no tie.
+
+        Both took the same tokens up to there, so only rounding may part them.
+        """
         value = self.perplexity.value
-        return [] if value < float("inf") else [f"its perplexity is {value}"]
+        complaints = [] if value < float("inf") else [f"its perplexity is {value}"]
+        if reference is None or tolerance.max_greedy_gap is None:
+            return complaints
+        agreement = GreedyAgreement.of(reference.logits.name, self.traces, reference.traces)
+        return complaints + agreement.complaints(tolerance.max_greedy_gap)
 
     def row_fields(self, reference: _Outputs | None, original: _Outputs | None) -> dict[str, Any]:
         """Perplexity, its change, and the agreement of greedy answers."""
@@ -182,7 +207,11 @@ def _load(
         _prompts_of(windows, options.prompts),
         options.max_new_tokens,
     )
-    return Loaded(loaded.model, inputs, {"text": batch.describe()})
+    described: dict[str, Any] = {"text": batch.describe()}
+    if remark := _remark_on_window(loaded.model.config, windows.shape[1]):
+        tell(remark)
+        described["sliding_window"] = remark
+    return Loaded(loaded.model, inputs, described)
 
 
 def _prompts_of(windows: np.ndarray, count: int) -> np.ndarray:
@@ -202,8 +231,43 @@ def _measure(
     traces = {other: outputs.traces for other, outputs in watched.items()}
     return _Outputs(
         StageLogits.of(name, session.forward, inputs.token_batches, before=session.reset),
+        StageLogits.of(name, partial(_behind_cache, session), inputs.cached_batches, session.reset),
         measure_perplexity(session, inputs.windows),
         trace_greedy(session, inputs.prompts, inputs.max_new_tokens, traces),
+    )
+
+
+def _cuts(length: int) -> list[int]:
+    """Where the calls end that read a window of so many tokens, the prompt's first."""
+    prompt = max(1, length - _CACHED_TOKENS)
+    singles = range(prompt, min(prompt + _SINGLE_STEPS, length) + 1)
+    return [*dict.fromkeys([*singles, min(singles[-1] + _BLOCK, length), length])]
+
+
+def _behind_cache(session: Session, ids: np.ndarray) -> np.ndarray:
+    """Logits of the last tokens of a window, float32 [1, S, V], read behind all before them.
+
+    Args:
+        session: empty.
+        ids: int64 [1, L], two tokens at least.
+    """
+    cuts = _cuts(ids.shape[1])
+    session.forward(ids[:, : cuts[0]], last_only=True)
+    parts = [session.forward(ids[:, start:end]) for start, end in pairwise(cuts)]
+    return np.concatenate(parts, axis=1)
+
+
+def _remark_on_window(config: Any, length: int) -> str:
+    """What there is to say of a sliding window that texts of so many tokens do not pass."""
+    text = config.get_text_config()
+    window = getattr(text, "sliding_window", None)
+    kinds = getattr(text, "layer_types", None) or ["sliding_attention"]
+    slides = any("sliding" in str(kind) for kind in kinds)
+    if not slides or not isinstance(window, int) or window <= 0 or _cuts(length)[0] > window:
+        return ""
+    return (
+        f"the model's window of {window} tokens is not passed by texts of {length}; "
+        f"--window-length {window + _CACHED_TOKENS + 1} does"
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -19,11 +19,13 @@ class GreedyTrace:
         margins: at each step, the logit of the choice above that of the runner-up, N of them.
         gaps: for each stage it was watched against, by name, the logit of its own choice above that
             of the other's choice where the two first differ; None if they never do.
+        scales: at each step, the largest absolute logit.
     """
 
     tokens: list[int]
     margins: list[float]
     gaps: dict[str, float | None]
+    scales: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class GreedyAgreement:
         gap: per prompt, at that step, how much higher the stage rates its own choice than the
             other's; a tiny gap is a tie broken by rounding.
         other_margin: per prompt, at that step, how sure the other stage was of its choice.
+        relative_gap: per prompt, the greater of the two in parts of the largest logit there.
     """
 
     other: str
@@ -50,6 +53,7 @@ class GreedyAgreement:
     first_divergence: list[int | None]
     gap: list[float | None]
     other_margin: list[float | None]
+    relative_gap: list[float | None] = field(default_factory=list)
 
     @classmethod
     def of(
@@ -81,7 +85,32 @@ class GreedyAgreement:
                 None if step is None else trace.margins[step]
                 for trace, step in zip(others, first, strict=True)
             ],
+            relative_gap=[
+                None if step is None else _relative_gap(mine, theirs, other, step)
+                for mine, theirs, step in zip(own, others, first, strict=True)
+            ],
         )
+
+    def complaints(self, most: float) -> list[str]:
+        """Say which answers part at a token that is no tie, if any; NaN is none.
+
+        Args:
+            most: relative gap up to which it is one.
+        """
+        wrong = [
+            number
+            for number, gap in enumerate(self.relative_gap)
+            if gap is not None and not gap <= most
+        ]
+        if not wrong:
+            return []
+        worst = max(self.relative_gap[number] or 0.0 for number in wrong)
+        step = self.first_divergence[wrong[0]]
+        return [
+            f"{len(wrong)} of {self.prompts} greedy answers part from those of '{self.other}' "
+            f"where there is no tie, the first after {step} tokens: by {worst:.1e} of the largest "
+            f"logit, at most {most:.0e} is one"
+        ]
 
 
 def trace_greedy(
@@ -119,6 +148,7 @@ def _trace_prompt(
     session.reset()
     tokens: list[int] = []
     margins: list[float] = []
+    scales: list[float] = []
     gaps: dict[str, float | None] = dict.fromkeys(watched)
     new_ids = prompt[None]  # [1, S]
     for step in range(max_new_tokens):
@@ -130,8 +160,17 @@ def _trace_prompt(
                 gaps[name] = float(logits[token] - logits[others[step]])
         tokens.append(token)
         margins.append(float(best - runner_up))
+        scales.append(float(np.abs(logits).max()))
         new_ids = np.array([[token]], dtype=np.int64)
-    return GreedyTrace(tokens, margins, gaps)
+    return GreedyTrace(tokens, margins, gaps, scales)
+
+
+def _relative_gap(own: GreedyTrace, other: GreedyTrace, name: str, step: int) -> float:
+    """How sure either was of its choice at a step, in parts of the largest logit of both."""
+    gap, margin = own.gaps[name], other.margins[step]
+    scale = max(own.scales[step], other.scales[step])
+    surest = float(np.max([np.nan if gap is None else gap, margin]))
+    return surest / scale if scale else 0.0
 
 
 def _first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from pipeline.errors import PipelineError, UsageError
 from pipeline.model.task import Task
-from validate.compare import StageLogits
+from validate.compare import Comparison, StageLogits
 from validate.record import Row
 from validate.stages import Artefacts, Openers, Stage, Tolerance
 from validate.verdict import Verdict
@@ -46,8 +46,18 @@ class _Outputs(Protocol):
         """One row of logits for each token or image."""
         ...
 
-    def complaints(self) -> list[str]:
-        """What is wrong with them whatever the tolerance, beside logits that are not finite."""
+    @property
+    def cached(self) -> StageLogits | None:
+        """Logits of tokens behind a cache; None where the task has no cache."""
+        ...
+
+    def complaints(self, tolerance: Tolerance, reference: Any | None) -> list[str]:
+        """What is wrong with them, beside their logits.
+
+        Args:
+            tolerance: what is demanded of the stage.
+            reference: outputs of the stage it should equal; None if that one did not run.
+        """
         ...
 
     def row_fields(self, reference: Any | None, original: Any | None) -> dict[str, Any]:
@@ -224,28 +234,42 @@ def _row_of(
     stage: Stage, item: str, outputs: _Outputs, watched: Mapping[str, _Outputs], original: str
 ) -> Row:
     """The row of a stage that ran, but for how long it took."""
-    comparisons = {
-        name: outputs.logits.compare(
-            other.logits, stage.tolerance if name == stage.reference else Tolerance()
-        )
-        for name, other in watched.items()
-    }
     reference = stage.reference or ""
-    to_reference, to_original = comparisons.get(reference), comparisons.get(original)
+    to_reference, to_original = _compared(stage, outputs.logits, watched, original, "logits")
+    cached: tuple[Comparison | None, Comparison | None] = (None, None)
+    if outputs.cached is not None:
+        cached = _compared(stage, outputs.cached, watched, original, "cached")
+    verdict = Verdict.judge(
+        stage.tolerance,
+        to_reference,
+        to_original,
+        outputs.complaints(stage.tolerance, watched.get(reference)),
+        item=item,
+        is_original=stage.name == original,
+        cached=cached,
+    )
     return Row(
         name=stage.name,
         reference=stage.reference,
         tolerance=stage.tolerance,
-        verdict=Verdict.judge(
-            stage.tolerance,
-            to_reference,
-            to_original,
-            outputs.complaints(),
-            item=item,
-            is_original=stage.name == original,
-        ),
+        verdict=verdict,
         to_reference=to_reference,
         to_original=to_original,
+        cached_to_reference=cached[0],
+        cached_to_original=cached[1],
         inference_s=outputs.logits.inference_s,
         **outputs.row_fields(watched.get(reference), watched.get(original)),
     )
+
+
+def _compared(
+    stage: Stage, logits: StageLogits, watched: Mapping[str, _Outputs], original: str, which: str
+) -> tuple[Comparison | None, Comparison | None]:
+    """Logits of a stage against those of its reference and of the original, where these ran."""
+    comparisons = {
+        name: logits.compare(
+            getattr(other, which), stage.tolerance if name == stage.reference else Tolerance()
+        )
+        for name, other in watched.items()
+    }
+    return comparisons.get(stage.reference or ""), comparisons.get(original)

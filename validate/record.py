@@ -65,6 +65,8 @@ class Row:
         inference_s: seconds for the token batches.
         total_s: seconds for loading and all measurements.
         accuracy: of an image classifier, where there are labels.
+        cached_to_reference: its logits of tokens behind a cache, against the reference's.
+        cached_to_original: the same against the original's.
     """
 
     name: str
@@ -80,6 +82,8 @@ class Row:
     inference_s: float | None = None
     total_s: float | None = None
     accuracy: Accuracy | None = None
+    cached_to_reference: Comparison | None = None
+    cached_to_original: Comparison | None = None
 
     @property
     def closeness(self) -> Comparison | None:
@@ -168,6 +172,8 @@ def _row_from_json(fields: dict[str, Any]) -> Row:
             "verdict": Verdict(**fields["verdict"]),
             "to_reference": _comparison_from_json(fields["to_reference"]),
             "to_original": _comparison_from_json(fields["to_original"]),
+            "cached_to_reference": _comparison_from_json(fields.get("cached_to_reference")),
+            "cached_to_original": _comparison_from_json(fields.get("cached_to_original")),
             "greedy_to_reference": build("greedy_to_reference", GreedyAgreement),
             "greedy_to_original": build("greedy_to_original", GreedyAgreement),
             "perplexity": build("perplexity", Perplexity),

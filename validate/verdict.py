@@ -12,6 +12,7 @@ _PASS = "pass"
 _FAIL = "fail"
 _MEASURED = "measured"
 _NOT_RUN = "not run"
+_CACHED = " behind a cache"
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Verdict:
         *,
         item: str = "token",
         is_original: bool = False,
+        cached: tuple[Comparison | None, Comparison | None] = (None, None),
     ) -> Verdict:
         """Hold a stage that ran against its tolerance.
 
@@ -50,17 +52,25 @@ class Verdict:
             tolerance: what is demanded.
             to_reference: against the stage it should equal; None if that one did not run.
             to_original: against the original; None if that one did not run.
-            complaints: what is a failure whatever the tolerance.
+            complaints: what is a failure beside the logits.
             item: what a row of logits is of.
             is_original: it is the baseline, and there is nothing to compare it with.
+            cached: as `to_reference` and `to_original`, of tokens behind a cache.
         """
-        comparison, reasons = to_reference or to_original, []
-        if comparison is not None and not comparison.metrics.is_finite:
-            reasons.append("its logits hold NaN or infinity")
+        reasons = [
+            f"its logits{where} hold NaN or infinity"
+            for where, one in (
+                ("", to_reference or to_original),
+                (_CACHED, cached[0] or cached[1]),
+            )
+            if one is not None and not one.metrics.is_finite
+        ]
         reasons += complaints
         if not is_original:
             reasons += _reference_reasons(tolerance, to_reference, item)
             reasons += _original_reasons(tolerance, to_original, item)
+            if cached[0] is not None:
+                reasons += _reference_reasons(tolerance, cached[0], item + _CACHED)
         if reasons:
             return cls(_FAIL, reasons, counts_as_failure=True)
         return cls(_MEASURED if tolerance.is_free else _PASS)

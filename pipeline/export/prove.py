@@ -132,7 +132,8 @@ def prove(config: PreTrainedConfig, request: ExportRequest, write: _Write) -> di
 
 
 def _key(config: PreTrainedConfig, request: ExportRequest) -> str:
-    fields = {name: value for name, value in config.to_dict().items() if name not in NAMES}
+    names = (*NAMES, "architectures")
+    fields = {name: value for name, value in config.to_dict().items() if name not in names}
     return json.dumps([type(config).__name__, fields, asdict(request)], default=str)
 
 

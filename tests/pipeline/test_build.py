@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline import build
 from pipeline.artefact import sha256_of_file
@@ -17,6 +18,7 @@ from pipeline.cli.main import main
 from pipeline.engine import target
 from tests.support.families import save_family
 from tests.support.ledger_stages import perturb_onnx
+from tests.support.tiny_decoder import byte_tokenizer
 
 STAGES = ["compress", "export float32", "validate"]
 SIZES = ["--windows", "4", "--window-length", "32", "--eval-windows", "8", "--eval-length", "32"]
@@ -215,6 +217,24 @@ def test_what_a_later_stage_would_refuse_is_refused_before_any_work(
     assert main([*arguments, "-o", str(tmp_path / "tiny"), *changed]) == status
     assert message in capsys.readouterr().err
     assert names_in(tmp_path) == set()
+
+
+def test_a_model_that_cannot_be_exported_is_refused_before_it_is_compressed(
+    arguments: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = AutoConfig.for_model(
+        "gptj", vocab_size=272, n_embd=32, n_layer=2, n_head=4, rotary_dim=8, n_positions=128
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "gptj")
+    byte_tokenizer().save_pretrained(tmp_path / "gptj")
+    monkeypatch.setattr(build, "compress_to_folder", must_not_run)
+    flags = ["-m", str(tmp_path / "gptj"), "-o", str(tmp_path / "built")]
+    assert main([*arguments, *flags]) == 3
+    assert "attention interface" in capsys.readouterr().err
+    assert names_in(tmp_path) == {"gptj"}
 
 
 def test_a_refused_input_leaves_an_earlier_build_in_place(

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import DynamicCache
 
 from pipeline.errors import InputError, UsageError, ValidationError
 from pipeline.runtime.sessions.onnx_session import OnnxSession
@@ -24,9 +25,10 @@ from tests.support.ledger_stages import (
     unavailable_stage,
 )
 from tests.support.tiny_decoder import tiny_llama
+from validate.greedy import GreedyAgreement, GreedyTrace
 from validate.record import Ledger
 from validate.report import _render_html, print_ledger, write_reports
-from validate.stages import Stage, Tolerance
+from validate.stages import _SAME_IN_FLOAT32, Stage, Tolerance
 from validate.verdict import Verdict
 
 
@@ -194,7 +196,8 @@ def test_a_stage_beyond_its_tolerance_has_polygraphys_verdict_beside_ours() -> N
     rows = run(ORIGINAL, Stage("scaled", scaled, "original", CLOSE), onnx_stage()).rows
     found = [row.to_reference for row in rows[1:]]
     assert [one.polygraphy_passed for one in found if one is not None] == [False, True]
-    assert [len(row.verdict.reasons) for row in rows] == [0, 1, 0]
+    # One of prompts, one of tokens behind a cache.
+    assert [len(row.verdict.reasons) for row in rows] == [0, 2, 0]
 
 
 def test_json_round_trip_keeps_everything(ledger: Ledger) -> None:
@@ -261,3 +264,35 @@ def test_reports_appear_together_and_do_not_replace_without_leave(
 def test_nothing_is_printed_while_stages_run(capsys: pytest.CaptureFixture[str]) -> None:
     run(ORIGINAL, Stage("again", ORIGINAL.open, "original", CLOSE))
     assert capsys.readouterr().out == ""
+
+
+class _Forgetful(TorchSession):
+    """Right for a prompt; whatever comes behind it is read as if nothing were in the cache."""
+
+    def logits(self, input_ids: torch.Tensor, last_only: bool = False) -> torch.Tensor:
+        self._cache = DynamicCache(config=self.model.config)
+        return super().logits(input_ids, last_only)
+
+
+def test_a_stage_that_is_right_for_prompts_alone_fails() -> None:
+    forgetful = Stage("forgetful", lambda: _Forgetful(tiny_llama()), "original", _SAME_IN_FLOAT32)
+    row = run(ORIGINAL, forgetful).rows[1]
+    assert row.to_reference is not None
+    assert row.to_reference.metrics.min_cosine > 0.99999
+    assert row.verdict.status == "fail"
+    reasons = " ".join(row.verdict.reasons)
+    assert "token behind a cache" in reasons
+    assert "greedy answers part" in reasons
+    assert "there is no tie" in reasons
+
+
+def test_answers_that_part_at_a_tie_do_not_fail() -> None:
+    def traces(token: int, gap: float | None) -> list[GreedyTrace]:
+        return [GreedyTrace([7, token], [3.0, 1e-4], {"other": gap}, [10.0, 10.0])]
+
+    tie = GreedyAgreement.of("other", traces(1, 1e-4), traces(2, None))
+    assert tie.complaints(1e-3) == []
+    sure = GreedyAgreement.of("other", traces(1, 0.5), traces(2, None))
+    assert "after 1 tokens" in sure.complaints(1e-3)[0]
+    lost = GreedyAgreement.of("other", traces(1, float("nan")), traces(2, None))
+    assert lost.complaints(1e-3)
