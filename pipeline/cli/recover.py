@@ -63,7 +63,8 @@ def command(
     """  # noqa: D301 - click reads the escape
     from pipeline.output import check_output
 
-    inputs = (checkpoint, settings["text"], settings["teacher"] or "")
+    kept = () if checkpoint.resolve() == output.resolve() else (checkpoint,)
+    inputs = (*kept, settings["text"], settings["teacher"] or "")
     check_output(output, overwrite=overwrite, inputs=inputs)  # before torch is loaded
 
     from pipeline.recover.recover import recover_to_folder

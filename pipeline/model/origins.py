@@ -1,7 +1,7 @@
 """Where on this machine the local models are that checkpoints were made from.
 
-A checkpoint travels and names no path: it has the hashes of its original's files. Here is noted, for
-the user's own machine, which folder had them.
+A checkpoint travels and names no path: it has the hashes of its original's files. Here is noted,
+for the user's own machine, which folder had them.
 """
 
 from __future__ import annotations

@@ -104,10 +104,10 @@ class RecoverRequest:
     device: str = "cpu"
     trust_remote_code: bool = False
 
-    @property
-    def inputs(self) -> tuple[object, ...]:
-        """What is read, as it was named."""
-        return (self.checkpoint, self.text, self.teacher or "")
+    def inputs_of(self, output: Path) -> tuple[object, ...]:
+        """What is read and may not be lost to the output; the checkpoint itself may be replaced."""
+        replaced = self.checkpoint.resolve() == output.resolve()
+        return (() if replaced else (self.checkpoint,)) + (self.text, self.teacher or "")
 
     @property
     def window_count(self) -> int:

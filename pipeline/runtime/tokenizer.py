@@ -86,7 +86,10 @@ class _FolderTokenizer:
         self.backend_tokenizer = self._tokenizer  # by the name that it has in transformers
         self.is_shareable = True  # several threads may use it at once
         self.name_or_path = str(folder)
-        self.special_tokens_map = _special_tokens(folder, settings)
+        try:
+            self.special_tokens_map = _special_tokens(folder, settings)
+        except ValueError as error:
+            raise _not_loading(folder / "tokenizer_config.json", error) from error
         eos = self.special_tokens_map.get("eos_token")
         self.eos_token_id = None if eos is None else self._tokenizer.token_to_id(eos)
         self.chat_template = find_template(folder, settings)

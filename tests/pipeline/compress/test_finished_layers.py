@@ -49,7 +49,7 @@ def test_a_damaged_progress_file_is_refused(folder: Path, content: str) -> None:
 def test_a_damaged_record_is_refused(folder: Path, change: dict[str, Any]) -> None:
     path = folder / "progress.json"
     progress = json.loads(path.read_text())
-    progress["layers"]["layer.0"] |= change
+    progress["values"]["layers"]["layer.0"] |= change
     path.write_text(json.dumps(progress))
     with pytest.raises(InputError):
         FinishedLayers(folder, SETTINGS)
