@@ -39,13 +39,10 @@ class PipelineError(Exception):
     ) -> None:
         super().__init__(what)
         self.what = what
-        details = {"where": where, "observed": observed, "expected": expected, "change": change}
         # Some libraries colour what they say, also where nobody sees it.
-        self.details = {
-            name: _COLOUR.sub("", str(value))
-            for name, value in details.items()
-            if value is not None
-        }
+        seen = None if observed is None else _COLOUR.sub("", str(observed))
+        details = {"where": where, "observed": seen, "expected": expected, "change": change}
+        self.details = {name: str(value) for name, value in details.items() if value is not None}
 
     def __str__(self) -> str:
         lines = [self.what]

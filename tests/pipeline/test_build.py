@@ -130,7 +130,9 @@ def test_a_wrong_export_fails_the_build_with_5_after_reporting(
 ) -> None:
     perturb_onnx(built / "onnx")
     record = json.loads((built / "onnx" / "export.json").read_text())
+    weights = built / "onnx" / "model.onnx.data"
     record["onnx_sha256"] = sha256_of_file(built / "onnx" / "model.onnx")
+    record |= {"data_sha256": sha256_of_file(weights), "data_bytes": weights.stat().st_size}
     (built / "onnx" / "export.json").write_text(json.dumps(record))
     shutil.rmtree(built / "ledger")
     assert main([*arguments, "-o", str(built), "--resume"]) == 5

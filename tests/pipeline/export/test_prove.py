@@ -59,7 +59,7 @@ def test_a_class_that_attends_in_its_own_way_is_refused(kind: str) -> None:
     ("kind", "changes", "profile", "reason"),
     [
         ("gpt_oss", {"num_local_experts": 2, "num_experts_per_tok": 1, "head_dim": 16}, "opset24",
-         "takes s_aux too"),
+         "Mixtures of experts are not supported"),
         ("diffllama", {"num_key_value_heads": 2}, "cpu", "change behind the cache"),
         ("doge", {"num_key_value_heads": 2}, "cpu", "mask of its own"),
     ],
