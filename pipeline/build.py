@@ -18,7 +18,7 @@ from pipeline.compress.run import compress_to_folder
 from pipeline.engine.target import Target, resolve_target
 from pipeline.errors import InputError, UsageError, shortage_of
 from pipeline.export.contract import CPU, DEFAULT_MAX_LENGTH, DEFAULT_PROFILE, FLOAT16, FLOAT32
-from pipeline.export.export import export_folder
+from pipeline.export.export import export_folder, prove_model
 from pipeline.export.request import ExportRequest
 from pipeline.folder_lock import LOCK_FILE, FolderLock
 from pipeline.json_file import json_field, read_json_object
@@ -163,10 +163,14 @@ def build(
     _refuse_missing_packages(target)
     _refuse_output(request, folder, overwrite=overwrite, resume=resume)
     _refuse_inputs(request)
+    exports = _exports_of(request, target)
+    _refuse_exports(
+        request, [e for path, e in exports.items() if not (resume and (folder / path).exists())]
+    )
     try:
         with FolderLock(real_path(folder)):
             state = _open(request, folder, resume=resume)
-            return state, target, _run_stages(state, target, resume=resume)
+            return state, target, _run_stages(state, target, exports, resume=resume)
     except Exception as error:
         shortage = shortage_of(error, folder)
         if shortage is None:
@@ -174,7 +178,9 @@ def build(
         raise shortage from error
 
 
-def _run_stages(state: Build, target: Target, *, resume: bool) -> Ledger:
+def _run_stages(
+    state: Build, target: Target, exports: dict[str, ExportRequest], *, resume: bool
+) -> Ledger:
     """Each stage in its folder, unless it is finished."""
     from validate.report import write_reports
     from validate.run import validate
@@ -187,11 +193,9 @@ def _run_stages(state: Build, target: Target, *, resume: bool) -> Ledger:
         lambda path: compress_to_folder(request.compress, path, resume=resume),
     )
     checkpoint = folder / "checkpoint"
-    _export(state, checkpoint, "onnx", FLOAT32)
-    if request.compress.is_quantized and request.compress.runtime == "cpu":
-        _export(state, checkpoint, "onnx-cpu", FLOAT32, CPU)
+    for path, wanted in exports.items():
+        _export(state, checkpoint, path, wanted)
     if target.flavour != "cpu":
-        _export(state, checkpoint, "onnx-fp16", FLOAT16)
         _engine(state, target)
     ledgers: list[Ledger] = []
 
@@ -216,12 +220,23 @@ def _refuse_missing_packages(target: Target) -> None:
         target.require_package()
 
 
-def _export(
-    state: Build, checkpoint: Path, folder: str, dtype: str, profile: str = DEFAULT_PROFILE
-) -> None:
-    code = state.request.compress.trust_remote_code
-    wanted = ExportRequest(profile, dtype, state.request.max_length, trust_remote_code=code)
-    name = f"export {dtype}" if profile == DEFAULT_PROFILE else f"export {profile}"
+def _exports_of(request: BuildRequest, target: Target) -> dict[str, ExportRequest]:
+    """The graphs that a build makes, by the folder of each."""
+    wanted = {"onnx": (DEFAULT_PROFILE, FLOAT32)}
+    if request.compress.is_quantized and request.compress.runtime == "cpu":
+        wanted["onnx-cpu"] = (CPU, FLOAT32)
+    if target.flavour != "cpu":
+        wanted["onnx-fp16"] = (DEFAULT_PROFILE, FLOAT16)
+    code = request.compress.trust_remote_code
+    return {
+        path: ExportRequest(profile, dtype, request.max_length, trust_remote_code=code)
+        for path, (profile, dtype) in wanted.items()
+    }
+
+
+def _export(state: Build, checkpoint: Path, folder: str, wanted: ExportRequest) -> None:
+    default = wanted.profile == DEFAULT_PROFILE
+    name = f"export {wanted.dtype if default else wanted.profile}"
     state.run(name, folder, lambda path: export_folder(checkpoint, path, wanted))
 
 
@@ -259,6 +274,22 @@ def _refuse_inputs(request: BuildRequest) -> None:
     ):
         refuse_long_windows(flag, length, preview.config)
         require_text(spec, preview.tokenizer, count=count, length=length)
+
+
+def _refuse_exports(request: BuildRequest, exports: list[ExportRequest]) -> None:
+    """Find out in seconds which graphs cannot be made of the model, before it is compressed.
+
+    Raises:
+        InputError: as `prove_model`.
+    """
+    from pipeline.model.load import preview_model
+
+    compress = request.compress
+    if exports:
+        note("proving the graphs on a small twin of the model ...")
+        config = preview_model(compress.model, trust_remote_code=compress.trust_remote_code).config
+        for wanted in exports:
+            prove_model(config, wanted)
 
 
 def _refuse_output(request: BuildRequest, folder: Path, *, overwrite: bool, resume: bool) -> None:

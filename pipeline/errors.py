@@ -11,6 +11,9 @@ import os
 import re
 from pathlib import Path
 
+# Escape sequences of terminals: colours, and what else begins so.
+_COLOUR = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
+
 
 class PipelineError(Exception):
     """A failure with a message for the user and an exit status for the shell.
@@ -36,7 +39,9 @@ class PipelineError(Exception):
     ) -> None:
         super().__init__(what)
         self.what = what
-        details = {"where": where, "observed": observed, "expected": expected, "change": change}
+        # Some libraries colour what they say, also where nobody sees it.
+        seen = None if observed is None else _COLOUR.sub("", str(observed))
+        details = {"where": where, "observed": seen, "expected": expected, "change": change}
         self.details = {name: str(value) for name, value in details.items() if value is not None}
 
     def __str__(self) -> str:

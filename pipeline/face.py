@@ -125,6 +125,8 @@ def validate(
     from validate.run import validate as run
     from validate.stages import Artefacts
 
+    if output is not None:
+        check_output(Path(output), overwrite=overwrite)
     artefacts = Artefacts.find(Path(build)) if isinstance(build, (str, Path)) else build
     if output is not None:
         check_output(Path(output), overwrite=overwrite, inputs=artefacts.inputs)

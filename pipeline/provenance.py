@@ -57,11 +57,12 @@ def public_name(spec: object) -> str:
         spec: a path, several joined by `+`, or a name that is none, which stays as it is.
     """
     text = str(spec)
-    path = Path(text).expanduser()
+    path, parts = Path(text).expanduser(), text.split("+")
+    if len(parts) > 1 and not path.exists():
+        return "+".join(map(public_name, parts))
     if path.exists() or path.is_absolute() or text.startswith("."):
         return path.name or path.resolve().name
-    parts = text.split("+")
-    return "+".join(map(public_name, parts)) if len(parts) > 1 else text
+    return text
 
 
 def provenance() -> dict[str, object]:

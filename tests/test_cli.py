@@ -25,6 +25,15 @@ def subclasses(cls: type[errors.PipelineError]) -> list[type[errors.PipelineErro
     return [cls, *(below for child in cls.__subclasses__() for below in subclasses(child))]
 
 
+class SafetensorError(Exception):
+    """As that of safetensors: no OSError, and no errno."""
+
+
+def caused(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
 @pytest.fixture
 def failing_command(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], int]:
     """Run a command that raises the given exception, and return the exit status."""
@@ -98,16 +107,39 @@ def test_error_prints_every_detail_on_stderr(
         (OSError(errno.ENOSPC, "No space left on device", "model.safetensors"), 4),
         (OSError(errno.EDQUOT, "Quota exceeded"), 4),
         (MemoryError(), 4),
+        (OSError(errno.EFBIG, "File too large"), 4),
+        (OSError("13056 requested and 0 written"), 4),
+        (SafetensorError("Error while serializing: I/O error: No space left (os error 28)"), 4),
+        (SafetensorError("Error while serializing: I/O error: File too big (os error 27)"), 4),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you"), 4),
+        (RuntimeError("std::bad_alloc"), 4),
+        (caused(errors.InputError("The exporter failed."), OSError(errno.ENOSPC, "full")), 4),
+        (OSError(errno.EACCES, "Permission denied", "config.json"), 3),
+        (FileNotFoundError(errno.ENOENT, "No such file", "text.txt"), 3),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "n" * 300), 3),
+        (ValueError("no space left in the vocabulary"), 1),
+        (PermissionError("without a path"), 1),
         (KeyboardInterrupt(), 130),
         (ZeroDivisionError("an internal mistake"), 1),
         (OSError(errno.EIO, "input/output error"), 1),
     ],
-    ids=["disk full", "quota", "memory", "ctrl-c", "internal", "other i/o"],
 )
 def test_foreign_exceptions_map_to_an_exit_status(
     failure: BaseException, status: int, failing_command: Callable[[BaseException], int]
 ) -> None:
     assert failing_command(failure) == status
+
+
+def test_a_reader_that_is_gone_ends_a_command_without_a_word() -> None:
+    script = "from pipeline.cli.main import main; import sys; sys.exit(main(['--help']))"
+    child = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert child.stdout is not None
+    child.stdout.close()
+    _, told = child.communicate(timeout=60)
+    assert told == b""
+    assert child.returncode == 141
 
 
 def test_internal_error_keeps_its_traceback(

@@ -318,11 +318,6 @@ def _open_engine(folder: Path, name: str) -> Session:
     return TensorRTSession(folder, name=name)
 
 
-def _cached_cell(row: Row) -> str | None:
-    found = row.cached_to_reference or row.cached_to_original
-    return None if found is None else f"{found.metrics.min_cosine:.7f}"
-
-
 def _greedy_cell(row: Row) -> str | None:
     both = (row.greedy_to_reference, row.greedy_to_original)
     if all(one is None for one in both):
@@ -352,11 +347,6 @@ DECODER = Adapter(
     per_item="per token",
     top1="Tokens whose likeliest successor is the original's.",
     columns=(
-        Column(
-            "cached",
-            "Cosine of the worst token behind a cache, with what it should equal.",
-            _cached_cell,
-        ),
         Column(
             "greedy",
             "Tokens decoded alike: with what it should equal / the original.",

@@ -17,7 +17,7 @@ import numpy as np
 from pipeline.calibrate.text import TokenBatch, load_tokens
 from pipeline.errors import InputError, MissingPackageError, UsageError
 from pipeline.export.contract import RECORD_FILE
-from pipeline.provenance import provenance
+from pipeline.provenance import provenance, public_name
 from pipeline.runtime.generate import answer
 from pipeline.runtime.sequence import Decoding
 from pipeline.runtime.sessions.open_session import open_session
@@ -107,9 +107,9 @@ def evaluate(request: EvaluateRequest, tell: _Tell) -> dict[str, Any]:
     subject = _open_as(request, request.model, request.backend)
     record: dict[str, Any] = {
         "schema": _SCHEMA,
-        "model": request.model,
+        "model": public_name(request.model),
         "backend": subject.session.name,
-        "settings": {key: _jsonable(value) for key, value in asdict(request).items()},
+        "settings": {key: _jsonable(key, value) for key, value in asdict(request).items()},
         "provenance": provenance(),
         "perplexity": None,
         "reference": None,
@@ -210,14 +210,18 @@ def _open_named(name: str, trust_remote_code: bool) -> _Subject:
 
     loaded = load_model(name, trust_remote_code=trust_remote_code)
     listed = loaded.model.generation_config.eos_token_id
-    ids = {loaded.tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])}
+    listed = loaded.tokenizer.eos_token_id if listed is None else listed
+    ids = listed if isinstance(listed, list) else [listed]
     stop_ids = frozenset(token for token in ids if token is not None)
     return _Subject(TorchSession(loaded.model, "torch float32"), loaded.tokenizer, stop_ids)
 
 
-def _jsonable(value: Any) -> Any:
-    """A setting as JSON has it: a path as text."""
-    return str(value) if isinstance(value, Path) else value
+def _jsonable(name: str, value: Any) -> Any:
+    """A setting as JSON has it: a path by its last name alone."""
+    if name == "tasks":
+        return [public_name(spec) for spec in value]
+    read = ("model", "text", "reference")
+    return public_name(value) if name in read and value is not None else value
 
 
 def _measure_text(request: EvaluateRequest, subject: _Subject, tell: _Tell) -> dict[str, Any]:
@@ -291,7 +295,7 @@ def _closeness_record(request: EvaluateRequest, quality: Quality) -> dict[str, A
         np.array(quality.reference_nlls), np.array(quality.window_nlls)
     )
     return {
-        "model": request.reference,
+        "model": public_name(request.reference),
         "perplexity": _perplexity_record(quality.reference_nlls),
         "kl": {"value": quality.kl, "standard_error": _error_of(quality.window_kls)},
         "top1": {"value": quality.top1, "standard_error": _error_of(quality.window_agreements)},

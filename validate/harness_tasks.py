@@ -99,7 +99,8 @@ def _local_task(path: Path) -> ConfigurableTask:
 
 def file_hashes(specs: Sequence[str]) -> dict[str, str]:
     """Hex SHA-256 of each question file among the tasks."""
-    return {spec: sha256_of_file(Path(spec)) for spec in specs if spec.endswith(_LOCAL_SUFFIX)}
+    files = (Path(spec) for spec in specs if spec.endswith(_LOCAL_SUFFIX))
+    return {file.name: sha256_of_file(file) for file in files}
 
 
 def _questions_dataset(path: str, **_: Any) -> dict[str, datasets.Dataset]:

@@ -235,10 +235,13 @@ def _row_of(
 ) -> Row:
     """The row of a stage that ran, but for how long it took."""
     reference = stage.reference or ""
-    to_reference, to_original = _compared(stage, outputs.logits, watched, original, "logits")
+    to_reference, to_original = _compared(
+        stage, outputs.logits, {name: other.logits for name, other in watched.items()}, original
+    )
     cached: tuple[Comparison | None, Comparison | None] = (None, None)
     if outputs.cached is not None:
-        cached = _compared(stage, outputs.cached, watched, original, "cached")
+        others = {name: o.cached for name, o in watched.items() if o.cached is not None}
+        cached = _compared(stage, outputs.cached, others, original)
     verdict = Verdict.judge(
         stage.tolerance,
         to_reference,
@@ -263,13 +266,11 @@ def _row_of(
 
 
 def _compared(
-    stage: Stage, logits: StageLogits, watched: Mapping[str, _Outputs], original: str, which: str
+    stage: Stage, logits: StageLogits, others: Mapping[str, StageLogits], original: str
 ) -> tuple[Comparison | None, Comparison | None]:
     """Logits of a stage against those of its reference and of the original, where these ran."""
     comparisons = {
-        name: logits.compare(
-            getattr(other, which), stage.tolerance if name == stage.reference else Tolerance()
-        )
-        for name, other in watched.items()
+        name: logits.compare(other, stage.tolerance if name == stage.reference else Tolerance())
+        for name, other in others.items()
     }
     return comparisons.get(stage.reference or ""), comparisons.get(original)

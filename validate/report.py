@@ -16,7 +16,7 @@ from validate.ledger import Adapter, Column
 from validate.record import Ledger, Row
 
 _NOTHING = "-"
-_WIDTH_WITHOUT_TERMINAL = 170
+_WIDTH_WITHOUT_TERMINAL = 200
 _STYLES = {"pass": "green", "fail": "bold red", "not run": "yellow", "measured": ""}
 
 

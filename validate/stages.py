@@ -206,16 +206,18 @@ def original_of(checkpoint: Path) -> str:
 
 
 def _local_original(checkpoint: Path, recipe: dict[str, Any]) -> str:
-    """The local model of a recipe, which holds its last name alone: looked for near by, and known.
+    """The local model of a recipe, which holds its last name alone: where it was, or near by.
 
     Raises:
         InputError: none of that name and content is here or in a folder above the checkpoint.
     """
     from pipeline.model.fingerprint import model_hashes
+    from pipeline.model.origins import known_origin
 
     name = Path(recipe["model"]).name
-    for folder in (Path(), *checkpoint.resolve().parents[:_FOLDERS_ABOVE]):
-        path = folder / name
+    noted = known_origin(json_field(recipe, "model_files", dict, checkpoint / "recipe.json"))
+    near = [folder / name for folder in (Path(), *checkpoint.resolve().parents[:_FOLDERS_ABOVE])]
+    for path in (*([noted] if noted else ()), *near):
         if path.exists() and path.resolve() != checkpoint.resolve():
             with contextlib.suppress(InputError):
                 if model_hashes(str(path)) == recipe.get("model_files"):

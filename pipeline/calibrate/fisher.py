@@ -147,9 +147,10 @@ class BackwardSweep:
         (norm, head, soft cap) is in the gradient.
         """
         last = hidden.detach().clone().requires_grad_()
+        output = self.stream.as_output(last)
         with contextlib.ExitStack() as patches:
             for module in self.stream.modules:
-                patches.enter_context(patch.object(module, "forward", lambda *_, **__: last))
+                patches.enter_context(patch.object(module, "forward", lambda *_, **__: output))
             with torch.enable_grad(), fast_products(self.model):
                 logits = self.model(input_ids=batch, use_cache=False).logits
         residual = _drawn_minus_expected(logits.detach().float(), generator)

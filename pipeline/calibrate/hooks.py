@@ -39,6 +39,24 @@ def stopping_at(module: nn.Module) -> Iterator[list[Call]]:
 
 
 @contextmanager
+def stopping_behind(module: nn.Module) -> Iterator[list[Any]]:
+    """End the forward pass inside behind `module`; the list gets what it returned."""
+    caught: list[Any] = []
+
+    def catch(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        caught.append(output)
+        raise _Reached
+
+    hook = module.register_forward_hook(catch)
+    try:
+        yield caught
+    except _Reached:
+        pass
+    finally:
+        hook.remove()
+
+
+@contextmanager
 def seeing_inputs(
     model: nn.Module, takers: Mapping[str, Callable[[torch.Tensor], object]]
 ) -> Iterator[None]:

@@ -15,7 +15,7 @@ from unittest.mock import patch
 import torch
 from transformers import PreTrainedModel
 
-from pipeline.calibrate.hooks import not_finite, seeing_inputs, stopping_at
+from pipeline.calibrate.hooks import not_finite, seeing_inputs, stopping_at, stopping_behind
 from pipeline.calibrate.moments import SecondMoment
 from pipeline.calibrate.precision import fast, fast_products
 from pipeline.errors import InputError
@@ -38,6 +38,7 @@ class LayerStream:
         self.model, self.layers = model, layers
         self.modules = [model.get_submodule(layer.name) for layer in layers]
         self.batches = list(tokens.split(batch_size))
+        self._given_back = self._output_of_first()
         with torch.no_grad():
             self.hidden = [self._embed(batch) for batch in self.batches]
             self.keywords = {
@@ -69,6 +70,18 @@ class LayerStream:
                 hidden.copy_(hidden_states_of(module(hidden, **keywords)))
         return moments if measure else {}
 
+    def as_output(self, hidden: torch.Tensor) -> Any:
+        """Hidden states in the form in which layers return them: alone, or first in a tuple."""
+        if isinstance(self._given_back, tuple):
+            return (hidden, *(None for _ in self._given_back[1:]))
+        return hidden
+
+    def _output_of_first(self) -> Any:
+        """What the first layer returns for a few tokens."""
+        with torch.no_grad(), stopping_behind(self.modules[0]) as caught:
+            self.model(input_ids=self.batches[0][:1, :2], use_cache=False)
+        return caught[0]
+
     def _embed(self, batch: torch.Tensor) -> torch.Tensor:
         """Input of the first layer, float32 [B, T, H], whatever the model is held in."""
         with stopping_at(self.modules[0]) as caught:
@@ -83,14 +96,14 @@ class LayerStream:
         """
         seen: list[dict[str, Any]] = []
 
-        def identity(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        def identity(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             if args:
                 raise InputError(
                     "A decoder layer takes positional arguments beside the hidden states.",
                     where=self.layers[len(seen)].name,
                 )
             seen.append(kwargs)
-            return hidden_states
+            return self.as_output(hidden_states)
 
         with contextlib.ExitStack() as patches:
             for module in self.modules:

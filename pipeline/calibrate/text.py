@@ -116,7 +116,26 @@ def load_tokens(
         stream, details = _hub_stream(spec, tokenizer, count, length), {"datasets": spec}
     else:
         stream, details = _file_stream(Path(spec), tokenizer)
-    return TokenBatch(_windows(stream, spec, count, length, seed, sequential), spec, seed, details)
+    tokens = _windows(stream, spec, count, length, seed, sequential)
+    if model is not None:
+        _require_rows(tokens, tokenizer, model, spec)
+    return TokenBatch(tokens, spec, seed, details)
+
+
+def _require_rows(
+    tokens: torch.Tensor, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, spec: str
+) -> None:
+    """Raise InputError for tokens that the model's embedding has no row for."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    highest = int(tokens.max())
+    if highest >= rows:
+        raise InputError(
+            "The tokenizer has words that the model has no embedding of.",
+            where=spec,
+            observed=f"token {highest}, {tokenizer.convert_ids_to_tokens(highest)!r}",
+            expected=f"tokens below {rows}",
+            change="take that word out of the text, or use the model's own tokenizer",
+        )
 
 
 def _parts_of(spec: str) -> list[str]:
@@ -266,7 +285,7 @@ def _generate_windows(
     is_word = (ids < len(tokenizer)) & ~torch.isin(ids, special)
     words = ids[is_word]
     start = words[torch.randint(len(words), (count, 1), generator=generator)]
-    if tokenizer.bos_token_id is not None:
+    if tokenizer.bos_token_id is not None and tokenizer.bos_token_id < len(ids):
         start = torch.cat([torch.full_like(start, tokenizer.bos_token_id), start], dim=1)
     start = start[:, :length]
     new_tokens = length - start.shape[1]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 import os
 import sys
 import traceback
+from collections.abc import Iterator
 from typing import Any
 
 import click
@@ -46,17 +48,28 @@ class _LazyGroup(click.Group):
             return None
         return importlib.import_module(_COMMANDS[cmd_name]).command
 
+    def make_context(self, *arguments: Any, **keywords: Any) -> click.Context:
+        with _quiet_without_reader():
+            return super().make_context(*arguments, **keywords)
+
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; end without a word when whoever reads stdout is gone."""
+        with _quiet_without_reader():
+            return super().invoke(ctx)
+
+
+@contextlib.contextmanager
+def _quiet_without_reader() -> Iterator[None]:
+    """End without a word when whoever reads stdout is gone."""
+    try:
         try:
-            result = super().invoke(ctx)
+            yield
+        finally:
             if sys.stdout is not None:
                 sys.stdout.flush()
-            return result
-        except BrokenPipeError:
-            # What is still buffered would fail again when Python ends.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise click.exceptions.Exit(_STATUS_OF_SIGPIPE) from None
+    except BrokenPipeError:
+        # What is still buffered would fail again when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise click.exceptions.Exit(_STATUS_OF_SIGPIPE) from None
 
 
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})

@@ -50,7 +50,8 @@ count = click.IntRange(0, _LARGEST)
 positive = click.IntRange(1, _LARGEST)
 window_length = click.IntRange(2, _LARGEST)
 number = _Finite()
-# Seconds and rates: a thread cannot wait longer.
+rate = _Finite(min=0, min_open=True)
+# Seconds: a thread cannot wait longer.
 not_negative = _Finite(min=0, max=1e9)
 above_zero = _Finite(min=0, max=1e9, min_open=True)
 one_or_more = _Finite(min=1, max=1e9)

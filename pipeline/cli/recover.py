@@ -32,7 +32,7 @@ from pipeline.cli import options
     "--learning-rate",
     1e-4,
     "The highest: it rises over a tenth of the steps, then falls to 0 along a cosine.",
-    options.above_zero,
+    options.rate,
 )
 @options.setting("--batch-size", 4, "Windows in a step.", options.positive)
 @click.option(
@@ -63,7 +63,8 @@ def command(
     """  # noqa: D301 - click reads the escape
     from pipeline.output import check_output
 
-    inputs = (checkpoint, settings["text"], settings["teacher"] or "")
+    kept = () if checkpoint.resolve() == output.resolve() else (checkpoint,)
+    inputs = (*kept, settings["text"], settings["teacher"] or "")
     check_output(output, overwrite=overwrite, inputs=inputs)  # before torch is loaded
 
     from pipeline.recover.recover import recover_to_folder

@@ -34,6 +34,7 @@ from pipeline.errors import UsageError
 from pipeline.lazy import imported
 from pipeline.model.fingerprint import model_hashes
 from pipeline.model.numbers import require_fitting
+from pipeline.model.origins import remember_origin
 from pipeline.model.task import adapter_of, task_of_model
 from pipeline.model.weight_files import weight_files
 from pipeline.progress import note
@@ -87,6 +88,8 @@ def compress_to_folder(
         report = _build_report(compressed, plan, total_before, time.monotonic() - started)
         report |= opened.report_fields
         recipe = _recipe_of(request, opened, calibrated, dtype, files)
+        if recipe["model_is_local"]:
+            remember_origin(files, Path(request.model))
         _write(folder, opened, compressed, plan, cache, dtype, recipe, report)
         for work in (_WORK, _COSTS, _CACHE):
             discard(folder / work)

@@ -21,7 +21,7 @@ from pipeline.checkpoint.install import (
 )
 from pipeline.compress.calibrated import Calibrated
 from pipeline.compress.factorize.factors import Factors, Rounding, relative_output_error
-from pipeline.compress.factorize.whitened_svd import InputMoments
+from pipeline.compress.factorize.whitened_svd import InputMoments, regular
 from pipeline.compress.finished_layers import FinishedLayers
 from pipeline.compress.methods import ONE_SIDED, Fit
 from pipeline.compress.plan.layer_costs import GroupStatistics
@@ -120,7 +120,8 @@ def _fit_layer_(
         wanted = [g for g in planned if g.members[0] in source.members and not g.is_unchanged]
         if not wanted:
             continue
-        inputs = InputMoments(*measure(source.name))
+        seen, drift = measure(source.name)
+        inputs = InputMoments(regular(seen), drift)
         for group in wanted:
             new, reports[group.members] = factor(group, inputs)
             install_(model, _plan_entries((group,)), new)

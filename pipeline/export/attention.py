@@ -19,12 +19,12 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from pipeline.export.cache import GraphCache
-from pipeline.export.contract import CONTRIB, GROUPED_ATTENTION, Profile
+from pipeline.export.contract import CONTRIB, GROUPED_ATTENTION, POSITION_IDS, Profile
 
 ATTENTION = "skipcat_export"
 # What transformers and its models pass on, and what the mask says already or nothing minds.
 _HARMLESS = (
-    "sliding_window", "is_causal", "position_ids", "cache_position", "use_cache", "layer_idx",
+    "sliding_window", "is_causal", POSITION_IDS, "cache_position", "use_cache", "layer_idx",
     "output_attentions", "output_hidden_states", "deterministic", "return_dict",
     "output_router_logits", "logits_to_keep", "num_items_in_batch", "position_embeddings",
 )  # fmt: skip

@@ -133,7 +133,7 @@ def _write_graph(
     traced: Traced = trace(skeleton, request)
     record = _transform(traced, request, weights)
     _save_graph(traced.graph, request.traits, folder)
-    _check_graph(folder / GRAPH_FILE)
+    _check_graph(folder / GRAPH_FILE, request)
     return traced, record
 
 
@@ -188,7 +188,7 @@ def _save_graph(graph: ir.Model, profile: Profile, folder: Path) -> None:
     )
 
 
-def _check_graph(path: Path) -> None:
+def _check_graph(path: Path, request: ExportRequest) -> None:
     """Run onnx's checker with shape inference on the file as written.
 
     Raises:
@@ -199,9 +199,9 @@ def _check_graph(path: Path) -> None:
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise InputError(
             "The exported graph is not valid ONNX.",
-            where=path,
-            observed=str(error).strip().splitlines()[0],
-            change="please report this with the model's config.json",
+            where=f"--profile {request.profile}, {request.dtype}",
+            observed=f"onnx's checker refuses it ({type(error).__name__})",
+            change="please report this with the model's config.json and what -v shows",
         ) from error
 
 

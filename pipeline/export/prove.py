@@ -25,7 +25,7 @@ from pipeline.checkpoint.skeleton import Skeleton
 from pipeline.errors import InputError
 from pipeline.export.contract import CPU, FLOAT, FLOAT32, GRAPH_FILE, OPSET24
 from pipeline.export.request import ExportRequest
-from pipeline.export.twin import NAMES, make_twin
+from pipeline.export.twin import make_twin, twin_facts
 from pipeline.model.task import adapter_of, task_of_config
 from pipeline.progress import note
 
@@ -125,20 +125,27 @@ def prove(config: PreTrainedConfig, request: ExportRequest, write: _Write) -> di
         note("the graph is not proven: onnxruntime is not installed")
         return {"missing": "onnxruntime is not installed"}
     wanted = replace(request, max_length=min(request.max_length, prover.longest), weights=FLOAT)
-    key = _key(config, wanted)
-    if key not in _proven:
-        _proven[key] = _prove(config, wanted, write, prover)
-    return asdict(_proven[key])
+    smallest, whole = _keys(config, wanted)
+    proof = _proven.get(smallest) or _proven.get(whole)
+    if proof is None:
+        proof, is_smallest = _prove(config, wanted, write, prover)
+        _proven[smallest if is_smallest else whole] = proof
+    return asdict(proof)
 
 
-def _key(config: PreTrainedConfig, request: ExportRequest) -> str:
-    fields = {name: value for name, value in config.to_dict().items() if name not in NAMES}
-    return json.dumps([type(config).__name__, fields, asdict(request)], default=str)
+def _keys(config: PreTrainedConfig, request: ExportRequest) -> tuple[str, str]:
+    """By which a proof is found again: alike for models of the same smallest twin, and of this."""
+    smallest, whole = (
+        json.dumps([*facts, asdict(request)], default=str, sort_keys=True)
+        for facts in twin_facts(config)
+    )
+    return smallest, whole
 
 
 def _prove(
     config: PreTrainedConfig, request: ExportRequest, write: _Write, prover: Prover
-) -> Proof:
+) -> tuple[Proof, bool]:
+    """The proof, and whether it is of the smallest twin that there is."""
     started = time.monotonic()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -160,7 +167,7 @@ def _prove(
         tolerance = max(_TIMES_TRANSFORMERS * lost, _FEWEST_UNITS * _UNIT)
     differences = _differences(actual, expected)
     _require_equal(actual, differences, tolerance, twin.of, request)
-    return Proof(
+    proof = Proof(
         twin.of,
         request.profile,
         request.dtype,
@@ -170,6 +177,7 @@ def _prove(
         tolerance,
         round(time.monotonic() - started, 2),
     )
+    return proof, twin.is_smallest
 
 
 def _open(folder: Path, request: ExportRequest) -> Any:

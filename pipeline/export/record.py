@@ -130,7 +130,8 @@ def _require_size(record: ExportRecord, path: Path) -> None:
 
 def _other_weights(path: Path, observed: str, expected: str) -> InputError:
     return InputError(
-        f"{path.name} is truncated or broken, or belongs to another export.",
+        f"{path.name} is truncated or broken, or belongs to another export: with it a runtime "
+        "cannot load this graph.",
         where=path,
         observed=observed,
         expected=expected,

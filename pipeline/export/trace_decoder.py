@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
+import psutil
 import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
@@ -15,7 +16,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from pipeline.artefact import write_json
 from pipeline.checkpoint.modeling_cache import LatentCache, cache_maps
 from pipeline.checkpoint.skeleton import Skeleton
-from pipeline.errors import InputError
+from pipeline.errors import InputError, ResourceError
 from pipeline.export.attention import active
 from pipeline.export.cache import GraphCache, padded_width
 from pipeline.export.contract import (
@@ -204,23 +205,31 @@ def _cache_shapes(model: PreTrainedModel, profile: Profile) -> list[_CacheShape]
     Raises:
         InputError: the model keeps something else than keys and values.
     """
-    own = LatentCache(model) if cache_maps(model) else None
+    ids = torch.zeros(1, 2, dtype=torch.int64)
     with torch.no_grad():
-        cache = model(
-            input_ids=torch.zeros(1, 2, dtype=torch.int64), use_cache=True, past_key_values=own
-        ).past_key_values
+        # State-space models name theirs otherwise, or have none.
+        given = {"past_key_values": LatentCache(model)} if cache_maps(model) else {}
+        cache = getattr(model(input_ids=ids, use_cache=True, **given), "past_key_values", None)
     try:
-        pairs = [(layer.keys.shape, layer.values.shape) for layer in cache.layers]
+        pairs = [(layer.keys.shape, layer.values.shape) for layer in getattr(cache, "layers", [])]
         shapes = [_CacheShape(k[1], k[3], v[3], v[1] if v[1] != k[1] else None) for k, v in pairs]
     except (AttributeError, IndexError) as error:
-        raise InputError(
-            "The model's cache does not consist of keys and values.",
-            observed=type(cache).__name__,
-        ) from error
+        raise _not_keys_and_values(cache) from error
+    if not shapes:
+        raise _not_keys_and_values(cache)
     if not profile.contrib:
         return shapes
     widths = [padded_width(shape.key_width, shape.value_width) for shape in shapes]
     return [_CacheShape(s.kv_heads, w, w) for s, w in zip(shapes, widths, strict=True)]
+
+
+def _not_keys_and_values(cache: object) -> InputError:
+    layers = [type(layer).__name__ for layer in getattr(cache, "layers", [])]
+    return InputError(
+        "The model's cache does not consist of keys and values.",
+        observed=", ".join(dict.fromkeys(layers)) or "none, or one of the model's own",
+        expected="attention in every layer",
+    )
 
 
 def _trace(
@@ -228,6 +237,7 @@ def _trace(
 ) -> ir.Model:
     """The graph; `max_length` is that of a static cache."""
     model = skeleton.model
+    _require_memory(shapes, profile, max_length)
     slots = max_length if profile.static_cache else _TRACE_PAST
     past = [
         torch.zeros(_TRACE_BATCH, heads, slots, width, dtype=model.dtype)
@@ -248,6 +258,27 @@ def _trace(
         input_names=[*TOKEN_INPUTS, *cache_names(len(shapes))],
         output_names=[LOGITS, *cache_names(len(shapes), PRESENT)],
     )
+
+
+def _require_memory(shapes: list[_CacheShape], profile: Profile, max_length: int) -> None:
+    """Raise ResourceError for a cache to trace with, or tables of angles, that memory cannot hold.
+
+    It is looked at before: the kernel promises more than there is, and kills who takes it.
+    """
+    numbers = 2 * max(shape.key_width for shape in shapes)
+    if profile.static_cache:
+        widths = (heads * width for shape in shapes for heads, width in shape.sides)
+        numbers += _TRACE_BATCH * sum(widths)
+    needed_bytes = 4 * numbers * max_length
+    free_bytes = psutil.virtual_memory().available
+    if needed_bytes > free_bytes:
+        raise ResourceError(
+            "A cache of this length does not fit into memory.",
+            where="--max-length",
+            observed=f"{max_length} tokens, about {needed_bytes / 1e9:.1f} GB",
+            expected=f"{free_bytes / 1e9:.1f} GB at most",
+            change="pass a smaller --max-length",
+        )
 
 
 def _dynamic_shapes(profile: Profile, caches: int) -> dict[str, object]:

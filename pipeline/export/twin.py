@@ -56,10 +56,12 @@ class Twin:
     Attributes:
         model: float32, in evaluation mode, with transformers' own plain attention.
         of: the class that it and the other have.
+        is_smallest: whether it is the smallest there is; others depend on more of the config.
     """
 
     model: PreTrainedModel
     of: str
+    is_smallest: bool
 
 
 def make_twin(
@@ -76,9 +78,9 @@ def make_twin(
         InputError: none of a bearable size has all the kinds of layers that the model has.
     """
     task = task_of_config(config)
-    wanted = _features(_empty(config, task))
+    wanted = _features(_whole(config))
     reasons = []
-    for shrunk in _candidates(config):
+    for number, shrunk in enumerate(_candidates(config)):
         try:
             empty = _empty(shrunk, task)
             lost = wanted - _features(empty)
@@ -89,7 +91,7 @@ def make_twin(
             else:
                 model = _random(shrunk, task, dtype)
                 run(model)
-                return Twin(model, type(empty).__name__)
+                return Twin(model, type(empty).__name__, number == 0)
         except Exception as error:  # a setting that the class does not take, in whatever words
             _logger.info("no twin: %s", error)
             reasons.append(type(error).__name__)
@@ -99,6 +101,24 @@ def make_twin(
         observed="; ".join(dict.fromkeys(reasons)),
         expected="a class whose settings are transformers' usual ones",
     )
+
+
+def twin_facts(config: PreTrainedConfig) -> tuple[list[Any], list[Any]]:
+    """What a twin is made of: of the smallest one, and of any.
+
+    Args:
+        config: of a model to export; it is not changed.
+
+    Returns:
+        Equal for models whose smallest twins are the same; and equal for the same model.
+    """
+    names = (*NAMES, "architectures")
+    features = sorted(_features(_empty(config, task_of_config(config))))
+    smallest, whole = (
+        {name: value for name, value in one.to_dict().items() if name not in names}
+        for one in (_candidates(config)[0], config)
+    )
+    return [type(config).__name__, features, smallest], [type(config).__name__, whole]
 
 
 def _candidates(config: PreTrainedConfig) -> list[PreTrainedConfig]:
@@ -237,8 +257,27 @@ def _first(fields: dict[str, Any], names: tuple[str, ...]) -> Any:
 
 
 def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """The class of the model that a config describes."""
-    return type(_empty(config, task_of_config(config)))
+    """The class of the model that a config describes.
+
+    Raises:
+        InputError: it is none of transformers' own for the task.
+    """
+    return type(_whole(config))
+
+
+def _whole(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model that a config describes, without numbers; InputError where there is none."""
+    task = task_of_config(config)
+    try:
+        return _empty(config, task)
+    except Exception as error:  # code of its own, another task, settings at odds
+        raise InputError(
+            "The model cannot be exported: its class cannot be made of its config.",
+            where=config.model_type,
+            observed=type(error).__name__,
+            expected=f"a class of transformers' own behind {TASKS[task].auto_class}",
+            change="run again with -v to see what transformers says",
+        ) from error
 
 
 def _empty(config: PreTrainedConfig, task: Task) -> PreTrainedModel:

@@ -38,6 +38,7 @@ from pipeline.model.numbers import require_finite_model
 from pipeline.model.source import Source, resolve_source
 from pipeline.model.structure import refuse_other_architectures
 from pipeline.model.task import TASKS, TEXT, refuse_other_tasks, task_of_config
+from pipeline.model.tokenizer_file import follow_file
 from pipeline.progress import note
 
 
@@ -142,6 +143,7 @@ def preview_model(name: str, *, trust_remote_code: bool = False) -> _Preview:
         if source.gguf_file:
             read_gguf(Path(source.location) / source.gguf_file, config, model)
         tokenizer = AutoTokenizer.from_pretrained(source.location, **keywords)
+        follow_file(tokenizer, source.folder())
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return _Preview(config, tokenizer, source, parameters)
 

@@ -11,7 +11,7 @@ import transformers
 from accelerate import init_empty_weights
 from transformers import PreTrainedModel
 
-from pipeline.errors import InputError, PipelineError
+from pipeline.errors import InputError, PipelineError, shortage_of
 from pipeline.model.weight_files import quantised_elsewhere, quantising_tool
 from pipeline.progress import note
 
@@ -48,6 +48,8 @@ def explaining(what: str, where: object, change: str | None = None) -> Iterator[
     except Exception as error:
         if _NEEDS_CODE in str(error):
             raise _needs_code(where) from error
+        if shortage := shortage_of(error):
+            raise shortage from error
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(what, where=where, observed=first, change=change) from error
 
@@ -63,7 +65,7 @@ def _needs_code(where: object) -> InputError:
 
 
 def empty_model(auto_class: str, config: Any, trust_remote_code: bool) -> PreTrainedModel:
-    """A model of a config, on the meta device, by the name of one of transformers' loaders."""
+    """A model of a config without numbers, on the meta device."""
     with init_empty_weights():
         return getattr(transformers, auto_class).from_config(
             config, trust_remote_code=trust_remote_code

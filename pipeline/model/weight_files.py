@@ -127,12 +127,18 @@ def read_header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
         InputError: the file is truncated, broken, or may not be read.
     """
     try:
+        file.open("rb").close()  # the library says of a file without permission that it is missing
         with safe_open(file, framework="pt") as tensors:
             names = tensors.keys()
             parts = {name: tensors.get_slice(name) for name in names}
             return {n: (p.get_dtype(), tuple(p.get_shape())) for n, p in parts.items()}
     except PermissionError as error:
-        raise InputError("A weight file may not be read.", where=file, observed=error) from error
+        raise InputError(
+            "A weight file cannot be read.",
+            where=file,
+            observed=error.strerror,
+            change="check its permissions, and those of its folder",
+        ) from error
     except (SafetensorError, OSError) as error:
         raise InputError(
             "A weight file is truncated or broken.",

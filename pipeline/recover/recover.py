@@ -70,7 +70,7 @@ def recover_to_folder(
     subject = Recoverable.read(request)
     stored_bytes = sum(path.stat().st_size for path in weight_files(request.checkpoint))
     with staged_folder(
-        output, overwrite=overwrite, keep=True, resume=resume, inputs=request.inputs
+        output, overwrite=overwrite, keep=True, resume=resume, inputs=request.inputs_of(output)
     ) as folder:
         student, teacher = _load(request, subject)
         require_free_bytes(folder, 2 * stored_bytes)

@@ -18,6 +18,7 @@ from pipeline.json_file import json_field, read_json_object
 from pipeline.model.load import refuse_long_windows
 from pipeline.model.loading import explaining
 from pipeline.model.task import require_decoder
+from pipeline.model.tokenizer_file import follow_file
 from pipeline.recover.adapters import require_peft
 
 _WARMUP_FRACTION = 0.1
@@ -103,10 +104,10 @@ class RecoverRequest:
     device: str = "cpu"
     trust_remote_code: bool = False
 
-    @property
-    def inputs(self) -> tuple[object, ...]:
-        """What is read, as it was named."""
-        return (self.checkpoint, self.text, self.teacher or "")
+    def inputs_of(self, output: Path) -> tuple[object, ...]:
+        """What is read and may not be lost to the output; the checkpoint itself may be replaced."""
+        replaced = self.checkpoint.resolve() == output.resolve()
+        return (() if replaced else (self.checkpoint,)) + (self.text, self.teacher or "")
 
     @property
     def window_count(self) -> int:
@@ -222,6 +223,7 @@ class Recoverable:
         with explaining("The checkpoint's config or tokenizer could not be loaded.", folder):
             config = AutoConfig.from_pretrained(folder, trust_remote_code=code)
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=code)
+            follow_file(tokenizer, folder)
         refuse_long_windows("--window-length", request.window_length, config)
         require_text(
             request.text, tokenizer, count=request.window_count, length=request.window_length

@@ -200,7 +200,10 @@ class _TrainingState:
         if kept is None:
             raise damaged(self.path, "not what was written")
         tensors, told = kept
-        self._put_back(tensors)
+        try:
+            self._put_back(tensors)
+        except (LookupError, RuntimeError) as error:
+            raise damaged(self.path, "the state of another model") from error
         return Progress(**json.loads(told["progress"]))
 
     @torch.no_grad()

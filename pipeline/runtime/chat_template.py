@@ -204,7 +204,8 @@ def find_template(folder: Path, settings: dict[str, Any]) -> str | None:
     template = settings.get("chat_template")
     if isinstance(template, list):
         named = {entry.get("name"): entry for entry in template if isinstance(entry, dict)}
-        template = named.get("default", {}).get("template")
+        known = len(named) == len(template)
+        template = named.get("default", {}).get("template") if known else template
     if template is not None and not isinstance(template, str):
         raise InputError(
             "The field 'chat_template' is wrong.",

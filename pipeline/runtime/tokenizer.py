@@ -7,22 +7,26 @@ leaves something to it: no tokenizer.json, or special tokens that it adds by its
 
 from __future__ import annotations
 
-import base64
-import json
-import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pipeline.errors import InputError
 from pipeline.json_file import json_field, read_json_object, restated
 from pipeline.model.task import require_decoder
+from pipeline.model.tokenizer_file import follow_file
 from pipeline.runtime.chat_template import (
     Message,
     chat_template,
     checked_messages,
     find_template,
     require_text,
+)
+from pipeline.runtime.tokenizer_limits import (
+    as_value_error,
+    failing,
+    is_panic,
+    limited_ids,
+    require_bounded,
 )
 
 if TYPE_CHECKING:
@@ -33,12 +37,6 @@ _SPECIAL = (
 )  # fmt: skip
 # Settings by which transformers changes what tokenizer.json says.
 _ADDING = ("add_bos_token", "add_eos_token")
-# A text takes a tokenizer microseconds per character. One that needs more than this has been given
-# a regular expression, or rules, that come to no end.
-_ENCODE_S = 10.0
-_CHARACTERS_PER_S = 20_000
-# Unicode's own normal forms make 18 characters of one at most.
-_MOST_GROWTH = 100
 
 
 class TextTokenizer(Protocol):
@@ -82,12 +80,16 @@ class _FolderTokenizer:
             self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
             self._tokenizer.no_truncation()
             self._tokenizer.no_padding()
-            _require_bounded(self._tokenizer)
+            require_bounded(self._tokenizer)
         except BaseException as error:  # the library raises nothing narrower, and panics
-            raise _as_value_error(error) from error
+            raise as_value_error(error) from error
         self.backend_tokenizer = self._tokenizer  # by the name that it has in transformers
+        self.is_shareable = True  # several threads may use it at once
         self.name_or_path = str(folder)
-        self.special_tokens_map = _special_tokens(folder, settings)
+        try:
+            self.special_tokens_map = _special_tokens(folder, settings)
+        except ValueError as error:
+            raise _not_loading(folder / "tokenizer_config.json", error) from error
         eos = self.special_tokens_map.get("eos_token")
         self.eos_token_id = None if eos is None else self._tokenizer.token_to_id(eos)
         self.chat_template = find_template(folder, settings)
@@ -99,13 +101,13 @@ class _FolderTokenizer:
             listed: list[int] = found[0].ids
             return listed
 
-        return _limited_ids(ids, text, self.name_or_path)
+        return limited_ids(ids, text, self.name_or_path)
 
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool = False) -> str:
         try:
             text: str = self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
         except BaseException as error:
-            raise _failing(error, self.name_or_path) from error
+            raise failing(error, self.name_or_path) from error
         return text
 
     def apply_chat_template(
@@ -127,7 +129,7 @@ class _WholeTokenizer:
         self.backend_tokenizer = getattr(tokenizer, "backend_tokenizer", None)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        return _limited_ids(
+        return limited_ids(
             lambda: self._tokenizer.encode(text, add_special_tokens=add_special_tokens),
             text,
             self.name_or_path,
@@ -137,7 +139,7 @@ class _WholeTokenizer:
         try:
             text: str = self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
         except BaseException as error:
-            raise _failing(error, self.name_or_path) from error
+            raise failing(error, self.name_or_path) from error
         return text
 
     def apply_chat_template(
@@ -175,10 +177,11 @@ def load_whole_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False
         )
+        follow_file(tokenizer, folder)
     except Exception as error:  # transformers raises whatever a file brings about in it
         raise _not_loading(folder, error) from error
     except BaseException as error:
-        raise (_not_loading(folder, error) if _is_panic(error) else error) from error
+        raise (_not_loading(folder, error) if is_panic(error) else error) from error
     return tokenizer
 
 
@@ -209,82 +212,6 @@ def _not_loading(folder: Path, error: BaseException) -> InputError:
             "tokenizer.json",
         )
     return InputError("The tokenizer does not load.", where=folder, observed=error)
-
-
-def _is_panic(error: BaseException) -> bool:
-    """Whether it is how the tokenizers library fails where it did not foresee it: no Exception."""
-    return type(error).__name__ == "PanicException"
-
-
-def _as_value_error(error: BaseException) -> BaseException:
-    """A failure of the tokenizers library while loading; anything else as it is."""
-    foreign = isinstance(error, Exception) and not isinstance(error, MemoryError)
-    return ValueError(str(error)) if foreign or _is_panic(error) else error
-
-
-def _failing(error: BaseException, where: object) -> BaseException:
-    """A failure of the tokenizers library at work, as an InputError; anything else as it is."""
-    foreign = isinstance(error, Exception) and not isinstance(error, MemoryError | InputError)
-    if foreign or _is_panic(error):
-        return InputError("The tokenizer fails on this text.", where=where, observed=error)
-    return error
-
-
-def _limited_ids(encode: Callable[[], list[int]], text: str, where: object) -> list[int]:
-    """Ids of a text, or the end of the wait for them; Ctrl-C is heard meanwhile.
-
-    The library lets go of the interpreter in `encode_batch`, but cannot be stopped: a thread that
-    came to no end ends with the process.
-    """
-    require_text(text)
-    outcome: list[list[int] | BaseException] = []
-
-    def run() -> None:
-        try:
-            outcome.append(encode())
-        except BaseException as error:
-            outcome.append(error)
-
-    limit_s = _ENCODE_S + len(text) / _CHARACTERS_PER_S
-    thread = threading.Thread(target=run, daemon=True, name="encode")
-    thread.start()
-    thread.join(limit_s)
-    if not outcome:
-        raise InputError(
-            "The tokenizer comes to no end with this text.",
-            where=where,
-            observed=f"{len(text)} characters, {limit_s:.0f} s",
-        )
-    if isinstance(outcome[0], BaseException):
-        raise _failing(outcome[0], where) from outcome[0]
-    return outcome[0]
-
-
-def _require_bounded(tokenizer: Any) -> None:
-    """Raise ValueError for rules that multiply a text: a few of them fill any memory."""
-    for name in ("normalizer", "decoder"):
-        part = getattr(tokenizer, name)
-        if part is None:
-            continue
-        growth = _growth(json.loads(part.__getstate__()))
-        if growth > _MOST_GROWTH:
-            raise ValueError(f"its {name} makes texts up to {growth} times as long")
-
-
-def _growth(rule: dict[str, Any]) -> int:
-    """How many characters a rule of tokenizer.json makes of one, at most."""
-    kind, product = rule.get("type"), 1
-    for step in rule.get("normalizers") or rule.get("decoders") or ():
-        product *= _growth(step)
-    if kind == "Replace":
-        fixed = rule["pattern"].get("String")  # a regular expression may match nothing at all
-        return -(-len(rule["content"]) // len(fixed)) or 1 if fixed else 1 + len(rule["content"])
-    if kind == "Prepend":
-        return 1 + len(rule["prepend"])
-    if kind == "Precompiled":
-        texts = base64.b64decode(rule["precompiled_charsmap"] or "").split(b"\0")
-        return max(map(len, texts))
-    return product
 
 
 def _special_tokens(folder: Path, settings: dict[str, Any]) -> dict[str, str]:
@@ -370,11 +297,32 @@ def _template_source(tokenizer: TextTokenizer) -> str | None:
 
 
 def stop_token_ids(tokenizer: TextTokenizer, folder: Path) -> frozenset[int]:
-    """Ids that end an answer: the tokenizer's and those of `generation_config.json`."""
-    ids = {tokenizer.eos_token_id}
-    path = folder / "generation_config.json"
-    if path.is_file():
-        listed = read_json_object(path).get("eos_token_id")
-        for token in listed if isinstance(listed, list) else [listed]:
-            ids.add(json_field({"eos_token_id": token}, "eos_token_id", int, path, default=None))
-    return frozenset(token for token in ids if token is not None)
+    """Ids that end an answer, as transformers finds them.
+
+    They are those of generation_config.json, else those of config.json, else the tokenizer's.
+
+    Raises:
+        InputError: a file is broken, or its ids are no ids.
+    """
+    for name in ("generation_config.json", "config.json"):
+        path = folder / name
+        fields = read_json_object(path) if path.is_file() else {}
+        text = json_field(fields, "text_config", dict, path, default=None) or {}
+        for level in (fields, text):
+            ids = _ids_of(level.get("eos_token_id"), path)
+            if ids:
+                return ids
+    return _ids_of(tokenizer.eos_token_id, folder)
+
+
+def _ids_of(listed: Any, where: Path) -> frozenset[int]:
+    """One id, several, or none."""
+    ids = listed if isinstance(listed, list) else [] if listed is None else [listed]
+    if any(type(token) is not int or token < 0 for token in ids):
+        raise InputError(
+            "The field 'eos_token_id' is wrong.",
+            where=where,
+            observed=listed,
+            expected="a token id, or a list of them",
+        )
+    return frozenset(ids)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from pipeline.errors import InputError
-from pipeline.runtime.tokenizer import Message, TextTokenizer
+from pipeline.runtime.tokenizer import Message, TextTokenizer, chat_prompt_ids
 from pipeline.serve.failure import RequestFailure
 from pipeline.serve.token_bound import TokenBound
 from pipeline.serve.worker import Worker
@@ -93,9 +94,9 @@ class PromptReader:
 
     def _chat(self, tokenizer: TextTokenizer, messages: list[Message]) -> list[int]:
         try:
-            text = tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=False
-            )
+            return chat_prompt_ids(_Checked(tokenizer, self._ids), messages)  # type: ignore[arg-type]
+        except RequestFailure:
+            raise
         except BaseException as error:  # a template is a program of others, and fails as it likes
             raise RequestFailure(
                 400,
@@ -103,7 +104,6 @@ class PromptReader:
                 param="messages",
                 code="template_refused",
             ) from error
-        return self._ids(tokenizer, text, "messages", add_special_tokens=False)
 
     def _ids(
         self, tokenizer: TextTokenizer, text: str, param: str, add_special_tokens: bool = True
@@ -140,6 +140,19 @@ class PromptReader:
             param=param,
             code="context_length_exceeded",
         )
+
+
+class _Checked:
+    """A tokenizer whose failures are told from those of its chat template."""
+
+    def __init__(self, tokenizer: TextTokenizer, ids: Callable[..., list[int]]) -> None:
+        self._tokenizer, self._ids = tokenizer, ids
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        return self._ids(self._tokenizer, text, "messages", add_special_tokens)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
 
 
 def _reason(error: BaseException) -> str:

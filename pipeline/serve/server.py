@@ -22,7 +22,7 @@ from pipeline.progress import note
 from pipeline.runtime.drafting import PROMPT_LOOKUP
 from pipeline.runtime.sessions.session import SlotSession
 from pipeline.runtime.sessions.slots import open_slots
-from pipeline.runtime.tokenizer import load_tokenizer, stop_token_ids
+from pipeline.runtime.tokenizer import load_tokenizer, start_template, stop_token_ids
 from pipeline.serve.app import Api, Limits
 from pipeline.serve.connection import LimitedConnection
 from pipeline.serve.gate import Callers, Gate, host_name
@@ -157,6 +157,7 @@ def serve(request: ServeRequest) -> int:
 def _running_server(request: ServeRequest, session: SlotSession) -> Iterator[_Server]:
     """A server over a session, whose threads end with the block."""
     tokenizer = load_tokenizer(request.folder)
+    start_template(tokenizer)
     stop_ids = stop_token_ids(tokenizer, request.folder)
     scheduler = Scheduler(
         session,
@@ -168,7 +169,7 @@ def _running_server(request: ServeRequest, session: SlotSession) -> Iterator[_Se
         drafter=PROMPT_LOOKUP if request.lookup else None,
     )
     # transformers' tokenizers change while they are used: one for each thread.
-    is_shareable = not type(tokenizer).__module__.startswith("transformers")
+    is_shareable = getattr(tokenizer, "is_shareable", False)
     second = tokenizer if is_shareable else load_tokenizer(request.folder)
     prompts = PromptReader(tokenizer, second, session.vocab_size, session.max_length)
     name = _served_name(request)

@@ -1,14 +1,18 @@
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import shutil
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from pipeline import artefact
-from pipeline.errors import ResourceError, UsageError
+from pipeline.errors import InputError, ResourceError, UsageError
 
 RECORD = {"schema": 1, "provenance": {"tool": "skipcat"}}
 
@@ -101,6 +105,148 @@ def test_empty_folder_is_not_in_the_way(tmp_path: Path) -> None:
     output.mkdir()
     make(output)
     assert (output / "file.txt").exists()
+
+
+@pytest.mark.parametrize("way", ["working directory", "link", "folder"])
+def test_an_empty_folder_that_is_there_is_filled_and_stays_the_same(
+    way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = tmp_path / "real"
+    real.mkdir()
+    before = real.stat().st_ino
+    output = real
+    if way == "working directory":
+        monkeypatch.chdir(real)
+        output = Path()
+    elif way == "link":
+        output = tmp_path / "link"
+        output.symlink_to("real")
+    with pytest.raises(MakingFailed):
+        fail_halfway(output, keep=True)
+    with artefact.staged_folder(output, resume=True) as staging:
+        assert (staging / "half.bin").read_bytes() == b"half"
+    assert {path.name for path in real.iterdir()} == {"half.bin"}
+    assert real.stat().st_ino == before
+
+
+def test_a_mount_point_is_filled_and_never_replaced(tmp_path: Path) -> None:
+    output = tmp_path / "mount"
+    output.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "tmpfs", output], check=False).returncode:
+        pytest.skip("may not mount")
+    try:
+        make(output)
+        with pytest.raises(UsageError, match="mount point"):
+            make(output, overwrite=True)
+        with pytest.raises(UsageError, match="mount point"):
+            make_above(tmp_path)
+        assert {path.name for path in output.iterdir()} == {"file.txt", "export.json"}
+    finally:
+        subprocess.run(["umount", output], check=True)
+
+
+def make_above(folder: Path) -> None:
+    artefact.write_json(folder / "export.json", RECORD)
+    make(folder, overwrite=True)
+
+
+def test_moving_into_a_folder_that_was_stopped_halfway_is_begun_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename, moved = Path.rename, []
+
+    def stop_at_second(path: Path, target: Path) -> Path:
+        if path.parent.name == ".skipcat.partial":
+            moved.append(path.name)
+            if len(moved) == 2:
+                raise KeyboardInterrupt
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", stop_at_second)
+        with pytest.raises(KeyboardInterrupt):
+            make(tmp_path)
+    assert moved == ["file.txt", "export.json"]  # the record last
+    assert not (tmp_path / "export.json").exists()
+    make(tmp_path, "again")
+    assert {path.name for path in tmp_path.iterdir()} == {"file.txt", "export.json"}
+    assert (tmp_path / "file.txt").read_text() == "again"
+
+
+@pytest.mark.parametrize("failure", [OSError(errno.EBUSY, "busy"), KeyboardInterrupt()])
+def test_an_old_output_is_not_lost_when_the_new_one_cannot_be_put_there(
+    failure: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out"
+    make(output, "old")
+    rename = Path.rename
+
+    def fail_at_the_new_one(path: Path, target: Path) -> Path:
+        if path.name == ".out.partial":
+            raise failure
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", fail_at_the_new_one)
+        with pytest.raises((UsageError, KeyboardInterrupt)):
+            make(output, "new", overwrite=True)
+    with pytest.raises(UsageError, match="exists already"):
+        make(output, "other")
+    assert (output / "file.txt").read_text() == "old"
+    make(output, "newest", overwrite=True)
+    assert (output / "file.txt").read_text() == "newest"
+    assert list(tmp_path.iterdir()) == [output]
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_files_have_the_mode_that_the_umask_leaves(mask: int, tmp_path: Path) -> None:
+    before = os.umask(mask)
+    try:
+        with artefact.staged_folder(tmp_path / "out") as staging:
+            (staging / "private.bin").write_bytes(b"x")
+            (staging / "private.bin").chmod(0o600)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "out" / "private.bin").stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+def fill_the_disk(staging: Path) -> None:
+    raise OSError("13056 requested and 0 written")
+
+
+def lose_a_folder(staging: Path) -> None:
+    (staging / "layers").write_text("a file")
+    (staging / "layers").joinpath("0.bin").write_bytes(b"")
+
+
+@pytest.mark.parametrize(
+    ("work", "resume", "kind"),
+    [
+        (fill_the_disk, False, ResourceError),
+        (lose_a_folder, True, InputError),
+        (lose_a_folder, False, UsageError),
+    ],
+)
+def test_what_goes_wrong_below_the_output_is_told_as_the_outputs(
+    work: Callable[[Path], None], resume: bool, kind: type[Exception], tmp_path: Path
+) -> None:
+    with (
+        pytest.raises(kind, match=str(tmp_path)),
+        artefact.staged_folder(tmp_path / "out", resume=resume) as staging,
+    ):
+        work(staging)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_in_the_working_folders_place_is_said_to_be_damage(tmp_path: Path) -> None:
+    (tmp_path / ".out.partial").write_text("no folder")
+    with (
+        pytest.raises(InputError, match="without --resume"),
+        artefact.staged_folder(tmp_path / "out", resume=True),
+    ):
+        pass
+    make(tmp_path / "out")
+    assert (tmp_path / "out" / "file.txt").exists()
 
 
 def test_too_little_disk_names_both_numbers(

@@ -5,18 +5,22 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline import build
 from pipeline.artefact import sha256_of_file
 from pipeline.cli.main import main
 from pipeline.engine import target
+from pipeline.folder_lock import FolderLock
 from tests.support.families import save_family
 from tests.support.ledger_stages import perturb_onnx
+from tests.support.tiny_decoder import byte_tokenizer
 
 STAGES = ["compress", "export float32", "validate"]
 SIZES = ["--windows", "4", "--window-length", "32", "--eval-windows", "8", "--eval-length", "32"]
@@ -126,7 +130,9 @@ def test_a_wrong_export_fails_the_build_with_5_after_reporting(
 ) -> None:
     perturb_onnx(built / "onnx")
     record = json.loads((built / "onnx" / "export.json").read_text())
+    weights = built / "onnx" / "model.onnx.data"
     record["onnx_sha256"] = sha256_of_file(built / "onnx" / "model.onnx")
+    record |= {"data_sha256": sha256_of_file(weights), "data_bytes": weights.stat().st_size}
     (built / "onnx" / "export.json").write_text(json.dumps(record))
     shutil.rmtree(built / "ledger")
     assert main([*arguments, "-o", str(built), "--resume"]) == 5
@@ -185,6 +191,63 @@ def test_resuming_with_other_settings_is_refused(
 
 
 @pytest.mark.parametrize(
+    ("flag", "name", "told"), [("-m", "model.safetensors", "model"), ("--eval-text", "", "files")]
+)
+def test_stages_of_other_inputs_under_the_same_name_are_not_kept(
+    flag: str,
+    name: str,
+    told: str,
+    built: Path,
+    arguments: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(build, "compress_to_folder", must_not_run)
+    path = Path(arguments[arguments.index(flag) + 1]) / name
+    before = path.read_bytes()
+    path.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+    try:
+        assert main([*arguments, "-o", str(built), "--resume"]) == 2
+    finally:
+        path.write_bytes(before)
+    assert f"differs in {told}" in capsys.readouterr().err
+    assert stages_of(built) == STAGES
+
+
+def test_nothing_that_is_published_names_a_folder_of_this_machine(
+    built: Path, arguments: list[str]
+) -> None:
+    own = Path(arguments[arguments.index("-m") + 1]).parent
+    for path in built.rglob("*"):
+        # build.json stays: it is what --resume and validate find model and texts by.
+        if path.is_file() and path.name != "build.json":
+            assert str(own).encode() not in path.read_bytes(), path
+    recipe = json.loads((built / "checkpoint" / "recipe.json").read_text())
+    assert recipe["model"] == recipe["settings"]["model"] == "tiny"
+    assert recipe["model_files"]["model.safetensors"] == sha256_of_file(
+        own / "tiny" / "model.safetensors"
+    )
+
+
+def test_files_are_readable_by_whom_the_umask_lets(built: Path) -> None:
+    modes = {path.name: path.stat().st_mode & 0o777 for path in built.rglob("*") if path.is_file()}
+    mask = os.umask(0o022)
+    os.umask(mask)
+    assert set(modes.values()) == {0o666 & ~mask}, modes
+
+
+def test_one_build_at_a_time(
+    built: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = names_in(built)
+    with FolderLock(built):
+        for flag in ("--resume", "--overwrite"):
+            assert main([*arguments, "-o", str(built), flag]) == 2
+            assert f"process {os.getpid()}" in capsys.readouterr().err
+    assert names_in(built) == before
+
+
+@pytest.mark.parametrize(
     ("changed", "status", "message"),
     [
         (["--keep-params", "1.5"], 2, "--keep-params"),
@@ -215,6 +278,24 @@ def test_what_a_later_stage_would_refuse_is_refused_before_any_work(
     assert main([*arguments, "-o", str(tmp_path / "tiny"), *changed]) == status
     assert message in capsys.readouterr().err
     assert names_in(tmp_path) == set()
+
+
+def test_a_model_that_cannot_be_exported_is_refused_before_it_is_compressed(
+    arguments: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = AutoConfig.for_model(
+        "gptj", vocab_size=272, n_embd=32, n_layer=2, n_head=4, rotary_dim=8, n_positions=128
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "gptj")
+    byte_tokenizer().save_pretrained(tmp_path / "gptj")
+    monkeypatch.setattr(build, "compress_to_folder", must_not_run)
+    flags = ["-m", str(tmp_path / "gptj"), "-o", str(tmp_path / "built")]
+    assert main([*arguments, *flags]) == 3
+    assert "attention interface" in capsys.readouterr().err
+    assert names_in(tmp_path) == {"gptj"}
 
 
 def test_a_refused_input_leaves_an_earlier_build_in_place(

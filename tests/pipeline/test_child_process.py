@@ -34,6 +34,24 @@ def python(code: str) -> list[str]:
     return [sys.executable, "-c", code]
 
 
+def test_no_module_of_the_current_folder_is_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be a downloaded model's."""
+    for name in ("json", "numpy", "pipeline"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.chdir(tmp_path)
+    for path in ("", os.pathsep, f"{os.pathsep}/nowhere"):
+        monkeypatch.setenv("PYTHONPATH", path)
+        with JsonChild([sys.executable, "-m", "pipeline.bench.child"]) as child:
+            target = {"kind": "folder", "folder": "/nowhere", "library": "onnxruntime"}
+            assert "error" in child.ask(**target, device="cpu", threads=1)
+        command = [sys.executable, "-m", "pipeline.engine.worker", "no-such-request.json"]
+        assert run_to_end(command, tmp_path / "log", 60).status != 0
+        assert "no-such-request.json" in (tmp_path / "log").read_text()
+    assert not (tmp_path / "ran").exists()
+
+
 def test_requests_are_answered_in_their_order() -> None:
     with JsonChild(python(ECHO)) as child:
         assert child.ask(text="größer\n", numbers=[1, 2.5]) == {

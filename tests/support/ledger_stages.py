@@ -19,6 +19,7 @@ from pipeline.runtime.sessions.onnx_session import OnnxSession
 from pipeline.runtime.sessions.session import Session
 from pipeline.runtime.sessions.torch_session import TorchSession
 from tests.support.tiny_decoder import VOCAB_SIZE, shared_export, tiny_llama, write_record
+from validate.classifier import _Outputs as _ImageOutputs
 from validate.decoder import DECODER, _Inputs, _Outputs
 from validate.ledger import run_ledger
 from validate.record import Ledger
@@ -90,4 +91,4 @@ def run(*stages: Stage, **keywords: Any) -> Ledger:
 def outputs_alive() -> int:
     """How many stages' logits are held by anyone."""
     gc.collect()
-    return sum(isinstance(entry, _Outputs) for entry in gc.get_objects())
+    return sum(isinstance(entry, _Outputs | _ImageOutputs) for entry in gc.get_objects())

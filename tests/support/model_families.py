@@ -93,7 +93,16 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
         {"sliding_window": WINDOW, "head_dim": 20},
     ),
     "ministral": ("windows", "ministral", _WINDOWS),
-    "ministral3": ("queries scaled by position", "ministral3", {}),
+    "ministral3": (
+        "queries scaled by position",
+        "ministral3",
+        _scaled(
+            "yarn",
+            factor=4.0,
+            original_max_position_embeddings=CONTEXT,
+            llama_4_scaling_beta=0.1,
+        ),
+    ),
     "qwen2": ("biases", "qwen2", {}),
     "qwen2, windows": (
         "biases, windows",
@@ -128,6 +137,11 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
         | _WINDOWS,
     ),
     "phi": ("partial rotation", "phi", _DERIVED),
+    "phi, many words": (
+        "partial rotation, biases of 51,200",
+        "phi",
+        {"vocab_size": 51200} | _DERIVED,
+    ),
     "phi3": ("one matrix for q, k, v", "phi3", _DERIVED),
     "phi3, longrope": (
         "angles that depend on the length",

@@ -63,7 +63,7 @@ def test_trusted_code_of_a_folder_runs(tmp_path: Path, monkeypatch: pytest.Monke
     }
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "own.py").write_text(OWN_CODE)
-    with pytest.raises(InputError, match="could not be loaded"):
+    with pytest.raises(InputError, match="Python code of its own"):
         _open_subject(str(folder))
     subject = _open_subject(str(folder), trust_remote_code=True)
     expected = TorchSession(tiny_llama()).forward(np.arange(10)[None])

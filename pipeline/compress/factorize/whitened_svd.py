@@ -58,6 +58,16 @@ def _whitening_roots(
     return (vectors * roots) @ vectors.T, (vectors / roots) @ vectors.T
 
 
+def is_zero(moment: torch.Tensor) -> bool:
+    """Whether a second moment [n, n] is of inputs, or of gradients, that are all zero."""
+    return not moment.diagonal().any()
+
+
+def regular(moment: torch.Tensor) -> torch.Tensor:
+    """A second moment [n, n] to measure errors in: the identity where none counts."""
+    return torch.eye(len(moment), dtype=torch.float64) if is_zero(moment) else moment
+
+
 def shrunk(moment: torch.Tensor, share: float) -> torch.Tensor:
     """A second moment moved towards a multiple of the identity that has its trace.
 
@@ -215,6 +225,8 @@ def truncation_losses(
     weight: torch.Tensor, moment: torch.Tensor, sensitivities: Sequence[torch.Tensor] = ()
 ) -> torch.Tensor:
     """What is lost at each rank: tr(G (W - W_r) S (W - W_r)^T), float64 [min(m, n) + 1]."""
+    if is_zero(moment):
+        return torch.zeros(min(weight.shape) + 1, dtype=torch.float64)
     return _tails_of(_whitened_energies(weight, moment, sensitivities))
 
 

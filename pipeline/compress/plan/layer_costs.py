@@ -19,7 +19,7 @@ from pipeline.calibrate.fisher import BackwardSweep
 from pipeline.calibrate.hooks import not_finite
 from pipeline.calibrate.moments import DrawnMoments, GroupMoments, balanced
 from pipeline.compress.factorize.factors import Form
-from pipeline.compress.factorize.whitened_svd import shrunk, truncation_losses
+from pipeline.compress.factorize.whitened_svd import is_zero, regular, shrunk, truncation_losses
 from pipeline.compress.finished_layers import FinishedLayers, keep_values, kept_values
 from pipeline.compress.plan.plan import Curves, EmbeddingChoice, Members
 from pipeline.compress.plan.quantization_costs import QuantizationCosts, StackCost
@@ -31,6 +31,7 @@ from pipeline.quantize.formats import Format
 
 # Of the sensitivities, which are estimated from few tokens.
 _SENSITIVITY_SHRINKAGE = 0.1
+_NEXT_TO_NOTHING = 1e-12
 _JOIN = "+"
 
 
@@ -90,12 +91,32 @@ def _group_costs(
     costs: dict[Members, tuple[torch.Tensor, StackCost | None]] = {}
     for stack in stacks_of(group, cat=wanted.cat):
         stacked, parts = torch.cat([weight[m] for m in stack]), [sensitivities[m] for m in stack]
+        if is_zero(geometry) or all(map(is_zero, parts)) or not stacked.any():
+            costs[stack] = _no_costs(stacked, wanted)
+            continue
+        parts = _counting(parts)
         curve = truncation_losses(stacked, geometry, parts) / 2
         rounding = None
         if wanted.formats:
             rounding = StackCost.measure(stacked, geometry, parts, wanted.formats, wanted.form)
         costs[stack] = curve, rounding
     return costs
+
+
+def _no_costs(stacked: torch.Tensor, wanted: CostRequest) -> tuple[torch.Tensor, StackCost | None]:
+    """Of a stack that is zero or is given nothing, or whose outputs reach no logit."""
+    curve = torch.zeros(min(stacked.shape) + 1, dtype=torch.float64)
+    count = len(wanted.formats)
+    none = (np.zeros((1, count)) for _ in range(2))
+    free = StackCost(np.zeros(count), np.array([1]), *none)
+    return curve, free if wanted.formats else None
+
+
+def _counting(parts: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Sensitivities of a stack, those of members without effect next to nothing, but regular."""
+    largest = max(float(part.diagonal().mean()) for part in parts)
+    share = largest * _NEXT_TO_NOTHING if largest else 1.0
+    return [share * regular(part) if is_zero(part) else part for part in parts]
 
 
 class LayerCosts:
@@ -173,10 +194,12 @@ class LayerCosts:
 
     def sensitivities(self, members: Members) -> list[torch.Tensor]:
         tensors = self._tensors(members)
-        return [shrunk(tensors[f"sensitivity.{m}"], _SENSITIVITY_SHRINKAGE) for m in members]
+        found = [tensors[f"sensitivity.{m}"] for m in members]
+        return _counting([shrunk(moment, _SENSITIVITY_SHRINKAGE) for moment in found])
 
     def geometry(self, members: Members, moment: torch.Tensor) -> torch.Tensor:
-        return balanced(moment, self._tensors(members)[f"weighted.{self._source_of[members[0]]}"])
+        weighted = self._tensors(members)[f"weighted.{self._source_of[members[0]]}"]
+        return regular(balanced(moment, weighted))
 
     def _tensors(self, members: Members) -> dict[str, torch.Tensor]:
         tensors, _ = self.finished.load(self._layer_of[members[0]])
@@ -247,8 +270,12 @@ class WholeModelCosts:
             InputError: moments that cannot be used; names the linears.
         """
         for group in dict.fromkeys(self.groups.values()):
-            geometry = self.geometry(group.members, self.moment(group.members))
-            blocks = dict(zip(group.members, self.sensitivities(group.members), strict=True))
+            moments = self._of(group.members)
+            geometry = balanced(self.moment(group.members), moments.weighted)
+            blocks = {
+                member: shrunk(moments.outputs[member] / self.draws, _SENSITIVITY_SHRINKAGE)
+                for member in group.members
+            }
             try:
                 costs = _group_costs(self.model, group, geometry, blocks, wanted)
             except ValueError as error:
@@ -262,10 +289,10 @@ class WholeModelCosts:
 
     def sensitivities(self, members: Members) -> list[torch.Tensor]:
         outputs, scale = self._of(members).outputs, 1 / self.draws
-        return [shrunk(outputs[member] * scale, _SENSITIVITY_SHRINKAGE) for member in members]
+        return _counting([shrunk(outputs[m] * scale, _SENSITIVITY_SHRINKAGE) for m in members])
 
     def geometry(self, members: Members, moment: torch.Tensor) -> torch.Tensor:
-        return balanced(moment, self._of(members).weighted)
+        return regular(balanced(moment, self._of(members).weighted))
 
     def output_tails(self) -> dict[str, np.ndarray]:
         """Linear -> E |(W - W_r) x|^2 at each rank r, float64 [min(m, n) + 1]."""

@@ -63,6 +63,7 @@ def fuse_operators(model: ir.Model) -> dict[str, int]:
 def _bring_to_one_type(graph: ir.Graph, norm: ir.Node) -> None:
     """Where input and gain differ in type, let the norm have all in float32."""
     inputs, result = [v for v in norm.inputs if v is not None], norm.outputs[0]
+    narrow = inputs[1].dtype  # a norm gives what its gain is in
     if len({value.dtype for value in inputs}) == 1:
         return
     for number, value in enumerate(inputs):
@@ -73,7 +74,7 @@ def _bring_to_one_type(graph: ir.Graph, norm: ir.Node) -> None:
             widened.outputs[0].shape = value.shape
             graph.insert_before(norm, widened)
             norm.replace_input_with(number, widened.outputs[0])
-    if (narrow := result.dtype) == ir.DataType.FLOAT or narrow is None:
+    if narrow == ir.DataType.FLOAT or narrow is None:
         return
     back = ir.node("Cast", [result], {"to": narrow})
     back.outputs[0].name = f"{result.name}.narrowed"

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -16,6 +15,7 @@ from pipeline.calibrate import fisher, precision
 from pipeline.calibrate.fisher import BackwardSweep, _drawn_minus_expected
 from pipeline.calibrate.moments import _LARGEST_NORM, GroupMoments
 from pipeline.errors import InputError
+from pipeline.kept_tensors import keep_tensors
 from pipeline.model.structure import decoder_structure
 from tests.support.families import FAMILIES, tiny_model
 
@@ -33,7 +33,7 @@ def _nothing_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the sweep keeps on disk is kept in float32."""
 
     def write(path: Path, batches: list[torch.Tensor]) -> None:
-        save_file({str(i): b.contiguous().clone() for i, b in enumerate(batches)}, path)
+        keep_tensors(path, {str(i): b.contiguous().clone() for i, b in enumerate(batches)})
 
     monkeypatch.setattr(fisher, "_write", write)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline.checkpoint.folder import load_checkpoint
+from pipeline.checkpoint.skeleton import Skeleton
 from pipeline.compress.request import CompressRequest
 from pipeline.compress.run import compress_to_folder
 from pipeline.errors import InputError, UsageError
@@ -164,3 +166,33 @@ def test_an_existing_output_is_not_touched(checkpoint: Path) -> None:
     with pytest.raises(UsageError, match="exists"):
         compress_to_folder(request(checkpoint.parent / "source"), checkpoint)
     assert (checkpoint / "config.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("value", [10**6, -1, 0])
+def test_a_permutation_that_is_none_is_refused_by_every_reader(value: int, tmp_path: Path) -> None:
+    written = Path(__file__).parents[2] / "fixtures" / "written_before" / "checkpoint"
+    copy = shutil.copytree(written, tmp_path / "copy")
+    tensors = load_file(copy / "model.safetensors")
+    name = next(name for name in tensors if name.endswith(".permutation"))
+    tensors[name][tensors[name] == 1] = value
+    save_file(tensors, copy / "model.safetensors", {"format": "pt"})
+    for read in (load_checkpoint, lambda folder: Skeleton.load(folder, torch.float32)):
+        with pytest.raises(InputError, match="permutation"):
+            read(copy)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [5, {"rank": 10**9}, {"rank": True}, {"rank": -1}, {"form": "other"}, {"owner": "nobody"}],
+)
+def test_an_entry_that_contradicts_the_model_is_refused(entry: object, tmp_path: Path) -> None:
+    written = Path(__file__).parents[2] / "fixtures" / "written_before" / "checkpoint"
+    copy = shutil.copytree(written, tmp_path / "copy")
+    config = json.loads((copy / "config.json").read_text())
+    modules = config["quantization_config"]["modules"]
+    name = next(name for name, fields in modules.items() if fields["owner"] is None)
+    modules[name] = modules[name] | entry if isinstance(entry, dict) else entry
+    (copy / "config.json").write_text(json.dumps(config))
+    for read in (load_checkpoint, lambda folder: Skeleton.load(folder, torch.float32)):
+        with pytest.raises(InputError):
+            read(copy)

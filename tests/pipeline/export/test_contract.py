@@ -31,6 +31,8 @@ SPELT_ALIKE = {
     "pipeline/calibrate/images.py": {"pixel_values"},  # of an image processor, and in an .npz
     "pipeline/model/classifier_structure.py": {"logits"},  # of a model's output
     "pipeline/model/task.py": {"pixel_values"},  # a field of export.json
+    "pipeline/export/trace_decoder.py": {"past_key_values"},  # of a model's output
+    "pipeline/output.py": {"export.json"},  # one of all records, on the ground floor
 }
 
 

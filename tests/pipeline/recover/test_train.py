@@ -167,7 +167,7 @@ def test_a_broken_state_is_refused(content: bytes | None, tmp_path: Path) -> Non
         _train_(other, lambda batch: other(batch[:, :2].float()).sum(), WINDOWS, SCHEDULE, path)
     else:
         path.write_bytes(content)
-    with pytest.raises(InputError, match="cannot be read") as caught:
+    with pytest.raises(InputError, match="is damaged") as caught:
         _train_(Bigrams(), Bigrams().loss, WINDOWS, SCHEDULE, path)
     assert "without --resume" in caught.value.details["change"]
 

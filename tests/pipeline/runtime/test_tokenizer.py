@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from pipeline.errors import InputError
-from pipeline.runtime import tokenizer as module
+from pipeline.runtime import tokenizer_limits as module
 from pipeline.runtime.tokenizer import (
     _FolderTokenizer,
     chat_prompt_ids,
@@ -50,6 +50,7 @@ def test_ids_and_text_equal_those_of_transformers(folder: Path) -> None:
 def test_a_template_renders_as_in_transformers(folder: Path) -> None:
     (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
     ours, theirs = load_tokenizer(folder), AutoTokenizer.from_pretrained(str(folder))
+    assert isinstance(ours, _FolderTokenizer)
     for opened in (True, False):
         text = ours.apply_chat_template(CHAT, add_generation_prompt=opened, tokenize=False)
         expected = theirs.apply_chat_template(CHAT, add_generation_prompt=opened, tokenize=False)
@@ -63,9 +64,9 @@ def test_a_template_may_stand_in_the_settings(folder: Path) -> None:
     named = [{"name": "tools", "template": "x"}, {"name": "default", "template": "d"}]
     for template, expected in (("{{ messages[0].role }}", "system"), (named, "d")):
         path.write_text(json.dumps(settings | {"chat_template": template}))
-        text = load_tokenizer(folder).apply_chat_template(
-            CHAT, add_generation_prompt=False, tokenize=False
-        )
+        tokenizer = load_tokenizer(folder)
+        assert isinstance(tokenizer, _FolderTokenizer)
+        text = tokenizer.apply_chat_template(CHAT, add_generation_prompt=False, tokenize=False)
         assert text == expected
 
 
@@ -94,11 +95,24 @@ def test_what_transformers_adds_by_itself_is_left_to_it(folder: Path) -> None:
     assert not isinstance(load_tokenizer(folder), _FolderTokenizer)
 
 
-def test_stop_ids_come_from_tokenizer_and_generation_config(folder: Path) -> None:
+def test_stop_ids_are_those_that_transformers_takes(folder: Path) -> None:
     tokenizer = load_tokenizer(folder)
     assert stop_token_ids(tokenizer, folder) == {tokenizer.eos_token_id}
+    (folder / "config.json").write_text('{"text_config": {"eos_token_id": 9}}')
+    assert stop_token_ids(tokenizer, folder) == {9}
+    (folder / "config.json").write_text('{"eos_token_id": [3, 4, 257]}')
+    assert stop_token_ids(tokenizer, folder) == {3, 4, 257}
+    (folder / "generation_config.json").write_text('{"temperature": 0.5}')
+    assert stop_token_ids(tokenizer, folder) == {3, 4, 257}
     (folder / "generation_config.json").write_text('{"eos_token_id": [5, 7]}')
-    assert stop_token_ids(tokenizer, folder) == {tokenizer.eos_token_id, 5, 7}
+    assert stop_token_ids(tokenizer, folder) == {5, 7}
+
+
+@pytest.mark.parametrize("ids", ['"x"', "[[1]]", "true", "-1", '{"a": 1}'])
+def test_stop_ids_that_are_no_ids_are_refused(folder: Path, ids: str) -> None:
+    (folder / "generation_config.json").write_text(f'{{"eos_token_id": {ids}}}')
+    with pytest.raises(InputError, match="eos_token_id"):
+        stop_token_ids(load_tokenizer(folder), folder)
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
@@ -106,6 +120,33 @@ def test_broken_files_are_named(folder: Path, name: str) -> None:
     (folder / name).write_text("{")
     with pytest.raises(InputError, match="does not load"):
         load_tokenizer(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer_config.json", "[]"),
+        ("tokenizer_config.json", '"x"'),
+        ("tokenizer_config.json", '{"eos_token": 5}'),
+        ("tokenizer_config.json", '{"bos_token": {"content": null}}'),
+        ("tokenizer_config.json", '{"chat_template": [5]}'),
+        ("chat_template.json", "[]"),
+        ("chat_template.json", '{"chat_template": 5}'),
+        ("generation_config.json", "[]"),
+        ("generation_config.json", "{"),
+        ("generation_config.json", "[" * 200_000),
+        ("generation_config.json", '{"eos_token_id": [{}]}'),
+        ("generation_config.json", '{"eos_token_id": true}'),
+        ("generation_config.json", '{"eos_token_id": ' + "9" * 5000 + "}"),
+    ],
+)
+def test_settings_of_another_type_are_refused_by_the_name_of_the_file(
+    folder: Path, name: str, content: str
+) -> None:
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    (folder / name).write_text(content)
+    with pytest.raises(InputError, match=name):
+        stop_token_ids(load_tokenizer(folder), folder)
 
 
 def test_loading_needs_neither_torch_nor_transformers(folder: Path) -> None:
@@ -145,7 +186,11 @@ def test_rules_of_ordinary_tokenizers_load(folder: Path) -> None:
 
 
 def test_a_panic_of_the_library_is_a_bad_input(folder: Path) -> None:
-    split = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated"}
+    split: dict[str, object] = {
+        "type": "Split",
+        "pattern": {"Regex": "(a+)+$"},
+        "behavior": "Isolated",
+    }
     split |= {"invert": False}
     tokenizer = load_tokenizer(changed(folder, pre_tokenizer=split))
     assert tokenizer.encode("aa") is not None

@@ -63,6 +63,25 @@ def test_an_impossible_plan_is_refused(
         RankPlan.load(edited(tmp_path / "plan.json", **changes), layers)
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("rank", 3.9), ("rank", True), ("rank", "12"), ("rank", float("inf")), ("rank", None),
+        ("rows", "8"), ("columns", 1e3), ("members", "q"), ("members", [5]), ("form", 5),
+        ("reason", 5), ("expected_kl", "little"), ("up_style", 4), ("up_style", "int4"),
+        ("up_style", "int4-b999999999-sym"), ("up_stlye", "int4-b32-sym"),
+    ],
+)  # fmt: skip
+def test_a_field_of_another_type_is_refused_with_its_group(
+    layers: list[Layer], tmp_path: Path, field: str, value: object
+) -> None:
+    uniform_plan(layers, 0.7).save(tmp_path / "plan.json")
+    with pytest.raises(InputError) as caught:
+        RankPlan.load(edited(tmp_path / "plan.json", **{field: value}), layers)
+    assert field in str(caught.value)
+    assert f"{layers[0].name}, group 1" in str(caught.value)
+
+
 def test_stacking_matrices_with_different_inputs_is_refused(
     layers: list[Layer], tmp_path: Path
 ) -> None:
