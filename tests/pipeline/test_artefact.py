@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,13 +22,13 @@ class MakingFailed(Exception):
     pass
 
 
-def fail_halfway(output: Path, **options: bool) -> None:
+def fail_halfway(output: Path, **options: Any) -> None:
     with artefact.staged_folder(output, **options) as staging:
         (staging / "half.bin").write_bytes(b"half")
         raise MakingFailed
 
 
-def make(output: Path, text: str = "whole", **options: bool) -> None:
+def make(output: Path, text: str = "whole", **options: Any) -> None:
     with artefact.staged_folder(output, **options) as staging:
         (staging / "file.txt").write_text(text)
         artefact.write_json(staging / "export.json", RECORD)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -45,7 +46,8 @@ def test_a_second_run_ends_at_once_with_the_pid_of_the_first_and_harms_nothing(
     if is_there:
         output.mkdir()
     child = hold(output)
-    for options in ({}, {"resume": True, "keep": True}, {"overwrite": True}):
+    several: tuple[dict[str, Any], ...] = ({}, {"resume": True, "keep": True}, {"overwrite": True})
+    for options in several:
         with (
             pytest.raises(UsageError, match=f"process {child.pid}"),
             staged_folder(output, **options),

@@ -59,7 +59,7 @@ def write_llama_gguf(
 
 def _add(writer: gguf.GGUFWriter, name: str, value: Any) -> None:
     """One key, by the type of its value."""
-    kinds = {
+    kinds: dict[type, Any] = {
         bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32,
         str: writer.add_string, list: writer.add_array,
     }  # fmt: skip

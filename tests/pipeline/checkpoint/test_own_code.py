@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,7 @@ class OwnForCausalLM(LlamaForCausalLM):
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The model, compressed, and multiplied out again."""
     root = tmp_path_factory.mktemp("own")
     with pytest.MonkeyPatch.context() as patches:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ def no_way_in(model: PreTrainedModel) -> str:
 @pytest.mark.parametrize("break_", [no_way_out, no_way_in])
 @pytest.mark.parametrize("settings", [{}, {"keep_bytes": 0.7}, {"method": "svd-llm-v2"}])
 def test_a_group_without_effect_costs_nothing(
-    break_: Callable[[PreTrainedModel], str], settings: dict[str, object], tmp_path: Path
+    break_: Callable[[PreTrainedModel], str], settings: dict[str, Any], tmp_path: Path
 ) -> None:
     model = tiny_model("llama")
     name = break_(model)
