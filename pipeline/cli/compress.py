@@ -133,7 +133,7 @@ _cache_options = options.apply(
     ),
     click.option(
         "--keep-cache",
-        type=float,
+        type=options.number,
         help="The same, as a fraction of its bytes in float16. Excludes --cache-bytes.",
     ),
     options.setting(
@@ -141,6 +141,7 @@ _cache_options = options.apply(
         1,
         "Groups of key/value heads, each with a latent of its own: 1 is best for quality, as many "
         "as heads cheapest to rebuild.",
+        options.positive,
     ),
     options.setting(
         "--cache-bits",

@@ -85,7 +85,7 @@ def test_the_table_shows_what_the_output_file_records(
     assert record["provenance"]["tool"] == "skipcat"
     assert record["settings"]["windows"] == 3
     assert record["perplexity"]["text"]["details"]["file"] == "text.txt"
-    assert len(record["tasks"]["files"][files["ask"]]) == 64
+    assert len(record["tasks"]["files"]["ask.jsonl"]) == 64
     assert [score["samples"] for score in record["tasks"]["scores"]] == [1, 1]
     assert f"{record['perplexity']['value']:.3f}" in printed
     assert "ask, acc_norm" in printed

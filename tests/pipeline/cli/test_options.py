@@ -50,7 +50,14 @@ def test_every_option_of_every_command_has_a_help_text(name: str) -> None:
 def test_each_option_of_compress_stands_in_one_group() -> None:
     command = command_of("compress")
     sections = sections_of(command)
-    headings = ["Budget", "Method", "Calibration", "Quantisation", "Model, output and run"]
+    headings = [
+        "Budget",
+        "Method",
+        "Calibration",
+        "Quantisation",
+        "KV cache",
+        "Model, output and run",
+    ]
     assert list(sections) == headings
     listed = [option for options in sections.values() for option in options]
     assert sorted(listed) == sorted([*options_of(command), "--help"])

@@ -120,7 +120,7 @@ def test_a_plan_that_cannot_be_is_refused(
     [
         (["--cache-bytes", "1KB", "--keep-cache", "0.5"], 2, "one budget"),
         (["--keep-cache", "0"], 2, "out of range"),
-        (["--keep-cache", "nan"], 2, "out of range"),
+        (["--keep-cache", "nan"], 2, "not a finite number"),
         (["--cache-bytes", "-3"], 2, "no number of bytes"),
         (["--cache-bytes", "2"], 2, "No cache is so small"),
         (["--keep-cache", "0.5", "--cache-groups", "3"], 2, "so many groups"),
