@@ -97,7 +97,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     if subprocess.run(command, check=False, capture_output=True).returncode:
         pytest.skip("may not mount")
     yield disk
-    subprocess.run(["umount", str(disk)], check=True)
+    # Lazily: this process has files of it mapped.
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
 def require_told(
