@@ -73,7 +73,7 @@ def require_same_after_kill(
     assert contents(output) == expected, f"killed at change {place} of {changes}"
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", range(1))
 def test_a_killed_build_is_resumed_to_the_same_bytes(
     seed: int, arguments: list[str], undisturbed: tuple[dict[str, str], int], tmp_path: Path
 ) -> None:
@@ -81,7 +81,7 @@ def test_a_killed_build_is_resumed_to_the_same_bytes(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(2, 202))
+@pytest.mark.parametrize("seed", range(1, 201))
 def test_200_killed_builds_are_resumed_to_the_same_bytes(
     seed: int, arguments: list[str], undisturbed: tuple[dict[str, str], int], tmp_path: Path
 ) -> None:
@@ -117,19 +117,8 @@ def require_told(
     assert main(command) == 0
 
 
-@pytest.mark.parametrize(("seed", "action"), [(0, "limit"), (1, "fill")])
-def test_a_disk_that_fills_up_is_told_with_4_and_its_folder(
-    seed: int,
-    action: str,
-    arguments: list[str],
-    undisturbed: tuple[dict[str, str], int],
-    small_disk: Path,
-) -> None:
-    require_told(seed, action, small_disk, arguments, undisturbed[1], 0.5)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(2, 52))
+@pytest.mark.parametrize("seed", range(50))
 def test_50_disks_that_fill_up_are_told_with_4(
     seed: int, arguments: list[str], undisturbed: tuple[dict[str, str], int], small_disk: Path
 ) -> None:
