@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from pipeline.checkpoint.modeling_cache import CacheMap, cache_maps, rotation_of
 from pipeline.errors import InputError
+from pipeline.export.contract import POSITION_IDS
 
 
 class GraphLatents:
@@ -46,7 +47,7 @@ class GraphLatents:
         takes = (
             [] if self._rotary is None else list(inspect.signature(self._rotary.forward).parameters)
         )
-        if self._rotate is None or takes != ["x", "position_ids"]:
+        if self._rotate is None or takes != ["x", POSITION_IDS]:
             raise InputError(
                 "Keys of this model cannot be rebuilt from latents inside a graph.",
                 where=type(model).__name__,
