@@ -300,7 +300,9 @@ def _open_checkpoint(folder: Path, openers: Openers, form: str) -> Any:
 
 
 def _has_smaller_cache(folder: Path) -> bool:
-    """Whether a checkpoint caches latents in the place of keys and values."""
+    """Whether a checkpoint caches latents; of one that is broken its stages will say so."""
+    if not (folder / "config.json").is_file():
+        return False
     config = read_json_object(folder / "config.json")
     quantization = json_field(config, "quantization_config", dict, folder, default=None)
     return bool(quantization and quantization.get("caches"))
