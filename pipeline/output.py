@@ -40,7 +40,7 @@ def check_output(output: Path, *, overwrite: bool = False, inputs: Iterable[obje
         _refuse_place(output, real)
         if not real.is_dir():
             return
-        if is_vacant(real):
+        if _is_vacant(real):
             _require_writable(output, real)
             return
         _refuse_inputs_inside(output, real, inputs)
@@ -111,12 +111,12 @@ def partial_path(output: Path) -> Path:
     Args:
         output: as `real_path` gives it.
     """
-    if output.is_dir() and is_vacant(output):
+    if output.is_dir() and _is_vacant(output):
         return output / _INSIDE
     return output.parent / f".{output.name}.partial"
 
 
-def is_vacant(folder: Path) -> bool:
+def _is_vacant(folder: Path) -> bool:
     """Whether a folder holds nothing, or nothing but what an unfinished run into it left."""
     names = set(os.listdir(folder)) - {_INSIDE, LOCK_FILE}
     return not names or names <= set(names_in_motion(folder / _INSIDE))

@@ -24,7 +24,6 @@ from transformers import (
 
 from pipeline.artefact import _partial_path
 from pipeline.cli.main import main
-from pipeline.compress import run as recipe
 from pipeline.compress import walk as compress
 from pipeline.compress.plan.plan import GroupPlan
 from pipeline.model import load
@@ -222,88 +221,6 @@ def test_resuming_with_other_settings_is_refused_and_keeps_what_was_done(
     assert main([*arguments, *changed]) == 3
     assert f"differs in {named}" in capsys.readouterr().err
     assert (_partial_path(interrupted) / "layers" / "model.layers.0.safetensors").exists()
-
-
-def test_a_run_goes_on_with_a_copy_of_its_model_and_not_with_another_of_the_same_name(
-    interrupted: Path,
-    original: str,
-    compressed: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    copied = tmp_path / "elsewhere"
-    shutil.copytree(original, copied)
-    weights = copied / "model.safetensors"
-    content = bytearray(weights.read_bytes())
-    content[-1] ^= 1
-    weights.write_bytes(content)
-    arguments = ["compress", "-m", str(copied), "-o", str(interrupted), *SETTINGS, "--resume"]
-    assert main(arguments) == 3
-    assert "differs in model_files" in capsys.readouterr().err
-    assert (_partial_path(interrupted) / "layers" / "model.layers.0.safetensors").exists()
-    content[-1] ^= 1
-    weights.write_bytes(content)
-    assert main(arguments) == 0
-    assert weights_hash(interrupted) == weights_hash(compressed)
-
-
-def test_a_run_of_another_version_is_not_gone_on_with(
-    interrupted: Path,
-    original: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.setattr(recipe, "__version__", "another")
-    arguments = ["compress", "-m", original, "-o", str(interrupted), *SETTINGS, "--resume"]
-    assert main(arguments) == 3
-    assert "differs in version" in capsys.readouterr().err
-
-
-def damage_layers(content: str) -> Callable[[Path], None]:
-    def damage(folder: Path) -> None:
-        (folder / "layers" / "progress.json").write_text(content)
-
-    return damage
-
-
-def drop_groups(folder: Path) -> None:
-    path = folder / "layers" / "progress.json"
-    record = json.loads(path.read_text())
-    record["values"]["layers"]["model.layers.0"]["groups"] = []
-    path.write_text(json.dumps(record))
-
-
-def make_layers_a_file(folder: Path) -> None:
-    shutil.rmtree(folder / "layers")
-    (folder / "layers").write_text("x")
-
-
-def make_all_a_file(folder: Path) -> None:
-    shutil.rmtree(folder)
-    folder.write_text("x")
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [*map(damage_layers, ("", '{"set', "[]", "{}", '{"sha256": 1, "values": []}')), drop_groups,
-     make_layers_a_file, make_all_a_file],
-)  # fmt: skip
-def test_a_damaged_working_folder_is_said_to_be_one(
-    damage: Callable[[Path], None],
-    interrupted: Path,
-    original: str,
-    compressed: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    damage(_partial_path(interrupted))
-    arguments = ["compress", "-m", original, "-o", str(interrupted), *SETTINGS]
-    assert main([*arguments, "--resume"]) == 3
-    message = capsys.readouterr().err
-    assert "start afresh without --resume" in message
-    assert "Traceback" not in message
-    if damage is make_all_a_file:
-        assert main(arguments) == 0
-        assert weights_hash(interrupted) == weights_hash(compressed)
 
 
 def test_without_resume_an_unfinished_run_is_discarded_with_a_note(
