@@ -29,11 +29,6 @@ from pipeline.progress import note
 _MEBIBYTE = 1 << 20
 
 
-def _partial_path(output: Path) -> Path:
-    """Where the unfinished form of `output` is kept."""
-    return partial_path(real_path(output))
-
-
 @contextlib.contextmanager
 def staged_folder(
     output: Path,

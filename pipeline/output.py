@@ -106,11 +106,8 @@ def real_path(output: Path) -> Path:
 
 
 def partial_path(output: Path) -> Path:
-    """Where the unfinished form of an output lies, in the same file system.
-
-    Args:
-        output: as `real_path` gives it.
-    """
+    """Where the unfinished form of an output lies, in the same file system."""
+    output = real_path(output)
     if output.is_dir() and _is_vacant(output):
         return output / _INSIDE
     return output.parent / f".{output.name}.partial"

@@ -77,6 +77,19 @@ def seeing_inputs(
 
 
 @contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No gradients by parameters inside: those by activations alone are wanted."""
+    learning = [p for p in model.parameters() if p.requires_grad]
+    for parameter in learning:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
 def seeing_gradients(
     model: nn.Module, groups: Mapping[str, GroupMoments | DrawnMoments]
 ) -> Iterator[None]:
@@ -87,20 +100,14 @@ def seeing_gradients(
     Raises:
         InputError: values that are not finite; names the linear.
     """
-    frozen = [p for p in model.parameters() if p.requires_grad]
     with ExitStack() as hooks:
         hooks.enter_context(seeing_inputs(model, {n: s.see_input for n, s in groups.items()}))
         for sums in groups.values():
             for member in sums.members:
                 hook = _watching_output(member, sums)
                 hooks.enter_context(model.get_submodule(member).register_forward_hook(hook))
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-        try:
-            yield
-        finally:
-            for parameter in frozen:
-                parameter.requires_grad_(True)
+        hooks.enter_context(_frozen(model))
+        yield
 
 
 @contextmanager
@@ -117,18 +124,12 @@ def seeing_outputs(
     Raises:
         InputError: values that are not finite; names the module.
     """
-    frozen = [p for p in model.parameters() if p.requires_grad]
     with ExitStack() as hooks:
         for name, (moments, read) in takers.items():
             hook = _seeing_output(name, moments, read)
             hooks.enter_context(model.get_submodule(name).register_forward_hook(hook))
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-        try:
-            yield
-        finally:
-            for parameter in frozen:
-                parameter.requires_grad_(True)
+        hooks.enter_context(_frozen(model))
+        yield
 
 
 def _seeing_output(

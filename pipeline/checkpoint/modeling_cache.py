@@ -22,7 +22,7 @@ from transformers.quantizers.auto import (
 )
 
 # Relative, so that it is found in the package and in the folder of a checkpoint.
-from .modeling_skipcat import QUANT_METHOD, SkipCatConfig, SkipCatQuantizer
+from .modeling_skipcat import FORMAT_VERSION, QUANT_METHOD, SkipCatConfig, SkipCatQuantizer
 
 _CACHE_FORMAT_VERSION = 3
 
@@ -214,7 +214,7 @@ class _LatentLayer(DynamicLayer):
         past = self.get_seq_length()
         for_keys, for_values = self.maps
         keys, values = super().update(
-            _latent_of(for_keys, key_states), _latent_of(for_values, value_states)
+            latent_of(for_keys, key_states), latent_of(for_values, value_states)
         )
         if for_keys is not None:
             keys = for_keys.heads_of(keys)
@@ -237,7 +237,7 @@ class _LatentLayer(DynamicLayer):
         return self._rotate(keys, cos, sin)
 
 
-def _latent_of(made: CacheMap | None, states: torch.Tensor) -> torch.Tensor:
+def latent_of(made: CacheMap | None, states: torch.Tensor) -> torch.Tensor:
     """What is kept of new keys or values."""
     return states if made is None or made.latent is None else made.latent
 
@@ -279,6 +279,8 @@ class SmallCacheConfig(SkipCatConfig):
         caches: source -> what `attach_cache_maps` reads; None for a cache as it is.
     """
 
+    newest = _CACHE_FORMAT_VERSION
+
     def __init__(
         self,
         modules: dict[str, dict[str, Any]],
@@ -286,13 +288,10 @@ class SmallCacheConfig(SkipCatConfig):
         caches: dict[str, dict[str, Any]] | None = None,
         **unused: Any,
     ) -> None:
-        if version is not None and version > _CACHE_FORMAT_VERSION:
-            raise ValueError(
-                f"checkpoint format {version} is newer than {_CACHE_FORMAT_VERSION}: update skipcat"
-            )
-        super().__init__(modules)
+        own = _CACHE_FORMAT_VERSION if caches else FORMAT_VERSION
+        super().__init__(modules, own if version is None else version)
         if caches:
-            self.version, self.caches = _CACHE_FORMAT_VERSION, caches
+            self.caches = caches
 
 
 class SmallCacheQuantizer(SkipCatQuantizer):

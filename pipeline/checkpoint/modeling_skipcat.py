@@ -395,12 +395,14 @@ class SkipCatConfig(QuantizationConfigMixin):
         version: of this format.
     """
 
+    newest = FORMAT_VERSION
+
     def __init__(
         self, modules: dict[str, dict[str, Any]], version: int = FORMAT_VERSION, **unused: Any
     ) -> None:
-        if type(version) is not int or version > FORMAT_VERSION:
+        if type(version) is not int or version > self.newest:
             raise ValueError(
-                f"checkpoint format {version} is newer than {FORMAT_VERSION}: update skipcat"
+                f"checkpoint format {version} is newer than {self.newest}: update skipcat"
             )
         _require_entries(modules)
         self.quant_method = QUANT_METHOD

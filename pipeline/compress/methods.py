@@ -122,7 +122,14 @@ class Method:
 
 
 ONE_SIDED = Fit(two_sided=False)
-_PALU = "pipeline.compress.cache.palu"
+
+
+def _palu(summary: str, allocate: str) -> Method:
+    """Palu: one-sided, the mean spanned, and the weights as they are."""
+    cache = CacheFit(f"pipeline.compress.cache.palu:{allocate}", two_sided=False, centred=False)
+    return Method(summary, False, False, _UNIFORM, ONE_SIDED, cache=cache, cache_alone=True)
+
+
 METHODS = {
     # Wang et al., ICLR 2025; NAACL 2025
     "svd-llm": Method("whitened SVD (SVD-LLM)", False, False, _UNIFORM, ONE_SIDED),
@@ -156,24 +163,11 @@ METHODS = {
         quantizer=True,
     ),
     # Chang et al., ICLR 2025
-    "palu": Method(
+    "palu": _palu(
         "latents of keys and values alone, ranks by Fisher information of weights (Palu)",
-        False,
-        False,
-        _UNIFORM,
-        ONE_SIDED,
-        cache=CacheFit(f"{_PALU}:allocate_by_fisher", two_sided=False, centred=False),
-        cache_alone=True,
+        "allocate_by_fisher",
     ),
-    "palu-uniform": Method(
-        "the same, of the same rank everywhere (Palu)",
-        False,
-        False,
-        _UNIFORM,
-        ONE_SIDED,
-        cache=CacheFit(f"{_PALU}:allocate_uniformly", two_sided=False, centred=False),
-        cache_alone=True,
-    ),
+    "palu-uniform": _palu("the same, of the same rank everywhere (Palu)", "allocate_uniformly"),
     DEFAULT_METHOD: Method(
         "block-skip, two-sided, ranks and sharing by expected KL", True, True, _SEARCHED, Fit()
     ),

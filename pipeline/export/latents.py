@@ -13,7 +13,7 @@ import inspect
 import torch
 from transformers import PreTrainedModel
 
-from pipeline.checkpoint.modeling_cache import CacheMap, cache_maps, rotation_of
+from pipeline.checkpoint.modeling_cache import CacheMap, cache_maps, latent_of, rotation_of
 from pipeline.errors import InputError
 from pipeline.export.contract import POSITION_IDS
 
@@ -60,23 +60,22 @@ class GraphLatents:
         self, layer: int, key: torch.Tensor, value: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What is cached of new keys and values: latents [B, groups, S, rank] where a map is."""
-        own = (self._maps.get((layer, f"{side}_map")) for side in ("key", "value"))
-        key, value = (
-            states if made is None or made.latent is None else made.latent
-            for made, states in zip(own, (key, value), strict=True)
-        )
-        return key, value
+        for_keys, for_values = self._of_layer(layer)
+        return latent_of(for_keys, key), latent_of(for_values, value)
 
     def rebuilt(
         self, layer: int, keys: torch.Tensor, values: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [B, heads, K, width] of all that is cached."""
-        for_keys, for_values = (self._maps.get((layer, f"{s}_map")) for s in ("key", "value"))
+        for_keys, for_values = self._of_layer(layer)
         if for_keys is not None:
             keys = for_keys.heads_of(keys)
             if for_keys.is_rotated:
                 keys = self._turned(keys)
         return keys, values if for_values is None else for_values.heads_of(values)
+
+    def _of_layer(self, layer: int) -> tuple[CacheMap | None, CacheMap | None]:
+        return self._maps.get((layer, "key_map")), self._maps.get((layer, "value_map"))
 
     def _turned(self, keys: torch.Tensor) -> torch.Tensor:
         assert self._rotary is not None, "looked at in __init__"

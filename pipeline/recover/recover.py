@@ -41,7 +41,6 @@ from pipeline.provenance import provenance, public_name
 from pipeline.recover.request import Recoverable, RecoverRequest, held_out
 from pipeline.recover.train import Progress, fine_tune
 
-_AFRESH = "start afresh without --resume"
 _SCHEMA = 1
 _WORK = "training"
 

@@ -7,6 +7,7 @@ leaves something to it: no tokenizer.json, or special tokens that it adds by its
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -62,7 +63,37 @@ class TextTokenizer(Protocol):
         ...
 
 
-class _FolderTokenizer:
+class _LimitedTokenizer(ABC):
+    """A tokenizer of somebody else: its failures are refusals, and it has a time limit."""
+
+    _tokenizer: Any
+    name_or_path: Any
+    chat_template: Any
+    eos_token_id: Any
+    special_tokens_map: Any
+
+    @abstractmethod
+    def _ids(self, text: str, add_special_tokens: bool) -> list[int]:
+        """Ids of a text, by the library."""
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        return limited_ids(lambda: self._ids(text, add_special_tokens), text, self.name_or_path)
+
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool = False) -> str:
+        try:
+            text: str = self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        except BaseException as error:
+            raise failing(error, self.name_or_path) from error
+        return text
+
+    def apply_chat_template(
+        self, messages: list[Message], *, add_generation_prompt: bool, tokenize: bool
+    ) -> str:
+        assert not tokenize, "callers encode the text themselves"
+        return _rendered(self, messages, add_generation_prompt)
+
+
+class _FolderTokenizer(_LimitedTokenizer):
     """tokenizer.json through the tokenizers library, with the folder's chat template.
 
     Args:
@@ -94,31 +125,15 @@ class _FolderTokenizer:
         self.eos_token_id = None if eos is None else self._tokenizer.token_to_id(eos)
         self.chat_template = find_template(folder, settings)
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        def ids() -> list[int]:
-            # Of one text, since `encode` keeps the interpreter to itself.
-            found = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
-            listed: list[int] = found[0].ids
-            return listed
-
-        return limited_ids(ids, text, self.name_or_path)
-
-    def decode(self, token_ids: list[int], *, skip_special_tokens: bool = False) -> str:
-        try:
-            text: str = self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
-        except BaseException as error:
-            raise failing(error, self.name_or_path) from error
-        return text
-
-    def apply_chat_template(
-        self, messages: list[Message], *, add_generation_prompt: bool, tokenize: bool
-    ) -> str:
-        assert not tokenize, "callers encode the text themselves"
-        return _rendered(self, messages, add_generation_prompt)
+    def _ids(self, text: str, add_special_tokens: bool) -> list[int]:
+        # Of one text, since `encode` keeps the interpreter to itself.
+        found = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        listed: list[int] = found[0].ids
+        return listed
 
 
-class _WholeTokenizer:
-    """A tokenizer of transformers, held to the limits of `_FolderTokenizer`."""
+class _WholeTokenizer(_LimitedTokenizer):
+    """A tokenizer of transformers."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
@@ -128,25 +143,9 @@ class _WholeTokenizer:
         self.special_tokens_map = tokenizer.special_tokens_map
         self.backend_tokenizer = getattr(tokenizer, "backend_tokenizer", None)
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        return limited_ids(
-            lambda: self._tokenizer.encode(text, add_special_tokens=add_special_tokens),
-            text,
-            self.name_or_path,
-        )
-
-    def decode(self, token_ids: list[int], *, skip_special_tokens: bool = False) -> str:
-        try:
-            text: str = self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
-        except BaseException as error:
-            raise failing(error, self.name_or_path) from error
-        return text
-
-    def apply_chat_template(
-        self, messages: list[Message], *, add_generation_prompt: bool, tokenize: bool
-    ) -> str:
-        assert not tokenize, "callers encode the text themselves"
-        return _rendered(self, messages, add_generation_prompt)
+    def _ids(self, text: str, add_special_tokens: bool) -> list[int]:
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        return ids
 
 
 def load_tokenizer(folder: Path) -> TextTokenizer:

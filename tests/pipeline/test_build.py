@@ -18,24 +18,17 @@ from pipeline.artefact import sha256_of_file
 from pipeline.cli.main import main
 from pipeline.engine import target
 from pipeline.folder_lock import FolderLock
-from tests.support.families import save_family
 from tests.support.ledger_stages import perturb_onnx
+from tests.support.tiny_build import build_arguments
 from tests.support.tiny_decoder import byte_tokenizer
 
 STAGES = ["compress", "export float32", "validate"]
-SIZES = ["--windows", "4", "--window-length", "32", "--eval-windows", "8", "--eval-length", "32"]
 
 
 @pytest.fixture(scope="module")
 def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """A build of a tiny model for the CPU, but for its output."""
-    root = tmp_path_factory.mktemp("inputs")
-    model = save_family(root / "tiny", "smollm")
-    text = root / "text.txt"
-    text.write_text("The quick brown fox jumps over the lazy dog. " * 20)
-    texts = ["--calibration", str(text), "--eval-text", str(text)]
-    flags = ["--target", "cpu", "--max-length", "128", *SIZES, *texts]
-    return ["build", "-m", str(model), "--keep-params", "0.7", *flags]
+    return build_arguments(tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.fixture(scope="module")

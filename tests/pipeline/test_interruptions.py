@@ -14,9 +14,8 @@ import pytest
 from pipeline.artefact import sha256_of_file
 from pipeline.child_process import environment
 from pipeline.cli.main import main
-from tests.support.families import save_family
+from tests.support.tiny_build import build_arguments
 
-SIZES = ["--windows", "4", "--window-length", "32", "--eval-windows", "8", "--eval-length", "32"]
 # What says when and how fast it was made.
 TIMED = {"build.json", "recipe.json", "report.json", "export.json", "ledger.json", "ledger.html"}
 
@@ -41,13 +40,7 @@ def contents(folder: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    root = tmp_path_factory.mktemp("inputs")
-    model = save_family(root / "tiny", "smollm")
-    text = root / "text.txt"
-    text.write_text("The quick brown fox jumps over the lazy dog. " * 20)
-    texts = ["--calibration", str(text), "--eval-text", str(text)]
-    flags = ["--target", "cpu", "--max-length", "128", *SIZES, *texts]
-    return ["build", "-m", str(model), "--keep-params", "0.7", *flags]
+    return build_arguments(tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.fixture(scope="module")

@@ -140,14 +140,14 @@ class CachePlan:
         }
 
     @classmethod
-    def from_json(cls, raw: Any, structure: Sequence[CachedSide], where: object) -> CachePlan:
+    def from_json(
+        cls, raw: dict[str, Any], structure: Sequence[CachedSide], where: object
+    ) -> CachePlan:
         """Read the section, perhaps edited by hand, and check it against a model.
 
         Raises:
             InputError: not a plan, or not one for this model; names the side and the field.
         """
-        if not isinstance(raw, dict):
-            raise InputError("The plan of the cache is no object.", where=where, observed=raw)
         entries = json_field(raw, "sides", list, f"{where}, caches")
         if len(entries) != len(structure):
             raise InputError(
@@ -196,8 +196,3 @@ def _wrong(where: str, name: str, observed: object, expected: object) -> InputEr
         observed=observed,
         expected=expected,
     )
-
-
-def heads_that_divide(heads: int) -> list[int]:
-    """Numbers of groups that so many heads can be divided into."""
-    return [groups for groups in range(1, heads + 1) if heads % groups == 0]

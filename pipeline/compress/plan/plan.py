@@ -105,7 +105,7 @@ class RankPlan:
 
     layers: dict[str, tuple[GroupPlan, ...]]
     embeddings: dict[str, str] = field(default_factory=dict)
-    caches: Any = None
+    caches: dict[str, Any] | None = None
 
     @property
     def groups(self) -> list[GroupPlan]:

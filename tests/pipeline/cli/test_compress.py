@@ -22,11 +22,11 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from pipeline.artefact import _partial_path
 from pipeline.cli.main import main
 from pipeline.compress import walk as compress
 from pipeline.compress.plan.plan import GroupPlan
 from pipeline.model import load
+from pipeline.output import partial_path
 from tests.support.families import save_family
 from tests.support.tiny_decoder import byte_tokenizer
 
@@ -167,7 +167,7 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(
 
 def test_an_interrupted_run_leaves_a_partial_folder_and_no_output(interrupted: Path) -> None:
     assert not interrupted.exists()
-    layers = {path.name for path in (_partial_path(interrupted) / "layers").iterdir()}
+    layers = {path.name for path in (partial_path(interrupted) / "layers").iterdir()}
     assert layers == {"progress.json", "model.layers.0.safetensors"}
 
 
@@ -187,7 +187,7 @@ def test_a_resumed_run_computes_the_rest_and_ends_in_the_same_bytes(
     assert computed == {"model.layers.1"}
     assert weights_hash(interrupted) == weights_hash(compressed)
     assert {path.name for path in interrupted.iterdir()} == WRITTEN
-    assert not _partial_path(interrupted).exists()
+    assert not partial_path(interrupted).exists()
     reports = [json.loads((f / "report.json").read_text()) for f in (interrupted, compressed)]
     assert reports[0]["groups"] == reports[1]["groups"]
 
@@ -195,7 +195,7 @@ def test_a_resumed_run_computes_the_rest_and_ends_in_the_same_bytes(
 def test_a_finished_layer_that_was_damaged_is_computed_again(
     interrupted: Path, original: str, compressed: Path
 ) -> None:
-    path = _partial_path(interrupted) / "layers" / "model.layers.0.safetensors"
+    path = partial_path(interrupted) / "layers" / "model.layers.0.safetensors"
     path.write_bytes(path.read_bytes()[:-8])
     arguments = ["compress", "-m", original, "-o", str(interrupted), *SETTINGS, "--resume"]
     assert main(arguments) == 0
@@ -220,7 +220,7 @@ def test_resuming_with_other_settings_is_refused_and_keeps_what_was_done(
     arguments = ["compress", "-m", original, "-o", str(interrupted), *SETTINGS, "--resume"]
     assert main([*arguments, *changed]) == 3
     assert f"differs in {named}" in capsys.readouterr().err
-    assert (_partial_path(interrupted) / "layers" / "model.layers.0.safetensors").exists()
+    assert (partial_path(interrupted) / "layers" / "model.layers.0.safetensors").exists()
 
 
 def test_without_resume_an_unfinished_run_is_discarded_with_a_note(

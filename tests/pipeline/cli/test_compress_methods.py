@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from pipeline.artefact import _partial_path, sha256_of_file
+from pipeline.artefact import sha256_of_file
 from pipeline.calibrate.fisher import BackwardSweep
 from pipeline.checkpoint.dense import densify_
 from pipeline.checkpoint.folder import load_checkpoint
@@ -24,6 +24,7 @@ from pipeline.compress import run as recipe
 from pipeline.compress.finished_layers import FinishedLayers
 from pipeline.compress.methods import DEFAULT_EFFORT, DEFAULT_METHOD, EFFORTS, METHODS
 from pipeline.model import load
+from pipeline.output import partial_path
 from tests.support.families import save_family, tiny_model
 from tests.support.tiny_decoder import byte_tokenizer
 
@@ -195,7 +196,7 @@ def test_an_interrupted_survey_resumes_to_the_same_bytes(
         patch.setattr(owner, name, stop_at_the_second)
         assert compress() == 130
     assert "with --resume continues" in capsys.readouterr().err
-    survey = _partial_path(output) / "survey"
+    survey = partial_path(output) / "survey"
     assert (survey / "layers" / "model.layers.1.safetensors").exists()
     assert not (survey / "layers" / "model.layers.0.safetensors").exists()
 

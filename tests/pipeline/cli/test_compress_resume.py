@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 from transformers import PreTrainedModel
 
-from pipeline.artefact import _partial_path, sha256_of_file
+from pipeline.artefact import sha256_of_file
 from pipeline.cli.main import main
 from pipeline.compress import run as recipe
 from pipeline.compress import walk as compress
 from pipeline.compress.plan.plan import GroupPlan
+from pipeline.output import partial_path
 from tests.support.families import save_family
 
 SETTINGS = ["--calibration", "self", "--windows", "4", "--window-length", "32"]
@@ -81,7 +82,7 @@ def test_a_run_goes_on_with_a_copy_of_its_model_and_not_with_another_of_the_same
     arguments = ["compress", "-m", str(copied), "-o", str(interrupted), *SETTINGS, "--resume"]
     assert main(arguments) == 3
     assert "differs in model_files" in capsys.readouterr().err
-    assert (_partial_path(interrupted) / "layers" / "model.layers.0.safetensors").exists()
+    assert (partial_path(interrupted) / "layers" / "model.layers.0.safetensors").exists()
     content[-1] ^= 1
     weights.write_bytes(content)
     assert main(arguments) == 0
@@ -136,7 +137,7 @@ def test_a_damaged_working_folder_is_said_to_be_one(
     compressed: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    damage(_partial_path(interrupted))
+    damage(partial_path(interrupted))
     arguments = ["compress", "-m", original, "-o", str(interrupted), *SETTINGS]
     assert main([*arguments, "--resume"]) == 3
     message = capsys.readouterr().err

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.artefact import _partial_path
 from pipeline.cli.main import main
 from pipeline.model import load
+from pipeline.output import partial_path
 from pipeline.recover import train
 from tests.support.tiny_recovery import save_small, write_train_text
 
@@ -117,7 +117,7 @@ def test_inspect_shows_what_was_won(recovered: Path, capsys: pytest.CaptureFixtu
 def test_an_interrupted_run_resumes_to_the_same_bytes(
     arguments: list[str], interrupted: Path, recovered: Path
 ) -> None:
-    assert (_partial_path(interrupted) / "training" / "state.safetensors").exists()
+    assert (partial_path(interrupted) / "training" / "state.safetensors").exists()
     assert main([*arguments, "--resume"]) == 0
     assert weights_hash(interrupted) == weights_hash(recovered)
     for name in ("recovery.json", "report.json", "README.md"):
@@ -153,7 +153,7 @@ def test_a_run_is_not_resumed_with_other_settings(
 ) -> None:
     assert main([*arguments, *changed, "--resume"]) == 3
     assert f"differs in {named}" in capsys.readouterr().err
-    assert (_partial_path(interrupted) / "training" / "state.safetensors").exists()
+    assert (partial_path(interrupted) / "training" / "state.safetensors").exists()
 
 
 def test_a_run_is_not_resumed_on_another_text_or_other_weights(
@@ -208,7 +208,7 @@ def test_a_text_that_is_too_short_says_how_many_tokens_are_needed(
     assert main(arguments) == 3
     # 12 steps of 4 windows and a tenth held out: 54 windows of 32 tokens.
     assert "at least 1728 tokens" in capsys.readouterr().err
-    assert not _partial_path(output).exists()
+    assert not partial_path(output).exists()
     assert main([*arguments, "--windows", "5"]) == 3
     assert "at least 160 tokens" in capsys.readouterr().err
 
@@ -287,7 +287,7 @@ def test_a_killed_process_is_resumed_to_the_same_bytes(
         f"from pipeline.cli.main import main; main({commands[0]!r})"
     )
     process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL)
-    state = _partial_path(folders[0]) / "training" / "state.safetensors"
+    state = partial_path(folders[0]) / "training" / "state.safetensors"
     while not state.exists() and process.poll() is None:
         time.sleep(0.005)
     os.kill(process.pid, signal.SIGKILL)

@@ -12,12 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline.artefact import _partial_path
 from pipeline.calibrate import text
 from pipeline.calibrate.text import load_tokens
 from pipeline.checkpoint.folder import load_checkpoint
 from pipeline.errors import InputError, PipelineError, ResourceError, UsageError
 from pipeline.model.load import load_model
+from pipeline.output import partial_path
 from pipeline.recover import recover
 from pipeline.recover.recover import (
     _fine_tuning,
@@ -235,7 +235,7 @@ def test_a_teacher_with_another_vocabulary_is_refused(
         recover_to_folder(request, tmp_path / "better")
     assert "280 logits" in caught.value.details["observed"]
     assert "272 logits" in caught.value.details["expected"]
-    assert not _partial_path(tmp_path / "better").exists()
+    assert not partial_path(tmp_path / "better").exists()
 
 
 def test_a_model_that_is_not_compressed_is_refused(train_text: str, tmp_path: Path) -> None:
