@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gguf import MODEL_ARCH, get_tensor_name_map
 from transformers import PreTrainedModel
 from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 from transformers.integrations.gguf import GGUF_CONFIG_ARCHS
@@ -30,6 +31,7 @@ from pipeline.errors import InputError
 from pipeline.model.rotary_factors import llama3_of
 
 _FACTORS = "rope_freqs.weight"
+_ANYWHERE = (_FACTORS, "output.weight")
 # Keys that say nothing of the function, or nothing that the tensors' shapes do not say.
 _NEUTRAL = {
     "block_count", "context_length", "embedding_length", "feed_forward_length", "vocab_size",
@@ -80,9 +82,12 @@ def read_gguf(path: Path, config: Any, model: PreTrainedModel) -> None:
     factors = _factors(path) if _FACTORS in names else None
     reading.take_scaling(factors)
     config.tie_word_embeddings = "output.weight" not in names
-    known = _known_tensors(architecture, config, model)
-    for name in names:
-        if name not in known and name != _FACTORS:
+    usual = _usual_names(model) if config.model_type == "llama" else set()
+    unknown = [name for name in names if name not in usual and name not in _ANYWHERE]
+    # transformers asks this for each module apart, which is slow.
+    known = _known_tensors(architecture, config, model) if unknown else set()
+    for name in unknown:
+        if name not in known:
             raise reading.refused(f"tensor {name}")
 
 
@@ -90,7 +95,14 @@ def _known_tensors(architecture: str, config: Any, model: PreTrainedModel) -> se
     """The names that the tensors of a model have in GGUF."""
     kind = TENSOR_PROCESSORS.get(architecture, TensorProcessor)
     processor = kind(config=config.to_dict())
-    return set(get_gguf_hf_weights_map(model, processor)) | {"output.weight"}
+    return set(get_gguf_hf_weights_map(model, processor))
+
+
+def _usual_names(model: PreTrainedModel) -> set[str]:
+    """Names in GGUF of the tensors of a Llama."""
+    table = get_tensor_name_map(MODEL_ARCH.LLAMA, model.config.num_hidden_layers)
+    names = (table.get_name(name, (".weight", ".bias")) for name in model.state_dict())
+    return {name for name in names if name is not None}
 
 
 def _factors(path: Path) -> torch.Tensor:
