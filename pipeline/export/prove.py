@@ -155,7 +155,7 @@ def _prove(
         folder, graph = Path(name, "twin"), Path(name, "onnx")
         graph.mkdir()
         twin.model.save_pretrained(folder)
-        skeleton = Skeleton.load(folder, dtype)
+        skeleton = _skeleton(folder, dtype, twin.of)
         record = write(skeleton, request, graph)
         length = record.get("max_length", 0)
         actual = prover.calls_of_graph(_open(graph, request), twin.model, length)
@@ -178,6 +178,15 @@ def _prove(
         round(time.monotonic() - started, 2),
     )
     return proof, twin.is_smallest
+
+
+def _skeleton(folder: Path, dtype: torch.dtype, of: str) -> Skeleton:
+    """The twin as the tracer takes it; a refusal names the class, not the twin's folder."""
+    try:
+        return Skeleton.load(folder, dtype)
+    except InputError as error:
+        error.details["where"] = of
+        raise
 
 
 def _open(folder: Path, request: ExportRequest) -> Any:

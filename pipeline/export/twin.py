@@ -229,7 +229,9 @@ def _short_lengths(fields: dict[str, Any]) -> dict[str, Any]:
         changes[_ORIGINAL] = ORIGINAL_CONTEXT
     positions = POSITIONS
     if originals and isinstance(context, int):
-        positions = math.ceil(ORIGINAL_CONTEXT * context / min(originals))
+        # Some configs claim an original context beyond their own.
+        ratio = max(1.0, context / min(originals))
+        positions = math.ceil(ORIGINAL_CONTEXT * ratio)
     for name in _ROTARY:
         if isinstance(fields.get(name), dict):
             changes[name] = _short_original(fields[name])

@@ -78,6 +78,12 @@ def test_a_config_without_a_decoder_is_refused_and_no_internal_error() -> None:
         prove_model(AutoConfig.for_model("vit_mae"), ExportRequest())
 
 
+def test_a_refusal_names_the_class_and_not_the_twins_folder() -> None:
+    with pytest.raises(InputError, match="State-space") as caught:
+        prove_model(config_of("mamba"), ExportRequest())
+    assert caught.value.details["where"] == "MambaForCausalLM"
+
+
 def test_dynamic_ntk_is_refused_in_one_sentence() -> None:
     rotary = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}
     with pytest.raises(InputError, match="dynamic NTK scaling is not exported"):

@@ -50,6 +50,15 @@ def test_a_scaled_context_shrinks_in_its_ratio_and_the_factors_stay() -> None:
     assert twin.rope_parameters["long_factor"] == factors[::-1]
 
 
+def test_positions_are_never_fewer_than_the_original_context() -> None:
+    rotary = {
+        "rope_type": "llama3", "rope_theta": 10_000.0, "factor": 8.0, "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0, "original_max_position_embeddings": 65_536,
+    }  # fmt: skip
+    twin = twin_of(large("llama", rope_parameters=rotary)).config
+    assert twin.max_position_embeddings == ORIGINAL_CONTEXT
+
+
 def test_no_vector_is_left_at_its_neutral_value_and_the_generator_is_left_alone() -> None:
     torch.manual_seed(3)
     expected = torch.rand(1)
