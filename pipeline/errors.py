@@ -130,13 +130,13 @@ def shortage_of(error: BaseException | None, where: object | None = None) -> Res
             return ResourceError(
                 "No space left on the disk, or for a file of this size.",
                 where=where or getattr(error, "filename", None),
-                observed=_first_line(error),
+                observed=first_line(error) if str(error).strip() else None,
                 change="free some space or raise the limit, or write to another disk",
             )
         if isinstance(error, MemoryError) or _tells(error, (errno.ENOMEM,), _FULL_MEMORY_WORDS):
             return ResourceError(
                 "Out of memory.",
-                observed=_first_line(error),
+                observed=first_line(error) if str(error).strip() else None,
                 change="use a smaller model, fewer tokens or a smaller --max-length",
             )
         error = error.__cause__
@@ -151,8 +151,9 @@ def _tells(error: BaseException, numbers: tuple[int, ...], words: re.Pattern[str
     return isinstance(error, Exception) and words.search(str(error)) is not None
 
 
-def _first_line(error: BaseException) -> str | None:
-    return next((line for line in str(error).splitlines() if line.strip()), None)
+def first_line(error: BaseException) -> str:
+    """What a library says, or the kind of its error where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def path_of(error: BaseException) -> Path | None:

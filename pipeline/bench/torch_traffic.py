@@ -16,7 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 from pipeline.bench.shapes import Shape
 from pipeline.bench.traffic import CacheTensor, StoredTensor, Traffic
 from pipeline.checkpoint.skeleton import Skeleton
-from pipeline.errors import InputError
+from pipeline.errors import InputError, first_line
 
 _PROBE_TOKENS = 4
 
@@ -173,7 +173,7 @@ def _cache_of_model(model: PreTrainedModel, bits: float) -> tuple[CacheTensor, .
     try:
         model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
     except Exception as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
+        first = first_line(error)
         raise InputError(
             "The size of this model's cache cannot be found.",
             where=type(model).__name__,

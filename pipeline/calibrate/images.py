@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 from transformers import PreTrainedModel
 from transformers.image_processing_base import ImageProcessingMixin
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, first_line
 from pipeline.model.load import Shape, input_shape
 from pipeline.provenance import public_name
 
@@ -270,7 +270,7 @@ def _pixels_of(images: list[np.ndarray], shape: Shape, processor: Any, path: Pat
         raise InputError(
             "The image processor does not take these images.",
             where=path,
-            observed=(str(error).splitlines() or [type(error).__name__])[0],
+            observed=first_line(error),
             expected=f"images of {shape[0]} channels",
         ) from error
     if tuple(pixels.shape[1:]) != shape:

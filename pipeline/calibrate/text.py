@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from pipeline.artefact import sha256_of_file
-from pipeline.errors import InputError, MissingPackageError
+from pipeline.errors import InputError, MissingPackageError, first_line
 from pipeline.progress import track
 from pipeline.provenance import public_name
 
@@ -250,7 +250,7 @@ def _hub_stream(
             raise InputError(
                 "A hub dataset could not be read.",
                 where=repository,
-                observed=str(error).splitlines()[0] if str(error) else type(error).__name__,
+                observed=first_line(error),
                 change="check the network, or pass a text file, or 'self'",
             ) from error
         parts.append(_tokenize(text, tokenizer)[: share * length])

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, first_line
 from pipeline.model.load import Shape
 from pipeline.model.structure import Group, Layer, evaluating
 
@@ -94,7 +94,7 @@ def _trace(
         raise InputError(
             "The model does not take images of the shape that its config names.",
             where=type(model).__name__,
-            observed=(str(error).splitlines() or [type(error).__name__])[0],
+            observed=first_line(error),
             expected=str(shape),
         ) from error
     finally:

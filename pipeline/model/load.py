@@ -24,7 +24,7 @@ from transformers import (
 )
 from transformers.image_processing_base import ImageProcessingMixin
 
-from pipeline.errors import InputError, UsageError
+from pipeline.errors import InputError, UsageError, first_line
 from pipeline.model.check import check_config
 from pipeline.model.gguf import read_gguf
 from pipeline.model.loading import (
@@ -290,7 +290,7 @@ def load_processor(location: str, **keywords: Any) -> ImageProcessingMixin:
         raise InputError(
             "The model has no image processor.",
             where=location,
-            observed=(str(error).splitlines() or [type(error).__name__])[0],
+            observed=first_line(error),
             expected="preprocessor_config.json beside config.json",
             change="save it with processor.save_pretrained(folder)",
         ) from error

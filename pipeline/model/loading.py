@@ -11,7 +11,7 @@ import transformers
 from accelerate import init_empty_weights
 from transformers import PreTrainedModel
 
-from pipeline.errors import InputError, PipelineError, shortage_of
+from pipeline.errors import InputError, PipelineError, first_line, shortage_of
 from pipeline.model.weight_files import quantised_elsewhere, quantising_tool
 from pipeline.progress import note
 
@@ -50,8 +50,8 @@ def explaining(what: str, where: object, change: str | None = None) -> Iterator[
             raise _needs_code(where) from error
         if shortage := shortage_of(error):
             raise shortage from error
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(what, where=where, observed=first, change=change) from error
+        observed = first_line(error)
+        raise InputError(what, where=where, observed=observed, change=change) from error
 
 
 def _needs_code(where: object) -> InputError:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.errors import InputError, PipelineError, ResourceError
+from pipeline.errors import InputError, PipelineError, ResourceError, first_line
 from pipeline.export.contract import (
     ATTENTION_MASK,
     FIRST_LOGIT,
@@ -35,6 +35,8 @@ _IDS = "tensor(int64)"
 # No model has as many positions; a record that says so would only ask for memory.
 _LONGEST = 1 << 24
 _OUT_OF_MEMORY = ("bad_alloc", "failed to allocate memory", "out of memory")
+# Characters of what ONNX Runtime says: it may print a whole graph.
+LONGEST_REASON = 400
 _EXPORT_AGAIN = "export the checkpoint again"
 
 
@@ -123,21 +125,15 @@ def explained(graph: Path) -> Iterator[None]:
             raise ResourceError(
                 "Out of memory while the graph ran.",
                 where=graph,
-                observed=first_line(error),
+                observed=first_line(error)[:LONGEST_REASON],
                 change="use fewer tokens at once, or a smaller model",
             ) from error
         raise InputError(
             "ONNX Runtime cannot run this graph.",
             where=graph,
-            observed=first_line(error),
+            observed=first_line(error)[:LONGEST_REASON],
             change=_EXPORT_AGAIN,
         ) from error
-
-
-def first_line(error: Exception) -> str:
-    """What a library says, short enough for a message."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:400]
 
 
 def _require_length(record: ExportRecord, folder: Path) -> None:

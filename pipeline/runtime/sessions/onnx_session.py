@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from pipeline.errors import InputError, MissingPackageError, ResourceError
+from pipeline.errors import InputError, MissingPackageError, ResourceError, first_line
 from pipeline.export.contract import (
     ATTENTION_MASK,
     COMPAT,
@@ -35,8 +35,8 @@ from pipeline.export.contract import (
 from pipeline.export.record import ExportRecord, read_export_record, require_weights
 from pipeline.runtime.sessions.checks import CheckedSession
 from pipeline.runtime.sessions.graph_interface import (
+    LONGEST_REASON,
     explained,
-    first_line,
     require_decoder_graph,
     require_logits,
 )
@@ -252,7 +252,7 @@ class Graph(NamedTuple):
             raise InputError(
                 "ONNX Runtime cannot load this graph.",
                 where=path,
-                observed=first_line(error),
+                observed=first_line(error)[:LONGEST_REASON],
                 change="check that model.onnx.data lies beside it, or export again",
             ) from error
         checked.result()
