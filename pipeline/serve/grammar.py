@@ -13,6 +13,7 @@ from pipeline.serve.worker import Worker
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
+    from llguidance._lib import JsonCompileOptions
 
 _LONGEST_REASON = 500
 _LONGEST_SCHEMA = 1 << 18
@@ -99,7 +100,7 @@ class GrammarMaker:
             raise _refused(f"The schema is longer than {_LONGEST_SCHEMA} characters.")
         try:
             # What strings may hold is up to the model, blanks between the parts are not.
-            overrides = {"whitespace_flexible": False}
+            overrides: JsonCompileOptions = {"whitespace_flexible": False}
             grammar = LLMatcher.grammar_from_json_schema(text, overrides=overrides)
             matcher = LLMatcher(self._known_vocabulary(), grammar, log_level=0)
         except BaseException as error:  # the library's panics are no Exceptions

@@ -30,7 +30,8 @@ def on_a_terminal(*arguments: str, **environment: str) -> bytes:
     """Everything that a command shows on a terminal of its own."""
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "pipeline.cli.main", *arguments]
-    settings = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm", **environment}
+    wide = {"TERM": "xterm", "COLUMNS": "1000"}  # no line is broken, however long the path is
+    settings = {**os.environ, "PYTHONPATH": str(ROOT), **wide, **environment}
     child = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=settings)
     os.close(theirs)
     shown = b""
