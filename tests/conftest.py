@@ -10,10 +10,15 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import importlib.util
+import shutil
+import tempfile
 
 import pytest
 
 from pipeline.gpu import find_gpus
+
+# Names the folder of what is made once for all tests (tests/support/tiny_decoder.py).
+SHARED_FOLDER = "SKIPCAT_TESTS_SHARED"
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -25,6 +30,14 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         if "torch" in sys.modules:  # by a conftest of a folder that was named on the command line
             sys.modules["torch"].set_num_threads(1)
+    if not hasattr(config, "workerinput"):  # the workers are given the environment of this one
+        os.environ[SHARED_FOLDER] = tempfile.mkdtemp(prefix="skipcat-tests-")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Remove what all tests share, once the last one has run."""
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(os.environ.pop(SHARED_FOLDER), ignore_errors=True)
 
 
 def missing_hardware() -> dict[str, str]:

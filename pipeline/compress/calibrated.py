@@ -77,6 +77,18 @@ class Calibrated(Measured, Protocol):
         """Quantise embeddings by name, in place; returns their `modules` entries."""
         ...
 
+    def require_cache(self, request: CompressRequest, planned: Any) -> None:
+        """Refuse a smaller cache that the model cannot have, before anything is measured.
+
+        Args:
+            request: what the cache may take.
+            planned: the section `caches` of the user's plan; None to search one.
+
+        Raises:
+            UsageError, InputError: a model without such a cache, or a plan of another.
+        """
+        ...
+
     def shrink_cache_(
         self, request: CompressRequest, planned: Any, folder: Path, settings: dict[str, Any]
     ) -> CachePlan:

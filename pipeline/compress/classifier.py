@@ -172,10 +172,13 @@ class _CalibratedClassifier:
         """Nothing to quantise."""
         return {}
 
+    def require_cache(self, request: CompressRequest, planned: Any) -> None:
+        raise UsageError("An image classifier has no KV cache.", where=request.plan)
+
     def shrink_cache_(
         self, request: CompressRequest, planned: Any, folder: Path, settings: dict[str, Any]
     ) -> CachePlan:
-        raise UsageError("An image classifier has no KV cache.", where=request.plan)
+        raise AssertionError("`require_cache` lets none come here")
 
     def stream(self, fit: Fit) -> Stream:
         """Both models side by side, or the moments of the original where all is fitted once."""

@@ -16,7 +16,7 @@ from pipeline.calibrate.moments import SecondMoment
 from pipeline.calibrate.precision import fast_products
 from pipeline.calibrate.text import TokenBatch, load_tokens
 from pipeline.compress.cache.cache_plan import CachePlan
-from pipeline.compress.cache.compress_cache import compress_cache_
+from pipeline.compress.cache.compress_cache import checked_cache, compress_cache_
 from pipeline.compress.calibrated import Stream
 from pipeline.compress.channel_scaling import scale_channels_
 from pipeline.compress.embeddings import Embeddings
@@ -202,6 +202,9 @@ class CalibratedDecoder:
             return {}
         entries, _ = self._embeddings.quantize_(formats, self.batch.tokens, rounding)
         return entries
+
+    def require_cache(self, request: CompressRequest, planned: Any) -> None:
+        checked_cache(self.model, self.layers, request, planned)
 
     def shrink_cache_(
         self, request: CompressRequest, planned: Any, folder: Path, settings: dict[str, Any]

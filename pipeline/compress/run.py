@@ -30,7 +30,6 @@ from pipeline.compress.plan.make_plan import make_plan
 from pipeline.compress.plan.plan import RankPlan
 from pipeline.compress.request import CompressRequest
 from pipeline.compress.walk import Compressed, compress_
-from pipeline.errors import UsageError
 from pipeline.lazy import imported
 from pipeline.model.fingerprint import model_hashes
 from pipeline.model.numbers import require_fitting
@@ -158,13 +157,6 @@ def _shrink_cache(
     """Maps for the cache, where a budget or the user's plan asks for them; None where not."""
     if not request.shrinks_cache and plan.caches is None:
         return None
-    if request.shrinks_cache and plan.caches is not None:
-        raise UsageError(
-            "The plan says what becomes of the cache already.",
-            where="--cache-bytes, --keep-cache",
-            observed=f"a section 'caches' in {request.plan}",
-            change="pass the plan alone, or take the section out of it",
-        )
     identity = settings | {"inputs": calibrated.describe()["sha256"]}
     return calibrated.shrink_cache_(request, plan.caches, folder / _CACHE, identity)
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import atexit
+import fcntl
 import functools
 import json
-import shutil
-import tempfile
+import os
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +35,17 @@ __all__ = [
 
 @functools.cache
 def shared_export(profile: str) -> Path:
-    """The export of `tiny_llama()`, made once for all tests; not to be written to."""
-    root = Path(tempfile.mkdtemp(prefix="skipcat-tests-"))
-    atexit.register(shutil.rmtree, root, ignore_errors=True)
-    return export_tiny(save_tiny_folder(root / "model"), root / profile, profile)
+    """The export of `tiny_llama()` and, beside it, `model`: made once for all tests and workers.
+
+    Neither is to be written to.
+    """
+    root = Path(os.environ["SKIPCAT_TESTS_SHARED"], profile)
+    root.mkdir(exist_ok=True)
+    with (root / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of several workers one makes it
+        if not (root / profile / "export.json").exists():
+            export_tiny(save_tiny_folder(root / "model"), root / profile, profile)
+    return root / profile
 
 
 def write_record(folder: Path, profile: str, **changes: Any) -> None:

@@ -56,12 +56,7 @@ def compress_cache_(
         InputError: a model of which it is not known what it caches, or how its keys are turned.
         UsageError: a budget that no cache can meet, or groups that do not divide the heads.
     """
-    structure = cache_structure(model, layers)
-    _require_known_rotation(model, structure)
-    _require_groups(structure, request.cache_groups)
-    plan: CachePlan | None = None
-    if planned is not None:
-        plan = CachePlan.from_json(planned, structure, request.plan)
+    structure, plan = checked_cache(model, layers, request, planned)
     statistics = measure_cache(model, layers, structure, tokens, folder, settings)
     row = request.resolved_method.cache
     bases_in = partial(
@@ -75,6 +70,27 @@ def compress_cache_(
     install_cache_(model, plan, bases=every, seed=request.seed)
     _require_equal_latents(model, tokens)
     return plan
+
+
+def checked_cache(
+    model: PreTrainedModel, layers: list[Layer], request: CompressRequest, planned: Any
+) -> tuple[list[CachedSide], CachePlan | None]:
+    """What the model caches, and the plan that the user gave for it; nothing is measured.
+
+    Args:
+        model: a decoder.
+        layers: its structure.
+        request: what the cache may take.
+        planned: the section `caches` of the user's plan; None to search one.
+
+    Raises:
+        InputError, UsageError: as `compress_cache_` says, or a plan that is not one of this model.
+    """
+    structure = cache_structure(model, layers)
+    _require_known_rotation(model, structure)
+    _require_groups(structure, request.cache_groups)
+    plan = None if planned is None else CachePlan.from_json(planned, structure, request.plan)
+    return structure, plan
 
 
 def _planned(

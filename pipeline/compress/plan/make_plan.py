@@ -34,7 +34,9 @@ def make_plan(request: CompressRequest, calibrated: Calibrated) -> RankPlan:
         InputError: a plan file that does not fit the model.
     """
     if request.plan:
-        return RankPlan.load(Path(request.plan), calibrated.layers)
+        return _plan_of_user(request, calibrated)
+    if request.shrinks_cache:
+        calibrated.require_cache(request, None)
     method = request.resolved_method
     kept = 1.0 if method.quantizer or method.cache_alone else request.keep_params
     if method.allocation.needs_costs:
@@ -53,6 +55,26 @@ def make_plan(request: CompressRequest, calibrated: Calibrated) -> RankPlan:
             change=f"raise --keep-params, or use --method {DEFAULT_METHOD}",
         )
     return _in_one_format(plan, calibrated, request)
+
+
+def _plan_of_user(request: CompressRequest, calibrated: Calibrated) -> RankPlan:
+    """The plan in the file that the request names, checked against the model.
+
+    Raises:
+        UsageError: the plan and the request both say what becomes of the cache.
+        InputError: a plan file that does not fit the model.
+    """
+    plan = RankPlan.load(Path(str(request.plan)), calibrated.layers)
+    if request.shrinks_cache and plan.caches is not None:
+        raise UsageError(
+            "The plan says what becomes of the cache already.",
+            where="--cache-bytes, --keep-cache",
+            observed=f"a section 'caches' in {request.plan}",
+            change="pass the plan alone, or take the section out of it",
+        )
+    if request.shrinks_cache or plan.caches is not None:
+        calibrated.require_cache(request, plan.caches)
+    return plan
 
 
 def _in_one_format(plan: RankPlan, calibrated: Calibrated, request: CompressRequest) -> RankPlan:

@@ -90,7 +90,7 @@ def test_a_budget_in_bytes_is_one_of_all_weights(root: Path, tmp_path: Path) -> 
     assert 57_000 <= on_disk(tmp_path / "small") <= 60_000
 
 
-@pytest.mark.parametrize("memory", [80_000, 110_000])
+@pytest.mark.parametrize("memory", [80_000, pytest.param(110_000, marks=pytest.mark.slow)])
 def test_the_onnx_weights_of_the_cpu_use_the_budget_and_never_more(
     memory: int, root: Path, tmp_path: Path
 ) -> None:

@@ -66,9 +66,9 @@ def test_what_attention_is_given_and_the_graph_would_not_have_is_refused(profile
     ("family", "profile"),
     [
         ("gemma2", "cpu"),
-        ("mistral, narrow heads", "cpu"),
         ("granite_swa", "cpu"),
-        ("granite_swa", "opset24"),
+        pytest.param("mistral, narrow heads", "cpu", marks=pytest.mark.slow),
+        pytest.param("granite_swa", "opset24", marks=pytest.mark.slow),
         pytest.param("gemma3", "cpu", marks=pytest.mark.slow),
         pytest.param("granite_swa", "compat", marks=pytest.mark.slow),
         pytest.param("gemma2", "opset24", marks=pytest.mark.slow),

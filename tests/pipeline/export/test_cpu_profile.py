@@ -27,6 +27,8 @@ from tests.support.families import save_family
 MAX_LENGTH = 48
 # Plain ones; test_attention.py has windows, soft caps, sinks and heads of other widths.
 FAMILIES = ("llama", "qwen2", "qwen3", "smollm")
+# Of both kinds of attention; the others, and the dense ones, are slow.
+QUICK = ("llama", "qwen3")
 IDS = np.random.default_rng(0).integers(3, 250, size=(2, 17))
 
 
@@ -69,9 +71,8 @@ def optypes(folder: Path) -> list[str]:
 @pytest.mark.parametrize(
     "kind",
     [
-        *FAMILIES,
-        "llama dense",
-        *(pytest.param(f"{f} dense", marks=pytest.mark.slow) for f in FAMILIES if f != "llama"),
+        *(f if f in QUICK else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES),
+        *(pytest.param(f"{f} dense", marks=pytest.mark.slow) for f in FAMILIES),
     ],
 )
 def test_in_float_prefill_and_decode_equal_torch(
@@ -88,13 +89,14 @@ def test_in_float_prefill_and_decode_equal_torch(
 
 
 # Random layers pass every rounding on undamped, so 4 bits are not close; real models are closer.
-@pytest.mark.parametrize(("weights", "least"), [("int8", 0.998), ("int4", 0.88)])
 @pytest.mark.parametrize(
-    "kind",
+    ("kind", "weights", "least"),
     [
-        "llama",
-        "qwen2 dense",
-        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("llama dense", "qwen2")),
+        ("llama", "int4", 0.88),
+        ("qwen2 dense", "int8", 0.998),
+        pytest.param("llama", "int8", 0.998, marks=pytest.mark.slow),
+        pytest.param("llama dense", "int4", 0.88, marks=pytest.mark.slow),
+        pytest.param("qwen2", "int4", 0.88, marks=pytest.mark.slow),
     ],
 )
 def test_few_bits_stay_close_to_torch(
@@ -156,7 +158,7 @@ def test_4_bits_with_offsets_round_nothing_but_the_head(from_gguf: Path, tmp_pat
     np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-4)
 
 
-@pytest.mark.parametrize("weights", ["int8", "int4"])
+@pytest.mark.parametrize("weights", [pytest.param("int8", marks=pytest.mark.slow), "int4"])
 def test_what_is_asked_for_goes_before_what_rounds_nothing(
     weights: str, from_gguf: Path, tmp_path: Path
 ) -> None:
@@ -242,7 +244,7 @@ def test_what_the_profile_cannot_store_is_refused(request_: ExportRequest, flag:
         request_.check()
 
 
-@pytest.mark.parametrize("weights", ["float", "int8"])
+@pytest.mark.parametrize("weights", [pytest.param("float", marks=pytest.mark.slow), "int8"])
 def test_onnxruntime_genai_runs_the_folder_as_it_is(tmp_path: Path, weights: str) -> None:
     genai = pytest.importorskip("onnxruntime_genai")
     source = save_family(tmp_path / "llama", "llama", head_dim=16)

@@ -136,8 +136,15 @@ def graph_of(folder: Path) -> onnx.GraphProto:
     return onnx.load(folder / "model.onnx").graph
 
 
-@pytest.mark.parametrize("table", [None, OFFSET_TABLE])
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    ("tied", "table"),
+    [
+        (True, None),
+        (False, OFFSET_TABLE),
+        pytest.param(False, None, marks=pytest.mark.slow),
+        pytest.param(True, OFFSET_TABLE, marks=pytest.mark.slow),
+    ],
+)
 def test_on_the_cpu_stored_codes_with_products_in_float_equal_torch(
     tied: bool,
     table: str | None,
@@ -196,7 +203,11 @@ def test_groups_of_numbers_and_of_codes_stand_side_by_side(exported: Callable[..
 @pytest.mark.parametrize(
     ("dtype", "tied", "least"),
     # Float16 keeps 11 bits, and sums of 192 terms lose some.
-    [("float32", True, 0.999999), ("float32", False, 0.999999), ("float16", True, 0.9995)],
+    [
+        pytest.param("float32", True, 0.999999, marks=pytest.mark.slow),
+        ("float32", False, 0.999999),
+        ("float16", True, 0.9995),
+    ],
 )
 def test_in_opset24_stored_codes_equal_torch(
     dtype: str,
