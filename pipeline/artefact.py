@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
@@ -279,14 +280,31 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text`, aside and then renamed, so that a reader never sees half of it."""
+    """Write `text`, aside and then renamed, so that a reader never sees half of it.
+
+    What a process that was killed left aside is removed.
+    """
     aside = path.with_name(f".{path.name}.{os.getpid()}")
+    for left in path.parent.glob(glob.escape(f".{path.name}.") + "[0-9]*"):
+        if not _is_alive(left.name.rpartition(".")[2]):
+            left.unlink(missing_ok=True)
     try:
         aside.write_text(text, encoding="utf-8")
         aside.replace(path)
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
+
+
+def _is_alive(pid: str) -> bool:
+    """Whether this is the number of a process, as far as can be told."""
+    try:
+        os.kill(int(pid), 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except (ValueError, PermissionError):
+        return True
+    return True
 
 
 def sha256_of_file(path: Path) -> str:

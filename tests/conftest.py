@@ -22,14 +22,17 @@ SHARED_FOLDER = "SKIPCAT_TESTS_SHARED"
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Run torch on one thread unless slow tests are asked for, in child processes too.
+    """Share the cores among the workers; torch of the fast tests gets one thread anywhere.
 
-    The models are so small that waking a second thread takes longer than the work.
+    Their models are so small that waking a second thread takes longer than the work.
     """
-    if config.getoption("markexpr") == "not slow":
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
+    quick = config.getoption("markexpr") == "not slow"
+    workers = getattr(config.option, "numprocesses", None) or 1
+    if quick or workers > 1:
+        threads = 1 if quick else max(1, (os.cpu_count() or 1) // workers)
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))
         if "torch" in sys.modules:  # by a conftest of a folder that was named on the command line
-            sys.modules["torch"].set_num_threads(1)
+            sys.modules["torch"].set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     if not hasattr(config, "workerinput"):  # the workers are given the environment of this one
         os.environ[SHARED_FOLDER] = tempfile.mkdtemp(prefix="skipcat-tests-")
 

@@ -7,7 +7,6 @@ the sources, of nvcc, or another GPU gets a library of its own.
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 
 from filelock import FileLock
@@ -61,7 +60,7 @@ def _compile_library(nvcc: Path, capability: int, target: Path) -> None:
     Raises:
         InputError: it fails, with the end of what it printed.
     """
-    aside = target.with_suffix(f".{os.getpid()}.tmp")
+    aside = target.with_suffix(".partial")  # one process at a time is here
     arguments = [
         "-shared", "-cudart", "static",
         "-gencode", f"arch=compute_{capability},code=sm_{capability}",

@@ -279,3 +279,15 @@ def test_hash_and_size_are_those_of_the_bytes(tmp_path: Path) -> None:
     expected = hashlib.sha256(b"abc").hexdigest()
     assert artefact.sha256_of_file(tmp_path / "sub" / "a.bin") == expected
     assert artefact.folder_bytes(tmp_path) == 8
+
+
+def test_what_a_killed_writer_left_aside_is_removed(
+    tmp_path: Path,
+) -> None:
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    others = [tmp_path / f".a.json.{pid}" for pid in (os.getppid(), "x", "3.old")]
+    for path in (tmp_path / f".a.json.{dead.pid}", tmp_path / f".a.json.{10**30}", *others):
+        path.write_text("half")
+    artefact.write_json(tmp_path / "a.json", {})
+    assert {path.name for path in tmp_path.iterdir()} == {"a.json", *(path.name for path in others)}
