@@ -34,7 +34,7 @@ def make_plan(request: CompressRequest, calibrated: Calibrated) -> RankPlan:
         InputError: a plan file that does not fit the model.
     """
     if request.plan:
-        return RankPlan.load(Path(request.plan), calibrated.layers)
+        return RankPlan.load(Path(request.plan), calibrated.layers, calibrated.embeddings)
     method = request.resolved_method
     kept = 1.0 if method.quantizer or method.cache_alone else request.keep_params
     if method.allocation.needs_costs:
