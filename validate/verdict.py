@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from pipeline.provenance import public_text
 from validate.compare import Comparison
 from validate.stages import Tolerance
 
@@ -32,7 +33,7 @@ class Verdict:
     @classmethod
     def not_run(cls, reason: str, *, required: bool) -> Verdict:
         """The verdict on a stage that could not be loaded or broke while running."""
-        return cls(_NOT_RUN, [reason], required)
+        return cls(_NOT_RUN, [public_text(reason)], required)
 
     @classmethod
     def judge(
