@@ -72,6 +72,8 @@ class Verdict:
             reasons += _original_reasons(tolerance, to_original, item)
             if cached[0] is not None:
                 reasons += _reference_reasons(tolerance, cached[0], item + _CACHED)
+            if cached[1] is not None:
+                reasons += _original_reasons(tolerance, cached[1], item + _CACHED)
         if reasons:
             return cls(_FAIL, reasons, counts_as_failure=True)
         return cls(_MEASURED if tolerance.is_free else _PASS)

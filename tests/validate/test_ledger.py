@@ -136,6 +136,14 @@ def test_the_tolerance_of_a_stage_decides() -> None:
     assert "KL to the original" in ledger.rows[1].verdict.reasons[0]
 
 
+def test_a_limit_on_kl_holds_for_tokens_behind_a_cache_too(ledger: Ledger, broken: Ledger) -> None:
+    near, far = (rows[1].cached_to_original for rows in (ledger.rows, broken.rows))
+    for cached, status in ((near, "pass"), (far, "fail")):
+        verdict = Verdict.judge(Tolerance(max_kl=1e-6), None, near, cached=(None, cached))
+        assert verdict.status == status
+    assert "token behind a cache" in verdict.reasons[0]
+
+
 def test_nan_fails_even_where_nothing_is_demanded(broken: Ledger) -> None:
     verdict = broken.rows[2].verdict
     assert verdict.status == "fail"
