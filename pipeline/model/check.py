@@ -9,6 +9,7 @@ from typing import Any
 from pipeline.errors import InputError
 from pipeline.json_file import read_json_object
 from pipeline.model.weight_files import check_weight_files
+from pipeline.tokenizer_files import require_small_tokenizer
 
 # The quant_method of skipcat's own checkpoints.
 _OWN = "skipcat"
@@ -28,12 +29,13 @@ def check_folder(folder: Path) -> None:
         folder: with a config.json.
 
     Raises:
-        InputError: broken or missing files, an adapter, another tool's codes, or a config that
-            names code on the hub.
+        InputError: broken or missing files, an adapter, another tool's codes, a tokenizer of more
+            than 256 MiB, or a config that names code on the hub.
     """
     config = read_json_object(folder / "config.json")
     check_config(config, folder)
     refuse_adapter(folder)
+    require_small_tokenizer(folder)
     quantization = config.get("quantization_config")
     packed = isinstance(quantization, dict) and quantization.get("quant_method") == _OWN
     check_weight_files(folder, packed=packed)
