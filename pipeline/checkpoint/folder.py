@@ -17,7 +17,7 @@ from transformers import (
 from transformers.image_processing_base import ImageProcessingMixin
 
 from pipeline.artefact import write_json
-from pipeline.checkpoint import modeling_cache, modeling_skipcat
+from pipeline.checkpoint import modeling_cache, modeling_quantized, modeling_skipcat
 from pipeline.checkpoint.modeling_cache import SmallCacheConfig
 from pipeline.checkpoint.own_code import REMOTE_MODULES, OwnCode, own_class
 from pipeline.errors import InputError
@@ -121,8 +121,8 @@ def _ship_code(
     code: ModuleType, model_class: type[PreTrainedModel], remote: str, folder: Path
 ) -> None:
     """Copy the loading code, and what it imports, ending in the class that `auto_map` names."""
-    own = Path(modeling_skipcat.__file__)
-    if code is not modeling_skipcat:
+    for imported in {modeling_quantized, modeling_skipcat} - {code}:
+        own = Path(str(imported.__file__))
         (folder / own.name).write_text(own.read_text(encoding="utf-8"), encoding="utf-8")
     path = Path(str(code.__file__))
     source = path.read_text(encoding="utf-8")
@@ -170,7 +170,7 @@ def load_checkpoint(
     settle_ties(model, folder)
     require_finite_model(model, folder)
     for name, module in model.named_modules():
-        if isinstance(module, modeling_skipcat.QuantizedWeight):
+        if isinstance(module, modeling_quantized.QuantizedWeight):
             require_finite(f"{name}.scales", module.scales.view(torch.float16), folder)
     return model.eval()
 

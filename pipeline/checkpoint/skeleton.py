@@ -26,7 +26,8 @@ from transformers.pytorch_utils import Conv1D
 
 from pipeline.checkpoint.folder import read_architecture, require_exact, require_recorded_weights
 from pipeline.checkpoint.modeling_cache import SmallCacheConfig, SmallCacheQuantizer
-from pipeline.checkpoint.modeling_skipcat import QuantizedWeight, require_permutation
+from pipeline.checkpoint.modeling_quantized import QuantizedWeight
+from pipeline.checkpoint.modeling_skipcat import require_permutation
 from pipeline.errors import InputError
 from pipeline.model.loading import explaining, settle_ties
 from pipeline.model.numbers import cast, require_finite

@@ -29,7 +29,8 @@ from pipeline.artefact import (
 from pipeline.calibrate.text import TokenBatch, load_tokens
 from pipeline.checkpoint.card import model_card
 from pipeline.checkpoint.folder import load_checkpoint, save_checkpoint, weights_record
-from pipeline.checkpoint.modeling_skipcat import FactoredLinear, QuantizedWeight
+from pipeline.checkpoint.modeling_quantized import QuantizedWeight
+from pipeline.checkpoint.modeling_skipcat import FactoredLinear
 from pipeline.errors import InputError, PipelineError
 from pipeline.json_file import read_json_object
 from pipeline.kept_tensors import keep_tensors, kept_tensors

@@ -42,6 +42,7 @@ WRITTEN = {
     "config.json",
     "generation_config.json",
     "model.safetensors",
+    "modeling_quantized.py",
     "modeling_skipcat.py",
     "plan.json",
     "plan.svg",
