@@ -182,7 +182,7 @@ def _run_stages(
     state: Build, target: Target, exports: dict[str, ExportRequest], *, resume: bool
 ) -> Ledger:
     """Each stage in its folder, unless it is finished."""
-    from validate.report import write_reports
+    from validate.report import reported
     from validate.run import validate
     from validate.stages import Artefacts
 
@@ -200,8 +200,8 @@ def _run_stages(
     ledgers: list[Ledger] = []
 
     def ledger_stage(path: Path) -> None:
-        ledgers.append(validate(request.validation(Artefacts.find(folder)), note))
-        write_reports(ledgers[0], path)
+        wanted = request.validation(Artefacts.find(folder))
+        ledgers.append(reported(lambda: validate(wanted, note), path))
 
     _forget_failed_ledger(folder / "ledger")
     state.run("validate", "ledger", ledger_stage)

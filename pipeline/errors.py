@@ -151,6 +151,11 @@ def _tells(error: BaseException, numbers: tuple[int, ...], words: re.Pattern[str
     return isinstance(error, Exception) and words.search(str(error)) is not None
 
 
+def is_panic(error: BaseException) -> bool:
+    """Whether it is how libraries in Rust fail where they did not foresee it: no Exception."""
+    return type(error).__name__ == "PanicException"
+
+
 def first_line(error: BaseException) -> str:
     """What a library says, or the kind of its error where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

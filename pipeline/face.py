@@ -120,7 +120,7 @@ def validate(
     Raises:
         PipelineError: the artefacts or the text cannot be read.
     """
-    from validate.report import write_reports
+    from validate.report import reported
     from validate.run import ValidateRequest
     from validate.run import validate as run
     from validate.stages import Artefacts
@@ -128,9 +128,9 @@ def validate(
     if output is not None:
         check_output(Path(output), overwrite=overwrite)
     artefacts = Artefacts.find(Path(build)) if isinstance(build, (str, Path)) else build
-    if output is not None:
-        check_output(Path(output), overwrite=overwrite, inputs=artefacts.inputs)
-    ledger = run(ValidateRequest.of(artefacts, **settings))
-    if output is not None:
-        write_reports(ledger, Path(output), overwrite=overwrite)
-    return ledger
+    return reported(
+        lambda: run(ValidateRequest.of(artefacts, **settings)),
+        None if output is None else Path(output),
+        overwrite=overwrite,
+        inputs=artefacts.inputs,
+    )

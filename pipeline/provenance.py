@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import platform
+import re
 import subprocess
 from pathlib import Path
 
@@ -24,6 +26,9 @@ _LIBRARIES = (
     "tensorrt-rtx-cu13",
     "polygraphy",
 )
+
+# A folder's name, as far as it can be told from the words around it.
+_NAME = r"[^\s/'\"<>|]+"
 
 
 def _library_versions() -> dict[str, str]:
@@ -63,6 +68,28 @@ def public_name(spec: object) -> str:
     if path.exists() or path.is_absolute() or text.startswith("."):
         return path.name or path.resolve().name
     return text
+
+
+def public_text(text: str) -> str:
+    """What a record that travels says in words: of every path in them the last part alone.
+
+    Args:
+        text: such as the message of an error.
+    """
+    known = []
+    for find in (Path.cwd, Path.home):  # their names may have blanks in them
+        with contextlib.suppress(RuntimeError, OSError):  # there is none
+            known.append(re.escape(str(find()).rstrip("/")))
+    known = sorted(filter(None, known), key=len, reverse=True)  # one may lie in the other
+    begin = "|".join([*known, f"(?P<top>/{_NAME})"])
+    folders = re.compile(rf"(?<![\w/.])(?:file://)?(?:{begin})/(?:{_NAME}/)*(?=[^\s/])")
+    return folders.sub(_without_folders, text)
+
+
+def _without_folders(found: re.Match[str]) -> str:
+    """Nothing in the place of a path's folders; names of a graph's nodes may look like some."""
+    top = found["top"]
+    return "" if top is None or Path(top).is_dir() else found[0]
 
 
 def provenance() -> dict[str, object]:

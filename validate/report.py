@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import IO
@@ -47,15 +48,34 @@ def build_table(ledger: Ledger) -> Table:
     return table
 
 
-def write_reports(ledger: Ledger, output: Path, *, overwrite: bool = False) -> None:
-    """Write `ledger.json` and `ledger.html` into the folder `output`.
+def reported(
+    run: Callable[[], Ledger],
+    output: Path | None,
+    *,
+    overwrite: bool = False,
+    inputs: Iterable[object] = (),
+) -> Ledger:
+    """Run a ledger and write its `ledger.json` and `ledger.html`.
+
+    Args:
+        run: does the work; not called where the reports could not be written.
+        output: the folder to write, held from the beginning on; None writes nothing.
+        overwrite: replace it if it is one that skipcat wrote.
+        inputs: what is read; see `check_output`.
+
+    Returns:
+        The ledger.
 
     Raises:
-        UsageError: `output` exists and may not be replaced.
+        UsageError: `output` exists and may not be replaced, or another process is writing it.
     """
-    with staged_folder(output, overwrite=overwrite) as staging:
+    if output is None:
+        return run()
+    with staged_folder(output, overwrite=overwrite, inputs=inputs) as staging:
+        ledger = run()
         write_json(staging / "ledger.json", ledger.to_json())
         write_text(staging / "ledger.html", _render_html(ledger))
+    return ledger
 
 
 def _render_html(ledger: Ledger) -> str:

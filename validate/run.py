@@ -25,7 +25,7 @@ class ValidateRequest:
         max_kl: most KL to the original, nats per token or image; None sets no limit.
         strict: let an engine that cannot run here count as a failure.
         seed: decides the generated text, or which images are drawn.
-        trust_remote_code: let the original's own Python code run.
+        trust_remote_code: let Python code of the original and the checkpoint run.
     """
 
     artefacts: Artefacts
@@ -96,5 +96,6 @@ def _prepare(
         adapter.openers,
         lambda: adapter.openers.model(held.pop(), ORIGINAL),
         request.max_kl,
+        code,
     )
     return stages, loaded.inputs, loaded.source

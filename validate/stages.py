@@ -235,6 +235,7 @@ def standard_stages(
     openers: Openers,
     open_original: Callable[[], Any],
     max_kl: float | None = None,
+    trust_remote_code: bool = False,
 ) -> list[Stage]:
     """The stages of the ledger, the original first.
 
@@ -249,6 +250,7 @@ def standard_stages(
         open_original: loads the original.
         max_kl: most KL to the original that any later stage may have; None sets no limit, since
             compression is lossy by intent.
+        trust_remote_code: let Python code that comes with the checkpoint run.
     """
     stages = []
     reference = ORIGINAL
@@ -263,7 +265,9 @@ def standard_stages(
                 (CACHE_LATENT, CACHE_FULL, _SAME_MATRIX),
             ]
         for form, equal, tolerance in forms:
-            opener = functools.partial(_open_checkpoint, artefacts.checkpoint, openers, form)
+            opener = functools.partial(
+                _open_checkpoint, artefacts.checkpoint, openers, form, trust_remote_code
+            )
             stages.append(Stage(form, opener, equal, tolerance))
         reference = forms[-1][0]
     for folder, label in _labelled(artefacts.onnx):
@@ -281,7 +285,9 @@ def standard_stages(
     return [Stage(ORIGINAL, open_original), *limited]
 
 
-def _open_checkpoint(folder: Path, openers: Openers, form: str) -> Any:
+def _open_checkpoint(
+    folder: Path, openers: Openers, form: str, trust_remote_code: bool = False
+) -> Any:
     """The compressed model in PyTorch, multiplied out or factored, in float32."""
     import torch
 
@@ -289,7 +295,7 @@ def _open_checkpoint(folder: Path, openers: Openers, form: str) -> Any:
     from pipeline.checkpoint.folder import load_checkpoint
     from pipeline.checkpoint.modeling_cache import cache_maps
 
-    model = load_checkpoint(folder, dtype=torch.float32)
+    model = load_checkpoint(folder, dtype=torch.float32, trust_remote_code=trust_remote_code)
     if form == _DENSE_PRODUCT:
         densify_(model)
     for made in cache_maps(model).values():
@@ -309,12 +315,17 @@ def _has_smaller_cache(folder: Path) -> bool:
 
 
 def _labelled(paths: tuple[Path, ...]) -> list[tuple[Path, str]]:
-    """Each folder with its name, or with its whole path where two have the same name."""
-    names = [path.resolve().name for path in paths]
-    return [
-        (path, name if names.count(name) == 1 else str(path))
-        for path, name in zip(paths, names, strict=True)
-    ]
+    """Each folder with as much of the end of its path as tells it from the others."""
+    parts = [path.resolve().parts for path in paths]
+    return [(path, _told_apart(own, parts)) for path, own in zip(paths, parts, strict=True)]
+
+
+def _told_apart(own: tuple[str, ...], all_of_them: list[tuple[str, ...]]) -> str:
+    """The end of a path that no other has; the same folder twice has none, and is refused later."""
+    for count in range(1, len(own)):
+        if [other[-count:] for other in all_of_them].count(own[-count:]) == 1:
+            return "/".join(own[-count:])
+    return own[-1]
 
 
 def _onnx_tolerance(record: ExportRecord | None) -> Tolerance:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from pipeline.provenance import public_text
 from validate.compare import Comparison
 from validate.stages import Tolerance
 
@@ -32,7 +33,7 @@ class Verdict:
     @classmethod
     def not_run(cls, reason: str, *, required: bool) -> Verdict:
         """The verdict on a stage that could not be loaded or broke while running."""
-        return cls(_NOT_RUN, [reason], required)
+        return cls(_NOT_RUN, [public_text(reason)], required)
 
     @classmethod
     def judge(
@@ -71,6 +72,8 @@ class Verdict:
             reasons += _original_reasons(tolerance, to_original, item)
             if cached[0] is not None:
                 reasons += _reference_reasons(tolerance, cached[0], item + _CACHED)
+            if cached[1] is not None:
+                reasons += _original_reasons(tolerance, cached[1], item + _CACHED)
         if reasons:
             return cls(_FAIL, reasons, counts_as_failure=True)
         return cls(_MEASURED if tolerance.is_free else _PASS)

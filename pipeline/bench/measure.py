@@ -161,7 +161,7 @@ def _row_of(
     achieved = (weights + cache) * decode["median"]
     return {
         "model": target.label,
-        **target.what,
+        **target.public_what,
         "session": ready["session"],
         "prefill_tokens_per_s": prefill,
         "decode_tokens_per_s": decode,

@@ -104,7 +104,7 @@ def predict(
     fit, checked = _fitted(), _check()
     rows = [
         {"model": target.label}
-        | target.what
+        | target.public_what
         | asdict(_predict_one(target.traffic, device, context, fit))
         | {"published_figures": _checked_against(checked, device.name)}
         for target in targets

@@ -24,6 +24,7 @@ from pipeline.export.contract import (
 )
 from pipeline.export.record import ExportRecord, read_export_record
 from pipeline.json_file import read_json_object
+from pipeline.provenance import public_name
 
 # What PyTorch holds a checkpoint in on the CPU, and what ONNX Runtime widens float16 to.
 _CPU_FLOAT_BYTES = 4
@@ -90,6 +91,14 @@ class BenchTarget:
                 BenchTarget(label, "torch", what, traffic_of_shape(shape, dtype, fraction))
             )
         return targets
+
+    @property
+    def public_what(self) -> dict[str, Any]:
+        """`what` as a record that travels says it."""
+        return {
+            name: public_name(value) if name == "folder" else value
+            for name, value in self.what.items()
+        }
 
     def request(self, device: str, threads: int) -> dict[str, Any]:
         """What the child process is told to open."""

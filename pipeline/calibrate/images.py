@@ -8,18 +8,19 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
+from zipfile import ZipFile
 
 import numpy as np
+import psutil
 import torch
-from PIL import Image, UnidentifiedImageError
-from safetensors import SafetensorError
+from PIL import Image
 from safetensors.numpy import load_file
 from transformers import PreTrainedModel
 from transformers.image_processing_base import ImageProcessingMixin
 
-from pipeline.errors import InputError, first_line
+from pipeline.errors import InputError, ResourceError, first_line
 from pipeline.model.load import Shape, input_shape
+from pipeline.model.loading import explaining
 from pipeline.provenance import public_name
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
@@ -108,11 +109,11 @@ def _open(spec: str, model: PreTrainedModel, processor: ImageProcessingMixin) ->
     arrays = _arrays(path)
     labels = _checked_labels(arrays.get("labels"), model.config, path)
     for name, values in arrays.items():
-        if name != "labels" and labels is not None and len(labels) != len(values):
+        if name != "labels" and labels is not None and labels.shape != values.shape[:1]:
             raise InputError(
                 "There are not as many labels as images.",
                 where=path,
-                observed=f"{len(labels)} labels, {len(values)} {name}",
+                observed=f"{len(labels)} labels, {name} {values.shape}",
             )
     if "pixel_values" in arrays:
         pixels = _checked_pixels(arrays["pixel_values"], shape, path)
@@ -157,22 +158,20 @@ def _class_numbers(names: list[str], config: Any, path: Path) -> dict[str, int]:
 
 def _open_image(path: Path, channels: int) -> np.ndarray:
     """uint8 [H, W, C], converted to as many channels as the model has."""
-    try:
-        with Image.open(path) as image:
-            converted = np.asarray(image.convert("L" if channels == 1 else "RGB"))
-    except (OSError, UnidentifiedImageError) as error:
-        raise InputError("An image cannot be read.", where=path, observed=error) from error
+    with explaining("An image cannot be read.", path), Image.open(path) as image:
+        converted = np.asarray(image.convert("L" if channels == 1 else "RGB"))
     return converted.reshape(*converted.shape[:2], -1)
 
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:
     """Arrays of a file by name; never a pickle."""
-    try:
+    with explaining("The file of images is broken.", path):
         if path.suffix == ".npy":
             values = np.load(path, allow_pickle=False, mmap_mode="r")
             name = "images" if values.dtype == np.uint8 else "pixel_values"
             arrays = {name: values}
         elif path.suffix == ".npz":
+            _require_room(path)
             with np.load(path, allow_pickle=False) as file:
                 arrays = dict(file)
         elif path.suffix == ".safetensors":
@@ -181,8 +180,6 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
             raise InputError(
                 "This is no file of images.", where=path, observed=path.suffix, expected=FORMATS
             )
-    except (OSError, ValueError, SafetensorError, BadZipFile) as error:
-        raise InputError("The file of images is broken.", where=path, observed=error) from error
     if ("images" in arrays) == ("pixel_values" in arrays):
         raise InputError(
             "The file must hold either raw images or what the image processor made of them.",
@@ -191,6 +188,21 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
             expected="`images` or `pixel_values`, and perhaps `labels`",
         )
     return {name: arrays[name] for name in ("images", "pixel_values", "labels") if name in arrays}
+
+
+def _require_room(path: Path) -> None:
+    """Raise ResourceError where a .npz unpacks to more than fits into the memory."""
+    free_bytes = psutil.virtual_memory().available
+    with ZipFile(path) as archive:
+        unpacked_bytes = sum(entry.file_size for entry in archive.infolist())
+    if unpacked_bytes > free_bytes:
+        raise ResourceError(
+            "The images do not fit into memory.",
+            where=path,
+            observed=f"{unpacked_bytes / 1e9:.1f} GB unpacked",
+            expected=f"at most {free_bytes / 1e9:.1f} GB",
+            change="give fewer images, or an .npy, which stays on the disk",
+        )
 
 
 def _channels_last(images: np.ndarray, channels: int, path: Path) -> np.ndarray:

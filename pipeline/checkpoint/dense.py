@@ -17,7 +17,8 @@ from pipeline.checkpoint.folder import (
     save_checkpoint,
 )
 from pipeline.checkpoint.modeling_cache import cache_maps, hook_cache_maps
-from pipeline.checkpoint.modeling_skipcat import FactoredLinear, QuantizedEmbedding, QuantizedLinear
+from pipeline.checkpoint.modeling_quantized import QuantizedEmbedding, QuantizedLinear
+from pipeline.checkpoint.modeling_skipcat import FactoredLinear
 from pipeline.errors import InputError
 from pipeline.model.loading import explaining
 from pipeline.model.task import TASKS, task_of_folder

@@ -17,11 +17,12 @@ from transformers import (
 from transformers.image_processing_base import ImageProcessingMixin
 
 from pipeline.artefact import write_json
-from pipeline.checkpoint import modeling_cache, modeling_skipcat
+from pipeline.checkpoint import modeling_cache, modeling_quantized, modeling_skipcat
 from pipeline.checkpoint.modeling_cache import SmallCacheConfig
 from pipeline.checkpoint.own_code import REMOTE_MODULES, OwnCode, own_class
 from pipeline.errors import InputError
-from pipeline.json_file import read_json_object
+from pipeline.json_file import json_field, read_json_object
+from pipeline.known_hashes import known_sha256
 from pipeline.model.check import check_folder
 from pipeline.model.loading import (
     empty_model,
@@ -33,12 +34,14 @@ from pipeline.model.loading import (
 from pipeline.model.numbers import cast, require_finite, require_finite_model
 from pipeline.model.structure import refuse_other_architectures
 from pipeline.model.task import TASKS, Task, task_of_config, task_of_folder
+from pipeline.model.weight_files import weight_files
 from pipeline.tokenizer_files import copy_tokenizer
 
 # What weights are stored in, by the names that recipe.json and --dtype give.
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # save_pretrained holds one shard in memory a second time.
 _LARGEST_SHARD = "2GB"
+_REPORT, _WEIGHTS = "report.json", "weights"
 _KINDS = ("missing_keys", "unexpected_keys", "mismatched_keys")
 
 
@@ -118,8 +121,8 @@ def _ship_code(
     code: ModuleType, model_class: type[PreTrainedModel], remote: str, folder: Path
 ) -> None:
     """Copy the loading code, and what it imports, ending in the class that `auto_map` names."""
-    own = Path(modeling_skipcat.__file__)
-    if code is not modeling_skipcat:
+    for imported in {modeling_quantized, modeling_skipcat} - {code}:
+        own = Path(str(imported.__file__))
         (folder / own.name).write_text(own.read_text(encoding="utf-8"), encoding="utf-8")
     path = Path(str(code.__file__))
     source = path.read_text(encoding="utf-8")
@@ -163,10 +166,11 @@ def load_checkpoint(
             trust_remote_code=trust_remote_code,
         )
     require_exact(folder, info)
+    require_recorded_weights(folder)
     settle_ties(model, folder)
     require_finite_model(model, folder)
     for name, module in model.named_modules():
-        if isinstance(module, modeling_skipcat.QuantizedWeight):
+        if isinstance(module, modeling_quantized.QuantizedWeight):
             require_finite(f"{name}.scales", module.scales.view(torch.float16), folder)
     return model.eval()
 
@@ -215,6 +219,41 @@ def require_exact(folder: Path, info: dict[str, Any]) -> None:
         info,
         change="compress again, or copy the whole folder again",
     )
+
+
+def weights_record(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and hash of every weight file, as report.json names them."""
+    return {
+        path.name: {"bytes": path.stat().st_size, "sha256": known_sha256(path)}
+        for path in weight_files(folder)
+    }
+
+
+def require_recorded_weights(folder: Path) -> None:
+    """Hold the weights of a checkpoint to its report.json; one of an older version names none.
+
+    A file is read for it once, and again when it was changed.
+
+    Raises:
+        InputError: they are other weights, or a copy that broke.
+    """
+    place = folder / _REPORT
+    recorded = json_field(read_record(folder, _REPORT), _WEIGHTS, dict, place, default=None)
+    if recorded is None:
+        return
+    found = weights_record(folder)
+    odd = sorted(
+        name for name in found.keys() | recorded.keys() if found.get(name) != recorded.get(name)
+    )
+    if odd:
+        raise InputError(
+            "The weights are not those that the checkpoint's record was written for.",
+            where=folder / odd[0],
+            observed=found.get(odd[0], "no such file"),
+            expected=recorded.get(odd[0], "no such file"),
+            change="copy the whole folder again, or compress again; of weights that were changed "
+            f"on purpose take '{_WEIGHTS}' out of {_REPORT}",
+        )
 
 
 def read_record(folder: Path, name: str) -> dict[str, Any]:

@@ -1,17 +1,16 @@
-"""Factored and quantised layers, and what transformers needs to load a checkpoint that holds them.
+"""Factored layers, and what transformers needs to load a checkpoint that holds stored layers.
 
-This file travels with every compressed checkpoint and depends on torch and transformers alone, so
+This file travels with every compressed checkpoint and depends on torch, transformers and
+`modeling_quantized.py` beside it alone, so
 `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` works where skipcat is not
 installed. Where skipcat is installed, importing it is enough and no remote code is run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
@@ -20,192 +19,11 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+# Relative, so that it is found in the package and in the folder of a checkpoint.
+from .modeling_quantized import QuantizedEmbedding, QuantizedLinear
+
 QUANT_METHOD = "skipcat"
 FORMAT_VERSION = 2
-
-
-class QuantizedWeight(nn.Module):
-    """A quantised matrix [m, n]: w = (code - zero point) * scale.
-
-    With offsets the zero point is -offset / scale, so that w = code * scale + offset.
-
-    Args:
-        rows: m.
-        columns: n.
-        format_name: `int4-b32-asym`: bits of a code, weights of a row that share a scale (`row`
-            for all of them), and whether zero points are stored (`asym`), offsets are (`offset`),
-            or neither and the zero points are 2^(bits - 1) (`sym`).
-        device: where the codes are.
-
-    Attributes:
-        codes: uint8 [m, bytes]; the codes of a row one behind the other, the first in the lowest
-            bits; the last block is filled up.
-        scales: int16 [m, blocks], the bits of float16, which no cast of the model changes.
-        zero_points: uint8 [m, bytes], packed likewise; only where the format has them.
-        offsets: int16 [m, blocks], as scales; only where the format has them.
-    """
-
-    codes: torch.Tensor
-    scales: torch.Tensor
-    zero_points: torch.Tensor
-    offsets: torch.Tensor
-
-    def __init__(
-        self, rows: int, columns: int, format_name: str, device: torch.device | str | None = None
-    ) -> None:
-        super().__init__()
-        kind, block, self.zero = format_name.split("-")
-        self.rows, self.columns, self.format_name = rows, columns, format_name
-        self.bits = int(kind.removeprefix("int"))
-        self.block = columns if block == "row" else int(block.removeprefix("b"))
-        self.blocks = -(-columns // self.block)
-        code_bytes, zero_bytes = (
-            -(-count * self.bits // 8) for count in (self.blocks * self.block, self.blocks)
-        )
-        widths = {"codes": (code_bytes, torch.uint8), "scales": (self.blocks, torch.int16)}
-        if self.zero == "asym":
-            widths["zero_points"] = (zero_bytes, torch.uint8)
-        elif self.zero == "offset":
-            widths["offsets"] = (self.blocks, torch.int16)
-        for name, (width, dtype) in widths.items():
-            self.register_buffer(name, torch.zeros(rows, width, dtype=dtype, device=device))
-        self._held: torch.Tensor | None = None
-
-    def values(self, dtype: torch.dtype) -> torch.Tensor:
-        """The matrix in a type; computed at first use, and kept."""
-        held = self._held
-        if held is None or held.dtype != dtype or held.device != self.codes.device:
-            held = self.picked(slice(None)).to(dtype)
-            self._held = held
-        return held
-
-    def picked(self, rows: torch.Tensor | slice) -> torch.Tensor:
-        """Some rows of the matrix, float32 [k, n]."""
-        codes = _unpacked(self.codes[rows], self.bits, self.blocks * self.block)
-        scales = self.scales[rows].view(torch.float16).float()
-        zeros: torch.Tensor | int = 2 ** (self.bits - 1)
-        if self.zero == "asym":
-            zeros = _unpacked(self.zero_points[rows], self.bits, self.blocks).float()[..., None]
-        elif self.zero == "offset":
-            zeros = -(self.offsets[rows].view(torch.float16).float() / scales)[..., None]
-        centred = codes.view(len(codes), self.blocks, self.block).float() - zeros
-        return (centred * scales[..., None]).flatten(1)[:, : self.columns]
-
-
-def _unpacked(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
-    """The first `count` codes of each row, uint8 [m, count]."""
-    if 8 % bits == 0:
-        shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
-        slots = (packed[..., None] >> shifts) & (2**bits - 1)
-        return slots.flatten(1)[:, :count]
-    places = torch.arange(8, dtype=torch.uint8, device=packed.device)
-    every = ((packed[..., None] >> places) & 1).flatten(1)[:, : count * bits]
-    weights = 2 ** torch.arange(bits, dtype=torch.uint8, device=packed.device)
-    return (every.view(len(packed), count, bits) * weights).sum(-1, dtype=torch.uint8)
-
-
-class _Typed(nn.Module):
-    """A module whose `dtype` follows casts of the model, though its codes do not."""
-
-    dtype: torch.dtype
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> _Typed:
-        super()._apply(fn, recurse)
-        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
-        return self
-
-
-class QuantizedLinear(_Typed):
-    """A linear layer whose matrix is quantised, and multiplied in the type of its input.
-
-    Args:
-        in_features: n.
-        out_features: m.
-        format_name: see `QuantizedWeight`.
-        bias: whether it has one.
-        table: the embedding whose matrix this is, too; None if it has its own.
-        device: where the parameters are made.
-        dtype: of the bias, and of `weight`.
-    """
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        format_name: str,
-        *,
-        bias: bool = False,
-        table: QuantizedEmbedding | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.in_features, self.out_features = in_features, out_features
-        self.dtype = dtype or torch.get_default_dtype()
-        # A plain list hides the table from nn.Module, which would otherwise register it twice.
-        self.table_reference = [] if table is None else [table]
-        if table is None:
-            self.stored = QuantizedWeight(out_features, in_features, format_name, device)
-        empty = torch.empty(out_features, device=device, dtype=dtype) if bias else None
-        self.bias = None if empty is None else nn.Parameter(empty)
-
-    @property
-    def matrix(self) -> QuantizedWeight:
-        """The codes, its own or those of the table."""
-        return self.table_reference[0].stored if self.table_reference else self.stored
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """What the codes stand for, [m, n]."""
-        return self.matrix.values(self.dtype)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """y, [..., n] to [..., m]."""
-        return F.linear(x, self.matrix.values(x.dtype), self.bias)
-
-    def extra_repr(self) -> str:
-        """What print(model) shows."""
-        return f"{self.in_features}, {self.out_features}, {self.matrix.format_name}"
-
-
-class QuantizedEmbedding(_Typed):
-    """A quantised embedding; a row is computed when it is looked up.
-
-    Args:
-        num_embeddings: rows of the table.
-        embedding_dim: columns.
-        format_name: see `QuantizedWeight`.
-        device: where the codes are.
-        dtype: of what it returns.
-    """
-
-    def __init__(
-        self,
-        num_embeddings: int,
-        embedding_dim: int,
-        format_name: str,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
-        self.dtype = dtype or torch.get_default_dtype()
-        self.stored = QuantizedWeight(num_embeddings, embedding_dim, format_name, device)
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """What the codes stand for, [rows, columns]."""
-        return self.stored.values(self.dtype)
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """Rows of the table, int64 [...] to [..., columns]."""
-        rows = self.stored.picked(ids.flatten()).to(self.dtype)
-        return rows.view(*ids.shape, self.embedding_dim)
-
-    def extra_repr(self) -> str:
-        """What print(model) shows."""
-        return f"{self.num_embeddings}, {self.embedding_dim}, {self.stored.format_name}"
 
 
 class FactoredLinear(nn.Module):

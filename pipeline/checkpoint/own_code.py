@@ -13,7 +13,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 REMOTE_MODULES = "transformers_modules."
 _BASE = "SkipCatBase"
 # Files of our own that a checkpoint carries.
-_OURS = ("modeling_skipcat", "modeling_cache")
+_OURS = ("modeling_quantized", "modeling_skipcat", "modeling_cache")
 
 
 @dataclass(frozen=True)

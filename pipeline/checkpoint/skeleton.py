@@ -24,9 +24,10 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
-from pipeline.checkpoint.folder import read_architecture, require_exact
+from pipeline.checkpoint.folder import read_architecture, require_exact, require_recorded_weights
 from pipeline.checkpoint.modeling_cache import SmallCacheConfig, SmallCacheQuantizer
-from pipeline.checkpoint.modeling_skipcat import QuantizedWeight, require_permutation
+from pipeline.checkpoint.modeling_quantized import QuantizedWeight
+from pipeline.checkpoint.modeling_skipcat import require_permutation
 from pipeline.errors import InputError
 from pipeline.model.loading import explaining, settle_ties
 from pipeline.model.numbers import cast, require_finite
@@ -151,6 +152,7 @@ class Skeleton:
         # As from_pretrained: towards whichever of the names is there, and not where both are.
         model.tie_weights(missing_keys=missing, recompute_mapping=False)
         require_exact(folder, {"missing_keys": missing})
+        require_recorded_weights(folder)
         settle_ties(model, folder)
         return cls(folder, model.eval(), _with_tied_names(model, matrices))
 

@@ -86,7 +86,7 @@ def _onnx_facts(record: dict[str, Any], folder: Path) -> dict[str, Any]:
         require_weights(folder, read_export_record(folder, tuple(TASKS)), known=False)
     names = (
         "task", "profile", "opset", "runs_in", "dtype", PIXEL_VALUES, "classes",
-        "max_length", "num_layers", "block_skip_nodes",
+        "max_length", "max_length_bound", "num_layers", "block_skip_nodes",
         "permutations", "fused", "graph_bytes", "data_bytes", "onnx_sha256", "checkpoint",
     )  # fmt: skip
     return {name: record[name] for name in names if name in record}

@@ -13,22 +13,17 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pipeline.cli import options
-from pipeline.errors import InputError, UsageError
-from pipeline.json_file import parse_json
-from pipeline.runtime.chat_template import checked_messages, require_text
+from pipeline.cli.run_prompts import Messages, Way, answer_all, decode_prompt, write_text
+from pipeline.errors import UsageError
+from pipeline.runtime.chat_template import require_text
 from pipeline.runtime.sessions.open_session import DEVICES
 from pipeline.terminal import aside
 
 if TYPE_CHECKING:
     from pipeline.runtime.generate import Answer
     from pipeline.runtime.language_model import LanguageModel
-    from pipeline.runtime.sequence import Decoding, RunningAnswer
-    from pipeline.runtime.sessions.session import SlotSession
-    from pipeline.runtime.tokenizer import TextTokenizer
-
-_Messages = list[dict[str, str]]
 # Messages and where the text goes -> the answer.
-_Ask = Callable[[_Messages, Callable[[str], None]], "Answer"]
+_Ask = Callable[[Messages, Callable[[str], None]], "Answer"]
 
 _sampling_options = options.apply(
     options.setting("--max-new-tokens", 256, "Most tokens of an answer.", options.positive),
@@ -85,15 +80,8 @@ def command(
     batch_size: int,
     system: str | None,
     raw: bool,
-    backend: str,
-    device: str,
-    threads: int | None,
-    lookup: bool,
-    max_new_tokens: int,
-    stops: tuple[str, ...],
-    seed: int,
     as_json: bool,
-    **sampling: Any,
+    **settings: Any,
 ) -> None:
     """Ask the model in FOLDER something and stream its answer to stdout.
 
@@ -106,41 +94,43 @@ def command(
       skipcat run build/cpu --prompts questions.txt --json > answers.jsonl
       echo "Once upon a time" | skipcat run build/checkpoint --raw
     """  # noqa: D301 - click reads the escape
-    import numpy as np
-
-    from pipeline.runtime.drafting import PROMPT_LOOKUP
-    from pipeline.runtime.language_model import LanguageModel
-    from pipeline.runtime.sampling import Sampling
-    from pipeline.runtime.sequence import Decoding
-
-    decoding = Decoding(max_new_tokens, Sampling(**sampling), stops=stops, seed=seed)
+    stops: tuple[str, ...] = settings["stops"]
     for flag, text in (("--prompt", prompt), ("--system", system), *(("--stop", s) for s in stops)):
         require_text(text or "", flag)
     opening = [{"role": "system", "content": system}] if system else []
+    way = Way.of(folder, opening, raw, as_json, **settings)
     if prompts is not None:
-        if prompt is not None or device != "cpu":
+        if prompt is not None or way.device != "cpu":
             raise UsageError("--prompts goes with neither --prompt nor --device cuda.")
         _require_sensible(raw, system, False)
-        _answer_all(folder, prompts, opening, decoding, raw, backend, threads, batch_size, as_json)
+        answer_all(way, prompts, batch_size)
         return
     if prompt is None and sys.stdin is None:
         raise UsageError("There is no prompt.", change="pass -p, or a prompt on stdin")
     converse = prompt is None and sys.stdin.isatty()
     _require_sensible(raw, system, converse and as_json)
-    if prompt is None and not converse:
-        prompt = _read_stdin()
-    # All answers of a conversation draw from one source.
-    decoding = replace(decoding, seed=np.random.default_rng(seed))
-    drafter = PROMPT_LOOKUP if lookup else None
-    model = LanguageModel.open(folder, backend, threads, device, drafter)
+    _answer(way, None if converse else _read_stdin() if prompt is None else prompt)
 
-    def ask(messages: _Messages, emit: Callable[[str], None]) -> Answer:
-        return model.chat(opening + messages, decoding, emit, raw)
+
+def _answer(way: Way, prompt: str | None) -> None:
+    """Answer one prompt, or, without one, hold a conversation."""
+    import numpy as np
+
+    from pipeline.runtime.drafting import PROMPT_LOOKUP
+    from pipeline.runtime.language_model import LanguageModel
+
+    # All answers of a conversation draw from one source.
+    decoding = replace(way.decoding, seed=np.random.default_rng(way.decoding.seed))
+    drafter = PROMPT_LOOKUP if way.lookup else None
+    model = LanguageModel.open(way.folder, way.backend, way.threads, way.device, drafter)
+
+    def ask(messages: Messages, emit: Callable[[str], None]) -> Answer:
+        return model.chat(way.opening + messages, decoding, emit, way.raw)
 
     if prompt is None:
         _hold_conversation(model, ask)
     else:
-        _answer_once(model, ask, prompt, as_json)
+        _answer_once(model, ask, prompt, way.as_json)
 
 
 def _require_sensible(raw: bool, system: str | None, conversation_as_json: bool) -> None:
@@ -158,7 +148,7 @@ def _answer_once(model: LanguageModel, ask: _Ask, prompt: str, as_json: bool) ->
         result = ask(messages, lambda text: None)
         click.echo(json.dumps({"schema": 1, "backend": model.name, **result.to_json()}))
         return
-    result = ask(messages, _write_text)
+    result = ask(messages, write_text)
     click.echo()
     _report(model, result)
 
@@ -168,7 +158,7 @@ def _hold_conversation(model: LanguageModel, ask: _Ask) -> None:
     aside(f"{model.name}; end with Ctrl-D")
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # a message then says which byte it is
-    messages: _Messages = []
+    messages: Messages = []
     while True:
         aside("> ", end="")
         line = sys.stdin.readline()
@@ -178,16 +168,10 @@ def _hold_conversation(model: LanguageModel, ask: _Ask) -> None:
         if not line.strip():
             continue
         messages.append({"role": "user", "content": line.rstrip("\r\n")})
-        result = ask(messages, _write_text)
+        result = ask(messages, write_text)
         click.echo()
         messages.append({"role": "assistant", "content": result.text})
         _report(model, result)
-
-
-def _write_text(text: str) -> None:
-    """Put a piece of the answer on stdout at once."""
-    sys.stdout.write(text)
-    sys.stdout.flush()
 
 
 def _report(model: LanguageModel, result: Answer) -> None:
@@ -212,186 +196,4 @@ def _read_stdin() -> str:
         InputError: it is not UTF-8.
     """
     binary = getattr(sys.stdin, "buffer", None)  # a test's stdin has none
-    return sys.stdin.read() if binary is None else _decode(binary.read(), "stdin")
-
-
-def _decode(content: bytes, where: str) -> str:
-    """UTF-8 as text, without a byte order mark; raise InputError that says `where`."""
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        observed = f"byte 0x{content[error.start]:02x} at {error.start}"
-        raise InputError("The prompt is not UTF-8.", where=where, observed=observed) from error
-
-
-def _read_prompts(path: Path, lines: list[tuple[int, str]] | None = None) -> list[_Messages]:
-    """The conversations of a file, one a line.
-
-    A `.jsonl` file has an object on each line, with `prompt` or `messages`; in any other a line is
-    a prompt, blanks at its ends included.
-
-    Args:
-        path: of the file.
-        lines: of it, if it is read already.
-
-    Raises:
-        InputError: the file is not UTF-8, is empty, or a line is not understood; names the line.
-    """
-    lines = _numbered_lines(path) if lines is None else lines
-    if path.suffix != ".jsonl":
-        return [[{"role": "user", "content": line}] for _, line in lines]
-    return [_read_object(line, f"{path}, line {number}") for number, line in lines]
-
-
-def _numbered_lines(path: Path) -> list[tuple[int, str]]:
-    r"""The lines of a file of prompts, from 1 on; blank ones are passed over.
-
-    Only \n and \r\n end a line: a prompt may hold the other characters that Python splits at.
-    """
-    lines = path.read_bytes().split(b"\n")
-    decoded = [
-        (number, _decode(line, f"{path}, line {number}").removesuffix("\r"))
-        for number, line in enumerate(lines, 1)
-    ]
-    numbered = [(number, line) for number, line in decoded if line.strip()]
-    if not numbered:
-        raise InputError("There is no prompt in this file.", where=path, expected="one a line")
-    return numbered
-
-
-def _read_object(line: str, where: str) -> _Messages:
-    """The conversation of one JSON object; raise InputError that says `where` for anything else."""
-    value = parse_json(line, where)
-    if isinstance(value, dict) and isinstance(value.get("prompt"), str):
-        return [{"role": "user", "content": value["prompt"]}]
-    try:
-        return checked_messages(value.get("messages") if isinstance(value, dict) else None)
-    except InputError as error:
-        raise InputError(
-            "This is no prompt.",
-            where=where,
-            observed=line[:80],
-            expected='{"prompt": "..."} or {"messages": [{"role": "user", "content": "..."}]}',
-        ) from error
-
-
-def _answer_all(
-    folder: Path,
-    path: Path,
-    opening: _Messages,
-    decoding: Decoding,
-    raw: bool,
-    backend: str,
-    threads: int | None,
-    batch_size: int,
-    as_json: bool,
-) -> None:
-    """Answer every prompt of a file, `batch_size` at a time, and print the answers in their order.
-
-    A prompt that cannot be answered has its reason in its place; the others are answered.
-
-    Args:
-        folder: whatever `skipcat run` takes.
-        path: of the prompts.
-        opening: the system message, if any, of conversations that have none.
-        decoding: how; the model's own stop tokens end an answer, too.
-        raw: give the last message's text as it is, without the chat template.
-        backend: as for `open_session`.
-        threads: of ONNX Runtime.
-        batch_size: how many sequences decode together.
-        as_json: one JSON object a line, instead of text with a heading.
-
-    Raises:
-        InputError: as `open_slots`; or, at the end, some prompts were not answered.
-    """
-    from pipeline.runtime.generate import stream_batch
-    from pipeline.runtime.sessions.slots import open_slots
-    from pipeline.runtime.tokenizer import load_tokenizer, start_template, stop_token_ids
-
-    lines = _numbered_lines(path)
-    conversations = _read_prompts(path, lines)
-    tokenizer = load_tokenizer(folder)
-    if not raw:
-        start_template(tokenizer)
-    session = open_slots(folder, backend, threads, min(batch_size, len(lines)))
-    prompts = [_ids_or_failure(tokenizer, session, opening, m, raw) for m in conversations]
-    fit = [ids for ids in prompts if not isinstance(ids, InputError)]
-    own = replace(decoding, stop_ids=stop_token_ids(tokenizer, folder))
-    assert isinstance(decoding.seed, int), "that of the command line"
-    seeds = [decoding.seed] * len(fit)
-    answers = stream_batch(session, fit, own, tokenizer, seeds)
-    ended: list[str] = []
-    for number, (prompt, (line, _)) in enumerate(zip(prompts, lines, strict=True)):
-        place = {"schema": 1, "backend": session.name, "number": number, "line": line}
-        if isinstance(prompt, InputError):
-            _write_failure(prompt, place, path, as_json)
-            continue
-        answer = next(answers)
-        ended.append(str(answer.ending))
-        _write_answer(answer, place, as_json)
-    aside(f"[{session.name}: {len(prompts)} prompts, {batch_size} at a time]")
-    _say_what_was_cut(ended, session.max_length)
-    if len(fit) < len(prompts):
-        missing = len(prompts) - len(fit)
-        raise InputError(f"{missing} of {len(prompts)} prompts were not answered.", where=path)
-
-
-def _ids_or_failure(
-    tokenizer: TextTokenizer,
-    session: SlotSession,
-    opening: _Messages,
-    messages: _Messages,
-    raw: bool,
-) -> list[int] | InputError:
-    """The ids of a prompt, or why it cannot be answered."""
-    from pipeline.runtime.tokenizer import chat_prompt_ids
-
-    own = [] if messages[0]["role"] == "system" else opening
-    try:
-        ids = chat_prompt_ids(tokenizer, own + messages, raw)
-    except InputError as error:
-        return error
-    if not ids:
-        return InputError("The prompt is empty.", change="give at least one token")
-    if len(ids) > session.max_length:
-        return InputError(
-            "The prompt is longer than the cache.",
-            observed=f"{len(ids)} tokens",
-            expected=f"at most {session.max_length}",
-            change="use a shorter prompt, or export with a longer --max-length",
-        )
-    if max(ids) >= session.vocab_size:
-        return InputError(
-            "A token id lies outside the vocabulary.",
-            observed=max(ids),
-            expected=f"0 to {session.vocab_size - 1}",
-            change="use the tokenizer that belongs to this model",
-        )
-    return ids
-
-
-def _write_answer(answer: RunningAnswer, place: dict[str, Any], as_json: bool) -> None:
-    """Put an answer on stdout at once."""
-    if not as_json:
-        _write_text(f"--- {place['number'] + 1} ---\n{answer.text}\n")
-        return
-    found = {"text": answer.text, "prompt_tokens": len(answer.prompt_ids)}
-    found |= {"new_tokens": len(answer.ids), "ended": answer.ending}
-    _write_text(json.dumps(place | found) + "\n")
-
-
-def _write_failure(error: InputError, place: dict[str, Any], path: Path, as_json: bool) -> None:
-    """Put the reason where the answer would be, and on stderr with the line."""
-    if as_json:
-        _write_text(json.dumps(place | {"error": error.what, **error.details}) + "\n")
-    else:
-        _write_text(f"--- {place['number'] + 1} ---\n")
-    aside(f"error: {path}, line {place['line']}: {error}")
-
-
-def _say_what_was_cut(ended: list[str], max_length: int) -> None:
-    """Say on stderr how many answers are not whole."""
-    if count := ended.count("length"):
-        aside(f"[{count} cut at --max-new-tokens]")
-    if count := ended.count("context"):
-        aside(f"[the cache of {max_length} tokens was full: {count}]")
+    return sys.stdin.read() if binary is None else decode_prompt(binary.read(), "stdin")

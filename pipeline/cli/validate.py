@@ -12,7 +12,6 @@ from click.core import ParameterSource
 
 from pipeline.cli import options
 from pipeline.errors import UsageError
-from pipeline.output import check_output
 from pipeline.terminal import aside
 
 if TYPE_CHECKING:
@@ -96,20 +95,19 @@ def command(
     if dry_run:
         _list_stages(artefacts, output)
         return
-    if output is not None:
-        read = (settings["text"], settings["images"] or "")
-        check_output(output, overwrite=overwrite, inputs=(*artefacts.inputs, *read))
 
-    from validate.report import write_reports
+    from validate.report import reported
     from validate.run import ValidateRequest, validate
 
     # What was left at its default is for the task to decide.
     source = click.get_current_context().get_parameter_source
     given = {n: v for n, v in settings.items() if source(n) is not ParameterSource.DEFAULT}
-    request = ValidateRequest.of(artefacts, **given)
-    ledger = validate(request, aside)
-    if output is not None:
-        write_reports(ledger, output, overwrite=overwrite)
+    ledger = reported(
+        lambda: validate(ValidateRequest.of(artefacts, **given), aside),
+        output,
+        overwrite=overwrite,
+        inputs=(*artefacts.inputs, settings["text"], settings["images"] or ""),
+    )
     _show(ledger, output, as_json)
     ledger.require_passed()
 

@@ -21,7 +21,7 @@ from pipeline.artefact import (
     write_text,
 )
 from pipeline.checkpoint.card import model_card
-from pipeline.checkpoint.folder import DTYPES, save_checkpoint
+from pipeline.checkpoint.folder import DTYPES, save_checkpoint, weights_record
 from pipeline.compress.cache.cache_plan import CachePlan
 from pipeline.compress.calibrated import Calibrated, Opened
 from pipeline.compress.finished_layers import FinishedLayers
@@ -182,6 +182,7 @@ def _write(
     )
     report["totals"]["stored_bytes"] = sum(f.stat().st_size for f in weight_files(folder))
     report["tables"] = plan.embeddings
+    report["weights"] = weights_record(folder)
     if cache is not None:
         report["cache"] = {
             "dense_bytes": cache.dense_bytes,

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pipeline.artefact import staged_folder, write_json
+from pipeline.artefact import staged_folder, write_json, write_text
 from pipeline.child_process import ChildEnd, run_to_end
 from pipeline.engine.manifest import MANIFEST_FILE, make_manifest
 from pipeline.engine.network import OUT_OF_MEMORY_WORDS
@@ -21,6 +21,7 @@ from pipeline.engine.worker_protocol import REQUEST_FILE, RESULT_FILE, WorkerRes
 from pipeline.errors import InputError, PipelineError, ResourceError
 from pipeline.json_file import read_json_object
 from pipeline.output import check_output
+from pipeline.provenance import public_text
 from pipeline.tokenizer_files import copy_tokenizer
 
 # Measured on SmolLM2-135M with TensorRT for RTX 1.7, see docs/engine-size.md.
@@ -79,6 +80,8 @@ def run_plan(plan: EnginePlan, output: Path, *, overwrite: bool = False) -> dict
         manifest = make_manifest(plan, result, staging)
         write_json(staging / MANIFEST_FILE, manifest)
         copy_tokenizer(plan.folder.path, staging)
+        log = staging / _LOG_FILE
+        write_text(log, public_text(log.read_text(encoding="utf-8", errors="replace")))
         for name in (REQUEST_FILE, RESULT_FILE):
             (staging / name).unlink()
     return manifest

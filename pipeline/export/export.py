@@ -51,6 +51,8 @@ from pipeline.quantize.groupwise import is_kept_by
 # Below this a tensor stays inside the graph file: shape constants must, for some runtimes.
 _EXTERNAL_BYTES = 1024
 _SAMPLED_ROWS = 32
+# The exporter notes by which lines of which files, named as they lie on this machine.
+_STACK_TRACE = "pkg.torch.onnx.stack_trace"
 
 
 def export_folder(
@@ -178,6 +180,8 @@ def _save_graph(graph: ir.Model, profile: Profile, folder: Path) -> None:
             graph.functions[body.identifier()] = body
     if used:
         graph.opset_imports[DOMAIN] = OP_VERSION
+    for node in graph.graph.all_nodes():
+        node.metadata_props.pop(_STACK_TRACE, None)
     graph.producer_name = "skipcat"
     graph.metadata_props["skipcat.profile"] = profile.name
     ir.save(

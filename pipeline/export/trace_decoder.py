@@ -176,13 +176,15 @@ def _refuse_latents_in(profile: Profile, model: PreTrainedModel) -> None:
 
 
 def _bounded_length(config: PreTrainedConfig, wanted: int) -> tuple[int, str | None]:
-    """The length of the cache, and what made it shorter than the model's positions allow."""
+    """The length of the cache, and what made it shorter than was wanted."""
     limit = getattr(config.get_text_config(), "max_position_embeddings", None) or wanted
     constant = constant_angles_length(config) or wanted
-    length = min(wanted, limit, constant)
-    if length == min(wanted, limit):
-        return length, None
-    return length, f"long-rope turns all tokens otherwise beyond the original context of {length}"
+    if constant < min(wanted, limit):
+        reason = "long-rope turns all tokens otherwise beyond the original context of"
+        return constant, f"{reason} {constant}"
+    if limit < wanted:
+        return limit, f"the model was made for {limit} positions, fewer than --max-length {wanted}"
+    return wanted, None
 
 
 def _fusions(profile: Profile, max_length: int) -> Fusions:

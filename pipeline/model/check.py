@@ -9,9 +9,12 @@ from typing import Any
 from pipeline.errors import InputError
 from pipeline.json_file import read_json_object
 from pipeline.model.weight_files import check_weight_files
+from pipeline.tokenizer_files import require_small_tokenizer
 
 # The quant_method of skipcat's own checkpoints.
 _OWN = "skipcat"
+_LAYERS = {"num_hidden_layers", "n_layer", "n_layers", "num_layers"}
+_MOST_LAYERS_PER_TENSOR = 10  # some models use a layer more than once
 _CODE_FIELDS = (
     "attn_implementation",
     "experts_implementation",
@@ -28,15 +31,32 @@ def check_folder(folder: Path) -> None:
         folder: with a config.json.
 
     Raises:
-        InputError: broken or missing files, an adapter, another tool's codes, or a config that
-            names code on the hub.
+        InputError: broken or missing files, an adapter, another tool's codes, a tokenizer of more
+            than 256 MiB, or a config that names code on the hub, or layers without weights.
     """
     config = read_json_object(folder / "config.json")
     check_config(config, folder)
     refuse_adapter(folder)
+    require_small_tokenizer(folder)
     quantization = config.get("quantization_config")
     packed = isinstance(quantization, dict) and quantization.get("quant_method") == _OWN
-    check_weight_files(folder, packed=packed)
+    stored = check_weight_files(folder, packed=packed)
+    _require_layers(config, len(stored), folder)
+
+
+def _require_layers(config: Mapping[str, Any], tensors: int, folder: Path) -> None:
+    """Refuse far more layers than there are tensors: making them empty would come to no end."""
+    text = config.get("text_config")
+    for fields in (config, text if isinstance(text, dict) else {}):
+        for name in _LAYERS & fields.keys():
+            count = fields[name]
+            if isinstance(count, int | float) and count > _MOST_LAYERS_PER_TENSOR * tensors:
+                raise InputError(
+                    "The config speaks of layers that the weights do not have.",
+                    where=folder / "config.json",
+                    observed=f"{name} = {count}, {tensors} tensors",
+                    change="copy the whole folder again",
+                )
 
 
 def check_config(config: Mapping[str, Any], where: object) -> None:

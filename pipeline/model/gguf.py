@@ -11,13 +11,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from gguf import MODEL_ARCH, get_tensor_name_map
+from gguf import GGML_QUANT_SIZES, MODEL_ARCH, GGMLQuantizationType, get_tensor_name_map
 from transformers import PreTrainedModel
 from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 from transformers.integrations.gguf import GGUF_CONFIG_ARCHS
 from transformers.integrations.gguf.reader import (
     GgufHeader,
+    _read_metadata,
+    _read_tensor_table,
     load_gguf_state_dict,
     read_gguf_metadata,
 )
@@ -59,7 +62,59 @@ _FIELDS = {
     "final_logit_softcapping": ("final_logit_softcapping",),
     "use_parallel_residual": ("use_parallel_residual", "parallel_attn"),
 }  # fmt: skip
+# How the names of keys end that say how much there is of something, and those that limit no tensor.
+_COUNTS = ("_count", "_count_kv", "_count_swa", "_length", "_length_swa", "_size")
+_POSITIONS = (
+    "context_length", "rope.scaling.original_context_length", "attention.temperature_length",
+)  # fmt: skip
 _SCALING = ("rope.scaling.", "rope.scale_linear")
+
+
+def check_gguf(path: Path) -> None:
+    """Hold the header of a GGUF file against the file, before anything is made of its numbers.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        InputError: it ends before its tensors do, or speaks of more than is in them.
+        Exception: the header is broken, as the reader says it.
+    """
+    blob = np.memmap(path, mode="r", dtype=np.uint8)
+    metadata, tensors, place = _read_metadata(blob, str(path))
+    table, place = _read_tensor_table(blob, tensors, place)
+    align = metadata.get("general.alignment", 32)
+    sizes = [_stored_bytes(shape, kind) for _, shape, kind, _ in table]
+    ends = [offset + size for (*_, offset), size in zip(table, sizes, strict=True)]
+    end = -(-place // align) * align + max(ends, default=0)
+    if end > len(blob):
+        raise _broken("is truncated", path, f"{len(blob)} bytes", f"{end} bytes by its header")
+    shapes = [shape for (_, shape, *_), size in zip(table, sizes, strict=True) if size]
+    widest = max((side for shape in shapes for side in shape), default=0)
+    prefix = f"{metadata['general.architecture']}."
+    for name, value in metadata.items():
+        key = name.removeprefix(prefix)
+        if key == name or key in _POSITIONS or not key.endswith(_COUNTS):
+            continue
+        most = tensors if key == "block_count" else widest
+        said = max((v for v in np.atleast_1d(value).tolist() if isinstance(v, int)), default=0)
+        if said > most:
+            raise _broken("speaks of more than it holds", path, f"{key} = {said}", f"up to {most}")
+
+
+def _stored_bytes(shape: tuple[int, ...], kind: int) -> int:
+    block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+    return math.prod(shape) // block * block_bytes
+
+
+def _broken(how: str, path: Path, observed: str, expected: str) -> InputError:
+    return InputError(
+        f"The GGUF file {how}.",
+        where=path,
+        observed=observed,
+        expected=expected,
+        change="download or copy the file again",
+    )
 
 
 def read_gguf(path: Path, config: Any, model: PreTrainedModel) -> None:

@@ -26,7 +26,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 
 from pipeline.errors import InputError, UsageError, first_line
 from pipeline.model.check import check_config
-from pipeline.model.gguf import read_gguf
+from pipeline.model.gguf import check_gguf, read_gguf
 from pipeline.model.loading import (
     empty_model,
     explaining,
@@ -136,6 +136,8 @@ def preview_model(name: str, *, trust_remote_code: bool = False) -> _Preview:
     silence_transformers()
     keywords = _loading_keywords(source, trust_remote_code)
     with _explaining(source):
+        if source.gguf_file:
+            check_gguf(Path(source.location) / source.gguf_file)
         config = AutoConfig.from_pretrained(source.location, **keywords)
         _refuse_unsupported(source, config)
         model = empty_model(TASKS[TEXT].auto_class, config, trust_remote_code)

@@ -11,7 +11,7 @@ import transformers
 from accelerate import init_empty_weights
 from transformers import PreTrainedModel
 
-from pipeline.errors import InputError, PipelineError, first_line, shortage_of
+from pipeline.errors import InputError, PipelineError, first_line, is_panic, shortage_of
 from pipeline.model.weight_files import quantised_elsewhere, quantising_tool
 from pipeline.progress import note
 
@@ -45,7 +45,9 @@ def explaining(what: str, where: object, change: str | None = None) -> Iterator[
         yield
     except (PipelineError, MemoryError):
         raise
-    except Exception as error:
+    except BaseException as error:
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
         if _NEEDS_CODE in str(error):
             raise _needs_code(where) from error
         if shortage := shortage_of(error):

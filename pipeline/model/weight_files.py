@@ -97,12 +97,15 @@ def _no_weights(folder: Path, chosen: str) -> InputError:
     )
 
 
-def check_weight_files(folder: Path, *, packed: bool = False) -> None:
+def check_weight_files(folder: Path, *, packed: bool = False) -> set[str]:
     """Open the header of every weight file, and name in a note the files that are left out.
 
     Args:
         folder: a model's.
         packed: its config says how codes are stored, so that they may be there.
+
+    Returns:
+        The names of all tensors.
 
     Raises:
         InputError: as `weight_files`; a file is broken; or it holds another tool's codes.
@@ -118,6 +121,7 @@ def check_weight_files(folder: Path, *, packed: bool = False) -> None:
     )
     if left_out:
         note(f"not read, as transformers would not read them: {', '.join(left_out)} in {folder}")
+    return set(stored)
 
 
 def read_header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:

@@ -28,8 +28,9 @@ from pipeline.artefact import (
 )
 from pipeline.calibrate.text import TokenBatch, load_tokens
 from pipeline.checkpoint.card import model_card
-from pipeline.checkpoint.folder import load_checkpoint, save_checkpoint
-from pipeline.checkpoint.modeling_skipcat import FactoredLinear, QuantizedWeight
+from pipeline.checkpoint.folder import load_checkpoint, save_checkpoint, weights_record
+from pipeline.checkpoint.modeling_quantized import QuantizedWeight
+from pipeline.checkpoint.modeling_skipcat import FactoredLinear
 from pipeline.errors import InputError, PipelineError
 from pipeline.json_file import read_json_object
 from pipeline.kept_tensors import keep_tensors, kept_tensors
@@ -238,7 +239,7 @@ def _write(
     )
     _require_same_tensors(request.checkpoint, folder)
     recipe = subject.recipe | {"recovery": recovery}
-    report = _largest_interpolations(subject.report, model)
+    report = _largest_interpolations(subject.report, model) | {"weights": weights_record(folder)}
     for name in ("plan.json", "plan.svg"):
         if (request.checkpoint / name).exists():
             shutil.copyfile(request.checkpoint / name, folder / name)

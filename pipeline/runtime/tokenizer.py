@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, is_panic
 from pipeline.json_file import json_field, read_json_object, restated
 from pipeline.model.task import require_decoder
 from pipeline.model.tokenizer_file import follow_file
@@ -25,10 +25,10 @@ from pipeline.runtime.chat_template import (
 from pipeline.runtime.tokenizer_limits import (
     as_value_error,
     failing,
-    is_panic,
     limited_ids,
     require_bounded,
 )
+from pipeline.tokenizer_files import require_small_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -187,6 +187,7 @@ def load_whole_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 def _settings(folder: Path) -> dict[str, Any]:
     """Content of tokenizer_config.json."""
     path = folder / "tokenizer_config.json"
+    require_small_tokenizer(folder)
     if not path.is_file():
         require_decoder(folder)
         raise InputError(

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, is_panic
 from pipeline.runtime.chat_template import require_text
 
 # A text takes a tokenizer microseconds per character. One that needs more than this has been given
@@ -17,11 +17,6 @@ _ENCODE_S = 10.0
 _CHARACTERS_PER_S = 20_000
 # Unicode's own normal forms make 18 characters of one at most.
 _MOST_GROWTH = 100
-
-
-def is_panic(error: BaseException) -> bool:
-    """Whether it is how the tokenizers library fails where it did not foresee it: no Exception."""
-    return type(error).__name__ == "PanicException"
 
 
 def as_value_error(error: BaseException) -> BaseException:

@@ -73,6 +73,20 @@ def test_a_build_makes_every_stage_and_prints_a_table(printed: tuple[Path, str])
     assert statuses == ["measured", "measured", "pass", "pass"]
 
 
+def test_nothing_but_the_builds_own_record_says_where_on_this_machine_it_was_made(
+    built: Path, printed: tuple[Path, str], arguments: list[str]
+) -> None:
+    (built / "onnx" / "model.onnx.data").unlink()  # a stage's reason names its files
+    few = ["--windows", "2", "--window-length", "32", "--prompts", "1", "--max-new-tokens", "4"]
+    assert main(["validate", str(built), "-o", str(built / "broken"), *few]) == 5
+    folders = (printed[0].parent, built.parent, Path(arguments[2]).parent, Path.home(), Path.cwd())
+    files = [path for path in built.rglob("*") if path.is_file() and path.name != "build.json"]
+    assert len(files) > 15
+    for path in files:
+        content = path.read_bytes()
+        assert [str(f) for f in folders if str(f).encode() in content] == [], path
+
+
 def test_a_finished_build_is_printed_as_json_without_any_work(
     built: Path,
     arguments: list[str],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import random
 import shutil
@@ -9,25 +10,35 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import FrameType
 
+import numpy as np
 import pytest
+from PIL import Image
+from safetensors.numpy import save_file
+from transformers import PreTrainedModel
 
 from pipeline.artefact import sha256_of_file, write_json
+from pipeline.calibrate.images import load_images
 from pipeline.cli.main import main
 from pipeline.compress.finished_layers import FinishedLayers
 from pipeline.compress.plan.plan import RankPlan
 from pipeline.engine.manifest import check_manifest
 from pipeline.errors import explain
 from pipeline.memory import peak_bytes
+from pipeline.model.load import load_model
 from pipeline.model.structure import decoder_structure
+from tests.support.classifiers import processor, tiny_classifier
 from tests.support.families import tiny_model
+from tests.support.gguf_files import write_llama_gguf
 from tests.support.mutations import mutated
 
 WRITTEN = Path(__file__).parents[1] / "fixtures" / "written_before"
 RIGHT = {0, 2, 3, 4}
 LIMIT_S = 20
+WHOLE_LIMIT_S = 900
 MOST_BYTES = 1 << 30
 SETTINGS = {"seed": 0}
 
@@ -41,12 +52,14 @@ class Case:
         file: that is damaged, in it.
         read: given the copy; returns an exit status.
         tries: how many damages are tried in `make test`; slow tests try more.
+        header_bytes: at its beginning, which half of the damage is done to.
     """
 
     source: Path
     file: str
     read: Callable[[Path], int]
     tries: int = 12
+    header_bytes: int = 64
 
 
 def verb(*arguments: str) -> Callable[[Path], int]:
@@ -91,6 +104,17 @@ def read_layers(folder: Path) -> object:
     return [finished.load(name) for name in finished.records if name in finished]
 
 
+@cache
+def classifier() -> PreTrainedModel:
+    return tiny_classifier("vit")
+
+
+def read_images(name: str) -> Callable[[Path], object]:
+    """Arrays in a file, or the images of a folder, its labels being the names of sub-folders."""
+    below = "" if name.endswith(".png") else name
+    return lambda folder: load_images(str(folder / below), classifier(), processor(16))
+
+
 CPU, CK = WRITTEN / "onnx-cpu", WRITTEN / "checkpoint"
 CASES = {
     **{
@@ -115,6 +139,11 @@ CASES = {
     ),
     "plan.json": Case(Path("plan"), "plan.json", call(read_plan), 30),
     "progress.json": Case(Path("layers"), "progress.json", call(read_layers), 30),
+    "model.gguf": Case(Path("gguf"), "model.gguf", call(lambda f: load_model(str(f))), 25, 1200),
+    **{
+        f"images/{name}": Case(Path("images"), name, call(read_images(name)), 12, 200)
+        for name in ("a.npz", "a.npy", "a.safetensors", "0/a.png")
+    },
 }  # fmt: skip
 
 
@@ -126,8 +155,16 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     from pipeline.compress.plan.plan import uniform_plan
 
     root = tmp_path_factory.mktemp("made")
-    folders = {name: root / name for name in ("plan", "layers")}
-    folders["plan"].mkdir()
+    folders = {name: root / name for name in ("plan", "layers", "gguf", "images")}
+    for name in ("plan", "gguf", "images"):
+        folders[name].mkdir()
+    write_llama_gguf(folders["gguf"] / "model.gguf", tiny_model("llama", head_dim=16))
+    pictures = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)
+    np.savez_compressed(folders["images"] / "a.npz", images=pictures, labels=np.arange(4))
+    np.save(folders["images"] / "a.npy", pictures)
+    save_file({"images": pictures}, folders["images"] / "a.safetensors")
+    (folders["images"] / "0").mkdir()
+    Image.fromarray(pictures[0]).save(folders["images"] / "0" / "a.png")
     uniform_plan(decoder_structure(tiny_model("llama")), 0.7).save(folders["plan"] / "plan.json")
     layers = FinishedLayers(folders["layers"], SETTINGS)
     layers.add("layer.0", {"a": torch.zeros(3)}, [{"members": ["a"], "form": "skip"}])
@@ -143,7 +180,10 @@ def watchdog() -> Iterator[None]:
         raise TimeoutError(f"no end within {LIMIT_S} s")
 
     before = signal.signal(signal.SIGALRM, stop)
+    # A library that holds the interpreter hears no signal: then the whole process ends.
+    faulthandler.dump_traceback_later(WHOLE_LIMIT_S, exit=True)
     yield
+    faulthandler.cancel_dump_traceback_later()
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)
 
@@ -156,7 +196,8 @@ def damage(case: Case, source: Path, folder: Path, seed: int, tries: int) -> Ite
         for path in source.iterdir():
             if path.suffix in (".json", ".onnx", ".data", ".safetensors"):
                 shutil.copyfile(path, folder / path.name)
-        changed = mutated(whole, random.Random(number), case.file.endswith(".json"))
+        is_json = case.file.endswith(".json")
+        changed = mutated(whole, random.Random(number), is_json, case.header_bytes)
         (folder / case.file).write_bytes(changed)
         yield number
 

@@ -11,7 +11,7 @@ import pytest
 from pipeline.artefact import staged_folder
 from pipeline.errors import UsageError
 from pipeline.output import check_output, check_output_file
-from pipeline.provenance import public_name
+from pipeline.provenance import public_name, public_text
 
 RECORD = json.dumps({"schema": 1, "provenance": {"tool": "skipcat"}})
 
@@ -161,3 +161,15 @@ def test_a_path_is_published_by_its_last_name_alone(
     assert public_name(".") == tmp_path.name
     for name in ("self", "wikitext2+c4", "smollm2-135m", "HuggingFaceTB/SmolLM2-135M"):
         assert public_name(name) == name
+
+
+def test_of_paths_within_a_text_the_last_parts_are_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, away = tmp_path / "my self", tmp_path / "away"
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(tmp_path)
+    told = f"Load from {away}/b/model.onnx failed: ('{home}/c/x.json', \"file://{away}/d.txt\")"
+    assert public_text(told) == "Load from model.onnx failed: ('x.json', \"d.txt\")"
+    for text in ("https://host/a/b/c", "3 / 4 tokens/s", "node /model/layers.0/Add, a/b/c"):
+        assert public_text(text) == text

@@ -9,7 +9,13 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import InputError
-from pipeline.tokenizer_files import copy_tokenizer
+from pipeline.model.check import check_folder
+from pipeline.runtime.tokenizer import load_tokenizer, load_whole_tokenizer
+from pipeline.tokenizer_files import (
+    LARGEST_TOKENIZER_BYTES,
+    copy_tokenizer,
+    require_small_tokenizer,
+)
 
 
 @pytest.fixture
@@ -71,3 +77,16 @@ def test_what_is_no_file_is_refused(model: Path, out: Path, kind: str) -> None:
         path.symlink_to(model / "nowhere")
     with pytest.raises(InputError, match="not a file of this model"):
         copy_tokenizer(model, out)
+
+
+def test_a_tokenizer_of_more_than_256_mib_is_refused_by_every_loader(model: Path) -> None:
+    (model / "config.json").write_text("{}")
+    with (model / "tokenizer.json").open("r+b") as file:
+        file.truncate(LARGEST_TOKENIZER_BYTES)  # a hole: it takes no room
+    require_small_tokenizer(model)
+    with (model / "tokenizer.json").open("r+b") as file:
+        file.truncate(LARGEST_TOKENIZER_BYTES + 1)
+    for load in (require_small_tokenizer, load_tokenizer, load_whole_tokenizer, check_folder):
+        with pytest.raises(InputError, match=r"tokenizer\.json is not") as caught:
+            load(model)
+        assert "at most 256 MiB" in caught.value.details["expected"]

@@ -5,32 +5,38 @@ from __future__ import annotations
 import json
 import random
 import struct
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 _ODD: tuple[Any, ...] = (
     None, True, False, 0, -1, 3.9, 10**9, 10**30, float("inf"), float("nan"), "", "12", "x" * 2000,
     "\u2028\x1b[31m", "../../x", [], {}, [None], [[1]], {"a": {}}, [1, "x", None],
 )  # fmt: skip
-_HEADER_BYTES = 64
 
 
-def mutated(content: bytes, random_: random.Random, is_json: bool) -> bytes:
+def mutated(content: bytes, random_: random.Random, is_json: bool, header_bytes: int = 64) -> bytes:
     """The content with one thing wrong.
 
     Args:
         content: of a file that is right.
         random_: where the choice comes from.
         is_json: whether its values may be replaced.
+        header_bytes: how much of it says what the rest is.
     """
     if is_json and random_.random() < 0.7:
         return _other_json(content, random_)
-    return random_.choice((_flipped, _cut, _longer, _emptied, _lying))(content, random_)
+    kinds: tuple[Callable[[bytes, random.Random], bytes], ...] = (
+        partial(_flipped, header_bytes=header_bytes), _cut, _longer, _emptied,
+        partial(_lying, header_bytes=header_bytes),
+    )  # fmt: skip
+    return random_.choice(kinds)(content, random_)
 
 
-def _flipped(content: bytes, random_: random.Random) -> bytes:
+def _flipped(content: bytes, random_: random.Random, header_bytes: int) -> bytes:
     changed = bytearray(content)
     for _ in range(random_.choice((1, 1, 4, 64))):
-        end = random_.choice((_HEADER_BYTES, len(changed)))
+        end = random_.choice((header_bytes, len(changed)))
         changed[random_.randrange(min(end, len(changed)))] ^= random_.randrange(1, 256)
     return bytes(changed)
 
@@ -47,10 +53,12 @@ def _emptied(content: bytes, random_: random.Random) -> bytes:
     return random_.choice((b"", b"\0" * len(content), b"[]", b"{", b"[" * 200_000, b"9" * 5_000))
 
 
-def _lying(content: bytes, random_: random.Random) -> bytes:
+def _lying(content: bytes, random_: random.Random, header_bytes: int) -> bytes:
     """A count or a length near the beginning that is another."""
     number = random_.choice((0, 1, 2**31, 2**32 - 1, 2**40, 2**63 - 1, 2**64 - 1))
-    start = random_.randrange(0, min(_HEADER_BYTES, max(1, len(content) - 8)), 4)
+    # Some formats have their fields at whole words; in others they come as they come.
+    step = 4 if header_bytes <= 64 else 1
+    start = random_.randrange(0, min(header_bytes, max(1, len(content) - 8)), step)
     return content[:start] + struct.pack("<Q", number) + content[start + 8 :]
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -12,6 +13,8 @@ import torch
 from transformers import DynamicCache
 
 from pipeline.errors import InputError, UsageError, ValidationError
+from pipeline.folder_lock import FolderLock
+from pipeline.output import partial_path
 from pipeline.runtime.sessions.onnx_session import OnnxSession
 from pipeline.runtime.sessions.torch_session import TorchSession
 from tests.support.ledger_stages import (
@@ -27,7 +30,7 @@ from tests.support.ledger_stages import (
 from tests.support.tiny_decoder import tiny_llama
 from validate.greedy import GreedyAgreement, GreedyTrace
 from validate.record import Ledger
-from validate.report import _render_html, print_ledger, write_reports
+from validate.report import _render_html, print_ledger, reported
 from validate.stages import _SAME_IN_FLOAT32, Stage, Tolerance
 from validate.verdict import Verdict
 
@@ -131,6 +134,14 @@ def test_the_tolerance_of_a_stage_decides() -> None:
     ledger = run(ORIGINAL, dataclasses.replace(onnx_stage(), tolerance=Tolerance(max_kl=-1)))
     assert ledger.rows[1].verdict.status == "fail"
     assert "KL to the original" in ledger.rows[1].verdict.reasons[0]
+
+
+def test_a_limit_on_kl_holds_for_tokens_behind_a_cache_too(ledger: Ledger, broken: Ledger) -> None:
+    near, far = (rows[1].cached_to_original for rows in (ledger.rows, broken.rows))
+    for cached, status in ((near, "pass"), (far, "fail")):
+        verdict = Verdict.judge(Tolerance(max_kl=1e-6), None, near, cached=(None, cached))
+        assert verdict.status == status
+    assert "token behind a cache" in verdict.reasons[0]
 
 
 def test_nan_fails_even_where_nothing_is_demanded(broken: Ledger) -> None:
@@ -252,13 +263,26 @@ def test_table_names_every_stage_and_every_reason(ledger: Ledger) -> None:
 def test_reports_appear_together_and_do_not_replace_without_leave(
     ledger: Ledger, tmp_path: Path
 ) -> None:
-    write_reports(ledger, tmp_path / "ledger")
+    assert reported(lambda: ledger, tmp_path / "ledger") is ledger
     assert sorted(path.name for path in (tmp_path / "ledger").iterdir()) == [
         "ledger.html",
         "ledger.json",
     ]
-    with pytest.raises(UsageError, match="exists already"):
-        write_reports(ledger, tmp_path / "ledger")
+
+
+@pytest.mark.parametrize("way", ["is there", "is being written"])
+def test_where_the_reports_could_not_be_written_nothing_is_measured(
+    way: str, tmp_path: Path
+) -> None:
+    output = tmp_path / "ledger"
+    with contextlib.ExitStack() as stack:
+        if way == "is there":
+            output.mkdir()
+            (output / "mine.txt").write_text("mine")
+        else:
+            stack.enter_context(FolderLock(partial_path(output)))
+        with pytest.raises(UsageError):
+            reported(lambda: pytest.fail("a stage was run"), output)
 
 
 def test_nothing_is_printed_while_stages_run(capsys: pytest.CaptureFixture[str]) -> None:

@@ -64,7 +64,7 @@ def _plan_of_user(request: CompressRequest, calibrated: Calibrated) -> RankPlan:
         UsageError: the plan and the request both say what becomes of the cache.
         InputError: a plan file that does not fit the model.
     """
-    plan = RankPlan.load(Path(str(request.plan)), calibrated.layers)
+    plan = RankPlan.load(Path(str(request.plan)), calibrated.layers, calibrated.embeddings)
     if request.shrinks_cache and plan.caches is not None:
         raise UsageError(
             "The plan says what becomes of the cache already.",

@@ -119,8 +119,15 @@ class RankPlan:
         return sum(group.kept_parameters for group in self.groups) / dense
 
     @classmethod
-    def load(cls, path: Path, layers: list[Layer]) -> RankPlan:
+    def load(
+        cls, path: Path, layers: list[Layer], embeddings: tuple[Members, ...] = ()
+    ) -> RankPlan:
         """Read a plan, perhaps edited by hand, and check it against a model.
+
+        Args:
+            path: of plan.json.
+            layers: the model's structure.
+            embeddings: names of the model's embedding and LM head; those of one matrix together.
 
         Raises:
             InputError: not a plan, or not one for this model; names group and field.
@@ -133,6 +140,7 @@ class RankPlan:
             name: tuple(GroupPlan(**group) for group in groups) for name, groups in written.items()
         }
         _check_fit(path, planned, layers)
+        _check_tables(path, tables, embeddings)
         return cls(planned, tables, caches)
 
     def save(self, path: Path) -> None:
@@ -284,6 +292,27 @@ def _check_fit(path: Path, planned: dict[str, tuple[GroupPlan, ...]], layers: li
                 where=f"{path}: {group.members[0]}",
                 observed=f"{group.rows} rows, rank {group.rank}",
                 expected=f"{heights} rows, rank 1 to {min(heights, group.columns)}",
+            )
+
+
+def _check_tables(path: Path, tables: dict[str, str], embeddings: tuple[Members, ...]) -> None:
+    """Refuse formats of tables that the model has not, or two formats of one matrix."""
+    known = [name for names in embeddings for name in names]
+    odd = [name for name in tables if name not in known]
+    if odd:
+        raise InputError(
+            "The rank plan names a table that the model has not, or has of a kind not known here.",
+            where=f"{path}: tables",
+            observed=", ".join(odd[:4]),
+            expected=", ".join(known) or "none",
+        )
+    for names in embeddings:
+        if len({tables.get(name) for name in names}) > 1:
+            raise InputError(
+                "The rank plan stores one matrix in two ways.",
+                where=f"{path}: tables",
+                observed=", ".join(f"{name}: {tables.get(name, 'as it is')}" for name in names),
+                expected=f"one format for {' and '.join(names)}, which share their matrix",
             )
 
 

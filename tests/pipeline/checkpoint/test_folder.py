@@ -112,6 +112,7 @@ def test_folder_holds_everything_the_contract_names(checkpoint: Path) -> None:
         "report.json",
         "plan.json",
         "README.md",
+        "modeling_quantized.py",
         "modeling_skipcat.py",
     }
     recipe = json.loads((checkpoint / "recipe.json").read_text())

@@ -18,6 +18,8 @@ from pipeline.compress.run import compress_to_folder
 from pipeline.errors import InputError
 from pipeline.model.load import load_model
 from tests.support.families import save_family
+from validate.decoder import DECODER
+from validate.stages import Artefacts, standard_stages
 
 TOKENS = torch.arange(20)[None]
 CONFIG = """
@@ -87,3 +89,18 @@ def test_no_loader_runs_it_unasked(folders: Path, name: str) -> None:
         load_checkpoint(folders / name)
     with pytest.raises(InputError, match="--trust-remote-code"):
         Skeleton.load(folders / name, torch.float32)
+
+
+def test_the_ledger_opens_it_where_it_is_trusted_and_only_there(folders: Path) -> None:
+    artefacts = Artefacts(str(folders / "model"), folders / "small")
+    for trusted in (True, False):
+        stages = standard_stages(
+            artefacts, DECODER.openers, lambda: None, trust_remote_code=trusted
+        )[1:]
+        assert len(stages) == 2
+        for stage in stages:
+            if trusted:
+                assert type(stage.open().model).__name__ == "OwnForCausalLM"
+            else:
+                with pytest.raises(InputError, match="--trust-remote-code"):
+                    stage.open()

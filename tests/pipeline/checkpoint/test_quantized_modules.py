@@ -19,7 +19,7 @@ from pipeline.checkpoint.install import (
     group_tensors,
     install_,
 )
-from pipeline.checkpoint.modeling_skipcat import (
+from pipeline.checkpoint.modeling_quantized import (
     QuantizedEmbedding,
     QuantizedLinear,
     QuantizedWeight,

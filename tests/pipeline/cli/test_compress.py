@@ -4,12 +4,14 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     BertConfig,
     BertLMHeadModel,
@@ -22,9 +24,12 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from pipeline.checkpoint.folder import load_checkpoint
+from pipeline.checkpoint.skeleton import Skeleton
 from pipeline.cli.main import main
 from pipeline.compress import walk as compress
 from pipeline.compress.plan.plan import GroupPlan
+from pipeline.errors import InputError
 from pipeline.model import load
 from pipeline.output import partial_path
 from tests.support.families import save_family
@@ -37,6 +42,7 @@ WRITTEN = {
     "config.json",
     "generation_config.json",
     "model.safetensors",
+    "modeling_quantized.py",
     "modeling_skipcat.py",
     "plan.json",
     "plan.svg",
@@ -67,6 +73,28 @@ def compressed(original: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def output(tmp_path: Path) -> Path:
     return tmp_path / "small"
+
+
+def test_other_weights_than_the_record_names_are_refused_and_older_records_name_none(
+    compressed: Path, output: Path
+) -> None:
+    shutil.copytree(compressed, output)
+    weights, record = output / "model.safetensors", output / "report.json"
+    assert json.loads(record.read_text())["weights"] == {
+        weights.name: {"bytes": weights.stat().st_size, "sha256": weights_hash(compressed)}
+    }
+    load_checkpoint(output)
+    tensors = load_file(weights)
+    changed = {"model.norm.weight": tensors["model.norm.weight"] * 1.5}
+    save_file(tensors | changed, weights, {"format": "pt"})
+    for load_folder in (load_checkpoint, partial(Skeleton.load, dtype=torch.float32)):
+        with pytest.raises(InputError, match="not those that the checkpoint's record") as caught:
+            load_folder(output)
+        assert weights_hash(output) in caught.value.details["observed"]
+    written = json.loads(record.read_text())
+    del written["weights"]
+    record.write_text(json.dumps(written))
+    load_checkpoint(output)
 
 
 @pytest.fixture

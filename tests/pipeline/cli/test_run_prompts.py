@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pipeline.cli.main import main
-from pipeline.cli.run import _read_prompts
+from pipeline.cli.run_prompts import _read_prompts
 from pipeline.errors import InputError
 from tests.support.tiny_decoder import save_tiny_folder, shared_export
 

@@ -131,7 +131,8 @@ def test_the_folder_says_what_it_is(checkpoints: dict[str, Path]) -> None:
     folder = checkpoints["vit"]
     names = {path.name for path in folder.iterdir()}
     assert names >= {
-        "config.json", "model.safetensors", "modeling_skipcat.py", "preprocessor_config.json",
+        "config.json", "model.safetensors", "modeling_quantized.py", "modeling_skipcat.py",
+        "preprocessor_config.json",
         "plan.json", "plan.svg", "recipe.json", "report.json", "README.md",
     }  # fmt: skip
     recipe = json.loads((folder / "recipe.json").read_text())

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from pipeline.checkpoint.modeling_skipcat import QuantizedEmbedding, QuantizedLinear
+from pipeline.checkpoint.modeling_quantized import QuantizedEmbedding, QuantizedLinear
 from pipeline.compress.embeddings import _WINDOWS, Embeddings, _entries, _gptq
 from pipeline.compress.factorize.factors import GPTQ, rtn
 from pipeline.quantize.formats import RUNTIMES, Format

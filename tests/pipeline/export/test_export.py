@@ -231,10 +231,15 @@ def test_factors_without_skip_export_with_their_latent_computed_once(
     np.testing.assert_allclose(actual, expected_logits(tmp_path / "small"), rtol=2e-4, atol=2e-4)
 
 
-def test_a_plain_checkpoint_exports_too(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+def test_a_plain_checkpoint_exports_too_and_a_cache_beyond_its_positions_is_bounded_aloud(
+    checkpoints: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     source = checkpoints["llama"].with_name("llama-source")
-    record = export_folder(source, tmp_path / "onnx", ExportRequest(max_length=MAX_LENGTH))
+    record = export_folder(source, tmp_path / "onnx", ExportRequest(max_length=10**9))
     assert record["block_skip_nodes"] == 0
+    assert record["max_length"] == 256  # the model's positions
+    assert "256 positions" in record["max_length_bound"]
+    assert record["max_length_bound"] in capsys.readouterr().err
     actual = in_pieces(OnnxSession(tmp_path / "onnx"), IDS, [9])
     np.testing.assert_allclose(actual, expected_logits(source), rtol=2e-4, atol=2e-4)
 

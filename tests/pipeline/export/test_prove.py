@@ -119,6 +119,10 @@ def test_long_rope_is_exported_up_to_its_original_context() -> None:
     assert length == 128
     assert "original context" in str(reason)
     assert constant_angles_length(config_of("llama")) is None
+    assert _bounded_length(config_of("llama"), 512) == (512, None)
+    length, reason = _bounded_length(config_of("llama"), 513)
+    assert length == 512
+    assert "made for 512 positions" in str(reason)
     assert prove_model(config, ExportRequest(profile="cpu"))["tokens"] == 32
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from pipeline.errors import InputError
+from pipeline.memory import peak_bytes
 from pipeline.model.load import load_model
 from tests.support.families import tiny_model
 from tests.support.gguf_files import write_llama_gguf
@@ -135,4 +137,36 @@ def test_rotary_factors_of_no_known_kind_are_refused(tmp_path: Path) -> None:
     odd = {"rope_freqs.weight": np.array([1, 3, 1, 2, 5, 1, 1, 8], np.float32)}
     path = write_llama_gguf(tmp_path / "a.gguf", scaled(rope_type="default"), tensors=odd)
     with pytest.raises(InputError, match=r"rope_freqs\.weight"):
+        load_model(str(path))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("llama.block_count", (4, 2**31), "block_count = 2147483648"),
+        ("llama.attention.head_count", (4, 2**20), "head_count = 1048576"),
+        ("llama.rope.dimension_count", (4, 2**31), "dimension_count = 2147483648"),
+        ("llama.feed_forward_length", (4, 2**32 - 1), "feed_forward_length = 4294967295"),
+        # An array that ends behind the file: one of the readers would go on for as long as it says.
+        ("tokenizer.ggml.bos_token_id", (9, 4, 0, 256), "could not be loaded"),
+    ],
+)
+def test_what_a_header_says_is_held_against_the_file_before_it_is_believed(
+    tmp_path: Path, key: str, value: tuple[int, ...], message: str
+) -> None:
+    path = write_llama_gguf(tmp_path / "a.gguf", scaled(rope_type="default"))
+    content = path.read_bytes()
+    place = content.index(key.encode()) + len(key)
+    field = struct.pack(f"<{len(value)}I", *value)  # its type, and what it is
+    path.write_bytes(content[:place] + field + content[place + len(field) :])
+    before_bytes = peak_bytes()
+    with pytest.raises(InputError, match=message):
+        load_model(str(path))
+    assert peak_bytes() - before_bytes < 2**28
+
+
+def test_a_gguf_file_that_ends_within_its_tensors_is_refused(tmp_path: Path) -> None:
+    path = write_llama_gguf(tmp_path / "a.gguf", scaled(rope_type="default"))
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(InputError, match="is truncated"):
         load_model(str(path))

@@ -247,3 +247,13 @@ def test_code_of_a_model_is_not_run_and_not_asked_for(
     with pytest.raises(InputError, match="--trust-remote-code"):
         load(folder)
     assert not (folder / "ran").exists()
+
+
+@every_loader
+def test_layers_that_the_weights_do_not_have_are_refused_before_they_are_made(
+    load: Callable[[Path], Any], folder: Path
+) -> None:
+    edit(folder, num_hidden_layers=10**9)
+    with pytest.raises(InputError, match="speaks of layers") as caught:
+        load(folder)
+    assert "num_hidden_layers = 1000000000" in caught.value.details["observed"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,37 @@ def test_stacking_matrices_with_different_inputs_is_refused(
     path.write_text(json.dumps(plan))
     with pytest.raises(InputError, match="do not share an input"):
         RankPlan.load(path, layers)
+
+
+TABLE, HEAD, INT8, INT6 = "model.embed_tokens", "lm_head", "int8-b32-sym", "int6-b32-sym"
+
+
+@pytest.mark.parametrize(
+    ("tables", "names", "said"),
+    [
+        ({"model.nowhere": INT8}, ((TABLE,), (HEAD,)), ("model.nowhere", f"{TABLE}, {HEAD}")),
+        ({TABLE: INT8}, (), (TABLE, "none")),
+        ({HEAD: INT8}, ((TABLE, HEAD),), ("as it is", "share their matrix")),
+        ({TABLE: INT8, HEAD: INT6}, ((TABLE, HEAD),), (INT6, "share their matrix")),
+    ],
+)
+def test_tables_that_the_model_has_not_are_refused_and_two_formats_of_one_matrix(
+    layers: list[Layer],
+    tmp_path: Path,
+    tables: dict[str, str],
+    names: tuple[tuple[str, ...], ...],
+    said: tuple[str, str],
+) -> None:
+    path = tmp_path / "plan.json"
+    plan = replace(uniform_plan(layers, 0.7), embeddings=tables)
+    plan.save(path)
+    with pytest.raises(InputError, match="The rank plan") as caught:
+        RankPlan.load(path, layers, names)
+    assert caught.value.details["where"] == f"{path}: tables"
+    for words in said:
+        assert words in str(caught.value)
+    fitting = tuple((name,) for name in tables)
+    assert RankPlan.load(path, layers, fitting) == plan
 
 
 @pytest.mark.parametrize("kept", [0.0, -1.0, 1.5])
