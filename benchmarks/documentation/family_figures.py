@@ -18,14 +18,17 @@ def _name(row: _Json) -> str:
 def _families(found: _Json) -> list[str]:
     """Families that at least one profile takes, with the largest error of each."""
     taken = [row for row in found["rows"] if any("error" in row[p] for p in _PROFILES)]
-    rows = [[_name(row), *(_cell(row[stage]) for stage in _STAGES)] for row in taken]
+    rows = [[_name(row), *(_cell(row[s], found["tokens"]) for s in _STAGES)] for row in taken]
     return table(("family", "compress", *(f"`{profile}`" for profile in _PROFILES)), rows)
 
 
-def _cell(end: _Json) -> str:
+def _cell(end: _Json, tokens: int) -> str:
     if "refused" in end:
         return "refused"
-    return f"{end['error']:.0e}" if "error" in end else "yes"
+    if "error" not in end:
+        return "yes"
+    read = end.get("tokens", tokens)
+    return f"{end['error']:.0e}" + (f", to {read} tokens" if read < tokens else "")
 
 
 def _refusals(found: _Json) -> list[str]:

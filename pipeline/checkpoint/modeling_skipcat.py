@@ -97,6 +97,11 @@ class FactoredLinear(nn.Module):
         """y, [..., n] to [..., m]."""
         return self.up(self.owner.latent(x))
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """The product, [m, n] in the type of `up`: some models look at their layers' weights."""
+        return self.dense_weight().to(self.up.weight.dtype)
+
     def dense_weight(self) -> torch.Tensor:
         """The product W_r, float64 [m, n]."""
         owner, up = self.owner, self.up.weight.double()

@@ -117,9 +117,12 @@ def _linear_parameters(module: nn.Module) -> int:
 
 
 def _refuse_other_matrices(name: str, layer: nn.Module) -> None:
-    """A parameter of two or more dimensions outside nn.Linear is not understood."""
+    """A parameter of two or more dimensions outside nn.Linear is not understood.
+
+    But for gains of a norm, of which some have a vector for every head.
+    """
     for child_name, child in layer.named_modules():
-        if isinstance(child, nn.Linear):
+        if isinstance(child, nn.Linear) or type(child).__name__.endswith("Norm"):
             continue
         for parameter_name, parameter in child.named_parameters(recurse=False):
             if parameter.ndim >= 2:
