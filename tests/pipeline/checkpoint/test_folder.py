@@ -18,6 +18,7 @@ from pipeline.compress.request import CompressRequest
 from pipeline.compress.run import compress_to_folder
 from pipeline.errors import InputError, UsageError
 from tests.support.families import FAMILIES, save_family
+from tests.support.model_families import save_model
 
 
 @pytest.fixture(scope="module")
@@ -197,3 +198,14 @@ def test_an_entry_that_contradicts_the_model_is_refused(entry: object, tmp_path:
     for read in (load_checkpoint, lambda folder: Skeleton.load(folder, torch.float32)):
         with pytest.raises(InputError):
             read(copy)
+
+
+def test_a_class_that_looks_at_the_weights_of_its_layers_loads(tmp_path: Path) -> None:
+    """NanoChat's initialises some by their name, also where a checkpoint has all of them."""
+    source = save_model(tmp_path / "model", "nanochat")
+    request = CompressRequest(str(source), 0.7, windows=8, window_length=16, method="skipcat")
+    compress_to_folder(request, tmp_path / "small")
+    model = load_checkpoint(tmp_path / "small")
+    stored = load_file(tmp_path / "small" / "model.safetensors")
+    state = model.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in stored.items())

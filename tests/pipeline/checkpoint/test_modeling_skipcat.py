@@ -72,6 +72,7 @@ def test_dense_weight_is_the_matrix_that_the_layer_applies(form: Form) -> None:
     layer = factored.get_submodule("second")
     assert isinstance(layer, FactoredLinear)
     expected = x @ layer.dense_weight().T
+    torch.testing.assert_close(layer.weight, layer.dense_weight().to(layer.up.weight.dtype))
     torch.testing.assert_close(factored.second(x), expected, rtol=0, atol=1e-12)
 
 

@@ -20,6 +20,7 @@ from transformers.models.gemma3 import Gemma3Config, Gemma3ForConditionalGenerat
 from pipeline.errors import InputError
 from pipeline.model.structure import _refuse_bidirectional, decoder_structure
 from tests.support.families import FAMILIES, tiny_model
+from tests.support.model_families import tiny_family
 
 PARTS = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -115,6 +116,10 @@ def test_conv1d_layers_are_refused_by_name() -> None:
     model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=2, n_embd=32, vocab_size=272))
     with pytest.raises(InputError, match="Conv1D"):
         decoder_structure(model)
+
+
+def test_gains_of_a_norm_may_be_a_matrix() -> None:
+    assert len(decoder_structure(tiny_family("cohere, norms"))) == 2
 
 
 def test_experts_are_refused_by_name() -> None:
