@@ -35,6 +35,16 @@ def refuse_unknown_rotary(config: PreTrainedConfig) -> None:
         )
 
 
+def bounded_length(config: PreTrainedConfig, wanted: int) -> tuple[int, str | None]:
+    """The length of the cache, and what made it shorter than the model's positions allow."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None) or wanted
+    constant = constant_angles_length(config) or wanted
+    length = min(wanted, limit, constant)
+    if length == min(wanted, limit):
+        return length, None
+    return length, f"long-rope turns all tokens otherwise beyond the original context of {length}"
+
+
 def constant_angles_length(config: PreTrainedConfig) -> int | None:
     """Most tokens for which a token's angles stay what they were; None for any number.
 
