@@ -56,8 +56,8 @@ from pipeline.export.contract import (
 @options.setting(
     "--cache",
     FLOAT,
-    "With --profile cpu: int8 holds keys and values in 8 bits, a quarter of float's bytes, by scales "
-    "that are found by running the model.",
+    "With --profile cpu: int8 holds keys and values in 8 bits, a quarter of float's bytes, by "
+    "scales that are found by running the model.",
     click.Choice(CACHES),
 )
 @click.option(

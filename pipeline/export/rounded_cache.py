@@ -5,13 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import onnx
 import torch
 from transformers import AutoTokenizer, DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from pipeline.calibrate.cache_ranges import cache_ranges
 from pipeline.calibrate.text import TokenBatch, load_tokens
 from pipeline.checkpoint.folder import load_checkpoint
+from pipeline.errors import InputError
+from pipeline.export.contract import GRAPH_FILE, GROUPED_ATTENTION, cache_names
 from pipeline.export.latents import refuse_latents_in
+from pipeline.export.onnx_folder import load_graph
 from pipeline.export.request import ExportRequest
 from pipeline.export.rotary import bounded_length
 from pipeline.model.loading import explaining
@@ -24,6 +28,8 @@ _SELF, _SEED = "self", 0
 _WINDOWS, _WINDOW_LENGTH = 12, 512
 # Of the largest number seen: some room for larger ones, none, or a little cut off for finer steps.
 _SHARES = (1.2, 1.0, 0.85)
+# Inputs of the attention node: past keys, and the scales of both sides.
+_PAST_KEY, _SCALES = 3, (12, 13)
 _STEP = 4  # of the tokens of a window whose logits are kept
 
 
@@ -78,6 +84,32 @@ def rounding_of(model: PreTrainedModel, tokens: torch.Tensor, length: int) -> Ca
         InputError: as `cache_ranges`.
     """
     return CacheRounding.reaching(cache_ranges(model, tokens, length))
+
+
+def read_rounding(folder: Path) -> CacheRounding:
+    """The scales that an exported graph rounds its cache by.
+
+    Raises:
+        InputError: not a graph, weights missing, or no cache of codes.
+    """
+    graph = load_graph(folder / GRAPH_FILE).graph
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
+    nodes = {n.input[_PAST_KEY]: n for n in graph.node if n.op_type == GROUPED_ATTENTION}
+    scales = []
+    for past in cache_names(len(nodes))[::2]:
+        if past not in nodes or len(nodes[past].input) <= _SCALES[1]:
+            raise InputError("The graph's cache is not one of codes.", where=folder, observed=past)
+        heads = onnx.helper.get_node_attr_value(nodes[past], "kv_num_heads")
+        keys, values = (tensors[nodes[past].input[place]] for place in _SCALES)
+        scales.append((_numbers(keys, folder, heads), _numbers(values, folder, heads)))
+    return CacheRounding(tuple(scales))
+
+
+def _numbers(tensor: onnx.TensorProto, folder: Path, heads: int) -> torch.Tensor:
+    """Scales [kv heads, width]; read from the weights' file where they lie there."""
+    if onnx.external_data_helper.uses_external_data(tensor):
+        onnx.external_data_helper.load_external_data_for_tensor(tensor, str(folder))
+    return torch.from_numpy(onnx.numpy_helper.to_array(tensor).copy()).reshape(heads, -1)
 
 
 def _text(folder: Path, model: PreTrainedModel, request: ExportRequest, length: int) -> TokenBatch:

@@ -72,6 +72,6 @@ def _scales(reach: torch.Tensor, share: float) -> torch.Tensor:
 
 
 def _rounded(states: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    steps = scales[:, None, :]
+    steps = scales[:, None, : states.shape[-1]]  # a graph's heads may be widened
     codes = (states.float() / steps).round().clamp(_LOWEST, _HIGHEST)
     return (codes * steps).to(states.dtype)

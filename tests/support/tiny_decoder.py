@@ -20,6 +20,7 @@ from benchmarks.models import (
     tiny_llama,
 )
 from pipeline.artefact import sha256_of_file
+from pipeline.export.export import ExportRequest, export_folder
 
 __all__ = [
     "LAYERS",
@@ -29,6 +30,7 @@ __all__ = [
     "export_tiny",
     "save_tiny_folder",
     "shared_export",
+    "shared_rounded_export",
     "tiny_llama",
     "write_record",
 ]
@@ -40,6 +42,20 @@ def shared_export(profile: str) -> Path:
     root = Path(tempfile.mkdtemp(prefix="skipcat-tests-"))
     atexit.register(shutil.rmtree, root, ignore_errors=True)
     return export_tiny(save_tiny_folder(root / "model"), root / profile, profile)
+
+
+@functools.cache
+def shared_rounded_export() -> Path:
+    """The same in the profile `cpu` with weights of floats and a cache of codes; `text` beside."""
+    root = Path(tempfile.mkdtemp(prefix="skipcat-tests-"))
+    atexit.register(shutil.rmtree, root, ignore_errors=True)
+    model, text = save_tiny_folder(root / "model"), root / "text"
+    text.write_text("A cache keeps what was read, and codes keep most of it. " * 40)
+    wanted = ExportRequest(
+        "cpu", max_length=MAX_LENGTH, weights="float", cache="int8", calibration=str(text)
+    )
+    export_folder(model, root / "cpu8", wanted)
+    return root / "cpu8"
 
 
 def write_record(folder: Path, profile: str, **changes: Any) -> None:
