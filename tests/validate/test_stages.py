@@ -60,7 +60,7 @@ def test_without_a_checkpoint_exports_are_held_against_the_original() -> None:
 def test_a_cache_of_codes_has_a_stage_of_its_own_which_the_export_equals() -> None:
     folder = shared_rounded_export()
     artefacts = Artefacts(str(folder.parent / "model"), onnx=(folder,))
-    original, rounded, export = standard_stages(artefacts, DECODER.openers, TINY.open)
+    _, rounded, export = standard_stages(artefacts, DECODER.openers, TINY.open)
     assert (rounded.name, rounded.reference) == ("cache int8, cpu8", ORIGINAL)
     assert (export.reference, export.tolerance) == (rounded.name, _SAME_IN_CODES)
     ledger = run(TINY, rounded, export)

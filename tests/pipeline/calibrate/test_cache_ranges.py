@@ -2,7 +2,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from transformers import (
+    DynamicCache,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    PreTrainedModel,
+)
 
 from pipeline.calibrate.cache_ranges import _turned_pairs, cache_ranges
 from pipeline.errors import InputError
@@ -37,13 +44,11 @@ def test_the_two_halves_of_a_head_are_turned_together() -> None:
 
 
 def test_channels_that_are_not_turned_stand_alone() -> None:
-    rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
-    model = tiny_model("stablelm", head_dim=16, partial_rotary_factor=0.5, rope_parameters=rope)
-    partner = _turned_pairs(model, 100)[0][0].tolist()
-    width = len(partner)
-    turned = width // 4
-    assert partner[: 2 * turned] == [*range(turned, 2 * turned), *range(turned)]
-    assert partner[2 * turned :] == [*range(2 * turned, width)]
+    torch.manual_seed(0)
+    rotary = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25}
+    model = GPTNeoXForCausalLM(GPTNeoXConfig(300, 64, 1, 2, 64, rope_parameters=rotary)).eval()
+    for partner in _turned_pairs(model, 100)[0].tolist():
+        assert partner == [4, 5, 6, 7, 0, 1, 2, 3, *range(8, 32)]
 
 
 def test_positions_that_are_learned_are_refused() -> None:

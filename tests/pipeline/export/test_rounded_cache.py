@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +52,7 @@ def test_a_graph_that_rounds_otherwise_is_not_proven() -> None:
     def by_others(skeleton: Any, request: ExportRequest, folder: Path) -> dict[str, Any]:
         assert request.rounding is not None
         doubled = [(2.5 * keys, values) for keys, values in request.rounding.scales]
-        wrong = ExportRequest(
-            "cpu",
-            max_length=request.max_length,
-            cache="int8",
-            rounding=CacheRounding(tuple(doubled)),
-        )
+        wrong = replace(request, rounding=CacheRounding(tuple(doubled)))
         return _write_graph(skeleton, wrong, "float", folder)[0].record
 
     wanted = ExportRequest("cpu", max_length=43, cache="int8")  # of no other test

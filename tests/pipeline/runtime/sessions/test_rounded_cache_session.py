@@ -1,4 +1,4 @@
-"""With a cache of codes no bit of an answer depends on where a prompt was cut, or what was reused."""
+"""A cache of codes: no bit of an answer depends on where a prompt was cut, or what was reused."""
 
 from __future__ import annotations
 
