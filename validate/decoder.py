@@ -300,6 +300,14 @@ def _open_full_cache(model: Any, name: str) -> Session:
     return TorchSession(model, name, latent=False)
 
 
+def _open_rounded_cache(model: Any, folder: Path, name: str) -> Session:
+    from pipeline.export.rounded_cache import RoundedCache, read_rounding
+    from pipeline.runtime.sessions.torch_session import TorchSession
+
+    rounding = read_rounding(folder)
+    return TorchSession(model, name, cache=lambda: RoundedCache(model.config, rounding))
+
+
 def _open_onnx(folder: Path, name: str) -> Session:
     record = read_export_record(folder)
     require_weights(folder, record, known=False)
@@ -341,7 +349,7 @@ def _perplexity(row: Row) -> tuple[float, float | None] | None:
 DECODER = Adapter(
     options=_options,
     load=_load,
-    openers=Openers(_open_model, _open_onnx, _open_engine, _open_full_cache),
+    openers=Openers(_open_model, _open_onnx, _open_engine, _open_full_cache, _open_rounded_cache),
     measure=_measure,
     item="token",
     per_item="per token",

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import InputError
-from pipeline.export.contract import FLOAT16, INT4, INT4_OFFSET, INT8, RECORD_FILE
+from pipeline.export.contract import FLOAT, FLOAT16, INT4, INT4_OFFSET, INT8, RECORD_FILE
 from pipeline.export.record import ExportRecord, read_export_record
 from pipeline.json_file import json_field, read_json_object
 from pipeline.model.task import TASKS
@@ -86,12 +86,14 @@ class Openers:
             that cannot run it.
         full_cache: as `model`, of one whose cache is smaller: what is cached is what the latents
             stand for.
+        rounded_cache: as `model`, with its cache rounded as the export in a folder rounds it.
     """
 
     model: Callable[[PreTrainedModel, str], Any]
     onnx: Callable[[Path, str], Any]
     engine: Callable[[Path, str], Any]
     full_cache: Callable[[PreTrainedModel, str], Any] | None = None
+    rounded_cache: Callable[[PreTrainedModel, Path, str], Any] | None = None
 
 
 ORIGINAL = "original"
@@ -110,6 +112,12 @@ _SAME_IN_FLOAT16 = Tolerance(min_cosine=0.999, max_kl_to_reference=1e-3)
 # with blocks of 16 has worst cosine 0.994 and KL 5e-3 on 384 tokens of WikiText-2; wider blocks
 # have up to three times its change in perplexity (docs/cpu.md).
 _NEAR_IN_INTEGERS = Tolerance(min_cosine=0.95, max_kl_to_reference=5e-2)
+
+
+# What 8 bits of the cache may cost: SmolLM2-135M has KL 2e-3 (docs/cpu.md).
+_ROUNDED_CACHE = Tolerance(min_cosine=0.95, max_kl_to_reference=2e-2)
+# Beside PyTorch with the same rounding: a number between two codes may go either way.
+_SAME_IN_CODES = _SAME_IN_FLOAT16
 
 
 @dataclass(frozen=True)
@@ -241,8 +249,9 @@ def standard_stages(
 
     An export or engine should equal the checkpoint in its skip form, which is what it was made
     from, with the latents of its smaller cache if it has one; without a checkpoint it should equal
-    the original. Of a quantised checkpoint both forms are those of the values that its codes stand
-    for: `validate.rounding` says what they cost.
+    the original. One whose cache holds codes should equal PyTorch that rounds likewise, which is a
+    stage of its own and says what that costs. Of a quantised checkpoint both forms are those of the
+    values that its codes stand for: `validate.rounding` says what they cost.
 
     Args:
         artefacts: what there is.
@@ -271,10 +280,14 @@ def standard_stages(
             stages.append(Stage(form, opener, equal, tolerance))
         reference = forms[-1][0]
     for folder, label in _labelled(artefacts.onnx):
-        name = f"onnxruntime {label}"
+        name, equal = f"onnxruntime {label}", reference
+        record = export_record_if_readable(folder)
+        if record is not None and record.cache_format != FLOAT:
+            equal = f"cache {record.cache_format}, {label}"
+            opener = functools.partial(_open_rounded, artefacts, openers, folder, equal)
+            stages.append(Stage(equal, opener, reference, _ROUNDED_CACHE))
         opener = functools.partial(openers.onnx, folder, name)
-        tolerance = _onnx_tolerance(export_record_if_readable(folder))
-        stages.append(Stage(name, opener, reference, tolerance))
+        stages.append(Stage(name, opener, equal, _onnx_tolerance(record)))
     for folder, label in _labelled(artefacts.engines):
         name = f"tensorrt {label}"
         opener = functools.partial(openers.engine, folder, name)
@@ -303,6 +316,21 @@ def _open_checkpoint(
     if form == CACHE_LATENT or openers.full_cache is None:
         return openers.model(model, form)
     return openers.full_cache(model, form)
+
+
+def _open_rounded(artefacts: Artefacts, openers: Openers, folder: Path, name: str) -> Any:
+    """What an export was made from, in float32, with its cache rounded as the export rounds it."""
+    import torch
+
+    from pipeline.checkpoint.folder import load_checkpoint
+    from pipeline.model.load import load_model
+
+    assert openers.rounded_cache is not None, "only decoders have a cache"
+    if artefacts.checkpoint is not None:
+        model = load_checkpoint(artefacts.checkpoint, dtype=torch.float32)
+    else:
+        model = load_model(artefacts.original, dtype=torch.float32).model
+    return openers.rounded_cache(model, folder, name)
 
 
 def _has_smaller_cache(folder: Path) -> bool:
@@ -342,7 +370,7 @@ def _onnx_tolerance(record: ExportRecord | None) -> Tolerance:
         return Tolerance()
     if record.weights == INT8 or record.accuracy_level:
         return _NEAR_IN_INTEGERS
-    return _SAME_IN_FLOAT32
+    return _SAME_IN_FLOAT32 if record.cache_format == FLOAT else _SAME_IN_CODES
 
 
 def export_record_if_readable(folder: Path) -> ExportRecord | None:

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from pipeline.cli import options
-from pipeline.export.contract import GRAPH_FILE, PIXEL_VALUES, RECORD_FILE
+from pipeline.export.contract import FLOAT16, GRAPH_FILE, INT8, PIXEL_VALUES, RECORD_FILE
 
 
 @click.command("inspect")
@@ -89,7 +89,23 @@ def _onnx_facts(record: dict[str, Any], folder: Path) -> dict[str, Any]:
         "max_length", "max_length_bound", "num_layers", "block_skip_nodes",
         "permutations", "fused", "graph_bytes", "data_bytes", "onnx_sha256", "checkpoint",
     )  # fmt: skip
-    return {name: record[name] for name in names if name in record}
+    facts = {name: record[name] for name in names if name in record}
+    return facts | _cached_facts(record)
+
+
+def _cached_facts(record: dict[str, Any]) -> dict[str, Any]:
+    """How keys and values are held, and what a token of them takes; nothing of old records."""
+    held = record.get("cache_format")
+    if held is None:
+        return {}
+    number_bytes = 1 if held == INT8 else {FLOAT16: 2}.get(record["dtype"], 4)
+    numbers = sum(
+        shape["kv_heads"] * shape["key_width"]
+        + shape.get("value_heads", shape["kv_heads"]) * shape["value_width"]
+        for shape in record["cache"]
+    )
+    found = {"cache_format": held, "KV cache, bytes a token": f"{numbers * number_bytes:,}"}
+    return found | {n: record[n] for n in ("cache_rounding",) if n in record}
 
 
 def _record_facts(record: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import torch
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
-from pipeline.export.cache import GraphCache
+from pipeline.export.cache import GraphCache, padded_width
 from pipeline.export.contract import CONTRIB, GROUPED_ATTENTION, POSITION_IDS, Profile
 
 ATTENTION = "skipcat_export"
@@ -182,7 +182,7 @@ def _grouped(
     cache.require_own(key, value)
     batch, heads, length, _ = query.shape
     past = (cache.keys[cache.layer], cache.values[cache.layer])
-    width = past[0].shape[3]
+    width = padded_width(key.shape[3], value.shape[3])
     rows = [
         _widened(t, width).transpose(1, 2).reshape(batch, length, -1) for t in (query, key, value)
     ]
@@ -194,12 +194,20 @@ def _grouped(
     if how.softcap:
         attributes["softcap"] = how.softcap
     # Behind the lengths come cos, sin, positions and a bias.
-    sinks = () if how.sinks is None else (None, None, None, None, how.sinks)
+    behind: tuple[torch.Tensor | None, ...] = ()
+    if how.sinks is not None or cache.scales is not None:
+        behind = (None, None, None, None, how.sinks)
+    if cache.scales is not None:
+        attributes |= {
+            "k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL",
+            "kv_cache_bit_width": 8,
+        }  # fmt: skip
+        behind += cache.scales[cache.layer]
     mixed, *present = torch.onnx.ops.symbolic_multi_out(
         f"{CONTRIB}::{GROUPED_ATTENTION}",
-        (*rows, *past, *(cache.lengths or ()), *sinks),
+        (*rows, *past, *(cache.lengths or ()), *behind),
         attributes,
-        dtypes=(query.dtype,) * 3,
+        dtypes=(query.dtype, past[0].dtype, past[1].dtype),
         shapes=(rows[0].shape, past[0].shape, past[1].shape),
         version=1,
     )

@@ -73,6 +73,8 @@ class GraphCache:
             of the longest row. Only for ONNX Runtime's own attention.
         latents: what holds latents instead of keys and values, and rebuilds them; None where no
             layer has any.
+        scales: of keys and values of every layer, [kv heads * width] each, where the cache holds
+            codes; None of floats. Only for ONNX Runtime's own attention.
         windows: of the masks that a call makes, in order; filled by a call in which tensors have
             values. Only for ONNX Runtime's own attention.
     """
@@ -87,8 +89,9 @@ class GraphCache:
         lengths: tuple[torch.Tensor, torch.Tensor] | None = None,
         windows: list[int] | None = None,
         latents: GraphLatents | None = None,
+        scales: list[tuple[torch.Tensor, torch.Tensor]] | None = None,
     ) -> None:
-        self.profile, self.latents = profile, latents
+        self.profile, self.latents, self.scales = profile, latents, scales
         self.keys, self.values = list(past[0::2]), list(past[1::2])
         self.slots, self.lengths = slots, lengths
         self._windows: list[int] = [] if windows is None else windows

@@ -59,6 +59,8 @@ DTYPES = (FLOAT32, FLOAT16)
 FLOAT, INT8, INT4, INT4_OFFSET, STORED = "float", "int8", "int4", "int4-offset", "stored"
 ROUNDED = (INT8, INT4, INT4_OFFSET)  # by the export
 WEIGHTS = (FLOAT, *ROUNDED, STORED)
+CACHES = (FLOAT, INT8)  # how the profile `cpu` holds keys and values
+FIRST_ROUNDED_CACHE = (1, 27)  # ONNX Runtime's, whose attention on the CPU reads and writes codes
 INTEGER = "integer"
 # What `accuracy_level` of ONNX Runtime's products each is.
 PRODUCTS = {INTEGER: 4, FLOAT: 0}

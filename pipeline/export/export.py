@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +41,10 @@ from pipeline.export.passes.lay_out import lay_out
 from pipeline.export.passes.matmul_nbits import FORMATS, quantize_linears
 from pipeline.export.prove import prove
 from pipeline.export.request import ExportRequest
+from pipeline.export.rounded_cache import calibrated_cache
 from pipeline.export.tracing import Traced
 from pipeline.known_hashes import remember_sha256
-from pipeline.model.task import adapter_of, task_of_folder
+from pipeline.model.task import adapter_of, require_decoder, task_of_folder
 from pipeline.progress import note
 from pipeline.provenance import provenance, public_name
 from pipeline.quantize.formats import Format
@@ -81,7 +83,13 @@ def export_folder(
         trust_remote_code=request.trust_remote_code,
     )
     weights, exact = _chosen_weights(request, skeleton)
+    if request.cache != FLOAT:
+        require_decoder(checkpoint)
     proof = prove_model(skeleton.model.config, request)
+    calibrated: dict[str, Any] = {}
+    if request.cache != FLOAT:
+        rounding, calibrated["cache_rounding"] = calibrated_cache(checkpoint, request)
+        request = replace(request, rounding=rounding)
     weight_bytes = sum(p.numel() * p.element_size() for p in skeleton.model.parameters())
     with staged_folder(
         output,
@@ -94,7 +102,7 @@ def export_folder(
             note(f"the cache holds {traced.record['max_length']} tokens at most: {bound}")
         traced.write_files(folder)
         skeleton.model.config.save_pretrained(folder)
-        record |= _describe(traced, request, folder)
+        record |= _describe(traced, request, folder) | calibrated
         record |= {
             "checkpoint": public_name(checkpoint),
             "recipe": read_record(checkpoint, "recipe.json"),
@@ -220,7 +228,7 @@ def _describe(traced: Traced, request: ExportRequest, folder: Path) -> dict[str,
         "schema": SCHEMA,
         "profile": request.profile,
         "opset": request.traits.opset,
-        "runs_in": request.traits.runs_in,
+        "runs_in": request.runs_in,
         "dtype": request.dtype,
         **traced.record,
         "nodes": dict(counts.most_common()),

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from pipeline.checkpoint.modeling_cache import CacheMap, cache_maps, latent_of, rotation_of
 from pipeline.errors import InputError
-from pipeline.export.contract import POSITION_IDS
+from pipeline.export.contract import POSITION_IDS, PROFILES, Profile
 
 
 class GraphLatents:
@@ -93,4 +93,16 @@ def _refuse_rounded(maps: dict[str, CacheMap]) -> None:
             observed=f"{maps[rounded[0]].bits} bits, in {len(rounded)} maps",
             expected="latents in the type of the graph",
             change="compress with --cache-bits float, or run the checkpoint in PyTorch",
+        )
+
+
+def refuse_latents_in(profile: Profile, model: PreTrainedModel) -> None:
+    """Raise InputError where the attention itself writes the cache, and knows no latents."""
+    if profile.contrib and cache_maps(model):
+        raise InputError(
+            "This profile's attention cannot read the latents that the checkpoint caches.",
+            where=model.config.name_or_path,
+            observed=f"--profile {profile.name}",
+            expected=" or ".join(name for name, row in PROFILES.items() if not row.contrib),
+            change="export with another profile",
         )

@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from pipeline.export.contract import FLOAT16, LOGITS, PIXEL_VALUES
 from pipeline.export.prove import Call
 from pipeline.model.load import input_shape
+from pipeline.quantize.cache_rounding import CacheRounding
 
 _BATCHES = (1, 2)
 
@@ -23,7 +24,12 @@ class _ClassifierProver:
     def require(self, config: PreTrainedConfig) -> None:
         """There is one call and no cache: what holds is seen."""
 
-    def calls_of_model(self, model: PreTrainedModel, length: int) -> list[Call]:
+    def rounding_of(self, model: PreTrainedModel, length: int) -> CacheRounding:
+        raise NotImplementedError("an image classifier has no cache")
+
+    def calls_of_model(
+        self, model: PreTrainedModel, length: int, rounding: CacheRounding | None = None
+    ) -> list[Call]:
         calls = []
         for count in _BATCHES:
             pixels = torch.from_numpy(_images(model, count)).to(model.dtype)

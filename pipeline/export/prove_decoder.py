@@ -19,10 +19,14 @@ from pipeline.export.contract import (
     present_name,
 )
 from pipeline.export.prove import Call
-from pipeline.export.rotary import refuse_unknown_rotary
+from pipeline.export.rotary import bounded_length, refuse_unknown_rotary
+from pipeline.export.rounded_cache import RoundedCache, rounding_of
 from pipeline.export.twin import ORIGINAL_CONTEXT, WINDOW, model_class
+from pipeline.quantize.cache_rounding import CacheRounding
 
-_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+_TYPES = {
+    "tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8,
+}  # fmt: skip
 
 
 class _DecoderProver:
@@ -39,10 +43,19 @@ class _DecoderProver:
         refuse_unknown_rotary(config)
         _require_interface(config)
 
-    def calls_of_model(self, model: PreTrainedModel, length: int) -> list[Call]:
+    def rounding_of(self, model: PreTrainedModel, length: int) -> CacheRounding:
+        length, _ = bounded_length(model.config, length)
+        ids = np.concatenate([_ids(model, rows, length) for rows, _ in _ways(length)])
+        return rounding_of(model, torch.from_numpy(ids), length)
+
+    def calls_of_model(
+        self, model: PreTrainedModel, length: int, rounding: CacheRounding | None = None
+    ) -> list[Call]:
         calls = []
         for rows, cuts in _ways(length):
             ids, cache = _ids(model, rows, length), DynamicCache(config=model.config)
+            if rounding is not None:
+                cache = RoundedCache(model.config, rounding)
             for start, end in pairwise(cuts):
                 with torch.no_grad():
                     part = torch.from_numpy(ids[:, start:end])

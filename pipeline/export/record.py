@@ -9,6 +9,7 @@ from typing import Any
 from pipeline.artefact import sha256_of_file
 from pipeline.errors import InputError
 from pipeline.export.contract import (
+    CACHES,
     DTYPES,
     FLOAT,
     GRAPH_FILE,
@@ -47,6 +48,7 @@ class ExportRecord:
             does not; None where there are none.
         exact_weights: whether the export kept the checkpoint's matrices as they are, up to the
             last bits of float16.
+        cache_format: of keys and values: "float", which is `dtype`, or "int8".
         data_bytes: size of `model.onnx.data`; None where an older version did not say.
         data_sha256: its hex digest, likewise.
         task: what the graph does.
@@ -66,6 +68,7 @@ class ExportRecord:
     classes: int = 0
     accuracy_level: int | None = None
     exact_weights: bool = False
+    cache_format: str = FLOAT
     data_bytes: int | None = None
     data_sha256: str | None = None
 
@@ -170,9 +173,13 @@ def _parse_record(fields: dict[str, Any], path: Path) -> ExportRecord:
     weights = json_field(fields, "weights", str, path, default=FLOAT)
     if weights not in WEIGHTS:
         raise wrong_field(path, "weights", weights, " or ".join(WEIGHTS))
+    cache_format = json_field(fields, "cache_format", str, path, default=FLOAT)
+    if cache_format not in CACHES:
+        raise wrong_field(path, "cache_format", cache_format, " or ".join(CACHES))
     return ExportRecord(
         **own,
         weights=weights,
+        cache_format=cache_format,
         accuracy_level=json_field(fields, "accuracy_level", int, path, default=None),
         exact_weights=fields.get("exact_weights") is True,
         task=task,

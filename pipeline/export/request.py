@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pipeline.errors import UsageError
 from pipeline.export.contract import (
+    CACHES,
     CPU,
     DEFAULT_MAX_LENGTH,
     DEFAULT_PROFILE,
     DTYPES,
+    FIRST_ROUNDED_CACHE,
     FLOAT,
     FLOAT32,
     INT8,
@@ -22,6 +24,7 @@ from pipeline.export.contract import (
     Profile,
 )
 from pipeline.progress import note
+from pipeline.quantize.cache_rounding import CacheRounding
 from pipeline.quantize.formats import RUNTIMES, Format
 
 
@@ -40,6 +43,10 @@ class ExportRequest:
         products: of quantised matrices in the profile `cpu`: "integer" rounds inputs to 8 bits
             and is fast, "float" multiplies in float32.
         trust_remote_code: let Python code that comes with the checkpoint run.
+        cache: how keys and values are held: "float", or in the profile `cpu` "int8".
+        calibration: text to find the scales of a rounded cache with, as `pipeline.calibrate.text`
+            reads it; None is text that the model generates.
+        rounding: those scales; `export_folder` finds them.
     """
 
     profile: str = DEFAULT_PROFILE
@@ -48,11 +55,22 @@ class ExportRequest:
     weights: str | None = None
     products: str = INTEGER
     trust_remote_code: bool = False
+    cache: str = FLOAT
+    calibration: str | None = None
+    rounding: CacheRounding | None = None
 
     @property
     def traits(self) -> Profile:
         """What the profile says of the graph."""
         return PROFILES[self.profile]
+
+    @property
+    def runs_in(self) -> str:
+        """The runtimes and their oldest versions, for messages."""
+        traits = self.traits
+        if self.cache != FLOAT:
+            traits = replace(traits, oldest_onnxruntime=FIRST_ROUNDED_CACHE)
+        return traits.runs_in
 
     @property
     def _unquantized_weights(self) -> str:
@@ -118,6 +136,7 @@ class ExportRequest:
             ("--dtype", self.dtype, DTYPES),
             ("--weights", self._unquantized_weights, WEIGHTS),
             ("--products", self.products, PRODUCTS),
+            ("--cache", self.cache, CACHES),
         ):
             if value not in choices:
                 raise UsageError(
@@ -137,7 +156,24 @@ class ExportRequest:
                 observed=f"{self.dtype}, with --profile cpu",
                 change="leave --dtype out",
             )
+        self._check_cache()
         if self.max_length < 2:
             raise UsageError(
                 "The cache is too short.", where="--max-length", observed=self.max_length
+            )
+
+    def _check_cache(self) -> None:
+        if self.cache != FLOAT and self.profile != CPU:
+            raise UsageError(
+                "Only ONNX Runtime's own attention on the CPU reads a cache of 8 bits.",
+                where="--cache",
+                observed=f"{self.cache}, with --profile {self.profile}",
+                change="pass --profile cpu, or leave --cache out",
+            )
+        if self.cache == FLOAT and self.calibration is not None:
+            raise UsageError(
+                "Nothing is calibrated: a cache of floats has no scales.",
+                where="--calibration",
+                observed=self.calibration,
+                change="pass --cache int8, or leave --calibration out",
             )

@@ -11,7 +11,7 @@ import onnx_ir as ir
 import psutil
 import torch
 from torch import nn
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from pipeline.artefact import write_json
 from pipeline.checkpoint.modeling_cache import LatentCache, cache_maps
@@ -23,24 +23,25 @@ from pipeline.export.contract import (
     ATTENTION_MASK,
     FIRST_LOGIT,
     GENAI_FILE,
-    GRAPH_FILE,
     INPUT_IDS,
     LOGITS,
     POSITION_IDS,
     PRESENT,
-    PROFILES,
     TOKEN_INPUTS,
     Profile,
     cache_names,
 )
-from pipeline.export.latents import GraphLatents
+from pipeline.export.genai_config import genai_config
+from pipeline.export.latents import GraphLatents, refuse_latents_in
 from pipeline.export.passes.fuse import fuse_operators
 from pipeline.export.passes.group_query_attention import simplify_attention
 from pipeline.export.passes.last_logits import choose_first_logit
 from pipeline.export.passes.skip_norm import SKIP_NORM, fuse_residual_norms
 from pipeline.export.request import ExportRequest
-from pipeline.export.rotary import constant_angles_length
+from pipeline.export.rotary import bounded_length
 from pipeline.export.tracing import Fusions, Traced, traced_graph
+from pipeline.model.cache_structure import SIDES
+from pipeline.quantize.cache_rounding import CacheRounding
 from pipeline.tokenizer_files import copy_tokenizer
 
 # Sizes to trace with; all different, so that no two dimensions are taken for the same one.
@@ -51,9 +52,20 @@ _NAME, _RIGHT_PADDED = "skipcat.name", "attention_mask_must_be_padded_on_the_rig
 class _DecoderStep(nn.Module):
     """ids, mask, positions and past in; logits and present out."""
 
-    def __init__(self, model: PreTrainedModel, profile: Profile) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        profile: Profile,
+        rounding: CacheRounding | None,
+        widths: list[int],
+    ) -> None:
         super().__init__()
         self.model, self.profile = model, profile
+        self._rounded_layers = len(widths) if rounding is not None else 0
+        for layer, width in enumerate(widths if rounding is not None else ()):
+            assert rounding is not None
+            for side, scales in zip(SIDES, rounding.widened(layer, width), strict=True):
+                self.register_buffer(_scale_name(layer, side), scales)
         self.latents = GraphLatents(model) if cache_maps(model) else None
         self._windows: list[int] = []
 
@@ -95,7 +107,14 @@ class _DecoderStep(nn.Module):
             rows = attention_mask.sum(dim=1).to(torch.int32) - 1
             rows = rows + _zero_or_refused(attention_mask)
             longest = torch.zeros((), dtype=torch.int32) + attention_mask.shape[1]
-            return GraphCache(self.profile, past, input_ids, (rows, longest), self._windows)
+            return GraphCache(
+                self.profile,
+                past,
+                input_ids,
+                (rows, longest),
+                self._windows,
+                scales=self._scales(),
+            )
         if self.profile.static_cache:
             places = torch.arange(attention_mask.shape[1])
             last = (attention_mask * places).amax(dim=(0, 1))
@@ -104,6 +123,19 @@ class _DecoderStep(nn.Module):
             slots = past[0].shape[2] + torch.arange(length)
         slots = slots[None, :] + torch.zeros_like(input_ids)
         return GraphCache(self.profile, past, slots, latents=self.latents)
+
+    def _scales(self) -> list[tuple[torch.Tensor, torch.Tensor]] | None:
+        """Those of a cache of codes, as constants of the graph."""
+        scales = [
+            self.get_buffer(_scale_name(layer, side))
+            for layer in range(self._rounded_layers)
+            for side in SIDES
+        ]
+        return list(zip(scales[::2], scales[1::2], strict=True)) or None
+
+
+def _scale_name(layer: int, side: str) -> str:
+    return f"cache_{layer}_{side}_scales"
 
 
 def _zero_or_refused(attention_mask: torch.Tensor) -> torch.Tensor:
@@ -142,16 +174,17 @@ def trace_decoder(skeleton: Skeleton, request: ExportRequest) -> Traced:
         InputError: the exporter cannot handle the model.
     """
     profile, config = request.traits, skeleton.model.config
-    _refuse_latents_in(profile, skeleton.model)
-    max_length, bound = _bounded_length(config, request.max_length)
+    refuse_latents_in(profile, skeleton.model)
+    max_length, bound = bounded_length(config, request.max_length)
     shapes = _cache_shapes(skeleton.model, profile)
-    graph = _trace(skeleton, profile, shapes, max_length)
+    graph = _trace(skeleton, request, shapes, max_length)
     _name_nodes(graph)
 
     def write_files(folder: Path) -> None:
         copy_tokenizer(skeleton.folder, folder)
         if len(set(shapes)) == 1 and len(set(shapes[0].sides)) == 1:  # all that its file can say
-            write_json(folder / GENAI_FILE, _genai_config(config, profile, shapes, max_length))
+            sizes = shapes[0].key_width, shapes[0].kv_heads, len(shapes)
+            write_json(folder / GENAI_FILE, genai_config(config, profile, *sizes, max_length))
 
     record: dict[str, Any] = {
         "max_length": max_length,
@@ -159,32 +192,9 @@ def trace_decoder(skeleton: Skeleton, request: ExportRequest) -> Traced:
         "vocab_size": int(graph.graph.outputs[0].shape[-1]),
         "num_layers": len(shapes),
         "cache": [shape.to_json() for shape in shapes],
+        "cache_format": request.cache,
     }
     return Traced(graph, record, write_files, _fusions(profile, max_length))
-
-
-def _refuse_latents_in(profile: Profile, model: PreTrainedModel) -> None:
-    """Raise InputError where the attention itself writes the cache, and knows no latents."""
-    if profile.contrib and cache_maps(model):
-        raise InputError(
-            "This profile's attention cannot read the latents that the checkpoint caches.",
-            where=model.config.name_or_path,
-            observed=f"--profile {profile.name}",
-            expected=" or ".join(name for name, row in PROFILES.items() if not row.contrib),
-            change="export with another profile",
-        )
-
-
-def _bounded_length(config: PreTrainedConfig, wanted: int) -> tuple[int, str | None]:
-    """The length of the cache, and what made it shorter than was wanted."""
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None) or wanted
-    constant = constant_angles_length(config) or wanted
-    if constant < min(wanted, limit):
-        reason = "long-rope turns all tokens otherwise beyond the original context of"
-        return constant, f"{reason} {constant}"
-    if limit < wanted:
-        return limit, f"the model was made for {limit} positions, fewer than --max-length {wanted}"
-    return wanted, None
 
 
 def _fusions(profile: Profile, max_length: int) -> Fusions:
@@ -235,14 +245,15 @@ def _not_keys_and_values(cache: object) -> InputError:
 
 
 def _trace(
-    skeleton: Skeleton, profile: Profile, shapes: list[_CacheShape], max_length: int
+    skeleton: Skeleton, request: ExportRequest, shapes: list[_CacheShape], max_length: int
 ) -> ir.Model:
     """The graph; `max_length` is that of a static cache."""
-    model = skeleton.model
+    model, profile, rounding = skeleton.model, request.traits, request.rounding
     _require_memory(shapes, profile, max_length)
     slots = max_length if profile.static_cache else _TRACE_PAST
+    dtype = model.dtype if rounding is None else torch.int8
     past = [
-        torch.zeros(_TRACE_BATCH, heads, slots, width, dtype=model.dtype)
+        torch.zeros(_TRACE_BATCH, heads, slots, width, dtype=dtype)
         for shape in shapes
         for heads, width in shape.sides
     ]
@@ -252,7 +263,7 @@ def _trace(
     positions = torch.arange(_TRACE_PAST, total).expand(_TRACE_BATCH, -1).contiguous()
     return traced_graph(
         skeleton,
-        _DecoderStep(model, profile),
+        _DecoderStep(model, profile, rounding, [shape.key_width for shape in shapes]),
         (ids, mask, positions, past),
         rehearse=True,  # where masks have values, they are looked at; and errors are plain
         opset_version=profile.opset,
@@ -324,62 +335,3 @@ class _CacheShape:
     def to_json(self) -> dict[str, int]:
         """The entry of export.json."""
         return {name: value for name, value in vars(self).items() if value is not None}
-
-
-def _genai_config(
-    config: PreTrainedConfig, profile: Profile, shapes: list[_CacheShape], context_length: int
-) -> dict[str, Any]:
-    """What onnxruntime-genai needs to know beside the graph.
-
-    The type is "decoder", its name for any plain decoder: it refuses model types it has not heard
-    of. A static cache makes past and present share one buffer; so says the flag, for clarity.
-
-    Args:
-        config: of the model.
-        profile: of the graph.
-        shapes: of the caches.
-        context_length: most tokens the graph takes.
-    """
-    text = config.get_text_config()
-    eos = _generation_defaults(config).get("eos_token_id", text.eos_token_id)
-    bos = text.bos_token_id if text.bos_token_id is not None else 0
-    pad = text.pad_token_id
-    first_eos = eos[0] if isinstance(eos, list) else eos
-    past_key, past_value = cache_names("%d")
-    present_key, present_value = cache_names("%d", PRESENT)
-    past = {"past_key_names": past_key, "past_value_names": past_value}
-    present = {"present_key_names": present_key, "present_value_names": present_value}
-    plain = {name: name for name in TOKEN_INPUTS}
-    return {
-        "model": {
-            "type": "decoder",
-            "context_length": context_length,
-            "vocab_size": text.vocab_size,
-            "bos_token_id": bos,
-            "eos_token_id": eos if eos is not None else 0,
-            "pad_token_id": pad if pad is not None else (first_eos or 0),
-            "decoder": {
-                "filename": GRAPH_FILE,
-                "hidden_size": text.hidden_size,
-                "head_size": shapes[0].key_width,
-                "num_attention_heads": text.num_attention_heads,
-                "num_key_value_heads": shapes[0].kv_heads,
-                "num_hidden_layers": len(shapes),
-                "inputs": plain | past,
-                "outputs": {LOGITS: LOGITS} | present,
-                "session_options": {"provider_options": []},
-            },
-        },
-        "search": {
-            "max_length": context_length,
-            "past_present_share_buffer": profile.static_cache,
-        },
-    }
-
-
-def _generation_defaults(config: PreTrainedConfig) -> dict[str, Any]:
-    """generation_config.json beside the checkpoint, if there is one."""
-    folder = Path(config.name_or_path)
-    if not (folder / "generation_config.json").is_file():
-        return {}
-    return GenerationConfig.from_pretrained(folder).to_diff_dict()

@@ -30,8 +30,7 @@ def on_a_terminal(*arguments: str, **environment: str) -> bytes:
     """Everything that a command shows on a terminal of its own."""
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "pipeline.cli.main", *arguments]
-    wide = {"TERM": "xterm", "COLUMNS": "1000"}  # no line is broken, however long the path is
-    settings = {**os.environ, "PYTHONPATH": str(ROOT), **wide, **environment}
+    settings = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm", **environment}
     child = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=settings)
     os.close(theirs)
     shown = b""
@@ -92,8 +91,11 @@ def test_a_folder_may_be_called_like_markup(
     assert "[/nothing]" in shown
 
 
-def test_nothing_that_a_folder_says_reaches_a_terminal_raw(tmp_path: Path) -> None:
-    folder = tmp_path / "a\x1b[31mb"
+def test_nothing_that_a_folder_says_reaches_a_terminal_raw(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = Path("a\x1b[31mb")  # so short that no line is broken inside it
     folder.mkdir()
     (folder / "build.json").write_text(json.dumps({"request": "x\x1b]0;t\x07", "stages": {}}))
     shown = on_a_terminal("inspect", str(folder))

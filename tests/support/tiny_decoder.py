@@ -6,6 +6,7 @@ import fcntl
 import functools
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from benchmarks.models import (
     tiny_llama,
 )
 from pipeline.artefact import sha256_of_file
+from pipeline.export.export import ExportRequest, export_folder
 
 __all__ = [
     "LAYERS",
@@ -28,6 +30,7 @@ __all__ = [
     "export_tiny",
     "save_tiny_folder",
     "shared_export",
+    "shared_rounded_export",
     "tiny_llama",
     "write_record",
 ]
@@ -39,13 +42,37 @@ def shared_export(profile: str) -> Path:
 
     Neither is to be written to.
     """
-    root = Path(os.environ["SKIPCAT_TESTS_SHARED"], profile)
+
+    def make(root: Path) -> None:
+        export_tiny(save_tiny_folder(root / "model"), root / profile, profile)
+
+    return _shared(profile, make)
+
+
+@functools.cache
+def shared_rounded_export() -> Path:
+    """The same in the profile `cpu` with weights of floats and a cache of codes; `text` beside."""
+
+    def make(root: Path) -> None:
+        model, text = save_tiny_folder(root / "model"), root / "text"
+        text.write_text("A cache keeps what was read, and codes keep most of it. " * 40)
+        wanted = ExportRequest(
+            "cpu", max_length=MAX_LENGTH, weights="float", cache="int8", calibration=str(text)
+        )
+        export_folder(model, root / "cpu8", wanted)
+
+    return _shared("cpu8", make)
+
+
+def _shared(name: str, make: Callable[[Path], None]) -> Path:
+    """The export `name` in a folder of all workers, of which one makes it."""
+    root = Path(os.environ["SKIPCAT_TESTS_SHARED"], name)
     root.mkdir(exist_ok=True)
     with (root / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # of several workers one makes it
-        if not (root / profile / "export.json").exists():
-            export_tiny(save_tiny_folder(root / "model"), root / profile, profile)
-    return root / profile
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (root / name / "export.json").exists():
+            make(root)
+    return root / name
 
 
 def write_record(folder: Path, profile: str, **changes: Any) -> None:

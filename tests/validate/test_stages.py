@@ -7,10 +7,18 @@ import pytest
 
 from pipeline.errors import InputError, UsageError
 from tests.support.ledger_stages import ORIGINAL as TINY
-from tests.support.tiny_decoder import MAX_LENGTH, save_tiny_folder, shared_export, write_record
+from tests.support.ledger_stages import run
+from tests.support.tiny_decoder import (
+    MAX_LENGTH,
+    save_tiny_folder,
+    shared_export,
+    shared_rounded_export,
+    write_record,
+)
 from validate.decoder import DECODER, _TextOptions
 from validate.stages import (
     _DENSE_PRODUCT,
+    _SAME_IN_CODES,
     _SAME_IN_FLOAT16,
     _SAME_IN_FLOAT32,
     _SAME_MATRIX,
@@ -47,6 +55,20 @@ def test_without_a_checkpoint_exports_are_held_against_the_original() -> None:
     artefacts = Artefacts("name", onnx=(shared_export("compat"),))
     stages = standard_stages(artefacts, DECODER.openers, TINY.open)
     assert [stage.reference for stage in stages] == [None, ORIGINAL]
+
+
+def test_a_cache_of_codes_has_a_stage_of_its_own_which_the_export_equals() -> None:
+    folder = shared_rounded_export()
+    artefacts = Artefacts(str(folder.parent / "model"), onnx=(folder,))
+    _, rounded, export = standard_stages(artefacts, DECODER.openers, TINY.open)
+    assert (rounded.name, rounded.reference) == ("cache int8, cpu8", ORIGINAL)
+    assert (export.reference, export.tolerance) == (rounded.name, _SAME_IN_CODES)
+    ledger = run(TINY, rounded, export)
+    # Codes cost a random model more than a trained one; the export has the very same codes.
+    assert ledger.rows[2].verdict.status == "pass"
+    compared = [row.to_reference for row in ledger.rows[1:] if row.to_reference is not None]
+    kl = [row.metrics.kl_mean for row in compared]
+    assert kl[1] < kl[0] / 4
 
 
 def test_a_limit_on_kl_holds_for_every_stage_but_the_original(tmp_path: Path) -> None:

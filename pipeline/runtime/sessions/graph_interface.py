@@ -17,6 +17,7 @@ from pipeline.export.contract import (
     FLOAT32,
     GRAPH_FILE,
     INPUT_IDS,
+    INT8,
     LOGITS,
     PIXEL_VALUES,
     POSITION_IDS,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     import onnxruntime
 
 _ORT_TYPES = {FLOAT32: "tensor(float)", FLOAT16: "tensor(float16)"}
+_CODES = {INT8: "tensor(int8)"}  # of a cache
 _IDS = "tensor(int64)"
 # No model has as many positions; a record that says so would only ask for memory.
 _LONGEST = 1 << 24
@@ -72,9 +74,10 @@ def require_decoder_graph(
     for name in inputs.keys() - set(past):
         _require_tensor(inputs[name], _IDS, [None] if name == FIRST_LOGIT else [None] * 2, folder)
     length = record.max_length if record.traits.fixed_length else None
+    held = _CODES.get(record.cache_format, kind)
     for name in past:
-        _require_cache(inputs[name], kind, length, folder)
-        _require_tensor(outputs[present_name(name)], kind, _widths(inputs[name].shape), folder)
+        _require_cache(inputs[name], held, length, folder)
+        _require_tensor(outputs[present_name(name)], held, _widths(inputs[name].shape), folder)
     _require_tensor(outputs[LOGITS], kind, [None, None, record.vocab_size], folder)
     return {name: (inputs[name].shape[1], inputs[name].shape[3]) for name in past}
 

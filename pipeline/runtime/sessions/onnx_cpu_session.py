@@ -41,6 +41,7 @@ _PREFILL_TOKENS = 128
 # What one more token in a call of a few costs, as a share of a call of one: 0.14 to 0.29 for 4 and
 # 8 bits on two cores with AVX2 (benchmarks/cpu/lookup.py).
 _ROW_COST = 0.25
+_CACHE_TYPES = {FLOAT: np.float32, INT8: np.int8}
 # From which token of a call on the graph computes logits.
 _ALL, _LAST = np.array([0], np.int64), np.array([-1], np.int64)
 
@@ -74,7 +75,9 @@ class CpuSession(CheckedSession):
         graph: Graph | None = None,
     ) -> None:
         record = read_export_record(folder)
-        self.name = name or f"onnxruntime cpu {record.weights}"
+        rounded = f", cache {record.cache_format}" if record.cache_format != FLOAT else ""
+        self.name = name or f"onnxruntime cpu {record.weights}{rounded}"
+        self._cache_type = np.dtype(_CACHE_TYPES[record.cache_format])
         self.vocab_size = record.vocab_size
         self.max_length = record.max_length
         self._folder, self._graph = folder, graph or Graph.open(folder, record, threads)
@@ -274,7 +277,7 @@ class CpuSession(CheckedSession):
         self._bindings: dict[tuple[int, int], Any] = {}
         self._buffers = {}
         for name, (heads, width) in self._widths.items():
-            self._buffers[name] = np.zeros((slots, heads, self.max_length, width), np.float32)
+            self._buffers[name] = np.zeros((slots, heads, self.max_length, width), self._cache_type)
 
     def _grow(self, slots: int) -> None:
         """More rows, the present ones kept."""

@@ -22,6 +22,8 @@ from pipeline.errors import InputError, MissingPackageError, ResourceError, firs
 from pipeline.export.contract import (
     ATTENTION_MASK,
     COMPAT,
+    FIRST_ROUNDED_CACHE,
+    FLOAT,
     GRAPH_FILE,
     INPUT_IDS,
     LOGITS,
@@ -229,7 +231,7 @@ class Graph(NamedTuple):
             import onnxruntime
         except ImportError as error:
             raise MissingPackageError("onnxruntime", "cpu", "run an ONNX export") from error
-        _require_runtime_version(onnxruntime.__version__, record.profile)
+        _require_runtime_version(onnxruntime.__version__, record)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # what fails is raised, and told once
         # Products behind DequantizeLinear would otherwise have inputs rounded to 8 bits, unasked.
@@ -325,11 +327,18 @@ def _borrows_files(version: str) -> bool:
     return (major, minor) >= _FIRST_RUNTIME_THAT_BORROWS_FILES
 
 
-def _require_runtime_version(version: str, profile: str) -> None:
-    """Raise InputError when this ONNX Runtime lacks the operators of `profile`."""
+def _require_runtime_version(version: str, record: ExportRecord) -> None:
+    """Raise InputError when this ONNX Runtime lacks the operators of an export."""
     major, minor = (int(part) for part in version.split(".")[:2])
+    if record.cache_format != FLOAT and (major, minor) < FIRST_ROUNDED_CACHE:
+        raise InputError(
+            "This ONNX Runtime's attention has no cache of few bits on the CPU.",
+            observed=f"onnxruntime {version}",
+            expected=f"onnxruntime {dotted(FIRST_ROUNDED_CACHE)} or newer",
+            change="pip install -U onnxruntime, or export without --cache",
+        )
     oldest = PROFILES[OPSET24].oldest_onnxruntime
-    if profile == OPSET24 and (major, minor) < oldest:
+    if record.profile == OPSET24 and (major, minor) < oldest:
         raise InputError(
             f"This ONNX Runtime has no TensorScatter, which the profile '{OPSET24}' needs.",
             observed=f"onnxruntime {version}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,6 +24,7 @@ class TorchSession(CheckedSession):
         name: what the ledger calls this backend.
         max_length: most tokens of prompt and answer; None takes the model's own limit.
         latent: keep the latents of a model whose cache is smaller; False keeps what they stand for.
+        cache: makes an empty cache; None makes the model's own.
     """
 
     def __init__(
@@ -31,9 +33,10 @@ class TorchSession(CheckedSession):
         name: str = "torch",
         max_length: int | None = None,
         latent: bool = True,
+        cache: Callable[[], DynamicCache] | None = None,
     ) -> None:
         self.name = name
-        self._latent = latent and bool(cache_maps(model))
+        self._latent, self._make_cache = latent and bool(cache_maps(model)), cache
         self.model = model.eval()
         text_config = model.config.get_text_config()
         self.vocab_size: int = text_config.vocab_size
@@ -42,9 +45,12 @@ class TorchSession(CheckedSession):
 
     def reset(self) -> None:
         super().reset()
-        self._cache = (
-            LatentCache(self.model) if self._latent else DynamicCache(config=self.model.config)
-        )
+        if self._make_cache is not None:
+            self._cache = self._make_cache()
+        elif self._latent:
+            self._cache = LatentCache(self.model)
+        else:
+            self._cache = DynamicCache(config=self.model.config)
 
     def rewind(self, length: int) -> None:
         if length == 0:
@@ -57,7 +63,7 @@ class TorchSession(CheckedSession):
                 self.reset()
 
     def sibling(self) -> TorchSession:
-        return TorchSession(self.model, self.name, self.max_length, self._latent)
+        return TorchSession(self.model, self.name, self.max_length, self._latent, self._make_cache)
 
     def forward(self, input_ids: np.ndarray, last_only: bool = False) -> np.ndarray:
         rows, _ = self._check_call(input_ids)

@@ -244,12 +244,22 @@ def test_what_the_profile_cannot_store_is_refused(request_: ExportRequest, flag:
         request_.check()
 
 
-@pytest.mark.parametrize("weights", [pytest.param("float", marks=pytest.mark.slow), "int8"])
-def test_onnxruntime_genai_runs_the_folder_as_it_is(tmp_path: Path, weights: str) -> None:
+@pytest.mark.parametrize(
+    ("weights", "cache"),
+    [
+        pytest.param("float", "float", marks=pytest.mark.slow),
+        ("int8", "float"),
+        ("float", "int8"),
+    ],
+)
+def test_onnxruntime_genai_runs_the_folder_as_it_is(
+    tmp_path: Path, weights: str, cache: str
+) -> None:
     genai = pytest.importorskip("onnxruntime_genai")
     source = save_family(tmp_path / "llama", "llama", head_dim=16)
     folder = tmp_path / "onnx"
-    export_folder(source, folder, ExportRequest("cpu", max_length=MAX_LENGTH, weights=weights))
+    wanted = ExportRequest("cpu", max_length=MAX_LENGTH, weights=weights, cache=cache)
+    export_folder(source, folder, wanted)
     settings = json.loads((folder / "genai_config.json").read_text())
     settings["model"]["eos_token_id"] = 271  # its generator ends there; ours goes on
     (folder / "genai_config.json").write_text(json.dumps(settings))

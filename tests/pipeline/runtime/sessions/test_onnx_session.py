@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from pipeline.errors import InputError
+from pipeline.export.record import ExportRecord
 from pipeline.runtime.sessions.onnx_session import OnnxSession, _require_runtime_version
 from pipeline.runtime.sessions.torch_session import TorchSession
 from tests.support.tiny_decoder import MAX_LENGTH, VOCAB_SIZE, tiny_llama, write_record
@@ -117,7 +118,15 @@ def test_a_record_that_contradicts_the_graph_is_refused(
 
 
 def test_an_old_runtime_is_refused_for_opset24_only() -> None:
-    _require_runtime_version("1.24.4", "compat")
-    _require_runtime_version("1.25.0", "opset24")
+    _require_runtime_version("1.24.4", ExportRecord("compat", "float32", ""))
+    _require_runtime_version("1.25.0", ExportRecord("opset24", "float32", ""))
     with pytest.raises(InputError, match=r"1\.25"):
-        _require_runtime_version("1.24.4", "opset24")
+        _require_runtime_version("1.24.4", ExportRecord("opset24", "float32", ""))
+
+
+def test_an_old_runtime_is_refused_for_a_cache_of_codes() -> None:
+    record = ExportRecord("cpu", "float32", "", cache_format="int8")
+    _require_runtime_version("1.27.0", record)
+    with pytest.raises(InputError, match="cache of few bits") as caught:
+        _require_runtime_version("1.26.0", record)
+    assert caught.value.details["expected"] == "onnxruntime 1.27 or newer"

@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import (
+    DynamicCache,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    PreTrainedModel,
+)
+
+from pipeline.calibrate.cache_ranges import _turned_pairs, cache_ranges
+from pipeline.errors import InputError
+from tests.support.families import tiny_model
+
+IDS = torch.randint(0, 250, (2, 24), generator=torch.Generator().manual_seed(0))
+
+
+def keys_at(model: PreTrainedModel, first: int) -> list[torch.Tensor]:
+    cache = DynamicCache()
+    positions = torch.arange(first, first + IDS.shape[1])[None]
+    with torch.no_grad():
+        model(input_ids=IDS, position_ids=positions, past_key_values=cache)
+    return [layer.keys.abs().amax((0, 2)) for layer in cache.layers]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text"])
+def test_no_position_takes_a_key_beyond_its_range(family: str) -> None:
+    model = tiny_model(family)
+    ranges = cache_ranges(model, IDS, 200)
+    exceeds = []
+    for first in (0, 1, 50, 176):
+        for (reach, _), keys in zip(ranges, keys_at(model, first), strict=True):
+            assert bool((keys <= reach * 1.0001).all())
+            exceeds.append(bool((keys > 0.9 * reach).any()))
+    assert any(exceeds)  # nor are they wide
+
+
+def test_the_two_halves_of_a_head_are_turned_together() -> None:
+    for partner in _turned_pairs(tiny_model("llama", head_dim=16), 100):
+        assert partner.tolist() == [[*range(8, 16), *range(8)]] * 2
+
+
+def test_channels_that_are_not_turned_stand_alone() -> None:
+    torch.manual_seed(0)
+    rotary = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25}
+    model = GPTNeoXForCausalLM(GPTNeoXConfig(300, 64, 1, 2, 64, rope_parameters=rotary)).eval()
+    for partner in _turned_pairs(model, 100)[0].tolist():
+        assert partner == [4, 5, 6, 7, 0, 1, 2, 3, *range(8, 32)]
+
+
+def test_positions_that_are_learned_are_refused() -> None:
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(300, 64, 32, 2, 2)).eval()
+    with pytest.raises(InputError, match="how far this model's keys reach"):
+        cache_ranges(model, IDS, 60)
