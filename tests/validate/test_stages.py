@@ -64,9 +64,7 @@ def test_a_cache_of_codes_has_a_stage_of_its_own_which_the_export_equals() -> No
     assert (rounded.name, rounded.reference) == ("cache int8, cpu8", ORIGINAL)
     assert (export.reference, export.tolerance) == (rounded.name, _SAME_IN_CODES)
     ledger = run(TINY, rounded, export)
-    assert [row.verdict.status for row in ledger.rows] == ["pass"] * 3 or [
-        row.verdict.reasons for row in ledger.rows
-    ] == [[]] * 3
+    assert [row.verdict.reasons for row in ledger.rows] == [[]] * 3
     kl = [row.to_reference.metrics.kl_mean for row in ledger.rows[1:]]
     assert kl[1] < kl[0] / 4
 
