@@ -135,7 +135,8 @@ def prove(config: PreTrainedConfig, request: ExportRequest, write: _Write) -> di
     if find_spec("onnxruntime") is None:
         note("the graph is not proven: onnxruntime is not installed")
         return {"missing": "onnxruntime is not installed"}
-    wanted = replace(request, max_length=min(request.max_length, prover.longest), weights=FLOAT)
+    length = min(request.max_length, prover.longest)
+    wanted = replace(request, max_length=length, weights=FLOAT, calibration=None)
     smallest, whole = _keys(config, wanted)
     proof = _proven.get(smallest) or _proven.get(whole)
     if proof is None:

@@ -46,13 +46,24 @@ def test_the_two_halves_of_a_head_are_turned_together() -> None:
 def test_channels_that_are_not_turned_stand_alone() -> None:
     torch.manual_seed(0)
     rotary = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25}
-    model = GPTNeoXForCausalLM(GPTNeoXConfig(300, 64, 1, 2, 64, rope_parameters=rotary)).eval()
+    model = GPTNeoXForCausalLM(
+        GPTNeoXConfig(
+            vocab_size=300,
+            hidden_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=64,
+            rope_parameters=rotary,
+        )
+    ).eval()
     for partner in _turned_pairs(model, 100)[0].tolist():
         assert partner == [4, 5, 6, 7, 0, 1, 2, 3, *range(8, 32)]
 
 
 def test_positions_that_are_learned_are_refused() -> None:
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(300, 64, 32, 2, 2)).eval()
+    model = GPT2LMHeadModel(
+        GPT2Config(vocab_size=300, n_positions=64, n_embd=32, n_layer=2, n_head=2)
+    ).eval()
     with pytest.raises(InputError, match="how far this model's keys reach"):
         cache_ranges(model, IDS, 60)

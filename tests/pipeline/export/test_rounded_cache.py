@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.cli.main import main
 from pipeline.errors import InputError, UsageError
 from pipeline.export.export import _write_graph, export_folder, prove_model
 from pipeline.export.prove import prove
@@ -46,6 +47,14 @@ def test_the_record_says_how_the_scales_were_found_and_has_their_hash() -> None:
     assert record["cache_rounding"]["kl"] < 0.05
     assert "ONNX Runtime >= 1.27" in record["runs_in"]
     assert 0 < record["proof"]["relative_error"] <= record["proof"]["tolerance"]
+
+
+def test_inspect_shows_the_cache(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(shared_rounded_export()), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["cache_format"] == "int8"
+    assert facts["KV cache, bytes a token"] == "128"  # 2 layers, 2 heads of 16, 2 sides
+    assert "kl" in facts["cache_rounding"]
 
 
 def test_a_graph_that_rounds_otherwise_is_not_proven() -> None:
