@@ -126,6 +126,7 @@ def test_choices_of_the_command_are_those_of_the_contract() -> None:
         "dtype": list(contract.DTYPES),
         "weights": list(contract.WEIGHTS),
         "products": list(contract.PRODUCTS),
+        "cache": list(contract.CACHES),
     }
     for profile in PROFILES:
         ExportRequest(profile).check()
