@@ -186,19 +186,24 @@ def _row_costs(found: _Json) -> list[str]:
     return [f"{min(costs):.2f} to {max(costs):.2f}"]
 
 
-def _rounded_cache(found: _Json) -> list[str]:
-    """A cache of codes beside one of floats."""
-    quality, decode = found["quality"], found["decode"]
-    perplexities = quality["perplexity"]
-    row = [
-        f"{perplexities['float']:.3f} → {perplexities['int8']:.3f}",
-        f"{100 * (quality['ratio'] - 1):+.2f}%",
-        f"{quality['kl']:.4f}",
-        f"{quality['kl_last_quarter']:.4f}",
-        *(f"{decode[context]['faster']:.2f} x" for context in ("128", "4096")),
-    ]
-    headings = ("perplexity", "", "KL", "last quarter", "after 128", "after 4,096")
-    return table(headings, [row])
+def _rounded_cache(integer: _Json, exact: _Json) -> list[str]:
+    """A cache of codes beside one of floats, with both kinds of products."""
+    rows = []
+    for label, found in (("integer", integer), ("float", exact)):
+        quality, decode = found["quality"], found["decode"]
+        perplexities = quality["perplexity"]
+        rows.append(
+            [
+                label,
+                f"{perplexities['float']:.3f} → {perplexities['int8']:.3f}",
+                f"{100 * (quality['ratio'] - 1):+.2f}%",
+                f"{quality['kl']:.4f}",
+                f"{quality['kl_last_quarter']:.4f}",
+                *(f"{decode[context]['faster']:.2f} x" for context in ("128", "4096")),
+            ]
+        )
+    headings = ("`--products`", "perplexity", "", "KL", "last quarter", "after 128", "after 4,096")
+    return table(headings, rows)
 
 
 def _cpu_memory(found: _Json) -> list[str]:
@@ -314,7 +319,7 @@ SPEED_FIGURES = {
     "lookup": Figure(("lookup",), _lookup),
     "lookup/same-answers": Figure(("lookup",), _lookup_answers),
     "lookup/row-costs": Figure(("lookup",), _row_costs),
-    "rounded-cache": Figure(("rounded_cache",), _rounded_cache),
+    "rounded-cache": Figure(("rounded_cache", "rounded_cache_float"), _rounded_cache),
     "cpu-memory": Figure(("cpu_memory",), _cpu_memory),
     "default-model": Figure(("bench_default",), _default_model),
     "default-model/bandwidth": Figure(("bench_default",), _bandwidth),
