@@ -19,7 +19,7 @@ from pipeline.progress import track
 _PROBES, _SEED = 64, 0
 _WINDOWS_AT_ONCE = 2
 # Of squares: what changes less is not turned, and two that make up for one another better are.
-_UNTURNED, _PAIRED = 1e-4, 1e-2
+_UNTURNED, _PAIRED = 1e-3, 1e-2
 Sides = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -124,17 +124,16 @@ def _partners(changes: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor | None
     """Which channels' squares make up for one another, of [N, kv heads, width]; None if unclear."""
     changes, sizes = changes.double().transpose(0, 1), sizes.double().transpose(0, 1)
     norms = changes.square().sum(1)  # [kv heads, width]
-    turned = norms > _UNTURNED**2 * sizes.square().sum(1)
+    changed = norms > _UNTURNED**2 * sizes.square().sum(1)
     both = norms[:, :, None] + norms[:, None, :]
     apart = both + 2 * changes.transpose(1, 2) @ changes
-    apart = torch.where(turned[:, None, :], apart / both.clamp_min(1e-300), torch.inf)
+    apart = torch.where(both > 0, apart / both.clamp_min(1e-300), torch.inf)
     apart.diagonal(dim1=1, dim2=2).fill_(torch.inf)
     nearest, partner = apart.min(dim=-1)
     own = torch.arange(partner.shape[1]).expand_as(partner)
-    mutual = partner.gather(1, partner) == own
-    if not bool((~turned | (mutual & (nearest < _PAIRED))).all()):
-        return None
-    return torch.where(turned, partner, own)
+    # Of a very slow pair the smaller number changes by more of itself, and the other hardly.
+    paired = (partner.gather(1, partner) == own) & (nearest < _PAIRED)
+    return None if bool((changed & ~paired).any()) else torch.where(paired, partner, own)
 
 
 def _require_finite(model: PreTrainedModel, ranges: list[Sides]) -> None:

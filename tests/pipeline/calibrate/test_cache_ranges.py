@@ -60,6 +60,16 @@ def test_channels_that_are_not_turned_stand_alone() -> None:
         assert partner == [4, 5, 6, 7, 0, 1, 2, 3, *range(8, 32)]
 
 
+@pytest.mark.parametrize("theta", [1e4, 1e7, 1e10])
+def test_however_slow_a_pair_is_its_model_is_not_refused(theta: float) -> None:
+    rotary = {"rope_type": "default", "rope_theta": theta}
+    partners = _turned_pairs(tiny_model("llama", head_dim=32, rope_parameters=rotary), 64)
+    halves = torch.tensor([*range(16, 32), *range(16)])
+    for partner in partners:  # what the length does not turn may stand alone
+        assert bool(((partner == halves) | (partner == torch.arange(32))).all())
+        assert partner[:, :4].tolist() == [[16, 17, 18, 19]] * 2
+
+
 def test_positions_that_are_learned_are_refused() -> None:
     torch.manual_seed(0)
     model = GPT2LMHeadModel(
