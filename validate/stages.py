@@ -284,7 +284,9 @@ def standard_stages(
         record = export_record_if_readable(folder)
         if record is not None and record.cache_format != FLOAT:
             equal = f"cache {record.cache_format}, {label}"
-            opener = functools.partial(_open_rounded, artefacts, openers, folder, equal)
+            opener = functools.partial(
+                _open_rounded, artefacts, openers, folder, equal, trust_remote_code
+            )
             stages.append(Stage(equal, opener, reference, _ROUNDED_CACHE))
         opener = functools.partial(openers.onnx, folder, name)
         stages.append(Stage(name, opener, equal, _onnx_tolerance(record)))
@@ -298,9 +300,7 @@ def standard_stages(
     return [Stage(ORIGINAL, open_original), *limited]
 
 
-def _open_checkpoint(
-    folder: Path, openers: Openers, form: str, trust_remote_code: bool = False
-) -> Any:
+def _open_checkpoint(folder: Path, openers: Openers, form: str, trust_remote_code: bool) -> Any:
     """The compressed model in PyTorch, multiplied out or factored, in float32."""
     import torch
 
@@ -318,7 +318,9 @@ def _open_checkpoint(
     return openers.full_cache(model, form)
 
 
-def _open_rounded(artefacts: Artefacts, openers: Openers, folder: Path, name: str) -> Any:
+def _open_rounded(
+    artefacts: Artefacts, openers: Openers, folder: Path, name: str, trust_remote_code: bool
+) -> Any:
     """What an export was made from, in float32, with its cache rounded as the export rounds it."""
     import torch
 
@@ -326,10 +328,11 @@ def _open_rounded(artefacts: Artefacts, openers: Openers, folder: Path, name: st
     from pipeline.model.load import load_model
 
     assert openers.rounded_cache is not None, "only decoders have a cache"
+    how: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": trust_remote_code}
     if artefacts.checkpoint is not None:
-        model = load_checkpoint(artefacts.checkpoint, dtype=torch.float32)
+        model = load_checkpoint(artefacts.checkpoint, **how)
     else:
-        model = load_model(artefacts.original, dtype=torch.float32).model
+        model = load_model(artefacts.original, **how).model
     return openers.rounded_cache(model, folder, name)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from pipeline.errors import InputError
 from pipeline.model.load import load_model
 from tests.support.families import save_family
 from validate.decoder import DECODER
-from validate.stages import Artefacts, standard_stages
+from validate.stages import Artefacts, _open_rounded, standard_stages
 
 TOKENS = torch.arange(20)[None]
 CONFIG = """
@@ -104,3 +105,13 @@ def test_the_ledger_opens_it_where_it_is_trusted_and_only_there(folders: Path) -
             else:
                 with pytest.raises(InputError, match="--trust-remote-code"):
                     stage.open()
+
+
+def test_so_does_the_stage_of_a_rounded_cache(folders: Path) -> None:
+    openers = replace(DECODER.openers, rounded_cache=lambda model, folder, name: model)
+    model = str(folders / "model")
+    for artefacts in (Artefacts(model, folders / "small"), Artefacts(model)):
+        opened = _open_rounded(artefacts, openers, folders, "rounded", True)
+        assert type(opened).__name__ == "OwnForCausalLM"
+        with pytest.raises(InputError, match="--trust-remote-code"):
+            _open_rounded(artefacts, openers, folders, "rounded", False)
