@@ -1,10 +1,12 @@
-"""Most memory that a process has had at once."""
+"""Most memory that a process has had at once, and whether there is as much as will be needed."""
 
 from __future__ import annotations
 
 import resource
 import sys
 from pathlib import Path
+
+from pipeline.errors import ResourceError
 
 
 def peak_bytes(process_id: int | None = None) -> int:
@@ -32,3 +34,31 @@ def peak_bytes(process_id: int | None = None) -> int:
 def peak_of_usage(usage: resource.struct_rusage) -> int:
     """The kernel's count of a process that may be gone, in bytes."""
     return usage.ru_maxrss if sys.platform == "darwin" else usage.ru_maxrss * 1024
+
+
+def require_free_memory(
+    needed_bytes: int, what: str, *, where: object = None, of: str = "", change: str
+) -> None:
+    """Refuse what memory cannot hold: the kernel promises more, and kills who uses it.
+
+    Args:
+        needed_bytes: of the CPU's memory.
+        what: to say where there are too few.
+        where: file, folder or flag.
+        of: said before their number.
+        change: what the user can do about it.
+
+    Raises:
+        ResourceError: more than is free.
+    """
+    import psutil
+
+    free_bytes = psutil.virtual_memory().available
+    if needed_bytes > free_bytes:
+        raise ResourceError(
+            what,
+            where=where,
+            observed=f"{of}{needed_bytes / 1e9:.1f} GB",
+            expected=f"at most {free_bytes / 1e9:.1f} GB, which are free",
+            change=change,
+        )

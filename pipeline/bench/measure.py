@@ -16,6 +16,7 @@ from pipeline.child_process import ChildEndedError, JsonChild
 from pipeline.errors import InputError, PipelineError, ResourceError, UsageError
 from pipeline.gpu import find_gpus, read_jetpack
 from pipeline.machine import cpu_flags, usable_cores
+from pipeline.memory import require_free_memory
 from pipeline.progress import note, track
 from pipeline.provenance import provenance
 
@@ -256,18 +257,13 @@ def _require_cuda() -> None:
 
 def _require_memory(targets: Sequence[BenchTarget], context: int, others_bytes: int) -> None:
     """Raise ResourceError when the models do not fit into the CPU's free memory together."""
-    import psutil
-
-    needed = others_bytes
-    for target in targets:
-        needed += target.held_bytes() + target.traffic.cache_bytes(context)
-    free = psutil.virtual_memory().available
-    if needed > free:
-        raise ResourceError(
-            "Not enough memory for these models side by side.",
-            observed=f"needs {needed / _GIGABYTE:.1f} GB, {free / _GIGABYTE:.1f} GB are free",
-            change="measure fewer at once, or --predict, which makes no weights",
-        )
+    held = (t.held_bytes() + t.traffic.cache_bytes(context) for t in targets)
+    require_free_memory(
+        others_bytes + sum(held),
+        "Not enough memory for these models side by side.",
+        of="needs ",
+        change="measure fewer at once, or --predict, which makes no weights",
+    )
 
 
 class _Child(JsonChild):

@@ -11,14 +11,14 @@ from typing import Any
 from zipfile import ZipFile
 
 import numpy as np
-import psutil
 import torch
 from PIL import Image
 from safetensors.numpy import load_file
 from transformers import PreTrainedModel
 from transformers.image_processing_base import ImageProcessingMixin
 
-from pipeline.errors import InputError, ResourceError, first_line
+from pipeline.errors import InputError, first_line
+from pipeline.memory import require_free_memory
 from pipeline.model.load import Shape, input_shape
 from pipeline.model.loading import explaining
 from pipeline.provenance import public_name
@@ -192,17 +192,15 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
 
 def _require_room(path: Path) -> None:
     """Raise ResourceError where a .npz unpacks to more than fits into the memory."""
-    free_bytes = psutil.virtual_memory().available
     with ZipFile(path) as archive:
         unpacked_bytes = sum(entry.file_size for entry in archive.infolist())
-    if unpacked_bytes > free_bytes:
-        raise ResourceError(
-            "The images do not fit into memory.",
-            where=path,
-            observed=f"{unpacked_bytes / 1e9:.1f} GB unpacked",
-            expected=f"at most {free_bytes / 1e9:.1f} GB",
-            change="give fewer images, or an .npy, which stays on the disk",
-        )
+    require_free_memory(
+        unpacked_bytes,
+        "The images do not fit into memory.",
+        where=path,
+        of="unpacked, ",
+        change="give fewer images, or an .npy, which stays on the disk",
+    )
 
 
 def _channels_last(images: np.ndarray, channels: int, path: Path) -> np.ndarray:

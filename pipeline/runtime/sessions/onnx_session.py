@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from pipeline.errors import InputError, MissingPackageError, ResourceError, first_line
+from pipeline.errors import InputError, MissingPackageError, first_line
 from pipeline.export.contract import (
     ATTENTION_MASK,
     COMPAT,
@@ -35,6 +35,7 @@ from pipeline.export.contract import (
     present_name,
 )
 from pipeline.export.record import ExportRecord, read_export_record, require_weights
+from pipeline.memory import require_free_memory
 from pipeline.runtime.sessions.checks import CheckedSession
 from pipeline.runtime.sessions.graph_interface import (
     LONGEST_REASON,
@@ -156,27 +157,17 @@ class OnnxSession(CheckedSession):
         ):
             dtype = np.dtype(self.record.dtype)
             needed_bytes = dtype.itemsize * sum(map(math.prod, shapes.values()))
-            _require_memory(needed_bytes, self._folder)
+            require_free_memory(
+                needed_bytes,  # all of it is read at every step
+                "There is not enough memory for the cache of this export.",
+                where=self._folder,
+                change="export with a shorter --max-length",
+            )
             self._buffers = {name: np.zeros(shape, dtype) for name, shape in shapes.items()}
         else:
             for buffer in self._buffers.values():
                 buffer.fill(0)
         self._cache = {name: share_buffer(buffer) for name, buffer in self._buffers.items()}
-
-
-def _require_memory(needed_bytes: int, folder: Path) -> None:
-    """Raise ResourceError for a cache, read to its end at every step, that memory cannot hold."""
-    import psutil
-
-    free_bytes = psutil.virtual_memory().available
-    if needed_bytes > free_bytes:
-        raise ResourceError(
-            "There is not enough memory for the cache of this export.",
-            where=folder,
-            observed=f"{free_bytes / 1e9:.1f} GB free",
-            expected=f"{needed_bytes / 1e9:.1f} GB",
-            change="export with a shorter --max-length",
-        )
 
 
 def token_feeds(input_ids: np.ndarray, past_length: int) -> dict[str, np.ndarray]:
