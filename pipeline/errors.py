@@ -126,17 +126,18 @@ def shortage_of(error: BaseException | None, where: object | None = None) -> Res
     while error is not None:
         if isinstance(error, ResourceError):
             return error
+        said = first_line(error) if str(error).strip() else None
         if _tells(error, _FULL_DISK_NUMBERS, _FULL_DISK_WORDS):
             return ResourceError(
                 "No space left on the disk, or for a file of this size.",
                 where=where or getattr(error, "filename", None),
-                observed=first_line(error) if str(error).strip() else None,
+                observed=said,
                 change="free some space or raise the limit, or write to another disk",
             )
         if isinstance(error, MemoryError) or _tells(error, (errno.ENOMEM,), _FULL_MEMORY_WORDS):
             return ResourceError(
                 "Out of memory.",
-                observed=first_line(error) if str(error).strip() else None,
+                observed=said,
                 change="use a smaller model, fewer tokens or a smaller --max-length",
             )
         error = error.__cause__

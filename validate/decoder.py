@@ -301,11 +301,11 @@ def _open_full_cache(model: Any, name: str) -> Session:
 
 
 def _open_rounded_cache(model: Any, folder: Path, name: str) -> Session:
-    from pipeline.export.rounded_cache import RoundedCache, read_rounding
+    from pipeline.export.rounded_cache import empty_cache, read_rounding
     from pipeline.runtime.sessions.torch_session import TorchSession
 
     rounding = read_rounding(folder)
-    return TorchSession(model, name, cache=lambda: RoundedCache(model.config, rounding))
+    return TorchSession(model, name, cache=lambda: empty_cache(model.config, rounding))
 
 
 def _open_onnx(folder: Path, name: str) -> Session:

@@ -14,13 +14,13 @@ from transformers import DynamicCache, PreTrainedModel
 
 from pipeline.errors import InputError
 from pipeline.progress import track
+from pipeline.quantize.cache_rounding import Sides
 
 # Single tokens that are read at two positions to see what turns.
 _PROBES, _SEED = 64, 0
 _WINDOWS_AT_ONCE = 2
 # Of squares: what changes less is not turned, and two that make up for one another better are.
 _UNTURNED, _PAIRED = 1e-3, 1e-2
-Sides = tuple[torch.Tensor, torch.Tensor]
 
 
 class _Noting(DynamicCache):

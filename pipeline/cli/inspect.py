@@ -88,13 +88,14 @@ def _onnx_facts(record: dict[str, Any], folder: Path) -> dict[str, Any]:
         "task", "profile", "opset", "runs_in", "dtype", PIXEL_VALUES, "classes",
         "max_length", "max_length_bound", "num_layers", "block_skip_nodes",
         "permutations", "fused", "graph_bytes", "data_bytes", "onnx_sha256", "checkpoint",
+        "cache_format", "cache_rounding",
     )  # fmt: skip
     facts = {name: record[name] for name in names if name in record}
-    return facts | _cached_facts(record)
+    return facts | _graph_cache_facts(record)
 
 
-def _cached_facts(record: dict[str, Any]) -> dict[str, Any]:
-    """How keys and values are held, and what a token of them takes; nothing of old records."""
+def _graph_cache_facts(record: dict[str, Any]) -> dict[str, Any]:
+    """What a token of keys and values takes; nothing of old records."""
     held = record.get("cache_format")
     if held is None:
         return {}
@@ -104,8 +105,7 @@ def _cached_facts(record: dict[str, Any]) -> dict[str, Any]:
         + shape.get("value_heads", shape["kv_heads"]) * shape["value_width"]
         for shape in record["cache"]
     )
-    found = {"cache_format": held, "KV cache, bytes a token": f"{numbers * number_bytes:,}"}
-    return found | {n: record[n] for n in ("cache_rounding",) if n in record}
+    return {"KV cache, bytes a token": f"{numbers * number_bytes:,}"}
 
 
 def _record_facts(record: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -35,7 +35,6 @@ from pipeline.model.fingerprint import model_hashes
 from pipeline.model.numbers import require_fitting
 from pipeline.model.origins import remember_origin
 from pipeline.model.task import adapter_of, task_of_model
-from pipeline.model.weight_files import weight_files
 from pipeline.progress import note
 from pipeline.provenance import provenance, public_name
 
@@ -180,9 +179,9 @@ def _write(
         source=opened.source.folder(),
         caches=None if cache is None else cache.entries(),
     )
-    report["totals"]["stored_bytes"] = sum(f.stat().st_size for f in weight_files(folder))
-    report["tables"] = plan.embeddings
-    report["weights"] = weights_record(folder)
+    weights = weights_record(folder)
+    report["totals"]["stored_bytes"] = sum(file["bytes"] for file in weights.values())
+    report |= {"tables": plan.embeddings, "weights": weights}
     if cache is not None:
         report["cache"] = {
             "dense_bytes": cache.dense_bytes,

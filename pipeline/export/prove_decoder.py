@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from pipeline.errors import InputError
 from pipeline.export.contract import (
@@ -20,7 +20,7 @@ from pipeline.export.contract import (
 )
 from pipeline.export.prove import Call
 from pipeline.export.rotary import bounded_length, refuse_unknown_rotary
-from pipeline.export.rounded_cache import RoundedCache, rounding_of
+from pipeline.export.rounded_cache import empty_cache, rounding_of
 from pipeline.export.twin import ORIGINAL_CONTEXT, WINDOW, model_class
 from pipeline.quantize.cache_rounding import CacheRounding
 
@@ -53,9 +53,7 @@ class _DecoderProver:
     ) -> list[Call]:
         calls = []
         for rows, cuts in _ways(length):
-            ids, cache = _ids(model, rows, length), DynamicCache(config=model.config)
-            if rounding is not None:
-                cache = RoundedCache(model.config, rounding)
+            ids, cache = _ids(model, rows, length), empty_cache(model.config, rounding)
             for start, end in pairwise(cuts):
                 with torch.no_grad():
                     part = torch.from_numpy(ids[:, start:end])

@@ -7,7 +7,7 @@ from typing import Any
 
 import onnx
 import torch
-from transformers import AutoTokenizer, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from pipeline.calibrate.cache_ranges import cache_ranges
 from pipeline.calibrate.text import TokenBatch, load_tokens
@@ -19,7 +19,7 @@ from pipeline.export.onnx_folder import load_graph
 from pipeline.export.request import ExportRequest
 from pipeline.export.rotary import bounded_length
 from pipeline.model.loading import explaining
-from pipeline.model.tokenizer_file import follow_file
+from pipeline.model.tokenizer_file import following_tokenizer
 from pipeline.progress import track
 from pipeline.quantize.cache_rounding import CacheRounding, Sides
 
@@ -33,7 +33,12 @@ _PAST_KEY, _SCALES = 3, (12, 13)
 _STEP = 4  # of the tokens of a window whose logits are kept
 
 
-class RoundedCache(DynamicCache):
+def empty_cache(config: PreTrainedConfig, rounding: CacheRounding | None) -> DynamicCache:
+    """The cache of a decoder, rounded so, or as it is."""
+    return DynamicCache(config=config) if rounding is None else _RoundedCache(config, rounding)
+
+
+class _RoundedCache(DynamicCache):
     """A cache that rounds whatever it is given, so that no call sees more than is kept."""
 
     def __init__(self, config: PreTrainedConfig, rounding: CacheRounding) -> None:
@@ -114,10 +119,7 @@ def _numbers(tensor: onnx.TensorProto, folder: Path, heads: int) -> torch.Tensor
 
 def _text(folder: Path, model: PreTrainedModel, request: ExportRequest, length: int) -> TokenBatch:
     with explaining("The checkpoint's tokenizer could not be loaded.", folder):
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=request.trust_remote_code
-        )
-        follow_file(tokenizer, folder)
+        tokenizer = following_tokenizer(folder, folder, trust_remote_code=request.trust_remote_code)
     source = request.calibration or _SELF
     return load_tokens(source, tokenizer, model, count=_WINDOWS, length=length, seed=_SEED)
 
@@ -150,6 +152,6 @@ def _log_chances(
     model: PreTrainedModel, window: torch.Tensor, rounding: CacheRounding | None
 ) -> torch.Tensor:
     """Log-probabilities [L, V] of a window's tokens, of every step'th of them."""
-    cache = RoundedCache(model.config, rounding) if rounding else DynamicCache(config=model.config)
+    cache = empty_cache(model.config, rounding)
     logits = model(input_ids=window[None], past_key_values=cache, use_cache=True).logits[0]
     return logits[::_STEP].float().log_softmax(-1)

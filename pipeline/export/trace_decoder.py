@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
-import psutil
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -16,7 +15,7 @@ from transformers import PreTrainedModel
 from pipeline.artefact import write_json
 from pipeline.checkpoint.modeling_cache import LatentCache, cache_maps
 from pipeline.checkpoint.skeleton import Skeleton
-from pipeline.errors import InputError, ResourceError
+from pipeline.errors import InputError
 from pipeline.export.attention import active
 from pipeline.export.cache import GraphCache, padded_width
 from pipeline.export.contract import (
@@ -40,8 +39,9 @@ from pipeline.export.passes.skip_norm import SKIP_NORM, fuse_residual_norms
 from pipeline.export.request import ExportRequest
 from pipeline.export.rotary import bounded_length
 from pipeline.export.tracing import Fusions, Traced, traced_graph
+from pipeline.memory import require_free_memory
 from pipeline.model.cache_structure import SIDES
-from pipeline.quantize.cache_rounding import CacheRounding
+from pipeline.quantize.cache_rounding import Sides
 from pipeline.tokenizer_files import copy_tokenizer
 
 # Sizes to trace with; all different, so that no two dimensions are taken for the same one.
@@ -52,20 +52,12 @@ _NAME, _RIGHT_PADDED = "skipcat.name", "attention_mask_must_be_padded_on_the_rig
 class _DecoderStep(nn.Module):
     """ids, mask, positions and past in; logits and present out."""
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        profile: Profile,
-        rounding: CacheRounding | None,
-        widths: list[int],
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, profile: Profile, scales: list[Sides]) -> None:
         super().__init__()
-        self.model, self.profile = model, profile
-        self._rounded_layers = len(widths) if rounding is not None else 0
-        for layer, width in enumerate(widths if rounding is not None else ()):
-            assert rounding is not None
-            for side, scales in zip(SIDES, rounding.widened(layer, width), strict=True):
-                self.register_buffer(_scale_name(layer, side), scales)
+        self.model, self.profile, self._rounded_layers = model, profile, len(scales)
+        for layer, sides in enumerate(scales):
+            for side, values in zip(SIDES, sides, strict=True):
+                self.register_buffer(_scale_name(layer, side), values)
         self.latents = GraphLatents(model) if cache_maps(model) else None
         self._windows: list[int] = []
 
@@ -124,14 +116,13 @@ class _DecoderStep(nn.Module):
         slots = slots[None, :] + torch.zeros_like(input_ids)
         return GraphCache(self.profile, past, slots, latents=self.latents)
 
-    def _scales(self) -> list[tuple[torch.Tensor, torch.Tensor]] | None:
+    def _scales(self) -> list[Sides] | None:
         """Those of a cache of codes, as constants of the graph."""
-        scales = [
-            self.get_buffer(_scale_name(layer, side))
-            for layer in range(self._rounded_layers)
+        keys, values = (
+            [self.get_buffer(_scale_name(layer, side)) for layer in range(self._rounded_layers)]
             for side in SIDES
-        ]
-        return list(zip(scales[::2], scales[1::2], strict=True)) or None
+        )
+        return list(zip(keys, values, strict=True)) or None
 
 
 def _scale_name(layer: int, side: str) -> str:
@@ -249,6 +240,8 @@ def _trace(
 ) -> ir.Model:
     """The graph; `max_length` is that of a static cache."""
     model, profile, rounding = skeleton.model, request.traits, request.rounding
+    widths = enumerate(shape.key_width for shape in shapes)
+    scales = [] if rounding is None else [rounding.widened(layer, width) for layer, width in widths]
     _require_memory(shapes, profile, max_length)
     slots = max_length if profile.static_cache else _TRACE_PAST
     dtype = model.dtype if rounding is None else torch.int8
@@ -263,7 +256,7 @@ def _trace(
     positions = torch.arange(_TRACE_PAST, total).expand(_TRACE_BATCH, -1).contiguous()
     return traced_graph(
         skeleton,
-        _DecoderStep(model, profile, rounding, [shape.key_width for shape in shapes]),
+        _DecoderStep(model, profile, scales),
         (ids, mask, positions, past),
         rehearse=True,  # where masks have values, they are looked at; and errors are plain
         opset_version=profile.opset,
@@ -274,24 +267,18 @@ def _trace(
 
 
 def _require_memory(shapes: list[_CacheShape], profile: Profile, max_length: int) -> None:
-    """Raise ResourceError for a cache to trace with, or tables of angles, that memory cannot hold.
-
-    It is looked at before: the kernel promises more than there is, and kills who takes it.
-    """
+    """Refuse a cache to trace with, or tables of angles, that memory cannot hold."""
     numbers = 2 * max(shape.key_width for shape in shapes)
     if profile.static_cache:
         widths = (heads * width for shape in shapes for heads, width in shape.sides)
         numbers += _TRACE_BATCH * sum(widths)
-    needed_bytes = 4 * numbers * max_length
-    free_bytes = psutil.virtual_memory().available
-    if needed_bytes > free_bytes:
-        raise ResourceError(
-            "A cache of this length does not fit into memory.",
-            where="--max-length",
-            observed=f"{max_length} tokens, about {needed_bytes / 1e9:.1f} GB",
-            expected=f"{free_bytes / 1e9:.1f} GB at most",
-            change="pass a smaller --max-length",
-        )
+    require_free_memory(
+        4 * numbers * max_length,
+        "A cache of this length does not fit into memory.",
+        where="--max-length",
+        of=f"{max_length} tokens, about ",
+        change="pass a smaller --max-length",
+    )
 
 
 def _dynamic_shapes(profile: Profile, caches: int) -> dict[str, object]:

@@ -16,7 +16,6 @@ from transformers import (
     AutoImageProcessor,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
-    AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -38,7 +37,7 @@ from pipeline.model.numbers import require_finite_model
 from pipeline.model.source import Source, resolve_source
 from pipeline.model.structure import refuse_other_architectures
 from pipeline.model.task import TASKS, TEXT, refuse_other_tasks, task_of_config
-from pipeline.model.tokenizer_file import follow_file
+from pipeline.model.tokenizer_file import following_tokenizer
 from pipeline.progress import note
 
 
@@ -144,8 +143,7 @@ def preview_model(name: str, *, trust_remote_code: bool = False) -> _Preview:
         refuse_other_architectures(model, source.name)
         if source.gguf_file:
             read_gguf(Path(source.location) / source.gguf_file, config, model)
-        tokenizer = AutoTokenizer.from_pretrained(source.location, **keywords)
-        follow_file(tokenizer, source.folder())
+        tokenizer = following_tokenizer(source.location, source.folder(), **keywords)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return _Preview(config, tokenizer, source, parameters)
 

@@ -3,24 +3,39 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _PARTS = ("normalizer", "pre_tokenizer", "decoder")
 
 
-def follow_file(tokenizer: Any, folder: Path | None) -> None:
-    """Give a tokenizer of transformers back what its class put in the place of the file's own.
+def following_tokenizer(
+    location: Path | str, folder: Path | None, **keywords: Any
+) -> PreTrainedTokenizerBase:
+    """Load a tokenizer of transformers that splits text as its tokenizer.json does.
 
     Some classes build their own way of splitting text, such as every digit apart, though the file
     has another. What answers prompts reads the file alone, and so must what measures a model.
 
     Args:
-        tokenizer: changed in place; one without a tokenizers backend is left alone.
-        folder: may hold tokenizer.json.
+        location: as transformers takes it.
+        folder: may hold tokenizer.json; None where there is no folder.
+        keywords: of `AutoTokenizer.from_pretrained`.
 
     Raises:
-        Exception: the file is broken, as the tokenizers library says it.
+        Exception: it does not load, as transformers or the tokenizers library say it.
     """
+    from transformers import AutoTokenizer
+
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(location, **keywords)
+    _follow_file(tokenizer, folder)
+    return tokenizer
+
+
+def _follow_file(tokenizer: Any, folder: Path | None) -> None:
+    """Give a tokenizer back the file's parts; one without a tokenizers backend is left alone."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or folder is None or not (folder / "tokenizer.json").is_file():
         return

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from pipeline.calibrate.text import require_text
 from pipeline.checkpoint.folder import DTYPES, read_record, require_checkpoint
@@ -18,7 +18,7 @@ from pipeline.json_file import json_field, read_json_object
 from pipeline.model.load import refuse_long_windows
 from pipeline.model.loading import explaining
 from pipeline.model.task import require_decoder
-from pipeline.model.tokenizer_file import follow_file
+from pipeline.model.tokenizer_file import following_tokenizer
 from pipeline.recover.adapters import require_peft
 
 _WARMUP_FRACTION = 0.1
@@ -222,8 +222,7 @@ class Recoverable:
         code = request.trust_remote_code
         with explaining("The checkpoint's config or tokenizer could not be loaded.", folder):
             config = AutoConfig.from_pretrained(folder, trust_remote_code=code)
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=code)
-            follow_file(tokenizer, folder)
+            tokenizer = following_tokenizer(folder, folder, trust_remote_code=code)
         refuse_long_windows("--window-length", request.window_length, config)
         require_text(
             request.text, tokenizer, count=request.window_count, length=request.window_length

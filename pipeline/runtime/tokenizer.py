@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from pipeline.errors import InputError, is_panic
 from pipeline.json_file import json_field, read_json_object, restated
 from pipeline.model.task import require_decoder
-from pipeline.model.tokenizer_file import follow_file
+from pipeline.model.tokenizer_file import following_tokenizer
 from pipeline.runtime.chat_template import (
     Message,
     chat_template,
@@ -169,19 +169,15 @@ def load_whole_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     Raises:
         InputError: there are none, or they do not load.
     """
-    from transformers import AutoTokenizer
-
     _settings(folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(folder), local_files_only=True, trust_remote_code=False
+        return following_tokenizer(
+            str(folder), folder, local_files_only=True, trust_remote_code=False
         )
-        follow_file(tokenizer, folder)
     except Exception as error:  # transformers raises whatever a file brings about in it
         raise _not_loading(folder, error) from error
     except BaseException as error:
         raise (_not_loading(folder, error) if is_panic(error) else error) from error
-    return tokenizer
 
 
 def _settings(folder: Path) -> dict[str, Any]:

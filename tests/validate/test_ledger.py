@@ -270,9 +270,11 @@ def test_reports_appear_together_and_do_not_replace_without_leave(
     ]
 
 
-@pytest.mark.parametrize("way", ["is there", "is being written"])
+@pytest.mark.parametrize(
+    ("way", "says"), [("is there", "exists already"), ("is being written", "Another run")]
+)
 def test_where_the_reports_could_not_be_written_nothing_is_measured(
-    way: str, tmp_path: Path
+    way: str, says: str, tmp_path: Path
 ) -> None:
     output = tmp_path / "ledger"
     with contextlib.ExitStack() as stack:
@@ -281,7 +283,7 @@ def test_where_the_reports_could_not_be_written_nothing_is_measured(
             (output / "mine.txt").write_text("mine")
         else:
             stack.enter_context(FolderLock(partial_path(output)))
-        with pytest.raises(UsageError):
+        with pytest.raises(UsageError, match=says):
             reported(lambda: pytest.fail("a stage was run"), output)
 
 

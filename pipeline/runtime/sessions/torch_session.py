@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -36,7 +37,10 @@ class TorchSession(CheckedSession):
         cache: Callable[[], DynamicCache] | None = None,
     ) -> None:
         self.name = name
-        self._latent, self._make_cache = latent and bool(cache_maps(model)), cache
+        own = partial(DynamicCache, config=model.config)
+        if latent and cache_maps(model):
+            own = partial(LatentCache, model)
+        self._make_cache: Callable[[], DynamicCache] = cache or own
         self.model = model.eval()
         text_config = model.config.get_text_config()
         self.vocab_size: int = text_config.vocab_size
@@ -45,12 +49,7 @@ class TorchSession(CheckedSession):
 
     def reset(self) -> None:
         super().reset()
-        if self._make_cache is not None:
-            self._cache = self._make_cache()
-        elif self._latent:
-            self._cache = LatentCache(self.model)
-        else:
-            self._cache = DynamicCache(config=self.model.config)
+        self._cache = self._make_cache()
 
     def rewind(self, length: int) -> None:
         if length == 0:
@@ -63,7 +62,7 @@ class TorchSession(CheckedSession):
                 self.reset()
 
     def sibling(self) -> TorchSession:
-        return TorchSession(self.model, self.name, self.max_length, self._latent, self._make_cache)
+        return TorchSession(self.model, self.name, self.max_length, cache=self._make_cache)
 
     def forward(self, input_ids: np.ndarray, last_only: bool = False) -> np.ndarray:
         rows, _ = self._check_call(input_ids)

@@ -6,12 +6,14 @@ import json
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from pipeline.artefact import sha256_of_file
 from pipeline.checkpoint.folder import load_checkpoint
 from pipeline.checkpoint.skeleton import Skeleton
 from pipeline.compress.request import CompressRequest
@@ -209,3 +211,28 @@ def test_a_class_that_looks_at_the_weights_of_its_layers_loads(tmp_path: Path) -
     stored = load_file(tmp_path / "small" / "model.safetensors")
     state = model.state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in stored.items())
+
+
+def test_other_weights_than_the_record_names_are_refused_and_older_records_name_none(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    output = copy_of(checkpoint, tmp_path / "copy")
+    weights, record = output / "model.safetensors", output / "report.json"
+    assert json.loads(record.read_text())["weights"] == {
+        weights.name: {
+            "bytes": weights.stat().st_size,
+            "sha256": sha256_of_file(checkpoint / weights.name),
+        }
+    }
+    load_checkpoint(output)
+    tensors = load_file(weights)
+    changed = {"model.norm.weight": tensors["model.norm.weight"] * 1.5}
+    save_file(tensors | changed, weights, {"format": "pt"})
+    for load_folder in (load_checkpoint, partial(Skeleton.load, dtype=torch.float32)):
+        with pytest.raises(InputError, match="not those that the checkpoint's record") as caught:
+            load_folder(output)
+        assert sha256_of_file(weights) in caught.value.details["observed"]
+    written = json.loads(record.read_text())
+    del written["weights"]
+    record.write_text(json.dumps(written))
+    load_checkpoint(output)

@@ -19,6 +19,7 @@ from pipeline.export.export import export_folder
 from pipeline.export.request import ExportRequest
 from pipeline.runtime.sessions.onnx_session import OnnxSession
 from tests.support.families import FAMILIES, save_family
+from tests.support.model_families import in_pieces
 
 MAX_LENGTH = 48
 # An export takes seconds. Of the oldest opset the fast run sees one plain family and the one that
@@ -62,13 +63,6 @@ def expected_logits(checkpoint: Path, ids: np.ndarray = IDS) -> np.ndarray:
     with torch.no_grad():
         model = load_checkpoint(checkpoint, dtype=torch.float32)
         return model(torch.from_numpy(ids)).logits.numpy()
-
-
-def in_pieces(session: OnnxSession, ids: np.ndarray, cuts: list[int]) -> np.ndarray:
-    """Logits of all tokens, fed in pieces that end at `cuts`."""
-    session.reset()
-    pieces = np.split(ids, cuts, axis=1)
-    return np.concatenate([session.forward(piece) for piece in pieces], axis=1)
 
 
 def test_a_searched_plan_that_shares_some_and_keeps_some_dense_equals_torch(

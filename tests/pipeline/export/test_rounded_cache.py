@@ -16,7 +16,7 @@ from pipeline.errors import InputError, UsageError
 from pipeline.export.export import _write_graph, export_folder, prove_model
 from pipeline.export.prove import prove
 from pipeline.export.request import ExportRequest
-from pipeline.export.rounded_cache import RoundedCache, read_rounding, rounding_of
+from pipeline.export.rounded_cache import empty_cache, read_rounding, rounding_of
 from pipeline.quantize.cache_rounding import CacheRounding
 from pipeline.runtime.sessions.onnx_cpu_session import CpuSession
 from pipeline.runtime.sessions.torch_session import TorchSession
@@ -29,7 +29,7 @@ IDS = np.random.default_rng(0).integers(0, 250, size=(1, 90))
 def test_the_node_computes_what_pytorch_does_with_the_same_rounding() -> None:
     folder, model = shared_rounded_export(), tiny_llama()
     rounding = read_rounding(folder)
-    rounded = TorchSession(model, cache=lambda: RoundedCache(model.config, rounding))
+    rounded = TorchSession(model, cache=lambda: empty_cache(model.config, rounding))
     expected, plain = rounded.forward(IDS), TorchSession(model).forward(IDS)
     session = CpuSession(folder, threads=1)
     actual = [session.forward(IDS[:, start:end]) for start, end in ((0, 60), (60, 61), (61, 90))]
