@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
 import importlib.metadata
 import platform
 import re
@@ -18,6 +20,7 @@ _LIBRARIES = (
     "numpy",
     "scipy",
     "onnx",
+    "onnx-ir",
     "onnxscript",
     "onnxruntime",
     "onnxruntime-gpu",
@@ -31,7 +34,7 @@ _LIBRARIES = (
 _NAME = r"[^\s/'\"<>|]+"
 
 
-def _library_versions() -> dict[str, str]:
+def library_versions() -> dict[str, str]:
     """Installed versions of the libraries that decide the numbers, by distribution name."""
     versions = {}
     for name in _LIBRARIES:
@@ -40,6 +43,17 @@ def _library_versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return versions
+
+
+@functools.cache
+def sources_sha256() -> str:
+    """Hex SHA-256 of this package's Python files and their names, as they lie on the disk."""
+    root = Path(__file__).resolve().parent
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(root)} {len(content)}\n".encode() + content)
+    return digest.hexdigest()
 
 
 def _git_commit() -> str | None:
@@ -100,5 +114,5 @@ def provenance() -> dict[str, object]:
         "commit": _git_commit(),
         "python": platform.python_version(),
         "machine": platform.machine(),
-        "libraries": _library_versions(),
+        "libraries": library_versions(),
     }

@@ -34,7 +34,9 @@ def pytest_configure(config: pytest.Config) -> None:
         if "torch" in sys.modules:  # by a conftest of a folder that was named on the command line
             sys.modules["torch"].set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     if not hasattr(config, "workerinput"):  # the workers are given the environment of this one
-        os.environ[SHARED_FOLDER] = tempfile.mkdtemp(prefix="skipcat-tests-")
+        shared = os.environ[SHARED_FOLDER] = tempfile.mkdtemp(prefix="skipcat-tests-")
+        # Proofs and hashes are made once for all workers, and the user's own are left alone.
+        os.environ["SKIPCAT_CACHE"] = os.path.join(shared, "cache")
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -7,7 +7,9 @@ part, there is nothing to export.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import platform
 import tempfile
 import time
 from collections.abc import Callable
@@ -28,7 +30,9 @@ from pipeline.export.request import ExportRequest
 from pipeline.export.twin import make_twin, twin_facts
 from pipeline.model.task import adapter_of, task_of_config
 from pipeline.progress import note
+from pipeline.provenance import library_versions, sources_sha256
 from pipeline.quantize.cache_rounding import CacheRounding
+from pipeline.remembered import Remembered
 
 # Of float32: both sides round every sum, some tens of them one after the other, in other orders.
 # What was ever right was right to 3e-6; what was ever wrong was wrong by 0.01 and more.
@@ -112,7 +116,7 @@ class Proof:
 
 _Write = Callable[[Skeleton, ExportRequest, Path], dict[str, Any]]
 # A twin is the same for many models, and several exports of a build are of one.
-_proven: dict[str, Proof] = {}
+_PROOFS, _PROVEN_AT = Remembered("proofs.json"), "proven_at"
 
 
 def prove(config: PreTrainedConfig, request: ExportRequest, write: _Write) -> dict[str, Any]:
@@ -136,19 +140,27 @@ def prove(config: PreTrainedConfig, request: ExportRequest, write: _Write) -> di
         note("the graph is not proven: onnxruntime is not installed")
         return {"missing": "onnxruntime is not installed"}
     length = min(request.max_length, prover.longest)
-    wanted = replace(request, max_length=length, weights=FLOAT, calibration=None)
+    wanted = ExportRequest(request.profile, request.dtype, length, FLOAT, cache=request.cache)
     smallest, whole = _keys(config, wanted)
-    proof = _proven.get(smallest) or _proven.get(whole)
-    if proof is None:
-        proof, is_smallest = _prove(config, wanted, write, prover)
-        _proven[smallest if is_smallest else whole] = proof
-    return asdict(proof)
+    known = _PROOFS.get(smallest) or _PROOFS.get(whole)
+    if isinstance(known, dict) and known.keys() == {*Proof.__annotations__, _PROVEN_AT}:
+        return known
+    proof, is_smallest = _prove(config, wanted, write, prover)
+    record = {**asdict(proof), _PROVEN_AT: time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+    _PROOFS.set(smallest if is_smallest else whole, record)
+    return record
 
 
 def _keys(config: PreTrainedConfig, request: ExportRequest) -> tuple[str, str]:
-    """By which a proof is found again: alike for models of the same smallest twin, and of this."""
+    """By which a proof is found again: alike for models of the same smallest twin, and of this.
+
+    The code that traced, wrote and ran the graph is part of what was proven.
+    """
+    tools = [sources_sha256(), library_versions(), platform.machine()]
     smallest, whole = (
-        json.dumps([*facts, asdict(request)], default=str, sort_keys=True)
+        hashlib.sha256(
+            json.dumps([*facts, asdict(request), tools], default=str, sort_keys=True).encode()
+        ).hexdigest()
         for facts in twin_facts(config)
     )
     return smallest, whole

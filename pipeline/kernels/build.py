@@ -12,8 +12,8 @@ from pathlib import Path
 from filelock import FileLock
 
 from pipeline.errors import InputError
-from pipeline.known_hashes import cache_folder
 from pipeline.progress import note
+from pipeline.remembered import cache_folder
 from trt_plugins.toolchain import local_nvcc, nvcc_text, require_capability, run_nvcc
 
 SOURCE_FOLDER = Path(__file__).parents[2] / "trt_plugins" / "block_skip"

@@ -36,13 +36,30 @@ def config_of(kind: str, **changes: Any) -> PreTrainedConfig:
     return AutoConfig.for_model(kind, **{**fields, **changes})
 
 
-def test_a_proof_goes_past_the_window_and_a_second_export_has_it_at_once() -> None:
+def test_a_proof_goes_past_the_window_and_any_later_export_has_it_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SKIPCAT_CACHE", str(tmp_path))
     config = config_of("mistral", num_key_value_heads=2, sliding_window=64)
     first = prove_model(config, ExportRequest(max_length=512))
     assert first["relative_error"] < 1e-5 < first["tolerance"] <= 1e-4
     assert first["tokens"] > 16 + 8
     config.name_or_path = "elsewhere"
-    assert prove_model(config, ExportRequest(max_length=256)) == first
+
+    def anew(*arguments: object) -> dict[str, Any]:
+        raise AssertionError("it is proven anew")
+
+    wanted = ExportRequest(max_length=256, products="float")
+    assert prove(config, wanted, anew) == first
+    monkeypatch.setattr("pipeline.export.prove.sources_sha256", lambda: "of other code")
+    with pytest.raises(AssertionError, match="anew"):
+        prove(config, wanted, anew)
+    monkeypatch.undo()
+    monkeypatch.setenv("SKIPCAT_CACHE", str(tmp_path))
+    known = json.loads((tmp_path / "proofs.json").read_text())
+    (tmp_path / "proofs.json").write_text(json.dumps({key: {"twin": 1} for key in known}))
+    with pytest.raises(AssertionError, match="anew"):
+        prove(config, wanted, anew)
 
 
 @pytest.mark.parametrize("kind", ["gptj", "falcon", "bloom", "xglm", "gpt_neo"])
