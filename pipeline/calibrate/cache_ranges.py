@@ -2,11 +2,14 @@
 
 Keys are turned by their positions before they are cached, two channels at a time, so what a channel
 reached in a text says little about the positions that the text did not have: a slow pair passes its
-largest number once in thousands of tokens. The radius of a pair stays, wherever it is turned to.
+largest number once in thousands of tokens. The radius of a pair stays, wherever it is turned to,
+and how far a slow pair comes within the positions there are follows from its angle.
 """
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +24,23 @@ _PROBES, _SEED = 64, 0
 _WINDOWS_AT_ONCE = 2
 # Of squares: what changes less is not turned, and two that make up for one another better are.
 _UNTURNED, _PAIRED = 1e-3, 1e-2
+# Of a slow pair: turned by less than so many radians, and looked at in so many places between.
+_SLOW, _STEPS = math.pi / 2, 9
+
+
+@dataclass(frozen=True)
+class _Turning:
+    """How positions turn the keys of a layer.
+
+    Attributes:
+        partner: int64 [kv heads, width], with which channel each is turned; itself where none is.
+        angle: radians a position, of slow pairs.
+        is_slow: pairs that all the positions there are turn by less than a quarter.
+    """
+
+    partner: torch.Tensor
+    angle: torch.Tensor
+    is_slow: torch.Tensor
 
 
 class _Noting(DynamicCache):
@@ -54,12 +74,12 @@ def cache_ranges(model: PreTrainedModel, tokens: torch.Tensor, length: int) -> l
         InputError: keys that change with their position otherwise than by turning pairs; numbers
             that are not finite.
     """
-    partners = _turned_pairs(model, length)
+    turnings = _turned_pairs(model, length)
     most: list[Sides] = []
     for batch in track(list(tokens.split(_WINDOWS_AT_ONCE)), "what is cached"):
         found = [
-            (_reach(_radii(keys, partner)), _reach(values))
-            for (keys, values), partner in zip(_cached(model, batch), partners, strict=True)
+            (_reach_of_keys(keys, turning, length), _reach(values))
+            for (keys, values), turning in zip(_cached(model, batch), turnings, strict=True)
         ]
         most = most or found
         most = [
@@ -75,11 +95,21 @@ def _reach(states: torch.Tensor) -> torch.Tensor:
     return states.float().abs().amax(dim=(0, 2))
 
 
-def _radii(keys: torch.Tensor, partner: torch.Tensor) -> torch.Tensor:
-    """[B, kv heads, S, width]: of each channel with the one it is turned with, if there is one."""
-    others = keys.gather(-1, partner[None, :, None].expand_as(keys))
-    alone = (partner == torch.arange(keys.shape[-1]))[None, :, None]
-    return torch.where(alone, keys.abs(), torch.hypot(keys, others))
+def _reach_of_keys(keys: torch.Tensor, turning: _Turning, length: int) -> torch.Tensor:
+    """Likewise of keys that were read from position 0 on, had they stood at any below `length`."""
+    keys, own = keys.float(), torch.arange(keys.shape[-1])
+    places = (torch.minimum(own, turning.partner), torch.maximum(own, turning.partner))
+    first, second = (keys.gather(-1, place[None, :, None].expand_as(keys)) for place in places)
+    alone, is_second = turning.partner == own, (own > turning.partner)[:, None, :]
+    most = _reach(keys)
+    positions = torch.arange(keys.shape[2])[:, None]
+    for share in torch.linspace(0, 1, _STEPS):
+        by = (share * (length - 1) - positions) * turning.angle[:, None, :]
+        turned = torch.where(
+            is_second, first * by.sin() + second * by.cos(), first * by.cos() - second * by.sin()
+        )
+        most = torch.maximum(most, _reach(turned))
+    return torch.where(turning.is_slow | alone, most, _reach(torch.hypot(first, second)))
 
 
 def _cached(model: PreTrainedModel, tokens: torch.Tensor, **keywords: Any) -> list[Sides]:
@@ -90,8 +120,8 @@ def _cached(model: PreTrainedModel, tokens: torch.Tensor, **keywords: Any) -> li
 
 
 @torch.no_grad()
-def _turned_pairs(model: PreTrainedModel, length: int) -> list[torch.Tensor]:
-    """Of each layer int64 [kv heads, width]: with which channel a key's is turned; itself if none.
+def _turned_pairs(model: PreTrainedModel, length: int) -> list[_Turning]:
+    """How the keys of each layer are turned.
 
     Tokens that stand alone attend to themselves, so between two positions nothing but the turning
     of their keys can change. Two channels that are turned together keep the sum of their squares.
@@ -107,7 +137,7 @@ def _turned_pairs(model: PreTrainedModel, length: int) -> list[torch.Tensor]:
         # The fast pairs are turned by one position, the slow ones by many.
         for position in (0, 1, length - 1)
     )
-    partners = []
+    turnings = []
     for layer, (keys, values) in enumerate(first):
         changes = [found[layer][0].float() ** 2 - keys.float() ** 2 for found in others]
         if any(not torch.allclose(found[layer][1], values, 1e-3, 1e-5) for found in others):
@@ -116,8 +146,24 @@ def _turned_pairs(model: PreTrainedModel, length: int) -> list[torch.Tensor]:
         partner = _partners(torch.cat(changes)[:, :, 0], sizes[:, :, 0])
         if partner is None:
             raise _unknown(model, f"keys of layer {layer} that are not turned by pairs of channels")
-        partners.append(partner)
-    return partners
+        at_once, at_last = (
+            _angles(keys[:, :, 0], found[layer][0][:, :, 0], partner) for found in others
+        )
+        is_slow = at_once.abs() * (length - 1) < _SLOW
+        angle = torch.where(is_slow, at_last / max(1, length - 1), 0.0)
+        turnings.append(_Turning(partner, angle, is_slow))
+    return turnings
+
+
+def _angles(before: torch.Tensor, after: torch.Tensor, partner: torch.Tensor) -> torch.Tensor:
+    """By how much pairs are turned, radians [kv heads, width], of keys [N, kv heads, width]."""
+    own = torch.arange(partner.shape[1])
+    places = (torch.minimum(own, partner), torch.maximum(own, partner))
+    first, second = (
+        torch.complex(*(keys.double().gather(-1, place.expand_as(keys)) for place in places))
+        for keys in (before, after)
+    )
+    return (second * first.conj()).sum(0).angle().float()
 
 
 def _partners(changes: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor | None:
