@@ -19,6 +19,11 @@ from pipeline.gpu import find_gpus
 
 # Names the folder of what is made once for all tests (tests/support/tiny_decoder.py).
 SHARED_FOLDER = "SKIPCAT_TESTS_SHARED"
+# Below tests/, what takes longest: begun first, so that no worker ends long after the others.
+_FIRST = (
+    "pipeline/export", "pipeline/test_build", "pipeline/compress/cache", "pipeline/cli",
+    "trt_plugins", "test_how_to_add", "validate", "pipeline/compress", "pipeline/runtime",
+)  # fmt: skip
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -57,8 +62,14 @@ def missing_hardware() -> dict[str, str]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests that this machine cannot run, saying why."""
+    """Put long files first, and skip tests that this machine cannot run, saying why."""
+    items.sort(key=_place)
     for marker, reason in missing_hardware().items():
         for item in items:
             if item.get_closest_marker(marker) is not None:
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _place(item: pytest.Item) -> int:
+    file = item.nodeid.removeprefix("tests/")
+    return next((n for n, start in enumerate(_FIRST) if file.startswith(start)), len(_FIRST))
