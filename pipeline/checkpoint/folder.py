@@ -163,6 +163,7 @@ def load_checkpoint(
             dtype=dtype or "auto",
             use_safetensors=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # to be refused in words of ours
             trust_remote_code=trust_remote_code,
         )
     require_exact(folder, info)

@@ -219,7 +219,9 @@ def _quantized_matrix(
         {
             "missing_keys": set(expected) - set(found),
             "mismatched_keys": [
-                n for n, place in found.items() if place.shape != tuple(expected[n].shape)
+                (n, place.shape, expected[n].shape)
+                for n, place in found.items()
+                if place.shape != tuple(expected[n].shape)
             ],
         },
     )
@@ -338,7 +340,11 @@ def _require_match(
         missing_keys=set(expected) - set(places) - found,
         unexpected_keys=set(places) - set(expected) | set(places) & found,
     )
-    differ = {name for name, p in places.items() if p.shape != expected.get(name, p.shape)}
+    differ = {
+        (name, p.shape, expected[name])
+        for name, p in places.items()
+        if p.shape != expected.get(name, p.shape)
+    }
     # The model's class knows which tensors of older versions it no longer uses.
     model._adjust_missing_and_unexpected_keys(info)
     require_exact(folder, {"unexpected_keys": info.unexpected_keys, "mismatched_keys": differ})

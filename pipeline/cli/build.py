@@ -132,4 +132,4 @@ def _show(state: Build, ledger: Ledger) -> None:
     console.print(build_table(ledger))
     click.echo(f"report: {folder / 'ledger' / 'ledger.html'}")
     runs = "onnx-cpu" if (folder / "onnx-cpu").exists() else "onnx"
-    click.echo(f'next:   skipcat run {folder / runs} -p "What is a low-rank matrix?"')
+    click.echo(options.what_next(f'run {folder / runs} -p "What is a low-rank matrix?"'))

@@ -227,7 +227,7 @@ def command(
     for group in report["groups"]:
         if group.get("reason"):
             click.echo(f"dense: {', '.join(group['members'])}: {group['reason']}")
-    click.echo(f"next: skipcat export {output} -o {output}-onnx")
+    click.echo(options.what_next(f"export {output} -o {output}-onnx"))
 
 
 def _show_plan(request: Any, as_json: bool) -> None:

@@ -124,9 +124,7 @@ def command(
     )
     click.echo(f"runs in: {record['runs_in']}")
     if images:
-        click.echo(
-            f"next: skipcat engine {output} -o engine   or   skipcat validate --onnx {output}"
-        )
+        click.echo(options.what_next(f"engine {output} -o engine", f"validate --onnx {output}"))
         return
-    other = f"skipcat serve {output}" if profile == CPU else f"skipcat engine {output} -o engine"
-    click.echo(f'next: skipcat run {output} -p "..."   or   {other}')
+    other = f"serve {output}" if profile == CPU else f"engine {output} -o engine"
+    click.echo(options.what_next(f'run {output} -p "..."', other))

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,18 @@ import click
 from pipeline.runtime.sessions.open_session import BACKENDS
 
 _Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+def what_next(*commands: str) -> str:
+    """What may be done next, as this user can type it: `skipcat` may lie beside Python alone.
+
+    Args:
+        commands: without the program's name, such as `run FOLDER`.
+    """
+    beside = Path(sys.executable).with_name("skipcat")
+    known = shutil.which("skipcat") or not beside.exists()
+    program = "skipcat" if known else os.path.relpath(beside)
+    return "next: " + "   or   ".join(f"{program} {command}" for command in commands)
 
 
 def setting(

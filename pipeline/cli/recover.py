@@ -81,4 +81,5 @@ def command(
             f"{names[name]}: {loss['before']:.4f} before, {loss['after']:.4f} after, nats per "
             f"token over {recovery['held_out_windows']} windows held out"
         )
-    click.echo(f"{output}: same ranks, same size; next: skipcat export {output} -o {output}-onnx")
+    click.echo(f"{output}: same ranks, same size")
+    click.echo(options.what_next(f"export {output} -o {output}-onnx"))

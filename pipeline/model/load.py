@@ -99,6 +99,7 @@ def load_model(
             dtype=dtype,
             use_safetensors=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # to be refused in words of ours
             **_loading_keywords(source, trust_remote_code),
         )
     _refuse_incomplete(source, info)
@@ -270,6 +271,7 @@ def load_classifier(name: str, *, trust_remote_code: bool = False) -> LoadedClas
             dtype=torch.float32,
             use_safetensors=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # to be refused in words of ours
             **keywords,
         )
     _refuse_incomplete(source, info)

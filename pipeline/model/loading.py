@@ -88,13 +88,14 @@ def require_tensors(
     Args:
         what: the sentence that is said.
         where: folder, file or hub id.
-        info: `missing_keys`, `unexpected_keys`, `mismatched_keys`, as transformers reports them.
+        info: `missing_keys`, `unexpected_keys`, `mismatched_keys`, as transformers reports them:
+            names, and of the last (name, shape in the file, shape by the config).
         change: what the user can do about it.
 
     Raises:
         InputError: some are.
     """
-    found = {kind: sorted(str(name) for name in names) for kind, names in info.items()}
+    found = {kind: sorted(map(_key_words, names)) for kind, names in info.items()}
     extra = [n for n in found.get("unexpected_keys", ()) if not _OLD_BUFFERS.search(n)]
     if extra and quantising_tool(extra):
         raise quantised_elsewhere(where, extra, extra)
@@ -109,6 +110,13 @@ def require_tensors(
                 expected="every tensor of the architecture, and no other",
                 change=change,
             )
+
+
+def _key_words(key: Any) -> str:
+    if isinstance(key, str):
+        return key
+    name, stored, wanted = key
+    return f"{name} ({list(stored)} in the file, {list(wanted)} by the config)"
 
 
 def settle_ties(model: PreTrainedModel, where: object) -> None:

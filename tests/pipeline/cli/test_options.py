@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+import sys
+from pathlib import Path
 
 import click
 import pytest
 
 from pipeline.cli.main import _COMMANDS, skipcat
+from pipeline.cli.options import what_next
 
 CONTEXT = click.Context(skipcat, info_name="skipcat")
 
@@ -92,3 +95,16 @@ def test_an_option_that_excludes_others_says_so(option: str, excluded: list[str]
     text = options_of(command_of("compress"))[option].help or ""
     sentence = text[text.index("Excludes ") :].partition(".")[0]
     assert all(other in sentence for other in excluded)
+
+
+def test_what_is_next_is_said_as_the_user_can_type_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / ".venv/bin/python"))
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    (tmp_path / ".venv/bin/skipcat").touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert what_next("a b", "c") == "next: .venv/bin/skipcat a b   or   .venv/bin/skipcat c"
+    monkeypatch.setenv("PATH", str(tmp_path / ".venv/bin"))
+    assert what_next("a b") == "next: skipcat a b"

@@ -122,8 +122,9 @@ def test_a_tensor_that_is_missing_is_named_and_not_made_up(folder: Path, lost: s
 
 def test_a_tensor_of_another_shape_is_refused(folder: Path) -> None:
     edit_config(folder, intermediate_size=48)
-    with pytest.raises(InputError, match=str(folder)):
+    with pytest.raises(InputError, match=str(folder)) as caught:
         load_model(str(folder))
+    assert "gate_proj.weight ([64, 32] in the file, [48, 32] by" in caught.value.details["observed"]
 
 
 def test_a_shard_that_is_missing_is_refused(tmp_path: Path) -> None:
