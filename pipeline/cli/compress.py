@@ -136,6 +136,13 @@ _cache_options = options.apply(
         type=options.number,
         help="The same, as a fraction of its bytes in float16. Excludes --cache-bytes.",
     ),
+    click.option(
+        "--context",
+        type=options.positive,
+        help="Tokens whose cache takes its bytes from --memory or --keep-bytes: ranks and bits of "
+        "weights and cache are searched together. Excludes --cache-bytes and --keep-cache. "
+        + _LANGUAGE_MODELS,
+    ),
     options.setting(
         "--cache-groups",
         1,

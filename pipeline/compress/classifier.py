@@ -12,7 +12,7 @@ import torch
 
 from pipeline.calibrate.images import FORMATS, ImageBatch, load_images
 from pipeline.calibrate.whole_model import DRAWS, PairedModel, measure_whole
-from pipeline.compress.cache.cache_plan import CachePlan
+from pipeline.compress.cache.cache_plan import CachePlan, SidePlan
 from pipeline.compress.calibrated import Stream
 from pipeline.compress.factorize.factors import Rounding
 from pipeline.compress.methods import Fit
@@ -49,7 +49,7 @@ def prepare(request: CompressRequest) -> _OpenedClassifier:
     for flag, given in (
         ("--window-length", request.window_length is not None),
         ("--stream-weights", request.stream_weights),
-        ("--cache-bytes, --keep-cache", request.shrinks_cache),
+        ("--cache-bytes, --keep-cache, --context", request.shrinks_cache),
         ("--table", request.table is not None),
         ("--balance", request.balance > 0),
     ):
@@ -171,6 +171,9 @@ class _CalibratedClassifier:
     ) -> dict[str, dict[str, Any]]:
         """Nothing to quantise."""
         return {}
+
+    def cache_choices(self, request: CompressRequest) -> list[list[SidePlan]]:
+        raise AssertionError("no request for a classifier has a context")
 
     def require_cache(self, request: CompressRequest, planned: Any) -> None:
         raise UsageError("An image classifier has no KV cache.", where=request.plan)

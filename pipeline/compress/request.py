@@ -61,6 +61,8 @@ class CompressRequest:
             not at all.
         cache_bytes: bytes that a token may take in the KV cache, such as "6KB"; None for all.
         keep_cache: the same, as a fraction of those in float16.
+        context: tokens whose cache takes its bytes from the budget of the weights: what each of the
+            two is worth is searched, by one program.
         cache_groups: groups of key/value heads, each with a latent of its own.
         cache_bits: of the latents: `any`, `float`, or a number.
     """
@@ -91,6 +93,7 @@ class CompressRequest:
     balance: float = 0.0
     cache_bytes: str | None = None
     keep_cache: float | None = None
+    context: int | None = None
     cache_groups: int = 1
     cache_bits: str = "any"
 
@@ -114,7 +117,7 @@ class CompressRequest:
                 observed="--one-shot as well" if self.one_shot else self.mix,
                 expected="a number in [0, 1], without --one-shot",
             )
-        for name in ("rank_multiple", "windows", "window_length"):
+        for name in ("rank_multiple", "windows", "window_length", "context"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(
@@ -139,11 +142,19 @@ class CompressRequest:
 
     def _check_cache(self) -> None:
         """Refuse budgets of the cache that cannot be meant."""
-        if self.cache_bytes is not None and self.keep_cache is not None:
+        if sum(x is not None for x in (self.cache_bytes, self.keep_cache, self.context)) > 1:
             raise UsageError(
                 "The cache has one budget.",
-                where="--cache-bytes, --keep-cache",
+                where="--cache-bytes, --keep-cache, --context",
                 expected="at most one of them",
+            )
+        if self.context is not None and (not self.searches_bits or self.plan is not None):
+            raise UsageError(
+                "Weights and cache share a budget only where both are searched.",
+                where="--context",
+                observed="--plan" if self.plan is not None else "no budget of bytes",
+                expected="--memory or --keep-bytes, without --plan",
+                change="pass --cache-bytes for a budget of the cache's own",
             )
         if self.keep_cache is not None and not 0 < self.keep_cache <= 1:
             raise UsageError(
@@ -237,7 +248,7 @@ class CompressRequest:
     @property
     def shrinks_cache(self) -> bool:
         """Whether the cache has a budget; a plan of the user's may say so, too."""
-        return self.cache_bytes is not None or self.keep_cache is not None
+        return any(x is not None for x in (self.cache_bytes, self.keep_cache, self.context))
 
     @property
     def cache_formats(self) -> tuple[int | None, ...]:

@@ -68,19 +68,36 @@ def searched_cache(problem: CacheProblem) -> CachePlan:
     Raises:
         UsageError: no plan is small enough; says how small the smallest is.
     """
-    options = [_options(side, problem) for side in problem.structure]
+    return cheapest_cache(choices_of(problem), problem.budget_bytes)
+
+
+def cheapest_cache(options: Sequence[Sequence[SidePlan]], budget_bytes: int) -> CachePlan:
+    """The plan that is expected to cost least of all that take no more bytes a token.
+
+    Args:
+        options: every way to cache each side.
+        budget_bytes: for a token, in all layers.
+
+    Raises:
+        UsageError: as `searched_cache`.
+    """
     sizes = [np.array([plan.token_bytes for plan in plans]) for plans in options]
     losses = [np.array([plan.expected_kl for plan in plans]) for plans in options]
     smallest = sum(int(s.min()) for s in sizes)
-    if smallest > problem.budget_bytes:
+    if smallest > budget_bytes:
         raise UsageError(
             "No cache is so small.",
-            observed=f"{problem.budget_bytes} bytes a token",
+            observed=f"{budget_bytes} bytes a token",
             expected=f"at least {smallest}, one coordinate for all keys and all values of a layer",
             change="raise --cache-bytes or --keep-cache",
         )
-    places = allocate(sizes, losses, problem.budget_bytes)
+    places = allocate(sizes, losses, budget_bytes)
     return CachePlan(tuple(plans[i] for plans, i in zip(options, places, strict=True)))
+
+
+def choices_of(problem: CacheProblem) -> list[list[SidePlan]]:
+    """What there is to choose from for each side; no budget is looked at."""
+    return [_options(side, problem) for side in problem.structure]
 
 
 def _options(side: CachedSide, problem: CacheProblem) -> list[SidePlan]:

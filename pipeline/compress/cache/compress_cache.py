@@ -18,7 +18,7 @@ from pipeline.checkpoint.modeling_cache import (
     rotation_of,
 )
 from pipeline.compress.cache.cache_plan import CachePlan, SidePlan
-from pipeline.compress.cache.cache_search import CacheProblem, bases_of
+from pipeline.compress.cache.cache_search import CacheProblem, bases_of, choices_of
 from pipeline.compress.cache.latent_basis import LatentBasis, random_rotation
 from pipeline.compress.cache.prices import measured_prices
 from pipeline.compress.cache.statistics import measure_cache
@@ -72,6 +72,37 @@ def compress_cache_(
     return plan
 
 
+def cache_choices(
+    model: PreTrainedModel,
+    layers: list[Layer],
+    tokens: torch.Tensor,
+    request: CompressRequest,
+    folder: Path,
+    settings: dict[str, Any],
+) -> list[list[SidePlan]]:
+    """Every way to cache each side, in the order of `cache_structure`, and what it should cost.
+
+    Args:
+        model: a decoder, as `compress_cache_` takes it; not changed.
+        layers: its structure.
+        tokens: calibration text, int64 [N, T].
+        request: groups and bits of latents.
+        folder: where measurements are kept; an interrupted one continues there.
+        settings: everything they depend on.
+
+    Raises:
+        InputError, UsageError: as `compress_cache_`.
+    """
+    structure, _ = checked_cache(model, layers, request, None)
+    statistics = measure_cache(model, layers, structure, tokens, folder, settings)
+    row = request.resolved_method.cache
+    bases = bases_of(
+        structure, statistics, request.cache_groups, two_sided=row.two_sided, centred=row.centred
+    )
+    everything = sum(2 * side.numbers for side in structure)
+    return choices_of(_priced(model, structure, bases, tokens, request, everything))
+
+
 def checked_cache(
     model: PreTrainedModel, layers: list[Layer], request: CompressRequest, planned: Any
 ) -> tuple[list[CachedSide], CachePlan | None]:
@@ -100,17 +131,30 @@ def _planned(
     tokens: torch.Tensor,
     request: CompressRequest,
 ) -> CachePlan:
-    """The plan of the request's method under its budget; prices are measured where it has any."""
-    row, groups = request.resolved_method.cache, request.cache_groups
+    """The plan of the request's method under its budget."""
     budget_bytes = request.cache_budget(sum(2 * side.numbers for side in structure))
+    problem = _priced(model, structure, bases, tokens, request, budget_bytes)
+    plan: CachePlan = imported(request.resolved_method.cache.allocate)(problem)
+    return plan
+
+
+def _priced(
+    model: PreTrainedModel,
+    structure: Sequence[CachedSide],
+    bases: Mapping[str, Sequence[LatentBasis]],
+    tokens: torch.Tensor,
+    request: CompressRequest,
+    budget_bytes: int,
+) -> CacheProblem:
+    """The problem, with prices that were measured where the method has any."""
+    groups = request.cache_groups
     problem = CacheProblem(
         model, structure, bases, tokens, budget_bytes, groups, request.cache_formats
     )
-    if row.two_sided:
-        put = partial(install_cache_, bases={groups: bases}, seed=request.seed)
-        problem = replace(problem, prices=measured_prices(problem, put))
-    plan: CachePlan = imported(row.allocate)(problem)
-    return plan
+    if not request.resolved_method.cache.two_sided:
+        return problem
+    put = partial(install_cache_, bases={groups: bases}, seed=request.seed)
+    return replace(problem, prices=measured_prices(problem, put))
 
 
 def install_cache_(

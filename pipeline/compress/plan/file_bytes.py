@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 from transformers import PreTrainedModel
 
+from pipeline.compress.cache.cache_plan import SidePlan
 from pipeline.compress.plan.plan import GroupPlan
 from pipeline.export.contract import DEFAULT_MAX_LENGTH
 from pipeline.quantize.formats import Format, Runtime
@@ -59,6 +60,14 @@ def embedding_bytes(
     if shared:
         return product + rows * (scales + zeros)
     return product + rows * (zeros - format.zero_bytes(columns, runtime.scale_bytes))
+
+
+def cache_map_bytes(side: SidePlan, runtime: Runtime) -> int:
+    """Bytes of the maps between keys or values and what is cached of them; 0 where nothing is."""
+    if side.form == "full":
+        return 0
+    numbers = side.groups * side.numbers * (2 * side.rank + 1)
+    return numbers * runtime.float_bytes + 3 * _NAME_BYTES
 
 
 def fixed_bytes(

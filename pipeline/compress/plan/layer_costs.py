@@ -127,6 +127,8 @@ class LayerCosts:
         settings: everything they depend on; compared when a measurement is taken up again.
 
     Attributes:
+        folder: as it was given.
+        settings: as they were given.
         curves: expected KL, nats per token, of every stack at every rank from 0 to full.
         quantization: what rounding is expected to add to it; empty where no formats were asked for.
 
@@ -135,7 +137,7 @@ class LayerCosts:
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
-        self.folder = folder
+        self.folder, self.settings = folder, settings
         self.finished = FinishedLayers(folder / "layers", settings)
         self.curves: Curves = {}
         self.quantization: QuantizationCosts = {}

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
+from pipeline.compress.cache.cache_plan import CachePlan, SidePlan
+from pipeline.compress.cache.cache_search import cheapest_cache
 from pipeline.compress.calibrated import Calibrated
 from pipeline.compress.methods import DEFAULT_METHOD
-from pipeline.compress.plan.file_bytes import fixed_bytes
+from pipeline.compress.plan.file_bytes import cache_map_bytes, fixed_bytes
 from pipeline.compress.plan.plan import (
     GroupPlan,
     RankBudget,
@@ -19,7 +24,11 @@ from pipeline.compress.request import CompressRequest
 from pipeline.errors import UsageError
 from pipeline.lazy import imported
 from pipeline.progress import note
-from pipeline.quantize.formats import RUNTIMES, Format
+from pipeline.quantize.formats import RUNTIMES, Format, Runtime
+
+# What a group of weights costs, over what it is expected to: the median of the default model's
+# (benchmarks/results/planned_cost.json). What the cache costs is measured for each model.
+_WEIGHTS_PRICE = 2.4
 
 
 def make_plan(request: CompressRequest, calibrated: Calibrated) -> RankPlan:
@@ -132,27 +141,62 @@ def _in_format(group: GroupPlan, format: str) -> GroupPlan:
 
 
 def _plan_in_bytes(request: CompressRequest, calibrated: Calibrated) -> RankPlan:
-    """Ranks and bits under the budget of bytes that the request names."""
+    """Ranks and bits under the budget of bytes that the request names.
+
+    The maps of a smaller cache are weights; with a context, what is cached of it counts as well.
+    """
     method, runtime = request.resolved_method, RUNTIMES[request.runtime]
     choices = calibrated.embedding_choices(runtime)
+    sides = calibrated.cache_choices(request) if request.shrinks_cache else []
+    cache = None
+    if sides and not request.context:
+        full = sum(side[0].dense_bytes for side in sides)
+        cache = cheapest_cache(sides, request.cache_budget(full))
     whole = sum(parameter.numel() for parameter in calibrated.model.parameters())
-    return searched_bits(
+    fixed = fixed_bytes(
+        calibrated.model,
+        {m for layer in calibrated.layers for group in layer.groups for m in group.members}
+        | {name for names in calibrated.embeddings for name in names},
+        calibrated.rotary_width,
+        runtime,
+    )
+    plan, places = searched_bits(
         calibrated.layers,
         calibrated.statistics.curves,
         calibrated.statistics.quantization,
         choices,
         BitsRequest(
             budget_bytes=request.budget_bytes(2 * whole),
-            fixed_bytes=fixed_bytes(
-                calibrated.model,
-                {m for layer in calibrated.layers for group in layer.groups for m in group.members}
-                | {name for names in calibrated.embeddings for name in names},
-                calibrated.rotary_width,
-                runtime,
-            ),
+            fixed_bytes=fixed + _bytes_of_maps(cache, runtime),
             runtime=runtime,
             cat=method.cat,
             skip=method.skip,
             multiple=request.rank_multiple,
         ),
+        [_sizes_and_losses(side, request) for side in sides] if request.context else [],
     )
+    if request.context:
+        chosen = (side[place] for side, place in zip(sides, places, strict=True))
+        cache = CachePlan(tuple(chosen))
+        note(
+            f"of the budget, {request.context * cache.token_bytes / 1e6:.2f} MB go to the cache of "
+            f"{request.context} tokens, {cache.token_bytes} bytes each"
+        )
+    if cache is None:
+        return plan
+    note(f"{_bytes_of_maps(cache, runtime) / 1e6:.2f} MB of the weights are maps of the cache")
+    return replace(plan, caches=cache.to_json())
+
+
+def _bytes_of_maps(cache: CachePlan | None, runtime: Runtime) -> int:
+    return 0 if cache is None else sum(cache_map_bytes(side, runtime) for side in cache.sides)
+
+
+def _sizes_and_losses(
+    plans: Sequence[SidePlan], request: CompressRequest
+) -> tuple[np.ndarray, np.ndarray]:
+    """Of every way to cache one side: bytes of its maps and of all tokens; nats as of weights."""
+    runtime, context = RUNTIMES[request.runtime], request.context or 0
+    sizes = [cache_map_bytes(plan, runtime) + context * plan.token_bytes for plan in plans]
+    losses = [(plan.expected_kl or 0.0) / _WEIGHTS_PRICE for plan in plans]
+    return np.array(sizes), np.array(losses)

@@ -258,7 +258,8 @@ def searched_bits(
     costs: QuantizationCosts,
     tables: Sequence[Sequence[EmbeddingChoice]],
     request: BitsRequest,
-) -> RankPlan:
+    beside: Sequence[tuple[np.ndarray, np.ndarray]] = (),
+) -> tuple[RankPlan, list[int]]:
     """Choose forms, ranks and formats for the whole model at once.
 
     Args:
@@ -267,6 +268,10 @@ def searched_bits(
         costs: what rounding costs it.
         tables: the choices of every embedding and head.
         request: budget and formats.
+        beside: sizes in bytes, int [K], and losses, of choices that share the budget.
+
+    Returns:
+        The plan, and the places of the choices beside it.
 
     Raises:
         UsageError: no plan is small enough; says how large the smallest is.
@@ -281,6 +286,8 @@ def searched_bits(
     sizes, losses = _measures(options)
     sizes += [np.array([c.stored_bytes for c in choices]) for choices in tables]
     losses += [np.array([c.loss for c in choices]) for choices in tables]
+    sizes += [own for own, _ in beside]
+    losses += [own for _, own in beside]
     left = request.budget_bytes - request.fixed_bytes
     smallest = sum(int(s.min()) for s in sizes)
     if smallest > left:
@@ -291,10 +298,11 @@ def searched_bits(
             f"smallest choice everywhere in formats of {request.runtime.name}",
         )
     places = allocate(sizes, losses, left)
+    others = len(groups) + len(tables)
     named: dict[str, str] = {}
-    for choices, index in zip(tables, places[len(groups) :], strict=True):
+    for choices, index in zip(tables, places[len(groups) : others], strict=True):
         named |= choices[index].embeddings
-    return RankPlan(_chosen(layers, options, places[: len(groups)]), named)
+    return RankPlan(_chosen(layers, options, places[: len(groups)]), named), places[others:]
 
 
 def _bit_stack_candidates(

@@ -103,6 +103,20 @@ def test_the_onnx_weights_of_the_cpu_use_the_budget_and_never_more(
     assert sum(len(weight.raw_data) for weight in graph.initializer) > 0.8 * memory
 
 
+@pytest.mark.parametrize(
+    ("arguments", "context"), [(("--context", "200"), 200), (("--keep-cache", "0.4"), 0)]
+)
+def test_weights_maps_and_the_cache_of_a_context_use_one_budget_and_never_more(
+    arguments: tuple[str, ...], context: int, root: Path, tmp_path: Path
+) -> None:
+    asked = ("--memory", "90kB", "--runtime", "any", *arguments)
+    assert compress(root, tmp_path / "small", *asked) == 0
+    cache = read(tmp_path / "small", "report.json")["cache"]
+    assert cache["token_bytes"] < cache["dense_bytes"]
+    used = on_disk(tmp_path / "small") + context * cache["token_bytes"]
+    assert 84_000 <= used <= 90_000
+
+
 def test_a_budget_too_small_for_any_plan_is_refused_with_one_that_works(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -123,6 +137,13 @@ def test_a_budget_too_small_for_any_plan_is_refused_with_one_that_works(
         (["--memory", "much"], "no number of bytes"),
         (["--memory", "60MB", "--method", "skipcat"], "does not search ranks and bits"),
         (["--method", "rtn"], "needs a format"),
+        (["--context", "100"], "share a budget only where both"),
+        (
+            ["--memory", "60MB", "--context", "100", "--plan", __file__],
+            "share a budget only where both",
+        ),
+        (["--memory", "60MB", "--context", "100", "--keep-cache", "0.5"], "has one budget"),
+        (["--memory", "60MB", "--context", "0"], "--context"),
         (["--weights", "int5-b32-asym"], "no such format"),
         (["--weights", "int3-b32-asym"], "--runtime any"),
         (["--table", "int4-b32-asym", "--runtime", "tensorrt"], "8 bits by row"),

@@ -65,7 +65,7 @@ CURVES, NOISES = measurements([PAIR, SINGLE], len(STYLES))
 
 def searched(budget: int, runtime: Runtime = SMALL) -> RankPlan:
     request = BitsRequest(budget, FIXED, runtime)
-    return searched_bits(LAYERS, CURVES, NOISES, TABLES, request)
+    return searched_bits(LAYERS, CURVES, NOISES, TABLES, request)[0]
 
 
 def size_and_loss(plan: RankPlan) -> tuple[int, float]:
@@ -141,7 +141,7 @@ def test_a_budget_that_nothing_fits_is_refused_with_one_that_works() -> None:
 
 def test_ranks_are_the_multiples_that_are_asked_for() -> None:
     request = BitsRequest(450, FIXED, SMALL, multiple=3)
-    plan = searched_bits(LAYERS, CURVES, NOISES, TABLES, request)
+    plan, _ = searched_bits(LAYERS, CURVES, NOISES, TABLES, request)
     factored = [group for group in plan.groups if group.form != "dense"]
     assert factored
     assert all(group.rank % 3 == 0 for group in factored)
@@ -162,7 +162,7 @@ def test_tensorrt_is_given_whole_blocks_only(share: float, skip: bool) -> None:
     }
     whole = 2 * (512 * 384 + 200 * 320)
     request = BitsRequest(int(share * whole), 0, runtime, skip=skip)
-    plan = searched_bits(WIDE, curves, noises, [], request)
+    plan, _ = searched_bits(WIDE, curves, noises, [], request)
     for group in plan.groups:
         width = group.columns - group.rank if skip else group.columns
         matrices = (
