@@ -110,7 +110,8 @@ class Build:
         """Do one stage unless its folder is there already, and record time and memory."""
         path = self.folder / folder
         if path.exists():
-            note(f"{name}: finished earlier, kept")
+            with FolderLock(path):  # that of a run which was killed at its very end goes with it
+                note(f"{name}: finished earlier, kept")
             return
         note(f"{name} ...")
         started = time.monotonic()

@@ -17,7 +17,7 @@ from pipeline import build
 from pipeline.artefact import sha256_of_file
 from pipeline.cli.main import main
 from pipeline.engine import target
-from pipeline.folder_lock import FolderLock
+from pipeline.folder_lock import LOCK_FILE, FolderLock
 from tests.support.ledger_stages import perturb_onnx
 from tests.support.tiny_build import build_arguments
 from tests.support.tiny_decoder import byte_tokenizer
@@ -56,6 +56,15 @@ def names_in(folder: Path) -> set[str]:
 
 def stages_of(folder: Path) -> list[str]:
     return list(json.loads((folder / "build.json").read_text())["stages"])
+
+
+def test_the_lock_of_a_run_that_was_killed_after_its_last_stage_is_not_kept(
+    arguments: list[str], built: Path
+) -> None:
+    for stage in ("ledger", "onnx", "checkpoint"):
+        (built / stage / LOCK_FILE).write_text("1")
+    assert main([*arguments, "-o", str(built), "--resume"]) == 0
+    assert not list(built.rglob(LOCK_FILE))
 
 
 def test_a_build_makes_every_stage_and_prints_a_table(printed: tuple[Path, str]) -> None:
