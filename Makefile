@@ -46,7 +46,7 @@ test: $(STAMP) ## Run the fast tests: no network, no GPU
 	$(VENV)python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-slow: $(STAMP) ## Run the slow tests: the real model, about an hour; ARGS="-n 0" one at a time
-	$(VENV)python -m pytest -m slow -n auto --maxprocesses 2 --dist loadfile $(ARGS)
+	$(VENV)python -m pytest -m slow --timeout 1800 -n auto --maxprocesses 2 --dist loadfile $(ARGS)
 
 lint: lint-style lint-format lint-types lint-spelling lint-figures ## Check style, types, spelling, figures
 
