@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.artefact import folder_bytes
+from pipeline.artefact import folder_bytes, sha256_of_file
 from pipeline.checkpoint.folder import load_checkpoint
 from pipeline.compress.decoder import _OpenedDecoder
 from pipeline.compress.request import CompressRequest
@@ -362,7 +362,11 @@ def test_one_changed_weight_turns_the_verdict_and_the_exit_status(
 
 
 def change_one_weight(folder: Path) -> str:
-    """Set a single number of a matrix in the middle of the model to 2; return its tensor's name."""
+    """Set a single number of a matrix in the middle of the model to 2; return its tensor's name.
+
+    The record says so, as if the export had made the mistake: a file that it does not know is
+    refused before anything is compared.
+    """
     graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
     matrices = [
         tensor
@@ -376,4 +380,7 @@ def change_one_weight(folder: Path) -> str:
     with (folder / where["location"]).open("r+b") as file:
         file.seek(int(where.get("offset", 0)))
         file.write(np.float32(2).tobytes())
+    record = json.loads((folder / "export.json").read_text())
+    record["data_sha256"] = sha256_of_file(folder / where["location"])
+    (folder / "export.json").write_text(json.dumps(record))
     return str(matrices[0].name)
