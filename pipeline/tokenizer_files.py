@@ -6,6 +6,7 @@ import re
 import shutil
 from pathlib import Path
 
+from pipeline.artefact import sha256_of_file
 from pipeline.errors import InputError
 
 # What transformers and tokenizers know by name; never by a pattern that anything may match.
@@ -15,6 +16,7 @@ _NAMES = re.compile(
     r"|sentencepiece(\.bpe)?\.model|chat_template\.(jinja|json)|generation_config\.json"
     r"|preprocessor_config\.json|processor_config\.json"
 )
+_VOCABULARY = re.compile(r"(tokenizer|vocab|merges|spiece|sentencepiece)(\.bpe)?\.\w+")
 # The Hugging Face cache: a file is a link to one that is named by its hash.
 _BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 LARGEST_TOKENIZER_BYTES = 256 << 20
@@ -50,6 +52,22 @@ def require_small_tokenizer(folder: Path) -> None:
     for path in sorted(folder.glob("*")):
         if _NAMES.fullmatch(path.name) and path.is_file():
             _require_small(path)
+
+
+def vocabulary_hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of the files that say which ids a text has, by name: of tokenizer.json alone, if any.
+
+    Raises:
+        InputError: a file is larger than 256 MiB.
+    """
+    require_small_tokenizer(folder)
+    names = ["tokenizer.json"] if (folder / "tokenizer.json").is_file() else _vocabularies(folder)
+    return {name: sha256_of_file(folder / name) for name in names}
+
+
+def _vocabularies(folder: Path) -> list[str]:
+    found = (path.name for path in folder.iterdir() if path.is_file())
+    return sorted(name for name in found if _NAMES.fullmatch(name) and _VOCABULARY.fullmatch(name))
 
 
 def _require_small(path: Path) -> None:

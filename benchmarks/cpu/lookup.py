@@ -99,7 +99,7 @@ def _measure(
         raise click.ClickException(f"{folder} is no export of the profile cpu")
     stop_ids = stop_token_ids(load_tokenizer(folder), folder)
     kinds = {}
-    for kind, prompts in _make_prompts(folder, text, questions).items():
+    for kind, prompts in make_prompts(folder, text, questions).items():
         pairs = []
         for number, prompt in enumerate(prompts):
             # Each way comes first in turn.
@@ -111,7 +111,7 @@ def _measure(
     return {"backend": session.name, "row_costs": _row_costs(session), "kinds": kinds}
 
 
-def _make_prompts(folder: Path, text: Path, questions: Path) -> dict[str, list[list[int]]]:
+def make_prompts(folder: Path, text: Path, questions: Path) -> dict[str, list[list[int]]]:
     """Ids of the prompts of each kind."""
     tokenizer = load_tokenizer(folder)
     articles = text.read_text(encoding="utf-8")

@@ -77,6 +77,12 @@ backend = setting(
 # More would be made without a word, until the machine has no more.
 thread_count = click.IntRange(1, 1024)
 threads = click.option("--threads", type=thread_count, help="Threads of ONNX Runtime.")
+draft = click.option(
+    "--draft",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="An export of the same model in fewer bytes, which drafts over the same cache "
+    "(speculative decoding). No bit of an answer depends on the drafts. Both of the profile cpu.",
+)
 model = click.option(
     "-m",
     "--model",

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pipeline.cli import options
-from pipeline.cli.run_prompts import Messages, Way, answer_all, decode_prompt, write_text
+from pipeline.cli.run_prompts import Messages, Way, answer_all, decode_prompt, say, write_text
 from pipeline.errors import UsageError
 from pipeline.runtime.chat_template import require_text
 from pipeline.runtime.sessions.open_session import DEVICES
@@ -71,6 +71,7 @@ _sampling_options = options.apply(
     "Prompt-lookup (speculative) decoding: several draft tokens out of the conversation are "
     "checked in one call (profile cpu; not with --prompts).",
 )
+@options.draft
 @_sampling_options
 @options.json_output
 def command(
@@ -122,7 +123,8 @@ def _answer(way: Way, prompt: str | None) -> None:
     # All answers of a conversation draw from one source.
     decoding = replace(way.decoding, seed=np.random.default_rng(way.decoding.seed))
     drafter = PROMPT_LOOKUP if way.lookup else None
-    model = LanguageModel.open(way.folder, way.backend, way.threads, way.device, drafter)
+    place = way.folder, way.backend, way.threads, way.device
+    model = LanguageModel.open(*place, drafter, way.draft)
 
     def ask(messages: Messages, emit: Callable[[str], None]) -> Answer:
         return model.chat(way.opening + messages, decoding, emit, way.raw)
@@ -147,6 +149,7 @@ def _answer_once(model: LanguageModel, ask: _Ask, prompt: str, as_json: bool) ->
     if as_json:
         result = ask(messages, lambda text: None)
         click.echo(json.dumps({"schema": 1, "backend": model.name, **result.to_json()}))
+        say(model.take_notice())
         return
     result = ask(messages, write_text)
     click.echo()
@@ -183,6 +186,7 @@ def _report(model: LanguageModel, result: Answer) -> None:
         f"[{model.name}: {result.prompt_tokens} + {result.new_tokens} tokens, "
         f"first after {result.first_token_s:.2f} s{rate}]"
     )
+    say(model.take_notice())
     if result.ended == "length":
         aside("[cut at --max-new-tokens]")
     if result.ended == "context":

@@ -14,6 +14,7 @@ from pipeline.runtime.chat_template import checked_messages
 from pipeline.terminal import aside
 
 if TYPE_CHECKING:
+    from pipeline.runtime.drafting import DraftSource
     from pipeline.runtime.sequence import Decoding, RunningAnswer
     from pipeline.runtime.sessions.session import SlotSession
     from pipeline.runtime.tokenizer import TextTokenizer
@@ -35,6 +36,7 @@ class Way:
         device: of a checkpoint.
         threads: of ONNX Runtime.
         lookup: let draft tokens come out of the conversation.
+        draft: a folder whose model drafts, or None.
     """
 
     folder: Path
@@ -46,6 +48,7 @@ class Way:
     device: str
     threads: int | None
     lookup: bool
+    draft: Path | None
 
     @classmethod
     def of(
@@ -59,6 +62,7 @@ class Way:
         device: str,
         threads: int | None,
         lookup: bool,
+        draft: Path | None,
         max_new_tokens: int,
         stops: tuple[str, ...],
         seed: int,
@@ -69,7 +73,8 @@ class Way:
         from pipeline.runtime.sequence import Decoding
 
         decoding = Decoding(max_new_tokens, Sampling(**sampling), stops=stops, seed=seed)
-        return cls(folder, opening, raw, as_json, decoding, backend, device, threads, lookup)
+        runtime = backend, device, threads
+        return cls(folder, opening, raw, as_json, decoding, *runtime, lookup, draft)
 
 
 def answer_all(way: Way, path: Path, batch_size: int) -> None:
@@ -87,7 +92,6 @@ def answer_all(way: Way, path: Path, batch_size: int) -> None:
         InputError: as `open_slots`; or, at the end, some prompts were not answered.
     """
     from pipeline.runtime.generate import stream_batch
-    from pipeline.runtime.sessions.slots import open_slots
     from pipeline.runtime.tokenizer import load_tokenizer, start_template, stop_token_ids
 
     lines = _numbered_lines(path)
@@ -95,13 +99,13 @@ def answer_all(way: Way, path: Path, batch_size: int) -> None:
     tokenizer = load_tokenizer(way.folder)
     if not way.raw:
         start_template(tokenizer)
-    session = open_slots(way.folder, way.backend, way.threads, min(batch_size, len(lines)))
+    session, drafts = _open(way, min(batch_size, len(lines)))
     prompts = [_ids_or_failure(tokenizer, session, way, m) for m in conversations]
     fit = [ids for ids in prompts if not isinstance(ids, InputError)]
     own = replace(way.decoding, stop_ids=stop_token_ids(tokenizer, way.folder))
     assert isinstance(way.decoding.seed, int), "that of the command line"
     seeds = [way.decoding.seed] * len(fit)
-    answers = stream_batch(session, fit, own, tokenizer, seeds)
+    answers = stream_batch(session, fit, own, tokenizer, seeds, drafts)
     ended: list[str] = []
     for number, (prompt, (line, _)) in enumerate(zip(prompts, lines, strict=True)):
         place = {"schema": 1, "backend": session.name, "number": number, "line": line}
@@ -113,9 +117,26 @@ def answer_all(way: Way, path: Path, batch_size: int) -> None:
         _write_answer(answer, place, way.as_json)
     aside(f"[{session.name}: {len(prompts)} prompts, {batch_size} at a time]")
     _say_what_was_cut(ended, session.max_length)
+    say(drafts.take_notice() if drafts else None)
     if len(fit) < len(prompts):
         missing = len(prompts) - len(fit)
         raise InputError(f"{missing} of {len(prompts)} prompts were not answered.", where=path)
+
+
+def say(notice: str | None) -> None:
+    """Put what there is to know, if anything, on stderr."""
+    if notice is not None:
+        aside(f"[{notice}]")
+
+
+def _open(way: Way, slots: int) -> tuple[SlotSession, DraftSource | None]:
+    """The model, and what drafts for it: alone with --draft, whose answers share no call."""
+    from pipeline.runtime.draft_model import open_drafted
+    from pipeline.runtime.sessions.slots import open_slots
+
+    if way.draft is None:
+        return open_slots(way.folder, way.backend, way.threads, slots), None
+    return open_drafted(way.folder, way.draft, way.backend, way.threads, slots)
 
 
 def _ids_or_failure(

@@ -70,6 +70,7 @@ _load_options = options.apply(
         "Prompt-lookup (speculative) decoding of an answer that runs alone (profile cpu). "
         "Near-ties may then turn with the other requests in the batch.",
     ),
+    options.draft,
     heading="Requests side by side",
 )
 _limit_options = options.apply(

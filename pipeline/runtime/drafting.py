@@ -7,7 +7,9 @@ chosen it. A drafter decides not what is said, but how many tokens one call may 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
+
+import numpy as np
 
 from pipeline.errors import UsageError
 from pipeline.runtime.prefix_cache import common_length
@@ -42,6 +44,36 @@ class Drafter(Protocol):
 
     def draft(self, most: int) -> list[int]:
         """Propose what comes next: up to `most` tokens, as many as pay, often none."""
+        ...
+
+
+# Logits, float32 [V] -> the token that is chosen; None where it would end the answer.
+Chooser = Callable[[np.ndarray], int | None]
+
+
+@runtime_checkable
+class GuessingDrafter(Drafter, Protocol):
+    """A drafter that has logits of its own."""
+
+    def guess_by(self, begin: Callable[[], Chooser]) -> None:
+        """Hear how the answer chooses.
+
+        Args:
+            begin: gives what chooses the tokens to come as the answer will, by the same settings
+                and the same noise: where the logits are the model's, the guesses are its tokens.
+        """
+
+
+@runtime_checkable
+class DraftSource(Protocol):
+    """What has a drafter for each answer, such as a model that was opened beside the session."""
+
+    def begin(self, slot: int) -> Drafter:
+        """A fresh drafter, for an answer in a slot of the session."""
+        ...
+
+    def take_notice(self) -> str | None:
+        """What the user should know of the drafts, once; None where there is nothing new."""
         ...
 
 
@@ -102,27 +134,66 @@ class PromptLookup:
         self._wrong[n] = 1.0 + _MEMORY * (self._wrong[n] - 1.0)
 
 
-def _best_draft_length(acceptance: float, row_cost: float, most: int) -> int:
+class FirstOf:
+    """Drafters in turn: the first that proposes anything is asked.
+
+    Args:
+        drafters: fresh; those that cost less come first.
+
+    Attributes:
+        drafted: draft tokens proposed so far.
+        taken: how many of them were accepted.
+    """
+
+    def __init__(self, *drafters: Drafter) -> None:
+        self.drafted = self.taken = 0
+        self._drafters = drafters
+        self._asked: Drafter | None = None
+
+    def guess_by(self, begin: Callable[[], Chooser]) -> None:
+        for drafter in self._drafters:
+            if isinstance(drafter, GuessingDrafter):
+                drafter.guess_by(begin)
+
+    def learn(self, drafted: Sequence[int], chosen: Sequence[int]) -> None:
+        for drafter in self._drafters:
+            drafter.learn(drafted if drafter is self._asked else (), chosen)
+        self.taken = sum(drafter.taken for drafter in self._drafters)
+
+    def draft(self, most: int) -> list[int]:
+        found: list[int] = []
+        for drafter in self._drafters:
+            self._asked = drafter
+            if found := drafter.draft(most):
+                break
+        self.drafted += len(found)
+        return found
+
+
+def best_draft_length(acceptance: float, costs: Sequence[float]) -> int:
     """How many draft tokens give the most tokens for the time.
 
     With d draft tokens, each right with probability p as long as those before it are, a call gives
-    1 + p + ... + p^d tokens and costs 1 + d c.
+    1 + p + ... + p^d tokens.
 
     Args:
         acceptance: p, 0 to 1.
-        row_cost: c, above 0.
-        most: upper limit.
+        costs: time of a call, and of drafting for it, with 0, 1, 2 ... draft tokens; in any unit.
 
     Returns:
-        0 to `most`; 0 unless p > c.
+        0 to `len(costs) - 1`.
     """
-    tokens, best_rate, best = 1.0, 1.0, 0
-    for count in range(1, most + 1):
+    tokens, best_rate, best = 1.0, 1.0 / costs[0], 0
+    for count, cost in enumerate(costs[1:], 1):
         tokens += acceptance**count
-        rate = tokens / (1.0 + count * row_cost)
-        if rate > best_rate:
-            best_rate, best = rate, count
+        if tokens / cost > best_rate:
+            best_rate, best = tokens / cost, count
     return best
+
+
+def _best_draft_length(acceptance: float, row_cost: float, most: int) -> int:
+    """`best_draft_length` where a call costs 1 + d c: 0 unless p > c."""
+    return best_draft_length(acceptance, [1.0 + d * row_cost for d in range(max(most, 0) + 1)])
 
 
 def _by_prompt_lookup(session: Session | SlotSession) -> Drafter | None:
@@ -135,16 +206,23 @@ _DRAFTERS: dict[str, Callable[[Session | SlotSession], Drafter | None]] = {
 }
 
 
-def make_drafter(session: Session | SlotSession, kind: str | None) -> Drafter | None:
+def make_drafter(
+    session: Session | SlotSession, kind: str | DraftSource | None, slot: int = 0
+) -> Drafter | None:
     """What drafts for one answer of a session; None where it would save nothing.
 
     Args:
         session: which checks the drafts.
-        kind: a name of `_DRAFTERS`; None for no drafts.
+        kind: a name of `_DRAFTERS`, or what was opened beside the session; None for no drafts.
+        slot: of the answer.
 
     Raises:
         UsageError: there is no drafter of that name.
     """
-    if kind is not None and kind not in _DRAFTERS:
+    if kind is None:
+        return None
+    if not isinstance(kind, str):
+        return kind.begin(slot)
+    if kind not in _DRAFTERS:
         raise UsageError("Unknown drafter.", observed=kind, expected=", ".join(_DRAFTERS))
-    return None if kind is None else _DRAFTERS[kind](session)
+    return _DRAFTERS[kind](session)

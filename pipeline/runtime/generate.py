@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.runtime.drafting import Drafter
+from pipeline.runtime.drafting import Drafter, DraftSource, make_drafter
 from pipeline.runtime.prefix_cache import PrefixCache
 from pipeline.runtime.sequence import Decoding, RunningAnswer
 from pipeline.runtime.sessions.session import Session, SlotSession
@@ -134,6 +134,7 @@ def stream_batch(
     decoding: Decoding,
     decoder: Decoder | None = None,
     seeds: Sequence[int] | None = None,
+    drafts: DraftSource | None = None,
 ) -> Iterator[RunningAnswer]:
     """Answer every prompt to its end; a slot that has finished takes the next one.
 
@@ -147,6 +148,7 @@ def stream_batch(
         decoding: how; the seed is a number.
         decoder: turns ids into text; None makes ids alone.
         seeds: of each prompt's source; None seeds it with the seed and the prompt's number.
+        drafts: proposes draft tokens for each answer, which are then read slot by slot.
 
     Raises:
         InputError: a prompt is empty, or longer than a slot.
@@ -159,10 +161,11 @@ def stream_batch(
     waiting = deque(answer for answer in answers if answer.ending is None)
     unsaid, running = deque(answers), dict[int, RunningAnswer]()
 
-    def take(slot: int, logits: np.ndarray) -> None:
-        running[slot].take([logits])
+    def take(slot: int, rows: np.ndarray, drafted: Sequence[int] = ()) -> int:
+        accepted = running[slot].take(rows, drafted)
         if running[slot].ending is not None:
             del running[slot]
+        return accepted
 
     while unsaid:
         while unsaid and unsaid[0].ending is not None:
@@ -170,13 +173,22 @@ def stream_batch(
         for slot in range(session.slots):
             while waiting and slot not in running:
                 running[slot] = waiting.popleft()
+                if drafter := make_drafter(session, drafts, slot):
+                    running[slot].draft_by(drafter)
                 session.clear(slot)
-                take(slot, session.prefill(slot, np.array(running[slot].prompt_ids, np.int64)))
+                prompt_ids = np.array(running[slot].prompt_ids, np.int64)
+                take(slot, session.prefill(slot, prompt_ids)[None])
         slots = sorted(running)
-        if slots:
+        if drafts is not None:
+            for slot in slots:
+                block = [running[slot].ids[-1], *(drafted := running[slot].draft())]
+                kept = session.slot_length(slot) + 1
+                kept += take(slot, session.read_block(slot, np.array(block, np.int64)), drafted)
+                session.rewind_slot(slot, kept)
+        elif slots:
             tokens = [running[slot].ids[-1] for slot in slots]
             for slot, logits in zip(slots, session.decode(slots, tokens), strict=True):
-                take(slot, logits)
+                take(slot, logits[None])
 
 
 def _advance(

@@ -14,8 +14,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from pipeline.errors import UsageError
 from pipeline.runtime.chat_template import require_text
-from pipeline.runtime.drafting import PROMPT_LOOKUP, make_drafter
+from pipeline.runtime.draft_model import open_drafted
+from pipeline.runtime.drafting import PROMPT_LOOKUP, DraftSource, make_drafter
 from pipeline.runtime.generate import Answer, answer, stream_text
 from pipeline.runtime.prefix_cache import PrefixCache
 from pipeline.runtime.sequence import Decoding
@@ -43,7 +45,8 @@ class LanguageModel:
         stop_ids: tokens that end every answer, beside those of its `Decoding`.
         drafter: what proposes draft tokens, where a call of several costs the session less than
             their calls would; None for nothing. What is chosen is the model's choice either way;
-            only its rounding may differ, as that of any block of tokens does.
+            only its rounding may differ, as that of any block of tokens does, and not even that
+            with a draft model's session.
     """
 
     def __init__(
@@ -51,7 +54,7 @@ class LanguageModel:
         session: Session,
         tokenizer: TextTokenizer,
         stop_ids: frozenset[int] = frozenset(),
-        drafter: str | None = PROMPT_LOOKUP,
+        drafter: str | DraftSource | None = PROMPT_LOOKUP,
     ) -> None:
         self.name, self.max_length = session.name, session.max_length
         self.tokenizer, self.stop_ids = tokenizer, stop_ids
@@ -66,18 +69,39 @@ class LanguageModel:
         threads: int | None = None,
         device: str = "cpu",
         drafter: str | None = PROMPT_LOOKUP,
+        draft: str | Path | None = None,
     ) -> LanguageModel:
         """Open an ONNX export, a checkpoint or an engine folder.
 
+        Args:
+            folder: of the model.
+            backend: as for `open_session`.
+            threads: of ONNX Runtime.
+            device: of a checkpoint.
+            drafter: as of a model; with `draft` it is asked first.
+            draft: another export of the same model, in fewer bytes, that drafts for it: no bit of
+                an answer depends on the drafts then.
+
         Raises:
-            InputError: the folder is of no kind that can be opened here, or does not load.
-            UsageError: the folder is not of the kind that `backend` reads.
+            InputError: the folder is of no kind that can be opened here, or does not load; or the
+                draft does not fit it.
+            UsageError: the folder is not of the kind that `backend` reads, or cannot have a draft.
         """
         folder = Path(folder)
         tokenizer = load_tokenizer(folder)
         start_template(tokenizer)
-        session = open_session(folder, backend, threads, device)
-        return cls(session, tokenizer, stop_token_ids(tokenizer, folder), drafter)
+        stop_ids = stop_token_ids(tokenizer, folder)
+        if draft is None:
+            session = open_session(folder, backend, threads, device)
+            return cls(session, tokenizer, stop_ids, drafter)
+        if device != "cpu":
+            raise UsageError("A draft model runs on the CPU.", observed=f"--device {device}")
+        drafted = open_drafted(folder, Path(draft), backend, threads, lookup=drafter is not None)
+        return cls(drafted[0], tokenizer, stop_ids, drafted[1])
+
+    def take_notice(self) -> str | None:
+        """What there is to know of a draft model, once: that it does not pay, and by what times."""
+        return self._drafter.take_notice() if isinstance(self._drafter, DraftSource) else None
 
     def generate(
         self,

@@ -8,6 +8,7 @@ scheduler for its slots.
 from __future__ import annotations
 
 import contextlib
+import copy
 import operator
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from pipeline.errors import InputError
-from pipeline.runtime.drafting import Drafter
+from pipeline.runtime.drafting import Chooser, Drafter, GuessingDrafter
 from pipeline.runtime.sampling import GREEDY, Sampling
 from pipeline.runtime.text_stream import Decoder, TextStream
 
@@ -127,9 +128,17 @@ class RunningAnswer:
         self._stream = None if decoder is None else TextStream(decoder, decoding.stops)
         self._generator = np.random.default_rng(decoding.seed)
         self._history = self.prompt_ids.copy()
-        self._drafter = drafter
         self._drafted: list[int] = []
         self._learnt = 0  # tokens of the history that the drafter knows
+        self._drafter: Drafter | None = None
+        if drafter is not None:
+            self.draft_by(drafter)
+
+    def draft_by(self, drafter: Drafter) -> None:
+        """Let a fresh drafter propose the tokens of this answer, which has none so far."""
+        self._drafter = drafter
+        if isinstance(drafter, GuessingDrafter):
+            drafter.guess_by(self._chooser)
 
     def take(self, rows: Iterable[np.ndarray], drafted: Sequence[int] = ()) -> int:
         """Go on by the tokens that a call of the model gives.
@@ -186,6 +195,21 @@ class RunningAnswer:
             self._end("length")
         elif len(self.ids) == self._most:
             self._end("context")
+
+    def _chooser(self) -> Chooser:
+        """Chooses what would come next by given logits, and leaves the answer as it is.
+
+        What a constraint or a stop text forbids may be among it: these are guesses.
+        """
+        how, history = self._decoding, self._history.copy()
+        generator = copy.deepcopy(self._generator)
+
+        def choose(logits: np.ndarray) -> int | None:
+            token = how.sampling.choose(logits, history, generator)
+            history.append(token)
+            return None if token in how.stop_ids else token
+
+        return choose
 
     def _end(self, reason: str) -> None:
         """Hand on the text that was held back, and say why it ended."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -111,6 +111,30 @@ def take_back(session: SlotSession, slot: int, length: int) -> None:
         session.rewind_slot(slot, length)
         if session.slot_length(slot) != length:
             raise RuntimeError(f"slot {slot} cannot go back to {length} tokens")
+
+
+def decode_drafted(
+    session: SlotSession,
+    table: SlotTable,
+    running: Running,
+    drafted: Sequence[int],
+    take: Callable[[Running, Iterable[np.ndarray], Sequence[int]], int],
+) -> None:
+    """Feed the last token of an answer and draft tokens; keep those that it accepts.
+
+    Args:
+        session: checks them.
+        table: of its slots.
+        running: the answer.
+        drafted: at least one token.
+        take: lets the answer go on by rows of logits; returns how many draft tokens it accepts.
+    """
+    slot, token = running.slot, running.answer.ids[-1]
+    held = table.tokens[slot]
+    rows = session.read_block(slot, np.array([token, *drafted], np.int64))
+    held.append(token)
+    held += drafted[: take(running, rows, drafted)]
+    take_back(session, slot, len(held))
 
 
 def finite_rows(rows: Iterable[np.ndarray]) -> Iterator[np.ndarray]:

@@ -16,7 +16,8 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from pipeline.runtime.drafting import make_drafter
+from pipeline.progress import note
+from pipeline.runtime.drafting import DraftSource, make_drafter
 from pipeline.runtime.prefix_cache import SlotTable
 from pipeline.runtime.sessions.session import SlotSession
 from pipeline.runtime.text_stream import Decoder
@@ -24,6 +25,7 @@ from pipeline.serve.failure import RequestFailure
 from pipeline.serve.job import Job, Load
 from pipeline.serve.running import (
     Running,
+    decode_drafted,
     finite_rows,
     keep_beginning,
     start_job,
@@ -51,7 +53,7 @@ class Scheduler:
         reuse: whether a new prompt may go on from what a slot still holds.
         drafter: what proposes draft tokens for an answer that runs alone, where that saves the
             session time; None for nothing. A block of tokens rounds otherwise than single ones do,
-            so with low-bit weights an answer may then depend on the other requests in the batch.
+            so low-bit answers may depend on the batch then. A draft model drafts for every answer.
 
     Attributes:
         death: what ended the thread, if it ended by a failure.
@@ -66,11 +68,11 @@ class Scheduler:
         queue: int,
         prefill_chunk: int = PREFILL_CHUNK,
         reuse: bool = True,
-        drafter: str | None = None,
+        drafter: str | DraftSource | None = None,
     ) -> None:
         self._session, self._decoder, self._stop_ids = session, decoder, stop_ids
         self._queue, self._chunk, self._reuse = queue, prefill_chunk, reuse
-        self._drafter = drafter
+        self._drafter, self._source = drafter, None if isinstance(drafter, str) else drafter
         self._table = SlotTable(session.slots)
         self._running: dict[int, Running] = {}  # by slot, in order of arrival
         self._waiting: deque[Job] = deque()
@@ -287,7 +289,7 @@ class Scheduler:
     def _start(self, job: Job, slot: int) -> Running:
         """The beginning of the answer to a job that waits no more."""
         try:
-            drafter = make_drafter(self._session, self._drafter)
+            drafter = make_drafter(self._session, self._drafter, slot)
             length = self._session.max_length
             return start_job(job, slot, length, self._decoder, self._stop_ids, drafter)
         except BaseException:
@@ -316,12 +318,11 @@ class Scheduler:
     def _decode_tokens(self) -> None:
         """One token more for every answer that has room for it."""
         ready = [r for r in self._running.values() if r.answer.token is not None and r.can_go_on]
+        if len(self._running) == 1 or self._source is not None:
+            ready = [running for running in ready if not self._went_on_drafted(running)]
         if not ready:
             return
         try:
-            if len(self._running) == 1 and (drafted := self._draft(ready[0])):
-                self._decode_drafted(ready[0], drafted)
-                return
             logits = self._decode(ready)
         except Exception:
             logger.exception("Decoding %d slots together failed; trying one by one.", len(ready))
@@ -338,18 +339,16 @@ class Scheduler:
             self._table.tokens[running.slot].append(token)
         return logits
 
-    def _draft(self, running: Running) -> list[int]:
-        """Draft tokens for the only answer: no more than its outbox has room for."""
-        return running.answer.draft(running.job.outbox.room)
-
-    def _decode_drafted(self, running: Running, drafted: list[int]) -> None:
-        """Feed the last token of the only answer and draft tokens; keep those it accepts."""
-        slot, token = running.slot, running.answer.ids[-1]
-        held = self._table.tokens[slot]
-        rows = self._session.read_block(slot, np.array([token, *drafted], np.int64))
-        held.append(token)
-        held += drafted[: self._take(running, rows, drafted)]
-        take_back(self._session, slot, len(held))
+    def _went_on_drafted(self, running: Running) -> bool:
+        """Whether there were draft tokens for an answer: no more than its outbox has room for."""
+        try:
+            if drafted := running.answer.draft(running.job.outbox.room):
+                decode_drafted(self._session, self._table, running, drafted, self._take)
+        except Exception:
+            logger.exception("Slot %d failed with draft tokens; trying without.", running.slot)
+            self._decode_apart([running])
+            return True
+        return bool(drafted)
 
     def _decode_apart(self, ready: list[Running]) -> None:
         """After a failure of all together: each alone, so that only the one at fault fails."""
@@ -384,6 +383,8 @@ class Scheduler:
         """Say how an answer ended, and free its slot; nothing where it goes on."""
         if running.answer.ending is None:
             return
+        if self._source is not None and (notice := self._source.take_notice()):
+            note(notice)
         running.finish()
         self._release(running)
 

@@ -19,7 +19,8 @@ import uvicorn
 
 from pipeline.errors import UsageError
 from pipeline.progress import note
-from pipeline.runtime.drafting import PROMPT_LOOKUP
+from pipeline.runtime.draft_model import open_drafted
+from pipeline.runtime.drafting import PROMPT_LOOKUP, DraftSource
 from pipeline.runtime.sessions.session import SlotSession
 from pipeline.runtime.sessions.slots import open_slots
 from pipeline.runtime.tokenizer import load_tokenizer, start_template, stop_token_ids
@@ -52,6 +53,7 @@ class ServeRequest:
         prefill_chunk: most tokens of a prompt between two tokens of the other answers.
         reuse: whether prompts may go on from what a slot holds.
         lookup: whether an answer that runs alone reads draft tokens, by prompt lookup.
+        draft: a folder whose model drafts for every answer, or None.
         limits: what a client may ask for.
         keys: accepted API keys; none accepts everybody.
         grace_s: how long running answers may take after the signal to stop.
@@ -71,6 +73,7 @@ class ServeRequest:
     prefill_chunk: int = PREFILL_CHUNK
     reuse: bool = True
     lookup: bool = False
+    draft: Path | None = None
     limits: Limits = field(default_factory=Limits)
     keys: tuple[str, ...] = ()
     grace_s: float = 10.0
@@ -140,8 +143,8 @@ def serve(request: ServeRequest) -> int:
         UsageError: the address cannot be listened at.
     """
     with _listen(request.host, request.port) as listener:
-        session = open_slots(request.folder, request.backend, request.threads, request.slots)
-        with _running_server(request, session) as server:
+        session, source = _open(request)
+        with _running_server(request, session, source) as server:
             listener.listen()  # whoever reads the address may call it at once
             _announce(request, session, listener)
             server.run(sockets=[listener])
@@ -153,8 +156,18 @@ def serve(request: ServeRequest) -> int:
     return 130 if server.ended_by == signal.SIGINT else 0
 
 
+def _open(request: ServeRequest) -> tuple[SlotSession, DraftSource | None]:
+    """The model, and the one that drafts for its answers, if any."""
+    place = request.backend, request.threads, request.slots
+    if request.draft is None:
+        return open_slots(request.folder, *place), None
+    return open_drafted(request.folder, request.draft, *place, lookup=request.lookup)
+
+
 @contextlib.contextmanager
-def _running_server(request: ServeRequest, session: SlotSession) -> Iterator[_Server]:
+def _running_server(
+    request: ServeRequest, session: SlotSession, source: DraftSource | None = None
+) -> Iterator[_Server]:
     """A server over a session, whose threads end with the block."""
     tokenizer = load_tokenizer(request.folder)
     start_template(tokenizer)
@@ -166,7 +179,7 @@ def _running_server(request: ServeRequest, session: SlotSession) -> Iterator[_Se
         queue=request.queue,
         prefill_chunk=request.prefill_chunk,
         reuse=request.reuse,
-        drafter=PROMPT_LOOKUP if request.lookup else None,
+        drafter=source or _by_lookup(request),
     )
     # transformers' tokenizers change while they are used: one for each thread.
     is_shareable = getattr(tokenizer, "is_shareable", False)
@@ -181,6 +194,10 @@ def _running_server(request: ServeRequest, session: SlotSession) -> Iterator[_Se
     finally:
         scheduler.close()
         api.close()
+
+
+def _by_lookup(request: ServeRequest) -> str | None:
+    return PROMPT_LOOKUP if request.lookup and request.draft is None else None
 
 
 def _configure(request: ServeRequest, api: Api) -> uvicorn.Config:

@@ -14,6 +14,7 @@ from typing import Any
 
 import openai
 
+from pipeline.runtime.drafting import DraftSource
 from pipeline.runtime.generate import answer
 from pipeline.runtime.sampling import GREEDY, Sampling
 from pipeline.runtime.sequence import Decoding
@@ -57,15 +58,16 @@ def live_server(
     folder: Path,
     session: SlotSession | None = None,
     send_buffer_bytes: int | None = None,
+    source: DraftSource | None = None,
     **settings: Any,
 ) -> Iterator[LiveServer]:
-    """Serve `folder`, or `session` with the tokenizer of `folder`."""
+    """Serve `folder`, or `session` with the tokenizer of `folder`, drafted for by `source`."""
     request = ServeRequest(folder=folder, port=0, model_name=MODEL, **settings)
     listener = _listen(request.host, request.port)
     if send_buffer_bytes is not None:  # connections inherit it
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer_bytes)
     session = session or open_slots(folder, slots=request.slots)
-    with listener, _running_server(request, session) as server:
+    with listener, _running_server(request, session, source) as server:
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()
         listener_port = listener.getsockname()[1]

@@ -21,6 +21,7 @@ from benchmarks.models import (
     tiny_llama,
 )
 from pipeline.artefact import sha256_of_file
+from pipeline.export.contract import CPU, INT4
 from pipeline.export.export import ExportRequest, export_folder
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "byte_tokenizer",
     "export_tiny",
     "save_tiny_folder",
+    "shared_draft",
     "shared_export",
     "shared_rounded_export",
     "tiny_llama",
@@ -48,6 +50,17 @@ def shared_export(profile: str) -> Path:
         export_tiny(save_tiny_folder(root / "model"), root / profile, profile)
 
     return _shared(profile, make)
+
+
+@functools.cache
+def shared_draft() -> Path:
+    """A draft for `shared_export("cpu")`, in 4 bits; of another seed, so that it is often wrong."""
+
+    def make(root: Path) -> None:
+        model = save_tiny_folder(root / "model", seed=1)
+        export_folder(model, root / "draft", ExportRequest(CPU, "float32", MAX_LENGTH, INT4))
+
+    return _shared("draft", make)
 
 
 @functools.cache

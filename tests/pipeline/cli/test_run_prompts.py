@@ -11,7 +11,11 @@ import pytest
 from pipeline.cli.main import main
 from pipeline.cli.run_prompts import _read_prompts
 from pipeline.errors import InputError
-from tests.support.tiny_decoder import save_tiny_folder, shared_export
+from pipeline.runtime.draft_model import open_drafted
+from pipeline.runtime.language_model import LanguageModel
+from pipeline.runtime.sequence import Decoding
+from pipeline.runtime.tokenizer import load_tokenizer
+from tests.support.tiny_decoder import save_tiny_folder, shared_draft, shared_export
 
 PROMPTS = ["hello", "a much longer prompt than the first", "xyz"]
 
@@ -218,3 +222,30 @@ def test_answers_are_printed_as_they_come(
     arguments = ["run", folders["onnx"], "--prompts", str(path), "--batch-size", "1"]
     assert main([*arguments, "--max-new-tokens", "3"]) == 1
     assert capsys.readouterr().out.startswith("--- 1 ---\n")
+
+
+def test_drafts_of_another_export_change_no_answer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_text("\n".join(PROMPTS))
+    drafted = [str(shared_export("cpu")), "--draft", str(shared_draft()), "--no-lookup"]
+    together = run_json(capsys, *drafted, "--prompts", str(path))
+    alone = [run_json(capsys, *drafted, "-p", prompt)[0] for prompt in PROMPTS]
+    assert [answer["text"] for answer in together] == [answer["text"] for answer in alone]
+    session, _ = open_drafted(shared_export("cpu"), shared_draft(), length=0)
+    model = LanguageModel(session, load_tokenizer(shared_export("cpu")), drafter=None)
+    messages = [{"role": "user", "content": PROMPTS[1]}]
+    assert model.chat(messages, Decoding(9)).text == alone[1]["text"]
+
+
+def test_a_draft_that_cannot_pay_is_left_out_and_that_is_said(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder, draft = str(shared_draft()), str(shared_export("cpu"))
+    asked = ["-p", "hello", "--max-new-tokens", "9", "--no-lookup"]
+    assert main(["run", folder, "--draft", draft, *asked]) == 0
+    found = capsys.readouterr()
+    assert "cannot pay for itself" in " ".join(found.err.split())
+    assert main(["run", folder, *asked]) == 0
+    assert capsys.readouterr().out == found.out

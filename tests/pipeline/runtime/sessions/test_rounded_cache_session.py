@@ -25,12 +25,12 @@ def session() -> CpuSession:
 
 
 def held(session: CpuSession, slot: int, length: int) -> list[bytes]:
-    return [buffer[slot, :, :length].tobytes() for buffer in session._buffers.values()]
+    return [buffer[slot, :, :length].tobytes() for buffer in session.values.buffers.values()]
 
 
 def test_a_quarter_of_the_bytes_is_held_and_the_session_says_so(session: CpuSession) -> None:
     assert session.name == "onnxruntime cpu float, cache int8"
-    assert {str(buffer.dtype) for buffer in session._buffers.values()} == {"int8"}
+    assert {str(buffer.dtype) for buffer in session.values.buffers.values()} == {"int8"}
     rounded, plain = (traffic_of_folder(f) for f in (shared_rounded_export(), shared_export("cpu")))
     assert 4 * rounded.cache_bytes(100) == plain.cache_bytes(100)
 

@@ -1,0 +1,94 @@
+"""When a model's drafts pay: their time against the calls they save, measured as it goes."""
+
+from __future__ import annotations
+
+from pipeline.runtime.drafting import best_draft_length
+from pipeline.runtime.sessions.call_times import CallTimes
+from pipeline.runtime.sessions.onnx_cpu_session import STEADY_TOKENS
+
+MOST_DRAFTED = STEADY_TOKENS - 1
+# Until the draft's steps and the model's blocks have been timed.
+_FIRST_DRAFT = 3
+# Drafts before times are believed that speak against all drafting.
+_ENOUGH = 4
+# What was seen counts 0.95 times as much after every further draft: text changes its kind.
+_MEMORY = 0.95
+# Two right and one wrong to begin with.
+_RIGHT, _WRONG = 2.0, 1.0
+# Calls without drafts after which drafts that were wrong get another chance.
+_PATIENCE = 32
+# A call without drafts reads two rows, so that its bits are those of any block.
+_ROWS = 2
+
+
+class DraftCosts:
+    """How many tokens a model should draft, by its time, by the calls' time and by what was right.
+
+    Args:
+        calls: of the session that checks the drafts.
+        steps: of the draft.
+        row_cost: what one more token in a call costs, as a share of a call, until that is measured.
+
+    Attributes:
+        reason: why nothing is drafted; None while it pays.
+    """
+
+    def __init__(self, calls: CallTimes, steps: CallTimes, row_cost: float) -> None:
+        self._calls, self._steps, self._row_cost = calls, steps, row_cost
+        self._right, self._wrong = _RIGHT, _WRONG
+        self._drafts = self._plain = 0
+        self._never_pays = False
+        self.reason: str | None = None
+
+    def learn(self, right: int, drafted: int) -> None:
+        """Count how many tokens of a draft were right; the first that was not ends it."""
+        if drafted:
+            self._forget()
+            self._right += right
+            self._wrong += right < drafted
+            self._drafts += 1
+
+    def length(self, most: int) -> int:
+        """How many tokens to draft now, 0 to `most`."""
+        costs_s = self._costs_s(min(most, MOST_DRAFTED))
+        if costs_s is None:  # times come first: of a call without drafts, and then of a draft
+            return min(most, _FIRST_DRAFT) if self._calls.medians(_ROWS).get(_ROWS) else 0
+        if self._never_pays or most < 1:
+            return 0
+        acceptance = self._right / (self._right + self._wrong)
+        found = best_draft_length(acceptance, costs_s)
+        if found or self._drafts < _ENOUGH:
+            self.reason = None
+            return found or min(most, 1)
+        self._never_pays = best_draft_length(1.0, costs_s) == 0 and most >= _FIRST_DRAFT
+        self.reason = self._explanation(costs_s, acceptance)
+        self._plain += 1
+        if self._plain % _PATIENCE == 0:
+            self._forget()
+            return min(most, 1)
+        return 0
+
+    def _forget(self) -> None:
+        """Move the counts towards those of the beginning."""
+        self._right = _RIGHT + _MEMORY * (self._right - _RIGHT)
+        self._wrong = _WRONG + _MEMORY * (self._wrong - _WRONG)
+
+    def _costs_s(self, most: int) -> list[float] | None:
+        """Seconds of a call with 0 to `most` draft tokens and of drafting them; None: not timed."""
+        calls = self._calls.medians(MOST_DRAFTED + 1)
+        step_s = self._steps.medians(1).get(1)
+        if _ROWS not in calls or step_s is None:
+            return None
+        call_s, longest = calls[_ROWS], max(calls)
+        row_s = self._row_cost * call_s
+        if longest > _ROWS:
+            row_s = max(0.0, calls[longest] - call_s) / (longest - _ROWS)
+        rows = [max(_ROWS, 1 + drafted) for drafted in range(max(most, 0) + 1)]
+        return [call_s + (n - _ROWS) * row_s + d * step_s for d, n in enumerate(rows)]
+
+    def _explanation(self, costs_s: list[float], acceptance: float) -> str:
+        call_ms, step_ms = costs_s[0] * 1e3, self._steps.medians(1)[1] * 1e3
+        times = f"a call of the model takes {call_ms:.1f} ms, a step of the draft {step_ms:.1f} ms"
+        if self._never_pays:
+            return f"drafting is off: it cannot pay here, however many guesses are right ({times})"
+        return f"drafting rests: {acceptance:.0%} of the guesses are right, and {times}"

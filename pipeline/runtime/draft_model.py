@@ -1,0 +1,238 @@
+"""A second model drafts: small, of the same tokens, and over the same cache (SubSpec, 2025).
+
+It writes the keys and values of its guesses where the model's own will stand, behind what the model
+has read. So it reads no prompt and holds no cache, and sees the exact keys and values of everything
+before its guesses. The call that checks them writes over every one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.errors import InputError, UsageError
+from pipeline.export.contract import CPU, FLOAT, WEIGHTS_FILE
+from pipeline.export.record import ExportRecord, read_export_record
+from pipeline.json_file import read_json_object
+from pipeline.model.task import require_decoder
+from pipeline.progress import note
+from pipeline.runtime.draft_costs import MOST_DRAFTED, DraftCosts
+from pipeline.runtime.drafting import Chooser, Drafter, FirstOf, PromptLookup
+from pipeline.runtime.prefix_cache import common_length
+from pipeline.runtime.sessions.onnx_cpu_session import CpuSession
+from pipeline.runtime.sessions.open_session import folder_kind
+from pipeline.tokenizer_files import vocabulary_hashes
+
+# Share of right guesses at which drafting has to pay, to be tried at all: few drafts have more.
+_GOOD_ACCEPTANCE = 0.9
+_ROTATION = ("rope_parameters", "rope_theta", "rope_scaling", "partial_rotary_factor")
+
+
+class DraftModel:
+    """A model that drafts for another, one answer or slot at a time.
+
+    Args:
+        target: checks the drafts; steady, so that no answer depends on what was drafted.
+        session: the draft's, over the cache of `target`.
+        lookup: ask prompt lookup first, which costs nothing.
+        length: tokens of every draft, 0 for none; None takes as many as pay by what is measured.
+    """
+
+    def __init__(
+        self, target: CpuSession, session: CpuSession, lookup: bool, length: int | None = None
+    ) -> None:
+        self._session, self._lookup = session, lookup
+        self._length = None if length is None else min(length, MOST_DRAFTED)
+        self._row_cost = target.row_cost or 1.0
+        self._costs = DraftCosts(target.call_times, session.call_times, self._row_cost)
+        self._has_told = False
+
+    def begin(self, slot: int) -> Drafter:
+        own = _ModelDrafter(self, slot)
+        return FirstOf(PromptLookup(self._row_cost), own) if self._lookup else own
+
+    def take_notice(self) -> str | None:
+        if self._has_told or self._costs.reason is None:
+            return None
+        self._has_told = True
+        return self._costs.reason
+
+    def learn(self, right: int, drafted: int) -> None:
+        """Hear how many tokens of a draft were right."""
+        self._costs.learn(right, drafted)
+
+    def guesses(
+        self, slot: int, read: int, token: int, most: int, begin: Callable[[], Chooser]
+    ) -> list[int]:
+        """What comes behind a token, as this model has it.
+
+        Args:
+            slot: of the answer.
+            read: tokens that the cache holds, all of them read by the target.
+            token: the next one.
+            most: limit of the guesses.
+            begin: gives what chooses them.
+        """
+        count = self._costs.length(most) if self._length is None else min(most, self._length)
+        found: list[int] = []
+        if count < 1:
+            return found
+        self._session.take_up(slot, read)
+        choose = begin()
+        while len(found) < count:
+            guess = choose(self._session.prefill(slot, np.array([token], np.int64)))
+            if guess is None:  # nothing will be chosen behind it
+                break
+            found.append(guess)
+            token = guess
+        return found
+
+
+class _ModelDrafter:
+    """The drafts of one answer: a `GuessingDrafter`."""
+
+    def __init__(self, model: DraftModel, slot: int) -> None:
+        self.drafted = self.taken = 0
+        self._model, self._slot = model, slot
+        self._begin: Callable[[], Chooser] = lambda: lambda logits: int(logits.argmax())
+        self._heard = 0  # tokens of prompt and answer
+        self._last = -1
+
+    def guess_by(self, begin: Callable[[], Chooser]) -> None:
+        self._begin = begin
+
+    def learn(self, drafted: Sequence[int], chosen: Sequence[int]) -> None:
+        right = common_length(drafted, chosen)
+        self.taken += right
+        self._model.learn(right, len(drafted))
+        self._heard += len(chosen)
+        self._last = chosen[-1] if chosen else self._last
+
+    def draft(self, most: int) -> list[int]:
+        # The model is to read the last token beside the drafts.
+        found = self._model.guesses(self._slot, self._heard - 1, self._last, most, self._begin)
+        self.drafted += len(found)
+        return found
+
+
+def open_drafted(
+    folder: Path,
+    draft: Path,
+    backend: str = "auto",
+    threads: int | None = None,
+    slots: int = 1,
+    lookup: bool = False,
+    length: int | None = None,
+) -> tuple[CpuSession, DraftModel | None]:
+    """Open a model, and beside it a smaller one that drafts for it over the same cache.
+
+    Args:
+        folder: an export of the profile `cpu`.
+        draft: another of the same model, in fewer bytes.
+        backend: `auto` or `onnx`.
+        threads: of ONNX Runtime, for each; None leaves the choice to it.
+        slots: rows of the cache.
+        lookup: ask prompt lookup before the draft.
+        length: tokens of every draft, 0 for none; None takes as many as pay.
+
+    Returns:
+        The session, and what drafts for it: None, which is said, where the bytes of the two leave
+        nothing to gain; the session is then the same as without a draft.
+
+    Raises:
+        InputError: a folder does not load, or the two do not fit each other.
+        UsageError: a folder or `backend` is of another kind.
+    """
+    records = [_require_export(path, backend) for path in (folder, draft)]
+    _require_pair(folder, draft, *records)
+    if length is None and not _can_pay(folder, draft):
+        return CpuSession(folder, threads, slots=slots), None
+    target = CpuSession(folder, threads, slots=slots, steady=True)
+    session = CpuSession(draft, threads, values=target.values)
+    return target, DraftModel(target, session, lookup, length)
+
+
+def _require_export(folder: Path, backend: str) -> ExportRecord:
+    """The record of an export of the profile `cpu`; raise for anything else."""
+    kind = folder_kind(folder)
+    require_decoder(folder)
+    observed = f"a folder for the backend '{kind}'"
+    if kind == "onnx" and backend in ("auto", kind):
+        record = read_export_record(folder)
+        if record.traits.contrib:
+            return record
+        observed = f"an export of the profile '{record.profile}'"
+    raise UsageError(
+        f"Drafting with a model needs two exports of the profile '{CPU}', and --backend onnx.",
+        where=folder,
+        observed=f"{observed}, --backend {backend}",
+        change=f"skipcat export CHECKPOINT -o FOLDER --profile {CPU}",
+    )
+
+
+def _require_pair(folder: Path, draft: Path, model: ExportRecord, small: ExportRecord) -> None:
+    """Raise for two exports of which one cannot draft for the other, before either is loaded."""
+    if folder.resolve() == draft.resolve():
+        raise UsageError(
+            "A model cannot draft for itself: it would save no call.",
+            observed=draft,
+            change="give --draft an export of the same model in fewer bytes",
+        )
+    if model.cache_format != FLOAT:
+        raise InputError(
+            "A cache in few bits cannot be shared: each export has scales of its own.",
+            where=folder,
+            observed=f"cache {model.cache_format}",
+            expected=f"cache {FLOAT}",
+            change="export both without --cache",
+        )
+    for name in ("vocab_size", "num_layers", "max_length", "cache_format"):
+        wanted, found = getattr(model, name), getattr(small, name)
+        if wanted != found:
+            raise InputError(
+                "This draft does not fit the model.",
+                where=draft,
+                observed=f"{name} {found}",
+                expected=f"{name} {wanted}, as {folder} has",
+                change="export both from the same model, with the same --max-length",
+            )
+    if _rotation(folder) != _rotation(draft):
+        raise InputError(
+            "This draft does not fit the model: it turns its keys by other angles.",
+            where=draft / "config.json",
+            observed=_rotation(draft),
+            expected=_rotation(folder),
+            change="make the draft from the same model",
+        )
+    if vocabulary_hashes(folder) != vocabulary_hashes(draft):
+        raise InputError(
+            "This draft does not fit the model: its tokenizer is another one.",
+            where=draft,
+            expected=f"the tokenizer files of {folder}",
+            change="make the draft from the same model",
+        )
+
+
+def _rotation(folder: Path) -> dict[str, Any]:
+    """What config.json says of the angles by which positions turn the keys of the cache."""
+    path = folder / "config.json"
+    fields = read_json_object(path) if path.is_file() else {}
+    return {name: fields[name] for name in _ROTATION if name in fields}
+
+
+def _can_pay(folder: Path, draft: Path) -> bool:
+    """Whether drafts could save time by the bytes that a step of each reads; says if they cannot.
+
+    It does not go by a clock, so that an answer's bits do not either.
+    """
+    whole, small = ((path / WEIGHTS_FILE).stat().st_size for path in (folder, draft))
+    if CpuSession.row_cost is None or CpuSession.row_cost + small / whole < _GOOD_ACCEPTANCE:
+        return True
+    note(
+        f"no drafts: the draft has {small / 1e6:.1f} MB to the model's {whole / 1e6:.1f}, and "
+        "cannot pay for itself; without --draft, --lookup may"
+    )
+    return False
