@@ -65,7 +65,7 @@ def assign(
     )
     cell = torch.cat([own + step for step in steps]).long()
     which, anchor = which.repeat(3), anchor.repeat(3)
-    limit = torch.tensor([size[1], size[0]])
+    limit = torch.tensor([size[1], size[0]], device=cell.device)
     inside = ((cell >= 0) & (cell < limit)).all(dim=1)
     which, anchor, cell = which[inside], anchor[inside], cell[inside]
     return _Assigned(images[which], anchor, cell, sides[anchor], boxes[which], classes[which])

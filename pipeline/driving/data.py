@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from pipeline.driving.bdd import is_bdd, open_bdd
 from pipeline.driving.folder import KINDS, LAYOUT, open_folder
 from pipeline.driving.sample import DrivingSet
-from pipeline.driving.scenes.domain import DOMAINS, domain_named
+from pipeline.driving.scenes.domain import DOMAINS, Domain, domain_named
 from pipeline.driving.scenes.scene import scene_set
 from pipeline.errors import InputError, UsageError
 
@@ -17,6 +18,7 @@ FORMATS = (
     f"BDD100K, or FOLDER:drivable=3,vehicle=8 with {LAYOUT}"
 )
 SPLITS = ("train", "val")
+_VALIDATED = 10
 # Seeds of validation scenes, which no training reaches.
 _FIRST_SEED = {"train": 0, "val": 10_000_000}
 
@@ -42,7 +44,29 @@ def open_data(spec: str, split: str, size: tuple[int, int]) -> DrivingSet:
     if not rest and is_bdd(folder):
         return open_bdd(folder, split)
     own = folder / split
-    return open_folder(own if own.is_dir() else folder, _ids(spec, rest))
+    if own.is_dir():
+        return open_folder(own, _ids(spec, rest))
+    return _part(open_folder(folder, _ids(spec, rest)), split)
+
+
+def _part(data: DrivingSet, split: str) -> DrivingSet:
+    """Of a folder without splits, every tenth image is one to validate on."""
+    everything = range(len(data))
+    validated = set(everything[_VALIDATED - 1 :: _VALIDATED] or everything[-1:])
+    places = [place for place in everything if (place in validated) == (split == "val")]
+    return replace(
+        data, names=[data.names[p] for p in places], read=lambda place: data.read(places[place])
+    )
+
+
+def scene_domain(spec: str) -> Domain | None:
+    """The domain of scenes that a spec means; None where it means something else.
+
+    Raises:
+        UsageError: scenes of no domain that there is.
+    """
+    name, _, rest = spec.partition(":")
+    return domain_named(rest.partition(":")[0]) if name == _SCENES else None
 
 
 def _scenes(spec: str, rest: str, split: str, size: tuple[int, int]) -> DrivingSet:

@@ -44,6 +44,10 @@ class Batch:
     lane: torch.Tensor
     known: torch.Tensor
 
+    def to(self, device: str) -> Batch:
+        """The same on a device."""
+        return Batch(**{name: tensor.to(device) for name, tensor in vars(self).items()})
+
 
 def driving_loss(
     maps: DrivingMaps, batch: Batch, anchors: list[list[list[float]]]
@@ -104,9 +108,9 @@ def _box_loss(
     for raw, level, stride, balance in zip(maps, anchors, STRIDES, _LEVEL_BALANCE, strict=True):
         b, _, h, w = raw.shape
         grid = raw.float().view(b, len(level), -1, h, w)
-        sides = torch.tensor(level, dtype=torch.float32) / stride
+        sides = torch.tensor(level, dtype=torch.float32, device=raw.device) / stride
         found = assign(boxes / stride, images, classes, sides, (h, w))
-        wanted = torch.zeros_like(grid[:, :, 4])
+        wanted = grid.new_zeros((b, len(level), h, w))
         if len(found.image):
             at = (found.image, found.anchor, slice(None), found.cell[:, 1], found.cell[:, 0])
             said = grid[at]
