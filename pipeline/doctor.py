@@ -113,6 +113,7 @@ class Machine:
     def stages(self) -> list[_StageVerdict]:
         """Each stage of the pipeline: does it work on this machine, and why."""
         return [
+            _needs("train", self, ("torch", "transformers"), "the driving network; needs no GPU"),
             _needs("compress", self, ("torch", "transformers"), "needs no GPU"),
             _needs("recover", self, ("torch", "transformers", "peft"), "needs no GPU"),
             _needs("export", self, ("torch", "transformers", "onnx", "onnxscript"), "needs no GPU"),

@@ -36,25 +36,32 @@ def read_json_object(path: Path, *, change: str | None = None) -> dict[str, Any]
     return _require(value, dict, path, f"{path.name} does not hold what it should.", change)
 
 
-def read_text_file(path: Path, *, change: str | None = None) -> str:
+def read_text_file(
+    path: Path, *, change: str | None = None, largest_bytes: int = LARGEST_BYTES
+) -> str:
     """Read a file of at most 16 MiB of UTF-8, without its byte order mark.
+
+    Args:
+        path: of the file.
+        change: what the user can do about a file that is wrong.
+        largest_bytes: for the few files that are a whole data set.
 
     Raises:
         InputError: it is missing, cannot be read, is larger, or is no UTF-8.
     """
     try:
         with path.open("rb") as file:
-            content = file.read(LARGEST_BYTES + 1)
+            content = file.read(largest_bytes + 1)
     except OSError as error:
         reason = error.strerror or type(error).__name__
         raise InputError(
             f"{path.name} cannot be read.", where=path.parent, observed=reason, change=change
         ) from error
-    if len(content) > LARGEST_BYTES:
+    if len(content) > largest_bytes:
         raise InputError(
             f"{path.name} is too large to be what it should be.",
             where=path.parent,
-            observed=f"more than {LARGEST_BYTES >> 20} MiB",
+            observed=f"more than {largest_bytes >> 20} MiB",
             change=change,
         )
     try:

@@ -17,6 +17,7 @@ FLOORS = (
     "ground",  # files of pipeline/ itself that stand alone
     "quantize",
     "model",
+    "driving",  # of one task: its network and its data
     "calibrate",
     "checkpoint",
     "export",

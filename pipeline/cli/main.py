@@ -19,6 +19,7 @@ from pipeline.terminal import guarded, safe_stdout
 
 _COMMANDS = {
     "build": "pipeline.cli.build",
+    "train": "pipeline.cli.train",
     "compress": "pipeline.cli.compress",
     "recover": "pipeline.cli.recover",
     "export": "pipeline.cli.export",

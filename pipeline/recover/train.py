@@ -12,11 +12,9 @@ to take the same steps as one that was not interrupted.
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +23,18 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from pipeline.artefact import damaged
 from pipeline.calibrate.text import TokenBatch
 from pipeline.errors import InputError
-from pipeline.kept_tensors import keep_tensors, kept_tensors
 from pipeline.model.load import LoadedModel
 from pipeline.progress import track
 from pipeline.recover.adapters import attach, merge_
 from pipeline.recover.request import Recoverable, RecoverRequest, Schedule, held_out
+from pipeline.training_state import Progress, TrainingState, require_finite_step
 
 # Mean loss of a batch of windows, int64 [B, T].
 _Loss = Callable[[torch.Tensor], torch.Tensor]
 _SECONDS_BETWEEN_SAVES = 60.0
 _LARGEST_GRADIENT = 1.0
-# What AdamW keeps of a parameter.
-_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 def fine_tune(
@@ -148,75 +143,6 @@ def _mean_loss(loss_of: _Loss, windows: torch.Tensor, batch_size: int) -> float:
     return total / len(windows)
 
 
-@dataclass
-class Progress:
-    """How far a run has come.
-
-    Attributes:
-        step: steps finished.
-        losses: training loss before each of them, nats per token.
-        learning_rates: first step (as text, for JSON) -> highest learning rate from there on.
-    """
-
-    step: int = 0
-    losses: list[float] = field(default_factory=list)
-    learning_rates: dict[str, float] = field(default_factory=dict)
-
-
-class _TrainingState:
-    """Parameters and moments of a run in one file, replaced as a whole.
-
-    Args:
-        path: of the file; need not exist.
-        parameters: those that are trained, by name.
-        optimizer: an AdamW over them, in the same order.
-    """
-
-    def __init__(
-        self,
-        path: Path,
-        parameters: dict[str, nn.Parameter],
-        optimizer: torch.optim.Optimizer,
-    ) -> None:
-        self.path, self.parameters, self.optimizer = path, parameters, optimizer
-
-    def save(self, progress: Progress) -> None:
-        """Write all that the next step depends on, aside and then renamed."""
-        tensors = {f"value/{name}": value.detach() for name, value in self.parameters.items()}
-        for name, parameter in self.parameters.items():
-            moments = self.optimizer.state.get(parameter, {})
-            tensors |= {f"{kind}/{name}": tensor for kind, tensor in moments.items()}
-        keep_tensors(self.path, tensors, {"progress": json.dumps(asdict(progress))})
-
-    def load_(self) -> Progress:
-        """Put parameters and moments where they were; the start of a run if there is no file.
-
-        Raises:
-            InputError: the file is broken, or of other parameters.
-        """
-        if not self.path.exists():
-            return Progress()
-        kept = kept_tensors(self.path)
-        if kept is None:
-            raise damaged(self.path, "not what was written")
-        tensors, told = kept
-        try:
-            self._put_back(tensors)
-        except (LookupError, RuntimeError) as error:
-            raise damaged(self.path, "the state of another model") from error
-        return Progress(**json.loads(told["progress"]))
-
-    @torch.no_grad()
-    def _put_back(self, tensors: dict[str, torch.Tensor]) -> None:
-        moments = {}
-        for index, (name, parameter) in enumerate(self.parameters.items()):
-            parameter.copy_(tensors[f"value/{name}"])
-            if f"step/{name}" in tensors:
-                moments[index] = {kind: tensors[f"{kind}/{name}"] for kind in _MOMENTS}
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
-
-
 def _train_(
     model: nn.Module, loss_of: _Loss, windows: torch.Tensor, schedule: Schedule, path: Path
 ) -> Progress:
@@ -237,7 +163,7 @@ def _train_(
     """
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(parameters.values(), weight_decay=0.0)
-    state = _TrainingState(path, parameters, optimizer)
+    state = TrainingState(path, parameters, optimizer)
     progress = state.load_()
     if schedule.learning_rate not in list(progress.learning_rates.values())[-1:]:
         progress.learning_rates[str(progress.step)] = schedule.learning_rate
@@ -249,7 +175,7 @@ def _train_(
         loss = loss_of(windows[chosen])
         loss.backward()
         norm = nn.utils.clip_grad_norm_(parameters.values(), _LARGEST_GRADIENT)
-        _require_finite(step, loss.item(), norm.item(), path)
+        require_finite_step(step, loss.item(), norm.item(), path)
         # Before the update and after its check: what is kept is known to have a finite loss.
         if time.monotonic() - saved >= _SECONDS_BETWEEN_SAVES:
             state.save(progress)
@@ -259,17 +185,3 @@ def _train_(
         progress.step = step + 1
         progress.losses.append(loss.item())
     return progress
-
-
-def _require_finite(step: int, loss: float, norm: float, path: Path) -> None:
-    if math.isfinite(loss) and math.isfinite(norm):
-        return
-    kept = path.exists()
-    raise InputError(
-        "Training diverged.",
-        where=f"step {step + 1}",
-        observed=f"loss {loss}, gradient norm {norm}",
-        expected="finite numbers",
-        change="a smaller --learning-rate, "
-        + ("with --resume from the last good state" if kept else "from the start"),
-    )

@@ -1,0 +1,119 @@
+"""The state of a training on disk, from which it goes on to the same bits."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from pipeline.artefact import damaged
+from pipeline.errors import InputError
+from pipeline.kept_tensors import keep_tensors, kept_tensors
+
+# What AdamW keeps of a parameter.
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+
+
+@dataclass
+class Progress:
+    """How far a run has come.
+
+    Attributes:
+        step: steps finished.
+        losses: training loss before each of them.
+        learning_rates: first step (as text, for JSON) -> highest learning rate from there on.
+    """
+
+    step: int = 0
+    losses: list[float] = field(default_factory=list)
+    learning_rates: dict[str, float] = field(default_factory=dict)
+
+
+class TrainingState:
+    """Parameters and moments of a run in one file, replaced as a whole.
+
+    Args:
+        path: of the file; need not exist.
+        parameters: those that are trained, by name.
+        optimizer: an AdamW over them, in the same order.
+        beside: tensors that steps change too, by name.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        parameters: dict[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        beside: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
+        self.path, self.parameters, self.optimizer = path, parameters, optimizer
+        self.beside = beside or {}
+
+    def save(self, progress: Progress) -> None:
+        """Write all that the next step depends on, aside and then renamed."""
+        tensors = {f"value/{name}": value.detach() for name, value in self.parameters.items()}
+        for name, parameter in self.parameters.items():
+            moments = self.optimizer.state.get(parameter, {})
+            tensors |= {f"{kind}/{name}": tensor for kind, tensor in moments.items()}
+        tensors |= {f"beside/{name}": tensor.detach() for name, tensor in self.beside.items()}
+        keep_tensors(self.path, tensors, {"progress": json.dumps(asdict(progress))})
+
+    def load_(self) -> Progress:
+        """Put parameters and moments where they were; the start of a run if there is no file.
+
+        Raises:
+            InputError: the file is broken, or of other parameters.
+        """
+        if not self.path.exists():
+            return Progress()
+        kept = kept_tensors(self.path)
+        if kept is None:
+            raise damaged(self.path, "not what was written")
+        tensors, told = kept
+        try:
+            self._put_back(tensors)
+        except (LookupError, RuntimeError) as error:
+            raise damaged(self.path, "the state of another model") from error
+        return Progress(**json.loads(told["progress"]))
+
+    @torch.no_grad()
+    def _put_back(self, tensors: dict[str, torch.Tensor]) -> None:
+        moments = {}
+        for index, (name, parameter) in enumerate(self.parameters.items()):
+            parameter.copy_(tensors[f"value/{name}"])
+            if f"step/{name}" in tensors:
+                moments[index] = {kind: tensors[f"{kind}/{name}"] for kind in _MOMENTS}
+        for name, tensor in self.beside.items():
+            tensor.copy_(tensors[f"beside/{name}"])
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+
+
+def require_finite_step(step: int, loss: float, norm: float, path: Path) -> None:
+    """Refuse to go on with a step whose loss or gradient is not finite.
+
+    Args:
+        step: counted from 0.
+        loss: of it.
+        norm: of its gradient.
+        path: where the state from before it is kept, if it is.
+
+    Raises:
+        InputError: they are not finite.
+    """
+    if math.isfinite(loss) and math.isfinite(norm):
+        return
+    kept = path.exists()
+    raise InputError(
+        "Training diverged.",
+        where=f"step {step + 1}",
+        observed=f"loss {loss}, gradient norm {norm}",
+        expected="finite numbers",
+        change="a smaller --learning-rate, "
+        + ("with --resume from the last good state" if kept else "from the start"),
+    )
