@@ -373,7 +373,8 @@ def _onnx_tolerance(record: ExportRecord | None) -> Tolerance:
         return Tolerance()
     if record.weights == INT8 or record.accuracy_level:
         return _NEAR_IN_INTEGERS
-    return _SAME_IN_FLOAT32 if record.cache_format == FLOAT else _SAME_IN_CODES
+    codes = record.cache_format != FLOAT or record.coded
+    return _SAME_IN_CODES if codes else _SAME_IN_FLOAT32
 
 
 def export_record_if_readable(folder: Path) -> ExportRecord | None:

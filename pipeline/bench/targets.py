@@ -21,6 +21,7 @@ from pipeline.export.contract import (
     MATMUL_NBITS,
     PROFILES,
     RECORD_FILE,
+    steps_name,
 )
 from pipeline.export.record import ExportRecord, read_export_record
 from pipeline.json_file import read_json_object
@@ -247,9 +248,11 @@ def _traffic_of_engine(folder: Path) -> Traffic:
 def _engine_cache(manifest: dict[str, Any]) -> Iterable[CacheTensor]:
     """Keys and values of an engine, from the ranges of its decode profile."""
     bits = 16 if manifest["onnx"]["dtype"] == FLOAT16 else 32
+    coded = manifest["onnx"].get("coded", [])
+    own = dict.fromkeys(coded, 8) | {steps_name(name): 16 for name in coded}
     fixed = PROFILES[manifest["onnx"]["profile"]].fixed_length
     static = manifest["limits"]["max_length"] if fixed else None
     for name, ends in manifest["profiles"][0]["shapes"].items():
         if name.startswith(CACHE_PREFIX):
             _, heads, _, width = ends["max"]
-            yield CacheTensor(heads * width, bits, static_length=static)
+            yield CacheTensor(heads * width, own.get(name, bits), static_length=static)

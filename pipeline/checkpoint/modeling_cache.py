@@ -116,14 +116,28 @@ class CacheMap(nn.Module):
         return f"{self.heads} heads of {self.width}, {self.groups} x {self.rank}{kind}"
 
 
-def _rounded(latent: torch.Tensor, bits: int) -> torch.Tensor:
-    """Rounded to 2^bits steps of each token and group; scale and offset are float16."""
+def codes_of(latent: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Latents as codes of 2^bits steps of each token and group: latent = codes * step + low.
+
+    Args:
+        latent: [..., rank].
+        bits: of a code.
+
+    Returns:
+        Codes [..., rank], 0 to 2^bits - 1; step and low [..., 1], which float16 holds exactly. All
+        in the type of the latents.
+    """
     low = latent.amin(-1, keepdim=True).half().to(latent.dtype)
     span = latent.amax(-1, keepdim=True) - low
     # A step so small that float16 has it not would divide by zero; all is then the offset.
     step = (span / (2**bits - 1)).half().to(latent.dtype)
     codes = ((latent - low) / step.clamp_min(torch.finfo(torch.float16).tiny)).round()
-    return codes.clamp(0, 2**bits - 1) * step + low
+    return codes.clamp(0, 2**bits - 1), step, low
+
+
+def _rounded(latent: torch.Tensor, bits: int) -> torch.Tensor:
+    codes, step, low = codes_of(latent, bits)
+    return codes * step + low
 
 
 def attach_cache_maps(model: nn.Module, entries: dict[str, dict[str, Any]]) -> None:

@@ -153,7 +153,7 @@ _cache_options = options.apply(
     options.setting(
         "--cache-bits",
         "any",
-        "Of the latents' numbers: any is searched; float leaves rank alone, as export needs it.",
+        "Of the latents' numbers: any is searched; float leaves rank alone.",
         click.Choice(list(CACHE_BITS)),
     ),
     heading="KV cache",

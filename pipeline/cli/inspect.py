@@ -11,6 +11,8 @@ import click
 from pipeline.cli import options
 from pipeline.export.contract import FLOAT16, GRAPH_FILE, INT8, PIXEL_VALUES, RECORD_FILE
 
+_STEP_BYTES = 4  # step and low of a token and group
+
 
 @click.command("inspect")
 @click.argument("what")
@@ -96,16 +98,25 @@ def _onnx_facts(record: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 def _graph_cache_facts(record: dict[str, Any]) -> dict[str, Any]:
     """What a token of keys and values takes; nothing of old records."""
+    from pipeline.export.contract import held_width
+
     held = record.get("cache_format")
     if held is None:
         return {}
     number_bytes = 1 if held == INT8 else {FLOAT16: 2}.get(record["dtype"], 4)
-    numbers = sum(
-        shape["kv_heads"] * shape["key_width"]
-        + shape.get("value_heads", shape["kv_heads"]) * shape["value_width"]
+    token_bytes = sum(
+        heads * (number_bytes * width if bits is None else held_width(width, bits) + _STEP_BYTES)
         for shape in record["cache"]
+        for heads, width, bits in (
+            (shape["kv_heads"], shape["key_width"], shape.get("key_bits")),
+            (
+                shape.get("value_heads", shape["kv_heads"]),
+                shape["value_width"],
+                shape.get("value_bits"),
+            ),
+        )
     )
-    return {"KV cache, bytes a token": f"{numbers * number_bytes:,}"}
+    return {"KV cache, bytes a token": f"{token_bytes:,}"}
 
 
 def _record_facts(record: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -33,7 +33,7 @@ _INNER_FIELDS: dict[str, dict[str, type]] = {
 }
 _OPTIONAL_FIELDS: dict[str, dict[str, type]] = {
     "limits": {"max_batch": int, "max_prefill": int, "max_length": int},
-    "onnx": {"task": str, "profile": str, "dtype": str}
+    "onnx": {"task": str, "profile": str, "dtype": str, "coded": list}
     | {name: kind for row in TASKS.values() for name, kind in row.record_fields.items()},
     "block_skip": {"plugin": dict},
 }
@@ -100,6 +100,7 @@ def _onnx_record(folder: OnnxFolder) -> dict[str, Any]:
         "profile": record.profile,
         "dtype": record.dtype,
         **{name: getattr(record, name) for name in own},
+        **({"coded": list(record.coded)} if record.coded else {}),
     }
 
 

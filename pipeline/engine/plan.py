@@ -125,6 +125,7 @@ def plan_engine(onnx_folder: Path, request: EngineRequest) -> EnginePlan:
     target = request.target
     folder = read_onnx_folder(onnx_folder)
     folder.require_float16()
+    folder.require_cache_in_place()
     target.require_package()
     limits, notes = adapter_of(folder.record.task, "engine")(
         request.max_batch,

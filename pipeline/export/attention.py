@@ -132,6 +132,13 @@ def _attend(
             attention_mask = torch.zeros(1, 1, query.shape[2], key.shape[2], dtype=query.dtype)
         attention_mask = attention_mask.to(query.dtype)
     assert attention_mask is not None, "_mask_from_slots gives one to every other profile"
+    found = None if cache is None else cache.latents_of(key, value)
+    if cache is not None and found is not None:
+        latents, *held = found
+        if not how.softcap and sinks is None:
+            mixed = latents.attend(cache.layer, query * scale, attention_mask, *held)
+            return mixed.transpose(1, 2), None
+        key, value = latents.rebuilt(cache.layer, *held)
     # TensorRT's Attention takes no soft cap, and nobody's has sinks.
     if profile.native_attention and not how.softcap and sinks is None:
         operation = _native

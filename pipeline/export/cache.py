@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from pipeline.export.contract import CPU, Profile
+from pipeline.export.latent_attention import HeldSide
 from pipeline.export.latents import GraphLatents
 
 # ONNX Runtime's own attention takes heads whose width is a multiple of this.
@@ -71,10 +72,12 @@ class GraphCache:
         slots: int64 [B, S], where the new tokens go; unused where the attention node knows.
         lengths: int32 [B], the tokens of each row with this call's, less one; and int32 [], those
             of the longest row. Only for ONNX Runtime's own attention.
-        latents: what holds latents instead of keys and values, and rebuilds them; None where no
-            layer has any.
+        latents: what is cached instead of keys and values, and how it is attended to; None where
+            no layer has any.
         scales: of keys and values of every layer, [kv heads * width] each, where the cache holds
             codes; None of floats. Only for ONNX Runtime's own attention.
+        steps: of latents in codes, (layer, side) -> [B, groups, past or max length, 2]; 0 is of
+            keys. In the order of the graph's inputs.
         windows: of the masks that a call makes, in order; filled by a call in which tensors have
             values. Only for ONNX Runtime's own attention.
     """
@@ -90,9 +93,11 @@ class GraphCache:
         windows: list[int] | None = None,
         latents: GraphLatents | None = None,
         scales: list[tuple[torch.Tensor, torch.Tensor]] | None = None,
+        steps: dict[tuple[int, int], torch.Tensor] | None = None,
     ) -> None:
         self.profile, self.latents, self.scales = profile, latents, scales
         self.keys, self.values = list(past[0::2]), list(past[1::2])
+        self.steps = steps or {}
         self.slots, self.lengths = slots, lengths
         self._windows: list[int] = [] if windows is None else windows
         self._stand_ins: list[tuple[torch.Tensor, int]] = []
@@ -135,29 +140,56 @@ class GraphCache:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Add new keys and values [B, KVH, S, D]; return all of the layer's.
 
-        With ONNX Runtime's own attention, return the new ones alone.
+        With ONNX Runtime's own attention, and where latents are cached, return the new ones alone.
         """
         self.layer, self.new = layer_idx, (key, value)
         self.updated += 1
         if self.profile.contrib:
             return key, value
-        if self.latents is not None:
-            key, value = self.latents.of_new(layer_idx, key, value)
+        if self.latents is not None and layer_idx in self.latents:
+            for number, new in enumerate(self.latents.of_new(layer_idx, (key, value))):
+                held = self.values if number else self.keys
+                held[layer_idx] = self._extend(held[layer_idx], new.held)
+                if new.steps is not None:
+                    place = layer_idx, number
+                    self.steps[place] = self._extend(self.steps[place], new.steps)
+            return key, value
         self.keys[layer_idx] = self._extend(self.keys[layer_idx], key)
         self.values[layer_idx] = self._extend(self.values[layer_idx], value)
-        held = self.keys[layer_idx], self.values[layer_idx]
-        return held if self.latents is None else self.latents.rebuilt(layer_idx, *held)
+        return self.keys[layer_idx], self.values[layer_idx]
+
+    def latents_of(
+        self, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[GraphLatents, HeldSide, HeldSide] | None:
+        """The cache of the layer that has just been given these, and what knows to attend to it.
+
+        None where it holds keys and values.
+
+        Raises:
+            NotImplementedError: as `require_own`.
+        """
+        if self.latents is None or self.layer not in self.latents:
+            return None
+        self.require_own(key, value)
+        keys, values = (
+            HeldSide(held[self.layer], self.steps.get((self.layer, number)), form)
+            for number, (held, form) in enumerate(
+                zip((self.keys, self.values), self.latents.forms_of(self.layer), strict=True)
+            )
+        )
+        return self.latents, keys, values
 
     def require_own(self, key: torch.Tensor, value: torch.Tensor) -> None:
         """Raise NotImplementedError unless `update` has just returned these, and once alone.
 
-        ONNX Runtime's own attention writes what it attends to; a layer that attends to a part of
-        its cache, or twice, would store something else than it means to.
+        ONNX Runtime's own attention writes what it attends to, and latents are attended to as they
+        are cached; a layer that attends to a part of its cache, or twice, would get something else
+        than it means to.
         """
         new, self.new = self.new, None
         if new is None or key is not new[0] or value is not new[1]:
             raise NotImplementedError(
-                f"keys or values that change behind the cache, in the profile '{CPU}'"
+                f"keys or values that change behind the cache, in the profile '{self.profile.name}'"
             )
 
     def _extend(self, past: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
@@ -179,8 +211,9 @@ class GraphCache:
 
     @property
     def present(self) -> list[torch.Tensor]:
-        """Key and value of layer 0, of layer 1, ... after all updates."""
-        return [t for pair in zip(self.keys, self.values, strict=True) for t in pair]
+        """Key and value of layer 0, of layer 1, ... after all updates, and the steps of codes."""
+        return [*(t for pair in zip(self.keys, self.values, strict=True) for t in pair),
+                *self.steps.values()]  # fmt: skip
 
     @property
     def is_sliding(self) -> list[bool]:

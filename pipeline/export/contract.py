@@ -23,19 +23,24 @@ TOKEN_INPUTS = (INPUT_IDS, ATTENTION_MASK, POSITION_IDS)
 FIRST_LOGIT = "first_logit"  # optional: the first token whose logits are wanted
 PIXEL_VALUES = "pixel_values"
 LOGITS = "logits"
-_PAST, PRESENT = "past_key_values", "present"
-CACHE_PREFIX = f"{_PAST}."
+PAST, PRESENT = "past_key_values", "present"
+CACHE_PREFIX = f"{PAST}."
 
 
-def cache_names(layers: int | str, prefix: str = _PAST) -> list[str]:
+def cache_names(layers: int | str, prefix: str = PAST) -> list[str]:
     """`prefix.{i}.key`, `prefix.{i}.value` for so many layers, or for one that is not a number."""
     numbers = range(layers) if isinstance(layers, int) else [layers]
     return [f"{prefix}.{i}.{part}" for i in numbers for part in ("key", "value")]
 
 
+def steps_name(name: str) -> str:
+    """`past_key_values.3.key_steps`, beside codes: a step and an offset of each token and group."""
+    return f"{name}_steps"
+
+
 def present_name(past_name: str) -> str:
     """`past_key_values.3.key` -> `present.3.key`."""
-    return past_name.replace(_PAST, PRESENT, 1)
+    return past_name.replace(PAST, PRESENT, 1)
 
 
 # --- operators ---
@@ -46,6 +51,36 @@ BLOCK_SKIP, BLOCK_SKIP_INDEXED = "BlockSkipLinear", "BlockSkipLinearIndexed"
 QUANTIZED_SKIP, QUANTIZED_SKIP_INDEXED = "BlockSkipLinearFewBits", "BlockSkipLinearFewBitsIndexed"
 BLOCK_SKIP_OPS = (BLOCK_SKIP, BLOCK_SKIP_INDEXED)
 QUANTIZED_SKIP_OPS = (QUANTIZED_SKIP, QUANTIZED_SKIP_INDEXED)
+LATENT_ATTENTION, REBUILT_KEYS = "LatentAttention", "Rebuilt"
+# How a side of the cache is held: as numbers, as codes of a byte each, or as two codes to a byte.
+NUMBERS, BYTES, NIBBLES = "", "8", "4"
+_NIBBLE = 4  # bits of half a byte
+
+
+def form_of(bits: int | None) -> str:
+    """How numbers of so many bits are held; None rounds nothing."""
+    if bits is None:
+        return NUMBERS
+    return NIBBLES if bits <= _NIBBLE else BYTES
+
+
+def held_width(rank: int, bits: int | None) -> int:
+    """Numbers or bytes that a latent takes in the cache, without step and low."""
+    return -(-rank // 2) if form_of(bits) == NIBBLES else rank
+
+
+def latent_attention_op(rebuilt: bool, keys: str, values: str) -> str:
+    """`LatentAttentionRebuiltKeys4Values8`: of keys that are rebuilt, and so held sides."""
+    held = ("Keys" + keys if keys else "") + ("Values" + values if values else "")
+    return LATENT_ATTENTION + (REBUILT_KEYS if rebuilt else "") + held
+
+
+LATENT_OPS = tuple(
+    latent_attention_op(rebuilt, keys, values)
+    for rebuilt in (False, True)
+    for keys in (NUMBERS, BYTES, NIBBLES)
+    for values in (NUMBERS, BYTES, NIBBLES)
+)
 DEQUANTIZE = "DequantizeLinear"
 BLOCKED_OPSET = 21  # the first in which it takes blocks
 CONTRIB = "com.microsoft"  # the domain of ONNX Runtime's own operators

@@ -18,6 +18,7 @@ from pipeline.artefact import sha256_of_file, staged_folder, write_json
 from pipeline.checkpoint.folder import read_record
 from pipeline.checkpoint.skeleton import QuantizedMatrix, Skeleton, StoredMatrix
 from pipeline.errors import InputError
+from pipeline.export import latent_attention
 from pipeline.export.block_skip import function_bodies
 from pipeline.export.contract import (
     CONTRIB,
@@ -183,7 +184,8 @@ def _save_graph(graph: ir.Model, profile: Profile, folder: Path) -> None:
     if any(node.domain == CONTRIB for node in graph.graph):
         graph.opset_imports[CONTRIB] = 1
     used = {node.op_type for node in graph.graph if node.domain == DOMAIN}
-    for name, body in function_bodies(profile.opset).items():
+    bodies = function_bodies(profile.opset) | latent_attention.function_bodies(profile.opset, used)
+    for name, body in bodies.items():
         if name in used:
             graph.functions[body.identifier()] = body
     if used:

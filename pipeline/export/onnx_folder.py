@@ -94,6 +94,17 @@ class OnnxFolder:
                 change="export the checkpoint again with --dtype float16",
             )
 
+    def require_cache_in_place(self) -> None:
+        """Raise InputError for a cache that TensorRT cannot write codes into."""
+        if self.record.coded and self.record.traits.fixed_length:
+            raise InputError(
+                "TensorRT writes no codes into a cache of fixed length.",
+                where=self.path,
+                observed=f"profile {self.record.profile}, and latents of few bits",
+                expected=f"profile {COMPAT}, whose cache grows",
+                change=f"export the checkpoint again with --profile {COMPAT}",
+            )
+
 
 def read_onnx_folder(folder: Path) -> OnnxFolder:
     """Read and check an exported folder.

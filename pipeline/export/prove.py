@@ -12,7 +12,8 @@ import json
 import platform
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,11 +24,13 @@ import torch
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from pipeline.checkpoint.modeling_cache import cache_maps
 from pipeline.checkpoint.skeleton import Skeleton
 from pipeline.errors import InputError
 from pipeline.export.contract import CPU, FLOAT, FLOAT32, GRAPH_FILE, OPSET24
 from pipeline.export.request import ExportRequest
 from pipeline.export.twin import make_twin, twin_facts
+from pipeline.export.twin_latents import latent_kinds, map_twin
 from pipeline.model.task import adapter_of, task_of_config
 from pipeline.progress import note
 from pipeline.provenance import library_versions, sources_sha256
@@ -161,7 +164,7 @@ def _keys(config: PreTrainedConfig, request: ExportRequest) -> tuple[str, str]:
         hashlib.sha256(
             json.dumps([*facts, asdict(request), tools], default=str, sort_keys=True).encode()
         ).hexdigest()
-        for facts in twin_facts(config)
+        for facts in ([*found, latent_kinds(config)] for found in twin_facts(config))
     )
     return smallest, whole
 
@@ -175,6 +178,8 @@ def _prove(
     transformers.utils.logging.disable_progress_bar()
     dtype = getattr(torch, request.dtype)
     twin = make_twin(config, dtype, lambda m: prover.calls_of_model(m, request.max_length))
+    if kinds := latent_kinds(config):
+        map_twin(twin.model, kinds, dtype)
     with tempfile.TemporaryDirectory(prefix="skipcat-twin-") as name:
         folder, graph = Path(name, "twin"), Path(name, "onnx")
         graph.mkdir()
@@ -189,9 +194,12 @@ def _prove(
         actual = prover.calls_of_graph(_open(graph, request), twin.model, length)
     expected = prover.calls_of_model(twin.model, length, rounding)
     tolerance = _TOLERANCE
-    if rounding is not None:
-        changed = max(_differences(expected, prover.calls_of_model(twin.model, length)))
-        tolerance = max(_TOLERANCE, _SHARE_OF_ROUNDING * changed)
+    unrounded = prover.calls_of_model(twin.model, length) if rounding is not None else None
+    if any(made.bits for made in cache_maps(twin.model).values()):
+        with _unrounded_latents(twin.model):
+            unrounded = prover.calls_of_model(twin.model, length)
+    if unrounded is not None:
+        tolerance = max(_TOLERANCE, _SHARE_OF_ROUNDING * max(_differences(expected, unrounded)))
     if request.dtype != FLOAT32:
         own = prover.calls_of_model(twin.model.to(dtype), length)
         lost = max(_differences(own, expected))
@@ -209,6 +217,19 @@ def _prove(
         round(time.monotonic() - started, 2),
     )
     return proof, twin.is_smallest
+
+
+@contextmanager
+def _unrounded_latents(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, latents are cached as numbers."""
+    bits = {made: made.bits for made in cache_maps(model).values()}
+    for made in bits:
+        made.bits = None
+    try:
+        yield
+    finally:
+        for made, own in bits.items():
+            made.bits = own
 
 
 def _skeleton(folder: Path, dtype: torch.dtype, of: str) -> Skeleton:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from pipeline.checkpoint.modeling_cache import LatentCache, cache_maps
 from pipeline.errors import InputError
 from pipeline.export.contract import (
     ATTENTION_MASK,
@@ -54,6 +55,8 @@ class _DecoderProver:
         calls = []
         for rows, cuts in _ways(length):
             ids, cache = _ids(model, rows, length), empty_cache(model.config, rounding)
+            if cache_maps(model):
+                cache = LatentCache(model)
             for start, end in pairwise(cuts):
                 with torch.no_grad():
                     part = torch.from_numpy(ids[:, start:end])

@@ -19,6 +19,8 @@ from pipeline.export.contract import (
     WEIGHTS,
     WEIGHTS_FILE,
     Profile,
+    cache_names,
+    steps_name,
 )
 from pipeline.json_file import json_field, read_json_object
 from pipeline.known_hashes import known_sha256
@@ -28,6 +30,8 @@ from pipeline.model.task import TASKS, TEXT, Task
 _FIELD_TYPES: dict[str, type] = {"profile": str, "dtype": str, "onnx_sha256": str}
 _EXPORT_AGAIN = "export the checkpoint again"
 _SIDES = 3
+# Types of the cache's codes, and of their steps.
+CODES, STEPS = "int8", "float16"
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,7 @@ class ExportRecord:
         exact_weights: whether the export kept the checkpoint's matrices as they are, up to the
             last bits of float16.
         cache_format: of keys and values: "float", which is `dtype`, or "int8".
+        coded: names of the cache's inputs that hold latents in codes.
         data_bytes: size of `model.onnx.data`; None where an older version did not say.
         data_sha256: its hex digest, likewise.
         task: what the graph does.
@@ -69,6 +74,7 @@ class ExportRecord:
     accuracy_level: int | None = None
     exact_weights: bool = False
     cache_format: str = FLOAT
+    coded: tuple[str, ...] = ()
     data_bytes: int | None = None
     data_sha256: str | None = None
 
@@ -76,6 +82,15 @@ class ExportRecord:
     def traits(self) -> Profile:
         """What its profile says of the graph."""
         return PROFILES[self.profile]
+
+    @property
+    def cache_dtypes(self) -> dict[str, str]:
+        """Type of every input of the cache: NumPy's name for it."""
+        held = self.dtype if self.cache_format == FLOAT else self.cache_format
+        sides = {
+            name: CODES if name in self.coded else held for name in cache_names(self.num_layers)
+        }
+        return sides | {steps_name(name): STEPS for name in self.coded}
 
 
 def read_export_record(folder: Path, tasks: tuple[Task, ...] = (TEXT,)) -> ExportRecord:
@@ -180,11 +195,32 @@ def _parse_record(fields: dict[str, Any], path: Path) -> ExportRecord:
         **own,
         weights=weights,
         cache_format=cache_format,
+        coded=_coded(fields, own.get("num_layers", 0), path),
         accuracy_level=json_field(fields, "accuracy_level", int, path, default=None),
         exact_weights=fields.get("exact_weights") is True,
         task=task,
         data_bytes=json_field(fields, "data_bytes", int, path, default=None),
         data_sha256=json_field(fields, "data_sha256", str, path, default=None),
+    )
+
+
+def _coded(fields: dict[str, Any], layers: int, path: Path) -> tuple[str, ...]:
+    """Names of the inputs that hold codes, by the entries of `cache`; old records have none.
+
+    Raises:
+        InputError: the entries are none of ours.
+    """
+    entries = json_field(fields, "cache", list, path, default=None) or []
+    if entries and (len(entries) != layers or not all(isinstance(one, dict) for one in entries)):
+        raise wrong_field(
+            path, "cache", f"{len(entries)} entries", f"an object for {layers} layers"
+        )
+    names = cache_names(layers)
+    return tuple(
+        names[2 * layer + number]
+        for layer, entry in enumerate(entries)
+        for number, side in enumerate(("key", "value"))
+        if entry.get(f"{side}_bits") is not None
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,25 +12,27 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from pipeline.artefact import write_json
-from pipeline.checkpoint.modeling_cache import LatentCache, cache_maps
+from pipeline.checkpoint.modeling_cache import cache_maps
 from pipeline.checkpoint.skeleton import Skeleton
-from pipeline.errors import InputError
 from pipeline.export.attention import active
-from pipeline.export.cache import GraphCache, padded_width
+from pipeline.export.cache import GraphCache
+from pipeline.export.cache_shape import CacheShape, cache_shapes, coded_sides, tensor_names
 from pipeline.export.contract import (
     ATTENTION_MASK,
     FIRST_LOGIT,
     GENAI_FILE,
     INPUT_IDS,
     LOGITS,
+    PAST,
     POSITION_IDS,
     PRESENT,
     TOKEN_INPUTS,
     Profile,
-    cache_names,
 )
 from pipeline.export.genai_config import genai_config
+from pipeline.export.latent_attention import CODES, STEPS
 from pipeline.export.latents import GraphLatents, refuse_latents_in
+from pipeline.export.passes.fold_values import VALUES_FOLDED, fold_values
 from pipeline.export.passes.fuse import fuse_operators
 from pipeline.export.passes.group_query_attention import simplify_attention
 from pipeline.export.passes.last_logits import choose_first_logit
@@ -52,13 +53,21 @@ _NAME, _RIGHT_PADDED = "skipcat.name", "attention_mask_must_be_padded_on_the_rig
 class _DecoderStep(nn.Module):
     """ids, mask, positions and past in; logits and present out."""
 
-    def __init__(self, model: PreTrainedModel, profile: Profile, scales: list[Sides]) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        profile: Profile,
+        scales: list[Sides],
+        shapes: list[CacheShape],
+        length: int,
+    ) -> None:
         super().__init__()
+        self._sides, self._coded = 2 * len(shapes), coded_sides(shapes)
         self.model, self.profile, self._rounded_layers = model, profile, len(scales)
         for layer, sides in enumerate(scales):
             for side, values in zip(SIDES, sides, strict=True):
                 self.register_buffer(_scale_name(layer, side), values)
-        self.latents = GraphLatents(model) if cache_maps(model) else None
+        self.latents = GraphLatents(model, length) if cache_maps(model) else None
         self._windows: list[int] = []
 
     def forward(
@@ -74,12 +83,13 @@ class _DecoderStep(nn.Module):
             input_ids: int64 [B, S].
             attention_mask: int64 [B, T].
             position_ids: int64 [B, S].
-            past: key, value of every layer in turn.
+            past: key, value of every layer in turn, then the steps of those that are codes.
 
         Returns:
             Logits [B, S, V], and the cache in the order of `past`.
         """
-        cache = self._cache(input_ids, attention_mask, past)
+        past, steps = past[: self._sides], past[self._sides :]
+        cache = self._cache(input_ids, attention_mask, past, steps)
         active.set((self.profile, cache))
         output = self.model(
             input_ids=input_ids,
@@ -92,7 +102,11 @@ class _DecoderStep(nn.Module):
         return output.logits, cache.present
 
     def _cache(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, past: list[torch.Tensor]
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        past: list[torch.Tensor],
+        steps: list[torch.Tensor],
     ) -> GraphCache:
         length = input_ids.shape[1]
         if self.profile.contrib:
@@ -114,7 +128,8 @@ class _DecoderStep(nn.Module):
         else:
             slots = past[0].shape[2] + torch.arange(length)
         slots = slots[None, :] + torch.zeros_like(input_ids)
-        return GraphCache(self.profile, past, slots, latents=self.latents)
+        held = dict(zip(self._coded, steps, strict=True))
+        return GraphCache(self.profile, past, slots, latents=self.latents, steps=held)
 
     def _scales(self) -> list[Sides] | None:
         """Those of a cache of codes, as constants of the graph."""
@@ -167,13 +182,15 @@ def trace_decoder(skeleton: Skeleton, request: ExportRequest) -> Traced:
     profile, config = request.traits, skeleton.model.config
     refuse_latents_in(profile, skeleton.model)
     max_length, bound = bounded_length(config, request.max_length)
-    shapes = _cache_shapes(skeleton.model, profile)
+    shapes = cache_shapes(skeleton.model, profile)
     graph = _trace(skeleton, request, shapes, max_length)
     _name_nodes(graph)
 
     def write_files(folder: Path) -> None:
         copy_tokenizer(skeleton.folder, folder)
-        if len(set(shapes)) == 1 and len(set(shapes[0].sides)) == 1:  # all that its file can say
+        # All that its file can say.
+        alike = len(set(shapes)) == 1 and len(set(shapes[0].sides)) == 1
+        if alike and not coded_sides(shapes):
             sizes = shapes[0].key_width, shapes[0].kv_heads, len(shapes)
             write_json(folder / GENAI_FILE, genai_config(config, profile, *sizes, max_length))
 
@@ -185,58 +202,24 @@ def trace_decoder(skeleton: Skeleton, request: ExportRequest) -> Traced:
         "cache": [shape.to_json() for shape in shapes],
         "cache_format": request.cache,
     }
-    return Traced(graph, record, write_files, _fusions(profile, max_length))
+    return Traced(graph, record, write_files, _fusions(profile, skeleton.model, max_length))
 
 
-def _fusions(profile: Profile, max_length: int) -> Fusions:
-    """The passes that the profile's operators ask for."""
-    folded = (
+def _fusions(profile: Profile, model: PreTrainedModel, max_length: int) -> Fusions:
+    """The passes that the profile's operators, and a smaller cache, ask for."""
+    own = (
         partial(simplify_attention, max_length=max_length),
         lambda graph: {SKIP_NORM: fuse_residual_norms(graph)},
         lambda graph: {FIRST_LOGIT: choose_first_logit(graph)},
     )
-    return Fusions(
-        (fuse_operators,) if profile.native_attention else (), folded if profile.contrib else ()
-    )
-
-
-def _cache_shapes(model: PreTrainedModel, profile: Profile) -> list[_CacheShape]:
-    """Widths of every layer's cache, read off a real one after a short forward pass.
-
-    ONNX Runtime's own attention has keys and values of one width.
-
-    Raises:
-        InputError: the model keeps something else than keys and values.
-    """
-    ids = torch.zeros(1, 2, dtype=torch.int64)
-    with torch.no_grad():
-        # State-space models name theirs otherwise, or have none.
-        given = {"past_key_values": LatentCache(model)} if cache_maps(model) else {}
-        cache = getattr(model(input_ids=ids, use_cache=True, **given), "past_key_values", None)
-    try:
-        pairs = [(layer.keys.shape, layer.values.shape) for layer in getattr(cache, "layers", [])]
-        shapes = [_CacheShape(k[1], k[3], v[3], v[1] if v[1] != k[1] else None) for k, v in pairs]
-    except (AttributeError, IndexError) as error:
-        raise _not_keys_and_values(cache) from error
-    if not shapes:
-        raise _not_keys_and_values(cache)
-    if not profile.contrib:
-        return shapes
-    widths = [padded_width(shape.key_width, shape.value_width) for shape in shapes]
-    return [_CacheShape(s.kv_heads, w, w) for s, w in zip(shapes, widths, strict=True)]
-
-
-def _not_keys_and_values(cache: object) -> InputError:
-    layers = [type(layer).__name__ for layer in getattr(cache, "layers", [])]
-    return InputError(
-        "The model's cache does not consist of keys and values.",
-        observed=", ".join(dict.fromkeys(layers)) or "none, or one of the model's own",
-        expected="attention in every layer",
-    )
+    folded = own if profile.contrib else ()
+    if cache_maps(model):
+        folded = (*folded, lambda graph: {VALUES_FOLDED: fold_values(graph)})
+    return Fusions((fuse_operators,) if profile.native_attention else (), folded)
 
 
 def _trace(
-    skeleton: Skeleton, request: ExportRequest, shapes: list[_CacheShape], max_length: int
+    skeleton: Skeleton, request: ExportRequest, shapes: list[CacheShape], max_length: int
 ) -> ir.Model:
     """The graph; `max_length` is that of a static cache."""
     model, profile, rounding = skeleton.model, request.traits, request.rounding
@@ -246,31 +229,36 @@ def _trace(
     slots = max_length if profile.static_cache else _TRACE_PAST
     dtype = model.dtype if rounding is None else torch.int8
     past = [
-        torch.zeros(_TRACE_BATCH, heads, slots, width, dtype=dtype)
+        torch.zeros(_TRACE_BATCH, heads, slots, width, dtype=dtype if bits is None else CODES)
         for shape in shapes
-        for heads, width in shape.sides
+        for (heads, width), bits in zip(shape.held, shape.bits, strict=True)
     ]
+    coded = coded_sides(shapes)
+    for layer, number in coded:
+        heads, _ = shapes[layer].sides[number]
+        past.append(torch.zeros(_TRACE_BATCH, heads, slots, 2, dtype=STEPS))
+    names, present = (tensor_names(shapes, prefix) for prefix in (PAST, PRESENT))
     ids = torch.zeros(_TRACE_BATCH, _TRACE_LENGTH, dtype=torch.int64)
     total = _TRACE_PAST + _TRACE_LENGTH
     mask = torch.ones(_TRACE_BATCH, total, dtype=torch.int64)
     positions = torch.arange(_TRACE_PAST, total).expand(_TRACE_BATCH, -1).contiguous()
     return traced_graph(
         skeleton,
-        _DecoderStep(model, profile, scales),
+        _DecoderStep(model, profile, scales, shapes, max_length),
         (ids, mask, positions, past),
         rehearse=True,  # where masks have values, they are looked at; and errors are plain
         opset_version=profile.opset,
         dynamic_shapes=_dynamic_shapes(profile, len(past)),
-        input_names=[*TOKEN_INPUTS, *cache_names(len(shapes))],
-        output_names=[LOGITS, *cache_names(len(shapes), PRESENT)],
+        input_names=[*TOKEN_INPUTS, *names],
+        output_names=[LOGITS, *present],
     )
 
 
-def _require_memory(shapes: list[_CacheShape], profile: Profile, max_length: int) -> None:
+def _require_memory(shapes: list[CacheShape], profile: Profile, max_length: int) -> None:
     """Refuse a cache to trace with, or tables of angles, that memory cannot hold."""
     numbers = 2 * max(shape.key_width for shape in shapes)
     if profile.static_cache:
-        widths = (heads * width for shape in shapes for heads, width in shape.sides)
+        widths = (heads * width for shape in shapes for heads, width in shape.held)
         numbers += _TRACE_BATCH * sum(widths)
     require_free_memory(
         4 * numbers * max_length,
@@ -293,32 +281,3 @@ def _dynamic_shapes(profile: Profile, caches: int) -> dict[str, object]:
         POSITION_IDS: {0: "batch_size", 1: "sequence_length"},
         "past": [cache] * caches,
     }
-
-
-@dataclass(frozen=True)
-class _CacheShape:
-    """Width of one layer's cache: [B, kv_heads, length, key or value width].
-
-    Attributes:
-        kv_heads: of keys; of latents, the groups of heads that have one.
-        key_width: of each.
-        value_width: of values.
-        value_heads: of values, where they are not as many.
-    """
-
-    kv_heads: int
-    key_width: int
-    value_width: int
-    value_heads: int | None = None
-
-    @property
-    def sides(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Heads and width of keys, and of values."""
-        return (
-            (self.kv_heads, self.key_width),
-            (self.value_heads or self.kv_heads, self.value_width),
-        )
-
-    def to_json(self) -> dict[str, int]:
-        """The entry of export.json."""
-        return {name: value for name, value in vars(self).items() if value is not None}

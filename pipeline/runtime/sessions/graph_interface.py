@@ -22,7 +22,6 @@ from pipeline.export.contract import (
     PIXEL_VALUES,
     POSITION_IDS,
     RECORD_FILE,
-    cache_names,
     present_name,
 )
 from pipeline.export.record import ExportRecord, wrong_field
@@ -31,8 +30,7 @@ from pipeline.json_file import read_json_object
 if TYPE_CHECKING:
     import onnxruntime
 
-_ORT_TYPES = {FLOAT32: "tensor(float)", FLOAT16: "tensor(float16)"}
-_CODES = {INT8: "tensor(int8)"}  # of a cache
+_ORT_TYPES = {FLOAT32: "tensor(float)", FLOAT16: "tensor(float16)", INT8: "tensor(int8)"}
 _IDS = "tensor(int64)"
 # No model has as many positions; a record that says so would only ask for memory.
 _LONGEST = 1 << 24
@@ -65,7 +63,7 @@ def require_decoder_graph(
         raise wrong_field(
             folder / RECORD_FILE, "num_layers", record.num_layers, f"as {GRAPH_FILE} has"
         )
-    past = cache_names(record.num_layers)
+    past = list(record.cache_dtypes)
     optional = {POSITION_IDS, FIRST_LOGIT} if record.traits.contrib else set()
     needed = {INPUT_IDS, ATTENTION_MASK, POSITION_IDS, *past} - optional
     _require_names(set(inputs) - optional, needed, "inputs", folder)
@@ -74,8 +72,8 @@ def require_decoder_graph(
     for name in inputs.keys() - set(past):
         _require_tensor(inputs[name], _IDS, [None] if name == FIRST_LOGIT else [None] * 2, folder)
     length = record.max_length if record.traits.fixed_length else None
-    held = _CODES.get(record.cache_format, kind)
-    for name in past:
+    for name, dtype in record.cache_dtypes.items():
+        held = _ORT_TYPES[dtype]
         _require_cache(inputs[name], held, length, folder)
         _require_tensor(outputs[present_name(name)], held, _widths(inputs[name].shape), folder)
     _require_tensor(outputs[LOGITS], kind, [None, None, record.vocab_size], folder)

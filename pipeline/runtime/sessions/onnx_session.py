@@ -155,15 +155,15 @@ class OnnxSession(CheckedSession):
             name not in self._buffers or self._buffers[name].shape != shape
             for name, shape in shapes.items()
         ):
-            dtype = np.dtype(self.record.dtype)
-            needed_bytes = dtype.itemsize * sum(map(math.prod, shapes.values()))
+            types = {name: np.dtype(kind) for name, kind in self.record.cache_dtypes.items()}
+            needed_bytes = sum(types[n].itemsize * math.prod(shape) for n, shape in shapes.items())
             require_free_memory(
                 needed_bytes,  # all of it is read at every step
                 "There is not enough memory for the cache of this export.",
                 where=self._folder,
                 change="export with a shorter --max-length",
             )
-            self._buffers = {name: np.zeros(shape, dtype) for name, shape in shapes.items()}
+            self._buffers = {n: np.zeros(shape, types[n]) for n, shape in shapes.items()}
         else:
             for buffer in self._buffers.values():
                 buffer.fill(0)

@@ -267,7 +267,10 @@ class TensorRTSession(CheckedSession):
 
     def _dtype(self, name: str) -> torch.dtype:
         """The torch type of an engine tensor."""
-        dtypes = {"HALF": "float16", "FLOAT": "float32", "BF16": "bfloat16", "INT64": "int64"}
+        dtypes = {
+            "HALF": "float16", "FLOAT": "float32", "BF16": "bfloat16", "INT64": "int64",
+            "INT8": "int8",
+        }  # fmt: skip
         dtype: torch.dtype = getattr(self._torch, dtypes[self._engine.get_tensor_dtype(name).name])
         return dtype
 

@@ -156,8 +156,7 @@ def test_what_cannot_hold_latents_refuses_them(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     small = compressed(tmp_path, "llama", "--keep-cache", "0.3", "--cache-bits", "4")
-    for profile, says in (("cpu", "latents"), ("opset24", "rounded latents")):
-        arguments = ["export", str(small), "-o", str(tmp_path / profile), "--profile", profile]
-        assert main(arguments) == 3
-        assert says in capsys.readouterr().err
-        assert not (tmp_path / profile).exists()
+    arguments = ["export", str(small), "-o", str(tmp_path / "cpu"), "--profile", "cpu"]
+    assert main(arguments) == 3
+    assert "latents" in capsys.readouterr().err
+    assert not (tmp_path / "cpu").exists()

@@ -1,0 +1,1 @@
+"""Attention over a cache of latents, as a TensorRT plugin."""
