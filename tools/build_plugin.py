@@ -38,6 +38,7 @@ LIBRARY = "libskipcat_block_skip.so"
 # Jetson Orin and Hopper; Hopper's also as PTX, which newer GPUs compile for themselves.
 ARCHITECTURES = "87-real;90"
 TYPE_NAMES = {"6__half": "fp16", "13__nv_bfloat16": "bf16"}
+LATENT_KERNELS = {"attendStretch": "attend", "joinStretches": "join"}
 WEIGHT_NAMES = {"0": "of its type", "4": "int4", "8": "int8"}
 
 
@@ -55,6 +56,8 @@ def architectures(chosen: str | None) -> str:
 
 def demangled(symbol: str) -> tuple[str, str, str, str]:
     """Kernel, type of x, weights and variant out of a mangled name of ours."""
+    if latent := re.search(r"latent\d+(attendStretch|joinStretches)", symbol):
+        return LATENT_KERNELS[latent.group(1)], "fp16", "", ""
     match = re.search(
         r"skipcat\d+(decodeProduct|prefillProduct|gather)I(6__half|13__nv_bfloat16)", symbol
     )

@@ -60,6 +60,7 @@ def make_manifest(plan: EnginePlan, result: WorkerResult, staging: Path) -> dict
         "profiles": [profile.to_json() for profile in plan.work.profiles],
         "block_skip": _block_skip_record(plan.work.plugin, result),
         "few_bits": result.few_bits,
+        "latent_attention": result.latent_attention,
         "layer_types": result.layer_types,
         "engine_layers": result.engine_layers,
         "plan": {"bytes": engine.stat().st_size, "sha256": sha256_of_file(engine)},
@@ -85,7 +86,8 @@ def _limits_record(limits: Limits) -> dict[str, Any]:
 
 def _block_skip_record(plugin: Path | None, result: WorkerResult) -> dict[str, Any]:
     """The path the block-skip nodes took, and the plugin if it was that."""
-    used = plugin if result.block_skip["path"] == "plugin" else None
+    paths = (result.block_skip["path"], result.latent_attention.get("path"))
+    used = plugin if "plugin" in paths else None
     return {**result.block_skip, "plugin": None if used is None else _plugin_record(used)}
 
 

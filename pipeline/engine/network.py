@@ -95,6 +95,8 @@ def build_network(
     parse_seconds = time.monotonic() - started
     layer_types = _count_layer_types(parsed.network)
     block_skip = asdict(_block_skip_path_of(request, layer_types))
+    others = request.block_skip_nodes * (_EMBEDDED_LAYERS_OF_A_NODE if request.embed else 1)
+    latents = _latent_path(layer_types, request.latent_nodes, others)
     quantized = _quantized_path(layer_types, request.dequantized, request.quantized_nodes)
     config = _make_config(library, parsed, request)
     configure(config)
@@ -113,6 +115,7 @@ def build_network(
         peak_memory_bytes=0,
         notes=(),
         few_bits=quantized,
+        latent_attention=latents,
     )
 
 
@@ -261,31 +264,48 @@ def _block_skip_path_of(request: WorkerRequest, layer_types: Mapping[str, int]) 
     """Which path the block-skip nodes took; raise InputError if it is not the one asked for."""
     if request.embed:
         return _embedded_path(layer_types, request.block_skip_nodes)
-    return _block_skip_path(layer_types, request.block_skip_nodes, request.plugin is not None)
+    return _block_skip_path(
+        layer_types, request.block_skip_nodes, request.plugin is not None, request.latent_nodes
+    )
+
+
+def _latent_path(layer_types: Mapping[str, int], nodes: int, others: int) -> dict[str, Any]:
+    """How attention to latents was taken, for the manifest.
+
+    Args:
+        layer_types: layers of the parsed network by type, which `_block_skip_path` looked at.
+        nodes: attention to latents that a plugin may take.
+        others: plugin layers that block skip may have.
+    """
+    taken = nodes > 0 and layer_types.get(_PLUGIN_LAYER, 0) == others + nodes
+    body = "function body" if nodes else "none"
+    return {"nodes": nodes, "path": "plugin" if taken else body}
 
 
 def _block_skip_path(
-    layer_types: Mapping[str, int], nodes: int, plugin_wanted: bool
+    layer_types: Mapping[str, int], nodes: int, plugin_wanted: bool, latent_nodes: int = 0
 ) -> _BlockSkipPath:
     """Which path the block-skip nodes took.
 
     A plugin whose namespace or version does not match is passed over without a word, so the
-    number of plugin layers has to be the number of nodes, or zero.
+    number of plugin layers has to be the number of nodes, or zero; with those of attention to
+    latents, where the library has a plugin for them.
 
     Args:
         layer_types: layers of the parsed network by type.
         nodes: block-skip nodes in the ONNX graph.
         plugin_wanted: whether the user gave a plugin library.
+        latent_nodes: attention to latents that a plugin may take.
 
     Raises:
         InputError: some nodes took the plugin and some not, or none took the plugin that was given.
     """
     plugin_layers = layer_types.get(_PLUGIN_LAYER, 0)
-    if plugin_layers not in (0, nodes):
+    if plugin_layers not in (0, nodes, nodes + latent_nodes):
         raise InputError(
             "Only part of the block-skip nodes took the plugin.",
             observed=f"{plugin_layers} plugin layers",
-            expected=f"0 or {nodes}",
+            expected=f"0 or {nodes}" + (f", or {nodes + latent_nodes}" if latent_nodes else ""),
             change="export again, so that all nodes name the same plugin version and namespace",
         )
     if plugin_wanted and plugin_layers == 0:

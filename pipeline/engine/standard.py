@@ -12,6 +12,7 @@ that has no such function. Or embedded in the engine: then each node is split in
 from __future__ import annotations
 
 import shutil
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,11 +25,12 @@ from pipeline.export.contract import (
     BLOCK_SKIP_OPS,
     COMPAT,
     DOMAIN,
+    LATENT_OPS,
     OP_VERSION,
     PROFILES,
     dotted,
 )
-from pipeline.export.onnx_folder import data_files, load_graph
+from pipeline.export.onnx_folder import data_files, load_graph, takes_plugin
 from trt_plugins.block_skip.aot import MIX, MIX_INDEXED, PRODUCT
 
 if TYPE_CHECKING:
@@ -48,11 +50,12 @@ def build(request: WorkerRequest, staging: Path) -> WorkerResult:
     library = load_library("tensorrt", "build an engine with standard TensorRT")
     version = _parse_version(library.__version__)
     _require_version(version, request.onnx_profile)
-    if request.plugin is not None:
-        _load_plugin(library, request.plugin)
+    offered = [] if request.plugin is None else _load_plugin(library, request.plugin)
     if request.embed:
         _register_kernels(request)
-    onnx_path, notes = _graph_to_parse(request, staging, version)
+    onnx_path, notes = _graph_to_parse(
+        request, staging, version, {creator.name for creator in offered}
+    )
     result = build_network(library, request, staging, onnx_path)
     if onnx_path != request.onnx_path:
         shutil.rmtree(onnx_path.parent)
@@ -93,18 +96,18 @@ def _require_version(version: tuple[int, ...], onnx_profile: str) -> None:
 
 
 def _graph_to_parse(
-    request: WorkerRequest, staging: Path, version: tuple[int, ...]
+    request: WorkerRequest, staging: Path, version: tuple[int, ...], offered: set[str]
 ) -> tuple[Path, tuple[str, ...]]:
-    """The graph this TensorRT must be given, and what to note about it."""
+    """The graph this TensorRT must be given, and what to note; `offered` are the plugin's ops."""
     if request.embed:
         split = _write_split_graph(request.onnx_path, staging / "split")
         return split, ("block-skip kernels are part of the engine: it needs no plugin library",)
     if not _needs_stripping(version, request.plugin is not None):
         return request.onnx_path, ()
-    stripped = _write_stripped_graph(request.onnx_path, staging / "stripped")
+    stripped = _write_stripped_graph(request.onnx_path, staging / "stripped", offered)
     return stripped, (
-        "block-skip function bodies were removed from the graph given to TensorRT, which would "
-        "have preferred them to the plugin",
+        "function bodies of the plugin's ops were removed from the graph given to TensorRT, which "
+        "would have preferred them to the plugin",
     )
 
 
@@ -113,9 +116,21 @@ def _needs_stripping(version: tuple[int, ...], plugin_registered: bool) -> bool:
     return plugin_registered and version[:2] < _FIRST_PLUGIN_OVER_FUNCTION
 
 
-def _write_stripped_graph(onnx_path: Path, folder: Path) -> Path:
-    """Write `onnx_path` without block-skip bodies into a new `folder`; arguments as below."""
-    return _write_variant(load_graph(onnx_path), onnx_path, folder)
+def _write_stripped_graph(
+    onnx_path: Path, folder: Path, offered: Collection[str] = BLOCK_SKIP_OPS
+) -> Path:
+    """Write `onnx_path` without the bodies that a plugin takes the place of into a new `folder`.
+
+    Args:
+        onnx_path: as below.
+        folder: as below.
+        offered: ops that the plugin library has; attention to latents keeps its body where a
+            node's shapes are none of the kernels'.
+    """
+    model = load_graph(onnx_path)
+    latents = {node.op_type for node in model.graph.node if takes_plugin(node)}
+    replaced = {*BLOCK_SKIP_OPS, *latents} & {*offered}
+    return _write_variant(model, onnx_path, folder, replaced)
 
 
 def _write_split_graph(onnx_path: Path, folder: Path) -> Path:
@@ -163,15 +178,20 @@ def _split_node(node: onnx.NodeProto) -> list[onnx.NodeProto]:
     return [mix, product]
 
 
-def _write_variant(model: onnx.ModelProto, onnx_path: Path, folder: Path) -> Path:
-    """Write a changed graph without the bodies that a plugin takes the place of.
+def _write_variant(
+    model: onnx.ModelProto,
+    onnx_path: Path,
+    folder: Path,
+    replaced: Collection[str] = BLOCK_SKIP_OPS,
+) -> Path:
+    """Write a changed graph without the bodies of ops that a plugin takes the place of.
 
     Bodies of nodes with quantised factors stay: nothing else computes those.
     """
     kept = [
         function
         for function in model.functions
-        if not (function.domain == DOMAIN and function.name in BLOCK_SKIP_OPS)
+        if not (function.domain == DOMAIN and function.name in replaced)
     ]
     del model.functions[:]
     model.functions.extend(kept)
@@ -193,7 +213,7 @@ class _PluginCreator:
 
 
 def _load_plugin(library: Any, path: Path) -> list[_PluginCreator]:
-    """Load a plugin library into the registry and return the block-skip creators it brought.
+    """Load a plugin library into the registry and return the creators of ours it brought.
 
     Args:
         library: the imported TensorRT module.
@@ -210,8 +230,8 @@ def _load_plugin(library: Any, path: Path) -> list[_PluginCreator]:
             change="build it on this machine against the installed TensorRT; build.log says more",
         )
     found = [_describe(creator) for creator in registry.all_creators]
-    ours = _block_skip_creators(found)
-    if not ours:
+    ours = _our_creators(found)
+    if not any(creator.name in BLOCK_SKIP_OPS for creator in ours):
         raise InputError(
             "This library has no block-skip plugin.",
             where=path,
@@ -226,12 +246,12 @@ def _describe(creator: Any) -> _PluginCreator:
     return _PluginCreator(creator.name, creator.plugin_version, creator.plugin_namespace)
 
 
-def _block_skip_creators(creators: list[_PluginCreator]) -> list[_PluginCreator]:
+def _our_creators(creators: list[_PluginCreator]) -> list[_PluginCreator]:
     """Those that the graph's nodes resolve to; another namespace would be passed over silently."""
     return [
         creator
         for creator in creators
-        if creator.name in BLOCK_SKIP_OPS
+        if creator.name in (*BLOCK_SKIP_OPS, *LATENT_OPS)
         and creator.namespace == DOMAIN
         and creator.version == str(OP_VERSION)
     ]

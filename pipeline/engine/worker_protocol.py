@@ -33,6 +33,7 @@ class WorkerRequest:
         embed: put the block-skip kernels into the engine, in place of a plugin library.
         dequantized: matrices that the graph reads from low-bit codes.
         quantized_nodes: block-skip nodes with a quantised factor, which no plugin takes.
+        latent_nodes: attention to latents that a plugin may take.
     """
 
     flavour: Flavour
@@ -47,6 +48,7 @@ class WorkerRequest:
     embed: bool = False
     dequantized: int = 0
     quantized_nodes: int = 0
+    latent_nodes: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for `request.json`."""
@@ -81,6 +83,7 @@ class WorkerResult:
         peak_memory_bytes: largest resident size of the worker.
         notes: every choice that differs from the straight path.
         few_bits: how the quantised matrices were taken, see `network`.
+        latent_attention: likewise, of attention to latents that a plugin may take.
     """
 
     library_version: str
@@ -92,3 +95,4 @@ class WorkerResult:
     peak_memory_bytes: int
     notes: tuple[str, ...]
     few_bits: dict[str, Any] = field(default_factory=dict)
+    latent_attention: dict[str, Any] = field(default_factory=dict)

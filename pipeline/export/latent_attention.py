@@ -38,6 +38,7 @@ from pipeline.export.contract import (
     latent_attention_op,
 )
 
+_PLUGIN_KEY_WIDTHS = range(16, 257, 16)  # of rebuilt keys, that the kernels take
 _MIDDLE = 128  # what codes are held less
 # As export.json says it.
 HELD_AS = {BYTES: "codes, one to a byte", NIBBLES: "codes, two to a byte"}
@@ -121,10 +122,12 @@ def attend_to_latents(
         tables: by which keys are rebuilt; None takes them as they are.
     """
     behind = () if tables is None else (tables.up, tables.mean, tables.cos, tables.sin)
+    # Without the attributes TensorRT takes the body, whatever plugin it is given.
+    taken = tables is None or query.shape[3] in _PLUGIN_KEY_WIDTHS
     return torch.onnx.ops.symbolic(
         f"{DOMAIN}::{latent_attention_op(tables is not None, keys.form, values.form)}",
         (query, mask, *keys._inputs, *values._inputs, *behind),
-        dict(PLUGIN_ATTRIBUTES),
+        dict(PLUGIN_ATTRIBUTES) if taken else {},
         dtype=query.dtype,
         shape=(*query.shape[:3], values.rank),
         version=OP_VERSION,

@@ -15,6 +15,7 @@ from pipeline.export.contract import (
     DOMAIN,
     FLOAT16,
     GRAPH_FILE,
+    LATENT_OPS,
     OPSET24,
     QUANTIZED_SKIP_OPS,
     RECORD_FILE,
@@ -45,6 +46,7 @@ class OnnxFolder:
         data_files: the external weight files, absolute.
         quantized_nodes: how many block-skip nodes there are beside, with a quantised factor.
         dequantized: matrices that are read from codes.
+        latent_nodes: attention to latents that a plugin may take.
     """
 
     path: Path
@@ -54,6 +56,7 @@ class OnnxFolder:
     data_files: tuple[Path, ...]
     quantized_nodes: int = 0
     dequantized: int = 0
+    latent_nodes: int = 0
 
     @property
     def onnx_path(self) -> Path:
@@ -125,6 +128,7 @@ def read_onnx_folder(folder: Path) -> OnnxFolder:
         data_files(model, folder),
         _count_nodes(model, QUANTIZED_SKIP_OPS),
         _count_nodes(model, (DEQUANTIZE,), domain=""),
+        sum(takes_plugin(node) for node in model.graph.node),
     )
 
 
@@ -152,6 +156,15 @@ def _input_shapes(model: onnx.ModelProto) -> dict[str, tuple[int | None, ...]]:
         )
         for value in model.graph.input
     }
+
+
+def takes_plugin(node: onnx.NodeProto) -> bool:
+    """Whether a node is attention to latents, of shapes that the plugin's kernels take."""
+    return (
+        node.domain == DOMAIN
+        and node.op_type in LATENT_OPS
+        and any(attribute.name == "plugin_namespace" for attribute in node.attribute)
+    )
 
 
 def _count_nodes(model: onnx.ModelProto, op_types: tuple[str, ...], domain: str = DOMAIN) -> int:

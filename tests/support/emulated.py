@@ -11,6 +11,7 @@ import pytest
 from trt_plugins.toolchain import local_nvcc
 
 KERNELS = Path(__file__).parents[2] / "trt_plugins" / "block_skip"
+LATENT_KERNELS = KERNELS.with_name("latent_attention")
 FAST = ("-O1",)
 CHECKED = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 
@@ -26,17 +27,18 @@ def cuda_headers() -> Path:
 
 
 def compile_program(
-    folder: Path, sources: tuple[str, ...], flags: tuple[str, ...], defines: tuple[str, ...] = ()
-) -> Path:
-    """Build a program out of files of the plugin's folder, every file on its own core."""
+    folder: Path, sources: tuple[str, ...], flags: tuple[str, ...], defines: tuple[str, ...] = (),
+    kernels: Path = KERNELS,
+) -> Path:  # fmt: skip
+    """Build a program out of files of a plugin's folder, every file on its own core."""
     if shutil.which("g++") is None:
         pytest.skip("g++ is not installed")
     common = ["g++", "-std=c++17", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-clobbered"]
-    common += [*flags, *defines, "-DSKIPCAT_EMULATE", f"-I{KERNELS}"]
+    common += [*flags, *defines, "-DSKIPCAT_EMULATE", f"-I{kernels}", f"-I{KERNELS}"]
     common += ["-isystem", str(cuda_headers())]
     objects = [folder / f"{place}.o" for place in range(len(sources))]
     running = [
-        subprocess.Popen([*common, "-x", "c++", "-c", str(KERNELS / source), "-o", str(target)])
+        subprocess.Popen([*common, "-x", "c++", "-c", str(kernels / source), "-o", str(target)])
         for source, target in zip(sources, objects, strict=True)
     ]
     assert [process.wait() for process in running] == [0] * len(sources)

@@ -1,7 +1,43 @@
 // What TensorRT looks for in a plugin library.
 
+#include <memory>
+#include <vector>
+
 #include "creator.h"
+#include "latent_plugin.h"
 #include "log.h"
+
+namespace
+{
+
+using Made = std::vector<std::unique_ptr<nvinfer1::IPluginCreatorInterface>>;
+
+// Those of block skip, then those of latent attention.
+Made makeCreators()
+{
+    Made made;
+    for (skipcat::Op const& op : skipcat::kOps)
+    {
+        made.push_back(std::make_unique<skipcat::BlockSkipCreator>(op));
+    }
+    for (skipcat::latent::LatentOp const& op : skipcat::latent::latentOps())
+    {
+        made.push_back(std::make_unique<skipcat::latent::LatentAttentionCreator>(op));
+    }
+    return made;
+}
+
+std::vector<nvinfer1::IPluginCreatorInterface*> pointersTo(Made const& made)
+{
+    std::vector<nvinfer1::IPluginCreatorInterface*> out;
+    for (auto const& creator : made)
+    {
+        out.push_back(creator.get());
+    }
+    return out;
+}
+
+} // namespace
 
 #define SKIPCAT_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -12,11 +48,8 @@ SKIPCAT_EXPORT void setLoggerFinder(nvinfer1::ILoggerFinder* finder)
 
 SKIPCAT_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& count)
 {
-    static skipcat::BlockSkipCreator plain(skipcat::kOps[0]);
-    static skipcat::BlockSkipCreator indexed(skipcat::kOps[1]);
-    static skipcat::BlockSkipCreator quantized(skipcat::kOps[2]);
-    static skipcat::BlockSkipCreator quantizedIndexed(skipcat::kOps[3]);
-    static nvinfer1::IPluginCreatorInterface* const creators[] = {&plain, &indexed, &quantized, &quantizedIndexed};
-    count = static_cast<int32_t>(sizeof(creators) / sizeof(creators[0]));
-    return creators;
+    static std::vector<std::unique_ptr<nvinfer1::IPluginCreatorInterface>> const made = makeCreators();
+    static std::vector<nvinfer1::IPluginCreatorInterface*> const creators = pointersTo(made);
+    count = static_cast<int32_t>(creators.size());
+    return creators.data();
 }

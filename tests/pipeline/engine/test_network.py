@@ -9,6 +9,7 @@ from pipeline.engine.network import (
     _BlockSkipPath,
     _embedded_path,
     _inspected_types,
+    _latent_path,
 )
 from pipeline.errors import InputError
 
@@ -37,6 +38,18 @@ def test_a_partial_plugin_path_is_refused(plugin_layers: int) -> None:
 def test_a_plugin_that_no_node_took_is_refused(nodes: int) -> None:
     with pytest.raises(InputError, match="no node"):
         _block_skip_path({"MATRIX_MULTIPLY": 14}, nodes, plugin_wanted=True)
+
+
+def test_attention_to_latents_by_a_plugin_is_told_from_block_skip() -> None:
+    both, alone = {"PLUGIN_V3": 9}, {"PLUGIN_V3": 7}
+    for layers, path in ((both, "plugin"), (alone, "function body")):
+        found = _block_skip_path(layers, 7, plugin_wanted=True, latent_nodes=2)
+        assert found == _BlockSkipPath("plugin", 7)
+        assert _latent_path(layers, 2, 7) == {"nodes": 2, "path": path}
+    assert _block_skip_path({"PLUGIN_V3": 2}, 0, True, 2) == _BlockSkipPath("none", 0)
+    assert _latent_path({}, 0, 0) == {"nodes": 0, "path": "none"}
+    with pytest.raises(InputError, match="part"):
+        _block_skip_path({"PLUGIN_V3": 8}, 7, plugin_wanted=True, latent_nodes=2)
 
 
 def test_inspector_output_is_counted_by_type_with_or_without_details() -> None:

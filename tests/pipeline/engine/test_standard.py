@@ -9,15 +9,16 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx.parser
+import onnx_ir as ir
 import pytest
 
 from pipeline.engine import plan
 from pipeline.engine.network import _parse_network
 from pipeline.engine.plan import _choose_plugin, _require_plugin_file
 from pipeline.engine.standard import (
-    _block_skip_creators,
     _load_plugin,
     _needs_stripping,
+    _our_creators,
     _parse_version,
     _PluginCreator,
     _require_version,
@@ -25,6 +26,10 @@ from pipeline.engine.standard import (
     _write_stripped_graph,
 )
 from pipeline.errors import InputError
+from pipeline.export.block_skip import PLUGIN_ATTRIBUTES
+from pipeline.export.contract import BLOCK_SKIP, DOMAIN
+from pipeline.export.contract import LATENT_ATTENTION as LATENT
+from pipeline.export.latent_attention import function_bodies
 from pipeline.export.onnx_folder import load_graph
 
 # What TensorRT's embedded kernels compute, for ONNX Runtime.
@@ -144,6 +149,31 @@ def test_stripping_leaves_nodes_and_weights_and_takes_the_bodies(
     assert weights.read_bytes() == (tiny_export / "model.onnx.data").read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("has_attributes", "offered", "left"),
+    [
+        (True, {BLOCK_SKIP, LATENT}, []),
+        (True, {BLOCK_SKIP}, [LATENT]),
+        (False, {BLOCK_SKIP, LATENT}, [LATENT]),
+    ],
+)
+def test_stripping_takes_the_bodies_of_latents_that_a_plugin_is_there_for(
+    has_attributes: bool, offered: set[str], left: list[str], tmp_path: Path
+) -> None:
+    inputs = ["query", "mask", "keys", "values"]
+    attributes = PLUGIN_ATTRIBUTES if has_attributes else {}
+    node = onnx.helper.make_node(LATENT, inputs, ["y"], domain=DOMAIN, **attributes)
+    value = onnx.helper.make_tensor_value_info
+    sizes = {name: value(name, onnx.TensorProto.FLOAT16, [1, 2, 3, 4]) for name in [*inputs, "y"]}
+    model = onnx.helper.make_model(
+        onnx.helper.make_graph([node], "one", [sizes[n] for n in inputs], [sizes["y"]]),
+        functions=[ir.serde.serialize_function(function_bodies(18, {LATENT})[LATENT])],
+    )
+    onnx.save(model, tmp_path / "model.onnx")
+    stripped = _write_stripped_graph(tmp_path / "model.onnx", tmp_path / "stripped", offered)
+    assert [function.name for function in load_graph(stripped).functions] == left
+
+
 def test_tensorrts_parser_follows_the_link_to_the_weights(
     tiny_export: Path, tmp_path: Path
 ) -> None:
@@ -181,7 +211,7 @@ def test_only_the_name_version_and_namespace_of_the_nodes_count() -> None:
         _PluginCreator("BlockSkipLinear", "2", "skipcat"),
         _PluginCreator("NMS", "1", "skipcat"),
     ]
-    assert _block_skip_creators([*others, OURS]) == [OURS]
+    assert _our_creators([*others, OURS]) == [OURS]
 
 
 def test_a_missing_library_is_refused(tmp_path: Path) -> None:

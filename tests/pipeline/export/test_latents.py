@@ -201,6 +201,8 @@ def test_an_rtx_engine_holds_codes_in_a_growing_cache_alone(few_bits: Path, tmp_
     manifest = build_engine(folder, tmp_path / "engine", request)
     assert len(manifest["onnx"]["coded"]) == 3
     assert manifest["layer_types"]["SOFTMAX"] == 2
+    # Keys of 8 numbers are none of the kernels', so no plugin would be asked.
+    assert manifest["latent_attention"] == {"nodes": 0, "path": "none"}
     widths = {
         name.removeprefix("past_key_values."): (ends["max"][1], ends["max"][3])
         for name, ends in manifest["profiles"][0]["shapes"].items()

@@ -123,13 +123,20 @@ int main(int argc, char** argv)
         return 1;
     }
     harness::Report report;
-    harness::checkInterface(creators, logger, report);
+    // Block skip's come first.
+    size_t const first = creators.size() < skipcat::kOps.size() ? creators.size() : skipcat::kOps.size();
+    auto const end = creators.begin() + static_cast<std::ptrdiff_t>(first);
+    harness::Creators const blockSkip(creators.begin(), end);
+    harness::Creators const latent(end, creators.end());
+    harness::checkInterface(blockSkip, logger, report);
+    harness::checkLatentInterface(latent, logger, report);
     int devices = 0;
     bool const hasDevice = cudaGetDeviceCount(&devices) == cudaSuccess && devices > 0;
     if (hasDevice)
     {
         std::printf("seed %u\n", options.seed);
-        harness::checkEnqueue(creators, report, options.seed);
+        harness::checkEnqueue(blockSkip, report, options.seed);
+        harness::checkLatentEnqueue(latent, report, options.seed);
     }
     char const* const enqueue = hasDevice ? "run" : "not run, no CUDA device";
     std::printf("enqueue: %s\n%d checks, %d failed\n", enqueue, report.checks(), report.failures());

@@ -86,6 +86,10 @@ void checkInterface(Creators const& creators, Logger& logger, Report& report);
 // enqueue itself, eager, captured and in two contexts at once, against double precision.
 void checkEnqueue(Creators const& creators, Report& report, unsigned seed);
 
+// The same of the ops of latent attention (../latent_attention/harness).
+void checkLatentInterface(Creators const& creators, Logger& logger, Report& report);
+void checkLatentEnqueue(Creators const& creators, Report& report, unsigned seed);
+
 template <typename Interface>
 Interface* capability(nvinfer1::IPluginV3& plugin, nvinfer1::PluginCapabilityType type)
 {

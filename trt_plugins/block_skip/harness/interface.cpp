@@ -236,7 +236,7 @@ void checkTactics(nvinfer1::IPluginV3& plugin, skipcat::Op const& op, Report& re
 
 void checkInterface(Creators const& creators, Logger& logger, Report& report)
 {
-    report.check("there are four creators", creators.size() == skipcat::kOps.size());
+    report.check("there are four creators of block skip", creators.size() == skipcat::kOps.size());
     for (size_t i = 0; i < creators.size() && i < skipcat::kOps.size(); ++i)
     {
         skipcat::Op const& op = skipcat::kOps[i];

@@ -1,0 +1,18 @@
+// Fields that every creator of ours is given by a parser.
+
+#ifndef SKIPCAT_FIELDS_H
+#define SKIPCAT_FIELDS_H
+
+#include <string>
+
+#include "NvInfer.h"
+
+namespace skipcat
+{
+
+// Whether a field is one of the attributes that lead a parser here; `refusal` says if it leads elsewhere.
+bool isOurs(nvinfer1::PluginField const& field, std::string& refusal);
+
+} // namespace skipcat
+
+#endif
