@@ -20,6 +20,8 @@ def test_a_short_training_finds_the_road_in_scenes_that_it_has_not_seen(tmp_path
     stages = train_to_folder(request, tmp_path / "net")["stages"]
     first, last = (stages[place]["scores"] for place in (0, -1))
     for name in ("first", "second"):
-        # No drivable pixel at all is 0.36; 0.68 was reached where this was written.
-        assert last[name]["scores"]["drivable_miou"] > 0.5
-        assert last[name]["scores"]["ap50"] > first[name]["scores"]["ap50"]
+        # No drivable pixel at all is 0.36; 0.66 and 0.71 were reached where this was written.
+        road = "drivable_miou"
+        assert last[name]["scores"][road] > max(0.5, first[name]["scores"][road] + 0.1)
+        # Vehicles take longer: after so few steps a score of 24 images says that some are found.
+        assert last[name]["scores"]["ap50"] > 0.005
