@@ -15,6 +15,7 @@ from typing import Any
 
 from pipeline.errors import InputError, ResourceError, UsageError, path_of, shortage_of
 from pipeline.folder_lock import LOCK_FILE, FolderLock
+from pipeline.json_file import read_json_object
 from pipeline.output import (
     MOVING,
     RECORDS,
@@ -239,6 +240,26 @@ def require_same_settings(earlier: dict[str, Any], now: dict[str, Any], folder: 
         observed=f"differs in {', '.join(changed) or 'its settings'}",
         change="repeat the earlier settings, or start afresh without --resume",
     )
+
+
+def require_same_run(settings: dict[str, Any], record: Path) -> None:
+    """Refuse to go on with a run that other settings began; note them if none did.
+
+    Args:
+        settings: what is asked for, as JSON holds it.
+        record: the file in the unfinished folder that has those of the run.
+
+    Raises:
+        InputError: they differ; says in what. Or the file is damaged.
+    """
+    if not record.exists():
+        write_json(record, settings)
+        return
+    try:
+        earlier = read_json_object(record)
+    except InputError as error:
+        raise damaged(record, error) from error
+    require_same_settings(earlier, settings, record.parent)
 
 
 def discard(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The state of a training on disk, from which it goes on to the same bits."""
+"""The state of a training on disk, from which it goes on to the same bits; and its settings."""
 
 from __future__ import annotations
 
@@ -7,16 +7,44 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from pipeline.artefact import damaged
-from pipeline.errors import InputError
+from pipeline.errors import InputError, UsageError
 from pipeline.kept_tensors import keep_tensors, kept_tensors
 
 # What AdamW keeps of a parameter.
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+
+
+def require_trainable(request: Any, least: Mapping[str, int]) -> None:
+    """Refuse counts that are too small, and a learning rate that is none.
+
+    Args:
+        request: has them as attributes, `learning_rate` among them.
+        least: smallest value of each count, by its name.
+
+    Raises:
+        UsageError: names the value and its range.
+    """
+    for name, smallest in least.items():
+        if getattr(request, name) < smallest:
+            raise UsageError(
+                "A count is too small.",
+                where="--" + name.replace("_", "-"),
+                observed=getattr(request, name),
+                expected=f"at least {smallest}",
+            )
+    if not (math.isfinite(request.learning_rate) and request.learning_rate > 0):
+        raise UsageError(
+            "The learning rate is out of range.",
+            where="--learning-rate",
+            observed=request.learning_rate,
+            expected="a number above 0",
+        )
 
 
 @dataclass

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from rich.table import Table
 
 from benchmarks import RESULTS
 from benchmarks.command import run
-from benchmarks.cpu.lookup import make_prompts
+from benchmarks.cpu.lookup import make_prompts, one_turn
 from pipeline.artefact import write_json
 from pipeline.bench.measure import describe_machine, load_average
 from pipeline.errors import ValidationError
@@ -31,7 +30,6 @@ from pipeline.progress import note, result_console
 from pipeline.provenance import provenance
 from pipeline.runtime.draft_model import open_drafted
 from pipeline.runtime.drafting import Drafter
-from pipeline.runtime.generate import generate
 from pipeline.runtime.sequence import Decoding
 from pipeline.runtime.sessions.open_session import open_session
 from pipeline.runtime.sessions.session import Session
@@ -107,29 +105,12 @@ def _measure(
         for number, prompt in enumerate(own[:prompts]):
             for way in (*_WAYS[number % 3 :], *_WAYS[: number % 3]):  # each comes first in turn
                 running, begin = ways[way]
-                turns[way].append(_one_turn(running, prompt, decoding, begin()))
+                turns[way].append(one_turn(running, prompt, decoding, begin()))
         found[kind] = _summary(turns)
         note(f"{kind}: {found[kind]['ratio']:.2f} x; {model.take_notice() or 'drafting'}")
         if found[kind]["same_as_steady"] < len(turns[_DRAFTED]):
             raise ValidationError("A drafted answer is another than without drafts.", where=kind)
     return found
-
-
-def _one_turn(
-    session: Session, prompt: list[int], decoding: Decoding, drafter: Drafter | None
-) -> dict[str, Any]:
-    """One greedy answer: its tokens, and the seconds of all after the first."""
-    session.reset()
-    tokens, times = [], []
-    for token in generate(session, prompt, decoding, drafter):
-        times.append(time.perf_counter())
-        tokens.append(token)
-    return {
-        "tokens": tokens,
-        "seconds": times[-1] - times[0] if times else 0.0,
-        "drafted": drafter.drafted if drafter else 0,
-        "taken": drafter.taken if drafter else 0,
-    }
 
 
 def _summary(turns: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:

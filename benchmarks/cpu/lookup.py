@@ -29,7 +29,7 @@ from pipeline.artefact import write_json
 from pipeline.bench.measure import describe_machine, load_average
 from pipeline.progress import note, result_console
 from pipeline.provenance import provenance
-from pipeline.runtime.drafting import PROMPT_LOOKUP, make_drafter
+from pipeline.runtime.drafting import PROMPT_LOOKUP, Drafter, make_drafter
 from pipeline.runtime.generate import generate
 from pipeline.runtime.prefix_cache import common_length
 from pipeline.runtime.sequence import Decoding
@@ -97,14 +97,17 @@ def _measure(
     session = open_session(folder, threads=threads)
     if session.row_cost is None:
         raise click.ClickException(f"{folder} is no export of the profile cpu")
-    stop_ids = stop_token_ids(load_tokenizer(folder), folder)
+    decoding = Decoding(new_tokens, stop_ids=stop_token_ids(load_tokenizer(folder), folder))
     kinds = {}
     for kind, prompts in make_prompts(folder, text, questions).items():
         pairs = []
         for number, prompt in enumerate(prompts):
             # Each way comes first in turn.
             ways = (False, True) if number % 2 else (True, False)
-            turns = {way: _one_turn(session, prompt, new_tokens, stop_ids, way) for way in ways}
+            turns = {}
+            for way in ways:
+                drafter = make_drafter(session, PROMPT_LOOKUP if way else None)
+                turns[way] = one_turn(session, prompt, decoding, drafter)
             pairs.append((turns[False], turns[True]))
         kinds[kind] = _summary(pairs)
         note(f"{folder.name}, {kind}: {kinds[kind]['ratio']:.2f} x")
@@ -130,13 +133,12 @@ def make_prompts(folder: Path, text: Path, questions: Path) -> dict[str, list[li
     }
 
 
-def _one_turn(
-    session: Session, prompt: list[int], new_tokens: int, stop_ids: frozenset[int], way: bool
+def one_turn(
+    session: Session, prompt: list[int], decoding: Decoding, drafter: Drafter | None
 ) -> dict[str, Any]:
-    """One greedy answer: its tokens, and the seconds of all after the first."""
-    drafter = make_drafter(session, PROMPT_LOOKUP if way else None)
+    """One answer: its tokens, the seconds of all after the first, and what was drafted."""
     tokens, times = [], []
-    for token in generate(session, prompt, Decoding(new_tokens, stop_ids=stop_ids), drafter):
+    for token in generate(session, prompt, decoding, drafter):
         times.append(time.perf_counter())
         tokens.append(token)
     return {

@@ -14,7 +14,6 @@ from pipeline.runtime.chat_template import checked_messages
 from pipeline.terminal import aside
 
 if TYPE_CHECKING:
-    from pipeline.runtime.drafting import DraftSource
     from pipeline.runtime.sequence import Decoding, RunningAnswer
     from pipeline.runtime.sessions.session import SlotSession
     from pipeline.runtime.tokenizer import TextTokenizer
@@ -91,6 +90,7 @@ def answer_all(way: Way, path: Path, batch_size: int) -> None:
     Raises:
         InputError: as `open_slots`; or, at the end, some prompts were not answered.
     """
+    from pipeline.runtime.draft_model import open_answering
     from pipeline.runtime.generate import stream_batch
     from pipeline.runtime.tokenizer import load_tokenizer, start_template, stop_token_ids
 
@@ -99,7 +99,8 @@ def answer_all(way: Way, path: Path, batch_size: int) -> None:
     tokenizer = load_tokenizer(way.folder)
     if not way.raw:
         start_template(tokenizer)
-    session, drafts = _open(way, min(batch_size, len(lines)))
+    slots = min(batch_size, len(lines))
+    session, drafts = open_answering(way.folder, way.draft, way.backend, way.threads, slots)
     prompts = [_ids_or_failure(tokenizer, session, way, m) for m in conversations]
     fit = [ids for ids in prompts if not isinstance(ids, InputError)]
     own = replace(way.decoding, stop_ids=stop_token_ids(tokenizer, way.folder))
@@ -127,16 +128,6 @@ def say(notice: str | None) -> None:
     """Put what there is to know, if anything, on stderr."""
     if notice is not None:
         aside(f"[{notice}]")
-
-
-def _open(way: Way, slots: int) -> tuple[SlotSession, DraftSource | None]:
-    """The model, and what drafts for it: alone with --draft, whose answers share no call."""
-    from pipeline.runtime.draft_model import open_drafted
-    from pipeline.runtime.sessions.slots import open_slots
-
-    if way.draft is None:
-        return open_slots(way.folder, way.backend, way.threads, slots), None
-    return open_drafted(way.folder, way.draft, way.backend, way.threads, slots)
 
 
 def _ids_or_failure(

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from pipeline.driving.frames import FrameLabels, labels_of, read_frame
-from pipeline.driving.sample import Complaints, DrivingSet, Sample, open_image
+from pipeline.driving.sample import Complaints, DrivingSet, Sample, images_in, open_image
 from pipeline.errors import InputError
 from pipeline.json_file import parse_json, read_text_file
 from pipeline.model.loading import explaining
@@ -25,7 +25,6 @@ _LABELS = (
     "labels/bdd100k_labels_images_{split}.json",
 )
 _LABELS_OF_EACH = ("labels/100k/{split}", "labels/{split}")
-_SUFFIXES = (".jpg", ".jpeg", ".png")
 # Labels of 70,000 images are one file.
 _LARGEST_BYTES = 2 << 30
 _BACKGROUND_BIT = 8
@@ -62,7 +61,7 @@ def open_bdd(folder: Path, split: str) -> DrivingSet:
             where=folder,
             expected=" or ".join(place.format(split=split) for place in _IMAGES),
         )
-    files = {p.stem: p for p in sorted(images.iterdir()) if p.suffix.lower() in _SUFFIXES}
+    files = images_in(images)
     complaints = Complaints()
     frames = _frames(folder, split, complaints)
     masks = [_masks(_first(folder, places, split)) for places in (_DRIVABLE_MASKS, _LANE_MASKS)]

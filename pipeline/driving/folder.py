@@ -9,12 +9,11 @@ import numpy as np
 from scipy import ndimage
 
 from pipeline.driving.bdd import read_ids
-from pipeline.driving.sample import NO_BOXES, Complaints, DrivingSet, Sample, open_image
+from pipeline.driving.sample import NO_BOXES, Complaints, DrivingSet, Sample, images_in, open_image
 from pipeline.errors import InputError
 
 KINDS = ("vehicle", "drivable", "lane")
 LAYOUT = "images/ and, of the same names, labels/ (a PNG of class ids for each image)"
-_SUFFIXES = (".jpg", ".jpeg", ".png")
 _SMALLEST = 8  # pixels of a component's shorter side, below which it is no vehicle to be found
 
 
@@ -37,10 +36,7 @@ def open_folder(folder: Path, ids: Mapping[str, frozenset[int]]) -> DrivingSet:
             where=folder,
             expected="FOLDER:drivable=3,vehicle=8, ids joined by + where a kind has several",
         )
-    files = {}
-    if (folder / "images").is_dir():
-        found = sorted((folder / "images").iterdir())
-        files = {p.stem: p for p in found if p.suffix.lower() in _SUFFIXES}
+    files = images_in(folder / "images") if (folder / "images").is_dir() else {}
     masks = {p.stem: p for p in sorted((folder / "labels").glob("*.png"))}
     complaints = Complaints()
     for stem in sorted(files.keys() - masks.keys()):

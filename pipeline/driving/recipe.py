@@ -17,6 +17,7 @@ import torch
 from pipeline.driving.augment import Augmentation
 from pipeline.driving.perspective import Amounts
 from pipeline.errors import UsageError
+from pipeline.training_state import require_trainable
 
 FIRST, SECOND = "first", "second"
 _WARMUP = 0.05
@@ -112,21 +113,7 @@ class TrainRequest:
         if not self.stages:
             known = ", ".join(stage.name for stage in STAGES)
             raise UsageError("There is no such stage.", observed=self.stage, expected=known)
-        for name, least in (("steps", 1), ("batch_size", 1), ("scored", 1)):
-            if getattr(self, name) < least:
-                raise UsageError(
-                    "A count is too small.",
-                    where="--" + name.replace("_", "-"),
-                    observed=getattr(self, name),
-                    expected=f"at least {least}",
-                )
-        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
-            raise UsageError(
-                "The learning rate is out of range.",
-                where="--learning-rate",
-                observed=self.learning_rate,
-                expected="a number above 0",
-            )
+        require_trainable(self, {"steps": 1, "batch_size": 1, "scored": 1})
         if self.stage in ("finetune", "mix") and self.model is None:
             raise UsageError(
                 "This stage goes on with a trained network.",

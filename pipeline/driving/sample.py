@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -12,6 +13,7 @@ from PIL import Image, ImageOps
 from pipeline.model.loading import explaining
 
 NO_BOXES = np.zeros((0, 4), np.float32)
+_SUFFIXES = (".jpg", ".jpeg", ".png")
 _NAMED = 3  # examples of each complaint
 
 
@@ -81,6 +83,11 @@ class DrivingSet:
 
     def __len__(self) -> int:
         return len(self.names)
+
+
+def images_in(folder: Path) -> dict[str, Path]:
+    """The image files that lie in a folder, in order, by their names without the ending."""
+    return {p.stem: p for p in sorted(folder.iterdir()) if p.suffix.lower() in _SUFFIXES}
 
 
 def open_image(path: object) -> np.ndarray:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from pipeline.artefact import damaged, discard, require_same_settings, staged_folder, write_json
+from pipeline.artefact import discard, require_same_run, staged_folder, write_json
 from pipeline.driving.data import SPLITS, open_data, scene_domain
 from pipeline.driving.evaluate import MapsOfBatch, image_scores, some_places
 from pipeline.driving.network import QyolopConfig, QyolopForDrivingPerception
@@ -225,24 +225,21 @@ def _shown(score: float | None) -> str:
 
 def _require_same_run(request: TrainRequest, record: Path) -> None:
     """Refuse to go on with a run that other settings began; the learning rate may change."""
-    settings = json.loads(json.dumps(asdict(request), default=str))
+    settings = _as_json(request)
     del settings["learning_rate"]
     if request.model is not None:
         settings["weights"] = [path.stat().st_size for path in weight_files(request.model)]
-    if not record.exists():
-        write_json(record, settings)
-        return
-    try:
-        earlier = read_json_object(record)
-    except InputError as error:
-        raise damaged(record, error) from error
-    require_same_settings(earlier, settings, record.parent)
+    require_same_run(settings, record)
 
 
 def _public(request: TrainRequest) -> dict[str, Any]:
-    values = json.loads(json.dumps(asdict(request), default=str))
     named = ("data", "second_data", "model")
-    return {k: public_name(v) if k in named and v else v for k, v in values.items()}
+    return {k: public_name(v) if k in named and v else v for k, v in _as_json(request).items()}
+
+
+def _as_json(request: TrainRequest) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads(json.dumps(asdict(request), default=str))
+    return values
 
 
 def _described(of_split: dict[str, DrivingSet]) -> dict[str, Any]:

@@ -12,16 +12,16 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
+from pipeline.engine.paths import paths_taken
 from pipeline.engine.profiles import ShapeProfile
 from pipeline.engine.target import LIBRARIES, Flavour
 from pipeline.engine.worker_protocol import PLAN_FILE, WorkerRequest, WorkerResult
 from pipeline.errors import InputError, MissingPackageError, ResourceError
-from pipeline.export.contract import BLOCK_SKIP, DOMAIN, OP_VERSION
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -29,9 +29,6 @@ if TYPE_CHECKING:
 OUT_OF_MEMORY_WORDS = ("out of memory", "outofmemory", "bad_alloc", "cannot allocate memory")
 _SHOWN_ERRORS = 5
 _NO_DRIVER = "cudaError 35"
-_PLUGIN_LAYER = "PLUGIN_V3"
-_DEQUANTIZE_LAYER = "DEQUANTIZE"
-_EMBEDDED_LAYERS_OF_A_NODE = 2
 
 
 @dataclass
@@ -42,20 +39,6 @@ class _ParsedNetwork:
     network: trt.INetworkDefinition
     parser: trt.OnnxParser
     errors: list[str]
-
-
-@dataclass(frozen=True)
-class _BlockSkipPath:
-    """How the block-skip nodes of a graph were taken.
-
-    Attributes:
-        path: `plugin`, `embedded kernels` (see `standard`), `function body` (inlined into
-            native layers), or `none` without such nodes.
-        nodes: how many there are.
-    """
-
-    path: Literal["plugin", "embedded kernels", "function body", "none"]
-    nodes: int
 
 
 def load_library(flavour: Flavour, purpose: str) -> Any:
@@ -94,10 +77,7 @@ def build_network(
     parsed = _parse_network(library, onnx_path)
     parse_seconds = time.monotonic() - started
     layer_types = _count_layer_types(parsed.network)
-    block_skip = asdict(_block_skip_path_of(request, layer_types))
-    others = request.block_skip_nodes * (_EMBEDDED_LAYERS_OF_A_NODE if request.embed else 1)
-    latents = _latent_path(layer_types, request.latent_nodes, others)
-    quantized = _quantized_path(layer_types, request.dequantized, request.quantized_nodes)
+    taken = paths_taken(request, layer_types)
     config = _make_config(library, parsed, request)
     configure(config)
     started = time.monotonic()
@@ -107,15 +87,13 @@ def build_network(
     why = {"readable": False, "why": unreadable}
     return WorkerResult(
         library_version=library.__version__,
-        block_skip=block_skip,
         layer_types=layer_types,
         engine_layers=why if unreadable else _read_engine_layers(library, plan_path),
         parse_seconds=parse_seconds,
         build_seconds=build_seconds,
         peak_memory_bytes=0,
         notes=(),
-        few_bits=quantized,
-        latent_attention=latents,
+        **taken,
     )
 
 
@@ -258,111 +236,6 @@ def _count_layer_types(network: trt.INetworkDefinition) -> dict[str, int]:
     """Layers of a parsed network by type, the most frequent first."""
     types = (network.get_layer(index).type.name for index in range(network.num_layers))
     return dict(Counter(types).most_common())
-
-
-def _block_skip_path_of(request: WorkerRequest, layer_types: Mapping[str, int]) -> _BlockSkipPath:
-    """Which path the block-skip nodes took; raise InputError if it is not the one asked for."""
-    if request.embed:
-        return _embedded_path(layer_types, request.block_skip_nodes)
-    return _block_skip_path(
-        layer_types, request.block_skip_nodes, request.plugin is not None, request.latent_nodes
-    )
-
-
-def _latent_path(layer_types: Mapping[str, int], nodes: int, others: int) -> dict[str, Any]:
-    """How attention to latents was taken, for the manifest.
-
-    Args:
-        layer_types: layers of the parsed network by type, which `_block_skip_path` looked at.
-        nodes: attention to latents that a plugin may take.
-        others: plugin layers that block skip may have.
-    """
-    taken = nodes > 0 and layer_types.get(_PLUGIN_LAYER, 0) == others + nodes
-    body = "function body" if nodes else "none"
-    return {"nodes": nodes, "path": "plugin" if taken else body}
-
-
-def _block_skip_path(
-    layer_types: Mapping[str, int], nodes: int, plugin_wanted: bool, latent_nodes: int = 0
-) -> _BlockSkipPath:
-    """Which path the block-skip nodes took.
-
-    A plugin whose namespace or version does not match is passed over without a word, so the
-    number of plugin layers has to be the number of nodes, or zero; with those of attention to
-    latents, where the library has a plugin for them.
-
-    Args:
-        layer_types: layers of the parsed network by type.
-        nodes: block-skip nodes in the ONNX graph.
-        plugin_wanted: whether the user gave a plugin library.
-        latent_nodes: attention to latents that a plugin may take.
-
-    Raises:
-        InputError: some nodes took the plugin and some not, or none took the plugin that was given.
-    """
-    plugin_layers = layer_types.get(_PLUGIN_LAYER, 0)
-    if plugin_layers not in (0, nodes, nodes + latent_nodes):
-        raise InputError(
-            "Only part of the block-skip nodes took the plugin.",
-            observed=f"{plugin_layers} plugin layers",
-            expected=f"0 or {nodes}" + (f", or {nodes + latent_nodes}" if latent_nodes else ""),
-            change="export again, so that all nodes name the same plugin version and namespace",
-        )
-    if plugin_wanted and plugin_layers == 0:
-        raise InputError(
-            "The plugin was loaded, and no node of the graph took it.",
-            observed=f"0 plugin layers for {nodes} block-skip nodes",
-            expected="as many plugin layers as nodes, and at least one",
-            change="check the plugin's name, version and namespace "
-            f"({BLOCK_SKIP}, {OP_VERSION}, {DOMAIN}), or build without --plugin",
-        )
-    if nodes == 0:
-        return _BlockSkipPath("none", 0)
-    return _BlockSkipPath("plugin" if plugin_layers else "function body", nodes)
-
-
-def _embedded_path(layer_types: Mapping[str, int], nodes: int) -> _BlockSkipPath:
-    """The path of nodes that were split for embedded kernels: every product a plugin layer.
-
-    Args:
-        layer_types: layers of the parsed network by type.
-        nodes: block-skip nodes in the ONNX graph.
-
-    Raises:
-        InputError: some products are not.
-    """
-    found, expected = layer_types.get(_PLUGIN_LAYER, 0), _EMBEDDED_LAYERS_OF_A_NODE * nodes
-    if found != expected:
-        raise InputError(
-            "Not every block-skip node became embedded kernels.",
-            observed=f"{found} plugin layers",
-            expected=f"{expected}, two for each of {nodes} nodes",
-            change="build with the plugin library instead: make plugin",
-        )
-    return _BlockSkipPath("embedded kernels" if nodes else "none", nodes)
-
-
-def _quantized_path(layer_types: Mapping[str, int], matrices: int, nodes: int) -> dict[str, Any]:
-    """How the quantised matrices were taken, for the manifest.
-
-    Args:
-        layer_types: layers of the parsed network by type.
-        matrices: DequantizeLinear nodes in the ONNX graph.
-        nodes: block-skip nodes with a quantised factor.
-
-    Raises:
-        InputError: some matrices are codes no longer after parsing: the plan would hold numbers.
-    """
-    layers = layer_types.get(_DEQUANTIZE_LAYER, 0)
-    if layers < matrices:
-        raise InputError(
-            "TensorRT wrote low-bit codes out as numbers while parsing.",
-            observed=f"{layers} layers of the kind {_DEQUANTIZE_LAYER}",
-            expected=f"{matrices}, one for each quantised matrix",
-            change="export with --weights float, or use the TensorRT that this was tested with",
-        )
-    path = "function body" if nodes else "none"
-    return {"matrices": matrices, "block_skip_nodes": nodes, "path": path}
 
 
 def _read_engine_layers(library: Any, plan_path: Path) -> dict[str, Any]:

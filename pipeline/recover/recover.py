@@ -17,10 +17,9 @@ from transformers import PreTrainedModel
 
 from pipeline import __version__
 from pipeline.artefact import (
-    damaged,
     discard,
     require_free_bytes,
-    require_same_settings,
+    require_same_run,
     sha256_of_file,
     staged_folder,
     write_json,
@@ -32,7 +31,6 @@ from pipeline.checkpoint.folder import load_checkpoint, save_checkpoint, weights
 from pipeline.checkpoint.modeling_quantized import QuantizedWeight
 from pipeline.checkpoint.modeling_skipcat import FactoredLinear
 from pipeline.errors import InputError, PipelineError
-from pipeline.json_file import read_json_object
 from pipeline.kept_tensors import keep_tensors, kept_tensors
 from pipeline.model.fingerprint import model_hashes
 from pipeline.model.load import LoadedModel, load_model
@@ -183,19 +181,9 @@ def _identity(request: RecoverRequest, text: TokenBatch) -> dict[str, Any]:
 
 
 def _require_same_run(identity: dict[str, Any], record: Path) -> None:
-    """Refuse to go on with a run that other settings began; note them if none did.
-
-    The learning rate may change, because a run that diverged needs a smaller one.
-    """
+    """As `require_same_run`; a run that diverged may go on with a smaller learning rate."""
     settings = {name: value for name, value in identity.items() if name != "learning_rate"}
-    if not record.exists():
-        write_json(record, settings)
-        return
-    try:
-        earlier = read_json_object(record)
-    except InputError as error:
-        raise damaged(record, error) from error
-    require_same_settings(earlier, json.loads(json.dumps(settings)), record.parent)
+    require_same_run(json.loads(json.dumps(settings)), record)
 
 
 def _section(

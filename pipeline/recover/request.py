@@ -20,6 +20,7 @@ from pipeline.model.loading import explaining
 from pipeline.model.task import require_decoder
 from pipeline.model.tokenizer_file import following_tokenizer
 from pipeline.recover.adapters import require_peft
+from pipeline.training_state import require_trainable
 
 _WARMUP_FRACTION = 0.1
 _HELD_OUT_PART = 10
@@ -128,21 +129,7 @@ class RecoverRequest:
         least = {"steps": 1, "lora_rank": 1, "lora_alpha": 1, "batch_size": 1, "window_length": 2}
         if self.windows is not None:
             least["windows"] = _windows_needed(1, max(1, self.batch_size))
-        for name, smallest in least.items():
-            if getattr(self, name) < smallest:
-                raise UsageError(
-                    "A count is too small.",
-                    where="--" + name.replace("_", "-"),
-                    observed=getattr(self, name),
-                    expected=f"at least {smallest}",
-                )
-        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
-            raise UsageError(
-                "The learning rate is out of range.",
-                where="--learning-rate",
-                observed=self.learning_rate,
-                expected="a number above 0",
-            )
+        require_trainable(self, least)
         if self.text == "self" and self.teacher is None:
             # The expected gradient of the cross entropy of a model's own samples is zero.
             raise UsageError(

@@ -20,10 +20,12 @@ from pipeline.json_file import read_json_object
 from pipeline.model.task import require_decoder
 from pipeline.progress import note
 from pipeline.runtime.draft_costs import MOST_DRAFTED, DraftCosts
-from pipeline.runtime.drafting import Chooser, Drafter, FirstOf, PromptLookup
+from pipeline.runtime.drafting import Chooser, Drafter, DraftSource, FirstOf, PromptLookup
 from pipeline.runtime.prefix_cache import common_length
 from pipeline.runtime.sessions.onnx_cpu_session import CpuSession
 from pipeline.runtime.sessions.open_session import folder_kind
+from pipeline.runtime.sessions.session import SlotSession
+from pipeline.runtime.sessions.slots import open_slots
 from pipeline.tokenizer_files import vocabulary_hashes
 
 # Share of right guesses at which drafting has to pay, to be tried at all: few drafts have more.
@@ -116,6 +118,32 @@ class _ModelDrafter:
         found = self._model.guesses(self._slot, self._heard - 1, self._last, most, self._begin)
         self.drafted += len(found)
         return found
+
+
+def open_answering(
+    folder: Path,
+    draft: Path | None,
+    backend: str = "auto",
+    threads: int | None = None,
+    slots: int = 1,
+    lookup: bool = False,
+) -> tuple[SlotSession, DraftSource | None]:
+    """A model with slots, and what drafts for its answers: nothing without a draft.
+
+    Args:
+        folder: of the model.
+        draft: a smaller export of it, or None.
+        backend: as for `open_slots`; with a draft, as for `open_drafted`.
+        threads: of ONNX Runtime.
+        slots: at least so many.
+        lookup: as for `open_drafted`.
+
+    Raises:
+        InputError, UsageError: as `open_slots` and `open_drafted`.
+    """
+    if draft is None:
+        return open_slots(folder, backend, threads, slots), None
+    return open_drafted(folder, draft, backend, threads, slots, lookup)
 
 
 def open_drafted(

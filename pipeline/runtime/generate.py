@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -161,34 +161,47 @@ def stream_batch(
     waiting = deque(answer for answer in answers if answer.ending is None)
     unsaid, running = deque(answers), dict[int, RunningAnswer]()
 
-    def take(slot: int, rows: np.ndarray, drafted: Sequence[int] = ()) -> int:
-        accepted = running[slot].take(rows, drafted)
-        if running[slot].ending is not None:
-            del running[slot]
-        return accepted
-
     while unsaid:
         while unsaid and unsaid[0].ending is not None:
             yield unsaid.popleft()
         for slot in range(session.slots):
             while waiting and slot not in running:
-                running[slot] = waiting.popleft()
-                if drafter := make_drafter(session, drafts, slot):
-                    running[slot].draft_by(drafter)
-                session.clear(slot)
-                prompt_ids = np.array(running[slot].prompt_ids, np.int64)
-                take(slot, session.prefill(slot, prompt_ids)[None])
-        slots = sorted(running)
+                answer = waiting.popleft()
+                _begin(session, slot, answer, drafts)
+                if answer.ending is None:
+                    running[slot] = answer
         if drafts is not None:
-            for slot in slots:
-                block = [running[slot].ids[-1], *(drafted := running[slot].draft())]
-                kept = session.slot_length(slot) + 1
-                kept += take(slot, session.read_block(slot, np.array(block, np.int64)), drafted)
-                session.rewind_slot(slot, kept)
-        elif slots:
-            tokens = [running[slot].ids[-1] for slot in slots]
-            for slot, logits in zip(slots, session.decode(slots, tokens), strict=True):
-                take(slot, logits[None])
+            for slot in sorted(running):
+                _decode_drafted(session, slot, running[slot])
+        elif running:
+            _decode_together(session, running)
+        running = {slot: answer for slot, answer in running.items() if answer.ending is None}
+
+
+def _begin(
+    session: SlotSession, slot: int, answer: RunningAnswer, drafts: DraftSource | None
+) -> None:
+    """Read an answer's prompt into a slot, and take its first token."""
+    if drafter := make_drafter(session, drafts, slot):
+        answer.draft_by(drafter)
+    session.clear(slot)
+    answer.take([session.prefill(slot, np.array(answer.prompt_ids, np.int64))])
+
+
+def _decode_drafted(session: SlotSession, slot: int, answer: RunningAnswer) -> None:
+    """Feed the last token of one answer and its draft tokens, and keep those it accepts."""
+    block = [answer.ids[-1], *(drafted := answer.draft())]
+    kept = session.slot_length(slot) + 1
+    kept += answer.take(session.read_block(slot, np.array(block, np.int64)), drafted)
+    session.rewind_slot(slot, kept)
+
+
+def _decode_together(session: SlotSession, running: Mapping[int, RunningAnswer]) -> None:
+    """One token more for the answer in each slot, in one call."""
+    slots = sorted(running)
+    tokens = [running[slot].ids[-1] for slot in slots]
+    for slot, logits in zip(slots, session.decode(slots, tokens), strict=True):
+        running[slot].take([logits])
 
 
 def _advance(

@@ -19,10 +19,9 @@ import uvicorn
 
 from pipeline.errors import UsageError
 from pipeline.progress import note
-from pipeline.runtime.draft_model import open_drafted
+from pipeline.runtime.draft_model import open_answering
 from pipeline.runtime.drafting import PROMPT_LOOKUP, DraftSource
 from pipeline.runtime.sessions.session import SlotSession
-from pipeline.runtime.sessions.slots import open_slots
 from pipeline.runtime.tokenizer import load_tokenizer, start_template, stop_token_ids
 from pipeline.serve.app import Api, Limits
 from pipeline.serve.connection import LimitedConnection
@@ -143,7 +142,8 @@ def serve(request: ServeRequest) -> int:
         UsageError: the address cannot be listened at.
     """
     with _listen(request.host, request.port) as listener:
-        session, source = _open(request)
+        place = request.backend, request.threads, request.slots, request.lookup
+        session, source = open_answering(request.folder, request.draft, *place)
         with _running_server(request, session, source) as server:
             listener.listen()  # whoever reads the address may call it at once
             _announce(request, session, listener)
@@ -154,14 +154,6 @@ def serve(request: ServeRequest) -> int:
         return 1
     note("stopped")
     return 130 if server.ended_by == signal.SIGINT else 0
-
-
-def _open(request: ServeRequest) -> tuple[SlotSession, DraftSource | None]:
-    """The model, and the one that drafts for its answers, if any."""
-    place = request.backend, request.threads, request.slots
-    if request.draft is None:
-        return open_slots(request.folder, *place), None
-    return open_drafted(request.folder, request.draft, *place, lookup=request.lookup)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -45,3 +46,13 @@ def compile_program(
     program = folder / "program"
     subprocess.run([*common, *map(str, objects), "-o", str(program)], check=True)
     return program
+
+
+def compare(program: Path, cases: int, seed: int) -> subprocess.CompletedProcess[str]:
+    """Run `cases` random problems; fibers and problems are shuffled by `seed`."""
+    environment = os.environ | {
+        "SKIPCAT_EMULATE_SEED": str(seed),
+        "ASAN_OPTIONS": "detect_stack_use_after_return=0",
+    }
+    command = [str(program), str(cases), str(seed)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)

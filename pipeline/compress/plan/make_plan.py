@@ -153,13 +153,6 @@ def _plan_in_bytes(request: CompressRequest, calibrated: Calibrated) -> RankPlan
         full = sum(side[0].dense_bytes for side in sides)
         cache = cheapest_cache(sides, request.cache_budget(full))
     whole = sum(parameter.numel() for parameter in calibrated.model.parameters())
-    fixed = fixed_bytes(
-        calibrated.model,
-        {m for layer in calibrated.layers for group in layer.groups for m in group.members}
-        | {name for names in calibrated.embeddings for name in names},
-        calibrated.rotary_width,
-        runtime,
-    )
     plan, places = searched_bits(
         calibrated.layers,
         calibrated.statistics.curves,
@@ -167,7 +160,7 @@ def _plan_in_bytes(request: CompressRequest, calibrated: Calibrated) -> RankPlan
         choices,
         BitsRequest(
             budget_bytes=request.budget_bytes(2 * whole),
-            fixed_bytes=fixed + _bytes_of_maps(cache, runtime),
+            fixed_bytes=_fixed_bytes(calibrated, runtime) + _bytes_of_maps(cache, runtime),
             runtime=runtime,
             cat=method.cat,
             skip=method.skip,
@@ -186,6 +179,13 @@ def _plan_in_bytes(request: CompressRequest, calibrated: Calibrated) -> RankPlan
         return plan
     note(f"{_bytes_of_maps(cache, runtime) / 1e6:.2f} MB of the weights are maps of the cache")
     return replace(plan, caches=cache.to_json())
+
+
+def _fixed_bytes(calibrated: Calibrated, runtime: Runtime) -> int:
+    groups = (group for layer in calibrated.layers for group in layer.groups)
+    chosen = {member for group in groups for member in group.members}
+    chosen |= {name for names in calibrated.embeddings for name in names}
+    return fixed_bytes(calibrated.model, chosen, calibrated.rotary_width, runtime)
 
 
 def _bytes_of_maps(cache: CachePlan | None, runtime: Runtime) -> int:

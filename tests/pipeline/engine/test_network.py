@@ -2,67 +2,9 @@ from __future__ import annotations
 
 import json
 
-import pytest
-
-from pipeline.engine.network import (
-    _block_skip_path,
-    _BlockSkipPath,
-    _embedded_path,
-    _inspected_types,
-    _latent_path,
-)
-from pipeline.errors import InputError
-
-
-def test_as_many_plugin_layers_as_nodes_is_the_plugin_path() -> None:
-    path = _block_skip_path({"PLUGIN_V3": 7, "CONSTANT": 3}, 7, plugin_wanted=True)
-    assert path == _BlockSkipPath("plugin", 7)
-
-
-def test_no_plugin_layer_is_the_function_body() -> None:
-    path = _block_skip_path({"MATRIX_MULTIPLY": 14}, 7, plugin_wanted=False)
-    assert path == _BlockSkipPath("function body", 7)
-
-
-def test_a_graph_without_nodes_takes_neither_path() -> None:
-    assert _block_skip_path({"MATRIX_MULTIPLY": 14}, 0, plugin_wanted=False).path == "none"
-
-
-@pytest.mark.parametrize("plugin_layers", [1, 6, 8])
-def test_a_partial_plugin_path_is_refused(plugin_layers: int) -> None:
-    with pytest.raises(InputError, match="part"):
-        _block_skip_path({"PLUGIN_V3": plugin_layers}, 7, plugin_wanted=True)
-
-
-@pytest.mark.parametrize("nodes", [0, 7])
-def test_a_plugin_that_no_node_took_is_refused(nodes: int) -> None:
-    with pytest.raises(InputError, match="no node"):
-        _block_skip_path({"MATRIX_MULTIPLY": 14}, nodes, plugin_wanted=True)
-
-
-def test_attention_to_latents_by_a_plugin_is_told_from_block_skip() -> None:
-    both, alone = {"PLUGIN_V3": 9}, {"PLUGIN_V3": 7}
-    for layers, path in ((both, "plugin"), (alone, "function body")):
-        found = _block_skip_path(layers, 7, plugin_wanted=True, latent_nodes=2)
-        assert found == _BlockSkipPath("plugin", 7)
-        assert _latent_path(layers, 2, 7) == {"nodes": 2, "path": path}
-    assert _block_skip_path({"PLUGIN_V3": 2}, 0, True, 2) == _BlockSkipPath("none", 0)
-    assert _latent_path({}, 0, 0) == {"nodes": 0, "path": "none"}
-    with pytest.raises(InputError, match="part"):
-        _block_skip_path({"PLUGIN_V3": 8}, 7, plugin_wanted=True, latent_nodes=2)
+from pipeline.engine.network import _inspected_types
 
 
 def test_inspector_output_is_counted_by_type_with_or_without_details() -> None:
     text = json.dumps({"Layers": [{"LayerType": "gemm"}, {"LayerType": "gemm"}, "a name"]})
     assert _inspected_types(text) == {"gemm": 2, "unnamed": 1}
-
-
-def test_two_plugin_layers_for_each_node_are_embedded_kernels() -> None:
-    assert _embedded_path({"PLUGIN_V3": 14}, 7) == _BlockSkipPath("embedded kernels", 7)
-    assert _embedded_path({}, 0) == _BlockSkipPath("none", 0)
-
-
-@pytest.mark.parametrize("layers", [0, 7, 13, 15])
-def test_a_node_that_was_not_embedded_is_refused(layers: int) -> None:
-    with pytest.raises(InputError, match="embedded"):
-        _embedded_path({"PLUGIN_V3": layers}, 7)

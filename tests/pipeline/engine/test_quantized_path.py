@@ -15,7 +15,7 @@ from pipeline.compress.plan.plan import uniform_plan
 from pipeline.compress.request import CompressRequest
 from pipeline.compress.run import compress_to_folder
 from pipeline.engine.build import build_engine
-from pipeline.engine.network import _quantized_path
+from pipeline.engine.paths import _quantized_path
 from pipeline.engine.plan import EngineRequest
 from pipeline.engine.standard import _write_split_graph, _write_stripped_graph
 from pipeline.engine.target import Target

@@ -266,7 +266,7 @@ def test_a_failing_thread_ends_the_process_with_a_status(
 ) -> None:
     slots = DyingSlots(1)
     slots.gate.set()
-    monkeypatch.setattr(serve_module, "open_slots", lambda *arguments: slots)
+    monkeypatch.setattr(serve_module, "open_answering", lambda *arguments: (slots, None))
     statuses: list[int] = []
     announced: list[int] = []
     monkeypatch.setattr(

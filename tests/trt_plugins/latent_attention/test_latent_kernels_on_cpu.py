@@ -3,24 +3,13 @@
 from __future__ import annotations
 
 import os
-import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.support.emulated import CHECKED, FAST, LATENT_KERNELS, compile_program
+from tests.support.emulated import CHECKED, FAST, LATENT_KERNELS, compare, compile_program
 
 SOURCES = ("latent_attention_kernel.cu", "emulate/compare.cpp")
-
-
-def compare(program: Path, cases: int, seed: int) -> subprocess.CompletedProcess[str]:
-    """Run `cases` random problems; fibers and problems are shuffled by `seed`."""
-    environment = os.environ | {
-        "SKIPCAT_EMULATE_SEED": str(seed),
-        "ASAN_OPTIONS": "detect_stack_use_after_return=0",
-    }
-    command = [str(program), str(cases), str(seed)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 
 
 def test_every_form_of_cache_agrees_with_double_precision(tmp_path: Path) -> None:
