@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from pipeline.bench.shapes import Shape
 from pipeline.bench.traffic import CacheTensor, StoredTensor, Traffic
-from pipeline.checkpoint.modeling_cache import LatentCache, cache_maps
+from pipeline.checkpoint.modeling_cache import own_cache
 from pipeline.checkpoint.skeleton import Skeleton
 from pipeline.errors import InputError, first_line
 
@@ -170,7 +170,7 @@ def _cache_of_model(model: PreTrainedModel, bits: float) -> tuple[CacheTensor, .
         InputError: it cannot be run without weights.
     """
     # Latents of few bits are held as numbers there.
-    cache: Any = LatentCache(model) if cache_maps(model) else DynamicCache(config=model.config)
+    cache: Any = own_cache(model)
     tokens = torch.zeros((1, _PROBE_TOKENS), dtype=torch.int64, device="meta")
     try:
         model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)

@@ -267,6 +267,11 @@ def rotation_of(attention: nn.Module) -> Callable[..., torch.Tensor] | None:
     return lambda keys, cos, sin: found(keys, keys, cos, sin)[1]
 
 
+def own_cache(model: nn.Module) -> DynamicCache:
+    """An empty cache of what a model caches: of latents where it has maps."""
+    return LatentCache(model) if cache_maps(model) else DynamicCache(config=model.config)
+
+
 class LatentCache(DynamicCache):
     """A cache that holds the latents of a model's maps.
 

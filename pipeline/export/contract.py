@@ -95,6 +95,8 @@ FLOAT, INT8, INT4, INT4_OFFSET, STORED = "float", "int8", "int4", "int4-offset",
 ROUNDED = (INT8, INT4, INT4_OFFSET)  # by the export
 WEIGHTS = (FLOAT, *ROUNDED, STORED)
 CACHES = (FLOAT, INT8)  # how the profile `cpu` holds keys and values
+# Of latents: NumPy's and PyTorch's names of what codes, and their steps, are held in.
+CODE_TYPE, STEP_TYPE = INT8, FLOAT16
 FIRST_ROUNDED_CACHE = (1, 27)  # ONNX Runtime's, whose attention on the CPU reads and writes codes
 INTEGER = "integer"
 # What `accuracy_level` of ONNX Runtime's products each is.

@@ -29,10 +29,12 @@ from pipeline.checkpoint.modeling_cache import codes_of
 from pipeline.export.block_skip import PLUGIN_ATTRIBUTES
 from pipeline.export.contract import (
     BYTES,
+    CODE_TYPE,
     DOMAIN,
     NIBBLES,
     NUMBERS,
     OP_VERSION,
+    STEP_TYPE,
     form_of,
     held_width,
     latent_attention_op,
@@ -43,7 +45,7 @@ _MIDDLE = 128  # what codes are held less
 # As export.json says it.
 HELD_AS = {BYTES: "codes, one to a byte", NIBBLES: "codes, two to a byte"}
 # Types of codes and of their steps in the cache.
-CODES, STEPS = torch.int8, torch.float16
+CODES, STEPS = getattr(torch, CODE_TYPE), getattr(torch, STEP_TYPE)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from pipeline.checkpoint.modeling_cache import LatentCache, cache_maps
+from pipeline.checkpoint.modeling_cache import own_cache
 from pipeline.errors import InputError
 from pipeline.export.contract import (
     ATTENTION_MASK,
@@ -54,9 +54,8 @@ class _DecoderProver:
     ) -> list[Call]:
         calls = []
         for rows, cuts in _ways(length):
-            ids, cache = _ids(model, rows, length), empty_cache(model.config, rounding)
-            if cache_maps(model):
-                cache = LatentCache(model)
+            ids = _ids(model, rows, length)
+            cache = own_cache(model) if rounding is None else empty_cache(model.config, rounding)
             for start, end in pairwise(cuts):
                 with torch.no_grad():
                     part = torch.from_numpy(ids[:, start:end])

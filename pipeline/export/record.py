@@ -10,12 +10,14 @@ from pipeline.artefact import sha256_of_file
 from pipeline.errors import InputError
 from pipeline.export.contract import (
     CACHES,
+    CODE_TYPE,
     DTYPES,
     FLOAT,
     GRAPH_FILE,
     PROFILES,
     RECORD_FILE,
     SCHEMA,
+    STEP_TYPE,
     WEIGHTS,
     WEIGHTS_FILE,
     Profile,
@@ -30,8 +32,6 @@ from pipeline.model.task import TASKS, TEXT, Task
 _FIELD_TYPES: dict[str, type] = {"profile": str, "dtype": str, "onnx_sha256": str}
 _EXPORT_AGAIN = "export the checkpoint again"
 _SIDES = 3
-# Types of the cache's codes, and of their steps.
-CODES, STEPS = "int8", "float16"
 
 
 @dataclass(frozen=True)
@@ -88,9 +88,9 @@ class ExportRecord:
         """Type of every input of the cache: NumPy's name for it."""
         held = self.dtype if self.cache_format == FLOAT else self.cache_format
         sides = {
-            name: CODES if name in self.coded else held for name in cache_names(self.num_layers)
+            name: CODE_TYPE if name in self.coded else held for name in cache_names(self.num_layers)
         }
-        return sides | {steps_name(name): STEPS for name in self.coded}
+        return sides | {steps_name(name): STEP_TYPE for name in self.coded}
 
 
 def read_export_record(folder: Path, tasks: tuple[Task, ...] = (TEXT,)) -> ExportRecord:

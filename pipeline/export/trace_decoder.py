@@ -227,7 +227,7 @@ def _trace(
     scales = [] if rounding is None else [rounding.widened(layer, width) for layer, width in widths]
     _require_memory(shapes, profile, max_length)
     slots = max_length if profile.static_cache else _TRACE_PAST
-    dtype = model.dtype if rounding is None else torch.int8
+    dtype = model.dtype if rounding is None else CODES
     past = [
         torch.zeros(_TRACE_BATCH, heads, slots, width, dtype=dtype if bits is None else CODES)
         for shape in shapes

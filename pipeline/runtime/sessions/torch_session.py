@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
-from pipeline.checkpoint.modeling_cache import LatentCache, cache_maps
+from pipeline.checkpoint.modeling_cache import own_cache
 from pipeline.runtime.sessions.checks import CheckedSession
 
 if TYPE_CHECKING:
@@ -37,9 +37,7 @@ class TorchSession(CheckedSession):
         cache: Callable[[], DynamicCache] | None = None,
     ) -> None:
         self.name = name
-        own = partial(DynamicCache, config=model.config)
-        if latent and cache_maps(model):
-            own = partial(LatentCache, model)
+        own = partial(own_cache, model) if latent else partial(DynamicCache, config=model.config)
         self._make_cache: Callable[[], DynamicCache] = cache or own
         self.model = model.eval()
         text_config = model.config.get_text_config()
