@@ -15,6 +15,7 @@ import click
 
 from pipeline import __version__
 from pipeline.errors import explain
+from pipeline.machine import share_cores
 from pipeline.terminal import guarded, safe_stdout
 
 _COMMANDS = {
@@ -88,6 +89,7 @@ def skipcat(verbose: bool) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit status of `pipeline.errors`."""
+    share_cores()
     arguments = sys.argv[1:] if arguments is None else arguments
     verbose = "-v" in arguments or "--verbose" in arguments
     stderr = guarded(sys.stderr)
