@@ -161,7 +161,7 @@ def open_drafted(
         folder: an export of the profile `cpu`.
         draft: another of the same model, in fewer bytes.
         backend: `auto` or `onnx`.
-        threads: of ONNX Runtime, for each; None leaves the choice to it.
+        threads: of ONNX Runtime, for each; None takes one to a physical core.
         slots: rows of the cache.
         lookup: ask prompt lookup before the draft.
         length: tokens of every draft, 0 for none; None takes as many as pay.
