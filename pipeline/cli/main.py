@@ -25,6 +25,7 @@ _COMMANDS = {
     "recover": "pipeline.cli.recover",
     "export": "pipeline.cli.export",
     "export-dense": "pipeline.cli.export_dense",
+    "substitute": "pipeline.cli.substitute",
     "engine": "pipeline.cli.engine",
     "validate": "pipeline.cli.validate",
     "evaluate": "pipeline.cli.evaluate",
