@@ -214,8 +214,16 @@ class Graph(NamedTuple):
     weights: _MappedWeights | None
 
     @classmethod
-    def open(cls, folder: Path, record: ExportRecord, threads: int | None) -> Graph:
+    def open(
+        cls, folder: Path, record: ExportRecord, threads: int | None, *, optimised: bool = True
+    ) -> Graph:
         """Load `folder/model.onnx`, with every failure explained.
+
+        Args:
+            folder: of the export.
+            record: what `export.json` says of it.
+            threads: threads within one operator; None leaves the choice to ONNX Runtime.
+            optimised: let ONNX Runtime rewrite the graph; without, nodes run as they are written.
 
         Raises:
             InputError: the installed ONNX Runtime is too old for the profile, or refuses the graph;
@@ -234,6 +242,8 @@ class Graph(NamedTuple):
         # Given a number, it pins no thread to a core, where another program may be.
         options.intra_op_num_threads = threads or product_threads()
         options.add_session_config_entry("session.intra_op.spin_duration_us", _SPIN_US)
+        if not optimised:
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         path = folder / GRAPH_FILE
         borrows = _borrows_files(onnxruntime.__version__)
         weights = _map_weights(folder / WEIGHTS_FILE) if borrows else None
