@@ -12,9 +12,10 @@ from typing import Any, Generic, TypeVar
 
 from pipeline.artefact import folder_bytes, write_json
 from pipeline.errors import InputError, UsageError
-from pipeline.folder_lock import LOCK_FILE, FolderLock
+from pipeline.folder_lock import FolderLock
 from pipeline.json_file import json_field, read_json_object
 from pipeline.memory import peak_bytes
+from pipeline.output import held_names
 from pipeline.progress import note
 from pipeline.provenance import provenance
 
@@ -103,8 +104,8 @@ def _earlier_stages(
 
 
 def holds_something(folder: Path) -> bool:
-    """Whether a folder is there and has more in it than a lock."""
-    return folder.is_dir() and any(path.name != LOCK_FILE for path in folder.iterdir())
+    """Whether a folder is there and has more in it than a killed run's remains."""
+    return folder.is_dir() and bool(held_names(folder))
 
 
 def read_build_record(folder: Path) -> dict[str, Any]:

@@ -80,7 +80,9 @@ class TorchDriving:
         config = model.config
         height, width = config.image_size
         self.model, self.name = model, name
-        self.traits = DrivingTraits((height, width), tuple(config.id2label.values()), config.anchors)
+        self.traits = DrivingTraits(
+            (height, width), tuple(config.id2label.values()), config.anchors
+        )
 
     def maps(self, pixels: np.ndarray) -> MapsOfBatch:
         """Maps of a batch."""
