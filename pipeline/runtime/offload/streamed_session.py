@@ -40,6 +40,8 @@ class StreamedSession(SlottedSession):
         length: places of the cache.
         slots: rows of the cache to begin with.
         other_bytes: what else the budget is for, such as a draft.
+        steady: compute as many rows in every call of an answer, so that drafts change no bit; else
+            a token alone is computed alone, which is quicker where the disk is.
 
     Attributes:
         values: the cache, float32, as an export of the profile `cpu` has it.
@@ -60,6 +62,7 @@ class StreamedSession(SlottedSession):
         length: int,
         slots: int = 1,
         other_bytes: int = 0,
+        steady: bool = True,
     ) -> None:
         widths = _cache_widths(folder)
         row_bytes = 4 * length * sum(heads * width for heads, width in widths.values())
@@ -71,11 +74,13 @@ class StreamedSession(SlottedSession):
         self.call_times = CallTimes()
         self._lengths = np.zeros(slots, np.int64)
         self._rows = None
+        self._sizes = _ROWS if steady else (1, *_ROWS)
         self._caches: dict[int, RowCache] = {}
         self._cached = self.values.buffers
         found = self.traffic
         self.name = f"torch float32, {found.layers - found.resident} of {found.layers} layers read"
-        self._require_steadiness()
+        if steady:
+            self._require_steadiness()
 
     @property
     def traffic(self) -> Traffic:
@@ -105,8 +110,8 @@ class StreamedSession(SlottedSession):
 
     def _read(self, row: int, input_ids: np.ndarray, last_only: bool) -> np.ndarray:
         parts = []
-        for start in range(0, len(input_ids), _ROWS[-1]):
-            part = input_ids[start : start + _ROWS[-1]]
+        for start in range(0, len(input_ids), self._sizes[-1]):
+            part = input_ids[start : start + self._sizes[-1]]
             shown = "reading the prompt" if len(part) > STEADY_TOKENS else None
             with self._streamed.one_pass(shown):
                 began = time.perf_counter()
@@ -118,13 +123,13 @@ class StreamedSession(SlottedSession):
     def _run(self, row: int, ids: np.ndarray, last_only: bool) -> np.ndarray:
         """One call: logits, float32 [1, S, V] or [1, 1, V]; the row is longer by its tokens."""
         count, start = len(ids), int(self._lengths[row])
-        rows = next(rows for rows in _ROWS if rows >= count)
+        rows = next(rows for rows in self._sizes if rows >= count)
         # What fills the call up repeats the last token, and nothing of it is kept.
         filled = np.append(ids, np.repeat(ids[-1:], rows - count))[None]
         positions = start + np.minimum(np.arange(rows), count - 1)[None]
         cache = self._cache_of(row)
         cache.place(start, count)
-        kept = torch.full((_ROWS[0],), count - 1) if last_only else 0
+        kept = torch.full((self._sizes[0],), count - 1) if last_only else 0
         with torch.inference_mode():
             output = self._streamed.model(
                 input_ids=torch.from_numpy(filled),
