@@ -1,0 +1,83 @@
+"""Codes and what they stand for, x = (code - zero point) * scale, and gradients through rounding.
+
+Tensors in, tensors out. Rounding is ONNX's QuantizeLinear: divide by the scale, round halves to
+even, add the zero point, saturate.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pipeline.checkpoint.modeling_quantized import Codes
+
+
+@dataclass(frozen=True)
+class ActivationGrid:
+    """The values that an activation may take.
+
+    Attributes:
+        codes: how many there are.
+        scale: between neighbours; a number of float32.
+        zero: the code of 0.
+    """
+
+    codes: Codes
+    scale: float
+    zero: int = 0
+
+    def rounded(self, x: torch.Tensor) -> torch.Tensor:
+        """The nearest values of a tensor, of its shape."""
+        return self.codes.rounded(x, torch.tensor(self.scale, dtype=x.dtype), self.zero)
+
+
+class _Round(torch.autograd.Function):
+    """Round halves to even; the gradient passes as if nothing was rounded (1308.3432)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.round()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient
+
+
+def fake_quantize(
+    x: torch.Tensor, scale: torch.Tensor, zero: int, codes: Codes, gain: float = 1.0
+) -> torch.Tensor:
+    """The nearest values of a grid, with gradients for numbers and for the scale.
+
+    Forwards it is `Codes.rounded`, bit for bit. Backwards a number within the range passes its
+    gradient on, one beyond passes none; the scale's is that of learned step sizes (1902.08153):
+    the rounding error where a number is within the range, the outermost code where it is beyond.
+
+    Args:
+        x: float, any shape.
+        scale: float32, of a shape that x broadcasts with.
+        zero: the code of 0.
+        codes: of the grid.
+        gain: what the gradient of the scale is multiplied with.
+
+    Returns:
+        Float, of the shape of x.
+    """
+    if gain != 1.0:
+        scale = _ScaledGradient.apply(scale, gain)  # type: ignore[no-untyped-call]
+    placed = _Round.apply(x / scale) + zero  # type: ignore[no-untyped-call]
+    return (placed.clamp(codes.low, codes.high) - zero) * scale
+
+
+class _ScaledGradient(torch.autograd.Function):
+    """The tensor itself, bit for bit, whose gradient is multiplied."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, gain: float) -> torch.Tensor:
+        ctx.gain = gain
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        return gradient * ctx.gain, None
