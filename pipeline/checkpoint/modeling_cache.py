@@ -228,7 +228,7 @@ class _LatentLayer(DynamicLayer):
         past = self.get_seq_length()
         for_keys, for_values = self.maps
         keys, values = super().update(
-            latent_of(for_keys, key_states), latent_of(for_values, value_states)
+            _latent_of(for_keys, key_states), _latent_of(for_values, value_states)
         )
         if for_keys is not None:
             keys = for_keys.heads_of(keys)
@@ -251,7 +251,7 @@ class _LatentLayer(DynamicLayer):
         return self._rotate(keys, cos, sin)
 
 
-def latent_of(made: CacheMap | None, states: torch.Tensor) -> torch.Tensor:
+def _latent_of(made: CacheMap | None, states: torch.Tensor) -> torch.Tensor:
     """What is kept of new keys or values."""
     return states if made is None or made.latent is None else made.latent
 

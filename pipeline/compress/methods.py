@@ -66,7 +66,7 @@ class Fit:
 
 
 @dataclass(frozen=True)
-class CacheFit:
+class _CacheFit:
     """How the KV cache is made smaller, where it has a budget.
 
     Attributes:
@@ -101,7 +101,7 @@ class Method:
     allocation: _Allocation
     fit: Fit
     quantizer: bool = False
-    cache: CacheFit = CacheFit()
+    cache: _CacheFit = _CacheFit()
     cache_alone: bool = False
 
     @property
@@ -126,7 +126,7 @@ ONE_SIDED = Fit(two_sided=False)
 
 def _palu(summary: str, allocate: str) -> Method:
     """Palu: one-sided, the mean spanned, and the weights as they are."""
-    cache = CacheFit(f"pipeline.compress.cache.palu:{allocate}", two_sided=False, centred=False)
+    cache = _CacheFit(f"pipeline.compress.cache.palu:{allocate}", two_sided=False, centred=False)
     return Method(summary, False, False, _UNIFORM, ONE_SIDED, cache=cache, cache_alone=True)
 
 

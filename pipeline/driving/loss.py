@@ -10,10 +10,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from pipeline.driving.assign import assign
 from pipeline.driving.boxes import complete_iou, place_boxes
 from pipeline.driving.network import BOX_FIELDS, STRIDES, DrivingMaps
 
+# An anchor fits a box whose sides differ from its own by less than this factor: (2 s)^2 < 4.
+_MOST_RATIO = 4.0
 # Small objects have the most cells, and so need the most weight in a mean over them.
 _LEVEL_BALANCE = (4.0, 1.0, 0.4)
 _BOX_GAIN, _OBJECT_GAIN, _CLASS_GAIN = 0.5, 5.0, 2.5
@@ -23,6 +24,67 @@ _FOCUS = 2.0
 # for lane lines. Weighed so, that is where the network says one half.
 _LANE_WEIGHT = 4.0
 _TVERSKY_MISSED, _TVERSKY_WRONG, _TVERSKY_POWER = 0.7, 0.3, 4 / 3
+
+
+@dataclass(frozen=True)
+class _Assigned:
+    """Cells of one level that a box is expected of.
+
+    Attributes:
+        image: int64 [N], place in the batch.
+        anchor: int64 [N].
+        cell: int64 [N, 2], column and row.
+        sides: float [N, 2] of the anchor, in cells.
+        boxes: float [N, 4], what is expected there, in cells.
+        classes: int64 [N].
+    """
+
+    image: torch.Tensor
+    anchor: torch.Tensor
+    cell: torch.Tensor
+    sides: torch.Tensor
+    boxes: torch.Tensor
+    classes: torch.Tensor
+
+
+def _assign(
+    boxes: torch.Tensor,
+    images: torch.Tensor,
+    classes: torch.Tensor,
+    sides: torch.Tensor,
+    size: tuple[int, int],
+) -> _Assigned:
+    """Anchors by the ratio of sides; the cell of the centre and the two nearest beside it.
+
+    A centre decodes to between -0.5 and 1.5 cells of its own, so that each of the three can say it.
+
+    Args:
+        boxes: float [M, 4], in cells of this level.
+        images: int64 [M], place in the batch.
+        classes: int64 [M].
+        sides: float [A, 2] of the anchors, in cells.
+        size: rows and columns of the level.
+    """
+    extent = boxes[:, 2:] - boxes[:, :2]
+    ratio = extent[:, None] / sides[None]
+    fits = torch.maximum(ratio, 1 / ratio).amax(dim=2) < _MOST_RATIO
+    which, anchor = fits.nonzero(as_tuple=True)
+    centre = ((boxes[:, :2] + boxes[:, 2:]) / 2)[which]
+    own = centre.floor()
+    part = centre - own
+    beside = torch.where(part < 0.5, -1.0, 1.0)
+    zero = torch.zeros_like(beside[:, :1])
+    steps = (
+        torch.zeros_like(own),
+        torch.cat((beside[:, :1], zero), dim=1),
+        torch.cat((zero, beside[:, 1:]), dim=1),
+    )
+    cell = torch.cat([own + step for step in steps]).long()
+    which, anchor = which.repeat(3), anchor.repeat(3)
+    limit = torch.tensor([size[1], size[0]], device=cell.device)
+    inside = ((cell >= 0) & (cell < limit)).all(dim=1)
+    which, anchor, cell = which[inside], anchor[inside], cell[inside]
+    return _Assigned(images[which], anchor, cell, sides[anchor], boxes[which], classes[which])
 
 
 @dataclass(frozen=True)
@@ -117,7 +179,7 @@ def _box_loss(
         b, _, h, w = raw.shape
         grid = raw.float().view(b, len(level), -1, h, w)
         sides = torch.tensor(level, dtype=torch.float32, device=raw.device) / stride
-        found = assign(boxes / stride, images, classes, sides, (h, w))
+        found = _assign(boxes / stride, images, classes, sides, (h, w))
         wanted = grid.new_zeros((b, len(level), h, w))
         if len(found.image):
             at = (found.image, found.anchor, slice(None), found.cell[:, 1], found.cell[:, 0])

@@ -16,12 +16,11 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from pipeline.driving.blocks import ConvUnit, Elan, MaskDecoder, PyramidPooling
 from pipeline.errors import InputError
 
+_POOL = 5
 STRIDES = (8, 16, 32)
 BOX_FIELDS = 5  # x, y, width, height, objectness; the classes follow
-
 # Sides in pixels at 192 x 320, three for each stride: cars are wider than high, lorries are not.
 _ANCHORS = (
     ((8, 7), (13, 10), (11, 17)),
@@ -29,6 +28,85 @@ _ANCHORS = (
     ((52, 38), (64, 70), (110, 84)),
 )
 _PRIOR = 0.01  # of a cell that holds an object, where training begins
+
+
+class _ConvUnit(nn.Sequential):
+    """A convolution without bias, batch normalisation, ReLU: what a runtime folds into one."""
+
+    def __init__(self, inside: int, outside: int, kernel: int = 1, stride: int = 1) -> None:
+        conv = nn.Conv2d(inside, outside, kernel, stride, kernel // 2, bias=False)
+        super().__init__(conv, nn.BatchNorm2d(outside), nn.ReLU())
+
+
+class _Elan(nn.Module):
+    """Efficient layer aggregation: paths of 0, 1 and 2 3x3 convolutions, concatenated (2211.04800).
+
+    Args:
+        inside: channels in.
+        hidden: channels of each path.
+        outside: channels out.
+    """
+
+    def __init__(self, inside: int, hidden: int, outside: int) -> None:
+        super().__init__()
+        self.short = _ConvUnit(inside, hidden)
+        self.entry = _ConvUnit(inside, hidden)
+        self.first = _ConvUnit(hidden, hidden, 3)
+        self.second = _ConvUnit(hidden, hidden, 3)
+        self.merge = _ConvUnit(4 * hidden, outside)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Features [B, outside, H, W] of [B, inside, H, W]."""
+        entry = self.entry(x)
+        first = self.first(entry)
+        return self.merge(torch.cat((self.short(x), entry, first, self.second(first)), dim=1))
+
+
+class _PyramidPooling(nn.Module):
+    """Maxima over windows of 5, 9 and 13 pixels: a chain of 5s, which is the same (1406.4729)."""
+
+    def __init__(self, inside: int, outside: int) -> None:
+        super().__init__()
+        hidden = inside // 2
+        self.entry = _ConvUnit(inside, hidden)
+        self.pool = nn.MaxPool2d(_POOL, 1, _POOL // 2)
+        self.merge = _ConvUnit(4 * hidden, outside)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Features [B, outside, H, W] of [B, inside, H, W]."""
+        pooled = [self.entry(x)]
+        for _ in range(3):
+            pooled.append(self.pool(pooled[-1]))
+        return self.merge(torch.cat(pooled, dim=1))
+
+
+class _MaskDecoder(nn.Module):
+    """From a level of the pyramid to logits of every pixel of the image.
+
+    Each step doubles the resolution and joins what the backbone had there; the last doubling puts
+    four channels side by side, which costs a quarter of a convolution at full size.
+
+    Args:
+        inside: channels in.
+        skips: channels of the backbone's features at each doubling but the last; 0 joins none.
+        width: channels of the steps.
+    """
+
+    def __init__(self, inside: int, skips: tuple[int, ...], width: int) -> None:
+        super().__init__()
+        self.entry = _ConvUnit(inside, width)
+        self.up = nn.Upsample(scale_factor=2.0, mode="nearest")
+        self.steps = nn.ModuleList(_ConvUnit(width + skip, width, 3) for skip in skips)
+        self.logits = nn.Conv2d(width, 4, 3, padding=1)
+        self.shuffle = nn.PixelShuffle(2)
+
+    def forward(self, x: torch.Tensor, skips: tuple[torch.Tensor | None, ...]) -> torch.Tensor:
+        """Logits [B, 1, s H, s W] of features [B, inside, H, W], s = 2^(steps + 1)."""
+        x = self.entry(x)
+        for step, skip in zip(self.steps, skips, strict=True):
+            x = self.up(x)
+            x = step(x if skip is None else torch.cat((x, skip), dim=1))
+        return self.shuffle(self.logits(x))
 
 
 class QyolopConfig(PreTrainedConfig):
@@ -108,14 +186,14 @@ class _Backbone(nn.Module):
 
     def __init__(self, w: int) -> None:
         super().__init__()
-        self.stem = ConvUnit(3, w, 3, 2)
-        self.down = ConvUnit(w, 2 * w, 3, 2)
+        self.stem = _ConvUnit(3, w, 3, 2)
+        self.down = _ConvUnit(w, 2 * w, 3, 2)
         self.pool = nn.MaxPool2d(2)
         self.stages = nn.ModuleList(
-            Elan(inside * w, hidden * w, outside * w)
+            _Elan(inside * w, hidden * w, outside * w)
             for inside, hidden, outside in ((2, 1, 2), (2, 2, 4), (4, 3, 8), (8, 4, 8))
         )
-        self.spread = PyramidPooling(8 * w, 8 * w)
+        self.spread = _PyramidPooling(8 * w, 8 * w)
 
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
         features = [self.stem(x)]
@@ -132,14 +210,14 @@ class _Pyramid(nn.Module):
     def __init__(self, w: int) -> None:
         super().__init__()
         self.up = nn.Upsample(scale_factor=2.0, mode="nearest")
-        self.lateral_32, self.lateral_16 = ConvUnit(8 * w, 4 * w), ConvUnit(8 * w, 4 * w)
-        self.top_16 = Elan(8 * w, 2 * w, 4 * w)
-        self.narrow_16, self.lateral_8 = ConvUnit(4 * w, 2 * w), ConvUnit(4 * w, 2 * w)
-        self.top_8 = Elan(4 * w, w + w // 2, 2 * w)
-        self.down_8 = ConvUnit(2 * w, 2 * w, 3, 2)
-        self.out_16 = Elan(6 * w, 2 * w, 4 * w)
-        self.down_16 = ConvUnit(4 * w, 4 * w, 3, 2)
-        self.out_32 = Elan(8 * w, 2 * w, 8 * w)
+        self.lateral_32, self.lateral_16 = _ConvUnit(8 * w, 4 * w), _ConvUnit(8 * w, 4 * w)
+        self.top_16 = _Elan(8 * w, 2 * w, 4 * w)
+        self.narrow_16, self.lateral_8 = _ConvUnit(4 * w, 2 * w), _ConvUnit(4 * w, 2 * w)
+        self.top_8 = _Elan(4 * w, w + w // 2, 2 * w)
+        self.down_8 = _ConvUnit(2 * w, 2 * w, 3, 2)
+        self.out_16 = _Elan(6 * w, 2 * w, 4 * w)
+        self.down_16 = _ConvUnit(4 * w, 4 * w, 3, 2)
+        self.out_32 = _Elan(8 * w, 2 * w, 8 * w)
 
     def forward(
         self, p8: torch.Tensor, p16: torch.Tensor, p32: torch.Tensor
@@ -169,10 +247,11 @@ class QyolopForDrivingPerception(PreTrainedModel):
         self.backbone, self.pyramid = _Backbone(w), _Pyramid(w)
         fields = 3 * (BOX_FIELDS + len(config.id2label))
         self.box_heads = nn.ModuleList(
-            nn.Sequential(ConvUnit(c * w, c * w, 3), nn.Conv2d(c * w, fields, 1)) for c in (2, 4, 8)
+            nn.Sequential(_ConvUnit(c * w, c * w, 3), nn.Conv2d(c * w, fields, 1))
+            for c in (2, 4, 8)
         )
-        self.drivable_head = MaskDecoder(4 * w, (2 * w, 2 * w, 0), w)
-        self.lane_head = MaskDecoder(2 * w, (2 * w, w), w)
+        self.drivable_head = _MaskDecoder(4 * w, (2 * w, 2 * w, 0), w)
+        self.lane_head = _MaskDecoder(2 * w, (2 * w, w), w)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:

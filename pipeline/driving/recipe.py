@@ -14,8 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipeline.driving.augment import Augmentation
-from pipeline.driving.perspective import Amounts
+from pipeline.driving.augment import Amounts, Augmentation
 from pipeline.errors import UsageError
 from pipeline.training_state import require_trainable
 

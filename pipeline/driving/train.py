@@ -178,7 +178,8 @@ def _run_stage(
     chosen = [sets[name]["train"] for name in stage.sets]
     progress = train_stage_(model, stage, chosen, request, state)
     scores = {
-        name: score_model(model, of_split["val"], request.scored) for name, of_split in sets.items()
+        name: _score_model(model, of_split["val"], request.scored)
+        for name, of_split in sets.items()
     }
     for name, found in scores.items():
         told = ", ".join(f"{key} {_shown(found['scores'][key])}" for key in _TOLD)
@@ -196,7 +197,7 @@ def _run_stage(
     return result
 
 
-def score_model(model: QyolopForDrivingPerception, data: DrivingSet, count: int) -> dict[str, Any]:
+def _score_model(model: QyolopForDrivingPerception, data: DrivingSet, count: int) -> dict[str, Any]:
     """Scores of a network in torch, with the standard errors of the chief ones.
 
     Args:

@@ -12,6 +12,7 @@ import json
 import platform
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -24,19 +25,24 @@ import torch
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from pipeline.checkpoint.modeling_cache import cache_maps
+from pipeline.checkpoint.modeling_cache import SmallCacheConfig, attach_cache_maps, cache_maps
 from pipeline.checkpoint.skeleton import Skeleton
 from pipeline.errors import InputError
 from pipeline.export.contract import CPU, FLOAT, FLOAT32, GRAPH_FILE, OPSET24
 from pipeline.export.request import ExportRequest
 from pipeline.export.twin import make_twin, twin_facts
-from pipeline.export.twin_latents import latent_kinds, map_twin
+from pipeline.model.cache_structure import SIDES, cache_structure
+from pipeline.model.structure import decoder_structure
 from pipeline.model.task import adapter_of, task_of_config
 from pipeline.progress import note
 from pipeline.provenance import library_versions, sources_sha256
 from pipeline.quantize.cache_rounding import CacheRounding
 from pipeline.remembered import Remembered
 
+# Side, whether all heads share a latent, bits.
+LatentKind = tuple[str, bool, int | None]
+_KEPT = 0.7  # of a side's numbers, as rank; odd where that is, so that bytes are filled up
+_SPREAD = 0.3
 # Of float32: both sides round every sum, some tens of them one after the other, in other orders.
 # What was ever right was right to 3e-6; what was ever wrong was wrong by 0.01 and more.
 _TOLERANCE = 1e-4
@@ -48,6 +54,53 @@ _SHARE_OF_ROUNDING = 0.25
 # so many units in the last place (2^-11), for a twin that happens to lose nothing.
 _TIMES_TRANSFORMERS, _FEWEST_UNITS = 4.0, 8
 _UNIT = 2.0**-11
+_Write = Callable[[Skeleton, ExportRequest, Path], dict[str, Any]]
+# A twin is the same for many models, and several exports of a build are of one.
+_PROOFS, _PROVEN_AT = Remembered("proofs.json"), "proven_at"
+
+
+def _latent_kinds(config: PreTrainedConfig) -> list[LatentKind]:
+    """The kinds of maps that a checkpoint has, the most frequent first; none of another."""
+    quantization = getattr(config, "quantization_config", None)
+    fields = (
+        quantization if isinstance(quantization, dict) else getattr(quantization, "__dict__", {})
+    )
+    entries: dict[str, dict[str, Any]] = fields.get("caches") or {}
+    found = Counter(
+        (entry["side"], entry["groups"] == 1, entry["bits"]) for entry in entries.values()
+    )
+    return [kind for kind, _ in sorted(found.items(), key=lambda item: (-item[1], str(item[0])))]
+
+
+def _map_twin(model: PreTrainedModel, kinds: list[LatentKind], dtype: torch.dtype) -> None:
+    """Give a twin maps of these kinds, in place, and its config their entries.
+
+    Args:
+        model: in float32.
+        kinds: as above, at least one.
+        dtype: whose numbers the maps' are.
+    """
+    entries: dict[str, dict[str, Any]] = {}
+    for number, side in enumerate(cache_structure(model, decoder_structure(model))):
+        own = [kind for kind in kinds if kind[0] == side.side]
+        if own:
+            _, shared, bits = own[number // len(SIDES) % len(own)]
+            groups = 1 if shared else side.heads
+            rank = max(1, round(_KEPT * side.numbers / groups)) | 1
+            entries[side.source] = {
+                "side": side.side, "heads": side.heads, "width": side.width, "groups": groups,
+                "rank": min(rank, side.numbers // groups), "bits": bits,
+                "is_rotated": side.is_rotated,
+            }  # fmt: skip
+    attach_cache_maps(model, entries)
+    model.config.quantization_config = SmallCacheConfig({}, caches=entries)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(1)
+        for made in cache_maps(model).values():
+            turned = torch.linalg.qr(torch.randn_like(made.up)).Q
+            made.up.copy_(turned.to(dtype))
+            made.down.copy_(turned.transpose(1, 2).to(dtype))
+            made.mean.copy_((_SPREAD * torch.randn_like(made.mean)).to(dtype))
 
 
 @dataclass(frozen=True)
@@ -65,7 +118,7 @@ class Call:
     first: int = 0
 
 
-class Prover(Protocol):
+class _Prover(Protocol):
     """What a task knows of running its models; `calls` of both sides correspond."""
 
     longest: int
@@ -93,7 +146,7 @@ class Prover(Protocol):
 
 
 @dataclass(frozen=True)
-class Proof:
+class _Proof:
     """What `export.json` says of the twin.
 
     Attributes:
@@ -117,11 +170,6 @@ class Proof:
     seconds: float
 
 
-_Write = Callable[[Skeleton, ExportRequest, Path], dict[str, Any]]
-# A twin is the same for many models, and several exports of a build are of one.
-_PROOFS, _PROVEN_AT = Remembered("proofs.json"), "proven_at"
-
-
 def prove(config: PreTrainedConfig, request: ExportRequest, write: _Write) -> dict[str, Any]:
     """Prove the graph that a request makes of a model, by a twin of the model.
 
@@ -137,7 +185,7 @@ def prove(config: PreTrainedConfig, request: ExportRequest, write: _Write) -> di
     Raises:
         InputError: the twin's graph is not what the twin is, or cannot be made.
     """
-    prover: Prover = adapter_of(task_of_config(config), "prove")
+    prover: _Prover = adapter_of(task_of_config(config), "prove")
     prover.require(config)
     if find_spec("onnxruntime") is None:
         note("the graph is not proven: onnxruntime is not installed")
@@ -146,7 +194,7 @@ def prove(config: PreTrainedConfig, request: ExportRequest, write: _Write) -> di
     wanted = ExportRequest(request.profile, request.dtype, length, FLOAT, cache=request.cache)
     smallest, whole = _keys(config, wanted)
     known = _PROOFS.get(smallest) or _PROOFS.get(whole)
-    if isinstance(known, dict) and known.keys() == {*Proof.__annotations__, _PROVEN_AT}:
+    if isinstance(known, dict) and known.keys() == {*_Proof.__annotations__, _PROVEN_AT}:
         return known
     proof, is_smallest = _prove(config, wanted, write, prover)
     record = {**asdict(proof), _PROVEN_AT: time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
@@ -164,22 +212,22 @@ def _keys(config: PreTrainedConfig, request: ExportRequest) -> tuple[str, str]:
         hashlib.sha256(
             json.dumps([*facts, asdict(request), tools], default=str, sort_keys=True).encode()
         ).hexdigest()
-        for facts in ([*found, latent_kinds(config)] for found in twin_facts(config))
+        for facts in ([*found, _latent_kinds(config)] for found in twin_facts(config))
     )
     return smallest, whole
 
 
 def _prove(
-    config: PreTrainedConfig, request: ExportRequest, write: _Write, prover: Prover
-) -> tuple[Proof, bool]:
+    config: PreTrainedConfig, request: ExportRequest, write: _Write, prover: _Prover
+) -> tuple[_Proof, bool]:
     """The proof, and whether it is of the smallest twin that there is."""
     started = time.monotonic()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     dtype = getattr(torch, request.dtype)
     twin = make_twin(config, dtype, lambda m: prover.calls_of_model(m, request.max_length))
-    if kinds := latent_kinds(config):
-        map_twin(twin.model, kinds, dtype)
+    if kinds := _latent_kinds(config):
+        _map_twin(twin.model, kinds, dtype)
     with tempfile.TemporaryDirectory(prefix="skipcat-twin-") as name:
         folder, graph = Path(name, "twin"), Path(name, "onnx")
         graph.mkdir()
@@ -206,7 +254,7 @@ def _prove(
         tolerance = max(_TIMES_TRANSFORMERS * lost, _FEWEST_UNITS * _UNIT)
     differences = _differences(actual, expected)
     _require_equal(actual, differences, tolerance, twin.of, request)
-    proof = Proof(
+    proof = _Proof(
         twin.of,
         request.profile,
         request.dtype,

@@ -38,7 +38,7 @@ def refuse_unknown_rotary(config: PreTrainedConfig) -> None:
 def bounded_length(config: PreTrainedConfig, wanted: int) -> tuple[int, str | None]:
     """The length of the cache, and what made it shorter than was wanted."""
     limit = getattr(config.get_text_config(), "max_position_embeddings", None) or wanted
-    constant = constant_angles_length(config) or wanted
+    constant = _constant_angles_length(config) or wanted
     if constant < min(wanted, limit):
         reason = "long-rope turns all tokens otherwise beyond the original context of"
         return constant, f"{reason} {constant}"
@@ -47,7 +47,7 @@ def bounded_length(config: PreTrainedConfig, wanted: int) -> tuple[int, str | No
     return wanted, None
 
 
-def constant_angles_length(config: PreTrainedConfig) -> int | None:
+def _constant_angles_length(config: PreTrainedConfig) -> int | None:
     """Most tokens for which a token's angles stay what they were; None for any number.
 
     With long-rope, the factors of all tokens change once the text is longer than the original

@@ -50,7 +50,7 @@ _SPREAD = 0.3
 
 
 @dataclass(frozen=True)
-class Twin:
+class _Twin:
     """A random model that stands for another.
 
     Attributes:
@@ -66,7 +66,7 @@ class Twin:
 
 def make_twin(
     config: PreTrainedConfig, dtype: torch.dtype, run: Callable[[PreTrainedModel], object]
-) -> Twin:
+) -> _Twin:
     """The twin of the model that a config describes, with numbers that `dtype` holds exactly.
 
     Args:
@@ -91,7 +91,7 @@ def make_twin(
             else:
                 model = _random(shrunk, task, dtype)
                 run(model)
-                return Twin(model, type(empty).__name__, number == 0)
+                return _Twin(model, type(empty).__name__, number == 0)
         except Exception as error:  # a setting that the class does not take, in whatever words
             _logger.info("no twin: %s", error)
             reasons.append(type(error).__name__)

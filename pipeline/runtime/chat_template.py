@@ -34,7 +34,7 @@ _TIMES_LONGER = 4
 _REFUSED = "The chat template refuses this conversation."
 
 
-class ChatTemplate:
+class _ChatTemplate:
     """One template, and its process: started when first needed, and again after it broke.
 
     Args:
@@ -124,9 +124,9 @@ def _why_ended(error: ChildEndedError) -> str:
 
 
 @functools.lru_cache(maxsize=4)
-def chat_template(source: str) -> ChatTemplate:
+def chat_template(source: str) -> _ChatTemplate:
     """The template of a source text; its process is shared by all who use it."""
-    return ChatTemplate(source)
+    return _ChatTemplate(source)
 
 
 def checked_messages(messages: Any) -> list[Message]:

@@ -118,7 +118,7 @@ def answer(
     )
 
 
-def generate_batch(
+def _generate_batch(
     session: SlotSession,
     prompts: Sequence[Sequence[int]],
     decoding: Decoding,

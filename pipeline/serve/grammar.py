@@ -19,7 +19,7 @@ _LONGEST_REASON = 500
 _LONGEST_SCHEMA = 1 << 18
 
 
-class Grammar:
+class _Grammar:
     """Which tokens may come next in one answer.
 
     Args:
@@ -49,9 +49,9 @@ class Grammar:
         self._matcher.consume_token(token)
         self._require_working()
 
-    def copy(self) -> Grammar:
+    def copy(self) -> _Grammar:
         """The same state, for another answer."""
-        return Grammar(self._matcher.deep_copy())
+        return _Grammar(self._matcher.deep_copy())
 
     def _require_working(self) -> None:
         if self._matcher.is_error():
@@ -73,7 +73,7 @@ class GrammarMaker:
         self._worker = Worker("grammars")
         self._vocabulary: LLTokenizer | None = None
 
-    async def make(self, schema: dict[str, Any] | None) -> Grammar | None:
+    async def make(self, schema: dict[str, Any] | None) -> _Grammar | None:
         """A grammar at its beginning, made off the event loop; None for no schema.
 
         Raises:
@@ -88,7 +88,7 @@ class GrammarMaker:
         """Let the thread end."""
         self._worker.close()
 
-    def _make(self, schema: dict[str, Any]) -> Grammar:
+    def _make(self, schema: dict[str, Any]) -> _Grammar:
         if importlib.util.find_spec("llguidance") is None or self._backend is None:
             raise _refused("This server cannot hold answers to a form; llguidance is missing.")
         if not self._stop_ids:
@@ -107,7 +107,7 @@ class GrammarMaker:
             raise _unfit(str(error)) from error
         if matcher.is_error():
             raise _unfit(matcher.get_error())
-        return Grammar(matcher)
+        return _Grammar(matcher)
 
     def _known_vocabulary(self) -> LLTokenizer:
         """The library's view of the vocabulary, made when it is first asked for."""

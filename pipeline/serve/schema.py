@@ -63,7 +63,7 @@ _Stops = str | _List[str]
 _SHOWN_CHARACTERS = 100
 
 
-class StreamOptions(BaseModel):
+class _StreamOptions(BaseModel):
     """`stream_options`."""
 
     model_config = ConfigDict(strict=True, extra="allow")
@@ -89,7 +89,7 @@ class Generation(BaseModel):
 
     model: str
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
+    stream_options: _StreamOptions | None = None
     n: int | None = Field(default=None, ge=1, le=128)
     max_tokens: int | None = Field(default=None, ge=1)
     temperature: float | None = Field(default=None, ge=0, le=2)
@@ -176,7 +176,7 @@ class Generation(BaseModel):
             )
 
 
-class TextPart(BaseModel):
+class _TextPart(BaseModel):
     """A part of a message's content."""
 
     model_config = ConfigDict(strict=True, extra="allow")
@@ -189,13 +189,13 @@ class TextPart(BaseModel):
         return _without_others(self)
 
 
-class ChatMessage(BaseModel):
+class _ChatMessage(BaseModel):
     """One message of a conversation."""
 
     model_config = ConfigDict(strict=True, extra="allow")
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | _List[TextPart]
+    content: str | _List[_TextPart]
 
     def to_message(self) -> Message:
         """As chat templates take it; `developer` is OpenAI's newer name of `system`."""
@@ -204,7 +204,7 @@ class ChatMessage(BaseModel):
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
-class JsonSchema(BaseModel):
+class _JsonSchema(BaseModel):
     """`response_format.json_schema`."""
 
     model_config = ConfigDict(strict=True, extra="allow")
@@ -219,13 +219,13 @@ class JsonSchema(BaseModel):
         return _without_others(self)
 
 
-class ResponseFormat(BaseModel):
+class _ResponseFormat(BaseModel):
     """`response_format`."""
 
     model_config = ConfigDict(strict=True, extra="allow")
 
     type: Literal["text", "json_object", "json_schema"]
-    json_schema: JsonSchema | None = None
+    json_schema: _JsonSchema | None = None
 
     @model_validator(mode="after")
     def _nothing_else(self) -> Self:
@@ -237,11 +237,11 @@ class ResponseFormat(BaseModel):
 class ChatRequest(Generation):
     """`POST /v1/chat/completions`."""
 
-    messages: list[ChatMessage] = Field(min_length=1, fail_fast=True)
+    messages: list[_ChatMessage] = Field(min_length=1, fail_fast=True)
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
-    response_format: ResponseFormat | None = None
+    response_format: _ResponseFormat | None = None
 
     def form(self) -> dict[str, Any] | None:
         """As `Generation.form`."""

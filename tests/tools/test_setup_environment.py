@@ -10,6 +10,7 @@ import pytest
 
 from tools import setup_environment as setup
 
+VERBS = setup.VERBS
 NO_GPU = (False, "nvidia-smi is not installed")
 GPU = (True, "nvidia-smi lists GPU 0: NVIDIA H200")
 
@@ -42,13 +43,13 @@ def commands(project: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 @pytest.mark.parametrize(
     ("gpu", "jetson", "system", "requested", "expected"),
     [
-        (NO_GPU, False, "Linux", (), ("cpu", "rtx", "dev")),
-        (GPU, False, "Linux", (), ("gpu", "trt", "dev")),
-        (GPU, True, "Linux", (), ("cpu", "dev")),
-        (NO_GPU, False, "Darwin", (), ("cpu", "dev")),
-        (NO_GPU, False, "Linux", ("hub",), ("cpu", "rtx", "dev", "hub")),
-        (GPU, False, "Linux", ("gpu",), ("dev", "gpu")),
-        (NO_GPU, False, "Linux", ("gpu", "trt"), ("dev", "gpu", "trt")),
+        (NO_GPU, False, "Linux", (), ("cpu", "rtx", *VERBS)),
+        (GPU, False, "Linux", (), ("gpu", "trt", *VERBS)),
+        (GPU, True, "Linux", (), ("cpu", *VERBS)),
+        (NO_GPU, False, "Darwin", (), ("cpu", *VERBS)),
+        (NO_GPU, False, "Linux", ("hub",), ("cpu", "rtx", *VERBS, "hub")),
+        (GPU, False, "Linux", ("gpu",), (*VERBS, "gpu")),
+        (NO_GPU, False, "Linux", ("gpu", "trt"), (*VERBS, "gpu", "trt")),
     ],
 )
 def test_extras_follow_the_machine(
@@ -118,9 +119,9 @@ def test_first_run_installs_torch_then_the_project_then_the_model(
     setup.set_up(project, [], verbose=False)
     torch, package, model = commands
     assert torch[-1] == setup.TORCH
-    assert package[-1] == f"{project}[cpu,rtx,dev]"
+    assert package[-1] == f"{project}[cpu,rtx,serve,recover]"
     assert model[-2:] == ["--no-deps", setup.DEFAULT_MODEL]
-    assert setup.read_stamp(project)["extras"] == ["cpu", "rtx", "dev"]
+    assert setup.read_stamp(project)["extras"] == ["cpu", "rtx", *VERBS]
 
 
 def test_second_run_does_nothing(project: Path, commands: list[list[str]]) -> None:

@@ -67,7 +67,7 @@ def compress_cache_(
         plan = _planned(model, structure, bases, tokens, request)
     wanted = {side.groups for side in plan.sides if side.form == "latent"}
     every = {groups: bases_in(groups) for groups in sorted(wanted)}
-    install_cache_(model, plan, bases=every, seed=request.seed)
+    _install_cache_(model, plan, bases=every, seed=request.seed)
     _require_equal_latents(model, tokens)
     return plan
 
@@ -153,11 +153,11 @@ def _priced(
     )
     if not request.resolved_method.cache.two_sided:
         return problem
-    put = partial(install_cache_, bases={groups: bases}, seed=request.seed)
+    put = partial(_install_cache_, bases={groups: bases}, seed=request.seed)
     return replace(problem, prices=measured_prices(problem, put))
 
 
-def install_cache_(
+def _install_cache_(
     model: PreTrainedModel,
     plan: CachePlan,
     *,

@@ -144,7 +144,7 @@ def random_rotation(size: int, seed: int) -> torch.Tensor:
     return orthogonal * upper.diagonal().sign()
 
 
-def latent_bits(rank: int, bits: int | None) -> int:
+def _latent_bits(rank: int, bits: int | None) -> int:
     """Bits that one token takes, its scale and offset included; 16 a number without rounding."""
     if rank == 0:
         return 0
@@ -153,4 +153,4 @@ def latent_bits(rank: int, bits: int | None) -> int:
 
 def kept_bytes(rank: int, bits: int | None, groups: int) -> int:
     """Bytes of one token, each group of heads filled up to whole bytes."""
-    return groups * math.ceil(latent_bits(rank, bits) / 8)
+    return groups * math.ceil(_latent_bits(rank, bits) / 8)

@@ -72,7 +72,7 @@ def _only_these_learn(model: nn.Module, weights: list[nn.Parameter]) -> Iterator
             parameter.requires_grad_(was)
 
 
-def proportional_ranks(shares: np.ndarray, full: int, total: int) -> np.ndarray:
+def _proportional_ranks(shares: np.ndarray, full: int, total: int) -> np.ndarray:
     """Ranks in proportion to shares, at most `full` each, that sum to `total`.
 
     What the full ones cannot take goes to the others one by one, the smallest remainder first.
@@ -104,7 +104,7 @@ def allocate_by_fisher(problem: CacheProblem) -> CachePlan:
     shares = np.array([fisher[side.source] for side in problem.structure])
     full = max(side.numbers for side in problem.structure)
     total = math.floor(_kept_ranks(problem) * full * len(problem.structure))
-    return _plan_of(problem, proportional_ranks(shares, full, total))
+    return _plan_of(problem, _proportional_ranks(shares, full, total))
 
 
 def allocate_uniformly(problem: CacheProblem) -> CachePlan:

@@ -8,20 +8,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.driving.average_precision import ScoredImage, average_precision
 from pipeline.driving.sample import NO_BOXES
+from pipeline.driving.scores import _average_precision, _ScoredImage
 
 ORACLES = Path("/work/shared/data/driving/oracles")
 CAR_AP, MEAN_AP, MEAN_AP50 = 66.14185519, 34.029392668, 55.3239004
 
 
-def scored(boxes: list, scores: list, truth: list, ignored: list | None = None) -> ScoredImage:
+def scored(boxes: list, scores: list, truth: list, ignored: list | None = None) -> _ScoredImage:
     found, true, crowd = (np.array(b, float).reshape(-1, 4) for b in (boxes, truth, ignored or []))
-    return ScoredImage(found, np.array(scores, float), true, crowd)
+    return _ScoredImage(found, np.array(scores, float), true, crowd)
 
 
-def scores(images: list[ScoredImage]) -> np.ndarray:
-    found = average_precision(images)
+def scores(images: list[_ScoredImage]) -> np.ndarray:
+    found = _average_precision(images)
     assert found is not None
     return found
 
@@ -46,7 +46,7 @@ def test_scores_of_scalabels_public_case_are_those_it_publishes() -> None:
             return np.array(sides, float).reshape(-1, 4)
 
         images = [
-            ScoredImage(
+            _ScoredImage(
                 boxes(by_name[frame["name"]]),
                 np.array([p["score"] for p in by_name[frame["name"]] if p["category"] == category]),
                 boxes(frame["labels"]),
@@ -54,7 +54,7 @@ def test_scores_of_scalabels_public_case_are_those_it_publishes() -> None:
             )
             for frame in truth
         ]
-        precision = average_precision(images, tuple(np.linspace(0.5, 0.95, 10)))
+        precision = _average_precision(images, tuple(np.linspace(0.5, 0.95, 10)))
         if precision is not None:
             found[category] = 100 * precision
     assert found["car"].mean() == pytest.approx(CAR_AP, abs=1e-6)
@@ -66,7 +66,7 @@ def test_scores_of_scalabels_public_case_are_those_it_publishes() -> None:
 def test_a_perfect_answer_scores_one_and_a_set_without_boxes_nothing() -> None:
     box = [[0, 0, 10, 10]]
     np.testing.assert_array_equal(scores([scored(box, [0.9], box)]), [1.0])
-    assert average_precision([scored(box, [0.9], [])]) is None
+    assert _average_precision([scored(box, [0.9], [])]) is None
 
 
 def test_a_second_box_on_the_same_truth_is_wrong() -> None:
@@ -102,13 +102,13 @@ def test_agrees_with_a_brute_force_over_random_sets() -> None:
         truth = rng.uniform(0, 80, (5, 2)).repeat(2, axis=0).reshape(5, 4)
         truth[:, 2:] += 12
         boxes = np.concatenate([truth + rng.normal(0, 2, truth.shape), truth + 40])
-        images.append(ScoredImage(boxes, rng.random(10), truth, NO_BOXES))
-    precision = average_precision(images, (0.5,))
+        images.append(_ScoredImage(boxes, rng.random(10), truth, NO_BOXES))
+    precision = _average_precision(images, (0.5,))
     assert precision is not None
     np.testing.assert_allclose(precision[0], brute_force(images), rtol=0, atol=1e-12)
 
 
-def brute_force(images: list[ScoredImage]) -> float:
+def brute_force(images: list[_ScoredImage]) -> float:
     """Precision at each recall, by walking down the ranking with a set of what was taken."""
     ranking = sorted(
         ((s, i, j) for i, image in enumerate(images) for j, s in enumerate(image.scores)),

@@ -10,8 +10,7 @@ import pytest
 from PIL import Image
 
 from pipeline.driving.data import open_data
-from pipeline.driving.frames import labels_of, read_frame
-from pipeline.driving.polygons import flatten
+from pipeline.driving.frames import _flatten, labels_of, read_frame
 from pipeline.driving.sample import Complaints, open_image
 from pipeline.errors import InputError, UsageError
 
@@ -74,12 +73,12 @@ def test_both_forms_of_a_label_say_the_same() -> None:
 
 def test_a_curve_of_four_controls_passes_through_its_middle() -> None:
     control = [[0, 0], [0, 8], [8, 8], [8, 0]]
-    path = flatten(control, "LCCL", closed=False)
+    path = _flatten(control, "LCCL", closed=False)
     assert path[0] == (0, 0)
     assert path[-1] == (8, 0)
     # At t = 1/2 a cubic Bezier curve is (p0 + 3 p1 + 3 p2 + p3) / 8.
     assert (4.0, 6.0) in [(round(x, 9), round(y, 9)) for x, y in path]
-    closed = flatten(control, "LLCC", closed=True)
+    closed = _flatten(control, "LLCC", closed=True)
     assert closed[-1] == (0, 0)
 
 
@@ -91,7 +90,7 @@ def test_a_curve_of_four_controls_passes_through_its_middle() -> None:
 )  # fmt: skip
 def test_a_broken_path_is_refused(points: list, types: str) -> None:
     with pytest.raises(ValueError, match=r"points|curve|number"):
-        flatten(points, types, closed=True)
+        _flatten(points, types, closed=True)
 
 
 def test_what_cannot_be_used_is_counted_and_named() -> None:

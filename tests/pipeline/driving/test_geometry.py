@@ -7,10 +7,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.driving.augment import Augmentation, batch_of, flipped, laid
+from pipeline.driving.augment import (
+    Amounts,
+    Augmentation,
+    _random_homography,
+    _warp,
+    batch_of,
+    flipped,
+    laid,
+)
 from pipeline.driving.letterbox import PAD, Letterbox
 from pipeline.driving.mosaic import mosaic
-from pipeline.driving.perspective import Amounts, random_homography, warp
 from pipeline.driving.sample import Complaints, DrivingSet, Sample
 
 sides = st.integers(1, 400)
@@ -77,8 +84,8 @@ def test_a_homography_takes_boxes_where_it_takes_pixels() -> None:
     sample = bright_box((30, 20, 60, 40))
     rng = np.random.default_rng(0)
     for _ in range(20):
-        matrix = random_homography((60, 100), Amounts(degrees=0, shear=0, perspective=0), rng)
-        warped = warp(sample, matrix)
+        matrix = _random_homography((60, 100), Amounts(degrees=0, shear=0, perspective=0), rng)
+        warped = _warp(sample, matrix)
         assert warped.boxes is not None
         np.testing.assert_allclose(warped.boxes[0], extent(warped.image[..., 0] > 127), atol=1.01)
         np.testing.assert_allclose(warped.boxes[0], extent(warped.drivable), atol=1.01)
@@ -88,7 +95,7 @@ def test_a_rotated_box_surrounds_what_it_surrounded() -> None:
     sample = bright_box((30, 20, 60, 40))
     rng = np.random.default_rng(1)
     for _ in range(20):
-        warped = warp(sample, random_homography((60, 100), Amounts(), rng))
+        warped = _warp(sample, _random_homography((60, 100), Amounts(), rng))
         assert warped.boxes is not None
         x1, y1, x2, y2 = extent(warped.lane)
         box = warped.boxes[0]
@@ -100,7 +107,7 @@ def test_a_rotated_box_surrounds_what_it_surrounded() -> None:
 
 def test_the_identity_changes_nothing() -> None:
     sample = bright_box((3, 2, 60, 40))
-    warped = warp(sample, np.eye(3))
+    warped = _warp(sample, np.eye(3))
     np.testing.assert_array_equal(warped.image, sample.image)
     np.testing.assert_array_equal(warped.boxes, sample.boxes)
     np.testing.assert_array_equal(warped.lane, sample.lane)
@@ -109,7 +116,7 @@ def test_the_identity_changes_nothing() -> None:
 def test_a_box_that_leaves_the_picture_goes() -> None:
     away = np.eye(3)
     away[0, 2] = 95
-    warped = warp(bright_box((10, 20, 60, 40)), away)
+    warped = _warp(bright_box((10, 20, 60, 40)), away)
     assert warped.boxes is not None
     assert len(warped.boxes) == len(warped.classes) == 0
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.driving.mask_scores import MaskCounts, NearCounts
+from pipeline.driving.scores import _MaskCounts, _NearCounts
 
 LANES = Path("/work/shared/data/driving/oracles/bdd100k_lane")
 # Of bdd100k's own test: direction 0 and 1, style 0 and 1, categories 0 to 6 and the background.
@@ -33,7 +33,7 @@ def test_f_of_bdd100ks_public_case_is_what_it_publishes() -> None:
             masks = [
                 [((m >> shift & bits) == number) & ((m & 8) == 0) for m in pair] for pair in pairs
             ]
-            counts = [NearCounts.of(t, f, tuple(PUBLISHED)) for t, f in masks]
+            counts = [_NearCounts.of(t, f, tuple(PUBLISHED)) for t, f in masks]
             found.append(
                 [100 * np.mean([c.f for c in image]) for image in zip(*counts, strict=True)]
             )
@@ -44,8 +44,8 @@ def test_f_of_bdd100ks_public_case_is_what_it_publishes() -> None:
 def test_counts_agree_with_counting_by_hand() -> None:
     truth = np.array([[1, 1, 0, 0], [1, 0, 0, 0]], bool)
     found = np.array([[1, 0, 1, 0], [1, 0, 0, 0]], bool)
-    counts = MaskCounts.of(truth, found)
-    assert counts == MaskCounts(hit=2, wrong=1, missed=1, rest=4)
+    counts = _MaskCounts.of(truth, found)
+    assert counts == _MaskCounts(hit=2, wrong=1, missed=1, rest=4)
     assert counts.iou == 2 / 4
     assert counts.mean_iou == pytest.approx((2 / 4 + 4 / 6) / 2)
     assert counts.recall == pytest.approx(2 / 3)
@@ -55,22 +55,22 @@ def test_counts_agree_with_counting_by_hand() -> None:
 def test_a_set_is_divided_once_so_that_batches_do_not_matter() -> None:
     rng = np.random.default_rng(0)
     pairs = rng.random((6, 2, 5, 7)) < np.linspace(0.1, 0.9, 6)[:, None, None, None]
-    each = [MaskCounts.of(*pair) for pair in pairs]
-    whole = MaskCounts.of(pairs[:, 0], pairs[:, 1])
-    assert sum(each[:2], MaskCounts()) + sum(each[2:], MaskCounts()) == whole
+    each = [_MaskCounts.of(*pair) for pair in pairs]
+    whole = _MaskCounts.of(pairs[:, 0], pairs[:, 1])
+    assert sum(each[:2], _MaskCounts()) + sum(each[2:], _MaskCounts()) == whole
     means = np.mean([counts.iou for counts in each])
     assert whole.iou != pytest.approx(means)  # what a mean over batches would say
 
 
 def test_nothing_to_find_is_no_score() -> None:
     nothing = np.zeros((3, 3), bool)
-    assert MaskCounts.of(nothing, nothing).iou is None
-    assert NearCounts.of(nothing, nothing, (1,))[0].f == 1.0
-    assert NearCounts.of(nothing, ~nothing, (1,))[0].f == 0.0
+    assert _MaskCounts.of(nothing, nothing).iou is None
+    assert _NearCounts.of(nothing, nothing, (1,))[0].f == 1.0
+    assert _NearCounts.of(nothing, ~nothing, (1,))[0].f == 0.0
 
 
 def test_a_line_one_pixel_beside_the_truth_is_near_it() -> None:
     truth, found = np.zeros((2, 9, 9), bool)
     truth[:, 4] = found[:, 6] = True
-    assert MaskCounts.of(truth, found).iou == 0
-    assert [counts.f for counts in NearCounts.of(truth, found, (1, 2))] == [0, 1]
+    assert _MaskCounts.of(truth, found).iou == 0
+    assert [counts.f for counts in _NearCounts.of(truth, found, (1, 2))] == [0, 1]

@@ -9,9 +9,8 @@ import pytest
 import torch
 from transformers import AutoImageProcessor, AutoModel
 
-from pipeline.driving.assign import assign
 from pipeline.driving.letterbox import Letterbox
-from pipeline.driving.loss import Batch, _mask_loss, driving_loss
+from pipeline.driving.loss import Batch, _assign, _mask_loss, driving_loss
 from pipeline.driving.network import STRIDES, QyolopConfig, QyolopForDrivingPerception
 from pipeline.driving.perceive import _decode_boxes, perceive
 from pipeline.driving.preprocess import QyolopImageProcessor
@@ -85,7 +84,7 @@ def test_every_assigned_cell_can_say_its_box() -> None:
     corner = rng.uniform(0, 9, (30, 2))
     boxes = torch.tensor(np.concatenate((corner, corner + rng.uniform(0.5, 3, (30, 2))), 1))
     sides = torch.tensor([[1.0, 1.0], [2.0, 1.0]])
-    found = assign(
+    found = _assign(
         boxes.float(), torch.arange(30), torch.zeros(30, dtype=torch.int64), sides, (12, 12)
     )
     centre = (found.boxes[:, :2] + found.boxes[:, 2:]) / 2

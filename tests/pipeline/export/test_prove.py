@@ -16,7 +16,7 @@ from pipeline.errors import InputError
 from pipeline.export.export import _write_graph, export_folder, prove_model
 from pipeline.export.prove import prove
 from pipeline.export.request import ExportRequest
-from pipeline.export.rotary import bounded_length, constant_angles_length
+from pipeline.export.rotary import _constant_angles_length, bounded_length
 from pipeline.export.tracing import traced_graph
 from tests.support.families import save_family
 from tests.support.tiny_decoder import byte_tokenizer
@@ -129,12 +129,12 @@ def test_long_rope_is_exported_up_to_its_original_context() -> None:
     config = config_of(
         "phi3", rope_parameters=LONG_ROPE, original_max_position_embeddings=128, sliding_window=None
     )
-    assert constant_angles_length(config) == 128
+    assert _constant_angles_length(config) == 128
     assert bounded_length(config, 100) == (100, None)
     length, reason = bounded_length(config, 4096)
     assert length == 128
     assert "original context" in str(reason)
-    assert constant_angles_length(config_of("llama")) is None
+    assert _constant_angles_length(config_of("llama")) is None
     assert bounded_length(config_of("llama"), 512) == (512, None)
     length, reason = bounded_length(config_of("llama"), 513)
     assert length == 512

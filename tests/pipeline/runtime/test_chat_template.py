@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from pipeline.errors import InputError
 from pipeline.runtime import chat_template as module
-from pipeline.runtime.chat_template import ChatTemplate, checked_messages
+from pipeline.runtime.chat_template import _ChatTemplate, checked_messages
 from pipeline.runtime.tokenizer import chat_prompt_ids, load_tokenizer
 from tests.support.tiny_decoder import byte_tokenizer
 
@@ -34,7 +34,7 @@ LIKE_TRANSFORMERS = [
 
 
 def render(source: str, chat: list[dict[str, str]] = CHAT) -> str:
-    return ChatTemplate(source).render(chat, True, {})
+    return _ChatTemplate(source).render(chat, True, {})
 
 
 @pytest.fixture(scope="module", params=["new", "legacy"])
@@ -106,7 +106,7 @@ def test_a_template_without_end_is_ended_and_the_next_conversation_is_rendered(
     source: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_PROCESSOR_S", 0.3)
-    template = ChatTemplate("{% if messages|length > 1 %}" + source + "{% endif %}fine")
+    template = _ChatTemplate("{% if messages|length > 1 %}" + source + "{% endif %}fine")
     with pytest.raises(InputError, match="s of the processor"):
         template.render(CHAT * 2, True, {})
     assert template.render(CHAT, True, {}) == "fine"
@@ -114,7 +114,7 @@ def test_a_template_without_end_is_ended_and_the_next_conversation_is_rendered(
 
 def test_waiting_costs_a_template_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_WALL_S", 0.5)
-    template = ChatTemplate("{{ messages[0].content }}")
+    template = _ChatTemplate("{{ messages[0].content }}")
     for _ in range(2):
         assert template.render(CHAT, True, {}) == CHAT[0]["content"]
         time.sleep(0.7)
@@ -127,7 +127,7 @@ def test_what_makes_much_of_much_is_no_fault() -> None:
 
 
 def test_threads_get_their_own_texts() -> None:
-    template = ChatTemplate("{{ messages[0].content }}")
+    template = _ChatTemplate("{{ messages[0].content }}")
     wrong = []
 
     def ask(name: str) -> None:
@@ -144,7 +144,7 @@ def test_threads_get_their_own_texts() -> None:
 
 
 def test_its_process_ends_with_the_template() -> None:
-    template = ChatTemplate("x")
+    template = _ChatTemplate("x")
     template.render(CHAT, True, {})
     assert template._child is not None
     pid = template._child.pid

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pipeline.errors import InputError
-from pipeline.runtime.generate import generate, generate_batch
+from pipeline.runtime.generate import _generate_batch, generate
 from pipeline.runtime.language_model import LanguageModel
 from pipeline.runtime.prefix_cache import PrefixCache
 from pipeline.runtime.sampling import Sampling
@@ -94,7 +94,7 @@ def test_after_a_failure_nothing_is_built_on(folder: Path) -> None:
 @pytest.mark.parametrize("slots", [1, 3, 8])
 def test_a_batch_answers_each_prompt_as_alone(folder: Path, slots: int, sampling: Sampling) -> None:
     decoding = Decoding(9, sampling, stop_ids={250})
-    answers = generate_batch(open_slots(folder, slots=slots), PROMPTS, decoding)
+    answers = _generate_batch(open_slots(folder, slots=slots), PROMPTS, decoding)
     for number, prompt in enumerate(PROMPTS):
         own = replace(decoding, seed=[0, number])
         assert answers[number].ids == list(generate(open_session(folder), prompt, own))
@@ -102,7 +102,7 @@ def test_a_batch_answers_each_prompt_as_alone(folder: Path, slots: int, sampling
 
 def test_a_batch_refuses_an_empty_prompt(folder: Path) -> None:
     with pytest.raises(InputError, match="empty"):
-        generate_batch(open_slots(folder, slots=2), [[1], []], Decoding(3))
+        _generate_batch(open_slots(folder, slots=2), [[1], []], Decoding(3))
 
 
 def test_an_engine_says_that_it_needs_a_gpu(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ import torch
 
 from pipeline.compress.cache.latent_basis import (
     LatentBasis,
+    _latent_bits,
     kept_bytes,
-    latent_bits,
     random_rotation,
 )
 
@@ -112,7 +112,7 @@ def test_a_rotation_is_orthogonal_and_the_same_for_a_seed() -> None:
 
 
 def test_bytes_count_scales_and_whole_bytes() -> None:
-    assert latent_bits(96, None) == 1536
-    assert latent_bits(96, 4) == 96 * 4 + 32
+    assert _latent_bits(96, None) == 1536
+    assert _latent_bits(96, 4) == 96 * 4 + 32
     assert kept_bytes(5, 3, 2) == 2 * 6  # 15 + 32 bits are 6 bytes
     assert kept_bytes(0, 4, 3) == 0

@@ -8,9 +8,9 @@ import torch
 
 from pipeline.compress.cache.cache_search import CacheProblem, bases_of
 from pipeline.compress.cache.palu import (
+    _proportional_ranks,
     allocate_by_fisher,
     allocate_uniformly,
-    proportional_ranks,
 )
 from pipeline.compress.cache.statistics import CacheStatistics
 from pipeline.errors import InputError
@@ -34,7 +34,7 @@ def problem_of(family: str, kept: float, bits: tuple[int | None, ...] = (None,))
 @pytest.mark.parametrize("total", [4, 17, 40, 63, 64])
 def test_ranks_follow_shares_are_capped_and_use_the_budget(total: int) -> None:
     shares = np.array([8.0, 1.0, 3.0, 4.0])
-    ranks = proportional_ranks(shares, 16, total)
+    ranks = _proportional_ranks(shares, 16, total)
     assert ranks.sum() == total
     assert (ranks <= 16).all()
     uncapped = total * shares / shares.sum()
@@ -55,7 +55,7 @@ def test_fisher_ranks_are_in_proportion_to_the_gradients_by_the_weights() -> Non
             squares += weight.grad.square()
         worth.append(float((squares / len(problem.tokens)).sqrt().mean()))
     full = problem.structure[0].numbers
-    wanted = proportional_ranks(np.array(worth), full, int(0.5 * full * len(worth)))
+    wanted = _proportional_ranks(np.array(worth), full, int(0.5 * full * len(worth)))
     model.zero_grad(set_to_none=True)
     found = [side.rank for side in allocate_by_fisher(problem).sides]
     assert found == list(wanted.clip(1))
