@@ -30,7 +30,8 @@ from .modeling_quantized import (
 
 QUANT_METHOD = "skipcat"
 FORMAT_VERSION = 2
-_CONV, _ACTIVATION, _FOLDED = "conv", "activation", "folded"  # forms of a network in 8 bits
+# Forms of a network whose convolutions have a byte for each number.
+FORMS_OF_BYTES = _CONV, _ACTIVATION, _FOLDED = "conv", "activation", "folded"
 
 
 class FactoredLinear(nn.Module):
@@ -150,7 +151,7 @@ def stored_layer(
         device: where its parameters are made; by default where those of the layer are.
     """
     layer = model.get_submodule(name)
-    if entry["form"] in (_CONV, _ACTIVATION, _FOLDED):
+    if entry["form"] in FORMS_OF_BYTES:
         return _layer_of_bytes(name, layer, entry, device)
     owner = model.get_submodule(entry["owner"]) if entry["owner"] else None
     form, down_style, up_style = entry["form"], entry.get("down_style"), entry.get("up_style")
@@ -220,7 +221,7 @@ def _require_entries(modules: object) -> None:
         raise TypeError("quantization_config.modules is not an object")
     for name, entry in modules.items():
         fields = entry if isinstance(entry, dict) else {}
-        if fields.get("form") in (_CONV, _ACTIVATION, _FOLDED):
+        if fields.get("form") in FORMS_OF_BYTES:
             _require_codes(name, fields)
             continue
         owner = fields.get("owner")

@@ -13,7 +13,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from pipeline.checkpoint.install import install_
 from pipeline.checkpoint.modeling_quantized import Codes
-from pipeline.int8.grids import ActivationGrid
+from pipeline.int8.grids import LARGEST_BIAS, ActivationGrid, short_scale, whole_bias
 from pipeline.int8.ranges import weight_scales
 from pipeline.int8.runtimes import Int8Runtime
 from pipeline.int8.structure import ConvStructure
@@ -43,9 +43,7 @@ class WeightRounding:
 
     def scales(self, weight: torch.Tensor) -> torch.Tensor:
         """Of the outputs of a kernel: float32 [m]."""
-        return weight_scales(
-            weight, self.codes, per_channel=self.per_channel, squares=self.squares
-        )
+        return weight_scales(weight, self.codes, per_channel=self.per_channel, squares=self.squares)
 
 
 def int8_entries(
@@ -104,7 +102,7 @@ def folded_kernels(model: nn.Module, entries: Entries) -> dict[str, Kernel]:
     norms = {e["into"]: name for name, e in entries.items() if e["form"] == "folded"}
     kernels = {}
     for name in conv_names(entries):
-        conv = model.get_submodule(name)
+        conv: Any = model.get_submodule(name)
         weight, bias = conv.weight.detach().double(), conv.bias
         bias = weight.new_zeros(len(weight)) if bias is None else bias.detach().double()
         if name in norms:
@@ -113,9 +111,7 @@ def folded_kernels(model: nn.Module, entries: Entries) -> dict[str, Kernel]:
                 None if t is None else t.detach().double()
                 for t in (norm.running_mean, norm.running_var, norm.weight, norm.bias)
             )
-            weight, bias = fuse_conv_bn_weights(
-                weight, bias, mean, variance, norm.eps, gain, shift
-            )
+            weight, bias = fuse_conv_bn_weights(weight, bias, mean, variance, norm.eps, gain, shift)
         kernels[name] = (weight.detach().float(), bias.detach().float())
     return kernels
 
@@ -148,11 +144,14 @@ def int8_tensors(
                 tensors |= _grid_tensors(f"{name}.{part}", grids[entry[place]])
         if entry["form"] == "conv":
             weight, bias = kernels[name]
+            step = grids[entry["reads"]].scale
             scale = rounding.scales(weight) if scales is None else scales[name]
+            # A kernel that is small beside its bias takes larger steps: their sum is exact.
+            scale = torch.maximum(scale, short_scale(bias.abs() / (step * LARGEST_BIAS)))
             codes = rounding.codes.of(weight, scale[:, None, None, None])
             tensors[f"{name}.codes"] = codes.to(torch.int8)
             tensors[f"{name}.scales"] = scale.float().view(torch.int32)
-            tensors[f"{name}.bias"] = bias
+            tensors[f"{name}.bias"] = whole_bias(bias, step * scale)
     return tensors
 
 

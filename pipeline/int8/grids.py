@@ -2,6 +2,12 @@
 
 Tensors in, tensors out. Rounding is ONNX's QuantizeLinear: divide by the scale, round halves to
 even, add the zero point, saturate.
+
+Scales are short: three significant bits. A product of two values is then a whole number times a
+unit that all products of an output share, and float32 adds those without rounding, as long as sums
+stay below 2^18 units: whatever the order in which a library adds, PyTorch and ONNX give the same
+bits. With scales of 24 bits the last bits differ, now and then a code with them, and then all that
+follows. A range is held to within a quarter, a tenth on average, which costs a tenth of a bit.
 """
 
 from __future__ import annotations
@@ -12,6 +18,36 @@ from typing import Any
 import torch
 
 from pipeline.checkpoint.modeling_quantized import Codes
+
+_STEPS = 8  # of an octave's upper end: mantissas are 4/8, 5/8, 6/8 and 7/8
+_SMALLEST_SCALE = 2.0**-100
+LARGEST_BIAS = 2**17  # units that a bias may have
+
+
+def short_scale(scale: torch.Tensor) -> torch.Tensor:
+    """The next larger numbers of three significant bits; never 0, by which nothing is divided.
+
+    Args:
+        scale: at least 0, any shape.
+
+    Returns:
+        Float32, of its shape.
+    """
+    mantissa, exponent = torch.frexp(scale.double().clamp_min(_SMALLEST_SCALE))
+    return torch.ldexp((mantissa * _STEPS).ceil() / _STEPS, exponent).float()
+
+
+def whole_bias(bias: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
+    """The nearest whole multiples of a unit.
+
+    Args:
+        bias: float [m].
+        unit: scale of what is read times scales of the kernel, float32 [m].
+
+    Returns:
+        Float32 [m].
+    """
+    return (bias / unit).round() * unit
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,10 @@ import torch
 
 from pipeline.checkpoint.modeling_quantized import Codes
 from pipeline.errors import InputError
-from pipeline.int8.grids import ActivationGrid
+from pipeline.int8.grids import ActivationGrid, short_scale
 
 _BINS = 2048
 _SHARE = 0.9999  # of numbers that the range of percentiles holds
-_SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 _FRACTIONS = torch.linspace(0.02, 1.0, 50, dtype=torch.float64)
 _WEIGHT_FRACTIONS = torch.linspace(0.3, 1.0, 36)
 
@@ -79,21 +78,21 @@ def grid_of(low: float, high: float, codes: Codes, symmetric: bool) -> Activatio
         symmetric: count them from 0; else from where they hold the range with the least steps.
 
     Returns:
-        Its scale is 1 where the range is empty: a tensor of zeros has no other code than 0.
+        Its scale is short (see `short_scale`), and 1 where the range is empty: a tensor of zeros
+        has no other code than 0.
     """
     if not high > low:
         return ActivationGrid(codes, 1.0, 0 if symmetric else codes.low)
     if symmetric:
         step = max(high / codes.high, low / codes.low if codes.low else 0.0)
-        return ActivationGrid(codes, _as_float32(step))
-    scale = _as_float32((high - low) / (codes.high - codes.low))
+        return ActivationGrid(codes, _short(step))
+    scale = _short((high - low) / (codes.high - codes.low))
     zero = round(codes.low - low / scale)
     return ActivationGrid(codes, scale, min(max(zero, codes.low), codes.high))
 
 
-def _as_float32(step: float) -> float:
-    """A number of float32 by which others can be divided."""
-    return float(torch.tensor(step).float().clamp_min(_SMALLEST_SCALE))
+def _short(step: float) -> float:
+    return float(short_scale(torch.tensor(step)))
 
 
 def _min_max(seen: Observer, codes: Codes, symmetric: bool) -> ActivationGrid:
@@ -154,7 +153,7 @@ def weight_scales(
         squares: the scale of least squared error, else that which just holds the largest weight.
 
     Returns:
-        Float32 [m]; 1 for channels of zeros.
+        Float32 [m], short (see `short_scale`).
 
     Raises:
         InputError: a weight is not finite.
@@ -167,8 +166,7 @@ def weight_scales(
         largest = largest.max().expand(len(rows))
     if squares:
         largest = largest * _best_fractions(rows, largest, codes, per_channel)
-    scales = (largest / codes.high).clamp_min(_SMALLEST_SCALE)
-    return torch.where(largest > 0, scales, 1.0)
+    return short_scale(largest / codes.high)
 
 
 def _best_fractions(
@@ -177,7 +175,7 @@ def _best_fractions(
     """The part of each channel's range that errs least, squared, when it is rounded: [m]."""
     errors = []
     for fraction in _WEIGHT_FRACTIONS:
-        scales = (largest * fraction / codes.high).clamp_min(_SMALLEST_SCALE)[:, None]
+        scales = short_scale(largest * fraction / codes.high)[:, None]
         error = (codes.rounded(rows, scales) - rows).square().sum(1)
         errors.append(error if per_channel else error.sum().expand(len(rows)))
     best: torch.Tensor = _WEIGHT_FRACTIONS[torch.stack(errors).argmin(0)]

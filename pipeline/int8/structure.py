@@ -19,9 +19,12 @@ from pipeline.errors import InputError
 
 # Operators of torch that give numbers which they were given, or 0.
 _CARRIERS = frozenset(
-    "cat max_pool2d max_pool2d_with_indices upsample_nearest2d pixel_shuffle pixel_unshuffle view "
-    "reshape flatten permute transpose slice select split split_with_sizes chunk unsqueeze squeeze "
-    "contiguous clone dropout getitem channel_shuffle".split()
+    (
+        *("cat", "max_pool2d", "max_pool2d_with_indices", "upsample_nearest2d", "channel_shuffle"),
+        *("pixel_shuffle", "pixel_unshuffle", "view", "reshape", "flatten", "permute", "transpose"),
+        *("slice", "select", "split", "split_with_sizes", "chunk", "unsqueeze", "squeeze"),
+        *("contiguous", "clone", "dropout", "getitem"),
+    )
 )
 _ACTIVATIONS = nn.ReLU.__module__
 
@@ -122,18 +125,18 @@ class _Walk:
             if self._root(node) in numbers and self._is_activation(node)
         }
         norms = {name: self._norm_of(node) for name, node in convs.items()}
-        ends = {name: node if norms[name] is None else norms[name] for name, node in convs.items()}
-        makers = {end: name for name, end in ends.items()}
+        makers = {norms[name] or node: name for name, node in convs.items()}
         makers |= {node: self._path(node) for node in self.nodes if self._path(node) in activations}
         sites = {}
         for name, node in convs.items():
             read, norm = _argument(node, 0), norms[name]
+            kernel = self.model.get_parameter(f"{name}.weight")
             sites[name] = ConvSite(
                 reads=numbers[self._root(read)],
                 source=makers.get(read),
                 norm=None if norm is None else self._path(norm),
-                gives=numbers.get(self._root(ends[name])),
-                macs=self.model.get_submodule(name).weight[0].numel() * node.meta["val"].numel(),
+                gives=numbers.get(self._root(norm or node)),
+                macs=kernel[0].numel() * node.meta["val"].numel(),
             )
         return ConvStructure(sites, activations, left_out)
 

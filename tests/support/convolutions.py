@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import nn
+
+from pipeline.int8.calibrate import activation_grids, observe
+from pipeline.int8.convert import (
+    Entries,
+    WeightRounding,
+    folded_kernels,
+    int8_entries,
+    int8_tensors,
+)
+from pipeline.int8.ranges import Observer
+from pipeline.int8.runtimes import INT8_RUNTIMES
+from pipeline.int8.structure import ConvStructure
 
 SIZE = (12, 16)
 
 
-def unit(inside: int, outside: int, kernel: int = 3, **keywords: int) -> nn.Sequential:
-    conv = nn.Conv2d(inside, outside, kernel, padding=kernel // 2, bias=False, **keywords)
+def unit(inside: int, outside: int, kernel: int = 3, groups: int = 1) -> nn.Sequential:
+    conv = nn.Conv2d(inside, outside, kernel, padding=kernel // 2, groups=groups, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(outside), nn.ReLU())
 
 
@@ -55,3 +69,22 @@ def images(count: int, seed: int = 0, batch_size: int = 2) -> list[torch.Tensor]
     """Batches of pixels in [0, 1]."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.rand(batch_size, 3, *SIZE, generator=generator) for _ in range(count)]
+
+
+@cache
+def seen_in_small_net() -> tuple[ConvStructure, dict[int, Observer]]:
+    """Structure of `small_net`, and what its tensors hold over some images."""
+    model, batches = small_net(), images(3)
+    structure = ConvStructure.of(model, batches[0])
+    return structure, observe(model, structure, batches)
+
+
+def rounded_small_net(
+    runtime: str, bits: int = 8, convs: list[str] | None = None
+) -> tuple[SmallNet, Entries, dict[str, torch.Tensor]]:
+    """A network that was not changed yet, and what rounds it."""
+    (structure, seen), model, row = seen_in_small_net(), small_net(), INT8_RUNTIMES[runtime]
+    grids = activation_grids(seen, row, bits=bits)
+    entries = int8_entries(structure, grids, row, convs)
+    kernels = folded_kernels(model, entries)
+    return model, entries, int8_tensors(entries, grids, kernels, WeightRounding(bits))

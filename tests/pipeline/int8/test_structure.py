@@ -8,12 +8,12 @@ from torch import nn
 
 from pipeline.errors import InputError
 from pipeline.int8.structure import ConvStructure
-from tests.support.convolutions import SIZE, images, small_net
+from tests.support.convolutions import SIZE, seen_in_small_net
 
 
 @pytest.fixture(scope="module")
 def structure() -> ConvStructure:
-    return ConvStructure.of(small_net(), images(1)[0])
+    return seen_in_small_net()[0]
 
 
 def test_every_convolution_is_found_with_its_norm(structure: ConvStructure) -> None:
