@@ -16,10 +16,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pipeline.checkpoint.folder import load_checkpoint as load
-    from pipeline.face import build_engine, compress, export, validate
+    from pipeline.face import build_engine, compress, export, substitute, validate
     from pipeline.runtime.language_model import LanguageModel
 
-__all__ = ["LanguageModel", "build_engine", "compress", "export", "load", "validate"]
+__all__ = [
+    "LanguageModel",
+    "build_engine",
+    "compress",
+    "export",
+    "load",
+    "substitute",
+    "validate",
+]
 __version__ = "0.1.0"
 
 _HOMES = {
@@ -28,6 +36,7 @@ _HOMES = {
     "compress": "pipeline.compress",  # packages that can be called, see pipeline/lazy.py
     "export": "pipeline.export",
     "load": "pipeline.checkpoint.folder:load_checkpoint",
+    "substitute": "pipeline.substitute",
     "validate": "pipeline.face:validate",
 }
 

@@ -21,6 +21,7 @@ from pipeline.output import (
     RECORDS,
     cannot_be_written,
     check_output,
+    held_names,
     is_ours,
     names_in_motion,
     partial_path,
@@ -76,7 +77,7 @@ def staged_folder(
                 kept = keep
                 yield staging
             except BaseException:
-                if not kept or _is_empty(staging):
+                if not kept or not held_names(staging):
                     shutil.rmtree(staging, ignore_errors=True)
                     _remove_empty(made)
                 raise
@@ -182,9 +183,7 @@ def _explaining(output: Path, written: tuple[Path, Path], *, resume: bool) -> It
 
 def _discard_unfinished(staging: Path, *, say: bool) -> None:
     """Empty the working folder of an earlier run."""
-    if _is_empty(staging):
-        return
-    if say:
+    if say and held_names(staging):
         note(f"an unfinished run in {staging} is discarded (--resume continues one)")
     clear(staging)
 
@@ -198,10 +197,6 @@ def clear(folder: Path) -> None:
     for path in folder.iterdir():
         if path.name != LOCK_FILE:
             discard(path)
-
-
-def _is_empty(staging: Path) -> bool:
-    return all(path.name == LOCK_FILE for path in staging.iterdir())
 
 
 def _remove_empty(folders: list[Path]) -> None:

@@ -2,39 +2,32 @@
 
 from __future__ import annotations
 
-import gc
-import json
 import shutil
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline import __version__
-from pipeline.artefact import clear, folder_bytes, write_json
+from pipeline.artefact import clear
 from pipeline.compress.request import CompressRequest
 from pipeline.compress.run import compress_to_folder
 from pipeline.engine.target import Target, resolve_target
-from pipeline.errors import InputError, UsageError, shortage_of
+from pipeline.errors import UsageError, shortage_of
 from pipeline.export.contract import CPU, DEFAULT_MAX_LENGTH, DEFAULT_PROFILE, FLOAT16, FLOAT32
 from pipeline.export.export import export_folder, prove_model
 from pipeline.export.request import ExportRequest
-from pipeline.folder_lock import LOCK_FILE, FolderLock
-from pipeline.json_file import json_field, read_json_object
-from pipeline.memory import peak_bytes
+from pipeline.folder_lock import FolderLock
 from pipeline.model.fingerprint import file_hashes, model_hashes
 from pipeline.output import check_output, real_path
 from pipeline.progress import note
-from pipeline.provenance import provenance
+from pipeline.stages import Stages, holds_something, read_build_record
 
 if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
     from validate.record import Ledger
     from validate.run import ValidateRequest
     from validate.stages import Artefacts
-
-_SCHEMA = 1
-_RECORD = "build.json"
 
 
 @dataclass(frozen=True)
@@ -97,47 +90,7 @@ class BuildRequest:
         )
 
 
-@dataclass
-class Build:
-    """A build under way: its folder, its record, the stages that are finished, what was read."""
-
-    folder: Path
-    request: BuildRequest
-    stages: dict[str, dict[str, Any]] = field(default_factory=dict)
-    inputs: dict[str, Any] = field(default_factory=dict)
-
-    def run(self, name: str, folder: str, work: Callable[[Path], Any]) -> None:
-        """Do one stage unless its folder is there already, and record time and memory."""
-        path = self.folder / folder
-        if path.exists():
-            with FolderLock(path):  # that of a run which was killed at its very end goes with it
-                note(f"{name}: finished earlier, kept")
-            return
-        note(f"{name} ...")
-        started = time.monotonic()
-        work(path)
-        gc.collect()
-        self.stages[name] = {
-            "folder": folder,
-            "seconds": round(time.monotonic() - started, 1),
-            "bytes": folder_bytes(path),
-            "peak_bytes": peak_bytes(),
-        }
-        self.save()
-        note(f"{name}: {self.stages[name]['seconds']:.0f} s")
-
-    def save(self) -> None:
-        """Write build.json."""
-        write_json(
-            self.folder / _RECORD,
-            {
-                "schema": _SCHEMA,
-                "request": asdict(self.request),
-                "inputs": self.inputs,
-                "stages": self.stages,
-                "provenance": provenance(),
-            },
-        )
+Build = Stages[BuildRequest]
 
 
 def build(
@@ -260,21 +213,36 @@ def _refuse_inputs(request: BuildRequest) -> None:
     """Find out what is wrong with model and texts before minutes of work, not after.
 
     Raises:
+        InputError, UsageError: as `require_inputs`.
+    """
+    own = ("--eval-length", request.eval_text, request.eval_windows, request.eval_length)
+    require_inputs(request.compress, own)
+
+
+def require_inputs(wanted: CompressRequest, *texts: tuple[str, str, int, int]) -> PretrainedConfig:
+    """Refuse a language model or a text that a compression could not read, in seconds.
+
+    Args:
+        wanted: names the model and the calibration.
+        texts: further ones: flag of the length, text, windows, tokens in each.
+
+    Returns:
+        The model's config.
+
+    Raises:
         InputError: the model is not supported, or a text is missing or too short.
         UsageError: windows beyond the model's context.
     """
     from pipeline.calibrate.text import require_text
     from pipeline.model.load import preview_model, refuse_long_windows
 
-    wanted = request.compress
     effort = wanted.resolved_effort
     preview = preview_model(wanted.model, trust_remote_code=wanted.trust_remote_code)
-    for flag, spec, count, length in (
-        ("--window-length", wanted.calibration, effort.windows, effort.window_length),
-        ("--eval-length", request.eval_text, request.eval_windows, request.eval_length),
-    ):
+    own = ("--window-length", wanted.calibration, effort.windows, effort.window_length)
+    for flag, spec, count, length in (own, *texts):
         refuse_long_windows(flag, length, preview.config)
         require_text(spec, preview.tokenizer, count=count, length=length)
+    return preview.config
 
 
 def _refuse_exports(request: BuildRequest, exports: list[ExportRequest]) -> None:
@@ -300,7 +268,7 @@ def _refuse_output(request: BuildRequest, folder: Path, *, overwrite: bool, resu
         InputError: the folder is not a build's, so it is neither replaced nor added to.
         UsageError: there is a build and neither flag was given; or see `check_output`.
     """
-    if not _holds_something(folder):
+    if not holds_something(folder):
         check_output(folder)
         return
     if not (overwrite or resume):
@@ -309,44 +277,9 @@ def _refuse_output(request: BuildRequest, folder: Path, *, overwrite: bool, resu
             where=folder,
             change="RESUME=1 (--resume) continues it, OVERWRITE=1 (--overwrite) replaces it",
         )
-    _read_build(folder)
+    read_build_record(folder)
     if not resume:
         check_output(folder, overwrite=True, inputs=request.inputs)
-
-
-def _earlier_stages(
-    request: BuildRequest, inputs: dict[str, Any], folder: Path
-) -> dict[str, dict[str, Any]]:
-    """The stages that are kept of an earlier build.
-
-    Raises:
-        UsageError: it had other settings, or read something else.
-    """
-    if not _holds_something(folder):
-        return {}
-    earlier = _read_build(folder)
-    for name, now in (("request", _as_json(asdict(request))), ("inputs", inputs)):
-        before = earlier[name]
-        if before is None:
-            note(f"{folder / _RECORD} is of an older skipcat and does not say what was read")
-        elif before != now:
-            changed = ", ".join(key for key in now if before.get(key) != now[key])
-            raise UsageError(
-                "The unfinished build was started with other settings or inputs.",
-                where=folder / _RECORD,
-                observed=f"differs in {changed or 'its settings'}",
-                change="repeat the earlier ones, or replace it with --overwrite",
-            )
-    stages: dict[str, dict[str, Any]] = earlier["stages"]
-    return stages
-
-
-def _holds_something(folder: Path) -> bool:
-    return folder.is_dir() and any(path.name != LOCK_FILE for path in folder.iterdir())
-
-
-def _as_json(value: Any) -> Any:
-    return json.loads(json.dumps(value))
 
 
 def _inputs_of(request: BuildRequest) -> dict[str, Any]:
@@ -356,28 +289,9 @@ def _inputs_of(request: BuildRequest) -> dict[str, Any]:
     return {"model": model_hashes(wanted.model), "files": texts, "version": __version__}
 
 
-def _read_build(folder: Path) -> dict[str, Any]:
-    """build.json; without one the folder is not ours to change."""
-    try:
-        record = read_json_object(folder / _RECORD)
-        where = folder / _RECORD
-        earlier = {name: json_field(record, name, dict, where) for name in ("request", "stages")}
-        return earlier | {"inputs": json_field(record, "inputs", dict, where, default=None)}
-    except InputError as error:
-        raise InputError(
-            "The output was not written by skipcat build, so it is left as it is.",
-            where=folder,
-            expected=f"a folder with the {_RECORD} of a build",
-            change="choose another --output, or delete it yourself",
-        ) from error
-
-
 def _open(request: BuildRequest, folder: Path, *, resume: bool) -> Build:
     """Take up the earlier build, or start afresh in an empty folder."""
     inputs = _inputs_of(request)
     if not resume:
         clear(real_path(folder))
-    earlier = _earlier_stages(request, inputs, folder)
-    state = Build(folder, request, earlier, inputs)
-    state.save()
-    return state
+    return Build.take_up(folder, request, inputs)

@@ -74,6 +74,40 @@ def export(
     return export_folder(Path(checkpoint), Path(output), request, overwrite=overwrite)
 
 
+def substitute(
+    model: str,
+    output: Path | str,
+    memory: str,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Make a model in few bytes that drafts for a model: `LanguageModel.open(..., draft=output)`.
+
+    Args:
+        model: alias, hub id, folder or GGUF file.
+        output: the ONNX folder to write.
+        memory: bytes that its weights may take, such as "60MB".
+        overwrite: replace it if it exists.
+        resume: continue an unfinished run of the same request.
+        settings: `target` or `max_length`, and fields of
+            `pipeline.compress.request.CompressRequest`, such as `calibration="valid.txt"`.
+
+    Returns:
+        export.json's content.
+
+    Raises:
+        PipelineError: a model, target or budget of which none can be made, or not enough disk.
+    """
+    from pipeline.substitute import build_substitute, for_model
+
+    if settings.get("target") is not None:
+        settings["target"] = str(settings["target"])
+    request = for_model(model, memory, **settings)
+    return build_substitute(request, Path(output), overwrite=overwrite, resume=resume)
+
+
 def build_engine(
     onnx_folder: Path | str, output: Path | str, target: str | Target = "auto", **settings: Any
 ) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from pathlib import Path
@@ -18,11 +19,62 @@ CPU_FLAGS = {
 }
 
 
+_GROUPS, _OWN_GROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+_CPUS = Path("/sys/devices/system/cpu")
+
+
 def usable_cores() -> int:
-    """Cores this process may run on, which in a container can be fewer than there are."""
+    """Cores this process may keep busy: those it may run on, and no more than its container's."""
+    return max(1, int(min(len(_cores()), _granted_cores())))
+
+
+def product_threads(cpus: Path = _CPUS) -> int:
+    """Threads for products: one to a physical core, since two on one core share its multipliers."""
+    siblings = set()
+    for core in _cores():
+        try:
+            text = (cpus / f"cpu{core}" / "topology" / "thread_siblings_list").read_text()
+        except OSError:
+            text = str(core)
+        siblings.add(text.strip())
+    return max(1, min(len(siblings), usable_cores()))
+
+
+def share_cores() -> None:
+    """Let OpenMP's threads sleep while they wait, for whoever else wants the core.
+
+    They spin otherwise, and beside another program a spinning thread takes the time that the one
+    it waits for needs. What the user set stays. It counts if torch is not loaded yet.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if usable_cores() < len(_cores()):
+        os.environ.setdefault("OMP_NUM_THREADS", str(usable_cores()))
+
+
+def _cores() -> list[int]:
+    """Numbers of the cores this process may run on."""
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def _granted_cores(groups: Path = _GROUPS, own: Path = _OWN_GROUP) -> float:
+    """Cores' worth of time that its control groups (version 2) grant; infinite without a limit."""
+    try:
+        lines = own.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return math.inf
+    path = next((line[3:] for line in lines if line.startswith("0::")), "/").lstrip("/")
+    folder, granted = groups / path, math.inf
+    for place in (folder, *folder.parents):
+        if place == groups.parent:
+            break
+        try:
+            quota, period = (place / "cpu.max").read_text(encoding="utf-8").split()
+            granted = min(granted, math.ceil(int(quota) / int(period)))
+        except (OSError, ValueError):  # the outermost group has none; "max" limits nothing
+            continue
+    return granted
 
 
 def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, ...]:

@@ -116,8 +116,19 @@ def partial_path(output: Path) -> Path:
 
 def _is_vacant(folder: Path) -> bool:
     """Whether a folder holds nothing, or nothing but what an unfinished run into it left."""
-    names = set(os.listdir(folder)) - {_INSIDE, LOCK_FILE}
+    names = held_names(folder) - {_INSIDE}
     return not names or names <= set(names_in_motion(folder / _INSIDE))
+
+
+def held_names(folder: Path) -> set[str]:
+    """Names in a folder but for its lock, and what a killed run left aside of its own record."""
+    aside = tuple(f".{name}." for name in RECORDS)
+    return {
+        name
+        for name in os.listdir(folder)
+        if name != LOCK_FILE
+        and not (name.startswith(aside) and name.rpartition(".")[2].isdecimal())
+    }
 
 
 def names_in_motion(staging: Path) -> list[str]:

@@ -6,7 +6,7 @@ import functools
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sized
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 from pipeline.terminal import unguarded, visible
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 _Item = TypeVar("_Item")
 _SECONDS_BETWEEN_LINES = 20.0
+_MINUTE = 60
+_hidden = False
 
 
 @functools.cache
@@ -54,8 +56,16 @@ def result_console(file: IO[str] | None = None, width: int = 120) -> Console:
     )
 
 
+def hide_progress(hidden: bool) -> None:
+    """Whether bars, spinners and lines of how far work has come are left out; notes stay."""
+    global _hidden
+    _hidden = hidden
+
+
 def waiting(message: str) -> AbstractContextManager[Any]:
     """A spinner on stderr, where that is a terminal."""
+    if _hidden:
+        return nullcontext()
     from rich.text import Text
 
     return _console().status(Text(visible(message)))
@@ -68,6 +78,9 @@ def note(message: str) -> None:
 
 def track(items: Iterable[_Item], description: str, total: int | None = None) -> Iterator[_Item]:
     """Yield the items and show how many are done, with the time that remains."""
+    if _hidden:
+        yield from items
+        return
     if total is None and isinstance(items, Sized):
         total = len(items)
     target = _console()
@@ -92,9 +105,19 @@ def track(items: Iterable[_Item], description: str, total: int | None = None) ->
 
 
 def _track_by_lines(items: Iterable[_Item], description: str, total: int | None) -> Iterator[_Item]:
-    last = time.monotonic()
+    started = last = time.monotonic()
     for done, item in enumerate(items):
-        if time.monotonic() - last > _SECONDS_BETWEEN_LINES:
-            note(f"{description}: {done} of {total if total is not None else '?'}")
-            last = time.monotonic()
+        now = time.monotonic()
+        if now - last > _SECONDS_BETWEEN_LINES:
+            left = _time_left(now - started, done, total)
+            note(f"{description}: {done} of {total if total is not None else '?'}{left}")
+            last = now
         yield item
+
+
+def _time_left(seconds: float, done: int, total: int | None) -> str:
+    """ ", about 3 min left", if the rest goes as what is done; nothing where that cannot be told."""
+    if not done or total is None:
+        return ""
+    left = seconds / done * (total - done)
+    return f", about {left / _MINUTE:.0f} min left" if left >= _MINUTE else ", under a minute left"

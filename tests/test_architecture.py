@@ -33,7 +33,7 @@ FLOORS = (
     "build",  # doctor, build, face
     "cli",
 )
-ABOVE = {"build": "build", "doctor": "build", "face": "build"}
+ABOVE = {"build": "build", "doctor": "build", "face": "build", "substitute": "build"}
 # Adapters of a task, and what they alone may ask: everything else goes through TASKS.
 OF_ONE_TASK = (
     "pipeline.compress.classifier",

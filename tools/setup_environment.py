@@ -363,7 +363,7 @@ def set_up(root: Path, requested: Sequence[str], *, verbose: bool) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line, set up, and return the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--extras", default="", help="further extras, comma separated: dev, hub, trt")
+    parser.add_argument("--extras", default="", help="further ones, comma separated: dev, hub, trt")
     parser.add_argument("-v", "--verbose", action="store_true", help="show pip's output")
     options = parser.parse_args(arguments)
     requested = [name.strip() for name in options.extras.split(",") if name.strip()]

@@ -16,7 +16,7 @@ from pipeline.export.record import read_export_record, require_weights
 from pipeline.model.task import TEXT, Task
 from pipeline.runtime.sessions.session import Session
 from validate.compare import StageLogits
-from validate.greedy import GreedyAgreement, GreedyTrace, trace_greedy
+from validate.greedy import GreedyAgreement, GreedyTrace, Question, trace_greedy
 from validate.ledger import Adapter, Column, Drawn, Loaded
 from validate.metrics import log_perplexity_change
 from validate.quality import Perplexity, measure_perplexity
@@ -90,12 +90,14 @@ class _Inputs:
         windows: int64 [W, L]; for the perplexity.
         prompts: int64 [P, S]; for greedy decoding.
         max_new_tokens: tokens decoded per prompt.
+        question: None where it is longer than all else.
     """
 
     token_batches: list[np.ndarray]
     windows: np.ndarray
     prompts: np.ndarray
     max_new_tokens: int
+    question: Question | None
 
     @property
     def cached_batches(self) -> list[np.ndarray]:
@@ -115,6 +117,7 @@ class _Inputs:
             "windows": list(self.windows.shape),
             "prompts": list(self.prompts.shape),
             "max_new_tokens": self.max_new_tokens,
+            "question": None if self.question is None else self.question.text,
         }
 
 
@@ -126,6 +129,7 @@ class _Outputs:
     cached: StageLogits
     perplexity: Perplexity
     traces: list[GreedyTrace]
+    answer: str | None
 
     def complaints(self, tolerance: Tolerance, reference: _Outputs | None) -> list[str]:
         """A perplexity that is NaN or infinite; an answer that leaves the reference's for no tie.
@@ -140,7 +144,7 @@ class _Outputs:
         return complaints + agreement.complaints(tolerance.max_greedy_gap)
 
     def row_fields(self, reference: _Outputs | None, original: _Outputs | None) -> dict[str, Any]:
-        """Perplexity, its change, and the agreement of greedy answers."""
+        """Perplexity, its change, the agreement of greedy answers, and one to read."""
         to_reference, to_original = (
             None
             if other is None
@@ -152,6 +156,7 @@ class _Outputs:
             "greedy_to_original": to_original,
             "perplexity": self.perplexity,
             "perplexity_change": None if original is None else self._change(original),
+            "answer": self.answer,
         }
 
     def _change(self, original: _Outputs) -> PerplexityChange:
@@ -206,6 +211,7 @@ def _load(
         windows,
         _prompts_of(windows, options.prompts),
         options.max_new_tokens,
+        Question.of(loaded.tokenizer, options.longest_input),
     )
     described: dict[str, Any] = {"text": batch.describe()}
     if remark := _remark_on_window(loaded.model.config, windows.shape[1]):
@@ -234,6 +240,7 @@ def _measure(
         StageLogits.of(name, partial(_behind_cache, session), inputs.cached_batches, session.reset),
         measure_perplexity(session, inputs.windows),
         trace_greedy(session, inputs.prompts, inputs.max_new_tokens, traces),
+        None if inputs.question is None else inputs.question.answer(session),
     )
 
 

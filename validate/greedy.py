@@ -1,13 +1,51 @@
-"""Do two stages write the same text? Greedy decoding from the same prompts, compared."""
+"""Do two stages write the same text? Greedy decoding from the same prompts, compared.
+
+And one question, answered by every stage, so that a reader sees what the numbers mean.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from pipeline.runtime.sessions.session import Session
+
+_QUESTION = "Question: What is a whale?\nAnswer:"
+_ANSWER_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class Question:
+    """What every stage is asked, as the text of a document: models without a chat answer it, too.
+
+    Attributes:
+        ids: int64 [S].
+        tokens: of the answer, at most.
+        tokenizer: of the original.
+    """
+
+    ids: np.ndarray
+    tokens: int
+    tokenizer: Any
+    text = _QUESTION
+
+    @classmethod
+    def of(cls, tokenizer: Any, longest: int) -> Question | None:
+        """The question in a model's tokens; None if it and an answer are longer than `longest`."""
+        ids = np.array(tokenizer(_QUESTION)["input_ids"], dtype=np.int64)
+        tokens = min(_ANSWER_TOKENS, longest - len(ids))
+        return cls(ids, tokens, tokenizer) if tokens > 0 else None
+
+    def answer(self, session: Session) -> str:
+        """What a session says greedily, on one line, up to its end-of-text token."""
+        tokens = _trace_prompt(session, self.ids, self.tokens, {}).tokens
+        end = self.tokenizer.eos_token_id
+        said = tokens[: tokens.index(end)] if end in tokens else tokens
+        text: str = self.tokenizer.decode(said, skip_special_tokens=True)
+        return " ".join(text.split())
 
 
 @dataclass(frozen=True)

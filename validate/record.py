@@ -70,6 +70,7 @@ class Row:
         accuracy: of an image classifier, where there are labels.
         cached_to_reference: its logits of tokens behind a cache, against the reference's.
         cached_to_original: the same against the original's.
+        answer: of a language model, to the question in the ledger's inputs.
     """
 
     name: str
@@ -87,6 +88,7 @@ class Row:
     accuracy: Accuracy | None = None
     cached_to_reference: Comparison | None = None
     cached_to_original: Comparison | None = None
+    answer: str | None = None
 
     @property
     def closeness(self) -> Comparison | None:
@@ -109,6 +111,11 @@ class Ledger:
     inputs: dict[str, Any]
     provenance: dict[str, Any]
     rounding: Rounding | None = None
+
+    @property
+    def answers(self) -> list[tuple[str, str]]:
+        """What each stage said to the question, by its name; empty where none was asked."""
+        return [(row.name, row.answer) for row in self.rows if row.answer is not None]
 
     @property
     def task(self) -> Task:

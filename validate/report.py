@@ -27,6 +27,8 @@ def print_ledger(ledger: Ledger, file: IO[str] | None = None) -> None:
     console.print(build_table(ledger))
     if ledger.rounding is not None:
         console.print(_rounding_text(ledger))
+    if answers := answers_text(ledger):
+        console.print(answers, markup=False)
     for row in ledger.rows:
         for reason in row.verdict.reasons:
             style = _STYLES[row.verdict.status]
@@ -46,6 +48,17 @@ def build_table(ledger: Ledger) -> Table:
     for row in ledger.rows:
         table.add_row(row.name, _verdict_cell(row), _reference_text(row), *_cells(row, columns))
     return table
+
+
+def answers_text(ledger: Ledger) -> str:
+    """The question, and what the original and the last stage said to it; empty without one."""
+    answers = ledger.answers
+    if not answers:
+        return ""
+    shown = [answers[0], *answers[1:][-1:]]
+    width = max(len(name) for name, _ in shown)
+    lines = [f"  {name:{width}}  {answer or '(nothing)'}" for name, answer in shown]
+    return "\n".join([ledger.inputs["question"].replace("\n", " "), *lines])
 
 
 def reported(

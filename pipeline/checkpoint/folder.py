@@ -35,7 +35,13 @@ from pipeline.model.loading import (
 )
 from pipeline.model.numbers import cast, require_finite, require_finite_model
 from pipeline.model.structure import refuse_other_architectures
-from pipeline.model.task import TASKS, Task, task_of_config, task_of_folder
+from pipeline.model.task import (
+    TASKS,
+    Task,
+    know_own_classes,
+    task_of_config,
+    task_of_folder,
+)
 from pipeline.model.weight_files import weight_files
 from pipeline.tokenizer_files import copy_tokenizer
 
@@ -257,6 +263,7 @@ def read_architecture(
     """
     require_checkpoint(folder)
     silence_transformers()
+    know_own_classes()
     with explaining("The checkpoint could not be read.", folder):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         model_class = _own_class(config, folder) if trust_remote_code else None

@@ -102,7 +102,7 @@ def _show(state: Build, ledger: Ledger) -> None:
     from rich.table import Table
 
     from pipeline.progress import result_console
-    from validate.report import build_table
+    from validate.report import answers_text, build_table
 
     folder = state.folder
     console = result_console()
@@ -130,6 +130,8 @@ def _show(state: Build, ledger: Ledger) -> None:
     if totals["in_few_bits"]:
         click.echo(f"weights on disk: {totals['stored_bytes'] / 1e6:.2f} MB")
     console.print(build_table(ledger))
+    if answers := answers_text(ledger):
+        click.echo(answers)
     click.echo(f"report: {folder / 'ledger' / 'ledger.html'}")
     runs = "onnx-cpu" if (folder / "onnx-cpu").exists() else "onnx"
     click.echo(options.what_next(f'run {folder / runs} -p "What is a low-rank matrix?"'))

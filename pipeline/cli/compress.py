@@ -15,6 +15,12 @@ from pipeline.quantize.formats import DEFAULT_RUNTIME, RUNTIMES
 
 _LANGUAGE_MODELS = "Language models only."
 
+effort_option = options.setting(
+    "--effort",
+    DEFAULT_EFFORT,
+    "Minutes against quality: how much text is read, and how layers are fitted.",
+    click.Choice(list(EFFORTS)),
+)
 _budget_options = options.apply(
     options.setting(
         "--keep-params",
@@ -48,12 +54,7 @@ _method_options = options.apply(
         + f". --memory and --keep-bytes need {DEFAULT_METHOD}; rtn and gptq need --weights.",
         click.Choice(list(METHODS)),
     ),
-    options.setting(
-        "--effort",
-        DEFAULT_EFFORT,
-        "Minutes against quality: how much text is read, and how layers are fitted.",
-        click.Choice(list(EFFORTS)),
-    ),
+    effort_option,
     click.option(
         "--cat/--no-cat", default=True, help="Let q,k,v and gate,up share their right factor."
     ),
@@ -75,7 +76,7 @@ _method_options = options.apply(
     ),
     heading="Method",
 )
-_calibration_options = options.apply(
+calibration_options = options.apply(
     options.setting(
         "--calibration",
         "self",
@@ -161,7 +162,7 @@ _cache_options = options.apply(
 compression_options = options.apply(
     _budget_options,
     _method_options,
-    _calibration_options,
+    calibration_options,
     _quantization_options,
     _cache_options,
     click.option(

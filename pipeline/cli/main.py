@@ -15,6 +15,8 @@ import click
 
 from pipeline import __version__
 from pipeline.errors import explain
+from pipeline.machine import share_cores
+from pipeline.progress import hide_progress
 from pipeline.terminal import guarded, safe_stdout
 
 _COMMANDS = {
@@ -24,6 +26,7 @@ _COMMANDS = {
     "recover": "pipeline.cli.recover",
     "export": "pipeline.cli.export",
     "export-dense": "pipeline.cli.export_dense",
+    "substitute": "pipeline.cli.substitute",
     "engine": "pipeline.cli.engine",
     "validate": "pipeline.cli.validate",
     "evaluate": "pipeline.cli.evaluate",
@@ -76,8 +79,10 @@ def _quiet_without_reader() -> Iterator[None]:
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="skipcat")
 @click.option("-v", "--verbose", is_flag=True, help="Show details, and tracebacks of failures.")
-def skipcat(verbose: bool) -> None:
+@click.option("-q", "--quiet", is_flag=True, help="Show no progress; notes and errors stay.")
+def skipcat(verbose: bool, quiet: bool) -> None:
     """Deliver a language model, smaller and provably right, to an edge GPU."""
+    hide_progress(quiet)
     logging.basicConfig(
         level=logging.INFO if verbose else logging.WARNING,
         stream=guarded(sys.stderr),
@@ -88,6 +93,7 @@ def skipcat(verbose: bool) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit status of `pipeline.errors`."""
+    share_cores()
     arguments = sys.argv[1:] if arguments is None else arguments
     verbose = "-v" in arguments or "--verbose" in arguments
     stderr = guarded(sys.stderr)

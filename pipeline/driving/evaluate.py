@@ -8,15 +8,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from pipeline.driving.letterbox import Letterbox
 from pipeline.driving.network import DrivingMaps, QyolopConfig
-from pipeline.driving.perceive import perceive
+from pipeline.driving.perceive import Perception, perceive
 from pipeline.driving.preprocess import QyolopImageProcessor
 from pipeline.driving.sample import DrivingSet, Sample
 from pipeline.driving.scores import ImageScore
 
 _BATCH = 8
-_LEAST_SCORE = 0.01  # boxes below it hardly change an average precision
-_MOST_IOU = 0.6
+LEAST_SCORE = 0.01  # boxes below it hardly change an average precision
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,30 @@ class MapsOfBatch:
         assert maps.lane is not None
         drivable, lane = maps.drivable.float().cpu().numpy(), maps.lane.float().cpu().numpy()
         return cls(tuple(m.float().cpu().numpy() for m in maps.boxes), drivable, lane)
+
+    def seen(
+        self,
+        row: int,
+        anchors: Sequence[Sequence[Sequence[float]]],
+        placed: Letterbox,
+        least_score: float,
+    ) -> Perception:
+        """What is seen in one image of the batch, in its own pixels.
+
+        Args:
+            row: of the image.
+            anchors: of the network.
+            placed: how the image was laid into the network's input.
+            least_score: below it there is no box.
+        """
+        return perceive(
+            tuple(level[row] for level in self.boxes),
+            self.drivable[row],
+            self.lane[row],
+            anchors,
+            placed,
+            least_score=least_score,
+        )
 
 
 # Pixel values, float32 [B, 3, H, W], to maps.
@@ -68,15 +92,7 @@ def image_scores(
         pixels = processor([sample.image for sample in samples])["pixel_values"]
         maps = network(pixels)
         for row, sample in enumerate(samples):
-            seen = perceive(
-                tuple(level[row] for level in maps.boxes),
-                maps.drivable[row],
-                maps.lane[row],
-                config.anchors,
-                processor.place(sample.image),
-                least_score=_LEAST_SCORE,
-                most_iou=_MOST_IOU,
-            )
+            seen = maps.seen(row, config.anchors, processor.place(sample.image), LEAST_SCORE)
             scores.append(ImageScore.of(seen, sample))
     return scores
 

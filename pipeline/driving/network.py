@@ -254,6 +254,9 @@ class QyolopForDrivingPerception(PreTrainedModel):
         self.lane_head = _MaskDecoder(2 * w, (2 * w, w), w)
         self.post_init()
 
+    def get_input_embeddings(self) -> None:
+        """None: an image has none, which transformers would rather raise for."""
+
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Conv2d) and module.bias is not None:  # of a head
             nn.init.normal_(module.weight, std=0.01)

@@ -5,6 +5,7 @@ One decoder for every runtime: torch, ONNX Runtime and TensorRT give the same ma
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,7 +43,7 @@ def _sigmoid(x: np.ndarray) -> np.ndarray:
 
 
 def _decode_boxes(
-    maps: tuple[np.ndarray, ...], anchors: list[list[list[float]]], least_score: float
+    maps: tuple[np.ndarray, ...], anchors: Sequence[Sequence[Sequence[float]]], least_score: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Boxes of one image, before any are suppressed.
 
@@ -76,7 +77,7 @@ def perceive(
     maps: tuple[np.ndarray, ...],
     drivable: np.ndarray,
     lane: np.ndarray,
-    anchors: list[list[list[float]]],
+    anchors: Sequence[Sequence[Sequence[float]]],
     placed: Letterbox,
     *,
     least_score: float = 0.25,

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
 
 from pipeline.artefact import discard, require_same_run, staged_folder, write_json
 from pipeline.driving.data import SPLITS, open_data, scene_domain
 from pipeline.driving.evaluate import MapsOfBatch, image_scores, some_places
+from pipeline.driving.load import load_driving
 from pipeline.driving.network import QyolopConfig, QyolopForDrivingPerception
 from pipeline.driving.preprocess import QyolopImageProcessor
 from pipeline.driving.recipe import FIRST, SECOND, Stage, TrainRequest
@@ -94,22 +94,7 @@ def _first_model(request: TrainRequest) -> QyolopForDrivingPerception:
     if request.model is None:
         torch.manual_seed(request.seed)
         return QyolopForDrivingPerception(QyolopConfig(request.size, request.width))
-    with explaining("The network cannot be loaded.", request.model):
-        config = AutoConfig.from_pretrained(request.model)
-        if not isinstance(config, QyolopConfig) or hasattr(config, "quantization_config"):
-            raise InputError(
-                "This is no network that can be trained.",
-                where=request.model,
-                observed=config.model_type,
-                expected="a folder that skipcat train wrote",
-            )
-        model, info = QyolopForDrivingPerception.from_pretrained(
-            request.model, dtype=torch.float32, use_safetensors=True, output_loading_info=True
-        )
-    if info["missing_keys"] or info["mismatched_keys"]:
-        raise InputError("The folder does not hold all weights.", where=request.model)
-    loaded: QyolopForDrivingPerception = model
-    return loaded
+    return load_driving(str(request.model)).model
 
 
 def _open_sets(request: TrainRequest, work: Path) -> _Sets:

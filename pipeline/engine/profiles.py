@@ -146,7 +146,7 @@ def image_limits(
     decode: DecodeForm | None = None,
     usual: DecodeForm = "shared",
 ) -> tuple[Limits, tuple[str, ...]]:
-    """What an engine of an image classifier must run; arguments as for `decoder_limits`.
+    """What an engine of a graph that takes images must run; arguments as for `decoder_limits`.
 
     Only the batch counts: there are no tokens and no cache.
 
@@ -155,7 +155,7 @@ def image_limits(
     """
     del max_prefill, max_length, usual
     if decode is not None:
-        raise UsageError("An image classifier has no decode profile.", where="--decode")
+        raise UsageError("An engine that takes images has no decode profile.", where="--decode")
     _require_positive("--max-batch", max_batch)
     return Limits(max_batch, 0, 0), ()
 

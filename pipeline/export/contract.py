@@ -23,6 +23,10 @@ TOKEN_INPUTS = (INPUT_IDS, ATTENTION_MASK, POSITION_IDS)
 FIRST_LOGIT = "first_logit"  # optional: the first token whose logits are wanted
 PIXEL_VALUES = "pixel_values"
 LOGITS = "logits"
+# Of a driving network, undecoded: boxes at each of its strides, and the logits of two masks.
+BOX_STRIDES = (8, 16, 32)
+DRIVABLE, LANE = "drivable", "lane"
+DRIVING_MAPS = (*(f"boxes_{stride}" for stride in BOX_STRIDES), DRIVABLE, LANE)
 PAST, PRESENT = "past_key_values", "present"
 CACHE_PREFIX = f"{PAST}."
 

@@ -248,6 +248,8 @@ def _chosen_weights(request: ExportRequest, skeleton: Skeleton) -> tuple[str, bo
     Raises:
         UsageError: the runtimes of the profile do not take the checkpoint's formats.
     """
+    if request.weights is None and not _linear_layers(skeleton):
+        return FLOAT, True  # what an export rounds are products with matrices
     weights = request.weights_of(_widths(skeleton))
     undecided = request.weights is None and weights in ROUNDED
     exact = (undecided or weights == INT4_OFFSET) and _is_in_four_bits(skeleton)

@@ -9,6 +9,7 @@ from typing import Any
 from pipeline.artefact import sha256_of_file
 from pipeline.errors import InputError
 from pipeline.export.contract import (
+    BOX_STRIDES,
     CACHES,
     CODE_TYPE,
     DTYPES,
@@ -58,7 +59,9 @@ class ExportRecord:
         data_sha256: its hex digest, likewise.
         task: what the graph does.
         pixel_values: channels, height and width of an image; empty for a language model.
-        classes: width of an image classifier's logits; 0 for a language model.
+        classes: width of an image classifier's logits; 0 for others.
+        labels: what a driving network's boxes are of; empty for others.
+        anchors: sides in pixels, by stride and number, that its boxes are told by; likewise.
     """
 
     profile: str
@@ -71,6 +74,8 @@ class ExportRecord:
     task: Task = TEXT
     pixel_values: tuple[int, ...] = ()
     classes: int = 0
+    labels: tuple[str, ...] = ()
+    anchors: tuple[tuple[tuple[float, ...], ...], ...] = ()
     accuracy_level: int | None = None
     exact_weights: bool = False
     cache_format: str = FLOAT
@@ -181,7 +186,7 @@ def _parse_record(fields: dict[str, Any], path: Path) -> ExportRecord:
         if kind is int:
             _require_count(path, name, own[name])
         elif kind is list:
-            own[name] = _image_shape(path, name, own[name])
+            own[name] = _LISTS[name](path, name, own[name])
     for name, known in (("profile", PROFILES), ("dtype", DTYPES)):
         if own[name] not in known:
             raise wrong_field(path, name, own[name], " or ".join(known))
@@ -239,6 +244,38 @@ def _image_shape(path: Path, name: str, value: list[Any]) -> tuple[int, ...]:
     if len(value) != _SIDES or any(type(side) is not int or side < 1 for side in value):
         raise wrong_field(path, name, value, "channels, height and width")
     return tuple(value)
+
+
+def _labels(path: Path, name: str, value: list[Any]) -> tuple[str, ...]:
+    """Names of classes, one at least.
+
+    Raises:
+        InputError: they are something else.
+    """
+    if not value or not all(isinstance(label, str) for label in value):
+        raise wrong_field(path, name, value, "names of classes")
+    return tuple(value)
+
+
+def _anchors(path: Path, name: str, value: list[Any]) -> tuple[tuple[tuple[float, ...], ...], ...]:
+    """Pairs of sides above 0, as many for each stride.
+
+    Raises:
+        InputError: they are something else.
+    """
+    try:
+        levels = tuple(tuple(tuple(map(float, pair)) for pair in level) for level in value)
+    except (TypeError, ValueError):
+        levels = ()
+    sides = [pair for level in levels for pair in level]
+    alike = len({len(level) for level in levels}) == 1 and len(levels) == len(BOX_STRIDES)
+    if not alike or not all(len(pair) == 2 and min(pair) > 0 for pair in sides):
+        raise wrong_field(path, name, value, f"pairs of sides for each of {len(BOX_STRIDES)}")
+    return levels
+
+
+# Fields that are lists, of whichever task, by their names.
+_LISTS = {"pixel_values": _image_shape, "labels": _labels, "anchors": _anchors}
 
 
 def _require_same_graph(record: ExportRecord, onnx_path: Path) -> None:

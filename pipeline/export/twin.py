@@ -315,6 +315,10 @@ def _random(config: PreTrainedConfig, task: Task, dtype: torch.dtype) -> PreTrai
         for parameter in model.parameters():
             _fill_(parameter)
             parameter.copy_(parameter.to(dtype))
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
+                module.running_mean.normal_(0.0, _SPREAD)
+                module.running_var.uniform_(1 - _SPREAD, 1 + _SPREAD)
     return model.eval()
 
 

@@ -36,7 +36,13 @@ from pipeline.model.loading import (
 from pipeline.model.numbers import require_finite_model
 from pipeline.model.source import Source, resolve_source
 from pipeline.model.structure import refuse_other_architectures
-from pipeline.model.task import TASKS, TEXT, refuse_other_tasks, task_of_config
+from pipeline.model.task import (
+    TASKS,
+    TEXT,
+    know_own_classes,
+    refuse_other_tasks,
+    task_of_config,
+)
 from pipeline.model.tokenizer_file import following_tokenizer
 from pipeline.progress import note
 
@@ -134,6 +140,7 @@ def preview_model(name: str, *, trust_remote_code: bool = False) -> _Preview:
     """
     source = resolve_source(name)
     silence_transformers()
+    know_own_classes()
     keywords = _loading_keywords(source, trust_remote_code)
     with _explaining(source):
         if source.gguf_file:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,10 +12,13 @@ from pipeline.json_file import json_field, read_json_object
 from pipeline.lazy import imported
 from pipeline.model.source import resolve_source
 
-Task = Literal["text-generation", "image-classification"]
+Task = Literal["text-generation", "image-classification", "driving-perception"]
 _Stage = Literal["compress", "export", "prove", "engine", "ledger", "inspect"]
 TEXT: Task = "text-generation"
 IMAGES: Task = "image-classification"
+DRIVING: Task = "driving-perception"
+# Each says what its artefact is for, and under which keys; a checkpoint's is config.json.
+_RECORDS = {"export.json": ("task",), "manifest.json": ("onnx", "task")}
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,9 @@ class _TaskRow:
         record_fields: what an export's record says of its graph, beside what it says of any.
         adapters: what each stage needs of the task, as `module:name`; imported when it is asked
             for, so that this table depends on no stage.
+        verbs: the commands that take such a model.
+        own_classes: a module of ours whose import makes transformers know the task's classes; None
+            where they are transformers' own.
     """
 
     kind: str
@@ -54,6 +61,8 @@ class _TaskRow:
     card: _CardWords
     record_fields: dict[str, type]
     adapters: dict[_Stage, str]
+    verbs: str = "compress, export, engine, validate, export-dense or inspect"
+    own_classes: str | None = None
 
 
 TASKS: dict[Task, _TaskRow] = {
@@ -97,12 +106,41 @@ TASKS: dict[Task, _TaskRow] = {
             "inspect": "pipeline.compress.classifier:facts",
         },
     ),
+    DRIVING: _TaskRow(
+        kind="a driving perception network",
+        auto_class="AutoModel",
+        class_word="ForDrivingPerception",
+        processor_class="AutoImageProcessor",
+        card=_CardWords(
+            "parameters of convolutions",
+            "parameters of the convolutions",
+            "{images} images of {source}, seed {seed}; no labels were used",
+        ),
+        record_fields={"pixel_values": list, "labels": list, "anchors": list},
+        adapters={
+            "compress": "pipeline.compress.driving:prepare",
+            "export": "pipeline.export.trace_driving:trace_driving",
+            "prove": "pipeline.export.prove_driving:DRIVING_NETWORK",
+            "engine": "pipeline.engine.profiles:image_limits",
+            "ledger": "validate.driving:DRIVING_NETWORK",
+            "inspect": "pipeline.compress.driving:facts",
+        },
+        verbs="train, export, engine, validate or inspect",
+        own_classes="pipeline.driving.preprocess",
+    ),
 }
 
 
 def adapter_of(task: Task, stage: _Stage) -> Any:
     """What a stage needs of a task, imported now."""
     return imported(TASKS[task].adapters[stage])
+
+
+def know_own_classes() -> None:
+    """Make transformers know the classes that we have written ourselves."""
+    for row in TASKS.values():
+        if row.own_classes is not None:
+            import_module(row.own_classes)
 
 
 def task_of_config(config: Any) -> Task:
@@ -121,11 +159,18 @@ def task_of_config(config: Any) -> Task:
 
 
 def task_of_folder(folder: Path) -> Task:
-    """The task of a Hugging Face folder; text generation where there is no config to ask.
+    """The task of a model's folder, an export's or an engine's; text generation where none is said.
 
     Raises:
-        InputError: the config is broken.
+        InputError: the config or the record is broken.
     """
+    for name, keys in _RECORDS.items():
+        if (folder / name).is_file():
+            found: Any = read_json_object(folder / name)
+            for key in keys:
+                found = found.get(key) if isinstance(found, dict) else None
+            if isinstance(found, str) and found in TASKS:
+                return found  # type: ignore[return-value]
     path = folder / "config.json"
     return task_of_config(read_json_object(path)) if path.is_file() else TEXT
 
@@ -165,7 +210,8 @@ def require_decoder(folder: Path) -> None:
     # that also sees has a tokenizer beside it.
     sees = (folder / "preprocessor_config.json").is_file()
     reads = (folder / "tokenizer_config.json").is_file()
-    refuse_other_tasks(IMAGES if sees and not reads else task_of_folder(folder), folder)
+    found = task_of_folder(folder)
+    refuse_other_tasks(IMAGES if sees and not reads and found == TEXT else found, folder)
 
 
 def refuse_other_tasks(found: Task, where: object, of: str = "") -> None:
@@ -179,5 +225,5 @@ def refuse_other_tasks(found: Task, where: object, of: str = "") -> None:
             "This takes decoder language models.",
             where=where,
             observed=of + TASKS[found].kind,
-            change="use compress, export, engine, validate, export-dense or inspect",
+            change=f"use {TASKS[found].verbs}",
         )

@@ -161,7 +161,7 @@ def open_drafted(
         folder: an export of the profile `cpu`.
         draft: another of the same model, in fewer bytes.
         backend: `auto` or `onnx`.
-        threads: of ONNX Runtime, for each; None leaves the choice to it.
+        threads: of ONNX Runtime, for each; None takes one to a physical core.
         slots: rows of the cache.
         lookup: ask prompt lookup before the draft.
         length: tokens of every draft, 0 for none; None takes as many as pay.
@@ -174,13 +174,32 @@ def open_drafted(
         InputError: a folder does not load, or the two do not fit each other.
         UsageError: a folder or `backend` is of another kind.
     """
-    records = [_require_export(path, backend) for path in (folder, draft)]
-    _require_pair(folder, draft, *records)
-    if length is None and not _can_pay(folder, draft):
+    model, small = require_target(folder, backend), _require_export(draft, backend)
+    _require_pair(folder, draft, model, small)
+    if length is None and not can_pay(folder, (draft / WEIGHTS_FILE).stat().st_size):
         return CpuSession(folder, threads, slots=slots), None
     target = CpuSession(folder, threads, slots=slots, steady=True)
     session = CpuSession(draft, threads, values=target.values)
     return target, DraftModel(target, session, lookup, length)
+
+
+def require_target(folder: Path, backend: str = "auto") -> ExportRecord:
+    """The record of an export for which a model can draft.
+
+    Raises:
+        InputError: its files do not belong together, or its cache cannot be shared.
+        UsageError: it is no export of the profile `cpu`, or `backend` is another one.
+    """
+    model = _require_export(folder, backend)
+    if model.cache_format != FLOAT:
+        raise InputError(
+            "A cache in few bits cannot be shared: each export has scales of its own.",
+            where=folder,
+            observed=f"cache {model.cache_format}",
+            expected=f"cache {FLOAT}",
+            change="export both without --cache",
+        )
+    return model
 
 
 def _require_export(folder: Path, backend: str) -> ExportRecord:
@@ -208,14 +227,6 @@ def _require_pair(folder: Path, draft: Path, model: ExportRecord, small: ExportR
             "A model cannot draft for itself: it would save no call.",
             observed=draft,
             change="give --draft an export of the same model in fewer bytes",
-        )
-    if model.cache_format != FLOAT:
-        raise InputError(
-            "A cache in few bits cannot be shared: each export has scales of its own.",
-            where=folder,
-            observed=f"cache {model.cache_format}",
-            expected=f"cache {FLOAT}",
-            change="export both without --cache",
         )
     for name in ("vocab_size", "num_layers", "max_length", "cache_format"):
         wanted, found = getattr(model, name), getattr(small, name)
@@ -251,16 +262,20 @@ def _rotation(folder: Path) -> dict[str, Any]:
     return {name: fields[name] for name in _ROTATION if name in fields}
 
 
-def _can_pay(folder: Path, draft: Path) -> bool:
+def can_pay(folder: Path, draft_bytes: int) -> bool:
     """Whether drafts could save time by the bytes that a step of each reads; says if they cannot.
 
     It does not go by a clock, so that an answer's bits do not either.
+
+    Args:
+        folder: the export whose calls are to be saved.
+        draft_bytes: weights of the draft.
     """
-    whole, small = ((path / WEIGHTS_FILE).stat().st_size for path in (folder, draft))
-    if CpuSession.row_cost is None or CpuSession.row_cost + small / whole < _GOOD_ACCEPTANCE:
+    whole = (folder / WEIGHTS_FILE).stat().st_size
+    if CpuSession.row_cost is None or CpuSession.row_cost + draft_bytes / whole < _GOOD_ACCEPTANCE:
         return True
     note(
-        f"no drafts: the draft has {small / 1e6:.1f} MB to the model's {whole / 1e6:.1f}, and "
-        "cannot pay for itself; without --draft, --lookup may"
+        f"no drafts: the draft has {draft_bytes / 1e6:.1f} MB to the model's {whole / 1e6:.1f}, "
+        "and cannot pay for itself; without --draft, --lookup may"
     )
     return False

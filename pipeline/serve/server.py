@@ -43,7 +43,7 @@ class ServeRequest:
     Attributes:
         folder: an ONNX export or a checkpoint.
         backend: `auto`, `torch` or `onnx`.
-        threads: of ONNX Runtime; None leaves the choice to it.
+        threads: of ONNX Runtime; None takes one to a physical core.
         host: address to listen at.
         port: 0 takes a free one.
         model_name: that requests must give; None is the folder's name.

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,3 +22,38 @@ def test_cpu_flags_of_both_architectures(tmp_path: Path, line: str) -> None:
     path = tmp_path / "cpuinfo"
     path.write_text(f"processor : 0\n{line}\n")
     assert machine.cpu_flags(path) in {("avx2",), ("asimd",)}
+
+
+def test_a_container_with_less_time_than_cores_is_given_fewer_threads(tmp_path: Path) -> None:
+    groups, own = tmp_path / "cgroup", tmp_path / "own"
+    inner = groups / "user.slice" / "job.scope"
+    inner.mkdir(parents=True)
+    own.write_text("1:cpu:/old\n0::/user.slice/job.scope\n")
+    assert machine._granted_cores(groups, own) == math.inf
+    (inner / "cpu.max").write_text("max 100000\n")
+    (inner.parent / "cpu.max").write_text("250000 100000\n")
+    assert machine._granted_cores(groups, own) == 3
+    (inner / "cpu.max").write_text("50000 100000\n")
+    assert machine._granted_cores(groups, own) == 1
+    assert machine._granted_cores(groups, tmp_path / "absent") == math.inf
+
+
+def test_products_take_one_thread_of_each_physical_core(tmp_path: Path) -> None:
+    cores = machine._cores()
+    assert machine.product_threads(tmp_path) == machine.usable_cores()
+    for core in cores:
+        topology = tmp_path / f"cpu{core}" / "topology"
+        topology.mkdir(parents=True)
+        (topology / "thread_siblings_list").write_text("0-63\n")
+    assert machine.product_threads(tmp_path) == 1
+
+
+@pytest.mark.parametrize("chosen", [{}, {"OMP_WAIT_POLICY": "active"}])
+def test_commands_wait_without_spinning_unless_the_user_chose(chosen: dict[str, str]) -> None:
+    lines = "import os; from pipeline.cli.main import main; main(['--version']); "
+    lines += "print(os.environ['OMP_WAIT_POLICY'])"
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
+    answer = subprocess.run(
+        [sys.executable, "-c", lines], env=kept | chosen, capture_output=True, text=True, check=True
+    )
+    assert answer.stdout.split()[-1] == chosen.get("OMP_WAIT_POLICY", "passive")

@@ -29,7 +29,35 @@ def test_lines_say_how_many_are_done(
     monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LINES", -1.0)
     assert list(progress.track(iter("abc"), "compress", total)) == list("abc")
     lines = capsys.readouterr().err.splitlines()
-    assert lines == [f"compress: {done} of {shown}" for done in range(3)]
+    assert [line.partition(",")[0] for line in lines] == [
+        f"compress: {done} of {shown}" for done in range(3)
+    ]
+    assert [", under a minute left" in line for line in lines] == [
+        total is not None and done > 0 for done in range(3)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "done", "total", "says"),
+    [(0, 0, 9, ""), (60, 3, None, ""), (60, 3, 12, ", about 3 min left"), (60, 9, 12, ", under")],
+)
+def test_the_rest_takes_as_long_as_what_is_done(
+    seconds: float, done: int, total: int | None, says: str
+) -> None:
+    assert progress._time_left(seconds, done, total).startswith(says)
+    assert bool(progress._time_left(seconds, done, total)) == bool(says)
+
+
+def test_quiet_hides_progress_and_no_note(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LINES", -1.0)
+    monkeypatch.setattr(progress, "_hidden", False)
+    progress.hide_progress(True)
+    with progress.waiting("loading"):
+        assert list(progress.track("ab", "x")) == ["a", "b"]
+    progress.note("a fallback")
+    assert capsys.readouterr().err == "a fallback\n"
 
 
 def test_a_sized_collection_counts_itself(

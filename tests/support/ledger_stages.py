@@ -18,9 +18,16 @@ from pipeline.provenance import provenance
 from pipeline.runtime.sessions.onnx_session import OnnxSession
 from pipeline.runtime.sessions.session import Session
 from pipeline.runtime.sessions.torch_session import TorchSession
-from tests.support.tiny_decoder import VOCAB_SIZE, shared_export, tiny_llama, write_record
+from tests.support.tiny_decoder import (
+    VOCAB_SIZE,
+    byte_tokenizer,
+    shared_export,
+    tiny_llama,
+    write_record,
+)
 from validate.classifier import _Outputs as _ImageOutputs
 from validate.decoder import DECODER, _Inputs, _Outputs
+from validate.greedy import Question
 from validate.ledger import run_ledger
 from validate.record import Ledger
 from validate.stages import Stage, Tolerance
@@ -83,7 +90,8 @@ def run(*stages: Stage, **keywords: Any) -> Ledger:
     """A ledger over random tokens, small enough to take a second."""
     tokens = np.random.default_rng(0).integers(0, VOCAB_SIZE, (3, 48))
     batches = [tokens[:1, :32], tokens[1:, :16]]
-    inputs = _Inputs(batches, tokens, tokens[:2, :8], max_new_tokens=8)
+    question = Question.of(byte_tokenizer(), tokens.shape[1])
+    inputs = _Inputs(batches, tokens, tokens[:2, :8], max_new_tokens=8, question=question)
     rows = run_ledger(stages, inputs, DECODER, **keywords)
     return Ledger(rows, inputs.describe(), provenance())
 

@@ -27,8 +27,8 @@ from tests.support.ledger_stages import (
     run,
     unavailable_stage,
 )
-from tests.support.tiny_decoder import tiny_llama
-from validate.greedy import GreedyAgreement, GreedyTrace
+from tests.support.tiny_decoder import byte_tokenizer, tiny_llama
+from validate.greedy import GreedyAgreement, GreedyTrace, Question
 from validate.record import Ledger
 from validate.report import _render_html, print_ledger, reported
 from validate.stages import _SAME_IN_FLOAT32, Stage, Tolerance
@@ -79,6 +79,27 @@ def test_greedy_answers_of_an_export_are_identical(ledger: Ledger) -> None:
     assert answers is not None
     assert answers.identical_fraction == 1
     assert answers.first_divergence == answers.gap == [None, None]
+
+
+def test_a_question_is_answered_by_every_stage_that_runs_and_shown(ledger: Ledger) -> None:
+    names, said = zip(*ledger.answers, strict=True)
+    assert names == ("original", "onnx opset24", "onnx compat")
+    assert len(set(said)) == 1
+    assert said[0]
+    page, file = _render_html(ledger), io.StringIO()
+    print_ledger(ledger, file)
+    for shown in (page, file.getvalue()):
+        assert "What is a whale?" in shown
+    assert Ledger.from_json(ledger.to_json()).answers == ledger.answers
+
+
+def test_a_question_that_does_not_fit_is_not_asked() -> None:
+    tokenizer = byte_tokenizer()
+    length = len(tokenizer("Question: What is a whale?\nAnswer:")["input_ids"])
+    assert Question.of(tokenizer, length) is None
+    asked = Question.of(tokenizer, length + 1)
+    assert asked is not None
+    assert asked.tokens == 1
 
 
 def test_a_wrong_matrix_in_an_export_fails(tmp_path: Path) -> None:

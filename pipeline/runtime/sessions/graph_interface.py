@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,9 +81,18 @@ def require_decoder_graph(
 
 
 def require_image_graph(
-    session: onnxruntime.InferenceSession, record: ExportRecord, folder: Path
+    session: onnxruntime.InferenceSession,
+    record: ExportRecord,
+    returned: Mapping[str, tuple[int, ...]],
+    folder: Path,
 ) -> None:
-    """Hold the graph of an image classifier to its record.
+    """Hold a graph that takes images to its record.
+
+    Args:
+        session: over the graph.
+        record: what `export.json` says of it.
+        returned: name of each output -> its shape without the batch.
+        folder: of both.
 
     Raises:
         InputError: its inputs and outputs are not those that `export.json` promises.
@@ -91,14 +100,15 @@ def require_image_graph(
     inputs = {node.name: node for node in session.get_inputs()}
     outputs = {node.name: node for node in session.get_outputs()}
     _require_names(set(inputs), {PIXEL_VALUES}, "inputs", folder)
-    _require_names(set(outputs), {LOGITS}, "outputs", folder)
+    _require_names(set(outputs), set(returned), "outputs", folder)
     kind = _ORT_TYPES[record.dtype]
     _require_tensor(inputs[PIXEL_VALUES], kind, [None, *record.pixel_values], folder)
-    _require_tensor(outputs[LOGITS], kind, [None, record.classes], folder)
+    for name, shape in returned.items():
+        _require_tensor(outputs[name], kind, [None, *shape], folder)
 
 
 def require_logits(logits: np.ndarray, shape: tuple[int, ...], graph: Path) -> None:
-    """Raise InputError unless a graph gave logits of the shape that its record promises."""
+    """Raise InputError unless a graph gave logits, or maps of them, of the shape that its record promises."""
     if logits.shape != shape:
         raise InputError(
             f"The graph's logits are not what {RECORD_FILE} promises.",

@@ -61,7 +61,7 @@ class CpuSession(CheckedSession):
 
     Args:
         folder: an export of the profile `cpu`.
-        threads: threads within one operator; None leaves the choice to ONNX Runtime.
+        threads: threads within one operator; None takes one to a physical core.
         name: what the ledger calls this backend.
         slots: rows of the cache to begin with. Memory is used only as tokens come.
         graph: the same folder's, where another session has opened it; None opens it.

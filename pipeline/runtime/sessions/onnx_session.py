@@ -35,6 +35,7 @@ from pipeline.export.contract import (
     present_name,
 )
 from pipeline.export.record import ExportRecord, read_export_record, require_weights
+from pipeline.machine import product_threads
 from pipeline.memory import require_free_memory
 from pipeline.runtime.sessions.checks import CheckedSession
 from pipeline.runtime.sessions.graph_interface import (
@@ -52,6 +53,9 @@ _BORROW_FILES = "session.use_external_initializer_file_buffers_directly"
 # 512 rows of logits at most are held while a prompt is read: 100 MB for 49,152 words.
 _PREFILL_TOKENS = 512
 # How long read pages may pile up while a session packs them.
+# Threads that wait spin so long, which is longer than between two operators, and then sleep: beside
+# another program a spinning thread takes the time that the one it waits for needs.
+_SPIN_US = "100"
 _INTERVAL_S = 0.01
 
 
@@ -60,7 +64,7 @@ class OnnxSession(CheckedSession):
 
     Args:
         folder: holds `export.json`, `model.onnx` and `model.onnx.data`.
-        threads: threads within one operator; None leaves the choice to ONNX Runtime.
+        threads: threads within one operator; None takes one to a physical core.
         name: what the ledger calls this backend; None makes one out of profile and dtype.
         graph: the same folder's, where another session has opened it; None opens it.
 
@@ -210,8 +214,16 @@ class Graph(NamedTuple):
     weights: _MappedWeights | None
 
     @classmethod
-    def open(cls, folder: Path, record: ExportRecord, threads: int | None) -> Graph:
+    def open(
+        cls, folder: Path, record: ExportRecord, threads: int | None, *, optimised: bool = True
+    ) -> Graph:
         """Load `folder/model.onnx`, with every failure explained.
+
+        Args:
+            folder: of the export.
+            record: what `export.json` says of it.
+            threads: threads within one operator; None leaves the choice to ONNX Runtime.
+            optimised: let ONNX Runtime rewrite the graph; without, nodes run as they are written.
 
         Raises:
             InputError: the installed ONNX Runtime is too old for the profile, or refuses the graph;
@@ -227,8 +239,11 @@ class Graph(NamedTuple):
         options.log_severity_level = 4  # what fails is raised, and told once
         # Products behind DequantizeLinear would otherwise have inputs rounded to 8 bits, unasked.
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-        if threads is not None:
-            options.intra_op_num_threads = threads
+        # Given a number, it pins no thread to a core, where another program may be.
+        options.intra_op_num_threads = threads or product_threads()
+        options.add_session_config_entry("session.intra_op.spin_duration_us", _SPIN_US)
+        if not optimised:
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         path = folder / GRAPH_FILE
         borrows = _borrows_files(onnxruntime.__version__)
         weights = _map_weights(folder / WEIGHTS_FILE) if borrows else None

@@ -35,7 +35,7 @@ def open_session(
         folder: has `export.json` (ONNX), `engine.plan` (TensorRT), or `config.json` and weights
             (PyTorch).
         backend: `auto`, `torch`, `onnx` or `tensorrt`.
-        threads: threads of ONNX Runtime within one operator; None leaves the choice to it.
+        threads: threads of ONNX Runtime within one operator; None takes one to a physical core.
         device: where PyTorch computes; the other backends have one of their own.
         slots: rows of the cache to begin with, where the backend keeps several in one.
 
