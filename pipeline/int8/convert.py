@@ -13,7 +13,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from pipeline.checkpoint.install import install_
 from pipeline.checkpoint.modeling_quantized import Codes
-from pipeline.int8.grids import LARGEST_BIAS, ActivationGrid, short_scale, whole_bias
+from pipeline.int8.grids import ActivationGrid, with_bias
 from pipeline.int8.ranges import weight_scales
 from pipeline.int8.runtimes import Int8Runtime
 from pipeline.int8.structure import ConvStructure
@@ -50,6 +50,7 @@ def int8_entries(
     structure: ConvStructure,
     grids: Mapping[int, ActivationGrid],
     runtime: Int8Runtime,
+    rounding: WeightRounding,
     convs: Collection[str] | None = None,
 ) -> Entries:
     """`quantization_config.modules` of a network whose convolutions are rounded.
@@ -58,11 +59,13 @@ def int8_entries(
         structure: of the network.
         grids: of its tensors.
         runtime: says where activations are rounded.
+        rounding: of the kernels.
         convs: those that are rounded; by default all.
 
     Returns:
         Name of the module -> its form, the codes of its input and output if they are rounded
-        there, and the numbers of their grids; `into` of a folded norm is its convolution.
+        there, and the numbers of their grids; `bits` are those of a kernel, `into` of a folded
+        norm is its convolution.
     """
     chosen = structure.convs if convs is None else {n: structure.convs[n] for n in convs}
     rounded = {site.reads for site in chosen.values()} if runtime.outputs else set()
@@ -81,7 +84,7 @@ def int8_entries(
     for name, site in chosen.items():
         held = site.source in entries and entries[site.source]["output"] is not None
         kind = None if held else grids[site.reads].codes.name
-        entries[name] |= {"input": kind, "reads": site.reads}
+        entries[name] |= {"input": kind, "reads": site.reads, "bits": rounding.bits}
     return entries
 
 
@@ -144,14 +147,12 @@ def int8_tensors(
                 tensors |= _grid_tensors(f"{name}.{part}", grids[entry[place]])
         if entry["form"] == "conv":
             weight, bias = kernels[name]
-            step = grids[entry["reads"]].scale
-            scale = rounding.scales(weight) if scales is None else scales[name]
-            # A kernel that is small beside its bias takes larger steps: their sum is exact.
-            scale = torch.maximum(scale, short_scale(bias.abs() / (step * LARGEST_BIAS)))
-            codes = rounding.codes.of(weight, scale[:, None, None, None])
+            own = rounding.scales(weight) if scales is None else scales[name]
+            own, bias = with_bias(own, bias, torch.tensor(grids[entry["reads"]].scale))
+            codes = rounding.codes.of(weight, own[:, None, None, None])
             tensors[f"{name}.codes"] = codes.to(torch.int8)
-            tensors[f"{name}.scales"] = scale.float().view(torch.int32)
-            tensors[f"{name}.bias"] = whole_bias(bias, step * scale)
+            tensors[f"{name}.scales"] = own.view(torch.int32)
+            tensors[f"{name}.bias"] = bias
     return tensors
 
 

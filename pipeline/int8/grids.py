@@ -21,7 +21,7 @@ from pipeline.checkpoint.modeling_quantized import Codes
 
 _STEPS = 8  # of an octave's upper end: mantissas are 4/8, 5/8, 6/8 and 7/8
 _SMALLEST_SCALE = 2.0**-100
-LARGEST_BIAS = 2**17  # units that a bias may have
+_MOST_UNITS = 2**17  # of a bias
 
 
 def short_scale(scale: torch.Tensor) -> torch.Tensor:
@@ -31,23 +31,31 @@ def short_scale(scale: torch.Tensor) -> torch.Tensor:
         scale: at least 0, any shape.
 
     Returns:
-        Float32, of its shape.
+        Float32, of its shape; its gradient is that of the scale.
     """
-    mantissa, exponent = torch.frexp(scale.double().clamp_min(_SMALLEST_SCALE))
-    return torch.ldexp((mantissa * _STEPS).ceil() / _STEPS, exponent).float()
+    mantissa, exponent = torch.frexp(scale.detach().double().clamp_min(_SMALLEST_SCALE))
+    short = torch.ldexp((mantissa * _STEPS).ceil() / _STEPS, exponent).float()
+    return _Instead.apply(scale, short) if scale.requires_grad else short  # type: ignore[no-untyped-call]
 
 
-def whole_bias(bias: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
-    """The nearest whole multiples of a unit.
+def with_bias(
+    scales: torch.Tensor, bias: torch.Tensor, step: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales of a kernel, and its bias in the units in which its sums are; with gradients.
+
+    A kernel that is small beside its bias takes larger steps, so that their sum is exact.
 
     Args:
-        bias: float [m].
-        unit: scale of what is read times scales of the kernel, float32 [m].
+        scales: short, float32 [m].
+        bias: float32 [m].
+        step: scale of what the convolution reads, short, float32 [].
 
     Returns:
-        Float32 [m].
+        Scales, and the bias as whole multiples of step * scale, float32 [m].
     """
-    return (bias / unit).round() * unit
+    scales = torch.maximum(scales, short_scale(bias.detach().abs() / (step.detach() * _MOST_UNITS)))
+    unit = step * scales
+    return scales, _Round.apply(bias / unit) * unit  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True)
@@ -69,6 +77,18 @@ class ActivationGrid:
         return self.codes.rounded(x, torch.tensor(self.scale, dtype=x.dtype), self.zero)
 
 
+class _Instead(torch.autograd.Function):
+    """Other numbers in the place of a tensor, whose gradient is theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, instead: torch.Tensor) -> torch.Tensor:
+        return instead.view_as(instead)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        return gradient, None
+
+
 class _Round(torch.autograd.Function):
     """Round halves to even; the gradient passes as if nothing was rounded (1308.3432)."""
 
@@ -81,9 +101,7 @@ class _Round(torch.autograd.Function):
         return gradient
 
 
-def fake_quantize(
-    x: torch.Tensor, scale: torch.Tensor, zero: int, codes: Codes, gain: float = 1.0
-) -> torch.Tensor:
+def fake_quantize(x: torch.Tensor, scale: torch.Tensor, zero: int, codes: Codes) -> torch.Tensor:
     """The nearest values of a grid, with gradients for numbers and for the scale.
 
     Forwards it is `Codes.rounded`, bit for bit. Backwards a number within the range passes its
@@ -95,25 +113,9 @@ def fake_quantize(
         scale: float32, of a shape that x broadcasts with.
         zero: the code of 0.
         codes: of the grid.
-        gain: what the gradient of the scale is multiplied with.
 
     Returns:
         Float, of the shape of x.
     """
-    if gain != 1.0:
-        scale = _ScaledGradient.apply(scale, gain)  # type: ignore[no-untyped-call]
     placed = _Round.apply(x / scale) + zero  # type: ignore[no-untyped-call]
     return (placed.clamp(codes.low, codes.high) - zero) * scale
-
-
-class _ScaledGradient(torch.autograd.Function):
-    """The tensor itself, bit for bit, whose gradient is multiplied."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, gain: float) -> torch.Tensor:
-        ctx.gain = gain
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        return gradient * ctx.gain, None

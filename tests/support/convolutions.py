@@ -85,6 +85,7 @@ def rounded_small_net(
     """A network that was not changed yet, and what rounds it."""
     (structure, seen), model, row = seen_in_small_net(), small_net(), INT8_RUNTIMES[runtime]
     grids = activation_grids(seen, row, bits=bits)
-    entries = int8_entries(structure, grids, row, convs)
+    rounding = WeightRounding(bits)
+    entries = int8_entries(structure, grids, row, rounding, convs)
     kernels = folded_kernels(model, entries)
-    return model, entries, int8_tensors(entries, grids, kernels, WeightRounding(bits))
+    return model, entries, int8_tensors(entries, grids, kernels, rounding)

@@ -111,7 +111,7 @@ def test_the_network_of_driving_is_rounded_whole_but_for_what_its_heads_give() -
     assert len(structure.convs) == 65
     assert sum(site.norm is not None for site in structure.convs.values()) == 60
     grids = activation_grids(observe(model, structure, batches), row)
-    entries = int8_entries(structure, grids, row)
+    entries = int8_entries(structure, grids, row, WeightRounding())
     tensors = int8_tensors(entries, grids, folded_kernels(model, entries), WeightRounding())
     heads = [name for name in conv_names(entries) if structure.convs[name].norm is None]
     assert len(heads) == 5

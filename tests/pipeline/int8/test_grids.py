@@ -72,7 +72,7 @@ def test_training_rounds_as_inference_does_and_passes_gradients_within_the_range
     x = (10 * torch.randn(2000)).requires_grad_()
     scale = torch.tensor(0.07, requires_grad=True)
     codes = Codes.parse("int8")
-    rounded = fake_quantize(x, scale, 0, codes, gain=0.5)
+    rounded = fake_quantize(x, scale, 0, codes)
     assert torch.equal(rounded, codes.rounded(x.detach(), scale.detach()))
     upstream = torch.randn(2000)
     rounded.backward(upstream)
@@ -81,7 +81,7 @@ def test_training_rounds_as_inference_does_and_passes_gradients_within_the_range
     torch.testing.assert_close(x.grad, torch.where(inside, upstream, 0.0))  # times s, over s
     # Esser et al., equation 3.
     slope = torch.where(inside, steps.round() - steps, steps.round().clamp(-128, 127))
-    torch.testing.assert_close(scale.grad, 0.5 * (slope * upstream).sum(), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(scale.grad, (slope * upstream).sum(), rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize(
