@@ -116,7 +116,7 @@ def _track_by_lines(items: Iterable[_Item], description: str, total: int | None)
 
 
 def _time_left(seconds: float, done: int, total: int | None) -> str:
-    """ ", about 3 min left", if the rest goes as what is done; nothing where that cannot be told."""
+    """`, about 3 min left`, if the rest goes as what is done did; empty where that is unknown."""
     if not done or total is None:
         return ""
     left = seconds / done * (total - done)

@@ -38,15 +38,21 @@ ABOVE = {"build": "build", "doctor": "build", "face": "build", "substitute": "bu
 OF_ONE_TASK = (
     "pipeline.compress.classifier",
     "pipeline.compress.decoder",
+    "pipeline.compress.driving",
     "pipeline.export.prove_classifier",
     "pipeline.export.prove_decoder",
+    "pipeline.export.prove_driving",
     "pipeline.export.trace_classifier",
     "pipeline.export.trace_decoder",
+    "pipeline.export.trace_driving",
     "pipeline.model.classifier_structure",
     "pipeline.calibrate.images",
+    "pipeline.runtime.driving",
+    "pipeline.runtime.sessions.driving_sessions",
     "pipeline.runtime.sessions.image_sessions",
     "validate.classifier",
     "validate.decoder",
+    "validate.driving",
 )
 
 
@@ -148,8 +154,10 @@ def test_an_adapter_is_imported_by_the_table_alone_or_by_adapters_of_its_task() 
         reference.partition(":")[0] for row in TASKS.values() for reference in row.adapters.values()
     }
     assert named - {"pipeline.engine.profiles"} <= set(OF_ONE_TASK)
+    words = {"driving": "driving", "class": "images", "image": "images"}
     task_of = {
-        name: "images" if "class" in name or "image" in name else "text" for name in OF_ONE_TASK
+        name: next((task for word, task in words.items() if word in name), "text")
+        for name in OF_ONE_TASK
     }
     for name, target in arrows():
         if target in task_of:
@@ -164,4 +172,4 @@ def test_tasks_are_compared_in_no_module_but_the_table_and_adapters() -> None:
         for node in ast.walk(tree):
             if isinstance(node, ast.Compare):
                 words = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
-                assert not words & {"IMAGES", "TEXT"}, f"{name}:{node.lineno}"
+                assert not words & {"IMAGES", "TEXT", "DRIVING"}, f"{name}:{node.lineno}"

@@ -166,13 +166,18 @@ class _Outputs:
 
 
 def _options(
-    original: str, *, images: str | None = None, image_count: int | None = None, **text: Any
+    original: str,
+    *,
+    images: str | None = None,
+    image_count: int | None = None,
+    data: str | None = None,
+    **text: Any,
 ) -> _TextOptions:
     """The options among the flags; raise UsageError for those of images."""
-    if images is not None or image_count is not None:
+    if images is not None or image_count is not None or data is not None:
         raise UsageError(
             "A language model takes no images.",
-            where="--images",
+            where="--images" if data is None else "--data",
             observed=original,
             change="give --text",
         )

@@ -131,6 +131,8 @@ class Adapter:
         per_item: the unit of figures an item.
         top1: what the column of top-1 agreement means.
         columns: of the report, beside those that every task has.
+        kl_item: what a figure of KL is of, where that is no row of logits.
+        agreement: the head of the column that `top1` is about.
         drawn: the measure that is plotted.
     """
 
@@ -143,6 +145,8 @@ class Adapter:
     top1: str
     columns: tuple[Column, ...]
     drawn: Drawn
+    kl_item: str | None = None
+    agreement: str = "top-1"
 
 
 def run_ledger(
@@ -218,7 +222,7 @@ def _run_stage(
     try:
         # No name here holds the session, so that it goes once it is measured.
         outputs = adapter.measure(stage.name, stage.open(), inputs, watched)
-        row = _row_of(stage, adapter.item, outputs, watched, original)
+        row = _row_of(stage, adapter, outputs, watched, original)
     except PipelineError as error:
         verdict = Verdict.not_run(str(error), required=stage.required or strict)
         return Row(stage.name, stage.reference, stage.tolerance, verdict)
@@ -231,7 +235,7 @@ def _run_stage(
 
 
 def _row_of(
-    stage: Stage, item: str, outputs: _Outputs, watched: Mapping[str, _Outputs], original: str
+    stage: Stage, task: Adapter, outputs: _Outputs, watched: Mapping[str, _Outputs], original: str
 ) -> Row:
     """The row of a stage that ran, but for how long it took."""
     reference = stage.reference or ""
@@ -247,7 +251,8 @@ def _row_of(
         to_reference,
         to_original,
         outputs.complaints(stage.tolerance, watched.get(reference)),
-        item=item,
+        item=task.item,
+        kl_item=task.kl_item,
         is_original=stage.name == original,
         cached=cached,
     )

@@ -51,6 +51,23 @@ class Accuracy:
 
 
 @dataclass(frozen=True)
+class DrivingScores:
+    """What a driving network sees in the images, against their labels and the original.
+
+    Attributes:
+        images: how many.
+        scores: as `pipeline.driving.scores.scores_of` names them; empty without labels.
+        standard_errors: of the chief ones, by the bootstrap over images.
+        to_original: as `pipeline.driving.scores.agreement` names it; None for the original.
+    """
+
+    images: int
+    scores: dict[str, float | None]
+    standard_errors: dict[str, float | None]
+    to_original: dict[str, float | None] | None
+
+
+@dataclass(frozen=True)
 class Row:
     """One stage of the ledger. What was not measured is None.
 
@@ -71,6 +88,7 @@ class Row:
         cached_to_reference: its logits of tokens behind a cache, against the reference's.
         cached_to_original: the same against the original's.
         answer: of a language model, to the question in the ledger's inputs.
+        driving: of a driving network.
     """
 
     name: str
@@ -89,6 +107,7 @@ class Row:
     cached_to_reference: Comparison | None = None
     cached_to_original: Comparison | None = None
     answer: str | None = None
+    driving: DrivingScores | None = None
 
     @property
     def closeness(self) -> Comparison | None:
@@ -207,6 +226,7 @@ def _row_from_json(fields: dict[str, Any]) -> Row:
             "perplexity": build("perplexity", Perplexity),
             "perplexity_change": build("perplexity_change", PerplexityChange),
             "accuracy": build("accuracy", Accuracy),
+            "driving": build("driving", DrivingScores),
         }
     )
 

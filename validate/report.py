@@ -124,7 +124,7 @@ def _columns_of(ledger: Ledger) -> tuple[Column, ...]:
         Column("cosine", f"{equal} worst {task.item} / mean.", _cosine),
         Column("error", "Of the logits against those it should equal: largest / mean.", _error),
         Column("KL orig.", f"KL(original || stage), nats {task.per_item}, mean.", _divergence),
-        Column("top-1", task.top1, _top1),
+        Column(task.agreement, task.top1, _top1),
         *task.columns,
         Column("s", "Seconds for loading and all measurements.", _seconds),
     )

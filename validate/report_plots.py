@@ -35,7 +35,7 @@ def plot_ledger(ledger: Ledger) -> list[_Plot]:
         _error_plot(ledger),
         _divergence_plot(ledger, task.per_item),
         _measure_plot(ledger, task.drawn),
-        _top1_plot(ledger),
+        _top1_plot(ledger, task.agreement),
     ]
 
 
@@ -78,9 +78,9 @@ def _measure_plot(ledger: Ledger, drawn: Drawn) -> _Plot:
     return _Plot(drawn.title, _to_svg(figure))
 
 
-def _top1_plot(ledger: Ledger) -> _Plot:
+def _top1_plot(ledger: Ledger, agreement: str) -> _Plot:
     """Top-1 agreement with the original, per cent."""
-    title = "Top-1 agreement with the original, %"
+    title = f"{agreement.capitalize()} agreement with the original, %"
     figure, axes = _new_axes(ledger, title)
     metrics = [row.to_original.metrics if row.to_original else None for row in ledger.rows]
     _draw_bars(axes, ledger, [100 * entry.top1_agreement if entry else 0.0 for entry in metrics])

@@ -33,6 +33,8 @@ class Tolerance:
             cosine alone is a blunt test: noise that leaves 0.9994 changes 1 % of SmolLM2's top-1
             choices.
         max_kl: largest mean KL(original || stage), nats per token or image.
+        max_score_drop: by how much a score against labels, in [0, 1], may be below its
+            reference's.
         max_greedy_gap: how sure, in parts of the largest logit, the stage or its reference may be
             of a token where their greedy answers part; beyond that it is no tie.
     """
@@ -42,6 +44,7 @@ class Tolerance:
     max_kl_to_reference: float | None = None
     max_kl: float | None = None
     max_greedy_gap: float | None = None
+    max_score_drop: float | None = None
 
     @property
     def is_free(self) -> bool:
@@ -87,6 +90,8 @@ class Openers:
         full_cache: as `model`, of one whose cache is smaller: what is cached is what the latents
             stand for.
         rounded_cache: as `model`, with its cache rounded as the export in a folder rounds it.
+        unoptimised: as `onnx`, of a graph whose nodes run as they are written; None where that is
+            no stage of its own.
     """
 
     model: Callable[[PreTrainedModel, str], Any]
@@ -94,6 +99,7 @@ class Openers:
     engine: Callable[[Path, str], Any]
     full_cache: Callable[[PreTrainedModel, str], Any] | None = None
     rounded_cache: Callable[[PreTrainedModel, Path, str], Any] | None = None
+    unoptimised: Callable[[Path, str], Any] | None = None
 
 
 ORIGINAL = "original"
@@ -104,7 +110,9 @@ SKIP_FORM = "compressed, skip form"
 CACHE_FULL, CACHE_LATENT = "cache, full width", "cache, latent"
 
 # Both forms are the same matrix, multiplied out in another order in float32.
-_SAME_IN_FLOAT32 = Tolerance(min_cosine=0.99999, max_kl_to_reference=1e-5, max_greedy_gap=1e-3)
+_SAME_IN_FLOAT32 = Tolerance(
+    min_cosine=0.99999, max_kl_to_reference=1e-5, max_greedy_gap=1e-3, max_score_drop=3e-3
+)
 _SAME_MATRIX = replace(_SAME_IN_FLOAT32, max_relative_error=1e-3)
 # SmolLM2-135M exported in float16 has cosine 0.999994 and KL 1.1e-5 to its float32 original.
 _SAME_IN_FLOAT16 = Tolerance(min_cosine=0.999, max_kl_to_reference=1e-3)
@@ -251,7 +259,8 @@ def standard_stages(
     from, with the latents of its smaller cache if it has one; without a checkpoint it should equal
     the original. One whose cache holds codes should equal PyTorch that rounds likewise, which is a
     stage of its own and says what that costs. Of a quantised checkpoint both forms are those of the
-    values that its codes stand for: `validate.rounding` says what they cost.
+    values that its codes stand for: `validate.rounding` says what they cost. Where a task asks for
+    it, an export's graph is also run as it is written, without ONNX Runtime's rewriting.
 
     Args:
         artefacts: what there is.
@@ -288,6 +297,10 @@ def standard_stages(
                 _open_rounded, artefacts, openers, folder, equal, trust_remote_code
             )
             stages.append(Stage(equal, opener, reference, _ROUNDED_CACHE))
+        if openers.unoptimised is not None:
+            as_written = f"{name}, not optimised"
+            opener = functools.partial(openers.unoptimised, folder, as_written)
+            stages.append(Stage(as_written, opener, equal, _onnx_tolerance(record)))
         opener = functools.partial(openers.onnx, folder, name)
         stages.append(Stage(name, opener, equal, _onnx_tolerance(record)))
     for folder, label in _labelled(artefacts.engines):

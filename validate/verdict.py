@@ -44,6 +44,7 @@ class Verdict:
         complaints: Sequence[str] = (),
         *,
         item: str = "token",
+        kl_item: str | None = None,
         is_original: bool = False,
         cached: tuple[Comparison | None, Comparison | None] = (None, None),
     ) -> Verdict:
@@ -55,6 +56,7 @@ class Verdict:
             to_original: against the original; None if that one did not run.
             complaints: what is a failure beside the logits.
             item: what a row of logits is of.
+            kl_item: what a figure of KL is of; None for the same.
             is_original: it is the baseline, and there is nothing to compare it with.
             cached: as `to_reference` and `to_original`, of tokens behind a cache.
         """
@@ -68,10 +70,11 @@ class Verdict:
         ]
         reasons += complaints
         if not is_original:
-            reasons += _reference_reasons(tolerance, to_reference, item)
-            reasons += _original_reasons(tolerance, to_original, item)
+            reasons += _reference_reasons(tolerance, to_reference, item, kl_item or item)
+            reasons += _original_reasons(tolerance, to_original, kl_item or item)
             if cached[0] is not None:
-                reasons += _reference_reasons(tolerance, cached[0], item + _CACHED)
+                behind = item + _CACHED
+                reasons += _reference_reasons(tolerance, cached[0], behind, behind)
             if cached[1] is not None:
                 reasons += _original_reasons(tolerance, cached[1], item + _CACHED)
         if reasons:
@@ -79,7 +82,9 @@ class Verdict:
         return cls(_MEASURED if tolerance.is_free else _PASS)
 
 
-def _reference_reasons(tolerance: Tolerance, comparison: Comparison | None, item: str) -> list[str]:
+def _reference_reasons(
+    tolerance: Tolerance, comparison: Comparison | None, item: str, kl_item: str
+) -> list[str]:
     """Complaints about the distance to the reference stage; `not >=` so that NaN fails."""
     if not tolerance.needs_reference:
         return []
@@ -100,7 +105,7 @@ def _reference_reasons(tolerance: Tolerance, comparison: Comparison | None, item
     limit = tolerance.max_kl_to_reference
     if limit is not None and not metrics.kl_mean <= limit:
         reasons.append(
-            f"KL to '{comparison.other}' is {metrics.kl_mean:.4g} nats per {item}, "
+            f"KL to '{comparison.other}' is {metrics.kl_mean:.4g} nats per {kl_item}, "
             f"at most {limit:g} is allowed"
         )
     if not reasons and comparison.polygraphy_passed is False:

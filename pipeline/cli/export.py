@@ -90,7 +90,8 @@ def command(
 ) -> None:
     """Export one ONNX graph for prefill and decode, with genai_config.json beside it.
 
-    Of an image classifier: one graph from pixel values to logits, any number of images at once.
+    Of an image classifier: one graph from pixel values to logits, any number of images at once. Of
+    a driving network: to its five maps, which are decoded outside.
 
     \b
     skipcat export small -o small-onnx
@@ -105,6 +106,7 @@ def command(
 
     from pipeline.export.export import export_folder
     from pipeline.export.request import ExportRequest
+    from pipeline.model.task import TASKS
 
     request = ExportRequest(
         profile, dtype, max_length, weights, products, trust_remote_code, cache, calibration
@@ -114,6 +116,7 @@ def command(
         click.echo(json.dumps(record, indent=2))
         return
     images = PIXEL_VALUES in record
+    adapters = TASKS[record["task"]].adapters if images else {}
     size = "x".join(map(str, record[PIXEL_VALUES])) if images else record["max_length"]
     total_bytes = record["graph_bytes"] + record["data_bytes"]
     click.echo(
@@ -124,7 +127,8 @@ def command(
     )
     click.echo(f"runs in: {record['runs_in']}")
     if images:
-        click.echo(options.what_next(f"engine {output} -o engine", f"validate --onnx {output}"))
+        other = f"run {output} --image" if "look" in adapters else f"validate --onnx {output}"
+        click.echo(options.what_next(f"engine {output} -o engine", other))
         return
     other = f"serve {output}" if profile == CPU else f"engine {output} -o engine"
     click.echo(options.what_next(f'run {output} -p "..."', other))

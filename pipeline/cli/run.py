@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pipeline.cli import options
+from pipeline.cli.run_images import image_options, look_at
 from pipeline.cli.run_prompts import Messages, Way, answer_all, decode_prompt, say, write_text
 from pipeline.errors import UsageError
 from pipeline.runtime.chat_template import require_text
@@ -73,6 +74,7 @@ _sampling_options = options.apply(
 )
 @options.draft
 @_sampling_options
+@image_options
 @options.json_output
 def command(
     folder: Path,
@@ -81,6 +83,10 @@ def command(
     batch_size: int,
     system: str | None,
     raw: bool,
+    images: tuple[Path, ...],
+    video: Path | None,
+    output: Path | None,
+    overwrite: bool,
     as_json: bool,
     **settings: Any,
 ) -> None:
@@ -88,13 +94,18 @@ def command(
 
     FOLDER is an exported ONNX folder, an engine, a compressed checkpoint, or any model folder.
     Without --prompt the prompt is read from stdin; at a terminal it becomes a conversation, of
-    which each turn reads only what is new.
+    which each turn reads only what is new. A driving network looks at --image or --video instead.
 
     \b
       skipcat run build/onnx -p "What is a whale?"
       skipcat run build/cpu --prompts questions.txt --json > answers.jsonl
       echo "Once upon a time" | skipcat run build/checkpoint --raw
+      skipcat run net --image road.jpg -o seen
     """  # noqa: D301 - click reads the escape
+    if images or video is not None or output is not None:
+        runtime = {name: settings[name] for name in ("backend", "threads", "device")}
+        look_at(folder, images, video, output, overwrite, as_json, **runtime)
+        return
     stops: tuple[str, ...] = settings["stops"]
     for flag, text in (("--prompt", prompt), ("--system", system), *(("--stop", s) for s in stops)):
         require_text(text or "", flag)

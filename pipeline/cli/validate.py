@@ -50,9 +50,19 @@ _image_options = options.apply(
     click.option(
         "--images",
         help="Of an image classifier, in place of the text: a folder of images (in sub-folders by "
-        "class if labelled), or a .npz, .npy or .safetensors of arrays.",
+        "class if labelled), or a .npz, .npy or .safetensors of arrays. Of a driving network: a "
+        "folder of images without labels.",
     ),
-    click.option("--image-count", type=options.positive, help="Images to draw. [1024]"),
+    click.option(
+        "--data",
+        help="Of a driving network: a labelled set, as `skipcat train --data` takes it; of it, "
+        "what is there to validate on.",
+    ),
+    click.option(
+        "--image-count",
+        type=options.positive,
+        help="Images to draw, or of a driving network to take at most. [1024; 160]",
+    ),
 )
 
 
@@ -88,6 +98,7 @@ def command(
     BUILD_FOLDER holds checkpoint/, onnx*/ and engine*/. The stages can also be given one by one:
     an --onnx or --engine should equal the --checkpoint, or the --original if there is none.
     An image classifier is given --images instead; its accuracy is measured where they are labelled.
+    A driving network is given --data, whose labels its boxes and masks are scored against.
     Writes ledger.json and ledger.html. Exit status 5: a stage is beyond its tolerance.
     """
     artefacts = _gather(build_folder, original, checkpoint, onnx, engine)
@@ -106,10 +117,15 @@ def command(
         lambda: validate(ValidateRequest.of(artefacts, **given), aside),
         output,
         overwrite=overwrite,
-        inputs=(*artefacts.inputs, settings["text"], settings["images"] or ""),
+        inputs=(*artefacts.inputs, settings["text"], *_images_of(settings)),
     )
     _show(ledger, output, as_json)
     ledger.require_passed()
+
+
+def _images_of(settings: dict[str, Any]) -> list[str]:
+    """Paths of images that are read."""
+    return [(settings[name] or "").partition(":")[0] for name in ("images", "data")]
 
 
 def _gather(

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from pipeline.errors import InputError
 from pipeline.model.loading import explaining
 
 NO_BOXES = np.zeros((0, 4), np.float32)
@@ -88,6 +89,25 @@ class DrivingSet:
 def images_in(folder: Path) -> dict[str, Path]:
     """The image files that lie in a folder, in order, by their names without the ending."""
     return {p.stem: p for p in sorted(folder.iterdir()) if p.suffix.lower() in _SUFFIXES}
+
+
+def images_at(paths: Sequence[Path]) -> list[Path]:
+    """Image files, and those that lie in folders, in order.
+
+    Raises:
+        InputError: a path is neither, or there is no image.
+    """
+    found: list[Path] = []
+    for path in paths:
+        files = list(images_in(path).values()) if path.is_dir() else [path]
+        if not files or not files[0].is_file():
+            raise InputError(
+                "There is no image here.",
+                where=path,
+                expected=f"an image, or a folder of images ({', '.join(_SUFFIXES)})",
+            )
+        found += files
+    return found
 
 
 def open_image(path: object) -> np.ndarray:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from scipy import ndimage
@@ -38,6 +39,29 @@ class _ScoredImage:
     truth: np.ndarray
     ignored: np.ndarray
 
+    @cached_property
+    def ranked(self) -> _ScoredImage:
+        """The best boxes, the best first."""
+        order = np.argsort(-self.scores, kind="stable")[:_MOST_BOXES]
+        return _ScoredImage(self.boxes[order], self.scores[order], self.truth, self.ignored)
+
+    @cached_property
+    def _verdicts(self) -> dict[float, np.ndarray]:
+        return {}
+
+    def verdicts(self, threshold: float) -> np.ndarray:
+        """As `_matched`, which is asked once: the bootstrap draws an image a hundred times."""
+        if threshold not in self._verdicts:
+            self._verdicts[threshold] = _matched(self, threshold)
+        return self._verdicts[threshold]
+
+    @cached_property
+    def recalled(self) -> int:
+        """True boxes that a box which a user sees finds."""
+        seen = self.scores >= _SEEN
+        image = _ScoredImage(self.boxes[seen], self.scores[seen], self.truth, NO_BOXES)
+        return int((_matched(image, 0.5) == 1).sum())
+
 
 def _average_precision(
     images: Sequence[_ScoredImage], thresholds: Sequence[float] = (0.5,)
@@ -56,19 +80,14 @@ def _average_precision(
     truths = sum(len(image.truth) for image in images)
     if not truths:
         return None
-    ranked = [_ranked(image) for image in images]
+    ranked = [image.ranked for image in images]
     scores = np.concatenate([image.scores for image in ranked])
     order = np.argsort(-scores, kind="stable")
     found = []
     for threshold in thresholds:
-        verdicts = np.concatenate([_matched(image, threshold) for image in ranked])[order]
+        verdicts = np.concatenate([image.verdicts(threshold) for image in ranked])[order]
         found.append(_area(verdicts[verdicts >= 0] == 1, truths))
     return np.array(found)
-
-
-def _ranked(image: _ScoredImage) -> _ScoredImage:
-    order = np.argsort(-image.scores, kind="stable")[:_MOST_BOXES]
-    return _ScoredImage(image.boxes[order], image.scores[order], image.truth, image.ignored)
 
 
 def _matched(image: _ScoredImage, threshold: float) -> np.ndarray:
@@ -287,6 +306,28 @@ def scores_of(images: Sequence[ImageScore]) -> dict[str, float | None]:
     return scores
 
 
+def agreement(seen: Sequence[Perception], others: Sequence[Perception]) -> dict[str, float | None]:
+    """How alike what was seen in the same images by two is, in [0, 1]; None where neither saw any.
+
+    `boxes_f` is twice the pairs of boxes that overlap by half, over all boxes; the others are
+    intersection over union of the masks, which no background can make look good.
+    """
+    hits = count = 0
+    drivable = lane = _MaskCounts()
+    for own, other in zip(seen, others, strict=True):
+        a, b = (x.boxes[x.scores >= _SEEN] for x in (own, other))
+        image = _ScoredImage(a, own.scores[own.scores >= _SEEN], b, NO_BOXES)
+        hits += int((_matched(image, 0.5) == 1).sum())
+        count += len(a) + len(b)
+        drivable += _MaskCounts.of(other.drivable, own.drivable)
+        lane += _MaskCounts.of(other.lane, own.lane)
+    return {
+        "boxes_f": _ratio(2 * hits, count),
+        "drivable_iou": drivable.iou,
+        "lane_iou": lane.iou,
+    }
+
+
 def standard_errors(
     images: Sequence[ImageScore], names: Sequence[str], *, draws: int = 100, seed: int = 0
 ) -> dict[str, float | None]:
@@ -308,11 +349,5 @@ def standard_errors(
 
 
 def _box_recall(images: Sequence[_ScoredImage]) -> float | None:
-    seen = [
-        _ScoredImage(i.boxes[i.scores >= _SEEN], i.scores[i.scores >= _SEEN], i.truth, NO_BOXES)
-        for i in images
-    ]
-    truths = sum(len(image.truth) for image in seen)
-    if not truths:
-        return None
-    return sum(int((_matched(image, 0.5) == 1).sum()) for image in seen) / truths
+    truths = sum(len(image.truth) for image in images)
+    return sum(image.recalled for image in images) / truths if truths else None

@@ -23,7 +23,7 @@ _TRACE_BATCH = 3
 
 
 class _Maps(nn.Module):
-    """Pixel values in, five maps out; boxes are decoded outside, by one decoder for all runtimes."""
+    """Pixel values in, five maps out; one decoder outside makes boxes for all runtimes."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()

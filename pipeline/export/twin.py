@@ -316,9 +316,11 @@ def _random(config: PreTrainedConfig, task: Task, dtype: torch.dtype) -> PreTrai
             _fill_(parameter)
             parameter.copy_(parameter.to(dtype))
         for module in model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
-                module.running_mean.normal_(0.0, _SPREAD)
-                module.running_var.uniform_(1 - _SPREAD, 1 + _SPREAD)
+            for name, buffer in module.named_buffers(recurse=False):
+                if name == "running_mean":  # of a batch normalisation, made as 0 and 1
+                    buffer.normal_(0.0, _SPREAD)
+                elif name == "running_var":
+                    buffer.uniform_(1 - _SPREAD, 1 + _SPREAD)
     return model.eval()
 
 

@@ -13,7 +13,7 @@ from pipeline.lazy import imported
 from pipeline.model.source import resolve_source
 
 Task = Literal["text-generation", "image-classification", "driving-perception"]
-_Stage = Literal["compress", "export", "prove", "engine", "ledger", "inspect"]
+_Stage = Literal["compress", "export", "prove", "engine", "ledger", "inspect", "look"]
 TEXT: Task = "text-generation"
 IMAGES: Task = "image-classification"
 DRIVING: Task = "driving-perception"
@@ -48,7 +48,8 @@ class _TaskRow:
         card: what a model card says.
         record_fields: what an export's record says of its graph, beside what it says of any.
         adapters: what each stage needs of the task, as `module:name`; imported when it is asked
-            for, so that this table depends on no stage.
+            for, so that this table depends on no stage. Of `look`, which images and videos are for,
+            a task may have none.
         verbs: the commands that take such a model.
         own_classes: a module of ours whose import makes transformers know the task's classes; None
             where they are transformers' own.
@@ -124,8 +125,9 @@ TASKS: dict[Task, _TaskRow] = {
             "engine": "pipeline.engine.profiles:image_limits",
             "ledger": "validate.driving:DRIVING_NETWORK",
             "inspect": "pipeline.compress.driving:facts",
+            "look": "pipeline.runtime.driving:perceive_files",
         },
-        verbs="train, export, engine, validate or inspect",
+        verbs="export, engine, validate, inspect, or run with --image or --video",
         own_classes="pipeline.driving.preprocess",
     ),
 }
@@ -134,6 +136,23 @@ TASKS: dict[Task, _TaskRow] = {
 def adapter_of(task: Task, stage: _Stage) -> Any:
     """What a stage needs of a task, imported now."""
     return imported(TASKS[task].adapters[stage])
+
+
+def looker_of(folder: Path) -> Any:
+    """What looks at images with the model in a folder, imported now.
+
+    Raises:
+        InputError: its task has nothing that does.
+    """
+    found = task_of_folder(folder)
+    if "look" not in TASKS[found].adapters:
+        raise InputError(
+            "This model cannot be run on images.",
+            where=folder,
+            observed=TASKS[found].kind,
+            expected=" or ".join(row.kind for row in TASKS.values() if "look" in row.adapters),
+        )
+    return adapter_of(found, "look")
 
 
 def know_own_classes() -> None:

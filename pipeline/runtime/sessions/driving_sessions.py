@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -37,9 +37,9 @@ class DrivingTraits:
     anchors: Anchors
 
     @classmethod
-    def of(cls, pixel_values: Sequence[int], labels: Sequence[str], anchors: Anchors) -> Any:
+    def of(cls, shape: Sequence[int], labels: Sequence[str], anchors: Anchors) -> DrivingTraits:
         """By what the record of an export or an engine says."""
-        return cls((pixel_values[1], pixel_values[2]), tuple(labels), anchors)
+        return cls((shape[1], shape[2]), tuple(labels), anchors)
 
     @property
     def map_shapes(self) -> dict[str, tuple[int, ...]]:

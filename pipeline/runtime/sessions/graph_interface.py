@@ -108,7 +108,7 @@ def require_image_graph(
 
 
 def require_logits(logits: np.ndarray, shape: tuple[int, ...], graph: Path) -> None:
-    """Raise InputError unless a graph gave logits, or maps of them, of the shape that its record promises."""
+    """Raise InputError unless a graph gave logits of the shape that its record promises."""
     if logits.shape != shape:
         raise InputError(
             f"The graph's logits are not what {RECORD_FILE} promises.",
