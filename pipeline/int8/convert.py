@@ -110,10 +110,11 @@ def folded_kernels(model: nn.Module, entries: Entries) -> dict[str, Kernel]:
         bias = weight.new_zeros(len(weight)) if bias is None else bias.detach().double()
         if name in norms:
             norm: Any = model.get_submodule(norms[name])
-            mean, variance, gain, shift = (
-                None if t is None else t.detach().double()
+            folded: Any = [
+                None if t is None else t.double()
                 for t in (norm.running_mean, norm.running_var, norm.weight, norm.bias)
-            )
+            ]
+            mean, variance, gain, shift = folded
             weight, bias = fuse_conv_bn_weights(weight, bias, mean, variance, norm.eps, gain, shift)
         kernels[name] = (weight.detach().float(), bias.detach().float())
     return kernels
