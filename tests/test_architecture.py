@@ -20,6 +20,7 @@ FLOORS = (
     "driving",  # of one task: its network and its data
     "calibrate",
     "checkpoint",
+    "int8",
     "export",
     "compress",  # what a file of a runtime holds is said by export's contract
     "kernels",
@@ -135,6 +136,8 @@ def test_there_are_no_circles() -> None:
         ("pipeline.compress.factorize", "pipeline.artefact"),
         ("pipeline.compress.factorize", "transformers"),
         ("pipeline.quantize", "transformers"),
+        ("pipeline.int8", "pipeline.model"),
+        ("pipeline.int8", "pipeline.driving"),
     ],
 )
 def test_a_stage_does_not_know_what_it_must_not(package: str, never: str) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pipeline.checkpoint.modeling_quantized import QuantizedLinear
 from pipeline.checkpoint.modeling_skipcat import FactoredLinear, stored_layer
 from pipeline.model.numbers import cast
 from pipeline.quantize.groupwise import Blocks
@@ -88,7 +89,7 @@ def group_entries(
 def install_(
     model: nn.Module, entries: dict[str, dict[str, Any]], tensors: dict[str, torch.Tensor]
 ) -> None:
-    """Replace linears and embeddings by layers that hold `tensors`; biases are taken over.
+    """Replace layers by those that hold `tensors`; the biases of linears are taken over.
 
     Args:
         model: changed in place.
@@ -98,7 +99,7 @@ def install_(
     for name, entry in entries.items():
         layer = stored_layer(model, name, entry, device="meta")
         bias = getattr(model.get_submodule(name), "bias", None)
-        if bias is not None:
+        if bias is not None and isinstance(layer, FactoredLinear | QuantizedLinear):
             (layer.up if isinstance(layer, FactoredLinear) else layer).bias = bias
         own = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
         for part, empty in own.items():

@@ -1,4 +1,4 @@
-"""Quantised matrices, and the linear layers and embeddings that hold them.
+"""Quantised matrices and kernels, and the layers that hold them: linear, embedding, convolution.
 
 This file travels with every compressed checkpoint, beside `modeling_skipcat.py`, which imports it,
 and depends on torch alone.
@@ -7,6 +7,7 @@ and depends on torch alone.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -195,3 +196,185 @@ class QuantizedEmbedding(_Typed):
     def extra_repr(self) -> str:
         """What print(model) shows."""
         return f"{self.num_embeddings}, {self.embedding_dim}, {self.stored.format_name}"
+
+
+@dataclass(frozen=True)
+class Codes:
+    """The whole numbers that codes may be: x = (code - zero point) * scale.
+
+    Attributes:
+        bits: of a code, 2 to 8.
+        signed: whether they are counted from below 0.
+        narrow: whether the outermost negative one is left out, as in weights.
+    """
+
+    bits: int
+    signed: bool = True
+    narrow: bool = False
+
+    @classmethod
+    def parse(cls, name: str) -> Codes:
+        """`int8` or `uint4`.
+
+        Raises:
+            ValueError: there are no such codes.
+        """
+        kind = name.rstrip("0123456789")
+        bits = name.removeprefix(kind)
+        if kind not in ("int", "uint") or bits not in ("2", "3", "4", "5", "6", "7", "8"):
+            raise ValueError(f"{name!r} are no codes: write int8 or uint8, of 2 to 8 bits")
+        return cls(int(bits), kind == "int")
+
+    @property
+    def name(self) -> str:
+        """As `parse` reads it."""
+        return ("int" if self.signed else "uint") + str(self.bits)
+
+    @property
+    def low(self) -> int:
+        """The smallest code."""
+        return self.narrow - 2 ** (self.bits - 1) if self.signed else 0
+
+    @property
+    def high(self) -> int:
+        """The largest code."""
+        return 2 ** (self.bits - self.signed) - 1
+
+    def of(
+        self, x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | int = 0
+    ) -> torch.Tensor:
+        """The nearest codes, float in the shape of x; as ONNX's QuantizeLinear has it."""
+        return ((x / scale).round() + zero).clamp(self.low, self.high)
+
+    def rounded(
+        self, x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | int = 0
+    ) -> torch.Tensor:
+        """The nearest values of the grid, in the shape of x."""
+        return (self.of(x, scale, zero) - zero) * scale
+
+
+class ActivationRounding(nn.Module):
+    """Rounds activations to codes with one scale, and gives what the codes stand for, float32.
+
+    Args:
+        codes: `int8` or `uint8`, or fewer bits.
+        device: where the scale is.
+
+    Attributes:
+        scale: int32 [], the bits of float32, which no cast of the model changes.
+        zero_point: int32 [].
+    """
+
+    scale: torch.Tensor
+    zero_point: torch.Tensor
+
+    def __init__(self, codes: str, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.codes = Codes.parse(codes)
+        for name in ("scale", "zero_point"):
+            self.register_buffer(name, torch.zeros((), dtype=torch.int32, device=device))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Values on the grid, of the shape of x."""
+        return self.codes.rounded(x.float(), self.scale.view(torch.float32), self.zero_point)
+
+    def extra_repr(self) -> str:
+        """What print(model) shows."""
+        return self.codes.name
+
+
+class RoundedActivation(nn.Module):
+    """An activation whose outputs are rounded.
+
+    Args:
+        activation: has no parameters, such as nn.ReLU.
+        codes: see `ActivationRounding`.
+        device: where the scale is.
+    """
+
+    def __init__(
+        self, activation: nn.Module, codes: str, device: torch.device | str | None = None
+    ) -> None:
+        super().__init__()
+        self.activation, self.output = activation, ActivationRounding(codes, device)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """What the activation gives, on the grid."""
+        return self.output(self.activation(x)).to(x.dtype)
+
+
+class Int8Conv(_Typed):
+    """A convolution in two dimensions whose kernels are whole numbers of a byte each.
+
+    Every output has a scale of its own. What it reads is rounded first, unless it is on its grid
+    already, and what it gives is rounded where a grid is named.
+
+    Args:
+        like: the convolution that it takes the place of; padded with zeros.
+        input_codes: see `ActivationRounding`; None reads numbers as they are.
+        output_codes: likewise.
+        device: where the parameters are made.
+        dtype: of the bias, and of what it returns where it was not told a type.
+
+    Attributes:
+        codes: int8, the shape of the convolution's weight [m, n, height, width].
+        scales: int32 [m], the bits of float32.
+        bias: [m].
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+
+    def __init__(
+        self,
+        like: nn.Conv2d,
+        input_codes: str | None,
+        output_codes: str | None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if like.padding_mode != "zeros":
+            raise ValueError(f"padding of {like.padding_mode!r} is not known to be on a grid")
+        self.stride, self.padding, self.dilation = like.stride, like.padding, like.dilation
+        self.groups, self.out_channels = like.groups, like.out_channels
+        self.dtype = dtype or torch.get_default_dtype()
+        for name, shape, kind in (
+            ("codes", like.weight.shape, torch.int8),
+            ("scales", (like.out_channels,), torch.int32),
+        ):
+            self.register_buffer(name, torch.zeros(shape, dtype=kind, device=device))
+        empty = torch.empty(like.out_channels, device=device, dtype=dtype)
+        self.bias = nn.Parameter(empty, requires_grad=False)
+        self.input, self.output = (
+            None if codes is None else ActivationRounding(codes, device)
+            for codes in (input_codes, output_codes)
+        )
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """What the codes stand for, float32 [m, n, height, width]."""
+        return self.codes.float() * self.scales.view(torch.float32)[:, None, None, None]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Features [B, m, height, width] of [B, n, height, width], computed in float32."""
+        return self.convolved(x, self.weight)
+
+    def convolved(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """The same with a weight that is at hand, float32."""
+        read = x.float() if self.input is None else self.input(x)
+        y = F.conv2d(
+            read,
+            weight,
+            self.bias.float(),
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
+        )
+        return (y if self.output is None else self.output(y)).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        """What print(model) shows."""
+        return f"{list(self.codes.shape)}, stride={self.stride}, groups={self.groups}"

@@ -20,10 +20,18 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 # Relative, so that it is found in the package and in the folder of a checkpoint.
-from .modeling_quantized import QuantizedEmbedding, QuantizedLinear
+from .modeling_quantized import (
+    Codes,
+    Int8Conv,
+    QuantizedEmbedding,
+    QuantizedLinear,
+    RoundedActivation,
+)
 
 QUANT_METHOD = "skipcat"
 FORMAT_VERSION = 2
+# Forms of a network whose convolutions have a byte for each number.
+FORMS_OF_BYTES = _CONV, _ACTIVATION, _FOLDED = "conv", "activation", "folded"
 
 
 class FactoredLinear(nn.Module):
@@ -137,10 +145,14 @@ def stored_layer(
         entry: {"form", "rank", "owner"} as in `quantization_config.modules`, and for quantised
             matrices "down_style" and "up_style". Forms: "skip" and "low_rank" are factored;
             "dense" is a quantised matrix; "table" a quantised embedding; "head" a linear layer
-            that reads the embedding of its owner.
+            that reads the embedding of its owner. "conv", "activation" and "folded" have the
+            codes of "input" and "output" instead, or None: a convolution in 8 bits, an activation
+            that is rounded, and a norm that is part of the convolution before it.
         device: where its parameters are made; by default where those of the layer are.
     """
     layer = model.get_submodule(name)
+    if entry["form"] in FORMS_OF_BYTES:
+        return _layer_of_bytes(name, layer, entry, device)
     owner = model.get_submodule(entry["owner"]) if entry["owner"] else None
     form, down_style, up_style = entry["form"], entry.get("down_style"), entry.get("up_style")
     if form in ("table", "dense") and up_style is None:
@@ -177,12 +189,41 @@ def stored_layer(
     return FactoredLinear(*shape, entry["rank"], form, owner=owner, **keywords)
 
 
+def _layer_of_bytes(
+    name: str, layer: nn.Module, entry: dict[str, Any], device: torch.device | str | None
+) -> nn.Module:
+    """What `stored_layer` makes of a network in 8 bits."""
+    if entry["form"] == _FOLDED:
+        return nn.Identity()
+    if entry["form"] == _ACTIVATION:
+        return RoundedActivation(layer, entry["output"], device)
+    if not isinstance(layer, nn.Conv2d):
+        raise TypeError(f"{name} is a {type(layer).__name__}, not an nn.Conv2d")
+    weight = layer.weight
+    place = weight.device if device is None else device
+    return Int8Conv(layer, entry["input"], entry["output"], device=place, dtype=weight.dtype)
+
+
+def _require_codes(name: str, fields: dict[str, Any]) -> None:
+    """Raise ValueError unless the entry of a network in 8 bits names codes where it must."""
+    needed = {_CONV: ("input", "output"), _ACTIVATION: ("output",), _FOLDED: ()}[fields["form"]]
+    for part in needed:
+        codes = fields.get(part, "")
+        if codes is not None or fields["form"] == _ACTIVATION:
+            Codes.parse(str(codes))
+    if fields.get("owner") is not None:
+        raise ValueError(f"{name} shares with {fields['owner']!r}, and has nothing to share")
+
+
 def _require_entries(modules: object) -> None:
     """Raise ValueError or TypeError unless `modules` are entries as `stored_layer` reads them."""
     if not isinstance(modules, dict):
         raise TypeError("quantization_config.modules is not an object")
     for name, entry in modules.items():
         fields = entry if isinstance(entry, dict) else {}
+        if fields.get("form") in FORMS_OF_BYTES:
+            _require_codes(name, fields)
+            continue
         owner = fields.get("owner")
         known = fields.get("form") in ("skip", "low_rank", "dense", "table", "head")
         rank = fields.get("rank")

@@ -27,7 +27,7 @@ from transformers.pytorch_utils import Conv1D
 from pipeline.checkpoint.folder import read_architecture, require_exact, require_recorded_weights
 from pipeline.checkpoint.modeling_cache import SmallCacheConfig, SmallCacheQuantizer
 from pipeline.checkpoint.modeling_quantized import QuantizedWeight
-from pipeline.checkpoint.modeling_skipcat import require_permutation
+from pipeline.checkpoint.modeling_skipcat import FORMS_OF_BYTES, require_permutation
 from pipeline.errors import InputError
 from pipeline.model.loading import explaining, settle_ties
 from pipeline.model.numbers import cast, require_finite
@@ -271,6 +271,9 @@ def _unquantized(
     """
     factored, formats = {}, {}
     for name, entry in modules.items():
+        if entry["form"] in FORMS_OF_BYTES:  # of convolutions, whose codes are read at once
+            factored[name] = entry
+            continue
         is_factored = entry["form"] in ("skip", "low_rank")
         if is_factored:
             factored[name] = {key: entry[key] for key in ("form", "rank", "owner")}

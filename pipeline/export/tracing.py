@@ -29,6 +29,7 @@ from pipeline.checkpoint.skeleton import QuantizedMatrix, Skeleton
 from pipeline.errors import InputError
 from pipeline.export.attention import ATTENTION
 from pipeline.export.contract import BLOCK_SKIP_INDEXED, DOMAIN, OP_VERSION
+from pipeline.export.int8_nodes import int8_as_nodes
 from pipeline.export.passes.lay_out import LINEAR, TRACE_DOMAIN
 from pipeline.export.passes.weights import StoredCodes
 
@@ -85,7 +86,7 @@ def traced_graph(
         with _attending(model), _quiet_exporter(), torch.no_grad():
             if rehearse:
                 step(*inputs)
-            with _linears_as_nodes():
+            with _linears_as_nodes(), int8_as_nodes(model):
                 program = torch.onnx.export(
                     step.eval(), inputs, dynamo=True, optimize=True, verify=False, **keywords
                 )

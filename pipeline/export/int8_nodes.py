@@ -1,0 +1,132 @@
+"""Convolutions in 8 bits as QuantizeLinear and DequantizeLinear, which every runtime reads.
+
+Kernels stay a byte a number: DequantizeLinear (codes, a scale for each output) -> Conv. Biases stay
+float, since TensorRT refuses them as int32 codes, and ONNX Runtime rounds them by itself. What is
+rounded is rounded where the checkpoint says, and nowhere else.
+
+Beside unsigned activations kernels are written unsigned, too, counted from 128: they are the same
+numbers. On processors without VNNI, ONNX Runtime multiplies unsigned with signed bytes in sums of
+16 bits, which saturate without a word; unsigned with unsigned is right everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from unittest.mock import patch
+
+import onnx_ir as ir
+import torch
+from torch import nn
+
+from pipeline.checkpoint.modeling_quantized import ActivationRounding, Int8Conv
+from pipeline.errors import InputError
+from pipeline.int8.runtimes import int8_runtime
+
+_QUANTIZE, _DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
+# The first opset of DequantizeLinear with an axis.
+_VERSION = 13
+_SCALE, _ZERO, _CODES = "scale_number", "zero_code", "kernel_codes"
+_MIDDLE = 128  # what unsigned kernels are counted from
+
+
+def require_int8_runtime(model: nn.Module, runtime: str, where: object) -> None:
+    """Refuse a network whose activations were rounded for another runtime.
+
+    A network without rounded activations is any runtime's.
+
+    Args:
+        model: with its scales and zero points.
+        runtime: that the graph is for.
+        where: for the message.
+
+    Raises:
+        InputError: the runtime would compute in float, or other numbers without a word.
+    """
+    found = [(n, m) for n, m in model.named_modules() if isinstance(m, ActivationRounding)]
+    if found:
+        grids = ((name, module.codes, int(module.zero_point)) for name, module in found)
+        int8_runtime(runtime).require(grids, where)
+
+
+def require_symmetric_int8(graph: ir.Model, where: object) -> None:
+    """Refuse a graph that TensorRT would misread: it takes uint8 codes for int8, without a word.
+
+    Args:
+        graph: any ONNX graph.
+        where: its file, for the message.
+
+    Raises:
+        InputError: names the node.
+    """
+    for node in graph.graph.all_nodes():
+        if node.op_type not in (_QUANTIZE, _DEQUANTIZE) or len(node.inputs) < 3:
+            continue
+        zero = node.inputs[2]
+        constant = None if zero is None else ir.convenience.get_const_tensor(zero)
+        if zero is None:
+            continue
+        unsigned = constant is None or constant.dtype in (ir.DataType.UINT8, ir.DataType.UINT16)
+        if unsigned or bool(constant.numpy().astype("int32").any()):  # type: ignore[union-attr]
+            seen = "not a constant" if constant is None else constant.dtype.name.lower()
+            raise InputError(
+                "TensorRT knows neither uint8 codes nor zero points.",
+                where=f"{where}, {node.op_type} {node.name}",
+                observed=f"zero point of {zero.name}: {seen}",
+                expected="int8 codes, counted from 0",
+                change="compress again with --runtime tensorrt",
+            )
+
+
+@contextmanager
+def int8_as_nodes(model: nn.Module) -> Iterator[None]:
+    """Inside, torch.onnx.export writes rounding and kernels of a byte as nodes of ONNX.
+
+    Args:
+        model: its scales are given names of their own meanwhile, as the numbers that they are.
+    """
+    roundings = [m for m in model.modules() if isinstance(m, ActivationRounding)]
+    middle = _MIDDLE if any(not m.codes.signed for m in roundings) else 0
+    kind = torch.uint8 if middle else torch.int8
+    with ExitStack() as stack:
+        for module in model.modules():
+            if isinstance(module, ActivationRounding):
+                own = torch.int8 if module.codes.signed else torch.uint8
+                _lend(stack, module, _SCALE, module.scale.view(torch.float32))
+                _lend(stack, module, _ZERO, module.zero_point.to(own))
+            elif isinstance(module, Int8Conv):
+                zeros = torch.full_like(module.scales, middle, dtype=kind)
+                _lend(stack, module, _SCALE, module.scales.view(torch.float32))
+                _lend(stack, module, _ZERO, zeros)
+                _lend(stack, module, _CODES, (module.codes.to(torch.int16) + middle).to(kind))
+        stack.enter_context(patch.object(ActivationRounding, "forward", _rounded))
+        stack.enter_context(patch.object(Int8Conv, "forward", _convolved))
+        yield
+
+
+def _lend(stack: ExitStack, module: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    module.register_buffer(name, tensor, persistent=False)
+    stack.callback(delattr, module, name)
+
+
+def _rounded(self: ActivationRounding, x: torch.Tensor) -> torch.Tensor:
+    x, kind = x.float(), self.get_buffer(_ZERO).dtype
+    parameters = (self.get_buffer(_SCALE), self.get_buffer(_ZERO))
+    codes = torch.onnx.ops.symbolic(
+        _QUANTIZE, (x, *parameters), dtype=kind, shape=x.shape, version=_VERSION
+    )
+    return torch.onnx.ops.symbolic(
+        _DEQUANTIZE, (codes, *parameters), dtype=torch.float32, shape=x.shape, version=_VERSION
+    )
+
+
+def _convolved(self: Int8Conv, x: torch.Tensor) -> torch.Tensor:
+    weight = torch.onnx.ops.symbolic(
+        _DEQUANTIZE,
+        (self.get_buffer(_CODES), self.get_buffer(_SCALE), self.get_buffer(_ZERO)),
+        {"axis": 0},
+        dtype=torch.float32,
+        shape=self.codes.shape,
+        version=_VERSION,
+    )
+    return self.convolved(x, weight)
