@@ -24,6 +24,7 @@ from pipeline.folder_lock import LOCK_FILE, FolderLock
 from pipeline.json_file import json_field, read_json_object
 from pipeline.memory import peak_bytes
 from pipeline.model.fingerprint import file_hashes, model_hashes
+from pipeline.model.task import refuse_other_tasks, task_of_model
 from pipeline.output import check_output, real_path
 from pipeline.progress import note
 from pipeline.provenance import provenance
@@ -66,11 +67,13 @@ class BuildRequest:
         """Refuse values that cannot be meant, or that a later stage would refuse.
 
         Raises:
+            InputError: the model is no language model.
             UsageError: names the value and its range.
         """
         from validate.stages import Artefacts
 
         self.compress.check()
+        refuse_other_tasks(task_of_model(self.compress.model), self.compress.model)
         ExportRequest(max_length=self.max_length).check()
         artefacts = Artefacts(self.compress.model)
         texts: Any = self.validation(artefacts).options
