@@ -82,7 +82,7 @@ calibration_options = options.apply(
         "self",
         "A text file, 'wikitext2+c4' from the hub, 'self': text the model generates; or "
         "several, joined by '+'. For an image classifier a folder of images, or a .npz, .npy or "
-        ".safetensors of arrays.",
+        ".safetensors of arrays. For a driving network a folder of images, or scenes:DOMAIN:COUNT.",
     ),
     click.option(
         "--windows",
@@ -194,13 +194,14 @@ compression_options = options.apply(
 def command(
     output: Path, overwrite: bool, resume: bool, dry_run: bool, as_json: bool, **settings: Any
 ) -> None:
-    """Factor the linear layers of a decoder or image classifier; transformers loads the result.
+    """Factor linear layers, or round convolutions; transformers loads the result.
 
     \b
     skipcat compress -m smollm2-135m -o small --keep-params 0.8
     skipcat compress -m ./my-llama -o small --calibration valid.txt --windows 64 --window-length 512
     skipcat compress -m smollm2-135m -o small --memory 60MB
     skipcat compress -m ./my-vit -o small --keep-params 0.6 --calibration images/
+    skipcat compress -m ./driving -o small --method int8 --runtime cpu --calibration images/
     """  # noqa: D301 - click reads the escape
     from pipeline.compress.request import CompressRequest
     from pipeline.compress.run import compress_to_folder
@@ -218,6 +219,14 @@ def command(
         click.echo(json.dumps(report, indent=2))
         return
     totals = report["totals"]
+    if "convolutions" in report:
+        click.echo(
+            f"{output}: {totals['rounded']} of {len(report['convolutions'])} convolutions in 8 "
+            f"bits for {report['runtime']}; {totals['stored_bytes'] / 1e6:.2f} MB of weights, "
+            f"{totals['float32_bytes'] / 1e6:.2f} MB before"
+        )
+        click.echo(options.what_next(f"export {output} -o {output}-onnx"))
+        return
     click.echo(f"{output}: {totals['kept_fraction']:.1%} of the linear parameters kept")
     click.echo(
         f"{totals['total_before']:,} parameters before, {totals['total_after']:,} after; "

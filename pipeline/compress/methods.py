@@ -5,7 +5,7 @@ The command line reads this file for its choices: it imports nothing heavy.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 DEFAULT_METHOD = "skipcat-kl"
@@ -81,6 +81,21 @@ class _CacheFit:
 
 
 @dataclass(frozen=True)
+class ConvRounding:
+    """How the convolutions of a network are rounded to 8 bits.
+
+    Attributes:
+        observer: how the range of an activation is chosen, a name in `int8.ranges.OBSERVERS`.
+        per_channel: every output of a kernel has a scale of its own.
+        squares: scales of kernels are of least squared error, instead of holding every weight.
+    """
+
+    observer: str = "mse"
+    per_channel: bool = True
+    squares: bool = True
+
+
+@dataclass(frozen=True)
 class Method:
     """How a model is compressed.
 
@@ -93,6 +108,7 @@ class Method:
         quantizer: matrices stay dense, in one low-bit format that the user names.
         cache: what becomes of the KV cache under a budget of its own.
         cache_alone: the weights stay as they are.
+        convolutions: of networks of convolutions; None is for linear layers.
     """
 
     summary: str
@@ -103,6 +119,7 @@ class Method:
     quantizer: bool = False
     cache: _CacheFit = _CacheFit()
     cache_alone: bool = False
+    convolutions: ConvRounding | None = None
 
     @property
     def needs_costs(self) -> bool:
@@ -118,6 +135,7 @@ class Method:
             "allocation": self.allocation.name,
             "fit": self.fit.describe(),
             "quantizer": self.quantizer,
+            **({"convolutions": asdict(self.convolutions)} if self.convolutions else {}),
         }
 
 
@@ -161,6 +179,22 @@ METHODS = {
         _UNIFORM,
         Fit(two_sided=False, mix=0.0),
         quantizer=True,
+    ),
+    "int8": Method(
+        "convolutions in 8 bits, ranges of least squared error",
+        False,
+        False,
+        _UNIFORM,
+        ONE_SIDED,
+        convolutions=ConvRounding(),
+    ),
+    "int8-min-max": Method(
+        "the same, ranges that hold all that was seen, one scale a kernel",
+        False,
+        False,
+        _UNIFORM,
+        ONE_SIDED,
+        convolutions=ConvRounding("min-max", per_channel=False, squares=False),
     ),
     # Chang et al., ICLR 2025
     "palu": _palu(

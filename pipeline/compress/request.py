@@ -203,7 +203,9 @@ class CompressRequest:
             )
         if self.memory is not None:
             parse_bytes(self.memory, "--memory")
-        if self.searches_bits and not METHODS[self.method].allocation.needs_costs:
+        method = METHODS[self.method]
+        searches = method.allocation.needs_costs or method.convolutions is not None
+        if self.searches_bits and not searches:
             raise UsageError(
                 "This method does not search ranks and bits.",
                 where=f"--method {self.method}",

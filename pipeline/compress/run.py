@@ -24,12 +24,15 @@ from pipeline.checkpoint.card import model_card
 from pipeline.checkpoint.folder import DTYPES, save_checkpoint, weights_record
 from pipeline.compress.cache.cache_plan import CachePlan
 from pipeline.compress.calibrated import Calibrated, Opened
+from pipeline.compress.convolutions import round_to_folder
 from pipeline.compress.finished_layers import FinishedLayers
+from pipeline.compress.methods import METHODS
 from pipeline.compress.plan.chart import save_plan_chart
 from pipeline.compress.plan.make_plan import make_plan
 from pipeline.compress.plan.plan import RankPlan
 from pipeline.compress.request import CompressRequest
 from pipeline.compress.walk import Compressed, compress_
+from pipeline.errors import UsageError
 from pipeline.lazy import imported
 from pipeline.model.fingerprint import model_hashes
 from pipeline.model.numbers import require_fitting
@@ -66,6 +69,8 @@ def compress_to_folder(
     Raises:
         PipelineError: bad input, or not enough disk.
     """
+    if METHODS[request.method].convolutions is not None:
+        return round_to_folder(request, output, overwrite=overwrite, resume=resume)
     started = time.monotonic()
     with staged_folder(
         output, overwrite=overwrite, keep=True, resume=resume, inputs=request.paths.values()
@@ -98,8 +103,12 @@ def plan_only(request: CompressRequest) -> RankPlan:
     """The plan that compressing would follow; nothing is written.
 
     Raises:
-        PipelineError: bad input.
+        PipelineError: bad input, or a method without a plan of ranks.
     """
+    if METHODS[request.method].convolutions is not None:
+        raise UsageError(
+            "There is no plan of ranks to show.", where=f"--dry-run with --method {request.method}"
+        )
     opened = _open_model(request)
     with tempfile.TemporaryDirectory() as folder:
         return make_plan(request, opened.calibrate(Path(folder), {}))

@@ -15,12 +15,10 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from unittest.mock import patch
 
-import onnx_ir as ir
 import torch
 from torch import nn
 
 from pipeline.checkpoint.modeling_quantized import ActivationRounding, Int8Conv
-from pipeline.errors import InputError
 from pipeline.int8.runtimes import int8_runtime
 
 _QUANTIZE, _DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
@@ -47,35 +45,6 @@ def require_int8_runtime(model: nn.Module, runtime: str, where: object) -> None:
     if found:
         grids = ((name, module.codes, int(module.zero_point)) for name, module in found)
         int8_runtime(runtime).require(grids, where)
-
-
-def require_symmetric_int8(graph: ir.Model, where: object) -> None:
-    """Refuse a graph that TensorRT would misread: it takes uint8 codes for int8, without a word.
-
-    Args:
-        graph: any ONNX graph.
-        where: its file, for the message.
-
-    Raises:
-        InputError: names the node.
-    """
-    for node in graph.graph.all_nodes():
-        if node.op_type not in (_QUANTIZE, _DEQUANTIZE) or len(node.inputs) < 3:
-            continue
-        zero = node.inputs[2]
-        constant = None if zero is None else ir.convenience.get_const_tensor(zero)
-        if zero is None:
-            continue
-        unsigned = constant is None or constant.dtype in (ir.DataType.UINT8, ir.DataType.UINT16)
-        if unsigned or bool(constant.numpy().astype("int32").any()):  # type: ignore[union-attr]
-            seen = "not a constant" if constant is None else constant.dtype.name.lower()
-            raise InputError(
-                "TensorRT knows neither uint8 codes nor zero points.",
-                where=f"{where}, {node.op_type} {node.name}",
-                observed=f"zero point of {zero.name}: {seen}",
-                expected="int8 codes, counted from 0",
-                change="compress again with --runtime tensorrt",
-            )
 
 
 @contextmanager

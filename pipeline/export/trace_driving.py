@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from pipeline.checkpoint.skeleton import Skeleton, StoredMatrix
 from pipeline.errors import UsageError
 from pipeline.export.contract import DRIVING_MAPS, FLOAT, PIXEL_VALUES
+from pipeline.export.int8_nodes import require_int8_runtime
 from pipeline.export.request import ExportRequest
 from pipeline.export.tracing import Traced, traced_graph
 from pipeline.model.load import input_shape, load_processor
@@ -69,6 +70,7 @@ def trace_driving(skeleton: Skeleton, request: ExportRequest) -> Traced:
             change="leave --weights out",
         )
     model = skeleton.model
+    require_int8_runtime(model, request.traits.formats_of, skeleton.folder)
     _fold_norms_(skeleton)
     shape = input_shape(model.config, str(skeleton.folder))
     graph = traced_graph(

@@ -13,7 +13,9 @@ from pipeline.lazy import imported
 from pipeline.model.source import resolve_source
 
 Task = Literal["text-generation", "image-classification", "driving-perception"]
-_Stage = Literal["compress", "export", "prove", "engine", "ledger", "inspect", "look"]
+_Stage = Literal[
+    "compress", "convolutions", "export", "prove", "engine", "ledger", "inspect", "look"
+]
 TEXT: Task = "text-generation"
 IMAGES: Task = "image-classification"
 DRIVING: Task = "driving-perception"
@@ -120,6 +122,7 @@ TASKS: dict[Task, _TaskRow] = {
         record_fields={"pixel_values": list, "labels": list, "anchors": list},
         adapters={
             "compress": "pipeline.compress.driving:prepare",
+            "convolutions": "pipeline.compress.driving:open_network",
             "export": "pipeline.export.trace_driving:trace_driving",
             "prove": "pipeline.export.prove_driving:DRIVING_NETWORK",
             "engine": "pipeline.engine.profiles:image_limits",
@@ -127,7 +130,8 @@ TASKS: dict[Task, _TaskRow] = {
             "inspect": "pipeline.compress.driving:facts",
             "look": "pipeline.runtime.driving:PerceiveRequest",
         },
-        verbs="export, engine, validate, inspect, or run with --image or --video",
+        verbs="compress with --method int8, export, engine, validate, inspect, or run with --image "
+        "or --video",
         own_classes="pipeline.driving.preprocess",
     ),
 }

@@ -21,7 +21,9 @@ from tests.support.tiny_survey import TOKENS, calibrated, divergence, surveyed
 
 KEPT = 0.6
 FAMILIES = ("llama", "gemma3_text")
-FACTORISING = [name for name, m in METHODS.items() if not (m.quantizer or m.cache_alone)]
+FACTORISING = [
+    name for name, m in METHODS.items() if not (m.quantizer or m.cache_alone or m.convolutions)
+]
 
 
 def request(method: str, **changes: object) -> CompressRequest:

@@ -8,18 +8,13 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
 
 from pipeline.checkpoint.install import install_
 from pipeline.errors import InputError
-from pipeline.export.int8_nodes import (
-    int8_as_nodes,
-    require_int8_runtime,
-    require_symmetric_int8,
-)
+from pipeline.export.int8_nodes import int8_as_nodes, require_int8_runtime
 from pipeline.int8.runtimes import INT8_RUNTIMES
 from tests.support.convolutions import SmallNet, images, rounded_small_net, small_net
 
@@ -119,17 +114,6 @@ def test_a_network_for_another_runtime_is_refused(exports: tuple[str, SmallNet, 
     with pytest.raises(InputError, match=f"not rounded for {other}"):
         require_int8_runtime(model, other, path)
     require_int8_runtime(small_net(), other, path)
-
-
-def test_tensorrt_is_given_no_graph_that_it_misreads(exports: tuple[str, SmallNet, Path]) -> None:
-    runtime, _, path = exports
-    graph = ir.load(path)
-    if runtime == "tensorrt":
-        require_symmetric_int8(graph, path)
-        return
-    with pytest.raises(InputError, match="neither uint8 codes nor zero points") as caught:
-        require_symmetric_int8(graph, path)
-    assert "uint8" in str(caught.value)
 
 
 def test_fewer_bits_are_for_pytorch_alone() -> None:

@@ -1,0 +1,136 @@
+"""`skipcat compress --method int8` of a driving network: a checkpoint that loads and exports."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipeline.checkpoint.folder import load_checkpoint
+from pipeline.checkpoint.modeling_quantized import Int8Conv
+from pipeline.cli.main import main
+from pipeline.compress.request import CompressRequest
+from pipeline.compress.run import compress_to_folder, plan_only
+from pipeline.driving.network import QyolopConfig, QyolopForDrivingPerception
+from pipeline.driving.preprocess import QyolopImageProcessor
+from pipeline.errors import InputError, UsageError
+
+SIZE = (32, 64)
+CONVOLUTIONS = 65
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("driving") / "net"
+    model = QyolopForDrivingPerception(QyolopConfig(SIZE, 2))
+    with torch.no_grad():
+        for _ in range(8):  # norms that know their inputs
+            model(torch.rand(4, 3, *SIZE))
+    model.eval().save_pretrained(folder)
+    QyolopImageProcessor.for_size(SIZE).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for number in range(3):
+        pixels = rng.integers(0, 256, (40, 64, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def rounded(network: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("rounded") / "int8"
+    command = ["compress", "-m", str(network), "-o", str(output), "--method", "int8"]
+    assert main([*command, "--runtime", "cpu", "--calibration", str(pictures)]) == 0
+    return output
+
+
+def read(folder: Path, name: str) -> Any:
+    return json.loads((folder / name).read_text(encoding="utf-8"))
+
+
+def test_the_checkpoint_loads_as_it_was_rounded_and_says_how(
+    rounded: Path, network: Path, pictures: Path
+) -> None:
+    model = load_checkpoint(rounded)
+    assert sum(isinstance(module, Int8Conv) for module in model.modules()) == CONVOLUTIONS
+    x = torch.rand(1, 3, *SIZE, generator=torch.Generator().manual_seed(2))
+    own = QyolopForDrivingPerception.from_pretrained(network).eval()
+    with torch.no_grad():
+        a, b = own(x).boxes[0], model(x).boxes[0]
+    assert 0 < float((a - b).square().mean()) < 1e-3 * float(a.square().mean())
+    report, recipe = read(rounded, "report.json"), read(rounded, "recipe.json")
+    assert (report["runtime"], report["totals"]["rounded"]) == ("cpu", CONVOLUTIONS)
+    assert recipe["calibration"]["images"] == 3
+    assert recipe["method"]["convolutions"]["observer"] == "mse"
+    assert str(pictures) not in json.dumps(recipe)
+
+
+def test_a_budget_of_bytes_keeps_the_most_sensitive_convolutions_in_numbers(
+    network: Path, pictures: Path, tmp_path: Path
+) -> None:
+    request = CompressRequest(
+        str(network), method="int8", runtime="tensorrt", calibration=str(pictures), windows=1,
+        keep_bytes=1.0,
+    )  # fmt: skip
+    report = compress_to_folder(request, tmp_path / "mixed")
+    found = report["convolutions"]
+    kept = [name for name, what in found.items() if not what["rounded"]]
+    assert 0 < len(kept) < CONVOLUTIONS
+    assert all("loss" in what for what in found.values())
+    model = load_checkpoint(tmp_path / "mixed")
+    assert sum(isinstance(module, Int8Conv) for module in model.modules()) == CONVOLUTIONS - len(
+        kept
+    )
+    with pytest.raises(InputError, match="budget is too small"):
+        compress_to_folder(
+            CompressRequest(
+                str(network), method="int8", calibration=str(pictures), keep_bytes=0.01, windows=1
+            ),
+            tmp_path / "small",
+        )
+    assert not (tmp_path / "small").exists()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"weights": "int8-b32-sym"},
+        {"calibration": "self"},
+        {"runtime": "any"},
+        {"dtype": "float16"},
+    ],
+)
+def test_options_that_mean_nothing_here_are_refused(
+    network: Path, pictures: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    settings = {"calibration": str(pictures), "method": "int8"} | changes
+    with pytest.raises(UsageError):
+        compress_to_folder(CompressRequest(str(network), **settings), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_methods_and_other_models_are_told_apart(network: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="convolutions alone") as caught:
+        compress_to_folder(CompressRequest(str(network)), tmp_path / "out")
+    assert "--method int8" in str(caught.value)
+    with pytest.raises(UsageError, match="no plan of ranks"):
+        plan_only(CompressRequest(str(network), method="int8"))
+
+
+def test_a_network_for_one_runtime_is_not_exported_for_the_other(
+    rounded: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    command = ["export", str(rounded), "-o", str(tmp_path / "onnx"), "--dtype", "float32"]
+    assert main([*command, "--profile", "opset24"]) == 3
+    assert "not rounded for tensorrt" in capfd.readouterr().err
+    assert not (tmp_path / "onnx").exists()
