@@ -76,7 +76,9 @@ backend = setting(
 )
 # More would be made without a word, until the machine has no more.
 thread_count = click.IntRange(1, 1024)
-threads = click.option("--threads", type=thread_count, help="Threads of ONNX Runtime.")
+threads = click.option(
+    "--threads", type=thread_count, help="Threads of ONNX Runtime; with --memory also of PyTorch."
+)
 draft = click.option(
     "--draft",
     type=click.Path(path_type=Path, exists=True, file_okay=False),
