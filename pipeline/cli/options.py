@@ -77,7 +77,9 @@ backend = setting(
 # More would be made without a word, until the machine has no more.
 thread_count = click.IntRange(1, 1024)
 threads = click.option(
-    "--threads", type=thread_count, help="Threads of ONNX Runtime.  [one to a physical core]"
+    "--threads",
+    type=thread_count,
+    help="Threads of ONNX Runtime; with --memory also of PyTorch.  [one to a physical core]",
 )
 draft = click.option(
     "--draft",

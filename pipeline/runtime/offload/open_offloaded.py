@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedConfig
 
 from pipeline.checkpoint.folder import read_architecture
@@ -38,7 +39,7 @@ def open_offloaded(
         memory: bytes for weights, cache and draft, such as "1GB".
         draft: an export of the same model, of the profile `cpu`, in fewer bytes; or None.
         backend: `auto` or `torch`.
-        threads: of ONNX Runtime, for the draft.
+        threads: of PyTorch, and of ONNX Runtime for the draft; None leaves the choice to them.
         slots: rows of the cache.
         lookup: ask prompt lookup before the draft.
         length: tokens of every draft, 0 for none; None takes as many as pay.
@@ -51,6 +52,8 @@ def open_offloaded(
         UsageError: a folder or `backend` is of another kind, or the budget is too small.
     """
     memory_bytes = parse_bytes(memory, "--memory")
+    if threads is not None:
+        torch.set_num_threads(threads)
     config = _require_checkpoint(folder, backend)
     most = getattr(config, "max_position_embeddings", None) or DEFAULT_MAX_LENGTH
     if draft is None:

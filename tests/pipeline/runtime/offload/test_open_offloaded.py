@@ -88,7 +88,7 @@ def test_the_command_answers_and_says_what_was_read(
     assert "read from disk" in capfd.readouterr().err
     prompts = model.parent / "prompts.txt"
     prompts.write_text("Hello\nwhat else\n")
-    assert main([*given, "--prompts", str(prompts), *how[2:], "--json"]) == 0
+    assert main([*given, "--prompts", str(prompts), "--batch-size", "1", *how[2:], "--json"]) == 0
     lines = capfd.readouterr().out.splitlines()
     assert json.loads(lines[0])["text"] == answer["text"]
 
