@@ -163,8 +163,10 @@ def _launch_rows(
         m=b.shape[1],
         rank=b.shape[0],
         type=_TYPES[x.dtype],
-        weights=FLOAT_WEIGHTS,
-        group_size=0,
+        a_weights=FLOAT_WEIGHTS,
+        a_group=0,
+        b_weights=FLOAT_WEIGHTS,
+        b_group=0,
         indexed=index is not None,
         tactic=0,
     )
