@@ -60,7 +60,8 @@ def test_names_of_the_contract_are_written_nowhere_else() -> None:
         contract.GRAPH_FILE, contract.WEIGHTS_FILE, contract.RECORD_FILE, contract.GENAI_FILE,
         *contract.TOKEN_INPUTS, contract.FIRST_LOGIT, contract.PIXEL_VALUES, contract.LOGITS,
         contract.CACHE_PREFIX, contract.CACHE_PREFIX.removesuffix("."), contract.CONTRIB,
-        *contract.BLOCK_SKIP_OPS, *contract.QUANTIZED_SKIP_OPS, contract.MATMUL_NBITS,
+        *contract.BLOCK_SKIP_OPS, *contract.QUANTIZED_OPS, *contract.DEQUANTIZED_SKIP_OPS,
+        contract.LINEAR_QUANTIZED, contract.BLOCK_A, contract.BLOCK_B, contract.MATMUL_NBITS,
         contract.GATHER_NBITS, contract.GROUPED_ATTENTION, contract.DEQUANTIZE,
         OPSET24, COMPAT, contract.INT4_OFFSET, contract.STORED,
     }  # fmt: skip
@@ -137,7 +138,6 @@ def test_choices_of_the_command_are_those_of_the_contract() -> None:
 
 def test_a_profile_takes_the_formats_of_a_runtime() -> None:
     assert {profile.formats_of for profile in PROFILES.values()} <= set(RUNTIMES)
-    assert [name for name, profile in PROFILES.items() if not profile.takes_blocks] == [COMPAT]
     assert [name for name, profile in PROFILES.items() if profile.fixed_length] == [OPSET24]
     assert [name for name, profile in PROFILES.items() if profile.contrib] == [CPU]
 
