@@ -220,7 +220,8 @@ def _round_(
     """
     model, structure = measured.opened.model, measured.structure
     measure = measured.losses()
-    chosen, losses = list(structure.convs), {}
+    chosen = list(structure.convs)
+    losses: dict[str, float] = {}
     if request.searches_bits:
         chosen, losses = _chosen(measured, request, measure)
     entries = int8_entries(structure, measured.grids, measured.runtime, measured.rounding, chosen)

@@ -30,11 +30,14 @@ SPELT_ALIKE = {
     "validate/harness.py": {"input_ids"},
     "pipeline/calibrate/images.py": {"pixel_values"},  # of an image processor, and in an .npz
     "pipeline/model/classifier_structure.py": {"logits"},  # of a model's output
-    "pipeline/model/task.py": {"pixel_values"},  # a field of export.json
+    "pipeline/model/task.py": {"pixel_values", "export.json"},  # below the contract
     "pipeline/export/cache_shape.py": {"past_key_values"},  # of a model's output
     "pipeline/driving/network.py": {"pixel_values"},  # what a model of transformers is given
     "pipeline/driving/preprocess.py": {"pixel_values"},  # and its image processor returns
     "pipeline/driving/evaluate.py": {"pixel_values"},
+    "pipeline/compress/driving.py": {"pixel_values"},
+    "validate/driving.py": {"pixel_values"},
+    "validate/greedy.py": {"input_ids"},
     "pipeline/output.py": {"export.json"},  # one of all records, on the ground floor
 }
 
