@@ -14,6 +14,11 @@ RESUME      ?=
 OVERWRITE   ?=
 ARGS        ?=
 
+# What `make driving` makes: a folder, the steps of training, and scenes to train on.
+DRIVING     ?= artefacts/driving
+STEPS       ?= 2000
+SCENES      ?= 2000
+
 # How the environment is made.
 PYTHON      ?= python3
 EXTRAS      ?=
@@ -34,12 +39,39 @@ engine_flags = $(strip $(call setting,OUT,-o) $(call setting,MEMORY,--memory) $(
 setup_flags = $(strip $(call setting,EXTRAS,--extras) $(call flag,VERBOSE,--verbose))
 
 .DEFAULT_GOAL := help
-.PHONY: engine plugin test test-slow lint lint-style lint-format lint-types lint-spelling lint-figures \
+.PHONY: engine driving plugin test test-slow lint lint-style lint-format lint-types lint-spelling lint-figures \
     lint-tensorrt format docs table bench doctor setup clean help
 .DELETE_ON_ERROR:
 
 engine: $(STAMP) ## Compress MODEL, export it, build its engine, and validate every stage
 	$(VENV)skipcat build -m "$(MODEL)" --keep-params $(KEEP) --effort $(EFFORT) --target $(TARGET) $(engine_flags)
+
+# A folder that is there is finished: what was interrupted goes on when called again.
+driving: $(DRIVING)/ledger $(DRIVING)/seen ## Draw scenes, train the driving network, export, engine, validate, look
+
+$(DRIVING)/scenes: | $(STAMP)
+	$(VENV)python tools/draw_scenes.py -o $@ --scenes $(SCENES)
+
+$(DRIVING)/net: | $(DRIVING)/scenes
+	$(VENV)skipcat train -o $@ --data $|/wide --second-data $|/dense --steps $(STEPS) --resume $(ARGS)
+
+$(DRIVING)/onnx: | $(DRIVING)/net
+	$(VENV)skipcat export $| -o $@
+
+$(DRIVING)/onnx-fp16: | $(DRIVING)/net
+	$(VENV)skipcat export $| -o $@ --dtype float16
+
+$(DRIVING)/engine: | $(DRIVING)/onnx-fp16
+	@if $(VENV)python -c "import tensorrt_rtx" 2>/dev/null; \
+	then $(VENV)skipcat engine $| -o $@ --target sm86; \
+	else echo "no engine: tensorrt_rtx is not installed (make setup EXTRAS=rtx)"; fi
+
+$(DRIVING)/ledger: | $(DRIVING)/onnx $(DRIVING)/engine
+	$(VENV)skipcat validate --original $(DRIVING)/net --onnx $(DRIVING)/onnx --onnx $(DRIVING)/onnx-fp16 \
+	    $$(test -d $(DRIVING)/engine && echo --engine $(DRIVING)/engine) --data $(DRIVING)/scenes/wide -o $@
+
+$(DRIVING)/seen: | $(DRIVING)/onnx
+	$(VENV)skipcat run $| --image $(DRIVING)/scenes/wide/images/100k/val -o $@
 
 plugin: ## Compile the TensorRT plugin; TENSORRT_ROOT=, CUDA_HOME= choose; ARGS="--architectures 86-real"
 	$(PYTHON) tools/build_plugin.py $(ARGS)
@@ -116,5 +148,8 @@ help: ## List the targets and the variables
 	@echo '  TARGET=$(TARGET)  GPU to build the engine for (skipcat doctor lists them)'
 	@echo '  OUT=  folder to write        CALIBRATION=  text to calibrate on'
 	@echo '  EVAL=  text to evaluate on   RESUME=1, OVERWRITE=1'
+	@echo 'Variables of make driving, with their defaults:'
+	@echo '  DRIVING=$(DRIVING)  folder to write; what lies in it is not made again'
+	@echo '  STEPS=$(STEPS)  of training   SCENES=$(SCENES)  to train on'
 	@echo 'Of every target:  ARGS=  further arguments'
 	@echo 'Of make setup:    EXTRAS=  further packages   PYTHON=$(PYTHON)   VERBOSE=1'

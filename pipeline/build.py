@@ -18,6 +18,7 @@ from pipeline.export.export import export_folder, prove_model
 from pipeline.export.request import ExportRequest
 from pipeline.folder_lock import FolderLock
 from pipeline.model.fingerprint import file_hashes, model_hashes
+from pipeline.model.task import refuse_other_tasks, task_of_model
 from pipeline.output import check_output, real_path
 from pipeline.progress import note
 from pipeline.stages import Stages, holds_something, read_build_record
@@ -59,11 +60,13 @@ class BuildRequest:
         """Refuse values that cannot be meant, or that a later stage would refuse.
 
         Raises:
+            InputError: the model is no language model.
             UsageError: names the value and its range.
         """
         from validate.stages import Artefacts
 
         self.compress.check()
+        refuse_other_tasks(task_of_model(self.compress.model), self.compress.model)
         ExportRequest(max_length=self.max_length).check()
         artefacts = Artefacts(self.compress.model)
         texts: Any = self.validation(artefacts).options

@@ -1,12 +1,13 @@
-"""Most memory that a process has had at once, and whether there is as much as will be needed."""
+"""Memory: the most that a process has had, whether there will be enough, and how it is named."""
 
 from __future__ import annotations
 
+import re
 import resource
 import sys
 from pathlib import Path
 
-from pipeline.errors import ResourceError
+from pipeline.errors import ResourceError, UsageError
 
 
 def peak_bytes(process_id: int | None = None) -> int:
@@ -62,3 +63,22 @@ def require_free_memory(
             expected=f"at most {free_bytes / 1e9:.1f} GB, which are free",
             change=change,
         )
+
+
+def parse_bytes(text: str, flag: str) -> int:
+    """The bytes that `60MB`, `1.5 GiB` or `60000000` name.
+
+    Raises:
+        UsageError: it names none, or not one.
+    """
+    found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([kmg]?)(i?)b?\s*", text.lower())
+    size = 0
+    if found:
+        number, prefix, binary = found.groups()
+        base = 1024 if binary else 1000
+        size = int(float(number) * base ** ("", "k", "m", "g").index(prefix))
+    if size < 1:
+        raise UsageError(
+            "This is no number of bytes.", where=flag, observed=text, expected="60MB or 1.5GiB"
+        )
+    return size

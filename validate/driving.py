@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,11 +12,11 @@ from typing import Any, ClassVar
 import numpy as np
 
 from pipeline.driving.data import FORMATS, open_data
-from pipeline.driving.evaluate import LEAST_SCORE, MapsOfBatch, some_places
+from pipeline.driving.evaluate import LEAST_SCORE, MapsOfBatch
 from pipeline.driving.letterbox import Letterbox
 from pipeline.driving.load import load_driving
 from pipeline.driving.perceive import Perception
-from pipeline.driving.sample import Sample, images_at, open_image
+from pipeline.driving.sample import Sample, images_at, open_image, some_places
 from pipeline.driving.scores import ImageScore, agreement, scores_of, standard_errors
 from pipeline.errors import UsageError
 from pipeline.model.task import DRIVING, Task
@@ -28,6 +29,7 @@ from pipeline.runtime.sessions.driving_sessions import (
 )
 from validate.compare import Comparison, StageLogits
 from validate.ledger import Adapter, Column, Drawn, Loaded
+from validate.metrics import LogitMetrics
 from validate.record import DrivingScores, Row
 from validate.stages import Artefacts, Openers, Tolerance
 
@@ -93,22 +95,32 @@ class _MapLogits(StageLogits):
     """All maps of an image as a row; KL and agreement are of its masks' pixels.
 
     Attributes:
-        mask_logits: how many of a row, at its end, are those of masks.
+        widths: how many of a row are of each map, those of the two masks last.
     """
 
-    mask_logits: int = 0
+    widths: tuple[int, ...] = ()
 
     def compare(self, other: StageLogits, demands: Tolerance) -> Comparison:
-        """As of any stage; KL in nats a pixel, mean and largest mean of an image."""
+        """As of any stage, but for what is of one map: large masks would hide boxes.
+
+        A cosine is that of the image's worst map, and an error relative to the largest number of
+        its own map; KL is in nats a pixel, and at most the mean of an image.
+        """
         found = super().compare(other, demands)
-        pairs = [
-            (a[:, -self.mask_logits :].astype(np.float64), b[:, -self.mask_logits :])
-            for a, b in zip(self.arrays(), other.arrays(), strict=True)
-        ]
-        kl = np.concatenate([_mask_kl(b.astype(np.float64), a).mean(axis=1) for a, b in pairs])
-        same = np.concatenate([((a > 0) == (b > 0)).mean(axis=1) for a, b in pairs])
+        ends = np.cumsum(self.widths)[:-1]
+        own, reference = (
+            np.split(np.concatenate(stage.arrays()), ends, axis=1) for stage in (self, other)
+        )
+        pairs = list(zip(own, reference, strict=True))
+        of_maps = [LogitMetrics.of(b, a) for a, b in pairs]
+        masks = [(a.astype(np.float64), b.astype(np.float64)) for a, b in pairs[-2:]]
+        kl = np.mean([_mask_kl(b, a).mean(axis=1) for a, b in masks], axis=0)
+        same = np.mean([((a > 0) == (b > 0)).mean(axis=1) for a, b in masks], axis=0)
         metrics = replace(
             found.metrics,
+            min_cosine=float(np.min([one.min_cosine for one in of_maps])),
+            mean_cosine=float(np.min([one.mean_cosine for one in of_maps])),
+            relative_error=float(np.max([one.relative_error for one in of_maps])),
             kl_mean=float(kl.mean()),
             kl_max=float(kl.max()),
             top1_agreement=float(same.mean()),
@@ -249,8 +261,8 @@ def _measure(
         for row in range(len(maps.drivable)):
             placed = inputs.placed[len(seen)]
             seen.append(maps.seen(row, session.traits.anchors, placed, LEAST_SCORE))
-    height, width = session.traits.size
-    logits = _MapLogits(name, answered.results, answered.inference_s, 2 * height * width)
+    widths = tuple(math.prod(shape) for shape in session.traits.map_shapes.values())
+    logits = _MapLogits(name, answered.results, answered.inference_s, widths)
     if inputs.truth is None:
         return _Outputs(logits, seen, {}, {})
     images = [ImageScore.of(*pair) for pair in zip(seen, inputs.truth, strict=True)]

@@ -87,7 +87,7 @@ class _Factor:
         codes = self.stored.view(torch.int8)
         if self.layer.bits == 4:
             pairs = torch.stack([self.stored & 15, self.stored >> 4], dim=-1)
-            codes = pairs.flatten(1)[:, :columns].to(torch.int8) - 8
+            codes = (pairs.flatten(1)[:, :columns] ^ 8).to(torch.int8) - 8
         scales = self.scale.double().repeat_interleave(self.layer.group, 0)
         return codes.double() * scales[: codes.shape[0]]
 
@@ -186,10 +186,10 @@ class Kernels:
             InputError: the library refuses the problem.
         """
         layer = call.layer
-        quantised = layer.bits != 16
+        bits, group = (0, 0) if layer.bits == 16 else (layer.bits, layer.group)
         problem = Problem(
             rows=layer.rows, n=layer.n, m=layer.m, rank=layer.rank, type=_TYPES[layer.dtype],
-            weights=layer.bits if quantised else 0, group_size=layer.group if quantised else 0,
+            a_weights=bits, a_group=group, b_weights=bits, b_group=group,
             indexed=layer.indexed, tactic=tactic,
         )  # fmt: skip
         refusal = self.library.skipcatWhyRefused(ctypes.byref(problem))

@@ -25,6 +25,7 @@ from pipeline.export.contract import (
 )
 from pipeline.export.record import ExportRecord, read_export_record
 from pipeline.json_file import read_json_object
+from pipeline.model.task import require_decoder
 from pipeline.provenance import public_name
 
 # What PyTorch holds a checkpoint in on the CPU, and what ONNX Runtime widens float16 to.
@@ -133,6 +134,7 @@ def traffic_of_folder(folder: Path) -> Traffic:
     from pipeline.runtime.sessions.open_session import folder_kind
 
     kind = folder_kind(folder)
+    require_decoder(folder)
     if kind == "torch":
         from pipeline.bench.torch_traffic import traffic_of_checkpoint
 

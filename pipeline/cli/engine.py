@@ -177,7 +177,8 @@ def _quantized_rows(few_bits: dict[str, Any]) -> list[tuple[str, str]]:
     """The row of quantised matrices; none for a graph without them."""
     if not few_bits["matrices"]:
         return []
-    return [("quantised", f"{few_bits['matrices']} matrices, read as codes")]
+    by = ", by the plugin" if few_bits["path"] == "plugin" else ""
+    return [("quantised", f"{few_bits['matrices']} matrices, read as codes{by}")]
 
 
 def _context_rows(max_length: int) -> list[tuple[str, str]]:

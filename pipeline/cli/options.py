@@ -77,13 +77,22 @@ backend = setting(
 # More would be made without a word, until the machine has no more.
 thread_count = click.IntRange(1, 1024)
 threads = click.option(
-    "--threads", type=thread_count, help="Threads of ONNX Runtime.  [one to a physical core]"
+    "--threads",
+    type=thread_count,
+    help="Threads of ONNX Runtime; with --memory also of PyTorch.  [one to a physical core]",
 )
 draft = click.option(
     "--draft",
     type=click.Path(path_type=Path, exists=True, file_okay=False),
     help="An export of the same model in fewer bytes, which drafts over the same cache "
-    "(speculative decoding). No bit of an answer depends on the drafts. Both of the profile cpu.",
+    "(speculative decoding). No bit of an answer depends on the drafts. Of the profile cpu, as "
+    "FOLDER is, unless --memory makes that a checkpoint.",
+)
+budget = click.option(
+    "--memory",
+    metavar="BYTES",
+    help="Of a checkpoint: bytes that its weights, cache and draft may take, such as 1GB. Layers "
+    "beyond that are read from disk for every call, past the page cache.",
 )
 model = click.option(
     "-m",

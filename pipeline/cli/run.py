@@ -16,6 +16,7 @@ from pipeline.cli import options
 from pipeline.cli.run_images import image_options, look_at
 from pipeline.cli.run_prompts import Messages, Way, answer_all, decode_prompt, say, write_text
 from pipeline.errors import UsageError
+from pipeline.memory import peak_bytes
 from pipeline.runtime.chat_template import require_text
 from pipeline.runtime.sessions.open_session import DEVICES
 from pipeline.terminal import aside
@@ -73,6 +74,7 @@ _sampling_options = options.apply(
     "checked in one call (profile cpu; not with --prompts).",
 )
 @options.draft
+@options.budget
 @_sampling_options
 @image_options
 @options.json_output
@@ -99,6 +101,7 @@ def command(
     \b
       skipcat run build/onnx -p "What is a whale?"
       skipcat run build/cpu --prompts questions.txt --json > answers.jsonl
+      skipcat run ./my-llama --memory 2GB --draft small -p "What is a whale?"
       echo "Once upon a time" | skipcat run build/checkpoint --raw
       skipcat run net --image road.jpg -o seen
     """  # noqa: D301 - click reads the escape
@@ -135,7 +138,7 @@ def _answer(way: Way, prompt: str | None) -> None:
     decoding = replace(way.decoding, seed=np.random.default_rng(way.decoding.seed))
     drafter = PROMPT_LOOKUP if way.lookup else None
     place = way.folder, way.backend, way.threads, way.device
-    model = LanguageModel.open(*place, drafter, way.draft)
+    model = LanguageModel.open(*place, drafter, way.draft, way.memory)
 
     def ask(messages: Messages, emit: Callable[[str], None]) -> Answer:
         return model.chat(way.opening + messages, decoding, emit, way.raw)
@@ -159,7 +162,10 @@ def _answer_once(model: LanguageModel, ask: _Ask, prompt: str, as_json: bool) ->
     messages = [{"role": "user", "content": prompt}]
     if as_json:
         result = ask(messages, lambda text: None)
-        click.echo(json.dumps({"schema": 1, "backend": model.name, **result.to_json()}))
+        found = {"schema": 1, "backend": model.name, **result.to_json()}
+        if model.traffic:
+            found["traffic"] = model.traffic | {"peak_bytes": peak_bytes()}
+        click.echo(json.dumps(found))
         say(model.take_notice())
         return
     result = ask(messages, write_text)
@@ -197,6 +203,11 @@ def _report(model: LanguageModel, result: Answer) -> None:
         f"[{model.name}: {result.prompt_tokens} + {result.new_tokens} tokens, "
         f"first after {result.first_token_s:.2f} s{rate}]"
     )
+    if read := model.traffic:
+        aside(
+            f"[{read['read_bytes'] / 1e6:.0f} MB read from disk, for {read['passes']} calls; "
+            f"{read['waited_s']:.1f} s waited for it; peak memory {peak_bytes() / 1e6:.0f} MB]"
+        )
     say(model.take_notice())
     if result.ended == "length":
         aside("[cut at --max-new-tokens]")

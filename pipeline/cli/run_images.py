@@ -72,11 +72,8 @@ def look_at(
     look = looker_of(folder)
     if output is not None:
         check_output(output, overwrite=overwrite, inputs=(folder, *images, video or ""))
-
-    from pipeline.runtime.driving import PerceiveRequest
-
-    request = PerceiveRequest(folder, images, video, output, overwrite=overwrite, **runtime)
-    summary = look(request, lambda line: click.echo(json.dumps(line) if as_json else _words(line)))
+    request = look(folder, images, video, output, overwrite=overwrite, **runtime)
+    summary = request.run(lambda line: click.echo(json.dumps(line) if as_json else _words(line)))
     times = ", ".join(f"{step} {ms:.1f}" for step, ms in summary["mean_ms"].items())
     aside(f"[{summary['backend']}: {summary['images']} images; mean ms: {times}]")
     if output is not None:

@@ -36,6 +36,7 @@ class Way:
         threads: of ONNX Runtime.
         lookup: let draft tokens come out of the conversation.
         draft: a folder whose model drafts, or None.
+        memory: bytes that a checkpoint may take, or None for all.
     """
 
     folder: Path
@@ -48,6 +49,7 @@ class Way:
     threads: int | None
     lookup: bool
     draft: Path | None
+    memory: str | None
 
     @classmethod
     def of(
@@ -62,6 +64,7 @@ class Way:
         threads: int | None,
         lookup: bool,
         draft: Path | None,
+        memory: str | None,
         max_new_tokens: int,
         stops: tuple[str, ...],
         seed: int,
@@ -73,7 +76,7 @@ class Way:
 
         decoding = Decoding(max_new_tokens, Sampling(**sampling), stops=stops, seed=seed)
         runtime = backend, device, threads
-        return cls(folder, opening, raw, as_json, decoding, *runtime, lookup, draft)
+        return cls(folder, opening, raw, as_json, decoding, *runtime, lookup, draft, memory)
 
 
 def answer_all(way: Way, path: Path, batch_size: int) -> None:
@@ -90,8 +93,8 @@ def answer_all(way: Way, path: Path, batch_size: int) -> None:
     Raises:
         InputError: as `open_slots`; or, at the end, some prompts were not answered.
     """
-    from pipeline.runtime.draft_model import open_answering
     from pipeline.runtime.generate import stream_batch
+    from pipeline.runtime.open_answering import open_answering
     from pipeline.runtime.tokenizer import load_tokenizer, start_template, stop_token_ids
 
     lines = _numbered_lines(path)
@@ -100,7 +103,8 @@ def answer_all(way: Way, path: Path, batch_size: int) -> None:
     if not way.raw:
         start_template(tokenizer)
     slots = min(batch_size, len(lines))
-    session, drafts = open_answering(way.folder, way.draft, way.backend, way.threads, slots)
+    runtime = way.backend, way.threads, slots
+    session, drafts = open_answering(way.folder, way.draft, *runtime, memory=way.memory)
     prompts = [_ids_or_failure(tokenizer, session, way, m) for m in conversations]
     fit = [ids for ids in prompts if not isinstance(ids, InputError)]
     own = replace(way.decoding, stop_ids=stop_token_ids(tokenizer, way.folder))

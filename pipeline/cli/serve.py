@@ -71,6 +71,7 @@ _load_options = options.apply(
         "Near-ties may then turn with the other requests in the batch.",
     ),
     options.draft,
+    options.budget,
     heading="Requests side by side",
 )
 _limit_options = options.apply(

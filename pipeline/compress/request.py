@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, replace
 
 from pipeline.compress.methods import (
@@ -15,6 +14,7 @@ from pipeline.compress.methods import (
     Method,
 )
 from pipeline.errors import UsageError
+from pipeline.memory import parse_bytes
 from pipeline.quantize.formats import DEFAULT_RUNTIME, RUNTIMES, Format
 
 _SHORTENING = 4
@@ -164,7 +164,7 @@ class CompressRequest:
                 expected="a number in (0, 1]; 0.25 keeps a quarter of the float16 bytes",
             )
         if self.cache_bytes is not None:
-            _parse_bytes(self.cache_bytes, "--cache-bytes")
+            parse_bytes(self.cache_bytes, "--cache-bytes")
         if METHODS[self.method].cache_alone and not self.shrinks_cache and self.plan is None:
             raise UsageError(
                 "This method makes the cache smaller, and nothing else.",
@@ -202,7 +202,7 @@ class CompressRequest:
                 expected="a number in [0, 1]",
             )
         if self.memory is not None:
-            _parse_bytes(self.memory, "--memory")
+            parse_bytes(self.memory, "--memory")
         method = METHODS[self.method]
         searches = method.allocation.needs_costs or method.convolutions is not None
         if self.searches_bits and not searches:
@@ -260,7 +260,7 @@ class CompressRequest:
     def cache_budget(self, float16_bytes: int) -> int:
         """Bytes a token, of a model whose cache takes so many in float16."""
         if self.cache_bytes is not None:
-            return _parse_bytes(self.cache_bytes, "--cache-bytes")
+            return parse_bytes(self.cache_bytes, "--cache-bytes")
         return int((self.keep_cache or 1.0) * float16_bytes)
 
     @property
@@ -286,7 +286,7 @@ class CompressRequest:
     def budget_bytes(self, float16_bytes: int) -> int:
         """The budget of a model whose weights take so many bytes in float16."""
         if self.memory is not None:
-            return _parse_bytes(self.memory, "--memory")
+            return parse_bytes(self.memory, "--memory")
         return int((self.keep_bytes or 1.0) * float16_bytes)
 
     @property
@@ -323,22 +323,3 @@ class CompressRequest:
         if self.one_sided:
             fit = replace(fit, two_sided=False)
         return replace(method, cat=method.cat and self.cat, skip=method.skip and self.skip, fit=fit)
-
-
-def _parse_bytes(text: str, flag: str) -> int:
-    """The bytes that `60MB`, `1.5 GiB` or `60000000` name.
-
-    Raises:
-        UsageError: it names none, or not one.
-    """
-    found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([kmg]?)(i?)b?\s*", text.lower())
-    size = 0
-    if found:
-        number, prefix, binary = found.groups()
-        base = 1024 if binary else 1000
-        size = int(float(number) * base ** ("", "k", "m", "g").index(prefix))
-    if size < 1:
-        raise UsageError(
-            "This is no number of bytes.", where=flag, observed=text, expected="60MB or 1.5GiB"
-        )
-    return size

@@ -10,10 +10,20 @@ import numpy as np
 from scipy import ndimage
 
 from pipeline.driving.bdd import is_bdd, open_bdd, read_ids
-from pipeline.driving.sample import NO_BOXES, Complaints, DrivingSet, Sample, images_in, open_image
+from pipeline.driving.sample import (
+    NO_BOXES,
+    Complaints,
+    DrivingSet,
+    Sample,
+    images_in,
+    open_image,
+    some_places,
+)
 from pipeline.driving.scenes.domain import DOMAINS, Domain, domain_named
-from pipeline.driving.scenes.scene import scene_set
+from pipeline.driving.scenes.scene import draw_scene, scene_set
+from pipeline.driving.scenes.write import write_scenes
 from pipeline.errors import InputError, UsageError
+from pipeline.progress import track
 
 KINDS = ("vehicle", "drivable", "lane")
 LAYOUT = "images/ and, of the same names, labels/ (a PNG of class ids for each image)"
@@ -141,6 +151,32 @@ def scene_domain(spec: str) -> Domain | None:
     """
     name, _, rest = spec.partition(":")
     return domain_named(rest.partition(":")[0]) if name == _SCENES else None
+
+
+def draw_scenes(
+    spec: str, split: str, size: tuple[int, int], folder: Path, most: int | None = None
+) -> None:
+    """Draw a split of a set of scenes once, into a folder in BDD100K's own form.
+
+    Args:
+        spec: `scenes:DOMAIN:COUNT`.
+        split: `train` or `val`.
+        size: height and width.
+        folder: to write into.
+        most: so many of them, spread evenly; None draws all.
+
+    Raises:
+        UsageError: the spec means no scenes.
+    """
+    found, data = scene_domain(spec), open_data(spec, split, size)
+    if found is None:
+        raise UsageError("These are no scenes.", observed=spec, expected=f"{_SCENES}:DOMAIN:COUNT")
+    places = some_places(data, len(data) if most is None else most)
+    drawn = (
+        (data.names[place], draw_scene(_FIRST_SEED[split] + place, found, size))
+        for place in track(places, f"scenes of domain {found.name}, {split}")
+    )
+    write_scenes(folder, split, drawn)
 
 
 def _scenes(spec: str, rest: str, split: str, size: tuple[int, int]) -> DrivingSet:

@@ -97,12 +97,6 @@ def image_scores(
     return scores
 
 
-def some_places(data: DrivingSet, count: int) -> list[int]:
-    """Places of at most so many images, spread evenly over a set."""
-    taken = min(count, len(data))
-    return [place * len(data) // taken for place in range(taken)]
-
-
 def _parts(data: DrivingSet, places: Sequence[int]) -> Iterator[list[Sample]]:
     for first in range(0, len(places), _BATCH):
         yield [data.read(place) for place in places[first : first + _BATCH]]

@@ -86,6 +86,12 @@ class DrivingSet:
         return len(self.names)
 
 
+def some_places(data: DrivingSet, count: int) -> list[int]:
+    """Places of at most so many images, spread evenly over a set."""
+    taken = min(count, len(data))
+    return [place * len(data) // taken for place in range(taken)]
+
+
 def images_in(folder: Path) -> dict[str, Path]:
     """The image files that lie in a folder, in order, by their names without the ending."""
     return {p.stem: p for p in sorted(folder.iterdir()) if p.suffix.lower() in _SUFFIXES}

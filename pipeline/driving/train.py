@@ -11,22 +11,20 @@ from typing import Any
 import torch
 
 from pipeline.artefact import discard, require_same_run, staged_folder, write_json
-from pipeline.driving.data import SPLITS, open_data, scene_domain
-from pipeline.driving.evaluate import MapsOfBatch, image_scores, some_places
+from pipeline.driving.data import SPLITS, draw_scenes, open_data, scene_domain
+from pipeline.driving.evaluate import MapsOfBatch, image_scores
 from pipeline.driving.load import load_driving
 from pipeline.driving.network import QyolopConfig, QyolopForDrivingPerception
 from pipeline.driving.preprocess import QyolopImageProcessor
 from pipeline.driving.recipe import FIRST, SECOND, Stage, TrainRequest
-from pipeline.driving.sample import DrivingSet
-from pipeline.driving.scenes.scene import draw_scene
-from pipeline.driving.scenes.write import write_scenes
+from pipeline.driving.sample import DrivingSet, some_places
 from pipeline.driving.scores import scores_of, standard_errors
 from pipeline.driving.steps import train_stage_
 from pipeline.errors import InputError
 from pipeline.json_file import read_json_object
 from pipeline.model.loading import explaining, silence_transformers
 from pipeline.model.weight_files import weight_files
-from pipeline.progress import note, track
+from pipeline.progress import note
 from pipeline.provenance import provenance, public_name
 
 RECORD_FILE = "training.json"
@@ -130,18 +128,11 @@ def _open_sets(request: TrainRequest, work: Path) -> _Sets:
 
 def _scenes_on_disk(spec: str, split: str, request: TrainRequest, folder: Path) -> str | None:
     """Scenes are drawn once, since a step takes less time than to draw what it reads."""
-    found = scene_domain(spec)
-    if found is None:
+    if scene_domain(spec) is None:
         return None
     if not (folder / f"labels/det_20/det_{split}.json").exists():
-        data = open_data(spec, split, request.size)
-        places = range(len(data)) if split == "train" else some_places(data, request.scored)
-        first = int(data.names[0].rpartition("-")[2])
-        drawn = (
-            (data.names[place], draw_scene(first + place, found, request.size))
-            for place in track(places, f"scenes of domain {found.name}, {split}")
-        )
-        write_scenes(folder, split, drawn)
+        most = request.scored if split == "val" else None
+        draw_scenes(spec, split, request.size, folder, most)
     return str(folder)
 
 

@@ -42,21 +42,24 @@ def paths_taken(request: WorkerRequest, layer_types: Mapping[str, int]) -> dict[
     Raises:
         InputError: nodes took another path than the one asked for, or only some of them did.
     """
-    others = request.block_skip_nodes * (_EMBEDDED_LAYERS_OF_A_NODE if request.embed else 1)
+    nodes = request.block_skip_nodes + request.coded_nodes
+    others = nodes * (_EMBEDDED_LAYERS_OF_A_NODE if request.embed else 1)
     return {
-        "block_skip": asdict(_block_skip_path_of(request, layer_types)),
-        "few_bits": _quantized_path(layer_types, request.dequantized, request.quantized_nodes),
+        "block_skip": asdict(_block_skip_path_of(request, layer_types, nodes)),
+        "few_bits": _quantized_path(
+            layer_types, request.dequantized, request.quantized_nodes, request.coded_matrices
+        ),
         "latent_attention": _latent_path(layer_types, request.latent_nodes, others),
     }
 
 
-def _block_skip_path_of(request: WorkerRequest, layer_types: Mapping[str, int]) -> _BlockSkipPath:
-    """Which path the block-skip nodes took; raise InputError if it is not the one asked for."""
+def _block_skip_path_of(
+    request: WorkerRequest, layer_types: Mapping[str, int], nodes: int
+) -> _BlockSkipPath:
+    """Which path the nodes took, those of codes too; raise InputError if another was asked for."""
     if request.embed:
-        return _embedded_path(layer_types, request.block_skip_nodes)
-    return _block_skip_path(
-        layer_types, request.block_skip_nodes, request.plugin is not None, request.latent_nodes
-    )
+        return _embedded_path(layer_types, nodes)
+    return _block_skip_path(layer_types, nodes, request.plugin is not None, request.latent_nodes)
 
 
 def _latent_path(layer_types: Mapping[str, int], nodes: int, others: int) -> dict[str, Any]:
@@ -132,13 +135,16 @@ def _embedded_path(layer_types: Mapping[str, int], nodes: int) -> _BlockSkipPath
     return _BlockSkipPath("embedded kernels" if nodes else "none", nodes)
 
 
-def _quantized_path(layer_types: Mapping[str, int], matrices: int, nodes: int) -> dict[str, Any]:
+def _quantized_path(
+    layer_types: Mapping[str, int], matrices: int, nodes: int, coded: int = 0
+) -> dict[str, Any]:
     """How the quantised matrices were taken, for the manifest.
 
     Args:
         layer_types: layers of the parsed network by type.
         matrices: DequantizeLinear nodes in the ONNX graph.
-        nodes: block-skip nodes with a quantised factor.
+        nodes: block-skip nodes with a factor out of one.
+        coded: matrices of nodes that the plugin takes, which `_block_skip_path` looked at.
 
     Raises:
         InputError: some matrices are codes no longer after parsing: the plan would hold numbers.
@@ -151,5 +157,5 @@ def _quantized_path(layer_types: Mapping[str, int], matrices: int, nodes: int) -
             expected=f"{matrices}, one for each quantised matrix",
             change="export with --weights float, or use the TensorRT that this was tested with",
         )
-    path = "function body" if nodes else "none"
-    return {"matrices": matrices, "block_skip_nodes": nodes, "path": path}
+    path = "plugin" if coded else "function body" if nodes else "none"
+    return {"matrices": matrices + coded, "block_skip_nodes": nodes, "path": path}

@@ -150,6 +150,8 @@ def plan_engine(onnx_folder: Path, request: EngineRequest) -> EnginePlan:
         dequantized=folder.dequantized,
         quantized_nodes=folder.quantized_nodes,
         latent_nodes=folder.latent_nodes,
+        coded_nodes=folder.coded_nodes,
+        coded_matrices=folder.coded_matrices,
     )
     said = (*notes, *_memory_notes(target, folder, limits), *plugin_notes)
     return EnginePlan(target, folder, limits, work, request.timeout_s, said)
@@ -165,7 +167,8 @@ def _choose_kernels(
     """
     if request.embed:
         return None, ("block-skip kernels: compiled into the engine",)
-    wanted = request.plugin is not None or folder.block_skip_nodes or folder.latent_nodes
+    nodes = folder.block_skip_nodes + folder.latent_nodes + folder.coded_nodes
+    wanted = request.plugin is not None or nodes
     if request.target.flavour == "rtx" or not wanted:
         return None, ()
     library, note = _choose_plugin(request.plugin)

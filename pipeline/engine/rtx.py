@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.engine.graph_variant import remove_variant, without_codes
 from pipeline.engine.network import build_network, load_library
 from pipeline.engine.worker_protocol import WorkerRequest, WorkerResult
 from pipeline.errors import InputError
@@ -23,14 +25,17 @@ def build(request: WorkerRequest, staging: Path) -> WorkerResult:
         ResourceError: memory ran out.
     """
     library = load_library("rtx", "build an engine for an RTX GPU")
-    return build_network(
+    request, onnx_path, notes = without_codes(request, staging)
+    result = build_network(
         library,
         request,
         staging,
-        request.onnx_path,
+        onnx_path,
         configure=lambda config: _set_capability(library, config, request.compute_capability),
         unreadable=_why_unreadable(request.compute_capability, find_gpu()),
     )
+    remove_variant(request, onnx_path)
+    return replace(result, notes=notes)
 
 
 def _set_capability(library: Any, config: trt.IBuilderConfig, capability: Capability) -> None:

@@ -1,9 +1,9 @@
 """Standard TensorRT, 10.3 to 11.x: builds on the GPU that will run the engine.
 
-It may take block-skip nodes as kernels of ours. From a plugin library: up to TensorRT 10.6 a local
-function always wins over a plugin of the same name, so there the plugin is only taken from a file
-that has no such function. Or embedded in the engine: then each node is split into the two that
-`trt_plugins.block_skip.aot` offers to it:
+It may take block-skip nodes, and those of codes, as kernels of ours. From a plugin library: up to
+TensorRT 10.6 a local function always wins over a plugin of the same name, so there the plugin is
+only taken from a file that has no such function. Or embedded in the engine, without codes: then
+each node is split into the two that `trt_plugins.block_skip.aot` offers to it:
 
     BlockSkipLinear(x, a, b)               ->  BlockSkipProduct(BlockSkipMix(x, a), b)
     BlockSkipLinearIndexed(x, a, b, index) ->  BlockSkipProduct(BlockSkipMixIndexed(x, a, index), b)
@@ -11,12 +11,12 @@ that has no such function. Or embedded in the engine: then each node is split in
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.engine.graph_variant import remove_variant, without_codes, write_variant
 from pipeline.engine.network import build_network, load_library
 from pipeline.engine.worker_protocol import WorkerRequest, WorkerResult
 from pipeline.errors import InputError
@@ -28,9 +28,10 @@ from pipeline.export.contract import (
     LATENT_OPS,
     OP_VERSION,
     PROFILES,
+    QUANTIZED_OPS,
     dotted,
 )
-from pipeline.export.onnx_folder import data_files, load_graph, takes_plugin
+from pipeline.export.onnx_folder import load_graph, takes_plugin
 from trt_plugins.block_skip.aot import MIX, MIX_INDEXED, PRODUCT
 
 if TYPE_CHECKING:
@@ -53,12 +54,11 @@ def build(request: WorkerRequest, staging: Path) -> WorkerResult:
     offered = [] if request.plugin is None else _load_plugin(library, request.plugin)
     if request.embed:
         _register_kernels(request)
-    onnx_path, notes = _graph_to_parse(
+    request, onnx_path, notes = _graph_to_parse(
         request, staging, version, {creator.name for creator in offered}
     )
     result = build_network(library, request, staging, onnx_path)
-    if onnx_path != request.onnx_path:
-        shutil.rmtree(onnx_path.parent)
+    remove_variant(request, onnx_path)
     return replace(result, notes=notes)
 
 
@@ -97,18 +97,52 @@ def _require_version(version: tuple[int, ...], onnx_profile: str) -> None:
 
 def _graph_to_parse(
     request: WorkerRequest, staging: Path, version: tuple[int, ...], offered: set[str]
-) -> tuple[Path, tuple[str, ...]]:
-    """The graph this TensorRT must be given, and what to note; `offered` are the plugin's ops."""
+) -> tuple[WorkerRequest, Path, tuple[str, ...]]:
+    """The graph this TensorRT must be given, what it holds, and what to note.
+
+    Args:
+        request: as the user asked; its graph is not changed.
+        staging: where another is written.
+        version: of TensorRT.
+        offered: the plugin's ops.
+
+    Raises:
+        InputError: the plugin lacks an op that the graph holds codes in.
+    """
+    if request.plugin is not None:
+        _require_ops(request, offered)
+        if not _needs_stripping(version, plugin_registered=True):
+            return request, request.onnx_path, ()
+        stripped = _write_stripped_graph(request.onnx_path, staging / "stripped", offered)
+        return (
+            request,
+            stripped,
+            (
+                "function bodies of the plugin's ops were removed from the graph given to "
+                "TensorRT, which would have preferred them to the plugin",
+            ),
+        )
+    request, onnx_path, notes = without_codes(request, staging)
     if request.embed:
-        split = _write_split_graph(request.onnx_path, staging / "split")
-        return split, ("block-skip kernels are part of the engine: it needs no plugin library",)
-    if not _needs_stripping(version, request.plugin is not None):
-        return request.onnx_path, ()
-    stripped = _write_stripped_graph(request.onnx_path, staging / "stripped", offered)
-    return stripped, (
-        "function bodies of the plugin's ops were removed from the graph given to TensorRT, which "
-        "would have preferred them to the plugin",
-    )
+        split = _write_split_graph(onnx_path, staging / "split")
+        remove_variant(request, onnx_path)
+        said = "block-skip kernels are part of the engine: it needs no plugin library"
+        return request, split, (*notes, said)
+    return request, onnx_path, notes
+
+
+def _require_ops(request: WorkerRequest, offered: Collection[str]) -> None:
+    """Raise InputError when a plugin lacks an op of codes, whose body TensorRT refuses."""
+    nodes = load_graph(request.onnx_path).graph.node
+    used = {node.op_type for node in nodes if node.domain == DOMAIN}
+    missing = sorted((used & {*QUANTIZED_OPS}) - {*offered})
+    if missing:
+        raise InputError(
+            "This plugin library does not know the ops that the graph holds codes in.",
+            where=request.plugin,
+            observed=f"no {', '.join(missing)}",
+            change="build it again (make plugin), or build the engine without --plugin",
+        )
 
 
 def _needs_stripping(version: tuple[int, ...], plugin_registered: bool) -> bool:
@@ -129,8 +163,8 @@ def _write_stripped_graph(
     """
     model = load_graph(onnx_path)
     latents = {node.op_type for node in model.graph.node if takes_plugin(node)}
-    replaced = {*BLOCK_SKIP_OPS, *latents} & {*offered}
-    return _write_variant(model, onnx_path, folder, replaced)
+    replaced = {*BLOCK_SKIP_OPS, *QUANTIZED_OPS, *latents} & {*offered}
+    return write_variant(model, onnx_path, folder, replaced)
 
 
 def _write_split_graph(onnx_path: Path, folder: Path) -> Path:
@@ -151,7 +185,7 @@ def _write_split_graph(onnx_path: Path, folder: Path) -> Path:
         nodes += _split_node(node) if ours else [node]
     del model.graph.node[:]
     model.graph.node.extend(nodes)
-    return _write_variant(model, onnx_path, folder)
+    return write_variant(model, onnx_path, folder, BLOCK_SKIP_OPS)
 
 
 def _split_node(node: onnx.NodeProto) -> list[onnx.NodeProto]:
@@ -176,31 +210,6 @@ def _split_node(node: onnx.NodeProto) -> list[onnx.NodeProto]:
         domain=DOMAIN, **attributes,
     )  # fmt: skip
     return [mix, product]
-
-
-def _write_variant(
-    model: onnx.ModelProto,
-    onnx_path: Path,
-    folder: Path,
-    replaced: Collection[str] = BLOCK_SKIP_OPS,
-) -> Path:
-    """Write a changed graph without the bodies of ops that a plugin takes the place of.
-
-    Bodies of nodes with quantised factors stay: nothing else computes those.
-    """
-    kept = [
-        function
-        for function in model.functions
-        if not (function.domain == DOMAIN and function.name in replaced)
-    ]
-    del model.functions[:]
-    model.functions.extend(kept)
-    folder.mkdir(parents=True)
-    written = folder / onnx_path.name
-    written.write_bytes(model.SerializeToString())
-    for weights in data_files(model, onnx_path.parent):
-        (folder / weights.name).symlink_to(weights)
-    return written
 
 
 @dataclass(frozen=True)
@@ -251,7 +260,7 @@ def _our_creators(creators: list[_PluginCreator]) -> list[_PluginCreator]:
     return [
         creator
         for creator in creators
-        if creator.name in (*BLOCK_SKIP_OPS, *LATENT_OPS)
+        if creator.name in (*BLOCK_SKIP_OPS, *QUANTIZED_OPS, *LATENT_OPS)
         and creator.namespace == DOMAIN
         and creator.version == str(OP_VERSION)
     ]

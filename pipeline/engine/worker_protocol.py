@@ -31,9 +31,11 @@ class WorkerRequest:
         block_skip_nodes: how many block-skip nodes the graph holds.
         onnx_profile: `opset24` or `compat`, which decides the oldest TensorRT that will do.
         embed: put the block-skip kernels into the engine, in place of a plugin library.
-        dequantized: matrices that the graph reads from low-bit codes.
-        quantized_nodes: block-skip nodes with a quantised factor, which no plugin takes.
+        dequantized: matrices that the graph reads from low-bit codes by DequantizeLinear.
+        quantized_nodes: block-skip nodes with such a factor, which no plugin takes.
         latent_nodes: attention to latents that a plugin may take.
+        coded_nodes: nodes of codes, which the plugin takes or DequantizeLinear stands in for.
+        coded_matrices: matrices that these hold.
     """
 
     flavour: Flavour
@@ -49,6 +51,8 @@ class WorkerRequest:
     dequantized: int = 0
     quantized_nodes: int = 0
     latent_nodes: int = 0
+    coded_nodes: int = 0
+    coded_matrices: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for `request.json`."""

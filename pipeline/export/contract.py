@@ -50,15 +50,43 @@ def present_name(past_name: str) -> str:
 # --- operators ---
 
 DOMAIN, OP_VERSION = "skipcat", 1
-BLOCK_SKIP, BLOCK_SKIP_INDEXED = "BlockSkipLinear", "BlockSkipLinearIndexed"
-# Of the same body, with a quantised factor; no plugin takes them.
-QUANTIZED_SKIP, QUANTIZED_SKIP_INDEXED = "BlockSkipLinearFewBits", "BlockSkipLinearFewBitsIndexed"
-BLOCK_SKIP_OPS = (BLOCK_SKIP, BLOCK_SKIP_INDEXED)
-QUANTIZED_SKIP_OPS = (QUANTIZED_SKIP, QUANTIZED_SKIP_INDEXED)
-LATENT_ATTENTION, REBUILT_KEYS = "LatentAttention", "Rebuilt"
-# How a side of the cache is held: as numbers, as codes of a byte each, or as two codes to a byte.
+# How a matrix, or a side of the cache, is held: as numbers, as codes of a byte each, or as two
+# codes to a byte.
 NUMBERS, BYTES, NIBBLES = "", "8", "4"
+_FORMS = (NUMBERS, BYTES, NIBBLES)
 _NIBBLE = 4  # bits of half a byte
+BLOCK_SKIP, BLOCK_SKIP_INDEXED = "BlockSkipLinear", "BlockSkipLinearIndexed"
+BLOCK_SKIP_OPS = (BLOCK_SKIP, BLOCK_SKIP_INDEXED)
+LINEAR_QUANTIZED = "LinearQuantized"
+# Rows of a and b to a scale: attributes of nodes that hold codes, and fields of the plugin's.
+BLOCK_A, BLOCK_B = "block_a", "block_b"
+# Of the body of BLOCK_SKIP, with a factor out of DequantizeLinear; no plugin takes them.
+DEQUANTIZED_SKIP, DEQUANTIZED_SKIP_INDEXED = (
+    "BlockSkipLinearFewBits",
+    "BlockSkipLinearFewBitsIndexed",
+)
+DEQUANTIZED_SKIP_OPS = (DEQUANTIZED_SKIP, DEQUANTIZED_SKIP_INDEXED)
+
+
+def block_skip_op(a: str, b: str, indexed: bool) -> str:
+    """`BlockSkipLinearA4B8Indexed`: of factors held as they say, and of an x that is reordered."""
+    held = ("A" + a if a else "") + ("B" + b if b else "")
+    return BLOCK_SKIP + held + ("Indexed" if indexed else "")
+
+
+# Of weights that are codes, which the kernels read as they are.
+QUANTIZED_OPS = (
+    *(
+        block_skip_op(a, b, indexed)
+        for a in _FORMS
+        for b in _FORMS
+        for indexed in (False, True)
+        if a or b
+    ),
+    LINEAR_QUANTIZED + BYTES,
+    LINEAR_QUANTIZED + NIBBLES,
+)
+LATENT_ATTENTION, REBUILT_KEYS = "LatentAttention", "Rebuilt"
 
 
 def form_of(bits: int | None) -> str:
@@ -82,8 +110,8 @@ def latent_attention_op(rebuilt: bool, keys: str, values: str) -> str:
 LATENT_OPS = tuple(
     latent_attention_op(rebuilt, keys, values)
     for rebuilt in (False, True)
-    for keys in (NUMBERS, BYTES, NIBBLES)
-    for values in (NUMBERS, BYTES, NIBBLES)
+    for keys in _FORMS
+    for values in _FORMS
 )
 DEQUANTIZE = "DequantizeLinear"
 BLOCKED_OPSET = 21  # the first in which it takes blocks
@@ -144,11 +172,6 @@ class Profile:
     def fixed_length(self) -> bool:
         """Whether the graph fixes the length of its cache, rather than take one of any length."""
         return self.static_cache and not self.contrib
-
-    @property
-    def takes_blocks(self) -> bool:
-        """Whether its opset can say that weights share a scale in blocks."""
-        return self.opset >= BLOCKED_OPSET
 
     @property
     def runs_in(self) -> str:

@@ -18,8 +18,7 @@ from pipeline.artefact import sha256_of_file, staged_folder, write_json
 from pipeline.checkpoint.folder import read_record
 from pipeline.checkpoint.skeleton import QuantizedMatrix, Skeleton, StoredMatrix
 from pipeline.errors import InputError
-from pipeline.export import latent_attention
-from pipeline.export.block_skip import function_bodies
+from pipeline.export import block_skip, latent_attention
 from pipeline.export.contract import (
     CONTRIB,
     DOMAIN,
@@ -35,9 +34,9 @@ from pipeline.export.contract import (
     WEIGHTS_FILE,
     Profile,
 )
-from pipeline.export.passes.dequantize_linear import dequantize_linears
 from pipeline.export.passes.fold_permutation import fold_permutations
 from pipeline.export.passes.fuse import merge_duplicates
+from pipeline.export.passes.keep_codes import keep_codes
 from pipeline.export.passes.lay_out import lay_out
 from pipeline.export.passes.matmul_nbits import FORMATS, quantize_linears
 from pipeline.export.prove import prove
@@ -163,7 +162,7 @@ def _transform(traced: Traced, request: ExportRequest, weights: str) -> dict[str
     if request.traits.contrib and weights != FLOAT:
         quantized = quantize_linears(graph, FORMATS.get(weights), accuracy=accuracy)
     elif weights == STORED:
-        quantized = dequantize_linears(graph)
+        quantized = keep_codes(graph)
     nodes = lay_out(graph)
     return {
         "block_skip_nodes": nodes,
@@ -184,9 +183,8 @@ def _save_graph(graph: ir.Model, profile: Profile, folder: Path) -> None:
     if any(node.domain == CONTRIB for node in graph.graph):
         graph.opset_imports[CONTRIB] = 1
     used = {node.op_type for node in graph.graph if node.domain == DOMAIN}
-    bodies = function_bodies(profile.opset) | latent_attention.function_bodies(profile.opset, used)
-    for name, body in bodies.items():
-        if name in used:
+    for module in (block_skip, latent_attention):
+        for body in module.function_bodies(profile.opset, used).values():
             graph.functions[body.identifier()] = body
     if used:
         graph.opset_imports[DOMAIN] = OP_VERSION

@@ -19,9 +19,10 @@ import torch
 from torch import nn
 
 from pipeline.checkpoint.modeling_quantized import ActivationRounding, Int8Conv
+from pipeline.export.contract import DEQUANTIZE
 from pipeline.int8.runtimes import int8_runtime
 
-_QUANTIZE, _DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
+_QUANTIZE = "QuantizeLinear"
 # The first opset of DequantizeLinear with an axis.
 _VERSION = 13
 _SCALE, _ZERO, _CODES = "scale_number", "zero_code", "kernel_codes"
@@ -85,13 +86,13 @@ def _rounded(self: ActivationRounding, x: torch.Tensor) -> torch.Tensor:
         _QUANTIZE, (x, *parameters), dtype=kind, shape=x.shape, version=_VERSION
     )
     return torch.onnx.ops.symbolic(
-        _DEQUANTIZE, (codes, *parameters), dtype=torch.float32, shape=x.shape, version=_VERSION
+        DEQUANTIZE, (codes, *parameters), dtype=torch.float32, shape=x.shape, version=_VERSION
     )
 
 
 def _convolved(self: Int8Conv, x: torch.Tensor) -> torch.Tensor:
     weight = torch.onnx.ops.symbolic(
-        _DEQUANTIZE,
+        DEQUANTIZE,
         (self.get_buffer(_CODES), self.get_buffer(_SCALE), self.get_buffer(_ZERO)),
         {"axis": 0},
         dtype=torch.float32,

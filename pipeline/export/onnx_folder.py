@@ -8,16 +8,19 @@ from typing import TYPE_CHECKING
 
 from pipeline.errors import InputError
 from pipeline.export.contract import (
+    BLOCK_A,
+    BLOCK_B,
     BLOCK_SKIP_OPS,
     COMPAT,
     CPU,
     DEQUANTIZE,
+    DEQUANTIZED_SKIP_OPS,
     DOMAIN,
     FLOAT16,
     GRAPH_FILE,
     LATENT_OPS,
     OPSET24,
-    QUANTIZED_SKIP_OPS,
+    QUANTIZED_OPS,
     RECORD_FILE,
 )
 from pipeline.export.record import (
@@ -44,9 +47,12 @@ class OnnxFolder:
         inputs: shape of every graph input, None where dynamic.
         block_skip_nodes: how many block-skip nodes the graph holds.
         data_files: the external weight files, absolute.
-        quantized_nodes: how many block-skip nodes there are beside, with a quantised factor.
-        dequantized: matrices that are read from codes.
+        quantized_nodes: how many block-skip nodes there are beside, with a factor that
+            DequantizeLinear reads from codes.
+        dequantized: matrices that it reads.
         latent_nodes: attention to latents that a plugin may take.
+        coded_nodes: nodes of our ops that hold codes for the kernels.
+        coded_matrices: matrices that these hold.
     """
 
     path: Path
@@ -57,6 +63,8 @@ class OnnxFolder:
     quantized_nodes: int = 0
     dequantized: int = 0
     latent_nodes: int = 0
+    coded_nodes: int = 0
+    coded_matrices: int = 0
 
     @property
     def onnx_path(self) -> Path:
@@ -126,9 +134,11 @@ def read_onnx_folder(folder: Path) -> OnnxFolder:
         _input_shapes(model),
         found,
         data_files(model, folder),
-        _count_nodes(model, QUANTIZED_SKIP_OPS),
+        _count_nodes(model, DEQUANTIZED_SKIP_OPS),
         _count_nodes(model, (DEQUANTIZE,), domain=""),
         sum(takes_plugin(node) for node in model.graph.node),
+        _count_nodes(model, QUANTIZED_OPS),
+        sum(map(_coded_matrices, model.graph.node)),
     )
 
 
@@ -165,6 +175,12 @@ def takes_plugin(node: onnx.NodeProto) -> bool:
         and node.op_type in LATENT_OPS
         and any(attribute.name == "plugin_namespace" for attribute in node.attribute)
     )
+
+
+def _coded_matrices(node: onnx.NodeProto) -> int:
+    """Matrices of codes that a node of ours holds."""
+    ours = node.domain == DOMAIN and node.op_type in QUANTIZED_OPS
+    return sum(item.name in (BLOCK_A, BLOCK_B) for item in node.attribute) if ours else 0
 
 
 def _count_nodes(model: onnx.ModelProto, op_types: tuple[str, ...], domain: str = DOMAIN) -> int:

@@ -15,6 +15,7 @@ from pipeline.export.contract import (
     DTYPES,
     FLOAT,
     GRAPH_FILE,
+    PIXEL_VALUES,
     PROFILES,
     RECORD_FILE,
     SCHEMA,
@@ -275,7 +276,7 @@ def _anchors(path: Path, name: str, value: list[Any]) -> tuple[tuple[tuple[float
 
 
 # Fields that are lists, of whichever task, by their names.
-_LISTS = {"pixel_values": _image_shape, "labels": _labels, "anchors": _anchors}
+_LISTS = {PIXEL_VALUES: _image_shape, "labels": _labels, "anchors": _anchors}
 
 
 def _require_same_graph(record: ExportRecord, onnx_path: Path) -> None:

@@ -107,13 +107,13 @@ class ExportRequest:
             for format_, columns in widths.items()
             if not all(runtime.accepts(format_, count) for count in columns)
         )
-        if not others and self.traits.takes_blocks:
+        if not others:
             return self.weights or STORED
         if self.profile == CPU or self.weights == STORED:
             raise UsageError(
                 "The runtime does not take the checkpoint's formats.",
                 where=f"--profile {self.profile}",
-                observed=", ".join(others) or "blocks, which opset 21 is the first to have",
+                observed=", ".join(others),
                 expected=runtime.takes,
                 change=f"compress with --runtime {runtime.name}, or pass --weights float with "
                 "--profile opset24, which undoes the rounding's savings",
@@ -121,7 +121,7 @@ class ExportRequest:
         if self.weights is None:
             note(
                 f"weights are exported as {self.dtype}, not quantised: --profile {self.profile} "
-                f"takes {runtime.takes}; the checkpoint has {', '.join(others) or 'blocks'}"
+                f"takes {runtime.takes}; the checkpoint has {', '.join(others)}"
             )
         return FLOAT
 

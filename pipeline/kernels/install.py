@@ -1,46 +1,145 @@
-"""Factored layers that call the operator: one call for all layers that share a latent."""
+"""Linear layers that call the operators: one call for all factored layers that share a latent.
+
+Matrices of a format that the kernels read stay codes, in the order of the kernels; the others are
+written out as numbers.
+"""
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
 from pipeline.checkpoint.modeling_cache import hook_cache_maps
+from pipeline.checkpoint.modeling_quantized import QuantizedEmbedding, QuantizedLinear
 from pipeline.checkpoint.modeling_skipcat import FactoredLinear
 from pipeline.kernels.op import block_skip_linear
+from pipeline.kernels.quantized_op import block_skip_linear_quantized, columns_of
+from pipeline.progress import note
+from pipeline.quantize.formats import Format, in_kernels
+from pipeline.quantize.groupwise import Blocks
+from pipeline.quantize.kernel_codes import kernel_block, kernel_codes
+
+_Matrices = Sequence[nn.Linear | QuantizedLinear]
 
 
-class _BlockSkipGroup(nn.Module):
-    """Linear layers of one latent: y = block_skip_linear(x), split among its members.
+def _kernel_format(layers: _Matrices) -> Format | None:
+    """The one format of some matrices, if the kernels read it; None where they must be numbers."""
+    names = [m.matrix.format_name if isinstance(m, QuantizedLinear) else None for m in layers]
+    if names[0] is None or len({*names}) > 1:
+        return None
+    format_ = Format.parse(names[0])
+    return format_ if in_kernels(format_) else None
 
-    Members are called one after the other with the same tensor; the first call computes for all.
+
+class _Numbers(nn.Module):
+    """y = block_skip_linear(x), of factors that are numbers.
 
     Args:
-        layers: factored, in the form "skip", all of one owner; the first need not be the owner.
+        owner: of the latent.
+        ups: B of each member, one below the other.
+        dtype: of the numbers.
     """
 
     a: torch.Tensor
     b: torch.Tensor
     index: torch.Tensor
 
-    def __init__(self, layers: list[FactoredLinear]) -> None:
+    def __init__(self, owner: FactoredLinear, ups: _Matrices, dtype: torch.dtype) -> None:
         super().__init__()
-        owner = layers[0].owner
-        self.widths = [layer.out_features for layer in layers]
-        with torch.no_grad():
-            self.register_buffer("a", owner.down.weight.T.contiguous())
-            stacked = torch.cat([layer.up.weight for layer in layers])
-            self.register_buffer("b", stacked.T.contiguous())
+        self.register_buffer("a", _turned([owner.down], dtype))
+        self.register_buffer("b", _turned(ups, dtype))
         self.register_buffer("index", owner.permutation)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., n] to [..., m]."""
+        return block_skip_linear(x, self.a, self.b, self.index)
+
+
+@torch.no_grad()
+def _turned(layers: _Matrices, dtype: torch.dtype) -> torch.Tensor:
+    """W^T of a stack, [n, m] as the kernels read it."""
+    return torch.cat([layer.weight for layer in layers]).T.to(dtype).contiguous()
+
+
+class _Codes(nn.Module):
+    """y = block_skip_linear_quantized(x), of factors of which one at least is codes.
+
+    Args:
+        owner: of the latent; None for a dense layer.
+        ups: B of each member, or the one dense matrix.
+        dtype: of scales and numbers.
+    """
+
+    a: torch.Tensor | None
+    a_scale: torch.Tensor | None
+    b: torch.Tensor
+    b_scale: torch.Tensor | None
+    index: torch.Tensor | None
+
+    def __init__(self, owner: FactoredLinear | None, ups: _Matrices, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.bits, self.blocks = [0, 0], [0, 0]
+        self._hold("a", 0, None if owner is None else [owner.down], dtype)
+        self._hold("b", 1, ups, dtype)
+        self.register_buffer("index", None if owner is None else owner.permutation)
+
+    def _hold(self, name: str, place: int, layers: _Matrices | None, dtype: torch.dtype) -> None:
+        format_ = None if layers is None else _kernel_format(layers)
+        stored = scale = None
+        if layers is not None and format_ is None:
+            stored = _turned(layers, dtype)
+        elif layers is not None and format_ is not None:
+            self.bits[place] = format_.bits
+            self.blocks[place] = kernel_block(format_, layers[0].in_features)
+            stored, scale = _turned_codes(layers, format_, dtype)
+        self.register_buffer(name, stored)
+        self.register_buffer(f"{name}_scale", scale)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., n] to [..., m]."""
+        return block_skip_linear_quantized(
+            x, self.a, self.a_scale, self.b, self.b_scale, self.index, self.bits, self.blocks
+        )
+
+
+def _turned_codes(
+    layers: _Matrices, format_: Format, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes of W^T of a stack and their scales [groups, m], as the kernels read them."""
+    stored = [layer.matrix for layer in layers if isinstance(layer, QuantizedLinear)]
+    joined = {
+        name: torch.cat([getattr(matrix, name) for matrix in stored]).cpu()
+        for name in ("codes", "scales")
+    }
+    blocks = Blocks.from_stored(joined, format_, layers[0].in_features)
+    device = stored[0].codes.device
+    codes, scales = torch.from_numpy(kernel_codes(blocks)), torch.from_numpy(blocks.scales.T)
+    return codes.contiguous().to(device), scales.contiguous().to(device, dtype)
+
+
+class _Group(nn.Module):
+    """Linear layers of one latent: y = product(x), split among its members.
+
+    Members are called one after the other with the same tensor; the first call computes for all.
+
+    Args:
+        product: of all of them, stacked.
+        widths: of each of them.
+    """
+
+    def __init__(self, product: _Numbers | _Codes, widths: list[int]) -> None:
+        super().__init__()
+        self.product, self.widths = product, widths
         self._given: torch.Tensor | None = None
         self._parts: dict[int, torch.Tensor] = {}
 
     def part(self, place: int, x: torch.Tensor) -> torch.Tensor:
         """What member `place` answers, [..., n] to [..., m of that member]."""
         if self._given is not x or place not in self._parts:
-            y = block_skip_linear(x, self.a, self.b, self.index)
+            y = self.product(x)
             self._parts = dict(enumerate(y.split(self.widths, dim=-1)))
             self._given = x
         part = self._parts.pop(place)
@@ -49,10 +148,10 @@ class _BlockSkipGroup(nn.Module):
         return part
 
 
-class _BlockSkipMember(nn.Module):
-    """One layer of a group, in place of the factored layer it was."""
+class _Member(nn.Module):
+    """One layer of a group, in place of the layer it was."""
 
-    def __init__(self, group: _BlockSkipGroup, place: int, bias: torch.Tensor | None) -> None:
+    def __init__(self, group: _Group, place: int, bias: torch.Tensor | None) -> None:
         super().__init__()
         # The first member registers the group with the model; the others only refer to it.
         self.group = group if place == 0 else None
@@ -66,10 +165,30 @@ class _BlockSkipMember(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
-def use_operator_(model: nn.Module) -> int:
-    """Replace every factored layer in skip form by a member of a group that calls the operator.
+class _SharedTable(nn.Module):
+    """An embedding whose rows are columns of the head's codes, which are held once.
 
-    The factors are stored transposed, as the kernels read them, and the old ones are let go.
+    Args:
+        head: the product of the head.
+    """
+
+    def __init__(self, head: _Codes) -> None:
+        super().__init__()
+        self._head = [head]
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Rows of the table, int64 [...] to [..., columns]."""
+        head = self._head[0]
+        assert head.b_scale is not None
+        rows = columns_of(head.b, head.b_scale, head.bits[1], head.blocks[1], ids.flatten())
+        return rows.view(*ids.shape, -1)
+
+
+def use_operator_(model: nn.Module) -> int:
+    """Let every factored layer in skip form, and every linear of codes, call the operators.
+
+    Matrices are stored transposed, as the kernels read them, and the old ones are let go. Of
+    formats that the kernels do not read it is said that they are numbers now.
 
     Args:
         model: changed in place; only for inference.
@@ -77,13 +196,57 @@ def use_operator_(model: nn.Module) -> int:
     Returns:
         How many layers were replaced.
     """
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    replaced = _replace_factored(model, dtype) + _replace_dense(model, dtype)
+    hook_cache_maps(model)
+    return replaced
+
+
+def _replace_factored(model: nn.Module, dtype: torch.dtype) -> int:
+    """The layers that share a latent, group by group."""
     groups: dict[FactoredLinear, list[tuple[str, FactoredLinear]]] = defaultdict(list)
     for name, module in model.named_modules():
         if isinstance(module, FactoredLinear) and module.form == "skip":
             groups[module.owner].append((name, module))
-    for members in groups.values():
-        group = _BlockSkipGroup([layer for _, layer in members])
+    widened: Counter[str] = Counter()
+    for owner, members in groups.items():
+        ups = [layer.up for _, layer in members]
+        for part in ([owner.down], ups):
+            widened.update(_unread(part))
+        coded = any(_kernel_format(part) for part in ([owner.down], ups))
+        product = (_Codes if coded else _Numbers)(owner, ups, dtype)
+        group = _Group(product, [layer.out_features for _, layer in members])
         for place, (name, layer) in enumerate(members):
-            model.set_submodule(name, _BlockSkipMember(group, place, layer.up.bias))
-    hook_cache_maps(model)
+            model.set_submodule(name, _Member(group, place, layer.up.bias))
+    _say_widened(widened)
     return sum(map(len, groups.values()))
+
+
+def _replace_dense(model: nn.Module, dtype: torch.dtype) -> int:
+    """Linear layers of codes, and the embedding that shares them with the head."""
+    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, QuantizedLinear)]
+    tables = {m: n for n, m in model.named_modules() if isinstance(m, QuantizedEmbedding)}
+    taken = [(name, layer) for name, layer in layers if _kernel_format([layer])]
+    for name, layer in taken:
+        product = _Codes(None, [layer], dtype)
+        group = _Group(product, [layer.out_features])
+        model.set_submodule(name, _Member(group, 0, layer.bias))
+        for table in layer.table_reference:
+            model.set_submodule(tables[table], _SharedTable(product))
+    _say_widened(Counter(name for _, layer in layers for name in _unread([layer])))
+    return len(taken)
+
+
+def _unread(layers: _Matrices) -> list[str]:
+    """Formats of matrices that the kernels do not read."""
+    coded = [layer for layer in layers if isinstance(layer, QuantizedLinear)]
+    return [] if _kernel_format(layers) else [layer.matrix.format_name for layer in coded]
+
+
+def _say_widened(formats: Counter[str]) -> None:
+    if formats:
+        named = ", ".join(f"{count} of {name}" for name, count in formats.items())
+        note(
+            f"quantised matrices that the kernels do not read are held as numbers: {named}; "
+            "compress with --runtime tensorrt for those that they do"
+        )

@@ -10,11 +10,11 @@ from typing import ClassVar
 from pipeline.errors import InputError
 
 FP16, BF16 = 0, 1
-FLOAT_WEIGHTS = 0
+FLOAT_WEIGHTS = 0  # as they are; those of codes are their bits
 
 
 class Problem(ctypes.Structure):
-    """`skipcat::Problem`."""
+    """`skipcat::Problem`, with its two `skipcat::WeightFormat`."""
 
     _fields_: ClassVar = [
         ("rows", c_int32),
@@ -22,8 +22,10 @@ class Problem(ctypes.Structure):
         ("m", c_int32),
         ("rank", c_int32),
         ("type", c_int32),
-        ("weights", c_int32),
-        ("group_size", c_int32),
+        ("a_weights", c_int32),
+        ("a_group", c_int32),
+        ("b_weights", c_int32),
+        ("b_group", c_int32),
         ("indexed", ctypes.c_bool),
         ("tactic", c_int32),
     ]

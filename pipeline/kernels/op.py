@@ -10,6 +10,7 @@ operations of PyTorch. It has a shape function, so `torch.compile` and CUDA grap
 from __future__ import annotations
 
 import ctypes
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -50,7 +51,7 @@ def block_skip_linear(
         InputError: on a GPU, the kernels cannot be compiled, or do not know the type.
     """
     _require_fit(x, a, b, index)
-    latent, _ = _mix(x, a, index)
+    latent, _ = mix(x, a, index)
     return latent @ b
 
 
@@ -63,7 +64,7 @@ def _shape_of_result(
     return x.new_empty((*x.shape[:-1], b.shape[1]))
 
 
-def _mix(
+def mix(
     x: torch.Tensor, a: torch.Tensor, index: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The latent z = x1 + x2 a, [..., r], and x2, [..., n - r]."""
@@ -114,7 +115,7 @@ def _gradients(
         if index is not None:
             grad_x = torch.zeros_like(x).index_copy(-1, index.long(), grad_x)
     if for_a or for_b:
-        latent, rest = _mix(x, a, index)
+        latent, rest = mix(x, a, index)
         if for_a:
             grad_a = rest.flatten(0, -2).T @ grad_latent.flatten(0, -2)
         if for_b:
@@ -129,8 +130,57 @@ block_skip_linear.register_autograd(_gradients, setup_context=_save_for_gradient
 def _launch(
     x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, index: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """The kernel, on the current stream of x's device; more than 4096 rows go in several calls."""
+    """The kernel, on the current stream of x's device."""
     _require_fit(x, a, b, index)
+    return launch(x, Held(a.contiguous()), Held(b.contiguous()), index, b.shape[1])
+
+
+@dataclass(frozen=True)
+class Held:
+    """One of the layer's matrices [rows, columns], as the kernels read it.
+
+    Attributes:
+        stored: numbers of the type of x, or codes: int8 [rows, columns] or, of 4 bits,
+            [rows, (columns + 1) / 2].
+        scale: of codes, of the type of x, [(rows + block - 1) / block, columns].
+        bits: of codes, 4 or 8.
+        block: rows that share a scale, a multiple of 16.
+    """
+
+    stored: torch.Tensor
+    scale: torch.Tensor | None = None
+    bits: int = FLOAT_WEIGHTS
+    block: int = 0
+
+    @property
+    def address(self) -> int | None:
+        """Of what is stored; None where that is nothing."""
+        return self.stored.data_ptr() or None
+
+    @property
+    def scale_address(self) -> int | None:
+        """Of the scales."""
+        return None if self.scale is None else self.scale.data_ptr() or None
+
+
+def launch(
+    x: torch.Tensor, a: Held | None, b: Held, index: torch.Tensor | None, width: int
+) -> torch.Tensor:
+    """The kernel, on the current stream of x's device; more than 4096 rows go in several calls.
+
+    Args:
+        x: inputs, [..., n].
+        a: A' transposed; None for a dense layer, y = x b.
+        b: B' transposed, [r, m], contiguous as a is.
+        index: int32 [n], or None.
+        width: m.
+
+    Returns:
+        [..., m], of the type of x.
+
+    Raises:
+        InputError: the kernels do not know the type of x, or refuse the layer.
+    """
     if x.dtype not in _TYPES:
         raise InputError(
             "The block-skip kernels compute in half precision.",
@@ -138,17 +188,16 @@ def _launch(
             expected="torch.float16 or torch.bfloat16",
         )
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    y = torch.empty((rows.shape[0], b.shape[1]), dtype=x.dtype, device=x.device)
-    a, b = a.contiguous(), b.contiguous()
+    y = torch.empty((rows.shape[0], width), dtype=x.dtype, device=x.device)
     with torch.cuda.device(x.device):
         for part, out in zip(rows.split(_CUDA_MOST_ROWS), y.split(_CUDA_MOST_ROWS), strict=True):
             if part.shape[0]:
                 _launch_rows(part, a, b, index, out)
-    return y.reshape(*x.shape[:-1], b.shape[1])
+    return y.reshape(*x.shape[:-1], width)
 
 
 def _launch_rows(
-    x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, index: torch.Tensor | None, y: torch.Tensor
+    x: torch.Tensor, a: Held | None, b: Held, index: torch.Tensor | None, y: torch.Tensor
 ) -> None:
     """One call of the library: x [rows, n] to y [rows, m], all contiguous, 1 <= rows <= 4096.
 
@@ -160,11 +209,13 @@ def _launch_rows(
     problem = Problem(
         rows=x.shape[0],
         n=x.shape[1],
-        m=b.shape[1],
-        rank=b.shape[0],
+        m=y.shape[1],
+        rank=b.stored.shape[0],
         type=_TYPES[x.dtype],
-        weights=FLOAT_WEIGHTS,
-        group_size=0,
+        a_weights=FLOAT_WEIGHTS if a is None else a.bits,
+        a_group=0 if a is None else a.block,
+        b_weights=b.bits,
+        b_group=b.block,
         indexed=index is not None,
         tactic=0,
     )
@@ -178,8 +229,10 @@ def _launch_rows(
     pointers = Pointers(
         x=x.data_ptr(),
         index=None if index is None else index.data_ptr(),
-        a=a.data_ptr() or None,
-        b=b.data_ptr(),
+        a=None if a is None else a.address,
+        a_scale=None if a is None else a.scale_address,
+        b=b.address,
+        b_scale=b.scale_address,
         y=y.data_ptr(),
     )
     status = library.skipcatBlockSkipLinear(

@@ -56,7 +56,7 @@ def decoder_structure(model: PreTrainedModel) -> list[Layer]:
         InputError: the model is not a chain of layers of nn.Linear, or its tokens see those after
             them; says what was found.
     """
-    path, layers = _layer_list(model)
+    path, layers = layer_list(model)
     names = [f"{path}.{index}" for index in range(len(layers))]
     for name, layer in zip(names, layers, strict=True):
         _refuse_other_matrices(name, layer)
@@ -97,7 +97,7 @@ def refuse_other_architectures(model: nn.Module, where: object) -> None:
             )
 
 
-def _layer_list(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+def layer_list(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """The ModuleList that holds most of the linear layers' parameters."""
     lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList)]
     weights = {name: _linear_parameters(module) for name, module in lists}

@@ -128,7 +128,7 @@ TASKS: dict[Task, _TaskRow] = {
             "engine": "pipeline.engine.profiles:image_limits",
             "ledger": "validate.driving:DRIVING_NETWORK",
             "inspect": "pipeline.compress.driving:facts",
-            "look": "pipeline.runtime.driving:perceive_files",
+            "look": "pipeline.runtime.driving:PerceiveRequest",
         },
         verbs="compress with --method int8, export, engine, validate, inspect, or run with --image "
         "or --video",

@@ -9,7 +9,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from pipeline.errors import InputError
-from pipeline.json_file import json_field, read_json_object
+from pipeline.json_file import json_field, parse_json, read_json_object
 from pipeline.progress import note
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -30,6 +30,8 @@ _TOOLS = {
     "torchao": r"\.weight:_|\.weight\.(int_data|tensor_impl)",
 }
 _CODES = re.compile(r"weight|_proj$|_blocks$|^W_q$")
+# Of the length of the header, with which a file begins.
+_LENGTH_BYTES = 8
 _NUMBERS = ("F64", "F32", "F16", "BF16")
 
 
@@ -150,6 +152,24 @@ def read_header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
             observed=f"{error} ({file.stat().st_size if file.exists() else 0} bytes)",
             change="download or copy the file again",
         ) from error
+
+
+def stored_places(file: Path) -> dict[str, tuple[int, int]]:
+    """Tensor name -> its first byte in a file, and that behind its last.
+
+    Raises:
+        InputError: as `read_header`, which the file has to pass first.
+    """
+    read_header(file)
+    with file.open("rb") as opened:
+        size = int.from_bytes(opened.read(_LENGTH_BYTES), "little")
+        header = parse_json(opened.read(size).decode("utf-8"), file)
+    begin = _LENGTH_BYTES + size
+    return {
+        name: (begin + entry["data_offsets"][0], begin + entry["data_offsets"][1])
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
 
 
 def quantising_tool(names: Any) -> str | None:

@@ -17,6 +17,7 @@ from typing import Literal, get_args
 _SCALE_BYTES = 2
 DEFAULT_RUNTIME = "cpu"
 _BITS = (2, 3, 4, 6, 8)
+KERNEL_BLOCK_UNIT = 16  # rows that a step of our kernels takes, all of one block
 
 Zero = Literal["sym", "asym", "offset"]
 _ZEROS: tuple[Zero, ...] = get_args(Zero)
@@ -131,9 +132,15 @@ def _in_onnx_runtime(format: Format) -> bool:
     return format.bits in (2, 4, 8) and format.block in (16, 32, 64, 128, 256)
 
 
+def in_kernels(format: Format) -> bool:
+    """What the kernels of `trt_plugins/block_skip` multiply with, in TensorRT and in PyTorch."""
+    return format.symmetric and format.bits in (4, 8) and format.block % KERNEL_BLOCK_UNIT == 0
+
+
 def _in_tensorrt(format: Format) -> bool:
-    """What TensorRT multiplies out of a DequantizeLinear."""
-    return format.symmetric and (format.bits, format.block) in ((4, 64), (4, 128), (8, 0))
+    """What the kernels take, and TensorRT without them multiplies out of a DequantizeLinear."""
+    alone = (format.bits, format.block) in ((4, 64), (4, 128), (8, 0))
+    return in_kernels(format) and alone
 
 
 def _formats(names: str) -> tuple[Format, ...]:

@@ -7,7 +7,7 @@ before its guesses. The call that checks them writes over every one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +20,17 @@ from pipeline.json_file import read_json_object
 from pipeline.model.task import require_decoder
 from pipeline.progress import note
 from pipeline.runtime.draft_costs import MOST_DRAFTED, DraftCosts
-from pipeline.runtime.drafting import Chooser, Drafter, DraftSource, FirstOf, PromptLookup
+from pipeline.runtime.drafting import Chooser, Drafter, FirstOf, PromptLookup
 from pipeline.runtime.prefix_cache import common_length
 from pipeline.runtime.sessions.onnx_cpu_session import CpuSession
 from pipeline.runtime.sessions.open_session import folder_kind
-from pipeline.runtime.sessions.session import SlotSession
-from pipeline.runtime.sessions.slots import open_slots
+from pipeline.runtime.sessions.slotted_session import SlottedSession
 from pipeline.tokenizer_files import vocabulary_hashes
 
 # Share of right guesses at which drafting has to pay, to be tried at all: few drafts have more.
 _GOOD_ACCEPTANCE = 0.9
+# What a model and its draft have to have in common, as an export's record names it.
+SHARED = ("vocab_size", "num_layers", "max_length", "cache_format")
 _ROTATION = ("rope_parameters", "rope_theta", "rope_scaling", "partial_rotary_factor")
 
 
@@ -44,7 +45,7 @@ class DraftModel:
     """
 
     def __init__(
-        self, target: CpuSession, session: CpuSession, lookup: bool, length: int | None = None
+        self, target: SlottedSession, session: CpuSession, lookup: bool, length: int | None = None
     ) -> None:
         self._session, self._lookup = session, lookup
         self._length = None if length is None else min(length, MOST_DRAFTED)
@@ -120,32 +121,6 @@ class _ModelDrafter:
         return found
 
 
-def open_answering(
-    folder: Path,
-    draft: Path | None,
-    backend: str = "auto",
-    threads: int | None = None,
-    slots: int = 1,
-    lookup: bool = False,
-) -> tuple[SlotSession, DraftSource | None]:
-    """A model with slots, and what drafts for its answers: nothing without a draft.
-
-    Args:
-        folder: of the model.
-        draft: a smaller export of it, or None.
-        backend: as for `open_slots`; with a draft, as for `open_drafted`.
-        threads: of ONNX Runtime.
-        slots: at least so many.
-        lookup: as for `open_drafted`.
-
-    Raises:
-        InputError, UsageError: as `open_slots` and `open_drafted`.
-    """
-    if draft is None:
-        return open_slots(folder, backend, threads, slots), None
-    return open_drafted(folder, draft, backend, threads, slots, lookup)
-
-
 def open_drafted(
     folder: Path,
     draft: Path,
@@ -174,8 +149,9 @@ def open_drafted(
         InputError: a folder does not load, or the two do not fit each other.
         UsageError: a folder or `backend` is of another kind.
     """
-    model, small = require_target(folder, backend), _require_export(draft, backend)
-    _require_pair(folder, draft, model, small)
+    model = require_target(folder, backend)
+    own = {name: getattr(model, name) for name in SHARED}
+    require_pair(folder, draft, own, rotation_of(folder), backend)
     if length is None and not can_pay(folder, (draft / WEIGHTS_FILE).stat().st_size):
         return CpuSession(folder, threads, slots=slots), None
     target = CpuSession(folder, threads, slots=slots, steady=True)
@@ -220,16 +196,38 @@ def _require_export(folder: Path, backend: str) -> ExportRecord:
     )
 
 
-def _require_pair(folder: Path, draft: Path, model: ExportRecord, small: ExportRecord) -> None:
-    """Raise for two exports of which one cannot draft for the other, before either is loaded."""
+def require_pair(
+    folder: Path,
+    draft: Path,
+    model: Mapping[str, object],
+    rotation: Mapping[str, object],
+    backend: str = "auto",
+) -> ExportRecord:
+    """Hold a draft against the model that it is to draft for, before either is loaded.
+
+    Args:
+        folder: of the model.
+        draft: an export of the profile `cpu`.
+        model: `SHARED` of the model, by name.
+        rotation: of the model, as `rotation_of` tells it.
+        backend: `auto` or `onnx`.
+
+    Returns:
+        The draft's record.
+
+    Raises:
+        InputError: the two do not fit each other.
+        UsageError: the draft is no such export, or the model itself.
+    """
+    small = _require_export(draft, backend)
     if folder.resolve() == draft.resolve():
         raise UsageError(
             "A model cannot draft for itself: it would save no call.",
             observed=draft,
             change="give --draft an export of the same model in fewer bytes",
         )
-    for name in ("vocab_size", "num_layers", "max_length", "cache_format"):
-        wanted, found = getattr(model, name), getattr(small, name)
+    for name, wanted in model.items():
+        found = getattr(small, name)
         if wanted != found:
             raise InputError(
                 "This draft does not fit the model.",
@@ -238,12 +236,12 @@ def _require_pair(folder: Path, draft: Path, model: ExportRecord, small: ExportR
                 expected=f"{name} {wanted}, as {folder} has",
                 change="export both from the same model, with the same --max-length",
             )
-    if _rotation(folder) != _rotation(draft):
+    if rotation != rotation_of(draft):
         raise InputError(
             "This draft does not fit the model: it turns its keys by other angles.",
             where=draft / "config.json",
-            observed=_rotation(draft),
-            expected=_rotation(folder),
+            observed=rotation_of(draft),
+            expected=rotation,
             change="make the draft from the same model",
         )
     if vocabulary_hashes(folder) != vocabulary_hashes(draft):
@@ -253,12 +251,17 @@ def _require_pair(folder: Path, draft: Path, model: ExportRecord, small: ExportR
             expected=f"the tokenizer files of {folder}",
             change="make the draft from the same model",
         )
+    return small
 
 
-def _rotation(folder: Path) -> dict[str, Any]:
+def rotation_of(folder: Path) -> dict[str, Any]:
     """What config.json says of the angles by which positions turn the keys of the cache."""
     path = folder / "config.json"
-    fields = read_json_object(path) if path.is_file() else {}
+    return rotation_in(read_json_object(path) if path.is_file() else {})
+
+
+def rotation_in(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The same, of what a config says."""
     return {name: fields[name] for name in _ROTATION if name in fields}
 
 

@@ -61,6 +61,39 @@ class PerceiveRequest:
     device: str = "cpu"
     overwrite: bool = False
 
+    def run(self, tell: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+        """Look at images or at a video.
+
+        Args:
+            tell: is given what was seen in each image, as JSON has it, as it comes.
+
+        Returns:
+            A summary: the backend, images, and the mean milliseconds of each step.
+
+        Raises:
+            InputError: the folder, an image or the video is broken, or of another kind.
+            MissingPackageError: the backend, or for a video PyAV, is not installed.
+            UsageError: nothing, or both images and a video, or two images of one name.
+        """
+        files = images_at(self.images)
+        _require_one(self, files)
+        session = _open(self)
+        if self.output is None:
+            return _look(session, self, files, None, tell)
+        inputs = (self.folder, *self.images, self.video or "")
+        with staged_folder(self.output, overwrite=self.overwrite, inputs=inputs) as staging:
+            lines: list[dict[str, Any]] = []
+
+            def both(line: dict[str, Any]) -> None:
+                lines.append(line)
+                tell(line)
+
+            summary = _look(session, self, files, staging, both)
+            write_text(staging / _LINES, "".join(json.dumps(line) + "\n" for line in lines))
+            made_by = {"model": public_name(self.folder), **summary, "provenance": provenance()}
+            write_json(staging / _RECORD, {"schema": 1} | made_by)
+        return summary
+
 
 @dataclass
 class _Clock:
@@ -74,45 +107,6 @@ class _Clock:
         begun = time.perf_counter()
         yield
         self.ms[name] += 1000 * (time.perf_counter() - begun)
-
-
-def perceive_files(
-    request: PerceiveRequest, tell: Callable[[dict[str, Any]], None]
-) -> dict[str, Any]:
-    """Look at images or at a video.
-
-    Args:
-        request: what, with what, where to.
-        tell: is given what was seen in each image, as JSON has it, as it comes.
-
-    Returns:
-        A summary: the backend, images, and the mean milliseconds of each step.
-
-    Raises:
-        InputError: the folder, an image or the video is broken, or of another kind.
-        MissingPackageError: the backend, or for a video PyAV, is not installed.
-        UsageError: nothing, or both images and a video, or two images of one name.
-    """
-    files = images_at(request.images)
-    _require_one(request, files)
-    session = _open(request)
-    if request.output is None:
-        return _look(session, request, files, None, tell)
-    inputs = (request.folder, *request.images, request.video or "")
-    with staged_folder(request.output, overwrite=request.overwrite, inputs=inputs) as staging:
-        lines: list[dict[str, Any]] = []
-
-        def both(line: dict[str, Any]) -> None:
-            lines.append(line)
-            tell(line)
-
-        summary = _look(session, request, files, staging, both)
-        write_text(staging / _LINES, "".join(json.dumps(line) + "\n" for line in lines))
-        model = public_name(request.folder)
-        write_json(
-            staging / _RECORD, {"schema": 1, "model": model, **summary, "provenance": provenance()}
-        )
-    return summary
 
 
 def _require_one(request: PerceiveRequest, files: list[Path]) -> None:
@@ -261,7 +255,7 @@ def _facts(seen: Perception, labels: tuple[str, ...]) -> dict[str, Any]:
         {
             "label": labels[number],
             "score": round(float(score), 4),
-            "box": [round(float(side), 1) for side in box],
+            "box": [round(float(side), 2) for side in box],
         }
         for box, score, number in zip(seen.boxes, seen.scores, seen.classes, strict=True)
     ]

@@ -11,14 +11,15 @@ for piece in model.stream("Once upon a time"):
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from pipeline.errors import UsageError
 from pipeline.runtime.chat_template import require_text
-from pipeline.runtime.draft_model import open_drafted
 from pipeline.runtime.drafting import PROMPT_LOOKUP, DraftSource, make_drafter
 from pipeline.runtime.generate import Answer, answer, stream_text
+from pipeline.runtime.open_answering import open_helped
 from pipeline.runtime.prefix_cache import PrefixCache
 from pipeline.runtime.sequence import Decoding
 from pipeline.runtime.sessions.open_session import open_session
@@ -70,6 +71,7 @@ class LanguageModel:
         device: str = "cpu",
         drafter: str | None = PROMPT_LOOKUP,
         draft: str | Path | None = None,
+        memory: str | None = None,
     ) -> LanguageModel:
         """Open an ONNX export, a checkpoint or an engine folder.
 
@@ -81,6 +83,8 @@ class LanguageModel:
             drafter: as of a model; with `draft` it is asked first.
             draft: another export of the same model, in fewer bytes, that drafts for it: no bit of
                 an answer depends on the drafts then.
+            memory: bytes that weights, cache and draft of a checkpoint may take, such as "1GB";
+                layers beyond it are read from disk for every call. No bit depends on drafts then.
 
         Raises:
             InputError: the folder is of no kind that can be opened here, or does not load; or the
@@ -91,13 +95,23 @@ class LanguageModel:
         tokenizer = load_tokenizer(folder)
         start_template(tokenizer)
         stop_ids = stop_token_ids(tokenizer, folder)
-        if draft is None:
+        if draft is None and memory is None:
             session = open_session(folder, backend, threads, device)
             return cls(session, tokenizer, stop_ids, drafter)
         if device != "cpu":
-            raise UsageError("A draft model runs on the CPU.", observed=f"--device {device}")
-        drafted = open_drafted(folder, Path(draft), backend, threads, lookup=drafter is not None)
-        return cls(drafted[0], tokenizer, stop_ids, drafted[1])
+            flag = "A draft model" if memory is None else "An offloaded model"
+            raise UsageError(f"{flag} runs on the CPU.", observed=f"--device {device}")
+        small = None if draft is None else Path(draft)
+        helped = open_helped(
+            folder, small, backend, threads, lookup=drafter is not None, memory=memory
+        )
+        return cls(helped[0], tokenizer, stop_ids, drafter if draft is None else helped[1])
+
+    @property
+    def traffic(self) -> dict[str, Any]:
+        """What an offloaded model has read from disk, and holds; nothing of one in memory."""
+        found = getattr(self._cache.session, "traffic", None)
+        return {} if found is None else asdict(found)
 
     def take_notice(self) -> str | None:
         """What there is to know of a draft model, once: that it does not pay, and by what times."""

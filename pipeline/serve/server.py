@@ -19,8 +19,8 @@ import uvicorn
 
 from pipeline.errors import UsageError
 from pipeline.progress import note
-from pipeline.runtime.draft_model import open_answering
 from pipeline.runtime.drafting import PROMPT_LOOKUP, DraftSource
+from pipeline.runtime.open_answering import open_answering
 from pipeline.runtime.sessions.session import SlotSession
 from pipeline.runtime.tokenizer import load_tokenizer, start_template, stop_token_ids
 from pipeline.serve.app import Api, Limits
@@ -53,6 +53,7 @@ class ServeRequest:
         reuse: whether prompts may go on from what a slot holds.
         lookup: whether an answer that runs alone reads draft tokens, by prompt lookup.
         draft: a folder whose model drafts for every answer, or None.
+        memory: bytes that a checkpoint may take, such as "1GB"; None for all.
         limits: what a client may ask for.
         keys: accepted API keys; none accepts everybody.
         grace_s: how long running answers may take after the signal to stop.
@@ -73,6 +74,7 @@ class ServeRequest:
     reuse: bool = True
     lookup: bool = False
     draft: Path | None = None
+    memory: str | None = None
     limits: Limits = field(default_factory=Limits)
     keys: tuple[str, ...] = ()
     grace_s: float = 10.0
@@ -142,7 +144,7 @@ def serve(request: ServeRequest) -> int:
         UsageError: the address cannot be listened at.
     """
     with _listen(request.host, request.port) as listener:
-        place = request.backend, request.threads, request.slots, request.lookup
+        place = request.backend, request.threads, request.slots, request.lookup, request.memory
         session, source = open_answering(request.folder, request.draft, *place)
         with _running_server(request, session, source) as server:
             listener.listen()  # whoever reads the address may call it at once

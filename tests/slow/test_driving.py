@@ -1,23 +1,40 @@
-"""The driving network learns: a small one, on small scenes, in a minute or two of one core."""
+"""What `make driving` does, on small scenes and in few steps: some minutes of one core."""
 
 from __future__ import annotations
 
+import importlib.util
+import json
 from pathlib import Path
 
 import pytest
 
-from pipeline.driving.recipe import TrainRequest
-from pipeline.driving.train import train_to_folder
+from pipeline.cli.main import main
+from tools.draw_scenes import main as draw_main
 
 pytestmark = pytest.mark.slow
+SIZE = ("96", "160")
 
 
-def test_a_short_training_finds_the_road_in_scenes_that_it_has_not_seen(tmp_path: Path) -> None:
-    request = TrainRequest(
-        data="scenes:wide:120", second_data="scenes:dense:60", steps=160, size=(96, 160), width=8,
-        scored=24,
+def run(*arguments: object) -> None:
+    assert main([str(argument) for argument in arguments]) == 0
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Scenes of both domains, and a network that was trained on them."""
+    folder = tmp_path_factory.mktemp("driving")
+    drawn = ["-o", str(folder / "scenes"), "--scenes", "120", "--validated", "24"]
+    assert draw_main([*drawn, "--size", *SIZE]) == 0
+    run(
+        "train", "-o", folder / "net", "--data", folder / "scenes/wide", "--resume",
+        "--second-data", folder / "scenes/dense", "--steps", 160, "--size", *SIZE, "--width", 8,
+        "--scored", 24,
     )  # fmt: skip
-    stages = train_to_folder(request, tmp_path / "net")["stages"]
+    return folder
+
+
+def test_a_short_training_finds_the_road_in_scenes_that_it_has_not_seen(made: Path) -> None:
+    stages = json.loads((made / "net/training.json").read_text())["stages"]
     first, last = (stages[place]["scores"] for place in (0, -1))
     for name in ("first", "second"):
         # No drivable pixel at all is 0.36; 0.66 and 0.71 were reached where this was written.
@@ -25,3 +42,25 @@ def test_a_short_training_finds_the_road_in_scenes_that_it_has_not_seen(tmp_path
         assert last[name]["scores"][road] > max(0.5, first[name]["scores"][road] + 0.1)
         # Vehicles take longer: after so few steps a score of 24 images says that some are found.
         assert last[name]["scores"]["ap50"] > 0.005
+
+
+def test_every_stage_scores_as_the_network_does_and_a_picture_is_drawn(made: Path) -> None:
+    run("export", made / "net", "-o", made / "onnx")
+    run("export", made / "net", "-o", made / "onnx-fp16", "--dtype", "float16")
+    stages = ["--onnx", made / "onnx", "--onnx", made / "onnx-fp16"]
+    if importlib.util.find_spec("tensorrt_rtx") is not None:
+        run("engine", made / "onnx-fp16", "-o", made / "engine", "--target", "sm86")
+        stages += ["--engine", made / "engine"]
+    run(
+        "validate", "--original", made / "net", *stages, "--data", made / "scenes/wide",
+        "-o", made / "ledger",
+    )  # fmt: skip
+    rows = json.loads((made / "ledger/ledger.json").read_text())["rows"]
+    trained = json.loads((made / "net/training.json").read_text())["stages"][-1]["scores"]["first"]
+    assert rows[0]["driving"]["scores"] == pytest.approx(trained["scores"], abs=1e-6)
+    for row in rows[1:5]:
+        assert row["verdict"]["status"] == "pass"
+        alike = row["driving"]["to_original"]
+        assert min(alike["boxes_f"], alike["drivable_iou"]) > 0.95
+    run("run", made / "onnx", "--image", made / "scenes/wide/images/100k/val", "-o", made / "seen")
+    assert len(list((made / "seen/drawn").glob("*.jpg"))) == 24

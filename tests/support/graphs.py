@@ -12,7 +12,7 @@ import onnx_ir as ir
 import onnxruntime
 
 from pipeline.export.block_skip import function_bodies, is_block_skip
-from pipeline.export.contract import DOMAIN, OP_VERSION
+from pipeline.export.contract import BLOCK_SKIP_OPS, DOMAIN, OP_VERSION
 from pipeline.export.passes.lay_out import TRACE_DOMAIN
 
 HEADER = '<ir_version: 10, opset_import: ["" : 24, "skipcat" : 1, "skipcat.trace" : 1]>\n'
@@ -48,7 +48,7 @@ def transpose_input(graph_: ir.Graph, node: ir.Node, number: int) -> None:
 def run(model: ir.Model, feed: dict[str, np.ndarray]) -> list[np.ndarray]:
     """Outputs of ONNX Runtime."""
     copy = ir.serde.deserialize_model(ir.serde.serialize_model(model))
-    for body in function_bodies(24).values():
+    for body in function_bodies(24, BLOCK_SKIP_OPS).values():
         copy.functions[body.identifier()] = body
     copy.opset_imports[DOMAIN] = OP_VERSION
     proto = ir.serde.serialize_model(copy)

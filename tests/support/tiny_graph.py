@@ -14,10 +14,12 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx.parser
+import onnx_ir as ir
 import pytest
 from onnx import numpy_helper
 
-from pipeline.export.block_skip import _BODY
+from pipeline.export.block_skip import function_bodies
+from pipeline.export.contract import BLOCK_SKIP
 
 MAX_LENGTH = 16
 VOCAB_SIZE = 32
@@ -132,7 +134,8 @@ def make_graph(profile: str, dtype: str, linear: str) -> onnx.ModelProto:
         attention=FUSED_ATTENTION if static else PLAIN_ATTENTION,
     )
     model = onnx.parser.parse_model(text)
-    model.functions.append(onnx.parser.parse_function(_BODY.format(opset=24 if static else 18)))
+    body = function_bodies(24 if static else 18, {BLOCK_SKIP})[BLOCK_SKIP]
+    model.functions.append(ir.serde.serialize_function(body))
     random = np.random.default_rng(0)
     for name, shape in WEIGHTS.items():
         values = (random.standard_normal(shape) * 0.1).astype(dtype)

@@ -2,15 +2,17 @@
 //
 //     y = (x1 + x2 a) b,  [x1 x2] = x[..., index]
 //
-// x [rows, n], a [n - rank, rank], b [rank, m], y [rows, m], index [n], all row-major. Weights are of
-// the type of x, or int8 or int4 codes with one scale for every group of rows in each column:
+// x [rows, n], a [n - rank, rank], b [rank, m], y [rows, m], index [n], all row-major. With rank = n
+// there is no a, and it is the dense layer y = x b, in one product. Each of a and b is of the type of x,
+// or int8 or int4 codes with one scale for every group of rows in each column:
 //
 //     w[k][j] = code[k][j] * scale[k / groupSize][j]
 //
-// int8 codes are signed bytes [rows, columns]. int4 codes are 0..15 and stand for code - 8, two
-// columns to a byte, the even column in the low half: [rows, (columns + 1) / 2] bytes. Scales are of
-// the type of x, [(rows + groupSize - 1) / groupSize, columns]. Sums are float32; z = x1 + x2 a is
-// rounded to the type of x between the two products, as the ONNX function body does.
+// int8 codes are signed bytes [rows, columns]. int4 codes are signed halves of bytes, two columns to a
+// byte, the even column in the low half: [rows, (columns + 1) / 2] bytes, which for even columns are the
+// bytes of ONNX's INT4. Scales are of the type of x, [(rows + groupSize - 1) / groupSize, columns]: a
+// group of all rows and more is one scale to a column. Sums are float32; z = x1 + x2 a is rounded to
+// the type of x between the two products, as the ONNX function body does.
 
 #ifndef SKIPCAT_BLOCK_SKIP_H
 #define SKIPCAT_BLOCK_SKIP_H
@@ -37,6 +39,13 @@ enum class WeightType : int32_t
     kInt8 = 8
 };
 
+// How one of the two matrices is held.
+struct WeightFormat
+{
+    WeightType type{WeightType::kFloat};
+    int32_t groupSize{0}; // a multiple of 16 with int8 and int4, else 0
+};
+
 // Ways to split the decode step over the chip: blocks wanted on each multiprocessor.
 constexpr int32_t kTacticBlocks[] = {2, 1, 4, 8};
 constexpr int32_t kTactics = sizeof(kTacticBlocks) / sizeof(kTacticBlocks[0]);
@@ -49,8 +58,8 @@ struct Problem
     int32_t m{0};
     int32_t rank{0};
     Float type{Float::kFP16};
-    WeightType weights{WeightType::kFloat};
-    int32_t groupSize{0}; // a multiple of 16 with int8 and int4, else 0
+    WeightFormat a{}; // of no matter when rank == n
+    WeightFormat b{};
     bool indexed{false};
     int32_t tactic{0}; // index into kTacticBlocks
 };
@@ -60,7 +69,7 @@ struct Pointers
     void const* x{nullptr};
     int32_t const* index{nullptr}; // null unless indexed
     void const* a{nullptr};        // may be null when rank == n
-    void const* aScale{nullptr};   // null unless int8 or int4
+    void const* aScale{nullptr};   // null unless a is int8 or int4
     void const* b{nullptr};
     void const* bScale{nullptr};
     void* y{nullptr};

@@ -2,8 +2,11 @@
 //
 // Up to 8 rows: two decode products, the second waiting only for the first one's results. More rows:
 // tiles on the matrix unit, after x was put in order if it is not, or if its halves are not aligned.
+// With rank == n the first product would copy x, and is left out.
 
 #include "block_skip.h"
+
+#include <type_traits>
 
 #include "decode.cuh"
 #include "prefill.cuh"
@@ -45,19 +48,38 @@ struct Cut
     int32_t slices;
 };
 
-Cut cutReduction(Problem const& problem, Device const& device, int32_t decodeRows, int32_t reduction, int32_t columns)
+Cut cutReduction(
+    WeightType weights, int32_t blocksWanted, int32_t decodeRows, int32_t reduction, int32_t columns)
 {
-    int32_t const tiles = ceilDivide(columns, tileOf(problem.weights));
-    int32_t const wanted = device.multiprocessors * kTacticBlocks[problem.tactic];
+    int32_t const tiles = ceilDivide(columns, tileOf(weights));
     // At least two steps for each warp: less would be all start and end.
     int32_t const most = reduction / (2 * kRound) > 1 ? reduction / (2 * kRound) : 1;
-    int32_t const slices = ceilDivide(wanted, tiles) < most ? ceilDivide(wanted, tiles) : most;
+    int32_t const slices = ceilDivide(blocksWanted, tiles) < most ? ceilDivide(blocksWanted, tiles) : most;
     int32_t slice = ceilDivide(ceilDivide(reduction, slices), kRound) * kRound;
     int32_t const fits = kMaxDecodeSharedBytes / (2 * decodeRows) / kRound * kRound - kRound;
     slice = slice < fits ? slice : fits;
     slice = slice < kRound ? kRound : slice;
     int32_t const used = ceilDivide(reduction, slice);
     return {slice, used < 1 ? 1 : used};
+}
+
+// The two products, as they are cut at so many rows; the first is none where rank == n.
+struct Cuts
+{
+    Cut mix;
+    Cut product;
+};
+
+bool mixes(Problem const& problem)
+{
+    return problem.rank < problem.n;
+}
+
+Cuts cutProducts(Problem const& problem, Device const& device, int32_t tactic, int32_t decodeRows)
+{
+    int32_t const wanted = device.multiprocessors * kTacticBlocks[tactic];
+    return {cutReduction(problem.a.type, wanted, decodeRows, problem.n - problem.rank, problem.rank),
+        cutReduction(problem.b.type, wanted, decodeRows, problem.rank, problem.m)};
 }
 
 size_t latentBytes(Problem const& problem)
@@ -70,15 +92,12 @@ size_t partialBytes(Problem const& problem, Device const& device)
     size_t most = 0;
     for (int32_t tactic = 0; tactic < kTactics; ++tactic)
     {
-        Problem tried = problem;
-        tried.tactic = tactic;
         for (int32_t rows = 1; rows <= kDecodeRows && rows <= problem.rows; ++rows)
         {
-            Cut const first = cutReduction(tried, device, rows, problem.n - problem.rank, problem.rank);
-            Cut const second = cutReduction(tried, device, rows, problem.rank, problem.m);
-            size_t const bytes[] = {static_cast<size_t>(first.slices) * rows * problem.rank * 4,
-                static_cast<size_t>(second.slices) * rows * problem.m * 4};
-            most = bytes[0] > most ? bytes[0] : most;
+            Cuts const cuts = cutProducts(problem, device, tactic, rows);
+            size_t const bytes[] = {static_cast<size_t>(cuts.mix.slices) * rows * problem.rank * 4,
+                static_cast<size_t>(cuts.product.slices) * rows * problem.m * 4};
+            most = bytes[0] > most && mixes(problem) ? bytes[0] : most;
             most = bytes[1] > most ? bytes[1] : most;
         }
     }
@@ -87,9 +106,9 @@ size_t partialBytes(Problem const& problem, Device const& device)
 
 size_t orderedBytes(Problem const& problem)
 {
-    if (problem.rows <= kDecodeRows)
+    if (problem.rows <= kDecodeRows || !mixes(problem))
     {
-        return 0;
+        return 0; // an ordered x of a dense layer takes the place of z
     }
     size_t const numbers = alignedStride(problem.rank) + alignedStride(problem.n - problem.rank);
     return aligned(static_cast<size_t>(problem.rows) * numbers * 2);
@@ -107,8 +126,32 @@ bool readsInVectors(Matrix const& w, WeightType type)
     return w.columns % numbers == 0 && isAligned(w.codes) && (w.scale == nullptr || isAligned(w.scale));
 }
 
+// Calls run(std::integral_constant<WeightType, type>): a kernel is made for each type of weights.
+template <typename Run>
+cudaError_t withWeights(WeightType type, Run run)
+{
+    switch (type)
+    {
+    case WeightType::kFloat: return run(std::integral_constant<WeightType, WeightType::kFloat>{});
+    case WeightType::kInt8: return run(std::integral_constant<WeightType, WeightType::kInt8>{});
+    case WeightType::kInt4: return run(std::integral_constant<WeightType, WeightType::kInt4>{});
+    }
+    return cudaErrorInvalidValue;
+}
+
+Matrix matrixA(Problem const& problem, Pointers const& pointers)
+{
+    return {pointers.a, pointers.aScale, problem.n - problem.rank, problem.rank, problem.a.groupSize};
+}
+
+Matrix matrixB(Problem const& problem, Pointers const& pointers)
+{
+    return {pointers.b, pointers.bScale, problem.rank, problem.m, problem.b.groupSize};
+}
+
 template <typename T, WeightType W>
-cudaError_t runDecodeProduct(DecodeArguments<T> const& arguments, int32_t slices, bool early, cudaStream_t stream)
+cudaError_t launchDecodeProduct(
+    DecodeArguments<T> const& arguments, int32_t slices, bool early, cudaStream_t stream)
 {
     dim3 const grid(static_cast<unsigned>(ceilDivide(arguments.w.columns, decodeTile<W>())), static_cast<unsigned>(slices));
     size_t const shared = decodeSharedBytes<W>(arguments.rows, arguments.slice);
@@ -119,44 +162,50 @@ cudaError_t runDecodeProduct(DecodeArguments<T> const& arguments, int32_t slices
     return launch(decodeProduct<T, W, false>, grid, kDecodeThreads, shared, stream, early, arguments);
 }
 
-template <typename T, WeightType W>
+template <typename T>
+cudaError_t runDecodeProduct(
+    DecodeArguments<T> const& arguments, WeightType weights, int32_t slices, bool early, cudaStream_t stream)
+{
+    return withWeights(weights,
+        [&](auto type) { return launchDecodeProduct<T, decltype(type)::value>(arguments, slices, early, stream); });
+}
+
+template <typename T>
 cudaError_t decode(Problem const& problem, Pointers const& pointers, Device const& device, unsigned char* workspace,
     uint32_t* counters, cudaStream_t stream)
 {
-    int32_t const rest = problem.n - problem.rank;
-    Cut const first = cutReduction(problem, device, problem.rows, rest, problem.rank);
-    Cut const second = cutReduction(problem, device, problem.rows, problem.rank, problem.m);
+    Cuts const cuts = cutProducts(problem, device, problem.tactic, problem.rows);
     T* const latent = reinterpret_cast<T*>(workspace);
-    float* const partial = reinterpret_cast<float*>(workspace + latentBytes(problem));
-
-    DecodeArguments<T> mix{};
-    mix.in = static_cast<T const*>(pointers.x);
-    mix.index = pointers.index;
+    DecodeArguments<T> product{};
+    product.in = static_cast<T const*>(pointers.x);
+    product.index = pointers.index;
+    product.out = static_cast<T*>(pointers.y);
+    product.partial = reinterpret_cast<float*>(workspace + latentBytes(problem));
+    product.counters = counters;
+    product.w = matrixB(problem, pointers);
+    product.rows = problem.rows;
+    product.inStride = problem.n;
+    product.outStride = problem.m;
+    product.slice = cuts.product.slice;
+    if (!mixes(problem))
+    {
+        return runDecodeProduct(product, problem.b.type, cuts.product.slices, false, stream);
+    }
+    DecodeArguments<T> mix = product;
     mix.init = mix.in;
     mix.out = latent;
-    mix.partial = partial;
-    mix.counters = counters;
-    mix.w = {pointers.a, pointers.aScale, rest, problem.rank, problem.groupSize};
-    mix.rows = problem.rows;
-    mix.inStride = problem.n;
+    mix.w = matrixA(problem, pointers);
     mix.outStride = problem.rank;
-    mix.slice = first.slice;
-    cudaError_t const status = runDecodeProduct<T, W>(mix, first.slices, false, stream);
+    mix.slice = cuts.mix.slice;
+    cudaError_t const status = runDecodeProduct(mix, problem.a.type, cuts.mix.slices, false, stream);
     if (status != cudaSuccess)
     {
         return status;
     }
-    DecodeArguments<T> product{};
     product.in = latent;
-    product.out = static_cast<T*>(pointers.y);
-    product.partial = partial;
-    product.counters = counters;
-    product.w = {pointers.b, pointers.bScale, problem.rank, problem.m, problem.groupSize};
-    product.rows = problem.rows;
+    product.index = nullptr;
     product.inStride = problem.rank;
-    product.outStride = problem.m;
-    product.slice = second.slice;
-    return runDecodeProduct<T, W>(product, second.slices, device.capability >= 90, stream);
+    return runDecodeProduct(product, problem.b.type, cuts.product.slices, device.capability >= 90, stream);
 }
 
 template <typename T, WeightType W, bool VECTOR>
@@ -174,88 +223,93 @@ cudaError_t runPrefillTiles(PrefillArguments<T> const& arguments, cudaStream_t s
         prefillProduct<T, W, VECTOR, 128>, grid, kTileThreads, prefillSharedBytes(128), stream, false, arguments);
 }
 
-template <typename T, WeightType W>
-cudaError_t runPrefillProduct(PrefillArguments<T> const& arguments, cudaStream_t stream)
+template <typename T>
+cudaError_t runPrefillProduct(PrefillArguments<T> const& arguments, WeightType weights, cudaStream_t stream)
 {
-    if constexpr (W == WeightType::kFloat)
-    {
-        if (readsInVectors(arguments.w, W))
+    return withWeights(weights,
+        [&](auto type)
         {
-            return runPrefillTiles<T, W, true>(arguments, stream);
-        }
-    }
-    return runPrefillTiles<T, W, false>(arguments, stream);
+            constexpr WeightType kWeights = decltype(type)::value;
+            if constexpr (kWeights == WeightType::kFloat)
+            {
+                if (readsInVectors(arguments.w, kWeights))
+                {
+                    return runPrefillTiles<T, kWeights, true>(arguments, stream);
+                }
+            }
+            return runPrefillTiles<T, kWeights, false>(arguments, stream);
+        });
 }
 
-template <typename T, WeightType W>
+// Puts x in order, its halves where tiles can be copied from, and lets `first` read them there.
+template <typename T>
+cudaError_t gatherHalves(
+    Problem const& problem, Pointers const& pointers, T* ordered, PrefillArguments<T>& first, cudaStream_t stream)
+{
+    int32_t const rest = problem.n - problem.rank;
+    int32_t const firstStride = alignedStride(problem.rank);
+    T* const second = ordered + static_cast<size_t>(problem.rows) * firstStride;
+    GatherArguments<T> const halves{static_cast<T const*>(pointers.x), pointers.index, ordered, second, problem.n,
+        problem.rank, firstStride, alignedStride(rest)};
+    first.in = mixes(problem) ? second : ordered;
+    first.inStride = mixes(problem) ? alignedStride(rest) : firstStride;
+    first.init = mixes(problem) ? ordered : nullptr;
+    first.initStride = firstStride;
+    return launch(gather<T>, dim3(static_cast<unsigned>(problem.rows)), kTileThreads, 0, stream, false, halves);
+}
+
+template <typename T>
 cudaError_t prefill(
     Problem const& problem, Pointers const& pointers, unsigned char* workspace, cudaStream_t stream)
 {
-    int32_t const rest = problem.n - problem.rank;
     T const* const x = static_cast<T const*>(pointers.x);
     T* const latent = reinterpret_cast<T*>(workspace);
-    PrefillArguments<T> mix{x + problem.rank, x, latent,
-        {pointers.a, pointers.aScale, rest, problem.rank, problem.groupSize}, problem.rows, problem.n, problem.n,
-        alignedStride(problem.rank)};
+    PrefillArguments<T> product{
+        x, nullptr, static_cast<T*>(pointers.y), matrixB(problem, pointers), problem.rows, problem.n, 0, problem.m};
+    PrefillArguments<T> const mix{x + problem.rank, x, latent, matrixA(problem, pointers), problem.rows, problem.n,
+        problem.n, alignedStride(problem.rank)};
+    PrefillArguments<T> first = mixes(problem) ? mix : product;
     if (problem.indexed || problem.n % 8 != 0 || problem.rank % 8 != 0 || !isAligned(x))
     {
-        int32_t const firstStride = alignedStride(problem.rank);
-        T* const ordered = reinterpret_cast<T*>(workspace + latentBytes(problem));
-        T* const second = ordered + static_cast<size_t>(problem.rows) * firstStride;
-        GatherArguments<T> const halves{
-            x, pointers.index, ordered, second, problem.n, problem.rank, firstStride, alignedStride(rest)};
-        cudaError_t const status = launch(
-            gather<T>, dim3(static_cast<unsigned>(problem.rows)), kTileThreads, 0, stream, false, halves);
+        T* const ordered = mixes(problem) ? reinterpret_cast<T*>(workspace + latentBytes(problem)) : latent;
+        cudaError_t const status = gatherHalves(problem, pointers, ordered, first, stream);
         if (status != cudaSuccess)
         {
             return status;
         }
-        mix.in = second;
-        mix.init = ordered;
-        mix.inStride = alignedStride(rest);
-        mix.initStride = firstStride;
     }
-    cudaError_t const status = runPrefillProduct<T, W>(mix, stream);
-    if (status != cudaSuccess)
+    cudaError_t const status
+        = runPrefillProduct(first, mixes(problem) ? problem.a.type : problem.b.type, stream);
+    if (status != cudaSuccess || !mixes(problem))
     {
         return status;
     }
-    PrefillArguments<T> const product{latent, nullptr, static_cast<T*>(pointers.y),
-        {pointers.b, pointers.bScale, problem.rank, problem.m, problem.groupSize}, problem.rows,
-        alignedStride(problem.rank), 0, problem.m};
-    return runPrefillProduct<T, W>(product, stream);
+    product.in = latent;
+    product.inStride = alignedStride(problem.rank);
+    return runPrefillProduct(product, problem.b.type, stream);
 }
 
-template <typename T, WeightType W>
+template <typename T>
 cudaError_t run(Problem const& problem, Pointers const& pointers, Device const& device, void* workspace,
     uint32_t* counters, cudaStream_t stream)
 {
     unsigned char* const scratch = static_cast<unsigned char*>(workspace);
     if (problem.rows <= kDecodeRows)
     {
-        return decode<T, W>(problem, pointers, device, scratch, counters, stream);
+        return decode<T>(problem, pointers, device, scratch, counters, stream);
     }
-    return prefill<T, W>(problem, pointers, scratch, stream);
+    return prefill<T>(problem, pointers, scratch, stream);
 }
 
-template <typename T>
-cudaError_t runOfType(Problem const& problem, Pointers const& pointers, Device const& device, void* workspace,
-    uint32_t* counters, cudaStream_t stream)
+bool isQuantised(WeightFormat const& format)
 {
-    switch (problem.weights)
-    {
-    case WeightType::kFloat: return run<T, WeightType::kFloat>(problem, pointers, device, workspace, counters, stream);
-    case WeightType::kInt8: return run<T, WeightType::kInt8>(problem, pointers, device, workspace, counters, stream);
-    case WeightType::kInt4: return run<T, WeightType::kInt4>(problem, pointers, device, workspace, counters, stream);
-    }
-    return cudaErrorInvalidValue;
+    return format.type != WeightType::kFloat;
 }
 
 char const* whyPointersRefused(Problem const& problem, Pointers const& p)
 {
-    bool const quantised = problem.weights != WeightType::kFloat;
-    bool const mixes = problem.rank < problem.n;
-    if (p.x == nullptr || p.b == nullptr || p.y == nullptr || (mixes && p.a == nullptr))
+    bool const readsA = mixes(problem);
+    if (p.x == nullptr || p.b == nullptr || p.y == nullptr || (readsA && p.a == nullptr))
     {
         return "x, a, b and y must be given";
     }
@@ -263,9 +317,22 @@ char const* whyPointersRefused(Problem const& problem, Pointers const& p)
     {
         return "index must be given if and only if the problem is indexed";
     }
-    if (quantised && (p.bScale == nullptr || (mixes && p.aScale == nullptr)))
+    if ((isQuantised(problem.b) && p.bScale == nullptr) || (readsA && isQuantised(problem.a) && p.aScale == nullptr))
     {
         return "int8 and int4 weights need scales";
+    }
+    return nullptr;
+}
+
+char const* whyFormatRefused(WeightFormat const& format)
+{
+    if (isQuantised(format) && format.type != WeightType::kInt8 && format.type != WeightType::kInt4)
+    {
+        return "weights must be of the type of x, int8 or int4";
+    }
+    if (isQuantised(format) ? format.groupSize < 16 || format.groupSize % 16 != 0 : format.groupSize != 0)
+    {
+        return "the group size must be a multiple of 16 with int8 and int4, and 0 without";
     }
     return nullptr;
 }
@@ -274,7 +341,6 @@ char const* whyPointersRefused(Problem const& problem, Pointers const& p)
 
 char const* whyRefused(Problem const& problem) noexcept
 {
-    bool const quantised = problem.weights != WeightType::kFloat;
     if (problem.rows < 1 || problem.rows > kMaxRows)
     {
         return "rows must be 1 to 4096";
@@ -291,13 +357,12 @@ char const* whyRefused(Problem const& problem) noexcept
     {
         return "x must be fp16 or bf16";
     }
-    if (quantised && problem.weights != WeightType::kInt8 && problem.weights != WeightType::kInt4)
+    for (WeightFormat const& format : {problem.a, problem.b})
     {
-        return "weights must be of the type of x, int8 or int4";
-    }
-    if (quantised ? problem.groupSize < 16 || problem.groupSize % 16 != 0 : problem.groupSize != 0)
-    {
-        return "the group size must be a multiple of 16 with int8 and int4, and 0 without";
+        if (whyFormatRefused(format) != nullptr)
+        {
+            return whyFormatRefused(format);
+        }
     }
     if (problem.tactic < 0 || problem.tactic >= kTactics)
     {
@@ -329,9 +394,9 @@ cudaError_t blockSkipLinear(Problem const& problem, Pointers const& pointers, De
     }
     if (problem.type == Float::kFP16)
     {
-        return runOfType<__half>(problem, pointers, device, workspace, counters, stream);
+        return run<__half>(problem, pointers, device, workspace, counters, stream);
     }
-    return runOfType<__nv_bfloat16>(problem, pointers, device, workspace, counters, stream);
+    return run<__nv_bfloat16>(problem, pointers, device, workspace, counters, stream);
 }
 
 } // namespace skipcat

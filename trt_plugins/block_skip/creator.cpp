@@ -34,7 +34,34 @@ void readNumber(nvinfer1::PluginField const& field, int32_t& number, std::string
     }
 }
 
-std::string readFields(Op const& op, nvinfer1::PluginFieldCollection const& fields, Format& format)
+// Takes a field that an op has: the number of its block, or why it is none.
+bool readBlock(Op const& op, nvinfer1::PluginField const& field, Blocks& blocks, std::string& refusal)
+{
+    for (nvinfer1::PluginField const& known : fieldsOf(op, blocks))
+    {
+        if (std::strcmp(field.name, known.name) == 0)
+        {
+            readNumber(field, known.data == &blocks.a ? blocks.a : blocks.b, refusal);
+            return true;
+        }
+    }
+    return false;
+}
+
+std::string whyBlocksRefused(Op const& op, Blocks const& blocks)
+{
+    for (nvinfer1::PluginField const& field : fieldsOf(op, blocks))
+    {
+        int32_t const block = *static_cast<int32_t const*>(field.data);
+        if (block < 16 || block % 16 != 0)
+        {
+            return std::string(field.name) + " is " + std::to_string(block) + ", expected a multiple of 16";
+        }
+    }
+    return "";
+}
+
+std::string readFields(Op const& op, nvinfer1::PluginFieldCollection const& fields, Blocks& blocks)
 {
     std::string refusal;
     for (int32_t i = 0; i < fields.nbFields && refusal.empty(); ++i)
@@ -44,57 +71,44 @@ std::string readFields(Op const& op, nvinfer1::PluginFieldCollection const& fiel
         {
             refusal = "a field without a name";
         }
-        else if (isOurs(field, refusal))
+        else if (!isOurs(field, refusal) && !readBlock(op, field, blocks, refusal))
         {
-            continue;
-        }
-        else if (op.quantized && std::strcmp(field.name, "bits") == 0)
-        {
-            readNumber(field, format.bits, refusal);
-        }
-        else if (op.quantized && std::strcmp(field.name, "group_size") == 0)
-        {
-            readNumber(field, format.groupSize, refusal);
-        }
-        else
-        {
-            refusal = std::string("there is no field '") + field.name + "'; it has "
-                + (op.quantized ? "bits and group_size" : "none");
+            refusal = std::string("there is no field '") + field.name + "'; it has";
+            for (nvinfer1::PluginField const& known : fieldsOf(op, blocks))
+            {
+                refusal += std::string(" ") + known.name;
+            }
+            refusal += fieldsOf(op, blocks).empty() ? " none" : "";
         }
     }
-    if (refusal.empty() && op.quantized && format.bits != 4 && format.bits != 8)
-    {
-        refusal = "bits is " + std::to_string(format.bits) + ", expected 4 or 8";
-    }
-    if (refusal.empty() && op.quantized && (format.groupSize < 16 || format.groupSize % 16 != 0))
-    {
-        refusal = "group_size is " + std::to_string(format.groupSize) + ", expected a multiple of 16";
-    }
-    return refusal;
+    return refusal.empty() ? whyBlocksRefused(op, blocks) : refusal;
 }
 
 } // namespace
 
 BlockSkipCreator::BlockSkipCreator(Op const& op)
     : mOp(op)
+    , mFields(fieldsOf(op, {}))
 {
-    mFields[0] = {"bits", nullptr, nvinfer1::PluginFieldType::kINT32, 1};
-    mFields[1] = {"group_size", nullptr, nvinfer1::PluginFieldType::kINT32, 1};
-    mFieldCollection = {mOp.quantized ? 2 : 0, mFields.data()};
+    for (nvinfer1::PluginField& field : mFields)
+    {
+        field.data = nullptr; // a name alone
+    }
+    mFieldCollection = {static_cast<int32_t>(mFields.size()), mFields.data()};
 }
 
 nvinfer1::IPluginV3* BlockSkipCreator::createPlugin(
     char const* /*name*/, nvinfer1::PluginFieldCollection const* fields, nvinfer1::TensorRTPhase /*phase*/) noexcept
 {
-    Format format;
+    Blocks blocks;
     std::string const refusal
-        = fields == nullptr ? "no fields were given" : readFields(mOp, *fields, format);
+        = fields == nullptr ? "no fields were given" : readFields(mOp, *fields, blocks);
     if (!refusal.empty())
     {
-        logError(mOp.name, refusal);
+        logError(mOp.name.c_str(), refusal);
         return nullptr;
     }
-    return new (std::nothrow) BlockSkipPlugin(mOp, format);
+    return new (std::nothrow) BlockSkipPlugin(mOp, blocks);
 }
 
 nvinfer1::PluginFieldCollection const* BlockSkipCreator::getFieldNames() noexcept
@@ -104,7 +118,7 @@ nvinfer1::PluginFieldCollection const* BlockSkipCreator::getFieldNames() noexcep
 
 char const* BlockSkipCreator::getPluginName() const noexcept
 {
-    return mOp.name;
+    return mOp.name.c_str();
 }
 
 char const* BlockSkipCreator::getPluginVersion() const noexcept

@@ -22,7 +22,7 @@ public:
 
 private:
     Op mOp;
-    std::array<nvinfer1::PluginField, 2> mFields;
+    std::vector<nvinfer1::PluginField> mFields;
     nvinfer1::PluginFieldCollection mFieldCollection{};
 };
 

@@ -66,11 +66,11 @@ __device__ __forceinline__ uint32_t permute(uint32_t low, uint32_t high)
     return __byte_perm(low, high, SELECTOR);
 }
 
-// (x & mask) | bits, which the compiler makes two operations when both are constants.
-__device__ __forceinline__ uint32_t maskOr(uint32_t x, uint32_t mask, uint32_t bits)
+// (x & mask) ^ bits, which the compiler makes two operations when both are constants.
+__device__ __forceinline__ uint32_t maskFlip(uint32_t x, uint32_t mask, uint32_t bits)
 {
     uint32_t result;
-    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(result) : "r"(x), "r"(mask), "r"(bits));
+    asm("lop3.b32 %0, %1, %2, %3, 0x6a;" : "=r"(result) : "r"(x), "r"(mask), "r"(bits));
     return result;
 }
 

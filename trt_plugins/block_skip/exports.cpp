@@ -16,7 +16,7 @@ using Made = std::vector<std::unique_ptr<nvinfer1::IPluginCreatorInterface>>;
 Made makeCreators()
 {
     Made made;
-    for (skipcat::Op const& op : skipcat::kOps)
+    for (skipcat::Op const& op : skipcat::blockSkipOps())
     {
         made.push_back(std::make_unique<skipcat::BlockSkipCreator>(op));
     }

@@ -55,16 +55,14 @@ std::array<nvinfer1::Dims, 6> largestOf(nvinfer1::DynamicPluginTensorDesc const*
 
 } // namespace
 
-BlockSkipPlugin::BlockSkipPlugin(Op const& op, Format format)
+BlockSkipPlugin::BlockSkipPlugin(Op const& op, Blocks blocks)
     : mOp(op)
-    , mFormat(format)
+    , mBlocks(blocks)
     // What a timing depends on beside types and shapes, which TensorRT adds.
-    , mTimingCacheId(std::string(op.name) + " bits " + std::to_string(format.bits) + " group "
-          + std::to_string(format.groupSize))
+    , mTimingCacheId(op.name + " blocks " + std::to_string(blocks.a) + " " + std::to_string(blocks.b))
+    , mFields(fieldsOf(mOp, mBlocks))
 {
-    mFields[0] = {"bits", &mFormat.bits, nvinfer1::PluginFieldType::kINT32, 1};
-    mFields[1] = {"group_size", &mFormat.groupSize, nvinfer1::PluginFieldType::kINT32, 1};
-    mFieldCollection = {mOp.quantized ? 2 : 0, mFields.data()};
+    mFieldCollection = {static_cast<int32_t>(mFields.size()), mFields.data()};
 }
 
 BlockSkipPlugin::~BlockSkipPlugin()
@@ -88,7 +86,7 @@ nvinfer1::IPluginCapability* BlockSkipPlugin::getCapabilityInterface(nvinfer1::P
 
 nvinfer1::IPluginV3* BlockSkipPlugin::clone() noexcept
 {
-    auto* const copy = new (std::nothrow) BlockSkipPlugin(mOp, mFormat);
+    auto* const copy = new (std::nothrow) BlockSkipPlugin(mOp, mBlocks);
     if (copy != nullptr)
     {
         copy->mTactic = mTactic;
@@ -98,7 +96,7 @@ nvinfer1::IPluginV3* BlockSkipPlugin::clone() noexcept
 
 char const* BlockSkipPlugin::getPluginName() const noexcept
 {
-    return mOp.name;
+    return mOp.name.c_str();
 }
 
 char const* BlockSkipPlugin::getPluginVersion() const noexcept
@@ -121,7 +119,7 @@ int32_t BlockSkipPlugin::getOutputDataTypes(nvinfer1::DataType* outputTypes, int
 {
     if (nbOutputs != 1 || nbInputs != mOp.inputs())
     {
-        logError(mOp.name,
+        logError(mOp.name.c_str(),
             std::to_string(nbInputs) + " inputs and " + std::to_string(nbOutputs) + " outputs, expected "
                 + std::to_string(mOp.inputs()) + " and 1");
         return kFailure;
@@ -136,14 +134,14 @@ int32_t BlockSkipPlugin::getOutputShapes(nvinfer1::DimsExprs const* inputs, int3
 {
     if (nbOutputs != 1 || nbInputs != mOp.inputs() || inputs[0].nbDims < 1)
     {
-        logError(mOp.name, "x must have at least one dimension");
+        logError(mOp.name.c_str(), "x must have at least one dimension");
         return kFailure;
     }
     // Two codes of 4 bits share a byte, so that the scales know an odd width and the codes do not.
-    nvinfer1::DimsExprs const& wide = inputs[mOp.quantized ? mOp.bScale() : mOp.b()];
+    nvinfer1::DimsExprs const& wide = inputs[mOp.bBits > 0 ? mOp.bScale() : mOp.b()];
     if (wide.nbDims != 2)
     {
-        logError(mOp.name, "b must have two dimensions, not " + std::to_string(wide.nbDims));
+        logError(mOp.name.c_str(), "b must have two dimensions, not " + std::to_string(wide.nbDims));
         return kFailure;
     }
     outputs[0] = inputs[0];
@@ -171,7 +169,7 @@ bool BlockSkipPlugin::supportsFormatCombination(int32_t pos, nvinfer1::DynamicPl
     {
         return tensor.type == nvinfer1::DataType::kINT32;
     }
-    if (mOp.quantized && (pos == mOp.a() || pos == mOp.b()))
+    if (mOp.isCode(pos))
     {
         return tensor.type == nvinfer1::DataType::kINT8;
     }
@@ -183,14 +181,14 @@ int32_t BlockSkipPlugin::configurePlugin(nvinfer1::DynamicPluginTensorDesc const
 {
     if (nbInputs != mOp.inputs())
     {
-        logError(mOp.name, std::to_string(nbInputs) + " inputs, expected " + std::to_string(mOp.inputs()));
+        logError(mOp.name.c_str(), std::to_string(nbInputs) + " inputs, expected " + std::to_string(mOp.inputs()));
         return kFailure;
     }
     std::string refusal;
-    problemOf(mOp, mFormat, in[0].desc.type, largestOf(in, nbInputs).data(), refusal);
+    problemOf(mOp, mBlocks, in[0].desc.type, largestOf(in, nbInputs).data(), refusal);
     if (!refusal.empty())
     {
-        logError(mOp.name, refusal);
+        logError(mOp.name.c_str(), refusal);
         return kFailure;
     }
     return 0;
@@ -200,7 +198,7 @@ size_t BlockSkipPlugin::getWorkspaceSize(nvinfer1::DynamicPluginTensorDesc const
     nvinfer1::DynamicPluginTensorDesc const* /*outputs*/, int32_t /*nbOutputs*/) const noexcept
 {
     std::string refusal;
-    Problem const largest = problemOf(mOp, mFormat, inputs[0].desc.type, largestOf(inputs, nbInputs).data(), refusal);
+    Problem const largest = problemOf(mOp, mBlocks, inputs[0].desc.type, largestOf(inputs, nbInputs).data(), refusal);
     return refusal.empty() ? aligned(counterBytes(largest)) + workspaceBytes(largest, currentDevice()) : 0;
 }
 
@@ -232,7 +230,7 @@ int32_t BlockSkipPlugin::setTactic(int32_t tactic) noexcept
 {
     if (tactic < 0 || tactic > kTactics)
     {
-        logError(mOp.name, "tactic " + std::to_string(tactic) + ", expected 0 to " + std::to_string(kTactics));
+        logError(mOp.name.c_str(), "tactic " + std::to_string(tactic) + ", expected 0 to " + std::to_string(kTactics));
         return kFailure;
     }
     mTactic = tactic == 0 ? 0 : tactic - 1;
@@ -244,14 +242,14 @@ int32_t BlockSkipPlugin::onShapeChange(nvinfer1::PluginTensorDesc const* in, int
 {
     if (nbInputs != mOp.inputs())
     {
-        logError(mOp.name, std::to_string(nbInputs) + " inputs, expected " + std::to_string(mOp.inputs()));
+        logError(mOp.name.c_str(), std::to_string(nbInputs) + " inputs, expected " + std::to_string(mOp.inputs()));
         return kFailure;
     }
     std::string refusal;
-    Problem const problem = problemOf(mOp, mFormat, in[0].type, dimsOf(in, nbInputs).data(), refusal);
+    Problem const problem = problemOf(mOp, mBlocks, in[0].type, dimsOf(in, nbInputs).data(), refusal);
     if (!refusal.empty())
     {
-        logError(mOp.name, refusal);
+        logError(mOp.name.c_str(), refusal);
         return kFailure;
     }
     mDevice = currentDevice();
@@ -289,10 +287,10 @@ int32_t BlockSkipPlugin::enqueue(nvinfer1::PluginTensorDesc const* inputDesc,
     cudaStream_t stream) noexcept
 {
     std::string refusal;
-    Problem problem = problemOf(mOp, mFormat, inputDesc[0].type, dimsOf(inputDesc, mOp.inputs()).data(), refusal);
+    Problem problem = problemOf(mOp, mBlocks, inputDesc[0].type, dimsOf(inputDesc, mOp.inputs()).data(), refusal);
     if (!refusal.empty())
     {
-        logError(mOp.name, refusal);
+        logError(mOp.name.c_str(), refusal);
         return kFailure;
     }
     problem.tactic = mTactic;
@@ -306,7 +304,7 @@ int32_t BlockSkipPlugin::enqueue(nvinfer1::PluginTensorDesc const* inputDesc,
         counters = reinterpret_cast<uint32_t*>(scratch);
         if (cudaMemsetAsync(counters, 0, bytes, stream) != cudaSuccess)
         {
-            logError(mOp.name, "the counters cannot be cleared");
+            logError(mOp.name.c_str(), "the counters cannot be cleared");
             return kFailure;
         }
     }
@@ -317,7 +315,7 @@ int32_t BlockSkipPlugin::enqueue(nvinfer1::PluginTensorDesc const* inputDesc,
         = blockSkipLinear(problem, pointers, device, scratch + aligned(bytes), counters, stream);
     if (status != cudaSuccess)
     {
-        logError(mOp.name, std::string("the kernel cannot be launched: ") + cudaGetErrorString(status));
+        logError(mOp.name.c_str(), std::string("the kernel cannot be launched: ") + cudaGetErrorString(status));
         return kFailure;
     }
     return 0;

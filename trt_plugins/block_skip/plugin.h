@@ -1,10 +1,11 @@
-// The layer as an IPluginV3 for TensorRT 10.3 and newer. Four op names, one class:
+// The layer as an IPluginV3 for TensorRT 10.3 and newer. Twenty op names, one class:
 //
-//     BlockSkipLinear(x, a, b)                            BlockSkipLinearIndexed(x, a, b, index)
-//     BlockSkipLinearQuantized(x, a, aScale, b, bScale)   BlockSkipLinearQuantizedIndexed(..., index)
+//     BlockSkipLinear[A4|A8][B4|B8][Indexed](x, a[, aScale], b[, bScale][, index])
+//     LinearQuantized4(x, b, bScale)   LinearQuantized8(x, b, bScale)   without a: y = x b
 //
 // x [..., n] in fp16 or bf16, rows <= 4096; the rest as in block_skip.h. Codes come as int8 tensors of
-// bytes, [rows, columns] or, with 4 bits, [rows, (columns + 1) / 2]; the scales tell the true width.
+// bytes, [rows, columns] or, with 4 bits, [rows, (columns + 1) / 2]; the scales tell the true width. Fields
+// block_a and block_b say how many rows share a scale.
 
 #ifndef SKIPCAT_PLUGIN_H
 #define SKIPCAT_PLUGIN_H
@@ -12,6 +13,7 @@
 #include <array>
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "NvInfer.h"
 
@@ -23,31 +25,37 @@ namespace skipcat
 constexpr char const* kNamespace = "skipcat";
 constexpr char const* kVersion = "1";
 
-// One of the four ops.
+// One of the ops.
 struct Op
 {
-    char const* name;
-    bool quantized;
+    std::string name;
+    bool mixes;    // whether there is an a
+    int32_t aBits; // of codes; zero where it is of the type of x
+    int32_t bBits;
     bool indexed;
 
     // Places of the inputs; -1 for one that this op does not have.
-    int32_t a() const { return 1; }
-    int32_t aScale() const { return quantized ? 2 : -1; }
-    int32_t b() const { return quantized ? 3 : 2; }
-    int32_t bScale() const { return quantized ? 4 : -1; }
-    int32_t index() const { return indexed ? b() + (quantized ? 2 : 1) : -1; }
-    int32_t inputs() const { return 3 + (quantized ? 2 : 0) + (indexed ? 1 : 0); }
+    int32_t a() const { return mixes ? 1 : -1; }
+    int32_t aScale() const { return aBits > 0 ? 2 : -1; }
+    int32_t b() const { return mixes ? (aBits > 0 ? 3 : 2) : 1; }
+    int32_t bScale() const { return bBits > 0 ? b() + 1 : -1; }
+    int32_t index() const { return indexed ? b() + (bBits > 0 ? 2 : 1) : -1; }
+    int32_t inputs() const { return b() + (bBits > 0 ? 2 : 1) + (indexed ? 1 : 0); }
+    bool isCode(int32_t place) const { return (aBits > 0 && place == a()) || (bBits > 0 && place == b()); }
 };
 
-constexpr std::array<Op, 4> kOps{{{"BlockSkipLinear", false, false}, {"BlockSkipLinearIndexed", false, true},
-    {"BlockSkipLinearQuantized", true, false}, {"BlockSkipLinearQuantizedIndexed", true, true}}};
+// All of them, in the order of their names.
+std::vector<Op> const& blockSkipOps();
 
-// Bits of the codes and rows to a scale; zero where weights are of the type of x.
-struct Format
+// Rows of a and b that share a scale; zero where there are no codes.
+struct Blocks
 {
-    int32_t bits{0};
-    int32_t groupSize{0};
+    int32_t a{0};
+    int32_t b{0};
 };
+
+// The fields of an op, each with the number of `blocks` that it stands for.
+std::vector<nvinfer1::PluginField> fieldsOf(Op const& op, Blocks const& blocks);
 
 class BlockSkipPlugin : public nvinfer1::IPluginV3,
                         public nvinfer1::IPluginV3OneCore,
@@ -55,7 +63,7 @@ class BlockSkipPlugin : public nvinfer1::IPluginV3,
                         public nvinfer1::IPluginV3OneRuntime
 {
 public:
-    BlockSkipPlugin(Op const& op, Format format);
+    BlockSkipPlugin(Op const& op, Blocks blocks);
     ~BlockSkipPlugin() override;
     BlockSkipPlugin(BlockSkipPlugin const&) = delete;
     BlockSkipPlugin& operator=(BlockSkipPlugin const&) = delete;
@@ -96,7 +104,7 @@ private:
     void makeCounters(size_t bytes) noexcept;
 
     Op mOp;
-    Format mFormat;
+    Blocks mBlocks;
     std::string mTimingCacheId;
     int32_t mTactic{0};
     Device mDevice{};
@@ -104,7 +112,7 @@ private:
     bool mAttached{false};
     uint32_t* mCounters{nullptr};
     size_t mCounterBytes{0};
-    std::array<nvinfer1::PluginField, 2> mFields;
+    std::vector<nvinfer1::PluginField> mFields;
     nvinfer1::PluginFieldCollection mFieldCollection{};
 };
 

@@ -110,7 +110,7 @@ __device__ __forceinline__ T decoded(Matrix const& w, int row, int column, Weigh
     {
         int64_t const stride = (w.columns + 1) / 2;
         uint8_t const both = static_cast<uint8_t const*>(w.codes)[row * stride + column / 2];
-        code = (column % 2 == 0 ? both & 15 : both >> 4) - 8;
+        code = ((column % 2 == 0 ? both & 15 : both >> 4) ^ 8) - 8;
     }
     T const scale = static_cast<T const*>(w.scale)[static_cast<int64_t>(row / w.groupSize) * w.columns + column];
     fromFloat(static_cast<float>(code) * toFloat(scale), value);

@@ -26,11 +26,11 @@ std::string expected(char const* name, nvinfer1::Dims const& observed, int64_t r
         + std::to_string(columns) + "]";
 }
 
-// Codes and scales of one matrix [rows, columns].
-std::string whyMatrixRefused(char const* name, Format const& format, nvinfer1::Dims const& codes,
+// Codes, of so many bits or none, and scales of one matrix [rows, columns].
+std::string whyMatrixRefused(char const* name, WeightFormat const& format, nvinfer1::Dims const& codes,
     nvinfer1::Dims const* scale, int64_t rows, int64_t columns)
 {
-    int64_t const stored = format.bits == 4 ? (columns + 1) / 2 : columns;
+    int64_t const stored = format.type == WeightType::kInt4 ? (columns + 1) / 2 : columns;
     if (!isMatrix(codes, rows, stored))
     {
         return expected(name, codes, rows, stored);
@@ -58,33 +58,36 @@ std::string text(nvinfer1::Dims const& dims)
     return result + "]";
 }
 
-Problem problemOf(Op const& op, Format const& format, nvinfer1::DataType type, nvinfer1::Dims const* inputs,
+Problem problemOf(Op const& op, Blocks const& blocks, nvinfer1::DataType type, nvinfer1::Dims const* inputs,
     std::string& refusal)
 {
     Problem problem;
+    problem.a = {static_cast<WeightType>(op.aBits), blocks.a};
+    problem.b = {static_cast<WeightType>(op.bBits), blocks.b};
     nvinfer1::Dims const& x = inputs[0];
     nvinfer1::Dims const& b = inputs[op.b()];
-    nvinfer1::Dims const* const bScale = op.quantized ? &inputs[op.bScale()] : nullptr;
+    auto const at = [&](int32_t place) { return place < 0 ? nullptr : &inputs[place]; };
+    nvinfer1::Dims const* const bScale = at(op.bScale());
     if (x.nbDims < 1 || b.nbDims != 2 || (bScale != nullptr && bScale->nbDims != 2))
     {
         refusal = "x is " + text(x) + " and b is " + text(b) + ", expected [..., n] and two dimensions";
         return problem;
     }
     int64_t const n = x.d[x.nbDims - 1];
-    int64_t const rank = b.d[0];
+    int64_t const rank = b.d[0]; // which a dense layer calls n
     int64_t const m = bScale != nullptr ? bScale->d[1] : b.d[1];
     int64_t const rows = rowsOf(x);
-    if (n < 1 || n > INT32_MAX || m < 1 || m > INT32_MAX || rank < 1 || rank > n || rows < 1 || rows > kMaxRows)
+    if (n < 1 || n > INT32_MAX || m < 1 || m > INT32_MAX || rank < (op.mixes ? 1 : n) || rank > n || rows < 1
+        || rows > kMaxRows)
     {
         refusal = "x is " + text(x) + " and b is " + text(b) + ", expected 1 to " + std::to_string(kMaxRows)
-            + " rows of x, and from 1 to n rows of b";
+            + " rows of x, and " + (op.mixes ? "from 1 to n" : "n") + " rows of b";
         return problem;
     }
-    nvinfer1::Dims const* const aScale = op.quantized ? &inputs[op.aScale()] : nullptr;
-    refusal = whyMatrixRefused("a", format, inputs[op.a()], aScale, n - rank, rank);
+    refusal = op.mixes ? whyMatrixRefused("a", problem.a, *at(op.a()), at(op.aScale()), n - rank, rank) : "";
     if (refusal.empty())
     {
-        refusal = whyMatrixRefused("b", format, b, bScale, rank, m);
+        refusal = whyMatrixRefused("b", problem.b, b, bScale, rank, m);
     }
     if (refusal.empty() && op.indexed)
     {
@@ -99,8 +102,6 @@ Problem problemOf(Op const& op, Format const& format, nvinfer1::DataType type, n
     problem.m = static_cast<int32_t>(m);
     problem.rank = static_cast<int32_t>(rank);
     problem.type = type == nvinfer1::DataType::kBF16 ? Float::kBF16 : Float::kFP16;
-    problem.weights = static_cast<WeightType>(format.bits);
-    problem.groupSize = format.groupSize;
     problem.indexed = op.indexed;
     if (refusal.empty() && whyRefused(problem) != nullptr)
     {

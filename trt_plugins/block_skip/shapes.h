@@ -11,7 +11,7 @@ namespace skipcat
 {
 
 // The problem of these input dimensions. `refusal` says what does not fit, and is empty if all does.
-Problem problemOf(Op const& op, Format const& format, nvinfer1::DataType type, nvinfer1::Dims const* inputs,
+Problem problemOf(Op const& op, Blocks const& blocks, nvinfer1::DataType type, nvinfer1::Dims const* inputs,
     std::string& refusal);
 
 // "[3, 4]"

@@ -59,17 +59,18 @@ __device__ __forceinline__ uint32_t fromBytes(__nv_bfloat16, uint32_t bytes)
     return reinterpret_cast<uint32_t const&>(result);
 }
 
-// Nibble J of both halves, less 8. fp16: 0x6400 + u is 1024 + u; where the nibble is not shifted down u is
-// 16 times as much, and (1024 + 16 u) / 16 - 72 is exact in one operation.
+// Nibble J of both halves, signed: with its upper bit flipped it is u = number + 8. fp16: 0x6400 + u is
+// 1024 + u; where the nibble is not shifted down u is 16 times as much, and (1024 + 16 u) / 16 - 72 is exact
+// in one operation.
 template <int J>
 __device__ __forceinline__ uint32_t fromNibbles(__half tag, uint32_t halves)
 {
     uint32_t const shifted = J < 2 ? halves : halves >> 8;
     if constexpr (J % 2 == 0)
     {
-        return subtract(tag, maskOr(shifted, 0x000f000fu, 0x64006400u), 0x64086408u);
+        return subtract(tag, maskFlip(shifted, 0x000f000fu, 0x64086408u), 0x64086408u);
     }
-    uint32_t number = maskOr(shifted, 0x00f000f0u, 0x64006400u);
+    uint32_t number = maskFlip(shifted, 0x00f000f0u, 0x64806480u);
     uint32_t sixteenth = 0x2c002c00u;
     uint32_t offset = 0xd480d480u;
     __half2 const result = __hfma2(reinterpret_cast<__half2&>(number), reinterpret_cast<__half2&>(sixteenth),
@@ -81,7 +82,7 @@ __device__ __forceinline__ uint32_t fromNibbles(__half tag, uint32_t halves)
 template <int J>
 __device__ __forceinline__ uint32_t fromNibbles(__nv_bfloat16 tag, uint32_t halves)
 {
-    return subtract(tag, maskOr(halves >> (4 * J), 0x000f000fu, 0x43004300u), 0x43084308u);
+    return subtract(tag, maskFlip(halves >> (4 * J), 0x000f000fu, 0x43084308u), 0x43084308u);
 }
 
 // Where a matrix of weights lies; `rows` is its reduction.

@@ -10,6 +10,7 @@ is tied to the head) is stored once, and transposed by a node.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -79,7 +80,10 @@ class SharedLatent:
         return "+".join([modules[0], *(module.rsplit(".", 1)[-1] for module in modules[1:])])
 
     def become(
-        self, op_type: str, factors: list[ir.Value], attributes: dict[str, str] | None = None
+        self,
+        op_type: str,
+        factors: list[ir.Value],
+        attributes: Mapping[str, str | int] | None = None,
     ) -> None:
         """Put one node of ours in their place, which takes x, the factors and the index."""
         x, index, shape = self.first.inputs[0], self.first.inputs[3:], self.first.outputs[0].shape

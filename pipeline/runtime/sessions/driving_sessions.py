@@ -12,7 +12,7 @@ import numpy as np
 from pipeline.driving.evaluate import MapsOfBatch
 from pipeline.driving.network import BOX_FIELDS
 from pipeline.errors import InputError
-from pipeline.export.contract import BOX_STRIDES, DRIVABLE, DRIVING_MAPS, LANE
+from pipeline.export.contract import BOX_STRIDES, DRIVABLE, DRIVING_MAPS, LANE, PIXEL_VALUES
 from pipeline.model.task import DRIVING
 from pipeline.runtime.sessions.pixel_graphs import PixelEngine, PixelGraph
 
@@ -148,7 +148,7 @@ class EngineDriving:
         onnx = opened.manifest["onnx"]
         if onnx.get("task") != DRIVING:
             raise InputError("This engine is of no driving network.", where=folder)
-        self.traits = DrivingTraits.of(onnx["pixel_values"], onnx["labels"], onnx["anchors"])
+        self.traits = DrivingTraits.of(onnx[PIXEL_VALUES], onnx["labels"], onnx["anchors"])
         self._engine = PixelEngine(opened, self.traits.map_shapes, name)
 
     def maps(self, pixels: np.ndarray) -> MapsOfBatch:

@@ -31,7 +31,6 @@ from pipeline.export.contract import (
 )
 from pipeline.export.record import read_export_record
 from pipeline.runtime.sessions.call_times import CallTimes
-from pipeline.runtime.sessions.checks import CheckedSession
 from pipeline.runtime.sessions.graph_interface import (
     explained,
     require_decoder_graph,
@@ -39,6 +38,7 @@ from pipeline.runtime.sessions.graph_interface import (
 )
 from pipeline.runtime.sessions.key_values import KeyValues
 from pipeline.runtime.sessions.onnx_session import Graph, share_buffer
+from pipeline.runtime.sessions.slotted_session import SlottedSession
 
 # A long prompt goes in by parts: activations stay small, and so does the arena that keeps them.
 _PREFILL_TOKENS = 128
@@ -53,7 +53,7 @@ _CACHE_TYPES = {FLOAT: np.float32, INT8: np.int8}
 _ALL, _LAST = np.array([0], np.int64), np.array([-1], np.int64)
 
 
-class CpuSession(CheckedSession):
+class CpuSession(SlottedSession):
     """ONNX Runtime on the CPU, with operators of its own.
 
     It is a `Session` of any number of rows of equal length, and a `SlotSession` of rows that come
@@ -119,26 +119,7 @@ class CpuSession(CheckedSession):
         if steady and graph is None:
             self._require_steadiness()
 
-    @property
-    def slots(self) -> int:
-        return len(self._lengths)
-
     # --- Session ---
-
-    def reset(self) -> None:
-        """Forget all rows."""
-        self._lengths[:] = 0
-        self._rows = None
-
-    @property
-    def length(self) -> int:
-        """Tokens in the cache, in every row that `forward` uses."""
-        return int(self._lengths[0])
-
-    def rewind(self, length: int) -> None:
-        self._lengths[:] = np.minimum(self._lengths, length)
-        if length == 0:
-            self._rows = None
 
     def sibling(self) -> CpuSession:
         """A session over the same graph and weights, with empty rows of its own."""
@@ -171,13 +152,6 @@ class CpuSession(CheckedSession):
 
     # --- SlotSession ---
 
-    def prefill(self, slot: int, input_ids: np.ndarray) -> np.ndarray:
-        logits: np.ndarray = self._read_checked(slot, input_ids, last_only=True)[0]
-        return logits
-
-    def read_block(self, slot: int, input_ids: np.ndarray) -> np.ndarray:
-        return self._read_checked(slot, input_ids, last_only=False)
-
     def decode(self, slots: Sequence[int], tokens: Sequence[int]) -> np.ndarray:
         """Append one token to each of several slots, in one call, or one by one where steady.
 
@@ -209,31 +183,6 @@ class CpuSession(CheckedSession):
         self._lengths = kept
         return logits[np.array(slots) - first, 0]
 
-    def rewind_slot(self, slot: int, length: int) -> None:
-        self._lengths[slot] = min(int(self._lengths[slot]), length)
-
-    def clear(self, slot: int) -> None:
-        self._lengths[slot] = 0
-
-    def slot_length(self, slot: int) -> int:
-        return int(self._lengths[slot])
-
-    def take_up(self, slot: int, length: int) -> None:
-        """Go on behind the first `length` tokens of a slot, whichever session has read them."""
-        if slot >= self.slots:
-            self._lengths = np.zeros(self.values.slots, np.int64)
-        self._lengths[slot] = length
-
-    def _decode_apart(self, slots: Sequence[int], tokens: Sequence[int]) -> np.ndarray:
-        """`decode`, slot after slot: float32 [len(slots), V]."""
-        ids = np.array(tokens, np.int64)[:, None]
-        self._check_tokens(ids)
-        for slot in slots:
-            self._check_room(int(self._lengths[slot]), 1)
-        return np.concatenate(
-            [self._read(s, row, True)[0] for s, row in zip(slots, ids, strict=True)]
-        )
-
     def _decoded_rows(self, slots: Sequence[int]) -> tuple[int, int]:
         """First and last row of the call that decodes `slots`."""
         first, last = min(slots), max(slots)
@@ -244,12 +193,6 @@ class CpuSession(CheckedSession):
         return min(first, shortest), max(first, shortest)
 
     # --- the graph ---
-
-    def _read_checked(self, slot: int, input_ids: np.ndarray, last_only: bool) -> np.ndarray:
-        """Append [S] tokens to a slot, unless there is something wrong: [S, V] or [1, V]."""
-        self._check_tokens(input_ids[None])
-        self._check_room(int(self._lengths[slot]), len(input_ids))
-        return self._read(slot, input_ids, last_only)[0]
 
     def _read(self, row: int, input_ids: np.ndarray, last_only: bool) -> np.ndarray:
         """Append [S] tokens to a row by parts: [1, S, V] or [1, 1, V].
@@ -366,10 +309,3 @@ class CpuSession(CheckedSession):
                 change="export both from the same model, with the same --max-length",
             )
         return shared or own
-
-    def _grow(self, slots: int) -> None:
-        """More rows, the present ones kept."""
-        lengths = self._lengths
-        self.values.grow(slots, int(lengths.max()))
-        self._lengths = np.zeros(slots, np.int64)
-        self._lengths[: len(lengths)] = lengths

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from pipeline.compress.methods import DEFAULT_EFFORT, DEFAULT_METHOD, EFFORTS, METHODS
-from pipeline.compress.request import CompressRequest, _parse_bytes
+from pipeline.compress.request import CompressRequest
 from pipeline.errors import UsageError
+from pipeline.memory import parse_bytes
 from pipeline.quantize.formats import RUNTIMES
 
 
@@ -159,7 +160,7 @@ def test_a_format_that_a_runtime_does_not_take_is_refused_with_those_it_does(run
     ],
 )
 def test_bytes_are_read_as_they_are_written(text: str, size: int) -> None:
-    assert _parse_bytes(text, "--memory") == size
+    assert parse_bytes(text, "--memory") == size
     assert CompressRequest("tiny", memory=text).budget_bytes(1) == size
 
 

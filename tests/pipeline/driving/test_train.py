@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -170,9 +171,9 @@ def test_another_model_is_no_network_to_go_on_with(
     request_: TrainRequest, trained: Path, tmp_path: Path
 ) -> None:
     other = tmp_path / "other"
-    other.mkdir()
+    shutil.copytree(trained, other)
     (other / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    with pytest.raises(InputError, match="no network"):
+    with pytest.raises(InputError, match="no driving network"):
         train_to_folder(replace(request_, stage="mix", model=other), tmp_path / "net")
 
 

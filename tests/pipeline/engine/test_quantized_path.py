@@ -15,12 +15,18 @@ from pipeline.compress.plan.plan import uniform_plan
 from pipeline.compress.request import CompressRequest
 from pipeline.compress.run import compress_to_folder
 from pipeline.engine.build import build_engine
-from pipeline.engine.paths import _quantized_path
+from pipeline.engine.paths import _quantized_path, paths_taken
 from pipeline.engine.plan import EngineRequest
-from pipeline.engine.standard import _write_split_graph, _write_stripped_graph
+from pipeline.engine.standard import _graph_to_parse, _require_ops
 from pipeline.engine.target import Target
+from pipeline.engine.worker_protocol import WorkerRequest
 from pipeline.errors import InputError
-from pipeline.export.contract import QUANTIZED_SKIP, QUANTIZED_SKIP_INDEXED
+from pipeline.export.contract import (
+    BLOCK_SKIP_OPS,
+    DEQUANTIZED_SKIP_OPS,
+    LINEAR_QUANTIZED,
+    QUANTIZED_OPS,
+)
 from pipeline.export.export import export_folder
 from pipeline.export.onnx_folder import load_graph, read_onnx_folder
 from pipeline.export.request import ExportRequest
@@ -77,8 +83,10 @@ def test_the_engine_reads_every_matrix_as_codes(exported: Path, tmp_path: Path) 
     pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx-cu13")
     manifest = build_engine(exported, tmp_path / "engine", EngineRequest(SM86))
     record = json.loads((exported / "export.json").read_text())
-    matrices = record["nodes"]["DequantizeLinear"]
-    assert matrices == sum(record["quantized"].values()) + 1  # the table is looked up as well
+    matrices = sum(record["quantized"].values()) + 1  # the table is looked up as well
+    assert record["nodes"]["DequantizeLinear"] == 1
+    assert "go through DequantizeLinear" in " ".join(manifest["notes"])
+    assert [path.name for path in (tmp_path / "engine").iterdir() if path.is_dir()] == []
     assert manifest["few_bits"] == {
         "matrices": matrices,
         "block_skip_nodes": 5,
@@ -97,20 +105,73 @@ def test_the_command_names_the_matrices_that_are_codes(
     assert "matrices, read as codes" in capsys.readouterr().out
 
 
-def test_the_folder_counts_nodes_of_few_bits_apart(exported: Path) -> None:
+def test_the_folder_counts_nodes_of_codes_apart(exported: Path) -> None:
     folder = read_onnx_folder(exported)
-    assert (folder.block_skip_nodes, folder.quantized_nodes) == (1, 5)
-    assert folder.dequantized > 10
+    quantized = json.loads((exported / "export.json").read_text())["quantized"]
+    assert (folder.block_skip_nodes, folder.quantized_nodes, folder.dequantized) == (1, 0, 1)
+    assert folder.coded_nodes == 5 + 3  # two down projections, and the head
+    assert folder.coded_matrices == sum(quantized.values()) == 5 + 4 + 3
 
 
-@pytest.mark.parametrize("write", [_write_stripped_graph, _write_split_graph])
-def test_bodies_that_no_plugin_replaces_stay_in_the_graph(
-    write: Any, exported: Path, tmp_path: Path
+def request_of(exported: Path, **fields: Any) -> WorkerRequest:
+    """What a worker is asked for an export, but for profiles."""
+    folder = read_onnx_folder(exported)
+    shared: dict[str, Any] = {"shared_weights": False, "workspace_bytes": None, "plugin": None}
+    shared |= {"block_skip_nodes": folder.block_skip_nodes, "onnx_profile": "opset24"}
+    shared |= {"dequantized": folder.dequantized, "quantized_nodes": folder.quantized_nodes}
+    shared |= {"coded_nodes": folder.coded_nodes, "coded_matrices": folder.coded_matrices}
+    return WorkerRequest("tensorrt", (8, 7), folder.onnx_path, (), **(shared | fields))
+
+
+def graph_given(request: WorkerRequest, staging: Path, offered: set[str]) -> Any:
+    """What TensorRT 10.3 would be given, and what the request then says of it."""
+    holds, path, notes = _graph_to_parse(request, staging, (10, 3), offered)
+    return load_graph(path), holds, notes
+
+
+EVERY_OP = {*BLOCK_SKIP_OPS, *QUANTIZED_OPS}
+
+
+def test_with_the_plugin_every_node_of_codes_is_left_to_it(exported: Path, tmp_path: Path) -> None:
+    request = request_of(exported, plugin=Path("library.so"))
+    graph, holds, _ = graph_given(request, tmp_path, EVERY_OP)
+    assert graph.functions == []
+    assert holds == request
+    nodes = request.block_skip_nodes + request.coded_nodes
+    taken = paths_taken(holds, {"PLUGIN_V3": nodes, "DEQUANTIZE": 1})
+    assert taken["block_skip"] == {"path": "plugin", "nodes": nodes}
+    matrices = holds.coded_matrices + 1
+    assert taken["few_bits"] == {"matrices": matrices, "block_skip_nodes": 0, "path": "plugin"}
+    with pytest.raises(InputError, match="Only part"):
+        paths_taken(holds, {"PLUGIN_V3": request.block_skip_nodes, "DEQUANTIZE": 1})
+
+
+def test_a_library_that_lacks_an_op_of_codes_is_refused(exported: Path, tmp_path: Path) -> None:
+    request = request_of(exported, plugin=tmp_path / "old.so")
+    lacking = EVERY_OP - {LINEAR_QUANTIZED + "8"}
+    with pytest.raises(InputError, match="does not know") as caught:
+        _require_ops(request, lacking)
+    assert caught.value.details["observed"] == "no LinearQuantized8"
+
+
+@pytest.mark.parametrize("embed", [False, True])
+def test_without_the_library_codes_go_through_dequantize_linear(
+    embed: bool, exported: Path, tmp_path: Path
 ) -> None:
-    graph = load_graph(write(exported / "model.onnx", tmp_path / "changed"))
-    used = {node.op_type for node in graph.graph.node if "FewBits" in node.op_type}
-    assert {function.name for function in graph.functions} == used
-    assert used <= {QUANTIZED_SKIP, QUANTIZED_SKIP_INDEXED}
+    request = request_of(exported, embed=embed)
+    graph, holds, notes = graph_given(request, tmp_path, set())
+    ops = [node.op_type for node in graph.graph.node]
+    assert not {*ops} & {*QUANTIZED_OPS}
+    assert ops.count("DequantizeLinear") == holds.dequantized == request.coded_matrices + 1
+    few = {op for op in ops if op in DEQUANTIZED_SKIP_OPS}
+    assert sum(op in few for op in ops) == holds.quantized_nodes == 5
+    assert {function.name for function in graph.functions} == few | (
+        set() if embed else {*ops} & {*BLOCK_SKIP_OPS}
+    )
+    assert holds.coded_nodes == 0
+    assert "DequantizeLinear" in notes[0]
+    folders = sorted(path.name for path in tmp_path.iterdir())
+    assert folders == (["split"] if embed else ["dequantized"])
 
 
 def test_codes_that_became_numbers_while_parsing_are_refused() -> None:
@@ -126,6 +187,11 @@ def test_a_graph_of_numbers_has_no_path_for_codes() -> None:
 
 def test_dense_codes_alone_need_no_body() -> None:
     assert _quantized_path({"DEQUANTIZE": 4}, 4, 0)["path"] == "none"
+    assert _quantized_path({"DEQUANTIZE": 1}, 1, 0, 3) == {
+        "matrices": 4,
+        "block_skip_nodes": 0,
+        "path": "plugin",
+    }
 
 
 def test_weights_that_do_not_match_the_graph_are_noticed(exported: Path, tmp_path: Path) -> None:

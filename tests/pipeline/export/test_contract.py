@@ -30,11 +30,14 @@ SPELT_ALIKE = {
     "validate/harness.py": {"input_ids"},
     "pipeline/calibrate/images.py": {"pixel_values"},  # of an image processor, and in an .npz
     "pipeline/model/classifier_structure.py": {"logits"},  # of a model's output
-    "pipeline/model/task.py": {"pixel_values"},  # a field of export.json
+    "pipeline/model/task.py": {"pixel_values", "export.json"},  # below the contract
     "pipeline/export/cache_shape.py": {"past_key_values"},  # of a model's output
     "pipeline/driving/network.py": {"pixel_values"},  # what a model of transformers is given
     "pipeline/driving/preprocess.py": {"pixel_values"},  # and its image processor returns
     "pipeline/driving/evaluate.py": {"pixel_values"},
+    "pipeline/compress/driving.py": {"pixel_values"},
+    "validate/driving.py": {"pixel_values"},
+    "validate/greedy.py": {"input_ids"},
     "pipeline/output.py": {"export.json"},  # one of all records, on the ground floor
 }
 
@@ -60,7 +63,8 @@ def test_names_of_the_contract_are_written_nowhere_else() -> None:
         contract.GRAPH_FILE, contract.WEIGHTS_FILE, contract.RECORD_FILE, contract.GENAI_FILE,
         *contract.TOKEN_INPUTS, contract.FIRST_LOGIT, contract.PIXEL_VALUES, contract.LOGITS,
         contract.CACHE_PREFIX, contract.CACHE_PREFIX.removesuffix("."), contract.CONTRIB,
-        *contract.BLOCK_SKIP_OPS, *contract.QUANTIZED_SKIP_OPS, contract.MATMUL_NBITS,
+        *contract.BLOCK_SKIP_OPS, *contract.QUANTIZED_OPS, *contract.DEQUANTIZED_SKIP_OPS,
+        contract.LINEAR_QUANTIZED, contract.BLOCK_A, contract.BLOCK_B, contract.MATMUL_NBITS,
         contract.GATHER_NBITS, contract.GROUPED_ATTENTION, contract.DEQUANTIZE,
         OPSET24, COMPAT, contract.INT4_OFFSET, contract.STORED,
     }  # fmt: skip
@@ -137,7 +141,6 @@ def test_choices_of_the_command_are_those_of_the_contract() -> None:
 
 def test_a_profile_takes_the_formats_of_a_runtime() -> None:
     assert {profile.formats_of for profile in PROFILES.values()} <= set(RUNTIMES)
-    assert [name for name, profile in PROFILES.items() if not profile.takes_blocks] == [COMPAT]
     assert [name for name, profile in PROFILES.items() if profile.fixed_length] == [OPSET24]
     assert [name for name, profile in PROFILES.items() if profile.contrib] == [CPU]
 

@@ -20,7 +20,7 @@ from pipeline.compress.plan.plan import uniform_plan
 from pipeline.compress.request import CompressRequest
 from pipeline.compress.run import compress_to_folder
 from pipeline.errors import UsageError
-from pipeline.export.contract import QUANTIZED_SKIP, QUANTIZED_SKIP_INDEXED
+from pipeline.export.contract import LINEAR_QUANTIZED, QUANTIZED_OPS
 from pipeline.export.export import export_folder
 from pipeline.export.request import ExportRequest
 from pipeline.model.structure import decoder_structure
@@ -43,7 +43,7 @@ STYLES: dict[str, dict[str, list[str | None]]] = {
         "1": ["int8-row-sym", "int8-row-sym", "int4-b64-sym", "int4-b64-sym", None, None],
     },
 }
-OFFSET_TABLE = "int4-b32-offset"
+OFFSET_TABLE, HALF_TABLE = "int4-b32-offset", "int4-b64-sym"
 TABLES = {"cpu": "int4-b32-asym", "tensorrt": "int8-row-sym", "any": "int3-b32-asym"}
 
 
@@ -201,50 +201,76 @@ def test_groups_of_numbers_and_of_codes_stand_side_by_side(exported: Callable[..
 
 
 @pytest.mark.parametrize(
-    ("dtype", "tied", "least"),
+    ("profile", "dtype", "tied", "table", "least"),
     # Float16 keeps 11 bits, and sums of 192 terms lose some.
     [
-        pytest.param("float32", True, 0.999999, marks=pytest.mark.slow),
-        ("float32", False, 0.999999),
-        ("float16", True, 0.9995),
+        pytest.param("opset24", "float32", True, None, 0.999999, marks=pytest.mark.slow),
+        ("opset24", "float32", False, None, 0.999999),
+        ("opset24", "float16", True, None, 0.9995),
+        ("opset24", "float32", True, HALF_TABLE, 0.999999),
+        ("compat", "float32", True, None, 0.999999),
+        pytest.param("compat", "float32", False, HALF_TABLE, 0.999999, marks=pytest.mark.slow),
     ],
 )
-def test_in_opset24_stored_codes_equal_torch(
+def test_for_tensorrt_stored_codes_equal_torch(
+    profile: str,
     dtype: str,
     tied: bool,
+    table: str | None,
     least: float,
     checkpoints: Callable[..., Path],
     exported: Callable[..., Path],
 ) -> None:
-    folder = exported("tensorrt", tied=tied, dtype=dtype)
+    folder = exported("tensorrt", tied=tied, table=table, profile=profile, dtype=dtype)
     record = record_of(folder)
     assert record["weights"] == "stored"
     found = in_pieces(OnnxSession(folder))
-    assert least_cosine(found, torch_logits(checkpoints("tensorrt", tied=tied))) >= least
-    counts = Counter(node.op_type for node in graph_of(folder).node)
-    assert counts[QUANTIZED_SKIP] + counts[QUANTIZED_SKIP_INDEXED] == 5
-    assert counts["DequantizeLinear"] == sum(record["quantized"].values()) + (1 if tied else 0)
+    expected = torch_logits(checkpoints("tensorrt", tied=tied, table=table))
+    assert least_cosine(found, expected) >= least
+    assert record["block_skip_nodes"] == 1  # of numbers, as its checkpoint has it
+    ops = Counter(n.op_type for n in graph_of(folder).node if n.op_type in QUANTIZED_OPS)
+    # In A' and B' of five groups: 8; in down projections that are not factored: 1, and the head.
+    half_head = tied and table is not None
+    assert record["quantized"].get("codes 4", 0) + record["quantized"]["codes 8"] == 10 - half_head
+    assert sum(ops[op] for op in QUANTIZED_OPS if op.startswith("Linear")) == 2 - half_head
 
 
-def test_the_codes_of_opset24_are_signed_and_as_wide_as_their_format(
+def test_every_linear_weight_of_a_model_in_few_bits_is_codes_and_held_once(
     exported: Callable[..., Path],
 ) -> None:
-    graph = graph_of(exported("tensorrt", tied=True, dtype="float16"))
+    folder = exported("tensorrt", tied=True, profile="opset24", dtype="float16")
+    graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
     kinds = {weight.name: (weight.data_type, list(weight.dims)) for weight in graph.initializer}
-    found: Counter[int] = Counter()
+    half, whole = onnx.TensorProto.FLOAT16, onnx.TensorProto.INT8
     for node in graph.node:
-        if node.op_type == "DequantizeLinear":
-            attributes = {a.name: a.i for a in node.attribute}
-            kind, (columns, rows) = kinds[node.input[0]]
-            scales = kinds[node.input[1]]
-            if "block_size" in attributes:
-                assert (kind, attributes) == (onnx.TensorProto.INT4, {"axis": 0, "block_size": 64})
-                assert scales == (onnx.TensorProto.FLOAT16, [columns // 64, rows])
-            else:
-                assert (kind, attributes) == (onnx.TensorProto.INT8, {"axis": 1})
-                assert scales == (onnx.TensorProto.FLOAT16, [rows])
-            found[kind] += 1
-    assert set(found) == {onnx.TensorProto.INT4, onnx.TensorProto.INT8}
+        if node.op_type not in QUANTIZED_OPS:
+            continue
+        attributes = {a.name: a.i for a in node.attribute if a.name.startswith("block")}
+        for block in attributes.values():
+            codes = next(i for i, name in enumerate(node.input) if kinds.get(name, [0])[0] == whole)
+            (kind, stored), (of_scales, scales) = (kinds[n] for n in node.input[codes : codes + 2])
+            assert (kind, of_scales) == (whole, half)
+            assert scales[0] == -(-stored[0] // block)
+            assert stored[1] in (scales[1], scales[1] // 2)
+            del node.input[codes]
+    # The table, and its scales, are looked up in the head's own codes.
+    (lookup,) = [node for node in graph.node if node.op_type == "DequantizeLinear"]
+    head = next(node for node in graph.node if node.output[0] == "logits")
+    assert head.op_type == LINEAR_QUANTIZED + "8"
+    assert kinds[lookup.input[0]] == (whole, [128, 272])
+    assert [w for w in graph.initializer if 272 in w.dims and 128 in w.dims] == [
+        w for w in graph.initializer if w.name == lookup.input[0]
+    ]
+    matrices = {name: dims for name, (_, dims) in kinds.items() if len(dims) == 2}
+    numbers = [n for n, dims in matrices.items() if kinds[n][0] == half and min(dims) >= 64]
+    # Of the plan above, what it leaves as numbers.
+    assert sorted(numbers) == [
+        "model.layers.0.mlp.gate_proj+up_proj.a.T",
+        "model.layers.0.self_attn.o_proj.b.T",
+        "model.layers.1.mlp.down_proj.weight.T",
+        "model.layers.1.mlp.gate_proj+up_proj.a",
+        "model.layers.1.mlp.gate_proj+up_proj.b",
+    ]
 
 
 @pytest.mark.parametrize(("profile", "runtime"), [("cpu", "cpu"), ("opset24", "tensorrt")])
@@ -315,7 +341,7 @@ WIDTHS = {
         (ExportRequest("cpu"), "tensorrt", "--profile cpu"),
         (ExportRequest("cpu", weights="stored"), "any", "--profile cpu"),
         (ExportRequest("opset24", weights="stored"), "cpu", "--profile opset24"),
-        (ExportRequest("compat", weights="stored"), "tensorrt", "--profile compat"),
+        (ExportRequest("compat", weights="stored"), "cpu", "--profile compat"),
         (ExportRequest("compat", weights="int8"), "tensorrt", "--weights"),
         (ExportRequest("cpu", weights="int8"), "cpu", "--weights"),
         (ExportRequest("cpu", weights="int4"), "any", "--weights"),
@@ -342,7 +368,7 @@ def test_a_width_that_is_no_whole_blocks_becomes_numbers_for_tensorrt(
 ) -> None:
     style = Format.parse("int4-b64-sym")
     assert ExportRequest("opset24").weights_of({style: {128, 64}}) == "stored"
-    assert ExportRequest("compat").weights_of({style: {128, 64}}) == "float"
+    assert ExportRequest("compat").weights_of({style: {128, 64}}) == "stored"
     assert ExportRequest("opset24").weights_of({style: {128, 73}}) == "float"
     assert RUNTIMES["tensorrt"].takes in capsys.readouterr().err
     with pytest.raises(UsageError, match="does not take"):

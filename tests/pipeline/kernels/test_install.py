@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
 from torch import nn
 
+from pipeline.checkpoint.modeling_quantized import QuantizedEmbedding, QuantizedLinear
 from pipeline.checkpoint.modeling_skipcat import FactoredLinear
 from pipeline.kernels import install
 from pipeline.kernels.install import use_operator_
+from tests.support.quantised_layers import fill_codes_
 
 
 class Block(nn.Module):
@@ -89,3 +94,56 @@ def test_torch_compile_keeps_the_model_whole_and_compiles_it_once() -> None:
         for scale in (1, 2, 3):
             torch.testing.assert_close(compiled(scale * x), block(scale * x))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+class QuantizedBlock(nn.Module):
+    """A table that is the head, layers of one latent, a dense one, and one in unread formats."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        single: dict[str, Any] = {"dtype": torch.float32}
+        self.table = QuantizedEmbedding(40, 48, "int8-row-sym", **single)
+        formats: dict[str, Any] = {"down_style": "int4-b16-sym", "up_style": "int8-row-sym"}
+        self.q = FactoredLinear(48, 21, 17, "skip", bias=True, **formats, **single)
+        self.k = FactoredLinear(48, 11, 17, "skip", owner=self.q, up_style="int8-row-sym", **single)
+        self.mixed = FactoredLinear(32, 48, 16, "skip", up_style="int4-b16-sym", **single)
+        self.unread = FactoredLinear(48, 48, 16, "skip", down_style="int4-b32-asym", **single)
+        self.dense = QuantizedLinear(48, 48, "int4-b64-sym", bias=True, **single)
+        self.lm_head = QuantizedLinear(48, 40, "", table=self.table, **single)
+        for layer in (self.q, self.mixed, self.unread):
+            layer.permutation = torch.randperm(layer.in_features).to(torch.int32)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.table(ids)
+        x = self.mixed(torch.cat([self.q(x), self.k(x)], dim=-1))
+        return self.lm_head(self.dense(self.unread(x)))
+
+
+def quantized_block() -> QuantizedBlock:
+    torch.manual_seed(0)
+    block = QuantizedBlock()
+    for parameter in block.parameters():
+        nn.init.normal_(parameter)
+    fill_codes_(block)
+    return block
+
+
+def test_a_model_of_codes_computes_the_same_and_holds_codes() -> None:
+    block = quantized_block()
+    ids = torch.tensor([[3, 39, 0, 12], [7, 7, 1, 38]])
+    with torch.inference_mode():
+        expected = block(ids)
+        assert use_operator_(block) == 4 + 2
+        near: dict[str, Any] = {"rtol": 0, "atol": 1e-5 * expected.abs().max().item()}
+        torch.testing.assert_close(block(ids), expected, **near)
+        torch.testing.assert_close(block(ids[:, :1]), expected[:, :1], **near)
+    assert not [m for m in block.modules() if isinstance(m, QuantizedLinear | QuantizedEmbedding)]
+    codes = [b for b in block.buffers() if b.dtype == torch.int8]
+    # q's A' and q and k's B', mixed's B', dense, and the head's, which the table reads.
+    assert sorted(b.numel() for b in codes) == sorted([31 * 9, 17 * 32, 16 * 24, 48 * 24, 48 * 40])
+    assert next(iter(block.half().table.state_dict()), None) is None
+
+
+def test_formats_that_the_kernels_do_not_read_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+    use_operator_(quantized_block())
+    assert "held as numbers: 1 of int4-b32-asym" in capsys.readouterr().err

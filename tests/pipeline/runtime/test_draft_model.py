@@ -13,14 +13,15 @@ import pytest
 
 from pipeline.errors import InputError, UsageError
 from pipeline.runtime.draft_model import DraftModel, open_drafted
-from pipeline.runtime.drafting import Chooser, Drafter
-from pipeline.runtime.generate import _advance, generate, stream_batch
+from pipeline.runtime.drafting import Chooser
+from pipeline.runtime.generate import generate, stream_batch
 from pipeline.runtime.language_model import LanguageModel
 from pipeline.runtime.prefix_cache import PrefixCache
 from pipeline.runtime.sampling import GREEDY, Sampling
-from pipeline.runtime.sequence import Decoding, RunningAnswer
+from pipeline.runtime.sequence import Decoding
 from pipeline.runtime.sessions import onnx_cpu_session
 from pipeline.runtime.sessions.onnx_cpu_session import CpuSession
+from tests.support.scripted_drafts import DRAFTS, PROMPT, WARM, Scripted, said
 from tests.support.tiny_decoder import (
     MAX_LENGTH,
     shared_draft,
@@ -28,10 +29,6 @@ from tests.support.tiny_decoder import (
     shared_rounded_export,
     write_record,
 )
-
-PROMPT = [5, 6, 7, 8, 5, 6, 7]
-WARM = Sampling(temperature=0.8, top_k=40, repetition_penalty=1.1)
-_Choice = Callable[[list[int], int], list[int]]
 
 
 def steady(folder: Path, slots: int = 1) -> CpuSession:
@@ -109,49 +106,6 @@ def test_a_full_cache_is_one_token_shorter_and_said_to_be() -> None:
 
 
 # --- whatever is drafted ---
-
-
-class Scripted:
-    """Drafts by what will be said, which it knows."""
-
-    def __init__(self, answer: Sequence[int], length: int, choose: _Choice) -> None:
-        self.drafted = self.taken = 0
-        self.answer, self.length, self.choose = list(answer), length, choose
-        self.heard = -len(PROMPT)
-
-    def learn(self, drafted: Sequence[int], chosen: Sequence[int]) -> None:
-        self.heard += len(chosen)
-
-    def draft(self, most: int) -> list[int]:
-        coming = self.answer[self.heard : self.heard + self.length]
-        found = self.choose(coming, self.heard)[: max(most, 0)]
-        self.drafted += len(found)
-        return found
-
-
-DRAFTS: dict[str, _Choice] = {
-    "right": lambda coming, at: coming,
-    "wrong": lambda coming, at: [(token + 1) % 250 for token in coming],
-    "right at first": lambda coming, at: [*coming[:2], *([1] * len(coming[2:]))],
-    "random": lambda coming, at: np.random.default_rng(at).integers(0, 270, len(coming)).tolist(),
-    "stops": lambda coming, at: [*coming[:1], 257, 257][: len(coming)],
-}
-
-
-def said(session: CpuSession, how: Sampling, drafter: Drafter | None) -> tuple[list[int], bytes]:
-    """Ids of an answer, and the bits of the logits they were chosen from and of the cache."""
-    logits: list[bytes] = []
-    running = RunningAnswer(
-        PROMPT,
-        Decoding(30, how, stop_ids={257}, seed=5),
-        session.max_length,
-        drafter=drafter,
-        watch=lambda token, row: logits.append(row.tobytes()),
-    )
-    assert list(_advance(session, running)) == running.ids
-    read = len(PROMPT) + len(running.ids) - 1
-    held = [values[0, :, :read].tobytes() for values in session.values.buffers.values()]
-    return running.ids, b"".join([*logits, *held])
 
 
 @pytest.mark.parametrize("how", [GREEDY, WARM], ids=["greedy", "sampled"])

@@ -25,15 +25,15 @@ using emulate::Buffer;
 template <typename T>
 struct RandomMatrix
 {
-    RandomMatrix(int rows, int columns, Problem const& problem, std::mt19937& random)
+    RandomMatrix(int rows, int columns, WeightFormat const& format, std::mt19937& random)
         : values(static_cast<size_t>(rows) * columns)
-        , numbers(problem.weights == WeightType::kFloat ? values.size() : 0)
-        , codes(problem.weights == WeightType::kInt8 ? values.size()
-                : problem.weights == WeightType::kInt4 ? static_cast<size_t>(rows) * ((columns + 1) / 2)
-                                                       : 0,
+        , numbers(format.type == WeightType::kFloat ? values.size() : 0)
+        , codes(format.type == WeightType::kInt8 ? values.size()
+                : format.type == WeightType::kInt4 ? static_cast<size_t>(rows) * ((columns + 1) / 2)
+                                                   : 0,
               0)
-        , scales(problem.groupSize > 0 ? static_cast<size_t>((rows + problem.groupSize - 1) / problem.groupSize) * columns
-                                       : 0)
+        , scales(format.groupSize > 0 ? static_cast<size_t>((rows + format.groupSize - 1) / format.groupSize) * columns
+                                      : 0)
     {
         std::normal_distribution<float> normal(0.0f, 0.05f);
         for (size_t i = 0; i < scales.bytes / sizeof(T); ++i)
@@ -44,23 +44,23 @@ struct RandomMatrix
         {
             for (int j = 0; j < columns; ++j)
             {
-                set(problem, k, j, columns, normal(random), random);
+                set(format, k, j, columns, normal(random), random);
             }
         }
     }
 
-    void set(Problem const& problem, int k, int j, int columns, float number, std::mt19937& random)
+    void set(WeightFormat const& format, int k, int j, int columns, float number, std::mt19937& random)
     {
         size_t const at = static_cast<size_t>(k) * columns + j;
-        if (problem.weights == WeightType::kFloat)
+        if (format.type == WeightType::kFloat)
         {
             fromFloat(number, numbers.data[at]);
             values[at] = toFloat(numbers.data[at]);
             return;
         }
-        T const scale = scales.data[static_cast<size_t>(k / problem.groupSize) * columns + j];
+        T const scale = scales.data[static_cast<size_t>(k / format.groupSize) * columns + j];
         int code = static_cast<int>(random() % 255) - 127;
-        if (problem.weights == WeightType::kInt8)
+        if (format.type == WeightType::kInt8)
         {
             codes.data[at] = static_cast<uint8_t>(static_cast<int8_t>(code));
         }
@@ -68,7 +68,7 @@ struct RandomMatrix
         {
             code = static_cast<int>(random() % 16) - 8;
             uint8_t& both = codes.data[static_cast<size_t>(k) * ((columns + 1) / 2) + j / 2];
-            both = static_cast<uint8_t>(both | (code + 8) << (j % 2 * 4));
+            both = static_cast<uint8_t>(both | (code & 15) << (j % 2 * 4));
         }
         values[at] = static_cast<double>(code) * toFloat(scale);
     }
@@ -90,8 +90,8 @@ template <typename T>
 double relativeError(Problem const& problem, std::mt19937& random)
 {
     int const rest = problem.n - problem.rank;
-    RandomMatrix<T> const a(rest, problem.rank, problem, random);
-    RandomMatrix<T> const b(problem.rank, problem.m, problem, random);
+    RandomMatrix<T> const a(rest, problem.rank, problem.a, random);
+    RandomMatrix<T> const b(problem.rank, problem.m, problem.b, random);
     Buffer<T> x(static_cast<size_t>(problem.rows) * problem.n);
     std::normal_distribution<float> normal;
     for (size_t i = 0; i < x.bytes / sizeof(T); ++i)
@@ -113,8 +113,8 @@ double relativeError(Problem const& problem, std::mt19937& random)
     Buffer<unsigned char> workspace(workspaceBytes(problem, device));
     Buffer<uint32_t> counters(counterBytes(problem) / 4, 0);
     Pointers const pointers{x.data, problem.indexed ? index.data : nullptr, rest > 0 ? a.stored() : nullptr,
-        problem.groupSize > 0 && rest > 0 ? a.scales.data : nullptr, b.stored(),
-        problem.groupSize > 0 ? b.scales.data : nullptr, y.data};
+        problem.a.groupSize > 0 && rest > 0 ? a.scales.data : nullptr, b.stored(),
+        problem.b.groupSize > 0 ? b.scales.data : nullptr, y.data};
     if (blockSkipLinear(problem, pointers, device, workspace.data, counters.data, nullptr) != cudaSuccess)
     {
         return INFINITY;
@@ -165,15 +165,21 @@ Problem randomProblem(std::mt19937& random)
 {
     auto const pick = [&](int low, int high) { return low + static_cast<int>(random() % (high - low + 1)); };
     Problem problem;
-    int const kinds = pick(0, 5);
-    problem.type = kinds % 2 == 0 ? Float::kFP16 : Float::kBF16;
-    problem.weights = kinds / 2 == 0 ? WeightType::kFloat : kinds / 2 == 1 ? WeightType::kInt8 : WeightType::kInt4;
-    problem.groupSize = kinds / 2 == 0 ? 0 : 16 * pick(1, 4);
+    problem.type = pick(0, 1) == 0 ? Float::kFP16 : Float::kBF16;
+    // A group that is wider than the matrix is one scale to a column.
+    auto const format = [&]
+    {
+        WeightType const types[] = {WeightType::kFloat, WeightType::kInt8, WeightType::kInt4};
+        WeightType const type = types[pick(0, 2)];
+        return WeightFormat{type, type == WeightType::kFloat ? 0 : pick(0, 3) == 0 ? 4096 : 16 * pick(1, 4)};
+    };
+    problem.a = format();
+    problem.b = format();
     int const size = pick(0, 9);
     problem.rows = size < 4 ? 1 : size < 7 ? pick(2, 8) : size < 9 ? pick(9, 64) : pick(65, 140);
     int const unit = pick(0, 2) == 0 ? 1 : 16;
     problem.n = unit * pick(1, (problem.rows == 1 ? 3000 : 700) / unit);
-    problem.rank = pick(0, 7) == 0 ? problem.n : unit * pick(1, problem.n / unit);
+    problem.rank = pick(0, 4) == 0 ? problem.n : unit * pick(1, problem.n / unit);
     problem.m = unit * pick(1, 300 / unit);
     problem.indexed = pick(0, 1) == 1;
     problem.tactic = pick(0, kTactics - 1);
@@ -194,9 +200,11 @@ int main(int argc, char** argv)
         double const error = half ? relativeError<__half>(p, random) : relativeError<__nv_bfloat16>(p, random);
         bool const good = error <= (half ? 1e-3 : 1e-2);
         beyond += good ? 0 : 1;
-        std::printf("%s %s bits %2d group %3d rows %4d n %4d rank %4d m %4d %s tactic %d: %.2e\n", good ? "ok  " : "FAIL",
-            half ? "fp16" : "bf16", p.weights == WeightType::kFloat ? 16 : static_cast<int>(p.weights), p.groupSize,
-            p.rows, p.n, p.rank, p.m, p.indexed ? "indexed" : "ordered", p.tactic, error);
+        auto const bits = [](WeightFormat const& format)
+        { return format.type == WeightType::kFloat ? 16 : static_cast<int>(format.type); };
+        std::printf("%s %s bits %2d, %2d group %4d, %4d rows %4d n %4d rank %4d m %4d %s tactic %d: %.2e\n",
+            good ? "ok  " : "FAIL", half ? "fp16" : "bf16", bits(p.a), bits(p.b), p.a.groupSize, p.b.groupSize, p.rows,
+            p.n, p.rank, p.m, p.indexed ? "indexed" : "ordered", p.tactic, error);
     }
     std::printf("%d cases, %d beyond their bound\n", cases, beyond);
     return beyond == 0 ? 0 : 1;

@@ -144,9 +144,9 @@ inline __half2 __hfma2(__half2 x, __half2 y, __half2 z)
         __half2float(x.y) * __half2float(y.y) + __half2float(z.y));
 }
 
-inline uint32_t maskOr(uint32_t x, uint32_t mask, uint32_t bits)
+inline uint32_t maskFlip(uint32_t x, uint32_t mask, uint32_t bits)
 {
-    return (x & mask) | bits;
+    return (x & mask) ^ bits;
 }
 
 template <typename Vector>

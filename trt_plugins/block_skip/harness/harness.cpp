@@ -1,6 +1,6 @@
 // Loads the plugin library and walks its interface as TensorRT would, without TensorRT.
 //
-//     harness LIBRARY [--json FILE] [--seed N]
+//     harness LIBRARY [--json FILE] [--seed N] [--nodes FILE]
 //
 // Exit status 0: all is well (with no CUDA device, all up to enqueue); 1: something is not; 2: usage.
 
@@ -34,6 +34,7 @@ struct Options
 {
     char const* library{nullptr};
     char const* json{nullptr};
+    char const* nodes{nullptr};
     unsigned seed{static_cast<unsigned>(std::time(nullptr))};
 };
 
@@ -45,6 +46,10 @@ bool read(int argc, char** argv, Options& options)
         if (std::strcmp(argv[i], "--json") == 0 && hasValue)
         {
             options.json = argv[++i];
+        }
+        else if (std::strcmp(argv[i], "--nodes") == 0 && hasValue)
+        {
+            options.nodes = argv[++i];
         }
         else if (std::strcmp(argv[i], "--seed") == 0 && hasValue)
         {
@@ -113,7 +118,7 @@ int main(int argc, char** argv)
     Options options;
     if (!read(argc, argv, options))
     {
-        std::fprintf(stderr, "usage: harness LIBRARY [--json FILE] [--seed N]\n");
+        std::fprintf(stderr, "usage: harness LIBRARY [--json FILE] [--seed N] [--nodes FILE]\n");
         return 2;
     }
     harness::Logger logger;
@@ -124,12 +129,18 @@ int main(int argc, char** argv)
     }
     harness::Report report;
     // Block skip's come first.
-    size_t const first = creators.size() < skipcat::kOps.size() ? creators.size() : skipcat::kOps.size();
+    size_t const ours = skipcat::blockSkipOps().size();
+    size_t const first = creators.size() < ours ? creators.size() : ours;
     auto const end = creators.begin() + static_cast<std::ptrdiff_t>(first);
     harness::Creators const blockSkip(creators.begin(), end);
     harness::Creators const latent(end, creators.end());
     harness::checkInterface(blockSkip, logger, report);
     harness::checkLatentInterface(latent, logger, report);
+    if (options.nodes != nullptr && !harness::checkNodes(blockSkip, options.nodes, logger, report))
+    {
+        std::fprintf(stderr, "%s cannot be read\n", options.nodes);
+        return 1;
+    }
     int devices = 0;
     bool const hasDevice = cudaGetDeviceCount(&devices) == cudaSuccess && devices > 0;
     if (hasDevice)

@@ -74,14 +74,22 @@ public:
 
 using Creators = std::vector<nvinfer1::IPluginCreatorV3One*>;
 
-// A plugin of a creator; bits and group size are given to the quantized ops alone.
-nvinfer1::IPluginV3* make(nvinfer1::IPluginCreatorV3One& creator, skipcat::Op const& op, int32_t bits, int32_t group);
+// A plugin of a creator, given the blocks that its op has.
+nvinfer1::IPluginV3* make(nvinfer1::IPluginCreatorV3One& creator, skipcat::Op const& op, skipcat::Blocks const& blocks);
+
+// A problem of an op, its codes in such blocks; without a, n becomes the rank.
+skipcat::Problem problemOf(skipcat::Op const& op, skipcat::Blocks const& blocks, int32_t rows, int32_t n, int32_t rank,
+    int32_t m);
 
 // The tensors of a call: inputs in order, then the output.
 std::vector<nvinfer1::PluginTensorDesc> describe(skipcat::Op const& op, skipcat::Problem const& problem);
 
 // Everything up to enqueue, without a device.
 void checkInterface(Creators const& creators, Logger& logger, Report& report);
+
+// Every node of a file (nodes.cpp says how it is written) becomes a plugin that takes its tensors; false when the
+// file cannot be read.
+bool checkNodes(Creators const& creators, char const* path, Logger& logger, Report& report);
 
 // enqueue itself, eager, captured and in two contexts at once, against double precision.
 void checkEnqueue(Creators const& creators, Report& report, unsigned seed);

@@ -2,6 +2,7 @@
 
 #include "harness.h"
 
+#include <algorithm>
 #include <cstring>
 #include <memory>
 
@@ -61,19 +62,6 @@ struct NoBuilder : nvinfer1::IExprBuilder
     }
 };
 
-skipcat::Problem example(skipcat::Op const& op, int32_t bits)
-{
-    skipcat::Problem problem;
-    problem.rows = 6;
-    problem.n = 100;
-    problem.m = 51;
-    problem.rank = 33;
-    problem.indexed = op.indexed;
-    problem.weights = static_cast<skipcat::WeightType>(op.quantized ? bits : 0);
-    problem.groupSize = op.quantized ? 32 : 0;
-    return problem;
-}
-
 void refuses(nvinfer1::IPluginCreatorV3One& creator, std::vector<PluginField> fields, char const* says, Logger& logger,
     Report& report)
 {
@@ -89,27 +77,35 @@ void refuses(nvinfer1::IPluginCreatorV3One& creator, std::vector<PluginField> fi
 void checkFields(nvinfer1::IPluginCreatorV3One& creator, skipcat::Op const& op, Logger& logger, Report& report)
 {
     int32_t const four = 4;
-    int32_t const five = 5;
-    int32_t const thirtyTwo = 32;
     int32_t const twenty = 20;
-    float const number = 4.0f;
+    float const number = 32.0f;
     char const other[] = "other";
     auto const field = [](char const* name, int32_t const& value)
     { return PluginField{name, &value, PluginFieldType::kINT32, 1}; };
     refuses(creator, {field("depth", four)}, "no field 'depth'", logger, report);
     refuses(creator, {{"plugin_namespace", other, PluginFieldType::kCHAR, 5}}, "expected 'skipcat'", logger, report);
     refuses(creator, {{"plugin_version", other, PluginFieldType::kCHAR, 5}}, "expected '1'", logger, report);
-    if (!op.quantized)
+    skipcat::Blocks const blocks{32, 32};
+    std::vector<PluginField> const good = skipcat::fieldsOf(op, blocks);
+    for (char const* name : {"block_a", "block_b"})
     {
-        refuses(creator, {field("bits", four)}, "no field 'bits'", logger, report);
-        return;
+        bool const has = std::any_of(
+            good.begin(), good.end(), [&](PluginField const& known) { return std::strcmp(known.name, name) == 0; });
+        if (!has)
+        {
+            refuses(creator, {field(name, four)}, (std::string("no field '") + name).c_str(), logger, report);
+            continue;
+        }
+        refuses(creator, {}, " is 0", logger, report);
+        std::vector<PluginField> wrong = good;
+        for (PluginField& known : wrong)
+        {
+            known.data = std::strcmp(known.name, name) == 0 ? &twenty : known.data;
+        }
+        refuses(creator, wrong, " is 20", logger, report);
+        refuses(creator, {{name, &number, PluginFieldType::kFLOAT32, 1}}, "expected int32", logger, report);
+        refuses(creator, {{name, &four, PluginFieldType::kINT32, 2}}, "expected one", logger, report);
     }
-    refuses(creator, {}, "bits is 0", logger, report);
-    refuses(creator, {field("bits", five), field("group_size", thirtyTwo)}, "bits is 5", logger, report);
-    refuses(creator, {field("bits", four), field("group_size", twenty)}, "group_size is 20", logger, report);
-    refuses(creator, {field("bits", four)}, "group_size is 0", logger, report);
-    refuses(creator, {{"bits", &number, PluginFieldType::kFLOAT32, 1}}, "expected int32", logger, report);
-    refuses(creator, {{"bits", &four, PluginFieldType::kINT32, 2}}, "expected one", logger, report);
 }
 
 void checkShapes(nvinfer1::IPluginV3& plugin, skipcat::Op const& op, skipcat::Problem const& problem, Report& report)
@@ -133,7 +129,7 @@ void checkShapes(nvinfer1::IPluginV3& plugin, skipcat::Op const& op, skipcat::Pr
         = buildOf(plugin)->getOutputShapes(inputs.data(), op.inputs(), nullptr, 0, &output, 1, builder);
     bool const good = status == 0 && output.nbDims == 3 && output.d[0] == inputs[0].d[0] && output.d[1] == inputs[0].d[1]
         && output.d[2]->getConstantValue() == problem.m;
-    report.check(std::string(op.name) + " has output shape [..., m]", good);
+    report.check(op.name + " has output shape [..., m]", good);
 }
 
 // Every type in every place: only the documented combinations pass.
@@ -155,10 +151,9 @@ void checkFormats(nvinfer1::IPluginV3& plugin, skipcat::Op const& op, skipcat::P
                 }
                 tensors[0].desc.type = x;
                 tensors[static_cast<size_t>(place)].desc.type = type;
-                bool const isCode = op.quantized && (place == op.a() || place == op.b());
                 bool const expected = place == 0 ? type == DataType::kHALF || type == DataType::kBF16
                     : place == op.index()        ? type == DataType::kINT32
-                    : isCode                     ? type == DataType::kINT8
+                    : op.isCode(place)           ? type == DataType::kINT8
                                                  : type == x;
                 bool const said
                     = buildOf(plugin)->supportsFormatCombination(place, tensors.data(), op.inputs(), 1);
@@ -168,7 +163,7 @@ void checkFormats(nvinfer1::IPluginV3& plugin, skipcat::Op const& op, skipcat::P
             }
         }
     }
-    report.check(std::string(op.name) + " takes its types, linear, and no others", good);
+    report.check(op.name + " takes its types, linear, and no others", good);
 }
 
 int32_t configure(nvinfer1::IPluginV3& plugin, skipcat::Op const& op, std::vector<nvinfer1::PluginTensorDesc> tensors)
@@ -187,19 +182,19 @@ void checkMisfits(nvinfer1::IPluginV3& plugin, skipcat::Op const& op, skipcat::P
     Report& report)
 {
     auto const good = describe(op, problem);
-    report.check(std::string(op.name) + " takes shapes that fit", configure(plugin, op, good) == 0, "");
+    report.check(op.name + " takes shapes that fit", configure(plugin, op, good) == 0, "");
     for (int32_t place = 1; place < op.inputs(); ++place)
     {
         auto wrong = good;
         wrong[static_cast<size_t>(place)].dims.d[0] += 1000;
         logger.last.clear();
         bool const refused = configure(plugin, op, wrong) == -1 && logger.last.find("expected") != std::string::npos;
-        report.check(std::string(op.name) + " refuses a misfit in input " + std::to_string(place), refused,
+        report.check(op.name + " refuses a misfit in input " + std::to_string(place), refused,
             refused ? "" : "logged '" + logger.last + "'");
     }
     auto wrong = good;
     wrong[0].dims.d[0] = 5000;
-    report.check(std::string(op.name) + " refuses more than 4096 rows", configure(plugin, op, wrong) == -1);
+    report.check(op.name + " refuses more than 4096 rows", configure(plugin, op, wrong) == -1);
 }
 
 void checkCopies(nvinfer1::IPluginCreatorV3One& creator, nvinfer1::IPluginV3& plugin, skipcat::Op const& op,
@@ -216,7 +211,7 @@ void checkCopies(nvinfer1::IPluginCreatorV3One& creator, nvinfer1::IPluginV3& pl
         good = good && std::strcmp(buildOf(mutableOther)->getTimingCacheID(), buildOf(plugin)->getTimingCacheID()) == 0
             && configure(mutableOther, op, describe(op, problem)) == 0;
     }
-    report.check(std::string(op.name) + " survives serialisation, clone and attaching to a context", good);
+    report.check(op.name + " survives serialisation, clone and attaching to a context", good);
 }
 
 void checkTactics(nvinfer1::IPluginV3& plugin, skipcat::Op const& op, Report& report)
@@ -229,30 +224,32 @@ void checkTactics(nvinfer1::IPluginV3& plugin, skipcat::Op const& op, Report& re
         good = good && tactic > 0 && runtimeOf(plugin)->setTactic(tactic) == 0;
     }
     good = good && runtimeOf(plugin)->setTactic(0) == 0 && runtimeOf(plugin)->setTactic(count + 1) != 0;
-    report.check(std::string(op.name) + " takes its tactics and no others", good, std::to_string(count) + " tactics");
+    report.check(op.name + " takes its tactics and no others", good, std::to_string(count) + " tactics");
 }
 
 } // namespace
 
 void checkInterface(Creators const& creators, Logger& logger, Report& report)
 {
-    report.check("there are four creators of block skip", creators.size() == skipcat::kOps.size());
-    for (size_t i = 0; i < creators.size() && i < skipcat::kOps.size(); ++i)
+    std::vector<skipcat::Op> const& ops = skipcat::blockSkipOps();
+    report.check("there are twenty creators of block skip", creators.size() == ops.size() && ops.size() == 20);
+    for (size_t i = 0; i < creators.size() && i < ops.size(); ++i)
     {
-        skipcat::Op const& op = skipcat::kOps[i];
+        skipcat::Op const& op = ops[i];
         nvinfer1::IPluginCreatorV3One& creator = *creators[i];
-        report.check(std::string(op.name) + " is found by name, version and namespace",
-            std::strcmp(creator.getPluginName(), op.name) == 0
+        report.check(op.name + " is found by name, version and namespace",
+            creator.getPluginName() == op.name
                 && std::strcmp(creator.getPluginVersion(), skipcat::kVersion) == 0
                 && std::strcmp(creator.getPluginNamespace(), skipcat::kNamespace) == 0);
-        report.check(std::string(op.name) + " names its fields",
-            creator.getFieldNames() != nullptr && creator.getFieldNames()->nbFields == (op.quantized ? 2 : 0));
+        report.check(op.name + " names its fields",
+            creator.getFieldNames() != nullptr && creator.getFieldNames()->nbFields == (op.aBits > 0) + (op.bBits > 0));
         checkFields(creator, op, logger, report);
-        for (int32_t const bits : {8, 4})
+        // Blocks of their own, and one scale to a column.
+        for (skipcat::Blocks const& blocks : {skipcat::Blocks{32, 16}, skipcat::Blocks{112, 48}})
         {
-            skipcat::Problem const problem = example(op, bits);
-            std::unique_ptr<nvinfer1::IPluginV3> const plugin(make(creator, op, bits, 32));
-            report.check(std::string(op.name) + " is made", plugin != nullptr);
+            skipcat::Problem const problem = problemOf(op, blocks, 6, 100, 33, 51);
+            std::unique_ptr<nvinfer1::IPluginV3> const plugin(make(creator, op, blocks));
+            report.check(op.name + " is made", plugin != nullptr);
             if (plugin == nullptr)
             {
                 continue;

@@ -15,12 +15,25 @@
 namespace harness
 {
 
-nvinfer1::IPluginV3* make(nvinfer1::IPluginCreatorV3One& creator, skipcat::Op const& op, int32_t bits, int32_t group)
+nvinfer1::IPluginV3* make(nvinfer1::IPluginCreatorV3One& creator, skipcat::Op const& op, skipcat::Blocks const& blocks)
 {
-    nvinfer1::PluginField const fields[] = {{"bits", &bits, nvinfer1::PluginFieldType::kINT32, 1},
-        {"group_size", &group, nvinfer1::PluginFieldType::kINT32, 1}};
-    nvinfer1::PluginFieldCollection const collection{op.quantized ? 2 : 0, fields};
+    std::vector<nvinfer1::PluginField> const fields = skipcat::fieldsOf(op, blocks);
+    nvinfer1::PluginFieldCollection const collection{static_cast<int32_t>(fields.size()), fields.data()};
     return creator.createPlugin("layer", &collection, nvinfer1::TensorRTPhase::kBUILD);
+}
+
+skipcat::Problem problemOf(
+    skipcat::Op const& op, skipcat::Blocks const& blocks, int32_t rows, int32_t n, int32_t rank, int32_t m)
+{
+    skipcat::Problem problem;
+    problem.rows = rows;
+    problem.n = op.mixes ? n : rank;
+    problem.rank = rank;
+    problem.m = m;
+    problem.a = {static_cast<skipcat::WeightType>(op.aBits), op.aBits > 0 ? blocks.a : 0};
+    problem.b = {static_cast<skipcat::WeightType>(op.bBits), op.bBits > 0 ? blocks.b : 0};
+    problem.indexed = op.indexed;
+    return problem;
 }
 
 std::vector<nvinfer1::PluginTensorDesc> describe(skipcat::Op const& op, skipcat::Problem const& problem)
@@ -40,22 +53,22 @@ std::vector<nvinfer1::PluginTensorDesc> describe(skipcat::Op const& op, skipcat:
         desc.scale = 1.0f;
         return desc;
     };
-    int32_t const rest = problem.n - problem.rank;
-    auto const groups = [&](int32_t rows) { return (rows + problem.groupSize - 1) / problem.groupSize; };
-    auto const stored = [&](int32_t columns)
-    { return problem.weights == skipcat::WeightType::kInt4 ? (columns + 1) / 2 : columns; };
-    nvinfer1::DataType const codes = op.quantized ? nvinfer1::DataType::kINT8 : type;
     std::vector<nvinfer1::PluginTensorDesc> tensors{tensor({problem.rows, 1, problem.n}, type)};
-    tensors.push_back(tensor({rest, stored(problem.rank)}, codes));
-    if (op.quantized)
+    auto const matrix = [&](skipcat::WeightFormat const& format, int32_t rows, int32_t columns)
     {
-        tensors.push_back(tensor({groups(rest), problem.rank}, type));
-    }
-    tensors.push_back(tensor({problem.rank, stored(problem.m)}, codes));
-    if (op.quantized)
+        bool const numbers = format.type == skipcat::WeightType::kFloat;
+        int32_t const stored = format.type == skipcat::WeightType::kInt4 ? (columns + 1) / 2 : columns;
+        tensors.push_back(tensor({rows, stored}, numbers ? type : nvinfer1::DataType::kINT8));
+        if (!numbers)
+        {
+            tensors.push_back(tensor({(rows + format.groupSize - 1) / format.groupSize, columns}, type));
+        }
+    };
+    if (op.mixes)
     {
-        tensors.push_back(tensor({groups(problem.rank), problem.m}, type));
+        matrix(problem.a, problem.n - problem.rank, problem.rank);
     }
+    matrix(problem.b, problem.rank, problem.m);
     if (op.indexed)
     {
         tensors.push_back(tensor({problem.n}, nvinfer1::DataType::kINT32));
@@ -126,14 +139,15 @@ void fillFloats(Tensor& tensor, size_t count, double scale, skipcat::Float type,
 }
 
 // Random codes, and as `values` the numbers they stand for.
-void fillCodes(Tensor& codes, Tensor& scales, int rows, int columns, skipcat::Problem const& p, std::mt19937& random)
+void fillCodes(Tensor& codes, Tensor& scales, int rows, int columns, skipcat::WeightFormat const& format,
+    skipcat::Float type, std::mt19937& random)
 {
-    int const groups = (rows + p.groupSize - 1) / p.groupSize;
+    int const groups = (rows + format.groupSize - 1) / format.groupSize;
     for (int i = 0; i < groups * columns; ++i)
     {
-        append(scales, 0.001 + 0.001 * static_cast<double>(random() % 100) / 100.0, p.type);
+        append(scales, 0.001 + 0.001 * static_cast<double>(random() % 100) / 100.0, type);
     }
-    bool const four = p.weights == skipcat::WeightType::kInt4;
+    bool const four = format.type == skipcat::WeightType::kInt4;
     codes.bytes.assign(static_cast<size_t>(rows) * (four ? (columns + 1) / 2 : columns), 0);
     for (int k = 0; k < rows; ++k)
     {
@@ -142,8 +156,8 @@ void fillCodes(Tensor& codes, Tensor& scales, int rows, int columns, skipcat::Pr
             int const code = four ? static_cast<int>(random() % 16) - 8 : static_cast<int>(random() % 255) - 127;
             size_t const at = static_cast<size_t>(k) * (four ? (columns + 1) / 2 : columns) + (four ? j / 2 : j);
             codes.bytes[at] = static_cast<unsigned char>(
-                four ? codes.bytes[at] | (code + 8) << (j % 2 * 4) : static_cast<uint8_t>(static_cast<int8_t>(code)));
-            codes.values.push_back(code * scales.values[static_cast<size_t>(k / p.groupSize) * columns + j]);
+                four ? codes.bytes[at] | (code & 15) << (j % 2 * 4) : static_cast<uint8_t>(static_cast<int8_t>(code)));
+            codes.values.push_back(code * scales.values[static_cast<size_t>(k / format.groupSize) * columns + j]);
         }
     }
 }
@@ -156,18 +170,12 @@ struct Layer
         , problem(p)
         , tensors(static_cast<size_t>(op.inputs()) + 1)
     {
-        int const rest = p.n - p.rank;
         fillFloats(tensors[0], static_cast<size_t>(p.rows) * p.n, 1.0, p.type, random);
-        if (op.quantized)
+        if (op.mixes)
         {
-            fillCodes(tensors[1], tensors[2], rest, p.rank, p, random);
-            fillCodes(tensors[3], tensors[4], p.rank, p.m, p, random);
+            fill(op.a(), op.aScale(), p.n - p.rank, p.rank, p.a, random);
         }
-        else
-        {
-            fillFloats(tensors[1], static_cast<size_t>(rest) * p.rank, 0.05, p.type, random);
-            fillFloats(tensors[2], static_cast<size_t>(p.rank) * p.m, 0.05, p.type, random);
-        }
+        fill(op.b(), op.bScale(), p.rank, p.m, p.b, random);
         order.resize(static_cast<size_t>(p.n));
         for (int j = 0; j < p.n; ++j)
         {
@@ -184,6 +192,18 @@ struct Layer
         {
             tensor.upload();
         }
+    }
+
+    void fill(int32_t place, int32_t scalePlace, int rows, int columns, skipcat::WeightFormat const& format,
+        std::mt19937& random)
+    {
+        Tensor& stored = tensors[static_cast<size_t>(place)];
+        if (scalePlace < 0)
+        {
+            fillFloats(stored, static_cast<size_t>(rows) * columns, 0.05, problem.type, random);
+            return;
+        }
+        fillCodes(stored, tensors[static_cast<size_t>(scalePlace)], rows, columns, format, problem.type, random);
     }
 
     int32_t enqueue(nvinfer1::IPluginV3& plugin, void* workspace, cudaStream_t stream)
@@ -207,7 +227,7 @@ struct Layer
     {
         Tensor& y = tensors.back();
         cudaMemcpy(y.bytes.data(), y.device, y.bytes.size(), cudaMemcpyDeviceToHost);
-        std::vector<double> const& a = tensors[static_cast<size_t>(op.a())].values;
+        std::vector<double> const& a = tensors[static_cast<size_t>(op.mixes ? op.a() : op.b())].values;
         std::vector<double> const& b = tensors[static_cast<size_t>(op.b())].values;
         double error = 0.0;
         double norm = 0.0;
@@ -311,16 +331,16 @@ void checkLayer(nvinfer1::IPluginCreatorV3One& creator, skipcat::Op const& op, s
     int32_t tactic, std::mt19937& random, Report& report)
 {
     std::unique_ptr<nvinfer1::IPluginV3> const built(
-        make(creator, op, static_cast<int32_t>(problem.weights), problem.groupSize));
+        make(creator, op, {problem.a.groupSize, problem.b.groupSize}));
     Layer first(op, problem, random);
     Layer second(op, problem, random);
     Context one(*built, first, tactic);
     Context two(*built, second, tactic);
     double const bound = problem.type == skipcat::Float::kFP16 ? 1e-3 : 1e-2;
     char name[160];
-    std::snprintf(name, sizeof(name), "%s %s bits %d rows %d n %d rank %d m %d tactic %d", op.name,
-        problem.type == skipcat::Float::kFP16 ? "fp16" : "bf16",
-        op.quantized ? static_cast<int>(problem.weights) : 16, problem.rows, problem.n, problem.rank, problem.m, tactic);
+    std::snprintf(name, sizeof(name), "%s %s blocks %d %d rows %d n %d rank %d m %d tactic %d", op.name.c_str(),
+        problem.type == skipcat::Float::kFP16 ? "fp16" : "bf16", problem.a.groupSize, problem.b.groupSize, problem.rows,
+        problem.n, problem.rank, problem.m, tactic);
     bool good = one.good && two.good;
     // Both at once, several times: what they share would show.
     for (int i = 0; good && i < 3; ++i)
@@ -353,25 +373,16 @@ void checkEnqueue(Creators const& creators, Report& report, unsigned seed)
         {4096, 256, 97, 129}, {1, 1, 1, 1}};
     for (size_t i = 0; i < creators.size(); ++i)
     {
-        skipcat::Op const& op = skipcat::kOps[i];
+        skipcat::Op const& op = skipcat::blockSkipOps()[i];
         for (Size const& size : sizes)
         {
-            for (int const bits : op.quantized ? std::vector<int>{4, 8} : std::vector<int>{0})
+            for (skipcat::Float const type : {skipcat::Float::kFP16, skipcat::Float::kBF16})
             {
-                for (skipcat::Float const type : {skipcat::Float::kFP16, skipcat::Float::kBF16})
-                {
-                    skipcat::Problem problem;
-                    problem.rows = size.rows;
-                    problem.n = size.n;
-                    problem.rank = size.rank;
-                    problem.m = size.m;
-                    problem.type = type;
-                    problem.weights = static_cast<skipcat::WeightType>(bits);
-                    problem.groupSize = bits > 0 ? 32 : 0;
-                    problem.indexed = op.indexed;
-                    int32_t const tactic = static_cast<int32_t>(random() % (skipcat::kTactics + 1));
-                    checkLayer(*creators[i], op, problem, tactic, random, report);
-                }
+                skipcat::Blocks const blocks{random() % 2 == 0 ? 32 : 4096, random() % 2 == 0 ? 64 : 4096};
+                skipcat::Problem problem = problemOf(op, blocks, size.rows, size.n, size.rank, size.m);
+                problem.type = type;
+                int32_t const tactic = static_cast<int32_t>(random() % (skipcat::kTactics + 1));
+                checkLayer(*creators[i], op, problem, tactic, random, report);
             }
         }
     }

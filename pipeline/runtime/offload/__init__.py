@@ -1,0 +1,1 @@
+"""Models larger than memory: layers that are read from disk for every call."""

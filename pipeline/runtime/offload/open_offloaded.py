@@ -1,0 +1,100 @@
+"""Open a checkpoint under a budget of bytes, alone or with a model that drafts for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedConfig
+
+from pipeline.checkpoint.folder import read_architecture
+from pipeline.errors import UsageError
+from pipeline.export.contract import DEFAULT_MAX_LENGTH, FLOAT, WEIGHTS_FILE
+from pipeline.export.record import read_export_record
+from pipeline.memory import parse_bytes
+from pipeline.model.task import require_decoder
+from pipeline.progress import note
+from pipeline.runtime.draft_model import DraftModel, require_pair, rotation_in
+from pipeline.runtime.offload.streamed_session import StreamedSession
+from pipeline.runtime.sessions.onnx_cpu_session import CpuSession
+from pipeline.runtime.sessions.open_session import folder_kind
+
+
+def open_offloaded(
+    folder: Path,
+    memory: str,
+    draft: Path | None = None,
+    backend: str = "auto",
+    threads: int | None = None,
+    slots: int = 1,
+    lookup: bool = False,
+    length: int | None = None,
+) -> tuple[StreamedSession, DraftModel | None]:
+    """Open a checkpoint of which as much stays in memory as a budget allows.
+
+    The cache has as many places as the draft's, or, without one, as an export usually has.
+
+    Args:
+        folder: a checkpoint with plain matrices.
+        memory: bytes for weights, cache and draft, such as "1GB".
+        draft: an export of the same model, of the profile `cpu`, in fewer bytes; or None.
+        backend: `auto` or `torch`.
+        threads: of PyTorch, and of ONNX Runtime for the draft; None leaves the choice to them.
+        slots: rows of the cache.
+        lookup: ask prompt lookup before the draft.
+        length: tokens of every draft, 0 for none; None takes as many as pay.
+
+    Returns:
+        The session, and what drafts for it, if a draft is given.
+
+    Raises:
+        InputError: a folder does not load, cannot be offloaded, or the two do not fit each other.
+        UsageError: a folder or `backend` is of another kind, or the budget is too small.
+    """
+    memory_bytes = parse_bytes(memory, "--memory")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    config = _require_checkpoint(folder, backend)
+    most = getattr(config, "max_position_embeddings", None) or DEFAULT_MAX_LENGTH
+    if draft is None:
+        session = StreamedSession(folder, memory_bytes, min(DEFAULT_MAX_LENGTH, most), slots)
+        _say_what_is_read(session)
+        return session, None
+    places = read_export_record(draft).max_length if folder_kind(draft) == "onnx" else 0
+    own: dict[str, object] = {
+        "vocab_size": config.vocab_size,
+        "num_layers": config.num_hidden_layers,
+        "max_length": min(places, most),
+        "cache_format": FLOAT,
+    }
+    require_pair(folder, draft, own, rotation_in(config.to_dict()))
+    draft_bytes = (draft / WEIGHTS_FILE).stat().st_size
+    session = StreamedSession(folder, memory_bytes, places, slots, draft_bytes)
+    _say_what_is_read(session)
+    small = CpuSession(draft, threads, values=session.values)
+    return session, DraftModel(session, small, lookup, length)
+
+
+def _require_checkpoint(folder: Path, backend: str) -> PreTrainedConfig:
+    """The config of a checkpoint's decoder; raise UsageError for another kind of folder."""
+    kind = folder_kind(folder)
+    require_decoder(folder)
+    if kind != "torch" or backend not in ("auto", kind):
+        raise UsageError(
+            "--memory is for a checkpoint, which PyTorch runs.",
+            where=folder,
+            observed=f"a folder for the backend '{kind}', --backend {backend}",
+            change="give the checkpoint that it was made from, or leave --memory out",
+        )
+    return read_architecture(folder)[0].get_text_config()
+
+
+def _say_what_is_read(session: StreamedSession) -> None:
+    found = session.traffic
+    if found.resident == found.layers:
+        note(f"all {found.layers} layers stay in memory: {found.held_bytes / 1e6:.0f} MB")
+        return
+    note(
+        f"{found.resident} of {found.layers} layers stay in memory "
+        f"({found.held_bytes / 1e6:.0f} MB); {found.pass_bytes / 1e6:.0f} MB are read for a call"
+    )

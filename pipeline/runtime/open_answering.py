@@ -1,0 +1,70 @@
+"""Open whatever answers: a folder alone, with a draft, or under a budget of bytes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipeline.runtime.draft_model import DraftModel, open_drafted
+from pipeline.runtime.drafting import DraftSource
+from pipeline.runtime.sessions.session import SlotSession
+from pipeline.runtime.sessions.slots import open_slots
+from pipeline.runtime.sessions.slotted_session import SlottedSession
+
+
+def open_answering(
+    folder: Path,
+    draft: Path | None,
+    backend: str = "auto",
+    threads: int | None = None,
+    slots: int = 1,
+    lookup: bool = False,
+    memory: str | None = None,
+) -> tuple[SlotSession, DraftSource | None]:
+    """A model with slots, and what drafts for its answers: nothing without a draft.
+
+    Args:
+        folder: of the model.
+        draft: a smaller export of it, or None.
+        backend: as for `open_slots`; with a draft or a budget, as for `open_helped`.
+        threads: of ONNX Runtime.
+        slots: at least so many.
+        lookup: as for `open_helped`.
+        memory: likewise.
+
+    Raises:
+        InputError, UsageError: as `open_slots` and `open_helped`.
+    """
+    if draft is None and memory is None:
+        return open_slots(folder, backend, threads, slots), None
+    return open_helped(folder, draft, backend, threads, slots, lookup, memory)
+
+
+def open_helped(
+    folder: Path,
+    draft: Path | None,
+    backend: str = "auto",
+    threads: int | None = None,
+    slots: int = 1,
+    lookup: bool = False,
+    memory: str | None = None,
+) -> tuple[SlottedSession, DraftModel | None]:
+    """A model with a draft over its cache, or under a budget of bytes, or both.
+
+    Args:
+        folder: an export, or, with a budget, a checkpoint.
+        draft: an export of the same model in fewer bytes; needed without a budget.
+        backend: as for `open_drafted`, or `open_offloaded`.
+        threads: of ONNX Runtime.
+        slots: rows of the cache.
+        lookup: ask prompt lookup before the draft.
+        memory: bytes for weights and cache, such as "1GB"; None for all that there are.
+
+    Raises:
+        InputError, UsageError: as `open_drafted` and `open_offloaded`.
+    """
+    if memory is None:
+        assert draft is not None
+        return open_drafted(folder, draft, backend, threads, slots, lookup)
+    from pipeline.runtime.offload.open_offloaded import open_offloaded
+
+    return open_offloaded(folder, memory, draft, backend, threads, slots, lookup)

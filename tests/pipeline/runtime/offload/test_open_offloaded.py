@@ -1,0 +1,161 @@
+"""A checkpoint under a budget, alone or with a draft over its cache: opened, asked, refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.cli.main import main
+from pipeline.errors import InputError, PipelineError, UsageError
+from pipeline.runtime.language_model import LanguageModel
+from pipeline.runtime.offload.open_offloaded import open_offloaded
+from pipeline.runtime.sampling import GREEDY, Sampling
+from pipeline.runtime.sequence import Decoding
+from tests.support.scripted_drafts import WARM, said
+
+LAYERS, PLACES = 5, 120
+# In which some layers stay beside the draft.
+MEMORY, NARROW = "320KB", "240KB"
+ALONE = "420KB"
+
+
+def draft_of(model: Path) -> Path:
+    return model.parent / "draft"
+
+
+@pytest.mark.parametrize("how", [GREEDY, WARM], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("dtype", ["model", "bfloat16"])
+def test_a_model_drafts_into_the_cache_and_changes_no_bit(
+    model: Path, dtype: str, how: Sampling
+) -> None:
+    folder, answers = model.parent / dtype, []
+    memory = MEMORY if dtype == "model" else NARROW
+    for length in (0, 1, 2, 3, 7, None):
+        session, drafts = open_offloaded(folder, memory, draft_of(model), threads=1, length=length)
+        assert 0 < session.traffic.resident < LAYERS
+        assert drafts is not None
+        drafter = drafts.begin(0)
+        answers.append(said(session, how, drafter, tokens=20))
+        assert (drafter.drafted > 0) == (length != 0)
+        session.close()
+    assert answers == [answers[0]] * len(answers)
+
+
+def test_the_draft_reads_no_prompt_and_saves_calls(model: Path) -> None:
+    session, drafts = open_offloaded(model, MEMORY, draft_of(model), threads=1, length=4)
+    assert drafts is not None
+    assert drafts._session.values is session.values
+    drafter = drafts.begin(0)
+    before = session.traffic.passes
+    ids, _ = said(session, GREEDY, drafter)
+    # Its weights are the model's in 4 bits: of these numbers it guesses more than it misses.
+    assert drafter.taken > 0.3 * drafter.drafted
+    assert session.traffic.passes - before == 1 + len(ids) - 1 - drafter.taken
+    assert set(drafts._session.call_times.medians(999)) == {1}
+
+
+def test_a_language_model_answers_alike_with_drafts_and_without(model: Path) -> None:
+    plain = LanguageModel.open(model, memory=ALONE, drafter=None)
+    looking = LanguageModel.open(model, memory=ALONE)
+    helped = LanguageModel.open(model, memory=ALONE, draft=draft_of(model), threads=1)
+    prompt = "abcabcabcabc"
+    expected = plain.generate(prompt, Decoding(20))
+    for other in (looking, helped):
+        found = other.generate(prompt, Decoding(20))
+        assert found.text == expected.text
+        assert found.drafted_tokens > 0
+        assert other.traffic["passes"] < plain.traffic["passes"]
+    with pytest.raises(UsageError, match="runs on the CPU"):
+        LanguageModel.open(model, memory=ALONE, device="cuda")
+
+
+def test_the_command_answers_and_says_what_was_read(
+    model: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    given = ["run", str(model), "--memory", MEMORY, "--draft", str(draft_of(model))]
+    how = ["-p", "Hello", "--max-new-tokens", "6", "--threads", "1"]
+    assert main([*given, *how, "--json"]) == 0
+    out, err = capfd.readouterr()
+    answer = json.loads(out)
+    assert answer["traffic"]["read_bytes"] > answer["traffic"]["pass_bytes"] > 0
+    assert answer["traffic"]["peak_bytes"] > 1e6
+    assert "layers stay in memory" in err
+    assert main([*given, *how]) == 0
+    assert "read from disk" in capfd.readouterr().err
+    prompts = model.parent / "prompts.txt"
+    prompts.write_text("Hello\nwhat else\n")
+    assert main([*given, "--prompts", str(prompts), "--batch-size", "1", *how[2:], "--json"]) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert json.loads(lines[0])["text"] == answer["text"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "status", "message"),
+    [
+        (["--memory", "9KB"], 2, "at least"),
+        (["--memory", "some"], 2, "no number of bytes"),
+        (["--memory", "1GB", "--backend", "onnx"], 2, "--memory is for a checkpoint"),
+        (["--memory", "1GB", "--device", "cuda"], 2, "runs on the CPU"),
+        (["--memory", "1GB", "--draft", "MODEL"], 2, "two exports of the profile"),
+        (["--memory", "1GB", "--draft", "OTHER"], 3, "vocab_size 99"),
+    ],
+)
+def test_what_cannot_be_is_refused(
+    flags: list[str],
+    status: int,
+    message: str,
+    model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    other = shutil.copytree(draft_of(model), tmp_path / "other")
+    record = json.loads((other / "export.json").read_text())
+    (other / "export.json").write_text(json.dumps(record | {"vocab_size": 99}))
+    places = {"MODEL": str(model), "OTHER": str(other)}
+    given = [places.get(flag, flag) for flag in flags]
+    assert main(["run", str(model), "-p", "Hello", *given]) == status
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_an_export_is_not_offloaded_and_a_draft_of_another_kind_does_not_fit(
+    model: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match="--memory is for a checkpoint"):
+        open_offloaded(draft_of(model), MEMORY)
+    other = shutil.copytree(draft_of(model), tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"rope_parameters": {"rope_theta": 7}}))
+    with pytest.raises(InputError, match="other angles"):
+        open_offloaded(model, MEMORY, other)
+    (other / "config.json").write_text(json.dumps(config))
+    (other / "tokenizer.json").write_text((other / "tokenizer.json").read_text() + "\n")
+    with pytest.raises(InputError, match="tokenizer is another"):
+        open_offloaded(model, MEMORY, other)
+    narrow = shutil.copytree(model, tmp_path / "narrow")
+    fields = json.loads((narrow / "config.json").read_text())
+    fields |= {"max_position_embeddings": PLACES - 1}
+    (narrow / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(PipelineError, match="does not fit"):
+        open_offloaded(narrow, MEMORY, draft_of(model))
+
+
+def test_a_draft_that_knows_nothing_of_the_model_changes_no_bit(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session, drafts = open_offloaded(model, MEMORY, draft_of(model), threads=1, length=3)
+    assert drafts is not None
+    random = np.random.default_rng(0)
+    own = drafts._session._run
+
+    def other(row: int, ids: np.ndarray, first: np.ndarray) -> np.ndarray:
+        return random.permuted(own(row, ids, first), axis=-1)
+
+    monkeypatch.setattr(drafts._session, "_run", other)
+    drafter = drafts.begin(0)
+    found = said(session, GREEDY, drafter)
+    assert drafter.taken < 0.2 * drafter.drafted
+    assert found == said(session, GREEDY, None)
