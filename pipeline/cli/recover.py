@@ -17,7 +17,8 @@ from pipeline.cli import options
 @click.option(
     "--text",
     required=True,
-    help="A text file, 'wikitext2+c4' from the hub, or 'self': text that the teacher generates.",
+    help="A text file, 'wikitext2+c4' from the hub, or 'self': text that the teacher generates. "
+    "For rounded convolutions a folder of images, or scenes:DOMAIN:COUNT.",
 )
 @click.option(
     "--teacher",
@@ -51,15 +52,17 @@ from pipeline.cli import options
 def command(
     checkpoint: Path, output: Path, overwrite: bool, resume: bool, as_json: bool, **settings: Any
 ) -> None:
-    """Win back some of what compression cost, at the same ranks and the same size.
+    """Win back some of what compression cost, at the same size.
 
     Adapters of low rank are trained on the factors and merged into them; the result is an ordinary
-    compressed checkpoint. A run that was interrupted continues with --resume and ends the same;
-    one that diverged, with a smaller --learning-rate as well.
+    compressed checkpoint. Rounded convolutions are trained as they are rounded, towards the outputs
+    of the network that they were made from (--teacher). A run that was interrupted continues with
+    --resume and ends the same; one that diverged, with a smaller --learning-rate as well.
 
     \b
     skipcat recover small -o better --text train.txt --steps 500
     skipcat recover small -o better --text self --teacher smollm2-135m --steps 500
+    skipcat recover int8 -o better --text images/ --teacher ./driving --steps 200 --batch-size 8
     """  # noqa: D301 - click reads the escape
     from pipeline.output import check_output
 
@@ -76,6 +79,14 @@ def command(
         click.echo(json.dumps(recovery, indent=2))
         return
     names = {"next_token": "cross entropy of the next token", "distillation": "KL to the teacher"}
+    if "output_error" in recovery["loss"]:
+        loss = recovery["loss"]["output_error"]
+        click.echo(
+            f"error of the outputs, in parts of their variance: {loss['before']:.4g} before, "
+            f"{loss['after']:.4g} after, over {recovery['held_out_windows']} images held out"
+        )
+        click.echo(options.what_next(f"export {output} -o {output}-onnx"))
+        return
     for name, loss in recovery["loss"].items():
         click.echo(
             f"{names[name]}: {loss['before']:.4f} before, {loss['after']:.4f} after, nats per "

@@ -9,17 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
-from transformers.image_processing_base import ImageProcessingMixin
 
 from pipeline import __version__
 from pipeline.artefact import require_free_bytes, staged_folder, write_json
+from pipeline.calibrate.network import OpenedNetwork, open_network
 from pipeline.checkpoint.folder import save_checkpoint, weights_record
 from pipeline.checkpoint.install import install_
 from pipeline.compress.methods import METHODS
 from pipeline.compress.plan.mixed_precision import ConvChoice, rounded_convs
 from pipeline.compress.request import CompressRequest
-from pipeline.errors import InputError, UsageError
+from pipeline.errors import UsageError
 from pipeline.int8.calibrate import activation_grids, observe
 from pipeline.int8.convert import (
     WeightRounding,
@@ -34,34 +33,13 @@ from pipeline.int8.outputs import output_error
 from pipeline.int8.runtimes import Int8Runtime, int8_runtime
 from pipeline.int8.sensitivity import conv_sensitivities
 from pipeline.int8.structure import ConvStructure
-from pipeline.lazy import imported
 from pipeline.model.fingerprint import model_hashes
-from pipeline.model.source import Source
-from pipeline.model.task import TASKS, task_of_model
 from pipeline.progress import note
 from pipeline.provenance import provenance, public_name
 
 _SCHEMA = 1
+_IMAGES = 64
 _FLOAT16_BYTES, _FLOAT32_BYTES = 2, 4
-
-
-@dataclass(frozen=True)
-class OpenedNetwork:
-    """A network of convolutions, and what reads its calibration images.
-
-    Attributes:
-        model: in evaluation mode, float32; changed in place when it is rounded.
-        processor: saved with it.
-        source: where it came from.
-        task: as recipe.json writes it.
-        read_batches: of (spec, images at most, seed): pixel values, and what recipe.json says.
-    """
-
-    model: PreTrainedModel
-    processor: ImageProcessingMixin
-    source: Source
-    task: str
-    read_batches: Callable[[str, int | None, int], tuple[list[torch.Tensor], dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -115,11 +93,11 @@ def round_to_folder(
     with staged_folder(
         output, overwrite=overwrite, resume=resume, inputs=request.paths.values()
     ) as folder:
-        opened = _open(request)
+        opened = open_network(request.model)
         parameters = sum(p.numel() for p in opened.model.parameters())
         require_free_bytes(folder, parameters * _FLOAT32_BYTES)
         batches, calibration = opened.read_batches(
-            request.calibration, request.windows, request.seed
+            request.calibration, request.windows or _IMAGES, request.seed
         )
         measured = _measure(request, opened, runtime, batches)
         entries, convolutions, loss = _round_(measured, request)
@@ -169,25 +147,6 @@ def _require_meant(request: CompressRequest) -> None:
             where="--dtype",
             observed=request.dtype,
         )
-
-
-def _open(request: CompressRequest) -> OpenedNetwork:
-    """The network that a request names.
-
-    Raises:
-        InputError: a model for a task whose networks are no convolutions.
-    """
-    task = task_of_model(request.model)
-    adapter = TASKS[task].adapters.get("convolutions")
-    if adapter is None:
-        raise InputError(
-            "This method rounds convolutions, and the model has none.",
-            where=request.model,
-            observed=TASKS[task].kind,
-            change="choose another --method",
-        )
-    opened: OpenedNetwork = imported(adapter)(request)
-    return opened
 
 
 def _measure(

@@ -122,7 +122,7 @@ TASKS: dict[Task, _TaskRow] = {
         record_fields={"pixel_values": list, "labels": list, "anchors": list},
         adapters={
             "compress": "pipeline.compress.driving:prepare",
-            "convolutions": "pipeline.compress.driving:open_network",
+            "convolutions": "pipeline.calibrate.driving_images:open_driving",
             "export": "pipeline.export.trace_driving:trace_driving",
             "prove": "pipeline.export.prove_driving:DRIVING_NETWORK",
             "engine": "pipeline.engine.profiles:image_limits",

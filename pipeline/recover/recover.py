@@ -37,6 +37,7 @@ from pipeline.model.load import LoadedModel, load_model
 from pipeline.model.source import Source
 from pipeline.model.weight_files import weight_files
 from pipeline.provenance import provenance, public_name
+from pipeline.recover.convolutions import rounded_entries, train_to_folder
 from pipeline.recover.request import Recoverable, RecoverRequest, held_out
 from pipeline.recover.train import Progress, fine_tune
 
@@ -64,6 +65,8 @@ def recover_to_folder(
         PipelineError: bad input, training that diverged, or not enough disk.
     """
     request.check()
+    if rounded_entries(request.checkpoint):
+        return train_to_folder(request, output, overwrite=overwrite, resume=resume)
     started = time.monotonic()
     subject = Recoverable.read(request)
     stored_bytes = sum(path.stat().st_size for path in weight_files(request.checkpoint))
