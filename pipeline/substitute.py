@@ -42,7 +42,7 @@ _CHECKPOINT, _EXPORT = "checkpoint", "onnx-cpu"
 
 
 @dataclass(frozen=True)
-class SubstituteRequest:
+class _SubstituteRequest:
     """What decides what a substitute is.
 
     Attributes:
@@ -85,7 +85,7 @@ class SubstituteRequest:
 
 
 def build_substitute(
-    request: SubstituteRequest, output: Path, *, overwrite: bool = False, resume: bool = False
+    request: _SubstituteRequest, output: Path, *, overwrite: bool = False, resume: bool = False
 ) -> dict[str, Any]:
     """Compress a model for the CPU and export it, so that it can draft for the model itself.
 
@@ -126,7 +126,7 @@ def build_substitute(
 
 
 def _run_stages(
-    folder: Path, request: SubstituteRequest, how: ExportRequest, *, resume: bool
+    folder: Path, request: _SubstituteRequest, how: ExportRequest, *, resume: bool
 ) -> None:
     """Compress and export, each unless it is finished; leave the export alone in the folder."""
     state = Stages.take_up(folder, request, _inputs_of(request))
@@ -144,7 +144,7 @@ def _run_stages(
         discard(rest)
 
 
-def _inputs_of(request: SubstituteRequest) -> dict[str, Any]:
+def _inputs_of(request: _SubstituteRequest) -> dict[str, Any]:
     """What the result depends on besides the request: what is read, and by which skipcat."""
     wanted = request.compress
     target = None if request.target is None else Path(request.target) / RECORD_FILE
@@ -174,7 +174,7 @@ def _require_budget(wanted: CompressRequest, config: PretrainedConfig) -> int:
 
 
 def _require_same_model(
-    request: SubstituteRequest, record: ExportRecord, config: PretrainedConfig
+    request: _SubstituteRequest, record: ExportRecord, config: PretrainedConfig
 ) -> None:
     """Raise InputError where the target is seen to be of another model, before it is compressed."""
     text, target = config.get_text_config(), Path(str(request.target))
@@ -210,11 +210,11 @@ def _require_use(export: Path, target: str | None) -> None:
         open_drafted(Path(target), export, length=1)
 
 
-def for_model(model: str, memory: str, **settings: Any) -> SubstituteRequest:
+def for_model(model: str, memory: str, **settings: Any) -> _SubstituteRequest:
     """The request for a model under a budget; `settings` as of both requests.
 
     Raises:
         TypeError: a setting that neither has.
     """
     own = {name: settings.pop(name) for name in ("target", "max_length") if name in settings}
-    return SubstituteRequest(CompressRequest(model, memory=memory, **settings), **own)
+    return _SubstituteRequest(CompressRequest(model, memory=memory, **settings), **own)

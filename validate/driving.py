@@ -46,7 +46,7 @@ _CHIEF = {
 
 
 @dataclass(frozen=True)
-class DrivingOptions:
+class _DrivingOptions:
     """On which images, and on how many of them.
 
     Attributes:
@@ -184,7 +184,7 @@ def _options(
     images: str | None = None,
     image_count: int | None = None,
     **text: Any,
-) -> DrivingOptions:
+) -> _DrivingOptions:
     """The options among the flags that were given; raise UsageError for those of texts."""
     if text:
         raise UsageError(
@@ -193,12 +193,12 @@ def _options(
             observed=original,
             change="give --data or --images",
         )
-    return DrivingOptions(data, images, image_count or _DEFAULT_IMAGES)
+    return _DrivingOptions(data, images, image_count or _DEFAULT_IMAGES)
 
 
 def _load(
     original: str,
-    options: DrivingOptions,
+    options: _DrivingOptions,
     seed: int,
     trust_remote_code: bool,
     tell: Callable[[str], None],
@@ -220,7 +220,7 @@ def _load(
 
 
 def _samples(
-    options: DrivingOptions, size: tuple[int, int]
+    options: _DrivingOptions, size: tuple[int, int]
 ) -> tuple[Sequence[Callable[[], Sample]], dict[str, Any]]:
     """What reads each image that is taken, and what the ledger says of them."""
     source: dict[str, Any]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from PIL import Image
 from scipy import ndimage
 
+from pipeline.artefact import write_json
 from pipeline.driving.bdd import is_bdd, open_bdd, read_ids
 from pipeline.driving.sample import (
     NO_BOXES,
@@ -20,11 +23,13 @@ from pipeline.driving.sample import (
     some_places,
 )
 from pipeline.driving.scenes.domain import DOMAINS, Domain, domain_named
-from pipeline.driving.scenes.scene import draw_scene, scene_set
-from pipeline.driving.scenes.write import write_scenes
+from pipeline.driving.scenes.scene import Scene, draw_scene, scene_set
 from pipeline.errors import InputError, UsageError
 from pipeline.progress import track
 
+_QUALITY = 92  # of JPEG
+_LANE, _BACKGROUND = 6, 255  # single white, as BDD100K numbers it
+_DIRECT, _NO_AREA = 0, 2
 KINDS = ("vehicle", "drivable", "lane")
 LAYOUT = "images/ and, of the same names, labels/ (a PNG of class ids for each image)"
 _SMALLEST = 8  # pixels of a component's shorter side, below which it is no vehicle to be found
@@ -37,6 +42,43 @@ SPLITS = ("train", "val")
 _VALIDATED = 10
 # Seeds of validation scenes, which no training reaches.
 _FIRST_SEED = {"train": 0, "val": 10_000_000}
+
+
+def _write_scenes(folder: Path, split: str, scenes: Iterable[tuple[str, Scene]]) -> None:
+    """Write images, Scalabel's boxes and both masks.
+
+    Args:
+        folder: to write into.
+        split: `train` or `val`.
+        scenes: with the names that their files get.
+    """
+    images = folder / "images/100k" / split
+    drivable, lane = (folder / f"labels/{kind}/masks" / split for kind in ("drivable", "lane"))
+    boxes = folder / "labels/det_20"
+    for made in (images, drivable, lane, boxes):
+        made.mkdir(parents=True, exist_ok=True)
+    frames = []
+    for name, scene in scenes:
+        Image.fromarray(scene.image).save(images / f"{name}.jpg", quality=_QUALITY)
+        area = np.where(scene.drivable, _DIRECT, _NO_AREA).astype(np.uint8)
+        Image.fromarray(area).save(drivable / f"{name}.png")
+        line = np.where(scene.lane, _LANE, _BACKGROUND).astype(np.uint8)
+        Image.fromarray(line).save(lane / f"{name}.png")
+        frames.append(_frame(name, scene))
+    write_json(boxes / f"det_{split}.json", frames)
+
+
+def _frame(name: str, scene: Scene) -> dict[str, Any]:
+    """Scalabel's frame; its boxes name the last pixel that is inside."""
+    labels = [
+        {
+            "id": str(number),
+            "category": category,
+            "box2d": {"x1": x1, "y1": y1, "x2": x2 - 1, "y2": y2 - 1},
+        }
+        for number, (category, (x1, y1, x2, y2)) in enumerate(scene.objects)
+    ]
+    return {"name": f"{name}.jpg", "labels": labels}
 
 
 def _open_folder(folder: Path, ids: Mapping[str, frozenset[int]]) -> DrivingSet:
@@ -176,7 +218,7 @@ def draw_scenes(
         (data.names[place], draw_scene(_FIRST_SEED[split] + place, found, size))
         for place in track(places, f"scenes of domain {found.name}, {split}")
     )
-    write_scenes(folder, split, drawn)
+    _write_scenes(folder, split, drawn)
 
 
 def _scenes(spec: str, rest: str, split: str, size: tuple[int, int]) -> DrivingSet:

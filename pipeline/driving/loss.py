@@ -5,12 +5,12 @@ A kind of label that an image lacks costs nothing there, whatever the network sa
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-from pipeline.driving.boxes import complete_iou, place_boxes
 from pipeline.driving.network import BOX_FIELDS, STRIDES, DrivingMaps
 
 # An anchor fits a box whose sides differ from its own by less than this factor: (2 s)^2 < 4.
@@ -184,8 +184,8 @@ def _box_loss(
         if len(found.image):
             at = (found.image, found.anchor, slice(None), found.cell[:, 1], found.cell[:, 0])
             said = grid[at]
-            placed = place_boxes(said[:, :4], found.cell.float(), found.sides)
-            iou, complete = complete_iou(placed, found.boxes)
+            placed = _place_boxes(said[:, :4], found.cell.float(), found.sides)
+            iou, complete = _complete_iou(placed, found.boxes)
             total = total + _BOX_GAIN * (1 - complete).mean()
             target = iou.detach().clamp(min=0)
             cells = ((found.image * len(level) + found.anchor) * h + found.cell[:, 1]) * w
@@ -198,3 +198,44 @@ def _box_loss(
         objects = F.binary_cross_entropy_with_logits(grid[known][:, :, 4], wanted[known])
         total = total + _OBJECT_GAIN * balance * objects
     return total
+
+
+def _complete_iou(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """IoU of pairs of boxes, and CIoU, which also minds distance and aspect ratio (1911.08287).
+
+    Args:
+        a: float [N, 4], as they are predicted.
+        b: float [N, 4], as they should be.
+
+    Returns:
+        IoU and CIoU, float [N] each.
+    """
+    low, high = torch.maximum(a[:, :2], b[:, :2]), torch.minimum(a[:, 2:], b[:, 2:])
+    shared = (high - low).clamp(min=0).prod(dim=1)
+    size_a, size_b = a[:, 2:] - a[:, :2], b[:, 2:] - b[:, :2]
+    eps = 1e-7
+    iou = shared / (size_a.prod(dim=1) + size_b.prod(dim=1) - shared + eps)
+    around = torch.maximum(a[:, 2:], b[:, 2:]) - torch.minimum(a[:, :2], b[:, :2])
+    apart = (a[:, :2] + a[:, 2:] - b[:, :2] - b[:, 2:]).square().sum(dim=1) / 4
+    angle_a, angle_b = (torch.atan(s[:, 0] / (s[:, 1] + eps)) for s in (size_a, size_b))
+    v = (angle_a - angle_b).square() * (4 / math.pi**2)
+    with torch.no_grad():
+        alpha = v / (1 - iou + v + eps)
+    return iou, iou - apart / (around.square().sum(dim=1) + eps) - alpha * v
+
+
+def _place_boxes(raw: torch.Tensor, cells: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
+    """Boxes out of four raw numbers each: centre 2 s - 0.5 + cell, sides (2 s)^2 anchor.
+
+    Args:
+        raw: float [N, 4], before the sigmoid s.
+        cells: float [N, 2], column and row.
+        anchors: float [N, 2], sides in cells.
+
+    Returns:
+        float [N, 4], x1, y1, x2, y2 in cells.
+    """
+    squashed = 2 * raw.sigmoid()
+    centre = squashed[:, :2] - 0.5 + cells
+    half = squashed[:, 2:].square() * anchors / 2
+    return torch.cat((centre - half, centre + half), dim=1)

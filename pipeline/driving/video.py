@@ -16,7 +16,7 @@ from pipeline.model.loading import explaining
 _RATE = Fraction(25)  # of a video that does not say
 
 
-def require_av() -> ModuleType:
+def _require_av() -> ModuleType:
     """The library.
 
     Raises:
@@ -36,7 +36,7 @@ def frames_of(path: Path) -> Iterator[tuple[np.ndarray, Fraction]]:
         InputError: no video, none without end, or one whose frames change their size.
         MissingPackageError: PyAV is not installed.
     """
-    av = require_av()
+    av = _require_av()
     with explaining("The video cannot be read.", path), av.open(str(path)) as container:
         if not container.streams.video:
             raise InputError("The file holds no video.", where=path)
@@ -70,7 +70,7 @@ class VideoWriter:
     """
 
     def __init__(self, path: Path, rate: Fraction, size: tuple[int, int]) -> None:
-        self._av: Any = require_av()
+        self._av: Any = _require_av()
         self._size = (max(2, size[0] // 2 * 2), max(2, size[1] // 2 * 2))
         self._container = self._av.open(str(path), "w")
         self._stream = self._container.add_stream("mpeg4", rate=rate.limit_denominator(1001))

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Dequantized:
+class _Dequantized:
     """What `dequantize_nodes` made of a graph.
 
     Attributes:
@@ -45,7 +45,7 @@ class Dequantized:
     skips: int
 
 
-def dequantize_nodes(model: onnx.ModelProto, folder: Path) -> Dequantized:
+def dequantize_nodes(model: onnx.ModelProto, folder: Path) -> _Dequantized:
     """Rewrite every node of codes, in place.
 
     Args:
@@ -61,7 +61,7 @@ def dequantize_nodes(model: onnx.ModelProto, folder: Path) -> Dequantized:
     model.graph.node.extend(nodes)
     rewriting.finish()
     added = [node.op_type for node in nodes].count(DEQUANTIZE) - rewriting.before
-    return Dequantized(added, rewriting.skips)
+    return _Dequantized(added, rewriting.skips)
 
 
 class _Rewriting:

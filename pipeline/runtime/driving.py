@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from pipeline.artefact import staged_folder, write_json, write_text
-from pipeline.driving.draw import drawn_over, mask_ids
 from pipeline.driving.letterbox import Letterbox
 from pipeline.driving.perceive import Perception
 from pipeline.driving.sample import images_at, open_image
@@ -32,9 +31,43 @@ from pipeline.runtime.sessions.driving_sessions import (
 )
 from pipeline.runtime.sessions.open_session import folder_kind
 
+# Of a mask that is written; as `FOLDER:drivable=1,lane=2` reads them.
+DRIVABLE_ID, LANE_ID = 1, 2
+_DRIVABLE, _LANE, _BOX = (40, 190, 80), (230, 40, 40), (255, 210, 0)
+_COVER = 0.45  # of the image by a mask
+_TEXT_ABOVE = 12  # pixels
 _RECORD, _LINES, _VIDEO = "perception.json", "perception.jsonl", "drawn.mp4"
 _LEAST_SCORE = 0.25
 _STEPS = ("decode", "network", "boxes", "drawing")
+
+
+def _drawn_over(image: np.ndarray, seen: Perception, labels: Sequence[str]) -> np.ndarray:
+    """The image with masks and boxes over it.
+
+    Args:
+        image: uint8 [H, W, 3].
+        seen: in its pixels.
+        labels: names of classes.
+
+    Returns:
+        uint8 [H, W, 3].
+    """
+    mixed = image.astype(np.float32)
+    for mask, colour in ((seen.drivable & ~seen.lane, _DRIVABLE), (seen.lane, _LANE)):
+        mixed[mask] = (1 - _COVER) * mixed[mask] + _COVER * np.array(colour, np.float32)
+    picture = Image.fromarray(mixed.astype(np.uint8))
+    pen = ImageDraw.Draw(picture)
+    for box, score, number in zip(seen.boxes, seen.scores, seen.classes, strict=True):
+        x1, y1, x2, y2 = (float(side) for side in box)
+        pen.rectangle((x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)), outline=_BOX)
+        pen.text((x1, max(0.0, y1 - _TEXT_ABOVE)), f"{labels[number]} {score:.2f}", fill=_BOX)
+    return np.asarray(picture)
+
+
+def _mask_ids(seen: Perception) -> np.ndarray:
+    """uint8 [H, W]: LANE_ID where a lane line is, else DRIVABLE_ID in the drivable area, else 0."""
+    ids = np.where(seen.drivable, DRIVABLE_ID, 0)
+    return np.where(seen.lane, LANE_ID, ids).astype(np.uint8)
 
 
 @dataclass(frozen=True)
@@ -199,9 +232,9 @@ def _look_at_images(
         line = {"image": file.name, **_facts(seen, session.traits.labels)}
         if staging is not None:
             with clock.step("drawing"):
-                picture = drawn_over(pixels, seen, session.traits.labels)
+                picture = _drawn_over(pixels, seen, session.traits.labels)
                 Image.fromarray(picture).save(staging / "drawn" / f"{file.stem}.jpg", quality=90)
-                Image.fromarray(mask_ids(seen)).save(staging / "masks" / f"{file.stem}.png")
+                Image.fromarray(_mask_ids(seen)).save(staging / "masks" / f"{file.stem}.png")
             line |= {"drawn": f"drawn/{file.stem}.jpg", "mask": f"masks/{file.stem}.png"}
         yield line | {"ms": _rounded(clock)}
 
@@ -227,7 +260,7 @@ def _look_at_video(
                 with clock.step("drawing"):
                     size = (pixels.shape[0], pixels.shape[1])
                     writer = writer or VideoWriter(staging / _VIDEO, rate, size)
-                    writer.add(drawn_over(pixels, seen, session.traits.labels))
+                    writer.add(_drawn_over(pixels, seen, session.traits.labels))
             yield line | {"ms": _rounded(clock)}
             number += 1
     finally:

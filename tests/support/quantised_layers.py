@@ -101,7 +101,7 @@ def _group(
     up: str,
     dtype: torch.dtype,
 ) -> tuple[dict[str, dict[str, Any]], dict[str, torch.Tensor]]:
-    layers = [model.get_submodule(member) for member in members]
+    layers: list[Any] = [model.get_submodule(member) for member in members]
     weight = np.concatenate([layer.weight.detach().numpy() for layer in layers])
     heights, columns = [layer.out_features for layer in layers], weight.shape[1]
     if form == "dense":

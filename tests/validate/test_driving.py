@@ -20,7 +20,7 @@ from tests.support.tiny_driving import SIZE, save_driving, tiny_driving
 from validate.driving import (
     _CHIEF,
     DRIVING_NETWORK,
-    DrivingOptions,
+    _DrivingOptions,
     _Inputs,
     _load,
     _mask_kl,
@@ -56,7 +56,7 @@ def net(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def inputs(net: Path) -> _Inputs:
-    loaded = _load(str(net), DrivingOptions(DATA, None, 12), 0, False, lambda message: None)
+    loaded = _load(str(net), _DrivingOptions(DATA, None, 12), 0, False, lambda message: None)
     assert isinstance(loaded.inputs, _Inputs)
     return loaded.inputs
 

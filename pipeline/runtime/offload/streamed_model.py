@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,9 +28,30 @@ from pipeline.model.structure import layer_list
 from pipeline.model.weight_files import read_header, stored_places
 from pipeline.progress import track
 from pipeline.runtime.offload.layer_ring import RING_BUFFERS, LayerRing
-from pipeline.runtime.offload.residency import resident_layers
 from pipeline.runtime.offload.steady_attention import STEADY_ATTENTION
 from pipeline.runtime.offload.weight_reader import Layout, WeightReader, aligned_buffer, lay_out
+
+
+def _resident_layers(sizes: Sequence[int], budget_bytes: int) -> frozenset[int]:
+    """The layers to keep: as many as fit, in full, spread over the model.
+
+    While one of them is computed the next layers come from the disk, which would idle if they
+    stood side by side, once all buffers were full.
+
+    Args:
+        sizes: bytes of each layer, as published.
+        budget_bytes: that they may take together, 0 or more.
+
+    Returns:
+        Their numbers.
+    """
+    total = len(sizes)
+    for count in range(total, 0, -1):
+        chosen = frozenset((2 * place + 1) * total // (2 * count) for place in range(count))
+        if sum(sizes[number] for number in chosen) <= budget_bytes:
+            return chosen
+    return frozenset()
+
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Numbers of the head's matrix that are widened at once.
@@ -189,7 +210,7 @@ class StreamedModel:
         if fixed + sum(sizes) <= memory_bytes:
             self._resident, ring = frozenset(range(len(sizes))), 0
         elif fixed + ring <= memory_bytes:
-            self._resident = resident_layers(sizes, memory_bytes - fixed - ring)
+            self._resident = _resident_layers(sizes, memory_bytes - fixed - ring)
         else:
             raise UsageError(
                 "The budget is too small for this model, whichever layers are read from disk.",

@@ -28,7 +28,7 @@ _REFUSED = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP)
 
 
 @dataclass(frozen=True)
-class Stretch:
+class _Stretch:
     """Bytes of a file, and where they go.
 
     Attributes:
@@ -54,7 +54,7 @@ class Layout:
         size: bytes of the buffer.
     """
 
-    stretches: tuple[Stretch, ...]
+    stretches: tuple[_Stretch, ...]
     places: Mapping[str, int]
     size: int
 
@@ -65,7 +65,7 @@ def lay_out(tensors: Mapping[str, tuple[int, int, int]]) -> Layout:
     Args:
         tensors: name -> number of its file, its first byte there, and that behind its last.
     """
-    stretches: list[Stretch] = []
+    stretches: list[_Stretch] = []
     places: dict[str, int] = {}
     for name, (file, start, stop) in sorted(tensors.items(), key=lambda item: item[1]):
         first = start // ALIGNMENT * ALIGNMENT
@@ -73,10 +73,10 @@ def lay_out(tensors: Mapping[str, tuple[int, int, int]]) -> Layout:
         known = stretches[-1] if stretches else None
         if known and known.file == file and start <= known.start + known.size + _GAP:
             size = max(known.size, last - known.start)
-            stretches[-1] = Stretch(file, known.start, size, known.place)
+            stretches[-1] = _Stretch(file, known.start, size, known.place)
         else:
             place = known.place + known.size if known else 0
-            stretches.append(Stretch(file, first, last - first, place))
+            stretches.append(_Stretch(file, first, last - first, place))
         own = stretches[-1]
         places[name] = own.place + start - own.start
     size = stretches[-1].place + stretches[-1].size if stretches else 0
@@ -177,7 +177,7 @@ class WeightReader:
         self.direct = False
 
     def _read_stretch(
-        self, stretch: Stretch, view: memoryview, stopped: Callable[[], bool]
+        self, stretch: _Stretch, view: memoryview, stopped: Callable[[], bool]
     ) -> None:
         done, end = 0, self._seen[stretch.file][0] - stretch.start
         while done < len(view) and not stopped():

@@ -23,7 +23,7 @@ Anchors = Sequence[Sequence[Sequence[float]]]
 
 
 @dataclass(frozen=True)
-class DrivingTraits:
+class _DrivingTraits:
     """What is needed to give a network images, and to read its maps.
 
     Attributes:
@@ -37,7 +37,7 @@ class DrivingTraits:
     anchors: Anchors
 
     @classmethod
-    def of(cls, shape: Sequence[int], labels: Sequence[str], anchors: Anchors) -> DrivingTraits:
+    def of(cls, shape: Sequence[int], labels: Sequence[str], anchors: Anchors) -> _DrivingTraits:
         """By what the record of an export or an engine says."""
         return cls((shape[1], shape[2]), tuple(labels), anchors)
 
@@ -61,7 +61,7 @@ class DrivingSession(Protocol):
     """
 
     name: str
-    traits: DrivingTraits
+    traits: _DrivingTraits
 
     def maps(self, pixels: np.ndarray) -> MapsOfBatch:
         """Maps of pixel values, float32 [B, 3, H, W] in [0, 1]."""
@@ -80,7 +80,7 @@ class TorchDriving:
         config = model.config
         height, width = config.image_size
         self.model, self.name = model, name
-        self.traits = DrivingTraits(
+        self.traits = _DrivingTraits(
             (height, width), tuple(config.id2label.values()), config.anchors
         )
 
@@ -114,7 +114,7 @@ class OnnxDriving:
 
         self.name = name
         record = read_export_record(folder, tasks=(DRIVING,))
-        self.traits = DrivingTraits.of(record.pixel_values, record.labels, record.anchors)
+        self.traits = _DrivingTraits.of(record.pixel_values, record.labels, record.anchors)
         shapes = self.traits.map_shapes
         self._graph = PixelGraph(folder, record, shapes, threads, optimised=optimised)
         self.maps(np.zeros((1, *record.pixel_values), np.float32))
@@ -148,7 +148,7 @@ class EngineDriving:
         onnx = opened.manifest["onnx"]
         if onnx.get("task") != DRIVING:
             raise InputError("This engine is of no driving network.", where=folder)
-        self.traits = DrivingTraits.of(onnx[PIXEL_VALUES], onnx["labels"], onnx["anchors"])
+        self.traits = _DrivingTraits.of(onnx[PIXEL_VALUES], onnx["labels"], onnx["anchors"])
         self._engine = PixelEngine(opened, self.traits.map_shapes, name)
 
     def maps(self, pixels: np.ndarray) -> MapsOfBatch:

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.driving.boxes import complete_iou, pairwise_iou, place_boxes, suppress
+from pipeline.driving.boxes import pairwise_iou, suppress
+from pipeline.driving.loss import _complete_iou, _place_boxes
 
 
 def random_boxes(count: int, seed: int) -> np.ndarray:
@@ -28,14 +29,14 @@ def test_iou_is_what_counting_cells_gives() -> None:
 
 def test_complete_iou_is_iou_where_boxes_share_centre_and_shape() -> None:
     a, b = torch.tensor([[0.0, 0, 8, 4]]), torch.tensor([[2.0, 1, 6, 3]])
-    iou, complete = complete_iou(a, b)
+    iou, complete = _complete_iou(a, b)
     assert float(iou) == pytest.approx(0.25)
     assert float(complete) == pytest.approx(0.25)
 
 
 def test_complete_iou_pulls_boxes_together_that_do_not_touch() -> None:
     a = torch.tensor([[0.0, 0, 4, 4]], requires_grad=True)
-    iou, complete = complete_iou(a, torch.tensor([[10.0, 0, 14, 4]]))
+    iou, complete = _complete_iou(a, torch.tensor([[10.0, 0, 14, 4]]))
     complete.sum().backward()
     assert float(iou.detach()) == 0
     assert a.grad is not None
@@ -45,7 +46,7 @@ def test_complete_iou_pulls_boxes_together_that_do_not_touch() -> None:
 
 
 def test_raw_zeros_place_the_anchor_in_the_middle_of_its_cell() -> None:
-    placed = place_boxes(torch.zeros(1, 4), torch.tensor([[3.0, 5]]), torch.tensor([[4.0, 2]]))
+    placed = _place_boxes(torch.zeros(1, 4), torch.tensor([[3.0, 5]]), torch.tensor([[4.0, 2]]))
     np.testing.assert_allclose(placed, [[1.5, 4.5, 5.5, 6.5]])
 
 

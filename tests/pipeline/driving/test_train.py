@@ -16,10 +16,10 @@ from transformers import AutoImageProcessor, AutoModel
 
 from pipeline.cli.main import main
 from pipeline.driving import steps
+from pipeline.driving.data import _write_scenes
 from pipeline.driving.recipe import STAGES, TrainRequest, places_at
 from pipeline.driving.scenes.domain import DOMAINS
 from pipeline.driving.scenes.scene import draw_scene
-from pipeline.driving.scenes.write import write_scenes
 from pipeline.driving.train import train_to_folder
 from pipeline.errors import InputError, UsageError
 
@@ -34,7 +34,7 @@ def request_(tmp_path_factory: pytest.TempPathFactory) -> TrainRequest:
         for split, first in (("train", 0), ("val", 100)):
             seeds = range(first, first + (5 if split == "train" else 2))
             scenes = ((f"{name}{seed}", draw_scene(seed, DOMAINS[name], SIZE)) for seed in seeds)
-            write_scenes(folder, split, scenes)
+            _write_scenes(folder, split, scenes)
     return TrainRequest(
         data=str(folders["wide"]), second_data=str(folders["dense"]), steps=5, batch_size=2,
         size=SIZE, width=4, scored=2,
@@ -182,7 +182,7 @@ def test_images_that_are_trained_on_are_not_scored_on(
 ) -> None:
     scenes = [("same", draw_scene(0, DOMAINS["wide"], SIZE))]
     for split in ("train", "val"):
-        write_scenes(tmp_path / "set", split, scenes)
+        _write_scenes(tmp_path / "set", split, scenes)
     with pytest.raises(InputError, match="trained on and scored on"):
         train_to_folder(replace(request_, data=str(tmp_path / "set")), tmp_path / "net")
 

@@ -11,7 +11,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
-from pipeline.engine.dequantized import Dequantized, dequantize_nodes
+from pipeline.engine.dequantized import _Dequantized, dequantize_nodes
 from pipeline.export.block_skip import PLUGIN_ATTRIBUTES, function_bodies
 from pipeline.export.contract import DOMAIN
 
@@ -66,7 +66,7 @@ def test_a_rewritten_node_computes_the_same(
     path = str(tmp_path / "model.onnx")
     onnx.save(model, path, save_as_external_data=external, location="weights", size_threshold=0)
     rewritten = onnx.load(path, load_external_data=False)
-    assert dequantize_nodes(rewritten, tmp_path) == Dequantized(2, 1)
+    assert dequantize_nodes(rewritten, tmp_path) == _Dequantized(2, 1)
     assert [node.op_type for node in rewritten.graph.node] == [
         "DequantizeLinear", "DequantizeLinear", "BlockSkipLinearFewBitsIndexed",
     ]  # fmt: skip
@@ -78,5 +78,5 @@ def test_a_rewritten_node_computes_the_same(
 def test_a_graph_without_codes_stays_as_it_is(tiny_export: Path) -> None:
     model = onnx.load(str(tiny_export / "model.onnx"), load_external_data=False)
     before = model.SerializeToString()
-    assert dequantize_nodes(model, tiny_export) == Dequantized(0, 0)
+    assert dequantize_nodes(model, tiny_export) == _Dequantized(0, 0)
     assert model.SerializeToString() == before

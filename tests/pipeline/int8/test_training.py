@@ -14,7 +14,7 @@ from pipeline.checkpoint.modeling_quantized import Int8Conv
 from pipeline.errors import InputError
 from pipeline.int8.calibrate import activation_grids
 from pipeline.int8.convert import WeightRounding, as_rounded, folded_kernels
-from pipeline.int8.outputs import output_error, output_tensors
+from pipeline.int8.outputs import _output_tensors, output_error
 from pipeline.int8.runtimes import INT8_RUNTIMES
 from pipeline.int8.training import (
     finish_training_,
@@ -136,4 +136,4 @@ def test_an_error_is_in_parts_of_the_variance_and_none_of_itself() -> None:
     assert float(output_error(copy.deepcopy(targets), targets)) == 0.0
     flat = {"a": small.mean().expand(100), "b": large}
     assert float(output_error(flat, targets)) == pytest.approx(99 / 100, rel=1e-4)
-    assert len(output_tensors((torch.ones(1), None, torch.ones(2)))) == 2
+    assert len(_output_tensors((torch.ones(1), None, torch.ones(2)))) == 2

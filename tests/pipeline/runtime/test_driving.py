@@ -13,11 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.driving.draw import DRIVABLE_ID, LANE_ID
 from pipeline.driving.sample import open_image
 from pipeline.driving.video import VideoWriter, frames_of
 from pipeline.errors import InputError, MissingPackageError, PipelineError, UsageError
-from pipeline.runtime.driving import PerceiveRequest
+from pipeline.runtime.driving import DRIVABLE_ID, LANE_ID, PerceiveRequest
 from tests.support.tiny_driving import save_driving
 
 needs_av = pytest.mark.skipif(

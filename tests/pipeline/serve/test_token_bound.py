@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-from pipeline.serve.token_bound import TokenBound
+from pipeline.serve.prompt import _TokenBound
 
 _TEXT = "the whale, the whale; he the e\u0301 \u1f82 ...    and    and\n\n" * 4
 
@@ -45,7 +45,7 @@ UNBOUNDED = {
     "fused": Tokenizer(models.BPE({"u": 0}, [], unk_token="u", fuse_unk=True)),
     "none": None,
 }
-_BOUNDS = {name: TokenBound(tokenizer) for name, tokenizer in BOUNDED.items()}
+_BOUNDS = {name: _TokenBound(tokenizer) for name, tokenizer in BOUNDED.items()}
 _pieces = st.sampled_from(["the whale", "e\u0301", "\u1f80\u0300", "α\u0345\u0313\u0300", "    "])
 
 
@@ -64,7 +64,7 @@ def test_the_bound_grows_with_the_text(name: str) -> None:
 
 @pytest.mark.parametrize("name", UNBOUNDED)
 def test_where_characters_may_vanish_there_is_none(name: str) -> None:
-    assert TokenBound(UNBOUNDED[name]).fewest_tokens("whale" * 10_000) == 0
+    assert _TokenBound(UNBOUNDED[name]).fewest_tokens("whale" * 10_000) == 0
 
 
 def test_the_bound_of_a_long_text_of_blanks_beside_tokens_that_take_them_in() -> None:

@@ -7,12 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.driving.data import open_data
+from pipeline.driving.data import _write_scenes, open_data
 from pipeline.driving.scenes.camera import Camera
 from pipeline.driving.scenes.domain import DOMAINS
 from pipeline.driving.scenes.road import Road, paint_road
 from pipeline.driving.scenes.scene import draw_scene
-from pipeline.driving.scenes.write import write_scenes
 
 SIZE = (64, 96)
 
@@ -65,7 +64,7 @@ def test_oncoming_lanes_are_road_and_not_drivable() -> None:
 
 def test_written_scenes_are_read_back_as_they_were_drawn(tmp_path: Path) -> None:
     scenes = [(f"s{seed}", draw_scene(seed, DOMAINS["dense"], SIZE)) for seed in range(3)]
-    write_scenes(tmp_path, "val", scenes)
+    _write_scenes(tmp_path, "val", scenes)
     data = open_data(str(tmp_path), "val", SIZE)
     assert [name for name, _ in scenes] == [Path(name).stem for name in data.names]
     for place, (_, scene) in enumerate(scenes):
