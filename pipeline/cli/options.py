@@ -77,9 +77,7 @@ backend = setting(
 # More would be made without a word, until the machine has no more.
 thread_count = click.IntRange(1, 1024)
 threads = click.option(
-    "--threads",
-    type=thread_count,
-    help="Threads of ONNX Runtime; with --memory also of PyTorch.  [one to a physical core]",
+    "--threads", type=thread_count, help="Threads of ONNX Runtime.  [one to a physical core]"
 )
 draft = click.option(
     "--draft",
@@ -92,7 +90,8 @@ budget = click.option(
     "--memory",
     metavar="BYTES",
     help="Of a checkpoint: bytes that its weights, cache and draft may take, such as 1GB. Layers "
-    "beyond that are read from disk for every call, past the page cache.",
+    "beyond that are read from disk for every call, past the page cache. --threads is then "
+    "PyTorch's, too.",
 )
 model = click.option(
     "-m",

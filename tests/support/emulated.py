@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.kernels.build import SOURCES
 from trt_plugins.toolchain import local_nvcc
 
 KERNELS = Path(__file__).parents[2] / "trt_plugins" / "block_skip"
@@ -46,6 +47,20 @@ def compile_program(
     program = folder / "program"
     subprocess.run([*common, *map(str, objects), "-o", str(program)], check=True)
     return program
+
+
+def compile_library(folder: Path) -> Path:
+    """The kernel library for ctypes, over the emulation."""
+    if shutil.which("g++") is None:
+        pytest.skip("g++ is not installed")
+    headers, library = cuda_headers(), folder / "emulated.so"
+    command = ["g++", "-std=c++17", "-O1", "-shared", "-fPIC", "-w", "-DSKIPCAT_EMULATE"]
+    command += [f"-I{KERNELS}", "-isystem", str(headers), "-x", "c++"]
+    command += [str(KERNELS / name) for name in SOURCES]
+    lib = next((p for p in (headers.parent / "lib64", headers.parent / "lib") if p.is_dir()), None)
+    command += ["-x", "none", *([f"-L{lib}"] if lib else []), "-lcudart_static"]
+    subprocess.run([*command, "-ldl", "-lrt", "-lpthread", "-o", str(library)], check=True)
+    return library
 
 
 def compare(program: Path, cases: int, seed: int) -> subprocess.CompletedProcess[str]:

@@ -17,7 +17,15 @@ from pipeline.driving.train import _score_model
 from pipeline.errors import UsageError
 from pipeline.runtime.sessions.driving_sessions import TorchDriving
 from tests.support.tiny_driving import SIZE, save_driving, tiny_driving
-from validate.driving import _CHIEF, DRIVING_NETWORK, DrivingOptions, _Inputs, _load, _mask_kl
+from validate.driving import (
+    _CHIEF,
+    DRIVING_NETWORK,
+    DrivingOptions,
+    _Inputs,
+    _load,
+    _mask_kl,
+    _measure,
+)
 from validate.ledger import run_ledger
 from validate.record import Ledger, Row
 from validate.report import build_table, reported
@@ -91,7 +99,7 @@ def test_lanes_that_are_turned_round_fail_and_are_named(inputs: _Inputs) -> None
 
 
 def test_a_score_that_drops_is_a_complaint_even_where_maps_are_near(inputs: _Inputs) -> None:
-    outputs: Any = DRIVING_NETWORK.measure("x", TorchDriving(tiny_driving(), "x"), inputs, {})
+    outputs = _measure("x", TorchDriving(tiny_driving(), "x"), inputs, {})
     before = outputs.scores["lane_iou"]
     assert before is not None
     better = replace(outputs, scores=outputs.scores | {"lane_iou": before + 0.01})

@@ -158,12 +158,16 @@ def _load_half(folder: Path) -> tuple[PreTrainedModel, int]:
     import torch
 
     from pipeline.checkpoint.folder import load_checkpoint
+    from pipeline.checkpoint.modeling_quantized import QuantizedEmbedding, QuantizedLinear
     from pipeline.kernels.install import use_operator_
 
     model = load_checkpoint(folder)
     dtype = torch.bfloat16 if model.dtype == torch.bfloat16 else torch.float16
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
+    for module in model.modules():
+        if isinstance(module, QuantizedEmbedding | QuantizedLinear):
+            module.dtype = dtype  # of what they make of their codes
     return model, use_operator_(model)
 
 

@@ -8,7 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import onnx
 import pytest
+from onnx import NodeProto, TensorProto
+
+from pipeline.export.contract import DOMAIN
+from pipeline.export.export import export_folder
+from pipeline.export.request import ExportRequest
+from tests.support.quantised_layers import save_low_bit_llama
 
 ROOT = Path(__file__).parents[3]
 WORK = ROOT / "build" / "plugin"
@@ -35,7 +42,58 @@ def test_the_harness_finds_no_fault(library: Path, tmp_path: Path) -> None:
     assert answer.returncode == 0, answer.stdout + answer.stderr
     written = json.loads(report.read_text())
     assert written["failures"] == 0
-    assert len(written["checks"]) >= 300
+    assert len(written["checks"]) >= 900
+
+
+TYPES = {TensorProto.FLOAT16: "half", TensorProto.INT8: "int8", TensorProto.INT32: "int32"}
+
+
+def described(node: NodeProto, kinds: dict[str, tuple[int, list[int]]]) -> str:
+    """A node as the harness reads it (harness/nodes.cpp): 3 rows of x, weights as they are."""
+    fields = [(item.name, item.i) for item in node.attribute if item.name.startswith("block")]
+    weights = [kinds[name] for name in node.input[1:]]
+    heights = [dims[0] for kind, dims in weights if kind == TensorProto.INT8 or len(dims) == 1]
+    codes = [dims for kind, dims in weights if kind == TensorProto.INT8]
+    scales = [dims for kind, dims in weights if kind == TensorProto.FLOAT16]
+    assert len(codes) == len(fields) == len(scales), "every matrix of this model is codes"
+    columns = sum(dims[0] for dims in codes)
+    assert {*heights} <= {columns, *(dims[0] for dims in codes)}
+    half = TensorProto.FLOAT16
+    tensors = [(half, [1, 3, columns]), *weights, (half, [1, 3, scales[-1][1]])]
+    words: list[object] = [node.name, node.op_type, len(fields)]
+    words += [word for field in fields for word in field] + [len(tensors)]
+    for kind, dims in tensors:
+        words += [TYPES[kind], len(dims), *dims]
+    return " ".join(map(str, words))
+
+
+@pytest.mark.parametrize("profile", ["opset24", "compat"])
+def test_every_node_of_an_exported_model_in_few_bits_is_taken(
+    profile: str, library: Path, tmp_path: Path
+) -> None:
+    checkpoint = save_low_bit_llama(tmp_path / "checkpoint")
+    export_folder(checkpoint, tmp_path / "onnx", ExportRequest(profile, "float16", 48))
+    graph = onnx.load(tmp_path / "onnx" / "model.onnx", load_external_data=False).graph
+    kinds = {weight.name: (weight.data_type, list(weight.dims)) for weight in graph.initializer}
+    ours = [node for node in graph.node if node.domain == DOMAIN]
+    # Two layers of four groups each, and the head; no linear weight is a number.
+    assert len(ours) == 2 * 4 + 1
+    assert not [
+        node for node in graph.node if node.op_type == "MatMul" and {*node.input} & {*kinds}
+    ]
+    lines = [described(node, kinds) for node in ours]
+    (tmp_path / "nodes").write_text("\n".join(lines) + "\n")
+    command = [str(WORK / "tree" / "harness"), str(library), "--nodes", str(tmp_path / "nodes")]
+    answer = subprocess.run(
+        [*command, "--json", str(tmp_path / "report")], capture_output=True, text=True, check=False
+    )
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    report = json.loads((tmp_path / "report").read_text())
+    taken = [check for check in report["checks"] if check["what"].startswith("node ")]
+    assert [check["good"] for check in taken] == [True] * len(ours)
+    wrong = lines[0].replace(" int8 ", " half ", 1)
+    (tmp_path / "nodes").write_text(wrong)
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 1
 
 
 def test_the_harness_tells_usage_from_failure(library: Path) -> None:

@@ -11,8 +11,10 @@ import pytest
 
 from pipeline.cli.main import main
 from pipeline.errors import InputError, PipelineError, UsageError
+from pipeline.runtime.generate import generate, stream_batch
 from pipeline.runtime.language_model import LanguageModel
 from pipeline.runtime.offload.open_offloaded import open_offloaded
+from pipeline.runtime.prefix_cache import PrefixCache
 from pipeline.runtime.sampling import GREEDY, Sampling
 from pipeline.runtime.sequence import Decoding
 from tests.support.scripted_drafts import WARM, said
@@ -56,6 +58,36 @@ def test_the_draft_reads_no_prompt_and_saves_calls(model: Path) -> None:
     assert drafter.taken > 0.3 * drafter.drafted
     assert session.traffic.passes - before == 1 + len(ids) - 1 - drafter.taken
     assert set(drafts._session.call_times.medians(999)) == {1}
+
+
+def test_answers_in_slots_are_those_alone_and_go_on_to_the_end_of_the_cache(model: Path) -> None:
+    prompts = [[5, 6, 7, 8], [9], list(range(40, 150)), [8, 8]]
+    memory = "420KB"  # for two rows
+    session, drafts = open_offloaded(model, memory, draft_of(model), threads=1, slots=2)
+    assert 0 < session.traffic.resident < LAYERS
+    how = Decoding(24, WARM)
+    together = stream_batch(session, prompts, how, seeds=[3] * len(prompts), drafts=drafts)
+    alone, _ = open_offloaded(model, memory, draft_of(model), threads=1)
+    for running, prompt in zip(together, prompts, strict=True):
+        alone.reset()
+        ids = list(generate(alone, prompt, Decoding(24, WARM, seed=3)))
+        assert running.ids == ids
+        assert running.ending == ("context" if len(prompt) == 110 else "length")
+        assert len(ids) == (PLACES + 1 - 110 if len(prompt) == 110 else 24)
+
+
+def test_a_conversation_with_rewinds_goes_on_as_without_drafts(model: Path) -> None:
+    session, drafts = open_offloaded(model, MEMORY, draft_of(model), threads=1, length=3)
+    other, _ = open_offloaded(model, MEMORY, draft_of(model), threads=1)
+    assert drafts is not None
+    caches, told = [PrefixCache(session), PrefixCache(other)], [1, 2, 3, 4]
+    for turn in range(3):
+        answers = [
+            list(generate(cache, told, Decoding(9, WARM, seed=turn), drafter))
+            for cache, drafter in zip(caches, (drafts.begin(0), None), strict=True)
+        ]
+        assert answers[0] == answers[1]
+        told = [*told[: len(told) - turn], *answers[0], 30 + turn]
 
 
 def test_a_language_model_answers_alike_with_drafts_and_without(model: Path) -> None:
