@@ -190,6 +190,7 @@ def _open_torch(folder: Path, device: str) -> TorchDriving:
     """The network in PyTorch; InputError where there is no such device."""
     import torch
 
+    from pipeline.checkpoint.folder import load_checkpoint, read_record
     from pipeline.driving.load import load_driving
 
     if device == "cuda" and not torch.cuda.is_available():
@@ -198,7 +199,11 @@ def _open_torch(folder: Path, device: str) -> TorchDriving:
             observed=f"torch {torch.__version__}",
             change="leave --device out to run on the CPU",
         )
-    return TorchDriving(load_driving(str(folder)).model.to(device), f"torch {device}")
+    if "quantization_config" in read_record(folder, "config.json"):
+        model: torch.nn.Module = load_checkpoint(folder, dtype=torch.float32)
+    else:
+        model = load_driving(str(folder)).model
+    return TorchDriving(model.to(device), f"torch {device}")
 
 
 def _look(

@@ -107,6 +107,13 @@ def test_a_budget_of_bytes_keeps_the_most_sensitive_convolutions_in_numbers(
     assert not (tmp_path / "small").exists()
 
 
+def test_the_checkpoint_runs(
+    rounded: Path, pictures: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", str(rounded), "--image", str(pictures / "0.png")]) == 0
+    assert json.loads(capfd.readouterr().out.splitlines()[0])
+
+
 @pytest.mark.parametrize(
     "changes",
     [
