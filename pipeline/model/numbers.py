@@ -25,8 +25,11 @@ def require_finite(name: str, tensor: torch.Tensor, where: object = None) -> Non
     Raises:
         InputError: it does; names tensor and row.
     """
-    # One pass that keeps nothing: NaN and infinity survive a sum, which overflows only near them.
-    if not tensor.is_floating_point() or torch.isfinite(tensor.sum(dtype=torch.float64)):
+    # One pass: NaN and infinity survive a sum, which overflows only near them. By parts, since
+    # torch widens all that it sums.
+    if not tensor.is_floating_point() or all(
+        torch.isfinite(part.sum(dtype=torch.float64)) for part in _by_rows(tensor)
+    ):
         return
     finite = torch.isfinite(tensor)
     if not finite.all():
@@ -37,6 +40,13 @@ def require_finite(name: str, tensor: torch.Tensor, where: object = None) -> Non
             expected="finite numbers",
             change="download the weights again, or repair that row",
         )
+
+
+def _by_rows(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """A tensor in parts of some rows, of which none is copied."""
+    if tensor.ndim == 0 or tensor.numel() <= _AT_ONCE:
+        return (tensor,)
+    return tensor.split(max(1, _AT_ONCE * len(tensor) // tensor.numel()))
 
 
 def require_finite_model(model: nn.Module, where: object) -> None:

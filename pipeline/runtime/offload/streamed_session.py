@@ -6,6 +6,7 @@ rows over a cache of the same length: a token's bits are then its own, and draft
 
 from __future__ import annotations
 
+import hashlib
 import time
 import weakref
 from collections.abc import Sequence
@@ -172,7 +173,7 @@ class StreamedSession(SlottedSession):
                 parts = [part for part in np.split(ids, cuts) if len(part)]
                 logits = np.concatenate([self._run(0, part, False)[0] for part in parts])
                 held = [values[0, :, :count].tobytes() for values in self.values.buffers.values()]
-                found.add(b"".join([logits.tobytes(), *held]))
+                found.add(hashlib.sha256(b"".join([logits.tobytes(), *held])).digest())
         self._lengths[0] = 0
         for buffer in self.values.buffers.values():
             buffer[0, :, :count] = 0
