@@ -196,6 +196,7 @@ def test_a_folder_that_was_exported_with_dequantize_linear_is_taken_as_before(
     assert taken["few_bits"]["path"] == "function body"
 
 
+@pytest.mark.slow
 def test_an_engine_of_the_older_opset_holds_codes_too(tmp_path: Path) -> None:
     """TensorRT's parser takes blocks in opset 18, which JetPack 6.2 is given."""
     pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx-cu13")
