@@ -147,6 +147,7 @@ def _plan_rows(plan: EnginePlan) -> list[tuple[str, str]]:
         ("why", plan.target.reason),
         ("graph", f"{plan.folder.onnx_path}, {plan.folder.weight_bytes / _MEBIBYTE:.0f} MiB"),
         ("block-skip nodes", str(plan.folder.block_skip_nodes)),
+        *([("nodes of codes", str(coded))] if (coded := plan.folder.coded_nodes) else []),
         (
             "plugin",
             str(plan.work.plugin or ("kernels in the engine" if plan.work.embed else "none")),

@@ -104,6 +104,7 @@ class EnginePlan:
             "onnx_bytes": self.folder.weight_bytes,
             "expected_peak_bytes": _expected_peak_bytes(self.folder, self.limits),
             "block_skip_nodes": self.folder.block_skip_nodes,
+            "coded_nodes": self.folder.coded_nodes,
             "plugin": None if plugin is None else str(plugin),
             "embed_kernels": self.work.embed,
             "decode_profile": self.limits.decode,

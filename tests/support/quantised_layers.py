@@ -89,6 +89,8 @@ def save_low_bit_llama(folder: Path, dtype: torch.dtype = torch.float16) -> Path
     }
     tensors |= dense_tensors(("model.embed_tokens",), [len(table)], held)
     install_(model, entries, tensors)
+    model.config.tie_word_embeddings = False  # it is tied by `owner`
+    model.all_tied_weights_keys = {}
     save_checkpoint(model, byte_tokenizer(), entries, folder, dtype)
     return folder
 

@@ -6,6 +6,7 @@
 
 #include "block_skip.h"
 
+#include <algorithm>
 #include <type_traits>
 
 #include "decode.cuh"
@@ -95,10 +96,9 @@ size_t partialBytes(Problem const& problem, Device const& device)
         for (int32_t rows = 1; rows <= kDecodeRows && rows <= problem.rows; ++rows)
         {
             Cuts const cuts = cutProducts(problem, device, tactic, rows);
-            size_t const bytes[] = {static_cast<size_t>(cuts.mix.slices) * rows * problem.rank * 4,
-                static_cast<size_t>(cuts.product.slices) * rows * problem.m * 4};
-            most = bytes[0] > most && mixes(problem) ? bytes[0] : most;
-            most = bytes[1] > most ? bytes[1] : most;
+            size_t const mixed = static_cast<size_t>(cuts.mix.slices) * rows * problem.rank * 4;
+            size_t const last = static_cast<size_t>(cuts.product.slices) * rows * problem.m * 4;
+            most = std::max({most, mixes(problem) ? mixed : 0, last});
         }
     }
     return aligned(most);
@@ -175,7 +175,6 @@ cudaError_t decode(Problem const& problem, Pointers const& pointers, Device cons
     uint32_t* counters, cudaStream_t stream)
 {
     Cuts const cuts = cutProducts(problem, device, problem.tactic, problem.rows);
-    T* const latent = reinterpret_cast<T*>(workspace);
     DecodeArguments<T> product{};
     product.in = static_cast<T const*>(pointers.x);
     product.index = pointers.index;
@@ -193,7 +192,7 @@ cudaError_t decode(Problem const& problem, Pointers const& pointers, Device cons
     }
     DecodeArguments<T> mix = product;
     mix.init = mix.in;
-    mix.out = latent;
+    mix.out = reinterpret_cast<T*>(workspace);
     mix.w = matrixA(problem, pointers);
     mix.outStride = problem.rank;
     mix.slice = cuts.mix.slice;
@@ -202,7 +201,7 @@ cudaError_t decode(Problem const& problem, Pointers const& pointers, Device cons
     {
         return status;
     }
-    product.in = latent;
+    product.in = mix.out;
     product.index = nullptr;
     product.inStride = problem.rank;
     return runDecodeProduct(product, problem.b.type, cuts.product.slices, device.capability >= 90, stream);
@@ -357,12 +356,11 @@ char const* whyRefused(Problem const& problem) noexcept
     {
         return "x must be fp16 or bf16";
     }
-    for (WeightFormat const& format : {problem.a, problem.b})
+    char const* const ofA = whyFormatRefused(problem.a);
+    char const* const refusal = ofA != nullptr ? ofA : whyFormatRefused(problem.b);
+    if (refusal != nullptr)
     {
-        if (whyFormatRefused(format) != nullptr)
-        {
-            return whyFormatRefused(format);
-        }
+        return refusal;
     }
     if (problem.tactic < 0 || problem.tactic >= kTactics)
     {

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.artefact import sha256_of_file
 from pipeline.checkpoint.folder import load_checkpoint
 from pipeline.cli.main import main
 from pipeline.compress.plan.plan import uniform_plan
@@ -32,6 +33,7 @@ from pipeline.export.onnx_folder import load_graph, read_onnx_folder
 from pipeline.export.request import ExportRequest
 from pipeline.model.structure import decoder_structure
 from tests.support.families import save_family
+from tests.support.quantised_layers import save_low_bit_llama
 
 SM86 = Target("rtx", (8, 6), "a test")
 # TensorRT has no fused attention for narrower heads.
@@ -172,6 +174,39 @@ def test_without_the_library_codes_go_through_dequantize_linear(
     assert "DequantizeLinear" in notes[0]
     folders = sorted(path.name for path in tmp_path.iterdir())
     assert folders == (["split"] if embed else ["dequantized"])
+
+
+def test_a_folder_that_was_exported_with_dequantize_linear_is_taken_as_before(
+    exported: Path, tmp_path: Path
+) -> None:
+    """What other versions wrote: FewBits ops, whose bodies stay beside the plugin."""
+    old, _, _ = graph_given(request_of(exported), tmp_path / "staging", set())
+    shutil.copytree(exported, tmp_path / "onnx")
+    (tmp_path / "onnx" / "model.onnx").write_bytes(old.SerializeToString())
+    record = json.loads((tmp_path / "onnx" / "export.json").read_text())
+    record["onnx_sha256"] = sha256_of_file(tmp_path / "onnx" / "model.onnx")
+    (tmp_path / "onnx" / "export.json").write_text(json.dumps(record))
+    folder = read_onnx_folder(tmp_path / "onnx")
+    assert (folder.block_skip_nodes, folder.quantized_nodes, folder.coded_nodes) == (1, 5, 0)
+    request = request_of(tmp_path / "onnx", plugin=Path("library.so"))
+    graph, holds, _ = graph_given(request, tmp_path / "second", EVERY_OP)
+    assert {function.name for function in graph.functions} <= {*DEQUANTIZED_SKIP_OPS}
+    taken = paths_taken(holds, {"PLUGIN_V3": 1, "DEQUANTIZE": folder.dequantized})
+    assert taken["block_skip"] == {"path": "plugin", "nodes": 1}
+    assert taken["few_bits"]["path"] == "function body"
+
+
+@pytest.mark.slow
+def test_an_engine_of_the_older_opset_holds_codes_too(tmp_path: Path) -> None:
+    """TensorRT's parser takes blocks in opset 18, which JetPack 6.2 is given."""
+    pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx-cu13")
+    checkpoint = save_low_bit_llama(tmp_path / "checkpoint")
+    export_folder(checkpoint, tmp_path / "onnx", ExportRequest("compat", "float16", 48))
+    manifest = build_engine(tmp_path / "onnx", tmp_path / "engine", EngineRequest(SM86))
+    # Two layers of two factored groups and two dense matrices, the head, and the look-up.
+    expected = {"matrices": 2 * 6 + 2, "block_skip_nodes": 4, "path": "function body"}
+    assert manifest["few_bits"] == expected
+    assert manifest["layer_types"]["DEQUANTIZE"] == 2 * 6 + 2
 
 
 def test_codes_that_became_numbers_while_parsing_are_refused() -> None:

@@ -71,7 +71,7 @@ def described(node: NodeProto, kinds: dict[str, tuple[int, list[int]]]) -> str:
     return " ".join(map(str, words))
 
 
-@pytest.mark.parametrize("profile", ["opset24", "compat"])
+@pytest.mark.parametrize("profile", ["opset24", pytest.param("compat", marks=pytest.mark.slow)])
 def test_every_node_of_an_exported_model_in_few_bits_is_taken(
     profile: str, library: Path, tmp_path: Path
 ) -> None:
