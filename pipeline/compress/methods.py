@@ -81,7 +81,7 @@ class _CacheFit:
 
 
 @dataclass(frozen=True)
-class ConvRounding:
+class _ConvRounding:
     """How the convolutions of a network are rounded to 8 bits.
 
     Attributes:
@@ -119,7 +119,7 @@ class Method:
     quantizer: bool = False
     cache: _CacheFit = _CacheFit()
     cache_alone: bool = False
-    convolutions: ConvRounding | None = None
+    convolutions: _ConvRounding | None = None
 
     @property
     def needs_costs(self) -> bool:
@@ -186,7 +186,7 @@ METHODS = {
         False,
         _UNIFORM,
         ONE_SIDED,
-        convolutions=ConvRounding(),
+        convolutions=_ConvRounding(),
     ),
     "int8-min-max": Method(
         "the same, ranges that hold all that was seen, one scale a kernel",
@@ -194,7 +194,7 @@ METHODS = {
         False,
         _UNIFORM,
         ONE_SIDED,
-        convolutions=ConvRounding("min-max", per_channel=False, squares=False),
+        convolutions=_ConvRounding("min-max", per_channel=False, squares=False),
     ),
     # Chang et al., ICLR 2025
     "palu": _palu(

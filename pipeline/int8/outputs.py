@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 _LEAST_VARIANCE = 1e-12
 
 
-def output_tensors(outputs: Any) -> list[torch.Tensor]:
+def _output_tensors(outputs: Any) -> list[torch.Tensor]:
     """The tensors in what a network gives: a tensor, tuple, dict or output of transformers."""
     leaves = pytree.tree_leaves(outputs if not hasattr(outputs, "to_tuple") else dict(outputs))
     return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
@@ -31,6 +31,6 @@ def output_error(outputs: Any, targets: Any) -> torch.Tensor:
     errors = [
         (found.float() - wanted.float()).square().mean()
         / wanted.float().var().clamp_min(_LEAST_VARIANCE)
-        for found, wanted in zip(output_tensors(outputs), output_tensors(targets), strict=True)
+        for found, wanted in zip(_output_tensors(outputs), _output_tensors(targets), strict=True)
     ]
     return torch.stack(errors).sum()

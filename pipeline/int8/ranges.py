@@ -68,7 +68,7 @@ class Observer:
         return self.low + (self.high - self.low) * places
 
 
-def grid_of(low: float, high: float, codes: Codes, symmetric: bool) -> ActivationGrid:
+def _grid_of(low: float, high: float, codes: Codes, symmetric: bool) -> ActivationGrid:
     """The grid that just holds a range.
 
     Args:
@@ -97,7 +97,7 @@ def _short(step: float) -> float:
 
 def _min_max(seen: Observer, codes: Codes, symmetric: bool) -> ActivationGrid:
     """All that was seen."""
-    return grid_of(seen.low, seen.high, codes, symmetric)
+    return _grid_of(seen.low, seen.high, codes, symmetric)
 
 
 def _percentile(seen: Observer, codes: Codes, symmetric: bool) -> ActivationGrid:
@@ -111,7 +111,7 @@ def _percentile(seen: Observer, codes: Codes, symmetric: bool) -> ActivationGrid
     width = (seen.high - seen.low) / _BINS
     high = seen.low + width * (1 + int((upto < total - left).sum()))
     low = seen.low + width * int((upto <= left).sum())
-    return grid_of(
+    return _grid_of(
         min(low, 0.0) if seen.low < 0 else 0.0, max(min(high, seen.high), 0.0), codes, symmetric
     )
 
@@ -126,7 +126,7 @@ def _least_squares(seen: Observer, codes: Codes, symmetric: bool) -> ActivationG
         pairs = torch.stack((lows, highs), dim=1)
     else:
         pairs = torch.cartesian_prod(seen.low * _FRACTIONS[::2], seen.high * _FRACTIONS[1::2])
-    grids = [grid_of(low, high, codes, symmetric) for low, high in pairs.tolist()]
+    grids = [_grid_of(low, high, codes, symmetric) for low, high in pairs.tolist()]
     scales = torch.tensor([grid.scale for grid in grids], dtype=torch.float64)[:, None]
     zeros = torch.tensor([grid.zero for grid in grids], dtype=torch.float64)[:, None]
     placed = ((seen.centres / scales).round() + zeros).clamp(codes.low, codes.high)

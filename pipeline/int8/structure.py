@@ -30,7 +30,7 @@ _ACTIVATIONS = nn.ReLU.__module__
 
 
 @dataclass(frozen=True)
-class ConvSite:
+class _ConvSite:
     """One convolution in its network.
 
     Attributes:
@@ -59,7 +59,7 @@ class ConvStructure:
         left_out: convolutions that must stay as they are, and why.
     """
 
-    convs: dict[str, ConvSite]
+    convs: dict[str, _ConvSite]
     activations: dict[str, int]
     left_out: dict[str, str]
 
@@ -131,7 +131,7 @@ class _Walk:
         for name, node in convs.items():
             read, norm = _argument(node, 0), norms[name]
             kernel = self.model.get_parameter(f"{name}.weight")
-            sites[name] = ConvSite(
+            sites[name] = _ConvSite(
                 reads=numbers[self._root(read)],
                 source=makers.get(read),
                 norm=None if norm is None else self._path(norm),

@@ -9,7 +9,7 @@ from torch.ao.quantization.observer import MinMaxObserver, PerChannelMinMaxObser
 from pipeline.checkpoint.modeling_quantized import Codes
 from pipeline.errors import InputError
 from pipeline.int8.grids import short_scale
-from pipeline.int8.ranges import OBSERVERS, Observer, grid_of, weight_scales
+from pipeline.int8.ranges import OBSERVERS, Observer, _grid_of, weight_scales
 
 INT8, UINT8 = Codes.parse("int8"), Codes.parse("uint8")
 
@@ -53,7 +53,7 @@ def test_weights_have_the_scales_of_torch_shortened() -> None:
 
 
 def test_a_symmetric_grid_holds_both_ends() -> None:
-    grid = grid_of(-2.0, 1.0, INT8, True)
+    grid = _grid_of(-2.0, 1.0, INT8, True)
     assert grid.zero == 0
     ends = grid.rounded(torch.tensor([-2.0, 1.0])).tolist()
     assert ends == pytest.approx([-2.0, 1.0], abs=grid.scale / 2)
@@ -61,7 +61,7 @@ def test_a_symmetric_grid_holds_both_ends() -> None:
 
 def test_zero_is_on_every_grid() -> None:
     for low, high in ((-3.0, 0.0), (-0.01, 5.0), (0.0, 1.0), (-7.0, 0.3)):
-        grid = grid_of(low, high, UINT8, False)
+        grid = _grid_of(low, high, UINT8, False)
         assert float(grid.rounded(torch.zeros(()))) == 0.0
 
 
