@@ -62,7 +62,7 @@ class Int8Runtime:
             )
 
 
-INT8_RUNTIMES = {
+_INT8_RUNTIMES = {
     row.name: row
     for row in (
         Int8Runtime("tensorrt", True, True, False, "int8 activations with zero point 0"),
@@ -77,11 +77,11 @@ def int8_runtime(name: str) -> Int8Runtime:
     Raises:
         UsageError: there is none.
     """
-    if name not in INT8_RUNTIMES:
+    if name not in _INT8_RUNTIMES:
         raise UsageError(
             "No convolutions in 8 bits for this runtime.",
             where="--runtime",
             observed=name,
-            expected=" or ".join(INT8_RUNTIMES),
+            expected=" or ".join(_INT8_RUNTIMES),
         )
-    return INT8_RUNTIMES[name]
+    return _INT8_RUNTIMES[name]

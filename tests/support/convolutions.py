@@ -16,7 +16,7 @@ from pipeline.int8.convert import (
     int8_tensors,
 )
 from pipeline.int8.ranges import Observer
-from pipeline.int8.runtimes import INT8_RUNTIMES
+from pipeline.int8.runtimes import _INT8_RUNTIMES
 from pipeline.int8.structure import ConvStructure
 
 SIZE = (12, 16)
@@ -83,7 +83,7 @@ def rounded_small_net(
     runtime: str, bits: int = 8, convs: list[str] | None = None
 ) -> tuple[SmallNet, Entries, dict[str, torch.Tensor]]:
     """A network that was not changed yet, and what rounds it."""
-    (structure, seen), model, row = seen_in_small_net(), small_net(), INT8_RUNTIMES[runtime]
+    (structure, seen), model, row = seen_in_small_net(), small_net(), _INT8_RUNTIMES[runtime]
     grids = activation_grids(seen, row, bits=bits)
     rounding = WeightRounding(bits)
     entries = int8_entries(structure, grids, row, rounding, convs)

@@ -15,7 +15,7 @@ import torch
 from pipeline.checkpoint.install import install_
 from pipeline.errors import InputError
 from pipeline.export.int8_nodes import int8_as_nodes, require_int8_runtime
-from pipeline.int8.runtimes import INT8_RUNTIMES
+from pipeline.int8.runtimes import _INT8_RUNTIMES
 from tests.support.convolutions import SmallNet, images, rounded_small_net, small_net
 
 
@@ -41,7 +41,7 @@ def exported(model: SmallNet, path: Path) -> Path:
     return path
 
 
-@pytest.fixture(scope="module", params=sorted(INT8_RUNTIMES))
+@pytest.fixture(scope="module", params=sorted(_INT8_RUNTIMES))
 def exports(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, SmallNet, Path]:
     model = rounded(request.param)
     return request.param, model, exported(model, tmp_path_factory.mktemp("int8") / "m.onnx")

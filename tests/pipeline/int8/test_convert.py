@@ -21,12 +21,12 @@ from pipeline.int8.convert import (
     int8_entries,
     int8_tensors,
 )
-from pipeline.int8.runtimes import INT8_RUNTIMES
+from pipeline.int8.runtimes import _INT8_RUNTIMES
 from pipeline.int8.structure import ConvStructure
 from tests.support.convolutions import images, rounded_small_net, seen_in_small_net, small_net
 
 
-@pytest.mark.parametrize("runtime", INT8_RUNTIMES)
+@pytest.mark.parametrize("runtime", _INT8_RUNTIMES)
 def test_a_rounded_network_is_close_to_its_own_and_restored_behind(runtime: str) -> None:
     model, entries, tensors = rounded_small_net(runtime)
     x = images(1, seed=9)[0]
@@ -87,7 +87,7 @@ def test_a_convolution_that_stays_float_keeps_its_norm_and_its_input() -> None:
     assert isinstance(model.get_submodule("merge.2"), RoundedActivation)  # `last` reads it
 
 
-@pytest.mark.parametrize("runtime", INT8_RUNTIMES)
+@pytest.mark.parametrize("runtime", _INT8_RUNTIMES)
 def test_casts_of_the_model_leave_codes_and_scales_alone(runtime: str) -> None:
     model, entries, tensors = rounded_small_net(runtime)
     install_(model, entries, tensors)
@@ -106,7 +106,7 @@ def test_the_network_of_driving_is_rounded_whole_but_for_what_its_heads_give() -
         for batch in 10 * batches:  # norms that know their inputs
             model(batch)
     model.eval()
-    row = INT8_RUNTIMES["cpu"]
+    row = _INT8_RUNTIMES["cpu"]
     structure = ConvStructure.of(model, batches[0])
     assert len(structure.convs) == 65
     assert sum(site.norm is not None for site in structure.convs.values()) == 60
@@ -130,7 +130,7 @@ def test_calibration_needs_batches_and_a_known_observer() -> None:
     with pytest.raises(InputError, match="nothing to calibrate on"):
         observe(model, structure, [])
     with pytest.raises(UsageError, match="no such way"):
-        activation_grids({}, INT8_RUNTIMES["cpu"], observer="entropy")
+        activation_grids({}, _INT8_RUNTIMES["cpu"], observer="entropy")
     with pytest.raises(InputError, match="not finite"):
         observe(model, structure, [batches[0] / 0])
 

@@ -6,12 +6,12 @@ import pytest
 
 from pipeline.checkpoint.modeling_quantized import Codes
 from pipeline.errors import InputError, UsageError
-from pipeline.int8.runtimes import INT8_RUNTIMES, int8_runtime
+from pipeline.int8.runtimes import _INT8_RUNTIMES, int8_runtime
 from pipeline.quantize.formats import RUNTIMES
 
 
 def test_runtimes_are_those_of_the_formats() -> None:
-    assert INT8_RUNTIMES.keys() <= RUNTIMES.keys()
+    assert _INT8_RUNTIMES.keys() <= RUNTIMES.keys()
 
 
 @pytest.mark.parametrize(
@@ -25,7 +25,7 @@ def test_activations_for_another_runtime_are_refused(runtime: str, codes: str, z
 
 
 def test_its_own_activations_are_taken() -> None:
-    for name, row in INT8_RUNTIMES.items():
+    for name, row in _INT8_RUNTIMES.items():
         row.require([("stem", row.codes(), 0)], name)
 
 

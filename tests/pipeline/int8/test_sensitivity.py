@@ -7,7 +7,7 @@ import torch
 from pipeline.int8.calibrate import activation_grids
 from pipeline.int8.convert import WeightRounding
 from pipeline.int8.outputs import output_error
-from pipeline.int8.runtimes import INT8_RUNTIMES
+from pipeline.int8.runtimes import _INT8_RUNTIMES
 from pipeline.int8.sensitivity import conv_sensitivities
 from tests.support.convolutions import images, seen_in_small_net, small_net
 
@@ -17,7 +17,7 @@ def test_a_convolution_whose_weights_are_spread_is_the_most_sensitive_one() -> N
     for network in (model, teacher):  # a channel that no scale of its tensor's others fits
         network.get_parameter("left.0.weight").data[0, 0] *= 300
     structure, seen = seen_in_small_net()
-    row = INT8_RUNTIMES["cpu"]
+    row = _INT8_RUNTIMES["cpu"]
     grids, rounding = activation_grids(seen, row, "min-max"), WeightRounding(4, squares=False)
     calls = []
 

@@ -15,7 +15,11 @@ from pipeline.errors import InputError
 from pipeline.int8.calibrate import activation_grids
 from pipeline.int8.convert import WeightRounding, as_rounded, folded_kernels
 from pipeline.int8.outputs import _output_tensors, output_error
+<<<<<<< HEAD
 from pipeline.int8.runtimes import INT8_RUNTIMES
+=======
+from pipeline.int8.runtimes import _INT8_RUNTIMES
+>>>>>>> int8
 from pipeline.int8.training import (
     finish_training_,
     scale_parameters,
@@ -33,13 +37,13 @@ from tests.support.convolutions import (
 
 def in_training(runtime: str, bits: int) -> tuple[SmallNet, Any, Any, WeightRounding]:
     model, entries, tensors = rounded_small_net(runtime, bits)
-    grids = activation_grids(seen_in_small_net()[1], INT8_RUNTIMES[runtime], bits=bits)
+    grids = activation_grids(seen_in_small_net()[1], _INT8_RUNTIMES[runtime], bits=bits)
     rounding = WeightRounding(bits)
     train_rounded_(model, entries, grids, folded_kernels(model, entries), rounding)
     return model, entries, tensors, rounding
 
 
-@pytest.mark.parametrize("runtime", INT8_RUNTIMES)
+@pytest.mark.parametrize("runtime", _INT8_RUNTIMES)
 @pytest.mark.parametrize("bits", [4, 8])
 def test_before_a_step_the_network_computes_what_was_rounded(runtime: str, bits: int) -> None:
     model, entries, tensors, _ = in_training(runtime, bits)
@@ -66,7 +70,7 @@ def steps(model: nn.Module, count: int, teacher: nn.Module) -> None:
         schedule.step()
 
 
-@pytest.mark.parametrize("runtime", INT8_RUNTIMES)
+@pytest.mark.parametrize("runtime", _INT8_RUNTIMES)
 def test_what_was_trained_is_delivered_bit_for_bit(runtime: str) -> None:
     model, entries, tensors, rounding = in_training(runtime, 4)
     steps(model, 5, small_net())
@@ -84,7 +88,7 @@ def test_what_was_trained_is_delivered_bit_for_bit(runtime: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(trained, fresh(x), strict=True))
 
 
-@pytest.mark.parametrize("runtime", INT8_RUNTIMES)
+@pytest.mark.parametrize("runtime", _INT8_RUNTIMES)
 def test_a_network_of_codes_is_taken_up_where_it_stands(runtime: str) -> None:
     model, entries, tensors = rounded_small_net(runtime)
     install_(model, entries, tensors)
