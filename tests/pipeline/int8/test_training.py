@@ -15,11 +15,7 @@ from pipeline.errors import InputError
 from pipeline.int8.calibrate import activation_grids
 from pipeline.int8.convert import WeightRounding, as_rounded, folded_kernels
 from pipeline.int8.outputs import _output_tensors, output_error
-<<<<<<< HEAD
-from pipeline.int8.runtimes import INT8_RUNTIMES
-=======
 from pipeline.int8.runtimes import _INT8_RUNTIMES
->>>>>>> int8
 from pipeline.int8.training import (
     finish_training_,
     scale_parameters,
