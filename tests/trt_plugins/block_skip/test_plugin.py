@@ -45,7 +45,11 @@ def test_the_harness_finds_no_fault(library: Path, tmp_path: Path) -> None:
     assert len(written["checks"]) >= 900
 
 
-TYPES = {TensorProto.FLOAT16: "half", TensorProto.INT8: "int8", TensorProto.INT32: "int32"}
+TYPES: dict[int, str] = {
+    TensorProto.FLOAT16: "half",
+    TensorProto.INT8: "int8",
+    TensorProto.INT32: "int32",
+}
 
 
 def described(node: NodeProto, kinds: dict[str, tuple[int, list[int]]]) -> str:
