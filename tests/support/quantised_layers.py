@@ -103,7 +103,8 @@ def _group(
     up: str,
     dtype: torch.dtype,
 ) -> tuple[dict[str, dict[str, Any]], dict[str, torch.Tensor]]:
-    layers: list[Any] = [model.get_submodule(member) for member in members]
+    modules = [model.get_submodule(member) for member in members]
+    layers = [module for module in modules if isinstance(module, nn.Linear)]
     weight = np.concatenate([layer.weight.detach().numpy() for layer in layers])
     heights, columns = [layer.out_features for layer in layers], weight.shape[1]
     if form == "dense":

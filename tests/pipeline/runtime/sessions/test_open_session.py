@@ -73,7 +73,8 @@ def test_a_model_of_codes_stays_codes_and_says_what_the_checkpoint_says(
     model, replaced = _load_half(tmp_path)
     assert replaced == 2 * 7 + 1  # and the head, whose codes the table reads
     numbers = [b for b in (*model.parameters(), *model.buffers()) if b.is_floating_point()]
-    assert max(b.numel() for b in numbers if b.dim() == 2) <= max(128, VOCAB_SIZE)  # scales
+    # The largest are scales, of gate and up: no matrix is written out.
+    assert max(b.numel() for b in numbers if b.dim() == 2) == 2 * 192
     answered = StaticSession(model, "half", 64).forward(TOKENS)
     wanted = expected.forward(TOKENS)
     bits = 8 if stored == torch.bfloat16 else 11
