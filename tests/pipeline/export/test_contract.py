@@ -35,7 +35,7 @@ SPELT_ALIKE = {
     "pipeline/driving/network.py": {"pixel_values"},  # what a model of transformers is given
     "pipeline/driving/preprocess.py": {"pixel_values"},  # and its image processor returns
     "pipeline/driving/evaluate.py": {"pixel_values"},
-    "pipeline/compress/driving.py": {"pixel_values"},
+    "pipeline/calibrate/driving_images.py": {"pixel_values"},
     "validate/driving.py": {"pixel_values"},
     "validate/greedy.py": {"input_ids"},
     "pipeline/output.py": {"export.json"},  # one of all records, on the ground floor
