@@ -317,6 +317,8 @@ def install(root: Path, choice: Choice, *, verbose: bool) -> None:
     """Install torch, then this project with its extras, then the default model."""
     pip = [str(venv_python(root)), "-m", "pip", "install"]
     pip += ["--disable-pip-version-check", "--no-input"]
+    # Python compiles what is imported when it is; of all packages together that is a small part.
+    pip.append("--no-compile")
     torch_arguments, reason = choose_torch(choice.extras, platform.system())
     target = f"{root}[{','.join(choice.extras)}]"
     steps = (
