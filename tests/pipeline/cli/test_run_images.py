@@ -39,6 +39,14 @@ def test_an_image_is_a_line_of_json_and_a_picture(
     assert capsys.readouterr().out.startswith("road.png: ")
 
 
+def test_compress_names_the_method_that_rounds_convolutions(
+    net: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["compress", "-m", str(net), "-o", str(tmp_path / "out")]) == 3
+    assert "--method int8" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -46,7 +54,6 @@ def test_an_image_is_a_line_of_json_and_a_picture(
         ["serve", "NET"],
         ["bench", "NET"],
         ["build", "-m", "NET", "-o", "OUT"],
-        ["compress", "-m", "NET", "-o", "OUT", "--keep-params", "0.8"],
         ["recover", "NET", "-o", "OUT", "--text", "IMAGE", "--steps", "2"],
         ["evaluate", "NET", "--prompt", "hello"],
         ["export", "NET", "-o", "OUT", "--profile", "cpu", "--cache", "int8"],

@@ -110,7 +110,7 @@ def test_a_budget_of_bytes_keeps_the_most_sensitive_convolutions_in_numbers(
 def test_the_checkpoint_runs(
     rounded: Path, pictures: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["run", str(rounded), "--image", str(pictures / "0.png")]) == 0
+    assert main(["run", str(rounded), "--image", str(pictures / "0.png"), "--json"]) == 0
     assert json.loads(capfd.readouterr().out.splitlines()[0])
 
 
