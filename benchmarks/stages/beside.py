@@ -33,7 +33,7 @@ from pipeline.progress import note
 from pipeline.provenance import provenance
 
 _SCHEMA = 1
-_WAYS = {"sleeping": {}, "spinning": {"OMP_WAIT_POLICY": "active"}}
+_WAYS: dict[str, dict[str, str]] = {"shipped": {}, "spinning": {"OMP_WAIT_POLICY": "active"}}
 _COMPRESS = ("compress", "-m", "smollm2-135m", "--effort", "fast", "--windows", "8", "--overwrite")
 _ANSWER = ("-p", "Tell me all about whales.", "--max-new-tokens", "256", "--temperature", "0.8",
            "--seed", "1")  # fmt: skip

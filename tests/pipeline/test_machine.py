@@ -48,12 +48,16 @@ def test_products_take_one_thread_of_each_physical_core(tmp_path: Path) -> None:
     assert machine.product_threads(tmp_path) == 1
 
 
-@pytest.mark.parametrize("chosen", [{}, {"OMP_WAIT_POLICY": "active"}])
-def test_commands_wait_without_spinning_unless_the_user_chose(chosen: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    ("chosen", "says"), [({}, "1000"), ({"OMP_WAIT_POLICY": "active"}, "None")]
+)
+def test_commands_spin_briefly_unless_the_user_chose(chosen: dict[str, str], says: str) -> None:
     lines = "import os; from pipeline.cli.main import main; main(['--version']); "
-    lines += "print(os.environ['OMP_WAIT_POLICY'])"
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
+    lines += "print(os.environ.get('GOMP_SPINCOUNT'))"
+    kept = {
+        name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))
+    }
     answer = subprocess.run(
         [sys.executable, "-c", lines], env=kept | chosen, capture_output=True, text=True, check=True
     )
-    assert answer.stdout.split()[-1] == chosen.get("OMP_WAIT_POLICY", "passive")
+    assert answer.stdout.split()[-1] == says
