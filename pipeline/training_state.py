@@ -1,10 +1,11 @@
-"""The state of a training on disk, from which it goes on to the same bits; and its settings."""
+"""The steps of a training, and their state on disk, from which they go on to the same bits."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ from torch import nn
 from pipeline.artefact import damaged
 from pipeline.errors import InputError, UsageError
 from pipeline.kept_tensors import keep_tensors, kept_tensors
+from pipeline.progress import track
 
 # What AdamW keeps of a parameter.
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+_SECONDS_BETWEEN_SAVES = 60.0
 
 
 def require_trainable(request: Any, least: Mapping[str, int]) -> None:
@@ -122,18 +125,55 @@ class TrainingState:
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
 
 
-def require_finite_step(step: int, loss: float, norm: float, path: Path) -> None:
-    """Refuse to go on with a step whose loss or gradient is not finite.
+def take_steps_(
+    state: TrainingState,
+    progress: Progress,
+    steps: int,
+    loss_at: Callable[[int], torch.Tensor],
+    rate_at: Callable[[int], float],
+    largest_gradient: float,
+    what: str,
+    clipped: Iterable[nn.Parameter] | None = None,
+    after: Callable[[int], object] = lambda step: None,
+) -> None:
+    """Take the steps that an earlier run has not taken yet, and keep the state now and then.
 
     Args:
-        step: counted from 0.
-        loss: of it.
-        norm: of its gradient.
-        path: where the state from before it is kept, if it is.
+        state: of parameters and optimizer, as it was loaded.
+        progress: how far it is; advanced.
+        steps: of the whole run.
+        loss_at: the loss of a step, by its number from 0, a function of that and the parameters.
+        rate_at: learning rate of a step; a group of the optimizer may multiply it by its `times`.
+        largest_gradient: norm beyond which gradients are scaled down.
+        what: is done, for whoever waits.
+        clipped: the parameters in the order in which their norms are summed; None is the state's.
+        after: what else a step changes, by its number.
 
     Raises:
-        InputError: they are not finite.
+        InputError: a loss or gradient that is not finite; the state on disk is from before it.
     """
+    parameters = list(state.parameters.values() if clipped is None else clipped)
+    saved = time.monotonic()
+    for step in track(range(progress.step, steps), what):
+        state.optimizer.zero_grad()
+        loss = loss_at(step)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(parameters, largest_gradient)
+        _require_finite(step, loss.item(), norm.item(), state.path)
+        # Before the update and after its check: what is kept is known to have a finite loss.
+        if time.monotonic() - saved >= _SECONDS_BETWEEN_SAVES:
+            state.save(progress)
+            saved = time.monotonic()
+        for group in state.optimizer.param_groups:
+            group["lr"] = rate_at(step) * group.get("times", 1.0)
+        state.optimizer.step()
+        after(step)
+        progress.step = step + 1
+        progress.losses.append(loss.item())
+
+
+def _require_finite(step: int, loss: float, norm: float, path: Path) -> None:
+    """Raise InputError for a step, counted from 0, whose loss or gradient is not finite."""
     if math.isfinite(loss) and math.isfinite(norm):
         return
     kept = path.exists()

@@ -6,7 +6,6 @@ that was interrupted ends, on the CPU with as many threads, in the same bytes.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,10 +20,8 @@ from pipeline.driving.loss import Batch, driving_loss
 from pipeline.driving.network import QyolopForDrivingPerception
 from pipeline.driving.recipe import Stage, TrainRequest, places_at
 from pipeline.driving.sample import DrivingSet
-from pipeline.progress import track
-from pipeline.training_state import Progress, TrainingState, require_finite_step
+from pipeline.training_state import Progress, TrainingState, take_steps_
 
-_SECONDS_BETWEEN_SAVES = 60.0
 _LARGEST_GRADIENT = 10.0
 _WEIGHT_DECAY = 5e-4
 _AVERAGED = 0.998  # of the running mean of weights that is kept
@@ -63,26 +60,25 @@ def train_stage_(
     for name, tensor in buffers.items():
         tensor.copy_(held[f"buffer/{name}"])
     progress.learning_rates.setdefault(str(progress.step), request.learning_rate)
-    saved = time.monotonic()
+
+    def loss_at(step: int) -> torch.Tensor:
+        batch = _drawn(stage, sets, request, step)
+        for name, tensor in buffers.items():
+            held[f"buffer/{name}"].copy_(tensor)
+        return _total_loss(model, batch, request)
+
     with _same_bits():
-        for step in track(range(progress.step, steps), f"{stage.name}, step"):
-            batch = _drawn(stage, sets, request, step)
-            for name, tensor in buffers.items():
-                held[f"buffer/{name}"].copy_(tensor)
-            loss = _total_loss(model, batch, request)
-            optimizer.zero_grad()
-            loss.backward()
-            norm = nn.utils.clip_grad_norm_(parameters.values(), _LARGEST_GRADIENT)
-            require_finite_step(step, loss.item(), norm.item(), path)
-            if time.monotonic() - saved >= _SECONDS_BETWEEN_SAVES:
-                state.save(progress)
-                saved = time.monotonic()
-            for group in optimizer.param_groups:
-                group["lr"] = request.learning_rate * stage.rate_at(step, steps)
-            optimizer.step()
-            _average_(mean, model, step)
-            progress.step = step + 1
-            progress.losses.append(loss.item())
+        take_steps_(
+            state,
+            progress,
+            steps,
+            loss_at,
+            lambda step: request.learning_rate * stage.rate_at(step, steps),
+            _LARGEST_GRADIENT,
+            f"{stage.name}, step",
+            clipped=parameters.values(),
+            after=lambda step: _average_(mean, model, step),
+        )
     model.load_state_dict(mean, strict=False)
     model.eval()
     return progress

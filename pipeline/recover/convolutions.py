@@ -28,13 +28,12 @@ from pipeline.int8.training import (
     stored_rounding,
     train_rounded_,
 )
-from pipeline.progress import note, track
+from pipeline.progress import note
 from pipeline.provenance import provenance, public_name
 from pipeline.recover.request import RecoverRequest, held_out
-from pipeline.training_state import Progress, TrainingState, require_finite_step
+from pipeline.training_state import Progress, TrainingState, take_steps_
 
 _WORK, _MOST_IMAGES = "training", 512
-_SECONDS_BETWEEN_SAVES = 60.0
 _LARGEST_GRADIENT = 1.0
 # Of scales, which are trained as logarithms, against kernels.
 _SCALE_RATE = 5.0
@@ -176,7 +175,14 @@ def _train(
     before = _mean(error, kept, request.batch_size)
     progress = state.load_()
     progress.learning_rates.setdefault(str(progress.step), request.learning_rate)
-    _steps(request, error, seen, state, progress)
+    schedule = request.schedule
+
+    def loss_at(step: int) -> torch.Tensor:
+        return error(seen[torch.from_numpy(schedule.windows_at(step, len(seen)))])
+
+    take_steps_(
+        state, progress, request.steps, loss_at, schedule.rate_at, _LARGEST_GRADIENT, "step"
+    )
     after = _mean(error, kept, request.batch_size)
     if after > before:
         note(f"training made the error larger: {before:.4g} before, {after:.4g} after")
@@ -194,32 +200,6 @@ def _state(model: nn.Module, path: Path) -> TrainingState:
         {"params": [p for p in ordered.values() if id(p) in scales], "times": _SCALE_RATE},
     ]
     return TrainingState(path, ordered, torch.optim.AdamW(groups, weight_decay=0.0))
-
-
-def _steps(
-    request: RecoverRequest,
-    error: Callable[[torch.Tensor], torch.Tensor],
-    images: torch.Tensor,
-    state: TrainingState,
-    progress: Progress,
-) -> None:
-    """The steps that are left; what a step reads is a function of its number alone."""
-    schedule, optimizer, saved = request.schedule, state.optimizer, time.monotonic()
-    for step in track(range(progress.step, request.steps), "step"):
-        places = torch.from_numpy(schedule.windows_at(step, len(images)))
-        loss = error(images[places])
-        optimizer.zero_grad()
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(state.parameters.values(), _LARGEST_GRADIENT)
-        require_finite_step(step, loss.item(), norm.item(), state.path)
-        if time.monotonic() - saved >= _SECONDS_BETWEEN_SAVES:
-            state.save(progress)
-            saved = time.monotonic()
-        for group in optimizer.param_groups:
-            group["lr"] = schedule.rate_at(step) * group["times"]
-        optimizer.step()
-        progress.step = step + 1
-        progress.losses.append(loss.item())
 
 
 @torch.no_grad()

@@ -13,7 +13,6 @@ to take the same steps as one that was not interrupted.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,14 +25,12 @@ from transformers import PreTrainedModel
 from pipeline.calibrate.text import TokenBatch
 from pipeline.errors import InputError
 from pipeline.model.load import LoadedModel
-from pipeline.progress import track
 from pipeline.recover.adapters import attach, merge_
 from pipeline.recover.request import Recoverable, RecoverRequest, Schedule, held_out
-from pipeline.training_state import Progress, TrainingState, require_finite_step
+from pipeline.training_state import Progress, TrainingState, take_steps_
 
 # Mean loss of a batch of windows, int64 [B, T].
 _Loss = Callable[[torch.Tensor], torch.Tensor]
-_SECONDS_BETWEEN_SAVES = 60.0
 _LARGEST_GRADIENT = 1.0
 
 
@@ -167,21 +164,12 @@ def _train_(
     progress = state.load_()
     if schedule.learning_rate not in list(progress.learning_rates.values())[-1:]:
         progress.learning_rates[str(progress.step)] = schedule.learning_rate
-    saved = time.monotonic()
-    remaining = range(progress.step, schedule.steps)
-    for step in track(remaining, "recover, step"):
-        chosen = torch.from_numpy(schedule.windows_at(step, len(windows)))
-        optimizer.zero_grad()
-        loss = loss_of(windows[chosen])
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(parameters.values(), _LARGEST_GRADIENT)
-        require_finite_step(step, loss.item(), norm.item(), path)
-        # Before the update and after its check: what is kept is known to have a finite loss.
-        if time.monotonic() - saved >= _SECONDS_BETWEEN_SAVES:
-            state.save(progress)
-            saved = time.monotonic()
-        optimizer.param_groups[0]["lr"] = schedule.rate_at(step)
-        optimizer.step()
-        progress.step = step + 1
-        progress.losses.append(loss.item())
+
+    def loss_at(step: int) -> torch.Tensor:
+        return loss_of(windows[torch.from_numpy(schedule.windows_at(step, len(windows)))])
+
+    take_steps_(
+        state, progress, schedule.steps, loss_at, schedule.rate_at, _LARGEST_GRADIENT,
+        "recover, step",
+    )  # fmt: skip
     return progress

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from pipeline import training_state
 from pipeline.cli.main import main
 from pipeline.model import load
 from pipeline.output import partial_path
@@ -66,7 +67,7 @@ def interrupted(
 ) -> Path:
     """The output of a run that Ctrl-C stopped in its eighth step."""
     with monkeypatch.context() as patch:
-        patch.setattr(train, "_SECONDS_BETWEEN_SAVES", 0.0)
+        patch.setattr(training_state, "_SECONDS_BETWEEN_SAVES", 0.0)
         patch.setattr(train, "_next_token_loss", failing_at(9, KeyboardInterrupt()))
         assert main(arguments) == 130
     assert "a recover" in capsys.readouterr().err
@@ -178,7 +179,7 @@ def test_a_diverging_run_names_its_step_and_goes_on_with_a_smaller_learning_rate
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(train, "_SECONDS_BETWEEN_SAVES", 0.0)
+    monkeypatch.setattr(training_state, "_SECONDS_BETWEEN_SAVES", 0.0)
     # An update this large overflows the products of the next step.
     assert main([*arguments, "--learning-rate", "1e30"]) == 3
     message = capsys.readouterr().err
@@ -283,7 +284,7 @@ def test_a_killed_process_is_resumed_to_the_same_bytes(
         for folder in folders
     ]
     script = (
-        "from pipeline.recover import train; train._SECONDS_BETWEEN_SAVES = 0.0\n"
+        "from pipeline import training_state; training_state._SECONDS_BETWEEN_SAVES = 0.0\n"
         f"from pipeline.cli.main import main; main({commands[0]!r})"
     )
     process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL)

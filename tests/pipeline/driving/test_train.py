@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModel
 
+from pipeline import training_state
 from pipeline.cli.main import main
 from pipeline.driving import steps
 from pipeline.driving.data import _write_scenes
@@ -74,7 +75,7 @@ def test_a_run_that_is_interrupted_at_any_step_ends_in_the_same_bytes(
     monkeypatch: pytest.MonkeyPatch,
     at: int,
 ) -> None:
-    monkeypatch.setattr(steps, "_SECONDS_BETWEEN_SAVES", -1.0)
+    monkeypatch.setattr(training_state, "_SECONDS_BETWEEN_SAVES", -1.0)
     output = tmp_path / "net"
     with monkeypatch.context() as patch:
         patch.setattr(steps, "_drawn", broken_at(at, steps._drawn))

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
+from pipeline import training_state
 from pipeline.errors import InputError
-from pipeline.recover import train
 from pipeline.recover.request import Schedule, _windows_needed, held_out
 from pipeline.recover.train import (
     Progress,
@@ -62,7 +62,7 @@ def stopping(loss: _Loss, at: int) -> _Loss:
 
 @pytest.fixture(autouse=True)
 def saving_at_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "_SECONDS_BETWEEN_SAVES", 0.0)
+    monkeypatch.setattr(training_state, "_SECONDS_BETWEEN_SAVES", 0.0)
 
 
 def uninterrupted(folder: Path, schedule: Schedule = SCHEDULE) -> tuple[Bigrams, Progress]:
@@ -105,7 +105,7 @@ def test_steps_that_were_taken_are_not_taken_again(tmp_path: Path) -> None:
 
 
 def test_between_saves_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "_SECONDS_BETWEEN_SAVES", 1e9)
+    monkeypatch.setattr(training_state, "_SECONDS_BETWEEN_SAVES", 1e9)
     uninterrupted(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
