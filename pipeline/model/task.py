@@ -103,7 +103,7 @@ TASKS: dict[Task, _TaskRow] = {
         adapters={
             "compress": "pipeline.compress.classifier:prepare",
             "export": "pipeline.export.trace_classifier:trace_classifier",
-            "prove": "pipeline.export.prove_classifier:CLASSIFIER",
+            "prove": "pipeline.export.prove_images:CLASSIFIER",
             "engine": "pipeline.engine.profiles:image_limits",
             "ledger": "validate.classifier:CLASSIFIER",
             "inspect": "pipeline.compress.classifier:facts",
@@ -124,7 +124,7 @@ TASKS: dict[Task, _TaskRow] = {
             "compress": "pipeline.compress.driving:prepare",
             "convolutions": "pipeline.calibrate.driving_images:open_driving",
             "export": "pipeline.export.trace_driving:trace_driving",
-            "prove": "pipeline.export.prove_driving:DRIVING_NETWORK",
+            "prove": "pipeline.export.prove_images:DRIVING_NETWORK",
             "engine": "pipeline.engine.profiles:image_limits",
             "ledger": "validate.driving:DRIVING_NETWORK",
             "inspect": "pipeline.compress.driving:facts",
