@@ -26,9 +26,9 @@ from pipeline.stages import Stages, holds_something, read_build_record
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+    from validate.artefacts import Artefacts
     from validate.record import Ledger
     from validate.run import ValidateRequest
-    from validate.stages import Artefacts
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class BuildRequest:
             InputError: the model is no language model.
             UsageError: names the value and its range.
         """
-        from validate.stages import Artefacts
+        from validate.artefacts import Artefacts
 
         self.compress.check()
         refuse_other_tasks(task_of_model(self.compress.model), self.compress.model)
@@ -139,9 +139,9 @@ def _run_stages(
     state: Build, target: Target, exports: dict[str, ExportRequest], *, resume: bool
 ) -> Ledger:
     """Each stage in its folder, unless it is finished."""
+    from validate.artefacts import Artefacts
     from validate.report import reported
     from validate.run import validate
-    from validate.stages import Artefacts
 
     request, folder = state.request, state.folder
     state.run(

@@ -11,8 +11,8 @@ from pipeline.output import check_output
 if TYPE_CHECKING:
     from pipeline.compress.request import CompressRequest
     from pipeline.engine.target import Target
+    from validate.artefacts import Artefacts
     from validate.record import Ledger
-    from validate.stages import Artefacts
 
 
 def compress(
@@ -154,10 +154,10 @@ def validate(
     Raises:
         PipelineError: the artefacts or the text cannot be read.
     """
+    from validate.artefacts import Artefacts
     from validate.report import reported
     from validate.run import ValidateRequest
     from validate.run import validate as run
-    from validate.stages import Artefacts
 
     if output is not None:
         check_output(Path(output), overwrite=overwrite)

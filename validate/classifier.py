@@ -16,10 +16,11 @@ from pipeline.runtime.sessions.image_sessions import (
     OnnxImages,
     TorchImages,
 )
+from validate.artefacts import Artefacts
 from validate.compare import StageLogits
 from validate.ledger import Adapter, Column, Drawn, Loaded
 from validate.record import Accuracy, Row
-from validate.stages import Artefacts, Openers, Tolerance
+from validate.stages import Openers, Tolerance
 
 _BATCH = 16
 # The standard error of an accuracy of 80% is then 1.2%.

@@ -15,13 +15,14 @@ from pipeline.errors import UsageError
 from pipeline.export.record import read_export_record, require_weights
 from pipeline.model.task import TEXT, Task
 from pipeline.runtime.sessions.session import Session
+from validate.artefacts import Artefacts
 from validate.compare import StageLogits
 from validate.greedy import GreedyAgreement, GreedyTrace, Question, trace_greedy
 from validate.ledger import Adapter, Column, Drawn, Loaded
 from validate.metrics import log_perplexity_change
 from validate.quality import Perplexity, measure_perplexity
 from validate.record import PerplexityChange, Row
-from validate.stages import Artefacts, Openers, Tolerance, export_record_if_readable
+from validate.stages import Openers, Tolerance, export_record_if_readable
 
 _BATCHES = 4
 _BATCH_TOKENS = 128

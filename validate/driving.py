@@ -27,11 +27,12 @@ from pipeline.runtime.sessions.driving_sessions import (
     OnnxDriving,
     TorchDriving,
 )
+from validate.artefacts import Artefacts
 from validate.compare import Comparison, StageLogits
 from validate.ledger import Adapter, Column, Drawn, Loaded
 from validate.metrics import LogitMetrics
 from validate.record import DrivingScores, Row
-from validate.stages import Artefacts, Openers, Tolerance
+from validate.stages import Openers, Tolerance
 
 _BATCH = 8
 _DEFAULT_IMAGES = 160

@@ -13,9 +13,10 @@ from typing import Any, Protocol
 
 from pipeline.errors import PipelineError, UsageError
 from pipeline.model.task import Task
+from validate.artefacts import Artefacts
 from validate.compare import Comparison, StageLogits
 from validate.record import Row
-from validate.stages import Artefacts, Openers, Stage, Tolerance
+from validate.stages import Openers, Stage, Tolerance
 from validate.verdict import Verdict
 
 _logger = logging.getLogger(__name__)

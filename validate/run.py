@@ -8,10 +8,11 @@ from typing import Any
 
 from pipeline.model.task import adapter_of, task_of_model
 from pipeline.provenance import provenance, public_name
+from validate.artefacts import Artefacts
 from validate.ledger import Adapter, Options, run_ledger
 from validate.record import Ledger
 from validate.rounding import Rounding
-from validate.stages import ORIGINAL, Artefacts, Stage, standard_stages
+from validate.stages import ORIGINAL, Stage, standard_stages
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ Which they are does not depend on the task; what they are opened with does.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -13,10 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import InputError
-from pipeline.export.contract import FLOAT, FLOAT16, INT4, INT4_OFFSET, INT8, RECORD_FILE
+from pipeline.export.contract import FLOAT, FLOAT16, INT4, INT4_OFFSET, INT8
 from pipeline.export.record import ExportRecord, read_export_record
 from pipeline.json_file import json_field, read_json_object
 from pipeline.model.task import TASKS
+from validate.artefacts import Artefacts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -103,7 +103,6 @@ class Openers:
 
 
 ORIGINAL = "original"
-_FOLDERS_ABOVE = 3
 _DENSE_PRODUCT = "compressed, dense product"
 SKIP_FORM = "compressed, skip form"
 # Of a checkpoint whose KV cache is smaller: what that costs, and that latents give the same.
@@ -126,124 +125,6 @@ _NEAR_IN_INTEGERS = Tolerance(min_cosine=0.95, max_kl_to_reference=5e-2)
 _ROUNDED_CACHE = Tolerance(min_cosine=0.95, max_kl_to_reference=2e-2)
 # Beside PyTorch with the same rounding: a number between two codes may go either way.
 _SAME_IN_CODES = _SAME_IN_FLOAT16
-
-
-@dataclass(frozen=True)
-class Artefacts:
-    """What there is to validate.
-
-    Attributes:
-        original: alias, hub id, folder or GGUF file of the model before compression.
-        checkpoint: the compressed checkpoint; None if the model was not compressed.
-        onnx: exported ONNX folders.
-        engines: TensorRT engine folders.
-    """
-
-    original: str
-    checkpoint: Path | None = None
-    onnx: tuple[Path, ...] = ()
-    engines: tuple[Path, ...] = ()
-
-    @property
-    def inputs(self) -> tuple[object, ...]:
-        """All that is read, as it was named."""
-        return (self.original, self.checkpoint or "", *self.onnx, *self.engines)
-
-    @classmethod
-    def find(cls, build: Path) -> Artefacts:
-        """What lies in a build folder: checkpoint/, onnx*/ and engine*/.
-
-        Raises:
-            InputError: no checkpoint there, or it does not name its original.
-        """
-        checkpoint = build / "checkpoint"
-        if not (checkpoint / "config.json").is_file():
-            raise InputError(
-                "This is not a build folder.",
-                where=build,
-                expected="checkpoint/, and beside it onnx*/ and engine*/",
-                change="give the folder of `skipcat build`, or pass --original, --checkpoint, "
-                "--onnx",
-            )
-        return cls(
-            original=_original_of_build(build) or original_of(checkpoint),
-            checkpoint=checkpoint,
-            onnx=_folders(build, "onnx*", RECORD_FILE),
-            engines=_folders(build, "engine*", "manifest.json"),
-        )
-
-
-def _folders(build: Path, pattern: str, record: str) -> tuple[Path, ...]:
-    """Folders of `build` that match, in order of name.
-
-    Raises:
-        InputError: a folder matches, but lacks its record; passing over it would hide a stage.
-    """
-    found = tuple(sorted(path for path in build.glob(pattern) if path.is_dir()))
-    for path in found:
-        if not (path / record).is_file():
-            raise InputError(
-                "An artefact of this build is not complete.",
-                where=path,
-                expected=record,
-                change="make it again, or delete the folder",
-            )
-    return found
-
-
-def _original_of_build(build: Path) -> str | None:
-    """The original as build.json names it, a path included; None where that says nothing."""
-    if not (build / "build.json").is_file():
-        return None
-    record = read_json_object(build / "build.json")
-    request = json_field(record, "request", dict, build / "build.json", default=None) or {}
-    compress = json_field(request, "compress", dict, build / "build.json", default=None) or {}
-    return json_field(compress, "model", str, build / "build.json", default=None)
-
-
-def original_of(checkpoint: Path) -> str:
-    """The model that a checkpoint was made from, as its recipe.json names it.
-
-    Raises:
-        InputError: the recipe is missing or names none, or one of another machine or content.
-    """
-    from pipeline.checkpoint.folder import read_record
-
-    recipe = read_record(checkpoint, "recipe.json")
-    name = recipe.get("model")
-    if not name:
-        raise InputError(
-            "The checkpoint does not say what it was made from.",
-            where=checkpoint / "recipe.json",
-            expected="the name of the original under the key 'model'",
-            change="pass --original",
-        )
-    return _local_original(checkpoint, recipe) if recipe.get("model_is_local") else str(name)
-
-
-def _local_original(checkpoint: Path, recipe: dict[str, Any]) -> str:
-    """The local model of a recipe, which holds its last name alone: where it was, or near by.
-
-    Raises:
-        InputError: none of that name and content is here or in a folder above the checkpoint.
-    """
-    from pipeline.model.fingerprint import model_hashes
-    from pipeline.model.origins import known_origin
-
-    name = Path(recipe["model"]).name
-    noted = known_origin(json_field(recipe, "model_files", dict, checkpoint / "recipe.json"))
-    near = [folder / name for folder in (Path(), *checkpoint.resolve().parents[:_FOLDERS_ABOVE])]
-    for path in (*([noted] if noted else ()), *near):
-        if path.exists() and path.resolve() != checkpoint.resolve():
-            with contextlib.suppress(InputError):
-                if model_hashes(str(path)) == recipe.get("model_files"):
-                    return str(path)
-    raise InputError(
-        "The checkpoint was made from a local model, which is not here.",
-        where=checkpoint / "recipe.json",
-        observed=f"none called '{name}' with the same files, here or above the checkpoint",
-        change="pass --original with its path",
-    )
 
 
 def standard_stages(
@@ -270,39 +151,12 @@ def standard_stages(
             compression is lossy by intent.
         trust_remote_code: let Python code that comes with the checkpoint run.
     """
-    stages = []
-    reference = ORIGINAL
+    stages, reference = [], ORIGINAL
     if artefacts.checkpoint is not None:
-        forms = [
-            (_DENSE_PRODUCT, ORIGINAL, Tolerance()),
-            (SKIP_FORM, _DENSE_PRODUCT, _SAME_MATRIX),
-        ]
-        if _has_smaller_cache(artefacts.checkpoint):
-            forms += [
-                (CACHE_FULL, SKIP_FORM, Tolerance()),
-                (CACHE_LATENT, CACHE_FULL, _SAME_MATRIX),
-            ]
-        for form, equal, tolerance in forms:
-            opener = functools.partial(
-                _open_checkpoint, artefacts.checkpoint, openers, form, trust_remote_code
-            )
-            stages.append(Stage(form, opener, equal, tolerance))
-        reference = forms[-1][0]
+        stages = _checkpoint_stages(artefacts.checkpoint, openers, trust_remote_code)
+        reference = stages[-1].name
     for folder, label in _labelled(artefacts.onnx):
-        name, equal = f"onnxruntime {label}", reference
-        record = export_record_if_readable(folder)
-        if record is not None and record.cache_format != FLOAT:
-            equal = f"cache {record.cache_format}, {label}"
-            opener = functools.partial(
-                _open_rounded, artefacts, openers, folder, equal, trust_remote_code
-            )
-            stages.append(Stage(equal, opener, reference, _ROUNDED_CACHE))
-        if openers.unoptimised is not None:
-            as_written = f"{name}, not optimised"
-            opener = functools.partial(openers.unoptimised, folder, as_written)
-            stages.append(Stage(as_written, opener, equal, _onnx_tolerance(record)))
-        opener = functools.partial(openers.onnx, folder, name)
-        stages.append(Stage(name, opener, equal, _onnx_tolerance(record)))
+        stages += _onnx_stages(artefacts, openers, folder, label, reference, trust_remote_code)
     for folder, label in _labelled(artefacts.engines):
         name = f"tensorrt {label}"
         opener = functools.partial(openers.engine, folder, name)
@@ -311,6 +165,55 @@ def standard_stages(
         replace(stage, tolerance=replace(stage.tolerance, max_kl=max_kl)) for stage in stages
     ]
     return [Stage(ORIGINAL, open_original), *limited]
+
+
+def _checkpoint_stages(checkpoint: Path, openers: Openers, trust_remote_code: bool) -> list[Stage]:
+    """The forms of a checkpoint, each equal to the one before it; exports equal the last."""
+    forms = [
+        (_DENSE_PRODUCT, ORIGINAL, Tolerance()),
+        (SKIP_FORM, _DENSE_PRODUCT, _SAME_MATRIX),
+    ]
+    if _has_smaller_cache(checkpoint):
+        forms += [
+            (CACHE_FULL, SKIP_FORM, Tolerance()),
+            (CACHE_LATENT, CACHE_FULL, _SAME_MATRIX),
+        ]
+    return [
+        Stage(
+            form,
+            functools.partial(_open_checkpoint, checkpoint, openers, form, trust_remote_code),
+            equal,
+            tolerance,
+        )
+        for form, equal, tolerance in forms
+    ]
+
+
+def _onnx_stages(
+    artefacts: Artefacts,
+    openers: Openers,
+    folder: Path,
+    label: str,
+    reference: str,
+    trust_remote_code: bool,
+) -> list[Stage]:
+    """An export, behind what it should equal where that is not `reference`."""
+    stages = []
+    name, equal = f"onnxruntime {label}", reference
+    record = export_record_if_readable(folder)
+    if record is not None and record.cache_format != FLOAT:
+        equal = f"cache {record.cache_format}, {label}"
+        opener = functools.partial(
+            _open_rounded, artefacts, openers, folder, equal, trust_remote_code
+        )
+        stages.append(Stage(equal, opener, reference, _ROUNDED_CACHE))
+    if openers.unoptimised is not None:
+        as_written = f"{name}, not optimised"
+        opener = functools.partial(openers.unoptimised, folder, as_written)
+        stages.append(Stage(as_written, opener, equal, _onnx_tolerance(record)))
+    opener = functools.partial(openers.onnx, folder, name)
+    stages.append(Stage(name, opener, equal, _onnx_tolerance(record)))
+    return stages
 
 
 def _open_checkpoint(folder: Path, openers: Openers, form: str, trust_remote_code: bool) -> Any:

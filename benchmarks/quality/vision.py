@@ -27,9 +27,10 @@ from pipeline.compress.run import compress_to_folder
 from pipeline.errors import UsageError
 from pipeline.progress import note
 from pipeline.provenance import provenance
+from validate.artefacts import Artefacts
 from validate.classifier import ImageOptions
 from validate.run import ValidateRequest, validate
-from validate.stages import ORIGINAL, SKIP_FORM, Artefacts
+from validate.stages import ORIGINAL, SKIP_FORM
 
 _RESULT = RESULTS / "vision.json"
 _METHODS = ("skipcat-kl", "skipcat", "svd-llm")

@@ -15,8 +15,8 @@ from pipeline.errors import UsageError
 from pipeline.terminal import aside
 
 if TYPE_CHECKING:
+    from validate.artefacts import Artefacts
     from validate.record import Ledger
-    from validate.stages import Artefacts
 
 _existing_folder = click.Path(path_type=Path, exists=True, file_okay=False)
 
@@ -140,7 +140,7 @@ def _gather(
     Raises:
         UsageError: there is nothing that names the original.
     """
-    from validate.stages import Artefacts, original_of
+    from validate.artefacts import Artefacts, original_of
 
     if build_folder is not None:
         found = Artefacts.find(build_folder)

@@ -12,10 +12,11 @@ from benchmarks.digits import Digits, make_digits
 from pipeline.cli.main import main
 from pipeline.errors import UsageError
 from tests.support.ledger_stages import outputs_alive
+from validate.artefacts import Artefacts
 from validate.classifier import CLASSIFIER, ImageOptions, _Inputs
 from validate.ledger import run_ledger
 from validate.record import Ledger
-from validate.stages import Artefacts, Stage, Tolerance
+from validate.stages import Stage, Tolerance
 
 
 def run(*arguments: object) -> None:

@@ -17,6 +17,7 @@ from pipeline.driving.train import _score_model
 from pipeline.errors import UsageError
 from pipeline.runtime.sessions.driving_sessions import TorchDriving
 from tests.support.tiny_driving import SIZE, save_driving, tiny_driving
+from validate.artefacts import Artefacts
 from validate.driving import (
     _CHIEF,
     DRIVING_NETWORK,
@@ -30,7 +31,7 @@ from validate.ledger import run_ledger
 from validate.record import Ledger, Row
 from validate.report import build_table, reported
 from validate.run import ValidateRequest
-from validate.stages import Artefacts, Stage, Tolerance
+from validate.stages import Stage, Tolerance
 
 DATA = "scenes:wide:12"
 CLOSE = Tolerance(min_cosine=0.99999, max_kl_to_reference=1e-5, max_score_drop=0.003)

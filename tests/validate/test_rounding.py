@@ -17,6 +17,7 @@ from pipeline.export.export import export_folder
 from pipeline.export.record import ExportRecord
 from pipeline.export.request import ExportRequest
 from tests.support.families import save_family
+from validate.artefacts import Artefacts
 from validate.decoder import _TextOptions
 from validate.record import Ledger
 from validate.report import _render_html, print_ledger
@@ -30,7 +31,6 @@ from validate.stages import (
     _SAME_MATRIX,
     ORIGINAL,
     SKIP_FORM,
-    Artefacts,
     Tolerance,
     _onnx_tolerance,
 )

@@ -15,6 +15,7 @@ from tests.support.tiny_decoder import (
     shared_rounded_export,
     write_record,
 )
+from validate.artefacts import Artefacts
 from validate.decoder import DECODER, _TextOptions
 from validate.stages import (
     _DENSE_PRODUCT,
@@ -24,7 +25,6 @@ from validate.stages import (
     _SAME_MATRIX,
     ORIGINAL,
     SKIP_FORM,
-    Artefacts,
     standard_stages,
 )
 

@@ -19,8 +19,9 @@ from pipeline.compress.run import compress_to_folder
 from pipeline.errors import InputError
 from pipeline.model.load import load_model
 from tests.support.families import save_family
+from validate.artefacts import Artefacts
 from validate.decoder import DECODER
-from validate.stages import Artefacts, _open_rounded, standard_stages
+from validate.stages import _open_rounded, standard_stages
 
 TOKENS = torch.arange(20)[None]
 CONFIG = """
