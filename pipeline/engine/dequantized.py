@@ -129,17 +129,14 @@ class _Rewriting:
         if whole and groups == 1:
             # One scale to a column, which TensorRT knows as an axis alone.
             attributes = {"axis": 1}
-            scales = self._view(scale, f"{scales}.of_columns", [columns])
+            scales = self._view(scale, f"{scales}.of_columns", [columns]).name
         if not whole:
             codes = self._four_bits(stored, [rows, columns])
         output = f"{node.output[0]}/{codes}"
         return helper.make_node(DEQUANTIZE, [codes, scales], [output], name=output, **attributes)
 
-    def _view(self, tensor: onnx.TensorProto, name: str, dims: list[int]) -> str:
+    def _view(self, tensor: onnx.TensorProto, name: str, dims: list[int]) -> onnx.TensorProto:
         """The same bytes under another name and shape."""
-        return self._copy(tensor, name, dims).name
-
-    def _copy(self, tensor: onnx.TensorProto, name: str, dims: list[int]) -> onnx.TensorProto:
         if name not in self._tensors:
             copy = type(tensor)()
             copy.CopyFrom(tensor)
@@ -152,7 +149,7 @@ class _Rewriting:
         """Half bytes as INT4, whose rows do not end at whole bytes."""
         from onnx import TensorProto
 
-        view = self._copy(stored, f"{stored.name}.int4", dims)
+        view = self._view(stored, f"{stored.name}.int4", dims)
         if view.data_type != TensorProto.INT4:
             view.data_type = TensorProto.INT4
             if dims[1] % 2:
