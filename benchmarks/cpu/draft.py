@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import statistics
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +21,29 @@ from rich.table import Table
 
 from benchmarks import RESULTS
 from benchmarks.command import run
+from benchmarks.cpu.drafted_turns import (
+    DRAFTED,
+    PLAIN,
+    STEADY,
+    WAYS,
+    Turns,
+    drafters_of,
+    in_turns,
+    rates_of,
+    tell,
+)
 from benchmarks.cpu.lookup import make_prompts, one_turn
 from pipeline.artefact import write_json
 from pipeline.bench.measure import describe_machine, load_average
-from pipeline.errors import ValidationError
-from pipeline.progress import note, result_console
+from pipeline.progress import result_console
 from pipeline.provenance import provenance
 from pipeline.runtime.draft_model import open_drafted
-from pipeline.runtime.drafting import Drafter
 from pipeline.runtime.sequence import Decoding
 from pipeline.runtime.sessions.open_session import open_session
 from pipeline.runtime.sessions.session import Session
 from pipeline.runtime.tokenizer import load_tokenizer, stop_token_ids
 
 _SCHEMA = 1
-_PLAIN, _STEADY, _DRAFTED = "plain", "steady", "drafted"
-_WAYS = (_PLAIN, _STEADY, _DRAFTED)
 
 
 @click.command()
@@ -94,59 +100,38 @@ def _measure(
         raise click.ClickException("the draft is not opened: there is nothing to measure")
     plain = open_session(folder, threads=threads)
     decoding = Decoding(new_tokens, stop_ids=stop_token_ids(load_tokenizer(folder), folder))
-    ways: dict[str, tuple[Session, Callable[[], Drafter | None]]] = {
-        _PLAIN: (plain, lambda: None),
-        _STEADY: (session, lambda: None),
-        _DRAFTED: (session, lambda: model.begin(0)),
-    }
+    running: dict[str, Session] = {PLAIN: plain, STEADY: session, DRAFTED: session}
+    begin = drafters_of(model)
     found = {}
     for kind, own in kinds.items():
-        turns: dict[str, list[dict[str, Any]]] = {way: [] for way in _WAYS}
-        for number, prompt in enumerate(own[:prompts]):
-            for way in (*_WAYS[number % 3 :], *_WAYS[: number % 3]):  # each comes first in turn
-                running, begin = ways[way]
-                turns[way].append(one_turn(running, prompt, decoding, begin()))
+        turns = in_turns(
+            own[:prompts],
+            lambda way, prompt: one_turn(running[way], prompt, decoding, begin[way]()),
+        )
         found[kind] = _summary(turns)
-        note(f"{kind}: {found[kind]['ratio']:.2f} x; {model.take_notice() or 'drafting'}")
-        if found[kind]["same_as_steady"] < len(turns[_DRAFTED]):
-            raise ValidationError("A drafted answer is another than without drafts.", where=kind)
+        tell(kind, found[kind], model)
     return found
 
 
-def _summary(turns: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+def _summary(turns: Turns) -> dict[str, Any]:
     """Tokens/s of each way over all answers, tokens a call, and how many answers are the same."""
-    counts = {way: sum(max(0, len(t["tokens"]) - 1) for t in turns[way]) for way in _WAYS}
-    rates = {way: counts[way] / sum(turn["seconds"] for turn in turns[way]) for way in _WAYS}
-    drafted, taken = (sum(turn[name] for turn in turns[_DRAFTED]) for name in ("drafted", "taken"))
-
-    def same(way: str) -> int:
-        pairs = zip(turns[way], turns[_DRAFTED], strict=True)
-        return sum(one["tokens"] == other["tokens"] for one, other in pairs)
-
-    return {
-        "answers": len(turns[_PLAIN]),
-        "tokens": counts[_DRAFTED],
-        "tokens_per_s": rates,
-        "ratio": rates[_DRAFTED] / rates[_PLAIN],
-        "tokens_per_call": counts[_DRAFTED] / max(1, counts[_DRAFTED] - taken),
-        "drafted": drafted,
-        "taken": taken,
-        "same_as_steady": same(_STEADY),
-        "same_as_plain": same(_PLAIN),
-        "longest_answer": max(len(turn["tokens"]) for turn in turns[_DRAFTED]),
+    found = rates_of(turns)
+    return found | {
+        "tokens_per_call": found["tokens"] / max(1, found["tokens"] - found["taken"]),
+        "longest_answer": max(len(turn["tokens"]) for turn in turns[DRAFTED]),
         "median_seconds": {
-            way: statistics.median(turn["seconds"] for turn in turns[way]) for way in _WAYS
+            way: statistics.median(turn["seconds"] for turn in turns[way]) for way in WAYS
         },
     }
 
 
 def _show(rows: dict[str, dict[str, Any]]) -> None:
     """The table."""
-    table = Table("prompts", *_WAYS, "ratio", "tokens a call", "taken", "as steady", "as plain")
+    table = Table("prompts", *WAYS, "ratio", "tokens a call", "taken", "as steady", "as plain")
     for kind, of in rows.items():
         table.add_row(
             kind,
-            *(f"{of['tokens_per_s'][way]:.1f}" for way in _WAYS),
+            *(f"{of['tokens_per_s'][way]:.1f}" for way in WAYS),
             f"{of['ratio']:.2f}",
             f"{of['tokens_per_call']:.2f}",
             f"{of['taken']} of {of['drafted']}",

@@ -20,7 +20,6 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +29,26 @@ from rich.table import Table
 
 from benchmarks import RESULTS
 from benchmarks.command import SKIPCAT, run
+from benchmarks.cpu.drafted_turns import (
+    DRAFTED,
+    PLAIN,
+    STEADY,
+    WAYS,
+    Turns,
+    drafters_of,
+    in_turns,
+    rates_of,
+    tell,
+    tokens_behind_prompts,
+    total,
+)
 from benchmarks.cpu.lookup import make_prompts, one_turn
 from pipeline.artefact import write_json
 from pipeline.bench.measure import describe_machine, load_average
-from pipeline.errors import ValidationError
 from pipeline.export.contract import WEIGHTS_FILE
 from pipeline.memory import parse_bytes
 from pipeline.model.weight_files import weight_files
-from pipeline.progress import note, result_console
+from pipeline.progress import result_console
 from pipeline.provenance import provenance
 from pipeline.runtime.drafting import Drafter
 from pipeline.runtime.offload.open_offloaded import open_offloaded
@@ -47,8 +58,6 @@ from pipeline.runtime.sequence import Decoding
 from pipeline.runtime.tokenizer import load_tokenizer, stop_token_ids
 
 _SCHEMA = 1
-_PLAIN, _STEADY, _DRAFTED = "plain", "steady", "drafted"
-_WAYS = (_PLAIN, _STEADY, _DRAFTED)
 _DISK_BYTES, _DISK_TURNS = 256 << 20, 3
 
 
@@ -119,27 +128,19 @@ def _measure(
     own -= (draft / WEIGHTS_FILE).stat().st_size if same_layers else 0
     plain = StreamedSession(target, own, session.max_length, steady=False)
     decoding = Decoding(new_tokens, stop_ids=stop_token_ids(load_tokenizer(target), target))
-    ways: dict[str, tuple[StreamedSession, Callable[[], Drafter | None]]] = {
-        _PLAIN: (plain, lambda: None),
-        _STEADY: (session, lambda: None),
-        _DRAFTED: (session, lambda: model.begin(0)),
-    }
+    running: dict[str, StreamedSession] = {PLAIN: plain, STEADY: session, DRAFTED: session}
+    begin = drafters_of(model)
     found = {}
     for kind, asked in kinds.items():
         disk = _disk_bytes_per_s(target)
-        turns: dict[str, list[dict[str, Any]]] = {way: [] for way in _WAYS}
-        for number, prompt in enumerate(asked[:prompts]):
-            for way in (*_WAYS[number % 3 :], *_WAYS[: number % 3]):  # each comes first in turn
-                running, begin = ways[way]
-                turns[way].append(_turn(running, prompt, decoding, begin()))
+        turns = in_turns(
+            asked[:prompts],
+            lambda way, prompt: _turn(running[way], prompt, decoding, begin[way]()),
+        )
         found[kind] = _summary(turns) | {"disk_bytes_per_s": disk}
-        found[kind]["resident_layers"] = {
-            way: running.traffic.resident for way, (running, _) in ways.items()
-        }
-        found[kind]["plain_share_of_disk"] = found[kind]["bytes_per_s"][_PLAIN] / disk
-        note(f"{kind}: {found[kind]['ratio']:.2f} x; {model.take_notice() or 'drafting'}")
-        if found[kind]["same_as_steady"] < len(turns[_DRAFTED]):
-            raise ValidationError("A drafted answer is another than without drafts.", where=kind)
+        found[kind]["resident_layers"] = {way: one.traffic.resident for way, one in running.items()}
+        found[kind]["plain_share_of_disk"] = found[kind]["bytes_per_s"][PLAIN] / disk
+        tell(kind, found[kind], model)
     return found
 
 
@@ -159,32 +160,17 @@ def _turn(
     }
 
 
-def _summary(turns: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+def _summary(turns: Turns) -> dict[str, Any]:
     """Rates over all answers, tokens a call, bytes a token, and how many answers are the same."""
-
-    def total(way: str, name: str) -> float:
-        return float(sum(turn[name] for turn in turns[way]))
-
-    def same(way: str) -> int:
-        pairs = zip(turns[way], turns[_DRAFTED], strict=True)
-        return sum(one["tokens"] == other["tokens"] for one, other in pairs)
-
-    counts = {way: sum(max(0, len(t["tokens"]) - 1) for t in turns[way]) for way in _WAYS}
-    rates = {way: counts[way] / total(way, "seconds") for way in _WAYS}
-    return {
-        "answers": len(turns[_PLAIN]),
-        "tokens": counts[_DRAFTED],
-        "tokens_per_s": rates,
-        "ratio": rates[_DRAFTED] / rates[_PLAIN],
-        "tokens_per_call": counts[_DRAFTED] / max(1.0, total(_DRAFTED, "calls")),
-        "bytes_per_token": {way: total(way, "bytes") / counts[way] for way in _WAYS},
-        "bytes_per_s": {way: total(way, "bytes") / total(way, "seconds") for way in _WAYS},
-        "read_bytes": {way: total(way, "read_bytes") for way in _WAYS},
-        "waited_share": {way: total(way, "waited_s") / total(way, "seconds") for way in _WAYS},
-        "drafted": total(_DRAFTED, "drafted"),
-        "taken": total(_DRAFTED, "taken"),
-        "same_as_steady": same(_STEADY),
-        "same_as_plain": same(_PLAIN),
+    found, counts = rates_of(turns), tokens_behind_prompts(turns)
+    taken_s = {way: total(turns, way, "seconds") for way in WAYS}
+    read = {way: total(turns, way, "bytes") for way in WAYS}
+    return found | {
+        "tokens_per_call": found["tokens"] / max(1.0, total(turns, DRAFTED, "calls")),
+        "bytes_per_token": {way: read[way] / counts[way] for way in WAYS},
+        "bytes_per_s": {way: read[way] / taken_s[way] for way in WAYS},
+        "read_bytes": {way: total(turns, way, "read_bytes") for way in WAYS},
+        "waited_share": {way: total(turns, way, "waited_s") / taken_s[way] for way in WAYS},
     }
 
 
@@ -233,14 +219,14 @@ def _cached_bytes(path: Path) -> int:
 
 def _show(rows: dict[str, dict[str, Any]]) -> None:
     """The table."""
-    table = Table("prompts", *_WAYS, "ratio", "tokens a call", "MB a token", "plain / disk")
+    table = Table("prompts", *WAYS, "ratio", "tokens a call", "MB a token", "plain / disk")
     for kind, of in rows.items():
         table.add_row(
             kind,
-            *(f"{of['tokens_per_s'][way]:.2f}" for way in _WAYS),
+            *(f"{of['tokens_per_s'][way]:.2f}" for way in WAYS),
             f"{of['ratio']:.2f}",
             f"{of['tokens_per_call']:.2f}",
-            f"{of['bytes_per_token'][_DRAFTED] / 1e6:.1f}",
+            f"{of['bytes_per_token'][DRAFTED] / 1e6:.1f}",
             f"{of['plain_share_of_disk']:.2f}",
         )
     result_console().print(table)
