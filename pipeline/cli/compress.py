@@ -40,6 +40,12 @@ _budget_options = options.apply(
         "--weights.",
     ),
     click.option(
+        "--keep-macs",
+        type=options.number,
+        help="Of rounded convolutions: fraction of their multiplications that may stay in float32, "
+        "where rounding hurts most. Excludes --memory and --keep-bytes.",
+    ),
+    click.option(
         "--plan",
         type=click.Path(exists=True),
         help="Follow this plan.json, in place of the ranks and formats that a budget would give.",
@@ -221,8 +227,9 @@ def command(
     totals = report["totals"]
     if "convolutions" in report:
         click.echo(
-            f"{output}: {totals['rounded']} of {len(report['convolutions'])} convolutions in 8 "
-            f"bits for {report['runtime']}; {totals['stored_bytes'] / 1e6:.2f} MB of weights, "
+            f"{output}: {totals['rounded']} of {len(report['convolutions'])} convolutions in "
+            f"{report['bits']['kernels']} bits for {report['runtime']}; "
+            f"{totals['stored_bytes'] / 1e6:.2f} MB of weights, "
             f"{totals['float32_bytes'] / 1e6:.2f} MB before"
         )
         click.echo(options.what_next(f"export {output} -o {output}-onnx"))

@@ -54,6 +54,8 @@ class CompressRequest:
         memory: bytes that all weights may take, such as "60MB"; ranks and bits are then searched
             together, and `keep_params` is not looked at.
         keep_bytes: the same, as a fraction of the bytes that the model has in float16.
+        keep_macs: of a network whose convolutions are rounded: fraction of their multiplications
+            that may stay in float32, where rounding hurts most.
         runtime: whose low-bit formats may be used, and in whose file bytes are counted.
         weights: one low-bit format for all matrices of the decoder's layers.
         table: one for the embedding and the head.
@@ -87,6 +89,7 @@ class CompressRequest:
     trust_remote_code: bool = False
     memory: str | None = None
     keep_bytes: float | None = None
+    keep_macs: float | None = None
     runtime: str = DEFAULT_RUNTIME
     weights: str | None = None
     table: str | None = None
@@ -181,6 +184,7 @@ class CompressRequest:
 
     def _check_bits(self) -> None:
         """Refuse budgets of bytes, and formats, that cannot be meant."""
+        self._check_macs()
         if sum(x is not None for x in (self.memory, self.keep_bytes, self.weights)) > 1:
             raise UsageError(
                 "Formats are either searched under one budget of bytes, or given.",
@@ -220,6 +224,24 @@ class CompressRequest:
         for flag, name in (("--weights", self.weights), ("--table", self.table)):
             if name is not None:
                 self._check_format(flag, name)
+
+    def _check_macs(self) -> None:
+        """Refuse a share of multiplications that cannot be meant."""
+        if self.keep_macs is None:
+            return
+        if METHODS[self.method].convolutions is None or self.searches_bits:
+            raise UsageError(
+                "Multiplications are a budget of rounded convolutions, and their only one.",
+                where=f"--keep-macs with --method {self.method}",
+                expected="--method int8, without --memory and --keep-bytes",
+            )
+        if not 0 <= self.keep_macs <= 1:
+            raise UsageError(
+                "The fraction of multiplications is out of range.",
+                where="--keep-macs",
+                observed=self.keep_macs,
+                expected="a number in [0, 1]; 0.1 keeps a tenth of them in float32",
+            )
 
     def _check_format(self, flag: str, name: str) -> None:
         try:
