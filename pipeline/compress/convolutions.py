@@ -138,6 +138,7 @@ def _require_meant(request: CompressRequest) -> None:
         ("--plan", request.plan is not None),
         ("--cache-bytes, --keep-cache, --context", request.shrinks_cache),
         ("--balance", request.balance > 0),
+        ("--rotate", request.rotates),
         ("--stream-weights", request.stream_weights),
         ("--window-length", request.window_length is not None),
     ):

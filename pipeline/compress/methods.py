@@ -10,6 +10,8 @@ from typing import Any
 
 DEFAULT_METHOD = "skipcat-kl"
 DEFAULT_EFFORT = "default"
+# What --rotate turns, folded into the weights (see `pipeline.compress.rotation`).
+ROTATIONS = ("off", "values", "all")
 # Ways to turn a target into a product B A, and a matrix into low-bit codes.
 TRUNCATED = "pipeline.compress.factorize.whitened_svd:truncated"
 _RECONSTRUCTED = "pipeline.compress.factorize.whitened_svd:reconstructed"

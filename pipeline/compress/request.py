@@ -9,6 +9,7 @@ from pipeline.compress.methods import (
     DEFAULT_METHOD,
     EFFORTS,
     METHODS,
+    ROTATIONS,
     TRUNCATED,
     Effort,
     Method,
@@ -61,6 +62,8 @@ class CompressRequest:
         table: one for the embedding and the head.
         balance: channels that norms feed are scaled by this power of their size, in [0, 1]; 0 for
             not at all.
+        rotate: what is turned by orthogonal matrices that fold into the weights, a name in
+            ROTATIONS.
         cache_bytes: bytes that a token may take in the KV cache, such as "6KB"; None for all.
         keep_cache: the same, as a fraction of those in float16.
         context: tokens whose cache takes its bytes from the budget of the weights: what each of the
@@ -94,6 +97,7 @@ class CompressRequest:
     weights: str | None = None
     table: str | None = None
     balance: float = 0.0
+    rotate: str = ROTATIONS[0]
     cache_bytes: str | None = None
     keep_cache: float | None = None
     context: int | None = None
@@ -132,6 +136,7 @@ class CompressRequest:
             ("--method", self.method, METHODS),
             ("--effort", self.effort, EFFORTS),
             ("--runtime", self.runtime, RUNTIMES),
+            ("--rotate", self.rotate, ROTATIONS),
         ):
             if value not in known:
                 raise UsageError(
@@ -140,6 +145,13 @@ class CompressRequest:
                     observed=value,
                     expected=", ".join(known),
                 )
+        if self.rotates and self.stream_weights:
+            raise UsageError(
+                "What is turned is held in float32.",
+                where="--rotate",
+                observed="--stream-weights as well",
+                expected="at most one of them",
+            )
         self._check_bits()
         self._check_cache()
 
@@ -263,6 +275,11 @@ class CompressRequest:
         """What is read, as it was named; some of it may be no path."""
         named = {"model": self.model, "calibration": self.calibration, "plan": self.plan}
         return {name: value for name, value in named.items() if value is not None}
+
+    @property
+    def rotates(self) -> bool:
+        """Whether anything is turned before all else."""
+        return self.rotate != ROTATIONS[0]
 
     @property
     def searches_bits(self) -> bool:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,7 +26,6 @@ from pipeline.model.structure import Layer, probe_logits
 from pipeline.progress import note
 from pipeline.quantize.rotations import flat_rotation, multiply_rows_
 
-Rotation = Literal["off", "values", "all"]
 # Of the largest logit; the turned model computes the same in another order.
 _RELATIVE_CHANGE = 1e-4
 # The first seed of the values' heads; a layer each.
@@ -39,13 +38,13 @@ class Rotated:
     """What was turned.
 
     Attributes:
-        turned: "values" or "all".
+        turned: a name in ROTATIONS, but for "off".
         seed: of all rotations.
         width: of the residual stream; 0 where it was left.
         added_parameters: of a head that shared the embedding's matrix, and has its own now.
     """
 
-    turned: Rotation
+    turned: str
     seed: int
     width: int = 0
     added_parameters: int = 0
@@ -59,7 +58,7 @@ class Rotated:
 def rotate_(
     model: PreTrainedModel,
     layers: list[Layer],
-    what: Rotation,
+    what: str,
     seed: int,
     draw: Draw = flat_rotation,
 ) -> Rotated:
@@ -68,7 +67,7 @@ def rotate_(
     Args:
         model: a decoder in evaluation mode, in float32; changed in place. Refused, it is broken.
         layers: its structure.
-        what: "values" or "all".
+        what: a name in ROTATIONS, but for "off".
         seed: of the rotations.
         draw: (size, seed) -> an orthogonal matrix, float64.
 
