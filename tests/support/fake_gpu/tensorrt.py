@@ -314,21 +314,25 @@ class Runtime:
 
     def deserialize_cuda_engine(self, source: Any) -> ICudaEngine | None:
         plan = source if isinstance(source, bytes) else _read_all(source)
-        if not plan.startswith(_MAGIC):
-            return self._refuse("this is no plan")
         head, _, graph = plan[len(_MAGIC) :].partition(b"\n")
-        header = json.loads(head)
-        if header["version"] != __version__:
-            return self._refuse(f"the plan is of TensorRT {header['version']}, not {__version__}")
-        if len(graph) != header["bytes"]:
-            return self._refuse("the plan is cut off")
-        absent = set(header["plugins"]) - {creator.name for creator in _REGISTRY.all_creators}
-        if absent:
-            return self._refuse(f"no creator is registered for {sorted(absent)}")
-        return ICudaEngine(self.logger, header, graph)
+        why = _why_refused(plan, head, graph)
+        if why is not None:
+            self.logger.log(ILogger.ERROR, why)
+            return None
+        return ICudaEngine(self.logger, json.loads(head), graph)
 
-    def _refuse(self, message: str) -> None:
-        self.logger.log(ILogger.ERROR, message)
+
+def _why_refused(plan: bytes, head: bytes, graph: bytes) -> str | None:
+    """What is wrong with a plan; None for nothing."""
+    if not plan.startswith(_MAGIC):
+        return "this is no plan"
+    header = json.loads(head)
+    if header["version"] != __version__:
+        return f"the plan is of TensorRT {header['version']}, not {__version__}"
+    if len(graph) != header["bytes"]:
+        return "the plan is cut off"
+    absent = set(header["plugins"]) - {creator.name for creator in _REGISTRY.all_creators}
+    return f"no creator is registered for {sorted(absent)}" if absent else None
 
 
 def _read_all(reader: Any) -> bytes:
