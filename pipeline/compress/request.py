@@ -9,6 +9,7 @@ from pipeline.compress.methods import (
     DEFAULT_METHOD,
     EFFORTS,
     METHODS,
+    ROTATIONS,
     TRUNCATED,
     Effort,
     Method,
@@ -54,11 +55,15 @@ class CompressRequest:
         memory: bytes that all weights may take, such as "60MB"; ranks and bits are then searched
             together, and `keep_params` is not looked at.
         keep_bytes: the same, as a fraction of the bytes that the model has in float16.
+        keep_macs: of a network whose convolutions are rounded: fraction of their multiplications
+            that may stay in float32, where rounding hurts most.
         runtime: whose low-bit formats may be used, and in whose file bytes are counted.
         weights: one low-bit format for all matrices of the decoder's layers.
         table: one for the embedding and the head.
         balance: channels that norms feed are scaled by this power of their size, in [0, 1]; 0 for
             not at all.
+        rotate: what is turned by orthogonal matrices that fold into the weights, a name in
+            ROTATIONS.
         cache_bytes: bytes that a token may take in the KV cache, such as "6KB"; None for all.
         keep_cache: the same, as a fraction of those in float16.
         context: tokens whose cache takes its bytes from the budget of the weights: what each of the
@@ -87,10 +92,12 @@ class CompressRequest:
     trust_remote_code: bool = False
     memory: str | None = None
     keep_bytes: float | None = None
+    keep_macs: float | None = None
     runtime: str = DEFAULT_RUNTIME
     weights: str | None = None
     table: str | None = None
     balance: float = 0.0
+    rotate: str = ROTATIONS[0]
     cache_bytes: str | None = None
     keep_cache: float | None = None
     context: int | None = None
@@ -129,6 +136,7 @@ class CompressRequest:
             ("--method", self.method, METHODS),
             ("--effort", self.effort, EFFORTS),
             ("--runtime", self.runtime, RUNTIMES),
+            ("--rotate", self.rotate, ROTATIONS),
         ):
             if value not in known:
                 raise UsageError(
@@ -137,6 +145,13 @@ class CompressRequest:
                     observed=value,
                     expected=", ".join(known),
                 )
+        if self.rotates and self.stream_weights:
+            raise UsageError(
+                "What is turned is held in float32.",
+                where="--rotate",
+                observed="--stream-weights as well",
+                expected="at most one of them",
+            )
         self._check_bits()
         self._check_cache()
 
@@ -181,6 +196,7 @@ class CompressRequest:
 
     def _check_bits(self) -> None:
         """Refuse budgets of bytes, and formats, that cannot be meant."""
+        self._check_macs()
         if sum(x is not None for x in (self.memory, self.keep_bytes, self.weights)) > 1:
             raise UsageError(
                 "Formats are either searched under one budget of bytes, or given.",
@@ -221,6 +237,24 @@ class CompressRequest:
             if name is not None:
                 self._check_format(flag, name)
 
+    def _check_macs(self) -> None:
+        """Refuse a share of multiplications that cannot be meant."""
+        if self.keep_macs is None:
+            return
+        if METHODS[self.method].convolutions is None or self.searches_bits:
+            raise UsageError(
+                "Multiplications are a budget of rounded convolutions, and their only one.",
+                where=f"--keep-macs with --method {self.method}",
+                expected="--method int8, without --memory and --keep-bytes",
+            )
+        if not 0 <= self.keep_macs <= 1:
+            raise UsageError(
+                "The fraction of multiplications is out of range.",
+                where="--keep-macs",
+                observed=self.keep_macs,
+                expected="a number in [0, 1]; 0.1 keeps a tenth of them in float32",
+            )
+
     def _check_format(self, flag: str, name: str) -> None:
         try:
             format = Format.parse(name)
@@ -241,6 +275,11 @@ class CompressRequest:
         """What is read, as it was named; some of it may be no path."""
         named = {"model": self.model, "calibration": self.calibration, "plan": self.plan}
         return {name: value for name, value in named.items() if value is not None}
+
+    @property
+    def rotates(self) -> bool:
+        """Whether anything is turned before all else."""
+        return self.rotate != ROTATIONS[0]
 
     @property
     def searches_bits(self) -> bool:

@@ -10,7 +10,6 @@ from typing import Any, Literal
 from pipeline.errors import InputError, PipelineError
 from pipeline.json_file import json_field, read_json_object
 from pipeline.lazy import imported
-from pipeline.model.source import resolve_source
 
 Task = Literal["text-generation", "image-classification", "driving-perception"]
 _Stage = Literal[
@@ -207,6 +206,8 @@ def task_of_model(name: str) -> Task:
         InputError: a folder whose config is broken.
     """
     from transformers import PretrainedConfig
+
+    from pipeline.model.source import resolve_source
 
     try:
         source = resolve_source(name)

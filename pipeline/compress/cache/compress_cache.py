@@ -19,7 +19,7 @@ from pipeline.checkpoint.modeling_cache import (
 )
 from pipeline.compress.cache.cache_plan import CachePlan, SidePlan
 from pipeline.compress.cache.cache_search import CacheProblem, bases_of, choices_of
-from pipeline.compress.cache.latent_basis import LatentBasis, random_rotation
+from pipeline.compress.cache.latent_basis import LatentBasis
 from pipeline.compress.cache.prices import measured_prices
 from pipeline.compress.cache.statistics import measure_cache
 from pipeline.compress.request import CompressRequest
@@ -27,6 +27,7 @@ from pipeline.errors import InputError, UsageError
 from pipeline.lazy import imported
 from pipeline.model.cache_structure import CachedSide, cache_structure
 from pipeline.model.structure import Layer
+from pipeline.quantize.rotations import random_rotation
 
 # Logits of so many tokens, relative to their largest; rounding may fall to the other side.
 _PROVED_TOKENS, _SAME = 16, 1e-2

@@ -7,29 +7,24 @@ before the plan is read.
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.artefact import sha256_of_file
 from pipeline.engine.manifest import (
     MANIFEST_FILE,
     EngineRuntime,
     check_manifest,
-    mismatch,
     read_manifest,
 )
 from pipeline.engine.profiles import ShapeProfile
 from pipeline.engine.worker_protocol import PLAN_FILE
-from pipeline.errors import InputError, MissingPackageError, ResourceError
+from pipeline.errors import InputError, ResourceError
 from pipeline.export.contract import (
-    ATTENTION_MASK,
     CACHE_PREFIX,
-    INPUT_IDS,
     LOGITS,
     PROFILES,
     present_name,
@@ -37,17 +32,19 @@ from pipeline.export.contract import (
 from pipeline.gpu import Gpu, find_gpu
 from pipeline.json_file import json_field
 from pipeline.runtime.sessions.checks import CheckedSession
+from pipeline.runtime.sessions.engine_calls import (
+    load_engine_library,
+    load_engine_plugin,
+    pick_profile,
+    require_rows,
+    split_call,
+)
 from pipeline.runtime.sessions.engine_interface import require_engine_interface
 from pipeline.runtime.sessions.onnx_session import token_feeds
 
 if TYPE_CHECKING:
     import tensorrt as trt
     import torch
-
-_MODULES = {
-    "rtx": ("tensorrt_rtx", "tensorrt-rtx-cu13", "rtx"),
-    "tensorrt": ("tensorrt", "tensorrt", "trt"),
-}
 
 
 @dataclass(frozen=True)
@@ -105,12 +102,12 @@ def open_engine(
     gpu = _require_gpu(folder)
     path = folder / MANIFEST_FILE
     flavour = json_field(read_manifest(folder)["target"], "flavour", str, path)
-    library = _load_library(flavour)
+    library = load_engine_library(flavour)
     manifest = check_manifest(
         folder, onnx_folder, EngineRuntime(flavour, library.__version__, gpu.capability)
     )
     torch = _require_cuda_torch()
-    _load_engine_plugin(library, manifest, plugin, folder)
+    load_engine_plugin(library, manifest, plugin, folder)
     logger = library.Logger(library.Logger.WARNING)
     runtime = library.Runtime(logger)
     engine = _read_engine(runtime, folder)
@@ -167,7 +164,7 @@ class TensorRTSession(CheckedSession):
         if self._rows is None:
             self._start_cache(rows)
         pieces: list[np.ndarray] = []
-        for start, stop in _split_call(count, self.manifest["limits"]["max_prefill"]):
+        for start, stop in split_call(count, self.manifest["limits"]["max_prefill"]):
             logits = self._run(input_ids[:, start:stop])
             pieces = [logits[:, -1:]] if last_only else [*pieces, logits]
             self._length += stop - start
@@ -177,7 +174,7 @@ class TensorRTSession(CheckedSession):
     def _check_rows(self, rows: int) -> None:
         """Raise InputError for more rows than the engine was built for, too."""
         super()._check_rows(rows)
-        _require_rows(rows, self.manifest["limits"]["max_batch"], self.name)
+        require_rows(rows, self.manifest["limits"]["max_batch"], self.name)
 
     def _start_cache(self, rows: int) -> None:
         """Zeroed buffers for `rows` sequences: a stale NaN would survive a mask of zero weight."""
@@ -214,7 +211,7 @@ class TensorRTSession(CheckedSession):
         )
         # The copies above ran on torch's current stream.
         self._stream.wait_stream(self._torch.cuda.current_stream())
-        self._select(_pick_profile(self._profiles, shapes))
+        self._select(pick_profile(self._profiles, shapes))
         self._bind(shapes, feeds, logits)
         if not self._context.execute_async_v3(self._stream.cuda_stream):
             raise ResourceError("TensorRT could not run the engine.", where=self.name)
@@ -288,15 +285,6 @@ def _require_gpu(folder: Path) -> Gpu:
     return gpu
 
 
-def _load_library(flavour: str) -> Any:
-    """The engine's TensorRT; raise MissingPackageError when it is not installed."""
-    module, package, extra = _MODULES[flavour]
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise MissingPackageError(package, extra, "run this engine") from error
-
-
 def _require_cuda_torch() -> Any:
     """The module torch; raise InputError when it cannot use the GPU."""
     import torch
@@ -308,32 +296,6 @@ def _require_cuda_torch() -> Any:
             change="install a CUDA build of torch (on Jetson: NVIDIA's wheel)",
         )
     return torch
-
-
-def _load_engine_plugin(
-    library: Any, manifest: Mapping[str, Any], plugin: Path | None, folder: Path
-) -> None:
-    """Load the plugin that the engine was built with; nothing for an engine without one.
-
-    Raises:
-        InputError: it is not given, or is not that library.
-    """
-    record = manifest["block_skip"]["plugin"]
-    if record is None:
-        return
-    path = plugin or folder / record["library"]
-    if not path.is_file():
-        raise InputError(
-            "This engine was built with a plugin library, which is missing.",
-            where=folder,
-            expected=f"{record['library']}, sha256 {record['sha256']}",
-            change="put the library into the engine folder, or name it",
-        )
-    digest = sha256_of_file(path)
-    if digest != record["sha256"]:
-        raise mismatch("plugin library", path, digest, record["sha256"])
-    if library.get_plugin_registry().load_library(str(path)) is None:
-        raise InputError("TensorRT cannot load this plugin library.", where=path)
 
 
 def _read_engine(runtime: trt.Runtime, folder: Path) -> trt.ICudaEngine:
@@ -356,44 +318,3 @@ def _require_context(context: trt.IExecutionContext | None) -> trt.IExecutionCon
             change="close other programs on the GPU, or build with a smaller --max-prefill",
         )
     return context
-
-
-def _require_rows(rows: int, max_batch: int, where: str) -> None:
-    """Raise InputError for more rows than the engine was built for."""
-    if rows > max_batch:
-        raise InputError(
-            "More rows than the engine takes.",
-            where=where,
-            observed=f"{rows} rows",
-            expected=f"at most {max_batch}",
-            change="build the engine again with a larger --max-batch",
-        )
-
-
-def _split_call(count: int, longest: int) -> list[tuple[int, int]]:
-    """[start, stop) of the pieces of a call of `count` tokens, each at most `longest`."""
-    return [(start, min(start + longest, count)) for start in range(0, count, longest)]
-
-
-def _pick_profile(profiles: Sequence[ShapeProfile], shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """Index of the first profile that admits all shapes; decode comes first.
-
-    Raises:
-        InputError: none does.
-    """
-    for index, profile in enumerate(profiles):
-        if all(_admits(profile, name, shape) for name, shape in shapes.items()):
-            return index
-    raise InputError(
-        "No profile of the engine admits this call.",
-        observed={name: shapes[name] for name in (INPUT_IDS, ATTENTION_MASK) if name in shapes},
-        change="build the engine again with larger limits",
-    )
-
-
-def _admits(profile: ShapeProfile, name: str, shape: tuple[int, ...]) -> bool:
-    """Whether a profile covers one tensor's shape."""
-    ends = profile.shapes[name]
-    return len(shape) == len(ends.min) and all(
-        low <= size <= high for low, size, high in zip(ends.min, shape, ends.max, strict=True)
-    )

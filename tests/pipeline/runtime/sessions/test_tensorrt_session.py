@@ -10,15 +10,15 @@ from pipeline.engine.plan import EngineRequest
 from pipeline.engine.target import resolve_target
 from pipeline.errors import InputError
 from pipeline.gpu import find_gpu
+from pipeline.runtime.sessions.engine_calls import (
+    load_engine_plugin,
+    pick_profile,
+    require_rows,
+    split_call,
+)
 from pipeline.runtime.sessions.onnx_session import OnnxSession
 from pipeline.runtime.sessions.slots import _SlotsOneByOne
-from pipeline.runtime.sessions.tensorrt_session import (
-    TensorRTSession,
-    _load_engine_plugin,
-    _pick_profile,
-    _require_rows,
-    _split_call,
-)
+from pipeline.runtime.sessions.tensorrt_session import TensorRTSession
 from tests.support.fake_tensorrt import PROFILES, fake_engine
 from tests.support.tiny_graph import write_export
 
@@ -40,33 +40,33 @@ def test_without_a_gpu_the_reason_is_given(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("count", "index"), [(1, 0), (2, 0), (3, 1), (256, 1)])
 def test_one_token_takes_the_decode_profile_and_many_the_prefill(count: int, index: int) -> None:
-    assert _pick_profile(PROFILES, shapes(1, count, 300)) == index
+    assert pick_profile(PROFILES, shapes(1, count, 300)) == index
 
 
 @pytest.mark.parametrize(("rows", "count", "total"), [(3, 1, 1), (1, 257, 257), (1, 1, 513)])
 def test_a_call_beyond_the_limits_has_no_profile(rows: int, count: int, total: int) -> None:
     with pytest.raises(InputError, match="No profile"):
-        _pick_profile(PROFILES, shapes(rows, count, total))
+        pick_profile(PROFILES, shapes(rows, count, total))
 
 
 def test_long_prompts_are_run_in_pieces() -> None:
-    assert _split_call(5, 2) == [(0, 2), (2, 4), (4, 5)]
-    assert _split_call(1, 256) == [(0, 1)]
+    assert split_call(5, 2) == [(0, 2), (2, 4), (4, 5)]
+    assert split_call(1, 256) == [(0, 1)]
 
 
 def test_more_rows_than_the_engine_takes_are_refused() -> None:
     with pytest.raises(InputError, match="More rows"):
-        _require_rows(3, 2, "here")
+        require_rows(3, 2, "here")
 
 
 def test_an_engine_with_a_plugin_refuses_another_library(tmp_path: Path) -> None:
     record = {"library": "libskip.so", "sha256": "0" * 64}
     manifest = {"block_skip": {"plugin": record}}
     with pytest.raises(InputError, match="missing"):
-        _load_engine_plugin(None, manifest, None, tmp_path)
+        load_engine_plugin(None, manifest, None, tmp_path)
     (tmp_path / "libskip.so").write_bytes(b"another build")
     with pytest.raises(InputError, match="plugin library"):
-        _load_engine_plugin(None, manifest, None, tmp_path)
+        load_engine_plugin(None, manifest, None, tmp_path)
 
 
 def test_slots_of_one_engine_have_contexts_profiles_and_caches_of_their_own(tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_slots_of_one_engine_have_contexts_profiles_and_caches_of_their_own(tmp_
     assert len(engine.contexts) == slots.slots
     for context in engine.contexts:
         for profile, (rows, count), _ in context.runs:
-            assert profile == _pick_profile(PROFILES, shapes(rows, count, 5))
+            assert profile == pick_profile(PROFILES, shapes(rows, count, 5))
     caches = [{cache for _, _, cache in context.runs} for context in engine.contexts]
     assert len(set.union(*caches)) == sum(map(len, caches)) == slots.slots
     assert [slots.slot_length(slot) for slot in range(3)] == [16, 14, 10]
