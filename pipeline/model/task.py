@@ -13,7 +13,7 @@ from pipeline.lazy import imported
 
 Task = Literal["text-generation", "image-classification", "driving-perception"]
 _Stage = Literal[
-    "compress", "convolutions", "export", "prove", "engine", "ledger", "inspect", "look"
+    "compress", "convolutions", "labels", "export", "prove", "engine", "ledger", "inspect", "look"
 ]
 TEXT: Task = "text-generation"
 IMAGES: Task = "image-classification"
@@ -122,6 +122,7 @@ TASKS: dict[Task, _TaskRow] = {
         adapters={
             "compress": "pipeline.compress.driving:prepare",
             "convolutions": "pipeline.calibrate.driving_images:open_driving",
+            "labels": "pipeline.calibrate.driving_labels:open_labelled",
             "export": "pipeline.export.trace_driving:trace_driving",
             "prove": "pipeline.export.prove_images:DRIVING_NETWORK",
             "engine": "pipeline.engine.profiles:image_limits",
