@@ -228,6 +228,7 @@ class IExecutionContext:
         self._look_at_aliases()
         if _driver().fake_is_recording(stream_handle) and self._prepared != self._shapes:
             _driver().fake_spoil_recording(stream_handle)
+            _driver().fake_complain(b"a first call with new shapes is captured")
             return self.engine.refuse("a first call with new shapes cannot be captured")
         self._prepared = dict(self._shapes)
         inputs = [
