@@ -145,6 +145,7 @@ def test_without_a_gpu_or_of_unknown_steps_it_says_so(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_a_dry_run_goes_through_every_step_and_is_run_as_a_file(tmp_path: Path) -> None:
     path = tmp_path / "dry.json"
     program = str(ROOT / "benchmarks" / "gpu" / "all.py")
