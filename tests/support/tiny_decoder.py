@@ -30,6 +30,7 @@ __all__ = [
     "VOCAB_SIZE",
     "byte_tokenizer",
     "export_tiny",
+    "made_once",
     "save_tiny_folder",
     "shared_draft",
     "shared_export",
@@ -49,7 +50,7 @@ def shared_export(profile: str) -> Path:
     def make(root: Path) -> None:
         export_tiny(save_tiny_folder(root / "model"), root / profile, profile)
 
-    return _shared(profile, make)
+    return made_once(profile, make)
 
 
 @functools.cache
@@ -60,7 +61,7 @@ def shared_draft() -> Path:
         model = save_tiny_folder(root / "model", seed=1)
         export_folder(model, root / "draft", ExportRequest(CPU, "float32", MAX_LENGTH, INT4))
 
-    return _shared("draft", make)
+    return made_once("draft", make)
 
 
 @functools.cache
@@ -76,10 +77,10 @@ def shared_rounded_export() -> Path:
         )
         export_folder(model, root / "cpu8", wanted)
 
-    return _shared("cpu8", make)
+    return made_once("cpu8", make)
 
 
-def _shared(name: str, make: Callable[[Path], None]) -> Path:
+def made_once(name: str, make: Callable[[Path], None]) -> Path:
     """The export `name` in a folder of all workers, of which one makes it."""
     root = Path(os.environ["SKIPCAT_TESTS_SHARED"], name)
     root.mkdir(exist_ok=True)
