@@ -30,7 +30,6 @@ __all__ = [
     "VOCAB_SIZE",
     "byte_tokenizer",
     "export_tiny",
-    "shared_folder",
     "save_tiny_folder",
     "shared_draft",
     "shared_export",
