@@ -59,8 +59,11 @@ class LayerInformationFormat(enum.Enum):
     ONELINE, JSON = range(2)
 
 
-class NetworkDefinitionCreationFlag(enum.IntEnum):
-    EXPLICIT_BATCH, STRONGLY_TYPED = range(2)
+class NetworkDefinitionCreationFlag(enum.Enum):
+    STRONGLY_TYPED = 1
+
+    def __int__(self) -> int:
+        return self.value
 
 
 class ILogger:
@@ -95,8 +98,11 @@ if _VERSION >= (10, 7):
     class IStreamReaderV2:
         """Read and seek; fewer bytes than asked for are read on."""
 
-    class SeekPosition(enum.IntEnum):
+    class SeekPosition(enum.Enum):
         SET, CUR, END = range(3)
+
+        def __int__(self) -> int:
+            return self.value
 
 
 @functools.cache
@@ -155,9 +161,9 @@ class _Call:
     def run(self) -> None:
         assert all(tensor.is_held() for tensor in self._inputs), "an input is not there"
         feeds = {tensor.name: tensor.numbers().copy() for tensor in self._inputs}
-        names = [name for name in self._engine.names if name not in feeds]
+        names = [name for name in self._engine._names if name not in feeds]
         ctypes.memset(self._scratch, 0xFF, _SCRATCH_BYTES)
-        results = self._engine.session.run(names, feeds)
+        results = self._engine._session.run(names, feeds)
         for name, result in zip(names, results, strict=True):
             target = _Tensor(name, self._addresses[name], result.shape, result.dtype)
             assert target.is_held(), "an output has no room"
@@ -180,8 +186,8 @@ class IExecutionContext:
         self._prepared: dict[str, tuple[int, ...]] = {}
 
     def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
-        if not 0 <= profile_index < len(self.engine.profiles):
-            return self.engine.refuse(f"there is no profile {profile_index}")
+        if not 0 <= profile_index < len(self.engine._profiles):
+            return self.engine._refuse(f"there is no profile {profile_index}")
         if profile_index != self.active_optimization_profile:
             self._forget()
         self.active_optimization_profile = profile_index
@@ -194,45 +200,45 @@ class IExecutionContext:
         self._scratch = memory
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
-        ends = self.engine.profiles[self.active_optimization_profile].get(name)
+        ends = self.engine._profiles[self.active_optimization_profile].get(name)
         if ends is None:
-            return self.engine.refuse(f"there is no input '{name}'")
+            return self.engine._refuse(f"there is no input '{name}'")
         least, most = ends[0], ends[2]
         fits = len(shape) == len(least) and all(
             low <= size <= high for low, size, high in zip(least, shape, most, strict=True)
         )
         if not fits:
-            return self.engine.refuse(f"{name} {shape} is not within {least} to {most}")
+            return self.engine._refuse(f"{name} {shape} is not within {least} to {most}")
         self._shapes[name] = tuple(shape)
         return True
 
     def set_tensor_address(self, name: str, memory: int) -> bool:
-        if name not in self.engine.names:
-            return self.engine.refuse(f"there is no tensor '{name}'")
+        if name not in self.engine._names:
+            return self.engine._refuse(f"there is no tensor '{name}'")
         if memory % 256:
-            return self.engine.refuse(f"the address of '{name}' is not a multiple of 256")
+            return self.engine._refuse(f"the address of '{name}' is not a multiple of 256")
         self._addresses[name] = memory
         return True
 
     def execute_async_v3(self, stream_handle: int) -> bool:
-        missing = [name for name in self.engine.names if name not in self._addresses]
+        missing = [name for name in self.engine._names if name not in self._addresses]
         unshaped = [
             name
-            for name in self.engine.types
-            if name not in self._shapes and name in self.engine.profiles[0]
+            for name in self.engine._types
+            if name not in self._shapes and name in self.engine._profiles[0]
         ]
         if missing or unshaped:
-            return self.engine.refuse(f"no address: {missing}; no shape: {unshaped}")
+            return self.engine._refuse(f"no address: {missing}; no shape: {unshaped}")
         if self._scratch is None and self._own is None:
-            return self.engine.refuse("no scratch memory was given")
+            return self.engine._refuse("no scratch memory was given")
         self._look_at_aliases()
         if _driver().fake_is_recording(stream_handle) and self._prepared != self._shapes:
             _driver().fake_spoil_recording(stream_handle)
             _driver().fake_complain(b"a first call with new shapes is captured")
-            return self.engine.refuse("a first call with new shapes cannot be captured")
+            return self.engine._refuse("a first call with new shapes cannot be captured")
         self._prepared = dict(self._shapes)
         inputs = [
-            _Tensor(name, self._addresses[name], shape, self.engine.types[name])
+            _Tensor(name, self._addresses[name], shape, self.engine._types[name])
             for name, shape in self._shapes.items()
         ]
         scratch = self._scratch or ctypes.addressof(self._own)  # type: ignore[arg-type]
@@ -247,7 +253,7 @@ class IExecutionContext:
         for name in self._shapes:
             if name.startswith(_CACHE):
                 present = self._addresses[name.replace(_CACHE, _PRESENT, 1)]
-                if (present == self._addresses[name]) != self.engine.writes_in_place:
+                if (present == self._addresses[name]) != self.engine._writes_in_place:
                     _driver().fake_complain(f"'{name}' is not aliased as it must be".encode())
 
 
@@ -260,32 +266,32 @@ class ICudaEngine:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
         options.log_severity_level = 3
-        self.session = onnxruntime.InferenceSession(graph, options, ["CPUExecutionProvider"])
-        self.logger, self.profiles = logger, header["profiles"]
-        self.writes_in_place: bool = header["writes_in_place"]
-        found = [*self.session.get_inputs(), *self.session.get_outputs()]
-        self.types = {tensor.name: _NUMPY[tensor.type] for tensor in found}
+        self._session = onnxruntime.InferenceSession(graph, options, ["CPUExecutionProvider"])
+        self._logger, self._profiles = logger, header["profiles"]
+        self._writes_in_place: bool = header["writes_in_place"]
+        found = [*self._session.get_inputs(), *self._session.get_outputs()]
+        self._types = {tensor.name: _NUMPY[tensor.type] for tensor in found}
         self._shapes = {
             tensor.name: [size if isinstance(size, int) else -1 for size in tensor.shape]
             for tensor in found
         }
-        self.names = list(self.types)
-        self.num_io_tensors = len(self.names)
-        self.num_optimization_profiles = len(self.profiles)
+        self._names = list(self._types)
+        self.num_io_tensors = len(self._names)
+        self.num_optimization_profiles = len(self._profiles)
         self.device_memory_size_v2 = _SCRATCH_BYTES
 
-    def refuse(self, message: str) -> bool:
-        self.logger.log(ILogger.ERROR, message)
+    def _refuse(self, message: str) -> bool:
+        self._logger.log(ILogger.ERROR, message)
         return False
 
     def get_tensor_name(self, index: int) -> str:
-        return self.names[index]
+        return self._names[index]
 
     def get_tensor_shape(self, name: str) -> list[int]:
         return self._shapes[name]
 
     def get_tensor_dtype(self, name: str) -> DataType:
-        return _TYPES[self.types[name]]
+        return _TYPES[self._types[name]]
 
     def get_tensor_location(self, name: str) -> TensorLocation:
         return TensorLocation.DEVICE
@@ -381,15 +387,17 @@ class INetworkDefinition:
     """The graph that was parsed, and the path that it came from."""
 
     def __init__(self, flags: int) -> None:
-        self.is_strongly_typed = bool(flags & 1 << NetworkDefinitionCreationFlag.STRONGLY_TYPED)
-        self.model: Any = None
+        self._is_strongly_typed = bool(
+            flags & 1 << int(NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+        )
+        self._model: Any = None
 
     @property
     def num_layers(self) -> int:
-        return len(self.model.graph.node)
+        return len(self._model.graph.node)
 
     def get_layer(self, index: int) -> Any:
-        node = self.model.graph.node[index]
+        node = self._model.graph.node[index]
         registered = {creator.name for creator in _REGISTRY.all_creators}
         name = "PLUGIN_V3" if node.op_type in registered else node.op_type.upper()
         return _Named(type=_Named(name=name), name=node.name)
@@ -410,8 +418,8 @@ class OnnxParser:
     def parse_from_file(self, model: str) -> bool:
         import onnx
 
-        self._network.model = onnx.load(model)
-        opset = next(o.version for o in self._network.model.opset_import if not o.domain)
+        self._network._model = onnx.load(model)
+        opset = next(o.version for o in self._network._model.opset_import if not o.domain)
         newest = 24 if _VERSION >= (10, 15) else 22
         if opset > newest:
             self._errors.append(f"opset {opset} is newer than {newest}")
@@ -429,26 +437,26 @@ class OnnxParser:
 class IOptimizationProfile:
     def __init__(self) -> None:
         self.extra_memory_target = 1.0
-        self.shapes: dict[str, list[list[int]]] = {}
+        self._shapes: dict[str, list[list[int]]] = {}
 
     def set_shape(self, input: str, min: Any, opt: Any, max: Any) -> None:
-        self.shapes[input] = [list(min), list(opt), list(max)]
+        self._shapes[input] = [list(min), list(opt), list(max)]
 
 
 class IBuilderConfig:
     def __init__(self) -> None:
         self.profiling_verbosity = ProfilingVerbosity.LAYER_NAMES_ONLY
-        self.profiles: list[IOptimizationProfile] = []
+        self._profiles: list[IOptimizationProfile] = []
 
     def set_memory_pool_limit(self, pool: MemoryPoolType, pool_size: int) -> None:
         assert pool_size > 0
 
     def add_optimization_profile(self, profile: IOptimizationProfile) -> int:
-        for low, _, high in profile.shapes.values():
+        for low, _, high in profile._shapes.values():
             if any(least > most for least, most in zip(low, high, strict=True)):
                 return -1
-        self.profiles.append(profile)
-        return len(self.profiles) - 1
+        self._profiles.append(profile)
+        return len(self._profiles) - 1
 
 
 class Builder:
@@ -467,22 +475,22 @@ class Builder:
     def build_serialized_network(
         self, network: INetworkDefinition, config: IBuilderConfig
     ) -> bytes | None:
-        if not network.is_strongly_typed and _VERSION < (11,):
+        if not network._is_strongly_typed and _VERSION < (11,):
             self.logger.log(ILogger.ERROR, "types would be chosen freely")
             return None
-        inputs = {value.name for value in network.model.graph.input}
-        for profile in config.profiles:
-            if profile.shapes.keys() != inputs:
+        inputs = {value.name for value in network._model.graph.input}
+        for profile in config._profiles:
+            if profile._shapes.keys() != inputs:
                 self.logger.log(ILogger.ERROR, "a profile lacks an input")
                 return None
-        graph = network.model.SerializeToString()
+        graph = network._model.SerializeToString()
         names = {creator.name for creator in _REGISTRY.all_creators}
         header = {
             "version": __version__,
-            "profiles": [profile.shapes for profile in config.profiles],
-            "plugins": sorted(names & {node.op_type for node in network.model.graph.node}),
+            "profiles": [profile._shapes for profile in config._profiles],
+            "plugins": sorted(names & {node.op_type for node in network._model.graph.node}),
             "writes_in_place": any(
-                node.op_type == "TensorScatter" for node in network.model.graph.node
+                node.op_type == "TensorScatter" for node in network._model.graph.node
             ),
             "bytes": len(graph),
         }
