@@ -24,13 +24,16 @@ from transformers.quantizers.auto import (
 # Relative, so that it is found in the package and in the folder of a checkpoint.
 from .modeling_skipcat import FORMAT_VERSION, QUANT_METHOD, SkipCatConfig, SkipCatQuantizer
 
-_CACHE_FORMAT_VERSION = 3
+# Of maps before the rotation; and of those after it, which older code would take for the former.
+_CACHE_FORMAT_VERSION, _NARROW_FORMAT_VERSION = 3, 4
 
 
 class CacheMap(nn.Module):
-    """What becomes of the keys, before they are rotated, or the values of one layer.
+    """What becomes of the keys or the values of one layer.
 
     z = down (y - mean), perhaps rounded, is cached; y = mean + up z is what attention is given.
+    Keys are mapped before they are turned by their position, and turned when they are read; or
+    after it, so that a query may be mapped in their place, and none is ever rebuilt.
 
     Args:
         heads: key/value heads.
@@ -39,6 +42,7 @@ class CacheMap(nn.Module):
         rank: numbers of each latent.
         bits: of each number, with a scale and an offset a token and group; None rounds nothing.
         is_rotated: whether the keys are turned by their position afterwards.
+        after_rotation: whether they are mapped after that.
         source: name of the module whose output is mapped.
         device: where the parameters are made.
         dtype: their type.
@@ -60,6 +64,7 @@ class CacheMap(nn.Module):
         bits: int | None = None,
         *,
         is_rotated: bool = False,
+        after_rotation: bool = False,
         source: str = "",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -71,7 +76,8 @@ class CacheMap(nn.Module):
             nn.Parameter(torch.empty(shape, device=device, dtype=dtype), requires_grad=False)
             for shape in ((groups, rank, numbers), (groups, numbers, rank), (groups, numbers))
         )
-        self.is_rotated, self.source, self.is_active = is_rotated, source, True
+        self.is_rotated, self.after_rotation = is_rotated, after_rotation
+        self.source, self.is_active = source, True
         self.latent: torch.Tensor | None = None
         self.angles: tuple[torch.Tensor, torch.Tensor] | None = None
 
@@ -80,6 +86,10 @@ class CacheMap(nn.Module):
         parts = states.unflatten(-1, (self.groups, -1)).transpose(1, 2)
         latent = (parts - self.mean[:, None]) @ self.down.transpose(1, 2)
         return latent if self.bits is None else _rounded(latent, self.bits)
+
+    def of_heads(self, states: torch.Tensor) -> torch.Tensor:
+        """Latents [B, groups, S, rank] of keys or values [B, heads, S, width]."""
+        return self(states.transpose(1, 2).flatten(2))
 
     def rebuilt(self, latent: torch.Tensor) -> torch.Tensor:
         """Keys or values [B, S, heads * width] of latents [B, groups, S, rank]."""
@@ -106,14 +116,47 @@ class CacheMap(nn.Module):
         mapped = mapped.unflatten(-1, (self.heads, self.width))
         return mapped.transpose(1, 2) if heads_first else mapped
 
-    def before_attention(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook of the attention: notes the angles that it is given."""
+    def before_attention(
+        self, module: nn.Module, args: Any, kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]] | None:
+        """Forward pre-hook of the attention: notes its angles; maps what it gives to its cache."""
         self.angles = kwargs.get("position_embeddings")
+        cache = kwargs.get("past_key_values")
+        if not (self.after_rotation and self.is_active) or getattr(cache, "maps_keys", False):
+            return None
+        return args, kwargs | {"past_key_values": _MappedKeys(cache, self)}
 
     def extra_repr(self) -> str:
         """What print(model) shows."""
         kind = "" if self.bits is None else f", {self.bits} bits"
         return f"{self.heads} heads of {self.width}, {self.groups} x {self.rank}{kind}"
+
+
+class _MappedKeys:
+    """A cache that knows no maps, or none at all, given keys as they are after theirs.
+
+    Args:
+        cache: of the model; None where nothing is kept.
+        made: the map of the layer's keys.
+    """
+
+    def __init__(self, cache: Any, made: CacheMap) -> None:
+        self._cache, self._made = cache, made
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cache, name)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """All keys and values so far, the new keys mapped."""
+        keys = self._made.heads_of(self._made.of_heads(key_states))
+        if self._cache is None:
+            return keys, value_states
+        found: tuple[torch.Tensor, torch.Tensor] = self._cache.update(
+            keys, value_states, *args, **kwargs
+        )
+        return found
 
 
 def codes_of(latent: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -146,7 +189,7 @@ def attach_cache_maps(model: nn.Module, entries: dict[str, dict[str, Any]]) -> N
     Args:
         model: changed in place.
         entries: `quantization_config.caches`: source -> side, heads, width, groups, rank, bits,
-            is_rotated.
+            is_rotated; after_rotation, False where it is left out.
 
     Raises:
         ValueError: an entry that fits no module.
@@ -159,6 +202,7 @@ def attach_cache_maps(model: nn.Module, entries: dict[str, dict[str, Any]]) -> N
         made = CacheMap(
             *sizes,
             is_rotated=entry["is_rotated"],
+            after_rotation=entry.get("after_rotation", False),
             source=source,
             device=_device_of(holder, weight),
             dtype=weight.dtype,
@@ -179,9 +223,10 @@ def hook_cache_maps(model: nn.Module) -> None:
             model.get_submodule(name.rpartition(".")[0]),
             model.get_submodule(own.source),
         )
-        if not _is_hooked(source._forward_hooks, own):
+        if not own.after_rotation and not _is_hooked(source._forward_hooks, own):
             source.register_forward_hook(own.after_source)
-        if own.is_rotated and not _is_hooked(holder._forward_pre_hooks, own):
+        turns = own.is_rotated or own.after_rotation
+        if turns and not _is_hooked(holder._forward_pre_hooks, own):
             holder.register_forward_pre_hook(own.before_attention, with_kwargs=True)
 
 
@@ -228,7 +273,7 @@ class _LatentLayer(DynamicLayer):
         past = self.get_seq_length()
         for_keys, for_values = self.maps
         keys, values = super().update(
-            _latent_of(for_keys, key_states), _latent_of(for_values, value_states)
+            latent_of(for_keys, key_states), latent_of(for_values, value_states)
         )
         if for_keys is not None:
             keys = for_keys.heads_of(keys)
@@ -251,9 +296,13 @@ class _LatentLayer(DynamicLayer):
         return self._rotate(keys, cos, sin)
 
 
-def _latent_of(made: CacheMap | None, states: torch.Tensor) -> torch.Tensor:
-    """What is kept of new keys or values."""
-    return states if made is None or made.latent is None else made.latent
+def latent_of(made: CacheMap | None, states: torch.Tensor) -> torch.Tensor:
+    """What is kept of new keys or values [B, heads, S, width] that a layer gives to its cache."""
+    if made is None:
+        return states
+    if made.after_rotation:
+        return made.of_heads(states)
+    return states if made.latent is None else made.latent
 
 
 def rotation_of(attention: nn.Module) -> Callable[..., torch.Tensor] | None:
@@ -279,6 +328,8 @@ class LatentCache(DynamicCache):
         model: with maps in place.
     """
 
+    maps_keys = True  # by itself: see `CacheMap.before_attention`
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__(config=model.config)
         for name in {name.rpartition(".")[0] for name in cache_maps(model)}:
@@ -294,11 +345,12 @@ class SmallCacheConfig(SkipCatConfig):
 
     Args:
         modules: as of `SkipCatConfig`.
-        version: of the format; 3 where there are maps, so that older code refuses them.
+        version: of the format; 3 where there are maps, 4 where some are of keys that were turned,
+            so that older code refuses them.
         caches: source -> what `attach_cache_maps` reads; None for a cache as it is.
     """
 
-    newest = _CACHE_FORMAT_VERSION
+    newest = _NARROW_FORMAT_VERSION
 
     def __init__(
         self,
@@ -308,6 +360,8 @@ class SmallCacheConfig(SkipCatConfig):
         **unused: Any,
     ) -> None:
         own = _CACHE_FORMAT_VERSION if caches else FORMAT_VERSION
+        if any(entry.get("after_rotation") for entry in (caches or {}).values()):
+            own = _NARROW_FORMAT_VERSION
         super().__init__(modules, own if version is None else version)
         if caches:
             self.caches = caches

@@ -16,7 +16,12 @@ from pipeline.compress.methods import (
     METHODS,
     ROTATIONS,
 )
-from pipeline.compress.request import CACHE_BITS
+from pipeline.compress.request import (
+    CACHE_BITS,
+    CACHE_FORMS,
+    DEFAULT_CACHE_FORM,
+    CompressRequest,
+)
 from pipeline.quantize.formats import DEFAULT_RUNTIME, RUNTIMES
 
 _LANGUAGE_MODELS = "Language models only."
@@ -181,6 +186,20 @@ _cache_options = options.apply(
         "Of the latents' numbers: any is searched; float leaves rank alone.",
         click.Choice(list(CACHE_BITS)),
     ),
+    options.setting(
+        "--cache-form",
+        DEFAULT_CACHE_FORM,
+        "; ".join(f"{name}: {form.summary}" for name, form in CACHE_FORMS.items())
+        + ". narrow and stock exclude --cache-groups.",
+        click.Choice(list(CACHE_FORMS)),
+    ),
+    options.setting(
+        "--cache-length",
+        CompressRequest.cache_length,
+        "Positions that keys of --cache-form narrow and stock are made for; beyond them they lose "
+        "more.",
+        options.positive,
+    ),
     heading="KV cache",
 )
 compression_options = options.apply(
@@ -227,7 +246,6 @@ def command(
     skipcat compress -m ./my-vit -o small --keep-params 0.6 --calibration images/
     skipcat compress -m ./driving -o small --method int8 --runtime cpu --calibration images/
     """  # noqa: D301 - click reads the escape
-    from pipeline.compress.request import CompressRequest
     from pipeline.compress.run import compress_to_folder
     from pipeline.output import check_output
 

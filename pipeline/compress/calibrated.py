@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.image_processing_base import ImageProcessingMixin
 
-from pipeline.compress.cache.cache_plan import CachePlan, SidePlan
+from pipeline.compress.cache.cache_plan import CachePlan
 from pipeline.compress.factorize.factors import Rounding
 from pipeline.compress.methods import Fit
 from pipeline.compress.plan.layer_costs import GroupStatistics
@@ -79,8 +79,10 @@ class Calibrated(Measured, Protocol):
         """Quantise embeddings by name, in place; returns their `modules` entries."""
         ...
 
-    def cache_choices(self, request: CompressRequest) -> list[list[SidePlan]]:
+    def cache_choices(self, request: CompressRequest) -> list[list[CachePlan]]:
         """Every way to cache the keys and the values of each layer, and what it should cost.
+
+        Of one side each, or of one layer.
 
         Raises:
             UsageError: a model that has no KV cache.

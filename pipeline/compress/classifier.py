@@ -12,7 +12,7 @@ import torch
 
 from pipeline.calibrate.images import FORMATS, ImageBatch, load_images
 from pipeline.calibrate.whole_model import DRAWS, PairedModel, measure_whole
-from pipeline.compress.cache.cache_plan import CachePlan, SidePlan
+from pipeline.compress.cache.cache_plan import CachePlan
 from pipeline.compress.calibrated import Stream
 from pipeline.compress.factorize.factors import Rounding
 from pipeline.compress.methods import Fit
@@ -174,7 +174,7 @@ class _CalibratedClassifier:
         """Nothing to quantise."""
         return {}
 
-    def cache_choices(self, request: CompressRequest) -> list[list[SidePlan]]:
+    def cache_choices(self, request: CompressRequest) -> list[list[CachePlan]]:
         raise AssertionError("no request for a classifier has a context")
 
     def require_cache(self, request: CompressRequest, planned: Any) -> None:

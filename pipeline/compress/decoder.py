@@ -15,7 +15,7 @@ from pipeline.calibrate.layer_stream import LayerStream, PairedStream
 from pipeline.calibrate.moments import SecondMoment
 from pipeline.calibrate.precision import fast_products
 from pipeline.calibrate.text import TokenBatch, load_tokens
-from pipeline.compress.cache.cache_plan import CachePlan, SidePlan
+from pipeline.compress.cache.cache_plan import CachePlan
 from pipeline.compress.cache.compress_cache import (
     cache_choices,
     checked_cache,
@@ -214,7 +214,7 @@ class CalibratedDecoder:
         entries, _ = self._embeddings.quantize_(formats, self.batch.tokens, rounding)
         return entries
 
-    def cache_choices(self, request: CompressRequest) -> list[list[SidePlan]]:
+    def cache_choices(self, request: CompressRequest) -> list[list[CachePlan]]:
         costs, windows = self.statistics, self.batch.spread(request.resolved_effort.survey_windows)
         folder, settings = costs.folder / "cache", costs.settings | {"seed": request.seed}
         return cache_choices(self.model, self.layers, windows, request, folder, settings)

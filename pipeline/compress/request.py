@@ -29,6 +29,40 @@ CACHE_BITS: dict[str, tuple[int | None, ...]] = {
 
 
 @dataclass(frozen=True)
+class CacheForm:
+    """What latents of keys and values are like, and who can read them.
+
+    Attributes:
+        summary: for the help.
+        by_head: each head has latents of its own, and keys are mapped after they were turned: a
+            query is mapped in their place, and nothing is rebuilt.
+        even: keys and values of a layer are of one width, a multiple of this; 0 for any widths.
+        rounds: their numbers may be of few bits.
+    """
+
+    summary: str
+    by_head: bool = False
+    even: int = 0
+    rounds: bool = True
+
+
+DEFAULT_CACHE_FORM = "rebuilt"
+CACHE_FORMS = {
+    DEFAULT_CACHE_FORM: CacheForm("loses least; keys are rebuilt whenever they are read"),
+    "narrow": CacheForm("narrower heads, of which nothing is rebuilt", by_head=True),
+    "stock": CacheForm(
+        "the same in float, keys and values of a layer of one width: what attention of any "
+        "runtime reads, that of the profile cpu, too",
+        by_head=True,
+        even=8,
+        rounds=False,
+    ),
+}
+# Positions that narrow keys are made for, unless more are asked for.
+_CACHE_LENGTH = 2048
+
+
+@dataclass(frozen=True)
 class CompressRequest:
     """What to compress, and how.
 
@@ -70,6 +104,8 @@ class CompressRequest:
             two is worth is searched, by one program.
         cache_groups: groups of key/value heads, each with a latent of its own.
         cache_bits: of the latents: `any`, `float`, or a number.
+        cache_form: a name in CACHE_FORMS.
+        cache_length: positions that keys mapped after their rotation are made for.
     """
 
     model: str
@@ -103,6 +139,8 @@ class CompressRequest:
     context: int | None = None
     cache_groups: int = 1
     cache_bits: str = "any"
+    cache_form: str = DEFAULT_CACHE_FORM
+    cache_length: int = _CACHE_LENGTH
 
     def check(self) -> None:
         """Refuse values that cannot be meant, before any work is done.
@@ -124,7 +162,7 @@ class CompressRequest:
                 observed="--one-shot as well" if self.one_shot else self.mix,
                 expected="a number in [0, 1], without --one-shot",
             )
-        for name in ("rank_multiple", "windows", "window_length", "context"):
+        for name in ("rank_multiple", "windows", "window_length", "context", "cache_length"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(
@@ -137,6 +175,8 @@ class CompressRequest:
             ("--effort", self.effort, EFFORTS),
             ("--runtime", self.runtime, RUNTIMES),
             ("--rotate", self.rotate, ROTATIONS),
+            ("--cache-form", self.cache_form, CACHE_FORMS),
+            ("--cache-bits", self.cache_bits, CACHE_BITS),
         ):
             if value not in known:
                 raise UsageError(
@@ -186,12 +226,24 @@ class CompressRequest:
                 where=f"--method {self.method}",
                 expected="--keep-cache 0.5, or --cache-bytes",
             )
-        if self.cache_bits not in CACHE_BITS:
+        self._check_form()
+
+    def _check_form(self) -> None:
+        """Refuse what a form of the cache does not go together with."""
+        form, refused = self.form_of_cache, None
+        if form.by_head and self.cache_groups != 1:
+            refused = f"--cache-groups {self.cache_groups}"
+        if form.by_head and METHODS[self.method].cache_alone:
+            refused = f"--method {self.method}"
+        if not form.rounds and self.cache_bits not in ("any", "float"):
+            refused = f"--cache-bits {self.cache_bits}"
+        if refused is not None:
             raise UsageError(
-                "There is no such format of the cache.",
-                where="--cache-bits",
-                observed=self.cache_bits,
-                expected=", ".join(CACHE_BITS),
+                "This form of the cache has latents of its own kind.",
+                where=f"--cache-form {self.cache_form}",
+                observed=refused,
+                expected=f"{self.cache_form}: {form.summary}",
+                change="leave one of the two out",
             )
 
     def _check_bits(self) -> None:
@@ -292,9 +344,14 @@ class CompressRequest:
         return any(x is not None for x in (self.cache_bytes, self.keep_cache, self.context))
 
     @property
+    def form_of_cache(self) -> CacheForm:
+        """What latents are to be like."""
+        return CACHE_FORMS[self.cache_form]
+
+    @property
     def cache_formats(self) -> tuple[int | None, ...]:
         """Bits to choose from; None among them for float16."""
-        return CACHE_BITS[self.cache_bits]
+        return CACHE_BITS[self.cache_bits] if self.form_of_cache.rounds else (None,)
 
     def cache_budget(self, float16_bytes: int) -> int:
         """Bytes a token, of a model whose cache takes so many in float16."""

@@ -19,7 +19,9 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from pipeline.export.cache import GraphCache, padded_width
-from pipeline.export.contract import CONTRIB, GROUPED_ATTENTION, POSITION_IDS, Profile
+from pipeline.export.contract import CONTRIB, CPU, GROUPED_ATTENTION, POSITION_IDS, Profile
+from pipeline.export.latent_attention import HeldSide
+from pipeline.export.latents import GraphLatents
 
 ATTENTION = "skipcat_export"
 # What transformers and its models pass on, and what the mask says already or nothing minds.
@@ -45,6 +47,11 @@ class _Scores:
     scale: float
     softcap: float = 0.0
     sinks: torch.Tensor | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether scores are neither capped nor beside sinks."""
+        return not self.softcap and self.sinks is None
 
     def weights(self, scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """The weights [B, H, S, K] of scores that are scaled, in their dtype."""
@@ -126,7 +133,8 @@ def _attend(
     if cache is not None:
         cache.attended += 1
     if cache is not None and profile.contrib:
-        return _grouped(query, key, value, cache, how, cache.window_of(attention_mask)), None
+        window = cache.window_of(attention_mask)
+        return _grouped_by_latents(query, key, value, cache, how, window), None
     if cache is None:
         if attention_mask is None:
             attention_mask = torch.zeros(1, 1, query.shape[2], key.shape[2], dtype=query.dtype)
@@ -135,16 +143,71 @@ def _attend(
     found = None if cache is None else cache.latents_of(key, value)
     if cache is not None and found is not None:
         latents, *held = found
-        if not how.softcap and sinks is None:
+        if not how.is_plain:
+            key, value = latents.rebuilt(cache.layer, *held)
+        elif _is_stock(profile, latents, cache.layer, held):
+            return _narrow(query, attention_mask, cache, held, how).transpose(1, 2), None
+        else:
             mixed = latents.attend(cache.layer, query * scale, attention_mask, *held)
             return mixed.transpose(1, 2), None
-        key, value = latents.rebuilt(cache.layer, *held)
-    # TensorRT's Attention takes no soft cap, and nobody's has sinks.
-    if profile.native_attention and not how.softcap and sinks is None:
-        operation = _native
-    else:
-        operation = _primitive if cache is None else _primitive_by_group
+    operation = _operation(profile, how, cached=cache is not None)
     return operation(query, key, value, attention_mask, how).transpose(1, 2), None
+
+
+def _operation(profile: Profile, how: _Scores, *, cached: bool) -> Callable[..., torch.Tensor]:
+    # TensorRT's Attention takes no soft cap, and nobody's has sinks.
+    if profile.native_attention and how.is_plain:
+        return _native
+    return _primitive_by_group if cached else _primitive
+
+
+def _is_stock(profile: Profile, latents: GraphLatents, layer: int, held: list[HeldSide]) -> bool:
+    """Whether what is cached of a layer is keys and values that the profile's attention takes.
+
+    TensorRT's own wants both of one width.
+    """
+    widths = {side.held.shape[-1] for side in held}
+    return latents.are_heads(layer) and (len(widths) == 1 or not profile.native_attention)
+
+
+def _narrow(
+    query: torch.Tensor,
+    mask: torch.Tensor,
+    cache: GraphCache,
+    held: list[HeldSide],
+    how: _Scores,
+) -> torch.Tensor:
+    """Attention to narrower keys and values: [B, H, S, D]."""
+    assert cache.latents is not None, "whose heads these are"
+    keys, values = (side.held for side in held)
+    query = cache.latents.query_of(cache.layer, query)
+    operation = _operation(cache.profile, how, cached=True)
+    return cache.latents.values_of(cache.layer, operation(query, keys, values, mask, how))
+
+
+def _grouped_by_latents(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cache: GraphCache,
+    how: _Scores,
+    window: int,
+) -> torch.Tensor:
+    """ONNX Runtime's attention, of narrower heads where there are maps: [B, S, H, D].
+
+    Raises:
+        NotImplementedError: scores that are capped, or have sinks: there no constant drops out.
+    """
+    cache.require_own(key, value)
+    latents = cache.latents
+    if latents is None or cache.layer not in latents:
+        return _grouped(query, key, value, cache, how, window)
+    if not how.is_plain:
+        raise NotImplementedError(f"capped scores of narrow keys, in the profile '{CPU}'")
+    keys, values = (side.held for side in latents.of_new(cache.layer, (key, value)))
+    query = latents.query_of(cache.layer, query)
+    mixed = _grouped(query, keys, values, cache, how, window)
+    return latents.values_of(cache.layer, mixed.transpose(1, 2)).transpose(1, 2)
 
 
 def _refuse_unknown(arguments: dict[str, Any]) -> None:
@@ -182,11 +245,7 @@ def _grouped(
 
     Heads of a width that it does not take, and values of another width than the keys, are widened
     by zeros, which add nothing.
-
-    Raises:
-        NotImplementedError: attention over something else than what the cache was just given.
     """
-    cache.require_own(key, value)
     batch, heads, length, _ = query.shape
     past = (cache.keys[cache.layer], cache.values[cache.layer])
     width = padded_width(key.shape[3], value.shape[3])

@@ -83,6 +83,7 @@ class GraphCache:
     """
 
     is_compileable = False
+    maps_keys = True  # by `latents`, and not before it is given them
 
     def __init__(
         self,

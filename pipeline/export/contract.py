@@ -53,7 +53,7 @@ DOMAIN, OP_VERSION = "skipcat", 1
 # How a matrix, or a side of the cache, is held: as numbers, as codes of a byte each, or as two
 # codes to a byte.
 NUMBERS, BYTES, NIBBLES = "", "8", "4"
-_FORMS = (NUMBERS, BYTES, NIBBLES)
+HELD_FORMS = (NUMBERS, BYTES, NIBBLES)
 _NIBBLE = 4  # bits of half a byte
 BLOCK_SKIP, BLOCK_SKIP_INDEXED = "BlockSkipLinear", "BlockSkipLinearIndexed"
 BLOCK_SKIP_OPS = (BLOCK_SKIP, BLOCK_SKIP_INDEXED)
@@ -78,8 +78,8 @@ def block_skip_op(a: str, b: str, indexed: bool) -> str:
 QUANTIZED_OPS = (
     *(
         block_skip_op(a, b, indexed)
-        for a in _FORMS
-        for b in _FORMS
+        for a in HELD_FORMS
+        for b in HELD_FORMS
         for indexed in (False, True)
         if a or b
     ),
@@ -110,8 +110,8 @@ def latent_attention_op(rebuilt: bool, keys: str, values: str) -> str:
 LATENT_OPS = tuple(
     latent_attention_op(rebuilt, keys, values)
     for rebuilt in (False, True)
-    for keys in _FORMS
-    for values in _FORMS
+    for keys in HELD_FORMS
+    for values in HELD_FORMS
 )
 DEQUANTIZE = "DequantizeLinear"
 BLOCKED_OPSET = 21  # the first in which it takes blocks

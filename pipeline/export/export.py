@@ -34,6 +34,7 @@ from pipeline.export.contract import (
     WEIGHTS_FILE,
     Profile,
 )
+from pipeline.export.latents import refuse_latents_in
 from pipeline.export.passes.fold_permutation import fold_permutations
 from pipeline.export.passes.fuse import merge_duplicates
 from pipeline.export.passes.keep_codes import keep_codes
@@ -85,6 +86,7 @@ def export_folder(
     weights, exact = _chosen_weights(request, skeleton)
     if request.cache != FLOAT:
         require_decoder(checkpoint)
+    refuse_latents_in(request.traits, skeleton.model, rounds=request.cache != FLOAT)
     proof = prove_model(skeleton.model.config, request)
     calibrated: dict[str, Any] = {}
     if request.cache != FLOAT:

@@ -4,9 +4,10 @@
     query, present latents             ->  LatentAttention  ->  (mean + up z of the values)
 
 Keys that are turned by their position are rebuilt from their latents inside the op; where they are
-not turned, the query is mapped instead, and what is constant over the keys drops out of the
-softmax. A token's position is its slot: a row that is padded on the left would be turned by other
-angles.
+not turned, or were before they were mapped, the query is mapped instead, and what is constant over
+the keys drops out of the softmax. Such latents, as numbers and of every head, are narrower keys and
+values to any other attention. Where keys are rebuilt, a token's position is its slot: a row that is
+padded on the left would be turned by other angles.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from pipeline.checkpoint.modeling_cache import CacheMap, cache_maps, rotation_of
+from pipeline.checkpoint.modeling_cache import CacheMap, cache_maps, latent_of, rotation_of
 from pipeline.errors import InputError
 from pipeline.export.contract import NIBBLES, POSITION_IDS, PROFILES, Profile, form_of
 from pipeline.export.latent_attention import HeldSide, KeyTables, attend_to_latents
@@ -130,11 +131,28 @@ class GraphLatents(nn.Module):
     def of_new(self, layer: int, states: tuple[torch.Tensor, torch.Tensor]) -> list[HeldSide]:
         """What is cached of new keys and values: latents [B, groups, S, rank] where a map is."""
         return [
-            HeldSide(state)
-            if made is None
-            else HeldSide.of(made.latent if made.latent is not None else state, made.bits)
+            HeldSide(state) if made is None else HeldSide.of(latent_of(made, state), made.bits)
             for made, state in zip(self._of_layer(layer), states, strict=True)
         ]
+
+    def are_heads(self, layer: int) -> bool:
+        """Whether what is cached of a layer is keys and values of fewer numbers, of every head."""
+        maps = [made for made in self._of_layer(layer) if made is not None]
+        return all(made.groups == made.heads and _is_read_as_it_is(made) for made in maps)
+
+    def query_of(self, layer: int, query: torch.Tensor) -> torch.Tensor:
+        """Query [B, H, S, width] whose products with what is cached are those with the keys."""
+        made, _ = self._of_layer(layer)
+        return query if made is None else self._mapped(layer, query)
+
+    def values_of(self, layer: int, mixed: torch.Tensor) -> torch.Tensor:
+        """Mixed values [B, H, S, D] of mixed latents [B, H, S, rank]."""
+        _, made = self._of_layer(layer)
+        if made is None:
+            return mixed
+        names = (f"value_map_up_{layer}", f"value_map_mean_{layer}")
+        up, mean = (self.get_buffer(name).flatten(0, 1) for name in names)
+        return map_values(mixed, up, mean)
 
     def rebuilt(
         self, layer: int, keys: HeldSide, values: HeldSide
@@ -158,7 +176,7 @@ class GraphLatents(nn.Module):
             keys: as cached.
             values: as cached.
         """
-        for_keys, for_values = self._of_layer(layer)
+        for_keys, _ = self._of_layer(layer)
         tables = None
         if for_keys is not None and not for_keys.is_rotated:
             query = self._mapped(layer, query)
@@ -168,12 +186,7 @@ class GraphLatents(nn.Module):
             tables = KeyTables(*map(self.get_buffer, own))
         elif for_keys is not None:
             keys = HeldSide(self._rebuilt_keys(layer, keys))
-        mixed = attend_to_latents(query, mask, keys, values, tables)
-        if for_values is None:
-            return mixed
-        names = (f"value_map_up_{layer}", f"value_map_mean_{layer}")
-        up, mean = (self.get_buffer(name).flatten(0, 1) for name in names)
-        return map_values(mixed, up, mean)
+        return self.values_of(layer, attend_to_latents(query, mask, keys, values, tables))
 
     def _of_layer(self, layer: int) -> tuple[CacheMap | None, CacheMap | None]:
         return self._maps.get((layer, "key_map")), self._maps.get((layer, "value_map"))
@@ -246,13 +259,31 @@ def _turned(keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
-def refuse_latents_in(profile: Profile, model: PreTrainedModel) -> None:
-    """Raise InputError where the attention itself writes the cache, and knows no latents."""
-    if profile.contrib and cache_maps(model):
-        raise InputError(
-            "This profile's attention cannot read the latents that the checkpoint caches.",
-            where=model.config.name_or_path,
-            observed=f"--profile {profile.name}",
-            expected=" or ".join(name for name, row in PROFILES.items() if not row.contrib),
-            change="export with another profile",
-        )
+def _is_read_as_it_is(made: CacheMap) -> bool:
+    """Whether what a map gives is attended to as it is cached."""
+    return made.bits is None and not made.is_rotated
+
+
+def refuse_latents_in(profile: Profile, model: PreTrainedModel, *, rounds: bool = False) -> None:
+    """Refuse what the profile's attention, which writes the cache itself, cannot read.
+
+    Args:
+        profile: of the export.
+        model: with maps in place, or none.
+        rounds: the export rounds the cache.
+
+    Raises:
+        InputError: latents that have to be rebuilt, are codes, or would be rounded.
+    """
+    maps = cache_maps(model).values()
+    readable = all(_is_read_as_it_is(made) and made.groups == made.heads for made in maps)
+    if not profile.contrib or not maps or (readable and not rounds):
+        return
+    others = " or ".join(f"--profile {n}" for n, row in PROFILES.items() if not row.contrib)
+    raise InputError(
+        "This profile's attention cannot read the latents that the checkpoint caches.",
+        where=f"--profile {profile.name}",
+        observed="a cache in few bits besides" if readable else "keys to rebuild, or codes",
+        expected="--cache float" if readable else f"{others}; or --cache-form stock of compress",
+        change="export with another profile",
+    )

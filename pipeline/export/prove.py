@@ -39,8 +39,9 @@ from pipeline.provenance import library_versions, sources_sha256
 from pipeline.quantize.cache_rounding import CacheRounding
 from pipeline.remembered import Remembered
 
-# Side, whether all heads share a latent, bits.
-LatentKind = tuple[str, bool, int | None]
+# Side, whether all heads share a latent, bits, whether keys are mapped after they were turned, and
+# whether both sides of its layer are of one width.
+LatentKind = tuple[str, bool, int | None, bool, bool]
 _KEPT = 0.7  # of a side's numbers, as rank; odd where that is, so that bytes are filled up
 _SPREAD = 0.3
 # Of float32: both sides round every sum, some tens of them one after the other, in other orders.
@@ -66,8 +67,18 @@ def _latent_kinds(config: PreTrainedConfig) -> list[LatentKind]:
         quantization if isinstance(quantization, dict) else getattr(quantization, "__dict__", {})
     )
     entries: dict[str, dict[str, Any]] = fields.get("caches") or {}
+    ranks: dict[str, set[int]] = {}
+    for source, entry in entries.items():
+        ranks.setdefault(source.rpartition(".")[0], set()).add(entry["rank"])
     found = Counter(
-        (entry["side"], entry["groups"] == 1, entry["bits"]) for entry in entries.values()
+        (
+            entry["side"],
+            entry["groups"] == 1,
+            entry["bits"],
+            entry.get("after_rotation", False),
+            len(ranks[source.rpartition(".")[0]]) == 1,
+        )
+        for source, entry in entries.items()
     )
     return [kind for kind, _ in sorted(found.items(), key=lambda item: (-item[1], str(item[0])))]
 
@@ -84,13 +95,15 @@ def _map_twin(model: PreTrainedModel, kinds: list[LatentKind], dtype: torch.dtyp
     for number, side in enumerate(cache_structure(model, decoder_structure(model))):
         own = [kind for kind in kinds if kind[0] == side.side]
         if own:
-            _, shared, bits = own[number // len(SIDES) % len(own)]
-            groups = 1 if shared else side.heads
+            _, shared, bits, narrow, even = own[number // len(SIDES) % len(own)]
+            groups = 1 if shared and not narrow else side.heads
             rank = max(1, round(_KEPT * side.numbers / groups)) | 1
+            rank = max(1, rank - 2) if side.side == "value" and not even else rank
+            is_narrow = narrow and side.is_rotated
             entries[side.source] = {
                 "side": side.side, "heads": side.heads, "width": side.width, "groups": groups,
                 "rank": min(rank, side.numbers // groups), "bits": bits,
-                "is_rotated": side.is_rotated,
+                "is_rotated": side.is_rotated and not is_narrow, "after_rotation": is_narrow,
             }  # fmt: skip
     attach_cache_maps(model, entries)
     model.config.quantization_config = SmallCacheConfig({}, caches=entries)

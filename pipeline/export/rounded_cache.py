@@ -14,7 +14,6 @@ from pipeline.calibrate.text import TokenBatch, load_tokens
 from pipeline.checkpoint.folder import load_checkpoint
 from pipeline.errors import InputError
 from pipeline.export.contract import GRAPH_FILE, GROUPED_ATTENTION, cache_names
-from pipeline.export.latents import refuse_latents_in
 from pipeline.export.onnx_folder import load_graph
 from pipeline.export.request import ExportRequest
 from pipeline.export.rotary import bounded_length
@@ -72,7 +71,6 @@ def calibrated_cache(folder: Path, request: ExportRequest) -> tuple[CacheRoundin
     """
     code = request.trust_remote_code
     model = load_checkpoint(folder, dtype=torch.float32, trust_remote_code=code)
-    refuse_latents_in(request.traits, model)
     length, _ = bounded_length(model.config, request.max_length)
     text = _text(folder, model, request, min(length, _WINDOW_LENGTH))
     held_out = torch.arange(len(text.tokens)) % 3 == 1  # so that both have all of a mixture

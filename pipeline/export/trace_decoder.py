@@ -119,6 +119,7 @@ class _DecoderStep(nn.Module):
                 input_ids,
                 (rows, longest),
                 self._windows,
+                latents=self.latents,
                 scales=self._scales(),
             )
         if self.profile.static_cache:

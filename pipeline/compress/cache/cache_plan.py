@@ -12,7 +12,7 @@ from pipeline.errors import InputError
 from pipeline.json_file import json_field
 from pipeline.model.cache_structure import CachedSide, Side
 
-CacheForm = Literal["full", "latent"]
+_SideForm = Literal["full", "latent", "narrow"]
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,9 @@ class SidePlan:
         source: module whose output they are.
         heads: key/value heads.
         width: of each.
-        form: `full`, as they are; or `latent`, mapped to fewer numbers before they are rotated, and
-            back when they are read.
+        form: `full`, as they are; `latent`, mapped to fewer numbers before they are rotated, and
+            back when they are read; or `narrow`, keys that are mapped, head by head, after they
+            were rotated, so that the query is mapped in their place and none is rebuilt.
         groups: heads in each group share a latent; 1 for all of them together.
         rank: numbers of a group's latent.
         bits: of each number, with a scale and an offset a token and group; None for float16.
@@ -39,7 +40,7 @@ class SidePlan:
     source: str
     heads: int
     width: int
-    form: CacheForm
+    form: _SideForm
     groups: int
     rank: int
     bits: int | None = None
@@ -59,11 +60,13 @@ class SidePlan:
         rank: int,
         bits: int | None,
         expected_kl: float | None = None,
+        *,
+        narrow: bool = False,
     ) -> SidePlan:
-        """Cached as so many latents of a rank."""
+        """Cached as so many latents of a rank; `narrow` is of keys mapped after their rotation."""
         return cls(
             **_place(side),
-            form="latent",
+            form="narrow" if narrow else "latent",
             groups=groups,
             rank=rank,
             bits=bits,
@@ -85,10 +88,17 @@ class SidePlan:
         """Numbers of a group before they are mapped."""
         return self.heads // self.groups * self.width
 
+    @property
+    def is_narrow(self) -> bool:
+        """Whether it is mapped after its rotation."""
+        return self.form == "narrow"
+
     def entry(self) -> dict[str, Any]:
         """The entry of `quantization_config.caches` that makes its map."""
         names = ("side", "heads", "width", "groups", "rank", "bits", "is_rotated")
-        return {name: getattr(self, name) for name in names}
+        found = {name: getattr(self, name) for name in names}
+        # A key of its own only where it is needed: older code reads the others.
+        return found | {"is_rotated": False, "after_rotation": True} if self.is_narrow else found
 
     def to_json(self) -> dict[str, Any]:
         """The fields, with the bytes before and after."""
@@ -103,7 +113,7 @@ def _place(side: CachedSide) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class CachePlan:
-    """What becomes of the cache, layer by layer, keys before values."""
+    """What becomes of the cache, or of a part of it, layer by layer, keys before values."""
 
     sides: tuple[SidePlan, ...]
 
@@ -123,13 +133,18 @@ class CachePlan:
         return self.token_bytes / self.dense_bytes
 
     @property
+    def expected_kl(self) -> float:
+        """What it is expected to cost, nats a token, where that was estimated."""
+        return sum(side.expected_kl or 0.0 for side in self.sides)
+
+    @property
     def is_unchanged(self) -> bool:
         """Whether everything is cached as it is."""
         return all(side.form == "full" for side in self.sides)
 
     def entries(self) -> dict[str, dict[str, Any]]:
         """`quantization_config.caches`: the entry of every map by its source."""
-        return {side.source: side.entry() for side in self.sides if side.form == "latent"}
+        return {side.source: side.entry() for side in self.sides if side.form != "full"}
 
     def to_json(self) -> dict[str, Any]:
         """The section `caches` of plan.json."""
@@ -172,13 +187,17 @@ def _side_from(entry: Any, side: CachedSide, where: str) -> SidePlan:
         if value != getattr(side, name):
             raise _wrong(where, name, value, getattr(side, name))
     form = json_field(entry, "form", str, where)
-    if form not in ("full", "latent"):
-        raise _wrong(where, "form", form, "full or latent")
+    narrow = side.side == "key" and side.is_rotated
+    known = ("full", "latent", *(["narrow"] if narrow else []))
+    if form not in known:
+        raise _wrong(where, "form", form, " or ".join(known))
     if form == "full":
         return SidePlan.full(side)
     groups, rank = (json_field(entry, name, int, where) for name in ("groups", "rank"))
     if groups < 1 or side.heads % groups:
         raise _wrong(where, "groups", groups, f"a number that divides {side.heads} heads")
+    if form == "narrow" and groups != side.heads:
+        raise _wrong(where, "groups", groups, f"{side.heads}: narrow keys are mapped by head")
     most = side.numbers // groups
     if not 1 <= rank <= most:
         raise _wrong(where, "rank", rank, f"1 to {most}")
@@ -186,7 +205,7 @@ def _side_from(entry: Any, side: CachedSide, where: str) -> SidePlan:
     if bits is not None and bits not in LATENT_BITS:
         raise _wrong(where, "bits", bits, f"one of {', '.join(map(str, LATENT_BITS))}, or null")
     kl = json_field(entry, "expected_kl", float, where, default=None)
-    return SidePlan.latent(side, groups, rank, bits, kl)
+    return SidePlan.latent(side, groups, rank, bits, kl, narrow=form == "narrow")
 
 
 def _wrong(where: str, name: str, observed: object, expected: object) -> InputError:

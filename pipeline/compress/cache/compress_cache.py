@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from pipeline.artefact import write_json
 from pipeline.checkpoint.modeling_cache import (
     LatentCache,
     attach_cache_maps,
@@ -18,19 +19,29 @@ from pipeline.checkpoint.modeling_cache import (
     rotation_of,
 )
 from pipeline.compress.cache.cache_plan import CachePlan, SidePlan
-from pipeline.compress.cache.cache_search import CacheProblem, bases_of, choices_of
+from pipeline.compress.cache.cache_search import (
+    CachePrices,
+    CacheProblem,
+    bases_of,
+    choices_of,
+    searched_cache,
+)
 from pipeline.compress.cache.latent_basis import LatentBasis
 from pipeline.compress.cache.prices import measured_prices
-from pipeline.compress.cache.statistics import measure_cache
+from pipeline.compress.cache.rotations import rotations_of
+from pipeline.compress.cache.statistics import CacheStatistics, measure_cache
 from pipeline.compress.request import CompressRequest
 from pipeline.errors import InputError, UsageError
+from pipeline.json_file import read_json_object
 from pipeline.lazy import imported
 from pipeline.model.cache_structure import CachedSide, cache_structure
 from pipeline.model.structure import Layer
+from pipeline.progress import note
 from pipeline.quantize.rotations import random_rotation
 
 # Logits of so many tokens, relative to their largest; rounding may fall to the other side.
 _PROVED_TOKENS, _SAME = 16, 1e-2
+_Bases = Mapping[str, Sequence[LatentBasis]]
 
 
 def compress_cache_(
@@ -59,18 +70,41 @@ def compress_cache_(
     """
     structure, plan = checked_cache(model, layers, request, planned)
     statistics = measure_cache(model, layers, structure, tokens, folder, settings)
-    row = request.resolved_method.cache
-    bases_in = partial(
-        bases_of, structure, statistics, two_sided=row.two_sided, centred=row.centred
-    )
+    bases = _bases(model, structure, statistics, request)
     if plan is None:
-        bases = bases_in(request.cache_groups)
-        plan = _planned(model, structure, bases, tokens, request)
-    wanted = {side.groups for side in plan.sides if side.form == "latent"}
-    every = {groups: bases_in(groups) for groups in sorted(wanted)}
-    _install_cache_(model, plan, bases=every, seed=request.seed)
+        plan = _planned(model, structure, bases, tokens, request, folder)
+    _install_cache_(
+        model,
+        plan,
+        bases_for=lambda side: bases(side.groups, side.is_narrow)[side.source],
+        seed=request.seed,
+    )
     _require_equal_latents(model, tokens)
     return plan
+
+
+def _bases(
+    model: PreTrainedModel,
+    structure: Sequence[CachedSide],
+    statistics: Mapping[str, CacheStatistics],
+    request: CompressRequest,
+) -> Callable[[int, bool], _Bases]:
+    """(groups of heads, whether keys are mapped after they were turned) -> all bases."""
+    row = request.resolved_method.cache
+
+    @cache
+    def found(groups: int, narrow: bool) -> _Bases:
+        turned = rotations_of(model, structure, request.cache_length) if narrow else {}
+        return bases_of(
+            structure,
+            statistics,
+            groups,
+            two_sided=row.two_sided,
+            centred=row.centred,
+            rotations=turned,
+        )
+
+    return found
 
 
 def cache_choices(
@@ -80,8 +114,8 @@ def cache_choices(
     request: CompressRequest,
     folder: Path,
     settings: dict[str, Any],
-) -> list[list[SidePlan]]:
-    """Every way to cache each side, in the order of `cache_structure`, and what it should cost.
+) -> list[list[CachePlan]]:
+    """Every way to cache each side, or each layer, in their order, and what it should cost.
 
     Args:
         model: a decoder, as `compress_cache_` takes it; not changed.
@@ -96,12 +130,9 @@ def cache_choices(
     """
     structure, _ = checked_cache(model, layers, request, None)
     statistics = measure_cache(model, layers, structure, tokens, folder, settings)
-    row = request.resolved_method.cache
-    bases = bases_of(
-        structure, statistics, request.cache_groups, two_sided=row.two_sided, centred=row.centred
-    )
+    bases = _bases(model, structure, statistics, request)
     everything = sum(2 * side.numbers for side in structure)
-    return choices_of(_priced(model, structure, bases, tokens, request, everything))
+    return choices_of(_priced(model, structure, bases, tokens, request, everything, folder))
 
 
 def checked_cache(
@@ -128,41 +159,63 @@ def checked_cache(
 def _planned(
     model: PreTrainedModel,
     structure: Sequence[CachedSide],
-    bases: Mapping[str, Sequence[LatentBasis]],
+    bases: Callable[[int, bool], _Bases],
     tokens: torch.Tensor,
     request: CompressRequest,
+    folder: Path,
 ) -> CachePlan:
     """The plan of the request's method under its budget."""
     budget_bytes = request.cache_budget(sum(2 * side.numbers for side in structure))
-    problem = _priced(model, structure, bases, tokens, request, budget_bytes)
+    problem = _priced(model, structure, bases, tokens, request, budget_bytes, folder)
     plan: CachePlan = imported(request.resolved_method.cache.allocate)(problem)
+    if problem.form.even:
+        _note_price_of_one_width(problem, plan)
     return plan
+
+
+def _note_price_of_one_width(problem: CacheProblem, plan: CachePlan) -> None:
+    """Say what keys and values of any widths would cost in as many bytes."""
+    free = searched_cache(replace(problem, form=replace(problem.form, even=0)))
+    note(
+        "keys and values of a layer are of one width, for attention of any runtime: the cache "
+        f"should cost {plan.expected_kl:.3g} nats a token, and {free.expected_kl:.3g} with widths "
+        "of their own (--cache-form narrow --cache-bits float)"
+    )
 
 
 def _priced(
     model: PreTrainedModel,
     structure: Sequence[CachedSide],
-    bases: Mapping[str, Sequence[LatentBasis]],
+    bases: Callable[[int, bool], _Bases],
     tokens: torch.Tensor,
     request: CompressRequest,
     budget_bytes: int,
+    folder: Path,
 ) -> CacheProblem:
-    """The problem, with prices that were measured where the method has any."""
-    groups = request.cache_groups
+    """The problem, with prices that were measured where the method has any, or once and kept."""
+    form = request.form_of_cache
+    groups = structure[0].heads if form.by_head else request.cache_groups
+    own = bases(groups, form.by_head)
     problem = CacheProblem(
-        model, structure, bases, tokens, budget_bytes, groups, request.cache_formats
+        model, structure, own, tokens, budget_bytes, groups, request.cache_formats, form=form
     )
     if not request.resolved_method.cache.two_sided:
         return problem
-    put = partial(_install_cache_, bases={groups: bases}, seed=request.seed)
-    return replace(problem, prices=measured_prices(problem, put))
+    put = partial(_install_cache_, bases_for=lambda side: own[side.source], seed=request.seed)
+    rounded = "" if problem.bits == (None,) else "-rounded"
+    kept = folder / f"prices-{request.cache_form}-{groups}{rounded}.json"
+    if kept.is_file():
+        return replace(problem, prices=CachePrices.from_json(read_json_object(kept), kept))
+    prices = measured_prices(problem, put)
+    write_json(kept, asdict(prices))
+    return replace(problem, prices=prices)
 
 
 def _install_cache_(
     model: PreTrainedModel,
     plan: CachePlan,
     *,
-    bases: Mapping[int, Mapping[str, Sequence[LatentBasis]]],
+    bases_for: Callable[[SidePlan], Sequence[LatentBasis]],
     seed: int,
 ) -> None:
     """Put the maps of a plan into a model.
@@ -170,15 +223,15 @@ def _install_cache_(
     Args:
         model: changed in place.
         plan: of its cache.
-        bases: number of groups -> source -> the basis of each group.
+        bases_for: of a side, the basis of each of its groups.
         seed: of the rotations of what is rounded.
     """
-    latent = [side for side in plan.sides if side.form == "latent"]
+    latent = [side for side in plan.sides if side.form != "full"]
     attach_cache_maps(model, plan.entries())
     maps = cache_maps(model)
     for number, side in enumerate(latent):
         made = maps[f"{side.source.rpartition('.')[0]}.{side.side}_map"]
-        for group, basis in enumerate(bases[side.groups][side.source]):
+        for group, basis in enumerate(bases_for(side)):
             down, up = basis.maps(side.rank, balanced=True, rotation=_rotation(side, seed + number))
             made.down.data[group] = down.to(made.down.dtype)
             made.up.data[group] = up.to(made.up.dtype)

@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from pipeline.checkpoint.modeling_cache import remove_cache_maps
-from pipeline.compress.cache.cache_plan import CachePlan, SidePlan
+from pipeline.compress.cache.cache_plan import CachePlan
 from pipeline.compress.cache.cache_search import CachePrices, CacheProblem, searched_cache
 from pipeline.model.cache_structure import SIDES, Side
 from pipeline.progress import track
@@ -41,6 +41,7 @@ def measured_prices(problem: CacheProblem, install: Install) -> CachePrices:
     trials = {
         (kind, side): plan
         for kind, plan in (("truncation", _cut(problem)), ("rounding", _rounded(problem)))
+        if kind == "truncation" or problem.bits != (None,)
         for side in SIDES
     }
     factors: dict[tuple[str, Side], float] = {}
@@ -52,7 +53,8 @@ def measured_prices(problem: CacheProblem, install: Install) -> CachePrices:
         usable = expected > _LEAST_KL and measured > 0
         factors[kind, side] = measured / expected if usable else 1.0
     truncation, rounding = (
-        {side: factors[kind, side] for side in SIDES} for kind in ("truncation", "rounding")
+        {side: factors.get((kind, side), 1.0) for side in SIDES}
+        for kind in ("truncation", "rounding")
     )
     return CachePrices(truncation, rounding)
 
@@ -69,7 +71,7 @@ def _rounded(problem: CacheProblem) -> CachePlan:
     for side in problem.structure:
         rank = side.numbers // problem.groups
         losses = [basis.rounding_losses(_BITS)[rank] for basis in problem.bases[side.source]]
-        sides.append(SidePlan.latent(side, problem.groups, rank, _BITS, float(sum(losses))))
+        sides.append(problem.latent(side, rank, _BITS, float(sum(losses))))
     return CachePlan(tuple(sides))
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.compress.cache.cache_plan import CachePlan, SidePlan
-from pipeline.compress.cache.cache_search import cheapest_cache
+from pipeline.compress.cache.cache_plan import CachePlan
+from pipeline.compress.cache.cache_search import cheapest_cache, joined
 from pipeline.compress.calibrated import Calibrated
 from pipeline.compress.methods import DEFAULT_METHOD
 from pipeline.compress.plan.file_bytes import cache_map_bytes, fixed_bytes
@@ -170,8 +170,7 @@ def _plan_in_bytes(request: CompressRequest, calibrated: Calibrated) -> RankPlan
         [_sizes_and_losses(side, request) for side in sides] if request.context else [],
     )
     if request.context:
-        chosen = (side[place] for side, place in zip(sides, places, strict=True))
-        cache = CachePlan(tuple(chosen))
+        cache = joined(side[place] for side, place in zip(sides, places, strict=True))
         note(
             f"of the budget, {request.context * cache.token_bytes / 1e6:.2f} MB go to the cache of "
             f"{request.context} tokens, {cache.token_bytes} bytes each"
@@ -194,10 +193,10 @@ def _bytes_of_maps(cache: CachePlan | None, runtime: Runtime) -> int:
 
 
 def _sizes_and_losses(
-    plans: Sequence[SidePlan], request: CompressRequest
+    plans: Sequence[CachePlan], request: CompressRequest
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Of every way to cache one side: bytes of its maps and of all tokens; nats as of weights."""
+    """Of every way to cache a side or a layer: bytes of maps and all tokens; nats as of weights."""
     runtime, context = RUNTIMES[request.runtime], request.context or 0
-    sizes = [cache_map_bytes(plan, runtime) + context * plan.token_bytes for plan in plans]
-    losses = [(plan.expected_kl or 0.0) / _WEIGHTS_PRICE for plan in plans]
+    sizes = [_bytes_of_maps(plan, runtime) + context * plan.token_bytes for plan in plans]
+    losses = [plan.expected_kl / _WEIGHTS_PRICE for plan in plans]
     return np.array(sizes), np.array(losses)

@@ -36,9 +36,17 @@ def halved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return compressed(tmp_path_factory.mktemp("halved"), "llama", "--keep-cache", "0.5")
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "smollm"])
-def test_latents_and_what_they_stand_for_give_the_same_logits(family: str, tmp_path: Path) -> None:
-    small = compressed(tmp_path, family, "--keep-cache", "0.5")
+@pytest.mark.parametrize(
+    ("family", "form"),
+    [
+        ("llama", "rebuilt"), ("qwen2", "rebuilt"), ("qwen3", "rebuilt"), ("smollm", "rebuilt"),
+        ("qwen2", "narrow"), ("gemma3_text", "stock"),
+    ],
+)  # fmt: skip
+def test_latents_and_what_they_stand_for_give_the_same_logits(
+    family: str, form: str, tmp_path: Path
+) -> None:
+    small = compressed(tmp_path, family, "--keep-cache", "0.5", "--cache-form", form)
     model = load_checkpoint(small, dtype=torch.float32)
     full = TorchSession(model, latent=False).forward(TOKENS)
     latent = TorchSession(model)
@@ -112,6 +120,7 @@ def test_a_plan_edited_by_hand_is_followed(tmp_path: Path) -> None:
         ({"rank": 17}, "rank"), ({"rank": 0}, "rank"), ({"rank": 3.5}, "rank"),
         ({"groups": 3}, "groups"), ({"bits": 7}, "bits"), ({"form": "wide"}, "form"),
         ({"source": "model.layers.9.self_attn.k_proj"}, "source"),
+        ({"form": "narrow", "groups": 1}, "groups"),
     ],
 )  # fmt: skip
 def test_a_plan_that_cannot_be_is_refused(
@@ -140,6 +149,10 @@ def test_a_plan_that_cannot_be_is_refused(
         (["--cache-bytes", "-3"], 2, "no number of bytes"),
         (["--cache-bytes", "2"], 2, "No cache is so small"),
         (["--keep-cache", "0.5", "--cache-groups", "3"], 2, "so many groups"),
+        (["--keep-cache", "0.5", "--cache-groups", "2", "--cache-form", "narrow"], 2, "of its own"),
+        (["--keep-cache", "0.5", "--cache-bits", "4", "--cache-form", "stock"], 2, "of its own"),
+        (["--keep-cache", "0.5", "--method", "palu", "--cache-form", "narrow"], 2, "of its own"),
+        (["--keep-cache", "0.5", "--cache-form", "stock"], 2, "No cache is so small"),
     ],
 )
 def test_a_budget_that_cannot_be_met_is_refused(
@@ -150,6 +163,17 @@ def test_a_budget_that_cannot_be_met_is_refused(
     windows = ["--windows", "8", "--window-length", "32"]
     assert main(["compress", *arguments, *windows, *options]) == status
     assert says in capsys.readouterr().err
+
+
+def test_values_are_never_mapped_after_a_rotation(
+    halved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = json.loads((halved / "plan.json").read_text())
+    plan["caches"]["sides"][1] |= {"form": "narrow", "groups": 2, "rank": 3, "bits": None}
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    arguments = ["-m", str(halved.parent / "model"), "-o", str(tmp_path / "other")]
+    assert main(["compress", *arguments, "--plan", str(tmp_path / "plan.json")]) == 3
+    assert "full or latent" in capsys.readouterr().err
 
 
 def test_what_cannot_hold_latents_refuses_them(
