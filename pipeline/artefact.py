@@ -324,8 +324,11 @@ def _is_alive(pid: str) -> bool:
 
 def sha256_of_file(path: Path) -> str:
     """Hex SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    with path.open("rb") as file:  # hashlib.file_digest is not there on Python 3.10, JetPack 6.2's
+        while piece := file.read(_MEBIBYTE):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def folder_bytes(folder: Path) -> int:

@@ -13,7 +13,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from typing import Self  # of Python 3.11: JetPack 6.2 has 3.10
 
 _ROOT = Path(__file__).resolve().parents[1]
 _SECONDS_TO_END = 20.0

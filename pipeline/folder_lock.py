@@ -7,10 +7,13 @@ import errno
 import fcntl
 import os
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING
 
 from pipeline.errors import UsageError
 from pipeline.progress import note
+
+if TYPE_CHECKING:
+    from typing import Self  # of Python 3.11: JetPack 6.2 has 3.10
 
 LOCK_FILE = ".skipcat.lock"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS)

@@ -46,6 +46,7 @@ OF_ONE_TASK = (
     "pipeline.export.trace_driving",
     "pipeline.model.classifier_structure",
     "pipeline.calibrate.driving_images",
+    "pipeline.calibrate.driving_labels",
     "pipeline.calibrate.images",
     "pipeline.runtime.driving",
     "pipeline.runtime.sessions.driving_sessions",

@@ -10,7 +10,9 @@ float64, so that on a GPU no kernel runs but ours.
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import json
+import os
 import secrets
 import subprocess
 import sys
@@ -32,7 +34,7 @@ BOUNDS = {torch.float16: 1e-3, torch.bfloat16: 1e-2}
 _TYPES = {torch.float16: FP16, torch.bfloat16: BF16}
 TACTICS = 4
 _GROUP = 128
-_EMULATED = Path(__file__).parents[2] / "build" / "benchmarks" / "block_skip_emulated.so"
+_EMULATED = Path(__file__).parents[2] / "build" / "benchmarks"
 # A chip of the emulation's own: what matters is that reductions are cut.
 _EMULATED_DEVICE = Device(multiprocessors=4, capability=90)
 
@@ -260,16 +262,28 @@ def _emulated_library() -> Path:
         InputError: there are no CUDA headers, or g++ fails.
     """
     toolkit = _cuda_toolkit()
-    _EMULATED.parent.mkdir(parents=True, exist_ok=True)
-    command = ["g++", "-std=c++17", "-O2", "-shared", "-fPIC", "-w", "-DSKIPCAT_EMULATE"]
+    _EMULATED.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256()
+    for path in sorted(SOURCE_FOLDER.rglob("*.[ch]*")):
+        digest.update(path.read_bytes())
+    target = _EMULATED / f"block_skip_emulated-{digest.hexdigest()[:16]}.so"
+    if not target.is_file():
+        _compile_emulation(toolkit, target)
+    return target
+
+
+def _compile_emulation(toolkit: Path, target: Path) -> None:
+    """Run g++; `target` appears only when it succeeded, so that two may do it at once."""
+    aside = target.with_suffix(f".{os.getpid()}")
+    command = ["g++", "-std=c++17", "-O1", "-shared", "-fPIC", "-w", "-DSKIPCAT_EMULATE"]
     command += [f"-I{SOURCE_FOLDER}", "-isystem", str(toolkit / "include"), "-x", "c++"]
     command += [str(SOURCE_FOLDER / name) for name in SOURCES]
     command += ["-x", "none", f"-L{toolkit / 'lib64'}", "-lcudart_static", "-ldl", "-lrt"]
-    command += ["-lpthread", "-o", str(_EMULATED)]
+    command += ["-lpthread", "-o", str(aside)]
     answer = subprocess.run(command, capture_output=True, text=True, check=False)
     if answer.returncode != 0:
         raise InputError("g++ cannot compile the emulation.", observed=answer.stderr[-800:])
-    return _EMULATED
+    aside.replace(target)
 
 
 def _random_layer(random: torch.Generator, small: bool) -> Layer:

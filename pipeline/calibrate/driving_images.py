@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from pipeline.calibrate.network import OpenedNetwork
+from pipeline.driving.bdd import is_bdd
 from pipeline.driving.data import open_data, scene_domain
 from pipeline.driving.load import LoadedDriving, load_driving
 from pipeline.driving.sample import images_at, open_image
@@ -42,10 +43,11 @@ def _batches(
         raise UsageError(
             "A driving network is calibrated on images.",
             observed=spec,
-            expected="a folder of images, an image, or scenes:DOMAIN:COUNT",
+            expected="a folder of images, an image, or a set as `skipcat train` takes it",
         )
     height, width = loaded.model.config.image_size
-    if scene_domain(spec) is not None:
+    labelled = scene_domain(spec) is not None or _is_labelled(spec)
+    if labelled:
         data = open_data(spec, "train", (height, width))
         images = [data.read(place).image for place in _some(len(data), count, seed)]
     else:
@@ -58,6 +60,13 @@ def _batches(
         "sha256": hashlib.sha256(pixels.numpy().tobytes()).hexdigest(),
     }
     return list(pixels.split(_BATCH)), described
+
+
+def _is_labelled(spec: str) -> bool:
+    """Whether a folder is a set with labels, of which the images to train on are taken."""
+    name, _, ids = spec.partition(":")
+    folder = Path(name).expanduser()
+    return folder.is_dir() and (bool(ids) or is_bdd(folder))
 
 
 def _some(available: int, count: int, seed: int) -> list[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,23 @@ from pipeline.errors import InputError
 from pipeline.lazy import imported
 from pipeline.model.source import Source
 from pipeline.model.task import TASKS, Task, task_of_model
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """Images with labels, as the steps of a training read them.
+
+    Attributes:
+        read: of a step, by its number: pixel values [B, C, H, W], and what is known of them.
+        held_out: the same of images that no step reads, batch by batch.
+        loss: of a network's outputs for pixel values, and what is known of them: float [].
+        described: what recipe.json says.
+    """
+
+    read: Callable[[int], tuple[torch.Tensor, Any]]
+    held_out: Callable[[], Iterator[tuple[torch.Tensor, Any]]]
+    loss: Callable[[Any, Any], torch.Tensor]
+    described: dict[str, Any]
 
 
 @dataclass(frozen=True)

@@ -253,6 +253,11 @@ class Codes:
         return (self.of(x, scale, zero) - zero) * scale
 
 
+def short_numbers(bits: torch.Tensor) -> torch.Tensor:
+    """Float32 numbers of the bits of bfloat16, int16 of any shape: scales have no more of them."""
+    return bits.view(torch.bfloat16).float()
+
+
 class ActivationRounding(nn.Module):
     """Rounds activations to codes with one scale, and gives what the codes stand for, float32.
 
@@ -261,22 +266,30 @@ class ActivationRounding(nn.Module):
         device: where the scale is.
 
     Attributes:
-        scale: int32 [], the bits of float32, which no cast of the model changes.
-        zero_point: int32 [].
+        grid: int16 [2]: the bits of a bfloat16 scale, which no cast of the model changes, and the
+            zero point. A name in a file takes more bytes than the two of them.
     """
 
-    scale: torch.Tensor
-    zero_point: torch.Tensor
+    grid: torch.Tensor
 
     def __init__(self, codes: str, device: torch.device | str | None = None) -> None:
         super().__init__()
         self.codes = Codes.parse(codes)
-        for name in ("scale", "zero_point"):
-            self.register_buffer(name, torch.zeros((), dtype=torch.int32, device=device))
+        self.register_buffer("grid", torch.zeros(2, dtype=torch.int16, device=device))
+
+    @property
+    def scale(self) -> torch.Tensor:
+        """Float32 []."""
+        return short_numbers(self.grid)[0]
+
+    @property
+    def zero_point(self) -> torch.Tensor:
+        """Int16 []."""
+        return self.grid[1]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Values on the grid, of the shape of x."""
-        return self.codes.rounded(x.float(), self.scale.view(torch.float32), self.zero_point)
+        return self.codes.rounded(x.float(), self.scale, self.zero_point)
 
     def extra_repr(self) -> str:
         """What print(model) shows."""
@@ -304,7 +317,7 @@ class RoundedActivation(nn.Module):
 
 
 class Int8Conv(_Typed):
-    """A convolution in two dimensions whose kernels are whole numbers of a byte each.
+    """A convolution in two dimensions whose kernels are whole numbers of a byte or less.
 
     Every output has a scale of its own. What it reads is rounded first, unless it is on its grid
     already, and what it gives is rounded where a grid is named.
@@ -313,12 +326,14 @@ class Int8Conv(_Typed):
         like: the convolution that it takes the place of; padded with zeros.
         input_codes: see `ActivationRounding`; None reads numbers as they are.
         output_codes: likewise.
+        bits: of a code of a kernel, 2 to 8.
         device: where the parameters are made.
         dtype: of the bias, and of what it returns where it was not told a type.
 
     Attributes:
-        codes: int8, the shape of the convolution's weight [m, n, height, width].
-        scales: int32 [m], the bits of float32.
+        codes: int8 of the shape of the convolution's weight [m, n, height, width]; of fewer bits
+            than 8 uint8 [m, bytes], counted from 2^(bits - 1), packed as in `QuantizedWeight`.
+        scales: int16 [m], the bits of bfloat16.
         bias: [m].
     """
 
@@ -330,6 +345,7 @@ class Int8Conv(_Typed):
         like: nn.Conv2d,
         input_codes: str | None,
         output_codes: str | None,
+        bits: int = 8,
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -340,9 +356,12 @@ class Int8Conv(_Typed):
         self.stride, self.padding, self.dilation = like.stride, like.padding, like.dilation
         self.groups, self.out_channels = like.groups, like.out_channels
         self.dtype = dtype or torch.get_default_dtype()
+        self.bits, self.shape = bits, like.weight.shape
+        bytes_of_row = -(-self.shape[1:].numel() * bits // 8)
+        stored = (self.shape[0], bytes_of_row) if bits < 8 else self.shape
         for name, shape, kind in (
-            ("codes", like.weight.shape, torch.int8),
-            ("scales", (like.out_channels,), torch.int32),
+            ("codes", stored, torch.int8 if bits == 8 else torch.uint8),
+            ("scales", (like.out_channels,), torch.int16),
         ):
             self.register_buffer(name, torch.zeros(shape, dtype=kind, device=device))
         empty = torch.empty(like.out_channels, device=device, dtype=dtype)
@@ -353,9 +372,17 @@ class Int8Conv(_Typed):
         )
 
     @property
+    def kernel(self) -> torch.Tensor:
+        """The codes one by one, int8 [m, n, height, width]."""
+        if self.bits == 8:
+            return self.codes
+        codes = _unpacked(self.codes, self.bits, self.shape[1:].numel()).to(torch.int8)
+        return (codes - 2 ** (self.bits - 1)).view(self.shape)
+
+    @property
     def weight(self) -> torch.Tensor:
         """What the codes stand for, float32 [m, n, height, width]."""
-        return self.codes.float() * self.scales.view(torch.float32)[:, None, None, None]
+        return self.kernel.float() * short_numbers(self.scales)[:, None, None, None]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Features [B, m, height, width] of [B, n, height, width], computed in float32."""
@@ -377,4 +404,4 @@ class Int8Conv(_Typed):
 
     def extra_repr(self) -> str:
         """What print(model) shows."""
-        return f"{list(self.codes.shape)}, stride={self.stride}, groups={self.groups}"
+        return f"{list(self.shape)}, {self.bits} bits, stride={self.stride}, groups={self.groups}"

@@ -30,7 +30,7 @@ from .modeling_quantized import (
 
 QUANT_METHOD = "skipcat"
 FORMAT_VERSION = 2
-# Forms of a network whose convolutions have a byte for each number.
+# Forms of a network whose convolutions have a byte or less for each number.
 FORMS_OF_BYTES = _CONV, _ACTIVATION, _FOLDED = "conv", "activation", "folded"
 
 
@@ -146,8 +146,9 @@ def stored_layer(
             matrices "down_style" and "up_style". Forms: "skip" and "low_rank" are factored;
             "dense" is a quantised matrix; "table" a quantised embedding; "head" a linear layer
             that reads the embedding of its owner. "conv", "activation" and "folded" have the
-            codes of "input" and "output" instead, or None: a convolution in 8 bits, an activation
-            that is rounded, and a norm that is part of the convolution before it.
+            codes of "input" and "output" instead, or None: a convolution whose kernel has "bits"
+            a number, an activation that is rounded, and a norm that is part of the convolution
+            before it.
         device: where its parameters are made; by default where those of the layer are.
     """
     layer = model.get_submodule(name)
@@ -192,7 +193,7 @@ def stored_layer(
 def _layer_of_bytes(
     name: str, layer: nn.Module, entry: dict[str, Any], device: torch.device | str | None
 ) -> nn.Module:
-    """What `stored_layer` makes of a network in 8 bits."""
+    """What `stored_layer` makes of a network of rounded convolutions."""
     if entry["form"] == _FOLDED:
         return nn.Identity()
     if entry["form"] == _ACTIVATION:
@@ -201,16 +202,19 @@ def _layer_of_bytes(
         raise TypeError(f"{name} is a {type(layer).__name__}, not an nn.Conv2d")
     weight = layer.weight
     place = weight.device if device is None else device
-    return Int8Conv(layer, entry["input"], entry["output"], device=place, dtype=weight.dtype)
+    codes = (entry["input"], entry["output"], entry["bits"])
+    return Int8Conv(layer, *codes, device=place, dtype=weight.dtype)
 
 
 def _require_codes(name: str, fields: dict[str, Any]) -> None:
-    """Raise ValueError unless the entry of a network in 8 bits names codes where it must."""
+    """Raise ValueError unless the entry of a rounded network names codes where it must."""
     needed = {_CONV: ("input", "output"), _ACTIVATION: ("output",), _FOLDED: ()}[fields["form"]]
     for part in needed:
         codes = fields.get(part, "")
         if codes is not None or fields["form"] == _ACTIVATION:
             Codes.parse(str(codes))
+    if fields["form"] == _CONV:
+        Codes.parse(f"int{fields.get('bits')}")
     if fields.get("owner") is not None:
         raise ValueError(f"{name} shares with {fields['owner']!r}, and has nothing to share")
 

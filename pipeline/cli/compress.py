@@ -9,13 +9,15 @@ from typing import Any
 import click
 
 from pipeline.cli import options
-from pipeline.compress.methods import DEFAULT_EFFORT, DEFAULT_METHOD, EFFORTS, METHODS
-from pipeline.compress.request import (
-    CACHE_BITS,
-    CACHE_FORMS,
-    DEFAULT_CACHE_FORM,
-    CompressRequest,
+from pipeline.compress.cache.cache_forms import CACHE_BITS, CACHE_FORMS, DEFAULT_CACHE_FORM
+from pipeline.compress.methods import (
+    DEFAULT_EFFORT,
+    DEFAULT_METHOD,
+    EFFORTS,
+    METHODS,
+    ROTATIONS,
 )
+from pipeline.compress.request import CompressRequest
 from pipeline.quantize.formats import DEFAULT_RUNTIME, RUNTIMES
 
 _LANGUAGE_MODELS = "Language models only."
@@ -43,6 +45,12 @@ _budget_options = options.apply(
         type=options.number,
         help="The same, as a fraction of the model's bytes in float16. Excludes --memory and "
         "--weights.",
+    ),
+    click.option(
+        "--keep-macs",
+        type=options.number,
+        help="Of rounded convolutions: fraction of their multiplications that may stay in float32, "
+        "where rounding hurts most. Excludes --memory and --keep-bytes.",
     ),
     click.option(
         "--plan",
@@ -128,6 +136,18 @@ _quantization_options = options.apply(
         "Channel scaling, as in AWQ and SmoothQuant: scale the channels that norms feed by "
         "this power of their size, in [0, 1]; outliers go from the inputs into the weights. "
         + _LANGUAGE_MODELS,
+    ),
+    click.option(
+        "--rotate",
+        type=click.Choice(ROTATIONS),
+        is_flag=False,
+        flag_value=ROTATIONS[-1],
+        default=ROTATIONS[0],
+        show_default=True,
+        help="Turn the residual stream and the heads of values by orthogonal matrices that fold "
+        "into the weights, as in QuaRot: outliers are spread, and the output stays. Bare it means "
+        "all; values leaves the residual stream, and a head that shares the embedding's matrix as "
+        "it is. Excludes --stream-weights. " + _LANGUAGE_MODELS,
     ),
     heading="Quantisation",
 )
@@ -239,8 +259,9 @@ def command(
     totals = report["totals"]
     if "convolutions" in report:
         click.echo(
-            f"{output}: {totals['rounded']} of {len(report['convolutions'])} convolutions in 8 "
-            f"bits for {report['runtime']}; {totals['stored_bytes'] / 1e6:.2f} MB of weights, "
+            f"{output}: {totals['rounded']} of {len(report['convolutions'])} convolutions in "
+            f"{report['bits']['kernels']} bits for {report['runtime']}; "
+            f"{totals['stored_bytes'] / 1e6:.2f} MB of weights, "
             f"{totals['float32_bytes'] / 1e6:.2f} MB before"
         )
         click.echo(options.what_next(f"export {output} -o {output}-onnx"))

@@ -16,9 +16,14 @@ from pipeline.cli import options
 @options.output
 @click.option(
     "--text",
-    required=True,
+    default="",
     help="A text file, 'wikitext2+c4' from the hub, or 'self': text that the teacher generates. "
-    "For rounded convolutions a folder of images, or scenes:DOMAIN:COUNT.",
+    "For rounded convolutions a folder of images, or scenes:DOMAIN:COUNT. Excludes --data.",
+)
+@click.option(
+    "--data",
+    help="Of rounded convolutions: labelled images, as `skipcat train` takes them, whose loss is "
+    "trained; with --teacher beside the distance from its outputs. Excludes --text.",
 )
 @click.option(
     "--teacher",
@@ -56,18 +61,20 @@ def command(
 
     Adapters of low rank are trained on the factors and merged into them; the result is an ordinary
     compressed checkpoint. Rounded convolutions are trained as they are rounded, towards the outputs
-    of the network that they were made from (--teacher). A run that was interrupted continues with
-    --resume and ends the same; one that diverged, with a smaller --learning-rate as well.
+    of the network that they were made from (--teacher), towards labels (--data), or both. A run
+    that was interrupted continues with --resume and ends the same; one that diverged, with a
+    smaller --learning-rate as well.
 
     \b
     skipcat recover small -o better --text train.txt --steps 500
     skipcat recover small -o better --text self --teacher smollm2-135m --steps 500
     skipcat recover int8 -o better --text images/ --teacher ./driving --steps 200 --batch-size 8
+    skipcat recover int8 -o better --data bdd100k --teacher ./driving --steps 200 --batch-size 8
     """  # noqa: D301 - click reads the escape
     from pipeline.output import check_output
 
     kept = () if checkpoint.resolve() == output.resolve() else (checkpoint,)
-    inputs = (*kept, settings["text"], settings["teacher"] or "")
+    inputs = (*kept, settings["text"], settings["teacher"] or "", settings["data"] or "")
     check_output(output, overwrite=overwrite, inputs=inputs)  # before torch is loaded
 
     from pipeline.recover.recover import recover_to_folder
@@ -79,12 +86,18 @@ def command(
         click.echo(json.dumps(recovery, indent=2))
         return
     names = {"next_token": "cross entropy of the next token", "distillation": "KL to the teacher"}
-    if "output_error" in recovery["loss"]:
-        loss = recovery["loss"]["output_error"]
+    of_images = {
+        "output_error": "error of the outputs, in parts of their variance",
+        "label_loss": "loss of the labels",
+    }
+    found = of_images.keys() & recovery["loss"].keys()
+    for name in found:
+        loss = recovery["loss"][name]
         click.echo(
-            f"error of the outputs, in parts of their variance: {loss['before']:.4g} before, "
-            f"{loss['after']:.4g} after, over {recovery['held_out_windows']} images held out"
+            f"{of_images[name]}: {loss['before']:.4g} before, {loss['after']:.4g} after, over "
+            f"{recovery['held_out_windows']} images held out"
         )
+    if found:
         click.echo(options.what_next(f"export {output} -o {output}-onnx"))
         return
     for name, loss in recovery["loss"].items():

@@ -67,8 +67,8 @@ _load_options = options.apply(
     options.setting(
         "--lookup/--no-lookup",
         False,
-        "Prompt-lookup (speculative) decoding of an answer that runs alone (profile cpu). "
-        "Near-ties may then turn with the other requests in the batch.",
+        "Prompt-lookup (speculative) decoding of an answer that runs alone (profile cpu): "
+        "near-ties may then turn with the other requests. With --memory of all, and none turns.",
     ),
     options.draft,
     options.budget,

@@ -48,11 +48,13 @@ class Calibrated(Measured, Protocol):
         embeddings: names of the modules that share an embedding's or an LM head's matrix, the owner
             first; none where there are no such matrices to quantise.
         rotary_width: numbers a position of the angles that a graph holds; 0 for none.
+        added_parameters: that the model as it was given does not have.
     """
 
     model: PreTrainedModel
     embeddings: tuple[tuple[str, ...], ...]
     rotary_width: int
+    added_parameters: int
 
     @property
     def statistics(self) -> GroupStatistics:

@@ -7,14 +7,12 @@ found by comparing the logits before and after, and what changed them is undone.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from pipeline.calibrate.layer_stream import LayerStream
 from pipeline.calibrate.precision import fast_products
+from pipeline.model.norms import norms_before
 from pipeline.model.structure import Group, Layer, probe_logits
 from pipeline.progress import note, track
 
@@ -60,7 +58,7 @@ def scale_channels_(
     Returns:
         Names of the groups whose inputs are scaled.
     """
-    norms = _norms_of(model, layers)
+    norms = norms_before(model, [group.name for layer in layers for group in layer.groups])
     before = probe_logits(model).float()
     stream = LayerStream(model, layers, tokens)
     scales: dict[str, torch.Tensor] = {}
@@ -81,48 +79,6 @@ def scale_channels_(
         note("channels are not scaled: the model's norms do not multiply by their weights alone")
         return []
     return [group.name for group in groups]
-
-
-def _norms_of(model: PreTrainedModel, layers: list[Layer]) -> dict[str, str]:
-    """Group -> the module with a gain, one number a channel, whose output the group reads."""
-    returned: dict[int, str] = {}
-    read: dict[str, str] = {}
-    kept: list[Any] = []  # alive, so that identities stay unique
-
-    def gave(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple, output: Any) -> None:
-            kept.append(output)
-            returned[id(output)] = name
-
-        return hook
-
-    def reads(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple) -> None:
-            if id(args[0]) in returned:
-                read[name] = returned[id(args[0])]
-
-        return hook
-
-    hooks = [
-        module.register_forward_hook(gave(name))
-        for name, module in model.named_modules()
-        if _has_gain_alone(module)
-    ]
-    for layer in layers:
-        for group in layer.groups:
-            linear = model.get_submodule(group.name)
-            hooks.append(linear.register_forward_pre_hook(reads(group.name)))
-    try:
-        probe_logits(model)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return read
-
-
-def _has_gain_alone(module: nn.Module) -> bool:
-    weight = getattr(module, "weight", None)
-    return isinstance(weight, nn.Parameter) and weight.ndim == 1
 
 
 def _scale_(model: PreTrainedModel, norm: str, group: Group, scales: torch.Tensor) -> None:

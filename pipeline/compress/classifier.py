@@ -52,6 +52,7 @@ def prepare(request: CompressRequest) -> _OpenedClassifier:
         ("--cache-bytes, --keep-cache, --context", request.shrinks_cache),
         ("--table", request.table is not None),
         ("--balance", request.balance > 0),
+        ("--rotate", request.rotates),
     ):
         if given:
             raise UsageError("This option is for language models.", where=flag)
@@ -125,6 +126,7 @@ class _CalibratedClassifier:
 
     embeddings: tuple[tuple[str, ...], ...] = ()
     rotary_width = 0
+    added_parameters = 0
 
     def __init__(self, opened: _OpenedClassifier, images: ImageBatch) -> None:
         self.model, self.layers, self.images = opened.model, opened.layers, images

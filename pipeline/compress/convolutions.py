@@ -1,4 +1,4 @@
-"""Rounding the convolutions of a network to 8 bits: a request in, a checkpoint folder out."""
+"""Rounding the convolutions of a network to few bits: a request in, a checkpoint folder out."""
 
 from __future__ import annotations
 
@@ -109,6 +109,10 @@ def round_to_folder(
         report = {
             "schema": _SCHEMA,
             "runtime": runtime.name,
+            "bits": {
+                "kernels": measured.rounding.bits,
+                "activations": max(grid.codes.bits for grid in measured.grids.values()),
+            },
             "convolutions": convolutions,
             "left_out": measured.structure.left_out,
             "loss": loss,
@@ -134,6 +138,7 @@ def _require_meant(request: CompressRequest) -> None:
         ("--plan", request.plan is not None),
         ("--cache-bytes, --keep-cache, --context", request.shrinks_cache),
         ("--balance", request.balance > 0),
+        ("--rotate", request.rotates),
         ("--stream-weights", request.stream_weights),
         ("--window-length", request.window_length is not None),
     ):
@@ -162,8 +167,8 @@ def _measure(
     for observer in seen.values():
         if observer.low == observer.high:
             note(f"{observer.name} is 0 in all of calibration: it will be 0 for every image")
-    grids = activation_grids(seen, runtime, method.observer)
-    rounding = WeightRounding(per_channel=method.per_channel, squares=method.squares)
+    grids = activation_grids(seen, runtime, method.observer, method.activation_bits)
+    rounding = WeightRounding(method.bits, method.per_channel, method.squares)
     for name, reason in structure.left_out.items():
         note(f"stays as it is: {name}: {reason}")
     return _Measured(opened, structure, batches, grids, runtime, rounding)
@@ -181,7 +186,7 @@ def _round_(
     measure = measured.losses()
     chosen = list(structure.convs)
     losses: dict[str, float] = {}
-    if request.searches_bits:
+    if request.searches_bits or request.keep_macs is not None:
         chosen, losses = _chosen(measured, request, measure)
     entries = int8_entries(structure, measured.grids, measured.runtime, measured.rounding, chosen)
     kernels = folded_kernels(model, entries)
@@ -200,14 +205,18 @@ def _round_(
 def _chosen(
     measured: _Measured, request: CompressRequest, measure: Callable[[], float]
 ) -> tuple[list[str], dict[str, float]]:
-    """The convolutions that a budget of bytes has rounded, and what each alone loses."""
+    """The convolutions that a budget of bytes or products has rounded; what each alone loses."""
     model = measured.opened.model
     losses = conv_sensitivities(
         model, measured.structure, measured.grids, measured.runtime, measured.rounding, measure
     )
     kernels = {name: model.get_parameter(f"{name}.weight") for name in losses}
+    if request.keep_macs is not None:
+        macs = {name: site.macs for name, site in measured.structure.convs.items()}
+        free = {name: ConvChoice.of_float_macs(macs[name], losses[name]) for name in losses}
+        return rounded_convs(free, int(request.keep_macs * sum(macs.values()))), losses
     choices = {
-        name: ConvChoice.of_bytes(kernel.numel(), len(kernel), losses[name], _FLOAT32_BYTES)
+        name: ConvChoice.of_bytes(kernel.numel(), len(kernel), losses[name], measured.rounding.bits)
         for name, kernel in kernels.items()
     }
     parameters = sum(p.numel() for p in model.parameters())

@@ -30,6 +30,7 @@ from pipeline.compress.methods import Fit
 from pipeline.compress.plan.layer_costs import CostRequest, LayerCosts
 from pipeline.compress.plan.plan import Curves, EmbeddingChoice
 from pipeline.compress.request import CompressRequest
+from pipeline.compress.rotation import rotate_
 from pipeline.errors import InputError
 from pipeline.model.load import LoadedModel, load_model
 from pipeline.model.structure import Group, Layer, decoder_structure
@@ -84,7 +85,11 @@ class _OpenedDecoder:
 
     def calibrate(self, folder: Path, settings: dict[str, Any]) -> CalibratedDecoder:
         """The decoder with its calibration text, which is read when it is first needed."""
-        power = self.request.balance
+        power, added = self.request.balance, 0
+        if self.request.rotates:
+            done = rotate_(self.model, self.layers, self.request.rotate, self.request.seed)
+            self.recipe_fields["rotation"] = done.describe()
+            added = done.added_parameters
 
         def read() -> TokenBatch:
             batch = self._read_tokens()
@@ -95,7 +100,7 @@ class _OpenedDecoder:
         def costs(batch: TokenBatch) -> LayerCosts:
             return LayerCosts(folder, settings | {"text": batch.describe()["sha256"]})
 
-        return CalibratedDecoder(self.model, self.layers, read, costs)
+        return CalibratedDecoder(self.model, self.layers, read, costs, added)
 
     def _read_tokens(self) -> TokenBatch:
         """The windows that the request asks for."""
@@ -125,6 +130,7 @@ class CalibratedDecoder:
         layers: its structure.
         read: gives the calibration text.
         open_costs: gives where costs are kept, of that text.
+        added_parameters: that the model as it was given does not have.
     """
 
     def __init__(
@@ -133,8 +139,9 @@ class CalibratedDecoder:
         layers: list[Layer],
         read: Callable[[], TokenBatch],
         open_costs: Callable[[TokenBatch], LayerCosts],
+        added_parameters: int = 0,
     ) -> None:
-        self.model, self.layers = model, layers
+        self.model, self.layers, self.added_parameters = model, layers, added_parameters
         self._embeddings = Embeddings(model)
         self.embeddings = self._embeddings.groups
         config = model.config.get_text_config()

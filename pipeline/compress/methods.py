@@ -10,6 +10,8 @@ from typing import Any
 
 DEFAULT_METHOD = "skipcat-kl"
 DEFAULT_EFFORT = "default"
+# What --rotate turns, folded into the weights (see `pipeline.compress.rotation`).
+ROTATIONS = ("off", "values", "all")
 # Ways to turn a target into a product B A, and a matrix into low-bit codes.
 TRUNCATED = "pipeline.compress.factorize.whitened_svd:truncated"
 _RECONSTRUCTED = "pipeline.compress.factorize.whitened_svd:reconstructed"
@@ -82,17 +84,36 @@ class _CacheFit:
 
 @dataclass(frozen=True)
 class _ConvRounding:
-    """How the convolutions of a network are rounded to 8 bits.
+    """How the convolutions of a network are rounded.
 
     Attributes:
+        bits: of a code of a kernel.
+        activation_bits: of one of an activation.
         observer: how the range of an activation is chosen, a name in `int8.ranges.OBSERVERS`.
         per_channel: every output of a kernel has a scale of its own.
         squares: scales of kernels are of least squared error, instead of holding every weight.
     """
 
+    bits: int = 8
+    activation_bits: int = 8
     observer: str = "mse"
     per_channel: bool = True
     squares: bool = True
+
+    @property
+    def summary(self) -> str:
+        """For the help and the model card."""
+        activations = f", activations in {self.activation_bits}" * (
+            self.activation_bits != self.bits
+        )
+        scales = "a scale for each output" if self.per_channel else "a scale a kernel"
+        ranges = (
+            "of least squared error" if self.observer == "mse" else "that hold all that was seen"
+        )
+        return f"convolutions in {self.bits} bits{activations}, ranges {ranges}, {scales}"
+
+
+_ROUNDED_BITS = (8, 6, 4)
 
 
 @dataclass(frozen=True)
@@ -142,6 +163,21 @@ class Method:
 ONE_SIDED = Fit(two_sided=False)
 
 
+def _conv_methods() -> dict[str, Method]:
+    """Convolutions in so many bits: kernels and activations, kernels alone, and worse ranges."""
+    rows = {}
+    for bits in _ROUNDED_BITS:
+        rows[f"int{bits}"] = _ConvRounding(bits, bits)
+        if bits < max(_ROUNDED_BITS):
+            rows[f"int{bits}-kernels"] = _ConvRounding(bits)
+        rows[f"int{bits}-min-max-channel"] = _ConvRounding(bits, bits, "min-max", squares=False)
+        rows[f"int{bits}-min-max"] = _ConvRounding(bits, bits, "min-max", False, False)
+    return {
+        name: Method(how.summary, False, False, _UNIFORM, ONE_SIDED, convolutions=how)
+        for name, how in rows.items()
+    }
+
+
 def _palu(summary: str, allocate: str) -> Method:
     """Palu: one-sided, the mean spanned, and the weights as they are."""
     cache = _CacheFit(f"pipeline.compress.cache.palu:{allocate}", two_sided=False, centred=False)
@@ -180,22 +216,7 @@ METHODS = {
         Fit(two_sided=False, mix=0.0),
         quantizer=True,
     ),
-    "int8": Method(
-        "convolutions in 8 bits, ranges of least squared error",
-        False,
-        False,
-        _UNIFORM,
-        ONE_SIDED,
-        convolutions=_ConvRounding(),
-    ),
-    "int8-min-max": Method(
-        "the same, ranges that hold all that was seen, one scale a kernel",
-        False,
-        False,
-        _UNIFORM,
-        ONE_SIDED,
-        convolutions=_ConvRounding("min-max", per_channel=False, squares=False),
-    ),
+    **_conv_methods(),
     # Chang et al., ICLR 2025
     "palu": _palu(
         "latents of keys and values alone, ranks by Fisher information of weights (Palu)",

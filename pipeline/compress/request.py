@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from pipeline.compress.cache.cache_forms import (
+    CACHE_BITS,
+    CACHE_FORMS,
+    DEFAULT_CACHE_FORM,
+    DEFAULT_CACHE_LENGTH,
+    CacheForm,
+)
 from pipeline.compress.methods import (
     DEFAULT_EFFORT,
     DEFAULT_METHOD,
     EFFORTS,
     METHODS,
+    ROTATIONS,
     TRUNCATED,
     Effort,
     Method,
@@ -18,47 +26,6 @@ from pipeline.memory import parse_bytes
 from pipeline.quantize.formats import DEFAULT_RUNTIME, RUNTIMES, Format
 
 _SHORTENING = 4
-# What --cache-bits names: bits of a latent's numbers to choose from, None for float16.
-LATENT_BITS = (2, 3, 4, 5, 6, 8)
-CACHE_BITS: dict[str, tuple[int | None, ...]] = {
-    "any": (None, *LATENT_BITS),
-    "float": (None,),
-    **{str(bits): (bits,) for bits in LATENT_BITS},
-}
-
-
-@dataclass(frozen=True)
-class CacheForm:
-    """What latents of keys and values are like, and who can read them.
-
-    Attributes:
-        summary: for the help.
-        by_head: each head has latents of its own, and keys are mapped after they were turned: a
-            query is mapped in their place, and nothing is rebuilt.
-        even: keys and values of a layer are of one width, a multiple of this; 0 for any widths.
-        rounds: their numbers may be of few bits.
-    """
-
-    summary: str
-    by_head: bool = False
-    even: int = 0
-    rounds: bool = True
-
-
-DEFAULT_CACHE_FORM = "rebuilt"
-CACHE_FORMS = {
-    DEFAULT_CACHE_FORM: CacheForm("loses least; keys are rebuilt whenever they are read"),
-    "narrow": CacheForm("narrower heads, of which nothing is rebuilt", by_head=True),
-    "stock": CacheForm(
-        "the same in float, keys and values of a layer of one width: what attention of any "
-        "runtime reads, that of the profile cpu, too",
-        by_head=True,
-        even=8,
-        rounds=False,
-    ),
-}
-# Positions that narrow keys are made for, unless more are asked for.
-_CACHE_LENGTH = 2048
 
 
 @dataclass(frozen=True)
@@ -88,11 +55,15 @@ class CompressRequest:
         memory: bytes that all weights may take, such as "60MB"; ranks and bits are then searched
             together, and `keep_params` is not looked at.
         keep_bytes: the same, as a fraction of the bytes that the model has in float16.
+        keep_macs: of a network whose convolutions are rounded: fraction of their multiplications
+            that may stay in float32, where rounding hurts most.
         runtime: whose low-bit formats may be used, and in whose file bytes are counted.
         weights: one low-bit format for all matrices of the decoder's layers.
         table: one for the embedding and the head.
         balance: channels that norms feed are scaled by this power of their size, in [0, 1]; 0 for
             not at all.
+        rotate: what is turned by orthogonal matrices that fold into the weights, a name in
+            ROTATIONS.
         cache_bytes: bytes that a token may take in the KV cache, such as "6KB"; None for all.
         keep_cache: the same, as a fraction of those in float16.
         context: tokens whose cache takes its bytes from the budget of the weights: what each of the
@@ -123,17 +94,19 @@ class CompressRequest:
     trust_remote_code: bool = False
     memory: str | None = None
     keep_bytes: float | None = None
+    keep_macs: float | None = None
     runtime: str = DEFAULT_RUNTIME
     weights: str | None = None
     table: str | None = None
     balance: float = 0.0
+    rotate: str = ROTATIONS[0]
     cache_bytes: str | None = None
     keep_cache: float | None = None
     context: int | None = None
     cache_groups: int = 1
     cache_bits: str = "any"
     cache_form: str = DEFAULT_CACHE_FORM
-    cache_length: int = _CACHE_LENGTH
+    cache_length: int = DEFAULT_CACHE_LENGTH
 
     def check(self) -> None:
         """Refuse values that cannot be meant, before any work is done.
@@ -169,6 +142,7 @@ class CompressRequest:
             ("--runtime", self.runtime, RUNTIMES),
             ("--cache-form", self.cache_form, CACHE_FORMS),
             ("--cache-bits", self.cache_bits, CACHE_BITS),
+            ("--rotate", self.rotate, ROTATIONS),
         ):
             if value not in known:
                 raise UsageError(
@@ -177,6 +151,13 @@ class CompressRequest:
                     observed=value,
                     expected=", ".join(known),
                 )
+        if self.rotates and self.stream_weights:
+            raise UsageError(
+                "What is turned is held in float32.",
+                where="--rotate",
+                observed="--stream-weights as well",
+                expected="at most one of them",
+            )
         self._check_bits()
         self._check_cache()
 
@@ -233,6 +214,7 @@ class CompressRequest:
 
     def _check_bits(self) -> None:
         """Refuse budgets of bytes, and formats, that cannot be meant."""
+        self._check_macs()
         if sum(x is not None for x in (self.memory, self.keep_bytes, self.weights)) > 1:
             raise UsageError(
                 "Formats are either searched under one budget of bytes, or given.",
@@ -273,6 +255,24 @@ class CompressRequest:
             if name is not None:
                 self._check_format(flag, name)
 
+    def _check_macs(self) -> None:
+        """Refuse a share of multiplications that cannot be meant."""
+        if self.keep_macs is None:
+            return
+        if METHODS[self.method].convolutions is None or self.searches_bits:
+            raise UsageError(
+                "Multiplications are a budget of rounded convolutions, and their only one.",
+                where=f"--keep-macs with --method {self.method}",
+                expected="--method int8, without --memory and --keep-bytes",
+            )
+        if not 0 <= self.keep_macs <= 1:
+            raise UsageError(
+                "The fraction of multiplications is out of range.",
+                where="--keep-macs",
+                observed=self.keep_macs,
+                expected="a number in [0, 1]; 0.1 keeps a tenth of them in float32",
+            )
+
     def _check_format(self, flag: str, name: str) -> None:
         try:
             format = Format.parse(name)
@@ -293,6 +293,11 @@ class CompressRequest:
         """What is read, as it was named; some of it may be no path."""
         named = {"model": self.model, "calibration": self.calibration, "plan": self.plan}
         return {name: value for name, value in named.items() if value is not None}
+
+    @property
+    def rotates(self) -> bool:
+        """Whether anything is turned before all else."""
+        return self.rotate != ROTATIONS[0]
 
     @property
     def searches_bits(self) -> bool:

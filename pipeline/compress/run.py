@@ -88,7 +88,8 @@ def compress_to_folder(
         calibrated = opened.calibrate(folder / _COSTS, settings)
         plan, compressed = _compress(folder, request, calibrated, settings, dtype)
         cache = _shrink_cache(folder, request, plan, calibrated, settings)
-        report = _build_report(compressed, plan, total_before, time.monotonic() - started)
+        added, seconds = calibrated.added_parameters, time.monotonic() - started
+        report = _build_report(compressed, plan, total_before, added, seconds)
         report |= opened.report_fields
         recipe = _recipe_of(request, opened, calibrated, dtype, files)
         if recipe["model_is_local"]:
@@ -213,7 +214,7 @@ def parameter_count(model: torch.nn.Module) -> int:
 
 
 def _build_report(
-    compressed: Compressed, plan: RankPlan, total_before: int, seconds: float
+    compressed: Compressed, plan: RankPlan, total_before: int, added: int, seconds: float
 ) -> dict[str, Any]:
     """report.json: every group, and the totals."""
     groups = compressed.groups
@@ -225,6 +226,7 @@ def _build_report(
         "kept_parameters": sum(group["kept_parameters"] for group in groups),
         "total_before": total_before,
         "total_after": total_before
+        + added
         - sum(g["dense_parameters"] - g["kept_parameters"] for g in groups),
         "factored": len(factored),
         "kept_dense": len(groups) - len(factored),

@@ -62,7 +62,7 @@ def train_stage_(
     progress.learning_rates.setdefault(str(progress.step), request.learning_rate)
 
     def loss_at(step: int) -> torch.Tensor:
-        batch = _drawn(stage, sets, request, step)
+        batch = drawn_batch(stage, sets, request, step)
         for name, tensor in buffers.items():
             held[f"buffer/{name}"].copy_(tensor)
         return _total_loss(model, batch, request)
@@ -96,8 +96,15 @@ def _ordered(parameters: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
     return dict(sorted(parameters.items(), key=lambda item: item[1].ndim <= 1))
 
 
-def _drawn(stage: Stage, sets: list[DrivingSet], request: TrainRequest, step: int) -> Batch:
-    """What a step reads, changed by chance that is its own."""
+def drawn_batch(stage: Stage, sets: list[DrivingSet], request: TrainRequest, step: int) -> Batch:
+    """What a step reads, changed by chance that is its own.
+
+    Args:
+        stage: its augmentation is asked for, and its name, which is part of the chance.
+        sets: that take turns.
+        request: size, batch size, seed and device.
+        step: counted from 0.
+    """
     words = [request.seed, *stage.name.encode(), step]
     places = places_at(request.seed, step, request.batch_size, [len(data) for data in sets])
     samples = []

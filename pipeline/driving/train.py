@@ -65,7 +65,7 @@ def train_to_folder(
         work = folder / _WORK
         work.mkdir(exist_ok=True)
         _require_same_run(request, work / "run.json")
-        sets = _open_sets(request, work)
+        sets = open_sets(request, work)
         stages = [_run_stage(model, stage, sets, request, work) for stage in request.stages]
         model.cpu().save_pretrained(folder)
         QyolopImageProcessor.for_size(request.size).save_pretrained(folder)
@@ -95,8 +95,19 @@ def _first_model(request: TrainRequest) -> QyolopForDrivingPerception:
     return load_driving(str(request.model)).model
 
 
-def _open_sets(request: TrainRequest, work: Path) -> _Sets:
-    """Both splits of every set that a stage reads or is scored on; what is left out is told."""
+def open_sets(request: TrainRequest, work: Path) -> _Sets:
+    """Both splits of every set that a stage reads or is scored on; what is left out is told.
+
+    Args:
+        request: stages and sets.
+        work: scenes are drawn into it.
+
+    Returns:
+        Name of the set -> split -> its images.
+
+    Raises:
+        InputError: a set is broken, has too few images, or trains on what it scores.
+    """
     specs = {FIRST: request.data}
     if any(SECOND in stage.sets for stage in request.stages):
         specs[SECOND] = request.second_data

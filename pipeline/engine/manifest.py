@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.artefact import sha256_of_file
-from pipeline.engine.plan import EnginePlan
 from pipeline.engine.profiles import Limits, ShapeProfile
 from pipeline.engine.worker_protocol import PLAN_FILE, WorkerResult
 from pipeline.errors import InputError
 from pipeline.export.contract import BLOCK_SKIP_OPS, DOMAIN, GRAPH_FILE, OP_VERSION
-from pipeline.export.onnx_folder import OnnxFolder
 from pipeline.gpu import Capability, capability_name
 from pipeline.json_file import json_field, read_json_object
 from pipeline.model.task import TASKS
 from pipeline.provenance import provenance
+
+if TYPE_CHECKING:
+    from pipeline.engine.plan import EnginePlan
+    from pipeline.export.onnx_folder import OnnxFolder
 
 _SCHEMA = 1
 MANIFEST_FILE = "manifest.json"

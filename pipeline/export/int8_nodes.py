@@ -1,8 +1,12 @@
 """Convolutions in 8 bits as QuantizeLinear and DequantizeLinear, which every runtime reads.
 
-Kernels stay a byte a number: DequantizeLinear (codes, a scale for each output) -> Conv. Biases stay
+Kernels are a byte a number: DequantizeLinear (codes, a scale for each output) -> Conv. Biases stay
 float, since TensorRT refuses them as int32 codes, and ONNX Runtime rounds them by itself. What is
 rounded is rounded where the checkpoint says, and nowhere else.
+
+Kernels of fewer bits are bytes here, too: of ONNX's 4-bit types TensorRT for RTX 1.7 builds no
+convolution, and ONNX Runtime 1.32 multiplies them as floats. Activations of fewer bits have no
+graph: there is no type of 6 bits, and ONNX Runtime's optimiser makes those of 4 invalid.
 
 Beside unsigned activations kernels are written unsigned, too, counted from 128: they are the same
 numbers. On processors without VNNI, ONNX Runtime multiplies unsigned with signed bytes in sums of
@@ -18,7 +22,7 @@ from unittest.mock import patch
 import torch
 from torch import nn
 
-from pipeline.checkpoint.modeling_quantized import ActivationRounding, Int8Conv
+from pipeline.checkpoint.modeling_quantized import ActivationRounding, Int8Conv, short_numbers
 from pipeline.export.contract import DEQUANTIZE
 from pipeline.int8.runtimes import int8_runtime
 
@@ -62,13 +66,13 @@ def int8_as_nodes(model: nn.Module) -> Iterator[None]:
         for module in model.modules():
             if isinstance(module, ActivationRounding):
                 own = torch.int8 if module.codes.signed else torch.uint8
-                _lend(stack, module, _SCALE, module.scale.view(torch.float32))
+                _lend(stack, module, _SCALE, module.scale)
                 _lend(stack, module, _ZERO, module.zero_point.to(own))
             elif isinstance(module, Int8Conv):
                 zeros = torch.full_like(module.scales, middle, dtype=kind)
-                _lend(stack, module, _SCALE, module.scales.view(torch.float32))
+                _lend(stack, module, _SCALE, short_numbers(module.scales))
                 _lend(stack, module, _ZERO, zeros)
-                _lend(stack, module, _CODES, (module.codes.to(torch.int16) + middle).to(kind))
+                _lend(stack, module, _CODES, (module.kernel.to(torch.int16) + middle).to(kind))
         stack.enter_context(patch.object(ActivationRounding, "forward", _rounded))
         stack.enter_context(patch.object(Int8Conv, "forward", _convolved))
         yield
@@ -96,7 +100,7 @@ def _convolved(self: Int8Conv, x: torch.Tensor) -> torch.Tensor:
         (self.get_buffer(_CODES), self.get_buffer(_SCALE), self.get_buffer(_ZERO)),
         {"axis": 0},
         dtype=torch.float32,
-        shape=self.codes.shape,
+        shape=self.shape,
         version=_VERSION,
     )
     return self.convolved(x, weight)

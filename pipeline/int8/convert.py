@@ -17,6 +17,7 @@ from pipeline.int8.grids import ActivationGrid, with_bias
 from pipeline.int8.ranges import weight_scales
 from pipeline.int8.runtimes import Int8Runtime
 from pipeline.int8.structure import ConvStructure
+from pipeline.quantize.groupwise import pack_codes
 
 Entries = dict[str, dict[str, Any]]
 Kernel = tuple[torch.Tensor, torch.Tensor]
@@ -27,7 +28,7 @@ class WeightRounding:
     """How kernels are rounded.
 
     Attributes:
-        bits: of a code; it is stored in a byte, whatever it is.
+        bits: of a code.
         per_channel: every output has a scale of its own.
         squares: scales of least squared error, instead of those that just hold every weight.
     """
@@ -151,17 +152,28 @@ def int8_tensors(
             own = rounding.scales(weight) if scales is None else scales[name]
             own, bias = with_bias(own, bias, torch.tensor(grids[entry["reads"]].scale))
             codes = rounding.codes.of(weight, own[:, None, None, None])
-            tensors[f"{name}.codes"] = codes.to(torch.int8)
-            tensors[f"{name}.scales"] = own.view(torch.int32)
+            tensors[f"{name}.codes"] = _stored(codes, rounding.bits)
+            tensors[f"{name}.scales"] = _short_bits(own)
             tensors[f"{name}.bias"] = bias
     return tensors
 
 
 def _grid_tensors(prefix: str, grid: ActivationGrid) -> dict[str, torch.Tensor]:
-    return {
-        f"{prefix}.scale": torch.tensor(grid.scale, dtype=torch.float32).view(torch.int32),
-        f"{prefix}.zero_point": torch.tensor(grid.zero, dtype=torch.int32),
-    }
+    scale = _short_bits(torch.tensor([grid.scale]))
+    return {f"{prefix}.grid": torch.cat((scale, torch.tensor([grid.zero], dtype=torch.int16)))}
+
+
+def _short_bits(scales: torch.Tensor) -> torch.Tensor:
+    """The bits of bfloat16, int16: a short scale has no more of them."""
+    return scales.to(torch.bfloat16).view(torch.int16)
+
+
+def _stored(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Codes of a kernel [m, n, height, width] as `Int8Conv` holds them."""
+    if bits == 8:
+        return codes.to(torch.int8)
+    counted = (codes.flatten(1) + 2 ** (bits - 1)).to(torch.uint8)
+    return torch.from_numpy(pack_codes(counted.numpy(), bits))
 
 
 @contextmanager

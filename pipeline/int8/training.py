@@ -21,6 +21,7 @@ from pipeline.checkpoint.modeling_quantized import (
     Codes,
     Int8Conv,
     RoundedActivation,
+    short_numbers,
 )
 from pipeline.errors import InputError
 from pipeline.int8.convert import Entries, Kernel, WeightRounding, conv_names, int8_tensors
@@ -217,9 +218,9 @@ def stored_rounding(
         for part, place in (("input", "reads"), ("output", "gives")):
             held = getattr(layer, part, None)
             if isinstance(held, ActivationRounding):
-                scale = float(held.scale.view(torch.float32))
-                grids[entry[place]] = ActivationGrid(held.codes, scale, int(held.zero_point))
+                grid = ActivationGrid(held.codes, float(held.scale), int(held.zero_point))
+                grids[entry[place]] = grid
         if isinstance(layer, Int8Conv):
             kernels[name] = (layer.weight, layer.bias.detach().float())
-            scales[name] = layer.scales.view(torch.float32)
+            scales[name] = short_numbers(layer.scales)
     return grids, kernels, scales

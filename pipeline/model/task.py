@@ -10,11 +10,10 @@ from typing import Any, Literal
 from pipeline.errors import InputError, PipelineError
 from pipeline.json_file import json_field, read_json_object
 from pipeline.lazy import imported
-from pipeline.model.source import resolve_source
 
 Task = Literal["text-generation", "image-classification", "driving-perception"]
 _Stage = Literal[
-    "compress", "convolutions", "export", "prove", "engine", "ledger", "inspect", "look"
+    "compress", "convolutions", "labels", "export", "prove", "engine", "ledger", "inspect", "look"
 ]
 TEXT: Task = "text-generation"
 IMAGES: Task = "image-classification"
@@ -123,6 +122,7 @@ TASKS: dict[Task, _TaskRow] = {
         adapters={
             "compress": "pipeline.compress.driving:prepare",
             "convolutions": "pipeline.calibrate.driving_images:open_driving",
+            "labels": "pipeline.calibrate.driving_labels:open_labelled",
             "export": "pipeline.export.trace_driving:trace_driving",
             "prove": "pipeline.export.prove_images:DRIVING_NETWORK",
             "engine": "pipeline.engine.profiles:image_limits",
@@ -207,6 +207,8 @@ def task_of_model(name: str) -> Task:
         InputError: a folder whose config is broken.
     """
     from transformers import PretrainedConfig
+
+    from pipeline.model.source import resolve_source
 
     try:
         source = resolve_source(name)

@@ -30,7 +30,7 @@ from pipeline.checkpoint.card import model_card
 from pipeline.checkpoint.folder import load_checkpoint, save_checkpoint, weights_record
 from pipeline.checkpoint.modeling_quantized import QuantizedWeight
 from pipeline.checkpoint.modeling_skipcat import FactoredLinear
-from pipeline.errors import InputError, PipelineError
+from pipeline.errors import InputError, PipelineError, UsageError
 from pipeline.kept_tensors import keep_tensors, kept_tensors
 from pipeline.model.fingerprint import model_hashes
 from pipeline.model.load import LoadedModel, load_model
@@ -67,6 +67,13 @@ def recover_to_folder(
     request.check()
     if rounded_entries(request.checkpoint):
         return train_to_folder(request, output, overwrite=overwrite, resume=resume)
+    if request.data is not None:
+        raise UsageError(
+            "Labelled images are for rounded convolutions.",
+            where="--data",
+            observed=request.checkpoint,
+            change="pass --text",
+        )
     started = time.monotonic()
     subject = Recoverable.read(request)
     stored_bytes = sum(path.stat().st_size for path in weight_files(request.checkpoint))

@@ -74,8 +74,10 @@ class RecoverRequest:
 
     Attributes:
         checkpoint: a compressed checkpoint's folder.
-        text: a text file, `wikitext2+c4`, or `self`: sampled from the teacher.
+        text: a text file, `wikitext2+c4`, or `self`: sampled from the teacher; of rounded
+            convolutions images without labels. Empty where `data` is given.
         teacher: model whose distribution is the target; None for the text's own next tokens.
+        data: of rounded convolutions, labelled images, as `skipcat train` takes them.
         steps: of the optimizer.
         lora_rank: of the adapter of each factor.
         lora_alpha: an adapter adds alpha / rank times its product.
@@ -94,6 +96,7 @@ class RecoverRequest:
     text: str
     steps: int
     teacher: str | None = None
+    data: str | None = None
     lora_rank: int = 8
     lora_alpha: int = 16
     learning_rate: float = 1e-4
@@ -108,7 +111,8 @@ class RecoverRequest:
     def inputs_of(self, output: Path) -> tuple[object, ...]:
         """What is read and may not be lost to the output; the checkpoint itself may be replaced."""
         replaced = self.checkpoint.resolve() == output.resolve()
-        return (() if replaced else (self.checkpoint,)) + (self.text, self.teacher or "")
+        labelled = (self.data or "").partition(":")[0]
+        return (() if replaced else (self.checkpoint,)) + (self.text, self.teacher or "", labelled)
 
     @property
     def window_count(self) -> int:
@@ -130,6 +134,13 @@ class RecoverRequest:
         if self.windows is not None:
             least["windows"] = _windows_needed(1, max(1, self.batch_size))
         require_trainable(self, least)
+        if bool(self.text) == bool(self.data):
+            raise UsageError(
+                "There is one thing to train on.",
+                where="--text, --data",
+                observed="both" if self.text else "neither",
+                expected="--text; or for rounded convolutions --data, images with labels",
+            )
         if self.text == "self" and self.teacher is None:
             # The expected gradient of the cross entropy of a model's own samples is zero.
             raise UsageError(

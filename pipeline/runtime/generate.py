@@ -14,7 +14,7 @@ import numpy as np
 from pipeline.runtime.drafting import Drafter, DraftSource, make_drafter
 from pipeline.runtime.prefix_cache import PrefixCache
 from pipeline.runtime.sequence import Decoding, RunningAnswer
-from pipeline.runtime.sessions.session import Session, SlotSession
+from pipeline.runtime.sessions.session import Block, BlockSession, Session, SlotSession
 from pipeline.runtime.text_stream import Decoder
 
 
@@ -148,7 +148,8 @@ def stream_batch(
         decoding: how; the seed is a number.
         decoder: turns ids into text; None makes ids alone.
         seeds: of each prompt's source; None seeds it with the seed and the prompt's number.
-        drafts: proposes draft tokens for each answer, which are then read slot by slot.
+        drafts: proposes draft tokens for each answer, which are then read slot by slot, but by a
+            `BlockSession`, which reads what all answers want in one pass.
 
     Raises:
         InputError: a prompt is empty, or longer than a slot.
@@ -170,7 +171,9 @@ def stream_batch(
                 _begin(session, slot, answer, drafts)
                 if answer.ending is None:
                     running[slot] = answer
-        if drafts is not None:
+        if isinstance(session, BlockSession):
+            _read_in_one_pass(session, running)
+        elif drafts is not None:
             for slot in sorted(running):
                 _decode_drafted(session, slot, running[slot])
         elif running:
@@ -185,7 +188,21 @@ def _begin(
     if drafter := make_drafter(session, drafts, slot):
         answer.draft_by(drafter)
     session.clear(slot)
-    answer.take([session.prefill(slot, np.array(answer.prompt_ids, np.int64))])
+    if not isinstance(session, BlockSession):  # which reads it beside the others' tokens
+        answer.take([session.prefill(slot, np.array(answer.prompt_ids, np.int64))])
+
+
+def _read_in_one_pass(session: BlockSession, running: Mapping[int, RunningAnswer]) -> None:
+    """Let every answer go on in one pass: by its prompt, or by its last token and draft tokens."""
+    drafts = {slot: answer.draft() for slot, answer in running.items() if answer.ids}
+    blocks = []
+    for slot, answer in running.items():
+        ids = [answer.ids[-1], *drafts[slot]] if answer.ids else answer.prompt_ids
+        blocks.append(Block(slot, np.array(ids, np.int64), last_only=not answer.ids))
+    for block, rows in zip(blocks, session.read_blocks(blocks) if blocks else (), strict=True):
+        drafted = drafts.get(block.slot, [])
+        unread = len(drafted) - running[block.slot].take(rows, drafted)
+        session.rewind_slot(block.slot, session.slot_length(block.slot) - unread)
 
 
 def _decode_drafted(session: SlotSession, slot: int, answer: RunningAnswer) -> None:

@@ -1,8 +1,8 @@
 """The one thread that runs the model: requests join, advance together and leave.
 
 Every step reads at most one chunk of one prompt, and then decodes one token of every answer that
-has room for it. A long prompt therefore holds the other answers up by one chunk between two of
-their tokens, and never by all of it. Nothing here waits for a client.
+has room for it, or does all of that in one pass (`shared_pass.py`). A long prompt therefore holds
+the other answers up by one chunk between two of their tokens. Nothing here waits for a client.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 from pipeline.progress import note
 from pipeline.runtime.drafting import DraftSource, make_drafter
 from pipeline.runtime.prefix_cache import SlotTable
-from pipeline.runtime.sessions.session import SlotSession
+from pipeline.runtime.sessions.session import BlockSession, SlotSession
 from pipeline.runtime.text_stream import Decoder
 from pipeline.serve.failure import RequestFailure
 from pipeline.serve.job import Job, Load
@@ -31,6 +31,7 @@ from pipeline.serve.running import (
     start_job,
     take_back,
 )
+from pipeline.serve.shared_pass import read_in_one_pass
 
 logger = logging.getLogger(__name__)
 
@@ -51,9 +52,9 @@ class Scheduler:
         queue: most jobs that wait for a slot.
         prefill_chunk: most tokens of a prompt that one step reads.
         reuse: whether a new prompt may go on from what a slot still holds.
-        drafter: what proposes draft tokens for an answer that runs alone, where that saves the
-            session time; None for nothing. A block of tokens rounds otherwise than single ones do,
-            so low-bit answers may depend on the batch then. A draft model drafts for every answer.
+        drafter: what proposes draft tokens for an answer that runs alone, where that saves time;
+            None for nothing. A block of tokens rounds otherwise than single ones do, so low-bit
+            answers may depend on the batch. A draft model, or a shared pass, has them for all.
 
     Attributes:
         death: what ended the thread, if it ended by a failure.
@@ -197,8 +198,7 @@ class Scheduler:
         """Roughly when a slot comes free: the tokens still to come, shared by the slots."""
         most = self._session.max_length
         wanted = sum(min(job.decoding.max_new_tokens, most) for job in self._waiting)
-        estimate_s = self._step_s * wanted / self._session.slots
-        return max(1, min(_LONGEST_RETRY_S, round(estimate_s)))
+        return max(1, min(_LONGEST_RETRY_S, round(self._step_s * wanted / self._session.slots)))
 
     # --- the thread ---
 
@@ -245,9 +245,7 @@ class Scheduler:
             return not self._is_closed
 
     def _has_work(self) -> bool:
-        if self._waiting and self._table.free:
-            return True
-        if self._running and self._is_overdue():
+        if (self._waiting and self._table.free) or (self._running and self._is_overdue()):
             return True
         return any(running.can_go_on for running in self._running.values())
 
@@ -257,8 +255,12 @@ class Scheduler:
     def _step(self) -> None:
         self._drop_answers()
         self._admit_jobs()
-        self._read_chunk()
-        self._decode_tokens()
+        if isinstance(self._session, BlockSession):
+            shared = self._session, self._table, self._running.values(), self._chunk
+            read_in_one_pass(*shared, self._take, self._fail)
+        else:
+            self._read_chunk()
+            self._decode_tokens()
 
     def _drop_answers(self) -> None:
         """Free the slots of cancelled jobs, and all of them after the deadline."""

@@ -33,6 +33,7 @@ __all__ = [
     "save_tiny_folder",
     "shared_draft",
     "shared_export",
+    "shared_folder",
     "shared_rounded_export",
     "tiny_llama",
     "write_record",
@@ -49,7 +50,7 @@ def shared_export(profile: str) -> Path:
     def make(root: Path) -> None:
         export_tiny(save_tiny_folder(root / "model"), root / profile, profile)
 
-    return _shared(profile, make)
+    return shared_folder(profile, make)
 
 
 @functools.cache
@@ -60,7 +61,7 @@ def shared_draft() -> Path:
         model = save_tiny_folder(root / "model", seed=1)
         export_folder(model, root / "draft", ExportRequest(CPU, "float32", MAX_LENGTH, INT4))
 
-    return _shared("draft", make)
+    return shared_folder("draft", make)
 
 
 @functools.cache
@@ -76,16 +77,16 @@ def shared_rounded_export() -> Path:
         )
         export_folder(model, root / "cpu8", wanted)
 
-    return _shared("cpu8", make)
+    return shared_folder("cpu8", make)
 
 
-def _shared(name: str, make: Callable[[Path], None]) -> Path:
-    """The export `name` in a folder of all workers, of which one makes it."""
+def shared_folder(name: str, make: Callable[[Path], None], record: str = "export.json") -> Path:
+    """The export `name` in a folder of all workers, of which one makes it, its record last."""
     root = Path(os.environ["SKIPCAT_TESTS_SHARED"], name)
     root.mkdir(exist_ok=True)
     with (root / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (root / name / "export.json").exists():
+        if not (root / name / record).exists():
             make(root)
     return root / name
 

@@ -26,9 +26,9 @@ from pipeline.compress.cache.cache_search import (
     choices_of,
     searched_cache,
 )
-from pipeline.compress.cache.latent_basis import LatentBasis, random_rotation
+from pipeline.compress.cache.key_rotations import key_rotations
+from pipeline.compress.cache.latent_basis import LatentBasis
 from pipeline.compress.cache.prices import measured_prices
-from pipeline.compress.cache.rotations import rotations_of
 from pipeline.compress.cache.statistics import CacheStatistics, measure_cache
 from pipeline.compress.request import CompressRequest
 from pipeline.errors import InputError, UsageError
@@ -37,6 +37,7 @@ from pipeline.lazy import imported
 from pipeline.model.cache_structure import CachedSide, cache_structure
 from pipeline.model.structure import Layer
 from pipeline.progress import note
+from pipeline.quantize.rotations import random_rotation
 
 # Logits of so many tokens, relative to their largest; rounding may fall to the other side.
 _PROVED_TOKENS, _SAME = 16, 1e-2
@@ -93,7 +94,7 @@ def _bases(
 
     @cache
     def found(groups: int, narrow: bool) -> _Bases:
-        turned = rotations_of(model, structure, request.cache_length) if narrow else {}
+        turned = key_rotations(model, structure, request.cache_length) if narrow else {}
         return bases_of(
             structure,
             statistics,

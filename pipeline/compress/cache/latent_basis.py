@@ -130,20 +130,6 @@ def _range_of_normal(counts: np.ndarray) -> np.ndarray:
     return 2 * ndtri((counts - 0.375) / (counts + 0.25)).clip(0.5)
 
 
-def random_rotation(size: int, seed: int) -> torch.Tensor:
-    """An orthogonal matrix, float64 [size, size]: Haar distributed, the same for a seed.
-
-    Raises:
-        ValueError: a size below 1.
-    """
-    if size < 1:
-        raise ValueError(f"no rotation has size {size}")
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randn(size, size, generator=generator, dtype=torch.float64)
-    orthogonal, upper = torch.linalg.qr(drawn)
-    return orthogonal * upper.diagonal().sign()
-
-
 def _latent_bits(rank: int, bits: int | None) -> int:
     """Bits that one token takes, its scale and offset included; 16 a number without rounding."""
     if rank == 0:

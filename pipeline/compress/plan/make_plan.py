@@ -153,6 +153,7 @@ def _plan_in_bytes(request: CompressRequest, calibrated: Calibrated) -> RankPlan
         full = sum(side[0].dense_bytes for side in sides)
         cache = cheapest_cache(sides, request.cache_budget(full))
     whole = sum(parameter.numel() for parameter in calibrated.model.parameters())
+    whole -= calibrated.added_parameters
     plan, places = searched_bits(
         calibrated.layers,
         calibrated.statistics.curves,

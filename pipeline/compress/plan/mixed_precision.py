@@ -1,4 +1,4 @@
-"""Which convolutions are in 8 bits and which in numbers, under a budget of bytes or operations."""
+"""Which convolutions are in few bits and which in numbers, under a budget of bytes or MACs."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ import numpy as np
 from pipeline.compress.plan.knapsack import allocate
 from pipeline.errors import InputError
 
+_FLOAT_BYTES, _SCALE_BYTES = 4, 2
+
 
 @dataclass(frozen=True)
 class ConvChoice:
     """What a convolution costs either way.
 
     Attributes:
-        rounded: bytes or multiplications with codes of 8 bits.
+        rounded: bytes or multiplications with codes.
         kept: the same with numbers.
         loss: what rounding it loses; what lies below 0 is noise.
     """
@@ -26,10 +28,11 @@ class ConvChoice:
     loss: float
 
     @classmethod
-    def of_bytes(cls, kernel: int, outputs: int, loss: float, float_bytes: int = 4) -> ConvChoice:
+    def of_bytes(cls, kernel: int, outputs: int, loss: float, bits: int = 8) -> ConvChoice:
         """Of a kernel of so many numbers for so many outputs: codes and a scale for each output."""
-        bias = outputs * float_bytes
-        return cls(kernel + outputs * 4 + bias, kernel * float_bytes + bias, loss)
+        codes = outputs * -(-kernel // outputs * bits // 8)
+        bias = outputs * _FLOAT_BYTES
+        return cls(codes + outputs * _SCALE_BYTES + bias, kernel * _FLOAT_BYTES + bias, loss)
 
     @classmethod
     def of_float_macs(cls, macs: int, loss: float) -> ConvChoice:
@@ -57,7 +60,7 @@ def rounded_convs(choices: Mapping[str, ConvChoice], budget: int) -> list[str]:
         raise InputError(
             "The budget is too small for the convolutions.",
             observed=budget,
-            expected=f"at least {least}, which all of them need in 8 bits",
+            expected=f"at least {least}, which all of them need as codes",
         )
     if budget == least:
         return list(choices)

@@ -75,6 +75,29 @@ def open_offloaded(
     return session, DraftModel(session, small, lookup, length)
 
 
+def open_plain(
+    folder: Path, memory: str, draft: Path, threads: int | None = None
+) -> StreamedSession:
+    """What a drafted model is measured against: the quickest without a draft, a row for a token.
+
+    It has the bytes of the draft for layers, and a cache of the same length.
+
+    Args:
+        folder: a checkpoint with plain matrices.
+        memory: as of `open_offloaded`.
+        draft: an export of the same model, of the profile `cpu`.
+        threads: of PyTorch; None leaves the choice to it.
+
+    Raises:
+        InputError, UsageError: as `open_offloaded`.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+    _require_checkpoint(folder, "auto")
+    places = read_export_record(draft).max_length
+    return StreamedSession(folder, parse_bytes(memory, "--memory"), places, steady=False)
+
+
 def _require_checkpoint(folder: Path, backend: str) -> PreTrainedConfig:
     """The config of a checkpoint's decoder; raise UsageError for another kind of folder."""
     kind = folder_kind(folder)

@@ -1,12 +1,16 @@
 """Attention over a cache of fixed length that others hold, whose sums are always taken alike.
 
-Every call multiplies matrices of the same shapes, however many of its rows count and wherever they
-stand, so that a row's bits are its own. transformers would leave the mask out where it can, and
-then add up otherwise; and it would copy the keys for each head that shares them.
+Every call multiplies matrices of the same shapes, however many of its rows count, wherever they
+stand and whosever they are, so that a row's bits are its own. transformers would leave the mask out
+where it can, and then add up otherwise; and it would copy the keys for each head that shares them.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,35 +21,119 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from pipeline.errors import InputError
+from pipeline.runtime.sessions.onnx_cpu_session import STEADY_TOKENS
 
 STEADY_ATTENTION = "skipcat_steady"
 # What some models hand to their attention, and this does not know.
 _UNKNOWN = ("s_aux", "position_bias")
+# Places that a row attends to, at the least; then twice as many, and so on.
+_FEWEST_PLACES = 256
 
 
-class RowCache(Cache):
-    """The cache of one call, over one row of keys and values that belong to somebody else."""
+@dataclass(frozen=True)
+class Part:
+    """Tokens of one sequence that stand side by side in a call.
 
-    def __init__(self, keys_values: list[tuple[np.ndarray, np.ndarray]]) -> None:
-        """Over keys and values of each layer, float32 [1, heads, length, width]."""
-        super().__init__(layers=[_RowLayer(*pair) for pair in keys_values])
+    Attributes:
+        slot: row of the cache.
+        start: tokens of the sequence before them.
+        ids: int64 [S].
+    """
 
-    def place(self, start: int, count: int) -> None:
-        """Let the next call write its first `count` tokens behind `start` others."""
-        for layer in self.layers:
-            layer.start, layer.count = start, count
+    slot: int
+    start: int
+    ids: np.ndarray
 
 
-class _RowLayer(CacheLayerMixin):
+# Keys and values of a layer, float32 [slots, heads, length, width] each.
+_Held = tuple[torch.Tensor, torch.Tensor]
+
+
+class CallCache(Cache):
+    """The cache as one call sees it: its rows belong to places of one sequence or of several.
+
+    Args:
+        held: keys and values of each layer, which belong to somebody else.
+        parts: whose rows they are, in their order; of different slots.
+        rows: of the call. Those behind the parts only fill it up, and leave nothing.
+    """
+
+    def __init__(self, held: Sequence[_Held], parts: Sequence[Part], rows: int) -> None:
+        super().__init__(layers=[_CallLayer(pair, parts) for pair in held])
+        used = sum(len(part.ids) for part in parts)
+        ids = [part.ids for part in parts]
+        places = [part.start + np.arange(len(part.ids)) for part in parts]
+        last = len(parts) - 1
+        self.ids = np.concatenate([*ids, np.repeat(ids[last][-1:], rows - used)])[None]
+        self.positions = np.concatenate([*places, np.repeat(places[last][-1:], rows - used)])[None]
+        self.groups = _groups(parts, held[0][0].shape[2])
+
+    def get_query_offset(self, layer_idx: int = 0) -> Any:
+        """What is added to a row's number for its place in the sequence: [rows]."""
+        return torch.from_numpy(self.positions[0] - np.arange(self.positions.shape[1]))
+
+    @contextlib.contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Let attention inside be over this cache."""
+        before = _AT_WORK.set(self)
+        try:
+            yield
+        finally:
+            _AT_WORK.reset(before)
+
+
+_AT_WORK: ContextVar[CallCache] = ContextVar("_AT_WORK")
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Rows of a call that attend to the same places of one slot.
+
+    Attributes:
+        slot: of the cache.
+        places: that they attend to, from the first on; the mask leaves out those behind each.
+        rows: which they are.
+    """
+
+    slot: int
+    places: int
+    rows: torch.Tensor
+
+
+def _groups(parts: Sequence[Part], length: int) -> list[_Group]:
+    """By slot, and by how many places are looked at, which is a matter of a row's own place.
+
+    A prompt's part is read in the same call whatever else there is, so its last row may decide.
+    """
+    found: dict[tuple[int, int], list[int]] = {}
+    row = 0
+    for part in parts:
+        count, end = len(part.ids), part.start + len(part.ids)
+        wanted = [end - 1] * count if count > STEADY_TOKENS else range(part.start, end)
+        for place in wanted:
+            found.setdefault((part.slot, _places(place, length)), []).append(row)
+            row += 1
+    return [_Group(slot, places, torch.tensor(own)) for (slot, places), own in found.items()]
+
+
+def _places(place: int, length: int) -> int:
+    """How many places a row at a place attends to: few sizes, so that few kernels are met."""
+    wanted = _FEWEST_PLACES
+    while wanted <= place:
+        wanted *= 2
+    return min(wanted, length)
+
+
+class _CallLayer(CacheLayerMixin):
     """Keys and values of one layer; all places are handed out, the mask tells which count."""
 
     is_sliding = False
 
-    def __init__(self, keys: np.ndarray, values: np.ndarray) -> None:
+    def __init__(self, held: _Held, parts: Sequence[Part]) -> None:
         super().__init__()
-        self.keys, self.values = torch.from_numpy(keys), torch.from_numpy(values)
+        self.keys, self.values = held
         self.is_initialized = True
-        self.start = self.count = 0
+        self._parts = parts
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Nothing: the memory is there."""
@@ -53,12 +141,16 @@ class _RowLayer(CacheLayerMixin):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *rest: Any, **named: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write the rows that count; rows that only fill the call up leave nothing."""
+        """Write each part's rows where they belong; what fills the call up leaves nothing."""
         assert self.keys is not None
         assert self.values is not None
-        end = self.start + self.count
-        self.keys[:, :, self.start : end] = key_states[:, :, : self.count]
-        self.values[:, :, self.start : end] = value_states[:, :, : self.count]
+        row = 0
+        for part in self._parts:
+            count = len(part.ids)
+            places = slice(part.start, part.start + count)
+            self.keys[part.slot, :, places] = key_states[0, :, row : row + count]
+            self.values[part.slot, :, places] = value_states[0, :, row : row + count]
+            row += count
         return self.keys, self.values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -66,11 +158,11 @@ class _RowLayer(CacheLayerMixin):
         return self.get_max_length(), 0
 
     def get_seq_length(self) -> int:
-        """Tokens before the call."""
-        return self.start
+        """Tokens before the call, of its first part."""
+        return self._parts[0].start
 
     def get_max_length(self) -> int:
-        """Places of the row."""
+        """Places of a slot."""
         assert self.keys is not None
         return self.keys.shape[2]
 
@@ -92,11 +184,14 @@ def _attend(
 ) -> tuple[torch.Tensor, None]:
     """softmax(Q Kᵀ s + mask) V; heads that share keys are rows of one product.
 
+    Rows of different slots attend apart: all rows of the call to each slot's keys, of which those
+    that belong to it are taken, so that the products have the same shapes in any company.
+
     Args:
         module: the layer's attention.
         query: [1, H, S, D].
-        key: [1, KV, T, D].
-        value: [1, KV, T, D'].
+        key: [slots, KV, T, D].
+        value: [slots, KV, T, D'].
         attention_mask: bool [1, 1, S, T], or what is added to the scores.
         scaling: s; None is 1 / sqrt(D).
         softcap: scores are squeezed into this range, as Gemma 2's are.
@@ -115,20 +210,36 @@ def _attend(
             where=type(module).__name__,
             observed=", ".join(odd) or "no mask",
         )
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scaled = query * scale
+    mixed = query.new_zeros((*query.shape[:-1], value.shape[-1]))
+    for group in _AT_WORK.get().groups:
+        own, seen = slice(group.slot, group.slot + 1), slice(group.places)
+        found = _attend_to_slot(
+            scaled, key[own, :, seen], value[own, :, seen], attention_mask[..., seen], softcap
+        )
+        mixed[:, :, group.rows] = found[:, :, group.rows]
+    return mixed.transpose(1, 2).contiguous(), None
+
+
+def _attend_to_slot(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor,
+    softcap: float | None,
+) -> torch.Tensor:
+    """[1, H, S, D'] of one slot: softmax(Q Kᵀ + mask) V; arguments as of `_attend`, Q scaled."""
     batch, heads, rows, width = query.shape
     groups = key.shape[1]
-    scale = width**-0.5 if scaling is None else scaling
-    folded = (query * scale).reshape(batch, groups, heads // groups * rows, width)
+    folded = query.reshape(batch, groups, heads // groups * rows, width)
     scores = (folded @ key.transpose(2, 3)).reshape(batch, heads, rows, -1)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    if attention_mask.dtype == torch.bool:
-        scores = scores.masked_fill(~attention_mask, -torch.inf)
-    else:
-        scores = scores + attention_mask
+    is_bool = mask.dtype == torch.bool
+    scores = scores.masked_fill(~mask, -torch.inf) if is_bool else scores + mask
     weights = torch.softmax(scores, dim=-1).reshape(batch, groups, heads // groups * rows, -1)
-    mixed = (weights @ value).reshape(batch, heads, rows, -1)
-    return mixed.transpose(1, 2).contiguous(), None
+    return (weights @ value).reshape(batch, heads, rows, -1)
 
 
 AttentionInterface.register(STEADY_ATTENTION, _attend)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,9 @@ from pipeline.model.structure import layer_list
 from pipeline.model.weight_files import read_header, stored_places
 from pipeline.progress import track
 from pipeline.runtime.offload.layer_ring import RING_BUFFERS, LayerRing
+from pipeline.runtime.offload.side_by_side import ModelCall, run_call, run_side_by_side
 from pipeline.runtime.offload.steady_attention import STEADY_ATTENTION
+from pipeline.runtime.offload.tables import head_by_parts, widen_rows
 from pipeline.runtime.offload.weight_reader import Layout, WeightReader, aligned_buffer, lay_out
 
 
@@ -54,8 +56,6 @@ def _resident_layers(sizes: Sequence[int], budget_bytes: int) -> frozenset[int]:
 
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# Numbers of the head's matrix that are widened at once.
-_HEAD_NUMBERS = 4 << 20
 _LANES = 16  # numbers to which a matrix's place is aligned
 _FLOAT_BYTES = 4
 _FREQUENCIES_BY_LENGTH = ("dynamic", "longrope")
@@ -95,7 +95,7 @@ class StreamedModel:
         other_bytes: that are spent otherwise: cache and draft.
 
     Attributes:
-        model: in float32, without gradients; called within `one_pass`.
+        model: in float32, without gradients; called by `run`.
 
     Raises:
         InputError: the checkpoint is broken, or of a kind that cannot be offloaded.
@@ -116,6 +116,8 @@ class StreamedModel:
         self._reader = WeightReader(self._files)
         self._checked: set[int] = set()
         self._next: int | None = None
+        self._by_layers = False  # whether each layer runs several calls before the next
+        self._beside: tuple[Any, ...] | None = None
         self._steps: Iterator[int] = iter(())
         self._passes = 0
         self._share_memory()
@@ -125,6 +127,7 @@ class StreamedModel:
         self._reader.forget_pages()  # of vectors, which were read otherwise
         for number, layer in enumerate(layers):
             layer.register_forward_pre_hook(partial(self._before, number))
+        layers[0].register_forward_hook(self._remember_form)
         self._streamed = [n for n in range(len(layers)) if n not in self._resident]
         self._ring: LayerRing | None = None
         if self._streamed:
@@ -144,12 +147,14 @@ class StreamedModel:
             self._held_bytes,
         )
 
-    @contextlib.contextmanager
-    def one_pass(self, shown: str | None = None) -> Iterator[PreTrainedModel]:
-        """The model, for one call; what fails in it leaves the next call as it would be.
+    def run(self, calls: Sequence[ModelCall], shown: str | None = None) -> list[torch.Tensor]:
+        """Logits of each call, float32 [1, S, V], by one pass over the layers.
+
+        What fails in it leaves the next pass as it would be.
 
         Args:
-            shown: what the call is for, to be said beside the layers that are done.
+            calls: of which each has the bits that it has alone.
+            shown: what they are for, to be said beside the layers that are done.
 
         Raises:
             InputError: the weights cannot be read, or hold what is no number.
@@ -158,7 +163,7 @@ class StreamedModel:
         if shown is not None:
             self._steps = iter(track(range(len(self._layers)), shown))
         try:
-            yield self.model
+            found = self._run(calls, self._enter)
             self._finish_pass()
         except BaseException:
             if self._ring is not None:
@@ -166,10 +171,21 @@ class StreamedModel:
             raise
         finally:
             self._next, self._steps = None, iter(())
+        return found
+
+    def _run(self, calls: Sequence[ModelCall], enter: Callable[[int], None]) -> list[torch.Tensor]:
+        if len(calls) == 1:
+            return [run_call(self.model, calls[0])]
+        layers = list(self.model.get_submodule(self._path).children())
+        self._by_layers = True
+        try:
+            return run_side_by_side(self.model, layers, calls, enter, self._beside)
+        finally:
+            self._by_layers = False
 
     @contextlib.contextmanager
-    def first_layer_alone(self) -> Iterator[PreTrainedModel]:
-        """The model with no layer but the first, which is read once: to try things with."""
+    def first_layer_alone(self) -> Iterator[Callable[[Sequence[ModelCall]], list[torch.Tensor]]]:
+        """`run` with no layer but the first, which is read once: to try things with."""
         parent, _, name = self._path.rpartition(".")
         owner = self.model.get_submodule(parent)
         layers: nn.ModuleList = getattr(owner, name)
@@ -177,7 +193,7 @@ class StreamedModel:
         self._put(0, self._read_layer(0) if buffer is None else buffer)
         setattr(owner, name, layers[:1])
         try:
-            yield self.model
+            yield lambda calls: self._run(calls, lambda number: None)
         finally:
             setattr(owner, name, layers)
 
@@ -264,9 +280,9 @@ class StreamedModel:
             module = modules[name.rpartition(".")[0]]
             if module is embedding:
                 module.padding_idx = None  # of gradients, and the number of a row it is not given
-                module.register_forward_pre_hook(partial(_widen_rows, tensor))
+                module.register_forward_pre_hook(partial(widen_rows, tensor))
             elif module is head:
-                module.forward = partial(_by_parts, tensor, getattr(head, "bias", None))
+                module.forward = partial(head_by_parts, tensor, getattr(head, "bias", None))
             else:
                 _set(self.model, name, tensor.float())
 
@@ -285,9 +301,16 @@ class StreamedModel:
         return buffer
 
     def _before(self, number: int, module: nn.Module, given: Any) -> None:
-        """Put a layer's numbers where it looks for them; nothing outside of a pass."""
-        if self._next is None:
-            return
+        """Put a layer's numbers where it looks for them; nothing where that was seen to."""
+        if self._next is not None and not self._by_layers:
+            self._enter(number)
+
+    def _remember_form(self, module: nn.Module, given: Any, returned: Any) -> None:
+        if not self._by_layers:
+            self._beside = returned[1:] if isinstance(returned, tuple) else None
+
+    def _enter(self, number: int) -> None:
+        """Put the next layer's numbers where it looks for them."""
         if number != self._next:
             raise self._unchained(number)
         self._next = number + 1
@@ -359,22 +382,3 @@ def _sorted_matrices(
 def _set(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
     path, _, last = name.rpartition(".")
     model.get_submodule(path)._parameters[last] = nn.Parameter(tensor, requires_grad=False)
-
-
-def _widen_rows(table: torch.Tensor, module: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Before an embedding looks rows up: give it those alone, in float32, and their numbers."""
-    rows, places = torch.unique(given[0], return_inverse=True)
-    module._parameters["weight"] = nn.Parameter(table[rows].float(), requires_grad=False)
-    return (places, *given[1:])
-
-
-def _by_parts(table: torch.Tensor, bias: torch.Tensor | None, hidden: torch.Tensor) -> torch.Tensor:
-    """The head's product, for some words after the others, which alone are widened."""
-    words, width = table.shape
-    step = max(1, _HEAD_NUMBERS // width)
-    logits = hidden.new_empty((*hidden.shape[:-1], words))
-    for start in range(0, words, step):
-        part = table[start : start + step].float()
-        own = None if bias is None else bias[start : start + step]
-        logits[..., start : start + step] = nn.functional.linear(hidden, part, own)
-    return logits

@@ -1,7 +1,8 @@
 """A checkpoint larger than memory behind the Session interface: layers come from disk for a call.
 
-A call costs a pass over the disk, whatever it reads, so every call computes the same number of
-rows over a cache of the same length: a token's bits are then its own, and drafts change none.
+A pass over the disk costs the same whatever is read in it, so answers in several slots share one,
+and every call in it computes the same number of rows over a cache of the same length: a token's
+bits are then its own, and neither drafts nor other answers change any.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,15 +19,19 @@ import torch
 
 from pipeline.errors import InputError, UsageError
 from pipeline.export.contract import cache_names
-from pipeline.runtime.offload.steady_attention import RowCache
+from pipeline.runtime.offload.side_by_side import ModelCall
+from pipeline.runtime.offload.steady_attention import CallCache, Part
 from pipeline.runtime.offload.streamed_model import StreamedModel, Traffic
 from pipeline.runtime.sessions.call_times import CallTimes
 from pipeline.runtime.sessions.key_values import KeyValues
 from pipeline.runtime.sessions.onnx_cpu_session import STEADY_TOKENS
+from pipeline.runtime.sessions.session import Block
 from pipeline.runtime.sessions.slotted_session import SlottedSession
 
 # Rows of a call: of an answer with its drafts, of a short prompt, and of parts of a longer one.
 _ROWS = (STEADY_TOKENS, 64, 256)
+# Where tokens are cut to try whether their bits stay, and how many others are read beside them.
+_TRIED = (((), 0), ((1, 2, 3, 4), 0), ((6,), 0), ((16,), 0), ((1, 2, 3, 4), 2), ((16,), 2))
 # Tokens that a call counts as: those of one without drafts, in any steady session.
 _COUNTED = 2
 # Of what another token adds to a call: choosing it. Its row is computed in any case.
@@ -76,8 +82,9 @@ class StreamedSession(SlottedSession):
         self._lengths = np.zeros(slots, np.int64)
         self._rows = None
         self._sizes = _ROWS if steady else (1, *_ROWS)
-        self._caches: dict[int, RowCache] = {}
-        self._cached = self.values.buffers
+        self._steady = steady
+        self._bound: Mapping[str, np.ndarray] = {}
+        self._tensors: list[tuple[torch.Tensor, torch.Tensor]] = []
         found = self.traffic
         self.name = f"torch float32, {found.layers - found.resident} of {found.layers} layers read"
         if steady:
@@ -103,80 +110,121 @@ class StreamedSession(SlottedSession):
         if rows > self.slots:
             self._grow(rows)
         self._rows = rows
-        return np.concatenate([self._read(row, input_ids[row], last_only) for row in range(rows)])
+        return np.stack(self._read_blocks([Block(n, input_ids[n], last_only) for n in range(rows)]))
 
     def decode(self, slots: Sequence[int], tokens: Sequence[int]) -> np.ndarray:
-        """Append one token to each of several slots, one after the other: float32 [slots, V]."""
-        return self._decode_apart(slots, tokens)
+        """Append one token to each of several slots, in one pass: float32 [slots, V]."""
+        ids = np.array(tokens, np.int64)[:, None]
+        blocks = [Block(slot, row, True) for slot, row in zip(slots, ids, strict=True)]
+        return np.concatenate(self.read_blocks(blocks))
+
+    def read_blocks(self, blocks: Sequence[Block]) -> list[np.ndarray]:
+        """As of a `BlockSession`: every layer is read once, whatever the blocks hold."""
+        for block in blocks:
+            self._check_tokens(block.ids[None])
+            self._check_room(int(self._lengths[block.slot]), len(block.ids))
+        return self._read_blocks(blocks)
 
     def _read(self, row: int, input_ids: np.ndarray, last_only: bool) -> np.ndarray:
-        parts = []
-        for start in range(0, len(input_ids), self._sizes[-1]):
-            part = input_ids[start : start + self._sizes[-1]]
-            shown = "reading the prompt" if len(part) > STEADY_TOKENS else None
-            with self._streamed.one_pass(shown):
-                began = time.perf_counter()
-                parts.append(self._run(row, part, last_only))
-            # A call takes as long as the disk does, whatever it reads.
-            self.call_times.add(_COUNTED, time.perf_counter() - began)
-        return parts[-1] if last_only else np.concatenate(parts, axis=1)
+        return self._read_blocks([Block(row, input_ids, last_only)])[0][None]
 
-    def _run(self, row: int, ids: np.ndarray, last_only: bool) -> np.ndarray:
-        """One call: logits, float32 [1, S, V] or [1, 1, V]; the row is longer by its tokens."""
-        count, start = len(ids), int(self._lengths[row])
+    def _read_blocks(self, blocks: Sequence[Block]) -> list[np.ndarray]:
+        """Logits of each block, [S, V] or [1, V], by one pass over the layers."""
+        if not self._steady and len(blocks) > 1:
+            return [found for block in blocks for found in self._read_blocks([block])]
+        longest = max(len(block.ids) for block in blocks)
+        shown = "reading the prompt" if longest > STEADY_TOKENS else None
+        planned = self._plan(blocks)
+        began = time.perf_counter()
+        outputs = self._streamed.run([self._call_of(parts) for parts in planned], shown)
+        if longest <= STEADY_TOKENS:  # else there is more to compute than in a call of an answer
+            self.call_times.add(_COUNTED, (time.perf_counter() - began) / len(blocks))
+        found = self._sorted_logits(planned, outputs)
+        for block in blocks:
+            self._lengths[block.slot] += len(block.ids)
+        return [found[block.slot] for block in blocks]
+
+    def _plan(self, blocks: Sequence[Block]) -> list[list[_Piece]]:
+        """What each call reads: long pieces by themselves, in their order, short ones together."""
+        most, least = self._sizes[-1], self._sizes[0]
+        alone: list[list[_Piece]] = []
+        together: list[list[_Piece]] = []
+        for block in blocks:
+            start = int(self._lengths[block.slot])
+            for first in range(0, len(block.ids), most):
+                ids = block.ids[first : first + most]
+                is_wanted = not block.last_only or first + most >= len(block.ids)
+                piece = _Piece(Part(block.slot, start + first, ids), is_wanted, block.last_only)
+                fitting = [c for c in together if sum(map(len, c)) + len(ids) <= least]
+                if len(ids) > least:
+                    alone.append([piece])
+                elif fitting:
+                    fitting[0].append(piece)
+                else:
+                    together.append([piece])
+        return [*alone, *together]  # the end of a block comes behind its beginning
+
+    def _call_of(self, pieces: Sequence[_Piece]) -> ModelCall:
+        count = sum(map(len, pieces))
         rows = next(rows for rows in self._sizes if rows >= count)
         # What fills the call up repeats the last token, and nothing of it is kept.
-        filled = np.append(ids, np.repeat(ids[-1:], rows - count))[None]
-        positions = start + np.minimum(np.arange(rows), count - 1)[None]
-        cache = self._cache_of(row)
-        cache.place(start, count)
-        kept = torch.full((self._sizes[0],), count - 1) if last_only else 0
-        with torch.inference_mode():
-            output = self._streamed.model(
-                input_ids=torch.from_numpy(filled),
-                position_ids=torch.from_numpy(positions),
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=kept,
-            )
-        logits = output.logits[:, : 1 if last_only else count]
+        cache = CallCache(self._held(), [piece.part for piece in pieces], rows)
+        # The head is multiplied with as many rows whether one is wanted of a prompt or all are.
+        few = pieces[0].last_only and rows > self._sizes[0]
+        return ModelCall(cache, torch.full((self._sizes[0],), count - 1) if few else 0)
+
+    def _sorted_logits(
+        self, planned: Sequence[Sequence[_Piece]], outputs: Sequence[torch.Tensor]
+    ) -> dict[int, np.ndarray]:
+        """Logits of each slot's block, out of those of calls; InputError for what are none."""
+        found: dict[int, list[np.ndarray]] = {}
+        for pieces, logits in zip(planned, outputs, strict=True):
+            row = 0
+            for piece in pieces:
+                count = len(piece)
+                row += count
+                if not piece.is_wanted:
+                    continue
+                few = piece.last_only and logits.shape[1] < row
+                own = logits[0, :1] if few else logits[0, row - count : row]
+                self._require_numbers(piece.part, own)
+                own = own[-1:] if piece.last_only else own
+                found.setdefault(piece.part.slot, []).append(own.numpy().copy())
+        return {slot: np.concatenate(parts) for slot, parts in found.items()}
+
+    def _require_numbers(self, part: Part, logits: torch.Tensor) -> None:
         if not bool(torch.isfinite(logits.sum(dtype=torch.float64))):
             raise InputError(
                 "The model's logits are no numbers.",
                 where=self._folder,
-                observed=f"NaN or infinity behind {start} tokens",
+                observed=f"NaN or infinity behind {part.start} tokens",
                 change="compare with the model that was published, or run it without --memory",
             )
-        self._lengths[row] = start + count
-        found: np.ndarray = logits.numpy().copy()
-        return found
 
-    def _cache_of(self, row: int) -> RowCache:
-        if self._cached is not self.values.buffers:  # there are more rows now
-            self._caches, self._cached = {}, self.values.buffers
-        if row not in self._caches:
-            held = [buffer[row : row + 1] for buffer in self.values.buffers.values()]
-            self._caches[row] = RowCache(list(zip(held[::2], held[1::2], strict=True)))
-        return self._caches[row]
+    def _held(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Keys and values of each layer, over the memory of the cache."""
+        if self._bound is not self.values.buffers:  # there are more rows now
+            self._bound = self.values.buffers
+            tensors = [torch.from_numpy(buffer) for buffer in self.values.buffers.values()]
+            self._tensors = list(zip(tensors[::2], tensors[1::2], strict=True))
+        return self._tensors
 
     def _require_steadiness(self) -> None:
         """Read the same tokens in several ways; raise InputError unless all bits are the same.
 
-        By the first layer alone, with embedding and head: the others are multiplied like it.
+        By the first layer alone, with embedding and head: the others are multiplied like it. The
+        ways are alone, cut up, and beside others, in one call and in several.
         """
         count = min(_ROWS[0], self.max_length)
         ids = np.arange(count) * 7919 % self.vocab_size
+        own, self.values = self.values, self.values.like(3)
+        lengths, self._lengths = self._lengths, np.zeros(3, np.int64)
         found = set()
-        with self._streamed.first_layer_alone():
-            for cuts in ([count], [1, 2, 3, 4], [6], [count - 1]):
-                self._lengths[0] = 0
-                parts = [part for part in np.split(ids, cuts) if len(part)]
-                logits = np.concatenate([self._run(0, part, False)[0] for part in parts])
-                held = [values[0, :, :count].tobytes() for values in self.values.buffers.values()]
-                found.add(hashlib.sha256(b"".join([logits.tobytes(), *held])).digest())
-        self._lengths[0] = 0
-        for buffer in self.values.buffers.values():
-            buffer[0, :, :count] = 0
+        with self._streamed.first_layer_alone() as run:
+            for cuts, others in _TRIED:
+                parts = np.split(ids, [min(cut, count - 1) for cut in cuts])
+                found.add(self._tried(run, [part for part in parts if len(part)], others))
+        self.values, self._lengths = own, lengths
         if len(found) > 1:
             raise InputError(
                 "Here the bits of a token depend on what is read with it, so a draft would change "
@@ -185,6 +233,44 @@ class StreamedSession(SlottedSession):
                 observed="other bits where it stands elsewhere in a call",
                 change="run the model without --memory",
             )
+
+    def _tried(
+        self,
+        run: Callable[[Sequence[ModelCall]], list[torch.Tensor]],
+        parts: Sequence[np.ndarray],
+        others: int,
+    ) -> str:
+        """What comes of tokens that are read part by part beside other slots, as a hash."""
+        self._lengths[:] = 0
+        seen = hashlib.sha256()
+        for part in parts:
+            blocks = [Block(slot, part[::-1].copy(), False) for slot in range(1, 1 + others)]
+            planned = self._plan([*blocks, Block(0, part, False)])
+            outputs = run([self._call_of(pieces) for pieces in planned])
+            seen.update(self._sorted_logits(planned, outputs)[0].tobytes())
+            self._lengths[: 1 + others] += len(part)
+        count = int(self._lengths[0])
+        for values in self.values.buffers.values():
+            seen.update(values[0, :, :count].tobytes())
+        return seen.hexdigest()
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A block, or as much of a long one as a call reads.
+
+    Attributes:
+        part: its tokens and their place.
+        is_wanted: whether any of its logits are.
+        last_only: whether it is those of its last token.
+    """
+
+    part: Part
+    is_wanted: bool
+    last_only: bool
+
+    def __len__(self) -> int:
+        return len(self.part.ids)
 
 
 def _cache_widths(folder: Path) -> dict[str, tuple[int, int]]:

@@ -42,6 +42,11 @@ class KeyValues:
         heads = ", ".join(f"{name} {list(found)}" for name, found in sorted(widths.items()))
         return f"{dtype}, {length} places: {heads}"
 
+    def like(self, slots: int) -> KeyValues:
+        """Other memory of the same layout, with so many rows."""
+        widths, length, dtype = self._shape
+        return KeyValues(slots, widths, length, dtype)
+
     def grow(self, slots: int, used: int) -> None:
         """Have more rows, and keep the first `used` places of the present ones."""
         old, self.buffers = self.buffers, self._empty(slots)

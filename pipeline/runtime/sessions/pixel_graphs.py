@@ -82,8 +82,8 @@ class PixelEngine:
         self, opened: _OpenEngine, returned: Mapping[str, tuple[int, ...]], name: str
     ) -> None:
         self._opened, self._returned, self._name = opened, dict(returned), name
-        self._context = opened.make_context()
         self._stream = opened.torch.cuda.Stream()
+        self._context = opened.make_context(0, self._stream.cuda_stream)
 
     def run(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
         """Outputs of a batch, float32 [B, ...] each; what is too large at once is run in pieces.

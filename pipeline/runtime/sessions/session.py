@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -135,4 +136,41 @@ class SlotSession(Protocol):
 
     def clear(self, slot: int) -> None:
         """Forget what is in a slot, and whatever a failed call left there."""
+        ...
+
+
+@dataclass(frozen=True)
+class Block:
+    """What is to be read into a slot.
+
+    Attributes:
+        slot: which.
+        ids: int64 [S], at least one token.
+        last_only: only the last token's logits are wanted, as when a prompt is read.
+    """
+
+    slot: int
+    ids: np.ndarray
+    last_only: bool = False
+
+
+@runtime_checkable
+class BlockSession(SlotSession, Protocol):
+    """A session of which one call costs about the same for one answer and for many."""
+
+    def read_blocks(self, blocks: Sequence[Block]) -> list[np.ndarray]:
+        """Append each block to its slot, all of them in one pass over the weights.
+
+        A block's logits and what it leaves in its slot are, bit for bit, those of the block alone.
+        When it raises, no slot counts as longer than it was.
+
+        Args:
+            blocks: at least one, of different slots.
+
+        Returns:
+            Of each, float32 [S, V], or [1, V].
+
+        Raises:
+            pipeline.errors.InputError: ids outside the vocabulary, or more than `max_length`.
+        """
         ...

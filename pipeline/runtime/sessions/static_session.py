@@ -1,11 +1,13 @@
 """A transformers model over a cache of fixed size, one CUDA graph for each decode step.
 
 On a GPU a step of a small model is bound by launching its kernels; a graph launches them all at
-once. Prompts, whose length varies, are read without one.
+once. Prompts, whose length varies, are read without one. A step makes no tensor: its token and its
+logits have places of their own, on the device and, page-locked, in the CPU's memory.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -43,7 +45,12 @@ class StaticSession(CheckedSession):
         self._cache = StaticCache(config=model.config, max_cache_len=self.max_length)
         _require_static_layers(self._cache)
         self._token = torch.zeros((1, 1), dtype=torch.int64, device=model.device)
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self._answer = torch.zeros((1, 1, self.vocab_size), device=model.device)
+        on_gpu = model.device.type == "cuda"
+        # What crosses to the device and back; of page-locked memory the copy is one transfer.
+        self._given = torch.zeros((1, 1), dtype=torch.int64, pin_memory=on_gpu)
+        self._told = torch.zeros((1, 1, self.vocab_size), pin_memory=on_gpu)
+        self._launch: Callable[[], None] | None = None if on_gpu else self._run_step
         self._logits: torch.Tensor | None = None
         self.reset()
 
@@ -61,8 +68,15 @@ class StaticSession(CheckedSession):
         return StaticSession(self.model, self.name, self.max_length)
 
     def forward(self, input_ids: np.ndarray, last_only: bool = False) -> np.ndarray:
-        self._check_call(input_ids)
-        return self.logits(torch.from_numpy(input_ids), last_only).float().cpu().numpy()
+        _, count = self._check_call(input_ids)
+        if count > 1:
+            return self.logits(torch.from_numpy(input_ids), last_only).float().cpu().numpy()
+        self._given.numpy()[:] = input_ids
+        with torch.inference_mode():
+            self._step(self._given)
+            self._told.copy_(self._answer)  # waits for the step
+        self._length += 1
+        return self._told.numpy().copy()
 
     def logits(self, input_ids: torch.Tensor, last_only: bool = False) -> torch.Tensor:
         """`forward` on the model's device: nothing is checked, copied away or waited for.
@@ -91,30 +105,32 @@ class StaticSession(CheckedSession):
     def _step(self, ids: torch.Tensor) -> torch.Tensor:
         """One token: replay the graph, or run what it would be captured from."""
         self._token.copy_(ids)
-        if self.model.device.type != "cuda":
-            return self._run(self._token, last_only=False)
-        if self._graph is None:
-            self._capture()
-        assert self._graph is not None
+        if self._launch is None:
+            self._launch = self._captured()
+        self._launch()
         assert self._logits is not None
-        self._graph.replay()
         return self._logits
 
-    def _capture(self) -> None:
+    def _run_step(self) -> None:
+        """The logits of the token, as they are and in float32."""
+        self._logits = self._run(self._token, last_only=False)
+        self._answer.copy_(self._logits)
+
+    def _captured(self) -> Callable[[], None]:
         """Record one decode step; warming up before compiles kernels and makes their buffers."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         length = self._length
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UP_STEPS):
-                self._run(self._token, last_only=False)
+                self._run_step()
                 self._set_length(length)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, stream=stream):
-                self._logits = self._run(self._token, last_only=False)
+                self._run_step()
         torch.cuda.current_stream().wait_stream(stream)
-        self._graph = graph
         self._set_length(length)
+        return graph.replay
 
     def _set_length(self, length: int) -> None:
         """Make every layer's counter say `length`, in place: the graph reads it from there.

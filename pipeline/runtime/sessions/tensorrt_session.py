@@ -1,53 +1,53 @@
 """An engine folder on an NVIDIA GPU behind the Session interface, with torch CUDA buffers.
 
 Cache input and output of an `opset24` engine share one address, so the new slots are written in
-place; the growing cache of a `compat` engine swaps between two buffers. The manifest is checked
-before the plan is read.
+place, and a step of one token is a CUDA graph (`engine_step.py`); the growing cache of a `compat`
+engine swaps between two buffers. The manifest is checked before the plan is read.
 """
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.artefact import sha256_of_file
 from pipeline.engine.manifest import (
     MANIFEST_FILE,
     EngineRuntime,
     check_manifest,
-    mismatch,
     read_manifest,
 )
 from pipeline.engine.profiles import ShapeProfile
 from pipeline.engine.worker_protocol import PLAN_FILE
-from pipeline.errors import InputError, MissingPackageError, ResourceError
+from pipeline.errors import InputError, ResourceError
 from pipeline.export.contract import (
-    ATTENTION_MASK,
     CACHE_PREFIX,
-    INPUT_IDS,
     LOGITS,
     PROFILES,
+    TOKEN_INPUTS,
     present_name,
 )
 from pipeline.gpu import Gpu, find_gpu
 from pipeline.json_file import json_field
 from pipeline.runtime.sessions.checks import CheckedSession
+from pipeline.runtime.sessions.engine_calls import (
+    load_engine_library,
+    load_engine_plugin,
+    pick_profile,
+    require_rows,
+    split_call,
+)
 from pipeline.runtime.sessions.engine_interface import require_engine_interface
+from pipeline.runtime.sessions.engine_step import EngineStep
 from pipeline.runtime.sessions.onnx_session import token_feeds
 
 if TYPE_CHECKING:
     import tensorrt as trt
     import torch
-
-_MODULES = {
-    "rtx": ("tensorrt_rtx", "tensorrt-rtx-cu13", "rtx"),
-    "tensorrt": ("tensorrt", "tensorrt", "trt"),
-}
 
 
 @dataclass(frozen=True)
@@ -70,22 +70,32 @@ class _OpenEngine:
     engine: trt.ICudaEngine
     keep: tuple[Any, ...] = ()
 
-    def make_context(self) -> trt.IExecutionContext:
-        """An execution context; on RTX with kernels compiled for each shape before it runs.
+    def make_context(self, profile: int, stream: int) -> trt.IExecutionContext:
+        """A context in a profile, with scratch memory for that one alone.
 
-        RTX's default compiles them in the background and answers with a fallback kernel meanwhile,
-        so the same tokens could give other logits a second later.
+        On RTX kernels are compiled for each shape before it runs. Its default compiles them in the
+        background and answers with a fallback kernel meanwhile, so the same tokens could give other
+        logits a second later.
 
         Raises:
             ResourceError: there is no memory for one.
         """
-        if self.manifest["target"]["flavour"] != "rtx":
-            return _require_context(self.engine.create_execution_context())
-        config: Any = self.engine.create_runtime_config()
-        config.dynamic_shapes_kernel_specialization_strategy = (
-            self.library.DynamicShapesKernelSpecializationStrategy.EAGER
-        )
-        return _require_context(self.engine.create_execution_context(config))
+        strategy = self.library.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE
+        if self.manifest["target"]["flavour"] == "rtx":
+            config: Any = self.engine.create_runtime_config()
+            config.set_execution_context_allocation_strategy(strategy)
+            config.dynamic_shapes_kernel_specialization_strategy = (
+                self.library.DynamicShapesKernelSpecializationStrategy.EAGER
+            )
+            context = self.engine.create_execution_context(config)
+        else:
+            context = self.engine.create_execution_context(strategy)
+        if context is None or not context.set_optimization_profile_async(profile, stream):
+            raise ResourceError(
+                "TensorRT could not prepare the engine, most likely for lack of GPU memory.",
+                change="close other programs on the GPU, or build with a smaller --max-prefill",
+            )
+        return context
 
 
 def open_engine(
@@ -105,12 +115,12 @@ def open_engine(
     gpu = _require_gpu(folder)
     path = folder / MANIFEST_FILE
     flavour = json_field(read_manifest(folder)["target"], "flavour", str, path)
-    library = _load_library(flavour)
+    library = load_engine_library(flavour)
     manifest = check_manifest(
         folder, onnx_folder, EngineRuntime(flavour, library.__version__, gpu.capability)
     )
     torch = _require_cuda_torch()
-    _load_engine_plugin(library, manifest, plugin, folder)
+    load_engine_plugin(library, manifest, plugin, folder)
     logger = library.Logger(library.Logger.WARNING)
     runtime = library.Runtime(logger)
     engine = _read_engine(runtime, folder)
@@ -145,10 +155,16 @@ class TensorRTSession(CheckedSession):
         self._profiles = [ShapeProfile.from_json(entry) for entry in self.manifest["profiles"]]
         if engine is None:
             require_engine_interface(self._engine, self.manifest, self._profiles[:1], folder)
-        self._context = self._opened.make_context()
         self._stream = self._torch.cuda.Stream()
-        self._active_profile: int | None = None
+        handle = self._stream.cuda_stream
+        # One for each profile: choosing another forgets all shapes and addresses, and the graph.
+        self._contexts = [
+            self._opened.make_context(index, handle) for index in range(len(self._profiles))
+        ]
+        self._stream.synchronize()
         self._buffers: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._step: EngineStep | None = None
+        self._made_for: int | None = None
         self.reset()
 
     def rewind(self, length: int) -> None:
@@ -158,7 +174,7 @@ class TensorRTSession(CheckedSession):
             self.reset()
 
     def sibling(self) -> TensorRTSession:
-        """A session over the same engine, with a context, its profile and a cache of its own."""
+        """A session over the same engine, with contexts and a cache of its own."""
         return TensorRTSession(self._folder, name=self.name, engine=self._opened)
 
     def forward(self, input_ids: np.ndarray, last_only: bool = False) -> np.ndarray:
@@ -167,23 +183,48 @@ class TensorRTSession(CheckedSession):
         if self._rows is None:
             self._start_cache(rows)
         pieces: list[np.ndarray] = []
-        for start, stop in _split_call(count, self.manifest["limits"]["max_prefill"]):
-            logits = self._run(input_ids[:, start:stop])
-            pieces = [logits[:, -1:]] if last_only else [*pieces, logits]
+        for start, stop in split_call(count, self.manifest["limits"]["max_prefill"]):
+            block = input_ids[:, start:stop]
+            if self._step and stop - start == 1:
+                logits = self._step.run(block, self._length)
+            else:
+                logits = self._run(block, last_only)
+            pieces = [logits] if last_only else [*pieces, logits]
             self._length += stop - start
         self._rows = rows
-        return np.concatenate(pieces, axis=1)
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=1)
 
     def _check_rows(self, rows: int) -> None:
         """Raise InputError for more rows than the engine was built for, too."""
         super()._check_rows(rows)
-        _require_rows(rows, self.manifest["limits"]["max_batch"], self.name)
+        require_rows(rows, self.manifest["limits"]["max_batch"], self.name)
 
     def _start_cache(self, rows: int) -> None:
-        """Zeroed buffers for `rows` sequences: a stale NaN would survive a mask of zero weight."""
+        """Zeroed buffers for `rows` sequences: a stale NaN would survive a mask of zero weight.
+
+        Those of as many rows stay where they are, as the graph of the step wants.
+        """
+        if self._made_for == rows:
+            for buffer in itertools.chain(*self._buffers.values()):
+                buffer.zero_()
+            self._torch.cuda.synchronize()
+            return
         names = [name for name in self._profiles[0].shapes if name.startswith(CACHE_PREFIX)]
         self._buffers = {name: self._make_buffers(name, rows) for name in names}
+        self._step = self._make_step(rows) if self._in_place else None
         self._torch.cuda.synchronize()
+        self._made_for = rows
+
+    def _make_step(self, rows: int) -> EngineStep:
+        """The step of one token, its context told of everything that it will ever need."""
+        on_host = {name for name in TOKEN_INPUTS if self._device(name) == "cpu"}
+        step = EngineStep(
+            self._torch, self._stream, rows, self.max_length, self.vocab_size,
+            self._dtype(LOGITS), frozenset(on_host), lambda: self._execute(0),
+        )  # fmt: skip
+        shapes = step.shapes | {name: self._cache_shape(name, rows) for name in self._buffers}
+        self._bind(0, shapes, {**step.addresses, LOGITS: step.logits.data_ptr()})
+        return step
 
     def _make_buffers(self, name: str, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Flat memory of a cache tensor and of its successor: the same when written in place."""
@@ -200,8 +241,8 @@ class TensorRTSession(CheckedSession):
         """Whether present is past, updated by TensorScatter."""
         return PROFILES[self.manifest["onnx"]["profile"]].static_cache
 
-    def _run(self, input_ids: np.ndarray) -> np.ndarray:
-        """One call of the engine: float32 logits [B, S, V]; the cache moves on."""
+    def _run(self, input_ids: np.ndarray, last_only: bool) -> np.ndarray:
+        """One call of the engine: float32 logits [B, S, V] or [B, 1, V]; the cache moves on."""
         rows, count = input_ids.shape
         feeds = {
             name: self._torch.from_numpy(values).to(self._device(name))
@@ -212,52 +253,49 @@ class TensorRTSession(CheckedSession):
         logits = self._torch.empty(
             (rows, count, self.vocab_size), dtype=self._dtype(LOGITS), device="cuda"
         )
+        addresses = {name: tensor.data_ptr() for name, tensor in feeds.items()}
+        index = self._profile_for(shapes)
+        self._bind(index, shapes, addresses | {LOGITS: logits.data_ptr()})
         # The copies above ran on torch's current stream.
         self._stream.wait_stream(self._torch.cuda.current_stream())
-        self._select(_pick_profile(self._profiles, shapes))
-        self._bind(shapes, feeds, logits)
-        if not self._context.execute_async_v3(self._stream.cuda_stream):
-            raise ResourceError("TensorRT could not run the engine.", where=self.name)
+        self._execute(index)
         self._stream.synchronize()
         if not self._in_place:
             self._buffers = {name: (new, old) for name, (old, new) in self._buffers.items()}
-        answer: np.ndarray = logits.float().cpu().numpy()
+        wanted = logits[:, -1:] if last_only else logits
+        answer: np.ndarray = wanted.float().cpu().numpy()
         return answer
+
+    def _profile_for(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """Index of the profile of a call; the first is left to the step, where there is one."""
+        index = pick_profile(self._profiles, shapes)
+        alone = self._step is not None and len(self._profiles) > 1
+        return max(1, index) if alone else index
+
+    def _execute(self, index: int) -> None:
+        """Give a context's call to the stream; raise ResourceError when TensorRT cannot."""
+        if not self._contexts[index].execute_async_v3(self._stream.cuda_stream):
+            raise ResourceError("TensorRT could not run the engine.", where=self.name)
 
     def _cache_shape(self, name: str, rows: int) -> tuple[int, ...]:
         """Shape of a cache input for this call."""
         _, heads, _, width = self._profiles[0].shapes[name].max
         return (rows, heads, self.max_length if self._in_place else self._length, width)
 
-    def _select(self, index: int) -> None:
-        """Make a profile the active one; it forgets all shapes and addresses."""
-        if index == self._active_profile:
-            return
-        handle = self._stream.cuda_stream
-        if not self._context.set_optimization_profile_async(index, handle):
-            raise ResourceError("TensorRT could not switch the profile.", where=self.name)
-        self._stream.synchronize()
-        self._active_profile = index
-
     def _bind(
-        self,
-        shapes: Mapping[str, tuple[int, ...]],
-        feeds: Mapping[str, torch.Tensor],
-        logits: torch.Tensor,
+        self, index: int, shapes: Mapping[str, tuple[int, ...]], addresses: Mapping[str, int]
     ) -> None:
-        """Give the context every shape and address of this call."""
-        addresses = {name: tensor.data_ptr() for name, tensor in feeds.items()}
-        addresses[LOGITS] = logits.data_ptr()
-        for name, (past, present) in self._buffers.items():
-            addresses[name] = past.data_ptr()
-            addresses[present_name(name)] = present.data_ptr()
+        """Give a context every shape and address of a call."""
+        context = self._contexts[index]
+        caches = {name: past.data_ptr() for name, (past, _) in self._buffers.items()}
+        caches |= {present_name(name): new.data_ptr() for name, (_, new) in self._buffers.items()}
         for name, shape in shapes.items():
-            if not self._context.set_input_shape(name, shape):
+            if not context.set_input_shape(name, shape):
                 raise InputError(
                     f"The engine refuses the shape of '{name}'.", where=self.name, observed=shape
                 )
-        for name, address in addresses.items():
-            if not self._context.set_tensor_address(name, address):
+        for name, address in {**addresses, **caches}.items():
+            if not context.set_tensor_address(name, address):
                 raise InputError(f"The engine has no tensor '{name}'.", where=self.name)
 
     def _device(self, name: str) -> str:
@@ -288,15 +326,6 @@ def _require_gpu(folder: Path) -> Gpu:
     return gpu
 
 
-def _load_library(flavour: str) -> Any:
-    """The engine's TensorRT; raise MissingPackageError when it is not installed."""
-    module, package, extra = _MODULES[flavour]
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise MissingPackageError(package, extra, "run this engine") from error
-
-
 def _require_cuda_torch() -> Any:
     """The module torch; raise InputError when it cannot use the GPU."""
     import torch
@@ -310,32 +339,6 @@ def _require_cuda_torch() -> Any:
     return torch
 
 
-def _load_engine_plugin(
-    library: Any, manifest: Mapping[str, Any], plugin: Path | None, folder: Path
-) -> None:
-    """Load the plugin that the engine was built with; nothing for an engine without one.
-
-    Raises:
-        InputError: it is not given, or is not that library.
-    """
-    record = manifest["block_skip"]["plugin"]
-    if record is None:
-        return
-    path = plugin or folder / record["library"]
-    if not path.is_file():
-        raise InputError(
-            "This engine was built with a plugin library, which is missing.",
-            where=folder,
-            expected=f"{record['library']}, sha256 {record['sha256']}",
-            change="put the library into the engine folder, or name it",
-        )
-    digest = sha256_of_file(path)
-    if digest != record["sha256"]:
-        raise mismatch("plugin library", path, digest, record["sha256"])
-    if library.get_plugin_registry().load_library(str(path)) is None:
-        raise InputError("TensorRT cannot load this plugin library.", where=path)
-
-
 def _read_engine(runtime: trt.Runtime, folder: Path) -> trt.ICudaEngine:
     """Deserialise the plan; raise InputError when TensorRT refuses it."""
     engine = runtime.deserialize_cuda_engine((folder / PLAN_FILE).read_bytes())
@@ -346,54 +349,3 @@ def _read_engine(runtime: trt.Runtime, folder: Path) -> trt.ICudaEngine:
             change="build the engine again on this machine",
         )
     return engine
-
-
-def _require_context(context: trt.IExecutionContext | None) -> trt.IExecutionContext:
-    """The context; raise ResourceError when TensorRT could not make one."""
-    if context is None:
-        raise ResourceError(
-            "TensorRT could not prepare the engine, most likely for lack of GPU memory.",
-            change="close other programs on the GPU, or build with a smaller --max-prefill",
-        )
-    return context
-
-
-def _require_rows(rows: int, max_batch: int, where: str) -> None:
-    """Raise InputError for more rows than the engine was built for."""
-    if rows > max_batch:
-        raise InputError(
-            "More rows than the engine takes.",
-            where=where,
-            observed=f"{rows} rows",
-            expected=f"at most {max_batch}",
-            change="build the engine again with a larger --max-batch",
-        )
-
-
-def _split_call(count: int, longest: int) -> list[tuple[int, int]]:
-    """[start, stop) of the pieces of a call of `count` tokens, each at most `longest`."""
-    return [(start, min(start + longest, count)) for start in range(0, count, longest)]
-
-
-def _pick_profile(profiles: Sequence[ShapeProfile], shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """Index of the first profile that admits all shapes; decode comes first.
-
-    Raises:
-        InputError: none does.
-    """
-    for index, profile in enumerate(profiles):
-        if all(_admits(profile, name, shape) for name, shape in shapes.items()):
-            return index
-    raise InputError(
-        "No profile of the engine admits this call.",
-        observed={name: shapes[name] for name in (INPUT_IDS, ATTENTION_MASK) if name in shapes},
-        change="build the engine again with larger limits",
-    )
-
-
-def _admits(profile: ShapeProfile, name: str, shape: tuple[int, ...]) -> bool:
-    """Whether a profile covers one tensor's shape."""
-    ends = profile.shapes[name]
-    return len(shape) == len(ends.min) and all(
-        low <= size <= high for low, size, high in zip(ends.min, shape, ends.max, strict=True)
-    )

@@ -22,6 +22,7 @@ from pipeline.driving.network import QyolopConfig, QyolopForDrivingPerception
 from pipeline.driving.preprocess import QyolopImageProcessor
 from pipeline.errors import InputError, UsageError
 from pipeline.export.contract import DRIVING_MAPS, PIXEL_VALUES
+from pipeline.export.int8_nodes import require_int8_runtime
 from pipeline.export.request import ExportRequest
 from pipeline.export.trace_driving import trace_driving
 
@@ -80,6 +81,71 @@ def test_the_checkpoint_loads_as_it_was_rounded_and_says_how(
     assert str(pictures) not in json.dumps(recipe)
 
 
+def compressed(network: Path, pictures: Path, output: Path, method: str, runtime: str) -> Path:
+    command = ["compress", "-m", str(network), "-o", str(output), "--method", method]
+    command += ["--runtime", runtime, "--calibration", str(pictures), "--windows", "1"]
+    assert main(command) == 0
+    return output
+
+
+@pytest.mark.parametrize(
+    ("method", "bits"),
+    [("int4", (4, 4)), pytest.param("int6-kernels", (6, 8), marks=pytest.mark.slow)],
+)
+def test_fewer_bits_are_stored_as_such_and_cost_more(
+    network: Path, pictures: Path, rounded: Path, tmp_path: Path, method: str, bits: tuple[int, int]
+) -> None:
+    made = compressed(network, pictures, tmp_path / "few", method, "tensorrt")
+    report = read(made, "report.json")
+    assert report["bits"] == {"kernels": bits[0], "activations": bits[1]}
+    assert bits[1] == 8 or report["loss"] > read(rounded, "report.json")["loss"]
+    model, own = load_checkpoint(made), load_checkpoint(rounded)
+    for name, layer in model.named_modules():
+        if isinstance(layer, Int8Conv):
+            other: Any = own.get_submodule(name)
+            numbers = layer.shape[1:].numel()
+            assert layer.codes.shape == (layer.shape[0], -(-numbers * bits[0] // 8))
+            assert layer.kernel.shape == other.kernel.shape
+            assert 0 < int(layer.kernel.abs().max()) <= 2 ** (bits[0] - 1) - 1
+    skeleton = Skeleton.load(made, torch.float32)
+    if bits[1] == 8:
+        require_int8_runtime(skeleton.model, "tensorrt", made)
+        return
+    with pytest.raises(InputError, match="not rounded for tensorrt") as caught:
+        trace_driving(skeleton, ExportRequest(profile="opset24", dtype="float32"))
+    assert "fewer bits of activations" in str(caught.value)
+
+
+@pytest.mark.slow
+def test_an_int8_checkpoint_takes_a_quarter_of_the_bytes_and_little_more(
+    tmp_path: Path, pictures: Path
+) -> None:
+    """At the default width; names and scales of a smaller one weigh more."""
+    torch.manual_seed(0)
+    QyolopForDrivingPerception(QyolopConfig(SIZE)).eval().save_pretrained(tmp_path / "net")
+    QyolopImageProcessor.for_size(SIZE).save_pretrained(tmp_path / "net")
+    plain = (tmp_path / "net" / "model.safetensors").stat().st_size
+    for method, most in (("int8-min-max", 0.27), ("int4-min-max", 0.15)):
+        made = compressed(tmp_path / "net", pictures, tmp_path / method, method, "tensorrt")
+        assert (made / "model.safetensors").stat().st_size <= most * plain
+
+
+@pytest.mark.slow  # a run of the network for each of its convolutions
+@pytest.mark.parametrize("most", [0.0, 0.5])
+def test_a_budget_of_multiplications_keeps_convolutions_in_numbers(
+    network: Path, pictures: Path, tmp_path: Path, most: float
+) -> None:
+    request = CompressRequest(
+        str(network), method="int8", runtime="tensorrt", calibration=str(pictures), windows=1,
+        keep_macs=most,
+    )  # fmt: skip
+    request.check()
+    found = compress_to_folder(request, tmp_path / "mixed")["convolutions"]
+    kept = [what["macs"] for what in found.values() if not what["rounded"]]
+    assert sum(kept) <= most * sum(what["macs"] for what in found.values())
+    assert bool(kept) == (most > 0)
+
+
 @pytest.mark.slow  # a run of the network for each of its convolutions
 def test_a_budget_of_bytes_keeps_the_most_sensitive_convolutions_in_numbers(
     network: Path, pictures: Path, tmp_path: Path
@@ -121,14 +187,19 @@ def test_the_checkpoint_runs(
         {"calibration": "self"},
         {"runtime": "any"},
         {"dtype": "float16"},
+        {"keep_macs": 1.5},
+        {"keep_macs": 0.1, "keep_bytes": 0.5},
+        {"keep_macs": 0.1, "method": "skipcat"},
     ],
 )
 def test_options_that_mean_nothing_here_are_refused(
     network: Path, pictures: Path, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     settings = {"calibration": str(pictures), "method": "int8"} | changes
-    with pytest.raises(UsageError):
-        compress_to_folder(CompressRequest(str(network), **settings), tmp_path / "out")
+    command = ["compress", "-m", str(network), "-o", str(tmp_path / "out")]
+    for name, value in settings.items():
+        command += ["--" + name.replace("_", "-"), str(value)]
+    assert main(command) == UsageError.exit_status
     assert not (tmp_path / "out").exists()
 
 

@@ -78,7 +78,7 @@ def test_a_run_that_is_interrupted_at_any_step_ends_in_the_same_bytes(
     monkeypatch.setattr(training_state, "_SECONDS_BETWEEN_SAVES", -1.0)
     output = tmp_path / "net"
     with monkeypatch.context() as patch:
-        patch.setattr(steps, "_drawn", broken_at(at, steps._drawn))
+        patch.setattr(steps, "drawn_batch", broken_at(at, steps.drawn_batch))
         with pytest.raises(KeyboardInterrupt):
             train_to_folder(request_, output)
     assert not output.exists()
@@ -102,7 +102,7 @@ def test_other_settings_do_not_go_on_with_a_run(
     request_: TrainRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(steps, "_drawn", broken_at(0, steps._drawn))
+        patch.setattr(steps, "drawn_batch", broken_at(0, steps.drawn_batch))
         with pytest.raises(KeyboardInterrupt):
             train_to_folder(request_, tmp_path / "net")
     with pytest.raises(InputError, match="other settings"):

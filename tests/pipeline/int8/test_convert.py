@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from pipeline.checkpoint.install import install_
-from pipeline.checkpoint.modeling_quantized import Int8Conv, RoundedActivation
+from pipeline.checkpoint.modeling_quantized import Int8Conv, RoundedActivation, short_numbers
 from pipeline.driving.network import QyolopConfig, QyolopForDrivingPerception
 from pipeline.errors import InputError, UsageError
 from pipeline.int8.calibrate import activation_grids, observe
@@ -54,12 +54,12 @@ def test_folding_changes_nothing_and_rounding_is_a_convolution_of_whole_numbers(
     torch.testing.assert_close(F.conv2d(x, weight, bias, padding=1), own[1](own[0](x)))
     install_(model, entries, tensors)
     conv: Any = model.get_submodule("last.0")
-    assert conv.codes.abs().max() <= 2 ** (bits - 1) - 1
-    scale, zero = conv.input.scale.view(torch.float32).double(), int(conv.input.zero_point)
-    codes = conv.input.codes.of(x, conv.input.scale.view(torch.float32), zero).double() - zero
+    assert conv.kernel.abs().max() <= 2 ** (bits - 1) - 1
+    scale, zero = conv.input.scale.double(), int(conv.input.zero_point)
+    codes = conv.input.codes.of(x, conv.input.scale, zero).double() - zero
     # In whole numbers, as an integer unit would, and only then times the scales.
-    sums = F.conv2d(codes, conv.codes.double(), padding=1)
-    scales = conv.scales.view(torch.float32).double()[:, None, None]
+    sums = F.conv2d(codes, conv.kernel.double(), padding=1)
+    scales = short_numbers(conv.scales).double()[:, None, None]
     units = (scales * scale).flatten()
     assert torch.equal(conv(x).double(), sums * scales * scale + conv.bias.double()[:, None, None])
     assert bool(((conv.bias.double() - bias).abs() <= units / 2).all())

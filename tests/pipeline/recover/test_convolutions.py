@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from pipeline import training_state
 from pipeline.checkpoint.folder import load_checkpoint
 from pipeline.checkpoint.modeling_quantized import Int8Conv
 from pipeline.compress.request import CompressRequest
@@ -15,6 +18,7 @@ from pipeline.compress.run import compress_to_folder
 from pipeline.driving.network import QyolopConfig, QyolopForDrivingPerception
 from pipeline.driving.preprocess import QyolopImageProcessor
 from pipeline.errors import InputError, UsageError
+from pipeline.recover import convolutions
 from pipeline.recover.recover import recover_to_folder
 from pipeline.recover.request import RecoverRequest
 
@@ -48,7 +52,8 @@ def asked(folders: tuple[Path, Path], **changes: object) -> RecoverRequest:
     settings = {
         "teacher": str(folders[0]), "steps": 6, "batch_size": 2, "learning_rate": 2e-5,
     } | changes  # fmt: skip
-    return RecoverRequest(folders[1], SCENES, **settings)  # type: ignore[arg-type]
+    text = "" if "data" in changes else SCENES
+    return RecoverRequest(folders[1], text, **settings)  # type: ignore[arg-type]
 
 
 def test_the_error_falls_at_the_same_size(folders: tuple[Path, Path], tmp_path: Path) -> None:
@@ -66,11 +71,62 @@ def test_the_error_falls_at_the_same_size(folders: tuple[Path, Path], tmp_path: 
     assert again["loss"] == recovery["loss"]
 
 
+@pytest.mark.parametrize("with_teacher", [False, True])
+def test_labels_are_trained_on_with_a_teacher_and_without(
+    folders: tuple[Path, Path], tmp_path: Path, with_teacher: bool
+) -> None:
+    teacher = str(folders[0]) if with_teacher else None
+    recovery = recover_to_folder(
+        asked(folders, data=SCENES, teacher=teacher, learning_rate=1e-3), tmp_path / "out"
+    )
+    loss = recovery["loss"]["label_loss"]
+    assert 0 < loss["after"] < loss["before"]
+    assert recovery["objective"] == "labels" + " and distillation" * with_teacher
+    assert recovery["images"]["images"] == 10
+    assert sum(isinstance(m, Int8Conv) for m in load_checkpoint(tmp_path / "out").modules()) == 65
+
+
+def broken_at(count: int, function: Callable) -> Callable:
+    """A function that is interrupted in its call after so many."""
+    calls = iter(range(count + 1))
+
+    def call(*arguments: object) -> object:
+        if next(calls) == count:
+            raise KeyboardInterrupt
+        return function(*arguments)
+
+    return call
+
+
+def test_a_run_that_is_interrupted_ends_in_the_same_bytes(
+    folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training_state, "_SECONDS_BETWEEN_SAVES", -1.0)
+    request = asked(folders, steps=4)
+    recover_to_folder(request, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        # One call measures what is held out, two are of steps.
+        broken = broken_at(3, convolutions.output_error)
+        patch.setattr(convolutions, "output_error", broken)
+        with pytest.raises(KeyboardInterrupt):
+            recover_to_folder(request, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(InputError, match="other settings"):
+        recover_to_folder(replace(request, seed=1), tmp_path / "out", resume=True)
+    recover_to_folder(request, tmp_path / "out", resume=True)
+    whole, resumed = (tmp_path / n / "model.safetensors" for n in ("whole", "out"))
+    assert whole.read_bytes() == resumed.read_bytes()
+
+
 def test_a_teacher_is_needed_and_it_must_be_the_same_network(
     folders: tuple[Path, Path], tmp_path: Path
 ) -> None:
     with pytest.raises(UsageError, match="towards the network"):
         recover_to_folder(asked(folders, teacher=None), tmp_path / "out")
+    with pytest.raises(UsageError, match="sums are exact"):
+        recover_to_folder(asked(folders, bfloat16=True), tmp_path / "out")
+    with pytest.raises(UsageError, match="one thing to train on"):
+        recover_to_folder(replace(asked(folders), data=SCENES), tmp_path / "out")
     other = network(tmp_path / "other", width=4)
     with pytest.raises(InputError, match="other convolutions"):
         recover_to_folder(asked(folders, teacher=str(other)), tmp_path / "out")

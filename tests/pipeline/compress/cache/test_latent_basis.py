@@ -10,8 +10,8 @@ from pipeline.compress.cache.latent_basis import (
     LatentBasis,
     _latent_bits,
     kept_bytes,
-    random_rotation,
 )
+from pipeline.quantize.rotations import random_rotation
 
 WIDTH = 24
 
@@ -102,13 +102,6 @@ def test_moments_that_are_not_finite_are_refused() -> None:
     for broken in ((moment * np.nan, mean, sensitivity), (moment, mean, sensitivity * np.inf)):
         with pytest.raises(ValueError, match="NaN or infinite"):
             LatentBasis.of(*broken)
-
-
-def test_a_rotation_is_orthogonal_and_the_same_for_a_seed() -> None:
-    turn = random_rotation(9, 4)
-    assert torch.allclose(turn @ turn.T, torch.eye(9, dtype=torch.float64), atol=1e-12)
-    assert torch.equal(turn, random_rotation(9, 4))
-    assert not torch.equal(turn, random_rotation(9, 5))
 
 
 def test_bytes_count_scales_and_whole_bytes() -> None:

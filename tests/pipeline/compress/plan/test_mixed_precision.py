@@ -43,7 +43,9 @@ def test_what_gains_by_rounding_is_rounded_even_under_a_wide_budget() -> None:
 
 def test_bytes_are_those_of_codes_scales_and_biases() -> None:
     choice = ConvChoice.of_bytes(8 * 3 * 9, 8, 0.0)
-    assert (choice.rounded, choice.kept) == (216 + 32 + 32, 864 + 32)
+    assert (choice.rounded, choice.kept) == (216 + 16 + 32, 864 + 32)
+    # 27 numbers of an output in 4 bits end in half a byte.
+    assert ConvChoice.of_bytes(8 * 3 * 9, 8, 0.0, 4).rounded == 8 * 14 + 16 + 32
 
 
 def test_a_budget_below_all_rounded_is_refused() -> None:

@@ -17,16 +17,13 @@ from pipeline.runtime.offload.open_offloaded import open_offloaded
 from pipeline.runtime.prefix_cache import PrefixCache
 from pipeline.runtime.sampling import GREEDY, Sampling
 from pipeline.runtime.sequence import Decoding
+from tests.support.layered_model import DEPTH, PLACES, draft_of
 from tests.support.scripted_drafts import WARM, said
 
-LAYERS, PLACES = 5, 120
+LAYERS = DEPTH
 # In which some layers stay beside the draft.
 MEMORY, NARROW = "320KB", "240KB"
 ALONE = "420KB"
-
-
-def draft_of(model: Path) -> Path:
-    return model.parent / "draft"
 
 
 @pytest.mark.parametrize("how", [GREEDY, WARM], ids=["greedy", "sampled"])
@@ -67,6 +64,7 @@ def test_answers_in_slots_are_those_alone_and_go_on_to_the_end_of_the_cache(mode
     assert 0 < session.traffic.resident < LAYERS
     how = Decoding(24, WARM)
     together = stream_batch(session, prompts, how, seeds=[3] * len(prompts), drafts=drafts)
+    before = session.traffic.passes
     alone, _ = open_offloaded(model, memory, draft_of(model), threads=1)
     for running, prompt in zip(together, prompts, strict=True):
         alone.reset()
@@ -74,6 +72,7 @@ def test_answers_in_slots_are_those_alone_and_go_on_to_the_end_of_the_cache(mode
         assert running.ids == ids
         assert running.ending == ("context" if len(prompt) == 110 else "length")
         assert len(ids) == (PLACES + 1 - 110 if len(prompt) == 110 else 24)
+    assert session.traffic.passes - before < alone.traffic.passes / 2  # two slots, and drafts
 
 
 def test_a_conversation_with_rewinds_goes_on_as_without_drafts(model: Path) -> None:
@@ -106,7 +105,7 @@ def test_a_language_model_answers_alike_with_drafts_and_without(model: Path) -> 
 
 
 def test_the_command_answers_and_says_what_was_read(
-    model: Path, capfd: pytest.CaptureFixture[str]
+    model: Path, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     given = ["run", str(model), "--memory", MEMORY, "--draft", str(draft_of(model))]
     how = ["-p", "Hello", "--max-new-tokens", "6", "--threads", "1"]
@@ -118,7 +117,7 @@ def test_the_command_answers_and_says_what_was_read(
     assert "layers stay in memory" in err
     assert main([*given, *how]) == 0
     assert "read from disk" in capfd.readouterr().err
-    prompts = model.parent / "prompts.txt"
+    prompts = tmp_path / "prompts.txt"
     prompts.write_text("Hello\nwhat else\n")
     assert main([*given, "--prompts", str(prompts), "--batch-size", "1", *how[2:], "--json"]) == 0
     lines = capfd.readouterr().out.splitlines()

@@ -15,20 +15,24 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
 from pipeline.checkpoint.folder import load_checkpoint
 from pipeline.errors import InputError, UsageError
 from pipeline.runtime.generate import generate, stream_batch
-from pipeline.runtime.offload import streamed_session
+from pipeline.runtime.offload import streamed_model, streamed_session
 from pipeline.runtime.offload.layer_ring import RING_BUFFERS
+from pipeline.runtime.offload.side_by_side import ModelCall
 from pipeline.runtime.offload.streamed_session import StreamedSession
 from pipeline.runtime.sampling import GREEDY, Sampling
 from pipeline.runtime.sequence import Decoding
+from pipeline.runtime.sessions.session import Block
 from pipeline.runtime.sessions.torch_session import TorchSession
 from tests.support.families import FAMILIES, save_family
+from tests.support.layered_model import DEPTH, PLACES
 from tests.support.scripted_drafts import DRAFTS, PROMPT, WARM, Scripted, said
 
-LAYERS, PLACES = 5, 120
+LAYERS = DEPTH
 MUCH = 50_000_000
 
 
@@ -143,7 +147,7 @@ def test_a_prompt_longer_than_a_call_is_read_by_parts_and_a_full_cache_is_refuse
     session = streamed(model)
     before = session.traffic.passes
     last = session.forward(ids, last_only=True)
-    assert session.traffic.passes - before == 3
+    assert session.traffic.passes - before == 1  # three calls of each layer while it is there
     np.testing.assert_allclose(last[0, 0], whole_row(model, ids), atol=5e-5)
     with pytest.raises(InputError, match="Too many tokens"):
         session.forward(ids[:, :1])
@@ -161,6 +165,48 @@ def test_slots_answer_as_one_does_alone(model: Path) -> None:
     two = streamed(model)
     rows = two.forward(np.array([PROMPT, PROMPT[::-1]]))
     np.testing.assert_array_equal(rows[0], alone_rows(model, PROMPT))
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "smollm"])
+def test_many_slots_share_a_pass_and_each_block_has_the_bits_it_has_alone(
+    family: str, tmp_path: Path
+) -> None:
+    folder = save_family(tmp_path / family, family, layers=LAYERS)
+    together, apart = streamed(folder, slots=4), streamed(folder, slots=4)
+    random = np.random.default_rng(4)
+    # A prompt of several calls beside short ones, answers of one token and with draft tokens.
+    for lengths in ((90, 3, 0, 30), (1, 1, 1, 1), (5, 17, 9, 0), (2, 1, 90, 1)):
+        ids = [random.integers(0, 250, length) for length in lengths]
+        blocks = [Block(n, own, n == 3) for n, own in enumerate(ids) if len(own)]
+        before = together.traffic.passes
+        found = together.read_blocks(blocks)
+        assert together.traffic.passes == before + 1
+        for block, rows in zip(blocks, found, strict=True):
+            own = apart.read_blocks([block])[0]
+            assert rows.tobytes() == own.tobytes()
+            assert rows.shape == (1 if block.last_only else len(block.ids), together.vocab_size)
+    for name, held in together.values.buffers.items():
+        assert held.tobytes() == apart.values.buffers[name].tobytes()
+
+
+def test_a_block_that_does_not_fit_leaves_all_slots_as_they_were(model: Path) -> None:
+    session = streamed(model, slots=2)
+    blocks = [Block(0, np.array(PROMPT)), Block(1, np.arange(PLACES + 1))]
+    with pytest.raises(InputError, match="Too many tokens"):
+        session.read_blocks(blocks)
+    assert [session.slot_length(slot) for slot in (0, 1)] == [0, 0]
+
+
+def test_layers_that_are_no_chain_cannot_share_a_pass(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = streamed(model, slots=2)
+    layers = session._streamed.model.base_model.layers
+    layers[2].register_forward_hook(lambda module, given, found: found * 1.5)
+    session.prefill(0, np.array(PROMPT))
+    session.decode([0, 1], [3, 4])  # in one call of the model
+    with pytest.raises(InputError, match="cannot share a pass"):
+        session.read_blocks([Block(slot, np.arange(17)) for slot in (0, 1)])
 
 
 def alone_rows(folder: Path, ids: list[int]) -> np.ndarray:
@@ -296,12 +342,12 @@ def test_a_file_that_changes_is_refused(model: Path, tmp_path: Path) -> None:
 def test_a_model_whose_bits_depend_on_their_place_is_refused(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own = StreamedSession._run
+    own = streamed_model.run_call
 
-    def uneven(session: StreamedSession, row: int, ids: np.ndarray, last_only: bool) -> np.ndarray:
-        return own(session, row, ids, last_only) + len(ids)
+    def uneven(model: PreTrainedModel, call: ModelCall) -> torch.Tensor:
+        return own(model, call) + len(np.unique(call.cache.positions))
 
-    monkeypatch.setattr(StreamedSession, "_run", uneven)
+    monkeypatch.setattr(streamed_model, "run_call", uneven)
     with pytest.raises(InputError, match="would change answers"):
         streamed(model)
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from pipeline.errors import InputError
 from pipeline.runtime.sessions.slots import _SlotsOneByOne
@@ -91,13 +92,60 @@ def test_slots_have_caches_of_their_own_over_the_same_weights() -> None:
 def test_a_graph_captured_by_one_session_is_not_replayed_by_its_sibling() -> None:
     first = session()
     first.forward(TOKENS)
-    first._graph = cast(torch.cuda.CUDAGraph, object())
+    first._launch = lambda: pytest.fail("replayed by another session")
     second = first.sibling()
-    assert second._graph is None
     assert second.length == 0
-    second.forward(TOKENS[:, :3])
+    second.forward(TOKENS[:, :1])
     own, others = ([layer.keys for layer in s._cache.layers] for s in (first, second))
     assert not {keys.data_ptr() for keys in own} & {keys.data_ptr() for keys in others}
+
+
+class Noted(TorchDispatchMode):
+    """Notes which operations run, and on which memory their results lie."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> torch.Tensor:
+        result: torch.Tensor = func(*args, **(kwargs or {}))
+        self.calls.append((str(func), result.untyped_storage().data_ptr()))
+        return result
+
+
+def test_a_step_makes_no_tensor_beside_those_of_its_graph() -> None:
+    under_test = session()
+    expected = under_test.forward(TOKENS)[:, 7:]
+    under_test.rewind(7)
+    step = under_test._launch
+    assert step is not None
+
+    def replayed() -> None:  # on a GPU a graph: nothing of it is seen from here
+        with _disable_current_modes():
+            step()
+
+    under_test._launch = replayed
+    noted = Noted()
+    pieces = []
+    for place in range(7, TOKENS.shape[1]):
+        with noted:
+            pieces.append(under_test.forward(TOKENS[:, place : place + 1]))
+    np.testing.assert_allclose(np.concatenate(pieces, 1), expected, atol=5e-5)
+    own = {held.untyped_storage().data_ptr() for held in (under_test._token, under_test._told)}
+    assert {name for name, _ in noted.calls} <= {"aten.copy_.default", "aten.detach.default"}
+    copies = [where for name, where in noted.calls if name == "aten.copy_.default"]
+    assert len(copies) == 2 * len(pieces)
+    assert {*copies} == own
+
+
+def test_logits_of_a_step_stay_as_they_are_when_the_next_one_runs() -> None:
+    under_test = session()
+    first = under_test.forward(TOKENS[:, :1])
+    before = first.copy()
+    under_test.forward(TOKENS[:, 1:2])
+    np.testing.assert_array_equal(first, before)
 
 
 def test_limits_are_kept() -> None:
@@ -118,5 +166,5 @@ def test_the_captured_step_equals_the_eager_one() -> None:
     expected = TorchSession(tiny_llama()).forward(TOKENS)
     under_test = StaticSession(tiny_llama().to("cuda"), "torch cuda", 64)
     pieces = [under_test.forward(TOKENS[:, a:b]) for a, b in PIECES]
-    assert under_test._graph is not None
+    assert under_test._launch is not None
     np.testing.assert_allclose(np.concatenate(pieces, 1), expected, atol=1e-2)

@@ -1,0 +1,147 @@
+"""Whether an engine can run on a board, before its plan is read: versions, GPU, memory."""
+
+from __future__ import annotations
+
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from pipeline.engine.manifest import MANIFEST_FILE, mismatch, read_manifest
+from pipeline.engine.profiles import ShapeProfile
+from pipeline.errors import InputError, ResourceError
+from pipeline.export.contract import CACHE_PREFIX, PROFILES
+from pipeline.gpu import capability_name
+from pipeline.json_file import json_field
+
+# CUDA's context, the libraries' code and what they keep. Not measured on a Jetson with our engines:
+# it is by how much the GPU memory that NVIDIA publishes for Edge-LLM 0.10 on Orin is above plan and
+# cache at most (4,619 against 2,976 MB, Qwen3-4B int4).
+_LIBRARIES_BYTES = 1_650_000_000
+_ITEM_BYTES = {"float16": 2, "float32": 4}
+_MOST_LOGITS_BYTES = 64 << 20  # as `session` holds them
+
+
+def check_device(folder: Path, device: dict[str, Any]) -> dict[str, Any]:
+    """Hold an engine folder against a description of a board.
+
+    Args:
+        folder: what `skipcat engine` wrote.
+        device: what `describe` gave, here or on the board.
+
+    Returns:
+        `needed_bytes` by what they are for, `available_bytes`, and `unknown`: what could not be
+        looked at, since the description does not say.
+
+    Raises:
+        InputError: the engine is for another TensorRT or GPU, or the description is none.
+        ResourceError: it needs more memory than there is.
+    """
+    manifest = read_manifest(folder)
+    unknown = _require_same(manifest, device, folder)
+    needed = needed_bytes(manifest, folder / MANIFEST_FILE)
+    available = _available_bytes(device)
+    if available is None:
+        unknown.append("free memory")
+    elif sum(needed.values()) > available:
+        raise _too_large(needed, available, device, folder)
+    return {"needed_bytes": needed, "available_bytes": available, "unknown": unknown}
+
+
+def needed_bytes(manifest: dict[str, Any], path: Path) -> dict[str, int]:
+    """Bytes of memory that running an engine takes, by what they are for.
+
+    Args:
+        manifest: of its folder.
+        path: of the manifest, for messages.
+
+    Raises:
+        InputError: a field that says so is missing.
+    """
+    made_of = json_field(manifest, "onnx", dict, path)
+    limits = json_field(manifest, "limits", dict, path)
+    if not manifest["profiles"]:
+        raise mismatch("list of profiles", path, "none", "at least one")
+    profile = ShapeProfile.from_json(manifest["profiles"][0])
+    item = _ITEM_BYTES.get(made_of.get("dtype", ""), max(_ITEM_BYTES.values()))
+    length = json_field(made_of, "max_length", int, path)
+    rows = json_field(limits, "max_batch", int, path)
+    heads = [
+        shape.max[1] * shape.max[3]
+        for name, shape in profile.shapes.items()
+        if name.startswith(CACHE_PREFIX)
+    ]
+    form = PROFILES.get(made_of.get("profile", ""))
+    copies = 1 if form and form.static_cache else 2
+    row = json_field(made_of, "vocab_size", int, path) * item
+    tokens = min(json_field(limits, "max_prefill", int, path), max(64, _MOST_LOGITS_BYTES // row))
+    layers = manifest.get("engine_layers") or {}
+    return {
+        "plan": manifest["plan"]["bytes"],
+        "cache": copies * prod((sum(heads), rows, length, item)),
+        "logits": rows * tokens * row,
+        "scratch": int(layers.get("device_memory_bytes") or 0),
+        "libraries": _LIBRARIES_BYTES,
+    }
+
+
+def _require_same(manifest: dict[str, Any], device: dict[str, Any], folder: Path) -> list[str]:
+    """What cannot be compared; raise InputError for an engine of another TensorRT or GPU."""
+    if device.get("schema") != 1:
+        raise InputError(
+            "This is no description of a device.",
+            observed=f"schema {device.get('schema')!r}",
+            expected="what `skipcat-device describe` prints, schema 1",
+        )
+    gpu = json_field(device, "gpu", dict, "device description", default=None) or {}
+    found = gpu.get("compute_capability")
+    here = {
+        "TensorRT version": (device.get("tensorrt"), manifest["tensorrt_version"]),
+        "GPU": (
+            found and capability_name(tuple(found)),
+            capability_name(tuple(manifest["target"]["compute_capability"])),
+        ),
+    }
+    for what, (observed, expected) in here.items():
+        if observed is not None and observed != expected:
+            raise mismatch(what, folder, observed, expected)
+    return [what for what, (observed, _) in here.items() if observed is None]
+
+
+def _available_bytes(device: dict[str, Any]) -> int | None:
+    """Memory that an engine may take: on a board the CPU's and the GPU's are the same.
+
+    Raises:
+        InputError: a number is absurd.
+    """
+    where = "device description"
+    memory = json_field(device, "memory", dict, where, default=None) or {}
+    gpu = json_field(device, "gpu", dict, where, default=None) or {}
+    own = json_field(gpu, "free_bytes", int, where, default=None)
+    shared = json_field(memory, "available_bytes", int, where, default=None)
+    for number in (own, shared):
+        if number is not None and number < 0:
+            raise InputError(
+                "A device has no such memory.", where=where, observed=number, expected="0 and up"
+            )
+    return own if gpu.get("shares_memory") is False else shared if shared is not None else own
+
+
+def _too_large(
+    needed: dict[str, int], available: int, device: dict[str, Any], folder: Path
+) -> ResourceError:
+    total = sum(needed.values())
+    parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in needed.items() if size)
+    shared = (device.get("gpu") or {}).get("shares_memory", True)
+    cure = (
+        "stop the desktop (sudo systemctl isolate multi-user.target) and what else runs, drop the "
+        "page cache (sync; echo 3 | sudo tee /proc/sys/vm/drop_caches), "
+        if shared
+        else "close other programs on the GPU, "
+    )
+    return ResourceError(
+        "This engine needs more memory than the device has free.",
+        where=folder,
+        observed=f"{total / 1e9:.2f} GB: {parts}",
+        expected=f"at most {available / 1e9:.2f} GB",
+        change=cure + "or build from a smaller checkpoint, or export with a shorter --max-length",
+    )

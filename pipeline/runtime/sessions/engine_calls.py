@@ -1,0 +1,95 @@
+"""What sessions over an engine have in common, with torch or without: library, plugin, profiles."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.artefact import sha256_of_file
+from pipeline.engine.manifest import mismatch
+from pipeline.engine.profiles import ShapeProfile
+from pipeline.errors import InputError, MissingPackageError
+from pipeline.export.contract import ATTENTION_MASK, INPUT_IDS
+
+_MODULES = {
+    "rtx": ("tensorrt_rtx", "tensorrt-rtx-cu13", "rtx"),
+    "tensorrt": ("tensorrt", "tensorrt", "trt"),
+}
+
+
+def load_engine_library(flavour: str) -> Any:
+    """The engine's TensorRT; raise MissingPackageError when it is not installed."""
+    module, package, extra = _MODULES[flavour]
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise MissingPackageError(package, extra, "run this engine") from error
+
+
+def load_engine_plugin(
+    library: Any, manifest: Mapping[str, Any], plugin: Path | None, folder: Path
+) -> None:
+    """Load the plugin that the engine was built with; nothing for an engine without one.
+
+    Raises:
+        InputError: it is not given, or is not that library.
+    """
+    record = manifest["block_skip"]["plugin"]
+    if record is None:
+        return
+    path = plugin or folder / record["library"]
+    if not path.is_file():
+        raise InputError(
+            "This engine was built with a plugin library, which is missing.",
+            where=folder,
+            expected=f"{record['library']}, sha256 {record['sha256']}",
+            change="put the library into the engine folder, or name it",
+        )
+    digest = sha256_of_file(path)
+    if digest != record["sha256"]:
+        raise mismatch("plugin library", path, digest, record["sha256"])
+    if library.get_plugin_registry().load_library(str(path)) is None:
+        raise InputError("TensorRT cannot load this plugin library.", where=path)
+
+
+def require_rows(rows: int, max_batch: int, where: str) -> None:
+    """Raise InputError for more rows than the engine was built for."""
+    if rows > max_batch:
+        raise InputError(
+            "More rows than the engine takes.",
+            where=where,
+            observed=f"{rows} rows",
+            expected=f"at most {max_batch}",
+            change="build the engine again with a larger --max-batch",
+        )
+
+
+def split_call(count: int, longest: int) -> list[tuple[int, int]]:
+    """[start, stop) of the pieces of a call of `count` tokens, each at most `longest`."""
+    return [(start, min(start + longest, count)) for start in range(0, count, longest)]
+
+
+def pick_profile(profiles: Sequence[ShapeProfile], shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Index of the first profile that admits all shapes; decode comes first.
+
+    Raises:
+        InputError: none does.
+    """
+    for index, profile in enumerate(profiles):
+        if all(_admits(profile, name, shape) for name, shape in shapes.items()):
+            return index
+    raise InputError(
+        "No profile of the engine admits this call.",
+        observed={name: shapes[name] for name in (INPUT_IDS, ATTENTION_MASK) if name in shapes},
+        change="build the engine again with larger limits",
+    )
+
+
+def _admits(profile: ShapeProfile, name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a profile covers one tensor's shape."""
+    ends = profile.shapes[name]
+    return len(shape) == len(ends.min) and all(
+        low <= size <= high for low, size, high in zip(ends.min, shape, ends.max, strict=True)
+    )
