@@ -73,12 +73,9 @@ def compress_cache_(
     bases = _bases(model, structure, statistics, request)
     if plan is None:
         plan = _planned(model, structure, bases, tokens, request, folder)
-    _install_cache_(
-        model,
-        plan,
-        bases_for=lambda side: bases(side.groups, side.is_narrow)[side.source],
-        seed=request.seed,
-    )
+    # All of them before the first map is in its place: some are read off the running model.
+    own = {s.source: bases(s.groups, s.is_narrow)[s.source] for s in plan.sides if s.form != "full"}
+    _install_cache_(model, plan, bases_for=lambda side: own[side.source], seed=request.seed)
     _require_equal_latents(model, tokens)
     return plan
 

@@ -205,8 +205,9 @@ def _noting_arguments(
 
 def _found(model: PreTrainedModel, side: CachedSide, calls: list[dict[str, Any]]) -> KeyRotations:
     rotate = rotation_of(model.get_submodule(_holder(side)))
-    tables = [call.get("position_embeddings") for call in calls]
-    if rotate is None or any("past_key_values" not in c for c in calls) or None in tables:
+    tables: list[Any] = [call.get("position_embeddings") for call in calls]
+    unseen = any(table is None for table in tables)
+    if rotate is None or unseen or any("past_key_values" not in call for call in calls):
         raise _unknown(side, "an attention that is not given its angles and its cache as usual")
     cos, sin = (torch.cat([table[n].cpu() for table in tables], dim=1) for n in (0, 1))
     try:
