@@ -313,6 +313,12 @@ def _open_full_cache(model: Any, name: str) -> Session:
     return TorchSession(model, name, latent=False)
 
 
+def _open_in_pieces(model: Any, name: str) -> Session:
+    from validate.in_pieces import SessionInPieces
+
+    return SessionInPieces(model, name)
+
+
 def _open_rounded_cache(model: Any, folder: Path, name: str) -> Session:
     from pipeline.export.rounded_cache import empty_cache, read_rounding
     from pipeline.runtime.sessions.torch_session import TorchSession
@@ -362,7 +368,14 @@ def _perplexity(row: Row) -> tuple[float, float | None] | None:
 DECODER = Adapter(
     options=_options,
     load=_load,
-    openers=Openers(_open_model, _open_onnx, _open_engine, _open_full_cache, _open_rounded_cache),
+    openers=Openers(
+        _open_model,
+        _open_onnx,
+        _open_engine,
+        _open_full_cache,
+        _open_in_pieces,
+        _open_rounded_cache,
+    ),
     measure=_measure,
     item="token",
     per_item="per token",

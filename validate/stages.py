@@ -89,6 +89,7 @@ class Openers:
             that cannot run it.
         full_cache: as `model`, of one whose cache is smaller: what is cached is what the latents
             stand for.
+        in_pieces: as `model`, read token by token, or by 128s where there are more.
         rounded_cache: as `model`, with its cache rounded as the export in a folder rounds it.
         unoptimised: as `onnx`, of a graph whose nodes run as they are written; None where that is
             no stage of its own.
@@ -98,6 +99,7 @@ class Openers:
     onnx: Callable[[Path, str], Any]
     engine: Callable[[Path, str], Any]
     full_cache: Callable[[PreTrainedModel, str], Any] | None = None
+    in_pieces: Callable[[PreTrainedModel, str], Any] | None = None
     rounded_cache: Callable[[PreTrainedModel, Path, str], Any] | None = None
     unoptimised: Callable[[Path, str], Any] | None = None
 
@@ -105,8 +107,10 @@ class Openers:
 ORIGINAL = "original"
 _DENSE_PRODUCT = "compressed, dense product"
 SKIP_FORM = "compressed, skip form"
-# Of a checkpoint whose KV cache is smaller: what that costs, and that latents give the same.
-CACHE_FULL, CACHE_LATENT = "cache, full width", "cache, latent"
+# Of a checkpoint whose KV cache is smaller: where numbers are rounded, what cutting alone costs;
+# what all of it costs; that latents give the same, and in however many calls a text is read.
+CACHE_CUT, CACHE_FULL = "cache, not rounded", "cache, full width"
+CACHE_LATENT, _CACHE_IN_PIECES = "cache, latent", "cache, in pieces"
 
 # Both forms are the same matrix, multiplied out in another order in float32.
 _SAME_IN_FLOAT32 = Tolerance(
@@ -123,6 +127,9 @@ _NEAR_IN_INTEGERS = Tolerance(min_cosine=0.95, max_kl_to_reference=5e-2)
 
 # What 8 bits of the cache may cost: SmolLM2-135M has KL 2e-3 (docs/cpu.md).
 _ROUNDED_CACHE = Tolerance(min_cosine=0.95, max_kl_to_reference=2e-2)
+# What few bits of latents may cost beside the same latents in float. How many there are is the
+# plan's affair: beyond this the codes are not those of the latents.
+_ROUNDED_LATENTS = Tolerance(min_cosine=0.9, max_kl_to_reference=0.25)
 # Beside PyTorch with the same rounding: a number between two codes may go either way.
 _SAME_IN_CODES = _SAME_IN_FLOAT16
 
@@ -154,7 +161,7 @@ def standard_stages(
     stages, reference = [], ORIGINAL
     if artefacts.checkpoint is not None:
         stages = _checkpoint_stages(artefacts.checkpoint, openers, trust_remote_code)
-        reference = stages[-1].name
+        reference = CACHE_LATENT if _cached(artefacts.checkpoint) else SKIP_FORM
     for folder, label in _labelled(artefacts.onnx):
         stages += _onnx_stages(artefacts, openers, folder, label, reference, trust_remote_code)
     for folder, label in _labelled(artefacts.engines):
@@ -168,15 +175,20 @@ def standard_stages(
 
 
 def _checkpoint_stages(checkpoint: Path, openers: Openers, trust_remote_code: bool) -> list[Stage]:
-    """The forms of a checkpoint, each equal to the one before it; exports equal the last."""
+    """The forms of a checkpoint, each equal to the one before it."""
     forms = [
         (_DENSE_PRODUCT, ORIGINAL, Tolerance()),
         (SKIP_FORM, _DENSE_PRODUCT, _SAME_MATRIX),
     ]
-    if _has_smaller_cache(checkpoint):
+    if caches := _cached(checkpoint):
+        is_rounded = any(isinstance(own, dict) and own.get("bits") for own in caches.values())
+        cut = [(CACHE_CUT, SKIP_FORM, Tolerance())] if is_rounded else []
+        before, allowed = (CACHE_CUT, _ROUNDED_LATENTS) if is_rounded else (SKIP_FORM, Tolerance())
         forms += [
-            (CACHE_FULL, SKIP_FORM, Tolerance()),
+            *cut,
+            (CACHE_FULL, before, allowed),
             (CACHE_LATENT, CACHE_FULL, _SAME_MATRIX),
+            (_CACHE_IN_PIECES, CACHE_LATENT, _SAME_IN_CODES if is_rounded else _SAME_MATRIX),
         ]
     return [
         Stage(
@@ -228,7 +240,11 @@ def _open_checkpoint(folder: Path, openers: Openers, form: str, trust_remote_cod
     if form == _DENSE_PRODUCT:
         densify_(model)
     for made in cache_maps(model).values():
-        made.is_active = form in (CACHE_FULL, CACHE_LATENT)
+        made.is_active = form in (CACHE_CUT, CACHE_FULL, CACHE_LATENT, _CACHE_IN_PIECES)
+        if form == CACHE_CUT:
+            made.bits = None
+    if form == _CACHE_IN_PIECES and openers.in_pieces is not None:
+        return openers.in_pieces(model, form)
     if form == CACHE_LATENT or openers.full_cache is None:
         return openers.model(model, form)
     return openers.full_cache(model, form)
@@ -252,13 +268,14 @@ def _open_rounded(
     return openers.rounded_cache(model, folder, name)
 
 
-def _has_smaller_cache(folder: Path) -> bool:
-    """Whether a checkpoint caches latents; of one that is broken its stages will say so."""
+def _cached(folder: Path) -> dict[str, Any]:
+    """The latents that a checkpoint caches; of one that is broken its stages will say so."""
     if not (folder / "config.json").is_file():
-        return False
+        return {}
     config = read_json_object(folder / "config.json")
     quantization = json_field(config, "quantization_config", dict, folder, default=None)
-    return bool(quantization and quantization.get("caches"))
+    found: dict[str, Any] = (quantization or {}).get("caches") or {}
+    return found
 
 
 def _labelled(paths: tuple[Path, ...]) -> list[tuple[Path, str]]:

@@ -1,16 +1,20 @@
 """What smaller KV caches cost: perplexity and KL against the bytes of a token.
 
-    python -m benchmarks.quality.cache --calibration CALIBRATION.txt --test TEST.txt
+    python -m benchmarks.quality.cache --calibration CALIBRATION.txt --test TEST.txt --work WORK
+    python -m benchmarks.quality.cache ... --test arc_easy_test.jsonl --json cache_second.json
 
 The weights stay as they are. Every cached number is cut or rounded, none is kept exact, and whole
 windows are read in one call, against what is cached of them. Bits are of a cached number, scales
-and offsets included.
+and offsets included. Run again, it goes on behind the rows that the JSON has. A test text of
+questions (`.jsonl`, with `question`, `choices` and `answer`) is read as these with their answers.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +27,7 @@ from transformers import DynamicCache
 
 from benchmarks import RESULTS
 from benchmarks.command import run
+from benchmarks.quality.cache_report import save_fronts, show_rows
 from benchmarks.quality.evaluation_texts import hash_of_text, tokens_of
 from benchmarks.rivals.cache_formats import FORMATS, CacheFormat, RoundingCache
 from pipeline.artefact import write_json
@@ -30,6 +35,9 @@ from pipeline.bench.measure import describe_machine, load_average
 from pipeline.checkpoint.modeling_cache import remove_cache_maps
 from pipeline.compress.cache.compress_cache import compress_cache_
 from pipeline.compress.request import CompressRequest
+from pipeline.errors import InputError, UsageError
+from pipeline.export.rounded_cache import empty_cache, rounding_of
+from pipeline.json_file import read_json_object
 from pipeline.model.load import LoadedModel, load_model
 from pipeline.model.structure import decoder_structure
 from pipeline.progress import note
@@ -39,6 +47,8 @@ _RESULT = RESULTS / "cache.json"
 _WINDOW_LENGTH, _CALIBRATION_LENGTH = 2048, 512
 _KL_STEP = 8  # on every so many tokens: logits of all would fill memory
 _OURS = "skipcat-kl"
+_BITS, _NARROW_BITS = (8.0, 6.0, 4.25, 3.5, 3.0, 2.25), (8.0, 6.0, 4.5, 3.5, 3.0)
+_IDENTITY = ("model", "calibration_sha256", "calibration_tokens", "test_sha256", "test_tokens")
 
 
 @dataclass(frozen=True)
@@ -47,26 +57,71 @@ class _Row:
 
     Attributes:
         name: for the table.
+        family: rows of one line in the chart.
         settings: of a request that makes it; empty for a rival's format.
-        chosen: a rival's format.
+        chosen: a rival's format, or None.
+        rebuilds: keys are rebuilt at every step, which stock kernels cannot.
+        static: ONNX Runtime's own cache of codes, in scales that do not change.
     """
 
     name: str
+    family: str
     settings: dict[str, Any]
     chosen: CacheFormat | None = None
+    rebuilds: bool = False
+    static: bool = False
 
 
 def _rows() -> list[_Row]:
-    half = {"keep_cache": 0.5, "cache_bits": "float"}
-    less = {"keep_cache": 0.3, "cache_bits": "float"}
-    found = [_Row(name, {}, chosen) for name, chosen in FORMATS.items()]
-    for name, budget in (("50% removed", half), ("70% removed", less)):
-        for method in ("palu", "palu-uniform", _OURS):
-            found.append(_Row(f"{method}, ranks alone, {name}", budget | {"method": method}))
-    found.append(_Row("skipcat-kl, by head, ranks alone, 50% removed", half | {"cache_groups": 3}))
-    for bits in (4.25, 3.0, 2.25):
-        found.append(_Row(f"skipcat-kl, ranks and bits, {bits}", {"keep_cache": bits / 16}))
+    """The rivals and ours in turn, so that an early end leaves a picture."""
+    formats = [_Row(name, name.split(" ")[0].split("-")[0], {}, f) for name, f in FORMATS.items()]
+    static = _Row("int8, static scales (ONNX Runtime)", "int8, static", {}, static=True)
+    searched = [
+        _made(f"ranks and bits, {bits:g}", "ours, rebuilt", {"keep_cache": bits / 16})
+        for bits in _BITS
+    ]
+    narrow = [
+        _made(f"narrow, {b:g}", "ours, narrow", {"keep_cache": b / 16, "cache_form": "narrow"})
+        for b in _NARROW_BITS
+    ]
+    return [*searched, *narrow, *formats, static, *_ranks_alone(), *_palus_in_few_bits()]
+
+
+def _ranks_alone() -> list[_Row]:
+    found = []
+    for removed in (0.5, 0.7):
+        budget: dict[str, Any] = {"keep_cache": 1 - removed, "cache_bits": "float"}
+        for method, family in (
+            (_OURS, "ours, ranks alone"), ("palu", "Palu"), ("palu-uniform", "Palu, uniform"),
+        ):  # fmt: skip
+            name = f"{method}, ranks alone, {removed:.0%} removed"
+            found.append(_made(name, family, budget | {"method": method}))
+    by_head = {"keep_cache": 0.5, "cache_bits": "float", "cache_groups": 0}
+    found.append(_made("by head, ranks alone, 50% removed", "ours, by head", by_head))
+    for removed in (0.125, 0.25, 0.375):
+        for form, bits in (("narrow", "float"), ("stock", "any")):
+            wanted = {"keep_cache": 1 - removed, "cache_bits": bits, "cache_form": form}
+            name = f"{form}, ranks alone, {removed:.1%} removed"
+            found.append(_made(name, f"ours, {form}, ranks alone", wanted))
     return found
+
+
+def _palus_in_few_bits() -> list[_Row]:
+    """Palu at half its ranks and at 70% of them, with latents of 4 and of 3 bits."""
+    return [
+        _made(
+            f"palu, {kept:.0%} of ranks in {bits} bits",
+            f"Palu, {bits} bits",
+            {"keep_cache": kept * bits / 16, "cache_bits": str(bits), "method": "palu"},
+        )
+        for bits in (4, 3)
+        for kept in (0.7, 0.5)
+    ]
+
+
+def _made(name: str, family: str, settings: dict[str, Any]) -> _Row:
+    own = {"method": _OURS} | settings
+    return _Row(name, family, own, rebuilds=settings.get("cache_form") is None)
 
 
 @click.command()
@@ -75,33 +130,98 @@ def _rows() -> list[_Row]:
 @click.option("--model", default="smollm2-135m", show_default=True)
 @click.option("--windows", type=int, default=4, show_default=True, help="Of 2,048 tokens.")
 @click.option("--calibration-windows", type=int, default=32, show_default=True)
+@click.option("--only", default="", help="Rows whose names have this in them.")
+@click.option("--work", type=click.Path(path_type=Path), help="Keep what is measured here.")
 @click.option("--json", "result", type=click.Path(path_type=Path), default=_RESULT)
 def command(
-    calibration: str, test: str, model: str, windows: int, calibration_windows: int, result: Path
+    calibration: str,
+    test: str,
+    model: str,
+    windows: int,
+    calibration_windows: int,
+    only: str,
+    work: Path | None,
+    result: Path,
 ) -> None:
-    """Measure every cache; print a row each and write the JSON after each."""
+    """Measure every cache; print a row each and write the JSON after each, then two charts."""
+    rows = [row for row in _rows() if only in row.name]
+    if not rows:
+        names = ", ".join(row.name for row in _rows())
+        raise UsageError("There is no such row.", where="--only", observed=only, expected=names)
+    if hash_of_text(Path(calibration)) == hash_of_text(Path(test)):
+        raise UsageError("The test text must not be calibrated on.", where="--calibration")
     loaded = load_model(model, dtype=torch.float32)
     read = tokens_of(calibration, loaded, calibration_windows, _CALIBRATION_LENGTH, 0)
-    tests = tokens_of(test, loaded, windows, _WINDOW_LENGTH, 0, sequential=True).tokens
-    bench = _Bench(loaded, read.tokens, tests)
-    record: dict[str, Any] = {
-        "schema": 1,
-        "model": model,
-        "calibration_sha256": hash_of_text(Path(calibration)),
-        "calibration_tokens": read.tokens.numel(),
-        "test_sha256": hash_of_text(Path(test)),
-        "test_tokens": tests.numel(),
-        "machine": describe_machine(),
-        "load_average": load_average(),
-        "provenance": provenance(),
-        "dense": bench.dense(),
-        "rows": [],
-    }
-    with tempfile.TemporaryDirectory() as folder:
-        for row in _rows():
-            record["rows"].append(bench.measured(row, Path(folder)))
-            note(str(record["rows"][-1]))
-            write_json(result, record)
+    with tempfile.TemporaryDirectory() as scratch:
+        text = _as_text(Path(test), Path(scratch))
+        tests = tokens_of(str(text), loaded, windows, _WINDOW_LENGTH, 0, sequential=True).tokens
+        record: dict[str, Any] = {
+            "schema": 2,
+            "model": model,
+            "calibration_sha256": hash_of_text(Path(calibration)),
+            "calibration_tokens": read.tokens.numel(),
+            "test": Path(test).name,
+            "test_sha256": hash_of_text(Path(test)),
+            "test_tokens": tests.numel(),
+            "machine": describe_machine(),
+            "provenance": provenance(),
+            "rows": [],
+        }
+        record["rows"] = _finished(result, record)
+        bench = _Bench(loaded, read.tokens, tests)
+        record["dense"] = bench.dense()
+        _measure(bench, rows, record, result, work or Path(scratch))
+    show_rows(record)
+    save_fronts(record, result)
+
+
+def _as_text(path: Path, scratch: Path) -> Path:
+    """A text as it is; questions as one text of them and their answers."""
+    if path.suffix != ".jsonl":
+        return path
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        item = json.loads(line)
+        lines.append(f"{item['question']} {item['choices'][item['answer']]}")
+    written = scratch / "questions.txt"
+    written.write_text("\n".join(lines), encoding="utf-8")
+    return written
+
+
+def _finished(result: Path, record: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows that an earlier run has measured.
+
+    Raises:
+        InputError: the JSON is of another model, or of other texts.
+    """
+    if not result.is_file():
+        return []
+    before = read_json_object(result)
+    other = [name for name in _IDENTITY if before.get(name) != record[name]]
+    if other:
+        raise InputError(
+            "The rows that are there were measured otherwise.",
+            where=result,
+            observed=", ".join(f"{name} {before.get(name)}" for name in other),
+            expected=", ".join(f"{name} {record[name]}" for name in other),
+            change="pass another --json, or move the file away",
+        )
+    rows: list[dict[str, Any]] = before["rows"]
+    return rows
+
+
+def _measure(
+    bench: _Bench, rows: list[_Row], record: dict[str, Any], result: Path, work: Path
+) -> None:
+    """Measure what the record lacks, and write it as it is finished."""
+    there = {row["cache"] for row in record["rows"]}
+    for row in (row for row in rows if row.name not in there):
+        started, loads = time.perf_counter(), [load_average()]
+        found = bench.measured(row, work)
+        found |= {"seconds": round(time.perf_counter() - started, 1)}
+        record["rows"].append(found | {"load_average": [*loads, load_average()]})
+        note(str(found))
+        write_json(result, record)
 
 
 class _Bench:
@@ -118,23 +238,34 @@ class _Bench:
 
     def measured(self, row: _Row, folder: Path) -> dict[str, Any]:
         """Bits, perplexity and KL of one cache."""
+        own = {"cache": row.name, "family": row.family, "rebuilds": row.rebuilds}
+        config = self.model.config
         if row.chosen is not None:
             chosen = row.chosen
-            found = self._run(lambda: RoundingCache(self.model.config, chosen))
-            return _entry(row.name, chosen.bits, *found)
-        request = CompressRequest("unused", keep_params=1.0, **row.settings)
+            return own | _entry(chosen.bits, self._run(lambda: RoundingCache(config, chosen)))
+        if row.static:
+            rounding = rounding_of(self.model, self.calibration, _WINDOW_LENGTH)
+            return own | _entry(8.0, self._run(lambda: empty_cache(config, rounding)))
+        settings = dict(row.settings)
+        if settings.get("cache_groups") == 0:
+            settings["cache_groups"] = config.num_key_value_heads
+        request = CompressRequest("unused", keep_params=1.0, **settings)
         request.check()
         plan = compress_cache_(
             self.model, self.layers, self.calibration, request, None, folder, {"seed": 0}
         )
         try:
-            found = self._run(lambda: DynamicCache(config=self.model.config))
+            found = self._run(lambda: DynamicCache(config=config))
         finally:
             remove_cache_maps(self.model)
-        return _entry(row.name, 16 * plan.kept_fraction, *found) | {
-            "token_bytes": plan.token_bytes,
-            "expected_kl": sum(side.expected_kl or 0.0 for side in plan.sides) or None,
-        }
+        return (
+            own
+            | _entry(16 * plan.kept_fraction, found)
+            | {
+                "token_bytes": plan.token_bytes,
+                "expected_kl": plan.expected_kl or None,
+            }
+        )
 
     @torch.no_grad()
     def _run(self, make: Callable[[], DynamicCache]) -> tuple[float, float]:
@@ -151,8 +282,9 @@ class _Bench:
         return float(np.exp(np.mean(losses))), float(np.mean(divergences))
 
 
-def _entry(name: str, bits: float, perplexity: float, kl: float) -> dict[str, Any]:
-    return {"cache": name, "bits": bits, "perplexity": perplexity, "kl": kl}
+def _entry(bits: float, found: tuple[float, float]) -> dict[str, Any]:
+    perplexity, kl = found
+    return {"bits": bits, "perplexity": perplexity, "kl": kl}
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """Decode speed of a device that is not here, from its bandwidth, its clock and published figures.
 
-    bound:     tokens/s = bandwidth / bytes read for a token
-    expected:  seconds  = bytes / (efficiency * bandwidth) + cycles * kernels / clock
+    bound:     tokens/s = 1 / max(bytes read for a token / bandwidth, FLOP of rebuilding / peak)
+    expected:  seconds  = bytes / (efficiency * bandwidth) + cycles * kernels / clock + FLOP / peak
 
 Efficiency and cycles (what a kernel costs besides the bytes it reads) are the same for every device
 and model; they are fitted to published figures by least relative squares. Kernels are the matrix
-products, of which a factored layer has more, and five others in a layer.
+products, of which a factored layer has more, and five others in a layer. FLOP are those of keys
+that a smaller cache has to rebuild at every step, at a peak that no kernel reaches.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.bench.devices import DEVICES, DeviceSpec
 from pipeline.bench.shapes import find_shape
 from pipeline.bench.targets import BenchTarget
 from pipeline.bench.traffic import Traffic
-from pipeline.errors import UsageError
 from pipeline.provenance import provenance
 
 # Memory that a model may have: the rest is the system's, which on a Jetson is in the same memory.
@@ -38,10 +39,6 @@ _MLC = (
 )
 # Prompt and half of the answer; the pages name no context for these.
 _SHORT_CONTEXT = 128
-_ORIN = "NVIDIA Jetson Orin data sheets (LPDDR5; clock of the mode without Super)"
-_SUPER = "NVIDIA's Super mode, JetPack 6.1 and later: 68 to 102 GB/s, 625 to 1020 MHz"
-_THOR = "NVIDIA Jetson AGX Thor data sheet (LPDDR5X, 273 GB/s)"
-_GEFORCE = "NVIDIA's GeForce specifications (memory bus, data rate, boost clock)"
 
 
 @dataclass(frozen=True)
@@ -56,10 +53,13 @@ class _Fit:
     efficiency: float
     cycles_per_kernel: float
 
-    def seconds(self, read_bytes: float, kernels: int, device: _DeviceSpec) -> float:
-        """Expected time of one token."""
+    def seconds(
+        self, read_bytes: float, kernels: int, device: DeviceSpec, flop: float = 0.0
+    ) -> float:
+        """Expected time of one token, with so many operations besides reading."""
         reading = read_bytes / (self.efficiency * device.gb_per_s * 1e9)
-        return reading + self.cycles_per_kernel * kernels / (device.ghz * 1e9)
+        starting = self.cycles_per_kernel * kernels / (device.ghz * 1e9)
+        return reading + starting + flop / (device.tflops * 1e12)
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,11 @@ class _Prediction:
         efficiency: the one over the other.
         needed_bytes: weights and a cache for the context.
         fits: whether these fit into the memory, with some left for the system.
+        rebuild_flop: operations that rebuild keys in one step; 0 where none are.
+        rebuild_flop_per_byte: of those, for each byte that is not read since keys are latents; what
+            the device has for a byte is `flop_per_byte`. None where none are rebuilt.
+        flop_per_byte: peak operations over peak bandwidth.
+        rebuilding_pays: whether keys as they are would take longer to read; None as above.
     """
 
     device: str
@@ -89,10 +94,14 @@ class _Prediction:
     efficiency: float
     needed_bytes: int
     fits: bool
+    rebuild_flop: float
+    rebuild_flop_per_byte: float | None
+    flop_per_byte: float
+    rebuilding_pays: bool | None
 
 
 def predict(
-    targets: Sequence[BenchTarget], devices: Sequence[_DeviceSpec], context: int
+    targets: Sequence[BenchTarget], devices: Sequence[DeviceSpec], context: int
 ) -> dict[str, Any]:
     """What is expected of every model on every device; the record says that nothing was measured.
 
@@ -116,18 +125,23 @@ def predict(
         "measured": False,
         "context": context,
         "provenance": provenance(),
-        "devices": [asdict(device) | {"gb_per_s": device.gb_per_s} for device in devices],
+        "devices": [
+            asdict(device) | {"gb_per_s": device.gb_per_s, "tflops": device.tflops}
+            for device in devices
+        ],
         "check": checked,
         "rows": rows,
     }
 
 
-def _predict_one(traffic: Traffic, device: _DeviceSpec, context: int, fit: _Fit) -> _Prediction:
+def _predict_one(traffic: Traffic, device: DeviceSpec, context: int, fit: _Fit) -> _Prediction:
     """Bound and expected tokens/s of a model on a device, with `context` tokens in the cache."""
     cache_bytes = traffic.cache_bytes(context)
     read_bytes = traffic.weight_bytes() + cache_bytes
-    bound = device.gb_per_s * 1e9 / read_bytes
-    expected = 1 / fit.seconds(read_bytes, _kernels_of(traffic), device)
+    flop, intensity = traffic.rebuild_flop(context), traffic.rebuild_flop_per_byte
+    slowest = max(read_bytes / (device.gb_per_s * 1e9), flop / (device.tflops * 1e12))
+    bound = 1 / slowest
+    expected = 1 / fit.seconds(read_bytes, _kernels_of(traffic), device, flop)
     needed = traffic.stored_bytes + cache_bytes
     return _Prediction(
         device=device.name,
@@ -140,6 +154,10 @@ def _predict_one(traffic: Traffic, device: _DeviceSpec, context: int, fit: _Fit)
         efficiency=expected / bound,
         needed_bytes=needed,
         fits=needed <= _USABLE_MEMORY * device.memory_gb * 1e9,
+        rebuild_flop=flop,
+        rebuild_flop_per_byte=intensity,
+        flop_per_byte=round(device.flop_per_byte, 1),
+        rebuilding_pays=None if intensity is None else intensity <= device.flop_per_byte,
     )
 
 
@@ -157,9 +175,9 @@ class _Case:
     kernels: int
 
     @property
-    def device(self) -> _DeviceSpec:
+    def device(self) -> DeviceSpec:
         """The one it was published for."""
-        return _DEVICES[self.figure.device]
+        return DEVICES[self.figure.device]
 
 
 @functools.cache
@@ -311,72 +329,3 @@ _FIGURES = (
     *_mlc("orin-nano-8gb", {"llama-3.2-3b": 27.7, "llama-3.1-8b": 14.0}),
     *_mlc("orin-nano-8gb-super", {"llama-3.2-3b": 43.07, "llama-3.1-8b": 19.14}),
 )
-
-
-@dataclass(frozen=True)
-class _DeviceSpec:
-    """Memory of a device, whose bandwidth bounds the decoding of one sequence.
-
-    Attributes:
-        name: as on the command line.
-        bus_bits: width of its memory bus.
-        gbit_per_pin: data rate, 10^9 transfers a second.
-        ghz: highest clock of its GPU.
-        memory_gb: capacity, 10^9 bytes, as it is sold; a Jetson's CPU shares it.
-        source: of these numbers.
-    """
-
-    name: str
-    bus_bits: int
-    gbit_per_pin: float
-    ghz: float
-    memory_gb: int
-    source: str
-
-    @property
-    def gb_per_s(self) -> float:
-        """Peak bandwidth, 10^9 bytes a second."""
-        return self.bus_bits * self.gbit_per_pin / 8
-
-
-_DEVICES = {
-    device.name: device
-    for device in (
-        _DeviceSpec("orin-nano-4gb", 64, 4.266, 0.625, 4, _ORIN),
-        _DeviceSpec("orin-nano-8gb", 128, 4.266, 0.625, 8, _ORIN),
-        _DeviceSpec("orin-nano-8gb-super", 128, 6.4, 1.02, 8, _SUPER),
-        _DeviceSpec("orin-nx-8gb", 128, 6.4, 0.765, 8, _ORIN),
-        _DeviceSpec("orin-nx-16gb", 128, 6.4, 0.918, 16, _ORIN),
-        _DeviceSpec("agx-orin-32gb", 256, 6.4, 0.93, 32, _ORIN),
-        _DeviceSpec("agx-orin-64gb", 256, 6.4, 1.3, 64, _ORIN),
-        _DeviceSpec("thor", 256, 8.533, 1.575, 128, _THOR),
-        _DeviceSpec("rtx-3060", 192, 15.0, 1.777, 12, _GEFORCE),
-        _DeviceSpec("rtx-3090", 384, 19.5, 1.695, 24, _GEFORCE),
-        _DeviceSpec("rtx-4060", 128, 17.0, 2.46, 8, _GEFORCE),
-        _DeviceSpec("rtx-4070", 192, 21.0, 2.475, 12, _GEFORCE),
-        _DeviceSpec("rtx-4080", 256, 22.4, 2.505, 16, _GEFORCE),
-        _DeviceSpec("rtx-4090", 384, 21.0, 2.52, 24, _GEFORCE),
-        _DeviceSpec("rtx-5070", 192, 28.0, 2.512, 12, _GEFORCE),
-        _DeviceSpec("rtx-5080", 256, 30.0, 2.617, 16, _GEFORCE),
-        _DeviceSpec("rtx-5090", 512, 28.0, 2.407, 32, _GEFORCE),
-    )
-}
-
-
-def find_devices(names: str) -> list[_DeviceSpec]:
-    """Devices by their names, separated by commas.
-
-    Raises:
-        UsageError: one is not known, or none is named.
-    """
-    wanted = [name.strip().lower() for name in names.split(",") if name.strip()]
-    unknown = [name for name in wanted if name not in _DEVICES]
-    if unknown or not wanted:
-        raise UsageError(
-            "There is no such device.",
-            where="--predict",
-            observed=", ".join(unknown) or "none",
-            expected=", ".join(_DEVICES),
-            change="name one or several of these, separated by commas",
-        )
-    return [_DEVICES[name] for name in dict.fromkeys(wanted)]

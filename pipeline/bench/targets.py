@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.bench.traffic import CacheTensor, StoredTensor, Traffic
+from pipeline.bench.traffic import CacheTensor, RebuiltKeys, StoredTensor, Traffic
 from pipeline.engine.manifest import read_manifest
 from pipeline.errors import InputError, UsageError
 from pipeline.export.contract import (
@@ -18,9 +18,13 @@ from pipeline.export.contract import (
     GATHER_NBITS,
     GRAPH_FILE,
     GROUPED_ATTENTION,
+    HELD_FORMS,
     MATMUL_NBITS,
+    NIBBLES,
+    NUMBERS,
     PROFILES,
     RECORD_FILE,
+    latent_attention_op,
     steps_name,
 )
 from pipeline.export.record import ExportRecord, read_export_record
@@ -30,6 +34,7 @@ from pipeline.provenance import public_name
 
 # What PyTorch holds a checkpoint in on the CPU, and what ONNX Runtime widens float16 to.
 _CPU_FLOAT_BYTES = 4
+_STEPS_BYTES = 4  # of codes: a step and an offset, of a token and group
 # Operator -> inputs of which one row is read for a token.
 _LOOKED_UP = {
     "Gather": (0,),
@@ -164,7 +169,26 @@ def _traffic_of_export(folder: Path) -> Traffic:
     cache = tuple(
         _cache_input(value, record) for value in graph.input if value.name.startswith(CACHE_PREFIX)
     )
-    return Traffic(tensors, cache, record.max_length, GRAPH_FILE)
+    rebuilt = tuple(_rebuilt_keys(graph, record))
+    return Traffic(tensors, cache, record.max_length, GRAPH_FILE, rebuilt)
+
+
+def _rebuilt_keys(graph: Any, record: ExportRecord) -> Iterable[RebuiltKeys]:
+    """Of every node that rebuilds keys, by its map and the form of its latents."""
+    shapes = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+    static = record.max_length if record.traits.fixed_length else None
+    number_bytes = 2 if record.dtype == FLOAT16 else _CPU_FLOAT_BYTES
+    rebuilding = {latent_attention_op(True, k, v): k for k in HELD_FORMS for v in HELD_FORMS}
+    for node in graph.node:
+        if node.op_type not in rebuilding:
+            continue
+        up = shapes[node.input[-4]]  # before the mean and the tables of angles
+        form, (groups, _, rank, _) = rebuilding[node.op_type], up
+        if form == NUMBERS:
+            own: float = number_bytes * groups * rank
+        else:
+            own = groups * (rank // 2 if form == NIBBLES else rank) + groups * _STEPS_BYTES
+        yield RebuiltKeys.of(up, own, number_bytes, static)
 
 
 def _require_weights(folder: Path, initializers: Iterable[Any]) -> None:
@@ -242,7 +266,8 @@ def _traffic_of_engine(folder: Path) -> Traffic:
     for record in sorted(folder.absolute().parent.glob(f"*/{RECORD_FILE}")):
         if read_json_object(record).get("onnx_sha256") == digest:
             counted = _traffic_of_export(record.parent)
-            return Traffic(counted.tensors, cache, length, f"{record.parent.name}/{GRAPH_FILE}")
+            where = f"{record.parent.name}/{GRAPH_FILE}"
+            return Traffic(counted.tensors, cache, length, where, counted.rebuilt)
     # Kernels, and an embedding that is not the head, are counted too.
     return Traffic((plan,), cache, length, "engine.plan, all of it")
 

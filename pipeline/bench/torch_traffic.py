@@ -14,8 +14,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from pipeline.bench.shapes import Shape
-from pipeline.bench.traffic import CacheTensor, StoredTensor, Traffic
-from pipeline.checkpoint.modeling_cache import own_cache
+from pipeline.bench.traffic import CacheTensor, RebuiltKeys, StoredTensor, Traffic
+from pipeline.checkpoint.modeling_cache import cache_maps, own_cache
 from pipeline.checkpoint.skeleton import Skeleton
 from pipeline.errors import InputError, first_line
 
@@ -77,9 +77,19 @@ def traffic_of_checkpoint(folder: Path) -> Traffic:
             name, tensor.shape, tensor.bits, rows_only, matrix, tensor.floating
         )
     floats = [tensor.bits for tensor in counted.values() if tensor.product]
-    cache = _cache_of_model(model, max(floats, default=32.0))
+    bits = max(floats, default=32.0)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return Traffic(tuple(counted.values()), cache, positions, "safetensors")
+    rebuilt = tuple(
+        RebuiltKeys.of(
+            (made.groups, made.heads // made.groups, made.rank, made.width),
+            made.groups * made.rank * bits / 8,
+            bits / 8,
+        )
+        for made in cache_maps(model).values()
+        if made.is_rotated
+    )
+    cache = _cache_of_model(model, bits)
+    return Traffic(tuple(counted.values()), cache, positions, "safetensors", rebuilt)
 
 
 def _with_quantized_joined(

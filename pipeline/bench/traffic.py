@@ -68,6 +68,36 @@ class CacheTensor:
 
 
 @dataclass(frozen=True)
+class RebuiltKeys:
+    """Keys of one layer that are rebuilt from latents at every step, by 2 rank n FLOP a token.
+
+    Attributes:
+        flop: for each cached token.
+        latent_bytes: that are read of it.
+        dense_bytes: that would be read of it, were keys cached as they are.
+        static_length: slots that are rebuilt however many are filled; None if only the filled are.
+    """
+
+    flop: int
+    latent_bytes: float
+    dense_bytes: float
+    static_length: int | None = None
+
+    @classmethod
+    def of(
+        cls,
+        up_shape: tuple[int, ...],
+        latent_bytes: float,
+        number_bytes: float,
+        static_length: int | None = None,
+    ) -> RebuiltKeys:
+        """By a map [groups, heads of a group, rank, D]; `number_bytes` is of keys as they are."""
+        groups, heads, rank, width = up_shape
+        numbers = groups * heads * width
+        return cls(2 * rank * numbers, latent_bytes, number_bytes * numbers, static_length)
+
+
+@dataclass(frozen=True)
 class Traffic:
     """What a model reads for a token.
 
@@ -76,12 +106,25 @@ class Traffic:
         cache: keys and values of all layers.
         max_length: most tokens that it can hold; None when that is not known.
         counted_from: the file or files that were counted.
+        rebuilt: keys that are no keys in the cache.
     """
 
     tensors: Sequence[StoredTensor]
     cache: Sequence[CacheTensor]
     max_length: int | None
     counted_from: str
+    rebuilt: Sequence[RebuiltKeys] = ()
+
+    @property
+    def rebuild_flop_per_byte(self) -> float | None:
+        """FLOP of rebuilding keys for each byte that is therefore not read; None for none.
+
+        A device that has fewer for a byte would decode faster with keys as they are.
+        """
+        if not self.rebuilt:
+            return None
+        saved = sum(keys.dense_bytes - keys.latent_bytes for keys in self.rebuilt)
+        return sum(keys.flop for keys in self.rebuilt) / saved if saved > 0 else math.inf
 
     @property
     def stored_bytes(self) -> int:
@@ -116,3 +159,7 @@ class Traffic:
                 for tensor in self.cache
             )
         )
+
+    def rebuild_flop(self, context: float) -> float:
+        """FLOP that rebuild keys in one step with `context` tokens in the cache."""
+        return sum(keys.flop * (keys.static_length or context) for keys in self.rebuilt)

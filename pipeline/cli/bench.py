@@ -101,7 +101,7 @@ def command(
             expected=", ".join(_MEASURED_DTYPES),
             change="pass --predict, or quantise a model and give its folder",
         )
-    from pipeline.bench.predict import find_devices
+    from pipeline.bench.devices import find_devices
 
     devices = find_devices(predict) if predict is not None else []
     targets = _find_targets(folders, shapes, dtype, _fractions(keep_params))
@@ -189,7 +189,25 @@ def _predicted_record(
     record = predict(targets, devices, context)
     result_console().print(_predicted_table(record))
     note(_check_line(record["check"]))
+    for line in _rebuilding_lines(record["rows"]):
+        note(line)
     return record
+
+
+def _rebuilding_lines(rows: list[dict[str, Any]]) -> list[str]:
+    """What keys that are rebuilt at every step cost, and where that does not pay."""
+    return [
+        f"{row['model']} on {row['device']}: rebuilding keys takes {row['rebuild_flop'] / 1e9:.2f} "
+        f"GFLOP a token, {row['rebuild_flop_per_byte']:,.0f} for each byte that it saves; "
+        f"the device has {row['flop_per_byte']:,.0f} at its peak, so "
+        + (
+            "it pays"
+            if row["rebuilding_pays"]
+            else "keys as they are would be faster: --cache-form narrow or stock rebuilds none"
+        )
+        for row in rows
+        if row["rebuild_flop"]
+    ]
 
 
 def _write_results(record: dict[str, Any], json_file: Path | None, plot: Path | None) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from pipeline.cli import options
+from pipeline.compress.cache.cache_forms import CACHE_BITS, CACHE_FORMS, DEFAULT_CACHE_FORM
 from pipeline.compress.methods import (
     DEFAULT_EFFORT,
     DEFAULT_METHOD,
@@ -16,12 +17,7 @@ from pipeline.compress.methods import (
     METHODS,
     ROTATIONS,
 )
-from pipeline.compress.request import (
-    CACHE_BITS,
-    CACHE_FORMS,
-    DEFAULT_CACHE_FORM,
-    CompressRequest,
-)
+from pipeline.compress.request import CompressRequest
 from pipeline.quantize.formats import DEFAULT_RUNTIME, RUNTIMES
 
 _LANGUAGE_MODELS = "Language models only."

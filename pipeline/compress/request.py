@@ -4,6 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from pipeline.compress.cache.cache_forms import (
+    CACHE_BITS,
+    CACHE_FORMS,
+    DEFAULT_CACHE_FORM,
+    DEFAULT_CACHE_LENGTH,
+    CacheForm,
+)
 from pipeline.compress.methods import (
     DEFAULT_EFFORT,
     DEFAULT_METHOD,
@@ -19,47 +26,6 @@ from pipeline.memory import parse_bytes
 from pipeline.quantize.formats import DEFAULT_RUNTIME, RUNTIMES, Format
 
 _SHORTENING = 4
-# What --cache-bits names: bits of a latent's numbers to choose from, None for float16.
-LATENT_BITS = (2, 3, 4, 5, 6, 8)
-CACHE_BITS: dict[str, tuple[int | None, ...]] = {
-    "any": (None, *LATENT_BITS),
-    "float": (None,),
-    **{str(bits): (bits,) for bits in LATENT_BITS},
-}
-
-
-@dataclass(frozen=True)
-class CacheForm:
-    """What latents of keys and values are like, and who can read them.
-
-    Attributes:
-        summary: for the help.
-        by_head: each head has latents of its own, and keys are mapped after they were turned: a
-            query is mapped in their place, and nothing is rebuilt.
-        even: keys and values of a layer are of one width, a multiple of this; 0 for any widths.
-        rounds: their numbers may be of few bits.
-    """
-
-    summary: str
-    by_head: bool = False
-    even: int = 0
-    rounds: bool = True
-
-
-DEFAULT_CACHE_FORM = "rebuilt"
-CACHE_FORMS = {
-    DEFAULT_CACHE_FORM: CacheForm("loses least; keys are rebuilt whenever they are read"),
-    "narrow": CacheForm("narrower heads, of which nothing is rebuilt", by_head=True),
-    "stock": CacheForm(
-        "the same in float, keys and values of a layer of one width: what attention of any "
-        "runtime reads, that of the profile cpu, too",
-        by_head=True,
-        even=8,
-        rounds=False,
-    ),
-}
-# Positions that narrow keys are made for, unless more are asked for.
-_CACHE_LENGTH = 2048
 
 
 @dataclass(frozen=True)
@@ -140,7 +106,7 @@ class CompressRequest:
     cache_groups: int = 1
     cache_bits: str = "any"
     cache_form: str = DEFAULT_CACHE_FORM
-    cache_length: int = _CACHE_LENGTH
+    cache_length: int = DEFAULT_CACHE_LENGTH
 
     def check(self) -> None:
         """Refuse values that cannot be meant, before any work is done.
@@ -174,9 +140,9 @@ class CompressRequest:
             ("--method", self.method, METHODS),
             ("--effort", self.effort, EFFORTS),
             ("--runtime", self.runtime, RUNTIMES),
-            ("--rotate", self.rotate, ROTATIONS),
             ("--cache-form", self.cache_form, CACHE_FORMS),
             ("--cache-bits", self.cache_bits, CACHE_BITS),
+            ("--rotate", self.rotate, ROTATIONS),
         ):
             if value not in known:
                 raise UsageError(

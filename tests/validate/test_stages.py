@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.cli.main import main
 from pipeline.errors import InputError, UsageError
 from tests.support.ledger_stages import ORIGINAL as TINY
 from tests.support.ledger_stages import run
@@ -18,13 +19,19 @@ from tests.support.tiny_decoder import (
 from validate.artefacts import Artefacts
 from validate.decoder import DECODER, _TextOptions
 from validate.stages import (
+    _CACHE_IN_PIECES,
     _DENSE_PRODUCT,
+    _ROUNDED_LATENTS,
     _SAME_IN_CODES,
     _SAME_IN_FLOAT16,
     _SAME_IN_FLOAT32,
     _SAME_MATRIX,
+    CACHE_CUT,
+    CACHE_FULL,
+    CACHE_LATENT,
     ORIGINAL,
     SKIP_FORM,
+    Tolerance,
     standard_stages,
 )
 
@@ -69,6 +76,34 @@ def test_a_cache_of_codes_has_a_stage_of_its_own_which_the_export_equals() -> No
     compared = [row.to_reference for row in ledger.rows[1:] if row.to_reference is not None]
     kl = [row.metrics.kl_mean for row in compared]
     assert kl[1] < kl[0] / 4
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_a_smaller_cache_is_measured_cut_rounded_latent_and_in_pieces(
+    bits: int | None, tmp_path: Path
+) -> None:
+    checkpoint, model = tmp_path / "small", tmp_path / "model"
+    save_tiny_folder(model)
+    options = ["--keep-params", "1", "--windows", "8", "--window-length", "32"]
+    own = ["--cache-form", "narrow", "--cache-bits", str(bits or "float"), "--keep-cache", "0.7"]
+    assert main(["compress", "-m", str(model), "-o", str(checkpoint), *options, *own]) == 0
+    stages = standard_stages(Artefacts("x", checkpoint), DECODER.openers, TINY.open)
+    found = {stage.name: (stage.reference, stage.tolerance) for stage in stages[3:]}
+    rounding = {CACHE_CUT: (SKIP_FORM, Tolerance())} if bits else {}
+    full = (CACHE_CUT, _ROUNDED_LATENTS) if bits else (SKIP_FORM, Tolerance())
+    same = _SAME_IN_CODES if bits else _SAME_MATRIX
+    assert found == rounding | {
+        CACHE_FULL: full,
+        CACHE_LATENT: (CACHE_FULL, _SAME_MATRIX),
+        _CACHE_IN_PIECES: (CACHE_LATENT, same),
+    }
+    rows = run(*stages).rows
+    assert [row.verdict.reasons for row in rows] == [[]] * len(stages)
+    cost = {row.name: row.to_reference for row in rows}
+    if bits:
+        rounded = cost[CACHE_FULL]
+        assert rounded is not None
+        assert rounded.metrics.kl_mean > 0
 
 
 def test_a_limit_on_kl_holds_for_every_stage_but_the_original(tmp_path: Path) -> None:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from pipeline.compress.cache.cache_forms import LATENT_BITS
 from pipeline.compress.cache.latent_basis import kept_bytes
-from pipeline.compress.request import LATENT_BITS
 from pipeline.errors import InputError
 from pipeline.json_file import json_field
 from pipeline.model.cache_structure import CachedSide, Side

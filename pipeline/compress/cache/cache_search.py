@@ -12,17 +12,17 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from pipeline.compress.cache.cache_plan import CachePlan, SidePlan
-from pipeline.compress.cache.latent_basis import LatentBasis, kept_bytes
-from pipeline.compress.cache.rotations import Rotations
-from pipeline.compress.cache.statistics import CacheStatistics
-from pipeline.compress.plan.knapsack import allocate
-from pipeline.compress.request import (
+from pipeline.compress.cache.cache_forms import (
     CACHE_FORMS,
     DEFAULT_CACHE_FORM,
     LATENT_BITS,
     CacheForm,
 )
+from pipeline.compress.cache.cache_plan import CachePlan, SidePlan
+from pipeline.compress.cache.key_rotations import KeyRotations
+from pipeline.compress.cache.latent_basis import LatentBasis, kept_bytes
+from pipeline.compress.cache.statistics import CacheStatistics
+from pipeline.compress.plan.knapsack import allocate
 from pipeline.errors import UsageError
 from pipeline.json_file import json_field
 from pipeline.model.cache_structure import SIDES, CachedSide, Side
@@ -165,7 +165,7 @@ def bases_of(
     *,
     two_sided: bool = True,
     centred: bool = True,
-    rotations: Mapping[str, Rotations] = MappingProxyType({}),
+    rotations: Mapping[str, KeyRotations] = MappingProxyType({}),
 ) -> dict[str, list[LatentBasis]]:
     """Source -> the basis of each group of its heads.
 

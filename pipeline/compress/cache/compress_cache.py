@@ -26,9 +26,9 @@ from pipeline.compress.cache.cache_search import (
     choices_of,
     searched_cache,
 )
+from pipeline.compress.cache.key_rotations import key_rotations
 from pipeline.compress.cache.latent_basis import LatentBasis
 from pipeline.compress.cache.prices import measured_prices
-from pipeline.compress.cache.rotations import rotations_of
 from pipeline.compress.cache.statistics import CacheStatistics, measure_cache
 from pipeline.compress.request import CompressRequest
 from pipeline.errors import InputError, UsageError
@@ -73,12 +73,9 @@ def compress_cache_(
     bases = _bases(model, structure, statistics, request)
     if plan is None:
         plan = _planned(model, structure, bases, tokens, request, folder)
-    _install_cache_(
-        model,
-        plan,
-        bases_for=lambda side: bases(side.groups, side.is_narrow)[side.source],
-        seed=request.seed,
-    )
+    # All of them before the first map is in its place: some are read off the running model.
+    own = {s.source: bases(s.groups, s.is_narrow)[s.source] for s in plan.sides if s.form != "full"}
+    _install_cache_(model, plan, bases_for=lambda side: own[side.source], seed=request.seed)
     _require_equal_latents(model, tokens)
     return plan
 
@@ -94,7 +91,7 @@ def _bases(
 
     @cache
     def found(groups: int, narrow: bool) -> _Bases:
-        turned = rotations_of(model, structure, request.cache_length) if narrow else {}
+        turned = key_rotations(model, structure, request.cache_length) if narrow else {}
         return bases_of(
             structure,
             statistics,

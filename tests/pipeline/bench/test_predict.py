@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
+from pipeline.bench.devices import DEVICES, find_devices
 from pipeline.bench.predict import (
-    _DEVICES,
     _FIGURES,
     _Case,
     _check,
@@ -16,10 +16,10 @@ from pipeline.bench.predict import (
     _kernels_of,
     _predict_one,
     _published_cases,
-    find_devices,
 )
 from pipeline.bench.shapes import _SHAPES
 from pipeline.bench.torch_traffic import traffic_of_shape
+from pipeline.bench.traffic import RebuiltKeys
 from pipeline.errors import UsageError
 
 KNOWN = _Fit(efficiency=0.8, cycles_per_kernel=9000.0)
@@ -93,7 +93,7 @@ def test_the_orin_nano_was_not_in_its_faster_mode() -> None:
 
 
 def test_compression_raises_the_bound_by_the_ratio_of_the_bytes_and_starts_more_kernels() -> None:
-    device, fit = _DEVICES["orin-nx-16gb"], _fitted()
+    device, fit = DEVICES["orin-nx-16gb"], _fitted()
     dense, kept = (traffic_of_shape(_SHAPES["llama-3.2-1b"], "float16", k) for k in (1.0, 0.6))
     before, after = (_predict_one(traffic, device, 1024, fit) for traffic in (dense, kept))
     ratio = before.bytes_per_token / after.bytes_per_token
@@ -107,7 +107,7 @@ def test_compression_raises_the_bound_by_the_ratio_of_the_bytes_and_starts_more_
 def test_expected_is_below_the_bound_and_a_model_beyond_the_memory_does_not_fit() -> None:
     traffic = traffic_of_shape(_SHAPES["llama-3.1-70b"], "int4")
     nano, thor = (
-        _predict_one(traffic, _DEVICES[d], 128, _fitted()) for d in ("orin-nano-8gb", "thor")
+        _predict_one(traffic, DEVICES[d], 128, _fitted()) for d in ("orin-nano-8gb", "thor")
     )
     assert (nano.fits, thor.fits) == (False, True)
     for prediction in (nano, thor):
@@ -118,14 +118,56 @@ def test_expected_is_below_the_bound_and_a_model_beyond_the_memory_does_not_fit(
 
 
 def test_a_longer_context_is_slower() -> None:
-    traffic, device = traffic_of_shape(_SHAPES["qwen3-0.6b"], "int4"), _DEVICES["thor"]
+    traffic, device = traffic_of_shape(_SHAPES["qwen3-0.6b"], "int4"), DEVICES["thor"]
     rates = [_predict_one(traffic, device, n, _fitted()).expected_tokens_per_s for n in (128, 4096)]
     assert rates[1] < rates[0]
 
 
+# Of dense float16: what is published of sparse int8 over 4, of sparse fp4 over 8, or itself.
+PUBLISHED_TFLOPS = {
+    "orin-nano-4gb": 20 / 4, "orin-nano-8gb": 40 / 4, "orin-nano-8gb-super": 67 / 4,
+    "agx-orin-64gb": 170 / 4, "thor": 2070 / 8, "rtx-3090": 71, "rtx-4090": 165.2,
+    "rtx-5090": 209.5,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED_TFLOPS)
+def test_multiprocessors_times_clock_is_the_published_peak(name: str) -> None:
+    assert DEVICES[name].tflops == pytest.approx(PUBLISHED_TFLOPS[name], rel=0.025)
+
+
+def test_rebuilding_half_the_keys_takes_as_many_operations_a_byte_as_a_group_has_numbers() -> None:
+    # 2 rank n FLOP for 2 (n - groups rank) bytes of float16, with half of the rank: n a group.
+    for groups in (1, 8):
+        numbers = 8 // groups * 128
+        own = RebuiltKeys.of((groups, 8 // groups, numbers // 2, 128), 2 * 8 * 64, 2)
+        dense = traffic_of_shape(_SHAPES["qwen3-8b"], "float16")
+        assert replace(dense, rebuilt=[own] * 36).rebuild_flop_per_byte == numbers
+
+
+def test_rebuilt_keys_cost_their_operations_and_pay_where_a_device_has_them() -> None:
+    dense = traffic_of_shape(_SHAPES["qwen3-8b"], "int4")
+    keys = RebuiltKeys.of((1, 8, 512, 128), 1024, 2)
+    latent = replace(
+        dense,
+        cache=[replace(t, width=512) if n % 2 == 0 else t for n, t in enumerate(dense.cache)],
+        rebuilt=[keys] * 36,
+    )
+    device, fit = DEVICES["agx-orin-64gb"], _fitted()
+    before, after = (_predict_one(traffic, device, 32768, fit) for traffic in (dense, latent))
+    assert after.rebuild_flop == pytest.approx(36 * 32768 * 2 * 512 * 1024)
+    assert after.bytes_per_token < before.bytes_per_token
+    assert after.expected_tokens_per_s < before.expected_tokens_per_s
+    assert (before.rebuilding_pays, after.rebuilding_pays) == (None, False)
+    by_head = replace(latent, rebuilt=[RebuiltKeys.of((8, 1, 64, 128), 1024, 2)] * 36)
+    assert _predict_one(by_head, device, 32768, fit).rebuilding_pays
+    for prediction in (before, after):
+        assert prediction.expected_tokens_per_s < prediction.bound_tokens_per_s
+
+
 @pytest.mark.parametrize("name", PUBLISHED_GB_PER_S)
 def test_bus_width_times_data_rate_is_the_published_bandwidth(name: str) -> None:
-    assert _DEVICES[name].gb_per_s == pytest.approx(PUBLISHED_GB_PER_S[name], rel=0.006)
+    assert DEVICES[name].gb_per_s == pytest.approx(PUBLISHED_GB_PER_S[name], rel=0.006)
 
 
 def test_devices_are_found_once_each_in_the_order_given() -> None:
@@ -137,5 +179,5 @@ def test_devices_are_found_once_each_in_the_order_given() -> None:
 def test_an_unknown_device_is_refused_with_the_known_ones(names: str) -> None:
     with pytest.raises(UsageError) as refused:
         find_devices(names)
-    for name in _DEVICES:
+    for name in DEVICES:
         assert name in str(refused.value)

@@ -105,7 +105,11 @@ def test_what_a_token_takes_is_what_the_cache_holds(
     capsys.readouterr()
     assert main(["inspect", str(exported), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["KV cache, bytes a token"] == f"{held:.0f}"
-    assert traffic_of_folder(exported).cache_bytes(slots) == held * slots
+    traffic = traffic_of_folder(exported)
+    assert traffic.cache_bytes(slots) == held * slots
+    # Keys of 2 heads of 8 numbers: of 12 latent ones, two of 4 bits to a byte, and of 16.
+    assert traffic.rebuild_flop(slots) == slots * 2 * 16 * (12 + 16)
+    assert [keys.latent_bytes for keys in traffic.rebuilt] == [6 + 4, 16 + 4]
     record = json.loads((exported / RECORD_FILE).read_text())["cache"]
     assert record[0]["key_form"] == "codes, two to a byte"
     assert (record[0]["key_bits"], record[0]["value_bits"]) == (4, 8)

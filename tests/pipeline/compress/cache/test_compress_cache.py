@@ -108,10 +108,15 @@ def test_a_plan_edited_by_hand_is_followed(tmp_path: Path) -> None:
     small = compressed(tmp_path, "llama", "--keep-cache", "0.5")
     plan = json.loads((small / "plan.json").read_text())
     plan["caches"]["sides"][1] |= {"form": "latent", "groups": 2, "rank": 3, "bits": 4}
+    plan["caches"]["sides"][2] |= {"form": "narrow", "groups": 2, "rank": 5, "bits": None}
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     again = compressed(tmp_path, "llama", plan=tmp_path / "plan.json")
-    made = cache_maps(load_checkpoint(again))["model.layers.0.self_attn.value_map"]
+    maps = cache_maps(load_checkpoint(again))
+    made = maps["model.layers.0.self_attn.value_map"]
     assert (made.groups, made.rank, made.bits) == (2, 3, 4)
+    keys = maps["model.layers.1.self_attn.key_map"]
+    assert (keys.after_rotation, keys.is_rotated, keys.rank) == (True, False, 5)
+    assert torch.isfinite(keys.down).all()
 
 
 @pytest.mark.parametrize(

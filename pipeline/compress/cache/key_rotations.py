@@ -29,7 +29,7 @@ _Rotate = Callable[..., torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Rotations:
+class KeyRotations:
     """How keys of one layer are turned, at positions that are as likely as one another.
 
     Attributes:
@@ -47,7 +47,7 @@ class Rotations:
     @classmethod
     def of(
         cls, rotate: _Rotate, angles: tuple[torch.Tensor, torch.Tensor], width: int
-    ) -> Rotations:
+    ) -> KeyRotations:
         """Read the pairs off the model's own rotation.
 
         Args:
@@ -92,7 +92,7 @@ class Rotations:
         )
         # A gradient by a turned key is one by the key, turned, over the square of the scale.
         scale = self.cos.square() + self.sin.square()
-        back = Rotations(self.first, self.second, self.cos / scale, self.sin / scale)
+        back = KeyRotations(self.first, self.second, self.cos / scale, self.sin / scale)
         return CacheStatistics(moment, weighted, mean, back._second(before.sensitivity))
 
     def _mean(self, mean: torch.Tensor) -> torch.Tensor:
@@ -142,9 +142,9 @@ def _pairs(turned: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.cat([lower, rest[0]]), torch.cat([partner[lower], rest[1]])
 
 
-def rotations_of(
+def key_rotations(
     model: PreTrainedModel, structure: Sequence[CachedSide], length: int
-) -> dict[str, Rotations]:
+) -> dict[str, KeyRotations]:
     """How the keys of every layer are turned, seen while the model reads tokens at all positions.
 
     Args:
@@ -203,14 +203,15 @@ def _noting_arguments(
             hook.remove()
 
 
-def _found(model: PreTrainedModel, side: CachedSide, calls: list[dict[str, Any]]) -> Rotations:
+def _found(model: PreTrainedModel, side: CachedSide, calls: list[dict[str, Any]]) -> KeyRotations:
     rotate = rotation_of(model.get_submodule(_holder(side)))
     tables: list[Any] = [call.get("position_embeddings") for call in calls]
-    if rotate is None or any("past_key_values" not in c for c in calls) or None in tables:
+    unseen = any(table is None for table in tables)
+    if rotate is None or unseen or any("past_key_values" not in call for call in calls):
         raise _unknown(side, "an attention that is not given its angles and its cache as usual")
     cos, sin = (torch.cat([table[n].cpu() for table in tables], dim=1) for n in (0, 1))
     try:
-        return Rotations.of(rotate, (cos, sin), side.width)
+        return KeyRotations.of(rotate, (cos, sin), side.width)
     except ValueError as error:
         raise _unknown(side, str(error)) from error
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pipeline.compress.cache.rotations import Rotations, _spread, rotations_of
+from pipeline.compress.cache.key_rotations import KeyRotations, _spread, key_rotations
 from pipeline.compress.cache.statistics import CacheStatistics
 from pipeline.model.cache_structure import cache_structure
 from pipeline.model.structure import decoder_structure
@@ -38,7 +38,7 @@ def test_moments_are_the_mean_over_positions(part: int, scale: float) -> None:
     moment, mean = keys.T @ keys / len(keys), keys.mean(0)
     moment = moment - mean.outer(mean)
     before = CacheStatistics(moment, moment, mean, gradients.T @ gradients / len(gradients))
-    found = Rotations.of(turned_by, (cos, sin), WIDTH).of_statistics(before)
+    found = KeyRotations.of(turned_by, (cos, sin), WIDTH).of_statistics(before)
 
     everywhere = keys[:, None, None].expand(-1, 1, LENGTH, -1)
     after = turned_by(everywhere, cos.double(), sin.double()).flatten(0, 2)
@@ -58,14 +58,14 @@ def test_numbers_that_are_not_turned_in_pairs_are_refused() -> None:
         return keys @ torch.ones(WIDTH, WIDTH, dtype=keys.dtype)
 
     with pytest.raises(ValueError, match="in pairs"):
-        Rotations.of(mixed, angles(WIDTH), WIDTH)
+        KeyRotations.of(mixed, angles(WIDTH), WIDTH)
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gemma3_text"])
 def test_a_models_own_angles_are_seen_at_every_position(family: str) -> None:
     model = tiny_model(family)
     structure = cache_structure(model, decoder_structure(model))
-    found = rotations_of(model, structure, 10**6)
+    found = key_rotations(model, structure, 10**6)
     assert set(found) == {side.source for side in structure if side.side == "key"}
     for own in found.values():
         assert own.cos.shape == (model.config.max_position_embeddings, WIDTH // 2)
