@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,13 +13,16 @@ from pipeline.engine.profiles import ShapeProfile
 from pipeline.engine.worker_protocol import PLAN_FILE
 from pipeline.errors import InputError, MissingPackageError, ResourceError
 from pipeline.runtime.device.driver import DeviceMemory, Driver, Stream
-from pipeline.runtime.sessions.engine_calls import load_engine_library, load_engine_plugin
+from pipeline.runtime.sessions.engine_calls import (
+    load_engine_library,
+    load_engine_plugin,
+    read_plan,
+)
 from pipeline.runtime.sessions.engine_interface import require_engine_interface
 
 if TYPE_CHECKING:
     import tensorrt as trt
 
-_PIECE_BYTES = 64 << 20  # of the plan in memory beside what TensorRT has made of it
 _FLAVOUR = "tensorrt"
 _TYPES = {"FLOAT": "float32", "HALF": "float16", "INT8": "int8", "INT64": "int64"}
 
@@ -118,7 +120,7 @@ def open_engine(
     load_engine_plugin(library, manifest, plugin, folder)
     logger = library.Logger(library.Logger.WARNING)
     runtime = library.Runtime(logger)
-    engine = _read_plan(library, runtime, folder / PLAN_FILE)
+    engine = read_plan(library, runtime, folder / PLAN_FILE)
     profiles = tuple(ShapeProfile.from_json(entry) for entry in manifest["profiles"])
     require_engine_interface(engine, manifest, profiles[:1], folder)
     needed_bytes = int(engine.device_memory_size_v2)
@@ -143,55 +145,3 @@ def load_device_library() -> Any:
             "tensorrt"
         )
         raise
-
-
-def _read_plan(library: Any, runtime: trt.Runtime, path: Path) -> trt.ICudaEngine:
-    """Deserialise a plan piece by piece; raise InputError when TensorRT refuses it."""
-    with path.open("rb", buffering=0) as file:
-        engine = runtime.deserialize_cuda_engine(_make_reader(library, file.fileno()))
-    if engine is None:
-        raise InputError(
-            "TensorRT refuses this plan; it said why above.",
-            where=path,
-            change="build the engine again on this machine",
-        )
-    return engine
-
-
-def _make_reader(library: Any, number: int) -> Any:
-    """What TensorRT reads an open file through, by the interface that its version has.
-
-    Up to 10.16 there is `IStreamReader`, which only reads on; from 11 on `IStreamReaderV2` alone,
-    which also seeks and may give less than it was asked for. What has been read is dropped from the
-    page cache, which on a Jetson takes the memory that the engine needs.
-    """
-    reads_on = getattr(library, "IStreamReader", None)
-    base: Any = reads_on or library.IStreamReaderV2
-
-    class PlanReader(base):  # type: ignore[misc]
-        def __init__(self) -> None:
-            base.__init__(self)
-
-        def read(self, size: int, stream: int = 0) -> bytes:
-            start = os.lseek(number, 0, os.SEEK_CUR)
-            content = _read_exactly(number, size if reads_on else min(size, _PIECE_BYTES))
-            if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(number, start, len(content), os.POSIX_FADV_DONTNEED)
-            return content
-
-        def seek(self, offset: int, where: Any) -> bool:
-            os.lseek(number, offset, int(where))
-            return True
-
-    return PlanReader()
-
-
-def _read_exactly(number: int, size: int) -> bytes:
-    """So many bytes of a file, or those up to its end: one read may give fewer than asked for."""
-    content = os.read(number, size)
-    if len(content) in (0, size):
-        return content
-    pieces = [content]
-    while (left := size - sum(map(len, pieces))) and (piece := os.read(number, left)):
-        pieces.append(piece)
-    return b"".join(pieces)

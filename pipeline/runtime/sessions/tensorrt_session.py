@@ -8,6 +8,7 @@ engine swaps between two buffers. The manifest is checked before the plan is rea
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from pipeline.engine.profiles import ShapeProfile
 from pipeline.engine.worker_protocol import PLAN_FILE
 from pipeline.errors import InputError, ResourceError
 from pipeline.export.contract import (
+    ATTENTION_MASK,
     CACHE_PREFIX,
     LOGITS,
     PROFILES,
@@ -38,6 +40,7 @@ from pipeline.runtime.sessions.engine_calls import (
     load_engine_library,
     load_engine_plugin,
     pick_profile,
+    read_plan,
     require_rows,
     split_call,
 )
@@ -123,7 +126,8 @@ def open_engine(
     load_engine_plugin(library, manifest, plugin, folder)
     logger = library.Logger(library.Logger.WARNING)
     runtime = library.Runtime(logger)
-    engine = _read_engine(runtime, folder)
+    # How the reader of TensorRT for RTX behaves has not been seen.
+    engine = read_plan(library, runtime, folder / PLAN_FILE, streams=flavour != "rtx")
     return _OpenEngine(manifest, library, torch, engine, (runtime, logger))
 
 
@@ -168,10 +172,27 @@ class TensorRTSession(CheckedSession):
         self.reset()
 
     def rewind(self, length: int) -> None:
-        """Forget all but the first `length` tokens; their slots are written anew before use."""
-        self._length = min(self._length, length)
+        """Forget all but the first `length` tokens; slots in place are written before their use."""
         if length == 0:
             self.reset()
+        elif length < self._length:
+            if not self._in_place and self._rows is not None:
+                self._move_heads(self._rows, length)
+            self._length = length
+
+    def _move_heads(self, rows: int, length: int) -> None:
+        """Lay the first `length` tokens of every head of a growing cache side by side."""
+        for name, (past, present) in self._buffers.items():
+            _, heads, _, width = self._profiles[0].shapes[name].max
+            before, after = ((rows, heads, n, width) for n in (self._length, length))
+            kept = past[: math.prod(before)].view(before)[:, :, :length]
+            present[: math.prod(after)].view(after).copy_(kept)
+        self._swap()
+        self._torch.cuda.synchronize()
+
+    def _swap(self) -> None:
+        """What was written last is read next."""
+        self._buffers = {name: (new, old) for name, (old, new) in self._buffers.items()}
 
     def sibling(self) -> TensorRTSession:
         """A session over the same engine, with contexts and a cache of its own."""
@@ -246,7 +267,7 @@ class TensorRTSession(CheckedSession):
         rows, count = input_ids.shape
         feeds = {
             name: self._torch.from_numpy(values).to(self._device(name))
-            for name, values in token_feeds(input_ids, self._length).items()
+            for name, values in self._feeds(input_ids).items()
         }
         shapes = {name: tuple(tensor.shape) for name, tensor in feeds.items()}
         shapes |= {name: self._cache_shape(name, rows) for name in self._buffers}
@@ -261,7 +282,7 @@ class TensorRTSession(CheckedSession):
         self._execute(index)
         self._stream.synchronize()
         if not self._in_place:
-            self._buffers = {name: (new, old) for name, (old, new) in self._buffers.items()}
+            self._swap()
         wanted = logits[:, -1:] if last_only else logits
         answer: np.ndarray = wanted.float().cpu().numpy()
         return answer
@@ -276,6 +297,17 @@ class TensorRTSession(CheckedSession):
         """Give a context's call to the stream; raise ResourceError when TensorRT cannot."""
         if not self._contexts[index].execute_async_v3(self._stream.cuda_stream):
             raise ResourceError("TensorRT could not run the engine.", where=self.name)
+
+    def _feeds(self, input_ids: np.ndarray) -> dict[str, np.ndarray]:
+        """The inputs of a call; a mask over a fixed cache has one shape, whatever is in it.
+
+        TensorRT for RTX compiles kernels for every shape that it has not seen.
+        """
+        feeds = dict(token_feeds(input_ids, self._length))
+        if self._in_place and ATTENTION_MASK in feeds:
+            spare = self.max_length - feeds[ATTENTION_MASK].shape[1]
+            feeds[ATTENTION_MASK] = np.pad(feeds[ATTENTION_MASK], ((0, 0), (0, spare)))
+        return feeds
 
     def _cache_shape(self, name: str, rows: int) -> tuple[int, ...]:
         """Shape of a cache input for this call."""
@@ -337,15 +369,3 @@ def _require_cuda_torch() -> Any:
             change="install a CUDA build of torch (on Jetson: NVIDIA's wheel)",
         )
     return torch
-
-
-def _read_engine(runtime: trt.Runtime, folder: Path) -> trt.ICudaEngine:
-    """Deserialise the plan; raise InputError when TensorRT refuses it."""
-    engine = runtime.deserialize_cuda_engine((folder / PLAN_FILE).read_bytes())
-    if engine is None:
-        raise InputError(
-            "TensorRT refuses this plan; it said why above.",
-            where=folder / PLAN_FILE,
-            change="build the engine again on this machine",
-        )
-    return engine
