@@ -14,7 +14,7 @@ from pipeline.json_file import read_json_object
 # By one of these a folder is known as skipcat's; each says so in its provenance.
 RECORDS = (
     "recipe.json", "export.json", "manifest.json", "ledger.json", "build.json", "dense.json",
-    "training.json", "perception.json",
+    "training.json", "perception.json", "bundle.json",
 )  # fmt: skip
 # Beside an output that is not there yet, and inside a folder that is there and empty.
 _INSIDE = ".skipcat.partial"

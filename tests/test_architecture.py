@@ -30,6 +30,7 @@ FLOORS = (
     "serve",
     "validate",
     "bench",
+    "bundle",
     "build",  # doctor, build, face
     "cli",
 )

@@ -28,6 +28,7 @@ _COMMANDS = {
     "export-dense": "pipeline.cli.export_dense",
     "substitute": "pipeline.cli.substitute",
     "engine": "pipeline.cli.engine",
+    "bundle": "pipeline.cli.bundle",
     "validate": "pipeline.cli.validate",
     "evaluate": "pipeline.cli.evaluate",
     "run": "pipeline.cli.run",

@@ -26,6 +26,7 @@ _OLDEST_PYTHON = (3, 10)
 
 def _run(options: argparse.Namespace) -> None:
     """Answer a prompt, and stream the text."""
+    from pipeline.runtime.device.bundle import engine_of
     from pipeline.runtime.generate import answer
     from pipeline.runtime.sampling import Sampling
     from pipeline.runtime.sequence import Decoding
@@ -34,7 +35,8 @@ def _run(options: argparse.Namespace) -> None:
     if options.prompt is None and sys.stdin.isatty():
         raise UsageError("There is no prompt.", change="pass -p, or a prompt on stdin")
     prompt = sys.stdin.read() if options.prompt is None else options.prompt
-    tokenizer = load_tokenizer(options.folder)
+    folder = engine_of(options.folder)
+    tokenizer = load_tokenizer(folder)
     system = [{"role": "system", "content": options.system}] if options.system else []
     messages = [*system, {"role": "user", "content": prompt}]
     ids = chat_prompt_ids(tokenizer, messages, options.raw)
@@ -44,7 +46,7 @@ def _run(options: argparse.Namespace) -> None:
             options.temperature, options.top_k, options.top_p, options.min_p,
             options.repetition_penalty,
         ),
-        stop_ids=stop_token_ids(tokenizer, options.folder),
+        stop_ids=stop_token_ids(tokenizer, folder),
         stops=tuple(options.stop),
         seed=options.seed,
     )  # fmt: skip
@@ -59,11 +61,18 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _selftest(options: argparse.Namespace) -> None:
-    """Compute the same in several ways; exits with 5 where they differ."""
-    from pipeline.runtime.device.selftest import run_selftest
+    """Compute the same in several ways, and a bundle's answers; exits with 5 where they differ."""
+    from pipeline.runtime.device.bundle import BUNDLE_FILE, require_reference, require_whole
+    from pipeline.runtime.device.selftest import Outcome, run_selftest
 
+    is_bundle = (options.folder / BUNDLE_FILE).is_file()
+    if is_bundle:
+        require_whole(options.folder)
     session = _open(options)
     outcomes = run_selftest(session)
+    if is_bundle:
+        said = require_reference(options.folder, session)
+        outcomes += [Outcome(f"the answer to {prompt!r}", cosine) for prompt, cosine in said]
     if options.json:
         _print({"captured": session.is_captured, "checks": [vars(one) for one in outcomes]})
         return
@@ -84,6 +93,7 @@ def _describe(options: argparse.Namespace) -> None:
 
 def _preflight(options: argparse.Namespace) -> None:
     """Say whether an engine can run here, or on a described device; exits with 3 or 4 if not."""
+    from pipeline.runtime.device.bundle import engine_of
     from pipeline.runtime.device.describe import describe, open_driver
     from pipeline.runtime.device.preflight import check_device
 
@@ -94,7 +104,7 @@ def _preflight(options: argparse.Namespace) -> None:
         device = describe(driver)
     else:
         device = read_json_object(options.device)
-    found = check_device(options.folder, device)
+    found = check_device(engine_of(options.folder), device)
     if options.json:
         _print(found)
         return
@@ -107,9 +117,10 @@ def _preflight(options: argparse.Namespace) -> None:
 
 
 def _open(options: argparse.Namespace) -> DeviceSession:
+    from pipeline.runtime.device.bundle import engine_of
     from pipeline.runtime.device.session import DeviceSession
 
-    return DeviceSession.open(options.folder, options.plugin, aside)
+    return DeviceSession.open(engine_of(options.folder), options.plugin, aside)
 
 
 def _print(value: Any) -> None:
@@ -138,7 +149,7 @@ def _make_parser() -> _Parser:
     }
     for name, verb in made.items():
         if name != "describe":
-            verb.add_argument("folder", type=Path, help="engine folder of `skipcat engine`")
+            verb.add_argument("folder", type=Path, help="bundle, or engine folder")
             verb.add_argument("--json", action="store_true", help="JSON on stdout")
     for name in ("run", "selftest"):
         made[name].add_argument("--plugin", type=Path, help="block-skip library of the engine")
