@@ -186,8 +186,8 @@ class Layer(nn.Module):
         """
         normed = F.rms_norm(x, (x.shape[-1],), self.before, _EPSILON)
         q, k, v = self._split(self.qkv(normed))
-        keys.index_copy_(1, place, self._turned(k, turn))
-        values.index_copy_(1, place, v)
+        keys[:, place] = self._turned(k, turn)
+        values[:, place] = v
         grouped = self._turned(q, turn).view(self.kv_heads, -1, self.width)
         scores = grouped @ keys.transpose(1, 2) * self.width**-0.5 + hidden
         seen = scores.float().softmax(-1).to(x.dtype) @ values

@@ -21,7 +21,7 @@ import torch
 
 from benchmarks.gpu.decoder import Decoder, Way, graph_of, median_ms
 from benchmarks.gpu.layer_steps import TINY
-from benchmarks.gpu.steps import Row, Setting, outcome, verdict
+from benchmarks.gpu.steps import Row, Setting, let_go, outcome, verdict
 from pipeline.bench.shapes import Shape, fill_randomly_, find_shape
 
 _TUNED = (("coordinate_descent_tuning", True),)
@@ -62,6 +62,7 @@ def _decode(name: str, setting: Setting) -> Iterator[Row]:
         if way.name in setting.done - {_DENSE.name} or setting.left_s < _ENOUGH_S:
             continue
         row = _way_row(shape, way, setting)
+        let_go()
         if way.form == "dense" and way.bits == 16:
             dense_ms.append(row["ms"])
             dense_bytes = row["read_bytes"]
@@ -129,7 +130,9 @@ def sessions(setting: Setting) -> Iterator[Row]:
         ("transformers, dense", 1.0, True),
     ):
         if name not in setting.done and setting.left_s >= _ENOUGH_S:
-            yield name, _session_row(shape, kept, compiled, setting)
+            row = _session_row(shape, kept, compiled, setting)
+            let_go()
+            yield name, row
 
 
 def _session_row(shape: Shape, kept: float, compiled: bool, setting: Setting) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from benchmarks.gpu.steps import STEPS, Step
 from pipeline.artefact import write_json
 from pipeline.child_process import ChildEndedError, JsonChild
 from pipeline.errors import UsageError
+from pipeline.gpu import find_gpu
 from pipeline.json_file import read_json_object
 from pipeline.provenance import provenance
 
@@ -57,6 +58,7 @@ class _Run:
     child: JsonChild | None = None
 
     def __post_init__(self) -> None:
+        self.provenance = provenance()
         self.record = read_json_object(self.path) if self.path.is_file() else {"cards": {}}
         self.steps: dict[str, Any] = self.record["cards"].setdefault(self.card, {})
 
@@ -116,7 +118,7 @@ class _Run:
     ) -> None:
         """Write what is known of a step."""
         told = {"status": status, "why": why, "seconds": round(seconds, 1), "seed": self.seed}
-        self.steps[step.name] = told | {"provenance": provenance(), "rows": rows}
+        self.steps[step.name] = told | {"provenance": self.provenance, "rows": rows}
         write_json(self.path, self.record)
 
 
@@ -140,18 +142,15 @@ def _show(step: str, name: str, row: dict[str, Any]) -> None:
 
 
 def _card_name() -> str:
-    """The GPU that PyTorch sees, by name.
+    """The name of this machine's GPU, asked for without PyTorch, which takes seconds to start.
 
     Raises:
-        UsageError: none.
+        UsageError: there is none.
     """
-    import torch
-
-    if not torch.cuda.is_available():
-        raise UsageError(
-            "PyTorch sees no GPU.", observed=f"torch {torch.__version__}", change="pass --dry"
-        )
-    return torch.cuda.get_device_name()
+    gpu = find_gpu()
+    if gpu is None:
+        raise UsageError("There is no NVIDIA GPU here.", change="pass --dry")
+    return gpu.name
 
 
 def _prepare(capability: int) -> None:

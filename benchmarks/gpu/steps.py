@@ -5,6 +5,8 @@ A step is a function of another module that yields rows; it is imported where it
 
 from __future__ import annotations
 
+import gc
+import sys
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -111,3 +113,15 @@ def outcome(claim: str, passed: bool, **more: Any) -> dict[str, Any]:
 def not_run(claim: str, why: str) -> dict[str, Any]:
     """One claim that could not be looked at."""
     return {"claim": claim, "verdict": "not run", "why": why}
+
+
+def let_go() -> None:
+    """Give back the device's memory, and what torch.compile remembers, if there is any."""
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return
+    # Captured graphs hold memory, and a function is compiled 8 times at most.
+    torch.compiler.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -8,7 +8,6 @@ A failed CUDA call can leave a process of no use, so the parent goes on with a n
 
 from __future__ import annotations
 
-import gc
 import json
 import sys
 import traceback
@@ -16,7 +15,7 @@ from collections.abc import Callable, Iterator
 from importlib import import_module
 from typing import Any
 
-from benchmarks.gpu.steps import Row, Setting
+from benchmarks.gpu.steps import Row, Setting, let_go
 from pipeline.child_process import answers_on_stdout
 from pipeline.errors import PipelineError
 
@@ -36,7 +35,7 @@ def _serve(tell: Callable[[dict[str, Any]], None]) -> None:
             shown = str(error) if isinstance(error, PipelineError) else _trace()
             tell({"failed": shown})
             return
-        _let_go()
+        let_go()
         tell({"end": step})
 
 
@@ -50,17 +49,6 @@ def _rows(step: str, setting: Setting) -> Iterator[Row]:
 def _trace() -> str:
     """The end of the traceback of what is being handled."""
     return "\n".join(traceback.format_exc().strip().splitlines()[-_TRACE_LINES:])
-
-
-def _let_go() -> None:
-    """Give back the device's memory, if any was taken."""
-    torch = sys.modules.get("torch")
-    if torch is None:
-        return
-    torch.compiler.reset()  # captured graphs hold theirs
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

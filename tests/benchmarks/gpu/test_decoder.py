@@ -29,7 +29,8 @@ def filled(shape: Shape) -> tuple[Decoder, Any]:
     model.lm_head.weight.copy_(head)
     for ours, theirs in zip(decoder.layers, model.model.layers, strict=True):
         attention, mlp = theirs.self_attn, theirs.mlp
-        weights: list[Any] = [p.weight for p in (ours.qkv, ours.o, ours.gate_up, ours.down)]
+        products = (ours.qkv, ours.o, ours.gate_up, ours.down)
+        weights: list[Any] = [product.weight for product in products]
         parts = [*weights[0].split([inner, kv, kv]), weights[1], *weights[2].chunk(2), weights[3]]
         layers = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
         for layer, weight in zip(
