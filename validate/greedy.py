@@ -15,6 +15,9 @@ from pipeline.runtime.sessions.session import Session
 
 _QUESTION = "Question: What is a whale?\nAnswer:"
 _ANSWER_TOKENS = 32
+# A step of a few rows reads the weights once, as that of one does; but each row has a cache, which
+# in a graph of fixed length is as long as any answer may be.
+_ROWS_AT_ONCE = 4
 
 
 @dataclass(frozen=True)
@@ -157,7 +160,7 @@ def trace_greedy(
     max_new_tokens: int,
     watched: Mapping[str, Sequence[GreedyTrace]],
 ) -> list[GreedyTrace]:
-    """Decode every prompt greedily, without stopping early.
+    """Decode every prompt greedily, without stopping early; several at once.
 
     Args:
         session: any backend.
@@ -168,39 +171,51 @@ def trace_greedy(
     Raises:
         InputError: prompt and answer are longer than the session's cache.
     """
-    return [
-        _trace_prompt(
-            session,
-            prompt,
-            max_new_tokens,
-            {name: traces[i].tokens for name, traces in watched.items()},
-        )
-        for i, prompt in enumerate(prompts)
-    ]
+    rows = min(_ROWS_AT_ONCE, session.max_rows or _ROWS_AT_ONCE)
+    traces: list[GreedyTrace] = []
+    for start in range(0, len(prompts), rows):
+        part = slice(start, start + rows)
+        others = {name: [trace.tokens for trace in all_[part]] for name, all_ in watched.items()}
+        traces += _trace_rows(session, prompts[part], max_new_tokens, others)
+    return traces
 
 
 def _trace_prompt(
     session: Session, prompt: np.ndarray, max_new_tokens: int, watched: Mapping[str, list[int]]
 ) -> GreedyTrace:
     """Decode one prompt, int64 [S]; note the gap where it leaves each watched answer."""
+    alone = {name: [others] for name, others in watched.items()}
+    return _trace_rows(session, prompt[None], max_new_tokens, alone)[0]
+
+
+def _trace_rows(
+    session: Session,
+    prompts: np.ndarray,
+    max_new_tokens: int,
+    watched: Mapping[str, list[list[int]]],
+) -> list[GreedyTrace]:
+    """Decode prompts, int64 [R, S], side by side; `watched` has as many answers of each stage."""
     session.reset()
-    tokens: list[int] = []
-    margins: list[float] = []
-    scales: list[float] = []
-    gaps: dict[str, float | None] = dict.fromkeys(watched)
-    new_ids = prompt[None]  # [1, S]
-    for step in range(max_new_tokens):
-        logits = session.forward(new_ids)[0, -1]  # [V]
-        token = int(logits.argmax())
-        runner_up, best = np.partition(logits, -2)[-2:]
-        for name, others in watched.items():
-            if others[step] != token and others[:step] == tokens:
-                gaps[name] = float(logits[token] - logits[others[step]])
-        tokens.append(token)
-        margins.append(float(best - runner_up))
-        scales.append(float(np.abs(logits).max()))
-        new_ids = np.array([[token]], dtype=np.int64)
-    return GreedyTrace(tokens, margins, gaps, scales)
+    traces = [GreedyTrace([], [], dict.fromkeys(watched)) for _ in prompts]
+    new_ids = prompts
+    for _ in range(max_new_tokens):
+        logits = session.forward(new_ids)[:, -1]  # [R, V]
+        for row, trace in enumerate(traces):
+            _choose(trace, logits[row], {name: others[row] for name, others in watched.items()})
+        new_ids = np.array([trace.tokens[-1:] for trace in traces], dtype=np.int64)
+    return traces
+
+
+def _choose(trace: GreedyTrace, logits: np.ndarray, watched: Mapping[str, list[int]]) -> None:
+    """Add the likeliest token of logits [V] to a trace, and the gap where it leaves an answer."""
+    token, step = int(logits.argmax()), len(trace.tokens)
+    runner_up, best = np.partition(logits, -2)[-2:]
+    for name, others in watched.items():
+        if others[step] != token and others[:step] == trace.tokens:
+            trace.gaps[name] = float(logits[token] - logits[others[step]])
+    trace.tokens.append(token)
+    trace.margins.append(float(best - runner_up))
+    trace.scales.append(float(np.abs(logits).max()))
 
 
 def _relative_gap(own: GreedyTrace, other: GreedyTrace, name: str, step: int) -> float:

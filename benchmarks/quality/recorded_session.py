@@ -25,6 +25,7 @@ class RecordedSession:
         self.session, self.folder, self.name = session, folder, session.name
         self.vocab_size, self.max_length = session.vocab_size, session.max_length
         self.row_cost: float | None = None
+        self.max_rows: int | None = 1
         folder.mkdir(parents=True, exist_ok=True)
         self.reset()
 

@@ -9,20 +9,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from transformers import (
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    StoppingCriteria,
-    StoppingCriteriaList,
-)
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer
 
 from pipeline.artefact import sha256_of_file
 from pipeline.errors import InputError, MissingPackageError, first_line
@@ -288,50 +283,88 @@ def _generate_windows(
     if tokenizer.bos_token_id is not None and tokenizer.bos_token_id < len(ids):
         start = torch.cat([torch.full_like(start, tokenizer.bos_token_id), start], dim=1)
     start = start[:, :length]
-    new_tokens = length - start.shape[1]
-    if new_tokens == 0:
+    if start.shape[1] == length:
         return start
     batches = start.split(max(1, _TOKENS_AT_ONCE // length))
-    steps = _Steps(new_tokens * len(batches))
-    with torch.random.fork_rng(devices=[]), _no_advice(model):
-        torch.manual_seed(seed)
-        windows = [
-            model.generate(
-                batch,
-                attention_mask=torch.ones_like(batch),
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
-                repetition_penalty=1.0,
-                max_new_tokens=new_tokens,
-                suppress_tokens=ids[~is_word].tolist() or None,
-                pad_token_id=tokenizer.pad_token_id or 0,
-                stopping_criteria=StoppingCriteriaList([steps]),
-            )
-            for batch in batches
-        ]
+    steps = track(range((length - start.shape[1]) * len(batches)), "sampling text, token")
+    windows = [_continued(model, batch, length, ~is_word, generator, steps) for batch in batches]
     return torch.cat(windows)
 
 
-class _Steps(StoppingCriteria):
-    """Stops nothing; moves a progress display on by one token at each step."""
+def _continued(
+    model: PreTrainedModel,
+    windows: torch.Tensor,
+    length: int,
+    excluded: torch.Tensor,
+    generator: torch.Generator,
+    steps: Iterator[int],
+) -> torch.Tensor:
+    """Sequences int64 [B, S] sampled on to `length` tokens, one for each of `steps`.
 
-    def __init__(self, total: int) -> None:
-        self.steps = track(range(total), "sampling text, token")
+    Whatever the model advises for its answers, such as a temperature, is not text of its own.
 
-    def __call__(self, input_ids: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
-        """Count a step; False for every row."""
-        next(self.steps, None)
-        return torch.zeros(len(input_ids), dtype=torch.bool)
+    Args:
+        model: in evaluation mode.
+        windows: the beginnings.
+        length: above S.
+        excluded: bool [V], the words that are never drawn.
+        generator: draws.
+        steps: moved on by one at each token.
+    """
+    cache = DynamicCache(config=model.config)
+    cache.layers = [
+        _ReservedLayer(length) if type(layer) is DynamicLayer else layer for layer in cache.layers
+    ]
+    new = windows
+    while windows.shape[1] < length:
+        output = model(input_ids=new, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        logits = output.logits[:, -1, : len(excluded)].float().masked_fill(excluded, -torch.inf)
+        new = _drawn(logits.softmax(dim=-1), generator)
+        windows = torch.cat([windows, new], dim=1)
+        next(steps, None)
+    return windows
 
 
-@contextmanager
-def _no_advice(model: PreTrainedModel) -> Iterator[None]:
-    """Set the model's generation_config aside: it fills in whatever a call does not set."""
-    advice = model.generation_config
-    model.generation_config = GenerationConfig()
-    try:
-        yield
-    finally:
-        model.generation_config = advice
+def _drawn(chances: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """A word of each row, drawn with the chances that the row holds.
+
+    One number is drawn for a row; `torch.multinomial` draws one for each word of it, which takes
+    longer than the model's head.
+
+    Args:
+        chances: float [B, V]; those of a row have any sum above 0.
+        generator: draws.
+
+    Returns:
+        int64 [B, 1].
+    """
+    sums = chances.cumsum(dim=-1, dtype=torch.float64)
+    level = torch.rand(len(chances), 1, dtype=torch.float64, generator=generator) * sums[:, -1:]
+    return torch.searchsorted(sums, level, right=True).clamp_max(chances.shape[-1] - 1)
+
+
+class _ReservedLayer(DynamicLayer):
+    """Keys and values of one layer, in memory for as many tokens as there will be.
+
+    transformers' own grows by copying all that is there at every token.
+    """
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self._length = length
+        self._room: list[torch.Tensor] = []
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append keys and values [B, heads, S, width]; return all of them, [B, heads, T, width]."""
+        new = (key_states, value_states)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self._room = [s.new_empty(*s.shape[:2], self._length, s.shape[3]) for s in new]
+        start = self.get_seq_length()
+        end = start + key_states.shape[2]
+        for room, states in zip(self._room, new, strict=True):
+            room[:, :, start:end] = states
+        self.keys, self.values = (room[:, :, :end] for room in self._room)
+        return self.keys, self.values

@@ -8,6 +8,7 @@ form.
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import logging
 import traceback
@@ -22,6 +23,9 @@ import numpy as np
 import onnx_ir as ir
 import torch
 from torch import nn
+
+# A private module, for there is no public one: torch.onnx.export makes its registry by itself.
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 from transformers import PreTrainedModel
 
 from pipeline.checkpoint.modeling_skipcat import FactoredLinear
@@ -34,6 +38,7 @@ from pipeline.export.passes.lay_out import LINEAR, TRACE_DOMAIN
 from pipeline.export.passes.weights import StoredCodes
 
 _Pass = Callable[[ir.Model], Mapping[str, int]]
+_REGISTRY_OF = ONNXRegistry.from_torchlib
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,7 @@ def traced_graph(
         with _attending(model), _quiet_exporter(), torch.no_grad():
             if rehearse:
                 step(*inputs)
-            with _linears_as_nodes(), int8_as_nodes(model):
+            with _linears_as_nodes(), int8_as_nodes(model), _one_registry():
                 program = torch.onnx.export(
                     step.eval(), inputs, dynamo=True, optimize=True, verify=False, **keywords
                 )
@@ -174,6 +179,20 @@ def _linears_as_nodes() -> Iterator[None]:
         patch.object(FactoredLinear, "forward", _factored),
     ):
         yield
+
+
+def _one_registry() -> contextlib.AbstractContextManager[object]:
+    """Inside, exports share torch's table of operators.
+
+    It is the same for all, and to make it, sources of onnxscript are parsed each time: a tenth of
+    the export of a small model. Translations of a caller's own are added to it, but ours has none.
+    """
+    return patch.object(ONNXRegistry, "from_torchlib", staticmethod(_registry))
+
+
+@functools.cache
+def _registry(opset_version: int) -> ONNXRegistry:
+    return _REGISTRY_OF(opset_version=opset_version)
 
 
 def _linear(self: nn.Linear, x: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,7 @@ class CheckedSession:
     vocab_size: int
     max_length: int
     row_cost: float | None = None
+    max_rows: int | None = None
 
     def reset(self) -> None:
         self._length = 0

@@ -18,12 +18,14 @@ class Session(Protocol):
         max_length: most tokens the cache holds, prompt and answer together.
         row_cost: what one more token in a call costs, as a share of a call of one token; None where
             several in one call are not known to save anything.
+        max_rows: most sequences of one call; None where any number will do.
     """
 
     name: str
     vocab_size: int
     max_length: int
     row_cost: float | None
+    max_rows: int | None
 
     def reset(self) -> None:
         """Forget the cache."""

@@ -36,6 +36,8 @@ class StaticSession(CheckedSession):
         InputError: a layer's cache cannot be of fixed size (a sliding window).
     """
 
+    max_rows: int | None = 1
+
     def __init__(self, model: PreTrainedModel, name: str, max_length: int) -> None:
         self.name = name
         self.model = model.eval()

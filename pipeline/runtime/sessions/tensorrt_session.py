@@ -156,6 +156,7 @@ class TensorRTSession(CheckedSession):
         self.name = name or f"{flavour} {self._library.__version__}"
         self.vocab_size: int = self.manifest["onnx"]["vocab_size"]
         self.max_length: int = self.manifest["onnx"]["max_length"]
+        self.max_rows: int | None = self.manifest["limits"]["max_batch"]
         self._profiles = [ShapeProfile.from_json(entry) for entry in self.manifest["profiles"]]
         if engine is None:
             require_engine_interface(self._engine, self.manifest, self._profiles[:1], folder)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from pipeline.calibrate.text import _generate_windows
+from pipeline.calibrate.text import _drawn, _generate_windows
 from tests.support.families import tiny_model
 from tests.support.tiny_decoder import byte_tokenizer
 
@@ -90,3 +90,35 @@ def test_the_sampling_advice_of_the_model_is_ignored(
     config.min_p, config.no_repeat_ngram_size, config.num_beams = 0.5, 2, 2
     repeated = _generate_windows(model, tokenizer, count=COUNT, length=LENGTH, seed=0)
     assert torch.equal(repeated, windows)
+
+
+def without_cache(model: PreTrainedModel, rows: int, length: int, seed: int) -> torch.Tensor:
+    """The text of the same draws, read anew from its beginning for every token."""
+    generator = torch.Generator().manual_seed(seed)
+    words = torch.arange(256)
+    first = words[torch.randint(256, (rows, 1), generator=generator)]
+    windows = torch.cat([torch.full_like(first, 256), first], dim=1)
+    while windows.shape[1] < length:
+        with torch.no_grad():
+            logits = model(input_ids=windows, use_cache=False).logits[:, -1, :256]
+        new = _drawn(logits.double().softmax(dim=-1), generator)
+        windows = torch.cat([windows, new], dim=1)
+    return windows
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_the_text_is_what_the_model_says_without_a_cache(
+    family: str, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    model = tiny_model(family)
+    expected = without_cache(model, 3, 24, seed=4)
+    assert torch.equal(_generate_windows(model, tokenizer, count=3, length=24, seed=4), expected)
+
+
+def test_words_are_drawn_as_often_as_their_chances_say() -> None:
+    chances = torch.tensor([0.0, 1.0, 0.0, 3.0, 4.0, 0.0]) / 8
+    drawn = _drawn(chances.expand(8000, -1), torch.Generator().manual_seed(0)).flatten()
+    # Four standard deviations of a count of 8000 draws.
+    expected = 8000 * chances
+    misses = (drawn.bincount(minlength=6) - expected).abs()
+    assert (misses <= 4 * (expected * (1 - chances)).sqrt()).all()
