@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import re
 import resource
 import sys
@@ -35,6 +37,16 @@ def peak_bytes(process_id: int | None = None) -> int:
 def peak_of_usage(usage: resource.struct_rusage) -> int:
     """The kernel's count of a process that may be gone, in bytes."""
     return usage.ru_maxrss if sys.platform == "darwin" else usage.ru_maxrss * 1024
+
+
+def return_free_memory() -> None:
+    """Give what is free on the heap back to the system, where the C library is glibc.
+
+    Large temporaries that were freed stay with the process otherwise, and so does a heap that was
+    scattered by tensors of all sizes.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def require_free_memory(

@@ -5,8 +5,9 @@
 Both folders are exports of the profile `cpu`, and the prompts are those of `benchmarks.cpu.lookup`.
 Each greedy answer is generated in three ways in one process: plain, as `skipcat run --no-lookup`
 does; steady, with a second token beside each, which is what drafts are held to bit for bit; and
-drafted, as `skipcat run --no-lookup --draft` does. It fails where a drafted answer is not the
-steady one.
+drafted, as `skipcat run --no-lookup --draft` does, or with `--lookup` as `skipcat run --draft`. It
+fails where a drafted answer is not the steady one, and says how much slower than plain the kind of
+prompts is, if any, that loses most.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from benchmarks.cpu.drafted_turns import (
 from benchmarks.cpu.lookup import make_prompts, one_turn
 from pipeline.artefact import write_json
 from pipeline.bench.measure import describe_machine, load_average
-from pipeline.progress import result_console
+from pipeline.progress import note, result_console
 from pipeline.provenance import provenance
 from pipeline.runtime.draft_model import open_drafted
 from pipeline.runtime.sequence import Decoding
@@ -52,6 +53,7 @@ _SCHEMA = 1
 @click.option("--text", type=click.Path(path_type=Path, exists=True), required=True)
 @click.option("--questions", type=click.Path(path_type=Path, exists=True), required=True)
 @click.option("--length", type=int, help="Tokens of every draft; by default as many as pay.")
+@click.option("--lookup", is_flag=True, help="Ask prompt lookup before the draft.")
 @click.option("--prompts", type=int, default=8, show_default=True, help="Of each kind.")
 @click.option("--threads", type=int, default=2, show_default=True)
 @click.option("--new-tokens", type=int, default=128, show_default=True)
@@ -76,9 +78,11 @@ def command(
         | {"text": text.name, "questions": questions.name},
         "load_average": [*loads, load_average()],
         "kinds": rows,
+        "least_ratio": min(of["ratio"] for of in rows.values()),
     }
     write_json(result, record)
     _show(rows)
+    note(f"{record['least_ratio']:.2f} x plain where drafts give least")
 
 
 def _measure(
@@ -86,6 +90,7 @@ def _measure(
     draft: Path,
     kinds: dict[str, list[list[int]]],
     length: int | None,
+    lookup: bool,
     prompts: int,
     threads: int,
     new_tokens: int,
@@ -95,7 +100,7 @@ def _measure(
     Raises:
         ValidationError: a drafted answer is another than without drafts.
     """
-    session, model = open_drafted(folder, draft, threads=threads, length=length)
+    session, model = open_drafted(folder, draft, threads=threads, lookup=lookup, length=length)
     if model is None:
         raise click.ClickException("the draft is not opened: there is nothing to measure")
     plain = open_session(folder, threads=threads)

@@ -8,7 +8,8 @@ prompts are those of `benchmarks.cpu.lookup`. Each greedy answer is generated in
 with one row a call, which is the quickest without drafts; steady, with the rows that drafts are
 held to bit for bit; and drafted. Before each kind the disk alone is timed by the same reads. What
 each way takes of memory, and leaves in the page cache, is asked of `skipcat run` in processes of
-their own. It fails where a drafted answer is not the steady one.
+their own. accelerate's `disk_offload` gives a few tokens beside each kind, from its own copy of the
+weights on the same disk. It fails where a drafted answer is not the steady one.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import mmap
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -45,6 +47,7 @@ from benchmarks.cpu.drafted_turns import (
 from benchmarks.cpu.lookup import make_prompts, one_turn
 from pipeline.artefact import write_json
 from pipeline.bench.measure import describe_machine, load_average
+from pipeline.child_process import JsonChild
 from pipeline.export.contract import WEIGHTS_FILE
 from pipeline.memory import parse_bytes
 from pipeline.model.weight_files import weight_files
@@ -73,6 +76,13 @@ _DISK_BYTES, _DISK_TURNS = 256 << 20, 3
 @click.option("--new-tokens", type=int, default=128, show_default=True)
 @click.option(
     "--same-layers", is_flag=True, help="Do not give the plain way the bytes of the draft."
+)
+@click.option(
+    "--rival-tokens",
+    type=int,
+    default=4,
+    show_default=True,
+    help="Of accelerate's disk_offload for each kind; 0 leaves it out.",
 )
 @click.option("--json", "result", type=click.Path(path_type=Path), default=RESULTS / "offload.json")
 def command(
@@ -114,8 +124,9 @@ def _measure(
     threads: int,
     new_tokens: int,
     same_layers: bool,
+    rival_tokens: int,
 ) -> dict[str, dict[str, Any]]:
-    """All three ways over the prompts of each kind.
+    """All three ways over the prompts of each kind, and accelerate over one.
 
     Raises:
         ValidationError: a drafted answer is another than without drafts.
@@ -131,6 +142,7 @@ def _measure(
     running: dict[str, StreamedSession] = {PLAIN: plain, STEADY: session, DRAFTED: session}
     begin = drafters_of(model)
     found = {}
+    rival = _Rival(target, threads, rival_tokens) if rival_tokens else None
     for kind, asked in kinds.items():
         disk = _disk_bytes_per_s(target)
         turns = in_turns(
@@ -140,8 +152,37 @@ def _measure(
         found[kind] = _summary(turns) | {"disk_bytes_per_s": disk}
         found[kind]["resident_layers"] = {way: one.traffic.resident for way, one in running.items()}
         found[kind]["plain_share_of_disk"] = found[kind]["bytes_per_s"][PLAIN] / disk
+        if rival is not None:
+            theirs = rival.measure(asked[0])
+            ratio = found[kind]["tokens_per_s"][PLAIN] / theirs["tokens_per_s"]
+            found[kind]["accelerate"] = theirs | {"plain_ratio": ratio}
         tell(kind, found[kind], model)
+    if rival is not None:
+        rival.close()
     return found
+
+
+class _Rival:
+    """accelerate's `disk_offload`, with a copy of the weights beside the model's folder."""
+
+    def __init__(self, target: Path, threads: int, tokens: int) -> None:
+        self._tokens = tokens
+        self._copy = tempfile.TemporaryDirectory(dir=target.resolve().parent, prefix="rival-")
+        self._child = JsonChild([sys.executable, "-m", "benchmarks.cpu.offload_child"])
+        self._child.ask(folder=str(target), scratch=self._copy.name, threads=threads)
+
+    def measure(self, ids: list[int]) -> dict[str, float]:
+        """Tokens/s behind the first, and bytes that the system read for each."""
+        answer = self._child.ask(ids=ids, new_tokens=1 + self._tokens)
+        return {
+            "tokens_per_s": self._tokens / sum(answer["token_s"][1:]),
+            "read_bytes_per_token": answer["read_bytes"] / (1 + self._tokens),
+        }
+
+    def close(self) -> None:
+        """End the process, and remove the copy."""
+        self._child.close()
+        self._copy.cleanup()
 
 
 def _turn(
@@ -219,7 +260,9 @@ def _cached_bytes(path: Path) -> int:
 
 def _show(rows: dict[str, dict[str, Any]]) -> None:
     """The table."""
-    table = Table("prompts", *WAYS, "ratio", "tokens a call", "MB a token", "plain / disk")
+    table = Table(
+        "prompts", *WAYS, "ratio", "tokens a call", "MB a token", "plain / disk", "accelerate"
+    )
     for kind, of in rows.items():
         table.add_row(
             kind,
@@ -228,6 +271,7 @@ def _show(rows: dict[str, dict[str, Any]]) -> None:
             f"{of['tokens_per_call']:.2f}",
             f"{of['bytes_per_token'][DRAFTED] / 1e6:.1f}",
             f"{of['plain_share_of_disk']:.2f}",
+            f"{of['accelerate']['tokens_per_s']:.2f}" if "accelerate" in of else "",
         )
     result_console().print(table)
 

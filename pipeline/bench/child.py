@@ -46,10 +46,16 @@ def _open_target(target: _Request) -> tuple[Callable[[_Request], _Answer], _Answ
     """What answers the requests, and what to say of it first.
 
     Args:
-        target: `kind` is `memory`, `folder` or `shape`; `device` is `cpu` or `cuda`; `threads`.
+        target: `kind` is `memory`, `folder` or `shape`; `device` is `cpu` or `cuda`; `threads`. Or
+            `kind` is `answers`, and the rest as of `Answering`.
     """
     if target["kind"] == "memory":
         return _open_memory(target)
+    if target["kind"] == "answers":
+        from pipeline.bench.answering import Answering
+
+        answering = Answering(target)
+        return answering.answer, answering.ready
     if target["device"] == "cpu" and target["library"] == "torch":
         import torch
 

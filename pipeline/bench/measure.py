@@ -91,19 +91,19 @@ def measure(
     before = load_average()
     with contextlib.ExitStack() as stack:
         memory_target = {"kind": "memory", "device": device, "threads": settings.threads}
-        memory = stack.enter_context(_Child("memory", memory_target))
+        memory = stack.enter_context(MeasuringChild("memory", memory_target))
         memory.wait_until_open()
         memory.ask()
         children = []
         for target in targets:  # one after the other: then the GPU's memory tells what each took
             note(f"loading {target.label}")
             request = target.request(device, settings.threads)
-            child = stack.enter_context(_Child(target.label, request))
+            child = stack.enter_context(MeasuringChild(target.label, request))
             child.wait_until_open()
             child.ask(**settings.asked(min(_WARM_UP_TOKENS, settings.new_tokens)))
             children.append(child)
         speeds, turns = _take_turns(memory, children, settings, tell)
-        bandwidth = {"device": device, **memory.ready, "bytes_per_s": _summary(speeds)}
+        bandwidth = {"device": device, **memory.ready, "bytes_per_s": summary(speeds)}
         rows = [
             _row_of(target, child.ready, found, settings, bandwidth["bytes_per_s"]["median"])
             for target, child, found in zip(targets, children, turns, strict=True)
@@ -121,7 +121,10 @@ def measure(
 
 
 def _take_turns(
-    memory: _Child, children: Sequence[_Child], settings: Settings, tell: Callable[[str], None]
+    memory: MeasuringChild,
+    children: Sequence[MeasuringChild],
+    settings: Settings,
+    tell: Callable[[str], None],
 ) -> tuple[list[float], list[list[_Turn]]]:
     """Bytes a second of the memory in each round, and the turns of each child."""
     speeds: list[float] = []
@@ -156,8 +159,8 @@ def _row_of(
     weights = target.traffic.weight_bytes(widths["weights"])
     tokens = ready["cache_tokens"] or settings.mean_context
     cache = target.traffic.cache_bytes(tokens, widths["cache"])
-    prefill = _summary([settings.prompt_tokens / turn["prefill_s"] for turn in turns])
-    decode = _summary([settings.new_tokens / sum(turn["token_s"]) for turn in turns])
+    prefill = summary([settings.prompt_tokens / turn["prefill_s"] for turn in turns])
+    decode = summary([settings.new_tokens / sum(turn["token_s"]) for turn in turns])
     tokens_s = [second for turn in turns for second in turn["token_s"]]
     achieved = (weights + cache) * decode["median"]
     return {
@@ -179,7 +182,7 @@ def _row_of(
     }
 
 
-def _summary(values: Sequence[float]) -> dict[str, Any]:
+def summary(values: Sequence[float]) -> dict[str, Any]:
     """Median, extremes and all values."""
     return {
         "median": statistics.median(values),
@@ -266,7 +269,7 @@ def _require_memory(targets: Sequence[BenchTarget], context: int, others_bytes: 
     )
 
 
-class _Child(JsonChild):
+class MeasuringChild(JsonChild):
     """A process that runs `pipeline.bench.child`.
 
     Args:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pipeline.cli import options
+from pipeline.cli.bench_drafts import measured_drafting
 from pipeline.errors import UsageError
 
 if TYPE_CHECKING:
@@ -59,6 +60,28 @@ _measuring_options = options.apply(
     ),
     click.option("--threads", type=options.thread_count, help="Of the CPU.  [all cores]"),
 )
+_drafting_options = options.apply(
+    click.option(
+        "--draft",
+        type=click.Path(path_type=Path, exists=True, file_okay=False),
+        help="An export in fewer bytes that drafts for the one FOLDER: answers plain and drafted, "
+        "and of the draft alone, in turns. Not with --shape, --predict, --device cuda, --plot, "
+        "--prompt-tokens or --context.",
+    ),
+    click.option(
+        "--memory",
+        metavar="BYTES",
+        help="With --draft: of a checkpoint, what it may take, as of `skipcat run`.",
+    ),
+    click.option(
+        "--draft-tokens", type=options.count, help="With --draft: of every draft.  [what pays]"
+    ),
+    click.option(
+        "--prompts",
+        type=click.Path(path_type=Path, exists=True, dir_okay=False),
+        help="With --draft: a prompt a line.  [three of its own]",
+    ),
+)
 _output_options = options.apply(
     click.option("--json", "json_file", type=_new_file, help="File for the figures."),
     click.option("--plot", type=_new_file, help="File for the roofline, an SVG."),
@@ -71,6 +94,7 @@ _output_options = options.apply(
 @_model_options
 @click.option("--predict", metavar="DEVICES", help="Do not measure; predict for these devices.")
 @_measuring_options
+@_drafting_options
 @_output_options
 def command(
     folders: tuple[Path, ...],
@@ -78,6 +102,10 @@ def command(
     keep_params: str,
     dtype: str,
     predict: str | None,
+    draft: Path | None,
+    memory: str | None,
+    draft_tokens: int | None,
+    prompts: Path | None,
     json_file: Path | None,
     plot: Path | None,
     verbose: bool,
@@ -91,8 +119,14 @@ def command(
       skipcat bench build/checkpoint build/onnx --plot roofline.svg
       skipcat bench --shape llama-3.2-1b --keep-params 1,0.6
       skipcat bench build/onnx-fp16 --predict orin-nano-8gb,rtx-4090
+      skipcat bench ./my-llama --draft small --memory 1GB --json drafted.json
     """  # noqa: D301 - click reads the escape
     _require_places(json_file, plot)
+    given: dict[str, Any] = {"memory": memory, "draft_tokens": draft_tokens, "prompts": prompts}
+    if draft is not None or any(value is not None for value in given.values()):
+        record = measured_drafting(folders, draft, verbose=verbose, **given)
+        _write_results(record, json_file, None)
+        return
     if predict is None and shapes and dtype not in _MEASURED_DTYPES:
         raise UsageError(
             "Weights of that type can only be predicted.",

@@ -37,6 +37,13 @@ _sampling_options = options.apply(
         "--repetition-penalty", 1.0, "Above 1, tokens that are there already become less likely."
     ),
     click.option("--stop", "stops", multiple=True, help="Text that ends the answer; repeatable."),
+    options.setting(
+        "--noise",
+        "uniform",
+        "What tokens are drawn by: a number each, or (gumbel) a number for each candidate, so that "
+        "a draft guesses right more often. The odds are the same, the answers of a seed are not.",
+        click.Choice(["uniform", "gumbel"]),
+    ),
     options.seed,
     heading="Sampling",
 )

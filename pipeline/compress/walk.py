@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,6 +26,7 @@ from pipeline.compress.plan.layer_costs import GroupStatistics
 from pipeline.compress.plan.plan import GroupPlan, RankPlan
 from pipeline.errors import InputError
 from pipeline.lazy import imported
+from pipeline.memory import return_free_memory
 from pipeline.model.structure import Layer
 from pipeline.progress import track
 from pipeline.quantize.formats import Format
@@ -90,7 +89,7 @@ def compress_(
         stream.leave(index)
         modules |= _plan_entries(planned)
         reports += groups
-        _return_free_memory()
+        return_free_memory()
     return Compressed(model, modules, reports)
 
 
@@ -150,16 +149,6 @@ def _rebind_(model: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> None:
         held = getattr(model.get_submodule(path), attribute)
         if held.dtype == tensor.dtype:
             held.data = tensor
-
-
-def _return_free_memory() -> None:
-    """Give what is free on the heap back to the system, where the C library is glibc.
-
-    Without it the heap, scattered by each layer's tensors, grows with the depth of the model,
-    although the tensors that are alive do not.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 _Fitted = tuple[dict[str, torch.Tensor], dict[str, Any]]

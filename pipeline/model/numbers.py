@@ -11,7 +11,7 @@ from pipeline.errors import InputError
 
 # bfloat16 rounds by up to this much, and models are published in it.
 _LARGEST_ERROR = 2.0**-8
-_AT_ONCE = 1 << 22
+_AT_ONCE = 1 << 20
 
 
 def require_finite(name: str, tensor: torch.Tensor, where: object = None) -> None:

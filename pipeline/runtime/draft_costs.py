@@ -18,7 +18,7 @@ _RIGHT, _WRONG = 2.0, 1.0
 # Calls without drafts after which drafts that were wrong get another chance.
 _PATIENCE = 32
 # A call without drafts reads two rows, so that its bits are those of any block.
-_ROWS = 2
+STEADY_ROWS = 2
 
 
 class DraftCosts:
@@ -52,7 +52,9 @@ class DraftCosts:
         """How many tokens to draft now, 0 to `most`."""
         costs_s = self._costs_s(min(most, MOST_DRAFTED))
         if costs_s is None:  # times come first: of a call without drafts, and then of a draft
-            return min(most, _FIRST_DRAFT) if self._calls.medians(_ROWS).get(_ROWS) else 0
+            return (
+                min(most, _FIRST_DRAFT) if self._calls.medians(STEADY_ROWS).get(STEADY_ROWS) else 0
+            )
         if self._never_pays or most < 1:
             return 0
         acceptance = self._right / (self._right + self._wrong)
@@ -77,14 +79,14 @@ class DraftCosts:
         """Seconds of a call with 0 to `most` draft tokens and of drafting them; None: not timed."""
         calls = self._calls.medians(MOST_DRAFTED + 1)
         step_s = self._steps.medians(1).get(1)
-        if _ROWS not in calls or step_s is None:
+        if STEADY_ROWS not in calls or step_s is None:
             return None
-        call_s, longest = calls[_ROWS], max(calls)
+        call_s, longest = calls[STEADY_ROWS], max(calls)
         row_s = self._row_cost * call_s
-        if longest > _ROWS:
-            row_s = max(0.0, calls[longest] - call_s) / (longest - _ROWS)
-        rows = [max(_ROWS, 1 + drafted) for drafted in range(max(most, 0) + 1)]
-        return [call_s + (n - _ROWS) * row_s + d * step_s for d, n in enumerate(rows)]
+        if longest > STEADY_ROWS:
+            row_s = max(0.0, calls[longest] - call_s) / (longest - STEADY_ROWS)
+        rows = [max(STEADY_ROWS, 1 + drafted) for drafted in range(max(most, 0) + 1)]
+        return [call_s + (n - STEADY_ROWS) * row_s + d * step_s for d, n in enumerate(rows)]
 
     def _explanation(self, costs_s: list[float], acceptance: float) -> str:
         call_ms, step_ms = costs_s[0] * 1e3, self._steps.medians(1)[1] * 1e3

@@ -19,7 +19,7 @@ from pipeline.export.record import ExportRecord, read_export_record
 from pipeline.json_file import read_json_object
 from pipeline.model.task import require_decoder
 from pipeline.progress import note
-from pipeline.runtime.draft_costs import MOST_DRAFTED, DraftCosts
+from pipeline.runtime.draft_costs import MOST_DRAFTED, STEADY_ROWS, DraftCosts
 from pipeline.runtime.drafting import Chooser, Drafter, FirstOf, PromptLookup
 from pipeline.runtime.prefix_cache import common_length
 from pipeline.runtime.sessions.onnx_cpu_session import CpuSession
@@ -55,13 +55,20 @@ class DraftModel:
 
     def begin(self, slot: int) -> Drafter:
         own = _ModelDrafter(self, slot)
-        return FirstOf(PromptLookup(self._row_cost), own) if self._lookup else own
+        if not self._lookup:
+            return own
+        # Where the model rests, the row that is computed beside a token in any case is looked up.
+        return FirstOf(PromptLookup(self._row_cost), own, PromptLookup(self._row_cost, STEADY_ROWS))
 
     def take_notice(self) -> str | None:
         if self._has_told or self._costs.reason is None:
             return None
         self._has_told = True
         return self._costs.reason
+
+    def session_alone(self) -> CpuSession:
+        """The draft as a model of its own, over the same weights and a cache that is not shared."""
+        return self._session.sibling()
 
     def learn(self, right: int, drafted: int) -> None:
         """Hear how many tokens of a draft were right."""

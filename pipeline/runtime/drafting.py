@@ -86,14 +86,15 @@ class PromptLookup:
 
     Args:
         row_cost: what one more token in a call costs, as a share of a call of one token.
+        rows: that are computed in any call, so that as many tokens of it cost nothing.
 
     Attributes:
         drafted: draft tokens proposed so far.
         taken: how many of them were accepted.
     """
 
-    def __init__(self, row_cost: float) -> None:
-        self.row_cost = row_cost
+    def __init__(self, row_cost: float, rows: int = 1) -> None:
+        self.row_cost, self._rows = row_cost, rows
         self.drafted = self.taken = 0
         self._ids: list[int] = []
         # The last n tokens -> where what followed them stands.
@@ -119,7 +120,8 @@ class PromptLookup:
             start = self._next.get(tuple(ids[end - n :]))
             if start is not None:
                 acceptance = self._right[n] / (self._right[n] + self._wrong[n])
-                count = _best_draft_length(acceptance, self.row_cost, min(most, _MOST_DRAFTED))
+                longest = min(most, _MOST_DRAFTED)
+                count = _best_draft_length(acceptance, self.row_cost, longest, self._rows)
                 self._agreeing = n
                 # Where the end is reached, the draft goes on from itself: what repeats is a loop.
                 period = end - start
@@ -191,9 +193,10 @@ def best_draft_length(acceptance: float, costs: Sequence[float]) -> int:
     return best
 
 
-def _best_draft_length(acceptance: float, row_cost: float, most: int) -> int:
-    """`best_draft_length` where a call costs 1 + d c: 0 unless p > c."""
-    return best_draft_length(acceptance, [1.0 + d * row_cost for d in range(max(most, 0) + 1)])
+def _best_draft_length(acceptance: float, row_cost: float, most: int, rows: int = 1) -> int:
+    """`best_draft_length` where a call costs 1 + d c, of which `rows` - 1 are free: else p > c."""
+    costs = [1.0 + max(0, d + 1 - rows) * row_cost for d in range(max(most, 0) + 1)]
+    return best_draft_length(acceptance, costs)
 
 
 def _by_prompt_lookup(session: Session | SlotSession) -> Drafter | None:

@@ -47,6 +47,7 @@ def open_helped(
     slots: int = 1,
     lookup: bool = False,
     memory: str | None = None,
+    length: int | None = None,
 ) -> tuple[SlottedSession, DraftModel | None]:
     """A model with a draft over its cache, or under a budget of bytes, or both.
 
@@ -58,13 +59,14 @@ def open_helped(
         slots: rows of the cache.
         lookup: ask prompt lookup before the draft.
         memory: bytes for weights and cache, such as "1GB"; None for all that there are.
+        length: tokens of every draft, 0 for none; None takes as many as pay.
 
     Raises:
         InputError, UsageError: as `open_drafted` and `open_offloaded`.
     """
     if memory is None:
         assert draft is not None
-        return open_drafted(folder, draft, backend, threads, slots, lookup)
+        return open_drafted(folder, draft, backend, threads, slots, lookup, length)
     from pipeline.runtime.offload.open_offloaded import open_offloaded
 
-    return open_offloaded(folder, memory, draft, backend, threads, slots, lookup)
+    return open_offloaded(folder, memory, draft, backend, threads, slots, lookup, length)

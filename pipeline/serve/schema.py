@@ -17,7 +17,7 @@ from pydantic import (
     model_validator,
 )
 
-from pipeline.runtime.sampling import LEAST_TEMPERATURE, MOST_PENALTY, Sampling
+from pipeline.runtime.sampling import LEAST_TEMPERATURE, MOST_PENALTY, UNIFORM, Sampling
 from pipeline.runtime.tokenizer import Message
 from pipeline.serve.failure import RequestFailure
 
@@ -97,6 +97,7 @@ class Generation(BaseModel):
     top_k: int | None = Field(default=None, ge=-1)
     min_p: float | None = Field(default=None, ge=0, le=1)
     repetition_penalty: float | None = Field(default=None, ge=1 / MOST_PENALTY, le=MOST_PENALTY)
+    noise: Literal["uniform", "gumbel"] | None = None
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     stop: _Stops | None = None
 
@@ -140,6 +141,7 @@ class Generation(BaseModel):
             top_p=1.0 if self.top_p is None else self.top_p,
             min_p=self.min_p or 0.0,
             repetition_penalty=1.0 if penalty is None else penalty,
+            noise=self.noise or UNIFORM,
         )
 
     def stops(self) -> tuple[str, ...]:

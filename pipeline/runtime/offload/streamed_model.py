@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from pipeline.checkpoint.modeling_cache import cache_maps
 from pipeline.checkpoint.skeleton import QuantizedMatrix, Skeleton, StoredMatrix
 from pipeline.errors import InputError, UsageError
+from pipeline.memory import return_free_memory
 from pipeline.model.numbers import require_finite
 from pipeline.model.structure import layer_list
 from pipeline.model.weight_files import read_header, stored_places
@@ -30,7 +31,7 @@ from pipeline.progress import track
 from pipeline.runtime.offload.layer_ring import RING_BUFFERS, LayerRing
 from pipeline.runtime.offload.side_by_side import ModelCall, run_call, run_side_by_side
 from pipeline.runtime.offload.steady_attention import STEADY_ATTENTION
-from pipeline.runtime.offload.tables import head_by_parts, widen_rows
+from pipeline.runtime.offload.tables import HeadByParts, widen_rows
 from pipeline.runtime.offload.weight_reader import Layout, WeightReader, aligned_buffer, lay_out
 
 
@@ -122,6 +123,7 @@ class StreamedModel:
         self._passes = 0
         self._share_memory()
         self._read_tables()
+        return_free_memory()  # of what was made to look at the numbers
         for number in track(sorted(self._resident), "layers"):
             self._kept[number] = self._read_layer(number)
         self._reader.forget_pages()  # of vectors, which were read otherwise
@@ -282,7 +284,7 @@ class StreamedModel:
                 module.padding_idx = None  # of gradients, and the number of a row it is not given
                 module.register_forward_pre_hook(partial(widen_rows, tensor))
             elif module is head:
-                module.forward = partial(head_by_parts, tensor, getattr(head, "bias", None))
+                module.forward = HeadByParts(tensor, getattr(head, "bias", None))
             else:
                 _set(self.model, name, tensor.float())
 

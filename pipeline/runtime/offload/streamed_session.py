@@ -19,6 +19,7 @@ import torch
 
 from pipeline.errors import InputError, UsageError
 from pipeline.export.contract import cache_names
+from pipeline.memory import return_free_memory
 from pipeline.runtime.offload.side_by_side import ModelCall
 from pipeline.runtime.offload.steady_attention import CallCache, Part
 from pipeline.runtime.offload.streamed_model import StreamedModel, Traffic
@@ -89,6 +90,7 @@ class StreamedSession(SlottedSession):
         self.name = f"torch float32, {found.layers - found.resident} of {found.layers} layers read"
         if steady:
             self._require_steadiness()
+        return_free_memory()
 
     @property
     def traffic(self) -> Traffic:
@@ -139,6 +141,8 @@ class StreamedSession(SlottedSession):
         outputs = self._streamed.run([self._call_of(parts) for parts in planned], shown)
         if longest <= STEADY_TOKENS:  # else there is more to compute than in a call of an answer
             self.call_times.add(_COUNTED, (time.perf_counter() - began) / len(blocks))
+        else:
+            return_free_memory()
         found = self._sorted_logits(planned, outputs)
         for block in blocks:
             self._lengths[block.slot] += len(block.ids)

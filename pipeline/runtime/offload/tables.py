@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 # Numbers of the head's matrix that are widened at once.
-_HEAD_NUMBERS = 4 << 20
+_HEAD_NUMBERS = 1 << 20
 
 
 def widen_rows(table: torch.Tensor, module: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -18,15 +18,27 @@ def widen_rows(table: torch.Tensor, module: nn.Module, given: tuple[Any, ...]) -
     return (places, *given[1:])
 
 
-def head_by_parts(
-    table: torch.Tensor, bias: torch.Tensor | None, hidden: torch.Tensor
-) -> torch.Tensor:
-    """The head's product, for some words after the others, which alone are widened."""
-    words, width = table.shape
-    step = max(1, _HEAD_NUMBERS // width)
-    logits = hidden.new_empty((*hidden.shape[:-1], words))
-    for start in range(0, words, step):
-        part = table[start : start + step].float()
-        own = None if bias is None else bias[start : start + step]
-        logits[..., start : start + step] = nn.functional.linear(hidden, part, own)
-    return logits
+class HeadByParts:
+    """The head's product, for some words after the others, which alone are widened.
+
+    Args:
+        table: [V, H], as published.
+        bias: [V], or None.
+    """
+
+    def __init__(self, table: torch.Tensor, bias: torch.Tensor | None) -> None:
+        self._table, self._bias = table, bias
+        words, width = table.shape
+        # One piece of memory for all parts: new ones would be paid for by page faults.
+        self._part = torch.empty((min(words, max(1, _HEAD_NUMBERS // width)), width))
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits, float32 [..., V], of float32 [..., H]."""
+        words, step = len(self._table), len(self._part)
+        logits = hidden.new_empty((*hidden.shape[:-1], words))
+        for start in range(0, words, step):
+            stop = min(start + step, words)
+            part = self._part[: stop - start].copy_(self._table[start:stop])
+            own = None if self._bias is None else self._bias[start:stop]
+            logits[..., start:stop] = nn.functional.linear(hidden, part, own)
+        return logits

@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.bench import child, shapes
 from pipeline.bench.bandwidth import _last_level_cache_bytes
-from pipeline.bench.measure import _Child, _choose_device, _cpu_name, _require_memory
+from pipeline.bench.measure import MeasuringChild, _choose_device, _cpu_name, _require_memory
 from pipeline.bench.shapes import Shape
 from pipeline.bench.targets import BenchTarget
 from pipeline.bench.traffic import CacheTensor, StoredTensor, Traffic
@@ -43,7 +43,7 @@ def test_a_shape_is_opened_with_random_weights_of_the_type_that_was_asked(
 def test_what_a_child_refuses_reaches_the_parent_as_the_same_error(tmp_path: Path) -> None:
     request = target_of("onnx").request("cpu", 1) | {"folder": str(tmp_path)}
     with (
-        _Child("broken", request) as process,
+        MeasuringChild("broken", request) as process,
         pytest.raises(InputError, match="neither an ONNX export"),
     ):
         process.wait_until_open()
@@ -51,7 +51,7 @@ def test_what_a_child_refuses_reaches_the_parent_as_the_same_error(tmp_path: Pat
 
 def test_a_killed_child_is_explained() -> None:
     target = BenchTarget.of_folder(shared_export("compat"))
-    with _Child("victim", target.request("cpu", 1)) as process:
+    with MeasuringChild("victim", target.request("cpu", 1)) as process:
         process.wait_until_open()
         os.kill(process._process.pid, signal.SIGKILL)
         with pytest.raises(ResourceError, match="killed"):

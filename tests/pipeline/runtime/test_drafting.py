@@ -171,3 +171,10 @@ def test_the_cpu_profile_drafts_unless_told_not_to() -> None:
 def test_other_sessions_do_not_draft(profile: str) -> None:
     folder: Path = shared_export(profile)
     assert LanguageModel.open(folder).generate("abcabcabcabc", Decoding(40)).drafted_tokens == 0
+
+
+def test_a_row_that_is_computed_anyway_is_looked_up_even_if_it_is_seldom_right() -> None:
+    assert _best_draft_length(0.01, 0.25, 12) == 0
+    assert _best_draft_length(0.01, 0.25, 12, rows=2) == 1
+    assert _best_draft_length(0.9, 0.1, 12, rows=2) >= _best_draft_length(0.9, 0.1, 12)
+    assert _best_draft_length(0.5, 0.25, 0, rows=2) == 0

@@ -7,6 +7,8 @@ import scipy.special
 from pipeline.errors import UsageError
 from pipeline.runtime.sampling import (
     GREEDY,
+    GUMBEL,
+    UNIFORM,
     Sampling,
     _keep_min_p,
     _keep_top_k,
@@ -76,3 +78,32 @@ def test_samples_follow_the_distribution() -> None:
 def test_values_out_of_range_are_refused(values: dict[str, float]) -> None:
     with pytest.raises(UsageError, match="out of range"):
         Sampling(**values)  # type: ignore[arg-type]
+
+
+def test_two_models_meet_the_same_noise_and_agree_as_often_as_it_promises() -> None:
+    random = np.random.default_rng(0)
+    one = random.normal(size=16)
+    other = one + random.normal(size=16)
+    distance = np.abs(_softmax(one) - _softmax(other)).sum() / 2
+    draws, shares = 3000, {}
+    for noise in (UNIFORM, GUMBEL):
+        how = Sampling(1.0, noise=noise)
+        chosen = [
+            [how.choose(scores, NO_HISTORY, np.random.default_rng(n)) for n in range(draws)]
+            for scores in (one, other)
+        ]
+        shares[noise] = np.mean(np.array(chosen[0]) == np.array(chosen[1]))
+    # Three standard errors of a share.
+    least, slack = (1 - distance) / (1 + distance), 1.5 / np.sqrt(draws)
+    assert least - slack < shares[GUMBEL] < 1 - distance + slack
+    assert shares[GUMBEL] > shares[UNIFORM]
+
+
+def test_a_noise_that_is_none_is_refused_and_filters_leave_the_others_noise_alone() -> None:
+    with pytest.raises(UsageError, match="noise"):
+        Sampling(1.0, noise="pink")
+    few, all_of_them = (Sampling(1.0, top_k=k, noise=GUMBEL) for k in (3, 0))
+    generators = [np.random.default_rng(4) for _ in range(2)]
+    for how, generator in zip((few, all_of_them), generators, strict=True):
+        how.choose(LOGITS, NO_HISTORY, generator)
+    assert len({generator.random() for generator in generators}) == 1

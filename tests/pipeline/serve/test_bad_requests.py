@@ -111,6 +111,7 @@ def text(**fields: Any) -> bytes:
         (CHAT, chat(top_k=-2), 400, "top_k"),
         (CHAT, chat(min_p=2), 400, "min_p"),
         (CHAT, chat(repetition_penalty=0), 400, "repetition_penalty"),
+        (CHAT, chat(noise="pink"), 400, "noise"),
         (CHAT, chat(seed="x"), 400, "seed"),
         (CHAT, chat(seed=2**64), 400, "seed"),
         (CHAT, chat(stop=["a", "b", "c", "d", "e"]), 400, "stop"),

@@ -117,9 +117,10 @@ def test_the_answer_ends_where_the_context_does(client: openai.OpenAI) -> None:
     assert result.usage.total_tokens == MAX_LENGTH + 1
 
 
-def test_a_seed_fixes_what_is_drawn_and_equals_run(client: openai.OpenAI) -> None:
+@pytest.mark.parametrize("noise", ["uniform", "gumbel"])
+def test_a_seed_fixes_what_is_drawn_and_equals_run(client: openai.OpenAI, noise: str) -> None:
     settings: dict[str, Any] = {"model": MODEL, "temperature": 0.9, "top_p": 0.95, "max_tokens": 24}
-    extra = {"top_k": 40, "min_p": 0.01, "repetition_penalty": 1.2}
+    extra = {"top_k": 40, "min_p": 0.01, "repetition_penalty": 1.2, "noise": noise}
     sampling = Sampling(temperature=0.9, top_p=0.95, **extra)  # type: ignore[arg-type]
     texts = {
         seed: client.chat.completions.create(messages=CHAT, seed=seed, extra_body=extra, **settings)
