@@ -129,7 +129,7 @@ _NEAR_IN_INTEGERS = Tolerance(min_cosine=0.95, max_kl_to_reference=5e-2)
 _ROUNDED_CACHE = Tolerance(min_cosine=0.95, max_kl_to_reference=2e-2)
 # What few bits of latents may cost beside the same latents in float. How many there are is the
 # plan's affair: beyond this the codes are not those of the latents.
-_ROUNDED_LATENTS = Tolerance(min_cosine=0.9, max_kl_to_reference=0.25)
+_ROUNDED_LATENTS = Tolerance(max_kl_to_reference=0.25)
 # Beside PyTorch with the same rounding: a number between two codes may go either way.
 _SAME_IN_CODES = _SAME_IN_FLOAT16
 

@@ -22,12 +22,14 @@ class CacheForm:
         by_head: each head has latents of its own, and keys are mapped after they were turned: a
             query is mapped in their place, and nothing is rebuilt.
         even: keys and values of a layer are of one width, a multiple of this; 0 for any widths.
+        least: heads that are wider stay at least as wide.
         rounds: their numbers may be of few bits.
     """
 
     summary: str
     by_head: bool = False
     even: int = 0
+    least: int = 0
     rounds: bool = True
 
 
@@ -40,6 +42,7 @@ CACHE_FORMS = {
         "runtime reads, that of the profile cpu, too",
         by_head=True,
         even=8,
+        least=24,  # TensorRT for RTX has kernels for 24, 32, 40, 48 and 64, and none for 8
         rounds=False,
     ),
 }

@@ -145,14 +145,16 @@ def _options(side: CachedSide, problem: CacheProblem) -> list[SidePlan]:
     truncation = np.sum([basis.truncation_losses() for basis in bases], axis=0)
     truncation = truncation * prices.truncation[side.side]
     most = side.numbers // groups
-    step = problem.form.even or math.ceil(most / _RANKS_PER_SIDE)
+    form = problem.form
+    step = form.even or math.ceil(most / _RANKS_PER_SIDE)
+    first = form.least if form.least < most else step
     found = [SidePlan.full(side)] if None in problem.bits else []
     for bits in problem.bits:
         loss = truncation
         if bits is not None:
             rounding = np.sum([basis.rounding_losses(bits) for basis in bases], axis=0)
             loss = truncation + rounding * prices.rounding[side.side]
-        for rank in sorted({*range(step, most, step), most}):
+        for rank in sorted({*range(first or step, most, step), most}):
             if kept_bytes(rank, bits, groups) < 2 * side.numbers:
                 found.append(problem.latent(side, rank, bits, float(loss[rank])))
     return found

@@ -60,9 +60,10 @@ def measured_prices(problem: CacheProblem, install: Install) -> CachePrices:
 
 
 def _cut(problem: CacheProblem) -> CachePlan:
-    """Half of the numbers, none of them rounded."""
+    """Half of the numbers, none of them rounded; of any widths."""
     dense_bytes = sum(2 * side.numbers for side in problem.structure)
-    return searched_cache(replace(problem, budget_bytes=int(_KEPT * dense_bytes), bits=(None,)))
+    budget_bytes, form = int(_KEPT * dense_bytes), replace(problem.form, even=0, least=0)
+    return searched_cache(replace(problem, budget_bytes=budget_bytes, bits=(None,), form=form))
 
 
 def _rounded(problem: CacheProblem) -> CachePlan:
