@@ -183,7 +183,8 @@ def _parsed(text: str) -> _Cell:
         word: ("learn", True) if word == "learn" else ("rotate", word) for word in words
     }
     try:
-        cell = cells.get(text) or _Cell(method, *map(float, numbers), **dict(beside.values()))
+        size, balance = map(float, [*numbers, "0"][: max(2, len(numbers))])
+        cell = cells.get(text) or _Cell(method, size, balance, **dict(beside.values()))
         cell.request("", "", 0).check()
         return cell
     except (ValueError, TypeError, KeyError, PipelineError) as error:

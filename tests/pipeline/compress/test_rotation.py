@@ -155,7 +155,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def compress(source: Path, output: Path, text: str, resume: bool = False, **settings: Any) -> Any:
     """The report of a compression of a tiny model."""
-    wanted = {"effort": "fast", "windows": 16, "window_length": 32} | settings
+    wanted: dict[str, Any] = {"effort": "fast", "windows": 16, "window_length": 32} | settings
     request = CompressRequest(str(source), calibration=text, **wanted)
     return compress_to_folder(request, output, resume=resume)
 

@@ -25,7 +25,8 @@ def nearest(name: str) -> Blocks:
 
 def learn_(matrix: LearnedBlocks, parameter: nn.Parameter, travel: float = 0.1) -> None:
     """Lower the squared error of the outputs in a hundred steps."""
-    optimizer, before = descent([parameter.requires_grad_(True)]), error(matrix.start)
+    parameter.requires_grad_(True)
+    optimizer, before = descent([parameter]), error(matrix.start)
     for step in range(100):
         optimizer.zero_grad()
         loss = (INPUTS @ (matrix.values() - WEIGHT).T).square().mean()
@@ -75,7 +76,7 @@ def test_weights_that_were_nearly_rounded_the_other_way_turn_first() -> None:
     matrix = LearnedBlocks(start)
     assert (matrix.blocks().codes == 3).all()
     with torch.no_grad():
-        matrix.moves += 0.1
+        matrix.moves.add_(0.1)
     assert matrix.blocks().codes.flatten().tolist() == [3, 4, 3, 3]
 
 
