@@ -42,11 +42,13 @@ from pipeline.bench.measure import load_average
 from pipeline.checkpoint.folder import save_checkpoint
 from pipeline.compress.channel_scaling import scale_channels_
 from pipeline.compress.decoder import CalibratedDecoder
+from pipeline.compress.methods import ROTATIONS
 from pipeline.compress.plan.layer_costs import LayerCosts
 from pipeline.compress.plan.make_plan import make_plan
 from pipeline.compress.request import CompressRequest
+from pipeline.compress.rotation import rotate_
 from pipeline.compress.walk import compress_
-from pipeline.errors import UsageError
+from pipeline.errors import PipelineError, UsageError
 from pipeline.lazy import imported
 from pipeline.model.structure import decoder_structure
 from pipeline.progress import note
@@ -76,22 +78,33 @@ _FORMATS = {
 class _Cell:
     """One row: a plain quantiser at some bits, or ours at a fraction of the float16 bytes.
 
-    `balance` scales channels before anything else.
+    What is turned comes before anything else, then channels are scaled by the power `balance`.
     """
 
     method: str
     size: float
     balance: float = 0.0
+    rotate: str = ROTATIONS[0]
+    learn: bool = False
 
     @property
     def name(self) -> str:
-        """`gptq:4`, `ours:0.25`, `factors-int8:0.8`, `ours:0.25:0.5`."""
-        return f"{self.method}:{self.size:g}" + (f":{self.balance:g}" if self.balance else "")
+        """`gptq:4`, `ours:0.25`, `factors-int8:0.8`, `ours:0.25:0.5`, `gptq:3+values+learn`."""
+        numbers = f"{self.size:g}" + (f":{self.balance:g}" if self.balance else "")
+        rotate = "" if self.rotate == ROTATIONS[0] else f"+{self.rotate}"
+        return f"{self.method}:{numbers}{rotate}" + ("+learn" if self.learn else "")
+
+    @property
+    def survey(self) -> str:
+        """What is surveyed: the same of every budget."""
+        rotate = "" if self.rotate == ROTATIONS[0] else f"-{self.rotate}"
+        return f"survey-{self.method}" + (f"-{self.balance:g}" if self.balance else "") + rotate
 
     def request(self, model: str, calibration: str, seed: int) -> CompressRequest:
         """What `skipcat compress` is asked for."""
         shared: dict[str, Any] = {"calibration": calibration, "seed": seed, "effort": EFFORT}
         shared |= {"runtime": "any", "balance": self.balance}
+        shared |= {"rotate": self.rotate, "learn_rounding": self.learn}
         if self.method == "ours":
             return CompressRequest(model, mix=MIX, keep_bytes=self.size, **shared)
         if self.method in ("factors", "factors-int8"):
@@ -163,13 +176,21 @@ def _parsed(text: str) -> _Cell:
     Raises:
         UsageError: it is none.
     """
-    method, *numbers = text.split(":")
+    plain, *words = text.split("+")
+    method, *numbers = plain.split(":")
     cells = {cell.name: cell for cell in _all_cells()}
+    beside: dict[str, tuple[str, Any]] = {
+        word: ("learn", True) if word == "learn" else ("rotate", word) for word in words
+    }
     try:
-        return cells.get(text) or _Cell(method, *map(float, numbers))
-    except (ValueError, TypeError) as error:
+        size, balance = map(float, [*numbers, "0"][: max(2, len(numbers))])
+        cell = cells.get(text) or _Cell(method, size, balance, **dict(beside.values()))
+        cell.request("", "", 0).check()
+        return cell
+    except (ValueError, TypeError, KeyError, PipelineError) as error:
+        expected = f"{', '.join(cells)}; with +values or +all turned, with +learn learned"
         raise UsageError(
-            "This is not a row.", where="--only", observed=text, expected=", ".join(cells)
+            "This is not a row.", where="--only", observed=text, expected=expected
         ) from error
 
 
@@ -213,16 +234,17 @@ def _measured_row(bench: Bench, cell: _Cell, dense_nlls: np.ndarray) -> dict[str
     )
     model = copy.deepcopy(bench.loaded.model)
     layers = decoder_structure(model)
-    # Of every budget the survey is the same.
-    folder = f"survey-{cell.method}" + (f"-{cell.balance:g}" if cell.balance else "")
     formats = [style.name for style in request.formats]
     costs = LayerCosts(
-        bench.work / folder, {"text": tokens.describe()["sha256"], "formats": formats}
+        bench.work / cell.survey, {"text": tokens.describe()["sha256"], "formats": formats}
     )
     started, cpu_started = time.perf_counter(), time.process_time()
+    added = 0
+    if request.rotates:
+        added = rotate_(model, layers, cell.rotate, request.seed).added_parameters
     if cell.balance:
         scale_channels_(model, layers, tokens.tokens, cell.balance)
-    plan = make_plan(request, CalibratedDecoder.at_hand(model, layers, tokens, costs))
+    plan = make_plan(request, CalibratedDecoder.at_hand(model, layers, tokens, costs, added))
     plan_seconds, plan_cpu = time.perf_counter() - started, time.process_time() - cpu_started
     fit = request.resolved_method.fit
     dtype = torch.float32 if cell.method == "factors" else torch.float16

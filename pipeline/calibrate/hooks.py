@@ -77,7 +77,7 @@ def seeing_inputs(
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
+def frozen(model: nn.Module) -> Iterator[None]:
     """No gradients by parameters inside: those by activations alone are wanted."""
     learning = [p for p in model.parameters() if p.requires_grad]
     for parameter in learning:
@@ -106,7 +106,7 @@ def seeing_gradients(
             for member in sums.members:
                 hook = _watching_output(member, sums)
                 hooks.enter_context(model.get_submodule(member).register_forward_hook(hook))
-        hooks.enter_context(_frozen(model))
+        hooks.enter_context(frozen(model))
         yield
 
 
@@ -128,7 +128,7 @@ def seeing_outputs(
         for name, (moments, read) in takers.items():
             hook = _seeing_output(name, moments, read)
             hooks.enter_context(model.get_submodule(name).register_forward_hook(hook))
-        hooks.enter_context(_frozen(model))
+        hooks.enter_context(frozen(model))
         yield
 
 

@@ -35,7 +35,7 @@ class LayerStream:
     def __init__(
         self, model: PreTrainedModel, layers: list[Layer], tokens: torch.Tensor, batch_size: int = 8
     ) -> None:
-        self.model, self.layers = model, layers
+        self.model, self.layers, self.batch_size = model, layers, batch_size
         self.modules = [model.get_submodule(layer.name) for layer in layers]
         self.batches = list(tokens.split(batch_size))
         self._given_back = self._output_of_first()
@@ -45,6 +45,13 @@ class LayerStream:
                 len(batch): self._layer_keywords(batch)
                 for batch in {len(batch): batch for batch in self.batches}.values()
             }
+
+    def keywords_of(self, count: int) -> list[dict[str, Any]]:
+        """The arguments beside the hidden states that each layer is given for so many sequences."""
+        if count not in self.keywords:
+            with torch.no_grad():
+                self.keywords[count] = self._layer_keywords(self.batches[0][:count])
+        return self.keywords[count]
 
     @torch.no_grad()
     def advance(self, index: int, *, measure: bool = True) -> dict[str, SecondMoment]:
@@ -177,6 +184,29 @@ class PairedStream:
             keywords = self.original.keywords[len(hidden)][index]
             with fast_products(self.model):
                 hidden.copy_(hidden_states_of(module(hidden, **keywords)))
+
+    def through(self, index: int, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """What layer `index` makes of some sequences as it is now, and what the original makes.
+
+        Between `enter` and `leave`; with gradients by what the layer computes with.
+
+        Args:
+            index: of the layer.
+            first: of the sequences.
+            count: how many; all of one batch.
+
+        Returns:
+            Of the compressed model's hidden states, and of the original's, float32 [count, T, H].
+        """
+        place, start = divmod(first, self.original.batch_size)
+        hidden, wanted = (
+            batches[place][start : start + count]
+            for batches in (self.compressed, self.original.hidden)
+        )
+        keywords = self.original.keywords_of(len(hidden))[index]
+        with fast_products(self.model):
+            found = hidden_states_of(self.original.modules[index](hidden, **keywords))
+        return found.float(), wanted
 
     def _inputs_of(self, index: int, group: str) -> Iterator[torch.Tensor]:
         """What the group reads in the compressed model, batch by batch, float32 [tokens, n]."""

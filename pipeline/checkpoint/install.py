@@ -57,12 +57,20 @@ def dense_tensors(
 ) -> dict[str, torch.Tensor]:
     """The tensors a checkpoint stores for quantised dense matrices, by name: each its own rows."""
     tensors: dict[str, torch.Tensor] = {}
-    start = 0
-    for member, height in zip(members, heights, strict=True):
-        rows = codes.rows(start, start + height)
-        tensors |= _prefixed(member + suffix, rows.stored_tensors())
-        start += height
+    for name, rows in member_codes(members, heights, codes, suffix).items():
+        tensors |= _prefixed(name, rows.stored_tensors())
     return tensors
+
+
+def member_codes(
+    members: tuple[str, ...], heights: list[int], codes: Blocks, suffix: str = ".stored"
+) -> dict[str, Blocks]:
+    """The codes of each member of a stack, by the name of the module that holds them."""
+    stops = [sum(heights[: place + 1]) for place in range(len(heights))]
+    return {
+        member + suffix: codes.rows(stop - height, stop)
+        for member, height, stop in zip(members, heights, stops, strict=True)
+    }
 
 
 def _prefixed(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -149,6 +149,13 @@ _quantization_options = options.apply(
         "all; values leaves the residual stream, and a head that shares the embedding's matrix as "
         "it is. Excludes --stream-weights. " + _LANGUAGE_MODELS,
     ),
+    click.option(
+        "--learn-rounding",
+        is_flag=True,
+        help="Learn codes and scales of each layer against what it should return, after they are "
+        "rounded with errors fed forward; --effort says in how many steps. Needs low bits, and "
+        "--effort default or max, or --mix. " + _LANGUAGE_MODELS,
+    ),
     heading="Quantisation",
 )
 _cache_options = options.apply(

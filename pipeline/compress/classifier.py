@@ -53,6 +53,7 @@ def prepare(request: CompressRequest) -> _OpenedClassifier:
         ("--table", request.table is not None),
         ("--balance", request.balance > 0),
         ("--rotate", request.rotates),
+        ("--learn-rounding", request.learn_rounding),
     ):
         if given:
             raise UsageError("This option is for language models.", where=flag)

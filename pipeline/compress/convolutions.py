@@ -139,6 +139,7 @@ def _require_meant(request: CompressRequest) -> None:
         ("--cache-bytes, --keep-cache, --context", request.shrinks_cache),
         ("--balance", request.balance > 0),
         ("--rotate", request.rotates),
+        ("--learn-rounding", request.learn_rounding),
         ("--stream-weights", request.stream_weights),
         ("--window-length", request.window_length is not None),
     ):

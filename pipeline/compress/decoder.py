@@ -157,6 +157,7 @@ class CalibratedDecoder:
         layers: list[Layer],
         batch: TokenBatch,
         costs: LayerCosts | None = None,
+        added_parameters: int = 0,
     ) -> CalibratedDecoder:
         """A decoder whose text is read already; its costs, if it needs any, lie in a folder."""
 
@@ -164,7 +165,7 @@ class CalibratedDecoder:
             assert costs is not None, "nothing should ask for costs"
             return costs
 
-        return cls(model, layers, lambda: batch, kept)
+        return cls(model, layers, lambda: batch, kept, added_parameters)
 
     @cached_property
     def batch(self) -> TokenBatch:

@@ -50,12 +50,14 @@ class Fit:
             the compressed model feeds it, with this share of the original's output in its target.
         factorize: `module:name` of (stack, target, rank, inputs, geometry, sensitivities) -> B, A.
         quantize: `module:name` of a `Rounding`: how matrices and factors are quantised.
+        learned_steps: then codes and scales of a layer are learned together, in so many steps.
     """
 
     two_sided: bool = True
     mix: float | None = None
     factorize: str = TRUNCATED
     quantize: str = _GPTQ
+    learned_steps: int = 0
 
     def describe(self) -> dict[str, Any]:
         """The entry of recipe.json."""
@@ -64,6 +66,7 @@ class Fit:
             "mix": self.mix,
             "reconstruct": self.factorize == _RECONSTRUCTED,
             "nearest": self.quantize == _RTN,
+            "learned_steps": self.learned_steps,
         }
 
 
@@ -239,16 +242,18 @@ class Effort:
         survey_windows: how many of them the gradients are taken on.
         mix: of a method of ours: None fits each layer once; a number fits each to what the
             compressed model feeds it (see `Fit`).
+        rounding_steps: of each layer, where rounding is learned.
     """
 
     windows: int
     window_length: int
     survey_windows: int
     mix: float | None
+    rounding_steps: int
 
 
 EFFORTS = {
-    "fast": Effort(windows=64, window_length=512, survey_windows=16, mix=None),
-    DEFAULT_EFFORT: Effort(windows=128, window_length=512, survey_windows=64, mix=0.5),
-    "max": Effort(windows=384, window_length=512, survey_windows=128, mix=0.5),
+    "fast": Effort(64, 512, survey_windows=16, mix=None, rounding_steps=32),
+    DEFAULT_EFFORT: Effort(128, 512, survey_windows=64, mix=0.5, rounding_steps=128),
+    "max": Effort(384, 512, survey_windows=128, mix=0.5, rounding_steps=512),
 }

@@ -64,6 +64,7 @@ class CompressRequest:
             not at all.
         rotate: what is turned by orthogonal matrices that fold into the weights, a name in
             ROTATIONS.
+        learn_rounding: learn codes and scales of each layer against what it should return.
         cache_bytes: bytes that a token may take in the KV cache, such as "6KB"; None for all.
         keep_cache: the same, as a fraction of those in float16.
         context: tokens whose cache takes its bytes from the budget of the weights: what each of the
@@ -100,6 +101,7 @@ class CompressRequest:
     table: str | None = None
     balance: float = 0.0
     rotate: str = ROTATIONS[0]
+    learn_rounding: bool = False
     cache_bytes: str | None = None
     keep_cache: float | None = None
     context: int | None = None
@@ -251,6 +253,7 @@ class CompressRequest:
                 where=f"--method {self.method}",
                 expected="--weights int4-b32-asym, and --table for the embedding and the head",
             )
+        self._check_learning()
         for flag, name in (("--weights", self.weights), ("--table", self.table)):
             if name is not None:
                 self._check_format(flag, name)
@@ -271,6 +274,24 @@ class CompressRequest:
                 where="--keep-macs",
                 observed=self.keep_macs,
                 expected="a number in [0, 1]; 0.1 keeps a tenth of them in float32",
+            )
+
+    def _check_learning(self) -> None:
+        """Refuse to learn a rounding where there is none, or nothing to learn from."""
+        if not self.learn_rounding:
+            return
+        if not (self.searches_bits or self.weights is not None or self.plan is not None):
+            raise UsageError(
+                "Nothing is rounded whose rounding could be learned.",
+                where="--learn-rounding",
+                expected="--memory, --keep-bytes, --weights, or a --plan with formats",
+            )
+        if self.resolved_method.fit.mix is None:
+            raise UsageError(
+                "Rounding is learned on what the compressed model feeds a layer.",
+                where="--learn-rounding",
+                observed="layers that are fitted to the original's inputs alone",
+                expected="--effort default or max, or --mix",
             )
 
     def _check_format(self, flag: str, name: str) -> None:
@@ -384,4 +405,6 @@ class CompressRequest:
             fit = replace(fit, mix=None, factorize=TRUNCATED)
         if self.one_sided:
             fit = replace(fit, two_sided=False)
+        if self.learn_rounding:
+            fit = replace(fit, learned_steps=self.resolved_effort.rounding_steps)
         return replace(method, cat=method.cat and self.cat, skip=method.skip and self.skip, fit=fit)

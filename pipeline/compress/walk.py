@@ -11,16 +11,19 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from pipeline.calibrate.layer_stream import PairedStream
 from pipeline.checkpoint.install import (
     dense_tensors,
     group_entries,
     group_tensors,
     install_,
+    member_codes,
 )
 from pipeline.compress.calibrated import Calibrated
 from pipeline.compress.factorize.factors import Factors, Rounding, relative_output_error
 from pipeline.compress.factorize.whitened_svd import InputMoments, regular
 from pipeline.compress.finished_layers import FinishedLayers
+from pipeline.compress.learn_rounding import Learning, learn_rounding_
 from pipeline.compress.methods import ONE_SIDED, Fit
 from pipeline.compress.plan.layer_costs import GroupStatistics
 from pipeline.compress.plan.plan import GroupPlan, RankPlan
@@ -30,6 +33,7 @@ from pipeline.memory import return_free_memory
 from pipeline.model.structure import Layer
 from pipeline.progress import track
 from pipeline.quantize.formats import Format
+from pipeline.quantize.groupwise import Blocks
 
 
 @dataclass
@@ -69,7 +73,9 @@ def compress_(
     """
     model, stream = calibrated.model, calibrated.stream(fit)
     statistics = calibrated.statistics if fit.two_sided else None
-    factor = partial(_fit_group, model, fit=fit, statistics=statistics, dtype=dtype)
+    learning = Learning(fit.learned_steps, None if finished is None else finished.folder)
+    codes = learning.codes if fit.learned_steps else None
+    factor = partial(_fit_group, model, fit=fit, statistics=statistics, dtype=dtype, codes=codes)
     modules: dict[str, dict[str, Any]] = {}
     reports: list[dict[str, Any]] = []
     for index, layer in enumerate(track(calibrated.layers, "compress")):
@@ -83,6 +89,10 @@ def compress_(
             tensors, groups = _fit_layer_(
                 model, layer, planned, partial(stream.measure, index), factor
             )
+            if learning.codes and isinstance(stream, PairedStream):
+                learned, errors = learn_rounding_(stream, index, learning, statistics)
+                tensors, groups = tensors | learned, [group | errors for group in groups]
+                learning.codes.clear()
             if finished is not None:
                 finished.add(layer.name, tensors, groups)
                 _rebind_(model, finished.load(layer.name)[0])
@@ -173,8 +183,11 @@ def _fit_group(
     fit: Fit,
     statistics: GroupStatistics | None,
     dtype: torch.dtype,
+    codes: dict[str, Blocks] | None = None,
 ) -> _Fitted:
     """The tensors a checkpoint stores for a group that changes, and its report.
+
+    `codes` is given those of its quantised matrices, by the module that holds them.
 
     Raises:
         InputError: the group cannot be factored or rounded; names its members.
@@ -188,9 +201,10 @@ def _fit_group(
         stack, heights = torch.cat(weights), [len(w) for w in weights]
         target = inputs.target(stack, fit.mix or 0.0)
         problem = _Problem(stack, heights, target, inputs, geometry, sensitivities)
+        found: dict[str, Blocks] = {} if codes is None else codes
         if group.form == "dense":
-            return _quantized_dense(group, problem, fit)
-        return _factored(group, problem, fit, dtype)
+            return _quantized_dense(group, problem, fit, found)
+        return _factored(group, problem, fit, dtype, found)
     except (ValueError, torch.linalg.LinAlgError) as error:
         raise InputError(
             "A group of matrices cannot be factored or rounded.",
@@ -217,7 +231,9 @@ def _group_report(group: GroupPlan) -> dict[str, Any]:
     return report
 
 
-def _factored(group: GroupPlan, problem: _Problem, fit: Fit, dtype: torch.dtype) -> _Fitted:
+def _factored(
+    group: GroupPlan, problem: _Problem, fit: Fit, dtype: torch.dtype, codes: dict[str, Blocks]
+) -> _Fitted:
     """Tensors and report of matrices that become a product."""
     inputs, geometry, sensitivities = problem.inputs, problem.geometry, problem.sensitivities
     b, a = imported(fit.factorize)(
@@ -234,17 +250,24 @@ def _factored(group: GroupPlan, problem: _Problem, fit: Fit, dtype: torch.dtype)
     if group.form == "skip":
         sizes = stored.down.abs()
         report["largest_interpolation"] = float(sizes.max()) if sizes.numel() else 0.0
+    if rounded.down is not None:
+        codes[f"{group.members[0]}.down.stored"] = rounded.down
+    if rounded.up is not None:
+        codes |= member_codes(group.members, problem.heights, rounded.up, ".up.stored")
     down = stored.down if rounded.down is None else rounded.down
     up = stored.up if rounded.up is None else rounded.up
     tensors = group_tensors(group.members, problem.heights, down, up, stored.permutation, dtype)
     return tensors, report
 
 
-def _quantized_dense(group: GroupPlan, problem: _Problem, fit: Fit) -> _Fitted:
+def _quantized_dense(
+    group: GroupPlan, problem: _Problem, fit: Fit, codes: dict[str, Blocks]
+) -> _Fitted:
     """Tensors and report of matrices that stay dense, quantised."""
     rounding: Rounding = imported(fit.quantize)
     format = Format.parse(group.up_format or "")
-    codes = rounding.matrix(problem.target, format, problem.geometry, problem.sensitivities)
-    error = relative_output_error(problem.target, codes.values(), problem.inputs.seen)
+    rounded = rounding.matrix(problem.target, format, problem.geometry, problem.sensitivities)
+    codes |= member_codes(group.members, problem.heights, rounded)
+    error = relative_output_error(problem.target, rounded.values(), problem.inputs.seen)
     report = _group_report(group) | {"relative_error": 0.0, "rounded_relative_error": error}
-    return dense_tensors(group.members, problem.heights, codes), report
+    return dense_tensors(group.members, problem.heights, rounded), report

@@ -21,7 +21,7 @@ is away from it: the error of rounding to the nearest.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import scipy.linalg
@@ -59,13 +59,15 @@ def gptq(
     grid = Grid.fit(values, format.bits, width, zero=format.zero, importance=np.diagonal(hessian))
     upper = _inverse_of(root)
     spread = _spread(grid, width, order)
-    codes = np.empty((len(values), columns), np.float32)
+    codes, places = (np.empty((len(values), columns), np.float32) for _ in range(2))
     for start, stop, sensitivity in _matrices(len(values), sensitivities):
-        codes[start:stop] = _down_the_rows(
+        codes[start:stop], places[start:stop] = _down_the_rows(
             values[start:stop], spread.rows(slice(start, stop)), upper, sensitivity
         )
-    back = codes[:, np.argsort(order)]
-    return grid.stored(_padded_codes(back, grid, width), zero=format.zero, columns=columns)
+    back = np.argsort(order)
+    padded, rests = _padded_codes(codes[:, back], grid, width), (places - codes)[:, back]
+    blocks = grid.stored(padded, zero=format.zero, columns=columns)
+    return replace(blocks, rests_of_codes=pad_to_blocks(rests, width))
 
 
 @dataclass(frozen=True)
@@ -100,42 +102,45 @@ def _matrices(
 
 def _down_the_rows(
     values: np.ndarray, spread: _Spread, upper: np.ndarray, sensitivity: torch.Tensor | None
-) -> np.ndarray:
-    """Codes float32 [m, n] of one matrix, columns in the order they are taken."""
+) -> tuple[np.ndarray, np.ndarray]:
+    """Codes of one matrix, and what they were before they were rounded; both float32 [m, n].
+
+    Columns are in the order they are taken.
+    """
     if sensitivity is None:
-        return _along_rows(values[:, spread.order], spread, upper)[0]
+        return _along_rows(values[:, spread.order], spread, upper)[:2]
     _, order, upper_root = _ordered(sensitivity)
     root = _inverse_of(upper_root)
     target = values[np.ix_(order, spread.order)]
-    codes = np.empty_like(target)
+    codes, places = np.empty_like(target), np.empty_like(target)
     for start in range(0, len(target), _ROWS_AT_ONCE):
         stop = min(start + _ROWS_AT_ONCE, len(target))
-        part = spread.rows(order[start:stop])
-        codes[start:stop], error = _along_rows(target[start:stop], part, upper)
+        part, own = spread.rows(order[start:stop]), slice(start, stop)
+        codes[own], places[own], error = _along_rows(target[own], part, upper)
         solved = scipy.linalg.solve_triangular(root[start:stop, start:stop], error, trans="T")
         target[stop:] -= root[start:stop, stop:].T @ solved
-    result = np.empty_like(codes)
-    result[order] = codes
-    return result
+    back = np.argsort(order)
+    return codes[back], places[back]
 
 
 def _along_rows(
     values: np.ndarray, spread: _Spread, upper: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Codes of some rows, and what they are away from `values`; both float32 [k, n].
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Codes of some rows, before they were rounded, and what they miss of `values`; float32 [k, n].
 
     Columns behind the current tile are moved once a tile, by one matrix product.
     """
     # Columns become rows, which lie together in memory.
     moved = np.ascontiguousarray(values.T)
     scales, zeros = (np.ascontiguousarray(a.T) for a in (spread.scales, spread.zero_points))
-    codes, rounded = np.empty_like(moved), np.empty_like(moved)
+    codes, places, rounded = (np.empty_like(moved) for _ in range(3))
     for start in range(0, len(moved), _COLUMNS_AT_ONCE):
         stop = min(start + _COLUMNS_AT_ONCE, len(moved))
         steps = np.empty_like(moved[start:stop])
         for j in range(start, stop):
             code = moved[j] / scales[j]
             code += zeros[j]
+            places[j] = code
             np.rint(code, out=code)
             np.clip(code, 0, spread.largest, out=code)
             codes[j] = code
@@ -144,7 +149,7 @@ def _along_rows(
             np.divide(moved[j] - rounded[j], upper[j, j], out=step)
             moved[j + 1 : stop] -= upper[j, j + 1 : stop, None] * step
         moved[stop:] -= upper[start:stop, stop:].T @ steps
-    return codes.T, values - rounded.T
+    return codes.T, places.T, values - rounded.T
 
 
 def _padded_codes(codes: np.ndarray, grid: Grid, width: int) -> np.ndarray:

@@ -39,6 +39,8 @@ class Blocks:
             2^(bits - 1) everywhere.
         bits: of a code.
         columns: n.
+        rests_of_codes: what rounding took from the codes, float32 as `codes`; None where it is not
+            known. It is not stored.
     """
 
     codes: np.ndarray
@@ -46,6 +48,7 @@ class Blocks:
     zero_points: np.ndarray | None
     bits: int
     columns: int
+    rests_of_codes: np.ndarray | None = None
 
     @property
     def has_offsets(self) -> bool:
@@ -56,7 +59,7 @@ class Blocks:
     def offsets(self) -> np.ndarray:
         """What the code 0 stands for in formats with offsets, float32 [m, blocks]."""
         assert self.zero_points is not None
-        return _as_float16(-self.zero_points * self.scales)
+        return as_float16(-self.zero_points * self.scales)
 
     @property
     def rests(self) -> np.ndarray:
@@ -81,8 +84,9 @@ class Blocks:
     def rows(self, start: int, stop: int) -> Blocks:
         """Some of the rows."""
         zero_points = None if self.zero_points is None else self.zero_points[start:stop]
+        rests = None if self.rests_of_codes is None else self.rests_of_codes[start:stop]
         part = self.codes[start:stop], self.scales[start:stop], zero_points
-        return Blocks(*part, self.bits, self.columns)
+        return Blocks(*part, self.bits, self.columns, rests)
 
     def stored_tensors(self) -> dict[str, torch.Tensor]:
         """The tensors that a checkpoint holds, named as its `QuantizedWeight` registers them.
@@ -259,15 +263,15 @@ def _grid(lowest: np.ndarray, highest: np.ndarray, bits: int, steps: int, zero: 
 def _offset_grid(lowest: np.ndarray, highest: np.ndarray, bits: int, steps: int) -> Grid:
     """Grids that begin at `lowest` and reach `highest` in so many steps."""
     scales = _scales(highest - lowest, steps)
-    return Grid(scales, -_as_float16(lowest) / scales, bits)
+    return Grid(scales, -as_float16(lowest) / scales, bits)
 
 
 def _scales(width: np.ndarray, steps: int) -> np.ndarray:
     exact = np.where(width > 0, width / steps, np.float32(1))
-    return np.maximum(_as_float16(exact), _SMALLEST_SCALE)
+    return np.maximum(as_float16(exact), _SMALLEST_SCALE)
 
 
-def _as_float16(numbers: np.ndarray) -> np.ndarray:
+def as_float16(numbers: np.ndarray) -> np.ndarray:
     """The nearest numbers of float16, in float32."""
     return numbers.astype(np.float16).astype(np.float32)
 

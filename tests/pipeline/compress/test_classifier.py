@@ -241,6 +241,7 @@ def test_a_plan_can_be_shown_without_writing_anything(
         ({"table": "int8-b64-sym"}, "for language models"),
         ({"balance": 0.5}, "for language models"),
         ({"rotate": "all"}, "for language models"),
+        ({"learn_rounding": True, "mix": 0.5, "keep_bytes": 0.5}, "for language models"),
         ({"keep_params": 0.01}, "No plan keeps so little"),
         ({"keep_bytes": 0.01}, "No plan is so small"),
         ({"keep_params": 0.0}, "out of range"),

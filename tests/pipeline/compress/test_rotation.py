@@ -194,7 +194,8 @@ def test_onnx_runtime_gives_the_logits_of_the_model_before_it_was_turned(
     profile: str, turned: tuple[Path, Path, Any], tmp_path: Path
 ) -> None:
     source, made, _ = turned
-    export_folder(made, tmp_path / "onnx", ExportRequest(profile, "float32", max_length=32))
+    request = ExportRequest(profile, "float32", max_length=32, weights="float")
+    export_folder(made, tmp_path / "onnx", request)
     expected = logits(AutoModelForCausalLM.from_pretrained(source))[0].numpy()
     found = open_session(tmp_path / "onnx").forward(TOKENS[:1].numpy())
     assert np.abs(found.reshape(expected.shape) - expected).max() < 1e-4 * np.abs(expected).max()
