@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,12 +20,16 @@ from validate.artefacts import Artefacts
 from validate.decoder import DECODER, _TextOptions
 from validate.stages import (
     _DENSE_PRODUCT,
+    _ROUNDED,
+    _SAME_BITS,
+    _SAME_BUT_FOR_TIES,
     _SAME_IN_CODES,
     _SAME_IN_FLOAT16,
     _SAME_IN_FLOAT32,
     _SAME_MATRIX,
     ORIGINAL,
     SKIP_FORM,
+    Tolerance,
     standard_stages,
 )
 
@@ -69,6 +74,26 @@ def test_a_cache_of_codes_has_a_stage_of_its_own_which_the_export_equals() -> No
     compared = [row.to_reference for row in ledger.rows[1:] if row.to_reference is not None]
     kl = [row.metrics.kl_mean for row in compared]
     assert kl[1] < kl[0] / 4
+
+
+@pytest.mark.parametrize(("left", "near"), [({}, _SAME_BITS), ({"x": "why"}, _SAME_BUT_FOR_TIES)])
+def test_rounded_convolutions_have_one_form_and_their_exports_its_bits(
+    tmp_path: Path, left: dict[str, str], near: Tolerance
+) -> None:
+    report = {"convolutions": {"stem": {"rounded": True, "macs": 1}}, "left_out": left}
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    openers = replace(DECODER.openers, unoptimised=DECODER.openers.onnx)
+    artefacts = Artefacts(
+        "name", tmp_path, (shared_export("compat"),), (tmp_path / "engine",), (tmp_path / "ptq",)
+    )
+    stages = standard_stages(artefacts, openers, TINY.open)
+    assert [(stage.name, stage.reference, stage.tolerance) for stage in stages[1:]] == [
+        ("checkpoint ptq", None, Tolerance()),
+        (_ROUNDED, ORIGINAL, Tolerance()),
+        ("onnxruntime compat, not optimised", _ROUNDED, near),
+        ("onnxruntime compat", _ROUNDED, _SAME_BUT_FOR_TIES),
+        ("tensorrt engine", _ROUNDED, _SAME_BUT_FOR_TIES),
+    ]
 
 
 def test_a_limit_on_kl_holds_for_every_stage_but_the_original(tmp_path: Path) -> None:
