@@ -184,6 +184,7 @@ def _beside(artefacts: Artefacts, openers: Openers, trust_remote_code: bool) -> 
             functools.partial(
                 _open_checkpoint, folder, openers, f"checkpoint {label}", trust_remote_code
             ),
+            ORIGINAL,
         )
         for folder, label in _labelled(artefacts.beside)
     ]
