@@ -18,6 +18,7 @@ ARGS        ?=
 DRIVING     ?= artefacts/driving
 STEPS       ?= 2000
 SCENES      ?= 2000
+QAT_STEPS   ?= 100
 
 # How the environment is made.
 PYTHON      ?= python3
@@ -47,7 +48,7 @@ engine: $(STAMP) ## Compress MODEL, export it, build its engine, and validate ev
 	$(VENV)skipcat build -m "$(MODEL)" --keep-params $(KEEP) --effort $(EFFORT) --target $(TARGET) $(engine_flags)
 
 # A folder that is there is finished: what was interrupted goes on when called again.
-driving: $(DRIVING)/ledger $(DRIVING)/seen ## Draw scenes, train the driving network, export, engine, validate, look
+driving: $(DRIVING)/ledger $(DRIVING)/ledger-int8 $(DRIVING)/seen ## Draw scenes, train the driving network, float and int8; export, engine, validate, look
 
 $(DRIVING)/scenes: | $(STAMP)
 	$(VENV)python tools/draw_scenes.py -o $@ --scenes $(SCENES)
@@ -69,6 +70,25 @@ $(DRIVING)/engine: | $(DRIVING)/onnx-fp16
 $(DRIVING)/ledger: | $(DRIVING)/onnx $(DRIVING)/engine
 	$(VENV)skipcat validate --original $(DRIVING)/net --onnx $(DRIVING)/onnx --onnx $(DRIVING)/onnx-fp16 \
 	    $$(test -d $(DRIVING)/engine && echo --engine $(DRIVING)/engine) --data $(DRIVING)/scenes/wide -o $@
+
+$(DRIVING)/int8: | $(DRIVING)/net
+	$(VENV)skipcat compress -m $| -o $@ --method int8 --runtime tensorrt --calibration $(DRIVING)/scenes/wide --resume
+
+$(DRIVING)/int8-trained: | $(DRIVING)/int8
+	$(VENV)skipcat recover $| -o $@ --data $(DRIVING)/scenes/wide --teacher $(DRIVING)/net --steps $(QAT_STEPS) --batch-size 8 --resume
+
+$(DRIVING)/onnx-int8: | $(DRIVING)/int8-trained
+	$(VENV)skipcat export $| -o $@ --dtype float32
+
+$(DRIVING)/engine-int8: | $(DRIVING)/onnx-int8
+	@if $(VENV)python -c "import tensorrt_rtx" 2>/dev/null; \
+	then $(VENV)skipcat engine $| -o $@ --target sm86; \
+	else echo "no engine: tensorrt_rtx is not installed (make setup EXTRAS=rtx)"; fi
+
+$(DRIVING)/ledger-int8: | $(DRIVING)/onnx-int8 $(DRIVING)/engine-int8
+	$(VENV)skipcat validate --original $(DRIVING)/net --beside $(DRIVING)/int8 --checkpoint $(DRIVING)/int8-trained \
+	    --onnx $(DRIVING)/onnx-int8 $$(test -d $(DRIVING)/engine-int8 && echo --engine $(DRIVING)/engine-int8) \
+	    --data $(DRIVING)/scenes/wide -o $@
 
 $(DRIVING)/seen: | $(DRIVING)/onnx
 	$(VENV)skipcat run $| --image $(DRIVING)/scenes/wide/images/100k/val -o $@
@@ -150,6 +170,6 @@ help: ## List the targets and the variables
 	@echo '  EVAL=  text to evaluate on   RESUME=1, OVERWRITE=1'
 	@echo 'Variables of make driving, with their defaults:'
 	@echo '  DRIVING=$(DRIVING)  folder to write; what lies in it is not made again'
-	@echo '  STEPS=$(STEPS)  of training   SCENES=$(SCENES)  to train on'
+	@echo '  STEPS=$(STEPS)  of training   SCENES=$(SCENES)  to train on   QAT_STEPS=$(QAT_STEPS)  under rounding'
 	@echo 'Of every target:  ARGS=  further arguments'
 	@echo 'Of make setup:    EXTRAS=  further packages   PYTHON=$(PYTHON)   VERBOSE=1'

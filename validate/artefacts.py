@@ -21,6 +21,7 @@ class Artefacts:
     Attributes:
         original: alias, hub id, folder or GGUF file of the model before compression.
         checkpoint: the compressed checkpoint; None if the model was not compressed.
+        beside: other checkpoints, each measured in a row of its own.
         onnx: exported ONNX folders.
         engines: TensorRT engine folders.
     """
@@ -29,11 +30,13 @@ class Artefacts:
     checkpoint: Path | None = None
     onnx: tuple[Path, ...] = ()
     engines: tuple[Path, ...] = ()
+    beside: tuple[Path, ...] = ()
 
     @property
     def inputs(self) -> tuple[object, ...]:
         """All that is read, as it was named."""
-        return (self.original, self.checkpoint or "", *self.onnx, *self.engines)
+        checkpoints = (self.checkpoint or "", *self.beside)
+        return (self.original, *checkpoints, *self.onnx, *self.engines)
 
     @classmethod
     def find(cls, build: Path) -> Artefacts:

@@ -75,6 +75,7 @@ def validate(
     named = {
         "original": public_name(artefacts.original),
         "checkpoint": None if artefacts.checkpoint is None else public_name(artefacts.checkpoint),
+        **({"beside": [public_name(f) for f in artefacts.beside]} if artefacts.beside else {}),
         "onnx": [public_name(folder) for folder in artefacts.onnx],
         "engines": [public_name(folder) for folder in artefacts.engines],
     }

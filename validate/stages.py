@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import InputError
-from pipeline.export.contract import FLOAT, FLOAT16, INT4, INT4_OFFSET, INT8
+from pipeline.export.contract import FLOAT, FLOAT16, FLOAT32, INT4, INT4_OFFSET, INT8
 from pipeline.export.record import ExportRecord, read_export_record
 from pipeline.json_file import json_field, read_json_object
 from pipeline.model.task import TASKS
@@ -107,6 +107,7 @@ class Openers:
 ORIGINAL = "original"
 _DENSE_PRODUCT = "compressed, dense product"
 SKIP_FORM = "compressed, skip form"
+_ROUNDED = "compressed, rounded convolutions"
 # Of a checkpoint whose KV cache is smaller: where numbers are rounded, what cutting alone costs;
 # what all of it costs; that latents give the same, and in however many calls a text is read.
 CACHE_CUT, CACHE_FULL = "cache, not rounded", "cache, full width"
@@ -125,6 +126,11 @@ _SAME_IN_FLOAT16 = Tolerance(min_cosine=0.999, max_kl_to_reference=1e-3)
 _NEAR_IN_INTEGERS = Tolerance(min_cosine=0.95, max_kl_to_reference=5e-2)
 
 
+# Convolutions of codes: all sums are of whole numbers, and exact in float32 (docs/int8.md).
+_SAME_BITS = Tolerance(max_relative_error=0.0, max_score_drop=0.0)
+# Integer kernels round ties by another multiplication, and numbers beside codes are summed in
+# another order: some codes are one apart, which no score may notice.
+_SAME_BUT_FOR_TIES = Tolerance(min_cosine=0.95, max_kl_to_reference=5e-2, max_score_drop=3e-3)
 # What 8 bits of the cache may cost: SmolLM2-135M has KL 2e-3 (docs/cpu.md).
 _ROUNDED_CACHE = Tolerance(min_cosine=0.95, max_kl_to_reference=2e-2)
 # What few bits of latents may cost beside the same latents in float. How many there are is the
@@ -147,7 +153,8 @@ def standard_stages(
     from, with the latents of its smaller cache if it has one; without a checkpoint it should equal
     the original. One whose cache holds codes should equal PyTorch that rounds likewise, which is a
     stage of its own and says what that costs. Of a quantised checkpoint both forms are those of the
-    values that its codes stand for: `validate.rounding` says what they cost. Where a task asks for
+    values that its codes stand for: `validate.rounding` says what they cost. One of rounded
+    convolutions has one form, whose bits its export gives as it is written. Where a task asks for
     it, an export's graph is also run as it is written, without ONNX Runtime's rewriting.
 
     Args:
@@ -167,15 +174,36 @@ def standard_stages(
     for folder, label in _labelled(artefacts.engines):
         name = f"tensorrt {label}"
         opener = functools.partial(openers.engine, folder, name)
-        stages.append(Stage(name, opener, reference, _SAME_IN_FLOAT16, required=False))
+        near = _SAME_BUT_FOR_TIES if reference == _ROUNDED else _SAME_IN_FLOAT16
+        stages.append(Stage(name, opener, reference, near, required=False))
+    stages = _beside(artefacts, openers, trust_remote_code) + stages
     limited = [
         replace(stage, tolerance=replace(stage.tolerance, max_kl=max_kl)) for stage in stages
     ]
     return [Stage(ORIGINAL, open_original), *limited]
 
 
+def _beside(artefacts: Artefacts, openers: Openers, trust_remote_code: bool) -> list[Stage]:
+    """Other checkpoints, of which nothing is demanded."""
+    return [
+        Stage(
+            f"checkpoint {label}",
+            functools.partial(
+                _open_checkpoint, folder, openers, f"checkpoint {label}", trust_remote_code
+            ),
+            ORIGINAL,
+        )
+        for folder, label in _labelled(artefacts.beside)
+    ]
+
+
 def _checkpoint_stages(checkpoint: Path, openers: Openers, trust_remote_code: bool) -> list[Stage]:
-    """The forms of a checkpoint, each equal to the one before it."""
+    """The forms of a checkpoint, each equal to the one before it; exports equal the last."""
+    if _rounded_convs(checkpoint):
+        open_it = functools.partial(
+            _open_checkpoint, checkpoint, openers, _ROUNDED, trust_remote_code
+        )
+        return [Stage(_ROUNDED, open_it, ORIGINAL)]
     forms = [
         (_DENSE_PRODUCT, ORIGINAL, Tolerance()),
         (SKIP_FORM, _DENSE_PRODUCT, _SAME_MATRIX),
@@ -222,10 +250,34 @@ def _onnx_stages(
     if openers.unoptimised is not None:
         as_written = f"{name}, not optimised"
         opener = functools.partial(openers.unoptimised, folder, as_written)
-        stages.append(Stage(as_written, opener, equal, _onnx_tolerance(record)))
+        near = _onnx_tolerance(record)
+        if reference == _ROUNDED:
+            near = _SAME_BITS if _all_rounded(artefacts, record) else _SAME_BUT_FOR_TIES
+        stages.append(Stage(as_written, opener, equal, near))
     opener = functools.partial(openers.onnx, folder, name)
-    stages.append(Stage(name, opener, equal, _onnx_tolerance(record)))
+    near = _SAME_BUT_FOR_TIES if reference == _ROUNDED else _onnx_tolerance(record)
+    stages.append(Stage(name, opener, equal, near))
     return stages
+
+
+def _rounded_convs(checkpoint: Path) -> dict[str, bool]:
+    """Convolutions of a checkpoint and whether they are codes; none where that is not said."""
+    from pipeline.checkpoint.folder import read_record
+
+    path = checkpoint / "report.json"
+    report = read_record(checkpoint, path.name)
+    found = json_field(report, "convolutions", dict, path, default=None) or {}
+    left_out = json_field(report, "left_out", dict, path, default=None) or {}
+    return {name: bool(one.get("rounded")) for name, one in found.items()} | dict.fromkeys(
+        left_out, False
+    )
+
+
+def _all_rounded(artefacts: Artefacts, record: ExportRecord | None) -> bool:
+    """Whether an export holds no number but codes and biases, all of whose sums are exact."""
+    assert artefacts.checkpoint is not None, "its stage is the reference"
+    whole = all(_rounded_convs(artefacts.checkpoint).values())
+    return whole and record is not None and record.dtype == FLOAT32
 
 
 def _open_checkpoint(folder: Path, openers: Openers, form: str, trust_remote_code: bool) -> Any:

@@ -49,6 +49,89 @@ _CACHE_ROW = """| KV cache | {token_bytes:,} bytes a token, of {dense_bytes:,} i
 """
 
 
+_ROUNDED_TEMPLATE = """---
+library_name: transformers
+base_model_relation: quantized
+tags: [int{bits}, skipcat]
+---
+
+# {label}, convolutions in {bits} bits for {runtime}
+
+Load it with skipcat installed:
+
+```python
+from pipeline.checkpoint.folder import load_checkpoint
+model = load_checkpoint("this folder")
+```
+
+| | |
+| --- | --- |
+| original model | {model} |
+| method | {method} |
+| convolutions in {bits} bits | {rounded} of {convolutions} |
+| activations | {activation_bits} bits, as {runtime} takes them |
+| stay in float32 | {kept} |
+| weights | {stored_bytes:,} bytes; {float32_bytes:,} in float32 |
+| error of the outputs, in parts of their variance | {loss:.3g} on the calibration images |
+| calibration | {calibration} |
+
+`recipe.json` says how it was made, `report.json` what became of every convolution. {training}
+Export it with `--profile {profile}` and `--dtype float32`; another runtime's is refused. Scores
+were not measured here: `skipcat validate` does.
+"""
+_PROFILE_OF = {"cpu": "cpu", "tensorrt": "opset24"}
+_LOSSES = {
+    "output_error": "error of the outputs, in parts of the teacher's variance,",
+    "label_loss": "loss of the labels",
+}
+
+
+def rounded_card(recipe: dict[str, Any], report: dict[str, Any]) -> str:
+    """The card of a network of rounded convolutions, trained under rounding or not.
+
+    Args:
+        recipe: recipe.json of the checkpoint.
+        report: its report.json.
+    """
+    totals, convolutions = report["totals"], report["convolutions"]
+    kept = [name for name, one in convolutions.items() if not one["rounded"]]
+    kept += report["left_out"]
+    calibration = TASKS[recipe["task"]].card.calibration
+    return _ROUNDED_TEMPLATE.format(
+        label=recipe["label"],
+        model=recipe["model"],
+        bits=report["bits"]["kernels"],
+        activation_bits=report["bits"]["activations"],
+        runtime=report["runtime"],
+        profile=_PROFILE_OF[report["runtime"]],
+        method=recipe["method"]["summary"],
+        rounded=totals["rounded"],
+        convolutions=len(convolutions) + len(report["left_out"]),
+        kept=", ".join(kept) or "none of them",
+        stored_bytes=totals["stored_bytes"],
+        float32_bytes=totals["float32_bytes"],
+        loss=report["loss"],
+        calibration=calibration.format(
+            **{"seed": recipe["settings"]["seed"]} | recipe["calibration"]
+        ),
+        training=_trained_under_rounding(recipe.get("recovery")),
+    )
+
+
+def _trained_under_rounding(recovery: dict[str, Any] | None) -> str:
+    """What a card says of training under rounding."""
+    if recovery is None:
+        return "It was not trained under rounding."
+    settings = recovery["settings"]
+    ((name, loss),) = recovery["loss"].items()
+    return (
+        f"It was then trained under rounding: {settings['steps']} steps of "
+        f"{settings['batch_size']} images of {recovery['images']['source']}, by "
+        f"{recovery['objective']}. On {recovery['held_out_windows']} images held out, the\n"
+        f"{_LOSSES[name]} was {loss['before']:.4g} before and {loss['after']:.4g} after."
+    )
+
+
 def model_card(
     recipe: dict[str, Any], report: dict[str, Any], fine_tuning: str | None = None
 ) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,12 @@ _artefact_options = options.apply(
     click.argument("build_folder", type=_existing_folder, required=False),
     click.option("--original", help="The model before compression: alias, hub id, folder, .gguf."),
     click.option("--checkpoint", type=_existing_folder, help="Compressed checkpoint."),
+    click.option(
+        "--beside",
+        type=_existing_folder,
+        multiple=True,
+        help="Another checkpoint, measured in a row of its own; repeatable.",
+    ),
     click.option("--onnx", type=_existing_folder, multiple=True, help="ONNX export; repeatable."),
     click.option("--engine", type=_existing_folder, multiple=True, help="Engine; repeatable."),
 )
@@ -85,6 +92,7 @@ def command(
     build_folder: Path | None,
     original: str | None,
     checkpoint: Path | None,
+    beside: tuple[Path, ...],
     onnx: tuple[Path, ...],
     engine: tuple[Path, ...],
     output: Path | None,
@@ -101,7 +109,8 @@ def command(
     A driving network is given --data, whose labels its boxes and masks are scored against.
     Writes ledger.json and ledger.html. Exit status 5: a stage is beyond its tolerance.
     """
-    artefacts = _gather(build_folder, original, checkpoint, onnx, engine)
+    found = _gather(build_folder, original, checkpoint, onnx, engine)
+    artefacts = replace(found, beside=beside)
     output = output or (build_folder / "ledger" if build_folder else None)
     if dry_run:
         _list_stages(artefacts, output)

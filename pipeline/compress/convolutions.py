@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from pipeline import __version__
-from pipeline.artefact import require_free_bytes, staged_folder, write_json
+from pipeline.artefact import require_free_bytes, staged_folder, write_json, write_text
 from pipeline.calibrate.network import OpenedNetwork, open_network
+from pipeline.checkpoint.card import rounded_card
 from pipeline.checkpoint.folder import save_checkpoint, weights_record
 from pipeline.checkpoint.install import install_
 from pipeline.compress.methods import METHODS
@@ -125,8 +126,10 @@ def round_to_folder(
             },
             "weights": weights,
         }
-        write_json(folder / "recipe.json", _recipe(request, opened, calibration))
+        recipe = _recipe(request, opened, calibration)
+        write_json(folder / "recipe.json", recipe)
         write_json(folder / "report.json", report)
+        write_text(folder / "README.md", rounded_card(recipe, report))
     return report
 
 

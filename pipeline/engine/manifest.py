@@ -63,6 +63,7 @@ def make_manifest(plan: EnginePlan, result: WorkerResult, staging: Path) -> dict
         "block_skip": _block_skip_record(plan.work.plugin, result),
         "few_bits": result.few_bits,
         "latent_attention": result.latent_attention,
+        **({"int8": result.int8} if result.int8 else {}),
         "layer_types": result.layer_types,
         "engine_layers": result.engine_layers,
         "plan": {"bytes": engine.stat().st_size, "sha256": sha256_of_file(engine)},

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.engine.int8_layers import LAYERS, int8_layers
 from pipeline.engine.paths import paths_taken
 from pipeline.engine.profiles import ShapeProfile
 from pipeline.engine.target import LIBRARIES, Flavour
@@ -33,12 +34,13 @@ _NO_DRIVER = "cudaError 35"
 
 @dataclass
 class _ParsedNetwork:
-    """A network and everything that must outlive it."""
+    """A network and everything that must outlive it; what is logged of errors and of layers."""
 
     builder: trt.Builder
     network: trt.INetworkDefinition
     parser: trt.OnnxParser
     errors: list[str]
+    layers: list[str]
 
 
 def load_library(flavour: Flavour, purpose: str) -> Any:
@@ -93,18 +95,27 @@ def build_network(
         build_seconds=build_seconds,
         peak_memory_bytes=0,
         notes=(),
+        int8=int8_layers(parsed.layers, request.int8_convs, request.float_convs),
         **taken,
     )
 
 
-def _make_logger(library: Any, errors: list[str]) -> trt.ILogger:
-    """A logger that prints INFO and above on stderr, and appends errors to `errors`."""
+def _make_logger(library: Any, errors: list[str], layers: list[str] | None = None) -> trt.ILogger:
+    """A logger that prints INFO and above on stderr.
+
+    Args:
+        library: the imported module.
+        errors: is given the errors.
+        layers: is given what is said of the layers of a finished engine.
+    """
 
     class Log(library.ILogger):
         def __init__(self) -> None:
             super().__init__()
 
         def log(self, severity: Any, message: str) -> None:
+            if layers is not None and message.startswith(LAYERS):
+                layers.append(message)
             if severity > library.ILogger.INFO:
                 return
             print(f"[{severity.name}] {message}", file=sys.stderr, flush=True)
@@ -127,13 +138,14 @@ def _parse_network(library: Any, onnx_path: Path) -> _ParsedNetwork:
         InputError: the parser refuses the graph.
     """
     errors: list[str] = []
-    builder = library.Builder(_make_logger(library, errors))
+    layers: list[str] = []
+    builder = library.Builder(_make_logger(library, errors, layers))
     network = builder.create_network(_strongly_typed_flags(library))
     parser = library.OnnxParser(network, builder.logger)
     if not parser.parse_from_file(str(onnx_path)):
         raise _parse_failure(parser, onnx_path, errors)
     errors.clear()
-    return _ParsedNetwork(builder, network, parser, errors)
+    return _ParsedNetwork(builder, network, parser, errors, layers)
 
 
 def _parse_failure(parser: trt.OnnxParser, onnx_path: Path, errors: list[str]) -> InputError:

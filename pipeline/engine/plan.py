@@ -153,6 +153,8 @@ def plan_engine(onnx_folder: Path, request: EngineRequest) -> EnginePlan:
         latent_nodes=folder.latent_nodes,
         coded_nodes=folder.coded_nodes,
         coded_matrices=folder.coded_matrices,
+        int8_convs=folder.int8_convs,
+        float_convs=folder.float_convs,
     )
     said = (*notes, *_memory_notes(target, folder, limits), *plugin_notes)
     return EnginePlan(target, folder, limits, work, request.timeout_s, said)

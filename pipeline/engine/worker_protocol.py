@@ -36,6 +36,8 @@ class WorkerRequest:
         latent_nodes: attention to latents that a plugin may take.
         coded_nodes: nodes of codes, which the plugin takes or DequantizeLinear stands in for.
         coded_matrices: matrices that these hold.
+        int8_convs: names of convolutions that multiply codes with codes.
+        float_convs: of all others.
     """
 
     flavour: Flavour
@@ -53,6 +55,8 @@ class WorkerRequest:
     latent_nodes: int = 0
     coded_nodes: int = 0
     coded_matrices: int = 0
+    int8_convs: tuple[str, ...] = ()
+    float_convs: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for `request.json`."""
@@ -67,7 +71,8 @@ class WorkerRequest:
         """The inverse of `to_json`."""
         values = dict(fields)
         values["profiles"] = tuple(ShapeProfile.from_json(entry) for entry in values["profiles"])
-        values["compute_capability"] = tuple(values["compute_capability"])
+        for name in ("compute_capability", "int8_convs", "float_convs"):
+            values[name] = tuple(values[name])
         for name in ("onnx_path", "plugin"):
             values[name] = None if values[name] is None else Path(values[name])
         return WorkerRequest(**values)
@@ -88,6 +93,7 @@ class WorkerResult:
         notes: every choice that differs from the straight path.
         few_bits: how the quantised matrices were taken, see `network`.
         latent_attention: likewise, of attention to latents that a plugin may take.
+        int8: in what convolutions of codes are computed, see `int8_layers`.
     """
 
     library_version: str
@@ -100,3 +106,4 @@ class WorkerResult:
     notes: tuple[str, ...]
     few_bits: dict[str, Any] = field(default_factory=dict)
     latent_attention: dict[str, Any] = field(default_factory=dict)
+    int8: dict[str, Any] = field(default_factory=dict)

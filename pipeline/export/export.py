@@ -34,6 +34,7 @@ from pipeline.export.contract import (
     WEIGHTS_FILE,
     Profile,
 )
+from pipeline.export.int8_nodes import require_int8_runtime
 from pipeline.export.latents import refuse_latents_in
 from pipeline.export.passes.fold_permutation import fold_permutations
 from pipeline.export.passes.fuse import merge_duplicates
@@ -84,6 +85,7 @@ def export_folder(
         trust_remote_code=request.trust_remote_code,
     )
     weights, exact = _chosen_weights(request, skeleton)
+    require_int8_runtime(skeleton.model, request.traits.formats_of, checkpoint)
     if request.cache != FLOAT:
         require_decoder(checkpoint)
     refuse_latents_in(request.traits, skeleton.model, rounds=request.cache != FLOAT)

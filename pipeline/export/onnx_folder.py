@@ -36,6 +36,8 @@ from pipeline.model.task import TASKS
 if TYPE_CHECKING:
     import onnx
 
+_CONV = "Conv"
+
 
 @dataclass(frozen=True)
 class OnnxFolder:
@@ -53,6 +55,8 @@ class OnnxFolder:
         latent_nodes: attention to latents that a plugin may take.
         coded_nodes: nodes of our ops that hold codes for the kernels.
         coded_matrices: matrices that these hold.
+        int8_convs: names of convolutions whose kernels and inputs are codes.
+        float_convs: of all others.
     """
 
     path: Path
@@ -65,6 +69,8 @@ class OnnxFolder:
     latent_nodes: int = 0
     coded_nodes: int = 0
     coded_matrices: int = 0
+    int8_convs: tuple[str, ...] = ()
+    float_convs: tuple[str, ...] = ()
 
     @property
     def onnx_path(self) -> Path:
@@ -94,7 +100,7 @@ class OnnxFolder:
                 expected=f"profile {OPSET24} or {COMPAT}, {FLOAT16}",
                 change="export the checkpoint again with --dtype float16, without --profile cpu",
             )
-        if self.record.dtype != FLOAT16:
+        if self.record.dtype != FLOAT16 and not self.int8_convs:
             raise InputError(
                 f"TensorRT engines are built from a float16 export, and this one is "
                 f"{self.record.dtype}: the fused attention and cache layers have no "
@@ -128,6 +134,7 @@ def read_onnx_folder(folder: Path) -> OnnxFolder:
     model = load_graph(folder / GRAPH_FILE)
     found = _count_nodes(model, BLOCK_SKIP_OPS)
     _require_node_count(folder / RECORD_FILE, found)
+    int8_convs, float_convs = _convs(model)
     return OnnxFolder(
         folder,
         record,
@@ -135,10 +142,13 @@ def read_onnx_folder(folder: Path) -> OnnxFolder:
         found,
         data_files(model, folder),
         _count_nodes(model, DEQUANTIZED_SKIP_OPS),
-        _count_nodes(model, (DEQUANTIZE,), domain=""),
+        # Of rounded convolutions it reads activations, too, and has no matrix.
+        0 if int8_convs else _count_nodes(model, (DEQUANTIZE,), domain=""),
         sum(takes_plugin(node) for node in model.graph.node),
         _count_nodes(model, QUANTIZED_OPS),
         sum(map(_coded_matrices, model.graph.node)),
+        int8_convs,
+        float_convs,
     )
 
 
@@ -166,6 +176,16 @@ def _input_shapes(model: onnx.ModelProto) -> dict[str, tuple[int | None, ...]]:
         )
         for value in model.graph.input
     }
+
+
+def _convs(model: onnx.ModelProto) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of convolutions, those first that read an input and a kernel out of codes."""
+    made_by = {name: node.op_type for node in model.graph.node for name in node.output}
+    convs = [node for node in model.graph.node if node.op_type == _CONV]
+    rounded = [all(made_by.get(x) == DEQUANTIZE for x in node.input[:2]) for node in convs]
+    pairs = list(zip(convs, rounded, strict=True))
+    int8, other = (tuple(n.name for n, own in pairs if own is kind) for kind in (True, False))
+    return int8, other
 
 
 def takes_plugin(node: onnx.NodeProto) -> bool:

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from pipeline.artefact import discard, require_same_run, staged_folder, write_json
+from pipeline.artefact import discard, require_same_run, staged_folder, write_json, write_text
 from pipeline.calibrate.network import LabelledImages, OpenedNetwork, open_network
+from pipeline.checkpoint.card import rounded_card
 from pipeline.checkpoint.folder import (
     load_checkpoint,
     read_record,
@@ -321,5 +322,8 @@ def _write(
     earlier = recipe.get("recovery")
     recovery |= {"earlier": earlier} if earlier else {}
     report = read_record(request.checkpoint, "report.json")
-    write_json(folder / "recipe.json", recipe | {"recovery": recovery})
-    write_json(folder / "report.json", report | {"weights": weights_record(folder)})
+    recipe |= {"recovery": recovery}
+    report |= {"weights": weights_record(folder)}
+    write_json(folder / "recipe.json", recipe)
+    write_json(folder / "report.json", report)
+    write_text(folder / "README.md", rounded_card(recipe, report))

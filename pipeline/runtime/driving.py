@@ -19,6 +19,7 @@ from PIL import Image, ImageDraw
 from pipeline.artefact import staged_folder, write_json, write_text
 from pipeline.driving.letterbox import Letterbox
 from pipeline.driving.perceive import Perception
+from pipeline.driving.polylines import lane_polylines
 from pipeline.driving.sample import images_at, open_image
 from pipeline.driving.video import VideoWriter, frames_of
 from pipeline.errors import InputError, UsageError
@@ -38,7 +39,7 @@ _COVER = 0.45  # of the image by a mask
 _TEXT_ABOVE = 12  # pixels
 _RECORD, _LINES, _VIDEO = "perception.json", "perception.jsonl", "drawn.mp4"
 _LEAST_SCORE = 0.25
-_STEPS = ("decode", "network", "boxes", "drawing")
+_STEPS = ("decode", "network", "boxes", "lanes", "drawing")
 
 
 def _drawn_over(image: np.ndarray, seen: Perception, labels: Sequence[str]) -> np.ndarray:
@@ -234,7 +235,8 @@ def _look_at_images(
         with clock.step("decode"):
             pixels = open_image(file)
         seen = _seen(session, pixels, clock)
-        line = {"image": file.name, **_facts(seen, session.traits.labels)}
+        with clock.step("lanes"):
+            line = {"image": file.name, **_facts(seen, session.traits.labels)}
         if staging is not None:
             with clock.step("drawing"):
                 picture = _drawn_over(pixels, seen, session.traits.labels)
@@ -260,7 +262,8 @@ def _look_at_video(
             pixels, rate = found
             seen = _seen(session, pixels, clock)
             line = {"frame": number, "s": round(float(number / rate), 3)}
-            line |= _facts(seen, session.traits.labels)
+            with clock.step("lanes"):
+                line |= _facts(seen, session.traits.labels)
             if staging is not None:
                 with clock.step("drawing"):
                     size = (pixels.shape[0], pixels.shape[1])
@@ -287,7 +290,7 @@ def _seen(session: DrivingSession, pixels: np.ndarray, clock: _Clock) -> Percept
 
 
 def _facts(seen: Perception, labels: tuple[str, ...]) -> dict[str, Any]:
-    """What was seen, as JSON has it; boxes in pixels of the image."""
+    """What was seen, as JSON has it; boxes and the points of lane lines in pixels of the image."""
     height, width = seen.drivable.shape
     boxes = [
         {
@@ -303,6 +306,7 @@ def _facts(seen: Perception, labels: tuple[str, ...]) -> dict[str, Any]:
         "boxes": boxes,
         "drivable_share": round(float(seen.drivable.mean()), 5),
         "lane_share": round(float(seen.lane.mean()), 5),
+        "lanes": [np.round(line, 1).astype(float).tolist() for line in lane_polylines(seen.lane)],
     }
 
 

@@ -64,3 +64,28 @@ def test_every_stage_scores_as_the_network_does_and_a_picture_is_drawn(made: Pat
         assert min(alike["boxes_f"], alike["drivable_iou"]) > 0.95
     run("run", made / "onnx", "--image", made / "scenes/wide/images/100k/val", "-o", made / "seen")
     assert len(list((made / "seen/drawn").glob("*.jpg"))) == 24
+
+
+def test_eight_bits_are_proven_from_the_training_to_the_engine(made: Path) -> None:
+    wide = made / "scenes/wide"
+    run("compress", "-m", made / "net", "-o", made / "int8", "--method", "int8",
+        "--runtime", "tensorrt", "--calibration", wide, "--windows", 24)  # fmt: skip
+    run("recover", made / "int8", "-o", made / "trained", "--data", wide, "--teacher",
+        made / "net", "--steps", 10, "--batch-size", 8)  # fmt: skip
+    run("export", made / "trained", "-o", made / "onnx-int8", "--dtype", "float32")
+    assert json.loads((made / "onnx-int8/export.json").read_text())["proof"]["relative_error"] == 0
+    stages = ["--beside", made / "int8", "--checkpoint", made / "trained"]
+    stages += ["--onnx", made / "onnx-int8"]
+    if importlib.util.find_spec("tensorrt_rtx") is not None:
+        run("engine", made / "onnx-int8", "-o", made / "engine-int8", "--target", "sm86")
+        manifest = json.loads((made / "engine-int8/manifest.json").read_text())
+        assert manifest["int8"] == {"convolutions": 65, "int8": 65, "float": []}
+        stages += ["--engine", made / "engine-int8"]
+    run("validate", "--original", made / "net", *stages, "--data", wide,
+        "-o", made / "ledger-int8")  # fmt: skip
+    rows = json.loads((made / "ledger-int8/ledger.json").read_text())["rows"]
+    assert [row["verdict"]["status"] for row in rows[:5]] == [
+        "measured", "measured", "measured", "pass", "pass"
+    ]  # fmt: skip
+    trained, written = rows[2]["driving"], rows[3]["driving"]
+    assert trained["scores"] == written["scores"]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,10 @@ from validate.decoder import DECODER, _TextOptions
 from validate.stages import (
     _CACHE_IN_PIECES,
     _DENSE_PRODUCT,
+    _ROUNDED,
     _ROUNDED_LATENTS,
+    _SAME_BITS,
+    _SAME_BUT_FOR_TIES,
     _SAME_IN_CODES,
     _SAME_IN_FLOAT16,
     _SAME_IN_FLOAT32,
@@ -104,6 +108,26 @@ def test_a_smaller_cache_is_measured_cut_rounded_latent_and_in_pieces(
         rounded = cost[CACHE_FULL]
         assert rounded is not None
         assert rounded.metrics.kl_mean > 0
+
+
+@pytest.mark.parametrize(("left", "near"), [({}, _SAME_BITS), ({"x": "why"}, _SAME_BUT_FOR_TIES)])
+def test_rounded_convolutions_have_one_form_and_their_exports_its_bits(
+    tmp_path: Path, left: dict[str, str], near: Tolerance
+) -> None:
+    report = {"convolutions": {"stem": {"rounded": True, "macs": 1}}, "left_out": left}
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    openers = replace(DECODER.openers, unoptimised=DECODER.openers.onnx)
+    artefacts = Artefacts(
+        "name", tmp_path, (shared_export("compat"),), (tmp_path / "engine",), (tmp_path / "ptq",)
+    )
+    stages = standard_stages(artefacts, openers, TINY.open)
+    assert [(stage.name, stage.reference, stage.tolerance) for stage in stages[1:]] == [
+        ("checkpoint ptq", ORIGINAL, Tolerance()),
+        (_ROUNDED, ORIGINAL, Tolerance()),
+        ("onnxruntime compat, not optimised", _ROUNDED, near),
+        ("onnxruntime compat", _ROUNDED, _SAME_BUT_FOR_TIES),
+        ("tensorrt engine", _ROUNDED, _SAME_BUT_FOR_TIES),
+    ]
 
 
 def test_a_limit_on_kl_holds_for_every_stage_but_the_original(tmp_path: Path) -> None:

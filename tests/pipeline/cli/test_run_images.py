@@ -34,6 +34,9 @@ def test_an_image_is_a_line_of_json_and_a_picture(
     assert main([*arguments, "--json"]) == 0
     (line,) = map(json.loads, capsys.readouterr().out.splitlines())
     assert (line["image"], line["width"], line["height"]) == ("road.png", 80, 50)
+    assert line["lanes"]
+    assert all(0 <= x <= 80 and 0 <= y <= 50 for points in line["lanes"] for x, y in points)
+    assert line["ms"]["lanes"] > 0
     assert (tmp_path / "seen" / line["drawn"]).is_file()
     assert main([*arguments, "--overwrite"]) == 0
     assert capsys.readouterr().out.startswith("road.png: ")

@@ -79,6 +79,10 @@ def test_the_checkpoint_loads_as_it_was_rounded_and_says_how(
     assert recipe["calibration"]["images"] == 3
     assert recipe["method"]["convolutions"]["observer"] == "mse"
     assert str(pictures) not in json.dumps(recipe)
+    card = (rounded / "README.md").read_text(encoding="utf-8")
+    assert "65 of 65" in card
+    assert "--profile cpu" in card
+    assert "not trained under rounding" in card
 
 
 def compressed(network: Path, pictures: Path, output: Path, method: str, runtime: str) -> Path:

@@ -25,6 +25,7 @@ from pipeline.driving.train import train_to_folder
 from pipeline.errors import InputError, UsageError
 
 SIZE = (64, 96)
+CAMVID = Path("/work/shared/data/driving/camvid")
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +85,32 @@ def test_a_run_that_is_interrupted_at_any_step_ends_in_the_same_bytes(
     assert not output.exists()
     train_to_folder(request_, output, resume=True)
     assert weights(output) == weights(trained)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_interrupted_at_ten_random_points_ends_in_the_same_bytes(
+    request_: TrainRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten times in one run: as a step is read, computed or taken, or as its state is written."""
+    longer = replace(request_, steps=45)
+    train_to_folder(longer, tmp_path / "whole")
+    monkeypatch.setattr(training_state, "_SECONDS_BETWEEN_SAVES", -1.0)
+    rng, done = np.random.default_rng(0), 0
+    places = [
+        (steps, "drawn_batch"), (steps, "_total_loss"), (steps, "_average_"),
+        (training_state, "keep_tensors"),
+    ]  # fmt: skip
+    output = tmp_path / "net"
+    while done < 10:
+        module, name = places[rng.integers(len(places))]
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, broken_at(int(rng.integers(1, 5)), getattr(module, name)))
+            with pytest.raises(KeyboardInterrupt):
+                train_to_folder(longer, output, resume=done > 0)
+        done += 1
+        assert not output.exists()
+    train_to_folder(longer, output, resume=True)
+    assert weights(output) == weights(tmp_path / "whole")
 
 
 def broken_at(count: int, function: Callable) -> Callable:
@@ -152,6 +179,20 @@ def test_scenes_are_drawn_once_and_a_folder_of_ids_is_trained_on_by_one_command(
     told = capsys.readouterr().out
     assert "mix       second" in told
     assert "-" in told.splitlines()[1]  # no lanes are known of the first set
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CAMVID.is_dir(), reason=f"the real images are not at {CAMVID}")
+def test_camvid_as_a_user_has_it_is_trained_on_by_one_command(tmp_path: Path) -> None:
+    arguments = ["train", "-o", str(tmp_path / "net"), "--data", f"{CAMVID}:drivable=3,vehicle=8"]
+    arguments += ["--stage", "pretrain", "--steps", "2", "--batch-size", "2", "--size", "96", "128"]
+    assert main([*arguments, "--width", "4", "--scored", "4"]) == 0
+    record = json.loads((tmp_path / "net/training.json").read_text())
+    counts = {split: found["images"] for split, found in record["data"]["first"].items()}
+    assert counts == {"train": 367, "val": 101}
+    scores = record["stages"][0]["scores"]["first"]["scores"]
+    assert scores["lane_iou"] is None  # no lanes are labelled
+    assert scores["drivable_miou"] > 0
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,8 @@ def test_the_error_falls_at_the_same_size(folders: tuple[Path, Path], tmp_path: 
     assert sum(isinstance(module, Int8Conv) for module in after.modules()) == 65
     recipe = json.loads((tmp_path / "out" / "recipe.json").read_text())
     assert recipe["recovery"]["images"]["images"] == 10
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "6 steps of 2 images of scenes:wide:10, by distillation" in card
     again = recover_to_folder(asked(folders), tmp_path / "again")
     assert again["loss"] == recovery["loss"]
 
