@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,9 +13,32 @@ import numpy as np
 import torch
 
 from pipeline.engine.manifest import check_manifest
-from pipeline.runtime.device.driver import DeviceMemory, Driver, Stream
+from pipeline.runtime.device.driver import DeviceMemory, Driver, Graph, HostMemory, Stream
 from pipeline.runtime.sessions.tensorrt_session import _OpenEngine
 from tests.support.fake_gpu.board import Board
+
+_CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int)
+_COPIES: list[Callable[[], object]] = []
+_CURRENT: list[_TorchStream] = []
+
+
+@_CALLBACK
+def _copy(number: int) -> int:
+    """What the fake driver calls when a stream comes to a copy."""
+    _COPIES[number]()
+    return 0
+
+
+class _OnBoard(torch.Tensor):
+    """A tensor whose copies wait in the current stream, where there is one."""
+
+    def copy_(self, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+        into, what = (tensor.as_subclass(torch.Tensor) for tensor in (self, source))
+        if _CURRENT and non_blocking:
+            _CURRENT[-1].enqueue(lambda: into.copy_(what))
+        else:
+            into.copy_(what)
+        return self
 
 
 class TorchOnBoard:
@@ -27,6 +52,9 @@ class TorchOnBoard:
             Stream=lambda: _TorchStream(Stream(driver)),
             current_stream=lambda: None,
             synchronize=lambda: None,
+            stream=_current,
+            CUDAGraph=_TorchGraph,
+            graph=_recorded,
         )
 
     def empty(self, size: Any, dtype: torch.dtype, device: str) -> torch.Tensor:
@@ -35,8 +63,15 @@ class TorchOnBoard:
         shape = (size,) if isinstance(size, int) else tuple(size)
         return self._held(shape, dtype)
 
-    def zeros(self, size: Any, dtype: torch.dtype, device: str) -> torch.Tensor:
-        return self.empty(size, dtype, device).zero_()
+    def zeros(
+        self, size: Any, dtype: torch.dtype, device: str = "cpu", pin_memory: bool = False
+    ) -> torch.Tensor:
+        assert pin_memory == (device == "cpu")
+        shape = (size,) if isinstance(size, int) else tuple(size)
+        return self._held(shape, dtype, HostMemory if pin_memory else DeviceMemory).zero_()
+
+    def zeros_like(self, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return self.zeros(tensor.shape, dtype, device="cuda")
 
     def from_numpy(self, values: np.ndarray) -> SimpleNamespace:
         def to(device: str) -> torch.Tensor:
@@ -45,26 +80,64 @@ class TorchOnBoard:
 
         return SimpleNamespace(to=to)
 
-    def _held(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    def _held(
+        self,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        kind: type[DeviceMemory | HostMemory] = DeviceMemory,
+    ) -> torch.Tensor:
         size_bytes = int(np.prod(shape)) * dtype.itemsize
-        memory = DeviceMemory(self._driver, size_bytes)
+        memory = kind(self._driver, size_bytes)
         buffer = (ctypes.c_ubyte * max(size_bytes, 1)).from_address(memory.address)
         buffer.memory = memory  # type: ignore[attr-defined]  # lives as long as the tensor
         flat = torch.frombuffer(buffer, dtype=torch.uint8, count=size_bytes)
-        return flat.view(dtype).reshape(shape)
+        return flat.view(dtype).reshape(shape).as_subclass(_OnBoard)
 
 
 class _TorchStream:
     """A stream by torch's names."""
 
     def __init__(self, stream: Stream) -> None:
-        self._stream, self.cuda_stream = stream, stream.handle
+        self.stream, self.cuda_stream = stream, stream.handle
+
+    def enqueue(self, copy: Callable[[], object]) -> None:
+        import tensorrt
+
+        _COPIES.append(copy)
+        tensorrt._driver().fake_enqueue(self.cuda_stream, _copy, len(_COPIES) - 1)
 
     def wait_stream(self, other: object) -> None:
         """What torch does on the fake board is done at once."""
 
     def synchronize(self) -> None:
-        self._stream.wait()
+        self.stream.wait()
+
+
+class _TorchGraph:
+    """A graph by torch's names."""
+
+    def replay(self) -> None:
+        self.recorded.launch(_CURRENT[-1].stream)
+
+    recorded: Graph
+
+
+@contextlib.contextmanager
+def _current(stream: _TorchStream) -> Iterator[None]:
+    _CURRENT.append(stream)
+    try:
+        yield
+    finally:
+        _CURRENT.pop()
+
+
+@contextlib.contextmanager
+def _recorded(graph: _TorchGraph, stream: _TorchStream, capture_error_mode: str) -> Iterator[None]:
+    assert capture_error_mode == "thread_local"
+    stream.stream.begin_capture()
+    with _current(stream):
+        yield
+    graph.recorded = stream.stream.end_capture()
 
 
 def open_with_torch(folder: Path, board: Board) -> _OpenEngine:

@@ -53,11 +53,11 @@ def test_a_mask_over_a_fixed_cache_has_one_shape(
     session = on_board(board_engine("opset24", board), board)
     bind, shapes = TensorRTSession._bind, []
 
-    def noting(self: TensorRTSession, given: Any, feeds: Any, logits: Any) -> None:
+    def noting(self: TensorRTSession, index: int, given: Any, addresses: Any) -> None:
         shapes.append(given["attention_mask"])
-        bind(self, given, feeds, logits)
+        bind(self, index, given, addresses)
 
     monkeypatch.setattr(TensorRTSession, "_bind", noting)
     for start, stop in ((0, 5), (5, 6), (6, 7)):
         session.forward(np.array([FIRST[start:stop]], np.int64))
-    assert shapes == [(1, session.max_length)] * 3
+    assert shapes == [(1, session.max_length)] * 2  # of the step once, and of the prompt
