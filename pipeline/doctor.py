@@ -247,7 +247,11 @@ def _judge_standard_engine(machine: Machine) -> _StageVerdict:
     else:
         profile = f"profiles {OPSET24} and {COMPAT}"
     if version is None and machine.jetpack is not None:
-        why = "JetPack's TensorRT is not visible here: .venv needs --system-site-packages"
+        why = (
+            "JetPack's TensorRT is for the system's own python3 alone: .venv has to be of that, "
+            "with --system-site-packages; JetPack 6.2's is too old for skipcat: skipcat-device "
+            "runs on it (docs/jetson.md)"
+        )
         return _StageVerdict(stage, False, why)
     return _needs(stage, machine, ("tensorrt",), profile)
 

@@ -23,6 +23,7 @@ _DEVICE_TREE_MODEL = Path("/proc/device-tree/model")
 _JETPACKS = {
     (36, 3): "JetPack 6.0, TensorRT 8.6",
     (36, 4): "JetPack 6.1 or 6.2, TensorRT 10.3",
+    (36, 5): "JetPack 6.2.2, TensorRT 10.3",
     (38, 2): "JetPack 7.0 (Thor only), TensorRT 10.13",
     (38, 4): "JetPack 7.1 (Thor only), TensorRT 10.13",
     (39, 2): "JetPack 7.2, TensorRT 10.16",

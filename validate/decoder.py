@@ -340,9 +340,9 @@ def _open_onnx(folder: Path, name: str) -> Session:
 
 
 def _open_engine(folder: Path, name: str) -> Session:
-    from pipeline.runtime.sessions.tensorrt_session import TensorRTSession
+    from pipeline.runtime.sessions.open_session import open_engine_session
 
-    return TensorRTSession(folder, name=name)
+    return open_engine_session(folder, name)
 
 
 def _greedy_cell(row: Row) -> str | None:

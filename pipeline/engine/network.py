@@ -86,6 +86,7 @@ def build_network(
     plan_path = staging / PLAN_FILE
     _write_plan(parsed, config, plan_path)
     build_seconds = time.monotonic() - started
+    del parsed, config  # of which the engine that is read back would come on top
     why = {"readable": False, "why": unreadable}
     return WorkerResult(
         library_version=library.__version__,

@@ -17,11 +17,13 @@ from pipeline.errors import UsageError
 LEAST_TEMPERATURE = 1e-6
 # A penalty and its inverse; beyond it there is nothing left of a logit.
 MOST_PENALTY = 10.0
+_FEW_CANDIDATES = 256  # which hold most of a model's probability nearly always
 
 
 def _by_one_number(scores: np.ndarray, generator: np.random.Generator) -> int:
     """The token where the sum of the probabilities passes a number that is drawn from [0, 1)."""
-    return int(generator.choice(scores.size, p=_softmax(scores)))
+    left = np.flatnonzero(scores > -np.inf)
+    return int(left[generator.choice(left.size, p=_softmax(scores[left]))])
 
 
 def _by_a_number_each(scores: np.ndarray, generator: np.random.Generator) -> int:
@@ -147,12 +149,29 @@ def _keep_top_p(scores: np.ndarray, p: float) -> np.ndarray:
     """Keep the smallest set of the likeliest of float [V] with total probability at least p."""
     if p >= 1:
         return scores
-    order = np.argsort(-scores, kind="stable")
-    cumulative = np.cumsum(_softmax(scores)[order])
+    probabilities, count = _softmax(scores), _FEW_CANDIDATES
+    while True:
+        order = _likeliest(scores, count)
+        cumulative = np.cumsum(probabilities[order])
+        if cumulative[-1] >= p or order.size == scores.size:
+            break
+        count *= 8
     kept = order[: int(np.searchsorted(cumulative, p)) + 1]
     result = np.full_like(scores, -np.inf)
     result[kept] = scores[kept]
     return result
+
+
+def _likeliest(scores: np.ndarray, count: int) -> np.ndarray:
+    """Ids of the `count` highest of float [V] and of all that tie with the last, highest first.
+
+    Of those that tie, the lower id comes first. Sorting a vocabulary takes longer than a step.
+    """
+    if count >= scores.size:
+        return np.argsort(-scores, kind="stable")
+    threshold = np.partition(scores, -count)[-count]
+    found = np.flatnonzero(scores >= threshold)
+    return found[np.argsort(-scores[found], kind="stable")]
 
 
 def _keep_min_p(scores: np.ndarray, p: float) -> np.ndarray:

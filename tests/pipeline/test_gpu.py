@@ -24,6 +24,7 @@ def test_gpus_are_parsed_with_and_without_memory_of_their_own() -> None:
     ("text", "expected"),
     [
         ("# R36 (release), REVISION: 4.3, GCID: 1, BOARD: generic\n", "JetPack 6.1 or 6.2"),
+        ("# R36 (release), REVISION: 5.0\n", "JetPack 6.2.2, TensorRT 10.3"),
         ("# R39 (release), REVISION: 2.0\n", "JetPack 7.2"),
         ("# R99 (release), REVISION: 1.0\n", "not known"),
         ("rubbish\n", "unknown release: rubbish"),

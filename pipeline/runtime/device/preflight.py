@@ -17,6 +17,7 @@ from pipeline.json_file import json_field
 # it is by how much the GPU memory that NVIDIA publishes for Edge-LLM 0.10 on Orin is above plan and
 # cache at most (4,619 against 2,976 MB, Qwen3-4B int4).
 _LIBRARIES_BYTES = 1_650_000_000
+_WHERE = "device description"
 _ITEM_BYTES = {"float16": 2, "float32": 4}
 _MOST_LOGITS_BYTES = 64 << 20  # as `session` holds them
 
@@ -92,8 +93,15 @@ def _require_same(manifest: dict[str, Any], device: dict[str, Any], folder: Path
             observed=f"schema {device.get('schema')!r}",
             expected="what `skipcat-device describe` prints, schema 1",
         )
-    gpu = json_field(device, "gpu", dict, "device description", default=None) or {}
-    found = gpu.get("compute_capability")
+    gpu = json_field(device, "gpu", dict, _WHERE, default=None) or {}
+    found = json_field(gpu, "compute_capability", list, _WHERE, default=None)
+    if found is not None and [type(part) for part in found] != [int, int]:
+        raise InputError(
+            "The field 'compute_capability' is wrong.",
+            where=_WHERE,
+            observed=found,
+            expected="two whole numbers, as [8, 7]",
+        )
     here = {
         "TensorRT version": (device.get("tensorrt"), manifest["tensorrt_version"]),
         "GPU": (
@@ -113,15 +121,14 @@ def _available_bytes(device: dict[str, Any]) -> int | None:
     Raises:
         InputError: a number is absurd.
     """
-    where = "device description"
-    memory = json_field(device, "memory", dict, where, default=None) or {}
-    gpu = json_field(device, "gpu", dict, where, default=None) or {}
-    own = json_field(gpu, "free_bytes", int, where, default=None)
-    shared = json_field(memory, "available_bytes", int, where, default=None)
+    memory = json_field(device, "memory", dict, _WHERE, default=None) or {}
+    gpu = json_field(device, "gpu", dict, _WHERE, default=None) or {}
+    own = json_field(gpu, "free_bytes", int, _WHERE, default=None)
+    shared = json_field(memory, "available_bytes", int, _WHERE, default=None)
     for number in (own, shared):
         if number is not None and number < 0:
             raise InputError(
-                "A device has no such memory.", where=where, observed=number, expected="0 and up"
+                "A device has no such memory.", where=_WHERE, observed=number, expected="0 and up"
             )
     return own if gpu.get("shares_memory") is False else shared if shared is not None else own
 

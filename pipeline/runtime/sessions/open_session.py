@@ -100,9 +100,39 @@ def _open_onnx(folder: Path, threads: int | None, slots: int) -> Session:
 
 def _open_tensorrt(folder: Path, threads: int | None, slots: int) -> Session:
     """The session over an engine."""
+    return open_engine_session(folder)
+
+
+def open_engine_session(folder: Path, name: str | None = None) -> Session:
+    """The session over a decoder's engine: with torch where it has CUDA, and without where not.
+
+    Args:
+        folder: what `skipcat engine` wrote.
+        name: what the ledger calls this backend; None makes one.
+
+    Raises:
+        InputError: no GPU here, or the engine is not for it.
+        MissingPackageError: the engine's TensorRT is not installed.
+    """
+    from pipeline.engine.manifest import read_manifest
+
+    if read_manifest(folder)["target"].get("flavour") == "tensorrt" and not _torch_has_cuda():
+        from pipeline.runtime.device.engine import open_engine
+        from pipeline.runtime.device.session import DeviceSession
+
+        return DeviceSession(open_engine(folder), name, note)
     from pipeline.runtime.sessions.tensorrt_session import TensorRTSession
 
-    return TensorRTSession(folder)
+    return TensorRTSession(folder, name=name)
+
+
+def _torch_has_cuda() -> bool:
+    """Whether torch is there and reaches a GPU; what set-up installs on a Jetson does not."""
+    try:
+        import torch
+    except ImportError:
+        return False
+    return torch.cuda.is_available()
 
 
 def _open_torch(folder: Path, threads: int | None, slots: int) -> Session:

@@ -107,3 +107,21 @@ def test_a_noise_that_is_none_is_refused_and_filters_leave_the_others_noise_alon
     for how, generator in zip((few, all_of_them), generators, strict=True):
         how.choose(LOGITS, NO_HISTORY, generator)
     assert len({generator.random() for generator in generators}) == 1
+
+
+@pytest.mark.parametrize("top_p", [0.3, 0.9, 0.999])
+@pytest.mark.parametrize("spread", [0.0, 0.3, 3.0])  # of 0, all are equally likely
+def test_top_p_is_that_of_a_whole_sort(top_p: float, spread: float) -> None:
+    random = np.random.default_rng(0)
+    scores = np.round(random.standard_normal(5000) * spread, 1)  # of which many are equal
+    order = np.argsort(-scores, kind="stable")
+    weights = np.exp(scores - scores.max())
+    cumulative = np.cumsum(weights[order] / weights.sum())
+    expected = sorted(order[: int(np.searchsorted(cumulative, top_p)) + 1].tolist())
+    assert kept(_keep_top_p(scores, top_p)) == expected
+    how = Sampling(temperature=1.0, top_p=top_p)
+    chances = np.zeros(5000)
+    chances[expected] = weights[expected] / weights[expected].sum()
+    for seed in range(5):  # the token is the one that the whole vocabulary would be asked for
+        wanted = np.random.default_rng(seed).choice(5000, p=chances)
+        assert how.choose(scores, [], np.random.default_rng(seed)) == wanted

@@ -8,10 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pipeline.runtime.device import engine as engine_module
+from pipeline.runtime.device.session import DeviceSession
 from pipeline.runtime.generate import generate
 from pipeline.runtime.prefix_cache import PrefixCache
 from pipeline.runtime.sequence import Decoding
 from pipeline.runtime.sessions.onnx_session import OnnxSession
+from pipeline.runtime.sessions.open_session import open_session
 from pipeline.runtime.sessions.tensorrt_session import TensorRTSession
 from tests.support.fake_gpu.board import Board, board, board_engine, half_engine
 from tests.support.fake_gpu.torch_on_board import open_with_torch
@@ -61,3 +64,13 @@ def test_a_mask_over_a_fixed_cache_has_one_shape(
     for start, stop in ((0, 5), (5, 6), (6, 7)):
         session.forward(np.array([FIRST[start:stop]], np.int64))
     assert shapes == [(1, session.max_length)] * 2  # of the step once, and of the prompt
+
+
+def test_an_engine_is_opened_without_torch_where_torch_has_no_cuda(
+    board: Board, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_module, "Driver", board.driver)
+    session = open_session(board_engine("opset24", board))
+    assert isinstance(session, DeviceSession)
+    reference, decoding = OnnxSession(shared_export("opset24")), Decoding(max_new_tokens=4)
+    assert list(generate(session, FIRST, decoding)) == list(generate(reference, FIRST, decoding))
