@@ -66,7 +66,7 @@ class Fit:
             "mix": self.mix,
             "reconstruct": self.factorize == _RECONSTRUCTED,
             "nearest": self.quantize == _RTN,
-            "learned_steps": self.learned_steps,
+            **({"learned_steps": self.learned_steps} if self.learned_steps else {}),
         }
 
 
