@@ -23,7 +23,6 @@ from pipeline.kernels.quantized_op import block_skip_linear_quantized
 
 _EPSILON, _THETA = 1e-6, 10000.0
 _WEIGHT = 0.02
-_CODES = {4: 16, 8: 256}
 # Deviation of uniform codes; weights get that of numbers.
 _SPREAD = {4: 4.6, 8: 73.9}
 _BLOCK = 64
@@ -149,7 +148,7 @@ def _product(way: Way, m: int, n: int, rank: int, form: str, random: _Random) ->
     return _LowRank(m, n, rank, random) if form == "low_rank" else _Dense(m, n, random)
 
 
-class Layer(nn.Module):
+class _Layer(nn.Module):
     """One layer of the decoder for one token.
 
     Args:
@@ -272,10 +271,10 @@ class Decoder:
             )  # fmt: skip
 
 
-def _layers(shape: Shape, way: Way, random: _Random, multiple: int) -> list[Layer]:
+def _layers(shape: Shape, way: Way, random: _Random, multiple: int) -> list[_Layer]:
     """Every layer; where the uniform plan keeps a matrix dense, it is."""
     groups = shape.plan(way.kept, multiple).groups
-    made: list[Layer] = []
+    made: list[_Layer] = []
     for place in range(shape.layers):
         mine = groups[4 * place : 4 * place + 4]
         forms = [way.form if group.form != "dense" else "dense" for group in mine]
@@ -283,7 +282,7 @@ def _layers(shape: Shape, way: Way, random: _Random, multiple: int) -> list[Laye
             _product(way, group.rows, group.columns, group.rank, form, random)
             for group, form in zip(mine, forms, strict=True)
         ]
-        made.append(Layer(shape, products, random))
+        made.append(_Layer(shape, products, random))
     return made
 
 
@@ -326,7 +325,7 @@ def graph_of(decoder: Decoder) -> tuple[Callable[[], None], torch.Tensor]:
     return graph.replay, logits
 
 
-def token_ms(step: Callable[[], object], decoder: Decoder, first: int, tokens: int) -> float:
+def _token_ms(step: Callable[[], object], decoder: Decoder, first: int, tokens: int) -> float:
     """Milliseconds a token over steps from place `first` on."""
     decoder.place.fill_(first)
     if decoder.device == "cpu":
@@ -345,5 +344,5 @@ def token_ms(step: Callable[[], object], decoder: Decoder, first: int, tokens: i
 
 def median_ms(step: Callable[[], object], decoder: Decoder, first: int, tokens: int) -> list[float]:
     """Median, least and largest of the rounds, the first of which is not counted."""
-    times = [token_ms(step, decoder, first, tokens) for _ in range(6)][1:]
+    times = [_token_ms(step, decoder, first, tokens) for _ in range(6)][1:]
     return [statistics.median(times), min(times), max(times)]

@@ -69,7 +69,7 @@ _LAYERS, _MODELS, _CHECKS = (
 )
 # Seconds are for a card that is at hand for ten minutes. Later steps get what earlier ones leave.
 STEPS = (
-    Step("card", f"{_LAYERS}:card", 90),
+    Step("card", f"{_LAYERS}:card", 240),  # most of it nvcc, where nothing was prepared
     Step("errors", f"{_LAYERS}:errors", 45),
     Step("decode layers", f"{_LAYERS}:decode_layers", 75),
     Step("decode 8B", f"{_MODELS}:decode_8b", 110),

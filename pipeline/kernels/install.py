@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -18,9 +19,9 @@ from pipeline.checkpoint.modeling_skipcat import FactoredLinear
 from pipeline.kernels.op import block_skip_linear
 from pipeline.kernels.quantized_op import block_skip_linear_quantized, columns_of
 from pipeline.progress import note
-from pipeline.quantize.formats import Format, in_kernels
+from pipeline.quantize.formats import Format, held_by_kernels
 from pipeline.quantize.groupwise import Blocks
-from pipeline.quantize.kernel_codes import kernel_block, kernel_codes
+from pipeline.quantize.kernel_codes import kernel_bits, kernel_block, kernel_codes, kernel_rests
 
 _Matrices = Sequence[nn.Linear | QuantizedLinear]
 
@@ -31,7 +32,7 @@ def _kernel_format(layers: _Matrices) -> Format | None:
     if names[0] is None or len({*names}) > 1:
         return None
     format_ = Format.parse(names[0])
-    return format_ if in_kernels(format_) else None
+    return format_ if held_by_kernels(format_) else None
 
 
 class _Numbers(nn.Module):
@@ -64,8 +65,57 @@ def _turned(layers: _Matrices, dtype: torch.dtype) -> torch.Tensor:
     return torch.cat([layer.weight for layer in layers]).T.to(dtype).contiguous()
 
 
+class _Stored(nn.Module):
+    """One matrix W^T of a product, numbers or codes.
+
+    Args:
+        layers: stacked.
+        dtype: of numbers, scales and rests.
+
+    Attributes:
+        stored: numbers, or codes as the operator takes them.
+        scale: of the blocks of codes, [groups, m].
+        rests: what each number of a block has beyond its code times its scale, likewise; None
+            where codes are counted from the middle.
+        bits: of codes, 4 or 8; 0 of numbers.
+        block: rows that share a scale; 0 of numbers.
+    """
+
+    stored: torch.Tensor
+    scale: torch.Tensor | None
+    rests: torch.Tensor | None
+
+    def __init__(self, layers: _Matrices, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.bits, self.block = 0, 0
+        made: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
+        format_ = _kernel_format(layers)
+        if format_ is None:
+            made = (_turned(layers, dtype), None, None)
+        else:
+            self.bits = kernel_bits(format_.bits)
+            self.block = kernel_block(format_, layers[0].in_features)
+            made = _turned_codes(layers, format_, dtype)
+        for name, tensor in zip(("stored", "scale", "rests"), made, strict=True):
+            self.register_buffer(name, tensor)
+
+    def times(self, x: torch.Tensor) -> torch.Tensor:
+        """X W^T, [..., n] to [..., m]."""
+        if self.scale is None:
+            return x @ self.stored
+        bits, blocks = [0, self.bits], [0, self.block]
+        y = block_skip_linear_quantized(x, None, None, self.stored, self.scale, None, bits, blocks)
+        if self.rests is None:
+            return y
+        # A block's rest is the same for all its inputs: it meets their sum.
+        whole = nn.functional.pad(x, (0, len(self.rests) * self.block - x.shape[-1]))
+        return y + whole.unflatten(-1, (-1, self.block)).sum(-1) @ self.rests
+
+
 class _Codes(nn.Module):
     """y = block_skip_linear_quantized(x), of factors of which one at least is codes.
+
+    With zero points or offsets the two products are two calls, for z is needed between them.
 
     Args:
         owner: of the latent; None for a dense layer.
@@ -73,51 +123,47 @@ class _Codes(nn.Module):
         dtype: of scales and numbers.
     """
 
-    a: torch.Tensor | None
-    a_scale: torch.Tensor | None
-    b: torch.Tensor
-    b_scale: torch.Tensor | None
     index: torch.Tensor | None
 
     def __init__(self, owner: FactoredLinear | None, ups: _Matrices, dtype: torch.dtype) -> None:
         super().__init__()
-        self.bits, self.blocks = [0, 0], [0, 0]
-        self._hold("a", 0, None if owner is None else [owner.down], dtype)
-        self._hold("b", 1, ups, dtype)
+        self.down = None if owner is None else _Stored([owner.down], dtype)
+        self.up = _Stored(ups, dtype)
         self.register_buffer("index", None if owner is None else owner.permutation)
-
-    def _hold(self, name: str, place: int, layers: _Matrices | None, dtype: torch.dtype) -> None:
-        format_ = None if layers is None else _kernel_format(layers)
-        stored = scale = None
-        if layers is not None and format_ is None:
-            stored = _turned(layers, dtype)
-        elif layers is not None and format_ is not None:
-            self.bits[place] = format_.bits
-            self.blocks[place] = kernel_block(format_, layers[0].in_features)
-            stored, scale = _turned_codes(layers, format_, dtype)
-        self.register_buffer(name, stored)
-        self.register_buffer(f"{name}_scale", scale)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., n] to [..., m]."""
-        return block_skip_linear_quantized(
-            x, self.a, self.a_scale, self.b, self.b_scale, self.index, self.bits, self.blocks
-        )
+        down, up = self.down, self.up
+        if down is None:
+            return up.times(x)
+        if down.rests is None and up.rests is None:
+            bits, blocks = [down.bits, up.bits], [down.block, up.block]
+            return block_skip_linear_quantized(
+                x, down.stored, down.scale, up.stored, up.scale, self.index, bits, blocks
+            )
+        ordered = x if self.index is None else x.index_select(-1, self.index)
+        rank = len(up.stored)
+        return up.times(ordered[..., :rank] + down.times(ordered[..., rank:]))
 
 
 def _turned_codes(
     layers: _Matrices, format_: Format, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes of W^T of a stack and their scales [groups, m], as the kernels read them."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Codes of W^T of a stack, their scales and their rests, as the kernels read them."""
     stored = [layer.matrix for layer in layers if isinstance(layer, QuantizedLinear)]
     joined = {
         name: torch.cat([getattr(matrix, name) for matrix in stored]).cpu()
-        for name in ("codes", "scales")
+        for name in stored[0].state_dict()
     }
     blocks = Blocks.from_stored(joined, format_, layers[0].in_features)
     device = stored[0].codes.device
-    codes, scales = torch.from_numpy(kernel_codes(blocks)), torch.from_numpy(blocks.scales.T)
-    return codes.contiguous().to(device), scales.contiguous().to(device, dtype)
+    made = (kernel_codes(blocks), blocks.scales.T, kernel_rests(blocks))
+    codes, scales, rests = (
+        None if m is None else torch.from_numpy(np.ascontiguousarray(m)).to(device) for m in made
+    )
+    assert codes is not None
+    assert scales is not None
+    return codes, scales.to(dtype), None if rests is None else rests.to(dtype)
 
 
 class _Group(nn.Module):
@@ -178,9 +224,11 @@ class _SharedTable(nn.Module):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Rows of the table, int64 [...] to [..., columns]."""
-        head = self._head[0]
-        assert head.b_scale is not None
-        rows = columns_of(head.b, head.b_scale, head.bits[1], head.blocks[1], ids.flatten())
+        table = self._head[0].up
+        assert table.scale is not None
+        rows = columns_of(
+            table.stored, table.scale, table.bits, table.block, ids.flatten(), table.rests
+        )
         return rows.view(*ids.shape, -1)
 
 
@@ -248,5 +296,5 @@ def _say_widened(formats: Counter[str]) -> None:
         named = ", ".join(f"{count} of {name}" for name, count in formats.items())
         note(
             f"quantised matrices that the kernels do not read are held as numbers: {named}; "
-            "compress with --runtime tensorrt for those that they do"
+            "they read those of 2 to 8 bits, in blocks that are multiples of 16"
         )

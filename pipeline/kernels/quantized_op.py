@@ -106,7 +106,12 @@ def _numbers(held: Held, dtype: torch.dtype) -> torch.Tensor:
 
 
 def columns_of(
-    stored: torch.Tensor, scale: torch.Tensor, bits: int, block: int, places: torch.Tensor
+    stored: torch.Tensor,
+    scale: torch.Tensor,
+    bits: int,
+    block: int,
+    places: torch.Tensor,
+    rests: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Some columns of a matrix of codes, as rows.
 
@@ -116,6 +121,7 @@ def columns_of(
         bits: of a code.
         block: rows that share a scale.
         places: int64 [k].
+        rests: what each number of a block has beyond its code times its scale, as scales are held.
 
     Returns:
         [k, n], of the type of the scales.
@@ -125,7 +131,12 @@ def columns_of(
         codes = torch.where(places % 2 == 0, low, high)
     else:
         codes = stored[:, places]
-    return _scaled(codes, scale[:, places], block).to(scale.dtype).T.contiguous()
+    numbers = _scaled(codes, scale[:, places], block)
+    if rests is not None:
+        numbers = (
+            numbers + rests[:, places].to(numbers.dtype).repeat_interleave(block, 0)[: len(codes)]
+        )
+    return numbers.to(scale.dtype).T.contiguous()
 
 
 def _halves(codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -137,6 +137,15 @@ def in_kernels(format: Format) -> bool:
     return format.symmetric and format.bits in (4, 8) and format.block % KERNEL_BLOCK_UNIT == 0
 
 
+def held_by_kernels(format: Format) -> bool:
+    """Whether the kernels can multiply with a matrix's codes, in PyTorch.
+
+    Fewer bits are held in the next width that they read, and what a zero point or an offset adds is
+    one number for each block: a small product of its own, of sums over the blocks of the input.
+    """
+    return format.block % KERNEL_BLOCK_UNIT == 0
+
+
 def _in_tensorrt(format: Format) -> bool:
     """What the kernels take, and TensorRT without them multiplies out of a DequantizeLinear."""
     alone = (format.bits, format.block) in ((4, 64), (4, 128), (8, 0))

@@ -63,9 +63,13 @@ class Blocks:
 
     @property
     def rests(self) -> np.ndarray:
-        """What a weight has beyond (code - 2^(bits - 1)) * scale, likewise."""
+        """What a weight has beyond (code - 2^(bits - 1)) * scale, float32 [m, blocks]."""
         middle = np.float32(2 ** (self.bits - 1))
-        rests: np.ndarray = self.offsets + middle * self.scales
+        rests = np.zeros_like(self.scales)
+        if self.has_offsets:
+            rests = self.offsets + middle * self.scales
+        elif self.zero_points is not None:
+            rests = (middle - self.zero_points.astype(np.float32)) * self.scales
         return rests
 
     def dequantized(self) -> np.ndarray:

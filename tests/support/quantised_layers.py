@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,20 +70,33 @@ def small_llama() -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
-def save_low_bit_llama(folder: Path, dtype: torch.dtype = torch.float16) -> Path:
-    """A checkpoint of `small_llama`, every matrix of which is codes; its head is its table."""
+def save_low_bit_llama(
+    folder: Path, dtype: torch.dtype = torch.float16, others: Mapping[str, str] | None = None
+) -> Path:
+    """A checkpoint of `small_llama`, every matrix of which is codes; its head is its table.
+
+    Args:
+        folder: to write.
+        dtype: of all else.
+        others: formats in place of those that TensorRT may get.
+    """
+    taken = others or {}
+    table_format = taken.get(_TABLE, _TABLE)
     model = small_llama()
     entries: dict[str, dict[str, Any]] = {}
     tensors: dict[str, torch.Tensor] = {}
     for layer in range(LAYERS):
         for names, (form, down, up) in _GROUPS.items():
             members = tuple(f"model.layers.{layer}.{name}" for name in names)
+            down, up = down and taken.get(down, down), taken.get(up, up)
             made = _group(model, members, form, down, up, dtype)
             entries |= made[0]
             tensors |= made[1]
     table = model.get_input_embeddings().weight
-    held = rounded(table.detach().numpy(), _TABLE)
-    entries["model.embed_tokens"] = {"form": "table", "rank": 1, "owner": None, "up_style": _TABLE}
+    held = rounded(table.detach().numpy(), table_format)
+    entries["model.embed_tokens"] = {
+        "form": "table", "rank": 1, "owner": None, "up_style": table_format,
+    }  # fmt: skip
     entries["lm_head"] = entries["model.embed_tokens"] | {
         "form": "head",
         "owner": "model.embed_tokens",

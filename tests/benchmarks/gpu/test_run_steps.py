@@ -129,7 +129,8 @@ def test_nan_never_passes() -> None:
 def test_a_card_of_ten_minutes_has_time_for_what_matters_most() -> None:
     first = [held.name for held in STEPS[:4]]
     assert first == ["card", "errors", "decode layers", "decode 8B"]
-    assert sum(held.most_s for held in STEPS[:7]) <= 8.5 * 60
+    # A minute for the start and for the card, whose kernels were compiled before.
+    assert 60 + sum(held.most_s for held in STEPS[1:7]) <= 8 * 60
 
 
 def test_without_a_gpu_or_of_unknown_steps_it_says_so(tmp_path: Path) -> None:

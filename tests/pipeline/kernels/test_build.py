@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from pipeline.kernels import build
 from pipeline.kernels.build import _compile_library, _library_name, build_library
 from pipeline.kernels.interface import Device, Problem, open_library
 from pipeline.kernels.op import _make_counters
+from pipeline.quantize.formats import RUNTIMES
+from pipeline.quantize.kernel_codes import kernel_bits, kernel_block
 from trt_plugins.toolchain import local_nvcc
 
 
@@ -37,6 +40,22 @@ def test_the_library_answers_without_a_gpu(library: ctypes.CDLL) -> None:
     assert 2 * 1536 + 4 * 4096 <= needed < 4 << 20
     problem.rank = 5000
     assert b"rank" in library.skipcatWhyRefused(ctypes.byref(problem))
+
+
+def test_what_a_search_may_choose_the_library_computes(library: ctypes.CDLL) -> None:
+    kinds = [(0, 0)]
+    for format_ in {f for runtime in RUNTIMES.values() for f in runtime.formats}:
+        for columns in (96, 1000):
+            kinds.append((kernel_bits(format_.bits), kernel_block(format_, columns)))
+    for (a, a_block), (b, b_block) in itertools.product(kinds, kinds):
+        for rank in (384, 1000):  # of full rank there is no a
+            problem = Problem(
+                rows=1, n=1000, m=77, rank=rank, indexed=True,
+                a_weights=a, a_group=a_block, b_weights=b, b_group=b_block,
+            )  # fmt: skip
+            assert library.skipcatWhyRefused(ctypes.byref(problem)) is None
+    problem.b_weights, problem.b_group = 4, 24
+    assert library.skipcatWhyRefused(ctypes.byref(problem)) is not None
 
 
 def test_a_machine_that_gives_no_memory_is_said_plainly(library: ctypes.CDLL) -> None:

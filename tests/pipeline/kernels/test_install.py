@@ -107,7 +107,7 @@ class QuantizedBlock(nn.Module):
         self.q = FactoredLinear(48, 21, 17, "skip", bias=True, **formats, **single)
         self.k = FactoredLinear(48, 11, 17, "skip", owner=self.q, up_style="int8-row-sym", **single)
         self.mixed = FactoredLinear(32, 48, 16, "skip", up_style="int4-b16-sym", **single)
-        self.unread = FactoredLinear(48, 48, 16, "skip", down_style="int4-b32-asym", **single)
+        self.unread = FactoredLinear(48, 48, 16, "skip", down_style="int4-b24-asym", **single)
         self.dense = QuantizedLinear(48, 48, "int4-b64-sym", bias=True, **single)
         self.lm_head = QuantizedLinear(48, 40, "", table=self.table, **single)
         for layer in (self.q, self.mixed, self.unread):
@@ -146,4 +146,54 @@ def test_a_model_of_codes_computes_the_same_and_holds_codes() -> None:
 
 def test_formats_that_the_kernels_do_not_read_are_said(capsys: pytest.CaptureFixture[str]) -> None:
     use_operator_(quantized_block())
-    assert "held as numbers: 1 of int4-b32-asym" in capsys.readouterr().err
+    assert "held as numbers: 1 of int4-b24-asym" in capsys.readouterr().err
+
+
+class OffsetBlock(nn.Module):
+    """Layers in formats whose codes are not counted from the middle, or have few bits."""
+
+    def __init__(self, down: str | None, up: str) -> None:
+        super().__init__()
+        single: dict[str, Any] = {"dtype": torch.float32}
+        self.table = QuantizedEmbedding(40, 72, up, **single)
+        self.q = FactoredLinear(72, 21, 33, "skip", down_style=down, up_style=up, **single)
+        self.k = FactoredLinear(72, 51, 33, "skip", owner=self.q, up_style=up, **single)
+        self.dense = QuantizedLinear(72, 72, up, bias=True, **single)
+        self.lm_head = QuantizedLinear(72, 40, "", table=self.table, **single)
+        self.q.permutation = torch.randperm(72).to(torch.int32)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.table(ids)
+        return self.lm_head(self.dense(torch.cat([self.q(x), self.k(x)], dim=-1)))
+
+
+@pytest.mark.parametrize(
+    ("down", "up"),
+    [
+        ("int4-b32-asym", "int4-b32-offset"),
+        ("int4-b64-sym", "int2-b32-asym"),
+        (None, "int3-b32-asym"),
+        ("int6-b64-sym", "int8-b32-asym"),
+        ("int8-row-asym", "int4-row-sym"),
+    ],
+)
+def test_codes_with_zero_points_offsets_or_few_bits_stay_codes(
+    down: str | None, up: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(1)
+    block = OffsetBlock(down, up)
+    for parameter in block.parameters():
+        nn.init.normal_(parameter)
+    fill_codes_(block)
+    ids = torch.tensor([[3, 39, 0, 12], [7, 7, 1, 38]])
+    with torch.inference_mode():
+        expected = block(ids)
+        assert use_operator_(block) == 4
+        near: dict[str, Any] = {"rtol": 0, "atol": 2e-5 * expected.abs().max().item()}
+        torch.testing.assert_close(block(ids), expected, **near)
+    assert "held as numbers" not in capsys.readouterr().err
+    # Bytes: those of W^T, one or two columns to a byte.
+    sizes = [(33, 72, up), (72, 72, up), (72, 40, up), *([(39, 33, down)] if down else [])]
+    stored = [rows * (m if int(name[3]) > 4 else -(-m // 2)) for rows, m, name in sizes]
+    held = [buffer.numel() for buffer in block.buffers() if buffer.dtype == torch.int8]
+    assert sorted(held) == sorted(stored)

@@ -10,7 +10,7 @@ import torch
 
 from pipeline.errors import InputError
 from pipeline.kernels.quantized_op import _launch, block_skip_linear_quantized, columns_of
-from pipeline.quantize.formats import RUNTIMES, Format, in_kernels
+from pipeline.quantize.formats import Format
 from pipeline.quantize.kernel_codes import kernel_block, kernel_codes
 from tests.support.quantised_layers import random_blocks
 from trt_plugins.block_skip.reference import block_skip_linear as reference
@@ -106,13 +106,6 @@ def test_the_kernels_compute_in_half_precision_alone() -> None:
     given, _ = operands("int4-b16-sym", "int8-row-sym")
     with pytest.raises(InputError, match="half precision"):
         _launch(*given)
-
-
-def test_what_tensorrt_may_be_given_the_kernels_read() -> None:
-    runtime = RUNTIMES["tensorrt"]
-    assert all(in_kernels(format_) for format_ in (*runtime.formats, *runtime.table))
-    taken = [f for f in RUNTIMES["any"].formats + RUNTIMES["cpu"].formats if in_kernels(f)]
-    assert {format_.name for format_ in taken} == {"int8-b128-sym", "int8-b32-sym"}
 
 
 @pytest.mark.gpu

@@ -35,3 +35,8 @@ def test_no_kernel_reads_or_writes_beside_its_memory(tmp_path: Path) -> None:
     result = compare(compile_program(tmp_path, SOURCES, CHECKED), 150, 3)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "ERROR" not in result.stderr
+    lines = result.stdout.splitlines()
+    for seen in ("fp16", "bf16", "bits 16", "bits  8", "bits  4", "indexed", "ordered"):
+        assert any(seen in line for line in lines), seen
+    for tactic in range(4):
+        assert any(f"tactic {tactic}:" in line for line in lines)
