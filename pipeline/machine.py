@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 CPU_FLAGS = {
@@ -21,6 +24,9 @@ CPU_FLAGS = {
 
 _GROUPS, _OWN_GROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 _CPUS = Path("/sys/devices/system/cpu")
+_OMP = "OMP_NUM_THREADS"
+# Threads that the user allows, where that was said.
+_allowed: list[int] = []
 
 
 def usable_cores() -> int:
@@ -29,7 +35,12 @@ def usable_cores() -> int:
 
 
 def product_threads(cpus: Path = _CPUS) -> int:
-    """Threads for products: one to a physical core, since two on one core share its multipliers."""
+    """Threads for products: as many as are allowed; else one to a physical core.
+
+    Two on one core would share its multipliers.
+    """
+    if _allowed:
+        return _allowed[-1]
     siblings = set()
     for core in _cores():
         try:
@@ -50,7 +61,30 @@ def share_cores() -> None:
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     if usable_cores() < len(_cores()):
-        os.environ.setdefault("OMP_NUM_THREADS", str(usable_cores()))
+        os.environ.setdefault(_OMP, str(usable_cores()))
+
+
+@contextlib.contextmanager
+def limited_threads(count: int) -> Iterator[None]:
+    """Inside, so many threads compute: PyTorch's, ONNX Runtime's, and those of processes begun.
+
+    PyTorch reads the environment as it is loaded, which it may be already.
+    """
+    torch, variable = sys.modules.get("torch"), os.environ.get(_OMP)
+    own = None if torch is None else torch.get_num_threads()
+    os.environ[_OMP] = str(count)
+    if torch is not None:
+        torch.set_num_threads(count)
+    _allowed.append(count)
+    try:
+        yield
+    finally:
+        _allowed.pop()
+        os.environ.pop(_OMP)
+        if variable is not None:
+            os.environ[_OMP] = variable
+        if torch is not None:
+            torch.set_num_threads(own)
 
 
 def _cores() -> list[int]:

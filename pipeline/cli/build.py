@@ -49,6 +49,7 @@ _evaluation_options = options.apply(
 @options.setting("--max-length", DEFAULT_MAX_LENGTH, "Cache length.", options.positive)
 @_evaluation_options
 @options.trust_remote_code
+@options.own_threads
 @options.overwrite
 @options.resume
 @options.json_output

@@ -233,6 +233,7 @@ compression_options = options.apply(
 @options.output
 @compression_options
 @options.trust_remote_code
+@options.own_threads
 @options.overwrite
 @options.resume
 @options.dry_run

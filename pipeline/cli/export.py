@@ -72,6 +72,7 @@ from pipeline.export.contract import (
     options.positive,
 )
 @options.trust_remote_code
+@options.own_threads
 @options.overwrite
 @options.json_output
 def command(

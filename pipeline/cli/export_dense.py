@@ -13,6 +13,7 @@ from pipeline.cli import options
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @options.output
 @options.trust_remote_code
+@options.own_threads
 @options.overwrite
 def command(checkpoint: Path, output: Path, trust_remote_code: bool, overwrite: bool) -> None:
     """Multiply the factors out, for tools that know nothing of skipcat.

@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from pipeline.machine import limited_threads
 from pipeline.runtime.sessions.open_session import BACKENDS
 
 _Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -76,9 +77,29 @@ backend = setting(
 )
 # More would be made without a word, until the machine has no more.
 thread_count = click.IntRange(1, 1024)
-threads = click.option(
-    "--threads", type=thread_count, help="Threads of ONNX Runtime.  [one to a physical core]"
-)
+
+
+def _limit_threads(
+    context: click.Context, option: click.Parameter, count: int | None
+) -> int | None:
+    """Let the command compute with so many threads, until its context is left."""
+    if count is not None:
+        context.with_resource(limited_threads(count))
+    return count
+
+
+def _threads(*, exposed: bool) -> _Decorator:
+    return click.option(
+        "--threads",
+        type=thread_count,
+        callback=_limit_threads,
+        expose_value=exposed,
+        help="Threads that compute: PyTorch's and ONNX Runtime's.  [one to a physical core]",
+    )
+
+
+# Of commands that hand the number on to sessions, and of those that only compute with it.
+threads, own_threads = _threads(exposed=True), _threads(exposed=False)
 draft = click.option(
     "--draft",
     type=click.Path(path_type=Path, exists=True, file_okay=False),
@@ -90,8 +111,7 @@ budget = click.option(
     "--memory",
     metavar="BYTES",
     help="Of a checkpoint: bytes that its weights, cache and draft may take, such as 1GB. Layers "
-    "beyond that are read from disk for every call, past the page cache. --threads is then "
-    "PyTorch's, too.",
+    "beyond that are read from disk for every call, past the page cache.",
 )
 model = click.option(
     "-m",

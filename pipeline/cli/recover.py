@@ -51,6 +51,7 @@ from pipeline.cli import options
 @options.setting("--device", "cpu", "Where PyTorch trains: cpu, cuda, cuda:1.")
 @options.seed
 @options.trust_remote_code
+@options.own_threads
 @options.overwrite
 @options.resume
 @options.json_output

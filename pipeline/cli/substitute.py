@@ -36,6 +36,7 @@ from pipeline.export.contract import DEFAULT_MAX_LENGTH
 @effort_option
 @calibration_options
 @options.trust_remote_code
+@options.own_threads
 @options.overwrite
 @options.resume
 @options.json_output

@@ -54,6 +54,7 @@ _DATA = (
 )
 @options.setting("--device", "cpu", "Where PyTorch trains: cpu, cuda, cuda:1.")
 @options.seed
+@options.own_threads
 @options.overwrite
 @options.resume
 @options.json_output

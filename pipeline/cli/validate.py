@@ -84,6 +84,7 @@ _image_options = options.apply(
 )
 @click.option("--strict", is_flag=True, help="Fail also when an engine cannot run here.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="[BUILD_FOLDER/ledger]")
+@options.own_threads
 @options.overwrite
 @options.dry_run
 @options.trust_remote_code

@@ -12,6 +12,7 @@ from benchmarks.digits import Digits, make_digits
 from pipeline.cli.main import main
 from pipeline.errors import UsageError
 from tests.support.ledger_stages import outputs_alive
+from tests.support.old_objects import old_objects_set_aside
 from validate.artefacts import Artefacts
 from validate.classifier import CLASSIFIER, ImageOptions, _Inputs
 from validate.ledger import run_ledger
@@ -126,12 +127,12 @@ def test_logits_are_freed_when_no_later_stage_needs_them(inputs: _Inputs) -> Non
 
     references = {"a": None, "b": "a", "c": "b", "d": "c", "e": "c", "f": "a"}
     stages = [Stage(name, opener, reference) for name, reference in references.items()]
-    before = outputs_alive()
-    rows = run_ledger(stages, inputs, CLASSIFIER)
-    assert all(row.to_original is not None for row in rows[1:])
-    # When b opens there is a; then a, b; a, c twice, since e needs c; at last the original alone.
-    assert [count - before for count in alive] == [0, 1, 2, 2, 2, 1]
-    assert outputs_alive() == before
+    with old_objects_set_aside():
+        rows = run_ledger(stages, inputs, CLASSIFIER)
+        assert all(row.to_original is not None for row in rows[1:])
+        # When b opens there is a; then a, b; a, c twice, since e needs c; at last the original.
+        assert alive == [0, 1, 2, 2, 2, 1]
+        assert outputs_alive() == 0
 
 
 def test_stages_of_classifiers_in_an_impossible_order_are_refused(inputs: _Inputs) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from pathlib import Path
 
 import click
 import pytest
+import torch
 
 from pipeline.cli.main import _COMMANDS, skipcat
-from pipeline.cli.options import what_next
+from pipeline.cli.options import own_threads, what_next
+from pipeline.machine import product_threads
 
 CONTEXT = click.Context(skipcat, info_name="skipcat")
 
@@ -108,3 +111,31 @@ def test_what_is_next_is_said_as_the_user_can_type_it(
     assert what_next("a b", "c") == "next: .venv/bin/skipcat a b   or   .venv/bin/skipcat c"
     monkeypatch.setenv("PATH", str(tmp_path / ".venv/bin"))
     assert what_next("a b") == "next: skipcat a b"
+
+
+COMPUTING = [
+    name for name in _COMMANDS if name not in ("engine", "inspect", "doctor")
+]  # TensorRT has threads of its own; the others compute nothing
+
+
+@pytest.mark.parametrize("name", COMPUTING)
+def test_every_command_that_computes_takes_threads(name: str) -> None:
+    assert "--threads" in options_of(command_of(name))
+
+
+def test_threads_are_what_computes_while_the_command_runs_and_no_longer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    seen: list[tuple[int, int, str]] = []
+
+    @click.command()
+    @own_threads
+    def look() -> None:
+        seen.append((torch.get_num_threads(), product_threads(), os.environ["OMP_NUM_THREADS"]))
+
+    before = torch.get_num_threads(), product_threads()
+    look.main(["--threads", "3"], standalone_mode=False)
+    look.main([], standalone_mode=False)
+    assert seen == [(3, 3, "3"), (*before, "1")]
+    assert (torch.get_num_threads(), product_threads()) == before
