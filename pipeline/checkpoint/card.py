@@ -75,7 +75,9 @@ model = load_checkpoint("this folder")
 | error of the outputs, in parts of their variance | {loss:.3g} on the calibration images |
 | calibration | {calibration} |
 
-`recipe.json` says how it was made, `report.json` what became of every convolution. {training}
+`recipe.json` says how it was made, `report.json` what became of every convolution.
+{training}
+
 Export it with `--profile {profile}` and `--dtype float32`; another runtime's is refused. Scores
 were not measured here: `skipcat validate` does.
 """
@@ -127,7 +129,7 @@ def _trained_under_rounding(recovery: dict[str, Any] | None) -> str:
     return (
         f"It was then trained under rounding: {settings['steps']} steps of "
         f"{settings['batch_size']} images of {recovery['images']['source']}, by "
-        f"{recovery['objective']}. On {recovery['held_out_windows']} images held out, the\n"
+        f"{recovery['objective']}.\nOn {recovery['held_out_windows']} images held out, the "
         f"{_LOSSES[name]} was {loss['before']:.4g} before and {loss['after']:.4g} after."
     )
 
