@@ -52,9 +52,8 @@ class Scheduler:
         queue: most jobs that wait for a slot.
         prefill_chunk: most tokens of a prompt that one step reads.
         reuse: whether a new prompt may go on from what a slot still holds.
-        drafter: what proposes draft tokens for an answer that runs alone, where that saves time;
-            None for nothing. A block of tokens rounds otherwise than single ones do, so low-bit
-            answers may depend on the batch. A draft model, or a shared pass, has them for all.
+        drafter: proposes draft tokens for an answer that runs alone, or, a draft model or in a
+            shared pass, for all; None for nothing. By lookup, low-bit answers depend on the batch.
 
     Attributes:
         death: what ended the thread, if it ended by a failure.
@@ -264,11 +263,10 @@ class Scheduler:
 
     def _drop_answers(self) -> None:
         """Free the slots of cancelled jobs, and all of them after the deadline."""
-        is_overdue = self._is_overdue()
         for running in list(self._running.values()):
             if running.job.is_cancelled:
                 self._release(running)
-            elif is_overdue:
+            elif self._is_overdue():
                 running.job.outbox.put(RequestFailure.shutting_down())
                 self._release(running)
 
@@ -356,8 +354,7 @@ class Scheduler:
         """After a failure of all together: each alone, so that only the one at fault fails."""
         for running in ready:
             try:
-                length = len(self._table.tokens[running.slot])
-                take_back(self._session, running.slot, length)
+                take_back(self._session, running.slot, len(self._table.tokens[running.slot]))
                 logits = self._decode([running])
             except Exception:
                 logger.exception("Decoding slot %d failed.", running.slot)
