@@ -86,6 +86,7 @@ def build_network(
     plan_path = staging / PLAN_FILE
     _write_plan(parsed, config, plan_path)
     build_seconds = time.monotonic() - started
+    int8 = int8_layers(parsed.layers, request.int8_convs, request.float_convs)
     del parsed, config  # of which the engine that is read back would come on top
     why = {"readable": False, "why": unreadable}
     return WorkerResult(
@@ -96,7 +97,7 @@ def build_network(
         build_seconds=build_seconds,
         peak_memory_bytes=0,
         notes=(),
-        int8=int8_layers(parsed.layers, request.int8_convs, request.float_convs),
+        int8=int8,
         **taken,
     )
 
