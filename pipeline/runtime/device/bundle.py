@@ -24,10 +24,10 @@ BUNDLE_FILE, REFERENCE_FILE = "bundle.json", "selftest.json"
 ENGINE_FOLDER, PROGRAM = "engine", "skipcat-device"
 # Of the likeliest tokens' logits, centred. Sums of float16 in another order stay above; weights,
 # positions or masks that are not the reference's do not.
-LEAST_COSINE = 0.995
+_LEAST_COSINE = 0.995
 # How far below the likeliest token the reference's may be, in standard deviations of the logits:
 # two tokens that are as good as equal may change places.
-MOST_BELOW = 0.1
+_MOST_BELOW = 0.1
 _ASK_AGAIN = "copy the bundle again, or make it again with `skipcat bundle`"
 
 
@@ -108,13 +108,13 @@ def _least_cosine(logits: np.ndarray, entry: dict[str, Any], path: Path) -> floa
         cosine = _cosine(row[ids], values)
         below = float((row.max() - row[token]) / (row.std() or 1.0))
         least = min(least, cosine)
-        if not (cosine >= LEAST_COSINE and below <= MOST_BELOW):  # also false for NaN
+        if not (cosine >= _LEAST_COSINE and below <= _MOST_BELOW):  # also false for NaN
             raise ValidationError(
                 "The engine does not say what the model said in ONNX Runtime.",
                 where=path,
                 observed=f"token {place} of the answer to {entry['prompt']!r}: cosine "
                 f"{cosine:.4f}, {below:.2f} standard deviations below the likeliest",
-                expected=f"at least {LEAST_COSINE}, at most {MOST_BELOW}",
+                expected=f"at least {_LEAST_COSINE}, at most {_MOST_BELOW}",
                 change="build the engine again on this device; `skipcat-device selftest "
                 "ENGINE` tells whether it agrees with itself",
             )

@@ -16,7 +16,7 @@ import numpy as np
 
 from pipeline.errors import InputError, PipelineError, ResourceError
 
-LIBRARY = "libcuda.so.1"
+_LIBRARY = "libcuda.so.1"
 _ALIGNMENT = 256  # of every address that TensorRT is given
 _OUT_OF_MEMORY = 2
 _THREAD_LOCAL_CAPTURE = 1
@@ -76,7 +76,7 @@ class Driver:
         InputError: there is no driver or no such GPU, or this process may not use it.
     """
 
-    def __init__(self, library: str = LIBRARY, ordinal: int = 0) -> None:
+    def __init__(self, library: str = _LIBRARY, ordinal: int = 0) -> None:
         self._functions = _load(library)
         self._start("cuInit", 0)
         device, version, context = c_int(), c_int(), c_void_p()

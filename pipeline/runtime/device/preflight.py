@@ -12,6 +12,8 @@ from pipeline.errors import InputError, ResourceError
 from pipeline.export.contract import CACHE_PREFIX, PROFILES
 from pipeline.gpu import capability_name
 from pipeline.json_file import json_field
+from pipeline.runtime.device.describe import SCHEMA
+from pipeline.runtime.device.session import block_tokens
 
 # CUDA's context, the libraries' code and what they keep. Not measured on a Jetson with our engines:
 # it is by how much the GPU memory that NVIDIA publishes for Edge-LLM 0.10 on Orin is above plan and
@@ -19,7 +21,6 @@ from pipeline.json_file import json_field
 _LIBRARIES_BYTES = 1_650_000_000
 _WHERE = "device description"
 _ITEM_BYTES = {"float16": 2, "float32": 4}
-_MOST_LOGITS_BYTES = 64 << 20  # as `session` holds them
 
 
 def check_device(folder: Path, device: dict[str, Any]) -> dict[str, Any]:
@@ -74,7 +75,7 @@ def needed_bytes(manifest: dict[str, Any], path: Path) -> dict[str, int]:
     form = PROFILES.get(made_of.get("profile", ""))
     copies = 1 if form and form.static_cache else 2
     row = json_field(made_of, "vocab_size", int, path) * item
-    tokens = min(json_field(limits, "max_prefill", int, path), max(64, _MOST_LOGITS_BYTES // row))
+    tokens = block_tokens(json_field(limits, "max_prefill", int, path), max(row, 1))
     layers = manifest.get("engine_layers") or {}
     return {
         "plan": manifest["plan"]["bytes"],
@@ -87,11 +88,11 @@ def needed_bytes(manifest: dict[str, Any], path: Path) -> dict[str, int]:
 
 def _require_same(manifest: dict[str, Any], device: dict[str, Any], folder: Path) -> list[str]:
     """What cannot be compared; raise InputError for an engine of another TensorRT or GPU."""
-    if device.get("schema") != 1:
+    if device.get("schema") != SCHEMA:
         raise InputError(
             "This is no description of a device.",
             observed=f"schema {device.get('schema')!r}",
-            expected="what `skipcat-device describe` prints, schema 1",
+            expected=f"what `skipcat-device describe` prints, schema {SCHEMA}",
         )
     gpu = json_field(device, "gpu", dict, _WHERE, default=None) or {}
     found = json_field(gpu, "compute_capability", list, _WHERE, default=None)

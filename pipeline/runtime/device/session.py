@@ -32,6 +32,11 @@ _MOST_LOGITS_BYTES = 64 << 20
 _LEAST_CHUNK = 64
 
 
+def block_tokens(max_prefill: int, row_bytes: int) -> int:
+    """Most tokens of a prompt that a call reads, whose logits take `row_bytes` each."""
+    return min(max_prefill, max(_LEAST_CHUNK, _MOST_LOGITS_BYTES // row_bytes))
+
+
 class DeviceSession(CheckedSession):
     """A decoder's engine on the GPU of this machine.
 
@@ -54,8 +59,8 @@ class DeviceSession(CheckedSession):
         self.vocab_size: int = self.manifest["onnx"]["vocab_size"]
         self.max_length: int = self.manifest["onnx"]["max_length"]
         self._dtype = engine.dtype(LOGITS)
-        fitting = _MOST_LOGITS_BYTES // (self.vocab_size * self._dtype.itemsize)
-        self._chunk = min(self.manifest["limits"]["max_prefill"], max(_LEAST_CHUNK, fitting))
+        self._row_bytes = self.vocab_size * self._dtype.itemsize
+        self._chunk = block_tokens(self.manifest["limits"]["max_prefill"], self._row_bytes)
         self._contexts = [BoundContext(engine, index) for index in range(len(engine.profiles))]
         self._made_for: int | None = None
         self._graph: Graph | None = None
@@ -128,7 +133,6 @@ class DeviceSession(CheckedSession):
         padded = self.max_length if has_static_cache(self._opened) else None
         self._step_inputs = TokenInputs(self._opened, rows, 1, padded)
         self._block_inputs = TokenInputs(self._opened, rows, self._chunk, padded)
-        self._row_bytes = self.vocab_size * self._dtype.itemsize
         self._step_logits = DeviceMemory(driver, rows * self._row_bytes)
         self._block_logits = DeviceMemory(driver, rows * self._chunk * self._row_bytes)
         self._answer = HostMemory(driver, rows * self._row_bytes)

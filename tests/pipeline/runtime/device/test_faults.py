@@ -120,6 +120,7 @@ def position_off_by_one(patch: pytest.MonkeyPatch, session: DeviceSession) -> No
 
 def wrong_dtype_of_logits(patch: pytest.MonkeyPatch, session: DeviceSession) -> None:
     session._dtype = np.dtype(np.float16)
+    session._row_bytes //= 2
 
 
 def shape_outside_the_profile(patch: pytest.MonkeyPatch, session: DeviceSession) -> None:
