@@ -49,9 +49,8 @@ class QuantizedWeight(nn.Module):
         self.bits = int(kind.removeprefix("int"))
         self.block = columns if block == "row" else int(block.removeprefix("b"))
         self.blocks = -(-columns // self.block)
-        code_bytes, zero_bytes = (
-            -(-count * self.bits // 8) for count in (self.blocks * self.block, self.blocks)
-        )
+        counts = (self.blocks * self.block, self.blocks)
+        code_bytes, zero_bytes = (-(-count * self.bits // 8) for count in counts)
         widths = {"codes": (code_bytes, torch.uint8), "scales": (self.blocks, torch.int16)}
         if self.zero == "asym":
             widths["zero_points"] = (zero_bytes, torch.uint8)
@@ -364,8 +363,8 @@ class Int8Conv(_Typed):
             ("scales", (like.out_channels,), torch.int16),
         ):
             self.register_buffer(name, torch.zeros(shape, dtype=kind, device=device))
-        empty = torch.empty(like.out_channels, device=device, dtype=dtype)
-        self.bias = nn.Parameter(empty, requires_grad=False)
+        bias = torch.empty(like.out_channels, device=device, dtype=dtype)
+        self.bias = nn.Parameter(bias, requires_grad=False)
         self.input, self.output = (
             None if codes is None else ActivationRounding(codes, device)
             for codes in (input_codes, output_codes)
@@ -392,13 +391,7 @@ class Int8Conv(_Typed):
         """The same with a weight that is at hand, float32."""
         read = x.float() if self.input is None else self.input(x)
         y = F.conv2d(
-            read,
-            weight,
-            self.bias.float(),
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.groups,
+            read, weight, self.bias.float(), self.stride, self.padding, self.dilation, self.groups
         )
         return (y if self.output is None else self.output(y)).to(x.dtype)
 

@@ -116,13 +116,7 @@ class CompressRequest:
         Raises:
             UsageError: names the value and its range.
         """
-        if not 0 < self.keep_params <= 1:
-            raise UsageError(
-                "The kept fraction is out of range.",
-                where="--keep-params",
-                observed=self.keep_params,
-                expected="a number in (0, 1]; 0.8 keeps 80% of the decoder's linear parameters",
-            )
+        self._check_fractions()
         if self.mix is not None and (self.one_shot or not 0 <= self.mix <= 1):
             raise UsageError(
                 "There is no such mixture of targets.",
@@ -163,6 +157,28 @@ class CompressRequest:
         self._check_bits()
         self._check_cache()
 
+    def _check_fractions(self) -> None:
+        """Refuse shares, and powers, beyond 0 and 1."""
+        for what, flag, value, range_and_example in (
+            ("The kept fraction", "--keep-params", self.keep_params,
+             "(0, 1]; 0.8 keeps 80% of the decoder's linear parameters"),
+            ("The fraction of bytes", "--keep-bytes", self.keep_bytes,
+             "(0, 1]; 0.25 keeps a quarter of the float16 bytes"),
+            ("The fraction of the cache", "--keep-cache", self.keep_cache,
+             "(0, 1]; 0.25 keeps a quarter of the float16 bytes"),
+            ("The fraction of multiplications", "--keep-macs", self.keep_macs,
+             "[0, 1]; 0.1 keeps a tenth of them in float32"),
+            ("The power that scales channels", "--balance", self.balance, "[0, 1]"),
+        ):  # fmt: skip
+            open_at_zero = range_and_example.startswith("(")
+            if value is not None and not (0 <= value <= 1 and (value or not open_at_zero)):
+                raise UsageError(
+                    f"{what} is out of range.",
+                    where=flag,
+                    observed=value,
+                    expected=f"a number in {range_and_example}",
+                )
+
     def _check_cache(self) -> None:
         """Refuse budgets of the cache that cannot be meant."""
         if sum(x is not None for x in (self.cache_bytes, self.keep_cache, self.context)) > 1:
@@ -178,13 +194,6 @@ class CompressRequest:
                 observed="--plan" if self.plan is not None else "no budget of bytes",
                 expected="--memory or --keep-bytes, without --plan",
                 change="pass --cache-bytes for a budget of the cache's own",
-            )
-        if self.keep_cache is not None and not 0 < self.keep_cache <= 1:
-            raise UsageError(
-                "The fraction of the cache is out of range.",
-                where="--keep-cache",
-                observed=self.keep_cache,
-                expected="a number in (0, 1]; 0.25 keeps a quarter of the float16 bytes",
             )
         if self.cache_bytes is not None:
             parse_bytes(self.cache_bytes, "--cache-bytes")
@@ -223,20 +232,6 @@ class CompressRequest:
                 where="--memory, --keep-bytes, --weights",
                 expected="at most one of them",
             )
-        if self.keep_bytes is not None and not 0 < self.keep_bytes <= 1:
-            raise UsageError(
-                "The fraction of bytes is out of range.",
-                where="--keep-bytes",
-                observed=self.keep_bytes,
-                expected="a number in (0, 1]; 0.25 keeps a quarter of the float16 bytes",
-            )
-        if not 0 <= self.balance <= 1:
-            raise UsageError(
-                "The power that scales channels is out of range.",
-                where="--balance",
-                observed=self.balance,
-                expected="a number in [0, 1]",
-            )
         if self.memory is not None:
             parse_bytes(self.memory, "--memory")
         method = METHODS[self.method]
@@ -267,13 +262,6 @@ class CompressRequest:
                 "Multiplications are a budget of rounded convolutions, and their only one.",
                 where=f"--keep-macs with --method {self.method}",
                 expected="--method int8, without --memory and --keep-bytes",
-            )
-        if not 0 <= self.keep_macs <= 1:
-            raise UsageError(
-                "The fraction of multiplications is out of range.",
-                where="--keep-macs",
-                observed=self.keep_macs,
-                expected="a number in [0, 1]; 0.1 keeps a tenth of them in float32",
             )
 
     def _check_learning(self) -> None:
