@@ -71,7 +71,7 @@ class WorkerRequest:
         """The inverse of `to_json`."""
         values = dict(fields)
         values["profiles"] = tuple(ShapeProfile.from_json(entry) for entry in values["profiles"])
-        for name in ("compute_capability", "int8_convs", "float_convs"):
+        for name in {"compute_capability", "int8_convs", "float_convs"} & values.keys():
             values[name] = tuple(values[name])
         for name in ("onnx_path", "plugin"):
             values[name] = None if values[name] is None else Path(values[name])
