@@ -114,9 +114,7 @@ def open_engine_session(folder: Path, name: str | None = None) -> Session:
         InputError: no GPU here, or the engine is not for it.
         MissingPackageError: the engine's TensorRT is not installed.
     """
-    from pipeline.engine.manifest import read_manifest
-
-    if read_manifest(folder)["target"].get("flavour") == "tensorrt" and not _torch_has_cuda():
+    if _is_of_standard_tensorrt(folder) and not _torch_has_cuda():
         from pipeline.runtime.device.engine import open_engine
         from pipeline.runtime.device.session import DeviceSession
 
@@ -124,6 +122,15 @@ def open_engine_session(folder: Path, name: str | None = None) -> Session:
     from pipeline.runtime.sessions.tensorrt_session import TensorRTSession
 
     return TensorRTSession(folder, name=name)
+
+
+def _is_of_standard_tensorrt(folder: Path) -> bool:
+    """Whether the manifest says so; where there is none, what opens the engine says that."""
+    from pipeline.engine.manifest import MANIFEST_FILE, read_manifest
+
+    if not (folder / MANIFEST_FILE).is_file():
+        return False
+    return bool(read_manifest(folder)["target"].get("flavour") == "tensorrt")
 
 
 def _torch_has_cuda() -> bool:
