@@ -26,6 +26,7 @@ from pipeline.cli import options
     help="Refuse a bundle that does not fit this board: the output of `skipcat-device describe`.",
 )
 @options.output
+@options.own_threads
 @options.overwrite
 @options.json_output
 def command(

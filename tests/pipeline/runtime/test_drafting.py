@@ -176,5 +176,6 @@ def test_other_sessions_do_not_draft(profile: str) -> None:
 def test_a_row_that_is_computed_anyway_is_looked_up_even_if_it_is_seldom_right() -> None:
     assert _best_draft_length(0.01, 0.25, 12) == 0
     assert _best_draft_length(0.01, 0.25, 12, rows=2) == 1
-    assert _best_draft_length(0.9, 0.1, 12, rows=2) >= _best_draft_length(0.9, 0.1, 12)
+    rates = [sum(0.9**k for k in range(d + 1)) / (1 + 0.1 * max(0, d - 1)) for d in range(13)]
+    assert _best_draft_length(0.9, 0.1, 12, rows=2) == rates.index(max(rates))
     assert _best_draft_length(0.5, 0.25, 0, rows=2) == 0
