@@ -34,6 +34,7 @@ from pipeline.export.request import ExportRequest
 from pipeline.model.structure import decoder_structure
 from tests.support.families import save_family
 from tests.support.quantised_layers import save_low_bit_llama
+from tests.support.unproven import unproven
 
 SM86 = Target("rtx", (8, 6), "a test")
 # TensorRT has no fused attention for narrower heads.
@@ -77,7 +78,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings |= {"calibration": str(root / "text.txt"), "runtime": "tensorrt"}
     plan = plan_of(source, root / "plan.json")
     compress_to_folder(CompressRequest(str(source), plan=plan, **settings), root / "small")
-    export_folder(root / "small", root / "onnx", ExportRequest("opset24", "float16", 32))
+    with unproven():
+        export_folder(root / "small", root / "onnx", ExportRequest("opset24", "float16", 32))
     return root / "onnx"
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -47,6 +49,26 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return folders
 
 
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """The folder of an export of a checkpoint, made once; not to be written to."""
+    root = tmp_path_factory.mktemp("exports")
+
+    def make(checkpoint: Path, weights: str | None = None, products: str = "integer") -> Path:
+        folder = root / f"{checkpoint.name}-{weights}-{products}"
+        if not folder.exists():
+            request = ExportRequest("cpu", "float32", MAX_LENGTH, weights, products)
+            export_folder(checkpoint, folder, request)
+        return folder
+
+    return make
+
+
+def record_of(folder: Path) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads((folder / "export.json").read_text())
+    return record
+
+
 def torch_logits(folder: Path) -> np.ndarray:
     with torch.no_grad():
         model = load_checkpoint(folder, dtype=torch.float32)
@@ -76,12 +98,12 @@ def optypes(folder: Path) -> list[str]:
     ],
 )
 def test_in_float_prefill_and_decode_equal_torch(
-    kind: str, checkpoints: dict[str, Path], tmp_path: Path
+    kind: str, checkpoints: dict[str, Path], exported: Callable[..., Path]
 ) -> None:
-    request = ExportRequest("cpu", "float32", MAX_LENGTH, "float")
-    record = export_folder(checkpoints[kind], tmp_path / "onnx", request)
+    folder = exported(checkpoints[kind], "float")
+    record = record_of(folder)
     expected = torch_logits(checkpoints[kind])
-    session = CpuSession(tmp_path / "onnx")
+    session = CpuSession(folder)
     for cuts in ([], [9], [5, 6, 7, 8], list(range(1, 17))):
         np.testing.assert_allclose(in_pieces(session, cuts), expected, rtol=2e-4, atol=2e-4)
     assert record["fused"]["SkipSimplifiedLayerNormalization"] == 4
@@ -100,15 +122,19 @@ def test_in_float_prefill_and_decode_equal_torch(
     ],
 )
 def test_few_bits_stay_close_to_torch(
-    kind: str, weights: str, least: float, checkpoints: dict[str, Path], tmp_path: Path
+    kind: str,
+    weights: str,
+    least: float,
+    checkpoints: dict[str, Path],
+    exported: Callable[..., Path],
 ) -> None:
-    request = ExportRequest("cpu", "float32", MAX_LENGTH, weights)
-    record = export_folder(checkpoints[kind], tmp_path / "onnx", request)
-    logits = in_pieces(CpuSession(tmp_path / "onnx"), [9, 10, 11])
+    folder = exported(checkpoints[kind], weights)
+    record = record_of(folder)
+    logits = in_pieces(CpuSession(folder), [9, 10, 11])
     assert cosine(logits, torch_logits(checkpoints[kind])) > least
-    assert "MatMul" not in optypes(tmp_path / "onnx")
+    assert "MatMul" not in optypes(folder)
     assert record["weights"] == weights
-    assert sum(record["quantized"].values()) == optypes(tmp_path / "onnx").count("MatMulNBits")
+    assert sum(record["quantized"].values()) == optypes(folder).count("MatMulNBits")
 
 
 def on_grids(weight: torch.Tensor) -> torch.Tensor:
@@ -141,10 +167,11 @@ def test_weights_that_are_on_grids_of_4_bits_are_stored_in_4_bits_and_it_is_said
     assert cosine(logits, torch_logits(from_gguf)) > 0.999
 
 
-def test_4_bits_with_offsets_round_nothing_but_the_head(from_gguf: Path, tmp_path: Path) -> None:
+def test_4_bits_with_offsets_round_nothing_but_the_head(
+    from_gguf: Path, exported: Callable[..., Path]
+) -> None:
     """In float products, against a model whose head is what 8 bits stand for."""
-    request = ExportRequest("cpu", max_length=48, products="float")
-    export_folder(from_gguf, tmp_path / "onnx", request)
+    folder = exported(from_gguf, products="float")
     model = load_checkpoint(from_gguf, dtype=torch.float32)
     tables = [model.get_output_embeddings()]
     if model.config.tie_word_embeddings:
@@ -154,7 +181,7 @@ def test_4_bits_with_offsets_round_nothing_but_the_head(from_gguf: Path, tmp_pat
             blocks = quantize_blocks(table.weight.detach().numpy(), 8, 64, zero="sym")
             table.weight = torch.nn.Parameter(torch.from_numpy(blocks.dequantized()))
         expected = model(torch.from_numpy(IDS)).logits.numpy()
-    found = in_pieces(CpuSession(tmp_path / "onnx"), [9, 10, 11])
+    found = in_pieces(CpuSession(folder), [9, 10, 11])
     np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-4)
 
 
@@ -167,22 +194,23 @@ def test_what_is_asked_for_goes_before_what_rounds_nothing(
     assert (record["weights"], record["exact_weights"]) == (weights, False)
 
 
-def test_other_weights_are_not_taken_for_such(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+def test_other_weights_are_not_taken_for_such(
+    checkpoints: dict[str, Path], exported: Callable[..., Path]
+) -> None:
     source = checkpoints["llama dense"]
-    record = export_folder(source, tmp_path / "onnx", ExportRequest("cpu", max_length=48))
+    record = record_of(exported(source))
     assert (record["weights"], record["exact_weights"]) == ("int8", False)
-    request = ExportRequest("cpu", max_length=48, weights="int4-offset")
-    record = export_folder(source, tmp_path / "four", request)
+    record = record_of(exported(source, "int4-offset"))
     assert (record["weights"], record["exact_weights"]) == ("int4-offset", False)
-    logits = in_pieces(CpuSession(tmp_path / "four"), [9, 10, 11])
+    logits = in_pieces(CpuSession(exported(source, "int4-offset")), [9, 10, 11])
     assert cosine(logits, torch_logits(source)) > 0.88
 
 
 def test_the_sums_of_an_input_are_computed_once_for_all_products(
-    from_gguf: Path, tmp_path: Path
+    from_gguf: Path, exported: Callable[..., Path]
 ) -> None:
-    export_folder(from_gguf, tmp_path / "onnx", ExportRequest("cpu", max_length=48))
-    graph = onnx.load(tmp_path / "onnx" / "model.onnx", load_external_data=False).graph
+    folder = exported(from_gguf, products="float")
+    graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
     products = Counter(n.input[0] for n in graph.node if n.op_type == "MatMulNBits")
     sums = Counter(n.input[0] for n in graph.node if ".sums." in n.name)
     assert max(products.values()) > 1
@@ -190,11 +218,11 @@ def test_the_sums_of_an_input_are_computed_once_for_all_products(
 
 
 def test_a_tied_embedding_is_read_from_the_heads_codes(
-    checkpoints: dict[str, Path], tmp_path: Path
+    checkpoints: dict[str, Path], exported: Callable[..., Path]
 ) -> None:
-    export_folder(checkpoints["llama dense"], tmp_path / "onnx", ExportRequest("cpu"))
-    graph = onnx.load(tmp_path / "onnx" / "model.onnx", load_external_data=False).graph
-    config = json.loads((tmp_path / "onnx" / "config.json").read_text())
+    folder = exported(checkpoints["llama dense"])
+    graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
+    config = json.loads((folder / "config.json").read_text())
     nodes = {node.op_type: node for node in graph.node}
     if config["tie_word_embeddings"]:
         head = next(n for n in graph.node if "logits" in n.output)
@@ -204,10 +232,9 @@ def test_a_tied_embedding_is_read_from_the_heads_codes(
 
 
 def test_logits_of_the_last_token_alone_are_those_of_the_last_token(
-    checkpoints: dict[str, Path], tmp_path: Path
+    checkpoints: dict[str, Path], exported: Callable[..., Path]
 ) -> None:
-    export_folder(checkpoints["llama"], tmp_path / "onnx", ExportRequest("cpu", weights="float"))
-    session = CpuSession(tmp_path / "onnx")
+    session = CpuSession(exported(checkpoints["llama"], "float"))
     every = session.forward(IDS)
     session.reset()
     last = session.forward(IDS, last_only=True)
@@ -216,10 +243,10 @@ def test_logits_of_the_last_token_alone_are_those_of_the_last_token(
 
 
 def test_a_runtime_that_knows_nothing_of_first_logit_gets_all_logits(
-    checkpoints: dict[str, Path], tmp_path: Path
+    checkpoints: dict[str, Path], exported: Callable[..., Path]
 ) -> None:
-    export_folder(checkpoints["llama"], tmp_path / "onnx", ExportRequest("cpu", weights="float"))
-    session = onnxruntime.InferenceSession(tmp_path / "onnx" / "model.onnx")
+    folder = exported(checkpoints["llama"], "float")
+    session = onnxruntime.InferenceSession(folder / "model.onnx")
     positions = np.broadcast_to(np.arange(IDS.shape[1]), IDS.shape)
     feeds = {"input_ids": IDS, "attention_mask": np.ones_like(IDS), "position_ids": positions}
     shapes = {node.name: node.shape for node in session.get_inputs()}

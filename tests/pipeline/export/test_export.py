@@ -14,7 +14,7 @@ import torch
 from pipeline.checkpoint.folder import load_checkpoint
 from pipeline.compress.request import CompressRequest
 from pipeline.compress.run import compress_to_folder
-from pipeline.errors import InputError, UsageError
+from pipeline.errors import InputError, ResourceError, UsageError
 from pipeline.export.export import export_folder
 from pipeline.export.request import ExportRequest
 from pipeline.runtime.sessions.onnx_session import OnnxSession
@@ -254,14 +254,21 @@ def test_impossible_requests_are_refused_before_any_work(
 
 
 def test_a_failed_export_leaves_nothing(
-    checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    exported: Path,
+    checkpoints: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def broken(*args: object, **kwargs: object) -> None:
+    """The graph is proven since `exported`, so that it is the output which is half written."""
+
+    def broken(graph: object, profile: object, folder: Path) -> None:
+        (folder / "model.onnx").write_bytes(b"half of")
+        assert folder.parent == tmp_path
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("pipeline.export.export._save_graph", broken)
-    with pytest.raises(OSError, match="No space"):
-        export_folder(checkpoints["llama"], tmp_path / "onnx", ExportRequest(max_length=8))
+    with pytest.raises(ResourceError, match="No space"):
+        export_folder(checkpoints["qwen2"], tmp_path / "onnx", ExportRequest(max_length=MAX_LENGTH))
     assert list(tmp_path.iterdir()) == []
 
 

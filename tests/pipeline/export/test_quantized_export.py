@@ -28,6 +28,7 @@ from pipeline.quantize.formats import RUNTIMES, Format
 from pipeline.runtime.sessions.onnx_cpu_session import CpuSession
 from pipeline.runtime.sessions.onnx_session import OnnxSession
 from tests.support.families import save_family
+from tests.support.unproven import unproven
 
 MAX_LENGTH = 48
 IDS = np.random.default_rng(0).integers(3, 250, size=(1, 19))
@@ -103,7 +104,8 @@ def exported(
         folder = root / "-".join(map(str, (runtime, tied, table, *fields, *fields.values())))
         if not folder.exists():
             request = ExportRequest(max_length=MAX_LENGTH, **fields)
-            export_folder(checkpoints(runtime, tied=tied, table=table), folder, request)
+            with unproven():
+                export_folder(checkpoints(runtime, tied=tied, table=table), folder, request)
         return folder
 
     return make
@@ -293,7 +295,8 @@ def test_folded_permutations_move_codes_with_their_rows(
         CompressRequest(str(source), plan=str(plan_path), **settings), tmp_path / "checkpoint"
     )
     request = ExportRequest(profile, "float32", MAX_LENGTH, products="float")
-    record = export_folder(tmp_path / "checkpoint", tmp_path / "onnx", request)
+    with unproven():
+        record = export_folder(tmp_path / "checkpoint", tmp_path / "onnx", request)
     assert record["permutations"]["folded"] == 2
     session = (CpuSession if profile == "cpu" else OnnxSession)(tmp_path / "onnx")
     expected = torch_logits(tmp_path / "checkpoint")

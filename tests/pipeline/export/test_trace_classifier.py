@@ -27,6 +27,8 @@ from pipeline.export.export import export_folder
 from pipeline.export.request import ExportRequest
 from pipeline.runtime.sessions.open_session import open_session
 from tests.support.classifiers import save_classifier
+from tests.support.old_objects import old_objects_set_aside
+from tests.support.unproven import unproven
 
 SM86 = Target("rtx", (8, 6), "a test")
 PROFILES = {"vit": "opset24", "swin": "compat"}
@@ -93,7 +95,8 @@ def test_names_axes_bodies_and_files(exported: dict[str, Path]) -> None:
 
 
 def test_few_bits_on_the_cpu_stay_close(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    record = export_folder(checkpoints["vit"], tmp_path / "onnx", ExportRequest("cpu"))
+    with unproven():
+        record = export_folder(checkpoints["vit"], tmp_path / "onnx", ExportRequest("cpu"))
     assert record["weights"] == "int8"
     assert record["nodes"]["MatMulNBits"] == 17
     own, wanted = (
@@ -112,7 +115,8 @@ def test_codes_of_the_checkpoint_are_exported_as_they_are(
         str(sources["vit"]), 0.8, weights="int8-b32-sym", effort="fast", calibration=str(images)
     )
     compress_to_folder(request, tmp_path / "checkpoint")
-    record = export_folder(tmp_path / "checkpoint", tmp_path / "onnx", ExportRequest("cpu"))
+    with unproven():
+        record = export_folder(tmp_path / "checkpoint", tmp_path / "onnx", ExportRequest("cpu"))
     assert record["weights"] == "stored"
     pixels = pixels_of(8)
     own, wanted = classified(tmp_path / "onnx", pixels), expected(tmp_path / "checkpoint", pixels)
@@ -180,7 +184,8 @@ def test_masks_of_many_windows_are_no_weights(tmp_path: Path) -> None:
     # 16 windows of 64 patches: 64 x 64 numbers for each, which the exporter computes.
     sizes = {"image_size": 64, "window_size": 8, "depths": [2], "num_heads": [2]}
     source = save_classifier(tmp_path / "swin", "swin", **sizes)
-    export_folder(source, tmp_path / "onnx", ExportRequest())
+    with unproven():
+        export_folder(source, tmp_path / "onnx", ExportRequest())
     pixels = np.random.default_rng(0).standard_normal((2, 3, 64, 64)).astype(np.float32)
     np.testing.assert_allclose(
         classified(tmp_path / "onnx", pixels), expected(source, pixels), rtol=1e-4, atol=1e-4
@@ -220,7 +225,8 @@ def test_an_export_loads_no_whole_classifier(
     readings: list[weakref.ref[torch.Tensor]] = []
     monkeypatch.setattr(StoredMatrix, "read", reading)
     monkeypatch.setattr(PreTrainedModel, "from_pretrained", None)
-    export_folder(checkpoints["vit"], tmp_path / "onnx", ExportRequest())
+    with unproven(), old_objects_set_aside():
+        export_folder(checkpoints["vit"], tmp_path / "onnx", ExportRequest())
     assert len(readings) > 8
     # Those of the group that is stacked, and the one being read.
     assert max(held) <= 3
