@@ -144,8 +144,9 @@ def test_an_rtx_engines_own_attention_is_narrower(export: _Export, tmp_path: Pat
     for target in ("sm86", "sm89"):
         request = EngineRequest(resolve_target(target), max_prefill=8)
         manifest = build_engine(folder, tmp_path / target, request)
-        assert manifest["layer_types"]["KV_CACHE_UPDATE"] == 4
-        assert manifest["layer_types"]["ATTENTION"] == 2
+        types = manifest["layer_types"]
+        assert types["KV_CACHE_UPDATE"] == 4
+        assert types["ATTENTION_INPUT"] == types["ATTENTION_OUTPUT"] == 2
         shapes = manifest["profiles"][0]["shapes"]
         for side in ("key", "value"):
             assert shapes[f"past_key_values.1.{side}"]["max"] == [1, 2, LENGTH, NARROW]
