@@ -27,6 +27,7 @@ from transformers import DynamicCache
 
 from benchmarks import RESULTS
 from benchmarks.command import run
+from benchmarks.finished_rows import finished_rows
 from benchmarks.quality.cache_report import save_fronts, show_rows
 from benchmarks.quality.evaluation_texts import hash_of_text, tokens_of
 from benchmarks.rivals.cache_formats import FORMATS, CacheFormat, RoundingCache
@@ -35,9 +36,8 @@ from pipeline.bench.measure import describe_machine, load_average
 from pipeline.checkpoint.modeling_cache import remove_cache_maps
 from pipeline.compress.cache.compress_cache import compress_cache_
 from pipeline.compress.request import CompressRequest
-from pipeline.errors import InputError, UsageError
+from pipeline.errors import UsageError
 from pipeline.export.rounded_cache import empty_cache, rounding_of
-from pipeline.json_file import read_json_object
 from pipeline.model.load import LoadedModel, load_model
 from pipeline.model.structure import decoder_structure
 from pipeline.progress import note
@@ -167,7 +167,7 @@ def command(
             "provenance": provenance(),
             "rows": [],
         }
-        record["rows"] = _finished(result, record)
+        record["rows"] = finished_rows(result, record, _IDENTITY)
         bench = _Bench(loaded, read.tokens, tests)
         record["dense"] = bench.dense()
         _measure(bench, rows, record, result, work or Path(scratch))
@@ -186,28 +186,6 @@ def _as_text(path: Path, scratch: Path) -> Path:
     written = scratch / "questions.txt"
     written.write_text("\n".join(lines), encoding="utf-8")
     return written
-
-
-def _finished(result: Path, record: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows that an earlier run has measured.
-
-    Raises:
-        InputError: the JSON is of another model, or of other texts.
-    """
-    if not result.is_file():
-        return []
-    before = read_json_object(result)
-    other = [name for name in _IDENTITY if before.get(name) != record[name]]
-    if other:
-        raise InputError(
-            "The rows that are there were measured otherwise.",
-            where=result,
-            observed=", ".join(f"{name} {before.get(name)}" for name in other),
-            expected=", ".join(f"{name} {record[name]}" for name in other),
-            change="pass another --json, or move the file away",
-        )
-    rows: list[dict[str, Any]] = before["rows"]
-    return rows
 
 
 def _measure(

@@ -25,6 +25,7 @@ from rich.table import Table
 
 from benchmarks import RESULTS
 from benchmarks.command import run
+from benchmarks.finished_rows import finished_rows
 from benchmarks.quality.evaluation_texts import hash_of_text, tokens_of
 from pipeline.artefact import write_json
 from pipeline.bench.measure import describe_machine, load_average
@@ -34,8 +35,7 @@ from pipeline.compress.plan.layer_costs import LayerCosts
 from pipeline.compress.plan.make_plan import make_plan
 from pipeline.compress.request import CompressRequest
 from pipeline.compress.walk import compress_
-from pipeline.errors import InputError, UsageError
-from pipeline.json_file import read_json_object
+from pipeline.errors import UsageError
 from pipeline.lazy import imported
 from pipeline.memory import parse_bytes
 from pipeline.model.load import LoadedModel, load_model
@@ -102,7 +102,7 @@ def command(
         "provenance": provenance(),
         "rows": [],
     }
-    record["rows"] = _finished(result, record)
+    record["rows"] = finished_rows(result, record, _IDENTITY)
     there = {row["name"] for row in record["rows"]}
     original = [_log_chances(loaded.model, window)[1] for window in tests]
     with tempfile.TemporaryDirectory() as scratch:
@@ -131,28 +131,6 @@ def _requests(
     for request in found.values():
         request.check()
     return found
-
-
-def _finished(result: Path, record: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows that an earlier run has measured.
-
-    Raises:
-        InputError: the JSON is of another budget, model or text.
-    """
-    if not result.is_file():
-        return []
-    before = read_json_object(result)
-    other = [name for name in _IDENTITY if before.get(name) != record[name]]
-    if other:
-        raise InputError(
-            "The rows that are there were measured otherwise.",
-            where=result,
-            observed=", ".join(f"{name} {before.get(name)}" for name in other),
-            expected=", ".join(f"{name} {record[name]}" for name in other),
-            change="pass another --json, or move the file away",
-        )
-    rows: list[dict[str, Any]] = before["rows"]
-    return rows
 
 
 def _row(
