@@ -168,7 +168,8 @@ def standard_stages(
     stages, reference = [], ORIGINAL
     if artefacts.checkpoint is not None:
         stages = _checkpoint_stages(artefacts.checkpoint, openers, trust_remote_code)
-        reference = CACHE_LATENT if _cached(artefacts.checkpoint) else SKIP_FORM
+        forms = [stage.name for stage in stages if stage.name != _CACHE_IN_PIECES]
+        reference = forms[-1]
     for folder, label in _labelled(artefacts.onnx):
         stages += _onnx_stages(artefacts, openers, folder, label, reference, trust_remote_code)
     for folder, label in _labelled(artefacts.engines):

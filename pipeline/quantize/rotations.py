@@ -38,7 +38,7 @@ def flat_rotation(size: int, seed: int) -> torch.Tensor:
         return random_rotation(size, seed)
     generator = torch.Generator().manual_seed(seed)
     signs = 2 * torch.randint(0, 2, (size,), generator=generator) - 1
-    return hadamard * (signs / size**0.5)
+    return hadamard * signs / size**0.5
 
 
 def _hadamard(size: int) -> torch.Tensor:

@@ -38,6 +38,15 @@ SPELT_ALIKE = {
     "pipeline/calibrate/driving_images.py": {"pixel_values"},
     "validate/driving.py": {"pixel_values"},
     "validate/greedy.py": {"input_ids"},
+    # What a model of transformers is given.
+    "pipeline/runtime/offload/side_by_side.py": {"input_ids", "past_key_values", "position_ids"},
+    "pipeline/checkpoint/modeling_cache.py": {"past_key_values"},
+    "pipeline/compress/cache/key_rotations.py": {"past_key_values"},
+    "pipeline/runtime/device/preflight.py": {"logits"},  # what their memory is for
+    "pipeline/runtime/device/bundle.py": {"logits"},  # of an answer in a bundle's record
+    "pipeline/bundle/write.py": {"logits"},
+    "pipeline/kernels/install.py": {"stored"},  # a buffer of a module
+    "pipeline/checkpoint/card.py": {"opset24"},  # below the contract
     "pipeline/output.py": {"export.json"},  # one of all records, on the ground floor
 }
 

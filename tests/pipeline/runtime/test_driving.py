@@ -57,7 +57,7 @@ def test_what_is_told_is_what_is_written_and_drawn(net: Path, images: Path, tmp_
         assert (mask == LANE_ID).mean() == pytest.approx(line["lane_share"], abs=1e-5)
         assert set(np.unique(mask)) <= {0, DRIVABLE_ID, LANE_ID}
         assert (mask > 0).any()
-        assert set(line["ms"]) == {"decode", "network", "boxes", "drawing"}
+        assert set(line["ms"]) == {"decode", "network", "boxes", "lanes", "drawing"}
         assert all(ms > 0 for ms in line["ms"].values())
         for box in line["boxes"]:
             x1, y1, x2, y2 = box["box"]
