@@ -51,6 +51,15 @@ def hanging(setting: Setting) -> Iterator[Row]:
         time.sleep(600)
 
 
+def runs(pid: int) -> bool:
+    """Whether a process does anything still; whoever is to reap it may take a while."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
 def step(function: Any, name: str = "", most_s: float = 120.0, least_s: float = 0.5) -> Step:
     where = f"tests.benchmarks.gpu.test_run_steps:{function.__name__}"
     return Step(name or function.__name__, where, most_s, least_s)
@@ -83,8 +92,7 @@ def test_what_fails_or_dies_or_hangs_costs_itself_alone(
     assert "out of luck" in found["failing"]["why"]
     assert "signal 6" in found["dying"]["why"]
     assert found["failing"]["rows"] == found["dying"]["rows"] == {"before": {}}
-    with pytest.raises(ProcessLookupError):
-        os.kill(found["hanging"]["rows"]["child"]["pid"], 0)
+    assert not runs(found["hanging"]["rows"]["child"]["pid"])
     # The bandwidth of the run's first step is what later ones are held against.
     assert found["told"]["rows"]["told"]["bytes_per_s"] == 5.0
     assert "pass    holds" in capsys.readouterr().out
