@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import sys
 from collections.abc import Iterator
 from typing import Any, TextIO, cast
 
+_STATUS_OF_SIGPIPE = 141  # 128 and the signal, as a shell says it of other programs
 # C0, DEL and C1 but for the two that lay text out.
 _CONTROLS = {
     code: f"\\x{code:02x}" for code in [*range(32), *range(127, 160)] if chr(code) not in "\n\t"
@@ -69,6 +71,13 @@ def safe_stdout() -> Iterator[None]:
         yield
     finally:
         sys.stdout = stream
+
+
+def drop_stdout() -> int:
+    """Whoever read stdout is gone: nothing more goes there; the exit status that says so."""
+    # What is still buffered would fail again when Python ends.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return _STATUS_OF_SIGPIPE
 
 
 def aside(text: str = "", end: str = "\n") -> None:

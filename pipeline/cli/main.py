@@ -17,7 +17,7 @@ from pipeline import __version__
 from pipeline.errors import explain
 from pipeline.machine import share_cores
 from pipeline.progress import hide_progress
-from pipeline.terminal import guarded, safe_stdout
+from pipeline.terminal import drop_stdout, guarded, safe_stdout
 
 _COMMANDS = {
     "build": "pipeline.cli.build",
@@ -37,9 +37,6 @@ _COMMANDS = {
     "inspect": "pipeline.cli.inspect",
     "doctor": "pipeline.cli.doctor",
 }
-
-
-_STATUS_OF_SIGPIPE = 141  # 128 and the signal, as a shell says it of other programs
 
 
 class _LazyGroup(click.Group):
@@ -72,9 +69,7 @@ def _quiet_without_reader() -> Iterator[None]:
             if sys.stdout is not None:
                 sys.stdout.flush()
     except BrokenPipeError:
-        # What is still buffered would fail again when Python ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise click.exceptions.Exit(_STATUS_OF_SIGPIPE) from None
+        raise click.exceptions.Exit(drop_stdout()) from None
 
 
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})

@@ -34,7 +34,7 @@ Draw = Callable[[int, int], torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Rotated:
+class _Rotated:
     """What was turned.
 
     Attributes:
@@ -61,7 +61,7 @@ def rotate_(
     what: str,
     seed: int,
     draw: Draw = flat_rotation,
-) -> Rotated:
+) -> _Rotated:
     """Turn the values' heads, and the residual stream if all is asked for, folded into the weights.
 
     Args:
@@ -88,12 +88,12 @@ def rotate_(
         _turn_values_(model, layer, side, draw(side.width, seed + _SEED_OF_VALUES + index))
     _require_same(model, before, "the heads of values")
     if what == "values":
-        return Rotated(what, seed)
+        return _Rotated(what, seed)
     stream = _Stream(model, layers)
     added = _untie_(model)
     stream.turn_(draw(stream.width, seed))
     _require_same(model, before, "the residual stream")
-    return Rotated(what, seed, stream.width, added)
+    return _Rotated(what, seed, stream.width, added)
 
 
 def _turn_values_(

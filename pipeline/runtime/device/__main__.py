@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline import __version__
 from pipeline.errors import PipelineError, UsageError, explain
 from pipeline.json_file import read_json_object
-from pipeline.terminal import aside, guarded, safe_stdout
+from pipeline.terminal import aside, drop_stdout, guarded, safe_stdout
 
 if TYPE_CHECKING:
     from pipeline.runtime.device.session import DeviceSession
@@ -184,6 +184,9 @@ def main(arguments: list[str] | None = None) -> int:
         options = _make_parser().parse_args(arguments)
         with safe_stdout():
             _VERBS[options.verb](options)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return drop_stdout()
     except SystemExit as leave:  # of --help and --version
         return leave.code if isinstance(leave.code, int) else 0
     except BaseException as error:

@@ -51,6 +51,17 @@ def test_a_prompt_is_answered_as_onnx_runtime_answers_it(profile: str, board: Bo
     assert ("no CUDA graph" in aside) == (profile == "compat")
 
 
+def test_nothing_is_said_where_nobody_reads(board: Board) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-c", START, "describe"]
+    done = subprocess.run(
+        command, stdout=writer, stderr=subprocess.PIPE, text=True, env=board.environment()
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
 def test_an_answer_can_be_json(board: Board) -> None:
     text, _ = device(board, "run", board_engine("opset24", board), *PROMPT, "--json", "--raw")
     assert json.loads(text)["new_tokens"] == 12
