@@ -10,60 +10,28 @@ from __future__ import annotations
 
 import ctypes
 import enum
-import functools
 import json
 import os
 from typing import Any
 
-import numpy as np
+from tensorrt_calls import CALLS, SCRATCH_BYTES, Call, Tensor, driver, run
+from tensorrt_enums import (
+    NUMPY,
+    TYPES,
+    DataType,
+    ExecutionContextAllocationStrategy,
+    LayerInformationFormat,
+    MemoryPoolType,
+    NetworkDefinitionCreationFlag,
+    ProfilingVerbosity,
+    TensorLocation,
+)
 
 __version__ = os.environ.get("FAKE_TENSORRT", "10.16.1.11")
 _VERSION = tuple(int(part) for part in __version__.split("."))
 _MAGIC = b"fake plan\n"
-_SCRATCH_BYTES = 4096
 _PIECE_BYTES = 1 << 16
 _CACHE, _PRESENT = "past_key_values.", "present."
-_NUMPY = {
-    "tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64,
-    "tensor(int8)": np.int8,
-}  # fmt: skip
-
-
-class DataType(enum.Enum):
-    FLOAT, HALF, INT8, INT32, BOOL, UINT8, FP8, BF16, INT64, INT4 = range(10)
-
-
-_TYPES = {
-    np.float32: DataType.FLOAT, np.float16: DataType.HALF, np.int64: DataType.INT64,
-    np.int8: DataType.INT8,
-}  # fmt: skip
-
-
-class TensorLocation(enum.Enum):
-    DEVICE, HOST = range(2)
-
-
-class ExecutionContextAllocationStrategy(enum.Enum):
-    STATIC, ON_PROFILE_CHANGE, USER_MANAGED = range(3)
-
-
-class ProfilingVerbosity(enum.Enum):
-    LAYER_NAMES_ONLY, NONE, DETAILED = range(3)
-
-
-class MemoryPoolType(enum.Enum):
-    WORKSPACE = 0
-
-
-class LayerInformationFormat(enum.Enum):
-    ONELINE, JSON = range(2)
-
-
-class NetworkDefinitionCreationFlag(enum.Enum):
-    STRONGLY_TYPED = 1
-
-    def __int__(self) -> int:
-        return self.value
 
 
 class ILogger:
@@ -105,71 +73,6 @@ if _VERSION >= (10, 7):
             return self.value
 
 
-@functools.cache
-def _driver() -> ctypes.CDLL:
-    driver = ctypes.CDLL(os.environ.get("FAKE_LIBCUDA", "libcuda.so.1"))
-    driver.fake_holds.argtypes = [
-        ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_char_p,
-    ]  # fmt: skip
-    driver.fake_enqueue.argtypes = [ctypes.c_void_p, _CALLBACK, ctypes.c_int]
-    driver.fake_is_recording.argtypes = driver.fake_spoil_recording.argtypes = [ctypes.c_void_p]
-    driver.fake_complain.argtypes = [ctypes.c_char_p]
-    return driver
-
-
-_CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int)
-_CALLS: list[_Call] = []
-
-
-@_CALLBACK
-def _run(number: int) -> int:
-    """What the fake driver calls when a stream comes to a call of an engine."""
-    try:
-        _CALLS[number].run()
-    except Exception as error:
-        _driver().fake_complain(f"{type(error).__name__}: {error}".encode())
-        return 700
-    return 0
-
-
-class _Tensor:
-    """Numbers at an address: of the fake GPU, or of the CPU."""
-
-    def __init__(self, name: str, address: int, shape: tuple[int, ...], dtype: Any) -> None:
-        self.name, self.address, self.shape = name, address, shape
-        self.dtype = np.dtype(dtype)
-        self.size_bytes = int(np.prod(shape)) * self.dtype.itemsize
-
-    def is_held(self) -> bool:
-        what = f"tensor '{self.name}' {list(self.shape)}".encode()
-        return bool(_driver().fake_holds(self.address, self.size_bytes, 1, what))
-
-    def numbers(self) -> np.ndarray:
-        memory = (ctypes.c_ubyte * self.size_bytes).from_address(self.address)
-        return np.frombuffer(memory, self.dtype).reshape(self.shape)
-
-
-class _Call:
-    """One call of an engine, as it was when it was enqueued."""
-
-    def __init__(
-        self, engine: ICudaEngine, inputs: list[_Tensor], addresses: dict[str, int], scratch: int
-    ) -> None:
-        self._engine, self._inputs, self._addresses = engine, inputs, addresses
-        self._scratch = scratch
-
-    def run(self) -> None:
-        assert all(tensor.is_held() for tensor in self._inputs), "an input is not there"
-        feeds = {tensor.name: tensor.numbers().copy() for tensor in self._inputs}
-        names = [name for name in self._engine._names if name not in feeds]
-        ctypes.memset(self._scratch, 0xFF, _SCRATCH_BYTES)
-        results = self._engine._session.run(names, feeds)
-        for name, result in zip(names, results, strict=True):
-            target = _Tensor(name, self._addresses[name], result.shape, result.dtype)
-            assert target.is_held(), "an output has no room"
-            target.numbers()[...] = result
-
-
 class IExecutionContext:
     """Shapes and addresses of the next call, which a change of profile forgets."""
 
@@ -177,7 +80,7 @@ class IExecutionContext:
         self.engine = engine
         self.active_optimization_profile = 0
         self._scratch: int | None = None
-        self._own = None if is_user_managed else (ctypes.c_ubyte * _SCRATCH_BYTES)()
+        self._own = None if is_user_managed else (ctypes.c_ubyte * SCRATCH_BYTES)()
         self._forget()
 
     def _forget(self) -> None:
@@ -195,8 +98,8 @@ class IExecutionContext:
 
     def set_device_memory(self, memory: int, size: int) -> None:
         what = b"scratch memory"
-        if size < _SCRATCH_BYTES or not _driver().fake_holds(memory, size, 1, what):
-            _driver().fake_complain(b"the scratch memory is too small")
+        if size < SCRATCH_BYTES or not driver().fake_holds(memory, size, 1, what):
+            driver().fake_complain(b"the scratch memory is too small")
         self._scratch = memory
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
@@ -232,18 +135,18 @@ class IExecutionContext:
         if self._scratch is None and self._own is None:
             return self.engine._refuse("no scratch memory was given")
         self._look_at_aliases()
-        if _driver().fake_is_recording(stream_handle) and self._prepared != self._shapes:
-            _driver().fake_spoil_recording(stream_handle)
-            _driver().fake_complain(b"a first call with new shapes is captured")
+        if driver().fake_is_recording(stream_handle) and self._prepared != self._shapes:
+            driver().fake_spoil_recording(stream_handle)
+            driver().fake_complain(b"a first call with new shapes is captured")
             return self.engine._refuse("a first call with new shapes cannot be captured")
         self._prepared = dict(self._shapes)
         inputs = [
-            _Tensor(name, self._addresses[name], shape, self.engine._types[name])
+            Tensor(name, self._addresses[name], shape, self.engine._types[name])
             for name, shape in self._shapes.items()
         ]
         scratch = self._scratch or ctypes.addressof(self._own)  # type: ignore[arg-type]
-        _CALLS.append(_Call(self.engine, inputs, dict(self._addresses), scratch))
-        return _driver().fake_enqueue(stream_handle, _run, len(_CALLS) - 1) == 0
+        CALLS.append(Call(self.engine, inputs, dict(self._addresses), scratch))
+        return driver().fake_enqueue(stream_handle, run, len(CALLS) - 1) == 0
 
     def _look_at_aliases(self) -> None:
         """Whether past and present are one where they must be, and two where they must not.
@@ -254,7 +157,7 @@ class IExecutionContext:
             if name.startswith(_CACHE):
                 present = self._addresses[name.replace(_CACHE, _PRESENT, 1)]
                 if (present == self._addresses[name]) != self.engine._writes_in_place:
-                    _driver().fake_complain(f"'{name}' is not aliased as it must be".encode())
+                    driver().fake_complain(f"'{name}' is not aliased as it must be".encode())
 
 
 class ICudaEngine:
@@ -270,7 +173,7 @@ class ICudaEngine:
         self._logger, self._profiles = logger, header["profiles"]
         self._writes_in_place: bool = header["writes_in_place"]
         found = [*self._session.get_inputs(), *self._session.get_outputs()]
-        self._types = {tensor.name: _NUMPY[tensor.type] for tensor in found}
+        self._types = {tensor.name: NUMPY[tensor.type] for tensor in found}
         self._shapes = {
             tensor.name: [size if isinstance(size, int) else -1 for size in tensor.shape]
             for tensor in found
@@ -278,7 +181,7 @@ class ICudaEngine:
         self._names = list(self._types)
         self.num_io_tensors = len(self._names)
         self.num_optimization_profiles = len(self._profiles)
-        self.device_memory_size_v2 = _SCRATCH_BYTES
+        self.device_memory_size_v2 = SCRATCH_BYTES
 
     def _refuse(self, message: str) -> bool:
         self._logger.log(ILogger.ERROR, message)
@@ -291,7 +194,7 @@ class ICudaEngine:
         return self._shapes[name]
 
     def get_tensor_dtype(self, name: str) -> DataType:
-        return _TYPES[self._types[name]]
+        return TYPES[self._types[name]]
 
     def get_tensor_location(self, name: str) -> TensorLocation:
         return TensorLocation.DEVICE

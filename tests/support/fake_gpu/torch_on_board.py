@@ -101,10 +101,10 @@ class _TorchStream:
         self.stream, self.cuda_stream = stream, stream.handle
 
     def enqueue(self, copy: Callable[[], object]) -> None:
-        import tensorrt
+        import tensorrt_calls
 
         _COPIES.append(copy)
-        tensorrt._driver().fake_enqueue(self.cuda_stream, _copy, len(_COPIES) - 1)
+        tensorrt_calls.driver().fake_enqueue(self.cuda_stream, _copy, len(_COPIES) - 1)
 
     def wait_stream(self, other: object) -> None:
         """What torch does on the fake board is done at once."""
