@@ -7,7 +7,6 @@ trusted: the layers are counted.
 
 from __future__ import annotations
 
-import importlib
 import json
 import sys
 import time
@@ -20,9 +19,8 @@ from typing import TYPE_CHECKING, Any
 from pipeline.engine.int8_layers import LAYERS, int8_layers
 from pipeline.engine.paths import paths_taken
 from pipeline.engine.profiles import ShapeProfile
-from pipeline.engine.target import LIBRARIES, Flavour
 from pipeline.engine.worker_protocol import PLAN_FILE, WorkerRequest, WorkerResult
-from pipeline.errors import InputError, MissingPackageError, ResourceError
+from pipeline.errors import InputError, ResourceError
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -41,15 +39,6 @@ class _ParsedNetwork:
     parser: trt.OnnxParser
     errors: list[str]
     layers: list[str]
-
-
-def load_library(flavour: Flavour, purpose: str) -> Any:
-    """The TensorRT of a flavour; raise MissingPackageError when it cannot be imported."""
-    module, package, extra = LIBRARIES[flavour]
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise MissingPackageError(package, extra, purpose) from error
 
 
 def build_network(

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.engine.graph_variant import remove_variant, without_codes, write_variant
-from pipeline.engine.network import build_network, load_library
+from pipeline.engine.network import build_network
+from pipeline.engine.target import load_library
 from pipeline.engine.worker_protocol import WorkerRequest, WorkerResult
 from pipeline.errors import InputError
 from pipeline.export.contract import (

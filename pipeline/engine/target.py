@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import re
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from pipeline.gpu import (
 
 Flavour = Literal["rtx", "tensorrt", "cpu"]
 # Module, package and extra of each TensorRT.
-LIBRARIES: dict[Flavour, tuple[str, str, str]] = {
+_LIBRARIES: dict[str, tuple[str, str, str]] = {
     "rtx": ("tensorrt_rtx", "tensorrt-rtx-cu13", "rtx"),
     "tensorrt": ("tensorrt", "tensorrt", "trt"),
 }
@@ -68,9 +69,18 @@ class Target:
 
     def require_package(self) -> None:
         """Raise MissingPackageError when the flavour's Python package is not installed."""
-        module, package, extra = LIBRARIES[self.flavour]
+        module, package, extra = _LIBRARIES[self.flavour]
         if importlib.util.find_spec(module) is None:
             raise MissingPackageError(package, extra, f"build an engine for {self}")
+
+
+def load_library(flavour: str, purpose: str) -> Any:
+    """The TensorRT of a flavour; raise MissingPackageError when it cannot be imported."""
+    module, package, extra = _LIBRARIES[flavour]
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise MissingPackageError(package, extra, purpose) from error
 
 
 def resolve_target(text: str, host: _Host | None = None) -> Target:

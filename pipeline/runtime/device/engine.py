@@ -10,11 +10,11 @@ import numpy as np
 
 from pipeline.engine.manifest import EngineRuntime, check_manifest, read_manifest
 from pipeline.engine.profiles import ShapeProfile
+from pipeline.engine.target import load_library
 from pipeline.engine.worker_protocol import PLAN_FILE
 from pipeline.errors import InputError, MissingPackageError, ResourceError
 from pipeline.runtime.device.driver import DeviceMemory, Driver, Stream
 from pipeline.runtime.sessions.engine_calls import (
-    load_engine_library,
     load_engine_plugin,
     read_plan,
 )
@@ -137,7 +137,7 @@ def load_device_library() -> Any:
             JetPack's.
     """
     try:
-        return load_engine_library(_FLAVOUR)
+        return load_library(_FLAVOUR, "run this engine")
     except MissingPackageError as error:
         error.details["change"] = (
             "on a Jetson: apt install python3-libnvinfer, and run the system's own python3 "

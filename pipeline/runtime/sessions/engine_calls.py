@@ -1,8 +1,7 @@
-"""What sessions over an engine have in common, with torch or without: library, plugin, profiles."""
+"""What sessions over an engine have in common, with torch or without: plugin, profiles, plan."""
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,26 +10,13 @@ from typing import TYPE_CHECKING, Any
 from pipeline.artefact import sha256_of_file
 from pipeline.engine.manifest import mismatch
 from pipeline.engine.profiles import ShapeProfile
-from pipeline.errors import InputError, MissingPackageError
+from pipeline.errors import InputError
 from pipeline.export.contract import ATTENTION_MASK, INPUT_IDS
 
 if TYPE_CHECKING:
     import tensorrt as trt
 
 _PIECE_BYTES = 64 << 20  # of a plan in memory beside what TensorRT has made of it
-_MODULES = {
-    "rtx": ("tensorrt_rtx", "tensorrt-rtx-cu13", "rtx"),
-    "tensorrt": ("tensorrt", "tensorrt", "trt"),
-}
-
-
-def load_engine_library(flavour: str) -> Any:
-    """The engine's TensorRT; raise MissingPackageError when it is not installed."""
-    module, package, extra = _MODULES[flavour]
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise MissingPackageError(package, extra, "run this engine") from error
 
 
 def load_engine_plugin(

@@ -23,6 +23,7 @@ from pipeline.engine.manifest import (
     read_manifest,
 )
 from pipeline.engine.profiles import ShapeProfile
+from pipeline.engine.target import load_library
 from pipeline.engine.worker_protocol import PLAN_FILE
 from pipeline.errors import InputError, ResourceError
 from pipeline.export.contract import (
@@ -37,7 +38,6 @@ from pipeline.gpu import Gpu, find_gpu
 from pipeline.json_file import json_field
 from pipeline.runtime.sessions.checks import CheckedSession
 from pipeline.runtime.sessions.engine_calls import (
-    load_engine_library,
     load_engine_plugin,
     pick_profile,
     read_plan,
@@ -118,7 +118,7 @@ def open_engine(
     gpu = _require_gpu(folder)
     path = folder / MANIFEST_FILE
     flavour = json_field(read_manifest(folder)["target"], "flavour", str, path)
-    library = load_engine_library(flavour)
+    library = load_library(flavour, "run this engine")
     manifest = check_manifest(
         folder, onnx_folder, EngineRuntime(flavour, library.__version__, gpu.capability)
     )
