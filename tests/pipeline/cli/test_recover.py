@@ -9,16 +9,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
 from pipeline import training_state
 from pipeline.cli.main import main
 from pipeline.model import load
 from pipeline.output import partial_path
 from pipeline.recover import train
+from tests.support.interrupted import broken_at
 from tests.support.tiny_recovery import save_small, write_train_text
 
 SETTINGS = ["--steps", "12", "--lora-rank", "4", "--window-length", "32"]
@@ -68,23 +67,11 @@ def interrupted(
     """The output of a run that Ctrl-C stopped in its eighth step."""
     with monkeypatch.context() as patch:
         patch.setattr(training_state, "_SECONDS_BETWEEN_SAVES", 0.0)
-        patch.setattr(train, "_next_token_loss", failing_at(9, KeyboardInterrupt()))
+        patch.setattr(train, "_next_token_loss", broken_at(9, train._next_token_loss))
         assert main(arguments) == 130
     assert "a recover" in capsys.readouterr().err
     assert not output.exists()
     return output
-
-
-def failing_at(call: int, failure: BaseException) -> Any:
-    """The loss, which fails at a call; held-out windows take the first two."""
-    loss, calls = train._next_token_loss, iter(range(call))
-
-    def failing(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        if next(calls, None) is None:
-            raise failure
-        return loss(logits, tokens)
-
-    return failing
 
 
 def test_a_recovered_checkpoint_is_written_whole(small: Path, recovered: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from pipeline.driving.scenes.domain import DOMAINS
 from pipeline.driving.scenes.scene import draw_scene
 from pipeline.driving.train import train_to_folder
 from pipeline.errors import InputError, UsageError
+from tests.support.interrupted import broken_at
 
 SIZE = (64, 96)
 CAMVID = Path("/work/shared/data/driving/camvid")
@@ -111,18 +111,6 @@ def test_a_run_that_is_interrupted_at_ten_random_points_ends_in_the_same_bytes(
         assert not output.exists()
     train_to_folder(longer, output, resume=True)
     assert weights(output) == weights(tmp_path / "whole")
-
-
-def broken_at(count: int, function: Callable) -> Callable:
-    """A function that is interrupted in its call after so many."""
-    calls = iter(range(count + 1))
-
-    def call(*arguments: object) -> object:
-        if next(calls) == count:
-            raise KeyboardInterrupt
-        return function(*arguments)
-
-    return call
 
 
 def test_other_settings_do_not_go_on_with_a_run(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from pipeline.errors import InputError, UsageError
 from pipeline.recover import convolutions
 from pipeline.recover.recover import recover_to_folder
 from pipeline.recover.request import RecoverRequest
+from tests.support.interrupted import broken_at
 
 SIZE = (32, 64)
 SCENES = "scenes:wide:10"
@@ -86,18 +86,6 @@ def test_labels_are_trained_on_with_a_teacher_and_without(
     assert recovery["objective"] == "labels" + " and distillation" * with_teacher
     assert recovery["images"]["images"] == 10
     assert sum(isinstance(m, Int8Conv) for m in load_checkpoint(tmp_path / "out").modules()) == 65
-
-
-def broken_at(count: int, function: Callable) -> Callable:
-    """A function that is interrupted in its call after so many."""
-    calls = iter(range(count + 1))
-
-    def call(*arguments: object) -> object:
-        if next(calls) == count:
-            raise KeyboardInterrupt
-        return function(*arguments)
-
-    return call
 
 
 def test_a_run_that_is_interrupted_ends_in_the_same_bytes(
