@@ -1,4 +1,4 @@
-"""Memory: the most that a process has had, whether there will be enough, and how it is named."""
+"""Memory: what a process has had of it, and has read; whether there will be enough; its names."""
 
 from __future__ import annotations
 
@@ -37,6 +37,15 @@ def peak_bytes(process_id: int | None = None) -> int:
 def peak_of_usage(usage: resource.struct_rusage) -> int:
     """The kernel's count of a process that may be gone, in bytes."""
     return usage.ru_maxrss if sys.platform == "darwin" else usage.ru_maxrss * 1024
+
+
+def disk_read_bytes() -> int | None:
+    """What this process has had read from disks so far, as Linux counts it; None elsewhere."""
+    try:
+        lines = Path("/proc/self/io").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes"))
 
 
 def return_free_memory() -> None:

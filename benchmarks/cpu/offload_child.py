@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.child_process import answers_on_stdout
+from pipeline.memory import disk_read_bytes
 
 
 class _Accelerated:
@@ -39,7 +40,7 @@ class _Accelerated:
         tokens: list[int] = []
         seconds: list[float] = []
         self._drop_pages()
-        before = _read_bytes()
+        before = disk_read_bytes()
         for _ in range(new_tokens):
             started = time.perf_counter()
             with torch.inference_mode():
@@ -48,7 +49,10 @@ class _Accelerated:
             tokens.append(int(given))
             seconds.append(time.perf_counter() - started)
             self._drop_pages()
-        return {"tokens": tokens, "token_s": seconds, "read_bytes": _read_bytes() - before}
+        after = disk_read_bytes()
+        assert before is not None
+        assert after is not None
+        return {"tokens": tokens, "token_s": seconds, "read_bytes": after - before}
 
     def _drop_pages(self) -> None:
         for path in self._files:
@@ -56,12 +60,6 @@ class _Accelerated:
             os.fsync(file)  # what was never written out cannot be dropped
             os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
             os.close(file)
-
-
-def _read_bytes() -> int:
-    """What the system has read from disks for this process."""
-    lines = Path("/proc/self/io").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes"))
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.memory import peak_bytes
+from pipeline.memory import disk_read_bytes, peak_bytes
 from pipeline.runtime.draft_model import DraftModel
 from pipeline.runtime.drafting import Chooser, Drafter, GuessingDrafter
 from pipeline.runtime.generate import generate
@@ -113,9 +113,9 @@ class Answering:
         began = time.perf_counter()
         tokens = generate(self._session, prompt_ids, decoding, watched)
         first = next(tokens, None)
-        started, read, waited_s = time.perf_counter(), _kernel_read_bytes(), self._waited_s()
+        started, read, waited_s = time.perf_counter(), disk_read_bytes(), self._waited_s()
         ids = [] if first is None else [first, *tokens]
-        ended, bytes_now = time.perf_counter(), _kernel_read_bytes()
+        ended, bytes_now = time.perf_counter(), disk_read_bytes()
         self._answers.append((prompt_ids, ids))
         return {
             "ids": ids,
@@ -177,12 +177,3 @@ def _logits(session: Session, prompt_ids: Sequence[int], ids: Sequence[int]) -> 
         block = ids[start : min(start + _BLOCK_TOKENS, len(ids) - 1)]
         rows.append(session.forward(np.array([block], np.int64))[0])
     return np.concatenate(rows)
-
-
-def _kernel_read_bytes() -> int | None:
-    """What this process has had read from disks so far, as Linux counts it; None elsewhere."""
-    try:
-        lines = Path("/proc/self/io").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes"))

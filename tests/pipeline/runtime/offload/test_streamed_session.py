@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from pipeline.checkpoint.folder import load_checkpoint
 from pipeline.errors import InputError, UsageError
+from pipeline.memory import disk_read_bytes
 from pipeline.runtime.generate import generate, stream_batch
 from pipeline.runtime.offload import streamed_model, streamed_session
 from pipeline.runtime.offload.layer_ring import RING_BUFFERS
@@ -217,15 +218,11 @@ def alone_rows(folder: Path, ids: list[int]) -> np.ndarray:
 # --- memory and disk ---
 
 
-def read_by_process() -> int:
-    lines = Path("/proc/self/io").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes"))
-
-
 def test_a_call_reads_what_is_not_kept_and_the_kernel_counts_as_much(model: Path) -> None:
     session = streamed(model)
     session.forward(np.array([PROMPT]))
-    before, counted = session.traffic, read_by_process()
+    before, counted = session.traffic, disk_read_bytes()
+    assert counted is not None
     for _ in range(20):
         session.forward(np.array([[1]]))
     after = session.traffic
@@ -234,7 +231,9 @@ def test_a_call_reads_what_is_not_kept_and_the_kernel_counts_as_much(model: Path
     ahead = 2 * max(layout.size for layout in session._streamed._layouts)
     assert abs(after.read_bytes - before.read_bytes - 20 * after.pass_bytes) <= ahead
     if after.direct:
-        assert read_by_process() - counted >= 20 * after.pass_bytes - ahead
+        read = disk_read_bytes()
+        assert read is not None
+        assert read - counted >= 20 * after.pass_bytes - ahead
 
 
 def test_nothing_is_read_where_all_fits_and_a_budget_that_is_too_small_names_one_that_is_not(
