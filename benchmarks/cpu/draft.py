@@ -31,20 +31,18 @@ from benchmarks.cpu.drafted_turns import (
     drafters_of,
     in_turns,
     rates_of,
+    record_of,
     tell,
 )
 from benchmarks.cpu.lookup import make_prompts, one_turn
 from pipeline.artefact import write_json
-from pipeline.bench.measure import describe_machine, load_average
+from pipeline.bench.measure import load_average
 from pipeline.progress import note, result_console
-from pipeline.provenance import provenance
 from pipeline.runtime.draft_model import open_drafted
 from pipeline.runtime.sequence import Decoding
 from pipeline.runtime.sessions.open_session import open_session
 from pipeline.runtime.sessions.session import Session
 from pipeline.runtime.tokenizer import load_tokenizer, stop_token_ids
-
-_SCHEMA = 1
 
 
 @click.command()
@@ -67,19 +65,11 @@ def command(
     **settings: Any,
 ) -> None:
     """Measure tokens/s and tokens a call with and without a draft model."""
-    loads = [load_average()]
+    before = load_average()
     rows = _measure(folder, draft, make_prompts(folder, text, questions), **settings)
-    record = {
-        "schema": _SCHEMA,
-        "machine": describe_machine() | {"threads": settings["threads"]},
-        "provenance": provenance(),
-        "settings": settings
-        | {"folder": folder.name, "draft": draft.name}
-        | {"text": text.name, "questions": questions.name},
-        "load_average": [*loads, load_average()],
-        "kinds": rows,
-        "least_ratio": min(of["ratio"] for of in rows.values()),
-    }
+    inputs = {"folder": folder, "draft": draft, "text": text, "questions": questions}
+    record = record_of(rows, settings, before, **inputs)
+    record["least_ratio"] = min(of["ratio"] for of in rows.values())
     write_json(result, record)
     _show(rows)
     note(f"{record['least_ratio']:.2f} x plain where drafts give least")

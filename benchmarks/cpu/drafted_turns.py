@@ -3,16 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
+from pipeline.bench.measure import describe_machine, load_average
 from pipeline.errors import ValidationError
 from pipeline.progress import note
+from pipeline.provenance import provenance
 from pipeline.runtime.draft_model import DraftModel
 from pipeline.runtime.drafting import Drafter
 
 PLAIN, STEADY, DRAFTED = "plain", "steady", "drafted"
 WAYS = (PLAIN, STEADY, DRAFTED)
 Turns = dict[str, list[dict[str, Any]]]
+_SCHEMA = 1
+
+
+def record_of(
+    kinds: Mapping[str, Any], settings: Mapping[str, Any], load_before: float, **inputs: Path
+) -> dict[str, Any]:
+    """What the JSON of a benchmark of drafting holds.
+
+    Args:
+        kinds: what was measured of each kind of prompts.
+        settings: the command's, `threads` among them.
+        load_before: the load average as it began.
+        inputs: folders and files by what they are, of which the last name is told.
+    """
+    return {
+        "schema": _SCHEMA,
+        "machine": describe_machine() | {"threads": settings["threads"]},
+        "provenance": provenance(),
+        "settings": {**settings, **{name: path.name for name, path in inputs.items()}},
+        "load_average": [load_before, load_average()],
+        "kinds": kinds,
+    }
 
 
 def drafters_of(model: DraftModel) -> dict[str, Callable[[], Drafter | None]]:

@@ -40,19 +40,19 @@ from benchmarks.cpu.drafted_turns import (
     drafters_of,
     in_turns,
     rates_of,
+    record_of,
     tell,
     tokens_behind_prompts,
     total,
 )
 from benchmarks.cpu.lookup import make_prompts, one_turn
 from pipeline.artefact import write_json
-from pipeline.bench.measure import describe_machine, load_average
+from pipeline.bench.measure import load_average
 from pipeline.child_process import JsonChild
 from pipeline.export.contract import WEIGHTS_FILE
 from pipeline.memory import parse_bytes
 from pipeline.model.weight_files import weight_files
 from pipeline.progress import result_console
-from pipeline.provenance import provenance
 from pipeline.runtime.drafting import Drafter
 from pipeline.runtime.offload.open_offloaded import open_offloaded
 from pipeline.runtime.offload.streamed_session import StreamedSession
@@ -60,7 +60,6 @@ from pipeline.runtime.offload.weight_reader import WeightReader, aligned_buffer,
 from pipeline.runtime.sequence import Decoding
 from pipeline.runtime.tokenizer import load_tokenizer, stop_token_ids
 
-_SCHEMA = 1
 _DISK_BYTES, _DISK_TURNS = 256 << 20, 3
 
 
@@ -94,21 +93,13 @@ def command(
     **settings: Any,
 ) -> None:
     """Measure tokens/s, tokens a call, bytes a token and memory, with and without drafts."""
-    loads = [load_average()]
+    before = load_average()
     rows = _measure(target, draft, make_prompts(draft, text, questions), **settings)
-    record = {
-        "schema": _SCHEMA,
-        "machine": describe_machine() | {"threads": settings["threads"]},
-        "provenance": provenance(),
-        "settings": settings
-        | {"target": target.name, "draft": draft.name}
-        | {"text": text.name, "questions": questions.name},
-        "load_average": [*loads, load_average()],
-        "kinds": rows,
-        "processes": {
-            "plain": _of_a_process(target, settings, ()),
-            "drafted": _of_a_process(target, settings, ("--draft", str(draft))),
-        },
+    inputs = {"target": target, "draft": draft, "text": text, "questions": questions}
+    record = record_of(rows, settings, before, **inputs)
+    record["processes"] = {
+        "plain": _of_a_process(target, settings, ()),
+        "drafted": _of_a_process(target, settings, ("--draft", str(draft))),
     }
     write_json(result, record)
     _show(rows)

@@ -20,11 +20,11 @@ from rich.table import Table
 
 from benchmarks import RESULTS
 from benchmarks.command import run
+from benchmarks.cpu.drafted_turns import record_of
 from benchmarks.cpu.lookup import make_prompts, one_turn
 from pipeline.artefact import write_json
-from pipeline.bench.measure import describe_machine, load_average
+from pipeline.bench.measure import load_average
 from pipeline.progress import note, result_console
-from pipeline.provenance import provenance
 from pipeline.runtime.draft_costs import MOST_DRAFTED
 from pipeline.runtime.drafting import Drafter
 from pipeline.runtime.open_answering import open_helped
@@ -32,7 +32,6 @@ from pipeline.runtime.sampling import GREEDY, NOISES, Sampling
 from pipeline.runtime.sequence import Decoding
 from pipeline.runtime.tokenizer import load_tokenizer, stop_token_ids
 
-_SCHEMA = 1
 _GREEDY, _UNCOUPLED = "greedy", "uncoupled"
 
 
@@ -71,19 +70,10 @@ def command(
     folder: Path, draft: Path, text: Path, questions: Path, result: Path, **settings: Any
 ) -> None:
     """Count tokens a call of each way over the prompts of each kind."""
-    loads = [load_average()]
+    before = load_average()
     kinds = _measure(folder, draft, make_prompts(draft, text, questions), **settings)
-    record = {
-        "schema": _SCHEMA,
-        "machine": describe_machine() | {"threads": settings["threads"]},
-        "provenance": provenance(),
-        "settings": settings
-        | {"folder": folder.name, "draft": draft.name}
-        | {"text": text.name, "questions": questions.name},
-        "load_average": [*loads, load_average()],
-        "kinds": kinds,
-    }
-    write_json(result, record)
+    inputs = {"folder": folder, "draft": draft, "text": text, "questions": questions}
+    write_json(result, record_of(kinds, settings, before, **inputs))
     _show(kinds)
 
 

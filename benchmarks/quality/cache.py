@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 import torch
 from transformers import DynamicCache
 
@@ -29,7 +28,8 @@ from benchmarks import RESULTS
 from benchmarks.command import run
 from benchmarks.finished_rows import finished_rows
 from benchmarks.quality.cache_report import save_fronts, show_rows
-from benchmarks.quality.evaluation_texts import hash_of_text, tokens_of
+from benchmarks.quality.evaluation_texts import hash_of_text, require_another_text, tokens_of
+from benchmarks.quality.whole_windows import WholeWindows
 from benchmarks.rivals.cache_formats import FORMATS, CacheFormat, RoundingCache
 from pipeline.artefact import write_json
 from pipeline.bench.measure import describe_machine, load_average
@@ -45,7 +45,6 @@ from pipeline.provenance import provenance
 
 _RESULT = RESULTS / "cache.json"
 _WINDOW_LENGTH, _CALIBRATION_LENGTH = 2048, 512
-_KL_STEP = 8  # on every so many tokens: logits of all would fill memory
 _OURS = "skipcat-kl"
 _BITS, _NARROW_BITS = (8.0, 6.0, 4.25, 3.5, 3.0, 2.25), (8.0, 6.0, 4.5, 3.5, 3.0)
 _IDENTITY = ("model", "calibration_sha256", "calibration_tokens", "test_sha256", "test_tokens")
@@ -148,8 +147,7 @@ def command(
     if not rows:
         names = ", ".join(row.name for row in _rows())
         raise UsageError("There is no such row.", where="--only", observed=only, expected=names)
-    if hash_of_text(Path(calibration)) == hash_of_text(Path(test)):
-        raise UsageError("The test text must not be calibrated on.", where="--calibration")
+    require_another_text(calibration, test)
     loaded = load_model(model, dtype=torch.float32)
     read = tokens_of(calibration, loaded, calibration_windows, _CALIBRATION_LENGTH, 0)
     with tempfile.TemporaryDirectory() as scratch:
@@ -169,7 +167,7 @@ def command(
         }
         record["rows"] = finished_rows(result, record, _IDENTITY)
         bench = _Bench(loaded, read.tokens, tests)
-        record["dense"] = bench.dense()
+        record["dense"] = {"perplexity": bench.windows.perplexity}
         _measure(bench, rows, record, result, work or Path(scratch))
     show_rows(record)
     save_fronts(record, result)
@@ -206,13 +204,11 @@ class _Bench:
     """A model, its texts, and what it says without any change."""
 
     def __init__(self, loaded: LoadedModel, calibration: torch.Tensor, tests: torch.Tensor) -> None:
-        self.model, self.calibration, self.tests = loaded.model, calibration, tests
+        self.model, self.calibration = loaded.model, calibration
         self.layers = decoder_structure(loaded.model)
-        self.original: list[torch.Tensor] = []
-
-    def dense(self) -> dict[str, Any]:
-        """Perplexity of the model as it is."""
-        return {"perplexity": self._run(lambda: DynamicCache(config=self.model.config))[0]}
+        self.windows = WholeWindows(
+            tests, lambda window: self._logits(window, DynamicCache(config=self.model.config))
+        )
 
     def measured(self, row: _Row, folder: Path) -> dict[str, Any]:
         """Bits, perplexity and KL of one cache."""
@@ -245,19 +241,13 @@ class _Bench:
             }
         )
 
-    @torch.no_grad()
     def _run(self, make: Callable[[], DynamicCache]) -> tuple[float, float]:
-        """Perplexity, and mean KL to the original on every eighth token."""
-        losses, divergences = [], []
-        for number, window in enumerate(self.tests):
-            logits = self.model(input_ids=window[None], past_key_values=make()).logits[0].float()
-            losses.append(float(torch.nn.functional.cross_entropy(logits[:-1], window[1:])))
-            after = logits[::_KL_STEP].log_softmax(-1)
-            if len(self.original) == number:
-                self.original.append(after)
-            before = self.original[number]
-            divergences.append(float((before.exp() * (before - after)).sum(-1).mean()))
-        return float(np.exp(np.mean(losses))), float(np.mean(divergences))
+        """Perplexity, and mean KL to the original, of the model over a cache."""
+        return self.windows.measure(lambda window: self._logits(window, make()))
+
+    def _logits(self, window: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
+        logits: torch.Tensor = self.model(input_ids=window, past_key_values=cache).logits
+        return logits
 
 
 def _entry(bits: float, found: tuple[float, float]) -> dict[str, Any]:

@@ -15,18 +15,19 @@ import gc
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 import torch
 from rich.table import Table
 
 from benchmarks import RESULTS
 from benchmarks.command import run
 from benchmarks.finished_rows import finished_rows
-from benchmarks.quality.evaluation_texts import hash_of_text, tokens_of
+from benchmarks.quality.evaluation_texts import hash_of_text, require_another_text, tokens_of
+from benchmarks.quality.whole_windows import WholeWindows
 from pipeline.artefact import write_json
 from pipeline.bench.measure import describe_machine, load_average
 from pipeline.calibrate.text import TokenBatch
@@ -35,7 +36,6 @@ from pipeline.compress.plan.layer_costs import LayerCosts
 from pipeline.compress.plan.make_plan import make_plan
 from pipeline.compress.request import CompressRequest
 from pipeline.compress.walk import compress_
-from pipeline.errors import UsageError
 from pipeline.lazy import imported
 from pipeline.memory import parse_bytes
 from pipeline.model.load import LoadedModel, load_model
@@ -46,7 +46,7 @@ from pipeline.provenance import provenance
 _RESULT = RESULTS / "cache_budget.json"
 _TOGETHER = "one budget"
 _SHARES = (0.1, 0.15, 0.2, 0.3, 0.4)
-_WINDOW_LENGTH, _KL_STEP = 2048, 8
+_WINDOW_LENGTH = 2048
 _IDENTITY = (
     "model", "memory", "context", "calibration_sha256", "test_sha256", "test_tokens", "effort"
 )  # fmt: skip
@@ -78,8 +78,7 @@ def command(
     result: Path,
 ) -> None:
     """Measure the search and the five splits; a row each, and the JSON after each."""
-    if hash_of_text(Path(calibration)) == hash_of_text(Path(test)):
-        raise UsageError("The test text must not be calibrated on.", where="--calibration")
+    require_another_text(calibration, test)
     read = {
         "calibration": calibration,
         "effort": effort,
@@ -104,12 +103,12 @@ def command(
     }
     record["rows"] = finished_rows(result, record, _IDENTITY)
     there = {row["name"] for row in record["rows"]}
-    original = [_log_chances(loaded.model, window)[1] for window in tests]
+    whole = WholeWindows(tests, _logits_of(loaded.model))
     with tempfile.TemporaryDirectory() as scratch:
         for name, request in requests.items():
             if name in there:
                 continue
-            row = _row(loaded, request, work or Path(scratch), tests, original)
+            row = _row(loaded, request, work or Path(scratch), whole)
             record["rows"].append({"name": name} | row)
             write_json(result, record)
             note(f"{name}: {row}")
@@ -137,8 +136,7 @@ def _row(
     loaded: LoadedModel,
     request: CompressRequest,
     work: Path,
-    tests: torch.Tensor,
-    original: list[torch.Tensor],
+    windows: WholeWindows,
 ) -> dict[str, Any]:
     """Compress a copy as the request asks, and measure it."""
     started, loads = time.perf_counter(), [load_average()]
@@ -147,17 +145,13 @@ def _row(
         request.calibration, loaded, effort.windows, effort.window_length, request.seed
     )
     model, plan, cache_bytes = _compressed(loaded, request, tokens, work)
-    losses, divergences = [], []
-    for window, before in zip(tests, original, strict=True):
-        loss, after = _log_chances(model, window)
-        losses.append(loss)
-        divergences.append(float((before.exp() * (before - after)).sum(-1).mean()))
+    perplexity, kl = windows.measure(_logits_of(model))
     return {
         "memory_bytes": parse_bytes(str(request.memory), "--memory"),
         "cache_bytes_a_token": cache_bytes,
         "expected_kl_of_weights": sum(group.expected_kl or 0.0 for group in plan.groups),
-        "perplexity": float(np.exp(np.mean(losses))),
-        "kl": float(np.mean(divergences)),
+        "perplexity": perplexity,
+        "kl": kl,
         "seconds": round(time.perf_counter() - started, 1),
         "load_average": [*loads, load_average()],
     }
@@ -180,12 +174,14 @@ def _compressed(
     return model, plan, cache.token_bytes
 
 
-@torch.no_grad()
-def _log_chances(model: Any, window: torch.Tensor) -> tuple[float, torch.Tensor]:
-    """Nats a token of a window [L], and log-probabilities [L / 8, V]."""
-    logits = model(input_ids=window[None], use_cache=False).logits[0].float()
-    loss = float(torch.nn.functional.cross_entropy(logits[:-1], window[1:]))
-    return loss, logits[::_KL_STEP].log_softmax(-1)
+def _logits_of(model: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Of windows [1, T], without a cache."""
+
+    def logits_of(window: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = model(input_ids=window, use_cache=False).logits
+        return logits
+
+    return logits_of
 
 
 def _show(record: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pipeline.artefact import sha256_of_file
 from pipeline.calibrate.text import TokenBatch, load_tokens
-from pipeline.errors import InputError
+from pipeline.errors import InputError, UsageError
 from pipeline.model.load import LoadedModel
 
 
@@ -24,6 +24,17 @@ def hash_of_text(path: Path) -> str:
             change="pass the two files; neither comes with the project",
         )
     return sha256_of_file(path)
+
+
+def require_another_text(calibration: str, test: str) -> None:
+    """Refuse to calibrate on the text that is measured on.
+
+    Raises:
+        InputError: one of the two is not there.
+        UsageError: they are the same.
+    """
+    if hash_of_text(Path(calibration)) == hash_of_text(Path(test)):
+        raise UsageError("The test text must not be calibrated on.", where="--calibration")
 
 
 def tokens_of(
