@@ -101,40 +101,40 @@ def keep_beginning(session: SlotSession, table: SlotTable, slot: int, length: in
     return held
 
 
-def take_back(session: SlotSession, slot: int, length: int) -> None:
-    """Undo a token that a failed call may have appended.
+@dataclass(frozen=True)
+class Passes:
+    """What a step of the scheduler works with: one way of letting all answers go on.
 
-    Raises:
-        RuntimeError: the session cannot.
+    Attributes:
+        session: of the slots.
+        table: of what they hold.
+        chunk: most tokens of a prompt that a step reads.
+        take: lets an answer go on by rows of logits; returns how many draft tokens it accepts.
+        fail: gives an answer up.
     """
-    if session.slot_length(slot) != length:
-        session.rewind_slot(slot, length)
-        if session.slot_length(slot) != length:
-            raise RuntimeError(f"slot {slot} cannot go back to {length} tokens")
 
+    session: SlotSession
+    table: SlotTable
+    chunk: int
+    take: Callable[[Running, Iterable[np.ndarray], Sequence[int]], int]
+    fail: Callable[[Running, RequestFailure], None]
 
-def decode_drafted(
-    session: SlotSession,
-    table: SlotTable,
-    running: Running,
-    drafted: Sequence[int],
-    take: Callable[[Running, Iterable[np.ndarray], Sequence[int]], int],
-) -> None:
-    """Feed the last token of an answer and draft tokens; keep those that it accepts.
+    def next_chunk(self, running: Running) -> list[int]:
+        """What a step reads of a prompt; chunks end at the same places wherever one begins."""
+        held = len(self.table.tokens[running.slot])
+        return running.pending[: self.chunk - held % self.chunk]
 
-    Args:
-        session: checks them.
-        table: of its slots.
-        running: the answer.
-        drafted: at least one token.
-        take: lets the answer go on by rows of logits; returns how many draft tokens it accepts.
-    """
-    slot, token = running.slot, running.answer.ids[-1]
-    held = table.tokens[slot]
-    rows = session.read_block(slot, np.array([token, *drafted], np.int64))
-    held.append(token)
-    held += drafted[: take(running, rows, drafted)]
-    take_back(session, slot, len(held))
+    def take_back(self, running: Running) -> None:
+        """Undo what a failed call, or a wrong draft, has appended to a slot beyond the table.
+
+        Raises:
+            RuntimeError: the session cannot.
+        """
+        slot, length = running.slot, len(self.table.tokens[running.slot])
+        if self.session.slot_length(slot) != length:
+            self.session.rewind_slot(slot, length)
+            if self.session.slot_length(slot) != length:
+                raise RuntimeError(f"slot {slot} cannot go back to {length} tokens")
 
 
 def finite_rows(rows: Iterable[np.ndarray]) -> Iterator[np.ndarray]:

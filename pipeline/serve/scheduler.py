@@ -1,8 +1,9 @@
 """The one thread that runs the model: requests join, advance together and leave.
 
 Every step reads at most one chunk of one prompt, and then decodes one token of every answer that
-has room for it, or does all of that in one pass (`shared_pass.py`). A long prompt therefore holds
-the other answers up by one chunk between two of their tokens. Nothing here waits for a client.
+has room for it (`own_passes.py`), or does all of that in one pass (`shared_pass.py`). A long prompt
+therefore holds the other answers up by one chunk between two of their tokens, and never by all of
+it. Nothing here waits for a client.
 """
 
 from __future__ import annotations
@@ -23,15 +24,14 @@ from pipeline.runtime.sessions.session import BlockSession, SlotSession
 from pipeline.runtime.text_stream import Decoder
 from pipeline.serve.failure import RequestFailure
 from pipeline.serve.job import Job, Load
+from pipeline.serve.own_passes import OwnPasses
 from pipeline.serve.running import (
     Running,
-    decode_drafted,
     finite_rows,
     keep_beginning,
     start_job,
-    take_back,
 )
-from pipeline.serve.shared_pass import read_in_one_pass
+from pipeline.serve.shared_pass import SharedPass
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +52,10 @@ class Scheduler:
         queue: most jobs that wait for a slot.
         prefill_chunk: most tokens of a prompt that one step reads.
         reuse: whether a new prompt may go on from what a slot still holds.
-        drafter: proposes draft tokens for an answer that runs alone, or, a draft model or in a
-            shared pass, for all; None for nothing. By lookup, low-bit answers depend on the batch.
+        drafter: what proposes draft tokens for an answer that runs alone, where that saves the
+            session time; None for nothing. A block of tokens rounds otherwise than single ones do,
+            so low-bit answers may depend on the batch then. A draft model drafts for every answer,
+            and in a shared pass whatever drafts does.
 
     Attributes:
         death: what ended the thread, if it ended by a failure.
@@ -74,6 +76,7 @@ class Scheduler:
         self._queue, self._chunk, self._reuse = queue, prefill_chunk, reuse
         self._drafter, self._source = drafter, None if isinstance(drafter, str) else drafter
         self._table = SlotTable(session.slots)
+        self._passes = self._passes_of(session)
         self._running: dict[int, Running] = {}  # by slot, in order of arrival
         self._waiting: deque[Job] = deque()
         self._reserved = 0  # places of jobs whose prompt is being read
@@ -197,9 +200,17 @@ class Scheduler:
         """Roughly when a slot comes free: the tokens still to come, shared by the slots."""
         most = self._session.max_length
         wanted = sum(min(job.decoding.max_new_tokens, most) for job in self._waiting)
-        return max(1, min(_LONGEST_RETRY_S, round(self._step_s * wanted / self._session.slots)))
+        estimate_s = self._step_s * wanted / self._session.slots
+        return max(1, min(_LONGEST_RETRY_S, round(estimate_s)))
 
     # --- the thread ---
+
+    def _passes_of(self, session: SlotSession) -> OwnPasses | SharedPass:
+        """How a step lets answers go on."""
+        if isinstance(session, BlockSession):
+            return SharedPass(session, self._table, self._chunk, self._take, self._fail)
+        drafts_for_all = self._source is not None
+        return OwnPasses(session, self._table, self._chunk, self._take, self._fail, drafts_for_all)
 
     def _work(self) -> None:
         try:
@@ -244,7 +255,9 @@ class Scheduler:
             return not self._is_closed
 
     def _has_work(self) -> bool:
-        if (self._waiting and self._table.free) or (self._running and self._is_overdue()):
+        if self._waiting and self._table.free:
+            return True
+        if self._running and self._is_overdue():
             return True
         return any(running.can_go_on for running in self._running.values())
 
@@ -254,19 +267,15 @@ class Scheduler:
     def _step(self) -> None:
         self._drop_answers()
         self._admit_jobs()
-        if isinstance(self._session, BlockSession):
-            shared = self._session, self._table, self._running.values(), self._chunk
-            read_in_one_pass(*shared, self._take, self._fail)
-        else:
-            self._read_chunk()
-            self._decode_tokens()
+        self._passes.step(self._running.values())
 
     def _drop_answers(self) -> None:
         """Free the slots of cancelled jobs, and all of them after the deadline."""
+        is_overdue = self._is_overdue()
         for running in list(self._running.values()):
             if running.job.is_cancelled:
                 self._release(running)
-            elif self._is_overdue():
+            elif is_overdue:
                 running.job.outbox.put(RequestFailure.shutting_down())
                 self._release(running)
 
@@ -296,71 +305,6 @@ class Scheduler:
             self._table.release(slot)
             job.outbox.put(RequestFailure.internal("The answer could not begin."))
             raise
-
-    def _read_chunk(self) -> None:
-        """Read the next chunk of the prompt that came first."""
-        running = next((r for r in self._running.values() if r.pending), None)
-        if running is None:
-            return
-        held = self._table.tokens[running.slot]
-        chunk = running.pending[: self._chunk - len(held) % self._chunk]
-        try:
-            logits = self._session.prefill(running.slot, np.array(chunk, np.int64))
-        except Exception:
-            logger.exception("Reading a prompt failed.")
-            self._fail(running, RequestFailure.internal("The model failed to read the prompt."))
-            return
-        held += chunk
-        del running.pending[: len(chunk)]
-        if not running.pending:
-            self._take(running, [logits])
-
-    def _decode_tokens(self) -> None:
-        """One token more for every answer that has room for it."""
-        ready = [r for r in self._running.values() if r.answer.token is not None and r.can_go_on]
-        if len(self._running) == 1 or self._source is not None:
-            ready = [running for running in ready if not self._went_on_drafted(running)]
-        if not ready:
-            return
-        try:
-            logits = self._decode(ready)
-        except Exception:
-            logger.exception("Decoding %d slots together failed; trying one by one.", len(ready))
-            self._decode_apart(ready)
-            return
-        for running, row in zip(ready, logits, strict=True):
-            self._take(running, [row])
-
-    def _decode(self, ready: list[Running]) -> np.ndarray:
-        """Feed the last token of each; float32 [len(ready), V]."""
-        tokens = [running.answer.ids[-1] for running in ready]
-        logits = self._session.decode([running.slot for running in ready], tokens)
-        for running, token in zip(ready, tokens, strict=True):
-            self._table.tokens[running.slot].append(token)
-        return logits
-
-    def _went_on_drafted(self, running: Running) -> bool:
-        """Whether there were draft tokens for an answer: no more than its outbox has room for."""
-        try:
-            if drafted := running.answer.draft(running.job.outbox.room):
-                decode_drafted(self._session, self._table, running, drafted, self._take)
-        except Exception:
-            logger.exception("Slot %d failed with draft tokens; trying without.", running.slot)
-            self._decode_apart([running])
-            return True
-        return bool(drafted)
-
-    def _decode_apart(self, ready: list[Running]) -> None:
-        """After a failure of all together: each alone, so that only the one at fault fails."""
-        for running in ready:
-            try:
-                take_back(self._session, running.slot, len(self._table.tokens[running.slot]))
-                logits = self._decode([running])
-            except Exception:
-                logger.exception("Decoding slot %d failed.", running.slot)
-                self._fail(running, RequestFailure.internal("The model failed."))
-            else:
-                self._take(running, logits)
 
     def _take(
         self, running: Running, rows: Iterable[np.ndarray], drafted: Sequence[int] = ()

@@ -7,18 +7,16 @@ and answers go on together: each by its chunk, or by its last token and draft to
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.runtime.prefix_cache import SlotTable
 from pipeline.runtime.sessions.session import Block, BlockSession
 from pipeline.serve.failure import RequestFailure
-from pipeline.serve.running import Running, take_back
+from pipeline.serve.running import Passes, Running
 
 logger = logging.getLogger(__name__)
-_Take = Callable[[Running, Iterable[np.ndarray], Sequence[int]], int]
 
 
 @dataclass(frozen=True)
@@ -35,79 +33,59 @@ class _Wish:
         return Block(self.running.slot, np.array(self.ids, np.int64), last_only=is_prompt)
 
 
-def read_in_one_pass(
-    session: BlockSession,
-    table: SlotTable,
-    all_running: Iterable[Running],
-    chunk: int,
-    take: _Take,
-    fail: Callable[[Running, RequestFailure], None],
-) -> None:
-    """Let every answer go on by one pass; after a failure each alone, so that one alone fails.
+@dataclass(frozen=True)
+class SharedPass(Passes):
+    """Over a session of which one call costs about the same for one answer and for many."""
 
-    Args:
-        session: of the slots.
-        table: of what they hold.
-        all_running: answers, and prompts to be read; those that wait for a reader are left alone.
-        chunk: most tokens of a prompt.
-        take: lets an answer go on by rows of logits; returns how many draft tokens it accepts.
-        fail: gives an answer up.
-    """
-    ready = [running for running in all_running if running.can_go_on]
-    wishes = [_wish_of(running, len(table.tokens[running.slot]), chunk) for running in ready]
-    if not wishes:
-        return
-    try:
-        found = session.read_blocks([wish.block for wish in wishes])
-    except Exception:
-        logger.exception("A pass for %d slots failed; trying one by one.", len(wishes))
-        for wish in wishes:
-            _go_on_alone(session, table, wish, take, fail)
-        return
-    for wish, rows in zip(wishes, found, strict=True):
-        _go_on(session, table, wish, rows, take)
+    session: BlockSession
 
+    def step(self, all_running: Collection[Running]) -> None:
+        """Let every answer go on by one pass; after a failure each alone, so that one alone fails.
 
-def _wish_of(running: Running, held: int, chunk: int) -> _Wish:
-    if running.pending:
-        return _Wish(running, running.pending[: chunk - held % chunk], [])
-    try:
-        drafted = running.answer.draft(running.job.outbox.room)
-    except Exception:
-        logger.exception("Drafting for slot %d failed.", running.slot)
-        drafted = []
-    return _Wish(running, [running.answer.ids[-1], *drafted], drafted)
+        Answers that wait for a reader are left alone.
+        """
+        wishes = [self._wish_of(running) for running in all_running if running.can_go_on]
+        if not wishes:
+            return
+        try:
+            found = self.session.read_blocks([wish.block for wish in wishes])
+        except Exception:
+            logger.exception("A pass for %d slots failed; trying one by one.", len(wishes))
+            for wish in wishes:
+                self._go_on_alone(wish)
+            return
+        for wish, rows in zip(wishes, found, strict=True):
+            self._go_on(wish, rows)
 
+    def _wish_of(self, running: Running) -> _Wish:
+        if running.pending:
+            return _Wish(running, self.next_chunk(running), [])
+        try:
+            drafted = running.answer.draft(running.job.outbox.room)
+        except Exception:
+            logger.exception("Drafting for slot %d failed.", running.slot)
+            drafted = []
+        return _Wish(running, [running.answer.ids[-1], *drafted], drafted)
 
-def _go_on_alone(
-    session: BlockSession,
-    table: SlotTable,
-    wish: _Wish,
-    take: _Take,
-    fail: Callable[[Running, RequestFailure], None],
-) -> None:
-    slot = wish.running.slot
-    try:
-        take_back(session, slot, len(table.tokens[slot]))
-        rows = session.read_blocks([wish.block])[0]
-    except Exception:
-        logger.exception("Slot %d failed alone, too.", slot)
-        fail(wish.running, RequestFailure.internal("The model failed."))
-    else:
-        _go_on(session, table, wish, rows, take)
+    def _go_on_alone(self, wish: _Wish) -> None:
+        try:
+            self.take_back(wish.running)
+            rows = self.session.read_blocks([wish.block])[0]
+        except Exception:
+            logger.exception("Slot %d failed alone, too.", wish.running.slot)
+            self.fail(wish.running, RequestFailure.internal("The model failed."))
+        else:
+            self._go_on(wish, rows)
 
-
-def _go_on(
-    session: BlockSession, table: SlotTable, wish: _Wish, rows: np.ndarray, take: _Take
-) -> None:
-    """Note what a slot holds now, and let its answer go on by the logits."""
-    running, held = wish.running, table.tokens[wish.running.slot]
-    if running.pending:
-        held += wish.ids
-        del running.pending[: len(wish.ids)]
-        if not running.pending:
-            take(running, rows, ())
-        return
-    held.append(wish.ids[0])
-    held += wish.drafted[: take(running, rows, wish.drafted)]
-    take_back(session, running.slot, len(held))
+    def _go_on(self, wish: _Wish, rows: np.ndarray) -> None:
+        """Note what a slot holds now, and let its answer go on by the logits."""
+        running, held = wish.running, self.table.tokens[wish.running.slot]
+        if running.pending:
+            held += wish.ids
+            del running.pending[: len(wish.ids)]
+            if not running.pending:
+                self.take(running, rows, ())
+            return
+        held.append(wish.ids[0])
+        held += wish.drafted[: self.take(running, rows, wish.drafted)]
+        self.take_back(running)
