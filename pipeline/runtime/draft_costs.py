@@ -52,9 +52,8 @@ class DraftCosts:
         """How many tokens to draft now, 0 to `most`."""
         costs_s = self._costs_s(min(most, MOST_DRAFTED))
         if costs_s is None:  # times come first: of a call without drafts, and then of a draft
-            return (
-                min(most, _FIRST_DRAFT) if self._calls.medians(STEADY_ROWS).get(STEADY_ROWS) else 0
-            )
+            is_timed = self._calls.medians(STEADY_ROWS).get(STEADY_ROWS)
+            return min(most, _FIRST_DRAFT) if is_timed else 0
         if self._never_pays or most < 1:
             return 0
         acceptance = self._right / (self._right + self._wrong)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 # What --cache-bits names: bits of a latent's numbers to choose from, None for float16.
 LATENT_BITS = (2, 3, 4, 5, 6, 8)
@@ -31,6 +31,11 @@ class CacheForm:
     even: int = 0
     least: int = 0
     rounds: bool = True
+
+    @property
+    def of_any_widths(self) -> CacheForm:
+        """The same with widths as they come, which no runtime need take."""
+        return replace(self, even=0, least=0)
 
 
 DEFAULT_CACHE_FORM = "rebuilt"

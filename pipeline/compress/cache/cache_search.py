@@ -147,14 +147,14 @@ def _options(side: CachedSide, problem: CacheProblem) -> list[SidePlan]:
     most = side.numbers // groups
     form = problem.form
     step = form.even or math.ceil(most / _RANKS_PER_SIDE)
-    first = form.least if form.least < most else step
+    first = form.least if 0 < form.least < most else step
     found = [SidePlan.full(side)] if None in problem.bits else []
     for bits in problem.bits:
         loss = truncation
         if bits is not None:
             rounding = np.sum([basis.rounding_losses(bits) for basis in bases], axis=0)
             loss = truncation + rounding * prices.rounding[side.side]
-        for rank in sorted({*range(first or step, most, step), most}):
+        for rank in sorted({*range(first, most, step), most}):
             if kept_bytes(rank, bits, groups) < 2 * side.numbers:
                 found.append(problem.latent(side, rank, bits, float(loss[rank])))
     return found

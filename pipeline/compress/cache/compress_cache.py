@@ -172,7 +172,7 @@ def _planned(
 
 def _note_price_of_one_width(problem: CacheProblem, plan: CachePlan) -> None:
     """Say what keys and values of any widths would cost in as many bytes."""
-    free = searched_cache(replace(problem, form=replace(problem.form, even=0, least=0)))
+    free = searched_cache(replace(problem, form=problem.form.of_any_widths))
     note(
         "keys and values of a layer are of one width, for attention of any runtime: the cache "
         f"should cost {plan.expected_kl:.3g} nats a token, and {free.expected_kl:.3g} with widths "

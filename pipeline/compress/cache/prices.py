@@ -62,7 +62,7 @@ def measured_prices(problem: CacheProblem, install: Install) -> CachePrices:
 def _cut(problem: CacheProblem) -> CachePlan:
     """Half of the numbers, none of them rounded; of any widths."""
     dense_bytes = sum(2 * side.numbers for side in problem.structure)
-    budget_bytes, form = int(_KEPT * dense_bytes), replace(problem.form, even=0, least=0)
+    budget_bytes, form = int(_KEPT * dense_bytes), problem.form.of_any_widths
     return searched_cache(replace(problem, budget_bytes=budget_bytes, bits=(None,), form=form))
 
 
