@@ -46,9 +46,15 @@ struct WeightFormat
     int32_t groupSize{0}; // a multiple of 16 with int8 and int4, else 0
 };
 
-// Ways to split the decode step over the chip: blocks wanted on each multiprocessor.
-constexpr int32_t kTacticBlocks[] = {2, 1, 4, 8};
-constexpr int32_t kTactics = sizeof(kTacticBlocks) / sizeof(kTacticBlocks[0]);
+// A way to split the decode step over the chip.
+struct Tactic
+{
+    int32_t blocks; // wanted on each multiprocessor
+    int32_t stages; // of 16 rows of w, that each warp should have at least
+};
+
+constexpr Tactic kTactic[] = {{1, 2}, {2, 2}, {1, 4}, {1, 8}};
+constexpr int32_t kTactics = sizeof(kTactic) / sizeof(kTactic[0]);
 constexpr int32_t kMaxRows = 4096;
 
 struct Problem
@@ -61,7 +67,7 @@ struct Problem
     WeightFormat a{}; // of no matter when rank == n
     WeightFormat b{};
     bool indexed{false};
-    int32_t tactic{0}; // index into kTacticBlocks
+    int32_t tactic{0}; // index into kTactic
 };
 
 struct Pointers

@@ -1,6 +1,7 @@
 // Which kernels a problem runs as, and where they keep what is between them.
 //
-// Up to 8 rows: two decode products, the second waiting only for the first one's results. More rows:
+// Up to 8 rows: two decode products, the second waiting only for the first one's results; streamed, or, where rows
+// of the weights are not aligned, number by number. More rows:
 // tiles on the matrix unit, after x was put in order if it is not, or if its halves are not aligned.
 // With rank == n the first product would copy x, and is left out.
 
@@ -9,7 +10,7 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "decode.cuh"
+#include "cut.cuh"
 #include "prefill.cuh"
 
 namespace skipcat
@@ -18,13 +19,7 @@ namespace
 {
 
 constexpr size_t kAlignment = 256;
-constexpr int32_t kMaxDecodeSharedBytes = 32 * 1024;
 constexpr int32_t kMaxColumns = 1 << 24;
-
-int32_t ceilDivide(int32_t a, int32_t b)
-{
-    return (a + b - 1) / b;
-}
 
 size_t aligned(size_t bytes)
 {
@@ -37,50 +32,19 @@ int32_t alignedStride(int32_t columns)
     return ceilDivide(columns, 8) * 8;
 }
 
-int32_t tileOf(WeightType weights)
-{
-    return weights == WeightType::kFloat ? decodeTile<WeightType::kFloat>() : decodeTile<WeightType::kInt8>();
-}
-
-// How the reduction of one product is cut over blocks.
-struct Cut
-{
-    int32_t slice;
-    int32_t slices;
-};
-
-Cut cutReduction(
-    WeightType weights, int32_t blocksWanted, int32_t decodeRows, int32_t reduction, int32_t columns)
-{
-    int32_t const tiles = ceilDivide(columns, tileOf(weights));
-    // At least two steps for each warp: less would be all start and end.
-    int32_t const most = reduction / (2 * kRound) > 1 ? reduction / (2 * kRound) : 1;
-    int32_t const slices = ceilDivide(blocksWanted, tiles) < most ? ceilDivide(blocksWanted, tiles) : most;
-    int32_t slice = ceilDivide(ceilDivide(reduction, slices), kRound) * kRound;
-    int32_t const fits = kMaxDecodeSharedBytes / (2 * decodeRows) / kRound * kRound - kRound;
-    slice = slice < fits ? slice : fits;
-    slice = slice < kRound ? kRound : slice;
-    int32_t const used = ceilDivide(reduction, slice);
-    return {slice, used < 1 ? 1 : used};
-}
-
-// The two products, as they are cut at so many rows; the first is none where rank == n.
-struct Cuts
-{
-    Cut mix;
-    Cut product;
-};
-
 bool mixes(Problem const& problem)
 {
     return problem.rank < problem.n;
 }
 
-Cuts cutProducts(Problem const& problem, Device const& device, int32_t tactic, int32_t decodeRows)
+Product firstOf(Problem const& problem, int32_t rows)
 {
-    int32_t const wanted = device.multiprocessors * kTacticBlocks[tactic];
-    return {cutReduction(problem.a.type, wanted, decodeRows, problem.n - problem.rank, problem.rank),
-        cutReduction(problem.b.type, wanted, decodeRows, problem.rank, problem.m)};
+    return {problem.a, rows, problem.n - problem.rank, problem.rank};
+}
+
+Product secondOf(Problem const& problem, int32_t rows)
+{
+    return {problem.b, rows, problem.rank, problem.m};
 }
 
 size_t latentBytes(Problem const& problem)
@@ -88,17 +52,15 @@ size_t latentBytes(Problem const& problem)
     return aligned(static_cast<size_t>(problem.rows) * alignedStride(problem.rank) * 2);
 }
 
-size_t partialBytes(Problem const& problem, Device const& device)
+size_t mostPartialBytes(Problem const& problem, Device const& device)
 {
     size_t most = 0;
     for (int32_t tactic = 0; tactic < kTactics; ++tactic)
     {
         for (int32_t rows = 1; rows <= kDecodeRows && rows <= problem.rows; ++rows)
         {
-            Cuts const cuts = cutProducts(problem, device, tactic, rows);
-            size_t const mixed = static_cast<size_t>(cuts.mix.slices) * rows * problem.rank * 4;
-            size_t const last = static_cast<size_t>(cuts.product.slices) * rows * problem.m * 4;
-            most = std::max({most, mixes(problem) ? mixed : 0, last});
+            size_t const mixed = mixes(problem) ? partialBytes(firstOf(problem, rows), device, tactic) : 0;
+            most = std::max({most, mixed, partialBytes(secondOf(problem, rows), device, tactic)});
         }
     }
     return aligned(most);
@@ -149,32 +111,62 @@ Matrix matrixB(Problem const& problem, Pointers const& pointers)
     return {pointers.b, pointers.bScale, problem.rank, problem.m, problem.b.groupSize};
 }
 
-template <typename T, WeightType W>
-cudaError_t launchDecodeProduct(
-    DecodeArguments<T> const& arguments, int32_t slices, bool early, cudaStream_t stream)
+// What a launch may assume of the one before it.
+enum class After
 {
-    dim3 const grid(static_cast<unsigned>(ceilDivide(arguments.w.columns, decodeTile<W>())), static_cast<unsigned>(slices));
-    size_t const shared = decodeSharedBytes<W>(arguments.rows, arguments.slice);
-    if (readsInVectors(arguments.w, W))
+    kAnything, // weights may have been written by it
+    kProduct   // it is the first of the two products
+};
+
+template <typename T, WeightType W, int CHUNK>
+cudaError_t launchStream(DecodeArguments<T> const& arguments, Product const& product, Device const& device,
+    int32_t tactic, After after, cudaStream_t stream)
+{
+    Shares const shares = cutShares<W, CHUNK>(product, device, tactic);
+    StreamArguments<T> p{arguments, shares.depth, after == After::kProduct};
+    p.slice = shares.staged;
+    size_t const shared = streamSharedBytes<W, CHUNK>(p.rows, p.slice, p.depth);
+    dim3 const grid(static_cast<unsigned>(shares.blocks));
+    return launch(streamProduct<T, W, CHUNK>, grid, kDecodeThreads, shared, stream, device.capability >= 90, p);
+}
+
+template <typename T, WeightType W>
+cudaError_t launchDecodeProduct(DecodeArguments<T> const& arguments, Product const& product, Device const& device,
+    int32_t tactic, After after, cudaStream_t stream)
+{
+    if (readsInVectors(arguments.w, W) && hasShares(product))
     {
-        return launch(decodeProduct<T, W, true>, grid, kDecodeThreads, shared, stream, early, arguments);
+        if constexpr (W == WeightType::kInt4)
+        {
+            if (product.columns % 32 != 0 || product.format.groupSize % 32 != 0)
+            {
+                return launchStream<T, W, 8>(arguments, product, device, tactic, after, stream);
+            }
+        }
+        return launchStream<T, W, 16>(arguments, product, device, tactic, after, stream);
     }
-    return launch(decodeProduct<T, W, false>, grid, kDecodeThreads, shared, stream, early, arguments);
+    Slices const cut = cutReduction(product, device, tactic);
+    DecodeArguments<T> p = arguments;
+    p.slice = cut.slice;
+    dim3 const grid(static_cast<unsigned>(product.tiles()), static_cast<unsigned>(cut.slices));
+    bool const early = after == After::kProduct && device.capability >= 90;
+    return launch(decodeProduct<T, W>, grid, kDecodeThreads, decodeSharedBytes<W>(p.rows, p.slice), stream, early, p);
 }
 
 template <typename T>
-cudaError_t runDecodeProduct(
-    DecodeArguments<T> const& arguments, WeightType weights, int32_t slices, bool early, cudaStream_t stream)
+cudaError_t runDecodeProduct(DecodeArguments<T> const& arguments, Product const& product, Device const& device,
+    int32_t tactic, After after, cudaStream_t stream)
 {
-    return withWeights(weights,
-        [&](auto type) { return launchDecodeProduct<T, decltype(type)::value>(arguments, slices, early, stream); });
+    return withWeights(product.format.type,
+        [&](auto type)
+        { return launchDecodeProduct<T, decltype(type)::value>(arguments, product, device, tactic, after, stream); });
 }
 
 template <typename T>
 cudaError_t decode(Problem const& problem, Pointers const& pointers, Device const& device, unsigned char* workspace,
     uint32_t* counters, cudaStream_t stream)
 {
-    Cuts const cuts = cutProducts(problem, device, problem.tactic, problem.rows);
+    Product const second = secondOf(problem, problem.rows);
     DecodeArguments<T> product{};
     product.in = static_cast<T const*>(pointers.x);
     product.index = pointers.index;
@@ -185,18 +177,17 @@ cudaError_t decode(Problem const& problem, Pointers const& pointers, Device cons
     product.rows = problem.rows;
     product.inStride = problem.n;
     product.outStride = problem.m;
-    product.slice = cuts.product.slice;
     if (!mixes(problem))
     {
-        return runDecodeProduct(product, problem.b.type, cuts.product.slices, false, stream);
+        return runDecodeProduct(product, second, device, problem.tactic, After::kAnything, stream);
     }
     DecodeArguments<T> mix = product;
     mix.init = mix.in;
     mix.out = reinterpret_cast<T*>(workspace);
     mix.w = matrixA(problem, pointers);
     mix.outStride = problem.rank;
-    mix.slice = cuts.mix.slice;
-    cudaError_t const status = runDecodeProduct(mix, problem.a.type, cuts.mix.slices, false, stream);
+    cudaError_t const status = runDecodeProduct(
+        mix, firstOf(problem, problem.rows), device, problem.tactic, After::kAnything, stream);
     if (status != cudaSuccess)
     {
         return status;
@@ -204,7 +195,7 @@ cudaError_t decode(Problem const& problem, Pointers const& pointers, Device cons
     product.in = mix.out;
     product.index = nullptr;
     product.inStride = problem.rank;
-    return runDecodeProduct(product, problem.b.type, cuts.product.slices, device.capability >= 90, stream);
+    return runDecodeProduct(product, second, device, problem.tactic, After::kProduct, stream);
 }
 
 template <typename T, WeightType W, bool VECTOR>
@@ -229,12 +220,9 @@ cudaError_t runPrefillProduct(PrefillArguments<T> const& arguments, WeightType w
         [&](auto type)
         {
             constexpr WeightType kWeights = decltype(type)::value;
-            if constexpr (kWeights == WeightType::kFloat)
+            if (readsInVectors(arguments.w, kWeights))
             {
-                if (readsInVectors(arguments.w, kWeights))
-                {
-                    return runPrefillTiles<T, kWeights, true>(arguments, stream);
-                }
+                return runPrefillTiles<T, kWeights, true>(arguments, stream);
             }
             return runPrefillTiles<T, kWeights, false>(arguments, stream);
         });
@@ -371,7 +359,7 @@ char const* whyRefused(Problem const& problem) noexcept
 
 size_t workspaceBytes(Problem const& problem, Device const& device) noexcept
 {
-    size_t const partial = partialBytes(problem, device);
+    size_t const partial = mostPartialBytes(problem, device);
     size_t const ordered = orderedBytes(problem);
     return latentBytes(problem) + (partial > ordered ? partial : ordered);
 }

@@ -1,4 +1,5 @@
-// Few rows (up to 8): out = init + in w, bound by reading w once.
+// Few rows (up to 8): out = init + in w, weights of any size and alignment, loaded to registers; stream.cuh
+// has what is quicker where rows of w are aligned.
 //
 // A block owns a tile of columns and a slice of the reduction; its 8 warps take steps of 16 rows in
 // turn. The rows of `in` are the 8 columns of the matrix unit's second operand, so one row costs what
@@ -56,15 +57,16 @@ __host__ __device__ constexpr size_t decodeSharedBytes(int rows, int slice)
     return (staged > sums ? staged : sums) + 16;
 }
 
-// The block's slice of `in`, gathered, and zeros up to a whole step.
-template <typename T>
+// The block's slice of `in`, gathered, and zeros up to a whole step of STEP rows.
+template <int STEP, typename T>
 __device__ __forceinline__ void stageInputs(DecodeArguments<T> const& p, T* staged, int begin, int end)
 {
-    int const padded = (end - begin + kStep - 1) / kStep * kStep;
+    int const padded = (end - begin + STEP - 1) / STEP * STEP;
     int const first = p.init != nullptr ? p.w.columns : 0;
     for (int row = 0; row < p.rows; ++row)
     {
         T const* const from = p.in + static_cast<int64_t>(row) * p.inStride;
+#pragma unroll 4
         for (int k = static_cast<int>(threadIdx.x); k < padded; k += kDecodeThreads)
         {
             T value;
@@ -102,17 +104,27 @@ __device__ __forceinline__ void multiplyStep(float (&sums)[W::kColumns / 2][4], 
     }
 }
 
-// Sums of the block's warps, for each row and column of the tile: the results, or one of several slices.
-template <typename T, WeightType W>
-__device__ __forceinline__ void reduce(DecodeArguments<T> const& p,
-    float const (&sums)[Weights<T, W>::kColumns / 2][4], unsigned char* shared, int slices)
+// The same with codes in the place of weights.
+template <typename T, typename W, int PAIR = 0>
+__device__ __forceinline__ void multiplyCodes(float (&sums)[W::kColumns / 2][4], W const& w, uint2 in)
 {
-    constexpr int kTile = decodeTile<W>();
+    if constexpr (PAIR < W::kColumns / 2)
+    {
+        constexpr int kLeft = 2 * PAIR;
+        multiply(T{}, sums[PAIR], w.template codes<0, kLeft>(), w.template codes<0, kLeft + 1>(),
+            w.template codes<1, kLeft>(), w.template codes<1, kLeft + 1>(), in.x, in.y);
+        multiplyCodes<T, W, PAIR + 1>(sums, w, in);
+    }
+}
+
+// What a thread holds of each row and column of the tile, to where its warp keeps sums.
+template <typename T, WeightType W>
+__device__ __forceinline__ void storeSums(
+    DecodeArguments<T> const& p, float const (&sums)[Weights<T, W>::kColumns / 2][4], float* warps)
+{
     constexpr int kColumns = Weights<T, W>::kColumns;
-    float* const warps = reinterpret_cast<float*>(shared);
-    int const thread = static_cast<int>(threadIdx.x);
-    int const lane = thread % 32;
-    int const warp = thread / 32;
+    int const lane = static_cast<int>(threadIdx.x) % 32;
+    int const warp = static_cast<int>(threadIdx.x) / 32;
 #pragma unroll
     for (int i = 0; i < kColumns / 2; ++i)
     {
@@ -122,10 +134,21 @@ __device__ __forceinline__ void reduce(DecodeArguments<T> const& p,
             int const row = 2 * (lane % 4) + e % 2;
             if (row < p.rows)
             {
-                warps[(warp * p.rows + row) * kTile + kColumns * (lane / 4) + 2 * i + e / 2] = sums[i][e];
+                warps[(warp * p.rows + row) * decodeTile<W>() + kColumns * (lane / 4) + 2 * i + e / 2] = sums[i][e];
             }
         }
     }
+}
+
+// Sums of the block's warps, for each row and column of the tile: the results, or one of several slices.
+template <typename T, WeightType W>
+__device__ __forceinline__ void reduce(DecodeArguments<T> const& p,
+    float const (&sums)[Weights<T, W>::kColumns / 2][4], unsigned char* shared, int slices)
+{
+    constexpr int kTile = decodeTile<W>();
+    float* const warps = reinterpret_cast<float*>(shared);
+    int const thread = static_cast<int>(threadIdx.x);
+    storeSums<T, W>(p, sums, warps);
     __syncthreads();
     int const left = static_cast<int>(blockIdx.x) * kTile;
     for (int o = thread; o < p.rows * kTile; o += kDecodeThreads)
@@ -209,7 +232,7 @@ __device__ __forceinline__ void accumulate(
         }
     }
     awaitPrevious();
-    stageInputs(p, staged, begin, end);
+    stageInputs<kStep>(p, staged, begin, end);
     __syncthreads();
 
     T const* const mine = staged + (lane / 4) * stagedStride(p.slice) + 4 * (lane % 4) - begin;
@@ -235,7 +258,7 @@ __device__ __forceinline__ void accumulate(
     __syncthreads();
 }
 
-template <typename T, WeightType W, bool VECTOR>
+template <typename T, WeightType W>
 __global__ void __launch_bounds__(kDecodeThreads, 2) decodeProduct(DecodeArguments<T> p)
 {
     unsigned char* const shared = sharedMemory();
@@ -243,7 +266,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 2) decodeProduct(DecodeArgumen
     int const end = begin + p.slice < p.w.rows ? begin + p.slice : p.w.rows;
     releaseNext();
     float sums[Weights<T, W>::kColumns / 2][4] = {};
-    accumulate<T, W, VECTOR>(p, sums, reinterpret_cast<T*>(shared), begin, end);
+    accumulate<T, W, false>(p, sums, reinterpret_cast<T*>(shared), begin, end);
     reduce<T, W>(p, sums, shared, static_cast<int>(gridDim.y));
     if (gridDim.y > 1)
     {

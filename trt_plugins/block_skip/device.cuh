@@ -26,7 +26,7 @@ namespace skipcat
 __device__ __forceinline__ void multiply(
     __half, float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1)
 {
-    asm volatile(
+    asm(
         "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
@@ -35,7 +35,7 @@ __device__ __forceinline__ void multiply(
 __device__ __forceinline__ void multiply(
     __nv_bfloat16, float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1)
 {
-    asm volatile(
+    asm(
         "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
@@ -99,11 +99,23 @@ __device__ __forceinline__ float loadShared(float const* from)
     return __ldcg(from);
 }
 
-// 16 bytes to shared memory in the background; those beyond `bytes` are zero and not read.
+// 16 (8) bytes to shared memory in the background; those beyond `bytes` are zero and not read.
 __device__ __forceinline__ void copyAsync16(void* to, void const* from, int bytes)
 {
     uint32_t const address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void copyAsync8(void* to, void const* from, int bytes)
+{
+    uint32_t const address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(address), "l"(from), "r"(bytes) : "memory");
+}
+
+// The line of an address to the second cache, which all stores reach.
+__device__ __forceinline__ void prefetchSecondCache(void const* from)
+{
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
 }
 
 __device__ __forceinline__ void closeCopies()
@@ -147,9 +159,12 @@ cudaError_t launch(void (*kernel)(Arguments), dim3 grid, int threads, size_t sha
     {
         cudaError_t const status = cudaFuncSetAttribute(
             kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(sharedBytes));
-        if (status != cudaSuccess)
+        // Room for blocks of the next launch beside those of this one.
+        cudaError_t const carved = cudaFuncSetAttribute(
+            kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+        if (status != cudaSuccess || carved != cudaSuccess)
         {
-            return status;
+            return status != cudaSuccess ? status : carved;
         }
     }
     cudaLaunchAttribute attribute{};
@@ -171,6 +186,21 @@ cudaError_t launch(void (*kernel)(Arguments), dim3 grid, int threads, size_t sha
 
 namespace skipcat
 {
+
+// Of up to 8 groups of copies so many may still be open.
+__device__ __forceinline__ void awaitAllBut(int open)
+{
+    switch (open)
+    {
+    case 0: return awaitCopies<0>();
+    case 1: return awaitCopies<1>();
+    case 2: return awaitCopies<2>();
+    case 3: return awaitCopies<3>();
+    case 4: return awaitCopies<4>();
+    case 5: return awaitCopies<5>();
+    default: return awaitCopies<6>();
+    }
+}
 
 __device__ __forceinline__ float toFloat(__half value)
 {

@@ -1,36 +1,15 @@
 // Many rows: out = init + in w in tiles of 128 columns on the matrix unit, the accumulators starting at
-// `init`. Tiles of `in` and of float weights come through a ring of asynchronous copies; codes, and
-// weights whose rows are not 16-byte aligned, are decoded on their way into the same ring.
+// `init`. Tiles of `in` and of float weights come through a ring of asynchronous copies; codes are read into
+// registers while a stage is multiplied, and decoded into the same ring after it; weights whose rows are not
+// aligned are read number by number.
 
 #ifndef SKIPCAT_PREFILL_CUH
 #define SKIPCAT_PREFILL_CUH
 
-#include "weights.cuh"
+#include "prefill_weights.cuh"
 
 namespace skipcat
 {
-
-constexpr int kTileColumns = 128;
-constexpr int kTileDepth = 32;
-constexpr int kTileThreads = 256;
-constexpr int kRing = 4;
-// Padding that spreads the rows of a matrix load over all banks.
-constexpr int kInStride = kTileDepth + 8;
-constexpr int kWeightStride = kTileColumns + 8;
-
-template <typename T>
-struct PrefillArguments
-{
-    T const* in;   // [rows, inStride], 16-byte aligned rows; x itself where inputs are gathered
-    T const* init; // null or [rows, initStride]
-    T* out;        // [rows, outStride]
-    Matrix w;
-    int rows;
-    int inStride;
-    int initStride;
-    int outStride;
-    int32_t const* index{nullptr}; // order of the columns of x, where inputs are gathered; or null
-};
 
 __host__ __device__ constexpr int prefillStageNumbers(int tileRows)
 {
@@ -40,12 +19,6 @@ __host__ __device__ constexpr int prefillStageNumbers(int tileRows)
 __host__ __device__ constexpr size_t prefillSharedBytes(int tileRows, int ring = kRing)
 {
     return static_cast<size_t>(ring) * prefillStageNumbers(tileRows) * 2;
-}
-
-__device__ __forceinline__ int bytesInside(int from, int end)
-{
-    int const left = end - from;
-    return left <= 0 ? 0 : (left >= 8 ? 16 : 2 * left);
 }
 
 template <typename T, int TILE_ROWS>
@@ -93,64 +66,6 @@ __device__ __forceinline__ void gatherInputs(PrefillArguments<T> const& p, T* to
     }
 }
 
-template <typename T>
-__device__ __forceinline__ T decoded(Matrix const& w, int row, int column, WeightType type)
-{
-    T value;
-    if (type == WeightType::kFloat)
-    {
-        return static_cast<T const*>(w.codes)[static_cast<int64_t>(row) * w.columns + column];
-    }
-    int code;
-    if (type == WeightType::kInt8)
-    {
-        code = static_cast<int8_t const*>(w.codes)[static_cast<int64_t>(row) * w.columns + column];
-    }
-    else
-    {
-        int64_t const stride = (w.columns + 1) / 2;
-        uint8_t const both = static_cast<uint8_t const*>(w.codes)[row * stride + column / 2];
-        code = ((column % 2 == 0 ? both & 15 : both >> 4) ^ 8) - 8;
-    }
-    T const scale = static_cast<T const*>(w.scale)[static_cast<int64_t>(row / w.groupSize) * w.columns + column];
-    fromFloat(static_cast<float>(code) * toFloat(scale), value);
-    return value;
-}
-
-template <typename T, WeightType W, bool VECTOR>
-__device__ __forceinline__ void fetchWeights(PrefillArguments<T> const& p, T* to, int left, int k)
-{
-    constexpr int kChunks = kTileDepth * kTileColumns / 8;
-#pragma unroll
-    for (int i = 0; i < kChunks / kTileThreads; ++i)
-    {
-        int const chunk = i * kTileThreads + static_cast<int>(threadIdx.x);
-        int const row = chunk / (kTileColumns / 8);
-        int const column = chunk % (kTileColumns / 8) * 8;
-        if constexpr (VECTOR && W == WeightType::kFloat)
-        {
-            int const bytes = k + row < p.w.rows ? bytesInside(left + column, p.w.columns) : 0;
-            T const* const weights = static_cast<T const*>(p.w.codes);
-            T const* const from = weights + static_cast<int64_t>(k + row) * p.w.columns + left + column;
-            copyAsync16(to + row * kWeightStride + column, bytes > 0 ? from : weights, bytes);
-        }
-        else
-        {
-#pragma unroll
-            for (int c = 0; c < 8; ++c)
-            {
-                T value;
-                fromFloat(0.0f, value);
-                if (k + row < p.w.rows && left + column + c < p.w.columns)
-                {
-                    value = decoded<T>(p.w, k + row, left + column + c, W);
-                }
-                to[row * kWeightStride + column + c] = value;
-            }
-        }
-    }
-}
-
 // Warps side by side: each takes kWarpRows x kWarpColumns of the tile.
 template <int TILE_ROWS>
 struct Shape
@@ -163,16 +78,16 @@ struct Shape
     static constexpr int kAcross = kWarpColumns / 8;
 };
 
+// A warp's operands of 16 of the reduction.
 template <typename T, int TILE_ROWS>
-__device__ __forceinline__ void multiplyTile(
-    float (&sums)[Shape<TILE_ROWS>::kDown][Shape<TILE_ROWS>::kAcross][4], T const* in, T const* weights, int lane)
+struct Operands
 {
     using S = Shape<TILE_ROWS>;
-#pragma unroll
-    for (int k = 0; k < kTileDepth; k += 16)
+    uint32_t left[S::kDown][4];
+    uint32_t right[S::kAcross / 2][4];
+
+    __device__ __forceinline__ void load(T const* in, T const* weights, int k, int lane)
     {
-        uint32_t left[S::kDown][4];
-        uint32_t right[S::kAcross / 2][4];
 #pragma unroll
         for (int i = 0; i < S::kDown; ++i)
         {
@@ -183,14 +98,32 @@ __device__ __forceinline__ void multiplyTile(
         {
             loadTransposed(right[j], weights + (k + lane % 16) * kWeightStride + 16 * j + lane / 16 * 8);
         }
+    }
+};
+
+template <typename T, int TILE_ROWS>
+__device__ __forceinline__ void multiplyTile(
+    float (&sums)[Shape<TILE_ROWS>::kDown][Shape<TILE_ROWS>::kAcross][4], T const* in, T const* weights, int lane)
+{
+    using S = Shape<TILE_ROWS>;
+    Operands<T, TILE_ROWS> operands[2];
+    operands[0].load(in, weights, 0, lane);
+#pragma unroll
+    for (int k = 0; k < kTileDepth; k += 16)
+    {
+        auto const& now = operands[k / 16 % 2];
+        if (k + 16 < kTileDepth)
+        {
+            operands[(k / 16 + 1) % 2].load(in, weights, k + 16, lane);
+        }
 #pragma unroll
         for (int i = 0; i < S::kDown; ++i)
         {
 #pragma unroll
             for (int j = 0; j < S::kAcross; ++j)
             {
-                multiply(T{}, sums[i][j], left[i][0], left[i][1], left[i][2], left[i][3], right[j / 2][j % 2 * 2],
-                    right[j / 2][j % 2 * 2 + 1]);
+                multiply(T{}, sums[i][j], now.left[i][0], now.left[i][1], now.left[i][2], now.left[i][3],
+                    now.right[j / 2][j % 2 * 2], now.right[j / 2][j % 2 * 2 + 1]);
             }
         }
     }
@@ -256,26 +189,43 @@ __device__ __forceinline__ void prefillTile(PrefillArguments<T> const& p)
     int const warpTop = warp % S::kWarpsDown * S::kWarpRows;
     int const warpLeft = warp / S::kWarpsDown * S::kWarpColumns;
     int const steps = (p.w.rows + kTileDepth - 1) / kTileDepth;
+    constexpr bool kCodes = VECTOR && W != WeightType::kFloat;
+    RowCodes<T, kCodes ? W : WeightType::kInt4> codes; // of kCodes alone
+    auto const stageOf = [&](int step) { return ring + step % RING * prefillStageNumbers(TILE_ROWS); };
     auto const fetch = [&](int step)
     {
         if (step < steps)
         {
-            T* const stage = ring + step % RING * prefillStageNumbers(TILE_ROWS);
             if constexpr (GATHER)
             {
-                gatherInputs<T, TILE_ROWS>(p, stage, top, step * kTileDepth);
+                gatherInputs<T, TILE_ROWS>(p, stageOf(step), top, step * kTileDepth);
             }
             else
             {
-                fetchInputs<T, TILE_ROWS>(p, stage, top, step * kTileDepth);
+                fetchInputs<T, TILE_ROWS>(p, stageOf(step), top, step * kTileDepth);
             }
-            fetchWeights<T, W, VECTOR>(p, stage + TILE_ROWS * kInStride, left, step * kTileDepth);
+            if constexpr (kCodes)
+            {
+                codes.load(p.w, left, step * kTileDepth);
+            }
+            else
+            {
+                fetchWeights<T, W, VECTOR>(p, stageOf(step) + TILE_ROWS * kInStride, left, step * kTileDepth);
+            }
         }
         closeCopies();
+    };
+    auto const decode = [&](int step)
+    {
+        if (kCodes && step < steps)
+        {
+            codes.store(stageOf(step) + TILE_ROWS * kInStride);
+        }
     };
     for (int step = 0; step < RING - 1; ++step)
     {
         fetch(step);
+        decode(step);
     }
     float sums[S::kDown][S::kAcross][4] = {};
     if (p.init != nullptr)
@@ -297,6 +247,7 @@ __device__ __forceinline__ void prefillTile(PrefillArguments<T> const& p)
         T const* const stage = ring + step % RING * prefillStageNumbers(TILE_ROWS);
         multiplyTile<T, TILE_ROWS>(
             sums, stage + warpTop * kInStride, stage + TILE_ROWS * kInStride + warpLeft, lane);
+        decode(step + RING - 1);
     }
     eachPair<T, TILE_ROWS>(p, sums, top + warpTop, left + warpLeft, lane,
         [&](int row, int column, float* pair) { storePair(p, row, column, pair); });

@@ -2,7 +2,7 @@
 //
 // A thread takes rows 4t ... 4t + 3 of a step of 16 and kColumns neighbouring columns. The matrix unit
 // wants neighbours in the reduction, which lie in different rows of memory, so `pair` joins the same
-// column of two rows into one register. Which of the 16 rows is called which does not matter to a sum:
+// column of two rows into one register (`codes` as they are, before their scale). Which of the 16 rows is called which does not matter to a sum:
 // rows 4t, 4t + 1 play the part of 2t, 2t + 1, and rows 4t + 2, 4t + 3 that of 2t + 8, 2t + 9.
 
 #ifndef SKIPCAT_WEIGHTS_CUH
@@ -85,6 +85,20 @@ __device__ __forceinline__ uint32_t fromNibbles(__nv_bfloat16 tag, uint32_t halv
     return subtract(tag, maskFlip(halves >> (4 * J), 0x000f000fu, 0x43084308u), 0x43084308u);
 }
 
+// The lower and the upper number of a register.
+template <typename T>
+__device__ __forceinline__ float firstOf(T, uint32_t both)
+{
+    uint16_t const half = static_cast<uint16_t>(both);
+    return toFloat(reinterpret_cast<T const&>(half));
+}
+
+template <typename T>
+__device__ __forceinline__ float secondOf(T tag, uint32_t both)
+{
+    return firstOf(tag, both >> 16);
+}
+
 // Where a matrix of weights lies; `rows` is its reduction.
 struct Matrix
 {
@@ -133,9 +147,15 @@ struct Weights<T, WeightType::kFloat>
 
     // Column C of rows 2P and 2P + 1.
     template <int P, int C>
-    __device__ __forceinline__ uint32_t pair() const
+    __device__ __forceinline__ uint32_t codes() const
     {
         return permute<C % 2 == 0 ? 0x5410 : 0x7632>(word[2 * P][C / 2], word[2 * P + 1][C / 2]);
+    }
+
+    template <int P, int C>
+    __device__ __forceinline__ uint32_t pair() const
+    {
+        return codes<P, C>();
     }
 };
 
@@ -218,12 +238,18 @@ struct Weights<T, WeightType::kInt8>
     }
 
     template <int P, int C>
-    __device__ __forceinline__ uint32_t pair() const
+    __device__ __forceinline__ uint32_t codes() const
     {
         // Bytes: column C of both rows, then column C + 1 of both (for even C).
         constexpr uint32_t kSelector = C % 4 < 2 ? 0x5140 : 0x7362;
         uint32_t const bytes = permute<kSelector>(word[2 * P][C / 4], word[2 * P + 1][C / 4]) ^ 0x80808080u;
-        return scaled(T{}, fromBytes<C % 2>(T{}, bytes), scales.template twice<C>());
+        return fromBytes<C % 2>(T{}, bytes);
+    }
+
+    template <int P, int C>
+    __device__ __forceinline__ uint32_t pair() const
+    {
+        return scaled(T{}, codes<P, C>(), scales.template twice<C>());
     }
 };
 
@@ -268,11 +294,17 @@ struct Weights<T, WeightType::kInt4>
     }
 
     template <int P, int C>
-    __device__ __forceinline__ uint32_t pair() const
+    __device__ __forceinline__ uint32_t codes() const
     {
         constexpr uint32_t kSelector = C % 8 < 4 ? 0x5410 : 0x7632;
         uint32_t const halves = permute<kSelector>(word[2 * P][C / 8], word[2 * P + 1][C / 8]);
-        return scaled(T{}, fromNibbles<C % 4>(T{}, halves), scales.template twice<C>());
+        return fromNibbles<C % 4>(T{}, halves);
+    }
+
+    template <int P, int C>
+    __device__ __forceinline__ uint32_t pair() const
+    {
+        return scaled(T{}, codes<P, C>(), scales.template twice<C>());
     }
 };
 

@@ -40,6 +40,13 @@ inline void __syncthreads()
 #endif
 }
 
+inline void __syncwarp()
+{
+#ifndef SKIPCAT_EMULATE_NO_BARRIER
+    emulate::block().barrier(emulate::Scope::kWarp);
+#endif
+}
+
 inline void __threadfence() {}
 
 inline unsigned atomicAdd(uint32_t* address, unsigned value)
@@ -176,17 +183,34 @@ inline float loadShared(float const* from)
     return *from;
 }
 
-inline void copyAsync16(void* to, void const* from, int bytes)
+inline void copyAsync(void* to, void const* from, int bytes, size_t size)
 {
-    if (reinterpret_cast<uintptr_t>(to) % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0)
+    if (reinterpret_cast<uintptr_t>(to) % size != 0 || reinterpret_cast<uintptr_t>(from) % size != 0)
     {
-        emulate::fail("an asynchronous copy between addresses that are not 16-byte aligned");
+        emulate::fail("an asynchronous copy between addresses that are not aligned to its size");
     }
     emulate::Copy copy{};
     std::memcpy(copy.bytes, from, static_cast<size_t>(bytes));
     copy.to = to;
-    std::memset(to, 0xff, 16);
+    copy.size = size;
+    std::memset(to, 0xff, size);
     emulate::block().current().open.push_back(copy);
+}
+
+inline void copyAsync16(void* to, void const* from, int bytes)
+{
+    copyAsync(to, from, bytes, 16);
+}
+
+inline void copyAsync8(void* to, void const* from, int bytes)
+{
+    copyAsync(to, from, bytes, 8);
+}
+
+inline void prefetchSecondCache(void const* from)
+{
+    volatile unsigned char const first = *static_cast<unsigned char const*>(from); // seen by the address sanitizer
+    static_cast<void>(first);
 }
 
 inline void closeCopies()
@@ -204,7 +228,7 @@ void awaitCopies()
     {
         for (auto const& copy : groups.front())
         {
-            std::memcpy(copy.to, copy.bytes, 16);
+            std::memcpy(copy.to, copy.bytes, copy.size);
         }
         groups.pop_front();
     }

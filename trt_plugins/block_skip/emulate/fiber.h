@@ -39,10 +39,11 @@ enum class Scope
     kBlock
 };
 
-// 16 bytes on their way to shared memory.
+// Up to 16 bytes on their way to shared memory.
 struct Copy
 {
     void* to;
+    size_t size;
     unsigned char bytes[16];
 };
 
