@@ -50,10 +50,10 @@ struct WeightFormat
 struct Tactic
 {
     int32_t blocks; // wanted on each multiprocessor
-    int32_t stages; // of 16 rows of w, that each warp should have at least
+    int32_t stages; // of 16 rows of w (32 of 4 bits), that each warp should have at least
 };
 
-constexpr Tactic kTactic[] = {{1, 2}, {2, 2}, {1, 4}, {1, 8}};
+constexpr Tactic kTactic[] = {{1, 1}, {2, 1}, {1, 3}, {2, 3}};
 constexpr int32_t kTactics = sizeof(kTactic) / sizeof(kTactic[0]);
 constexpr int32_t kMaxRows = 4096;
 

@@ -123,9 +123,10 @@ cudaError_t launchStream(DecodeArguments<T> const& arguments, Product const& pro
     int32_t tactic, After after, cudaStream_t stream)
 {
     Shares const shares = cutShares<W, CHUNK>(product, device, tactic);
-    StreamArguments<T> p{arguments, shares.depth, after == After::kProduct};
+    StreamArguments<T> p{arguments, shares.tileStages, shares.stages / shares.blocks, shares.stages % shares.blocks,
+        after == After::kProduct};
     p.slice = shares.staged;
-    size_t const shared = streamSharedBytes<W, CHUNK>(p.rows, p.slice, p.depth);
+    size_t const shared = streamSharedBytes<W, CHUNK>(p.rows, p.slice);
     dim3 const grid(static_cast<unsigned>(shares.blocks));
     return launch(streamProduct<T, W, CHUNK>, grid, kDecodeThreads, shared, stream, device.capability >= 90, p);
 }
@@ -198,23 +199,35 @@ cudaError_t decode(Problem const& problem, Pointers const& pointers, Device cons
     return runDecodeProduct(product, second, device, problem.tactic, After::kProduct, stream);
 }
 
-template <typename T, WeightType W, bool VECTOR>
-cudaError_t runPrefillTiles(PrefillArguments<T> const& arguments, cudaStream_t stream)
+template <typename T, WeightType W, bool VECTOR, int TILE_ROWS, int TILE_COLUMNS = kTileColumns>
+cudaError_t launchPrefill(PrefillArguments<T> const& arguments, cudaStream_t stream)
 {
-    unsigned const across = static_cast<unsigned>(ceilDivide(arguments.w.columns, kTileColumns));
+    dim3 const grid(static_cast<unsigned>(ceilDivide(arguments.rows, TILE_ROWS)),
+        static_cast<unsigned>(ceilDivide(arguments.w.columns, TILE_COLUMNS)));
+    size_t const shared = prefillSharedBytes(TILE_ROWS, kRing, TILE_COLUMNS);
+    return launch(prefillProduct<T, W, VECTOR, TILE_ROWS, TILE_COLUMNS>, grid, kTileThreads, shared, stream, false, arguments);
+}
+
+template <typename T, WeightType W, bool VECTOR>
+cudaError_t runPrefillTiles(PrefillArguments<T> const& arguments, Device const& device, cudaStream_t stream)
+{
     if (arguments.rows <= 64)
     {
-        dim3 const grid(static_cast<unsigned>(ceilDivide(arguments.rows, 32)), across);
-        return launch(
-            prefillProduct<T, W, VECTOR, 32>, grid, kTileThreads, prefillSharedBytes(32), stream, false, arguments);
+        return launchPrefill<T, W, VECTOR, 32>(arguments, stream);
     }
-    dim3 const grid(static_cast<unsigned>(ceilDivide(arguments.rows, 128)), across);
-    return launch(
-        prefillProduct<T, W, VECTOR, 128>, grid, kTileThreads, prefillSharedBytes(128), stream, false, arguments);
+    if constexpr (VECTOR && W == WeightType::kFloat)
+    {
+        if (prefersWideTiles(arguments.rows, arguments.w.columns, device))
+        {
+            return launchPrefill<T, W, VECTOR, 128, kWideColumns>(arguments, stream);
+        }
+    }
+    return launchPrefill<T, W, VECTOR, 128>(arguments, stream);
 }
 
 template <typename T>
-cudaError_t runPrefillProduct(PrefillArguments<T> const& arguments, WeightType weights, cudaStream_t stream)
+cudaError_t runPrefillProduct(
+    PrefillArguments<T> const& arguments, WeightType weights, Device const& device, cudaStream_t stream)
 {
     return withWeights(weights,
         [&](auto type)
@@ -222,9 +235,9 @@ cudaError_t runPrefillProduct(PrefillArguments<T> const& arguments, WeightType w
             constexpr WeightType kWeights = decltype(type)::value;
             if (readsInVectors(arguments.w, kWeights))
             {
-                return runPrefillTiles<T, kWeights, true>(arguments, stream);
+                return runPrefillTiles<T, kWeights, true>(arguments, device, stream);
             }
-            return runPrefillTiles<T, kWeights, false>(arguments, stream);
+            return runPrefillTiles<T, kWeights, false>(arguments, device, stream);
         });
 }
 
@@ -246,8 +259,8 @@ cudaError_t gatherHalves(
 }
 
 template <typename T>
-cudaError_t prefill(
-    Problem const& problem, Pointers const& pointers, unsigned char* workspace, cudaStream_t stream)
+cudaError_t prefill(Problem const& problem, Pointers const& pointers, Device const& device, unsigned char* workspace,
+    cudaStream_t stream)
 {
     T const* const x = static_cast<T const*>(pointers.x);
     T* const latent = reinterpret_cast<T*>(workspace);
@@ -266,14 +279,14 @@ cudaError_t prefill(
         }
     }
     cudaError_t const status
-        = runPrefillProduct(first, mixes(problem) ? problem.a.type : problem.b.type, stream);
+        = runPrefillProduct(first, mixes(problem) ? problem.a.type : problem.b.type, device, stream);
     if (status != cudaSuccess || !mixes(problem))
     {
         return status;
     }
     product.in = latent;
     product.inStride = alignedStride(problem.rank);
-    return runPrefillProduct(product, problem.b.type, stream);
+    return runPrefillProduct(product, problem.b.type, device, stream);
 }
 
 template <typename T>
@@ -285,7 +298,7 @@ cudaError_t run(Problem const& problem, Pointers const& pointers, Device const& 
     {
         return decode<T>(problem, pointers, device, scratch, counters, stream);
     }
-    return prefill<T>(problem, pointers, scratch, stream);
+    return prefill<T>(problem, pointers, device, scratch, stream);
 }
 
 bool isQuantised(WeightFormat const& format)

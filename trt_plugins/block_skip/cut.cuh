@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "block_skip.h"
+#include "prefill.cuh"
 #include "stream.cuh"
 
 namespace skipcat
@@ -55,58 +56,69 @@ inline Slices cutReduction(Product const& product, Device const& device, int32_t
     return {used, std::max(ceilDivide(product.reduction, used), 1)};
 }
 
-// stream.cuh: blocks with equal shares, rows of `in` that each stages at once, and stages of a warp's ring.
+// stream.cuh: equal shares of all stages of its tiles, and the rows of `in` that a block stages at once.
 struct Shares
 {
     int32_t blocks;
+    int32_t tileStages;
+    int32_t stages;
     int32_t staged;
-    int32_t depth;
 };
 
-// Shared memory of a multiprocessor, less what the system takes of each of two blocks.
-inline int32_t sharedBytesOf(int32_t capability)
+// Shared memory that a block can have.
+inline size_t sharedBytesOf(int32_t capability)
 {
     bool const small = capability == 86 || capability == 89 || capability >= 120;
-    return (small ? 100 : capability < 90 ? 164 : 228) * 1024 - 2 * 1024;
-}
-
-inline bool hasShares(Product const& product)
-{
-    int64_t const stages = static_cast<int64_t>(ceilDivide(product.reduction, kStep)) * product.tiles();
-    return stages > 0 && stages < INT32_MAX;
+    return (small ? 99 : capability < 90 ? 163 : 227) * size_t{1024};
 }
 
 template <WeightType W, int CHUNK>
 Shares cutShares(Product const& product, Device const& device, int32_t tactic)
 {
-    constexpr int32_t kStagedBytes = 16 * 1024;
+    int32_t const stagedBytes = sharedBytesOf(device.capability) < 128 * 1024 ? 8 * 1024 : 16 * 1024;
     constexpr int32_t kRows = stageRows<W, CHUNK>();
     int32_t const tileStages = ceilDivide(product.reduction, kRows);
-    int32_t const stages = tileStages * product.tiles();
-    int32_t const least = kTactic[tactic].stages * kDecodeWarps;
-    int32_t const blocks
-        = std::min(device.multiprocessors * std::min(kTactic[tactic].blocks, 2), std::max(stages / least, 1));
-    int32_t const fits = kStagedBytes / (2 * product.rows) / kRows * kRows;
+    int32_t const stages = tileStages * ceilDivide(product.columns, streamTile<W>());
+    int32_t const fewest = std::max(stages / (kTactic[tactic].stages * kQuarters), 1);
+    int32_t const blocks = std::min(device.multiprocessors * std::min(kTactic[tactic].blocks, 2), fewest);
+    int32_t const fits = stagedBytes / (2 * product.rows) / kRows * kRows;
     int32_t const share = (ceilDivide(stages, blocks) + 1) * kRows;
-    int32_t const staged = std::min({fits, share, tileStages * kRows});
-    // As many stages as leave room for a block of the next launch.
-    size_t const room = static_cast<size_t>(sharedBytesOf(device.capability)) / 2;
-    int32_t depth = 2;
-    while (depth < kMostStages && streamSharedBytes<W, CHUNK>(product.rows, staged, depth + 1) <= room)
-    {
-        ++depth;
-    }
-    return {blocks, staged, depth};
+    return {blocks, tileStages, stages, std::min({fits, share, tileStages * kRows})};
+}
+
+// Whether stages can be counted.
+inline bool hasShares(Product const& product)
+{
+    int64_t const stages = static_cast<int64_t>(ceilDivide(product.reduction, kStep)) * product.tiles();
+    return stages > 0 && stages < INT32_MAX / kQuarters;
 }
 
 // Bytes of partial sums, whichever kernel it is.
 inline size_t partialBytes(Product const& product, Device const& device, int32_t tactic)
 {
     size_t const slices = static_cast<size_t>(cutReduction(product, device, tactic).slices) * product.columns;
-    size_t const shares = hasShares(product)
-        ? static_cast<size_t>(2 * cutShares<WeightType::kFloat, 16>(product, device, tactic).blocks) * product.tile()
-        : 0;
-    return std::max(slices, shares) * product.rows * 4;
+    size_t const blocks = static_cast<size_t>(device.multiprocessors) * std::min(kTactic[tactic].blocks, 2);
+    return std::max(slices, 2 * blocks * kHalves * product.tile()) * product.rows * 4;
+}
+
+constexpr int32_t kWideColumns = 256;
+
+// Whether tiles of 128 x 256, one to a multiprocessor, are quicker than two of 128 x 128 at a time: they are read
+// from shared memory less often, but their last round can leave more of the chip idle.
+inline bool prefersWideTiles(int32_t rows, int32_t columns, Device const& device)
+{
+    constexpr double kGain = 1.3;
+    constexpr size_t kShared = prefillSharedBytes(128, kRing, kWideColumns);
+    if (sharedBytesOf(device.capability) < kShared)
+    {
+        return false;
+    }
+    auto const busy = [&](int32_t width, int32_t slots)
+    {
+        int32_t const tiles = ceilDivide(rows, 128) * ceilDivide(columns, width);
+        return static_cast<double>(rows) * columns / (128 * width) / (ceilDivide(tiles, slots) * slots);
+    };
+    return kGain * busy(kWideColumns, device.multiprocessors) > busy(kTileColumns, 2 * device.multiprocessors);
 }
 
 } // namespace skipcat

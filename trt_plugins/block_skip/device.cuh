@@ -187,21 +187,6 @@ cudaError_t launch(void (*kernel)(Arguments), dim3 grid, int threads, size_t sha
 namespace skipcat
 {
 
-// Of up to 8 groups of copies so many may still be open.
-__device__ __forceinline__ void awaitAllBut(int open)
-{
-    switch (open)
-    {
-    case 0: return awaitCopies<0>();
-    case 1: return awaitCopies<1>();
-    case 2: return awaitCopies<2>();
-    case 3: return awaitCopies<3>();
-    case 4: return awaitCopies<4>();
-    case 5: return awaitCopies<5>();
-    default: return awaitCopies<6>();
-    }
-}
-
 __device__ __forceinline__ float toFloat(__half value)
 {
     return __half2float(value);

@@ -1,8 +1,9 @@
 // Stages of w on their way through a warp's ring in shared memory, ahead of their use.
 //
-// w is cut into tiles of columns, a tile into stages of 16 rows (32 of 4 bits). Each block takes an equal share of all stages, in
-// order: of its share in one tile, a segment, each of its 8 warps takes an eighth. Chunks of 16 bytes lie in the ring
-// so that what the lanes read at once is in banks apart.
+// w is cut into tiles of columns, a tile into stages of 16 rows (32 of 4 bits). Each block takes an equal share of all
+// stages, in order; of its share in one tile, a segment, two warps side by side take a quarter, each a half of the
+// columns, so that memory is read in lines as long as its pages like. Chunks of 16 bytes lie in the ring so that what
+// the lanes read at once is in banks apart.
 
 #ifndef SKIPCAT_FEED_CUH
 #define SKIPCAT_FEED_CUH
@@ -12,15 +13,38 @@
 namespace skipcat
 {
 
-constexpr int kMostStages = 8;
+constexpr int kHalves = 2;
+constexpr int kQuarters = kDecodeWarps / kHalves;
+constexpr int kDepth = 4; // stages of a ring
 
 template <typename T>
 struct StreamArguments : DecodeArguments<T> // `slice`: rows of `in` that are staged at once
 {
-    int depth;   // stages of a warp's ring, 2 to kMostStages
+    int tileStages;
+    int share;    // stages of a block
+    int longer;   // blocks that have one more, the first ones
     bool settled; // w was written before the previous kernel began
+
+    __device__ __forceinline__ int shareStart(int block) const
+    {
+        return block * share + (block < longer ? block : longer);
+    }
+
+    // Whose share a stage is in.
+    __device__ __forceinline__ int ownerOf(int stage) const
+    {
+        int const before = longer * (share + 1);
+        return stage < before ? stage / (share + 1) : longer + (stage - before) / share;
+    }
 };
 
+template <WeightType W>
+__host__ __device__ constexpr int streamTile()
+{
+    return kHalves * decodeTile<W>();
+}
+
+// Bytes of a row that a warp reads.
 template <WeightType W>
 __host__ __device__ constexpr int stageRowBytes()
 {
@@ -34,7 +58,7 @@ __host__ __device__ constexpr int stageRows()
     return W == WeightType::kInt4 && CHUNK == 16 ? 2 * kStep : kStep;
 }
 
-// Bytes of the weights of a stage.
+// Bytes of the weights of a warp's stage.
 template <WeightType W, int CHUNK>
 __host__ __device__ constexpr int stageWeightBytes()
 {
@@ -48,21 +72,7 @@ __host__ __device__ constexpr int stageBytes()
     return stageWeightBytes<W, CHUNK>() + (W == WeightType::kFloat ? 0 : 2 * decodeTile<W>());
 }
 
-// Numbers of the staged inputs, whose end is aligned.
-__host__ __device__ constexpr size_t stagedBytes(int rows, int slice)
-{
-    return (static_cast<size_t>(rows) * stagedStride(slice) * 2 + 15) / 16 * 16;
-}
-
-// The rings, the staged inputs, the warps' sums, and the ticket.
-template <WeightType W, int CHUNK>
-__host__ __device__ constexpr size_t streamSharedBytes(int rows, int slice, int depth)
-{
-    return static_cast<size_t>(kDecodeWarps) * depth * stageBytes<W, CHUNK>() + stagedBytes(rows, slice)
-        + static_cast<size_t>(kDecodeWarps) * rows * decodeTile<W>() * 4 + 16;
-}
-
-// Stages [begin, end) of one tile; `last` of them that this block has.
+// Stages [begin, end) of one tile; the `last` of them that this block has.
 struct Segment
 {
     int tile;
@@ -70,177 +80,82 @@ struct Segment
     int end;
     bool last;
 
-    // The eighth of a warp.
-    __device__ __forceinline__ int start(int warp) const
+    __device__ __forceinline__ int start(int quarter) const
     {
-        return begin + (end - begin) * warp / kDecodeWarps;
+        return begin + (end - begin) * quarter / kQuarters;
     }
 };
-
-// Where the share of block `b` of so many begins.
-__device__ __forceinline__ int shareStart(int stages, int b, int blocks)
-{
-    return static_cast<int>(static_cast<int64_t>(stages) * b / blocks);
-}
-
-// Whose share a stage is in.
-__device__ __forceinline__ int ownerOf(int stages, int stage, int blocks)
-{
-    return static_cast<int>(((static_cast<int64_t>(stage) + 1) * blocks - 1) / stages);
-}
 
 // Goes through the segments of a block.
 struct Walk
 {
-    int at;
-    int end;
     int tileStages;
     int most; // stages of a segment, for which inputs are staged
+    int tile;
+    int begin;
+    int left;
 
     __device__ __forceinline__ bool next(Segment& segment)
     {
-        if (at >= end)
+        if (left == 0)
         {
             return false;
         }
-        segment.tile = at / tileStages;
-        segment.begin = at - segment.tile * tileStages;
-        int const left = end - at < tileStages - segment.begin ? end - at : tileStages - segment.begin;
-        int const taken = left < most ? left : most;
-        segment.end = segment.begin + taken;
-        segment.last = taken == left;
-        at += taken;
+        int const whole = left < tileStages - begin ? left : tileStages - begin;
+        int const taken = whole < most ? whole : most;
+        segment = {tile, begin, begin + taken, taken == whole};
+        left -= taken;
+        begin += taken;
+        if (begin == tileStages)
+        {
+            begin = 0;
+            ++tile;
+        }
         return true;
     }
 };
 
-template <typename T, WeightType W, int CHUNK>
+template <int ROWS, typename T>
 __device__ __forceinline__ Walk walkOf(StreamArguments<T> const& p)
 {
-    constexpr int kRows = stageRows<W, CHUNK>();
-    int const tileStages = (p.w.rows + kRows - 1) / kRows;
-    int const stages = tileStages * ((p.w.columns + decodeTile<W>() - 1) / decodeTile<W>());
     int const block = static_cast<int>(blockIdx.x);
-    int const blocks = static_cast<int>(gridDim.x);
-    return {shareStart(stages, block, blocks), shareStart(stages, block + 1, blocks), tileStages, p.slice / kRows};
+    int const start = p.shareStart(block);
+    int const tile = start / p.tileStages;
+    return {p.tileStages, p.slice / ROWS, tile, start - tile * p.tileStages, p.shareStart(block + 1) - start};
 }
 
-// Brings a warp's stages into its ring, ahead of their use. CHUNK: bytes of a copy.
+// Brings a warp's stages into its ring. CHUNK: bytes of a copy.
 template <typename T, WeightType W, int CHUNK>
 struct Feed
 {
     static constexpr int kRowBytes = stageRowBytes<W>();
     static constexpr int kRows = stageRows<W, CHUNK>();
-    static constexpr int kChunks = kRows * kRowBytes / CHUNK / 32; // of each lane
-    static constexpr int kLines = 32 * CHUNK / kRowBytes;          // rows that one round of chunks covers
+    static constexpr int kRound = 32 * CHUNK;                  // bytes that the lanes copy at once
+    static constexpr int kRounds = kRows * kRowBytes / kRound; // of a stage
+    static constexpr int kLines = kRound / kRowBytes;          // rows of a round
 
     Matrix const& w;
     Walk walk;
     int stage{0};
     int end{0};
-    int row{0};       // of w, the stage's first
-    int untilGroup{0}; // rows until the next group of scales
-    int64_t stride{0};
-    unsigned char const* from{nullptr}; // this lane's part of the stage's first rows
-    unsigned char const* scales{nullptr};
+    int untilGroup{0}; // rows between this stage and the next group of scales
+    bool opens{false}; // its scales are not those of the stage before
     bool inside{false};
     bool scalesInside{false};
+    int stride; // bytes of a row
+    unsigned char const* from{nullptr}; // this lane's part of the stage's first round
+    unsigned char const* scales{nullptr};
 
     __device__ __forceinline__ Feed(Matrix const& matrix, Walk const& whole)
         : w(matrix)
         , walk(whole)
+        , stride(W == WeightType::kFloat ? 2 * w.columns
+                  : W == WeightType::kInt8 ? w.columns
+                                           : (w.columns + 1) / 2)
     {
-        stride = W == WeightType::kFloat ? static_cast<int64_t>(w.columns) * 2
-            : W == WeightType::kInt8    ? w.columns
-                                        : (w.columns + 1) / 2;
     }
 
-    // To the warp's first stage; false if it has none.
-    __device__ __forceinline__ bool start()
-    {
-        return enter();
-    }
-
-    // On to the next one; false after the last.
-    __device__ __forceinline__ bool advance()
-    {
-        ++stage;
-        row += kRows;
-        from += kRows * stride;
-        if constexpr (W != WeightType::kFloat)
-        {
-            untilGroup -= kRows;
-            if (untilGroup < 0)
-            {
-                untilGroup += w.groupSize;
-                scales += static_cast<int64_t>(w.columns) * 2;
-            }
-        }
-        return stage < end || enter();
-    }
-
-    // The scales of this stage are not those of the one before.
-    __device__ __forceinline__ bool opensGroup() const
-    {
-        return untilGroup == w.groupSize - kRows;
-    }
-
-    // Starts copying the stage to where the ring has room for it.
-    __device__ __forceinline__ void copy(unsigned char* to)
-    {
-        int const lane = static_cast<int>(threadIdx.x) % 32;
-#pragma unroll
-        for (int j = 0; j < kChunks; ++j)
-        {
-            int const chunk = 32 * j + lane;
-            int const at = chunk * CHUNK;
-            int const line = at / 128;
-            int const place = (at % 128 / 16) ^ ((W == WeightType::kInt4 ? line / 2 : line / 4) % 4 * 2);
-            int const bytes = inside && row + kLines * j + at % (32 * CHUNK) / kRowBytes < w.rows ? CHUNK : 0;
-            void const* const source = from + j * kLines * stride; // of no matter where no byte is copied
-            if constexpr (CHUNK == 16)
-            {
-                copyAsync16(to + line * 128 + place * 16, source, bytes);
-            }
-            else
-            {
-                copyAsync8(to + line * 128 + place * 16 + at % 16, source, bytes);
-            }
-        }
-        if constexpr (W != WeightType::kFloat)
-        {
-            if (opensGroup() || fresh)
-            {
-                fresh = false;
-                if (lane < 2 * decodeTile<W>() / 16)
-                {
-                    copyAsync16(to + kRows * kRowBytes + lane * 16, scales, scalesInside ? 16 : 0);
-                }
-            }
-        }
-    }
-
-    // Brings the stage as far as the second cache: of what it holds then, nothing can be old.
-    __device__ __forceinline__ void prefetch() const
-    {
-        int const lane = static_cast<int>(threadIdx.x) % 32;
-        int const each = kRowBytes / CHUNK;
-        if (inside && lane % each == 0)
-        {
-#pragma unroll
-            for (int j = 0; j < kChunks; ++j)
-            {
-                if (row + kLines * j + lane / each < w.rows)
-                {
-                    prefetchSecondCache(from + j * kLines * stride);
-                }
-            }
-        }
-    }
-
-private:
-    bool fresh{false};
-
+    // To the warp's next segment with stages; false if it has none.
     __device__ __forceinline__ bool enter()
     {
         int const lane = static_cast<int>(threadIdx.x) % 32;
@@ -250,57 +165,94 @@ private:
         {
             if (!walk.next(segment))
             {
-                stage = end;
                 return false;
             }
-            stage = segment.start(warp);
-            end = segment.start(warp + 1);
+            stage = segment.start(warp / kHalves);
+            end = segment.start(warp / kHalves + 1);
         } while (stage == end);
-        row = stage * kRows;
-        int const byte = segment.tile * kRowBytes + lane * CHUNK % kRowBytes;
+        int const part = kHalves * segment.tile + warp % kHalves;
+        int const byte = part * kRowBytes + lane * CHUNK % kRowBytes;
+        int const row = stage * kRows;
         inside = byte < stride;
         from = static_cast<unsigned char const*>(w.codes) + static_cast<int64_t>(row + lane * CHUNK / kRowBytes) * stride + byte;
         if constexpr (W != WeightType::kFloat)
         {
             int const group = row / w.groupSize;
-            int const column = segment.tile * decodeTile<W>() + 8 * lane;
-            untilGroup = w.groupSize - kRows - (row - group * w.groupSize);
+            int const column = part * decodeTile<W>() + 8 * lane;
+            untilGroup = (group + 1) * w.groupSize - row - kRows;
+            opens = true;
+            scalesInside = lane < decodeTile<W>() / 8 && column < w.columns;
             scales = static_cast<unsigned char const*>(w.scale) + (static_cast<int64_t>(group) * w.columns + column) * 2;
-            scalesInside = column < w.columns;
-            fresh = true;
         }
         return true;
     }
-};
 
-// A warp's ring as both of its ends see it.
-struct Ring
-{
-    unsigned char* memory;
-    int stageBytes;
-    int depth;
-    int filled{0}; // places, not numbers of stages
-    int used{0};
-
-    __device__ __forceinline__ unsigned char* next(int& place) const
+    // On to the next stage; false after the last one.
+    __device__ __forceinline__ bool advance()
     {
-        unsigned char* const stage = memory + place * stageBytes;
-        place = place + 1 == depth ? 0 : place + 1;
-        return stage;
+        ++stage;
+        from += static_cast<int64_t>(kRows) * stride;
+        if constexpr (W != WeightType::kFloat)
+        {
+            opens = untilGroup == 0;
+            untilGroup -= kRows;
+            if (opens)
+            {
+                untilGroup += w.groupSize;
+                scales += static_cast<int64_t>(w.columns) * 2;
+            }
+        }
+        return stage < end || enter();
+    }
+
+    // Starts copying the stage to where the ring has room for it.
+    __device__ __forceinline__ void copy(unsigned char* to) const
+    {
+        int const lane = static_cast<int>(threadIdx.x) % 32;
+        int const row = stage * kRows + lane * CHUNK / kRowBytes;
+        // A line of 128 bytes is turned by its rows' place among 16, two chunks for each four.
+        constexpr int kLinesOfFour = 4 * kRowBytes / 128;
+        int const line = lane * CHUNK / 128;
+        int const start = line * 128 + (lane * CHUNK % 128 ^ line / kLinesOfFour * 32);
+#pragma unroll
+        for (int j = 0; j < kRounds; ++j)
+        {
+            int const turn = j * (kRound / 128) / kLinesOfFour % 4 * 32;
+            unsigned char* const place = to + (start ^ turn) + j * kRound;
+            int const bytes = inside && row + j * kLines < w.rows ? CHUNK : 0; // else `from` may be anything
+            if constexpr (CHUNK == 16)
+            {
+                copyAsync16(place, from + j * kLines * static_cast<int64_t>(stride), bytes);
+            }
+            else
+            {
+                copyAsync8(place, from + j * kLines * static_cast<int64_t>(stride), bytes);
+            }
+        }
+        if (W != WeightType::kFloat && opens && lane < decodeTile<W>() / 8)
+        {
+            copyAsync16(to + kRows * kRowBytes + lane * 16, scales, scalesInside ? 16 : 0);
+        }
+    }
+
+    // Brings the stage as far as the second cache: of what it holds then, nothing can be old.
+    __device__ __forceinline__ void prefetch() const
+    {
+        int const lane = static_cast<int>(threadIdx.x) % 32;
+        int const row = stage * kRows + lane * CHUNK / kRowBytes;
+        if (inside && lane * CHUNK % kRowBytes == 0)
+        {
+#pragma unroll
+            for (int j = 0; j < kRounds; ++j)
+            {
+                if (row + j * kLines < w.rows)
+                {
+                    prefetchSecondCache(from + j * kLines * static_cast<int64_t>(stride));
+                }
+            }
+        }
     }
 };
-
-// One more stage on its way, or an empty group of copies in its place.
-template <typename T, WeightType W, int CHUNK>
-__device__ __forceinline__ void feedRing(Feed<T, W, CHUNK>& feed, bool& more, Ring& ring)
-{
-    if (more)
-    {
-        feed.copy(ring.next(ring.filled));
-        more = feed.advance();
-    }
-    closeCopies();
-}
 
 } // namespace skipcat
 

@@ -13,8 +13,9 @@ constexpr int kTileDepth = 32;
 constexpr int kTileThreads = 256;
 constexpr int kRing = 4;
 // Padding that spreads the rows of a matrix load over all banks.
-constexpr int kInStride = kTileDepth + 8;
-constexpr int kWeightStride = kTileColumns + 8;
+constexpr int kPadding = 8;
+constexpr int kInStride = kTileDepth + kPadding;
+constexpr int kWeightStride = kTileColumns + kPadding;
 
 template <typename T>
 struct PrefillArguments
@@ -60,22 +61,23 @@ __device__ __forceinline__ T decoded(Matrix const& w, int row, int column, Weigh
     return value;
 }
 
-template <typename T, WeightType W, bool VECTOR>
+template <typename T, WeightType W, bool VECTOR, int TILE_COLUMNS>
 __device__ __forceinline__ void fetchWeights(PrefillArguments<T> const& p, T* to, int left, int k)
 {
-    constexpr int kChunks = kTileDepth * kTileColumns / 8;
+    constexpr int kStride = TILE_COLUMNS + kPadding;
+    constexpr int kChunks = kTileDepth * TILE_COLUMNS / 8;
 #pragma unroll
     for (int i = 0; i < kChunks / kTileThreads; ++i)
     {
         int const chunk = i * kTileThreads + static_cast<int>(threadIdx.x);
-        int const row = chunk / (kTileColumns / 8);
-        int const column = chunk % (kTileColumns / 8) * 8;
+        int const row = chunk / (TILE_COLUMNS / 8);
+        int const column = chunk % (TILE_COLUMNS / 8) * 8;
         if constexpr (VECTOR && W == WeightType::kFloat)
         {
             int const bytes = k + row < p.w.rows ? bytesInside(left + column, p.w.columns) : 0;
             T const* const weights = static_cast<T const*>(p.w.codes);
             T const* const from = weights + static_cast<int64_t>(k + row) * p.w.columns + left + column;
-            copyAsync16(to + row * kWeightStride + column, bytes > 0 ? from : weights, bytes);
+            copyAsync16(to + row * kStride + column, bytes > 0 ? from : weights, bytes);
         }
         else
         {
@@ -88,7 +90,7 @@ __device__ __forceinline__ void fetchWeights(PrefillArguments<T> const& p, T* to
                 {
                     value = decoded<T>(p.w, k + row, left + column + c, W);
                 }
-                to[row * kWeightStride + column + c] = value;
+                to[row * kStride + column + c] = value;
             }
         }
     }

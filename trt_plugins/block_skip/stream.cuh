@@ -14,6 +14,21 @@
 namespace skipcat
 {
 
+constexpr int kPassRows = 2; // of `in`, whose sums the warps put together at once
+
+__host__ __device__ constexpr size_t stagedBytes(int rows, int slice)
+{
+    return (static_cast<size_t>(rows) * stagedStride(slice) * 2 + 15) / 16 * 16;
+}
+
+// The rings, the staged inputs, the warps' sums, and the ticket.
+template <WeightType W, int CHUNK>
+__host__ __device__ constexpr size_t streamSharedBytes(int rows, int slice)
+{
+    return static_cast<size_t>(kDecodeWarps) * kDepth * stageBytes<W, CHUNK>() + stagedBytes(rows, slice)
+        + static_cast<size_t>(kQuarters) * kPassRows * streamTile<W>() * 4 + 16;
+}
+
 // The lane's four of 16 rows of a stage, from the ring.
 template <typename T, WeightType W>
 __device__ __forceinline__ void takeRows(Weights<T, W>& weights, unsigned char const* from)
@@ -21,20 +36,23 @@ __device__ __forceinline__ void takeRows(Weights<T, W>& weights, unsigned char c
     int const lane = static_cast<int>(threadIdx.x) % 32;
     int const group = lane / 4;
     int const turn = lane % 4;
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
+    if constexpr (W == WeightType::kInt4)
     {
-        if constexpr (W == WeightType::kInt4)
+        int const start = turn * 256 + (group * 8 ^ turn * 32);
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
         {
-            int const place = (i % 2 * 4 + group / 2) ^ (2 * turn);
-            uint2 const value = *reinterpret_cast<uint2 const*>(
-                from + (2 * turn + i / 2) * 128 + place * 16 + group % 2 * 8);
+            uint2 const value = *reinterpret_cast<uint2 const*>(from + (start ^ i % 2 * 64) + i / 2 * 128);
             weights.word[i][0] = value.x, weights.word[i][1] = value.y;
         }
-        else
+    }
+    else
+    {
+        int const start = turn * 512 + (group * 16 ^ turn * 32);
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
         {
-            uint4 const value
-                = *reinterpret_cast<uint4 const*>(from + (4 * turn + i) * 128 + (group ^ (2 * turn)) * 16);
+            uint4 const value = *reinterpret_cast<uint4 const*>(from + start + i * 128);
             weights.word[i][0] = value.x, weights.word[i][1] = value.y;
             weights.word[i][2] = value.z, weights.word[i][3] = value.w;
         }
@@ -90,34 +108,55 @@ struct Sums
     }
 };
 
-// A warp's part of a segment.
+// One end of a warp's ring.
+template <int BYTES>
+struct RingEnd
+{
+    unsigned char* first;
+    int at{0};
+
+    __device__ __forceinline__ unsigned char* next()
+    {
+        unsigned char* const stage = first + at * BYTES;
+        at = (at + 1) % kDepth;
+        return stage;
+    }
+};
+
+// A warp's part of a segment. `more`: there are stages to feed.
 template <typename T, WeightType W, int CHUNK>
 __device__ __forceinline__ void accumulateSegment(StreamArguments<T> const& p, Sums<T, W>& sums, Segment const& segment,
-    T const* staged, Feed<T, W, CHUNK>& feed, bool& more, Ring& ring)
+    T const* staged, Feed<T, W, CHUNK>& feed, bool& more, RingEnd<stageBytes<W, CHUNK>()>& filled,
+    RingEnd<stageBytes<W, CHUNK>()>& used)
 {
     constexpr int kRows = stageRows<W, CHUNK>();
     int const lane = static_cast<int>(threadIdx.x) % 32;
-    int const warp = static_cast<int>(threadIdx.x) / 32;
-    T const* const mine = staged + (lane / 4) * stagedStride(p.slice) + 4 * (lane % 4);
-    int const begin = segment.start(warp);
-    int const end = segment.start(warp + 1);
-    int untilGroup = 0;
+    int const quarter = static_cast<int>(threadIdx.x) / 32 / kHalves;
+    int const begin = segment.start(quarter);
+    int const end = segment.start(quarter + 1);
+    T const* mine = staged + (lane / 4) * stagedStride(p.slice) + 4 * (lane % 4) + begin * kRows;
+    int untilGroup = W == WeightType::kFloat ? 0 : p.w.groupSize - begin * kRows % p.w.groupSize;
     for (int s = begin; s < end; ++s)
     {
-        awaitAllBut(ring.depth - 2);
+        awaitCopies<kDepth - 2>();
         __syncwarp();
-        feedRing(feed, more, ring);
-        unsigned char const* const stage = ring.next(ring.used);
+        if (more)
+        {
+            feed.copy(filled.next());
+            more = feed.advance();
+        }
+        closeCopies();
+        unsigned char const* const stage = used.next();
         if constexpr (W != WeightType::kFloat)
         {
-            if (s == begin || untilGroup == 0)
+            if (untilGroup == 0)
             {
-                if (s > begin)
-                {
-                    sums.close();
-                }
+                sums.close();
+                untilGroup = p.w.groupSize;
+            }
+            if (s == begin || untilGroup == p.w.groupSize)
+            {
                 sums.open(stage + stageWeightBytes<W, CHUNK>());
-                untilGroup = s == begin ? p.w.groupSize - s * kRows % p.w.groupSize : p.w.groupSize;
             }
             untilGroup -= kRows;
         }
@@ -126,9 +165,10 @@ __device__ __forceinline__ void accumulateSegment(StreamArguments<T> const& p, S
         {
             Weights<T, W> weights;
             takeRows(weights, stage + k * stageRowBytes<W>());
-            uint2 const in = lane / 4 < p.rows ? *reinterpret_cast<uint2 const*>(mine + s * kRows + k) : uint2{0, 0};
+            uint2 const in = lane / 4 < p.rows ? *reinterpret_cast<uint2 const*>(mine + k) : uint2{0, 0};
             sums.add(weights, in);
         }
+        mine += kRows;
     }
     if (W != WeightType::kFloat && begin < end)
     {
@@ -136,19 +176,35 @@ __device__ __forceinline__ void accumulateSegment(StreamArguments<T> const& p, S
     }
 }
 
+// The blocks that share a tile.
+struct Sharers
+{
+    int first;
+    int last;
+    bool firstIsLater; // this is the second of two tiles that the first of them shares
+};
+
+template <typename T>
+__device__ __forceinline__ Sharers sharersOf(StreamArguments<T> const& p, int tile)
+{
+    int const start = tile * p.tileStages;
+    int const first = p.ownerOf(start);
+    return {first, p.ownerOf(start + p.tileStages - 1), p.shareStart(first) < start};
+}
+
 // Where block `b` keeps its sums of a tile that it shares: of the two it may have, the later one or the other.
 template <typename T, WeightType W>
 __device__ __forceinline__ float* partialOf(StreamArguments<T> const& p, int b, bool later)
 {
-    return p.partial + static_cast<int64_t>(2 * b + (later ? 1 : 0)) * p.rows * decodeTile<W>();
+    return p.partial + static_cast<int64_t>(2 * b + (later ? 1 : 0)) * p.rows * streamTile<W>();
 }
 
 // The last of the blocks that share a tile adds what they have, and leaves the counter at zero.
 template <typename T, WeightType W>
 __device__ __forceinline__ void addShares(
-    StreamArguments<T> const& p, int tile, int first, int last, bool firstIsLater, unsigned* ticket)
+    StreamArguments<T> const& p, int tile, Sharers const& sharers, unsigned* ticket)
 {
-    constexpr int kTile = decodeTile<W>();
+    constexpr int kTile = streamTile<W>();
     int const thread = static_cast<int>(threadIdx.x);
     __threadfence();
     __syncthreads();
@@ -157,24 +213,23 @@ __device__ __forceinline__ void addShares(
         *ticket = atomicAdd(p.counters + tile, 1u);
     }
     __syncthreads();
-    if (*ticket != static_cast<unsigned>(last - first))
+    if (*ticket != static_cast<unsigned>(sharers.last - sharers.first))
     {
         return;
     }
     __threadfence();
     for (int o = thread; o < p.rows * kTile; o += kDecodeThreads)
     {
-        int const row = o / kTile;
         int const column = tile * kTile + o % kTile;
         if (column < p.w.columns)
         {
-            float sum = loadShared(partialOf<T, W>(p, first, firstIsLater) + o);
+            float sum = loadShared(partialOf<T, W>(p, sharers.first, sharers.firstIsLater) + o);
 #pragma unroll 4
-            for (int b = first + 1; b <= last; ++b)
+            for (int b = sharers.first + 1; b <= sharers.last; ++b)
             {
                 sum += loadShared(partialOf<T, W>(p, b, false) + o);
             }
-            finish(p, row, column, sum);
+            finish(p, o / kTile, column, sum);
         }
     }
     if (thread == 0)
@@ -183,79 +238,94 @@ __device__ __forceinline__ void addShares(
     }
 }
 
-// Sums of the block's warps for a tile: its results, or this block's share of them.
-template <typename T, WeightType W, int CHUNK>
+// What the block's warps have of a tile: its results, or this block's share of them.
+template <typename T, WeightType W>
 __device__ __forceinline__ void reduceSegment(
-    StreamArguments<T> const& p, Sums<T, W>& sums, Segment const& segment, float* warps, unsigned* ticket)
+    StreamArguments<T> const& p, Sums<T, W> const& sums, int tile, Sharers const& sharers, float* warps)
 {
-    constexpr int kTile = decodeTile<W>();
-    Walk const walk = walkOf<T, W, CHUNK>(p);
-    int const blocks = static_cast<int>(gridDim.x);
-    int const stages = walk.tileStages * ((p.w.columns + kTile - 1) / kTile);
-    int const tileStart = segment.tile * walk.tileStages;
-    int const first = ownerOf(stages, tileStart, blocks);
-    int const last = ownerOf(stages, tileStart + walk.tileStages - 1, blocks);
-    bool const firstIsLater = shareStart(stages, first, blocks) < tileStart;
+    constexpr int kTile = streamTile<W>();
+    constexpr int kColumns = Weights<T, W>::kColumns;
+    int const thread = static_cast<int>(threadIdx.x);
+    int const lane = thread % 32;
+    int const warp = thread / 32;
     int const block = static_cast<int>(blockIdx.x);
-    float* const share = partialOf<T, W>(p, block, block == first && firstIsLater);
-    storeSums<T, W>(p, sums.total, warps);
-    __syncthreads();
-    for (int o = static_cast<int>(threadIdx.x); o < p.rows * kTile; o += kDecodeThreads)
+    float* const share = partialOf<T, W>(p, block, block == sharers.first && sharers.firstIsLater);
+    float* const mine = warps + warp / kHalves * kPassRows * kTile + warp % kHalves * decodeTile<W>() + kColumns * (lane / 4);
+    for (int top = 0; top < p.rows; top += kPassRows)
     {
-        int const column = segment.tile * kTile + o % kTile;
-        float sum = 0.0f;
+        if (lane % 4 == top / kPassRows)
+        {
 #pragma unroll
-        for (int i = 0; i < kDecodeWarps; ++i)
-        {
-            sum += warps[i * p.rows * kTile + o];
+            for (int i = 0; i < kColumns; ++i)
+            {
+                mine[i] = sums.total[i / 2][i % 2 * 2];
+                mine[kTile + i] = sums.total[i / 2][i % 2 * 2 + 1];
+            }
         }
-        if (first < last)
+        __syncthreads();
+        for (int o = thread; o < kPassRows * kTile && top + o / kTile < p.rows; o += kDecodeThreads)
         {
-            share[o] = sum;
+            int const column = tile * kTile + o % kTile;
+            float sum = 0.0f;
+#pragma unroll
+            for (int quarter = 0; quarter < kQuarters; ++quarter)
+            {
+                sum += warps[quarter * kPassRows * kTile + o];
+            }
+            if (sharers.first < sharers.last)
+            {
+                share[top * kTile + o] = sum;
+            }
+            else if (column < p.w.columns)
+            {
+                finish(p, top + o / kTile, column, sum);
+            }
         }
-        else if (column < p.w.columns)
+        if (top + kPassRows < p.rows)
         {
-            finish(p, o / kTile, column, sum);
+            __syncthreads();
         }
-    }
-    if (first < last)
-    {
-        addShares<T, W>(p, segment.tile, first, last, firstIsLater, ticket);
     }
 }
 
 template <typename T, WeightType W, int CHUNK>
 __global__ void __launch_bounds__(kDecodeThreads, 2) streamProduct(StreamArguments<T> p)
 {
-    unsigned char* const shared = sharedMemory();
-    int const warp = static_cast<int>(threadIdx.x) / 32;
     constexpr int kRows = stageRows<W, CHUNK>();
     constexpr int kBytes = stageBytes<W, CHUNK>();
-    Ring ring{shared + warp * p.depth * kBytes, kBytes, p.depth};
-    unsigned char* const after = shared + kDecodeWarps * p.depth * kBytes;
+    unsigned char* const shared = sharedMemory();
+    int const warp = static_cast<int>(threadIdx.x) / 32;
+    RingEnd<kBytes> filled{shared + warp * kDepth * kBytes};
+    RingEnd<kBytes> used = filled;
+    unsigned char* const after = shared + kDecodeWarps * kDepth * kBytes;
     T* const staged = reinterpret_cast<T*>(after);
     float* const warps = reinterpret_cast<float*>(after + stagedBytes(p.rows, p.slice));
-    unsigned* const ticket = reinterpret_cast<unsigned*>(warps + kDecodeWarps * p.rows * decodeTile<W>());
+    unsigned* const ticket = reinterpret_cast<unsigned*>(warps + kQuarters * kPassRows * streamTile<W>());
     releaseNext();
-    Walk walk = walkOf<T, W, CHUNK>(p);
+    Walk walk = walkOf<kRows>(p);
     // With a whole tile and more all inputs are staged at once, if there is room for them.
-    bool const whole = walk.end - walk.at >= walk.tileStages && walk.tileStages <= walk.most;
+    bool const whole = walk.left >= walk.tileStages && walk.tileStages <= walk.most;
     Feed<T, W, CHUNK> feed(p.w, walk);
-    bool more = feed.start();
+    bool more = feed.enter();
     if (!p.settled)
     {
         Feed<T, W, CHUNK> ahead = feed;
         bool left = more;
-        for (int i = 1; i < p.depth && left; ++i)
+        for (int i = 1; i < kDepth && left; ++i)
         {
             ahead.prefetch();
             left = ahead.advance();
         }
         awaitPrevious();
     }
-    for (int i = 1; i < p.depth; ++i)
+    for (int i = 1; i < kDepth; ++i)
     {
-        feedRing(feed, more, ring);
+        if (more)
+        {
+            feed.copy(filled.next());
+            more = feed.advance();
+        }
+        closeCopies();
     }
     if (p.settled)
     {
@@ -266,21 +336,27 @@ __global__ void __launch_bounds__(kDecodeThreads, 2) streamProduct(StreamArgumen
     bool begun = false;
     while (walk.next(segment))
     {
+        int const from = whole ? 0 : segment.begin * kRows;
         if (!whole || !begun)
         {
-            int const end = whole ? p.w.rows : segment.end * kRows;
             if (begun)
             {
                 __syncthreads(); // what was staged before is read
             }
-            stageInputs<kRows>(p, staged, whole ? 0 : segment.begin * kRows, end < p.w.rows ? end : p.w.rows);
+            int const to = whole ? p.w.rows : segment.end * kRows;
+            stageInputs<kRows>(p, staged, from, to < p.w.rows ? to : p.w.rows);
         }
         begun = true;
         __syncthreads();
-        accumulateSegment(p, sums, segment, staged - (whole ? 0 : segment.begin * kRows), feed, more, ring);
+        Sharers const sharers = sharersOf(p, segment.tile);
+        accumulateSegment(p, sums, segment, staged - from, feed, more, filled, used);
         if (segment.last)
         {
-            reduceSegment<T, W, CHUNK>(p, sums, segment, warps, ticket);
+            reduceSegment(p, sums, segment.tile, sharers, warps);
+            if (sharers.first < sharers.last)
+            {
+                addShares<T, W>(p, segment.tile, sharers, ticket);
+            }
             sums = Sums<T, W>{};
         }
     }
