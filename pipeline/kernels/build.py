@@ -20,7 +20,7 @@ SOURCE_FOLDER = Path(__file__).parents[2] / "trt_plugins" / "block_skip"
 SOURCES = ("block_skip_kernel.cu", "c_interface.cpp")
 _HEADERS = (
     "block_skip.h", "cut.cuh", "decode.cuh", "device.cuh", "feed.cuh", "prefill.cuh", "prefill_weights.cuh",
-    "stream.cuh", "weights.cuh",
+    "stream.cuh", "sums.cuh", "weights.cuh",
 )  # fmt: skip
 
 

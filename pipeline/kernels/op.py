@@ -3,8 +3,8 @@
     y = (x1 + x2 a) b,  [x1 x2] = x[..., index]
 
 x [..., n], a [n - r, r], b [r, m], index int32 [n] or None, y [..., m]. On a GPU it is the kernel
-of `trt_plugins/block_skip`, compiled when it is first called; on the CPU, and for gradients, four
-operations of PyTorch. It has a shape function, so `torch.compile` and CUDA graphs work through it.
+of `trt_plugins/block_skip`, compiled when it is first called, and for many rows two products of
+cuBLAS; on the CPU, and for gradients, four operations of PyTorch. It has a shape function, so `torch.compile` and CUDA graphs work through it.
 """
 
 from __future__ import annotations
@@ -29,6 +29,9 @@ from pipeline.kernels.interface import (
 
 _TYPES = {torch.float16: FP16, torch.bfloat16: BF16}
 _CUDA_MOST_ROWS = 4096
+# With more rows than the kernel's decode step takes, two products of cuBLAS take 0.3 to 0.45 of our tiles' time on an
+# H100 (benchmarks/results/gpu.json, prefill layers).
+_CUBLAS_ROWS = 8
 
 
 @torch.library.custom_op("skipcat::block_skip_linear", mutates_args=(), device_types="cpu")
@@ -130,8 +133,13 @@ block_skip_linear.register_autograd(_gradients, setup_context=_save_for_gradient
 def _launch(
     x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, index: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """The kernel, on the current stream of x's device."""
+    """The kernel for few rows, which reads the weights once; cuBLAS for more, which is quicker there."""
     _require_fit(x, a, b, index)
+    if x.dtype in _TYPES and x.numel() > _CUBLAS_ROWS * x.shape[-1]:
+        ordered = (x if index is None else x.index_select(-1, index)).flatten(0, -2)
+        rank = a.shape[1]
+        latent = torch.addmm(ordered[:, :rank], ordered[:, rank:], a)
+        return (latent @ b).reshape(*x.shape[:-1], b.shape[1])
     return launch(x, Held(a.contiguous()), Held(b.contiguous()), index, b.shape[1])
 
 

@@ -123,8 +123,8 @@ cudaError_t launchStream(DecodeArguments<T> const& arguments, Product const& pro
     int32_t tactic, After after, cudaStream_t stream)
 {
     Shares const shares = cutShares<W, CHUNK>(product, device, tactic);
-    StreamArguments<T> p{arguments, shares.tileStages, shares.stages / shares.blocks, shares.stages % shares.blocks,
-        after == After::kProduct};
+    StreamArguments<T> p{arguments, shares.tileStages, shares.perTile, shares.stages / shares.blocks,
+        shares.stages % shares.blocks, after == After::kProduct};
     p.slice = shares.staged;
     size_t const shared = streamSharedBytes<W, CHUNK>(p.rows, p.slice);
     dim3 const grid(static_cast<unsigned>(shares.blocks));
@@ -199,35 +199,27 @@ cudaError_t decode(Problem const& problem, Pointers const& pointers, Device cons
     return runDecodeProduct(product, second, device, problem.tactic, After::kProduct, stream);
 }
 
-template <typename T, WeightType W, bool VECTOR, int TILE_ROWS, int TILE_COLUMNS = kTileColumns>
+template <typename T, WeightType W, bool VECTOR, int TILE_ROWS>
 cudaError_t launchPrefill(PrefillArguments<T> const& arguments, cudaStream_t stream)
 {
     dim3 const grid(static_cast<unsigned>(ceilDivide(arguments.rows, TILE_ROWS)),
-        static_cast<unsigned>(ceilDivide(arguments.w.columns, TILE_COLUMNS)));
-    size_t const shared = prefillSharedBytes(TILE_ROWS, kRing, TILE_COLUMNS);
-    return launch(prefillProduct<T, W, VECTOR, TILE_ROWS, TILE_COLUMNS>, grid, kTileThreads, shared, stream, false, arguments);
+        static_cast<unsigned>(ceilDivide(arguments.w.columns, kTileColumns)));
+    return launch(prefillProduct<T, W, VECTOR, TILE_ROWS>, grid, kTileThreads, prefillSharedBytes(TILE_ROWS), stream,
+        false, arguments);
 }
 
 template <typename T, WeightType W, bool VECTOR>
-cudaError_t runPrefillTiles(PrefillArguments<T> const& arguments, Device const& device, cudaStream_t stream)
+cudaError_t runPrefillTiles(PrefillArguments<T> const& arguments, cudaStream_t stream)
 {
     if (arguments.rows <= 64)
     {
         return launchPrefill<T, W, VECTOR, 32>(arguments, stream);
     }
-    if constexpr (VECTOR && W == WeightType::kFloat)
-    {
-        if (prefersWideTiles(arguments.rows, arguments.w.columns, device))
-        {
-            return launchPrefill<T, W, VECTOR, 128, kWideColumns>(arguments, stream);
-        }
-    }
     return launchPrefill<T, W, VECTOR, 128>(arguments, stream);
 }
 
 template <typename T>
-cudaError_t runPrefillProduct(
-    PrefillArguments<T> const& arguments, WeightType weights, Device const& device, cudaStream_t stream)
+cudaError_t runPrefillProduct(PrefillArguments<T> const& arguments, WeightType weights, cudaStream_t stream)
 {
     return withWeights(weights,
         [&](auto type)
@@ -235,9 +227,9 @@ cudaError_t runPrefillProduct(
             constexpr WeightType kWeights = decltype(type)::value;
             if (readsInVectors(arguments.w, kWeights))
             {
-                return runPrefillTiles<T, kWeights, true>(arguments, device, stream);
+                return runPrefillTiles<T, kWeights, true>(arguments, stream);
             }
-            return runPrefillTiles<T, kWeights, false>(arguments, device, stream);
+            return runPrefillTiles<T, kWeights, false>(arguments, stream);
         });
 }
 
@@ -259,8 +251,8 @@ cudaError_t gatherHalves(
 }
 
 template <typename T>
-cudaError_t prefill(Problem const& problem, Pointers const& pointers, Device const& device, unsigned char* workspace,
-    cudaStream_t stream)
+cudaError_t prefill(
+    Problem const& problem, Pointers const& pointers, unsigned char* workspace, cudaStream_t stream)
 {
     T const* const x = static_cast<T const*>(pointers.x);
     T* const latent = reinterpret_cast<T*>(workspace);
@@ -279,14 +271,14 @@ cudaError_t prefill(Problem const& problem, Pointers const& pointers, Device con
         }
     }
     cudaError_t const status
-        = runPrefillProduct(first, mixes(problem) ? problem.a.type : problem.b.type, device, stream);
+        = runPrefillProduct(first, mixes(problem) ? problem.a.type : problem.b.type, stream);
     if (status != cudaSuccess || !mixes(problem))
     {
         return status;
     }
     product.in = latent;
     product.inStride = alignedStride(problem.rank);
-    return runPrefillProduct(product, problem.b.type, device, stream);
+    return runPrefillProduct(product, problem.b.type, stream);
 }
 
 template <typename T>
@@ -298,7 +290,7 @@ cudaError_t run(Problem const& problem, Pointers const& pointers, Device const& 
     {
         return decode<T>(problem, pointers, device, scratch, counters, stream);
     }
-    return prefill<T>(problem, pointers, device, scratch, stream);
+    return prefill<T>(problem, pointers, scratch, stream);
 }
 
 bool isQuantised(WeightFormat const& format)

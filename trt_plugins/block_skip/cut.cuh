@@ -6,7 +6,6 @@
 #include <algorithm>
 
 #include "block_skip.h"
-#include "prefill.cuh"
 #include "stream.cuh"
 
 namespace skipcat
@@ -56,12 +55,13 @@ inline Slices cutReduction(Product const& product, Device const& device, int32_t
     return {used, std::max(ceilDivide(product.reduction, used), 1)};
 }
 
-// stream.cuh: equal shares of all stages of its tiles, and the rows of `in` that a block stages at once.
+// stream.cuh: shares of all stages of its tiles, and the rows of `in` that a block stages at once.
 struct Shares
 {
     int32_t blocks;
     int32_t tileStages;
     int32_t stages;
+    int32_t perTile; // blocks of each tile, or 0: all shares are equal and go on from tile to tile
     int32_t staged;
 };
 
@@ -72,18 +72,36 @@ inline size_t sharedBytesOf(int32_t capability)
     return (small ? 99 : capability < 90 ? 163 : 227) * size_t{1024};
 }
 
+// Blocks of each tile, where that is better than shares that go on: a block with parts of two tiles ends each by
+// itself, which takes as long as some stages do; whole numbers of blocks leave some multiprocessors idle.
+inline int32_t blocksPerTile(int32_t blocks, int32_t tiles, int32_t tileStages, int32_t least)
+{
+    constexpr int32_t kEndStages = 12; // of a block; 2.5 us on an H100
+    int32_t const each = std::min(blocks / tiles, std::max(tileStages / least, 1));
+    if (each < 1)
+    {
+        return 0;
+    }
+    int32_t const aligned = ceilDivide(tileStages, each);
+    int32_t const going = ceilDivide(tileStages * tiles, std::min(blocks, std::max(tileStages * tiles / least, 1)));
+    return aligned <= going + kEndStages ? each : 0;
+}
+
 template <WeightType W, int CHUNK>
 Shares cutShares(Product const& product, Device const& device, int32_t tactic)
 {
     int32_t const stagedBytes = sharedBytesOf(device.capability) < 128 * 1024 ? 8 * 1024 : 16 * 1024;
     constexpr int32_t kRows = stageRows<W, CHUNK>();
     int32_t const tileStages = ceilDivide(product.reduction, kRows);
-    int32_t const stages = tileStages * ceilDivide(product.columns, streamTile<W>());
-    int32_t const fewest = std::max(stages / (kTactic[tactic].stages * kQuarters), 1);
-    int32_t const blocks = std::min(device.multiprocessors * std::min(kTactic[tactic].blocks, 2), fewest);
+    int32_t const tiles = ceilDivide(product.columns, streamTile<W>());
+    int32_t const stages = tileStages * tiles;
+    int32_t const least = kTactic[tactic].stages * kQuarters;
+    int32_t const wanted = device.multiprocessors * std::min(kTactic[tactic].blocks, 2);
+    int32_t const perTile = blocksPerTile(wanted, tiles, tileStages, least);
+    int32_t const blocks = perTile > 0 ? tiles * perTile : std::min(wanted, std::max(stages / least, 1));
     int32_t const fits = stagedBytes / (2 * product.rows) / kRows * kRows;
     int32_t const share = (ceilDivide(stages, blocks) + 1) * kRows;
-    return {blocks, tileStages, stages, std::min({fits, share, tileStages * kRows})};
+    return {blocks, tileStages, stages, perTile, std::min({fits, share, tileStages * kRows})};
 }
 
 // Whether stages can be counted.
@@ -99,26 +117,6 @@ inline size_t partialBytes(Product const& product, Device const& device, int32_t
     size_t const slices = static_cast<size_t>(cutReduction(product, device, tactic).slices) * product.columns;
     size_t const blocks = static_cast<size_t>(device.multiprocessors) * std::min(kTactic[tactic].blocks, 2);
     return std::max(slices, 2 * blocks * kHalves * product.tile()) * product.rows * 4;
-}
-
-constexpr int32_t kWideColumns = 256;
-
-// Whether tiles of 128 x 256, one to a multiprocessor, are quicker than two of 128 x 128 at a time: they are read
-// from shared memory less often, but their last round can leave more of the chip idle.
-inline bool prefersWideTiles(int32_t rows, int32_t columns, Device const& device)
-{
-    constexpr double kGain = 1.3;
-    constexpr size_t kShared = prefillSharedBytes(128, kRing, kWideColumns);
-    if (sharedBytesOf(device.capability) < kShared)
-    {
-        return false;
-    }
-    auto const busy = [&](int32_t width, int32_t slots)
-    {
-        int32_t const tiles = ceilDivide(rows, 128) * ceilDivide(columns, width);
-        return static_cast<double>(rows) * columns / (128 * width) / (ceilDivide(tiles, slots) * slots);
-    };
-    return kGain * busy(kWideColumns, device.multiprocessors) > busy(kTileColumns, 2 * device.multiprocessors);
 }
 
 } // namespace skipcat

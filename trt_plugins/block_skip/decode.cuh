@@ -57,37 +57,62 @@ __host__ __device__ constexpr size_t decodeSharedBytes(int rows, int slice)
     return (staged > sums ? staged : sums) + 16;
 }
 
-// The block's slice of `in`, gathered, and zeros up to a whole step of STEP rows.
-template <int STEP, typename T>
+// The block's slice of `in`, gathered, and zeros up to a whole step of STEP rows. LOADS of a thread are under way at
+// once, first of the index, then of what it names.
+template <int STEP, int LOADS, typename T>
 __device__ __forceinline__ void stageInputs(DecodeArguments<T> const& p, T* staged, int begin, int end)
 {
     int const padded = (end - begin + STEP - 1) / STEP * STEP;
-    int const first = p.init != nullptr ? p.w.columns : 0;
-    for (int row = 0; row < p.rows; ++row)
+    int const first = (p.init != nullptr ? p.w.columns : 0) + begin;
+    for (int top = static_cast<int>(threadIdx.x); top < padded; top += LOADS * kDecodeThreads)
     {
-        T const* const from = p.in + static_cast<int64_t>(row) * p.inStride;
-#pragma unroll 4
-        for (int k = static_cast<int>(threadIdx.x); k < padded; k += kDecodeThreads)
+        int column[LOADS];
+#pragma unroll
+        for (int i = 0; i < LOADS; ++i)
         {
-            T value;
-            fromFloat(0.0f, value);
-            if (begin + k < end)
+            int const k = top + i * kDecodeThreads;
+            column[i] = p.index != nullptr && begin + k < end ? p.index[first + k] : first + k;
+        }
+        for (int row = 0; row < p.rows; ++row)
+        {
+            T const* const from = p.in + static_cast<int64_t>(row) * p.inStride;
+            T value[LOADS];
+#pragma unroll
+            for (int i = 0; i < LOADS; ++i)
             {
-                value = from[p.index != nullptr ? p.index[first + begin + k] : first + begin + k];
+                fromFloat(0.0f, value[i]);
+                if (begin + top + i * kDecodeThreads < end)
+                {
+                    value[i] = from[column[i]];
+                }
             }
-            staged[row * stagedStride(p.slice) + k] = value;
+#pragma unroll
+            for (int i = 0; i < LOADS; ++i)
+            {
+                if (top + i * kDecodeThreads < padded)
+                {
+                    staged[row * stagedStride(p.slice) + top + i * kDecodeThreads] = value[i];
+                }
+            }
         }
     }
+}
+
+// What a result starts from: its column of x, or nothing.
+template <typename T>
+__device__ __forceinline__ float startOf(DecodeArguments<T> const& p, int row, int column)
+{
+    if (p.init == nullptr)
+    {
+        return 0.0f;
+    }
+    int const from = p.index != nullptr ? p.index[column] : column;
+    return toFloat(p.init[static_cast<int64_t>(row) * p.inStride + from]);
 }
 
 template <typename T>
 __device__ __forceinline__ void finish(DecodeArguments<T> const& p, int row, int column, float sum)
 {
-    if (p.init != nullptr)
-    {
-        int const from = p.index != nullptr ? p.index[column] : column;
-        sum += toFloat(p.init[static_cast<int64_t>(row) * p.inStride + from]);
-    }
     fromFloat(sum, p.out[static_cast<int64_t>(row) * p.outStride + column]);
 }
 
@@ -123,8 +148,8 @@ __device__ __forceinline__ void storeSums(
     DecodeArguments<T> const& p, float const (&sums)[Weights<T, W>::kColumns / 2][4], float* warps)
 {
     constexpr int kColumns = Weights<T, W>::kColumns;
-    int const lane = static_cast<int>(threadIdx.x) % 32;
-    int const warp = static_cast<int>(threadIdx.x) / 32;
+    int const lane = static_cast<int>(threadIdx.x % 32);
+    int const warp = static_cast<int>(threadIdx.x / 32);
 #pragma unroll
     for (int i = 0; i < kColumns / 2; ++i)
     {
@@ -162,7 +187,7 @@ __device__ __forceinline__ void reduce(DecodeArguments<T> const& p,
         }
         if (column < p.w.columns && slices == 1)
         {
-            finish(p, row, column, sum);
+            finish(p, row, column, sum + startOf(p, row, column));
         }
         else if (column < p.w.columns)
         {
@@ -201,7 +226,7 @@ __device__ __forceinline__ void addSlices(DecodeArguments<T> const& p, unsigned*
             {
                 sum += loadShared(p.partial + (static_cast<int64_t>(s) * p.rows + row) * p.w.columns + column);
             }
-            finish(p, row, column, sum);
+            finish(p, row, column, sum + startOf(p, row, column));
         }
     }
     if (thread == 0)
@@ -218,8 +243,8 @@ __device__ __forceinline__ void accumulate(
 {
     // Steps of each warp that are under way at once; as many as the registers of two blocks hold.
     constexpr int kDepth = !VECTOR ? 1 : (W == WeightType::kInt8 ? 2 : 3);
-    int const lane = static_cast<int>(threadIdx.x) % 32;
-    int const warp = static_cast<int>(threadIdx.x) / 32;
+    int const lane = static_cast<int>(threadIdx.x % 32);
+    int const warp = static_cast<int>(threadIdx.x / 32);
     int const column = static_cast<int>(blockIdx.x) * decodeTile<W>() + Weights<T, W>::kColumns * (lane / 4);
     Weights<T, W> ahead[kDepth];
     int const first = begin + warp * kStep;
@@ -232,7 +257,7 @@ __device__ __forceinline__ void accumulate(
         }
     }
     awaitPrevious();
-    stageInputs<kStep>(p, staged, begin, end);
+    stageInputs<kStep, 4>(p, staged, begin, end);
     __syncthreads();
 
     T const* const mine = staged + (lane / 4) * stagedStride(p.slice) + 4 * (lane % 4) - begin;

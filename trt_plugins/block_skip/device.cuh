@@ -103,13 +103,13 @@ __device__ __forceinline__ float loadShared(float const* from)
 __device__ __forceinline__ void copyAsync16(void* to, void const* from, int bytes)
 {
     uint32_t const address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(bytes) : "memory");
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(bytes) : "memory");
 }
 
 __device__ __forceinline__ void copyAsync8(void* to, void const* from, int bytes)
 {
     uint32_t const address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(address), "l"(from), "r"(bytes) : "memory");
+    asm volatile("cp.async.ca.shared.global.L2::128B [%0], [%1], 8, %2;" ::"r"(address), "l"(from), "r"(bytes) : "memory");
 }
 
 // The line of an address to the second cache, which all stores reach.

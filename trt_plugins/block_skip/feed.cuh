@@ -21,16 +21,22 @@ template <typename T>
 struct StreamArguments : DecodeArguments<T> // `slice`: rows of `in` that are staged at once
 {
     int tileStages;
-    int share;    // stages of a block
+    int perTile;  // blocks of each tile, or 0: shares go on from tile to tile
+    int share;    // stages of a block, where they do
     int longer;   // blocks that have one more, the first ones
     bool settled; // w was written before the previous kernel began
 
     __device__ __forceinline__ int shareStart(int block) const
     {
+        if (perTile > 0)
+        {
+            int const tile = block / perTile;
+            return tile * tileStages + (block - tile * perTile) * tileStages / perTile;
+        }
         return block * share + (block < longer ? block : longer);
     }
 
-    // Whose share a stage is in.
+    // Whose share a stage is in, where they go on.
     __device__ __forceinline__ int ownerOf(int stage) const
     {
         int const before = longer * (share + 1);
@@ -82,7 +88,7 @@ struct Segment
 
     __device__ __forceinline__ int start(int quarter) const
     {
-        return begin + (end - begin) * quarter / kQuarters;
+        return begin + static_cast<int>(static_cast<unsigned>(end - begin) * static_cast<unsigned>(quarter) / kQuarters);
     }
 };
 
@@ -151,15 +157,15 @@ struct Feed
         , walk(whole)
         , stride(W == WeightType::kFloat ? 2 * w.columns
                   : W == WeightType::kInt8 ? w.columns
-                                           : (w.columns + 1) / 2)
+                                           : w.columns >> 1)
     {
     }
 
     // To the warp's next segment with stages; false if it has none.
     __device__ __forceinline__ bool enter()
     {
-        int const lane = static_cast<int>(threadIdx.x) % 32;
-        int const warp = static_cast<int>(threadIdx.x) / 32;
+        int const lane = static_cast<int>(threadIdx.x % 32);
+        int const warp = static_cast<int>(threadIdx.x / 32);
         Segment segment{};
         do
         {
@@ -208,7 +214,7 @@ struct Feed
     // Starts copying the stage to where the ring has room for it.
     __device__ __forceinline__ void copy(unsigned char* to) const
     {
-        int const lane = static_cast<int>(threadIdx.x) % 32;
+        int const lane = static_cast<int>(threadIdx.x % 32);
         int const row = stage * kRows + lane * CHUNK / kRowBytes;
         // A line of 128 bytes is turned by its rows' place among 16, two chunks for each four.
         constexpr int kLinesOfFour = 4 * kRowBytes / 128;
@@ -238,7 +244,7 @@ struct Feed
     // Brings the stage as far as the second cache: of what it holds then, nothing can be old.
     __device__ __forceinline__ void prefetch() const
     {
-        int const lane = static_cast<int>(threadIdx.x) % 32;
+        int const lane = static_cast<int>(threadIdx.x % 32);
         int const row = stage * kRows + lane * CHUNK / kRowBytes;
         if (inside && lane * CHUNK % kRowBytes == 0)
         {

@@ -1,4 +1,4 @@
-// Many rows: out = init + in w in tiles of 128 or 256 columns on the matrix unit, the accumulators starting at
+// Many rows: out = init + in w in tiles of 128 columns on the matrix unit, the accumulators starting at
 // `init`. Tiles of `in` and of float weights come through a ring of asynchronous copies; codes are read into
 // registers while a stage is multiplied, and decoded into the same ring after it; weights whose rows are not
 // aligned are read number by number.
@@ -11,14 +11,14 @@
 namespace skipcat
 {
 
-__host__ __device__ constexpr int prefillStageNumbers(int tileRows, int tileColumns)
+__host__ __device__ constexpr int prefillStageNumbers(int tileRows)
 {
-    return tileRows * kInStride + kTileDepth * (tileColumns + kPadding);
+    return tileRows * kInStride + kTileDepth * kWeightStride;
 }
 
-__host__ __device__ constexpr size_t prefillSharedBytes(int tileRows, int ring = kRing, int tileColumns = kTileColumns)
+__host__ __device__ constexpr size_t prefillSharedBytes(int tileRows, int ring = kRing)
 {
-    return static_cast<size_t>(ring) * prefillStageNumbers(tileRows, tileColumns) * 2;
+    return static_cast<size_t>(ring) * prefillStageNumbers(tileRows) * 2;
 }
 
 template <typename T, int TILE_ROWS>
@@ -67,27 +67,27 @@ __device__ __forceinline__ void gatherInputs(PrefillArguments<T> const& p, T* to
 }
 
 // Warps side by side: each takes kWarpRows x kWarpColumns of the tile.
-template <int TILE_ROWS, int TILE_COLUMNS>
+template <int TILE_ROWS>
 struct Shape
 {
     static constexpr int kWarpsDown = TILE_ROWS / 32 < 2 ? 1 : 2;
     static constexpr int kWarpsAcross = kTileThreads / 32 / kWarpsDown;
     static constexpr int kWarpRows = TILE_ROWS / kWarpsDown;
-    static constexpr int kWarpColumns = TILE_COLUMNS / kWarpsAcross;
+    static constexpr int kWarpColumns = kTileColumns / kWarpsAcross;
     static constexpr int kDown = kWarpRows / 16;
     static constexpr int kAcross = kWarpColumns / 8;
 };
 
-// A warp's operands of 16 of the reduction.
-template <typename T, int TILE_ROWS, int TILE_COLUMNS>
-struct Operands
+template <typename T, int TILE_ROWS>
+__device__ __forceinline__ void multiplyTile(
+    float (&sums)[Shape<TILE_ROWS>::kDown][Shape<TILE_ROWS>::kAcross][4], T const* in, T const* weights, int lane)
 {
-    using S = Shape<TILE_ROWS, TILE_COLUMNS>;
-    uint32_t left[S::kDown][4];
-    uint32_t right[S::kAcross / 2][4];
-
-    __device__ __forceinline__ void load(T const* in, T const* weights, int k, int lane)
+    using S = Shape<TILE_ROWS>;
+#pragma unroll
+    for (int k = 0; k < kTileDepth; k += 16)
     {
+        uint32_t left[S::kDown][4];
+        uint32_t right[S::kAcross / 2][4];
 #pragma unroll
         for (int i = 0; i < S::kDown; ++i)
         {
@@ -96,25 +96,7 @@ struct Operands
 #pragma unroll
         for (int j = 0; j < S::kAcross / 2; ++j)
         {
-            loadTransposed(right[j], weights + (k + lane % 16) * (TILE_COLUMNS + kPadding) + 16 * j + lane / 16 * 8);
-        }
-    }
-};
-
-template <typename T, int TILE_ROWS, int TILE_COLUMNS>
-__device__ __forceinline__ void multiplyTile(
-    float (&sums)[Shape<TILE_ROWS, TILE_COLUMNS>::kDown][Shape<TILE_ROWS, TILE_COLUMNS>::kAcross][4], T const* in, T const* weights, int lane)
-{
-    using S = Shape<TILE_ROWS, TILE_COLUMNS>;
-    Operands<T, TILE_ROWS, TILE_COLUMNS> operands[2];
-    operands[0].load(in, weights, 0, lane);
-#pragma unroll
-    for (int k = 0; k < kTileDepth; k += 16)
-    {
-        auto const& now = operands[k / 16 % 2];
-        if (k + 16 < kTileDepth)
-        {
-            operands[(k / 16 + 1) % 2].load(in, weights, k + 16, lane);
+            loadTransposed(right[j], weights + (k + lane % 16) * kWeightStride + 16 * j + lane / 16 * 8);
         }
 #pragma unroll
         for (int i = 0; i < S::kDown; ++i)
@@ -122,8 +104,8 @@ __device__ __forceinline__ void multiplyTile(
 #pragma unroll
             for (int j = 0; j < S::kAcross; ++j)
             {
-                multiply(T{}, sums[i][j], now.left[i][0], now.left[i][1], now.left[i][2], now.left[i][3],
-                    now.right[j / 2][j % 2 * 2], now.right[j / 2][j % 2 * 2 + 1]);
+                multiply(T{}, sums[i][j], left[i][0], left[i][1], left[i][2], left[i][3], right[j / 2][j % 2 * 2],
+                    right[j / 2][j % 2 * 2 + 1]);
             }
         }
     }
@@ -131,11 +113,11 @@ __device__ __forceinline__ void multiplyTile(
 
 // Calls visit(row, column, pair) for each two neighbouring columns that this thread holds sums of and the
 // matrix has, the second of them perhaps not.
-template <typename T, int TILE_ROWS, int TILE_COLUMNS, typename Visit>
+template <typename T, int TILE_ROWS, typename Visit>
 __device__ __forceinline__ void eachPair(PrefillArguments<T> const& p,
-    float (&sums)[Shape<TILE_ROWS, TILE_COLUMNS>::kDown][Shape<TILE_ROWS, TILE_COLUMNS>::kAcross][4], int top, int left, int lane, Visit visit)
+    float (&sums)[Shape<TILE_ROWS>::kDown][Shape<TILE_ROWS>::kAcross][4], int top, int left, int lane, Visit visit)
 {
-    using S = Shape<TILE_ROWS, TILE_COLUMNS>;
+    using S = Shape<TILE_ROWS>;
 #pragma unroll
     for (int i = 0; i < S::kDown; ++i)
     {
@@ -177,21 +159,21 @@ __device__ __forceinline__ void storePair(PrefillArguments<T> const& p, int row,
 }
 
 // One tile of the results. RING stages of copies; GATHER takes x number by number (gatherInputs).
-template <typename T, WeightType W, bool VECTOR, int TILE_ROWS, int RING, bool GATHER, int TILE_COLUMNS = kTileColumns>
+template <typename T, WeightType W, bool VECTOR, int TILE_ROWS, int RING, bool GATHER>
 __device__ __forceinline__ void prefillTile(PrefillArguments<T> const& p)
 {
-    using S = Shape<TILE_ROWS, TILE_COLUMNS>;
+    using S = Shape<TILE_ROWS>;
     T* const ring = reinterpret_cast<T*>(sharedMemory());
-    int const lane = static_cast<int>(threadIdx.x) % 32;
-    int const warp = static_cast<int>(threadIdx.x) / 32;
+    int const lane = static_cast<int>(threadIdx.x % 32);
+    int const warp = static_cast<int>(threadIdx.x / 32);
     int const top = static_cast<int>(blockIdx.x) * TILE_ROWS;
-    int const left = static_cast<int>(blockIdx.y) * TILE_COLUMNS;
+    int const left = static_cast<int>(blockIdx.y) * kTileColumns;
     int const warpTop = warp % S::kWarpsDown * S::kWarpRows;
     int const warpLeft = warp / S::kWarpsDown * S::kWarpColumns;
     int const steps = (p.w.rows + kTileDepth - 1) / kTileDepth;
     constexpr bool kCodes = VECTOR && W != WeightType::kFloat;
     RowCodes<T, kCodes ? W : WeightType::kInt4> codes; // of kCodes alone
-    auto const stageOf = [&](int step) { return ring + step % RING * prefillStageNumbers(TILE_ROWS, TILE_COLUMNS); };
+    auto const stageOf = [&](int step) { return ring + step % RING * prefillStageNumbers(TILE_ROWS); };
     auto const fetch = [&](int step)
     {
         if (step < steps)
@@ -210,7 +192,7 @@ __device__ __forceinline__ void prefillTile(PrefillArguments<T> const& p)
             }
             else
             {
-                fetchWeights<T, W, VECTOR, TILE_COLUMNS>(p, stageOf(step) + TILE_ROWS * kInStride, left, step * kTileDepth);
+                fetchWeights<T, W, VECTOR>(p, stageOf(step) + TILE_ROWS * kInStride, left, step * kTileDepth);
             }
         }
         closeCopies();
@@ -230,7 +212,7 @@ __device__ __forceinline__ void prefillTile(PrefillArguments<T> const& p)
     float sums[S::kDown][S::kAcross][4] = {};
     if (p.init != nullptr)
     {
-        eachPair<T, TILE_ROWS, TILE_COLUMNS>(p, sums, top + warpTop, left + warpLeft, lane,
+        eachPair<T, TILE_ROWS>(p, sums, top + warpTop, left + warpLeft, lane,
             [&](int row, int column, float* pair)
             {
                 T const* const from = p.init + static_cast<int64_t>(row) * p.initStride;
@@ -245,18 +227,18 @@ __device__ __forceinline__ void prefillTile(PrefillArguments<T> const& p)
         __syncthreads();
         fetch(step + RING - 1);
         T const* const stage = stageOf(step);
-        multiplyTile<T, TILE_ROWS, TILE_COLUMNS>(
+        multiplyTile<T, TILE_ROWS>(
             sums, stage + warpTop * kInStride, stage + TILE_ROWS * kInStride + warpLeft, lane);
         decode(step + RING - 1);
     }
-    eachPair<T, TILE_ROWS, TILE_COLUMNS>(p, sums, top + warpTop, left + warpLeft, lane,
+    eachPair<T, TILE_ROWS>(p, sums, top + warpTop, left + warpLeft, lane,
         [&](int row, int column, float* pair) { storePair(p, row, column, pair); });
 }
 
-template <typename T, WeightType W, bool VECTOR, int TILE_ROWS, int TILE_COLUMNS = kTileColumns>
+template <typename T, WeightType W, bool VECTOR, int TILE_ROWS>
 __global__ void __launch_bounds__(kTileThreads) prefillProduct(PrefillArguments<T> p)
 {
-    prefillTile<T, W, VECTOR, TILE_ROWS, kRing, false, TILE_COLUMNS>(p);
+    prefillTile<T, W, VECTOR, TILE_ROWS, kRing, false>(p);
 }
 
 // x[..., index] in two aligned halves, so that tiles of either can be copied 16 bytes at a time.

@@ -13,9 +13,8 @@ constexpr int kTileDepth = 32;
 constexpr int kTileThreads = 256;
 constexpr int kRing = 4;
 // Padding that spreads the rows of a matrix load over all banks.
-constexpr int kPadding = 8;
-constexpr int kInStride = kTileDepth + kPadding;
-constexpr int kWeightStride = kTileColumns + kPadding;
+constexpr int kInStride = kTileDepth + 8;
+constexpr int kWeightStride = kTileColumns + 8;
 
 template <typename T>
 struct PrefillArguments
@@ -61,23 +60,22 @@ __device__ __forceinline__ T decoded(Matrix const& w, int row, int column, Weigh
     return value;
 }
 
-template <typename T, WeightType W, bool VECTOR, int TILE_COLUMNS>
+template <typename T, WeightType W, bool VECTOR>
 __device__ __forceinline__ void fetchWeights(PrefillArguments<T> const& p, T* to, int left, int k)
 {
-    constexpr int kStride = TILE_COLUMNS + kPadding;
-    constexpr int kChunks = kTileDepth * TILE_COLUMNS / 8;
+    constexpr int kChunks = kTileDepth * kTileColumns / 8;
 #pragma unroll
     for (int i = 0; i < kChunks / kTileThreads; ++i)
     {
         int const chunk = i * kTileThreads + static_cast<int>(threadIdx.x);
-        int const row = chunk / (TILE_COLUMNS / 8);
-        int const column = chunk % (TILE_COLUMNS / 8) * 8;
+        int const row = chunk / (kTileColumns / 8);
+        int const column = chunk % (kTileColumns / 8) * 8;
         if constexpr (VECTOR && W == WeightType::kFloat)
         {
             int const bytes = k + row < p.w.rows ? bytesInside(left + column, p.w.columns) : 0;
             T const* const weights = static_cast<T const*>(p.w.codes);
             T const* const from = weights + static_cast<int64_t>(k + row) * p.w.columns + left + column;
-            copyAsync16(to + row * kStride + column, bytes > 0 ? from : weights, bytes);
+            copyAsync16(to + row * kWeightStride + column, bytes > 0 ? from : weights, bytes);
         }
         else
         {
@@ -90,7 +88,7 @@ __device__ __forceinline__ void fetchWeights(PrefillArguments<T> const& p, T* to
                 {
                     value = decoded<T>(p.w, k + row, left + column + c, W);
                 }
-                to[row * kStride + column + c] = value;
+                to[row * kWeightStride + column + c] = value;
             }
         }
     }
@@ -109,8 +107,8 @@ struct RowCodes
     // This thread's part of the stage at row k of w and column `left`.
     __device__ __forceinline__ void load(Matrix const& w, int left, int k)
     {
-        int const row = k + static_cast<int>(threadIdx.x) / 8;
-        int const column = left + static_cast<int>(threadIdx.x) % 8 * 16;
+        int const row = k + static_cast<int>(threadIdx.x / 8);
+        int const column = left + static_cast<int>(threadIdx.x % 8) * 16;
         bool const inside = row < w.rows && column < w.columns;
         int64_t const at = static_cast<int64_t>(row) * w.columns + column;
         unsigned char const* const codes = static_cast<unsigned char const*>(w.codes);
@@ -157,7 +155,7 @@ struct RowCodes
 
     __device__ __forceinline__ void store(T* to) const
     {
-        T* const place = to + static_cast<int>(threadIdx.x) / 8 * kWeightStride + static_cast<int>(threadIdx.x) % 8 * 16;
+        T* const place = to + static_cast<int>(threadIdx.x / 8) * kWeightStride + static_cast<int>(threadIdx.x % 8) * 16;
         reinterpret_cast<uint4*>(place)[0] = numbers<0>();
         reinterpret_cast<uint4*>(place)[1] = numbers<1>();
     }

@@ -3,13 +3,12 @@
 // All blocks are on the chip at once, each with an equal share of w (feed.cuh), whose next stages are on their way
 // while the sums of one segment are added. Blocks that share a tile meet in `partial`: the one that comes last, by a
 // counter, adds what they have in order, so that the sum does not depend on who that was.
-//
-// Sums of codes are kept for each group of rows, and multiplied by its scale where the group ends.
 
 #ifndef SKIPCAT_STREAM_CUH
 #define SKIPCAT_STREAM_CUH
 
 #include "feed.cuh"
+#include "sums.cuh"
 
 namespace skipcat
 {
@@ -29,91 +28,12 @@ __host__ __device__ constexpr size_t streamSharedBytes(int rows, int slice)
         + static_cast<size_t>(kQuarters) * kPassRows * streamTile<W>() * 4 + 16;
 }
 
-// The lane's four of 16 rows of a stage, from the ring.
-template <typename T, WeightType W>
-__device__ __forceinline__ void takeRows(Weights<T, W>& weights, unsigned char const* from)
-{
-    int const lane = static_cast<int>(threadIdx.x) % 32;
-    int const group = lane / 4;
-    int const turn = lane % 4;
-    if constexpr (W == WeightType::kInt4)
-    {
-        int const start = turn * 256 + (group * 8 ^ turn * 32);
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-        {
-            uint2 const value = *reinterpret_cast<uint2 const*>(from + (start ^ i % 2 * 64) + i / 2 * 128);
-            weights.word[i][0] = value.x, weights.word[i][1] = value.y;
-        }
-    }
-    else
-    {
-        int const start = turn * 512 + (group * 16 ^ turn * 32);
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-        {
-            uint4 const value = *reinterpret_cast<uint4 const*>(from + start + i * 128);
-            weights.word[i][0] = value.x, weights.word[i][1] = value.y;
-            weights.word[i][2] = value.z, weights.word[i][3] = value.w;
-        }
-    }
-}
-
-// Sums of a thread's columns; of codes also those of the group that is under way, and its scales.
-template <typename T, WeightType W>
-struct Sums
-{
-    static constexpr int kPairs = Weights<T, W>::kColumns / 2;
-    float total[kPairs][4];
-    float group[W == WeightType::kFloat ? 1 : kPairs][4];
-    Scales<T> scales;
-
-    __device__ __forceinline__ void add(Weights<T, W> const& weights, uint2 in)
-    {
-        if constexpr (W == WeightType::kFloat)
-        {
-            multiplyStep<T>(total, weights, in);
-        }
-        else
-        {
-            multiplyCodes<T>(group, weights, in);
-        }
-    }
-
-    // The group that begins here has these scales.
-    __device__ __forceinline__ void open(unsigned char const* ofGroup)
-    {
-        int const lane = static_cast<int>(threadIdx.x) % 32;
-        uint4 const low = reinterpret_cast<uint4 const*>(ofGroup + lane / 4 * 32)[0];
-        uint4 const high = reinterpret_cast<uint4 const*>(ofGroup + lane / 4 * 32)[1];
-        scales.word[0] = low.x, scales.word[1] = low.y, scales.word[2] = low.z, scales.word[3] = low.w;
-        scales.word[4] = high.x, scales.word[5] = high.y, scales.word[6] = high.z, scales.word[7] = high.w;
-    }
-
-    // The group's sums times its scales are part of the total.
-    __device__ __forceinline__ void close()
-    {
-#pragma unroll
-        for (int i = 0; i < kPairs; ++i)
-        {
-            float const left = firstOf(T{}, scales.word[i]);
-            float const right = secondOf(T{}, scales.word[i]);
-#pragma unroll
-            for (int e = 0; e < 4; ++e)
-            {
-                total[i][e] += group[i][e] * (e < 2 ? left : right);
-                group[i][e] = 0.0f;
-            }
-        }
-    }
-};
-
 // One end of a warp's ring.
 template <int BYTES>
 struct RingEnd
 {
     unsigned char* first;
-    int at{0};
+    unsigned at{0};
 
     __device__ __forceinline__ unsigned char* next()
     {
@@ -123,20 +43,66 @@ struct RingEnd
     }
 };
 
+// The blocks that share a tile.
+struct Sharers
+{
+    int first;
+    int last;
+    bool firstIsLater; // this is the second of two tiles that the first of them shares
+
+    __device__ __forceinline__ bool many() const
+    {
+        return first < last;
+    }
+};
+
+// A segment, and what can be known of it before any memory is read.
+template <typename T, WeightType W, int CHUNK>
+struct Task
+{
+    Segment segment{};
+    Sharers sharers{};
+    int begin{0}; // this warp's stages
+    int end{0};
+    int untilGroup{0}; // rows of the warp's first group of scales
+
+    __device__ __forceinline__ bool next(StreamArguments<T> const& p, Walk& walk)
+    {
+        if (!walk.next(segment))
+        {
+            return false;
+        }
+        int const quarter = static_cast<int>(threadIdx.x / (32 * kHalves));
+        begin = segment.start(quarter);
+        end = segment.start(quarter + 1);
+        if constexpr (W != WeightType::kFloat)
+        {
+            untilGroup = p.w.groupSize - begin * stageRows<W, CHUNK>() % p.w.groupSize;
+        }
+        if (p.perTile > 0)
+        {
+            sharers = {segment.tile * p.perTile, segment.tile * p.perTile + p.perTile - 1, false};
+            return true;
+        }
+        int const start = segment.tile * p.tileStages;
+        sharers.first = p.ownerOf(start);
+        sharers.last = p.ownerOf(start + p.tileStages - 1);
+        sharers.firstIsLater = p.shareStart(sharers.first) < start;
+        return true;
+    }
+};
+
 // A warp's part of a segment. `more`: there are stages to feed.
 template <typename T, WeightType W, int CHUNK>
-__device__ __forceinline__ void accumulateSegment(StreamArguments<T> const& p, Sums<T, W>& sums, Segment const& segment,
-    T const* staged, Feed<T, W, CHUNK>& feed, bool& more, RingEnd<stageBytes<W, CHUNK>()>& filled,
-    RingEnd<stageBytes<W, CHUNK>()>& used)
+__device__ __forceinline__ void accumulateSegment(StreamArguments<T> const& p, Sums<T, W>& sums,
+    Task<T, W, CHUNK> const& task, T const* staged, Feed<T, W, CHUNK>& feed, bool& more,
+    RingEnd<stageBytes<W, CHUNK>()>& filled, RingEnd<stageBytes<W, CHUNK>()>& used)
 {
     constexpr int kRows = stageRows<W, CHUNK>();
-    int const lane = static_cast<int>(threadIdx.x) % 32;
-    int const quarter = static_cast<int>(threadIdx.x) / 32 / kHalves;
-    int const begin = segment.start(quarter);
-    int const end = segment.start(quarter + 1);
-    T const* mine = staged + (lane / 4) * stagedStride(p.slice) + 4 * (lane % 4) + begin * kRows;
-    int untilGroup = W == WeightType::kFloat ? 0 : p.w.groupSize - begin * kRows % p.w.groupSize;
-    for (int s = begin; s < end; ++s)
+    int const lane = static_cast<int>(threadIdx.x % 32);
+    T const* mine = staged + (lane / 4) * stagedStride(p.slice) + 4 * (lane % 4) + task.begin * kRows;
+    int untilGroup = task.untilGroup;
+    for (int s = task.begin; s < task.end; ++s)
     {
         awaitCopies<kDepth - 2>();
         __syncwarp();
@@ -154,7 +120,7 @@ __device__ __forceinline__ void accumulateSegment(StreamArguments<T> const& p, S
                 sums.close();
                 untilGroup = p.w.groupSize;
             }
-            if (s == begin || untilGroup == p.w.groupSize)
+            if (s == task.begin || untilGroup == p.w.groupSize)
             {
                 sums.open(stage + stageWeightBytes<W, CHUNK>());
             }
@@ -170,26 +136,10 @@ __device__ __forceinline__ void accumulateSegment(StreamArguments<T> const& p, S
         }
         mine += kRows;
     }
-    if (W != WeightType::kFloat && begin < end)
+    if (W != WeightType::kFloat && task.begin < task.end)
     {
         sums.close();
     }
-}
-
-// The blocks that share a tile.
-struct Sharers
-{
-    int first;
-    int last;
-    bool firstIsLater; // this is the second of two tiles that the first of them shares
-};
-
-template <typename T>
-__device__ __forceinline__ Sharers sharersOf(StreamArguments<T> const& p, int tile)
-{
-    int const start = tile * p.tileStages;
-    int const first = p.ownerOf(start);
-    return {first, p.ownerOf(start + p.tileStages - 1), p.shareStart(first) < start};
 }
 
 // Where block `b` keeps its sums of a tile that it shares: of the two it may have, the later one or the other.
@@ -199,37 +149,50 @@ __device__ __forceinline__ float* partialOf(StreamArguments<T> const& p, int b, 
     return p.partial + static_cast<int64_t>(2 * b + (later ? 1 : 0)) * p.rows * streamTile<W>();
 }
 
-// The last of the blocks that share a tile adds what they have, and leaves the counter at zero.
+// The last of the blocks that share a tile adds what they have, and leaves the counter at zero. `start`: startOf this
+// thread's first result, read before it is known who is last.
 template <typename T, WeightType W>
 __device__ __forceinline__ void addShares(
-    StreamArguments<T> const& p, int tile, Sharers const& sharers, unsigned* ticket)
+    StreamArguments<T> const& p, int tile, Sharers const& sharers, float start, unsigned* ticket)
 {
     constexpr int kTile = streamTile<W>();
+    constexpr int kAtOnce = 8; // loads, one of which takes as long as all
     int const thread = static_cast<int>(threadIdx.x);
-    __threadfence();
     __syncthreads();
     if (thread == 0)
     {
+        __threadfence(); // of all of the block's stores, which the barrier put before it
         *ticket = atomicAdd(p.counters + tile, 1u);
+        __threadfence();
     }
     __syncthreads();
     if (*ticket != static_cast<unsigned>(sharers.last - sharers.first))
     {
         return;
     }
-    __threadfence();
     for (int o = thread; o < p.rows * kTile; o += kDecodeThreads)
     {
+        int const row = o / kTile;
         int const column = tile * kTile + o % kTile;
+        float sum = o == thread ? start : column < p.w.columns ? startOf(p, row, column) : 0.0f;
+        for (int b = sharers.first; b <= sharers.last; b += kAtOnce)
+        {
+            float shares[kAtOnce];
+#pragma unroll
+            for (int i = 0; i < kAtOnce; ++i)
+            {
+                bool const later = b + i == sharers.first && sharers.firstIsLater;
+                shares[i] = b + i <= sharers.last ? loadShared(partialOf<T, W>(p, b + i, later) + o) : 0.0f;
+            }
+#pragma unroll
+            for (int i = 0; i < kAtOnce; ++i)
+            {
+                sum += shares[i];
+            }
+        }
         if (column < p.w.columns)
         {
-            float sum = loadShared(partialOf<T, W>(p, sharers.first, sharers.firstIsLater) + o);
-#pragma unroll 4
-            for (int b = sharers.first + 1; b <= sharers.last; ++b)
-            {
-                sum += loadShared(partialOf<T, W>(p, b, false) + o);
-            }
-            finish(p, o / kTile, column, sum);
+            finish(p, row, column, sum);
         }
     }
     if (thread == 0)
@@ -240,14 +203,14 @@ __device__ __forceinline__ void addShares(
 
 // What the block's warps have of a tile: its results, or this block's share of them.
 template <typename T, WeightType W>
-__device__ __forceinline__ void reduceSegment(
-    StreamArguments<T> const& p, Sums<T, W> const& sums, int tile, Sharers const& sharers, float* warps)
+__device__ __forceinline__ void reduceSegment(StreamArguments<T> const& p, Sums<T, W> const& sums, int tile,
+    Sharers const& sharers, float start, float* warps)
 {
     constexpr int kTile = streamTile<W>();
     constexpr int kColumns = Weights<T, W>::kColumns;
     int const thread = static_cast<int>(threadIdx.x);
-    int const lane = thread % 32;
-    int const warp = thread / 32;
+    int const lane = static_cast<int>(threadIdx.x % 32);
+    int const warp = static_cast<int>(threadIdx.x / 32);
     int const block = static_cast<int>(blockIdx.x);
     float* const share = partialOf<T, W>(p, block, block == sharers.first && sharers.firstIsLater);
     float* const mine = warps + warp / kHalves * kPassRows * kTile + warp % kHalves * decodeTile<W>() + kColumns * (lane / 4);
@@ -265,6 +228,7 @@ __device__ __forceinline__ void reduceSegment(
         __syncthreads();
         for (int o = thread; o < kPassRows * kTile && top + o / kTile < p.rows; o += kDecodeThreads)
         {
+            int const row = top + o / kTile;
             int const column = tile * kTile + o % kTile;
             float sum = 0.0f;
 #pragma unroll
@@ -272,13 +236,13 @@ __device__ __forceinline__ void reduceSegment(
             {
                 sum += warps[quarter * kPassRows * kTile + o];
             }
-            if (sharers.first < sharers.last)
+            if (sharers.many())
             {
                 share[top * kTile + o] = sum;
             }
             else if (column < p.w.columns)
             {
-                finish(p, top + o / kTile, column, sum);
+                finish(p, row, column, sum + (top == 0 && o == thread ? start : startOf(p, row, column)));
             }
         }
         if (top + kPassRows < p.rows)
@@ -294,7 +258,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 2) streamProduct(StreamArgumen
     constexpr int kRows = stageRows<W, CHUNK>();
     constexpr int kBytes = stageBytes<W, CHUNK>();
     unsigned char* const shared = sharedMemory();
-    int const warp = static_cast<int>(threadIdx.x) / 32;
+    int const warp = static_cast<int>(threadIdx.x / 32);
     RingEnd<kBytes> filled{shared + warp * kDepth * kBytes};
     RingEnd<kBytes> used = filled;
     unsigned char* const after = shared + kDecodeWarps * kDepth * kBytes;
@@ -307,14 +271,16 @@ __global__ void __launch_bounds__(kDecodeThreads, 2) streamProduct(StreamArgumen
     bool const whole = walk.left >= walk.tileStages && walk.tileStages <= walk.most;
     Feed<T, W, CHUNK> feed(p.w, walk);
     bool more = feed.enter();
+    Task<T, W, CHUNK> task;
+    bool left = task.next(p, walk);
     if (!p.settled)
     {
         Feed<T, W, CHUNK> ahead = feed;
-        bool left = more;
-        for (int i = 1; i < kDepth && left; ++i)
+        bool further = more;
+        for (int i = 1; i < kDepth && further; ++i)
         {
             ahead.prefetch();
-            left = ahead.advance();
+            further = ahead.advance();
         }
         awaitPrevious();
     }
@@ -332,10 +298,10 @@ __global__ void __launch_bounds__(kDecodeThreads, 2) streamProduct(StreamArgumen
         awaitPrevious();
     }
     Sums<T, W> sums{};
-    Segment segment{};
     bool begun = false;
-    while (walk.next(segment))
+    while (left)
     {
+        Segment const& segment = task.segment;
         int const from = whole ? 0 : segment.begin * kRows;
         if (!whole || !begun)
         {
@@ -344,21 +310,26 @@ __global__ void __launch_bounds__(kDecodeThreads, 2) streamProduct(StreamArgumen
                 __syncthreads(); // what was staged before is read
             }
             int const to = whole ? p.w.rows : segment.end * kRows;
-            stageInputs<kRows>(p, staged, from, to < p.w.rows ? to : p.w.rows);
+            // Codes leave fewer registers: their sums are more.
+            stageInputs<kRows, W == WeightType::kFloat ? 8 : 4>(p, staged, from, to < p.w.rows ? to : p.w.rows);
         }
         begun = true;
+        int const result = static_cast<int>(threadIdx.x); // this thread's first of the tile
+        int const column = segment.tile * streamTile<W>() + result % streamTile<W>();
+        bool const has = result < p.rows * streamTile<W>() && column < p.w.columns;
+        float const start = has ? startOf(p, result / streamTile<W>(), column) : 0.0f;
         __syncthreads();
-        Sharers const sharers = sharersOf(p, segment.tile);
-        accumulateSegment(p, sums, segment, staged - from, feed, more, filled, used);
+        accumulateSegment(p, sums, task, staged - from, feed, more, filled, used);
         if (segment.last)
         {
-            reduceSegment(p, sums, segment.tile, sharers, warps);
-            if (sharers.first < sharers.last)
+            reduceSegment(p, sums, segment.tile, task.sharers, start, warps);
+            if (task.sharers.many())
             {
-                addShares<T, W>(p, segment.tile, sharers, ticket);
+                addShares<T, W>(p, segment.tile, task.sharers, start, ticket);
             }
             sums = Sums<T, W>{};
         }
+        left = task.next(p, walk);
     }
 }
 
