@@ -123,8 +123,8 @@ cudaError_t launchStream(DecodeArguments<T> const& arguments, Product const& pro
     int32_t tactic, After after, cudaStream_t stream)
 {
     Shares const shares = cutShares<W, CHUNK>(product, device, tactic);
-    StreamArguments<T> p{arguments, shares.tileStages, shares.perTile, shares.stages / shares.blocks,
-        shares.stages % shares.blocks, after == After::kProduct};
+    StreamArguments<T> p{arguments, shares.tileStages, shares.staged / stageRows<W, CHUNK>(), shares.perTile,
+        shares.stages / shares.blocks, shares.stages % shares.blocks, after == After::kProduct};
     p.slice = shares.staged;
     size_t const shared = streamSharedBytes<W, CHUNK>(p.rows, p.slice);
     dim3 const grid(static_cast<unsigned>(shares.blocks));

@@ -21,6 +21,7 @@ template <typename T>
 struct StreamArguments : DecodeArguments<T> // `slice`: rows of `in` that are staged at once
 {
     int tileStages;
+    int most;     // stages of a segment, for which inputs are staged
     int perTile;  // blocks of each tile, or 0: shares go on from tile to tile
     int share;    // stages of a block, where they do
     int longer;   // blocks that have one more, the first ones
@@ -95,24 +96,33 @@ struct Segment
 // Goes through the segments of a block.
 struct Walk
 {
-    int tileStages;
-    int most; // stages of a segment, for which inputs are staged
     int tile;
     int begin;
     int left;
 
-    __device__ __forceinline__ bool next(Segment& segment)
+    template <typename T>
+    __device__ __forceinline__ explicit Walk(StreamArguments<T> const& p)
+    {
+        int const block = static_cast<int>(blockIdx.x);
+        int const start = p.shareStart(block);
+        tile = start / p.tileStages;
+        begin = start - tile * p.tileStages;
+        left = p.shareStart(block + 1) - start;
+    }
+
+    template <typename T>
+    __device__ __forceinline__ bool next(StreamArguments<T> const& p, Segment& segment)
     {
         if (left == 0)
         {
             return false;
         }
-        int const whole = left < tileStages - begin ? left : tileStages - begin;
-        int const taken = whole < most ? whole : most;
+        int const whole = left < p.tileStages - begin ? left : p.tileStages - begin;
+        int const taken = whole < p.most ? whole : p.most;
         segment = {tile, begin, begin + taken, taken == whole};
         left -= taken;
         begin += taken;
-        if (begin == tileStages)
+        if (begin == p.tileStages)
         {
             begin = 0;
             ++tile;
@@ -120,15 +130,6 @@ struct Walk
         return true;
     }
 };
-
-template <int ROWS, typename T>
-__device__ __forceinline__ Walk walkOf(StreamArguments<T> const& p)
-{
-    int const block = static_cast<int>(blockIdx.x);
-    int const start = p.shareStart(block);
-    int const tile = start / p.tileStages;
-    return {p.tileStages, p.slice / ROWS, tile, start - tile * p.tileStages, p.shareStart(block + 1) - start};
-}
 
 // Brings a warp's stages into its ring. CHUNK: bytes of a copy.
 template <typename T, WeightType W, int CHUNK>
@@ -140,7 +141,8 @@ struct Feed
     static constexpr int kRounds = kRows * kRowBytes / kRound; // of a stage
     static constexpr int kLines = kRound / kRowBytes;          // rows of a round
 
-    Matrix const& w;
+    StreamArguments<T> const& p;
+    Matrix const& w{p.w};
     Walk walk;
     int stage{0};
     int end{0};
@@ -148,17 +150,21 @@ struct Feed
     bool opens{false}; // its scales are not those of the stage before
     bool inside{false};
     bool scalesInside{false};
-    int stride; // bytes of a row
     unsigned char const* from{nullptr}; // this lane's part of the stage's first round
     unsigned char const* scales{nullptr};
 
-    __device__ __forceinline__ Feed(Matrix const& matrix, Walk const& whole)
-        : w(matrix)
+    __device__ __forceinline__ Feed(StreamArguments<T> const& arguments, Walk const& whole)
+        : p(arguments)
         , walk(whole)
-        , stride(W == WeightType::kFloat ? 2 * w.columns
-                  : W == WeightType::kInt8 ? w.columns
-                                           : w.columns >> 1)
     {
+    }
+
+    __device__ __forceinline__ Feed(Feed const&) = default;
+
+    // Bytes of a row.
+    __device__ __forceinline__ int stride() const
+    {
+        return W == WeightType::kFloat ? 2 * w.columns : W == WeightType::kInt8 ? w.columns : w.columns >> 1;
     }
 
     // To the warp's next segment with stages; false if it has none.
@@ -169,7 +175,7 @@ struct Feed
         Segment segment{};
         do
         {
-            if (!walk.next(segment))
+            if (!walk.next(p, segment))
             {
                 return false;
             }
@@ -179,8 +185,8 @@ struct Feed
         int const part = kHalves * segment.tile + warp % kHalves;
         int const byte = part * kRowBytes + lane * CHUNK % kRowBytes;
         int const row = stage * kRows;
-        inside = byte < stride;
-        from = static_cast<unsigned char const*>(w.codes) + static_cast<int64_t>(row + lane * CHUNK / kRowBytes) * stride + byte;
+        inside = byte < stride();
+        from = static_cast<unsigned char const*>(w.codes) + static_cast<int64_t>(row + lane * CHUNK / kRowBytes) * stride() + byte;
         if constexpr (W != WeightType::kFloat)
         {
             int const group = row / w.groupSize;
@@ -197,7 +203,7 @@ struct Feed
     __device__ __forceinline__ bool advance()
     {
         ++stage;
-        from += static_cast<int64_t>(kRows) * stride;
+        from += static_cast<int64_t>(kRows) * stride();
         if constexpr (W != WeightType::kFloat)
         {
             opens = untilGroup == 0;
@@ -228,11 +234,11 @@ struct Feed
             int const bytes = inside && row + j * kLines < w.rows ? CHUNK : 0; // else `from` may be anything
             if constexpr (CHUNK == 16)
             {
-                copyAsync16(place, from + j * kLines * static_cast<int64_t>(stride), bytes);
+                copyAsync16(place, from + j * kLines * static_cast<int64_t>(stride()), bytes);
             }
             else
             {
-                copyAsync8(place, from + j * kLines * static_cast<int64_t>(stride), bytes);
+                copyAsync8(place, from + j * kLines * static_cast<int64_t>(stride()), bytes);
             }
         }
         if (W != WeightType::kFloat && opens && lane < decodeTile<W>() / 8)
@@ -253,7 +259,7 @@ struct Feed
             {
                 if (row + j * kLines < w.rows)
                 {
-                    prefetchSecondCache(from + j * kLines * static_cast<int64_t>(stride));
+                    prefetchSecondCache(from + j * kLines * static_cast<int64_t>(stride()));
                 }
             }
         }

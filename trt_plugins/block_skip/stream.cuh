@@ -56,53 +56,32 @@ struct Sharers
     }
 };
 
-// A segment, and what can be known of it before any memory is read.
-template <typename T, WeightType W, int CHUNK>
-struct Task
+template <typename T>
+__device__ __forceinline__ Sharers sharersOf(StreamArguments<T> const& p, int tile)
 {
-    Segment segment{};
-    Sharers sharers{};
-    int begin{0}; // this warp's stages
-    int end{0};
-    int untilGroup{0}; // rows of the warp's first group of scales
-
-    __device__ __forceinline__ bool next(StreamArguments<T> const& p, Walk& walk)
+    if (p.perTile > 0)
     {
-        if (!walk.next(segment))
-        {
-            return false;
-        }
-        int const quarter = static_cast<int>(threadIdx.x / (32 * kHalves));
-        begin = segment.start(quarter);
-        end = segment.start(quarter + 1);
-        if constexpr (W != WeightType::kFloat)
-        {
-            untilGroup = p.w.groupSize - begin * stageRows<W, CHUNK>() % p.w.groupSize;
-        }
-        if (p.perTile > 0)
-        {
-            sharers = {segment.tile * p.perTile, segment.tile * p.perTile + p.perTile - 1, false};
-            return true;
-        }
-        int const start = segment.tile * p.tileStages;
-        sharers.first = p.ownerOf(start);
-        sharers.last = p.ownerOf(start + p.tileStages - 1);
-        sharers.firstIsLater = p.shareStart(sharers.first) < start;
-        return true;
+        return {tile * p.perTile, tile * p.perTile + p.perTile - 1, false};
     }
-};
+    int const start = tile * p.tileStages;
+    int const first = p.ownerOf(start);
+    return {first, p.ownerOf(start + p.tileStages - 1), p.shareStart(first) < start};
+}
 
 // A warp's part of a segment. `more`: there are stages to feed.
 template <typename T, WeightType W, int CHUNK>
 __device__ __forceinline__ void accumulateSegment(StreamArguments<T> const& p, Sums<T, W>& sums,
-    Task<T, W, CHUNK> const& task, T const* staged, Feed<T, W, CHUNK>& feed, bool& more,
+    Segment const& segment, T const* staged, Feed<T, W, CHUNK>& feed, bool& more,
     RingEnd<stageBytes<W, CHUNK>()>& filled, RingEnd<stageBytes<W, CHUNK>()>& used)
 {
     constexpr int kRows = stageRows<W, CHUNK>();
     int const lane = static_cast<int>(threadIdx.x % 32);
-    T const* mine = staged + (lane / 4) * stagedStride(p.slice) + 4 * (lane % 4) + task.begin * kRows;
-    int untilGroup = task.untilGroup;
-    for (int s = task.begin; s < task.end; ++s)
+    int const quarter = static_cast<int>(threadIdx.x / (32 * kHalves));
+    int const begin = segment.start(quarter);
+    int const end = segment.start(quarter + 1);
+    T const* mine = staged + (lane / 4) * stagedStride(p.slice) + 4 * (lane % 4) + begin * kRows;
+    int untilGroup = W == WeightType::kFloat ? 0 : p.w.groupSize - begin * kRows % p.w.groupSize;
+    for (int s = begin; s < end; ++s)
     {
         awaitCopies<kDepth - 2>();
         __syncwarp();
@@ -120,7 +99,7 @@ __device__ __forceinline__ void accumulateSegment(StreamArguments<T> const& p, S
                 sums.close();
                 untilGroup = p.w.groupSize;
             }
-            if (s == task.begin || untilGroup == p.w.groupSize)
+            if (s == begin || untilGroup == p.w.groupSize)
             {
                 sums.open(stage + stageWeightBytes<W, CHUNK>());
             }
@@ -136,7 +115,7 @@ __device__ __forceinline__ void accumulateSegment(StreamArguments<T> const& p, S
         }
         mine += kRows;
     }
-    if (W != WeightType::kFloat && task.begin < task.end)
+    if (W != WeightType::kFloat && begin < end)
     {
         sums.close();
     }
@@ -266,13 +245,11 @@ __global__ void __launch_bounds__(kDecodeThreads, 2) streamProduct(StreamArgumen
     float* const warps = reinterpret_cast<float*>(after + stagedBytes(p.rows, p.slice));
     unsigned* const ticket = reinterpret_cast<unsigned*>(warps + kQuarters * kPassRows * streamTile<W>());
     releaseNext();
-    Walk walk = walkOf<kRows>(p);
+    Walk walk(p);
     // With a whole tile and more all inputs are staged at once, if there is room for them.
-    bool const whole = walk.left >= walk.tileStages && walk.tileStages <= walk.most;
-    Feed<T, W, CHUNK> feed(p.w, walk);
+    bool const whole = walk.left >= p.tileStages && p.tileStages <= p.most;
+    Feed<T, W, CHUNK> feed(p, walk);
     bool more = feed.enter();
-    Task<T, W, CHUNK> task;
-    bool left = task.next(p, walk);
     if (!p.settled)
     {
         Feed<T, W, CHUNK> ahead = feed;
@@ -298,10 +275,10 @@ __global__ void __launch_bounds__(kDecodeThreads, 2) streamProduct(StreamArgumen
         awaitPrevious();
     }
     Sums<T, W> sums{};
+    Segment segment{};
     bool begun = false;
-    while (left)
+    while (walk.next(p, segment))
     {
-        Segment const& segment = task.segment;
         int const from = whole ? 0 : segment.begin * kRows;
         if (!whole || !begun)
         {
@@ -319,17 +296,17 @@ __global__ void __launch_bounds__(kDecodeThreads, 2) streamProduct(StreamArgumen
         bool const has = result < p.rows * streamTile<W>() && column < p.w.columns;
         float const start = has ? startOf(p, result / streamTile<W>(), column) : 0.0f;
         __syncthreads();
-        accumulateSegment(p, sums, task, staged - from, feed, more, filled, used);
+        accumulateSegment(p, sums, segment, staged - from, feed, more, filled, used);
         if (segment.last)
         {
-            reduceSegment(p, sums, segment.tile, task.sharers, start, warps);
-            if (task.sharers.many())
+            Sharers const sharers = sharersOf(p, segment.tile);
+            reduceSegment(p, sums, segment.tile, sharers, start, warps);
+            if (sharers.many())
             {
-                addShares<T, W>(p, segment.tile, task.sharers, start, ticket);
+                addShares<T, W>(p, segment.tile, sharers, start, ticket);
             }
             sums = Sums<T, W>{};
         }
-        left = task.next(p, walk);
     }
 }
 
