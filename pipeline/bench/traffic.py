@@ -107,6 +107,9 @@ class Traffic:
         max_length: most tokens that it can hold; None when that is not known.
         counted_from: the file or files that were counted.
         rebuilt: keys that are no keys in the cache.
+        query_width: numbers of the queries of a layer; None where that was not counted.
+        cache_passes: how often TensorRT moves the cache in a step: to read it, and where it grows
+            by Concat also to read and write it for that.
     """
 
     tensors: Sequence[StoredTensor]
@@ -114,6 +117,8 @@ class Traffic:
     max_length: int | None
     counted_from: str
     rebuilt: Sequence[RebuiltKeys] = ()
+    query_width: int | None = None
+    cache_passes: int = 1
 
     @property
     def rebuild_flop_per_byte(self) -> float | None:
@@ -135,6 +140,19 @@ class Traffic:
     def products(self) -> int:
         """Matrices that a token is multiplied with."""
         return sum(tensor.product for tensor in self.tensors)
+
+    @property
+    def norms(self) -> int:
+        """Norms that a token passes: each has a gain, which is named so."""
+        return sum("norm" in tensor.name and len(tensor.shape) == 1 for tensor in self.tensors)
+
+    @property
+    def attention_width(self) -> int:
+        """Numbers of a layer's queries; where they were not counted, as many as of the stream."""
+        if self.query_width is not None:
+            return self.query_width
+        products = [tensor.shape for tensor in self.tensors if tensor.product]
+        return min(max(products, key=math.prod), default=0) if products else 0
 
     @property
     def layers(self) -> int:

@@ -97,12 +97,12 @@ class EnginePlan:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for `--dry-run --json`."""
-        plugin = self.work.plugin
+        plugin, weight_bytes = self.work.plugin, self.folder.weight_bytes
         return {
             "target": self.target.to_json(),
             "onnx": str(self.folder.onnx_path),
-            "onnx_bytes": self.folder.weight_bytes,
-            "expected_peak_bytes": _expected_peak_bytes(self.folder, self.limits),
+            "onnx_bytes": weight_bytes,
+            "expected_peak_bytes": expected_peak_bytes(weight_bytes, self.limits.decode),
             "block_skip_nodes": self.folder.block_skip_nodes,
             "coded_nodes": self.folder.coded_nodes,
             "plugin": None if plugin is None else str(plugin),
@@ -181,7 +181,7 @@ def _choose_kernels(
 def _memory_notes(target: Target, folder: OnnxFolder, limits: Limits) -> list[str]:
     """A warning when the build is likely to need more memory than is free; RTX only, measured."""
     available = psutil.virtual_memory().available
-    peak = _expected_peak_bytes(folder, limits)
+    peak = expected_peak_bytes(folder.weight_bytes, limits.decode)
     if target.flavour != "rtx" or peak <= available:
         return []
     return [
@@ -190,9 +190,9 @@ def _memory_notes(target: Target, folder: OnnxFolder, limits: Limits) -> list[st
     ]
 
 
-def _expected_peak_bytes(folder: OnnxFolder, limits: Limits) -> int:
+def expected_peak_bytes(weight_bytes: int, decode: DecodeForm) -> int:
     """Largest resident size of the worker, roughly, by the bytes of the graph's weights."""
-    return _PEAK_BASE_BYTES + int(folder.weight_bytes * _PEAK_PER_WEIGHT[limits.decode])
+    return _PEAK_BASE_BYTES + int(weight_bytes * _PEAK_PER_WEIGHT[decode])
 
 
 def _choose_plugin(given: Path | None) -> tuple[Path | None, str]:

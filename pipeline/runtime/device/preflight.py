@@ -18,7 +18,7 @@ from pipeline.runtime.device.session import block_tokens
 # CUDA's context, the libraries' code and what they keep. Not measured on a Jetson with our engines:
 # it is by how much the GPU memory that NVIDIA publishes for Edge-LLM 0.10 on Orin is above plan and
 # cache at most (4,619 against 2,976 MB, Qwen3-4B int4).
-_LIBRARIES_BYTES = 1_650_000_000
+LIBRARIES_BYTES = 1_650_000_000
 _WHERE = "device description"
 _ITEM_BYTES = {"float16": 2, "float32": 4}
 
@@ -41,7 +41,7 @@ def check_device(folder: Path, device: dict[str, Any]) -> dict[str, Any]:
     manifest = read_manifest(folder)
     unknown = _require_same(manifest, device, folder)
     needed = needed_bytes(manifest, folder / MANIFEST_FILE)
-    available = _available_bytes(device)
+    available = free_memory_bytes(device)
     if available is None:
         unknown.append("free memory")
     elif sum(needed.values()) > available:
@@ -82,18 +82,13 @@ def needed_bytes(manifest: dict[str, Any], path: Path) -> dict[str, int]:
         "cache": copies * prod((sum(heads), rows, length, item)),
         "logits": rows * tokens * row,
         "scratch": int(layers.get("device_memory_bytes") or 0),
-        "libraries": _LIBRARIES_BYTES,
+        "libraries": LIBRARIES_BYTES,
     }
 
 
 def _require_same(manifest: dict[str, Any], device: dict[str, Any], folder: Path) -> list[str]:
     """What cannot be compared; raise InputError for an engine of another TensorRT or GPU."""
-    if device.get("schema") != SCHEMA:
-        raise InputError(
-            "This is no description of a device.",
-            observed=f"schema {device.get('schema')!r}",
-            expected=f"what `skipcat-device describe` prints, schema {SCHEMA}",
-        )
+    require_description(device)
     gpu = json_field(device, "gpu", dict, _WHERE, default=None) or {}
     found = json_field(gpu, "compute_capability", list, _WHERE, default=None)
     if found is not None and [type(part) for part in found] != [int, int]:
@@ -116,20 +111,35 @@ def _require_same(manifest: dict[str, Any], device: dict[str, Any], folder: Path
     return [what for what, (observed, _) in here.items() if observed is None]
 
 
-def _available_bytes(device: dict[str, Any]) -> int | None:
+def require_description(device: dict[str, Any], where: object = _WHERE) -> None:
+    """Raise InputError for what is no description of a device."""
+    if device.get("schema") != SCHEMA:
+        raise InputError(
+            "This is no description of a device.",
+            where=where,
+            observed=f"schema {device.get('schema')!r}",
+            expected=f"what `skipcat-device describe` prints, schema {SCHEMA}",
+        )
+
+
+def free_memory_bytes(device: dict[str, Any], where: object = _WHERE) -> int | None:
     """Memory that an engine may take: on a board the CPU's and the GPU's are the same.
+
+    Args:
+        device: a description.
+        where: it is from, for messages.
 
     Raises:
         InputError: a number is absurd.
     """
-    memory = json_field(device, "memory", dict, _WHERE, default=None) or {}
-    gpu = json_field(device, "gpu", dict, _WHERE, default=None) or {}
-    own = json_field(gpu, "free_bytes", int, _WHERE, default=None)
-    shared = json_field(memory, "available_bytes", int, _WHERE, default=None)
+    memory = json_field(device, "memory", dict, where, default=None) or {}
+    gpu = json_field(device, "gpu", dict, where, default=None) or {}
+    own = json_field(gpu, "free_bytes", int, where, default=None)
+    shared = json_field(memory, "available_bytes", int, where, default=None)
     for number in (own, shared):
         if number is not None and number < 0:
             raise InputError(
-                "A device has no such memory.", where=_WHERE, observed=number, expected="0 and up"
+                "A device has no such memory.", where=where, observed=number, expected="0 and up"
             )
     return own if gpu.get("shares_memory") is False else shared if shared is not None else own
 
