@@ -15,6 +15,8 @@ Capability = tuple[int, int]
 
 ORIN: Capability = (8, 7)
 THOR: Capability = (11, 0)
+# Whose memory is the CPU's too: Jetsons and DGX Spark.
+SHARING_CAPABILITIES: tuple[Capability, ...] = (ORIN, THOR, (12, 1))
 # What TensorRT for RTX builds for; the standard one builds for the GPU that it runs on.
 RTX_CAPABILITIES: tuple[Capability, ...] = ((7, 5), (8, 0), (8, 6), (8, 9), (12, 0), (12, 1))
 TEGRA_RELEASE = Path("/etc/nv_tegra_release")

@@ -258,7 +258,9 @@ def _stored_tensor(initializer: Any, uses: list[_Use]) -> StoredTensor:
     )
     # ONNX Runtime's CPU kernels widen float16 as they load; scales of rounded weights stay.
     floating = kind == ir.DataType.FLOAT16
-    return StoredTensor(initializer.name, shape, kind.bitwidth, looked_up, product, floating)
+    return StoredTensor(
+        initializer.name, shape, kind.bitwidth, looked_up, product, floating, len(uses)
+    )
 
 
 def _cache_input(value: Any, record: ExportRecord) -> CacheTensor:

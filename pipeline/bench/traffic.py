@@ -18,6 +18,7 @@ class StoredTensor:
         looked_up: only one row is read for a token, as of an embedding or of a table of positions.
         product: it is a matrix that the token is multiplied with.
         floating: it holds floating-point numbers, which a session may keep in another type.
+        uses: nodes that read it: gains that are equal are stored once.
     """
 
     name: str
@@ -26,6 +27,7 @@ class StoredTensor:
     looked_up: bool = False
     product: bool = False
     floating: bool = True
+    uses: int = 1
 
     @property
     def elements(self) -> int:
@@ -144,15 +146,14 @@ class Traffic:
     @property
     def norms(self) -> int:
         """Norms that a token passes: each has a gain, which is named so."""
-        return sum("norm" in tensor.name and len(tensor.shape) == 1 for tensor in self.tensors)
+        gains = (t for t in self.tensors if "norm" in t.name and len(t.shape) == 1)
+        return sum(gain.uses for gain in gains)
 
     @property
     def attention_width(self) -> int:
-        """Numbers of a layer's queries; where they were not counted, as many as of the stream."""
-        if self.query_width is not None:
-            return self.query_width
-        products = [tensor.shape for tensor in self.tensors if tensor.product]
-        return min(max(products, key=math.prod), default=0) if products else 0
+        """Numbers of a layer's queries; where they were not counted, as many as of its keys."""
+        keys = max((cache.width for cache in self.cache), default=0)
+        return keys if self.query_width is None else self.query_width
 
     @property
     def layers(self) -> int:

@@ -13,12 +13,14 @@ from pipeline.engine.target import Target
 from pipeline.engine.worker_protocol import WorkerRequest
 from pipeline.errors import InputError, UsageError
 from pipeline.export.onnx_folder import OnnxFolder, read_onnx_folder
+from pipeline.memory import swap_advice
 from pipeline.model.task import adapter_of
 
 # Measured on SmolLM2-135M with TensorRT for RTX 1.7, see docs/engine-size.md.
 _PEAK_PER_WEIGHT: dict[DecodeForm, float] = {"shared": 4.5, "separate": 6.7}
 _PEAK_BASE_BYTES = 220_000_000
-_GIBIBYTE = 1 << 30
+_MEBIBYTE = 1 << 20
+_WORKSPACE_OF_SHARED, _LEAST_WORKSPACE_BYTES = 4, 64 << 20
 BUILT_PLUGIN = (
     Path(__file__).parents[2] / "trt_plugins" / "block_skip" / "lib" / "libskipcat_block_skip.so"
 )
@@ -35,8 +37,10 @@ class EngineRequest:
         plugin: block-skip plugin library, for standard TensorRT only; None takes the one that
             `make plugin` built, if it did.
         embed: put the block-skip kernels into the engine instead (TensorRT 10.9 or newer).
-        decode: see `profiles.Limits`; None takes `shared` for RTX and `separate` otherwise.
-        workspace_bytes: most scratch memory a kernel may use; None leaves TensorRT's default.
+        decode: see `profiles.Limits`; None takes `shared` for RTX and where the GPU shares the
+            CPU's memory, and `separate` otherwise.
+        workspace_bytes: most scratch memory a kernel may use; None leaves TensorRT's default, or
+            takes a quarter of what is free where the GPU shares the CPU's memory.
         timeout_s: seconds after which the build is stopped.
     """
 
@@ -133,8 +137,9 @@ def plan_engine(onnx_folder: Path, request: EngineRequest) -> EnginePlan:
         request.max_prefill,
         folder.record.max_length,
         request.decode,
-        "shared" if target.flavour == "rtx" else "separate",
+        "shared" if target.flavour == "rtx" or target.shares_memory else "separate",
     )
+    workspace_bytes, workspace_notes = _workspace(request)
     plugin, plugin_notes = _choose_kernels(request, folder)
     assert target.compute_capability is not None, "`check` lets no cpu target through"
     work = WorkerRequest(
@@ -143,7 +148,7 @@ def plan_engine(onnx_folder: Path, request: EngineRequest) -> EnginePlan:
         onnx_path=folder.onnx_path,
         profiles=tuple(limits.profiles_of(folder.inputs)),
         shared_weights=limits.decode == "shared",
-        workspace_bytes=request.workspace_bytes,
+        workspace_bytes=workspace_bytes,
         plugin=plugin,
         block_skip_nodes=folder.block_skip_nodes,
         onnx_profile=folder.record.profile,
@@ -156,7 +161,8 @@ def plan_engine(onnx_folder: Path, request: EngineRequest) -> EnginePlan:
         int8_convs=folder.int8_convs,
         float_convs=folder.float_convs,
     )
-    said = (*notes, *_memory_notes(target, folder, limits), *plugin_notes)
+    memory_notes = _memory_notes(target, folder, limits)
+    said = (*memory_notes, *notes, *workspace_notes, *plugin_notes)
     return EnginePlan(target, folder, limits, work, request.timeout_s, said)
 
 
@@ -179,14 +185,30 @@ def _choose_kernels(
 
 
 def _memory_notes(target: Target, folder: OnnxFolder, limits: Limits) -> list[str]:
-    """A warning when the build is likely to need more memory than is free; RTX only, measured."""
+    """What building is expected to take, and the swap that helps where that is more than is free.
+
+    It was measured with TensorRT for RTX; standard TensorRT times kernels besides.
+    """
     available = psutil.virtual_memory().available
     peak = expected_peak_bytes(folder.weight_bytes, limits.decode)
-    if target.flavour != "rtx" or peak <= available:
-        return []
-    return [
-        f"building may run out of memory: about {peak / _GIBIBYTE:.1f} GiB expected, "
-        f"{available / _GIBIBYTE:.1f} GiB free"
+    where = "" if target.flavour == "rtx" else " (as measured with TensorRT for RTX)"
+    said = f"building takes about {peak / 1e9:.1f} GB of memory{where}, {available / 1e9:.1f} free"
+    lacking = peak - available - psutil.swap_memory().free
+    return [said] if lacking <= 0 else [f"{said}: {swap_advice(lacking, 0)}"]
+
+
+def _workspace(request: EngineRequest) -> tuple[int | None, list[str]]:
+    """Most scratch memory of a kernel, and what to say of it.
+
+    Where the CPU is in the same memory, TensorRT's default, all of the GPU's, is all there is.
+    """
+    if request.workspace_bytes is not None or not request.target.shares_memory:
+        return request.workspace_bytes, []
+    free = psutil.virtual_memory().available
+    limit = max(free // _WORKSPACE_OF_SHARED, _LEAST_WORKSPACE_BYTES) // _MEBIBYTE * _MEBIBYTE
+    return limit, [
+        f"scratch memory of a kernel: at most {limit // _MEBIBYTE} MiB, since the GPU shares the "
+        "CPU's memory (--workspace)"
     ]
 
 
