@@ -12,8 +12,16 @@ from pipeline.errors import InputError
 from pipeline.json_file import json_field, read_json_object
 from pipeline.runtime.device.preflight import free_memory_bytes, require_description
 
-_MODULES = (("Orin Nano", "orin-nano"), ("Orin NX", "orin-nx"), ("AGX Orin", "agx-orin"))
-_THOR = "Thor"
+# In the device tree's list of what the board is compatible with; names of boards may be wrong.
+_PARTS = (
+    (r"p3767-000[345]", "orin-nano"),
+    (r"p3767-000[012]", "orin-nx"),
+    (r"p3701-", "agx-orin"),
+    (r"tegra264", "thor"),
+)
+_NAMES = (
+    ("Orin Nano", "orin-nano"), ("Orin NX", "orin-nx"), ("AGX Orin", "agx-orin"), ("Thor", "thor"),
+)  # fmt: skip
 _GIBIBYTE = 1 << 30
 # Of a module's memory, what the system says is there is less by what firmware keeps.
 _LEAST_SEEN = 0.85
@@ -56,20 +64,23 @@ def _described_device(path: Path) -> DeviceSpec:
 
 
 def _module_of(fields: dict[str, Any], path: Path) -> DeviceSpec:
-    """The module in the table that the board's name and memory are of."""
+    """The module in the table that the device tree's part, or the board's name, and memory are."""
     board = json_field(fields, "board", str, path, default=None) or ""
+    parts = ",".join(map(str, json_field(fields, "compatible", list, path, default=None) or []))
     memory = json_field(fields, "memory", dict, path, default=None) or {}
     seen = json_field(memory, "total_bytes", int, path, default=None)
-    if _THOR in board:
-        return DEVICES["thor"]
-    family = next((name for word, name in _MODULES if word in board), None)
-    sizes = [d for name, d in DEVICES.items() if family and re.fullmatch(rf"{family}-\d+gb", name)]
+    by_part = (name for pattern, name in _PARTS if re.search(pattern, parts))
+    by_name = (name for word, name in _NAMES if word in board)
+    family = next(by_part, None) or next(by_name, None)
+    sizes = [
+        d for name, d in DEVICES.items() if family and re.fullmatch(rf"{family}(-\d+gb)?", name)
+    ]
     fitting = [d for d in sizes if seen and _LEAST_SEEN <= seen / (d.memory_gb * _GIBIBYTE) <= 1]
     if not fitting:
         raise InputError(
             "The module of this board is not known.",
             where=path,
-            observed=f"board {board!r} with {seen} bytes of memory",
+            observed=f"board {board!r} ({parts or 'no parts'}) with {seen} bytes of memory",
             expected=", ".join(name for name, device in DEVICES.items() if device.is_orin),
             change="name one of these instead of the file",
         )

@@ -60,6 +60,27 @@ def test_what_no_board_is_is_refused(changes: dict[str, Any], word: str, tmp_pat
         find_boards(str(write(tmp_path, **changes)))
 
 
+@pytest.mark.parametrize(
+    ("part", "mib", "module"),
+    [
+        ("nvidia,p3767-0000", 15_656, "orin-nx-16gb"),
+        ("nvidia,p3767-0001", 7608, "orin-nx-8gb"),
+        ("nvidia,p3767-0005-super", 7608, "orin-nano-8gb"),
+        ("nvidia,p3767-0004", 3800, "orin-nano-4gb"),
+        ("nvidia,p3701-0005", 62_800, "agx-orin-64gb"),
+        ("nvidia,tegra264", 125_800, "thor"),
+    ],
+)
+def test_a_module_is_known_by_its_part_whatever_the_board_is_called(
+    part: str, mib: int, module: str, tmp_path: Path
+) -> None:
+    board = "NVIDIA Jetson Orin NX Engineering Reference Developer Kit Super"
+    memory = {"total_bytes": mib << 20}
+    path = write(tmp_path, board=board, compatible=[part, "x"], memory=memory, power={})
+    assert find_boards(str(path))[0].gb_per_s == find_boards(module)[0].gb_per_s
+    assert find_boards(str(path))[0].memory_gb == find_boards(module)[0].memory_gb
+
+
 def test_boards_and_names_are_found_together(tmp_path: Path) -> None:
     found = find_boards(f"thor, {write(tmp_path)},orin-nano-8gb@7w")
     assert [device.name for device in found] == ["thor", "orin-nano-8gb@7w", "board"]

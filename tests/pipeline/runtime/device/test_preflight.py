@@ -75,6 +75,7 @@ def test_what_a_description_leaves_out_is_said(board: Board) -> None:
 def test_a_board_is_described_by_what_its_kernel_says(board: Board, tmp_path: Path) -> None:
     files = {
         "proc/device-tree/model": "Seeed reComputer J4012\0",
+        "proc/device-tree/compatible": "nvidia,p3767-0000\0nvidia,tegra234\0",
         "etc/nv_tegra_release": "# R36 (release), REVISION: 5.0, GCID: 1\n",
         "proc/meminfo": "MemTotal: 7800000 kB\nMemAvailable: 6500000 kB\nSwapTotal: 3900000 kB\n"
         "CmaFree: 200000 kB\n",
@@ -90,11 +91,13 @@ def test_a_board_is_described_by_what_its_kernel_says(board: Board, tmp_path: Pa
         path.write_text(text)
     found = describe(board.driver(), tmp_path)
     assert found["board"] == "Seeed reComputer J4012"
+    assert found["compatible"] == ["nvidia,p3767-0000", "nvidia,tegra234"]
     assert "JetPack 6.2.2" in found["jetpack"]
     assert found["gpu"]["compute_capability"] == [8, 7]  # of a name that says no module
     assert found["memory"]["available_bytes"] == 6_500_000 * 1024
     assert found["memory"]["swap_in_memory_bytes"] == 650_000 * 1024
     assert found["power"] == {"mode": "0002", "clocks": {"17000000.gpu max_freq hz": 1020000000}}
     nothing = describe(None, tmp_path / "absent")
-    assert nothing["gpu"] is nothing["board"] is nothing["jetpack"] is None
+    for name in ("gpu", "board", "compatible", "jetpack"):
+        assert nothing[name] is None
     assert set(nothing["memory"].values()) == {None, 0}
