@@ -27,7 +27,7 @@ from pipeline.engine.worker_protocol import (
     TIMING_CACHE_FILE,
     WorkerResult,
 )
-from pipeline.errors import InputError, PipelineError, ResourceError
+from pipeline.errors import InputError, PipelineError, ResourceError, UsageError
 from pipeline.json_file import read_json_object
 from pipeline.output import check_output
 from pipeline.provenance import public_text
@@ -80,8 +80,15 @@ def run_plan(
     Raises:
         InputError: TensorRT refuses the plugin or graph, or what is adopted is another engine.
         ResourceError: memory, disk or time ran out.
-        UsageError: `output` exists.
+        UsageError: `output` exists, or a plan of TensorRT for RTX is to be adopted.
     """
+    if adopted is not None and plan.target.flavour != "tensorrt":
+        raise UsageError(
+            "Only plans of standard TensorRT are adopted: others cannot be read back to compare.",
+            where=adopted,
+            observed=f"target {plan.target}",
+            change="build it here, without --adopt",
+        )
     required = int(plan.folder.weight_bytes * _PLAN_PER_WEIGHT[plan.limits.decode])
     inputs = (plan.folder.path, plan.work.plugin or "", adopted or "")
     timings = output.resolve() / TIMING_CACHE_FILE

@@ -11,7 +11,7 @@ import psutil
 from pipeline.engine.profiles import DecodeForm, Limits
 from pipeline.engine.target import Target
 from pipeline.engine.worker_protocol import WorkerRequest
-from pipeline.errors import InputError, UsageError
+from pipeline.errors import InputError, ResourceError, UsageError
 from pipeline.export.onnx_folder import OnnxFolder, read_onnx_folder
 from pipeline.memory import swap_advice
 from pipeline.model.task import adapter_of
@@ -19,6 +19,8 @@ from pipeline.model.task import adapter_of
 # Measured on SmolLM2-135M with TensorRT for RTX 1.7, see docs/engine-size.md.
 _PEAK_PER_WEIGHT: dict[DecodeForm, float] = {"shared": 4.5, "separate": 6.7}
 _PEAK_BASE_BYTES = 220_000_000
+# What a build cannot do without: the weights, and the plan that holds them.
+_LEAST_PER_WEIGHT = 2
 _MEBIBYTE = 1 << 20
 _WORKSPACE_OF_SHARED, _LEAST_WORKSPACE_BYTES = 4, 64 << 20
 BUILT_PLUGIN = (
@@ -123,6 +125,7 @@ def plan_engine(onnx_folder: Path, request: EngineRequest) -> EnginePlan:
     Raises:
         InputError: the folder or plugin is refused.
         MissingPackageError: the TensorRT flavour is not installed.
+        ResourceError: memory and swap cannot hold the weights and the plan.
         UsageError: a limit below 1 or of another kind of model, a target that needs no engine, or
             `plugin` and `embed`.
     """
@@ -188,12 +191,26 @@ def _memory_notes(target: Target, folder: OnnxFolder, limits: Limits) -> list[st
     """What building is expected to take, and the swap that helps where that is more than is free.
 
     It was measured with TensorRT for RTX; standard TensorRT times kernels besides.
+
+    Raises:
+        ResourceError: there is less than the weights and the plan take, which is sure.
     """
     available = psutil.virtual_memory().available
     peak = expected_peak_bytes(folder.weight_bytes, limits.decode)
     where = "" if target.flavour == "rtx" else " (as measured with TensorRT for RTX)"
     said = f"building takes about {peak / 1e9:.1f} GB of memory{where}, {available / 1e9:.1f} free"
-    lacking = peak - available - psutil.swap_memory().free
+    swap = psutil.swap_memory().free
+    lacking = peak - available - swap
+    least = _PEAK_BASE_BYTES + _LEAST_PER_WEIGHT * folder.weight_bytes
+    if least > available + swap:
+        raise ResourceError(
+            "There is too little memory to build this engine.",
+            where=folder.path,
+            observed=f"{available / 1e9:.1f} GB free, {swap / 1e9:.1f} GB of swap",
+            expected=f"at least {least / 1e9:.1f} GB, for the weights and the plan; "
+            f"about {peak / 1e9:.1f} GB at the peak",
+            change=swap_advice(lacking, 0),
+        )
     return [said] if lacking <= 0 else [f"{said}: {swap_advice(lacking, 0)}"]
 
 

@@ -13,7 +13,7 @@ from pipeline.engine.build import build_engine, run_plan
 from pipeline.engine.plan import EngineRequest, plan_engine
 from pipeline.engine.target import Target
 from pipeline.engine.worker_protocol import TIMING_CACHE_FILE
-from pipeline.errors import InputError
+from pipeline.errors import InputError, ResourceError
 from pipeline.gpu import ORIN
 from tests.support.fake_gpu.board import Board, board
 
@@ -108,7 +108,7 @@ def test_where_memory_is_shared_weights_are_stored_once_and_scratch_memory_is_li
 
 @pytest.mark.parametrize(
     ("available", "swap", "advice"),
-    [(10**12, 0, None), (10**8, 10**12, None), (10**8, 0, "add 2 GB of swap")],
+    [(10**12, 0, None), (10**8, 10**12, None), (221_000_000, 0, "add 2 GB of swap")],
 )
 def test_the_expected_peak_is_said_first_with_the_swap_that_helps(
     available: int, swap: int, advice: str | None, board: Board, tiny_export: Path,
@@ -122,6 +122,19 @@ def test_the_expected_peak_is_said_first_with_the_swap_that_helps(
     assert first.startswith("building takes about 0.2 GB of memory")
     assert (advice in first) if advice else ("swap" not in first)
     assert not any("swap" in note for note in others)
+
+
+def test_what_cannot_hold_weights_and_plan_is_refused_with_the_swap_that_helps(
+    board: Board, tiny_export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import psutil
+
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory(available=10**8))
+    monkeypatch.setattr(psutil, "swap_memory", lambda: memory(free=10**7))
+    with pytest.raises(ResourceError, match="add 2 GB of swap") as refused:
+        build_engine(tiny_export, tmp_path / "engine", REQUEST)
+    assert refused.value.exit_status == 4
+    assert not (tmp_path / "engine").exists()
 
 
 def memory(**fields: int) -> Any:
