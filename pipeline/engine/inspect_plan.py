@@ -71,7 +71,10 @@ def _require_profiles(
     for index, profile in enumerate(profiles[: count if not differing else 0]):
         for name, ends in profile.shapes.items():
             found = (
-                [tuple(shape) for shape in engine.get_tensor_profile_shape(name, index)]
+                [
+                    tuple(dims[axis] for axis in range(len(dims)))
+                    for dims in engine.get_tensor_profile_shape(name, index)
+                ]
                 if name in names
                 else "no such input"
             )
