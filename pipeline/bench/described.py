@@ -10,7 +10,7 @@ from typing import Any
 from pipeline.bench.devices import DEVICES, DeviceSpec, find_devices, power_modes
 from pipeline.errors import InputError
 from pipeline.json_file import json_field, read_json_object
-from pipeline.runtime.device.preflight import free_memory_bytes, require_description
+from pipeline.runtime.device.preflight import free_memory_bytes, l4t_of, require_description
 
 # In the device tree's list of what the board is compatible with; names of boards may be wrong.
 _PARTS = (
@@ -58,7 +58,7 @@ def _described_device(path: Path) -> DeviceSpec:
     return replace(
         module,
         free_bytes=free_memory_bytes(fields, path),
-        l4t=_l4t_of(fields, path),
+        l4t=l4t_of(fields, path),
         name=path.stem,
     )
 
@@ -104,9 +104,3 @@ def _clock_ghz(fields: dict[str, Any], path: Path) -> float | None:
             )
         return hertz / 1e9
     return None
-
-
-def _l4t_of(fields: dict[str, Any], path: Path) -> str | None:
-    """Such as 36.4.7, out of the line on JetPack."""
-    said = re.search(r"L4T ([0-9.]+)", json_field(fields, "jetpack", str, path, default=None) or "")
-    return said[1] if said else None

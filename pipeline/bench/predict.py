@@ -37,7 +37,13 @@ from pipeline.bench.traffic import Traffic
 from pipeline.engine.plan import expected_peak_bytes
 from pipeline.errors import ResourceError
 from pipeline.provenance import provenance
-from pipeline.runtime.device.preflight import LIBRARIES_BYTES
+from pipeline.runtime.device.preflight import (
+    LARGEST_BUFFER_BYTES,
+    LIBRARIES_BYTES,
+    REFUSING_L4T,
+    SMALL_BOARD_BYTES,
+    UPDATE_L4T,
+)
 
 OURS = "ours"
 _ENGINES = (OURS, EDGE_LLM, LLAMA_CPP)
@@ -52,11 +58,8 @@ _PLAN_PER_WEIGHT = 1.06
 _BUILD_SECONDS_PER_BYTE = 11 / 269e6
 # Users report that building takes 3 to 4 times the weights: TensorRT-Edge-LLM, issue 30.
 _EDGE_BUILD = (3.5, 3.0, 4.0)
-# Above this, L4T 36.4.7 refuses a buffer on an Orin Nano, whatever is free; 36.5 does not.
-_LARGEST_BUFFER_BYTES, _REFUSING_L4T, _SMALL_MEMORY_GB = 1_100_000_000, "36.4.7", 8
 _YES, DOES_NOT_FIT = "fits", "does not fit"
 _UNSURE, _NEW_L4T = "may not fit", "needs L4T 36.5"
-_UPDATE = "update the board to L4T 36.5 (JetPack 6.2.2)"
 _TAKE_LESS = (
     "take fewer bits (--dtype int4), a smaller model or a larger device; on a board that lacks "
     "little, `sudo systemctl isolate multi-user.target` stops the desktop, which takes 1 GB (swap "
@@ -172,8 +175,8 @@ def require_a_fit(record: dict[str, Any]) -> None:
         row = min(rows, key=lambda row: row["run_bytes"]["expected"] - row["available_bytes"])
         needed, available = row["run_bytes"]["expected"] / 1e9, row["available_bytes"] / 1e9
         large = f"at most {available:.1f} GB", _TAKE_LESS
-        buffer = f"no buffer above {_LARGEST_BUFFER_BYTES / 1e9:.1f} GB, with L4T {_REFUSING_L4T}"
-        expected, change = large if needed > available else (buffer, _UPDATE)
+        buffer = f"no buffer above {LARGEST_BUFFER_BYTES / 1e9:.1f} GB, with L4T {REFUSING_L4T}"
+        expected, change = large if needed > available else (buffer, UPDATE_L4T)
         raise ResourceError(
             "This model does not run on these devices.",
             where=f"{model} on {row['device']}",
@@ -275,9 +278,9 @@ def _verdict(run: Estimate, traffic: Traffic, device: DeviceSpec) -> str:
         return DOES_NOT_FIT
     refuses = (
         device.is_orin
-        and device.memory_gb <= _SMALL_MEMORY_GB
-        and traffic.stored_bytes > _LARGEST_BUFFER_BYTES
-        and device.l4t in (None, _REFUSING_L4T)
+        and device.memory_gb << 30 <= SMALL_BOARD_BYTES
+        and traffic.stored_bytes > LARGEST_BUFFER_BYTES
+        and device.l4t in (None, REFUSING_L4T)
     )
     if refuses:
         return _NEW_L4T if device.l4t is None else DOES_NOT_FIT

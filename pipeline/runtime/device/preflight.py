@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,10 @@ from pipeline.runtime.device.session import block_tokens
 # it is by how much the GPU memory that NVIDIA publishes for Edge-LLM 0.10 on Orin is above plan and
 # cache at most (4,619 against 2,976 MB, Qwen3-4B int4).
 LIBRARIES_BYTES = 1_650_000_000
+# Above this, that release of the system refuses a buffer on a board of 8 GB, whatever is free:
+# "NvMapMemAllocInternalTagged: error 12". The next one does not.
+LARGEST_BUFFER_BYTES, REFUSING_L4T, SMALL_BOARD_BYTES = 1_100_000_000, "36.4.7", 8 << 30
+UPDATE_L4T = "update the board to L4T 36.5 (JetPack 6.2.2)"
 _WHERE = "device description"
 _ITEM_BYTES = {"float16": 2, "float32": 4}
 
@@ -36,11 +41,12 @@ def check_device(folder: Path, device: dict[str, Any]) -> dict[str, Any]:
 
     Raises:
         InputError: the engine is for another TensorRT or GPU, or the description is none.
-        ResourceError: it needs more memory than there is.
+        ResourceError: it needs more memory than there is, or more in one piece than there can be.
     """
     manifest = read_manifest(folder)
     unknown = _require_same(manifest, device, folder)
     needed = needed_bytes(manifest, folder / MANIFEST_FILE)
+    _require_buffer(needed["plan"], device, folder)
     available = free_memory_bytes(device)
     if available is None:
         unknown.append("free memory")
@@ -119,6 +125,28 @@ def require_description(device: dict[str, Any], where: object = _WHERE) -> None:
             where=where,
             observed=f"schema {device.get('schema')!r}",
             expected=f"what `skipcat-device describe` prints, schema {SCHEMA}",
+        )
+
+
+def l4t_of(device: dict[str, Any], where: object = _WHERE) -> str | None:
+    """Release of a described board's system, such as 36.4.7, out of the line on JetPack."""
+    line = json_field(device, "jetpack", str, where, default=None)
+    said = re.search(r"L4T ([0-9.]+)", line or "")
+    return said[1] if said else None
+
+
+def _require_buffer(plan_bytes: int, device: dict[str, Any], folder: Path) -> None:
+    """Raise ResourceError where the system cannot give the plan's weights in one piece."""
+    memory = json_field(device, "memory", dict, _WHERE, default=None) or {}
+    total = json_field(memory, "total_bytes", int, _WHERE, default=None)
+    is_small = total is not None and total <= SMALL_BOARD_BYTES
+    if l4t_of(device) == REFUSING_L4T and is_small and plan_bytes > LARGEST_BUFFER_BYTES:
+        raise ResourceError(
+            f"L4T {REFUSING_L4T} gives no piece of memory as large as this engine's weights.",
+            where=folder,
+            observed=f"a plan of {plan_bytes / 1e9:.2f} GB",
+            expected=f"at most {LARGEST_BUFFER_BYTES / 1e9:.1f} GB",
+            change=UPDATE_L4T,
         )
 
 

@@ -46,6 +46,28 @@ def test_eight_gigabytes_are_not_eight_gigabytes_for_an_engine(
 
 
 @pytest.mark.parametrize(
+    ("release", "total_mib", "plan_bytes", "is_refused"),
+    [
+        ("36.4.7", 7608, 1_200_000_000, True), ("36.4.7", 7608, 1_000_000_000, False),
+        ("36.5", 7608, 1_200_000_000, False), ("36.4.7", 62_800, 1_200_000_000, False),
+    ],
+)  # fmt: skip
+def test_a_release_that_refuses_large_buffers_is_known(
+    release: str, total_mib: int, plan_bytes: int, is_refused: bool, board: Board, tmp_path: Path
+) -> None:
+    manifest = json.loads((board_engine("opset24", board) / "manifest.json").read_text())
+    manifest["plan"]["bytes"] = plan_bytes
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    memory = {"available_bytes": 6_500_000_000, "total_bytes": total_mib << 20}
+    device = ORIN_NANO | {"jetpack": f"L4T {release}: JetPack 6", "memory": memory}
+    if not is_refused:
+        check_device(tmp_path, device)
+        return
+    with pytest.raises(ResourceError, match=r"L4T 36\.5"):
+        check_device(tmp_path, device)
+
+
+@pytest.mark.parametrize(
     ("changes", "said"),
     [
         ({"schema": 2}, "no description of a device"),
