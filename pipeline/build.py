@@ -183,12 +183,29 @@ def _exports_of(request: BuildRequest, target: Target) -> dict[str, ExportReques
     if request.compress.is_quantized and request.compress.runtime == "cpu":
         wanted["onnx-cpu"] = (CPU, FLOAT32)
     if target.flavour != "cpu":
-        wanted["onnx-fp16"] = (DEFAULT_PROFILE, FLOAT16)
+        wanted["onnx-fp16"] = (_engine_profile(target), FLOAT16)
     code = request.compress.trust_remote_code
     return {
         path: ExportRequest(profile, dtype, request.max_length, trust_remote_code=code)
         for path, (profile, dtype) in wanted.items()
     }
+
+
+def _engine_profile(target: Target) -> str:
+    """Which graph the engine is built from: what the installed TensorRT knows, asked at once.
+
+    Raises:
+        InputError: it knows none.
+    """
+    if target.flavour != "tensorrt":
+        return DEFAULT_PROFILE
+    from pipeline.engine.standard import newest_profile
+
+    profile = newest_profile()
+    if profile != DEFAULT_PROFILE:
+        note(f"this TensorRT does not know {DEFAULT_PROFILE}: the engine's graph is {profile}, "
+             "without weights in few bits, with a cache that is copied as it grows")  # fmt: skip
+    return profile
 
 
 def _export(state: Build, checkpoint: Path, folder: str, wanted: ExportRequest) -> None:

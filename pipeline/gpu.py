@@ -15,10 +15,13 @@ Capability = tuple[int, int]
 
 ORIN: Capability = (8, 7)
 THOR: Capability = (11, 0)
+# Whose memory is the CPU's too: Jetsons and DGX Spark.
+SHARING_CAPABILITIES: tuple[Capability, ...] = (ORIN, THOR, (12, 1))
 # What TensorRT for RTX builds for; the standard one builds for the GPU that it runs on.
 RTX_CAPABILITIES: tuple[Capability, ...] = ((7, 5), (8, 0), (8, 6), (8, 9), (12, 0), (12, 1))
 TEGRA_RELEASE = Path("/etc/nv_tegra_release")
 _DEVICE_TREE_MODEL = Path("/proc/device-tree/model")
+_DEVICE_TREE_COMPATIBLE = Path("/proc/device-tree/compatible")
 # L4T release to JetPack and the TensorRT it ships.
 _JETPACKS = {
     (36, 3): "JetPack 6.0, TensorRT 8.6",
@@ -100,16 +103,29 @@ def _parse_gpus(csv: str, jetson: Gpu | None = None) -> tuple[Gpu, ...]:
     return tuple(gpus)
 
 
-def _find_jetson(model_file: Path = _DEVICE_TREE_MODEL) -> Gpu | None:
-    """The GPU of a Jetson, by the module's name in the device tree: its nvidia-smi may not say."""
-    try:
-        model = model_file.read_text(encoding="utf-8", errors="replace").strip("\x00\n ")
-    except OSError:
-        return None
-    for word, capability in (("Orin", ORIN), ("Thor", THOR)):
-        if word in model:
-            return Gpu(model, capability)
+def _find_jetson(
+    model_file: Path = _DEVICE_TREE_MODEL, compatible_file: Path = _DEVICE_TREE_COMPATIBLE
+) -> Gpu | None:
+    """The GPU of a Jetson, by the chip in the device tree: its nvidia-smi may not say.
+
+    Boards are named by whoever sells them; the chip is named by NVIDIA. Where the tree does not
+    name it, the board's name may.
+    """
+    model, chips = _read_tree(model_file), _read_tree(compatible_file)
+    name = " ".join(model)
+    for word, chip, capability in (("Orin", "tegra234", ORIN), ("Thor", "tegra264", THOR)):
+        if f"nvidia,{chip}" in chips or (not chips and word in name):
+            return Gpu(name or f"Jetson {word}", capability)
     return None
+
+
+def _read_tree(path: Path) -> list[str]:
+    """The words of a property of the device tree; none where it is not there."""
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return []
+    return [word for word in text.strip("\n ").split("\x00") if word]
 
 
 def read_jetpack(path: Path = TEGRA_RELEASE) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import re
 import resource
 import sys
@@ -84,6 +85,15 @@ def require_free_memory(
             expected=f"at most {free_bytes / 1e9:.1f} GB, which are free",
             change=change,
         )
+
+
+def swap_advice(needed_bytes: int, free_bytes: int) -> str:
+    """The commands that add a swap file for what memory lacks, in whole GB and one to spare."""
+    size = math.ceil((needed_bytes - free_bytes) / 1e9) + 1
+    return (
+        f"add {size} GB of swap (sudo fallocate -l {size}G /swapfile && sudo chmod 600 /swapfile "
+        "&& sudo mkswap /swapfile && sudo swapon /swapfile)"
+    )
 
 
 def parse_bytes(text: str, flag: str) -> int:

@@ -19,7 +19,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from pipeline.errors import InputError
-from pipeline.gpu import find_gpus
+from pipeline.gpu import SHARING_CAPABILITIES, find_gpu, find_gpus
 from trt_plugins.toolchain import (
     OLDEST_CAPABILITY,
     WORK,
@@ -37,15 +37,23 @@ SOURCE = ROOT / "trt_plugins" / "block_skip"
 LIBRARY = "libskipcat_block_skip.so"
 # Jetson Orin and Hopper; Hopper's also as PTX, which newer GPUs compile for themselves.
 ARCHITECTURES = "87-real;90"
+# That nvcc takes at most for one file of kernels, and some to spare.
+BYTES_OF_A_JOB = 2_000_000_000
 TYPE_NAMES = {"6__half": "fp16", "13__nv_bfloat16": "bf16"}
 LATENT_KERNELS = {"attendStretch": "attend", "joinStretches": "join"}
 WEIGHT_NAMES = {"0": "of its type", "4": "int4", "8": "int8"}
 
 
 def architectures(chosen: str | None) -> str:
-    """What to compile for: as chosen, or the default and this machine's GPUs."""
+    """What to compile for: as chosen, a Jetson's own GPU, or the default and this machine's GPUs.
+
+    On a Jetson every further architecture costs minutes, and nothing else runs what it built.
+    """
     if chosen:
         return chosen
+    gpu = find_gpu()
+    if gpu is not None and gpu.capability in SHARING_CAPABILITIES:
+        return "{}{}-real".format(*gpu.capability)
     wanted = ARCHITECTURES.split(";")
     for major, minor in sorted({gpu.capability for gpu in find_gpus()[0]}):
         number = 10 * major + minor
@@ -134,12 +142,23 @@ def configure_and_build(work: Path, tools: dict[str, Found], wanted: str) -> str
         "configuring",
         environment,
     )  # fmt: skip
-    output = run_program([cmake, "--build", str(tree), "--verbose"], "compiling", environment)
+    build = [cmake, "--build", str(tree), "--verbose", "--parallel", str(parallel_jobs())]
+    output = run_program(build, "compiling", environment)
     log = work / "compile.log"
     # Nothing is compiled a second time, and then nothing is said.
     if "Compiling entry function" in output or not log.is_file():
         log.write_text(output, encoding="utf-8")
     return log.read_text(encoding="utf-8")
+
+
+def parallel_jobs(meminfo: Path = Path("/proc/meminfo")) -> int:
+    """Files to compile at once: as many as there are cores, and as memory that is free holds."""
+    cores = os.cpu_count() or 1
+    try:
+        free = re.search(r"^MemAvailable: +(\d+) kB", meminfo.read_text(), re.MULTILINE)
+    except OSError:
+        free = None
+    return cores if free is None else max(1, min(cores, int(free[1]) * 1024 // BYTES_OF_A_JOB))
 
 
 def deliver(tree: Path, target: Path) -> Path:

@@ -6,6 +6,7 @@ only: `make plugin` runs before the environment is complete.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import re
@@ -27,8 +28,9 @@ OLDEST_CAPABILITY = 80
 _HEADERS_WHEEL = "kernel-lens==2.0.1"
 _HEADERS_IN_WHEEL = "kernel_lens/include/tensorrt/"
 _OLDEST_TENSORRT = (10, 0)
+_CUDA_OF_WHEELS = "13.0"
 _CUDA_WHEELS = tuple(
-    f"nvidia-{name}==13.0.*"
+    f"nvidia-{name}=={_CUDA_OF_WHEELS}.*"
     for name in ("cuda-nvcc", "cuda-crt", "nvvm", "cuda-runtime", "cuda-cccl")
 )
 _CUDA_IN_WHEELS = "nvidia/cu13"
@@ -176,10 +178,11 @@ def find_nvcc(work: Path, environment: Mapping[str, str]) -> Found:
     """nvcc: of this machine, or from PyPI.
 
     Raises:
-        InputError: it is too old, or not here and PyPI is out of reach.
+        InputError: it is too old, newer than the driver, or not here and PyPI is out of reach.
     """
     path, origin = local_nvcc(environment), "this machine"
     if path is None:
+        _require_driver(_CUDA_OF_WHEELS, "PyPI's nvcc")
         target = work / "cuda"
         path, origin = target / _CUDA_IN_WHEELS / "bin" / "nvcc", "PyPI, " + _CUDA_WHEELS[0]
         if not path.is_file():
@@ -188,7 +191,40 @@ def find_nvcc(work: Path, environment: Mapping[str, str]) -> Found:
     release = nvcc_release(path)
     if tuple(map(int, release.split("."))) < _OLDEST_NVCC:
         raise InputError(f"{path} is CUDA {release}; the kernels need 12.0 or newer.")
+    _require_driver(release, str(path))
     return Found(path, release, origin)
+
+
+def _require_driver(release: str, where: str) -> None:
+    """Refuse a compiler whose kernels this machine's driver does not load; none is anyone's.
+
+    A driver loads what any release of its own major version made.
+
+    Raises:
+        InputError: the driver is of an older one.
+    """
+    driver = _driver_cuda()
+    if driver is not None and int(release.split(".")[0]) > driver[0]:
+        raise InputError(
+            "This CUDA compiler is newer than the driver, which could not load what it makes.",
+            where=where,
+            observed=f"nvcc of CUDA {release}, a driver of CUDA {_dotted(driver)}",
+            expected=f"nvcc of CUDA {driver[0]}",
+            change=f"sudo apt-get install cuda-nvcc-{driver[0]}-{driver[1]}, or set CUDA_HOME to "
+            "a toolkit of that version",
+        )
+
+
+def _driver_cuda(library: str = "libcuda.so.1") -> tuple[int, int] | None:
+    """CUDA version of this machine's driver; None where there is none."""
+    try:
+        ask = ctypes.CDLL(library).cuDriverGetVersion
+    except (OSError, AttributeError):
+        return None
+    number = ctypes.c_int()
+    if ask(ctypes.byref(number)) != 0:
+        return None
+    return number.value // 1000, number.value % 1000 // 10
 
 
 def nvcc_text(nvcc: Path) -> str:

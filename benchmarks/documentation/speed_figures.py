@@ -244,6 +244,25 @@ def _bandwidth(found: _Json) -> list[str]:
     return [f"{speed['median']:.1f} GB/s here ({speed['min']:.1f} to {speed['max']:.1f})"]
 
 
+def _predictions(found: _Json) -> list[str]:
+    """Errors of predictions, by group of published figures."""
+    rows = []
+    for one in found["verdicts"]:
+        asked = "" if one["asked"] is None else percent(one["asked"], 0)
+        rows.append(
+            [
+                one["group"],
+                str(one["figures"]),
+                percent(one["median_error"], 0),
+                percent(one["worst_error"], 0) + (", missed" if one["met"] is False else ""),
+                asked,
+                percent(one["inside_share"], 0),
+            ]
+        )
+    headings = ("published figures", "how many", "median error", "worst", "asked: at most")
+    return table((*headings, "in the 80% interval"), rows)
+
+
 def _server_load(*found: _Json) -> list[str]:
     """What became of all requests, and of the memory."""
     rows = []
@@ -323,6 +342,7 @@ SPEED_FIGURES = {
     "cpu-memory": Figure(("cpu_memory",), _cpu_memory),
     "default-model": Figure(("bench_default",), _default_model),
     "default-model/bandwidth": Figure(("bench_default",), _bandwidth),
+    "predictions": Figure(("predictions",), _predictions),
     "server-load": Figure(tuple(_LOADS), _server_load),
     "server-load/rate": Figure(("server_load_int4_offset",), _load_rate),
     "stages": Figure(("stages",), _stages),

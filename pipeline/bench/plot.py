@@ -30,8 +30,8 @@ class _Point:
         line: number of the line it belongs to.
         read_bytes: for a token.
         tokens_per_s: median, or what is expected.
-        low: lowest of the rounds.
-        high: highest of the rounds.
+        low: lowest of the rounds, or low end of what is expected.
+        high: highest likewise.
     """
 
     label: str
@@ -70,7 +70,10 @@ def _draw_predicted(record: dict[str, Any]) -> str:
     for row in record["rows"]:
         rate = row["expected_tokens_per_s"]
         line = order.index(row["device"])
-        points.append(_Point(row["model"], line, row["bytes_per_token"], rate, rate, rate))
+        ends = row["tokens_per_s"]
+        label = f"{row['model']}, {row['engine']}"
+        place = row["bytes_per_token"], rate, ends["low"], ends["high"]
+        points.append(_Point(label, line, *place))
     return _draw("decode, PREDICTED, not measured", lines, points, measured=False)
 
 
@@ -112,14 +115,14 @@ def _draw(
 
 
 def _draw_point(axes: Axes, point: _Point, number: int, *, measured: bool) -> None:
-    """One point, with a bar from the lowest round to the highest; `number` is its model's."""
+    """One point, with a bar from its lowest to its highest; `number` is its model's."""
     colour = _COLOURS[(number if measured else point.line) % len(_COLOURS)]
     spread = [[point.tokens_per_s - point.low], [point.high - point.tokens_per_s]]
     first = measured or point.line == 0
     axes.errorbar(
         point.read_bytes / 1e6,
         point.tokens_per_s,
-        yerr=spread if measured else None,
+        yerr=spread,
         fmt=_MARKERS[number % len(_MARKERS)],
         color=colour,
         markersize=6,

@@ -1,82 +1,98 @@
-"""Decode speed of a device that is not here, from its bandwidth, its clock and published figures.
+"""What a device that is not here would make of a model: speed, memory, energy, by engine.
 
     bound:     tokens/s = 1 / max(bytes read for a token / bandwidth, FLOP of rebuilding / peak)
     expected:  seconds  = bytes / (efficiency * bandwidth) + cycles * kernels / clock + FLOP / peak
 
-Efficiency and cycles (what a kernel costs besides the bytes it reads) are the same for every device
-and model; they are fitted to published figures by least relative squares. Kernels are the matrix
-products, of which a factored layer has more, and five others in a layer. FLOP are those of keys
-that a smaller cache has to rebuild at every step, at a peak that no kernel reaches.
+Efficiency and cycles (what a kernel costs besides the bytes it reads) are an engine's, the same for
+every device and model; they are fitted to published figures. Kernels are the matrix products, of
+which a factored layer has more, the norms, and three others in a layer. FLOP are those of keys that
+a smaller cache has to rebuild at every step, at a peak that no kernel reaches.
+
+Of our engines no figure is published or measured on such a device: they are taken to be between the
+other two.
 """
 
 from __future__ import annotations
 
-import functools
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-
-from pipeline.bench.devices import DEVICES, DeviceSpec
-from pipeline.bench.shapes import find_shape
+from pipeline.bench.devices import DeviceSpec
+from pipeline.bench.fits import (
+    Estimate,
+    base_memory,
+    decode_fit,
+    edge_memory,
+    joules_per_token,
+    kernels_of,
+    prefill_flop,
+    prefill_ms,
+)
+from pipeline.bench.judge import judged_figures, said_of
+from pipeline.bench.published import EDGE_LLM, LLAMA_CPP
 from pipeline.bench.targets import BenchTarget
 from pipeline.bench.traffic import Traffic
+from pipeline.engine.plan import expected_peak_bytes
+from pipeline.errors import ResourceError
 from pipeline.provenance import provenance
-
-# Memory that a model may have: the rest is the system's, which on a Jetson is in the same memory.
-_USABLE_MEMORY = 0.85
-# Two norms, the rotation of queries and keys with the writing of the cache, attention, activation.
-_OTHER_KERNELS_OF_A_LAYER = 5
-_EDGE_LLM = (
-    "TensorRT Edge-LLM 0.9.0, user guide, performance benchmarks: "
-    "https://nvidia.github.io/TensorRT-Edge-LLM/0.9.1/user_guide/performance/"
-    "performance-benchmarks.html"
+from pipeline.runtime.device.preflight import (
+    LARGEST_BUFFER_BYTES,
+    LIBRARIES_BYTES,
+    REFUSING_L4T,
+    SMALL_BOARD_BYTES,
+    UPDATE_L4T,
 )
-_MLC = (
-    "NVIDIA's blog on the Orin Nano Super, MLC: https://developer.nvidia.com/blog/"
-    "nvidia-jetson-orin-nano-developer-kit-gets-a-super-boost/"
+
+OURS = "ours"
+_ENGINES = (OURS, EDGE_LLM, LLAMA_CPP)
+# Weights of a shape in the type that an engine has instead.
+_OWN_TYPES = {
+    LLAMA_CPP: {"int4": "q4_k_m", "nvfp4": "q4_k_m", "int8": "q8_0"},
+    OURS: {"q4_k_m": "int4", "q8_0": "int8", "nvfp4": "int4"},
+    EDGE_LLM: {"q4_k_m": "int4", "q8_0": "int8"},
+}
+# Plans of ours beside the weights that they hold: docs/engine-size.md, which has seconds, too.
+_PLAN_PER_WEIGHT = 1.06
+_BUILD_SECONDS_PER_BYTE = 11 / 269e6
+# Users report that building takes 3 to 4 times the weights: TensorRT-Edge-LLM, issue 30.
+_EDGE_BUILD = (3.5, 3.0, 4.0)
+_YES, DOES_NOT_FIT = "fits", "does not fit"
+_UNSURE, _NEW_L4T = "may not fit", "needs L4T 36.5"
+_TAKE_LESS = (
+    "take fewer bits (--dtype int4), a smaller model or a larger device; on a board that lacks "
+    "little, `sudo systemctl isolate multi-user.target` stops the desktop, which takes 1 GB (swap "
+    "does not help: what a GPU holds is not swapped)"
 )
-# Prompt and half of the answer; the pages name no context for these.
-_SHORT_CONTEXT = 128
-
-
-@dataclass(frozen=True)
-class _Fit:
-    """The two constants.
-
-    Attributes:
-        efficiency: share of the peak bandwidth at which a large matrix is read.
-        cycles_per_kernel: GPU cycles that a kernel costs besides.
-    """
-
-    efficiency: float
-    cycles_per_kernel: float
-
-    def seconds(
-        self, read_bytes: float, kernels: int, device: DeviceSpec, flop: float = 0.0
-    ) -> float:
-        """Expected time of one token, with so many operations besides reading."""
-        reading = read_bytes / (self.efficiency * device.gb_per_s * 1e9)
-        starting = self.cycles_per_kernel * kernels / (device.ghz * 1e9)
-        return reading + starting + flop / (device.tflops * 1e12)
 
 
 @dataclass(frozen=True)
 class _Prediction:
-    """What is expected of one model on one device. No figure of it was measured.
+    """What is expected of one model on one device in one engine. No figure of it was measured.
 
     Attributes:
         device: name.
+        engine: whose program runs it.
+        counted_as: type of the weights that were counted; None for those of a folder.
         gb_per_s: peak bandwidth of its memory.
-        context: tokens in the cache.
-        bytes_per_token: that one step reads.
+        context: tokens in the cache, and of the prompt.
+        bytes_per_token: that one step reads, and writes where the cache is copied.
         kernels: that one step is taken to start.
         bound_tokens_per_s: what the bandwidth allows.
         expected_tokens_per_s: what the fit expects.
-        efficiency: the one over the other.
+        tokens_per_s: the same with its interval.
+        efficiency: expected over bound.
+        prefill_ms: of a prompt as long as the context; None where there is no figure to go by.
+        least_prefill_ms: what its operations take at the peak.
+        joules_per_token: on the rail of CPU and GPU; None where there is no figure to go by.
         needed_bytes: weights and a cache for the context.
-        fits: whether these fit into the memory, with some left for the system.
+        run_bytes: memory that running takes, with the libraries.
+        available_bytes: memory that there is for it.
+        fits: whether it does, for certain.
+        verdict: the same in words.
+        build_peak_bytes: memory that building an engine takes; None where there is none to build.
+        least_build_seconds: what it takes on a PC without timing kernels; likewise.
         rebuild_flop: operations that rebuild keys in one step; 0 where none are.
         rebuild_flop_per_byte: of those, for each byte that is not read since keys are latents; what
             the device has for a byte is `flop_per_byte`. None where none are rebuilt.
@@ -85,15 +101,26 @@ class _Prediction:
     """
 
     device: str
+    engine: str
+    counted_as: str | None
     gb_per_s: float
     context: int
     bytes_per_token: int
     kernels: int
     bound_tokens_per_s: float
     expected_tokens_per_s: float
+    tokens_per_s: Estimate
     efficiency: float
+    prefill_ms: Estimate | None
+    least_prefill_ms: float
+    joules_per_token: Estimate | None
     needed_bytes: int
+    run_bytes: Estimate
+    available_bytes: int
     fits: bool
+    verdict: str
+    build_peak_bytes: Estimate | None
+    least_build_seconds: float | None
     rebuild_flop: float
     rebuild_flop_per_byte: float | None
     flop_per_byte: float
@@ -110,17 +137,18 @@ def predict(
     """
     for target in targets:
         target.require_length(context, 1)
-    fit, checked = _fitted(), _check()
+    checked = judged_figures()
     rows = [
         {"model": target.label}
         | target.public_what
-        | asdict(_predict_one(target.traffic, device, context, fit))
-        | {"published_figures": _checked_against(checked, device.name)}
+        | asdict(_predict_target(target, device, context, engine))
+        | {"published_figures": said_of(checked["published"], device, engine)}
         for target in targets
         for device in devices
+        for engine in _ENGINES
     ]
     return {
-        "schema": 1,
+        "schema": 2,
         "kind": "prediction",
         "measured": False,
         "context": context,
@@ -134,26 +162,78 @@ def predict(
     }
 
 
-def _predict_one(traffic: Traffic, device: DeviceSpec, context: int, fit: _Fit) -> _Prediction:
-    """Bound and expected tokens/s of a model on a device, with `context` tokens in the cache."""
+def require_a_fit(record: dict[str, Any]) -> None:
+    """Refuse a prediction of a model that our engine runs on none of the devices.
+
+    Raises:
+        ResourceError: there is one; says what it needs, and what would help.
+    """
+    for model in dict.fromkeys(row["model"] for row in record["rows"]):
+        rows = [row for row in record["rows"] if (row["model"], row["engine"]) == (model, OURS)]
+        if any(row["verdict"] != DOES_NOT_FIT for row in rows):
+            continue
+        row = min(rows, key=lambda row: row["run_bytes"]["expected"] - row["available_bytes"])
+        needed, available = row["run_bytes"]["expected"] / 1e9, row["available_bytes"] / 1e9
+        large = f"at most {available:.1f} GB", _TAKE_LESS
+        buffer = f"no buffer above {LARGEST_BUFFER_BYTES / 1e9:.1f} GB, with L4T {REFUSING_L4T}"
+        expected, change = large if needed > available else (buffer, UPDATE_L4T)
+        raise ResourceError(
+            "This model does not run on these devices.",
+            where=f"{model} on {row['device']}",
+            observed=f"{needed:.1f} GB",
+            expected=expected,
+            change=change,
+        )
+
+
+def _predict_target(
+    target: BenchTarget, device: DeviceSpec, context: int, engine: str
+) -> _Prediction:
+    """A model in the type of weights that an engine has for it."""
+    dtype = target.what.get("dtype")
+    own = _OWN_TYPES[engine].get(dtype or "", dtype)
+    traffic = target.traffic if own == dtype else target.in_type(str(own))
+    return _predict_one(traffic, device, context, engine, own)
+
+
+def _predict_one(
+    traffic: Traffic, device: DeviceSpec, context: int, engine: str, dtype: str | None = None
+) -> _Prediction:
+    """All that is expected of a model on a device, with `context` tokens in the cache."""
     cache_bytes = traffic.cache_bytes(context)
-    read_bytes = traffic.weight_bytes() + cache_bytes
+    passes = traffic.cache_passes if engine == OURS else 1
+    read_bytes = traffic.weight_bytes() + passes * cache_bytes
     flop, intensity = traffic.rebuild_flop(context), traffic.rebuild_flop_per_byte
     slowest = max(read_bytes / (device.gb_per_s * 1e9), flop / (device.tflops * 1e12))
-    bound = 1 / slowest
-    expected = 1 / fit.seconds(read_bytes, _kernels_of(traffic), device, flop)
-    needed = traffic.stored_bytes + cache_bytes
+    speed = _tokens_per_s(engine, read_bytes, kernels_of(traffic), device, flop)
+    run = _run_bytes(traffic, context, engine)
+    verdict = _verdict(run, traffic, device)
     return _Prediction(
         device=device.name,
+        engine=engine,
+        counted_as=dtype,
         gb_per_s=round(device.gb_per_s, 1),
         context=context,
         bytes_per_token=read_bytes,
-        kernels=_kernels_of(traffic),
-        bound_tokens_per_s=bound,
-        expected_tokens_per_s=expected,
-        efficiency=expected / bound,
-        needed_bytes=needed,
-        fits=needed <= _USABLE_MEMORY * device.memory_gb * 1e9,
+        kernels=kernels_of(traffic),
+        bound_tokens_per_s=1 / slowest,
+        expected_tokens_per_s=speed.expected,
+        tokens_per_s=speed,
+        efficiency=speed.expected * slowest,
+        prefill_ms=prefill_ms(traffic, context, device)
+        if engine == EDGE_LLM and device.is_orin
+        else None,
+        least_prefill_ms=prefill_flop(traffic, context) / (device.tflops * 1e9),
+        joules_per_token=joules_per_token(speed, device) if device.has_power_figures else None,
+        needed_bytes=traffic.stored_bytes + cache_bytes,
+        run_bytes=run,
+        available_bytes=device.available_bytes,
+        fits=verdict == _YES,
+        verdict=verdict,
+        build_peak_bytes=_build_peak(traffic, engine),
+        least_build_seconds=_BUILD_SECONDS_PER_BYTE * traffic.stored_bytes
+        if engine == OURS
+        else None,
         rebuild_flop=flop,
         rebuild_flop_per_byte=intensity,
         flop_per_byte=round(device.flop_per_byte, 1),
@@ -161,171 +241,58 @@ def _predict_one(traffic: Traffic, device: DeviceSpec, context: int, fit: _Fit) 
     )
 
 
-def _kernels_of(traffic: Traffic) -> int:
-    """Kernels of one step: every product, and the others of each layer."""
-    return traffic.products + _OTHER_KERNELS_OF_A_LAYER * traffic.layers
-
-
-@dataclass(frozen=True)
-class _Case:
-    """A published figure, with what the model reads for a token, and the kernels that do it."""
-
-    figure: _Figure
-    read_bytes: int
-    kernels: int
-
-    @property
-    def device(self) -> DeviceSpec:
-        """The one it was published for."""
-        return DEVICES[self.figure.device]
-
-
-@functools.cache
-def _published_cases() -> tuple[_Case, ...]:
-    """All published figures, their models counted as any other shape is."""
-    from pipeline.bench.torch_traffic import traffic_of_shape
-
-    counted: dict[tuple[str, str], Traffic] = {}
-    cases = []
-    for figure in _FIGURES:
-        key = (figure.shape, figure.dtype)
-        if key not in counted:
-            counted[key] = traffic_of_shape(find_shape(figure.shape), figure.dtype)
-        traffic = counted[key]
-        read_bytes = traffic.weight_bytes() + traffic.cache_bytes(figure.context)
-        cases.append(_Case(figure, read_bytes, _kernels_of(traffic)))
-    return tuple(cases)
-
-
-def _fit_to(cases: Sequence[_Case]) -> _Fit:
-    """The constants with the least sum of squared relative errors in time.
-
-    Args:
-        cases: of at least two different ratios of bytes to kernels.
-    """
-    rows = np.array(
-        [
-            (
-                case.read_bytes / (case.device.gb_per_s * 1e9) * case.figure.tokens_per_s,
-                case.kernels / (case.device.ghz * 1e9) * case.figure.tokens_per_s,
-            )
-            for case in cases
-        ]
-    )
-    (inverse_efficiency, cycles), *_ = np.linalg.lstsq(rows, np.ones(len(rows)))
-    return _Fit(1 / float(inverse_efficiency), float(cycles))
-
-
-def _fitted() -> _Fit:
-    """The constants that predictions use."""
-    return _fit_to([case for case in _published_cases() if case.figure.fitted])
-
-
-def _error_of(case: _Case, fit: _Fit) -> float:
-    """Expected over published tokens/s, less 1."""
-    seconds = fit.seconds(case.read_bytes, case.kernels, case.device)
-    return 1 / (seconds * case.figure.tokens_per_s) - 1
-
-
-def _check() -> dict[str, Any]:
-    """How well the prediction meets every published figure, for the record.
-
-    For a figure that was fitted, `error_without_device` is of a fit that saw no figure of that
-    device: what to expect of a device of which nothing is published.
-    """
-    cases = _published_cases()
-    seen = [case for case in cases if case.figure.fitted]
-    fit = _fit_to(seen)
-    rows = []
-    for case in cases:
-        others = [other for other in seen if other.device != case.device]
-        error = _error_of(case, fit)
-        rows.append(
-            asdict(case.figure)
-            | {
-                "bytes_per_token": case.read_bytes,
-                "bound_tokens_per_s": case.device.gb_per_s * 1e9 / case.read_bytes,
-                "expected_tokens_per_s": case.figure.tokens_per_s * (1 + error),
-                "error": error,
-                "error_without_device": _error_of(case, _fit_to(others)),
-            }
+def _tokens_per_s(
+    engine: str, read_bytes: int, kernels: int, device: DeviceSpec, flop: float
+) -> Estimate:
+    """Expected speed; of ours, between those of the other two with the same bytes."""
+    if engine == OURS:
+        quick, slow = (
+            _tokens_per_s(name, read_bytes, kernels, device, flop) for name in (EDGE_LLM, LLAMA_CPP)
         )
-    return {
-        "efficiency": fit.efficiency,
-        "cycles_per_kernel": fit.cycles_per_kernel,
-        "worst_error_of_fitted": _worst(rows, "error", fitted_ones=True),
-        "worst_error_of_others": _worst(rows, "error", fitted_ones=False),
-        "worst_error_without_device": _worst(rows, "error_without_device", fitted_ones=True),
-        "published": rows,
-    }
+        middle = math.sqrt(quick.expected * slow.expected)
+        return Estimate(middle, min(quick.low, slow.low), max(quick.high, slow.high))
+    fit = decode_fit(engine)
+    return Estimate.around(1 / fit.seconds(read_bytes, kernels, device, flop), fit.spread)
 
 
-def _worst(rows: Sequence[dict[str, Any]], key: str, *, fitted_ones: bool) -> float:
-    """Largest absolute error of the fitted figures, or of the others."""
-    return max(abs(row[key]) for row in rows if row["fitted"] is fitted_ones)
+def _run_bytes(traffic: Traffic, context: int, engine: str) -> Estimate:
+    """Memory that an engine takes; of two of them only the libraries' part is known, of Edge-LLM.
 
-
-def _checked_against(checked: dict[str, Any], device: str) -> str:
-    """How many figures of a device were published, and the largest error of them."""
-    errors = [abs(row["error"]) for row in checked["published"] if row["device"] == device]
-    return f"{len(errors)}, at most {max(errors):.0%} off" if errors else "none"
-
-
-@dataclass(frozen=True)
-class _Figure:
-    """One published decode speed, batch 1.
-
-    Attributes:
-        device: a name in DEVICES.
-        shape: a name in SHAPES.
-        dtype: a name in PRECISIONS.
-        context: tokens in the cache.
-        tokens_per_s: as published.
-        fitted: whether the two constants of the prediction were fitted to it.
-        source: where it was published.
+    Ours may take more: `preflight` is given the plan, and takes the most for the libraries.
     """
-
-    device: str
-    shape: str
-    dtype: str
-    context: int
-    tokens_per_s: float
-    fitted: bool
-    source: str
-
-
-def _edge_llm(device: str, dtype: str, context: int, speeds: dict[str, float]) -> list[_Figure]:
-    return [
-        _Figure(device, f"qwen3-{size}", dtype, context, speed, True, _EDGE_LLM)
-        for size, speed in speeds.items()
-    ]
+    if engine == EDGE_LLM:
+        return edge_memory(traffic, context)
+    cache_bytes = traffic.cache_bytes(context)
+    if engine == OURS:
+        copies = 1 if traffic.cache_passes == 1 else 2
+        own = _PLAN_PER_WEIGHT * traffic.stored_bytes + copies * cache_bytes
+    else:
+        own = float(traffic.stored_bytes + cache_bytes)
+    base = base_memory()
+    return Estimate(own + base.expected, own + base.low, own + LIBRARIES_BYTES)
 
 
-def _mlc(device: str, speeds: dict[str, float]) -> list[_Figure]:
-    return [
-        _Figure(device, shape, "q4f16", _SHORT_CONTEXT, speed, False, _MLC)
-        for shape, speed in speeds.items()
-    ]
+def _verdict(run: Estimate, traffic: Traffic, device: DeviceSpec) -> str:
+    """Whether a model runs in the memory of a device, in words."""
+    if run.expected > device.available_bytes:
+        return DOES_NOT_FIT
+    refuses = (
+        device.is_orin
+        and device.memory_gb << 30 <= SMALL_BOARD_BYTES
+        and traffic.stored_bytes > LARGEST_BUFFER_BYTES
+        and device.l4t in (None, REFUSING_L4T)
+    )
+    if refuses:
+        return _NEW_L4T if device.l4t is None else DOES_NOT_FIT
+    return _YES if run.high <= device.available_bytes else _UNSURE
 
 
-# The page does not say in which mode the Orin Nano ran. From its one figure to the other, each
-# further byte takes as long as at 62 GB/s: 91% of 68, or 61% of the 102 of Super mode, where it is
-# 83% on the AGX and 95% on the NX. It is taken for the former.
-_FIGURES = (
-    *_edge_llm(
-        "agx-orin-64gb",
-        "int4",
-        _SHORT_CONTEXT,
-        {"0.6b": 186.4, "1.7b": 98.6, "4b": 53.1, "8b": 32.5},
-    ),
-    *_edge_llm(
-        "orin-nx-16gb",
-        "int4",
-        _SHORT_CONTEXT,
-        {"0.6b": 117.4, "1.7b": 60.4, "4b": 31.6, "8b": 19.0},
-    ),
-    *_edge_llm("orin-nano-8gb", "int4", _SHORT_CONTEXT, {"0.6b": 72.8, "1.7b": 37.4}),
-    *_edge_llm("thor", "nvfp4", 2048, {"0.6b": 245.4, "1.7b": 135.5, "4b": 73.7, "8b": 44.4}),
-    *_mlc("orin-nano-8gb", {"llama-3.2-3b": 27.7, "llama-3.1-8b": 14.0}),
-    *_mlc("orin-nano-8gb-super", {"llama-3.2-3b": 43.07, "llama-3.1-8b": 19.14}),
-)
+def _build_peak(traffic: Traffic, engine: str) -> Estimate | None:
+    """Memory that building an engine takes on the device."""
+    if engine == OURS:
+        ends = (expected_peak_bytes(traffic.stored_bytes, form) for form in ("shared", "separate"))
+        low, high = map(float, ends)
+        return Estimate(low, low, high)
+    if engine == EDGE_LLM:
+        return Estimate(*(factor * traffic.stored_bytes for factor in _EDGE_BUILD))
+    return None

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from pipeline.compress.plan.plan import RankPlan
 
-# Linears of a decoder layer that read the same input, in both families.
+# Linears of a decoder layer that read the same input, in all families.
 _GROUPS = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     ("self_attn.o_proj",),
@@ -38,6 +38,8 @@ class Shape:
         vocab: rows of the embedding.
         tied: whether the head is the embedding.
         positions: longest context.
+        window: tokens that most layers see; None where all see all.
+        full_every: the last of so many layers sees all tokens.
     """
 
     model_type: str
@@ -50,6 +52,8 @@ class Shape:
     vocab: int
     tied: bool
     positions: int
+    window: int | None = None
+    full_every: int = 1
 
     def config(self) -> Any:
         """The transformers configuration."""
@@ -66,7 +70,19 @@ class Shape:
             vocab_size=self.vocab,
             tie_word_embeddings=self.tied,
             max_position_embeddings=self.positions,
+            **({} if self.window is None else {"sliding_window": self.window}),
         )
+
+    def window_of(self, layer: int) -> int | None:
+        """Tokens that a layer sees; None for all."""
+        return None if (layer + 1) % self.full_every == 0 else self.window
+
+    def linears(self) -> tuple[tuple[tuple[str, ...], int, tuple[int, ...]], ...]:
+        """Linears of a layer that share an input: names, its width, and height of each."""
+        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        heights = ((queries, keys, keys), (self.hidden,), 2 * (self.intermediate,), (self.hidden,))
+        widths = (self.hidden, queries, self.hidden, self.intermediate)
+        return tuple(zip(_GROUPS, widths, heights, strict=True))
 
     def empty_model(self, kept: float = 1.0) -> Any:
         """The architecture with all parameters on the meta device; buffers are real.
@@ -106,27 +122,29 @@ class Shape:
         from pipeline.compress.plan.plan import uniform_plan
         from pipeline.model.structure import Group, Layer
 
-        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        heights = ((queries, keys, keys), (self.hidden,), 2 * (self.intermediate,), (self.hidden,))
-        widths = (self.hidden, queries, self.hidden, self.intermediate)
         layers = []
         for index in range(self.layers):
             name = f"model.layers.{index}"
             groups = tuple(
                 Group(tuple(f"{name}.{member}" for member in members), width, tall)
-                for members, width, tall in zip(_GROUPS, widths, heights, strict=True)
+                for members, width, tall in self.linears()
             )
             layers.append(Layer(name, groups))
         return uniform_plan(layers, kept, multiple=multiple)
 
 
 _SHAPES = {
+    "gemma3-1b": Shape("gemma3_text", 1152, 6912, 26, 4, 1, 256, 262144, True, 32768, 512, 6),
+    "gemma3-4b": Shape("gemma3_text", 2560, 10240, 34, 8, 4, 256, 262208, True, 131072, 1024, 6),
     "llama-3.1-70b": Shape("llama", 8192, 28672, 80, 64, 8, 128, 128256, False, 131072),
     # One layer, and a vocabulary so small that the head does not hide it.
     "llama-3.1-70b-layer": Shape("llama", 8192, 28672, 1, 64, 8, 128, 256, False, 131072),
     "llama-3.1-8b": Shape("llama", 4096, 14336, 32, 32, 8, 128, 128256, False, 131072),
     "llama-3.2-1b": Shape("llama", 2048, 8192, 16, 32, 8, 64, 128256, True, 131072),
     "llama-3.2-3b": Shape("llama", 3072, 8192, 28, 24, 8, 128, 128256, True, 131072),
+    "qwen2.5-0.5b": Shape("qwen2", 896, 4864, 24, 14, 2, 64, 151936, True, 32768),
+    "qwen2.5-1.5b": Shape("qwen2", 1536, 8960, 28, 12, 2, 128, 151936, True, 32768),
+    "qwen2.5-7b": Shape("qwen2", 3584, 18944, 28, 28, 4, 128, 152064, False, 32768),
     "qwen3-0.6b": Shape("qwen3", 1024, 3072, 28, 16, 8, 128, 151936, True, 40960),
     "qwen3-1.7b": Shape("qwen3", 2048, 6144, 28, 16, 8, 128, 151936, True, 40960),
     "qwen3-4b": Shape("qwen3", 2560, 9728, 36, 32, 8, 128, 151936, True, 40960),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from pipeline.engine.manifest import read_manifest
 from pipeline.errors import InputError, UsageError
 from pipeline.export.contract import (
     CACHE_PREFIX,
+    COMPAT,
     DOMAIN,
     FLOAT16,
     GATHER_NBITS,
@@ -34,6 +35,7 @@ from pipeline.provenance import public_name
 
 # What PyTorch holds a checkpoint in on the CPU, and what ONNX Runtime widens float16 to.
 _CPU_FLOAT_BYTES = 4
+_CONCAT_PASSES = 3
 _STEPS_BYTES = 4  # of codes: a step and an offset, of a token and group
 # Operator -> inputs of which one row is read for a token.
 _LOOKED_UP = {
@@ -86,8 +88,8 @@ class BenchTarget:
         Raises:
             UsageError: there is no such shape, or a fraction is outside (0, 1].
         """
+        from pipeline.bench.shape_traffic import traffic_of_shape
         from pipeline.bench.shapes import find_shape
-        from pipeline.bench.torch_traffic import traffic_of_shape
 
         shape = find_shape(name)
         targets = []
@@ -98,6 +100,15 @@ class BenchTarget:
                 BenchTarget(label, "torch", what, traffic_of_shape(shape, dtype, fraction))
             )
         return targets
+
+    def in_type(self, dtype: str) -> Traffic:
+        """What an architecture reads with its weights in another type; a folder is what it is."""
+        from pipeline.bench.shape_traffic import traffic_of_shape
+        from pipeline.bench.shapes import find_shape
+
+        if "shape" not in self.what:
+            return self.traffic
+        return traffic_of_shape(find_shape(self.what["shape"]), dtype, self.what["kept"])
 
     @property
     def public_what(self) -> dict[str, Any]:
@@ -170,7 +181,19 @@ def _traffic_of_export(folder: Path) -> Traffic:
         _cache_input(value, record) for value in graph.input if value.name.startswith(CACHE_PREFIX)
     )
     rebuilt = tuple(_rebuilt_keys(graph, record))
-    return Traffic(tensors, cache, record.max_length, GRAPH_FILE, rebuilt)
+    return Traffic(
+        tensors,
+        cache,
+        record.max_length,
+        GRAPH_FILE,
+        rebuilt,
+        cache_passes=_cache_passes(record.profile),
+    )
+
+
+def _cache_passes(profile: str) -> int:
+    """How often TensorRT moves the cache in a step."""
+    return _CONCAT_PASSES if profile == COMPAT else 1
 
 
 def _rebuilt_keys(graph: Any, record: ExportRecord) -> Iterable[RebuiltKeys]:
@@ -235,7 +258,9 @@ def _stored_tensor(initializer: Any, uses: list[_Use]) -> StoredTensor:
     )
     # ONNX Runtime's CPU kernels widen float16 as they load; scales of rounded weights stay.
     floating = kind == ir.DataType.FLOAT16
-    return StoredTensor(initializer.name, shape, kind.bitwidth, looked_up, product, floating)
+    return StoredTensor(
+        initializer.name, shape, kind.bitwidth, looked_up, product, floating, len(uses)
+    )
 
 
 def _cache_input(value: Any, record: ExportRecord) -> CacheTensor:
@@ -267,9 +292,10 @@ def _traffic_of_engine(folder: Path) -> Traffic:
         if read_json_object(record).get("onnx_sha256") == digest:
             counted = _traffic_of_export(record.parent)
             where = f"{record.parent.name}/{GRAPH_FILE}"
-            return Traffic(counted.tensors, cache, length, where, counted.rebuilt)
+            return replace(counted, cache=cache, max_length=length, counted_from=where)
     # Kernels, and an embedding that is not the head, are counted too.
-    return Traffic((plan,), cache, length, "engine.plan, all of it")
+    passes = _cache_passes(manifest["onnx"]["profile"])
+    return Traffic((plan,), cache, length, "engine.plan, all of it", cache_passes=passes)
 
 
 def _engine_cache(manifest: dict[str, Any]) -> Iterable[CacheTensor]:

@@ -1,10 +1,9 @@
-"""What a Hugging Face folder, or an architecture without weights, reads for a token."""
+"""What a Hugging Face folder reads for a token."""
 
 from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,39 +12,12 @@ from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
-from pipeline.bench.shapes import Shape
 from pipeline.bench.traffic import CacheTensor, RebuiltKeys, StoredTensor, Traffic
 from pipeline.checkpoint.modeling_cache import cache_maps, own_cache
 from pipeline.checkpoint.skeleton import Skeleton
 from pipeline.errors import InputError, first_line
 
 _PROBE_TOKENS = 4
-
-
-@dataclass(frozen=True)
-class _Precision:
-    """Bits of an element: in the decoder's matrices, and in embedding and head."""
-
-    matrix: float
-    head: float
-
-    @property
-    def wide(self) -> float:
-        """Bits of vectors and of the cache."""
-        return max(16.0, self.head)
-
-
-# Rounded weights: a code of 4 or 8 bits, and a float16 scale for every 128 (q4f16: for every 32);
-# NVFP4 has a scale of 8 bits for every 16.
-_PRECISIONS = {
-    "bfloat16": _Precision(16, 16),
-    "float16": _Precision(16, 16),
-    "float32": _Precision(32, 32),
-    "int8": _Precision(8 + 16 / 128, 16),
-    "int4": _Precision(4 + 16 / 128, 16),
-    "nvfp4": _Precision(4 + 8 / 16, 16),
-    "q4f16": _Precision(4 + 16 / 32, 4 + 16 / 32),
-}
 
 
 def traffic_of_checkpoint(folder: Path) -> Traffic:
@@ -78,7 +50,8 @@ def traffic_of_checkpoint(folder: Path) -> Traffic:
         )
     floats = [tensor.bits for tensor in counted.values() if tensor.product]
     bits = max(floats, default=32.0)
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    config = model.config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
     rebuilt = tuple(
         RebuiltKeys.of(
             (made.groups, made.heads // made.groups, made.rank, made.width),
@@ -89,7 +62,17 @@ def traffic_of_checkpoint(folder: Path) -> Traffic:
         if made.is_rotated
     )
     cache = _cache_of_model(model, bits)
-    return Traffic(tuple(counted.values()), cache, positions, "safetensors", rebuilt)
+    tensors = tuple(counted.values())
+    return Traffic(tensors, cache, positions, "safetensors", rebuilt, _query_width(config))
+
+
+def _query_width(config: Any) -> int | None:
+    """Numbers of the queries of a layer, where the configuration says so in the usual words."""
+    heads = getattr(config, "num_attention_heads", None)
+    hidden = getattr(config, "hidden_size", None)
+    if not isinstance(heads, int) or not isinstance(hidden, int):
+        return None
+    return heads * (getattr(config, "head_dim", None) or hidden // heads)
 
 
 def _with_quantized_joined(
@@ -134,38 +117,6 @@ def _lookup_tensors(model: nn.Module) -> set[int]:
         for parameter in module.parameters(recurse=False):
             (tables if isinstance(module, nn.Embedding) else others).add(id(parameter))
     return tables - others
-
-
-def traffic_of_shape(shape: Shape, dtype: str, kept: float = 1.0) -> Traffic:
-    """Count an architecture; no weights are made.
-
-    Args:
-        shape: its sizes.
-        dtype: a name in PRECISIONS.
-        kept: fraction of the decoder's linear parameters to keep.
-
-    Raises:
-        pipeline.errors.UsageError: `kept` outside (0, 1].
-    """
-    precision = _PRECISIONS[dtype]
-    model = shape.empty_model(kept).to("meta")
-    layers = {id(parameter) for parameter in model.get_decoder().layers.parameters()}
-    looked_up = _lookup_tensors(model)
-    tensors = []
-    for name, parameter in model.named_parameters():
-        bits = precision.matrix if id(parameter) in layers else precision.head
-        if parameter.ndim < 2:
-            bits = precision.wide
-        rows_only = id(parameter) in looked_up
-        product = parameter.ndim >= 2 and not rows_only
-        tensors.append(StoredTensor(name, tuple(parameter.shape), bits, rows_only, product))
-    tensors += [
-        StoredTensor(name, tuple(buffer.shape), 32, floating=False)
-        for name, buffer in model.named_buffers()
-        if name.endswith(".permutation")
-    ]
-    cache = _cache_of_model(model, precision.wide)
-    return Traffic(tensors, cache, shape.positions, "the architecture's sizes")
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ class StoredTensor:
         looked_up: only one row is read for a token, as of an embedding or of a table of positions.
         product: it is a matrix that the token is multiplied with.
         floating: it holds floating-point numbers, which a session may keep in another type.
+        uses: nodes that read it: gains that are equal are stored once.
     """
 
     name: str
@@ -26,6 +27,7 @@ class StoredTensor:
     looked_up: bool = False
     product: bool = False
     floating: bool = True
+    uses: int = 1
 
     @property
     def elements(self) -> int:
@@ -107,6 +109,9 @@ class Traffic:
         max_length: most tokens that it can hold; None when that is not known.
         counted_from: the file or files that were counted.
         rebuilt: keys that are no keys in the cache.
+        query_width: numbers of the queries of a layer; None where that was not counted.
+        cache_passes: how often TensorRT moves the cache in a step: to read it, and where it grows
+            by Concat also to read and write it for that.
     """
 
     tensors: Sequence[StoredTensor]
@@ -114,6 +119,8 @@ class Traffic:
     max_length: int | None
     counted_from: str
     rebuilt: Sequence[RebuiltKeys] = ()
+    query_width: int | None = None
+    cache_passes: int = 1
 
     @property
     def rebuild_flop_per_byte(self) -> float | None:
@@ -135,6 +142,18 @@ class Traffic:
     def products(self) -> int:
         """Matrices that a token is multiplied with."""
         return sum(tensor.product for tensor in self.tensors)
+
+    @property
+    def norms(self) -> int:
+        """Norms that a token passes: each has a gain, which is named so."""
+        gains = (t for t in self.tensors if "norm" in t.name and len(t.shape) == 1)
+        return sum(gain.uses for gain in gains)
+
+    @property
+    def attention_width(self) -> int:
+        """Numbers of a layer's queries; where they were not counted, as many as of its keys."""
+        keys = max((cache.width for cache in self.cache), default=0)
+        return keys if self.query_width is None else self.query_width
 
     @property
     def layers(self) -> int:

@@ -11,6 +11,7 @@ import numpy as np
 from pipeline.artefact import sha256_of_file, staged_folder, write_json, write_text
 from pipeline.bundle.program import write_program
 from pipeline.engine.manifest import MANIFEST_FILE, check_manifest
+from pipeline.engine.worker_protocol import TIMING_CACHE_FILE
 from pipeline.errors import InputError
 from pipeline.gpu import capability_name
 from pipeline.output import check_output
@@ -99,10 +100,11 @@ def write_bundle(
 
 
 def _copy_engine(engine: Path, target: Path) -> None:
-    """What running needs: all files but the log of the build."""
+    """What running needs: all files but the log of the build and its timings."""
     target.mkdir()
     for path in sorted(engine.iterdir()):
-        if path.is_file() and path.suffix != ".log" and not path.name.startswith("."):
+        is_of_build = path.suffix == ".log" or path.name == TIMING_CACHE_FILE
+        if path.is_file() and not is_of_build and not path.name.startswith("."):
             shutil.copyfile(path, target / path.name)
 
 

@@ -10,6 +10,7 @@ import click
 
 from pipeline.cli import options
 from pipeline.cli.bench_drafts import measured_drafting
+from pipeline.cli.bench_predicted import predicted_record
 from pipeline.errors import UsageError
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
     from pipeline.bench.targets import BenchTarget
 
-_SHAPE_DTYPES = ("bfloat16", "float16", "float32", "int8", "int4", "nvfp4")
+_SHAPE_DTYPES = ("bfloat16", "float16", "float32", "int8", "int4", "nvfp4", "q4_k_m", "q8_0")
 _MEASURED_DTYPES = _SHAPE_DTYPES[:3]
 _new_file = click.Path(path_type=Path, dir_okay=False)
 
@@ -92,7 +93,12 @@ _output_options = options.apply(
 @click.command("bench")
 @click.argument("folders", nargs=-1, type=click.Path(path_type=Path))
 @_model_options
-@click.option("--predict", metavar="DEVICES", help="Do not measure; predict for these devices.")
+@click.option(
+    "--predict",
+    metavar="DEVICES",
+    help="Do not measure; predict for these devices: orin-nano-8gb, orin-nano-8gb@25w in a power "
+    "mode, orin-nano-8gb@all in all of them, or board.json of `skipcat-device describe`.",
+)
 @_measuring_options
 @_drafting_options
 @_output_options
@@ -118,7 +124,7 @@ def command(
     \b
       skipcat bench build/checkpoint build/onnx --plot roofline.svg
       skipcat bench --shape llama-3.2-1b --keep-params 1,0.6
-      skipcat bench build/onnx-fp16 --predict orin-nano-8gb,rtx-4090
+      skipcat bench build/onnx-fp16 --predict orin-nano-8gb@all,rtx-4090
       skipcat bench ./my-llama --draft small --memory 1GB --json drafted.json
     """  # noqa: D301 - click reads the escape
     _require_places(json_file, plot)
@@ -135,16 +141,20 @@ def command(
             expected=", ".join(_MEASURED_DTYPES),
             change="pass --predict, or quantise a model and give its folder",
         )
-    from pipeline.bench.devices import find_devices
+    from pipeline.bench.described import find_boards
 
-    devices = find_devices(predict) if predict is not None else []
+    devices = find_boards(predict) if predict is not None else []
     targets = _find_targets(folders, shapes, dtype, _fractions(keep_params))
     if devices:
         context = settings["context"] or settings["prompt_tokens"]
-        record = _predicted_record(targets, devices, context)
+        record = predicted_record(targets, devices, context)
     else:
         record = _measured_record(targets, verbose, **settings)
     _write_results(record, json_file, plot)
+    if devices:
+        from pipeline.bench.predict import require_a_fit
+
+        require_a_fit(record)
 
 
 def _require_places(*paths: Path | None) -> None:
@@ -213,37 +223,6 @@ def _measured_record(
     return record
 
 
-def _predicted_record(
-    targets: list[BenchTarget], devices: list[Any], context: int
-) -> dict[str, Any]:
-    """Predict, and print the table."""
-    from pipeline.bench.predict import predict
-    from pipeline.progress import note, result_console
-
-    record = predict(targets, devices, context)
-    result_console().print(_predicted_table(record))
-    note(_check_line(record["check"]))
-    for line in _rebuilding_lines(record["rows"]):
-        note(line)
-    return record
-
-
-def _rebuilding_lines(rows: list[dict[str, Any]]) -> list[str]:
-    """What keys that are rebuilt at every step cost, and where that does not pay."""
-    return [
-        f"{row['model']} on {row['device']}: rebuilding keys takes {row['rebuild_flop'] / 1e9:.2f} "
-        f"GFLOP a token, {row['rebuild_flop_per_byte']:,.0f} for each byte that it saves; "
-        f"the device has {row['flop_per_byte']:,.0f} at its peak, so "
-        + (
-            "it pays"
-            if row["rebuilding_pays"]
-            else "keys as they are would be faster: --cache-form narrow or stock rebuilds none"
-        )
-        for row in rows
-        if row["rebuild_flop"]
-    ]
-
-
 def _write_results(record: dict[str, Any], json_file: Path | None, plot: Path | None) -> None:
     """The files that were asked for."""
     from pipeline.artefact import write_json
@@ -307,51 +286,6 @@ def _where(record: dict[str, Any]) -> str:
     if settings["device"] == "cuda" and isinstance(machine["gpus"], list):
         return str(machine["gpus"][0]["name"])
     return f"{machine['cpu']}, {settings['threads']} threads"
-
-
-def _predicted_table(record: dict[str, Any]) -> Table:
-    """One row for a model on a device."""
-    from rich.table import Table
-
-    table = Table(
-        title=f"PREDICTED, not measured: one sequence, {record['context']} tokens in the cache",
-        title_justify="left",
-    )
-    table.add_column("model", overflow="fold")
-    table.add_column("device")
-    for heading in (
-        "GB/s", "MB read\na token", "bound\ntokens/s", "expected\ntokens/s", "of the\nbound",
-        "memory\nGB", "published\nfigures",
-    ):  # fmt: skip
-        table.add_column(heading, justify="right")
-    for row in record["rows"]:
-        needed = f"{_giga(row['needed_bytes'])}" + ("" if row["fits"] else "\ndoes not fit")
-        table.add_row(
-            row["model"],
-            row["device"],
-            f"{row['gb_per_s']:.0f}",
-            f"{row['bytes_per_token'] / 1e6:,.1f}",
-            f"{row['bound_tokens_per_s']:,.1f}",
-            f"{row['expected_tokens_per_s']:,.1f}",
-            f"{row['efficiency']:.0%}",
-            needed,
-            row["published_figures"],
-        )
-    return table
-
-
-def _check_line(check: dict[str, Any]) -> str:
-    """How far the prediction is from what was published."""
-    fitted = sum(row["fitted"] for row in check["published"])
-    others = len(check["published"]) - fitted
-    return (
-        f"expected: {check['efficiency']:.0%} of the bandwidth, and "
-        f"{check['cycles_per_kernel']:,.0f} cycles for every kernel; fitted to {fitted} "
-        f"published figures of TensorRT Edge-LLM, from which it is at most "
-        f"{check['worst_error_of_fitted']:.0%} off (a device it has not seen: "
-        f"{check['worst_error_without_device']:.0%}; {others} figures of MLC: "
-        f"{check['worst_error_of_others']:.0%})"
-    )
 
 
 def _giga(value: float) -> str:

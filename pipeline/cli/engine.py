@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pipeline.cli import options
+from pipeline.errors import UsageError
 from pipeline.export.contract import INPUT_IDS, PIXEL_VALUES
 
 if TYPE_CHECKING:
@@ -29,14 +31,15 @@ _limit_options = options.apply(
         "--decode",
         "auto",
         "Whether decoding shares the prefill's weights, or stores its own in another layout "
-        "(a plan almost twice as large). auto: shared for RTX, separate for standard TensorRT.",
+        "(a plan almost twice as large). auto: shared for RTX and on Jetsons, separate otherwise.",
         click.Choice(["auto", "shared", "separate"]),
     ),
     click.option(
         "--workspace",
         type=options.positive,
         metavar="MIB",
-        help="Most scratch memory a kernel may use; TensorRT's default if not given.",
+        help="Most scratch memory a kernel may use; if not given, TensorRT's default, or a quarter "
+        "of what is free on a Jetson.",
     ),
     click.option(
         "--timeout",
@@ -73,6 +76,19 @@ _limit_options = options.apply(
 @_limit_options
 @options.overwrite
 @options.dry_run
+@click.option(
+    "--trtexec",
+    is_flag=True,
+    help="Build nothing; print the command of TensorRT's trtexec that builds the same plan, to be "
+    "taken by --adopt. Not with --embed-kernels, --dry-run or --adopt, nor for RTX.",
+)
+@click.option(
+    "--adopt",
+    metavar="PLAN",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Build nothing; take a plan that the command of --trtexec built, with the same options. "
+    "Not with --dry-run.",
+)
 @options.json_output
 def command(
     onnx_folder: Path,
@@ -87,17 +103,22 @@ def command(
     timeout: float,
     overwrite: bool,
     dry_run: bool,
+    trtexec: bool,
+    adopt: Path | None,
     as_json: bool,
 ) -> None:
     """Build a TensorRT engine out of an exported ONNX folder (float16)."""
+    if sum((dry_run, trtexec, adopt is not None)) > 1:
+        raise UsageError("Take one of --dry-run, --trtexec and --adopt.")
     from pipeline.engine.build import run_plan
     from pipeline.engine.plan import EngineRequest, plan_engine
     from pipeline.engine.target import resolve_target
     from pipeline.output import check_output
     from pipeline.progress import note, waiting
 
-    if not dry_run:
-        check_output(output, overwrite=overwrite, inputs=(onnx_folder, plugin or ""))
+    if not (dry_run or trtexec):
+        inputs = (onnx_folder, plugin or "", adopt or "")
+        check_output(output, overwrite=overwrite, inputs=inputs)
     chosen = resolve_target(target)
     note(f"target {chosen}: {chosen.reason}")
     request = EngineRequest(
@@ -116,11 +137,26 @@ def command(
     if dry_run:
         _show(plan.to_json(), _plan_rows(plan), "Would build", as_json)
         return
-    with waiting(f"building {output.name} for {chosen}"):
-        manifest = run_plan(plan, output, overwrite=overwrite)
+    if trtexec:
+        _print_trtexec(plan, output)
+        return
+    with waiting(f"{'building' if adopt is None else 'adopting'} {output.name} for {chosen}"):
+        manifest = run_plan(plan, output, overwrite=overwrite, adopted=adopt)
     for line in manifest["notes"][len(plan.notes) :]:
         note(line)
     _show(manifest, _manifest_rows(manifest, output), "Engine", as_json)
+
+
+def _print_trtexec(plan: EnginePlan, output: Path) -> None:
+    """The command on stdout, and what to do with what it builds; its folder is there for it."""
+    from pipeline.engine.trtexec import trtexec_command
+    from pipeline.engine.worker_protocol import PLAN_FILE
+    from pipeline.progress import note
+
+    folder = output.absolute().with_name(f"{output.name}-trtexec")
+    command = trtexec_command(plan, folder)
+    print(f"mkdir -p {shlex.quote(str(folder))} && {shlex.join(command)}")
+    note(f"then the same command as now, with --adopt {folder / PLAN_FILE} for --trtexec")
 
 
 def _show(

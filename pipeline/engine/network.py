@@ -1,4 +1,4 @@
-"""A build in either flavour: parse, add profiles, write the plan, read back what became of it.
+"""A build in either flavour: parse, look at what became of the nodes, add profiles, write the plan.
 
 `library` is the imported module, `tensorrt` or `tensorrt_rtx`; their Python interfaces agree in
 everything used here, so one text serves both and is type-checked against `tensorrt`. No flag is
@@ -7,8 +7,6 @@ trusted: the layers are counted.
 
 from __future__ import annotations
 
-import json
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -16,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.engine.int8_layers import LAYERS, int8_layers
+from pipeline.engine.int8_layers import int8_layers
+from pipeline.engine.log import make_logger
 from pipeline.engine.paths import paths_taken
 from pipeline.engine.profiles import ShapeProfile
 from pipeline.engine.worker_protocol import PLAN_FILE, WorkerRequest, WorkerResult
@@ -27,6 +26,10 @@ if TYPE_CHECKING:
 
 OUT_OF_MEMORY_WORDS = ("out of memory", "outofmemory", "bad_alloc", "cannot allocate memory")
 _SHOWN_ERRORS = 5
+_ADOPTED = (
+    "the plan was adopted: its shapes and inputs are those of this graph, its weights were not "
+    "compared"
+)
 _NO_DRIVER = "cudaError 35"
 
 
@@ -48,9 +51,10 @@ def build_network(
     onnx_path: Path,
     *,
     configure: Callable[[trt.IBuilderConfig], None] = lambda config: None,
+    finish: Callable[[trt.IBuilderConfig], None] = lambda config: None,
     unreadable: str = "",
 ) -> WorkerResult:
-    """Build the engine of `request` and write its plan.
+    """Build the engine of `request` and write its plan, or only parse for one that is adopted.
 
     Args:
         library: the imported module.
@@ -58,6 +62,7 @@ def build_network(
         staging: folder that the plan is written into.
         onnx_path: the graph to parse, which may be a variant of the request's.
         configure: sets what only one flavour has.
+        finish: takes from the configuration what the build left there.
         unreadable: why the built engine cannot be read back here; empty where it can.
 
     Raises:
@@ -69,51 +74,25 @@ def build_network(
     parse_seconds = time.monotonic() - started
     layer_types = _count_layer_types(parsed.network)
     taken = paths_taken(request, layer_types)
-    config = _make_config(library, parsed, request)
-    configure(config)
     started = time.monotonic()
-    plan_path = staging / PLAN_FILE
-    _write_plan(parsed, config, plan_path)
+    if not request.adopted:
+        config = _make_config(library, parsed, request)
+        configure(config)
+        _write_plan(parsed, config, staging / PLAN_FILE)
+        finish(config)
     build_seconds = time.monotonic() - started
     int8 = int8_layers(parsed.layers, request.int8_convs, request.float_convs)
-    del parsed, config  # of which the engine that is read back would come on top
-    why = {"readable": False, "why": unreadable}
     return WorkerResult(
         library_version=library.__version__,
         layer_types=layer_types,
-        engine_layers=why if unreadable else _read_engine_layers(library, plan_path),
+        engine_layers={"readable": False, "why": unreadable} if unreadable else {},
         parse_seconds=parse_seconds,
         build_seconds=build_seconds,
         peak_memory_bytes=0,
-        notes=(),
+        notes=(_ADOPTED,) if request.adopted else (),
         int8=int8,
         **taken,
     )
-
-
-def _make_logger(library: Any, errors: list[str], layers: list[str] | None = None) -> trt.ILogger:
-    """A logger that prints INFO and above on stderr.
-
-    Args:
-        library: the imported module.
-        errors: is given the errors.
-        layers: is given what is said of the layers of a finished engine.
-    """
-
-    class Log(library.ILogger):
-        def __init__(self) -> None:
-            super().__init__()
-
-        def log(self, severity: Any, message: str) -> None:
-            if layers is not None and message.startswith(LAYERS):
-                layers.append(message)
-            if severity > library.ILogger.INFO:
-                return
-            print(f"[{severity.name}] {message}", file=sys.stderr, flush=True)
-            if severity <= library.ILogger.ERROR:
-                errors.append(message)
-
-    return Log()
 
 
 def _strongly_typed_flags(library: Any) -> int:
@@ -130,7 +109,7 @@ def _parse_network(library: Any, onnx_path: Path) -> _ParsedNetwork:
     """
     errors: list[str] = []
     layers: list[str] = []
-    builder = library.Builder(_make_logger(library, errors, layers))
+    builder = library.Builder(make_logger(library, errors, layers))
     network = builder.create_network(_strongly_typed_flags(library))
     parser = library.OnnxParser(network, builder.logger)
     if not parser.parse_from_file(str(onnx_path)):
@@ -238,41 +217,4 @@ def _build_failure(errors: Sequence[str]) -> InputError | ResourceError:
 def _count_layer_types(network: trt.INetworkDefinition) -> dict[str, int]:
     """Layers of a parsed network by type, the most frequent first."""
     types = (network.get_layer(index).type.name for index in range(network.num_layers))
-    return dict(Counter(types).most_common())
-
-
-def _read_engine_layers(library: Any, plan_path: Path) -> dict[str, Any]:
-    """Layers of a built engine, through the engine inspector.
-
-    Deserialising needs a CUDA driver and the GPU the plan is for, so this works where the engine
-    can run: TensorRT for RTX 1.7 without a driver stops at cudaError 35, for the engine and for
-    `get_engine_validity` alike.
-
-    Returns:
-        `{"readable": True, "types": {...}, "device_memory_bytes": n}`, or
-        `{"readable": False, "why": ...}`.
-    """
-    errors: list[str] = []
-    runtime = library.Runtime(_make_logger(library, errors))
-    if hasattr(runtime, "engine_host_code_allowed"):
-        runtime.engine_host_code_allowed = False
-    engine = runtime.deserialize_cuda_engine(plan_path.read_bytes())
-    if engine is None:
-        return {"readable": False, "why": errors[0] if errors else "no reason given"}
-    inspector = engine.create_engine_inspector()
-    text = inspector.get_engine_information(library.LayerInformationFormat.JSON)
-    return {
-        "readable": True,
-        "types": _inspected_types(text),
-        "device_memory_bytes": int(engine.device_memory_size_v2),
-    }
-
-
-def _inspected_types(text: str) -> dict[str, int]:
-    """Layers by type out of the inspector's JSON; 'unnamed' for those it gives only as a name."""
-    layers = json.loads(text).get("Layers", [])
-    types = (
-        str(layer.get("LayerType", "unnamed")) if isinstance(layer, dict) else "unnamed"
-        for layer in layers
-    )
     return dict(Counter(types).most_common())

@@ -11,14 +11,18 @@ import psutil
 from pipeline.engine.profiles import DecodeForm, Limits
 from pipeline.engine.target import Target
 from pipeline.engine.worker_protocol import WorkerRequest
-from pipeline.errors import InputError, UsageError
+from pipeline.errors import InputError, ResourceError, UsageError
 from pipeline.export.onnx_folder import OnnxFolder, read_onnx_folder
+from pipeline.memory import swap_advice
 from pipeline.model.task import adapter_of
 
 # Measured on SmolLM2-135M with TensorRT for RTX 1.7, see docs/engine-size.md.
 _PEAK_PER_WEIGHT: dict[DecodeForm, float] = {"shared": 4.5, "separate": 6.7}
 _PEAK_BASE_BYTES = 220_000_000
-_GIBIBYTE = 1 << 30
+# What a build cannot do without: the weights, and the plan that holds them.
+_LEAST_PER_WEIGHT = 2
+_MEBIBYTE = 1 << 20
+_WORKSPACE_OF_SHARED, _LEAST_WORKSPACE_BYTES = 4, 64 << 20
 BUILT_PLUGIN = (
     Path(__file__).parents[2] / "trt_plugins" / "block_skip" / "lib" / "libskipcat_block_skip.so"
 )
@@ -35,8 +39,10 @@ class EngineRequest:
         plugin: block-skip plugin library, for standard TensorRT only; None takes the one that
             `make plugin` built, if it did.
         embed: put the block-skip kernels into the engine instead (TensorRT 10.9 or newer).
-        decode: see `profiles.Limits`; None takes `shared` for RTX and `separate` otherwise.
-        workspace_bytes: most scratch memory a kernel may use; None leaves TensorRT's default.
+        decode: see `profiles.Limits`; None takes `shared` for RTX and where the GPU shares the
+            CPU's memory, and `separate` otherwise.
+        workspace_bytes: most scratch memory a kernel may use; None leaves TensorRT's default, or
+            takes a quarter of what is free where the GPU shares the CPU's memory.
         timeout_s: seconds after which the build is stopped.
     """
 
@@ -97,12 +103,12 @@ class EnginePlan:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for `--dry-run --json`."""
-        plugin = self.work.plugin
+        plugin, weight_bytes = self.work.plugin, self.folder.weight_bytes
         return {
             "target": self.target.to_json(),
             "onnx": str(self.folder.onnx_path),
-            "onnx_bytes": self.folder.weight_bytes,
-            "expected_peak_bytes": _expected_peak_bytes(self.folder, self.limits),
+            "onnx_bytes": weight_bytes,
+            "expected_peak_bytes": expected_peak_bytes(weight_bytes, self.limits.decode),
             "block_skip_nodes": self.folder.block_skip_nodes,
             "coded_nodes": self.folder.coded_nodes,
             "plugin": None if plugin is None else str(plugin),
@@ -119,6 +125,7 @@ def plan_engine(onnx_folder: Path, request: EngineRequest) -> EnginePlan:
     Raises:
         InputError: the folder or plugin is refused.
         MissingPackageError: the TensorRT flavour is not installed.
+        ResourceError: memory and swap cannot hold the weights and the plan.
         UsageError: a limit below 1 or of another kind of model, a target that needs no engine, or
             `plugin` and `embed`.
     """
@@ -133,8 +140,9 @@ def plan_engine(onnx_folder: Path, request: EngineRequest) -> EnginePlan:
         request.max_prefill,
         folder.record.max_length,
         request.decode,
-        "shared" if target.flavour == "rtx" else "separate",
+        "shared" if target.flavour == "rtx" or target.shares_memory else "separate",
     )
+    workspace_bytes, workspace_notes = _workspace(request)
     plugin, plugin_notes = _choose_kernels(request, folder)
     assert target.compute_capability is not None, "`check` lets no cpu target through"
     work = WorkerRequest(
@@ -143,7 +151,7 @@ def plan_engine(onnx_folder: Path, request: EngineRequest) -> EnginePlan:
         onnx_path=folder.onnx_path,
         profiles=tuple(limits.profiles_of(folder.inputs)),
         shared_weights=limits.decode == "shared",
-        workspace_bytes=request.workspace_bytes,
+        workspace_bytes=workspace_bytes,
         plugin=plugin,
         block_skip_nodes=folder.block_skip_nodes,
         onnx_profile=folder.record.profile,
@@ -156,7 +164,8 @@ def plan_engine(onnx_folder: Path, request: EngineRequest) -> EnginePlan:
         int8_convs=folder.int8_convs,
         float_convs=folder.float_convs,
     )
-    said = (*notes, *_memory_notes(target, folder, limits), *plugin_notes)
+    memory_notes = _memory_notes(target, folder, limits)
+    said = (*memory_notes, *notes, *workspace_notes, *plugin_notes)
     return EnginePlan(target, folder, limits, work, request.timeout_s, said)
 
 
@@ -179,20 +188,50 @@ def _choose_kernels(
 
 
 def _memory_notes(target: Target, folder: OnnxFolder, limits: Limits) -> list[str]:
-    """A warning when the build is likely to need more memory than is free; RTX only, measured."""
+    """What building is expected to take, and the swap that helps where that is more than is free.
+
+    It was measured with TensorRT for RTX; standard TensorRT times kernels besides.
+
+    Raises:
+        ResourceError: there is less than the weights and the plan take, which is sure.
+    """
     available = psutil.virtual_memory().available
-    peak = _expected_peak_bytes(folder, limits)
-    if target.flavour != "rtx" or peak <= available:
-        return []
-    return [
-        f"building may run out of memory: about {peak / _GIBIBYTE:.1f} GiB expected, "
-        f"{available / _GIBIBYTE:.1f} GiB free"
+    peak = expected_peak_bytes(folder.weight_bytes, limits.decode)
+    where = "" if target.flavour == "rtx" else " (as measured with TensorRT for RTX)"
+    said = f"building takes about {peak / 1e9:.1f} GB of memory{where}, {available / 1e9:.1f} free"
+    swap = psutil.swap_memory().free
+    lacking = peak - available - swap
+    least = _PEAK_BASE_BYTES + _LEAST_PER_WEIGHT * folder.weight_bytes
+    if least > available + swap:
+        raise ResourceError(
+            "There is too little memory to build this engine.",
+            where=folder.path,
+            observed=f"{available / 1e9:.1f} GB free, {swap / 1e9:.1f} GB of swap",
+            expected=f"at least {least / 1e9:.1f} GB, for the weights and the plan; "
+            f"about {peak / 1e9:.1f} GB at the peak",
+            change=swap_advice(lacking, 0),
+        )
+    return [said] if lacking <= 0 else [f"{said}: {swap_advice(lacking, 0)}"]
+
+
+def _workspace(request: EngineRequest) -> tuple[int | None, list[str]]:
+    """Most scratch memory of a kernel, and what to say of it.
+
+    Where the CPU is in the same memory, TensorRT's default, all of the GPU's, is all there is.
+    """
+    if request.workspace_bytes is not None or not request.target.shares_memory:
+        return request.workspace_bytes, []
+    free = psutil.virtual_memory().available
+    limit = max(free // _WORKSPACE_OF_SHARED, _LEAST_WORKSPACE_BYTES) // _MEBIBYTE * _MEBIBYTE
+    return limit, [
+        f"scratch memory of a kernel: at most {limit // _MEBIBYTE} MiB, since the GPU shares the "
+        "CPU's memory (--workspace)"
     ]
 
 
-def _expected_peak_bytes(folder: OnnxFolder, limits: Limits) -> int:
+def expected_peak_bytes(weight_bytes: int, decode: DecodeForm) -> int:
     """Largest resident size of the worker, roughly, by the bytes of the graph's weights."""
-    return _PEAK_BASE_BYTES + int(folder.weight_bytes * _PEAK_PER_WEIGHT[limits.decode])
+    return _PEAK_BASE_BYTES + int(weight_bytes * _PEAK_PER_WEIGHT[decode])
 
 
 def _choose_plugin(given: Path | None) -> tuple[Path | None, str]:

@@ -36,7 +36,7 @@ def build(request: WorkerRequest, staging: Path) -> WorkerResult:
         unreadable=_why_unreadable(request.compute_capability, find_gpu()),
     )
     remove_variant(request, onnx_path)
-    return replace(result, notes=notes)
+    return replace(result, notes=(*result.notes, *notes))
 
 
 def _set_capability(library: Any, config: trt.IBuilderConfig, capability: Capability) -> None:

@@ -19,12 +19,17 @@ from typing import TYPE_CHECKING, Any
 from pipeline.engine.graph_variant import remove_variant, without_codes, write_variant
 from pipeline.engine.network import build_network
 from pipeline.engine.target import load_library
-from pipeline.engine.worker_protocol import WorkerRequest, WorkerResult
+from pipeline.engine.worker_protocol import (
+    TIMING_CACHE_FILE,
+    WorkerRequest,
+    WorkerResult,
+)
 from pipeline.errors import InputError
 from pipeline.export.contract import (
     BLOCK_SKIP,
     BLOCK_SKIP_OPS,
     COMPAT,
+    DEFAULT_PROFILE,
     DOMAIN,
     LATENT_OPS,
     OP_VERSION,
@@ -37,6 +42,7 @@ from trt_plugins.block_skip.aot import MIX, MIX_INDEXED, PRODUCT
 
 if TYPE_CHECKING:
     import onnx
+    import tensorrt as trt
 
 _FIRST_PLUGIN_OVER_FUNCTION = (10, 7)
 
@@ -50,17 +56,47 @@ def build(request: WorkerRequest, staging: Path) -> WorkerResult:
         ResourceError: memory ran out.
     """
     library = load_library("tensorrt", "build an engine with standard TensorRT")
-    version = _parse_version(library.__version__)
+    version = parse_version(library.__version__)
     _require_version(version, request.onnx_profile)
-    offered = [] if request.plugin is None else _load_plugin(library, request.plugin)
+    offered = [] if request.plugin is None else load_plugin(library, request.plugin)
     if request.embed:
         _register_kernels(request)
     request, onnx_path, notes = _graph_to_parse(
         request, staging, version, {creator.name for creator in offered}
     )
-    result = build_network(library, request, staging, onnx_path)
+    said = list(notes)
+    result = build_network(
+        library,
+        request,
+        staging,
+        onnx_path,
+        configure=lambda config: said.extend(_use_timings(config, request.timing_cache)),
+        finish=lambda config: _keep_timings(config, staging / TIMING_CACHE_FILE),
+    )
     remove_variant(request, onnx_path)
-    return replace(result, notes=notes)
+    return replace(result, notes=(*result.notes, *said))
+
+
+def _use_timings(config: trt.IBuilderConfig, path: Path | None) -> tuple[str, ...]:
+    """Start from the timings of an earlier build, where they are of this TensorRT and this GPU.
+
+    Returns:
+        What to note.
+    """
+    known = b"" if path is None else path.read_bytes()
+    if config.set_timing_cache(config.create_timing_cache(known), ignore_mismatch=False):
+        return ("timings of kernels are those of the build before, where it had them",) * bool(
+            known
+        )
+    config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
+    return ("timings of the build before are of another TensorRT or GPU: all are taken again",)
+
+
+def _keep_timings(config: trt.IBuilderConfig, path: Path) -> None:
+    """Write down how long kernels took, for the next build."""
+    cache = config.get_timing_cache()
+    if cache is not None:
+        path.write_bytes(memoryview(cache.serialize()))
 
 
 def _register_kernels(request: WorkerRequest) -> None:
@@ -71,7 +107,7 @@ def _register_kernels(request: WorkerRequest) -> None:
     register(10 * major + minor)
 
 
-def _parse_version(text: str) -> tuple[int, ...]:
+def parse_version(text: str) -> tuple[int, ...]:
     """'10.3.0' or '11.4.0.106' -> (10, 3, 0) or (11, 4, 0, 106); a suffix ends it."""
     parts: list[int] = []
     for part in text.split("."):
@@ -96,6 +132,22 @@ def _require_version(version: tuple[int, ...], onnx_profile: str) -> None:
         )
 
 
+def newest_profile() -> str:
+    """The newest export profile that the TensorRT of this machine knows.
+
+    Raises:
+        InputError: it knows none.
+        MissingPackageError: tensorrt is not installed.
+    """
+    library = load_library("tensorrt", "build an engine with standard TensorRT")
+    version = parse_version(library.__version__)
+    oldest = PROFILES[DEFAULT_PROFILE].oldest_tensorrt
+    if oldest is not None and version[:2] >= oldest:
+        return DEFAULT_PROFILE
+    _require_version(version, COMPAT)
+    return COMPAT
+
+
 def _graph_to_parse(
     request: WorkerRequest, staging: Path, version: tuple[int, ...], offered: set[str]
 ) -> tuple[WorkerRequest, Path, tuple[str, ...]]:
@@ -112,7 +164,7 @@ def _graph_to_parse(
     """
     if request.plugin is not None:
         _require_ops(request, offered)
-        if not _needs_stripping(version, plugin_registered=True):
+        if not needs_stripping(version, plugin_registered=True):
             return request, request.onnx_path, ()
         stripped = _write_stripped_graph(request.onnx_path, staging / "stripped", offered)
         return (
@@ -146,7 +198,7 @@ def _require_ops(request: WorkerRequest, offered: Collection[str]) -> None:
         )
 
 
-def _needs_stripping(version: tuple[int, ...], plugin_registered: bool) -> bool:
+def needs_stripping(version: tuple[int, ...], plugin_registered: bool) -> bool:
     """Whether this TensorRT would take the function although the plugin is there."""
     return plugin_registered and version[:2] < _FIRST_PLUGIN_OVER_FUNCTION
 
@@ -222,7 +274,7 @@ class _PluginCreator:
     namespace: str
 
 
-def _load_plugin(library: Any, path: Path) -> list[_PluginCreator]:
+def load_plugin(library: Any, path: Path) -> list[_PluginCreator]:
     """Load a plugin library into the registry and return the creators of ours it brought.
 
     Args:

@@ -12,6 +12,7 @@ from pipeline.errors import InputError, MissingPackageError, UsageError
 from pipeline.gpu import (
     ORIN,
     RTX_CAPABILITIES,
+    SHARING_CAPABILITIES,
     THOR,
     Capability,
     Gpu,
@@ -52,6 +53,11 @@ class Target:
     flavour: Flavour
     compute_capability: Capability | None
     reason: str
+
+    @property
+    def shares_memory(self) -> bool:
+        """Whether the CPU is in the GPU's memory, as on a Jetson."""
+        return self.compute_capability in SHARING_CAPABILITIES
 
     def __str__(self) -> str:
         if self.compute_capability is None:

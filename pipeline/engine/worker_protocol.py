@@ -14,6 +14,10 @@ from pipeline.gpu import Capability
 REQUEST_FILE = "request.json"
 RESULT_FILE = "result.json"
 PLAN_FILE = "engine.plan"
+LAYERS_FILE = "layers.json"
+TIMING_CACHE_FILE = "timing.cache"
+INSPECT = "inspect"
+_PATHS = ("onnx_path", "plugin", "timing_cache")
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,8 @@ class WorkerRequest:
         coded_matrices: matrices that these hold.
         int8_convs: names of convolutions that multiply codes with codes.
         float_convs: of all others.
+        timing_cache: file of how long kernels took in an earlier build; None for none.
+        adopted: the plan is there already, beside the file that asks: made by another program.
     """
 
     flavour: Flavour
@@ -57,12 +63,14 @@ class WorkerRequest:
     coded_matrices: int = 0
     int8_convs: tuple[str, ...] = ()
     float_convs: tuple[str, ...] = ()
+    timing_cache: Path | None = None
+    adopted: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for `request.json`."""
         fields = asdict(self)
         fields["profiles"] = [profile.to_json() for profile in self.profiles]
-        for name in ("onnx_path", "plugin"):
+        for name in _PATHS:
             fields[name] = None if fields[name] is None else str(fields[name])
         return fields
 
@@ -73,8 +81,8 @@ class WorkerRequest:
         values["profiles"] = tuple(ShapeProfile.from_json(entry) for entry in values["profiles"])
         for name in {"compute_capability", "int8_convs", "float_convs"} & values.keys():
             values[name] = tuple(values[name])
-        for name in ("onnx_path", "plugin"):
-            values[name] = None if values[name] is None else Path(values[name])
+        for name in _PATHS:
+            values[name] = None if values.get(name) is None else Path(values[name])
         return WorkerRequest(**values)
 
 
@@ -86,7 +94,8 @@ class WorkerResult:
         library_version: of the TensorRT that built it.
         block_skip: how the block-skip nodes were taken, see `network`.
         layer_types: network layers after parsing, counted by type.
-        engine_layers: layers of the built engine, or why they could not be read.
+        engine_layers: why layers of the built engine cannot be read; empty where they may be,
+            which another process finds out.
         parse_seconds: time to parse the ONNX file.
         build_seconds: time to build and write the plan.
         peak_memory_bytes: largest resident size of the worker.

@@ -7,7 +7,10 @@ import io
 import json
 import os
 import shutil
+import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,8 +19,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from pipeline import build
 from pipeline.artefact import sha256_of_file
 from pipeline.cli.main import main
+from pipeline.compress.request import CompressRequest
 from pipeline.engine import target
 from pipeline.folder_lock import LOCK_FILE, FolderLock
+from pipeline.gpu import ORIN, Gpu
 from tests.support.ledger_stages import perturb_onnx
 from tests.support.tiny_build import build_arguments
 from tests.support.tiny_decoder import byte_tokenizer
@@ -312,6 +317,38 @@ def test_a_model_that_cannot_be_exported_is_refused_before_it_is_compressed(
     assert main([*arguments, *flags]) == 3
     assert "attention interface" in capsys.readouterr().err
     assert names_in(tmp_path) == {"gptj"}
+
+
+@pytest.mark.parametrize(
+    ("version", "profile"),
+    [("10.3.0", "compat"), ("10.14.1", "compat"), ("10.16.1.11", "opset24"), ("11.4.0", "opset24")],
+)
+def test_the_tensorrt_that_is_here_decides_the_engines_graph(
+    version: str, profile: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace(__version__=version))
+    wanted = build.BuildRequest(CompressRequest("tiny"))
+    exports = build._exports_of(wanted, target.Target("tensorrt", ORIN, "a test"))
+    assert exports["onnx-fp16"].profile == profile
+    assert exports["onnx"].profile == "opset24"
+
+
+def test_a_tensorrt_that_knows_no_graph_is_refused_before_anything_is_compressed(
+    arguments: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    module = ModuleType("tensorrt")
+    module.__spec__ = ModuleSpec("tensorrt", None)
+    module.__version__ = "8.6.2"  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "tensorrt", module)
+    monkeypatch.setattr(build, "compress_to_folder", must_not_run)
+    monkeypatch.setattr(target, "_look", lambda: target._Host(Gpu("Orin", ORIN), True))
+    flags = ["--target", "tensorrt", "-o", str(tmp_path / "built")]
+    assert main([*arguments, *flags]) == 3
+    assert "TensorRT 8.6.2" in capsys.readouterr().err
+    assert names_in(tmp_path) == set()
 
 
 def test_a_refused_input_leaves_an_earlier_build_in_place(

@@ -59,14 +59,34 @@ def test_the_first_gpu_with_a_capability_is_taken(
 
 
 def test_a_jetson_is_recognised_by_its_device_tree(tmp_path: Path) -> None:
-    model = tmp_path / "model"
+    model, absent = tmp_path / "model", tmp_path / "absent"
     model.write_bytes(b"NVIDIA Jetson AGX Orin Developer Kit\x00")
-    found = gpu._find_jetson(model)
+    found = gpu._find_jetson(model, absent)
     assert found == Gpu("NVIDIA Jetson AGX Orin Developer Kit", (8, 7))
     assert gpu._parse_gpus("Orin (nvgpu), [N/A], [N/A], 540.4.0", found)[0].capability == (8, 7)
     model.write_bytes(b"Raspberry Pi 5\x00")
-    assert gpu._find_jetson(model) is None
-    assert gpu._find_jetson(tmp_path / "absent") is None
+    assert gpu._find_jetson(model, absent) is None
+    assert gpu._find_jetson(absent, absent) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "chip", "capability"),
+    [
+        ("Seeed reComputer J4012", "tegra234", (8, 7)), ("ADLINK RQX-59", "tegra234", (8, 7)),
+        ("a board", "tegra264", (11, 0)), ("Jetson Orin of old", "tegra194", None),
+        ("", "tegra234", (8, 7)),
+    ],
+)  # fmt: skip
+def test_a_board_of_another_name_is_known_by_its_chip(
+    name: str, chip: str, capability: tuple[int, int] | None, tmp_path: Path
+) -> None:
+    model, compatible = tmp_path / "model", tmp_path / "compatible"
+    if name:
+        model.write_text(f"{name}\x00")
+    words = ("nvidia,p3768-0000+p3767-0003", "nvidia,p3767-0003", f"nvidia,{chip}")
+    compatible.write_text("".join(f"{word}\x00" for word in words))
+    found = gpu._find_jetson(model, compatible)
+    assert (found and found.capability) == capability
 
 
 @pytest.mark.parametrize("module", ["pipeline.gpu", "trt_plugins.toolchain"])

@@ -20,7 +20,28 @@ def test_chosen_architectures_are_taken_as_they_are() -> None:
 def test_gpus_that_are_here_and_not_covered_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
     here = [Gpu("", capability) for capability in ((8, 9), (9, 0), (7, 5), (8, 9))]
     monkeypatch.setattr(build_plugin, "find_gpus", lambda: (tuple(here), "a test"))
+    monkeypatch.setattr(build_plugin, "find_gpu", lambda: here[0])
     assert build_plugin.architectures(None) == "89-real;87-real;90"
+
+
+@pytest.mark.parametrize(("capability", "wanted"), [((8, 7), "87-real"), ((11, 0), "110-real")])
+def test_a_jetson_compiles_for_itself_alone(
+    capability: tuple[int, int], wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build_plugin, "find_gpu", lambda: Gpu("a Jetson", capability))
+    assert build_plugin.architectures(None) == wanted
+    assert build_plugin.architectures("90") == "90"
+
+
+@pytest.mark.parametrize(("free_kib", "most"), [(9_000_000, 4), (1_000_000, 1), (0, 1)])
+def test_no_more_files_are_compiled_at_once_than_memory_holds(
+    free_kib: int, most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text(f"MemTotal:  9 kB\nMemAvailable:   {free_kib} kB\n")
+    assert build_plugin.parallel_jobs(meminfo) == most
+    assert build_plugin.parallel_jobs(tmp_path / "none") == 64
 
 
 def test_the_tool_needs_nothing_but_the_standard_library() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -60,6 +62,59 @@ def test_an_old_compiler_is_refused(tmp_path: Path) -> None:
     nvcc.chmod(0o755)
     with pytest.raises(InputError, match=r"11\.4; the kernels need 12\.0"):
         toolchain.find_nvcc(tmp_path, {"CUDA_HOME": str(tmp_path)})
+
+
+def write_nvcc(folder: Path, release: str) -> dict[str, str]:
+    nvcc = folder / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}'\n")
+    nvcc.chmod(0o755)
+    return {"CUDA_HOME": str(folder)}
+
+
+@pytest.mark.parametrize(
+    ("release", "driver", "is_taken"),
+    [
+        ("13.0", (12, 6), False), ("12.8", (12, 6), True), ("12.6", (13, 2), True),
+        ("13.0", None, True),
+    ],
+)  # fmt: skip
+def test_a_compiler_of_a_newer_major_version_than_the_driver_is_refused(
+    release: str, driver: tuple[int, int] | None, is_taken: bool, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(toolchain, "_driver_cuda", lambda: driver)
+    environment = write_nvcc(tmp_path, release)
+    if is_taken:
+        assert toolchain.find_nvcc(tmp_path, environment).version == release
+        return
+    with pytest.raises(InputError, match=r"cuda-nvcc-12-6") as refused:
+        toolchain.find_nvcc(tmp_path, environment)
+    assert "driver of CUDA 12.6" in str(refused.value)
+
+
+def test_pypis_compiler_is_not_even_fetched_for_an_older_driver(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fetch(*_: object) -> None:
+        raise AssertionError("something was fetched")
+
+    monkeypatch.setattr(toolchain, "_driver_cuda", lambda: (12, 6))
+    monkeypatch.setattr(toolchain, "local_nvcc", lambda environment: None)
+    monkeypatch.setattr(toolchain, "_install", fetch)
+    with pytest.raises(InputError, match="newer than the driver"):
+        toolchain.find_nvcc(tmp_path, {})
+
+
+def test_the_driver_says_its_version_and_no_driver_says_none(tmp_path: Path) -> None:
+    compiler = shutil.which("gcc") or shutil.which("cc")
+    if compiler is None:
+        pytest.skip("no C compiler for a driver")
+    source, library = tmp_path / "driver.c", tmp_path / "libcuda.so.1"
+    source.write_text("int cuDriverGetVersion(int *number) { *number = 12060; return 0; }")
+    subprocess.run([compiler, "-shared", "-fPIC", source, "-o", library], check=True)
+    assert toolchain._driver_cuda(str(library)) == (12, 6)
+    assert toolchain._driver_cuda(str(tmp_path / "none.so")) is None
 
 
 def test_libraries_from_wheels_get_the_names_that_linkers_look_for(tmp_path: Path) -> None:

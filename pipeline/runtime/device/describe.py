@@ -33,6 +33,7 @@ def describe(driver: Driver | None, root: Path = Path("/")) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "board": _text(root / "proc/device-tree/model"),
+        "compatible": _words(root / "proc/device-tree/compatible"),
         "jetpack": read_jetpack(root / TEGRA_RELEASE.relative_to("/")),
         "python": platform.python_version(),
         "machine": platform.machine(),
@@ -100,6 +101,12 @@ def _power(root: Path) -> dict[str, Any]:
             if text is not None and text.isdecimal():
                 clocks[f"{folder.name} {name} hz"] = int(text)
     return {"mode": mode[1] if mode else None, "clocks": clocks}
+
+
+def _words(path: Path) -> list[str] | None:
+    """The texts of a property of the device tree."""
+    text = _text(path)
+    return text.split("\x00") if text else None
 
 
 def _text(path: Path) -> str | None:

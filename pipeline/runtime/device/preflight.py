@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,11 @@ from pipeline.runtime.device.session import block_tokens
 # CUDA's context, the libraries' code and what they keep. Not measured on a Jetson with our engines:
 # it is by how much the GPU memory that NVIDIA publishes for Edge-LLM 0.10 on Orin is above plan and
 # cache at most (4,619 against 2,976 MB, Qwen3-4B int4).
-_LIBRARIES_BYTES = 1_650_000_000
+LIBRARIES_BYTES = 1_650_000_000
+# Above this, that release of the system refuses a buffer on a board of 8 GB, whatever is free:
+# "NvMapMemAllocInternalTagged: error 12". The next one does not.
+LARGEST_BUFFER_BYTES, REFUSING_L4T, SMALL_BOARD_BYTES = 1_100_000_000, "36.4.7", 8 << 30
+UPDATE_L4T = "update the board to L4T 36.5 (JetPack 6.2.2)"
 _WHERE = "device description"
 _ITEM_BYTES = {"float16": 2, "float32": 4}
 
@@ -36,12 +41,13 @@ def check_device(folder: Path, device: dict[str, Any]) -> dict[str, Any]:
 
     Raises:
         InputError: the engine is for another TensorRT or GPU, or the description is none.
-        ResourceError: it needs more memory than there is.
+        ResourceError: it needs more memory than there is, or more in one piece than there can be.
     """
     manifest = read_manifest(folder)
     unknown = _require_same(manifest, device, folder)
     needed = needed_bytes(manifest, folder / MANIFEST_FILE)
-    available = _available_bytes(device)
+    _require_buffer(needed["plan"], device, folder)
+    available = free_memory_bytes(device)
     if available is None:
         unknown.append("free memory")
     elif sum(needed.values()) > available:
@@ -82,18 +88,13 @@ def needed_bytes(manifest: dict[str, Any], path: Path) -> dict[str, int]:
         "cache": copies * prod((sum(heads), rows, length, item)),
         "logits": rows * tokens * row,
         "scratch": int(layers.get("device_memory_bytes") or 0),
-        "libraries": _LIBRARIES_BYTES,
+        "libraries": LIBRARIES_BYTES,
     }
 
 
 def _require_same(manifest: dict[str, Any], device: dict[str, Any], folder: Path) -> list[str]:
     """What cannot be compared; raise InputError for an engine of another TensorRT or GPU."""
-    if device.get("schema") != SCHEMA:
-        raise InputError(
-            "This is no description of a device.",
-            observed=f"schema {device.get('schema')!r}",
-            expected=f"what `skipcat-device describe` prints, schema {SCHEMA}",
-        )
+    require_description(device)
     gpu = json_field(device, "gpu", dict, _WHERE, default=None) or {}
     found = json_field(gpu, "compute_capability", list, _WHERE, default=None)
     if found is not None and [type(part) for part in found] != [int, int]:
@@ -116,20 +117,57 @@ def _require_same(manifest: dict[str, Any], device: dict[str, Any], folder: Path
     return [what for what, (observed, _) in here.items() if observed is None]
 
 
-def _available_bytes(device: dict[str, Any]) -> int | None:
+def require_description(device: dict[str, Any], where: object = _WHERE) -> None:
+    """Raise InputError for what is no description of a device."""
+    if device.get("schema") != SCHEMA:
+        raise InputError(
+            "This is no description of a device.",
+            where=where,
+            observed=f"schema {device.get('schema')!r}",
+            expected=f"what `skipcat-device describe` prints, schema {SCHEMA}",
+        )
+
+
+def l4t_of(device: dict[str, Any], where: object = _WHERE) -> str | None:
+    """Release of a described board's system, such as 36.4.7, out of the line on JetPack."""
+    line = json_field(device, "jetpack", str, where, default=None)
+    said = re.search(r"L4T ([0-9.]+)", line or "")
+    return said[1] if said else None
+
+
+def _require_buffer(plan_bytes: int, device: dict[str, Any], folder: Path) -> None:
+    """Raise ResourceError where the system cannot give the plan's weights in one piece."""
+    memory = json_field(device, "memory", dict, _WHERE, default=None) or {}
+    total = json_field(memory, "total_bytes", int, _WHERE, default=None)
+    is_small = total is not None and total <= SMALL_BOARD_BYTES
+    if l4t_of(device) == REFUSING_L4T and is_small and plan_bytes > LARGEST_BUFFER_BYTES:
+        raise ResourceError(
+            f"L4T {REFUSING_L4T} gives no piece of memory as large as this engine's weights.",
+            where=folder,
+            observed=f"a plan of {plan_bytes / 1e9:.2f} GB",
+            expected=f"at most {LARGEST_BUFFER_BYTES / 1e9:.1f} GB",
+            change=UPDATE_L4T,
+        )
+
+
+def free_memory_bytes(device: dict[str, Any], where: object = _WHERE) -> int | None:
     """Memory that an engine may take: on a board the CPU's and the GPU's are the same.
+
+    Args:
+        device: a description.
+        where: it is from, for messages.
 
     Raises:
         InputError: a number is absurd.
     """
-    memory = json_field(device, "memory", dict, _WHERE, default=None) or {}
-    gpu = json_field(device, "gpu", dict, _WHERE, default=None) or {}
-    own = json_field(gpu, "free_bytes", int, _WHERE, default=None)
-    shared = json_field(memory, "available_bytes", int, _WHERE, default=None)
+    memory = json_field(device, "memory", dict, where, default=None) or {}
+    gpu = json_field(device, "gpu", dict, where, default=None) or {}
+    own = json_field(gpu, "free_bytes", int, where, default=None)
+    shared = json_field(memory, "available_bytes", int, where, default=None)
     for number in (own, shared):
         if number is not None and number < 0:
             raise InputError(
-                "A device has no such memory.", where=_WHERE, observed=number, expected="0 and up"
+                "A device has no such memory.", where=where, observed=number, expected="0 and up"
             )
     return own if gpu.get("shares_memory") is False else shared if shared is not None else own
 

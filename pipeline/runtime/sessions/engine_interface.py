@@ -63,7 +63,8 @@ def require_engine_interface(
 
 def _require_dims(engine: trt.ICudaEngine, name: str, sizes: dict[int, int], path: Path) -> None:
     """Raise InputError unless axes of a tensor are of these sizes, where the engine fixes them."""
-    shape = tuple(engine.get_tensor_shape(name))
+    dims = engine.get_tensor_shape(name)
+    shape = tuple(dims[axis] for axis in range(len(dims)))
     found = {axis: shape[axis] for axis in sizes if len(shape) > max(2, axis)}
     if found.keys() != sizes.keys() or any(found[a] not in (-1, sizes[a]) for a in sizes):
         raise mismatch(f"shape of {name}", path, shape, sizes)

@@ -41,7 +41,9 @@ def test_each_device_has_a_line_in_the_predicted_roofline(tmp_path: Path) -> Non
             "device": device,
             "gb_per_s": speed,
             "bytes_per_token": 5e8,
+            "engine": "ours",
             "expected_tokens_per_s": speed,
+            "tokens_per_s": {"expected": speed, "low": speed / 2, "high": 2 * speed},
         }
         for device, speed in (("thor", 273.0), ("orin-nano-8gb", 68.3))
     ]
@@ -49,7 +51,7 @@ def test_each_device_has_a_line_in_the_predicted_roofline(tmp_path: Path) -> Non
     text = (tmp_path / "p.svg").read_text()
     for part in ("thor, 273 GB/s", "orin-nano-8gb, 68 GB/s", "PREDICTED, not measured"):
         assert part in text
-    assert text.count(">dense<") == 1
+    assert text.count(">dense, ours<") == 1
 
 
 @pytest.mark.parametrize(

@@ -4,25 +4,16 @@ from dataclasses import replace
 
 import pytest
 
-from pipeline.bench.devices import DEVICES, find_devices
-from pipeline.bench.predict import (
-    _FIGURES,
-    _Case,
-    _check,
-    _error_of,
-    _Fit,
-    _fit_to,
-    _fitted,
-    _kernels_of,
-    _predict_one,
-    _published_cases,
-)
+from pipeline.bench.devices import DEVICES, DeviceSpec, find_devices
+from pipeline.bench.fits import decode_fit, kernels_of
+from pipeline.bench.predict import OURS, _predict_one, _Prediction, predict, require_a_fit
+from pipeline.bench.published import EDGE_LLM, LLAMA_CPP
+from pipeline.bench.shape_traffic import traffic_of_shape
 from pipeline.bench.shapes import _SHAPES
-from pipeline.bench.torch_traffic import traffic_of_shape
-from pipeline.bench.traffic import RebuiltKeys
-from pipeline.errors import UsageError
+from pipeline.bench.targets import BenchTarget
+from pipeline.bench.traffic import RebuiltKeys, Traffic
+from pipeline.errors import ResourceError, UsageError
 
-KNOWN = _Fit(efficiency=0.8, cycles_per_kernel=9000.0)
 PUBLISHED_GB_PER_S = {
     "orin-nano-4gb": 34,
     "orin-nano-8gb": 68,
@@ -36,79 +27,27 @@ PUBLISHED_GB_PER_S = {
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "gigabytes"), [("qwen3-0.6b", 0.54), ("qwen3-1.7b", 1.35), ("qwen3-8b", 4.83)]
-)
-def test_bytes_of_an_int4_model_are_those_of_the_survey(name: str, gigabytes: float) -> None:
-    # Linears of 4.125 bits and a float16 head, worked out by hand before this was written.
-    read = traffic_of_shape(_SHAPES[name], "int4").weight_bytes()
-    assert read / 1e9 == pytest.approx(gigabytes, rel=0.01)
-
-
-def test_float16_bytes_are_two_for_every_parameter_but_the_embedding() -> None:
-    shape = _SHAPES["qwen3-8b"]
-    parameters = 8_190_735_360 - (shape.vocab - 1) * shape.hidden
-    assert traffic_of_shape(shape, "float16").weight_bytes() == 2 * parameters
-
-
-def test_the_fit_finds_the_constants_that_made_the_figures() -> None:
-    cases = []
-    for case in _published_cases():
-        seconds = KNOWN.seconds(case.read_bytes, case.kernels, case.device)
-        cases.append(replace(case, figure=replace(case.figure, tokens_per_s=1 / seconds)))
-    found = _fit_to(cases)
-    assert found.efficiency == pytest.approx(KNOWN.efficiency)
-    assert found.cycles_per_kernel == pytest.approx(KNOWN.cycles_per_kernel)
-    assert max(abs(_error_of(case, found)) for case in cases) < 1e-9
-
-
-def test_the_constants_are_physical() -> None:
-    fit = _fitted()
-    assert 0.5 < fit.efficiency < 1
-    assert fit.cycles_per_kernel > 0
-
-
-def test_published_figures_are_met_as_well_as_the_documentation_says() -> None:
-    record = _check()
-    assert record["worst_error_of_fitted"] < 0.145
-    assert record["worst_error_without_device"] < 0.20
-    assert record["worst_error_of_others"] < 0.11
-    assert len(record["published"]) == len(_FIGURES)
-
-
-def test_no_published_figure_is_above_its_bound() -> None:
-    for row in _check()["published"]:
-        assert row["tokens_per_s"] < row["bound_tokens_per_s"]
-
-
-def test_the_orin_nano_was_not_in_its_faster_mode() -> None:
-    cases = [case for case in _published_cases() if case.figure.device == "orin-nano-8gb"]
-    faster = [replace(case.figure, device="orin-nano-8gb-super") for case in cases]
-    fit = _fitted()
-    for case, figure in zip(cases, faster, strict=True):
-        slower_error = _error_of(case, fit)
-        assert (
-            _error_of(_Case(figure, case.read_bytes, case.kernels), fit) > 0.3 > abs(slower_error)
-        )
+def predicted(
+    traffic: Traffic, device: str | DeviceSpec, context: int, engine: str = EDGE_LLM
+) -> _Prediction:
+    (spec,) = find_devices(device) if isinstance(device, str) else (device,)
+    return _predict_one(traffic, spec, context, engine)
 
 
 def test_compression_raises_the_bound_by_the_ratio_of_the_bytes_and_starts_more_kernels() -> None:
-    device, fit = DEVICES["orin-nx-16gb"], _fitted()
     dense, kept = (traffic_of_shape(_SHAPES["llama-3.2-1b"], "float16", k) for k in (1.0, 0.6))
-    before, after = (_predict_one(traffic, device, 1024, fit) for traffic in (dense, kept))
+    before, after = (predicted(traffic, "orin-nx-16gb", 1024) for traffic in (dense, kept))
     ratio = before.bytes_per_token / after.bytes_per_token
     assert after.bound_tokens_per_s == pytest.approx(before.bound_tokens_per_s * ratio)
     gain = after.expected_tokens_per_s / before.expected_tokens_per_s
     assert 1 < gain < ratio
     # q, k, v and gate, up share a factor each: four more products in each of 16 layers.
-    assert _kernels_of(kept) - _kernels_of(dense) == 4 * 16
+    assert kernels_of(kept) - kernels_of(dense) == 4 * 16
 
 
 def test_expected_is_below_the_bound_and_a_model_beyond_the_memory_does_not_fit() -> None:
     traffic = traffic_of_shape(_SHAPES["llama-3.1-70b"], "int4")
-    nano, thor = (
-        _predict_one(traffic, DEVICES[d], 128, _fitted()) for d in ("orin-nano-8gb", "thor")
-    )
+    nano, thor = (predicted(traffic, name, 128) for name in ("orin-nano-8gb", "thor"))
     assert (nano.fits, thor.fits) == (False, True)
     for prediction in (nano, thor):
         assert prediction.expected_tokens_per_s < prediction.bound_tokens_per_s
@@ -118,8 +57,8 @@ def test_expected_is_below_the_bound_and_a_model_beyond_the_memory_does_not_fit(
 
 
 def test_a_longer_context_is_slower() -> None:
-    traffic, device = traffic_of_shape(_SHAPES["qwen3-0.6b"], "int4"), DEVICES["thor"]
-    rates = [_predict_one(traffic, device, n, _fitted()).expected_tokens_per_s for n in (128, 4096)]
+    traffic = traffic_of_shape(_SHAPES["qwen3-0.6b"], "int4")
+    rates = [predicted(traffic, "thor", n).expected_tokens_per_s for n in (128, 4096)]
     assert rates[1] < rates[0]
 
 
@@ -153,14 +92,13 @@ def test_rebuilt_keys_cost_their_operations_and_pay_where_a_device_has_them() ->
         cache=[replace(t, width=512) if n % 2 == 0 else t for n, t in enumerate(dense.cache)],
         rebuilt=[keys] * 36,
     )
-    device, fit = DEVICES["agx-orin-64gb"], _fitted()
-    before, after = (_predict_one(traffic, device, 32768, fit) for traffic in (dense, latent))
+    before, after = (predicted(traffic, "agx-orin-64gb", 32768) for traffic in (dense, latent))
     assert after.rebuild_flop == pytest.approx(36 * 32768 * 2 * 512 * 1024)
     assert after.bytes_per_token < before.bytes_per_token
     assert after.expected_tokens_per_s < before.expected_tokens_per_s
     assert (before.rebuilding_pays, after.rebuilding_pays) == (None, False)
     by_head = replace(latent, rebuilt=[RebuiltKeys.of((8, 1, 64, 128), 1024, 2)] * 36)
-    assert _predict_one(by_head, device, 32768, fit).rebuilding_pays
+    assert predicted(by_head, "agx-orin-64gb", 32768).rebuilding_pays
     for prediction in (before, after):
         assert prediction.expected_tokens_per_s < prediction.bound_tokens_per_s
 
@@ -175,9 +113,117 @@ def test_devices_are_found_once_each_in_the_order_given() -> None:
     assert [device.name for device in found] == ["thor", "rtx-4090"]
 
 
-@pytest.mark.parametrize("names", ["tpu-v9", "", "thor,tpu-v9"])
+@pytest.mark.parametrize("names", ["tpu-v9", "", "thor,tpu-v9", "tpu-v9@15w"])
 def test_an_unknown_device_is_refused_with_the_known_ones(names: str) -> None:
     with pytest.raises(UsageError) as refused:
         find_devices(names)
     for name in DEVICES:
         assert name in str(refused.value)
+
+
+@pytest.mark.parametrize("names", ["orin-nano-8gb@900w", "thor@15w"])
+def test_an_unknown_power_mode_is_refused(names: str) -> None:
+    with pytest.raises(UsageError, match=names):
+        find_devices(names)
+
+
+def test_all_power_modes_are_found_at_once_and_more_watts_are_never_slower() -> None:
+    modes = find_devices("orin-nano-8gb@all")
+    assert [device.mode for device in modes] == ["7w", "15w", "25w", "maxn"]
+    traffic = traffic_of_shape(_SHAPES["qwen3-0.6b"], "int4")
+    rates = [predicted(traffic, device, 128).expected_tokens_per_s for device in modes]
+    assert rates == sorted(rates)
+    assert rates[1] > 2 * rates[0]
+
+
+@pytest.mark.parametrize("dtype", ["int4", "q4_k_m"])
+@pytest.mark.parametrize("name", ["qwen3-8b", "gemma3-4b"])
+def test_what_did_not_run_on_an_orin_nano_is_never_said_to_fit_it(name: str, dtype: str) -> None:
+    traffic = traffic_of_shape(_SHAPES[name], dtype)
+    for device in find_devices("orin-nano-8gb@all,orin-nano-8gb-super"):
+        for engine in (OURS, EDGE_LLM, LLAMA_CPP):
+            assert not predicted(traffic, device, 128, engine).fits
+
+
+@pytest.mark.parametrize(
+    ("l4t", "free_gb", "verdict"),
+    [
+        ("36.5", 6.0, "fits"), (None, 6.0, "needs L4T 36.5"), ("36.4.7", 6.0, "does not fit"),
+        ("39.2", 3.0, "may not fit"), ("39.2", 2.0, "does not fit"),
+    ],
+)  # fmt: skip
+def test_memory_and_release_decide_whether_a_model_fits(
+    l4t: str | None, free_gb: float, verdict: str
+) -> None:
+    traffic = traffic_of_shape(_SHAPES["qwen3-1.7b"], "int4")
+    board = replace(DEVICES["orin-nano-8gb"], l4t=l4t, free_bytes=int(free_gb * 1e9))
+    found = predicted(traffic, board, 1024)
+    assert (found.verdict, found.fits) == (verdict, verdict == "fits")
+
+
+def test_our_engine_is_expected_between_the_other_two_and_its_interval_holds_theirs() -> None:
+    traffic = traffic_of_shape(_SHAPES["qwen3-0.6b"], "int4")
+    ours, quick, slow = (
+        predicted(traffic, "orin-nano-8gb", 128, engine) for engine in (OURS, EDGE_LLM, LLAMA_CPP)
+    )
+    assert slow.expected_tokens_per_s < ours.expected_tokens_per_s < quick.expected_tokens_per_s
+    assert ours.tokens_per_s.low == slow.tokens_per_s.low
+    assert ours.tokens_per_s.high == quick.tokens_per_s.high
+    assert ours.prefill_ms is None
+    assert quick.prefill_ms is not None
+    assert quick.prefill_ms.low > quick.least_prefill_ms > 0
+
+
+def test_each_engine_is_counted_with_its_own_type_of_weights() -> None:
+    targets = BenchTarget.of_shape("qwen3-0.6b", "int4", [1.0])
+    rows = predict(targets, find_devices("orin-nano-8gb"), 128)["rows"]
+    assert [row["counted_as"] for row in rows] == ["int4", "int4", "q4_k_m"]
+    assert rows[2]["bytes_per_token"] != rows[1]["bytes_per_token"]
+
+
+def test_a_cache_that_grows_by_concat_is_moved_three_times_in_our_engine_alone() -> None:
+    traffic = traffic_of_shape(_SHAPES["qwen3-0.6b"], "float16")
+    growing = replace(traffic, cache_passes=3)
+    more = [
+        predicted(growing, "thor", 2048, engine).bytes_per_token
+        - predicted(traffic, "thor", 2048, engine).bytes_per_token
+        for engine in (OURS, EDGE_LLM)
+    ]
+    assert more == [2 * traffic.cache_bytes(2048), 0]
+
+
+@pytest.mark.parametrize(
+    ("device", "change"),
+    [
+        (DEVICES["orin-nano-8gb"], "fewer bits"),
+        (replace(DEVICES["orin-nano-8gb"], free_bytes=10**10, l4t="36.4.7"), "36.5"),
+    ],
+)
+def test_a_model_that_runs_on_no_device_is_refused_with_the_cure(
+    device: DeviceSpec, change: str
+) -> None:
+    record = predict(BenchTarget.of_shape("qwen3-8b", "int4", [1.0]), [device], 128)
+    with pytest.raises(ResourceError, match=change) as refused:
+        require_a_fit(record)
+    assert refused.value.exit_status == 4
+    fitting = predict(
+        BenchTarget.of_shape("qwen3-8b", "int4", [1.0]), [device, DEVICES["thor"]], 128
+    )
+    require_a_fit(fitting)
+
+
+def test_joules_are_only_predicted_where_power_was_published() -> None:
+    traffic = traffic_of_shape(_SHAPES["qwen3-0.6b"], "int4")
+    known = {
+        device.name: predicted(traffic, device, 128).joules_per_token is not None
+        for device in find_devices("orin-nano-8gb@all,agx-orin-64gb,thor,rtx-4090")
+    }
+    assert [name for name, is_known in known.items() if is_known] == [
+        f"orin-nano-8gb@{mode}" for mode in ("15w", "25w", "maxn")
+    ]
+
+
+def test_a_kernel_costs_more_on_a_slower_clock() -> None:
+    fit = decode_fit(EDGE_LLM)
+    slow, quick = (replace(DEVICES["thor"], ghz=ghz) for ghz in (0.5, 1.0))
+    assert fit.seconds(0, 100, slow) == pytest.approx(2 * fit.seconds(0, 100, quick))

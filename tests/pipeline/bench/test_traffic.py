@@ -109,6 +109,17 @@ def test_the_matrices_of_an_export_are_those_of_the_checkpoint(profile: str) -> 
     assert exported.max_length == MAX_LENGTH
 
 
+@pytest.mark.parametrize(("profile", "passes"), [("opset24", 1), ("compat", 3)])
+def test_norms_of_an_export_are_counted_though_equal_gains_are_stored_once(
+    profile: str, passes: int
+) -> None:
+    exported = traffic_of_folder(shared_export(profile))
+    checkpoint = traffic_of_folder(shared_export(profile).parent / "model")
+    assert exported.norms == checkpoint.norms == 2 * 2 + 1
+    assert (exported.cache_passes, checkpoint.cache_passes) == (passes, 1)
+    assert (checkpoint.attention_width, exported.attention_width) == (64, 32)
+
+
 def test_codes_of_a_rounded_export_are_counted_in_their_own_width() -> None:
     exported = traffic_of_folder(shared_export("cpu"))
     checkpoint = traffic_of_folder(shared_export("cpu").parent / "model")

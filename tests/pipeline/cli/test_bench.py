@@ -78,19 +78,22 @@ def test_a_prediction_says_so_and_carries_what_it_was_checked_against(
     result, plot = tmp_path / "bench.json", tmp_path / "roofline.svg"
     shape = ["--shape", "llama-3.1-70b", "--keep-params", "1,0.6", "--dtype", "int4"]
     arguments = [str(checkpoint), *shape, "--predict", "orin-nano-8gb,rtx-4090"]
-    assert main(["bench", *arguments, "--json", str(result), "--plot", str(plot)]) == 0
+    # 70 billion parameters fit neither: what was found is written, and refused.
+    assert main(["bench", *arguments, "--json", str(result), "--plot", str(plot)]) == 4
     captured = capsys.readouterr()
+    assert "does not run on these devices" in captured.err
     assert "PREDICTED, not measured" in captured.out
     assert "PREDICTED, not measured" in plot.read_text()
     assert "loading" not in captured.err
     record = json.loads(result.read_text())
     assert (record["kind"], record["measured"]) == ("prediction", False)
-    assert len(record["rows"]) == 3 * 2
+    assert len(record["rows"]) == 3 * 2 * 3
     assert not any("decode_tokens_per_s" in row for row in record["rows"])
     assert {row["device"] for row in record["check"]["published"]} >= {"orin-nano-8gb", "thor"}
-    published = {row["device"]: row["published_figures"] for row in record["rows"]}
-    assert published["rtx-4090"] == "none"
-    assert "off" in published["orin-nano-8gb"]
+    published = {(row["device"], row["engine"]): row["published_figures"] for row in record["rows"]}
+    assert published["rtx-4090", "Edge-LLM"] == "none"
+    assert "off" in published["orin-nano-8gb", "Edge-LLM"]
+    assert "nothing was fitted to" in captured.err
     assert "does not fit" in captured.out
 
 

@@ -61,6 +61,8 @@ def test_dry_run_shows_the_profiles_and_writes_nothing(
         (["--target", "sm86", "--plugin", "absent.so"], 3),
         (["--target", "sm86", "--embed-kernels"], 3),
         (["--target", "sm86", "--max-batch", "0"], 2),
+        (["--target", "sm86", "--trtexec"], 2),
+        (["--target", "sm86", "--adopt", __file__], 2),
     ],
 )
 def test_what_cannot_be_built_has_its_exit_status(

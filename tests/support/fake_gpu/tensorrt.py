@@ -15,19 +15,20 @@ import os
 from typing import Any
 
 from tensorrt_calls import CALLS, SCRATCH_BYTES, Call, Tensor, driver, run
+from tensorrt_config import IBuilderConfig, IOptimizationProfile, version
 from tensorrt_enums import (
     NUMPY,
     TYPES,
     DataType,
     ExecutionContextAllocationStrategy,
     LayerInformationFormat,
-    MemoryPoolType,
     NetworkDefinitionCreationFlag,
-    ProfilingVerbosity,
     TensorLocation,
 )
+from tensorrt_enums import MemoryPoolType as MemoryPoolType
+from tensorrt_enums import ProfilingVerbosity as ProfilingVerbosity
 
-__version__ = os.environ.get("FAKE_TENSORRT", "10.16.1.11")
+__version__ = version()
 _VERSION = tuple(int(part) for part in __version__.split("."))
 _MAGIC = b"fake plan\n"
 _PIECE_BYTES = 1 << 16
@@ -193,6 +194,9 @@ class ICudaEngine:
     def get_tensor_shape(self, name: str) -> list[int]:
         return self._shapes[name]
 
+    def get_tensor_profile_shape(self, name: str, profile_index: int) -> list[tuple[int, ...]]:
+        return [tuple(shape) for shape in self._profiles[profile_index][name]]
+
     def get_tensor_dtype(self, name: str) -> DataType:
         return TYPES[self._types[name]]
 
@@ -335,31 +339,6 @@ class OnnxParser:
     def get_error(self, index: int) -> Any:
         text = self._errors[index]
         return _Named(desc=lambda: text, node_operator=lambda: "", node_name=lambda: "")
-
-
-class IOptimizationProfile:
-    def __init__(self) -> None:
-        self.extra_memory_target = 1.0
-        self._shapes: dict[str, list[list[int]]] = {}
-
-    def set_shape(self, input: str, min: Any, opt: Any, max: Any) -> None:
-        self._shapes[input] = [list(min), list(opt), list(max)]
-
-
-class IBuilderConfig:
-    def __init__(self) -> None:
-        self.profiling_verbosity = ProfilingVerbosity.LAYER_NAMES_ONLY
-        self._profiles: list[IOptimizationProfile] = []
-
-    def set_memory_pool_limit(self, pool: MemoryPoolType, pool_size: int) -> None:
-        assert pool_size > 0
-
-    def add_optimization_profile(self, profile: IOptimizationProfile) -> int:
-        for low, _, high in profile._shapes.values():
-            if any(least > most for least, most in zip(low, high, strict=True)):
-                return -1
-        self._profiles.append(profile)
-        return len(self._profiles) - 1
 
 
 class Builder:

@@ -129,7 +129,7 @@ REGISTER = """
 import sys
 import numpy as np
 import tensorrt_rtx as trt
-from pipeline.engine.standard import _load_plugin
+from pipeline.engine.standard import load_plugin
 from pipeline.export.contract import BLOCK_SKIP_OPS, LATENT_OPS, QUANTIZED_OPS
 from pathlib import Path
 
@@ -142,7 +142,7 @@ class Logger(trt.ILogger):
 
 logger = Logger()
 builder = trt.Builder(logger)
-found = _load_plugin(trt, Path(sys.argv[1]))
+found = load_plugin(trt, Path(sys.argv[1]))
 ours = sorted((c.name, c.version, c.namespace) for c in found)
 print({one[0] for one in ours} == {*BLOCK_SKIP_OPS, *QUANTIZED_OPS, *LATENT_OPS})
 print({one[1:] for one in ours})

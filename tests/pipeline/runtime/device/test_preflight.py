@@ -46,6 +46,28 @@ def test_eight_gigabytes_are_not_eight_gigabytes_for_an_engine(
 
 
 @pytest.mark.parametrize(
+    ("release", "total_mib", "plan_bytes", "is_refused"),
+    [
+        ("36.4.7", 7608, 1_200_000_000, True), ("36.4.7", 7608, 1_000_000_000, False),
+        ("36.5", 7608, 1_200_000_000, False), ("36.4.7", 62_800, 1_200_000_000, False),
+    ],
+)  # fmt: skip
+def test_a_release_that_refuses_large_buffers_is_known(
+    release: str, total_mib: int, plan_bytes: int, is_refused: bool, board: Board, tmp_path: Path
+) -> None:
+    manifest = json.loads((board_engine("opset24", board) / "manifest.json").read_text())
+    manifest["plan"]["bytes"] = plan_bytes
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    memory = {"available_bytes": 6_500_000_000, "total_bytes": total_mib << 20}
+    device = ORIN_NANO | {"jetpack": f"L4T {release}: JetPack 6", "memory": memory}
+    if not is_refused:
+        check_device(tmp_path, device)
+        return
+    with pytest.raises(ResourceError, match=r"L4T 36\.5"):
+        check_device(tmp_path, device)
+
+
+@pytest.mark.parametrize(
     ("changes", "said"),
     [
         ({"schema": 2}, "no description of a device"),
@@ -75,6 +97,7 @@ def test_what_a_description_leaves_out_is_said(board: Board) -> None:
 def test_a_board_is_described_by_what_its_kernel_says(board: Board, tmp_path: Path) -> None:
     files = {
         "proc/device-tree/model": "Seeed reComputer J4012\0",
+        "proc/device-tree/compatible": "nvidia,p3767-0000\0nvidia,tegra234\0",
         "etc/nv_tegra_release": "# R36 (release), REVISION: 5.0, GCID: 1\n",
         "proc/meminfo": "MemTotal: 7800000 kB\nMemAvailable: 6500000 kB\nSwapTotal: 3900000 kB\n"
         "CmaFree: 200000 kB\n",
@@ -90,11 +113,13 @@ def test_a_board_is_described_by_what_its_kernel_says(board: Board, tmp_path: Pa
         path.write_text(text)
     found = describe(board.driver(), tmp_path)
     assert found["board"] == "Seeed reComputer J4012"
+    assert found["compatible"] == ["nvidia,p3767-0000", "nvidia,tegra234"]
     assert "JetPack 6.2.2" in found["jetpack"]
     assert found["gpu"]["compute_capability"] == [8, 7]  # of a name that says no module
     assert found["memory"]["available_bytes"] == 6_500_000 * 1024
     assert found["memory"]["swap_in_memory_bytes"] == 650_000 * 1024
     assert found["power"] == {"mode": "0002", "clocks": {"17000000.gpu max_freq hz": 1020000000}}
     nothing = describe(None, tmp_path / "absent")
-    assert nothing["gpu"] is nothing["board"] is nothing["jetpack"] is None
+    for name in ("gpu", "board", "compatible", "jetpack"):
+        assert nothing[name] is None
     assert set(nothing["memory"].values()) == {None, 0}

@@ -34,9 +34,9 @@ def fake_of(version: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 def attributes_set_by(class_name: str) -> set[str]:
     """Public attributes that the fake gives to the objects of a class."""
-    tree = ast.parse((FAKES / "tensorrt.py").read_text(encoding="utf-8"))
+    sources = [path.read_text(encoding="utf-8") for path in sorted(FAKES.glob("tensorrt*.py"))]
     found = set()
-    for node in ast.walk(tree):
+    for node in (node for source in sources for node in ast.walk(ast.parse(source))):
         if isinstance(node, ast.ClassDef) and node.name == class_name:
             parts = [part for part in ast.walk(node) if isinstance(part, ast.Attribute)]
             own = [part for part in parts if ast.unparse(part.value) == "self"]

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 
-from pipeline.engine.network import _inspected_types
+from pipeline.engine.inspect_plan import _inspected_types
 
 
 def test_inspector_output_is_counted_by_type_with_or_without_details() -> None:
