@@ -113,6 +113,13 @@ budget = click.option(
     help="Of a checkpoint: bytes that its weights, cache and draft may take, such as 1GB. Layers "
     "beyond that are read from disk for every call, past the page cache.",
 )
+vram = click.option(
+    "--vram",
+    metavar="BYTES",
+    help="Of a checkpoint on --device cuda: bytes of the GPU for weights, cache and calls, such as "
+    "8GB. Layers beyond that stay in page-locked memory and are copied for every call. Not with "
+    "--memory.",
+)
 model = click.option(
     "-m",
     "--model",

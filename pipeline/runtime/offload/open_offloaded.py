@@ -1,4 +1,4 @@
-"""Open a checkpoint under a budget of bytes, alone or with a model that drafts for it."""
+"""Open a checkpoint under a budget of bytes, here or on a GPU, alone or with a draft model."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from pipeline.memory import parse_bytes
 from pipeline.model.task import require_decoder
 from pipeline.progress import note
 from pipeline.runtime.draft_model import DraftModel, require_pair, rotation_in
+from pipeline.runtime.offload.cuda_device import CudaDevice
 from pipeline.runtime.offload.streamed_session import StreamedSession
 from pipeline.runtime.sessions.onnx_cpu_session import CpuSession
 from pipeline.runtime.sessions.open_session import folder_kind
@@ -22,43 +23,49 @@ from pipeline.runtime.sessions.open_session import folder_kind
 
 def open_offloaded(
     folder: Path,
-    memory: str,
+    memory: str | None,
     draft: Path | None = None,
     backend: str = "auto",
     threads: int | None = None,
     slots: int = 1,
     lookup: bool = False,
     length: int | None = None,
+    vram: str | None = None,
 ) -> tuple[StreamedSession, DraftModel | None]:
-    """Open a checkpoint of which as much stays in memory as a budget allows.
+    """Open a checkpoint of which as much stays in memory, or on the GPU, as a budget allows.
 
     The cache has as many places as the draft's, or, without one, as an export usually has.
 
     Args:
         folder: a checkpoint with plain matrices.
-        memory: bytes for weights, cache and draft, such as "1GB".
+        memory: bytes for weights, cache and draft, such as "1GB"; or None, with `vram`.
         draft: an export of the same model, of the profile `cpu`, in fewer bytes; or None.
         backend: `auto` or `torch`.
         threads: of PyTorch, and of ONNX Runtime for the draft; None leaves the choice to them.
         slots: rows of the cache.
         lookup: ask prompt lookup before the draft.
         length: tokens of every draft, 0 for none; None takes as many as pay.
+        vram: bytes of the GPU for weights, cache and what a call takes, such as "8GB". It computes
+            then, memory holds the layers that do not stay there, and the draft runs on the CPU.
 
     Returns:
         The session, and what drafts for it, if a draft is given.
 
     Raises:
         InputError: a folder does not load, cannot be offloaded, or the two do not fit each other.
+        ResourceError: memory does not hold the layers that do not stay on the GPU.
         UsageError: a folder or `backend` is of another kind, or the budget is too small.
     """
-    memory_bytes = parse_bytes(memory, "--memory")
+    budget_bytes = _budget_bytes(memory, vram)
     if threads is not None:
         torch.set_num_threads(threads)
     config = _require_checkpoint(folder, backend)
     most = getattr(config, "max_position_embeddings", None) or DEFAULT_MAX_LENGTH
     if draft is None:
-        session = StreamedSession(folder, memory_bytes, min(DEFAULT_MAX_LENGTH, most), slots)
-        _say_what_is_read(session)
+        device = None if vram is None else CudaDevice()
+        places = min(DEFAULT_MAX_LENGTH, most)
+        session = StreamedSession(folder, budget_bytes, places, slots, device=device)
+        _say_what_is_moved(session)
         return session, None
     places = read_export_record(draft).max_length if folder_kind(draft) == "onnx" else 0
     own: dict[str, object] = {
@@ -68,9 +75,14 @@ def open_offloaded(
         "cache_format": FLOAT,
     }
     require_pair(folder, draft, own, rotation_in(config.to_dict()))
-    draft_bytes = (draft / WEIGHTS_FILE).stat().st_size
-    session = StreamedSession(folder, memory_bytes, places, slots, draft_bytes)
-    _say_what_is_read(session)
+    if vram is None:
+        draft_bytes = (draft / WEIGHTS_FILE).stat().st_size
+        session = StreamedSession(folder, budget_bytes, places, slots, draft_bytes)
+    else:
+        session = StreamedSession(
+            folder, budget_bytes, places, slots, device=CudaDevice(), is_shared=True
+        )
+    _say_what_is_moved(session)
     small = CpuSession(draft, threads, values=session.values)
     return session, DraftModel(session, small, lookup, length)
 
@@ -104,20 +116,37 @@ def _require_checkpoint(folder: Path, backend: str) -> PreTrainedConfig:
     require_decoder(folder)
     if kind != "torch" or backend not in ("auto", kind):
         raise UsageError(
-            "--memory is for a checkpoint, which PyTorch runs.",
+            "--memory and --vram are for a checkpoint, which PyTorch runs.",
             where=folder,
             observed=f"a folder for the backend '{kind}', --backend {backend}",
-            change="give the checkpoint that it was made from, or leave --memory out",
+            change="give the checkpoint that it was made from, or leave them out",
         )
     return read_architecture(folder)[0].get_text_config()
 
 
-def _say_what_is_read(session: StreamedSession) -> None:
+def _budget_bytes(memory: str | None, vram: str | None) -> int:
+    """The one budget that is given; raise UsageError for two of them."""
+    if vram is None:
+        assert memory is not None
+        return parse_bytes(memory, "--memory")
+    if memory is not None:
+        raise UsageError(
+            "--memory and --vram exclude each other: what does not stay on the GPU stays in "
+            "memory, whatever it takes.",
+            observed=f"--memory {memory}, --vram {vram}",
+            change="leave --memory out; or, for a model that memory does not hold, --vram and "
+            "--device, which reads layers from disk and computes on the CPU",
+        )
+    return parse_bytes(vram, "--vram")
+
+
+def _say_what_is_moved(session: StreamedSession) -> None:
     found = session.traffic
+    place, moved = ("on the GPU", "copied") if found.device_peak_bytes else ("in memory", "read")
     if found.resident == found.layers:
-        note(f"all {found.layers} layers stay in memory: {found.held_bytes / 1e6:.0f} MB")
+        note(f"all {found.layers} layers stay {place}: {found.held_bytes / 1e6:.0f} MB")
         return
     note(
-        f"{found.resident} of {found.layers} layers stay in memory "
-        f"({found.held_bytes / 1e6:.0f} MB); {found.pass_bytes / 1e6:.0f} MB are read for a call"
+        f"{found.resident} of {found.layers} layers stay {place} "
+        f"({found.held_bytes / 1e6:.0f} MB); {found.pass_bytes / 1e6:.0f} MB are {moved} for a call"
     )

@@ -129,7 +129,7 @@ def test_the_command_answers_and_says_what_was_read(
     [
         (["--memory", "9KB"], 2, "at least"),
         (["--memory", "some"], 2, "no number of bytes"),
-        (["--memory", "1GB", "--backend", "onnx"], 2, "--memory is for a checkpoint"),
+        (["--memory", "1GB", "--backend", "onnx"], 2, "are for a checkpoint"),
         (["--memory", "1GB", "--device", "cuda"], 2, "runs on the CPU"),
         (["--memory", "1GB", "--draft", "MODEL"], 2, "two exports of the profile"),
         (["--memory", "1GB", "--draft", "OTHER"], 3, "vocab_size 99"),
@@ -155,7 +155,7 @@ def test_what_cannot_be_is_refused(
 def test_an_export_is_not_offloaded_and_a_draft_of_another_kind_does_not_fit(
     model: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(UsageError, match="--memory is for a checkpoint"):
+    with pytest.raises(UsageError, match="are for a checkpoint"):
         open_offloaded(draft_of(model), MEMORY)
     other = shutil.copytree(draft_of(model), tmp_path / "other")
     config = json.loads((other / "config.json").read_text())

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 
-from pipeline.runtime.offload.streamed_model import _resident_layers
+from pipeline.runtime.offload.residency import _resident_layers
 
 
 @pytest.mark.parametrize("layers", [1, 2, 7, 30])
