@@ -20,6 +20,7 @@ _PLUGIN = _ROOT / "trt_plugins" / "block_skip" / "lib" / "libskipcat_block_skip.
 _GPU_TESTS = (
     "tests/pipeline/kernels",
     "tests/pipeline/runtime/sessions/test_static_session.py",
+    "tests/pipeline/runtime/offload/test_cuda_device.py",
 )
 _SHOWN = 3000
 _LAYER_CASES = 24

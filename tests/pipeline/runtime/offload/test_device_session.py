@@ -18,9 +18,7 @@ from pipeline.checkpoint.folder import load_checkpoint
 from pipeline.cli.main import main
 from pipeline.errors import InputError, ResourceError, UsageError
 from pipeline.runtime.generate import stream_batch
-from pipeline.runtime.language_model import LanguageModel
 from pipeline.runtime.offload import open_offloaded as opening
-from pipeline.runtime.offload.cuda_device import CudaDevice
 from pipeline.runtime.offload.device_ring import DeviceRing
 from pipeline.runtime.offload.open_offloaded import open_offloaded
 from pipeline.runtime.offload.residency import RING_BUFFERS
@@ -335,11 +333,3 @@ def test_what_cannot_be_is_refused(
     given += [] if "--prompts" in flags else ["-p", "Hello"]
     assert main(["run", str(model), *given]) == status
     assert message in " ".join(capsys.readouterr().err.split())
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_that_is_said(model: Path) -> None:
-    with pytest.raises(InputError, match="sees no NVIDIA GPU"):
-        CudaDevice()
-    with pytest.raises(InputError, match="sees no NVIDIA GPU"):
-        LanguageModel.open(model, device="cuda", vram="1GB")
