@@ -27,6 +27,7 @@ def load_on_device(
     stored: StoredModel,
     device: StreamDevice,
     vram_bytes: int,
+    other_bytes: int,
     cache_numbers: int,
     rows: int,
     places: int,
@@ -38,7 +39,9 @@ def load_on_device(
     Args:
         stored: the model, whose matrices are set, and its files, which are closed.
         device: computes.
-        vram_bytes: of its memory, for weights, buffers, cache and what a call takes.
+        vram_bytes: of its memory, for weights, buffers, cache, what a call takes and
+            `other_bytes`.
+        other_bytes: that are spent otherwise, as for a draft.
         cache_numbers: of keys and values.
         rows: most tokens of a call.
         places: of the cache, that a token attends to at most.
@@ -54,8 +57,8 @@ def load_on_device(
     there = [name for name in stored.tables if modules[name.rpartition(".")[0]] is not embedding]
     numbers = cache_numbers + sum(math.prod(stored.tables[name].shape) for name in there)
     fixed = numbers * dtype.itemsize + stored.vector_bytes + device.library_bytes
-    fixed += call_bytes(model.config.get_text_config(), dtype, rows, places)
-    budget = Budget(vram_bytes, "--vram", "head, cache and what a call takes")
+    fixed += other_bytes + call_bytes(model.config.get_text_config(), dtype, rows, places)
+    budget = Budget(vram_bytes, "--vram", "head, cache, draft and what a call takes")
     shapes = [{name: matrix.shape for name, matrix in own.items()} for own in stored.layers]
     weights = DeviceWeights(model, shapes, dtype, device, budget, fixed, _Filler(stored))
     like = torch.zeros(0, dtype=dtype, device=device.place)

@@ -46,10 +46,14 @@ class DeviceCache:
         values: says how many rows there are, and has the copy.
         like: of the type and on the device that the model computes with.
         is_shared: whether there is a copy: what every call wrote, for a draft to read.
+
+    Attributes:
+        place: the device.
     """
 
     def __init__(self, values: KeyValues, like: torch.Tensor, is_shared: bool) -> None:
         self._values, self._like, self._is_shared = values, like, is_shared
+        self.place = like.device
         self._tensors: list[Held] = []
 
     def tensors(self) -> list[Held]:

@@ -14,11 +14,21 @@ from pipeline.export.record import read_export_record
 from pipeline.memory import parse_bytes
 from pipeline.model.task import require_decoder
 from pipeline.progress import note
-from pipeline.runtime.draft_model import DraftModel, require_pair, rotation_in
+from pipeline.runtime.draft_model import DraftModel, require_pair, require_same, rotation_in
 from pipeline.runtime.offload.cuda_device import CudaDevice
+from pipeline.runtime.offload.device_draft import DeviceDraft, held_bytes, load_device_draft
+from pipeline.runtime.offload.device_ring import StreamDevice
+from pipeline.runtime.offload.held_cache import DeviceCache
+from pipeline.runtime.offload.stored_model import StoredModel
 from pipeline.runtime.offload.streamed_session import StreamedSession
 from pipeline.runtime.sessions.onnx_cpu_session import CpuSession
 from pipeline.runtime.sessions.open_session import folder_kind
+
+# What a checkpoint and its draft have to have in common, as their configs name it.
+_SHARED = (
+    "vocab_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "max_position_embeddings",
+)  # fmt: skip
 
 
 def open_offloaded(
@@ -39,14 +49,16 @@ def open_offloaded(
     Args:
         folder: a checkpoint with plain matrices.
         memory: bytes for weights, cache and draft, such as "1GB"; or None, with `vram`.
-        draft: an export of the same model, of the profile `cpu`, in fewer bytes; or None.
+        draft: an export of the same model, of the profile `cpu`, in fewer bytes; with `vram` it
+            may be a checkpoint, which drafts on the GPU; or None.
         backend: `auto` or `torch`.
         threads: of PyTorch, and of ONNX Runtime for the draft; None leaves the choice to them.
         slots: rows of the cache.
         lookup: ask prompt lookup before the draft.
         length: tokens of every draft, 0 for none; None takes as many as pay.
-        vram: bytes of the GPU for weights, cache and what a call takes, such as "8GB". It computes
-            then, memory holds the layers that do not stay there, and the draft runs on the CPU.
+        vram: bytes of the GPU for weights, cache, what a call takes and a draft that is a
+            checkpoint, such as "8GB". The GPU computes then, and memory holds the layers that do
+            not stay there.
 
     Returns:
         The session, and what drafts for it, if a draft is given.
@@ -61,12 +73,17 @@ def open_offloaded(
         torch.set_num_threads(threads)
     config = _require_checkpoint(folder, backend)
     most = getattr(config, "max_position_embeddings", None) or DEFAULT_MAX_LENGTH
+    device = None if vram is None else CudaDevice()
     if draft is None:
-        device = None if vram is None else CudaDevice()
         places = min(DEFAULT_MAX_LENGTH, most)
         session = StreamedSession(folder, budget_bytes, places, slots, device=device)
         _say_what_is_moved(session)
         return session, None
+    if device is not None and folder_kind(draft) == "torch":
+        places = min(DEFAULT_MAX_LENGTH, most)
+        budget = budget_bytes, places, slots
+        session, own_draft = _open_on_device(folder, draft, config, *budget, device)
+        return session, DraftModel(session, own_draft, lookup, length)
     places = read_export_record(draft).max_length if folder_kind(draft) == "onnx" else 0
     own: dict[str, object] = {
         "vocab_size": config.vocab_size,
@@ -75,16 +92,43 @@ def open_offloaded(
         "cache_format": FLOAT,
     }
     require_pair(folder, draft, own, rotation_in(config.to_dict()))
-    if vram is None:
+    if device is None:
         draft_bytes = (draft / WEIGHTS_FILE).stat().st_size
         session = StreamedSession(folder, budget_bytes, places, slots, draft_bytes)
     else:
         session = StreamedSession(
-            folder, budget_bytes, places, slots, device=CudaDevice(), is_shared=True
+            folder, budget_bytes, places, slots, device=device, is_shared=True
         )
     _say_what_is_moved(session)
     small = CpuSession(draft, threads, values=session.values)
     return session, DraftModel(session, small, lookup, length)
+
+
+def _open_on_device(
+    folder: Path,
+    draft: Path,
+    config: PreTrainedConfig,
+    vram_bytes: int,
+    places: int,
+    slots: int,
+    device: StreamDevice,
+) -> tuple[StreamedSession, DeviceDraft]:
+    """A model and a draft on the same device, under one budget; raise as `open_offloaded`."""
+    other = _require_checkpoint(draft, "auto")
+    facts = [
+        ({name: getattr(c, name, None) for name in _SHARED}, rotation_in(c.to_dict()))
+        for c in (config, other)
+    ]
+    require_same(folder, draft, facts[0], facts[1])
+    stored = StoredModel(folder)
+    model = load_device_draft(draft, stored.dtype)
+    spent = held_bytes(model) + device.library_bytes
+    session = StreamedSession(
+        folder, vram_bytes, places, slots, spent, device=device, stored=stored
+    )
+    _say_what_is_moved(session)
+    assert isinstance(session.cache, DeviceCache)
+    return session, DeviceDraft(model, session.cache, places)
 
 
 def open_plain(

@@ -59,11 +59,13 @@ class StreamedSession(SlottedSession):
         device: that computes, in the published type, under a budget of its own memory; None for
             the CPU, in float32.
         is_shared: on a device, whether `values` has a copy of the cache, for a draft to read.
+        stored: what was read of the folder, if it was.
         steady: compute as many rows in every call of an answer, so that drafts change no bit; else
             a token alone is computed alone, which is quicker where the disk is.
 
     Attributes:
         values: the cache, float32, as an export of the profile `cpu` has it; or room for a copy.
+        cache: as calls see it.
         call_times: of calls.
 
     Raises:
@@ -84,20 +86,23 @@ class StreamedSession(SlottedSession):
         steady: bool = True,
         device: StreamDevice | None = None,
         is_shared: bool = False,
+        stored: StoredModel | None = None,
     ) -> None:
         widths = _cache_widths(folder)
         numbers = slots * length * sum(heads * width for heads, width in widths.values())
-        stored = StoredModel(folder)
+        stored = stored or StoredModel(folder)
         self.values = KeyValues(slots, widths, length, np.dtype(np.float32))
-        self._cache: HostCache | DeviceCache
+        self.cache: HostCache | DeviceCache
         weights: LayerWeights
         if device is None:
             weights = HostWeights(stored, memory_bytes, other_bytes + _FLOAT_BYTES * numbers)
-            self._cache, kind = HostCache(self.values), "float32"
+            self.cache, kind = HostCache(self.values), "float32"
         else:
-            weights = load_on_device(stored, device, memory_bytes, numbers, _ROWS[-1], length)
+            weights = load_on_device(
+                stored, device, memory_bytes, other_bytes, numbers, _ROWS[-1], length
+            )
             like = torch.zeros(0, dtype=stored.dtype, device=device.place)
-            self._cache = DeviceCache(self.values, like, is_shared)
+            self.cache = DeviceCache(self.values, like, is_shared)
             kind = f"{device.place.type} {str(stored.dtype).removeprefix('torch.')}"
         self._streamed = StreamedModel(stored.model, weights)
         self._end = weakref.finalize(self, self._streamed.close)
@@ -167,7 +172,7 @@ class StreamedSession(SlottedSession):
         else:
             return_free_memory()
         found = self._sorted_logits(planned, outputs)
-        self._cache.tell([piece.part for pieces in planned for piece in pieces])
+        self.cache.tell([piece.part for pieces in planned for piece in pieces])
         for block in blocks:
             self._lengths[block.slot] += len(block.ids)
         return [found[block.slot] for block in blocks]
@@ -196,7 +201,7 @@ class StreamedSession(SlottedSession):
         count = sum(map(len, pieces))
         rows = next(rows for rows in self._sizes if rows >= count)
         # What fills the call up repeats the last token, and nothing of it is kept.
-        cache = CallCache(self._cache.tensors(), [piece.part for piece in pieces], rows)
+        cache = CallCache(self.cache.tensors(), [piece.part for piece in pieces], rows)
         # The head is multiplied with as many rows whether one is wanted of a prompt or all are.
         few = pieces[0].last_only and rows > self._sizes[0]
         last = torch.full((self._sizes[0],), count - 1, device=cache.device)
@@ -238,14 +243,14 @@ class StreamedSession(SlottedSession):
         """
         count = min(_ROWS[0], self.max_length)
         ids = np.arange(count) * 7919 % self.vocab_size
-        own, self._cache = self._cache, self._cache.trial(3)
+        own, self.cache = self.cache, self.cache.trial(3)
         lengths, self._lengths = self._lengths, np.zeros(3, np.int64)
         found = set()
         with self._streamed.first_layer_alone() as run:
             for cuts, others in _TRIED:
                 parts = np.split(ids, [min(cut, count - 1) for cut in cuts])
                 found.add(self._tried(run, [part for part in parts if len(part)], others))
-        self._cache, self._lengths = own, lengths
+        self.cache, self._lengths = own, lengths
         if len(found) > 1:
             raise InputError(
                 "Here the bits of a token depend on what is read with it, so a draft would change "
@@ -271,7 +276,7 @@ class StreamedSession(SlottedSession):
             seen.update(self._sorted_logits(planned, outputs)[0].tobytes())
             self._lengths[: 1 + others] += len(part)
         count = int(self._lengths[0])
-        for held in self._cache.tensors()[0]:
+        for held in self.cache.tensors()[0]:
             seen.update(numbers_of(held[0, :, :count]).tobytes())
         return seen.hexdigest()
 

@@ -93,7 +93,7 @@ def test_ids_logits_and_cache_are_those_of_the_resident_model(
         session, device = streamed(folder, seed, copies_first=copies_first)
         assert said(session, GREEDY, None, tokens=12) == expected
         assert device.races == []
-        for own, other in zip(session._cache.tensors(), whole._cache.tensors(), strict=True):
+        for own, other in zip(session.cache.tensors(), whole.cache.tensors(), strict=True):
             assert all(torch.equal(a, b) for a, b in zip(own, other, strict=True))
     assert session.name == f"torch cpu {dtype}, {DEPTH - 1} of {DEPTH} layers copied"
 
@@ -158,7 +158,7 @@ def test_a_draft_reads_a_copy_of_the_cache_and_changes_no_bit(
         # Its weights are the model's in 4 bits: with the right cache most of what is near is right.
         assert drafter.taken > 0.3 * drafter.drafted or length != 3
         assert (drafter.taken > 0) == (length > 0)
-        flat = [tensor for pair in session._cache.tensors() for tensor in pair]
+        flat = [tensor for pair in session.cache.tensors() for tensor in pair]
         for copy, own in zip(session.values.buffers.values(), flat, strict=True):
             np.testing.assert_array_equal(copy[0, :, : session.length], own[0, :, : session.length])
     assert answers == [answers[0]] * len(answers)
