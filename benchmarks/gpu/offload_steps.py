@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +20,7 @@ from torch import nn
 
 from benchmarks.gpu.decoder import Decoder, Way, graph_of, median_ms
 from benchmarks.gpu.layer_steps import TINY
+from benchmarks.gpu.offload_bits import bits_rows
 from benchmarks.gpu.steps import Row, Setting, let_go, not_run, outcome, verdict, within
 from pipeline.bench.shapes import Shape, find_shape
 from pipeline.errors import PipelineError
@@ -35,7 +34,6 @@ from pipeline.runtime.offload.side_by_side import ModelCall
 from pipeline.runtime.offload.steady_attention import STEADY_ATTENTION, CallCache, Part
 from pipeline.runtime.offload.stored_model import set_matrix
 from pipeline.runtime.offload.streamed_model import StreamedModel
-from pipeline.runtime.offload.streamed_session import StreamedSession
 from pipeline.runtime.offload.tables import look_up_in
 from pipeline.runtime.sessions.onnx_cpu_session import STEADY_TOKENS
 
@@ -78,17 +76,12 @@ class _PlainDevice:
     def finish(self) -> None: ...
 
 
-def _device(setting: Setting) -> StreamDevice:
-    return CudaDevice() if setting.on_gpu else _PlainDevice()
-
-
 def offload(setting: Setting) -> Iterator[Row]:
-    """Bits of a small model, the bus, passes of a large one, and a draft beside it."""
-    if "bits" not in setting.done:
-        yield "bits", _bits_row(setting)
-        let_go()
+    """Bits and drafts of a small model, the bus, passes of a large one, and a draft beside it."""
+    yield from bits_rows(setting, CudaDevice if setting.on_gpu else _PlainDevice)
+    let_go()
     shape = find_shape("llama-3.1-8b") if setting.on_gpu else replace(TINY, layers=4)
-    device = _device(setting)
+    device: StreamDevice = CudaDevice() if setting.on_gpu else _PlainDevice()
     bus = _bus_row(device, _layer_bytes(shape))
     yield "bus", bus
     if setting.on_gpu:
@@ -101,50 +94,6 @@ def offload(setting: Setting) -> Iterator[Row]:
     yield "draft", _draft_row(draft, context, setting)
     yield "memory", _memory_row(held, setting)
     target.streamed.close()
-
-
-# --- bits ---
-
-
-def _bits_row(setting: Setting) -> dict[str, Any]:
-    """A small model of a file, streamed and drafted for, beside itself resident and undrafted."""
-    from transformers import AutoModelForCausalLM
-
-    small = Shape("llama", 1024, 4096, 8, 8, 4, 128, 2048, False, 2048)
-    shape = small if setting.on_gpu else replace(TINY, layers=4, tied=False)
-    torch.manual_seed(setting.seed)
-    with tempfile.TemporaryDirectory() as folder:
-        with torch.device(setting.device):
-            model = AutoModelForCausalLM.from_config(shape.config(), dtype=_DTYPE)
-        model.save_pretrained(folder)
-        claim = "streamed and drafted logits are, bit for bit, resident and undrafted ones"
-        try:
-            same, found = _compare_bits(Path(folder), setting)
-        except PipelineError as error:
-            return {"verdicts": [outcome(claim, False, why=str(error))]}
-    says = f"{found['resident']} of {found['layers']} layers resident, {found['passes']} passes"
-    return {**found, "says": says, "verdicts": [outcome(claim, same)]}
-
-
-def _compare_bits(folder: Path, setting: Setting) -> tuple[bool, dict[str, Any]]:
-    """Whether all rows are the same, and what the streamed session moved."""
-    places = 256
-    whole = StreamedSession(folder, _CAP_BYTES, places, device=_device(setting))
-    least = whole.traffic.held_bytes - 1  # so that a ring is needed, and some layers stay
-    part = StreamedSession(folder, least, places, device=_device(setting))
-    random = np.random.default_rng(setting.seed)
-    ids = random.integers(0, whole.vocab_size, places)
-    start = 40
-    same = part.prefill(0, ids[:start]).tobytes() == whole.prefill(0, ids[:start]).tobytes()
-    for place in range(start, start + (60 if setting.on_gpu else 6)):
-        wrong = random.integers(0, whole.vocab_size, place % STEADY_TOKENS)
-        rows = part.read_block(0, np.concatenate([ids[place : place + 1], wrong]))[:1]
-        part.rewind_slot(0, place + 1)
-        same &= rows.tobytes() == whole.decode([0], [int(ids[place])]).tobytes()
-    found = part.traffic
-    part.close()
-    whole.close()
-    return same, {"layers": found.layers, "resident": found.resident, "passes": found.passes}
 
 
 # --- the bus ---

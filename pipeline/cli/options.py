@@ -105,7 +105,8 @@ draft = click.option(
     type=click.Path(path_type=Path, exists=True, file_okay=False),
     help="An export of the same model in fewer bytes, which drafts over the same cache "
     "(speculative decoding). No bit of an answer depends on the drafts. Of the profile cpu, as "
-    "FOLDER is, unless --memory makes that a checkpoint.",
+    "FOLDER is, unless --memory or --vram makes that a checkpoint. With --vram a checkpoint may "
+    "draft, too, on the GPU.",
 )
 budget = click.option(
     "--memory",

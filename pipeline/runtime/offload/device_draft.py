@@ -48,7 +48,7 @@ def load_device_draft(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
-def held_bytes(model: PreTrainedModel) -> int:
+def bytes_of(model: PreTrainedModel) -> int:
     """Of all that a model holds, each tensor once."""
     held = {id(t): t for t in [*model.parameters(), *model.buffers()]}
     return sum(tensor.numel() * tensor.element_size() for tensor in held.values())

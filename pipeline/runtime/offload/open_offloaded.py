@@ -16,7 +16,7 @@ from pipeline.model.task import require_decoder
 from pipeline.progress import note
 from pipeline.runtime.draft_model import DraftModel, require_pair, require_same, rotation_in
 from pipeline.runtime.offload.cuda_device import CudaDevice
-from pipeline.runtime.offload.device_draft import DeviceDraft, held_bytes, load_device_draft
+from pipeline.runtime.offload.device_draft import DeviceDraft, bytes_of, load_device_draft
 from pipeline.runtime.offload.device_ring import StreamDevice
 from pipeline.runtime.offload.held_cache import DeviceCache
 from pipeline.runtime.offload.stored_model import StoredModel
@@ -122,7 +122,7 @@ def _open_on_device(
     require_same(folder, draft, facts[0], facts[1])
     stored = StoredModel(folder)
     model = load_device_draft(draft, stored.dtype)
-    spent = held_bytes(model) + device.library_bytes
+    spent = bytes_of(model) + device.library_bytes
     session = StreamedSession(
         folder, vram_bytes, places, slots, spent, device=device, stored=stored
     )

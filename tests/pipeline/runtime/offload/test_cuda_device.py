@@ -11,10 +11,14 @@ from pipeline.errors import InputError
 from pipeline.runtime.language_model import LanguageModel
 from pipeline.runtime.offload.cuda_device import CudaDevice
 from pipeline.runtime.offload.device_ring import DeviceRing
+from pipeline.runtime.offload.open_offloaded import open_offloaded
 from pipeline.runtime.offload.streamed_session import StreamedSession
 from pipeline.runtime.sampling import GREEDY
+from tests.support import quantised_layers
 from tests.support.families import save_family, tiny_model
+from tests.support.quantised_layers import save_low_bit_llama, small_llama
 from tests.support.scripted_drafts import DRAFTS, Scripted, said
+from tests.support.tiny_decoder import byte_tokenizer
 
 MUCH, PLACES, LAYERS = 2_000_000_000, 120, 6
 
@@ -46,6 +50,24 @@ def test_on_a_gpu_drafts_and_copies_change_no_bit(dtype: torch.dtype, tmp_path: 
     found = session.traffic
     assert found.copied_bytes >= found.passes * found.pass_bytes
     assert found.waited_s > 0
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_draft_in_few_bits_changes_no_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantised_layers, "LAYERS", 4)
+    model, answers = tmp_path / "model", []
+    small_llama().to(torch.float16).save_pretrained(model)
+    byte_tokenizer().save_pretrained(model)
+    few = save_low_bit_llama(tmp_path / "few")
+    for length in (0, 4):
+        session, drafts = open_offloaded(model, None, few, length=length, vram="2GB")
+        assert drafts is not None
+        drafter = drafts.begin(0)
+        answers.append(said(session, GREEDY, drafter))
+        assert (drafter.drafted > 0) == (length > 0)
+    assert answers[0] == answers[1]
 
 
 @pytest.mark.gpu
