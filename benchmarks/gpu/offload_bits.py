@@ -88,7 +88,7 @@ def _drafted_row(
     folder: Path, copy: Path, setting: Setting, device: type[StreamDevice]
 ) -> dict[str, Any]:
     """An answer that the same numbers draft for, on the device and over the same cache."""
-    tokens = _NEW if setting.on_gpu else 8
+    tokens = _NEW if setting.on_gpu else 33
     _, part = _opened(folder, device)
     prompt = np.random.default_rng(setting.seed).integers(0, part.vocab_size, _PROMPT).tolist()
     began = time.perf_counter()
