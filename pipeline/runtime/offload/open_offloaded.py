@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
@@ -14,12 +16,19 @@ from pipeline.export.record import read_export_record
 from pipeline.memory import parse_bytes
 from pipeline.model.task import require_decoder
 from pipeline.progress import note
-from pipeline.runtime.draft_model import DraftModel, require_pair, require_same, rotation_in
+from pipeline.runtime.draft_model import (
+    DraftModel,
+    DraftSession,
+    require_pair,
+    require_same,
+    rotation_in,
+)
 from pipeline.runtime.offload.cuda_device import CudaDevice
 from pipeline.runtime.offload.device_draft import DeviceDraft, bytes_of, load_device_draft
 from pipeline.runtime.offload.device_ring import StreamDevice
 from pipeline.runtime.offload.held_cache import DeviceCache
 from pipeline.runtime.offload.stored_model import StoredModel
+from pipeline.runtime.offload.streamed_model import out_of_gpu_memory
 from pipeline.runtime.offload.streamed_session import StreamedSession
 from pipeline.runtime.sessions.onnx_cpu_session import CpuSession
 from pipeline.runtime.sessions.open_session import folder_kind
@@ -72,63 +81,86 @@ def open_offloaded(
     if threads is not None:
         torch.set_num_threads(threads)
     config = _require_checkpoint(folder, backend)
-    most = getattr(config, "max_position_embeddings", None) or DEFAULT_MAX_LENGTH
     device = None if vram is None else CudaDevice()
+    wanted = _Wanted(folder, config, budget_bytes, slots, device)
     if draft is None:
-        places = min(DEFAULT_MAX_LENGTH, most)
-        session = StreamedSession(folder, budget_bytes, places, slots, device=device)
-        _say_what_is_moved(session)
-        return session, None
-    if device is not None and folder_kind(draft) == "torch":
-        places = min(DEFAULT_MAX_LENGTH, most)
-        budget = budget_bytes, places, slots
-        session, own_draft = _open_on_device(folder, draft, config, *budget, device)
-        return session, DraftModel(session, own_draft, lookup, length)
-    places = read_export_record(draft).max_length if folder_kind(draft) == "onnx" else 0
-    own: dict[str, object] = {
-        "vocab_size": config.vocab_size,
-        "num_layers": config.num_hidden_layers,
-        "max_length": min(places, most),
-        "cache_format": FLOAT,
-    }
-    require_pair(folder, draft, own, rotation_in(config.to_dict()))
-    if device is None:
-        draft_bytes = (draft / WEIGHTS_FILE).stat().st_size
-        session = StreamedSession(folder, budget_bytes, places, slots, draft_bytes)
-    else:
-        session = StreamedSession(
-            folder, budget_bytes, places, slots, device=device, is_shared=True
-        )
-    _say_what_is_moved(session)
-    small = CpuSession(draft, threads, values=session.values)
+        return wanted.open(wanted.places), None
+    session, small = wanted.open_with(draft, threads)
     return session, DraftModel(session, small, lookup, length)
 
 
-def _open_on_device(
-    folder: Path,
-    draft: Path,
-    config: PreTrainedConfig,
-    vram_bytes: int,
-    places: int,
-    slots: int,
-    device: StreamDevice,
-) -> tuple[StreamedSession, DeviceDraft]:
-    """A model and a draft on the same device, under one budget; raise as `open_offloaded`."""
-    other = _require_checkpoint(draft, "auto")
-    facts = [
-        ({name: getattr(c, name, None) for name in _SHARED}, rotation_in(c.to_dict()))
-        for c in (config, other)
-    ]
-    require_same(folder, draft, facts[0], facts[1])
-    stored = StoredModel(folder)
-    model = load_device_draft(draft, stored.dtype)
-    spent = bytes_of(model) + device.library_bytes
-    session = StreamedSession(
-        folder, vram_bytes, places, slots, spent, device=device, stored=stored
-    )
-    _say_what_is_moved(session)
-    assert isinstance(session.cache, DeviceCache)
-    return session, DeviceDraft(model, session.cache, places)
+@dataclass(frozen=True)
+class _Wanted:
+    """A checkpoint that is to be opened under a budget.
+
+    Attributes:
+        folder: of the checkpoint.
+        config: of its decoder.
+        budget_bytes: of memory, or of a device's.
+        slots: rows of the cache.
+        device: that computes, or None.
+    """
+
+    folder: Path
+    config: PreTrainedConfig
+    budget_bytes: int
+    slots: int
+    device: StreamDevice | None
+
+    @property
+    def places(self) -> int:
+        """Of a cache that no draft asks for."""
+        return min(DEFAULT_MAX_LENGTH, self._most)
+
+    @property
+    def _most(self) -> int:
+        return getattr(self.config, "max_position_embeddings", None) or DEFAULT_MAX_LENGTH
+
+    def open(self, places: int, other_bytes: int = 0, **more: Any) -> StreamedSession:
+        """The session, which is told of; raise as `open_offloaded`."""
+        budget = self.budget_bytes, places, self.slots, other_bytes
+        try:
+            session = StreamedSession(self.folder, *budget, device=self.device, **more)
+        except torch.OutOfMemoryError as error:
+            raise out_of_gpu_memory(error) from error
+        _say_what_is_moved(session)
+        return session
+
+    def open_with(self, draft: Path, threads: int | None) -> tuple[StreamedSession, DraftSession]:
+        """The session and its draft's; raise as `open_offloaded`."""
+        if self.device is not None and folder_kind(draft) == "torch":
+            return self._open_with_checkpoint(draft, self.device)
+        places = read_export_record(draft).max_length if folder_kind(draft) == "onnx" else 0
+        own: dict[str, object] = {
+            "vocab_size": self.config.vocab_size,
+            "num_layers": self.config.num_hidden_layers,
+            "max_length": min(places, self._most),
+            "cache_format": FLOAT,
+        }
+        require_pair(self.folder, draft, own, rotation_in(self.config.to_dict()))
+        if self.device is None:
+            session = self.open(places, (draft / WEIGHTS_FILE).stat().st_size)
+        else:
+            session = self.open(places, is_shared=True)
+        return session, CpuSession(draft, threads, values=session.values)
+
+    def _open_with_checkpoint(
+        self, draft: Path, device: StreamDevice
+    ) -> tuple[StreamedSession, DraftSession]:
+        """Both on the device, under one budget."""
+        facts = [
+            ({name: getattr(c, name, None) for name in _SHARED}, rotation_in(c.to_dict()))
+            for c in (self.config, _require_checkpoint(draft, "auto"))
+        ]
+        require_same(self.folder, draft, facts[0], facts[1])
+        stored = StoredModel(self.folder)
+        model = load_device_draft(draft, stored.dtype)
+        session = self.open(self.places, bytes_of(model) + device.library_bytes, stored=stored)
+        assert isinstance(session.cache, DeviceCache)
+        try:
+            return session, DeviceDraft(model, session.cache, self.places)
+        except torch.OutOfMemoryError as error:
+            raise out_of_gpu_memory(error) from error
 
 
 def open_plain(

@@ -95,7 +95,7 @@ class StreamedModel:
         except BaseException as error:
             self._weights.restart()
             if isinstance(error, torch.OutOfMemoryError):
-                raise _too_much(error) from error
+                raise out_of_gpu_memory(error) from error
             raise
         finally:
             self._next, self._steps = None, iter(())
@@ -163,9 +163,10 @@ class StreamedModel:
         )
 
 
-def _too_much(error: Exception) -> ResourceError:
+def out_of_gpu_memory(error: Exception) -> ResourceError:
+    """What PyTorch's error says to a user."""
     return ResourceError(
-        "The GPU has no memory left for this call.",
+        "The GPU does not have the memory that the budget promises.",
         where="--vram",
         observed=str(error).splitlines()[0],
         change="close other programs that use the GPU, or give fewer bytes by --vram",

@@ -261,6 +261,20 @@ def test_layers_that_memory_does_not_hold_are_refused(
     assert resident(model).traffic.pinned_bytes == 0
 
 
+def test_a_gpu_that_is_smaller_than_its_budget_is_said(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: LazyDevice, size_bytes: int) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\nand more")
+
+    monkeypatch.setattr(opening, "CudaDevice", LazyDevice)
+    monkeypatch.setattr(LazyDevice, "buffer", full)
+    with pytest.raises(ResourceError, match="that the budget promises") as caught:
+        open_offloaded(model, None, vram="1GB")
+    assert caught.value.details["observed"].endswith("2.00 GiB")
+    assert "--vram" in caught.value.details["change"]
+
+
 def test_weights_that_are_no_numbers_are_named_when_the_model_is_opened(
     model: Path, tmp_path: Path
 ) -> None:
