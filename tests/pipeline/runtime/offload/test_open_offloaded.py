@@ -17,6 +17,7 @@ from pipeline.runtime.offload.open_offloaded import open_offloaded
 from pipeline.runtime.prefix_cache import PrefixCache
 from pipeline.runtime.sampling import GREEDY, Sampling
 from pipeline.runtime.sequence import Decoding
+from pipeline.runtime.sessions.onnx_cpu_session import CpuSession
 from tests.support.layered_model import DEPTH, PLACES, draft_of
 from tests.support.scripted_drafts import WARM, said
 
@@ -47,6 +48,7 @@ def test_a_model_drafts_into_the_cache_and_changes_no_bit(
 def test_the_draft_reads_no_prompt_and_saves_calls(model: Path) -> None:
     session, drafts = open_offloaded(model, MEMORY, draft_of(model), threads=1, length=4)
     assert drafts is not None
+    assert isinstance(drafts._session, CpuSession)
     assert drafts._session.values is session.values
     drafter = drafts.begin(0)
     before = session.traffic.passes
@@ -179,6 +181,7 @@ def test_a_draft_that_knows_nothing_of_the_model_changes_no_bit(
 ) -> None:
     session, drafts = open_offloaded(model, MEMORY, draft_of(model), threads=1, length=3)
     assert drafts is not None
+    assert isinstance(drafts._session, CpuSession)
     random = np.random.default_rng(0)
     own = drafts._session._run
 
