@@ -48,6 +48,7 @@ _CONTEXT, _DRAFTED = 1024, 64
 _GRAPH_BYTES = 128 << 20
 # Of compiling and capturing the draft's step; with less time left it is not begun.
 _DRAFT_S = 40.0
+_WANTED_RATIO = 8.0  # of drafted answers over undrafted ones
 _LEAST_SHARE, _MOST_OVER_ONE, _MOST_DRAFT_MS = 0.9, 1.1, 6.0
 
 
@@ -90,8 +91,15 @@ def offload(setting: Setting) -> Iterator[Row]:
     draft = Decoder(shape, _INT4, setting.device, context + 80, setting.seed, multiple)
     held = torch.cuda.memory_allocated() if setting.on_gpu else draft.read_bytes(context)
     target = _target(shape, device, 2 * context, held + _GRAPH_BYTES, setting)
-    yield from _pass_rows(target, bus["bytes_per_s"], setting)
-    yield "draft", _draft_row(draft, context, setting)
+    passes: dict[str, dict[str, Any]] = {}
+    for name, row in _pass_rows(target, bus["bytes_per_s"], setting):
+        passes[name] = row
+        yield name, row
+    yield "memory", _memory_row(held, setting)  # in case the next has no end in time
+    step = _draft_row(draft, context, setting)
+    yield "draft", step
+    if "ms" in step:
+        yield "together", _together_row(passes, step["ms"])
     yield "memory", _memory_row(held, setting)
     target.streamed.close()
 
@@ -312,6 +320,19 @@ def _draft_row(decoder: Decoder, context: int, setting: Setting) -> dict[str, An
         "read_bytes": decoder.read_bytes(context),
         "says": f"{times[0]:.2f} ms, {decoder.read_bytes(context) / 1e9:.2f} GB",
         "verdicts": verdicts,
+    }
+
+
+def _together_row(passes: dict[str, dict[str, Any]], draft_ms: float) -> dict[str, Any]:
+    """What passes and drafts would be worth; how many draft tokens are right is another matter."""
+    most = STEADY_TOKENS
+    one_ms, call_ms = passes["pass of 1"]["ms"], passes[f"pass of {most}"]["ms"]
+    drafted_ms = call_ms + (most - 1) * draft_ms
+    needed = _WANTED_RATIO * drafted_ms / one_ms
+    return {
+        "most_ratio": most * one_ms / drafted_ms,
+        "tokens_needed": needed,
+        "says": f"{_WANTED_RATIO:g} x the speed takes {needed:.1f} tokens a call, of {most}",
     }
 
 

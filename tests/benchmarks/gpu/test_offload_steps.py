@@ -14,8 +14,8 @@ from pipeline.bench.shapes import find_shape
 def test_every_row_is_there_and_some_layers_are_copied() -> None:
     rows = dict(offload(Setting("cpu", 3)))
     assert [*rows] == [
-        "bits", "drafted", "bus", "pass of 1", "pass of 17", "pass of 64", "overlap", "draft",
-        "memory",
+        "bits", "drafted", "bus", "pass of 1", "pass of 17", "pass of 64", "overlap",
+        "memory", "draft", "together",
     ]  # fmt: skip
     found = [v["verdict"] for row in rows.values() for v in row.get("verdicts", [])]
     assert sorted(found) == ["not judged", *["pass"] * 4]
