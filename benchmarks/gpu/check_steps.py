@@ -21,6 +21,7 @@ _GPU_TESTS = (
     "tests/pipeline/kernels",
     "tests/pipeline/runtime/sessions/test_static_session.py",
     "tests/pipeline/runtime/device/test_driver.py",
+    "tests/pipeline/runtime/offload/test_cuda_device.py",
 )
 _SHOWN = 3000
 _LAYER_CASES = 24

@@ -64,8 +64,9 @@ class Step:
     least_s: float = 15.0
 
 
-_LAYERS, _MODELS, _CHECKS = (
-    f"benchmarks.gpu.{name}" for name in ("layer_steps", "model_steps", "check_steps")
+_LAYERS, _MODELS, _CHECKS, _OFFLOAD = (
+    f"benchmarks.gpu.{name}"
+    for name in ("layer_steps", "model_steps", "check_steps", "offload_steps")
 )
 # Seconds are for a card that is at hand for ten minutes. Later steps get what earlier ones leave.
 STEPS = (
@@ -77,6 +78,7 @@ STEPS = (
     Step("memcheck", f"{_CHECKS}:memcheck", 75),
     Step("racecheck", f"{_CHECKS}:racecheck", 60),
     Step("int4 rivals", f"{_LAYERS}:int4_rivals", 60),
+    Step("offload", f"{_OFFLOAD}:offload", 120),
     Step("decode default model", f"{_MODELS}:decode_default", 60),
     Step("decode 1B", f"{_MODELS}:decode_1b", 60),
     Step("plugin harness", f"{_CHECKS}:harness", 60),

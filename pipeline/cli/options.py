@@ -105,13 +105,21 @@ draft = click.option(
     type=click.Path(path_type=Path, exists=True, file_okay=False),
     help="An export of the same model in fewer bytes, which drafts over the same cache "
     "(speculative decoding). No bit of an answer depends on the drafts. Of the profile cpu, as "
-    "FOLDER is, unless --memory makes that a checkpoint.",
+    "FOLDER is, unless --memory or --vram makes that a checkpoint. With --vram a checkpoint may "
+    "draft, too, on the GPU.",
 )
 budget = click.option(
     "--memory",
     metavar="BYTES",
     help="Of a checkpoint: bytes that its weights, cache and draft may take, such as 1GB. Layers "
     "beyond that are read from disk for every call, past the page cache.",
+)
+vram = click.option(
+    "--vram",
+    metavar="BYTES",
+    help="Of a checkpoint on --device cuda: bytes of the GPU for weights, cache and calls, such as "
+    "8GB. Layers beyond that stay in page-locked memory and are copied for every call. Not with "
+    "--memory.",
 )
 model = click.option(
     "-m",

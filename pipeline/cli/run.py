@@ -82,6 +82,7 @@ _sampling_options = options.apply(
 )
 @options.draft
 @options.budget
+@options.vram
 @_sampling_options
 @image_options
 @options.json_output
@@ -122,8 +123,10 @@ def command(
     opening = [{"role": "system", "content": system}] if system else []
     way = Way.of(folder, opening, raw, as_json, **settings)
     if prompts is not None:
-        if prompt is not None or way.device != "cpu":
-            raise UsageError("--prompts goes with neither --prompt nor --device cuda.")
+        if prompt is not None or (way.device != "cpu" and way.vram is None):
+            raise UsageError(
+                "--prompts goes with neither --prompt nor, without --vram, --device cuda."
+            )
         _require_sensible(raw, system, False)
         answer_all(way, prompts, batch_size)
         return
@@ -145,7 +148,7 @@ def _answer(way: Way, prompt: str | None) -> None:
     decoding = replace(way.decoding, seed=np.random.default_rng(way.decoding.seed))
     drafter = PROMPT_LOOKUP if way.lookup else None
     place = way.folder, way.backend, way.threads, way.device
-    model = LanguageModel.open(*place, drafter, way.draft, way.memory)
+    model = LanguageModel.open(*place, drafter, way.draft, way.memory, way.vram)
 
     def ask(messages: Messages, emit: Callable[[str], None]) -> Answer:
         return model.chat(way.opening + messages, decoding, emit, way.raw)
@@ -211,9 +214,13 @@ def _report(model: LanguageModel, result: Answer) -> None:
         f"first after {result.first_token_s:.2f} s{rate}]"
     )
     if read := model.traffic:
+        moved = f"{read['read_bytes'] / 1e6:.0f} MB read from disk"
+        held = f"peak memory {peak_bytes() / 1e6:.0f} MB"
+        if read["device_peak_bytes"]:
+            moved = f"{read['copied_bytes'] / 1e6:.0f} MB copied to the GPU"
+            held += f", of the GPU {read['device_peak_bytes'] / 1e6:.0f} MB"
         aside(
-            f"[{read['read_bytes'] / 1e6:.0f} MB read from disk, for {read['passes']} calls; "
-            f"{read['waited_s']:.1f} s waited for it; peak memory {peak_bytes() / 1e6:.0f} MB]"
+            f"[{moved}, for {read['passes']} calls; {read['waited_s']:.1f} s waited for it; {held}]"
         )
     say(model.take_notice())
     if result.ended == "length":

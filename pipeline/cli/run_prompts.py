@@ -37,6 +37,7 @@ class Way:
         lookup: let draft tokens come out of the conversation.
         draft: a folder whose model drafts, or None.
         memory: bytes that a checkpoint may take, or None for all.
+        vram: bytes of the GPU that it may take there, or None.
     """
 
     folder: Path
@@ -50,6 +51,7 @@ class Way:
     lookup: bool
     draft: Path | None
     memory: str | None
+    vram: str | None
 
     @classmethod
     def of(
@@ -65,6 +67,7 @@ class Way:
         lookup: bool,
         draft: Path | None,
         memory: str | None,
+        vram: str | None,
         max_new_tokens: int,
         stops: tuple[str, ...],
         seed: int,
@@ -76,7 +79,7 @@ class Way:
 
         decoding = Decoding(max_new_tokens, Sampling(**sampling), stops=stops, seed=seed)
         runtime = backend, device, threads
-        return cls(folder, opening, raw, as_json, decoding, *runtime, lookup, draft, memory)
+        return cls(folder, opening, raw, as_json, decoding, *runtime, lookup, draft, memory, vram)
 
 
 def answer_all(way: Way, path: Path, batch_size: int) -> None:
@@ -94,7 +97,7 @@ def answer_all(way: Way, path: Path, batch_size: int) -> None:
         InputError: as `open_slots`; or, at the end, some prompts were not answered.
     """
     from pipeline.runtime.generate import stream_batch
-    from pipeline.runtime.open_answering import open_answering
+    from pipeline.runtime.open_answering import open_answering, require_device
     from pipeline.runtime.tokenizer import load_tokenizer, start_template, stop_token_ids
 
     lines = _numbered_lines(path)
@@ -104,7 +107,10 @@ def answer_all(way: Way, path: Path, batch_size: int) -> None:
         start_template(tokenizer)
     slots = min(batch_size, len(lines))
     runtime = way.backend, way.threads, slots
-    session, drafts = open_answering(way.folder, way.draft, *runtime, memory=way.memory)
+    require_device(way.device, way.vram)
+    session, drafts = open_answering(
+        way.folder, way.draft, *runtime, memory=way.memory, vram=way.vram
+    )
     prompts = [_ids_or_failure(tokenizer, session, way, m) for m in conversations]
     fit = [ids for ids in prompts if not isinstance(ids, InputError)]
     own = replace(way.decoding, stop_ids=stop_token_ids(tokenizer, way.folder))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -22,8 +22,10 @@ from pipeline.progress import note
 from pipeline.runtime.draft_costs import MOST_DRAFTED, STEADY_ROWS, DraftCosts
 from pipeline.runtime.drafting import Chooser, Drafter, FirstOf, PromptLookup
 from pipeline.runtime.prefix_cache import common_length
+from pipeline.runtime.sessions.call_times import CallTimes
 from pipeline.runtime.sessions.onnx_cpu_session import CpuSession
 from pipeline.runtime.sessions.open_session import folder_kind
+from pipeline.runtime.sessions.session import Session
 from pipeline.runtime.sessions.slotted_session import SlottedSession
 from pipeline.tokenizer_files import vocabulary_hashes
 
@@ -32,6 +34,21 @@ _GOOD_ACCEPTANCE = 0.9
 # What a model and its draft have to have in common, as an export's record names it.
 SHARED = ("vocab_size", "num_layers", "max_length", "cache_format")
 _ROTATION = ("rope_parameters", "rope_theta", "rope_scaling", "partial_rotary_factor")
+
+
+class DraftSession(Protocol):
+    """A session over the cache of another."""
+
+    call_times: CallTimes
+
+    def take_up(self, slot: int, length: int) -> None:
+        """Go on behind the first `length` tokens of a slot, whichever session has read them."""
+
+    def prefill(self, slot: int, input_ids: np.ndarray) -> np.ndarray:
+        """Append [S] tokens to a slot: the last one's logits, float32 [V]."""
+
+    def sibling(self) -> Session:
+        """The same model over a cache of its own."""
 
 
 class DraftModel:
@@ -45,7 +62,7 @@ class DraftModel:
     """
 
     def __init__(
-        self, target: SlottedSession, session: CpuSession, lookup: bool, length: int | None = None
+        self, target: SlottedSession, session: DraftSession, lookup: bool, length: int | None = None
     ) -> None:
         self._session, self._lookup = session, lookup
         self._length = None if length is None else min(length, MOST_DRAFTED)
@@ -66,7 +83,7 @@ class DraftModel:
         self._has_told = True
         return self._costs.reason
 
-    def session_alone(self) -> CpuSession:
+    def session_alone(self) -> Session:
         """The draft as a model of its own, over the same weights and a cache that is not shared."""
         return self._session.sibling()
 
@@ -227,28 +244,50 @@ def require_pair(
         UsageError: the draft is no such export, or the model itself.
     """
     small = _require_export(draft, backend)
+    found = {name: getattr(small, name) for name in model}
+    require_same(folder, draft, (model, rotation), (found, rotation_of(draft)))
+    return small
+
+
+_Facts = tuple[Mapping[str, object], Mapping[str, object]]
+
+
+def require_same(folder: Path, draft: Path, model: _Facts, small: _Facts) -> None:
+    """Hold what is told of a draft against what is told of the model.
+
+    Args:
+        folder: of the model.
+        draft: of the draft.
+        model: what both have to have in common, by name, and the rotation, as `rotation_of` tells
+            it.
+        small: the same, of the draft.
+
+    Raises:
+        InputError: they differ, or the tokenizers do.
+        UsageError: the draft is the model itself.
+    """
     if folder.resolve() == draft.resolve():
         raise UsageError(
             "A model cannot draft for itself: it would save no call.",
             observed=draft,
             change="give --draft an export of the same model in fewer bytes",
         )
-    for name, wanted in model.items():
-        found = getattr(small, name)
+    for name, wanted in model[0].items():
+        found = small[0][name]
         if wanted != found:
             raise InputError(
                 "This draft does not fit the model.",
                 where=draft,
                 observed=f"{name} {found}",
                 expected=f"{name} {wanted}, as {folder} has",
-                change="export both from the same model, with the same --max-length",
+                change="make both from the same model, with the same --max-length",
             )
-    if rotation != rotation_of(draft):
+    if model[1] != small[1]:
         raise InputError(
             "This draft does not fit the model: it turns its keys by other angles.",
             where=draft / "config.json",
-            observed=rotation_of(draft),
-            expected=rotation,
+            observed=small[1],
+            expected=model[1],
             change="make the draft from the same model",
         )
     if vocabulary_hashes(folder) != vocabulary_hashes(draft):
@@ -258,7 +297,6 @@ def require_pair(
             expected=f"the tokenizer files of {folder}",
             change="make the draft from the same model",
         )
-    return small
 
 
 def rotation_of(folder: Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from pipeline.errors import UsageError
 from pipeline.runtime.chat_template import require_text
 from pipeline.runtime.drafting import PROMPT_LOOKUP, DraftSource, make_drafter
 from pipeline.runtime.generate import Answer, answer, stream_text
-from pipeline.runtime.open_answering import open_helped
+from pipeline.runtime.open_answering import open_helped, require_device
 from pipeline.runtime.prefix_cache import PrefixCache
 from pipeline.runtime.sequence import Decoding
 from pipeline.runtime.sessions.open_session import open_session
@@ -72,6 +72,7 @@ class LanguageModel:
         drafter: str | None = PROMPT_LOOKUP,
         draft: str | Path | None = None,
         memory: str | None = None,
+        vram: str | None = None,
     ) -> LanguageModel:
         """Open an ONNX export, a checkpoint or an engine folder.
 
@@ -85,6 +86,8 @@ class LanguageModel:
                 an answer depends on the drafts then.
             memory: bytes that weights, cache and draft of a checkpoint may take, such as "1GB";
                 layers beyond it are read from disk for every call. No bit depends on drafts then.
+            vram: with the device `cuda`, bytes that weights, cache and a call may take of it; the
+                layers beyond that are copied there for every call. Likewise.
 
         Raises:
             InputError: the folder is of no kind that can be opened here, or does not load; or the
@@ -95,21 +98,26 @@ class LanguageModel:
         tokenizer = load_tokenizer(folder)
         start_template(tokenizer)
         stop_ids = stop_token_ids(tokenizer, folder)
-        if draft is None and memory is None:
+        require_device(device, vram)
+        if draft is None and memory is None and vram is None:
             session = open_session(folder, backend, threads, device)
             return cls(session, tokenizer, stop_ids, drafter)
-        if device != "cpu":
+        if device != "cpu" and vram is None:
             flag = "A draft model" if memory is None else "An offloaded model"
-            raise UsageError(f"{flag} runs on the CPU.", observed=f"--device {device}")
+            raise UsageError(
+                f"{flag} runs on the CPU, unless the GPU's memory is given by --vram.",
+                observed=f"--device {device}",
+                change="give --vram, such as 8GB, instead of --memory; or leave --device out",
+            )
         small = None if draft is None else Path(draft)
         helped = open_helped(
-            folder, small, backend, threads, lookup=drafter is not None, memory=memory
+            folder, small, backend, threads, lookup=drafter is not None, memory=memory, vram=vram
         )
         return cls(helped[0], tokenizer, stop_ids, drafter if draft is None else helped[1])
 
     @property
     def traffic(self) -> dict[str, Any]:
-        """What an offloaded model has read from disk, and holds; nothing of one in memory."""
+        """What an offloaded model has read or copied, and holds; nothing of one in memory."""
         found = getattr(self._cache.session, "traffic", None)
         return {} if found is None else asdict(found)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pipeline.errors import UsageError
 from pipeline.runtime.draft_model import DraftModel, open_drafted
 from pipeline.runtime.drafting import DraftSource
 from pipeline.runtime.sessions.session import SlotSession
@@ -19,6 +20,7 @@ def open_answering(
     slots: int = 1,
     lookup: bool = False,
     memory: str | None = None,
+    vram: str | None = None,
 ) -> tuple[SlotSession, DraftSource | None]:
     """A model with slots, and what drafts for its answers: nothing without a draft.
 
@@ -30,13 +32,14 @@ def open_answering(
         slots: at least so many.
         lookup: as for `open_helped`.
         memory: likewise.
+        vram: likewise.
 
     Raises:
         InputError, UsageError: as `open_slots` and `open_helped`.
     """
-    if draft is None and memory is None:
+    if draft is None and memory is None and vram is None:
         return open_slots(folder, backend, threads, slots), None
-    return open_helped(folder, draft, backend, threads, slots, lookup, memory)
+    return open_helped(folder, draft, backend, threads, slots, lookup, memory, vram=vram)
 
 
 def open_helped(
@@ -48,6 +51,7 @@ def open_helped(
     lookup: bool = False,
     memory: str | None = None,
     length: int | None = None,
+    vram: str | None = None,
 ) -> tuple[SlottedSession, DraftModel | None]:
     """A model with a draft over its cache, or under a budget of bytes, or both.
 
@@ -60,13 +64,24 @@ def open_helped(
         lookup: ask prompt lookup before the draft.
         memory: bytes for weights and cache, such as "1GB"; None for all that there are.
         length: tokens of every draft, 0 for none; None takes as many as pay.
+        vram: bytes of the GPU, on which a checkpoint is then computed; None for the CPU.
 
     Raises:
         InputError, UsageError: as `open_drafted` and `open_offloaded`.
     """
-    if memory is None:
+    if memory is None and vram is None:
         assert draft is not None
         return open_drafted(folder, draft, backend, threads, slots, lookup, length)
     from pipeline.runtime.offload.open_offloaded import open_offloaded
 
-    return open_offloaded(folder, memory, draft, backend, threads, slots, lookup, length)
+    return open_offloaded(folder, memory, draft, backend, threads, slots, lookup, length, vram)
+
+
+def require_device(device: str, vram: str | None) -> None:
+    """Raise UsageError for a budget of a GPU's memory where no GPU is asked for."""
+    if vram is not None and device != "cuda":
+        raise UsageError(
+            "--vram is a budget of the GPU's memory.",
+            observed=f"--vram {vram}, --device {device}",
+            change="pass --device cuda too, or --memory instead",
+        )

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from pipeline.runtime.offload.residency import RING_BUFFERS
 from pipeline.runtime.offload.weight_reader import Layout, WeightReader, aligned_buffer
 
-RING_BUFFERS = 2
 # Between two looks at what else a thread might be told, such as Ctrl-C.
 _LOOK_S = 0.1
 

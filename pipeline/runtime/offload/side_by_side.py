@@ -37,14 +37,14 @@ class ModelCall:
         """Arguments of the model, but for the logits."""
         return {
             "input_ids": torch.from_numpy(self.cache.ids),
-            "position_ids": torch.from_numpy(self.cache.positions),
+            "position_ids": torch.from_numpy(self.cache.positions).to(self.cache.device),
             "past_key_values": self.cache,
             "use_cache": True,
         }
 
 
 def run_call(model: PreTrainedModel, call: ModelCall) -> torch.Tensor:
-    """Logits, float32 [1, S, V]."""
+    """Logits, [1, S, V] of the model's type, where it computes."""
     with torch.inference_mode(), call.cache.at_work():
         logits: torch.Tensor = model(**call.keywords(), logits_to_keep=call.logits_to_keep).logits
     return logits
@@ -57,7 +57,7 @@ def run_side_by_side(
     enter: Callable[[int], None],
     beside: tuple[Any, ...] | None,
 ) -> list[torch.Tensor]:
-    """Logits of each call, float32 [1, S, V].
+    """Logits of each call, [1, S, V] of the model's type, where it computes.
 
     Args:
         model: whose layers they are.

@@ -45,8 +45,8 @@ class Part:
     ids: np.ndarray
 
 
-# Keys and values of a layer, float32 [slots, heads, length, width] each.
-_Held = tuple[torch.Tensor, torch.Tensor]
+# Keys and values of a layer, [slots, heads, length, width] each.
+Held = tuple[torch.Tensor, torch.Tensor]
 
 
 class CallCache(Cache):
@@ -56,9 +56,14 @@ class CallCache(Cache):
         held: keys and values of each layer, which belong to somebody else.
         parts: whose rows they are, in their order; of different slots.
         rows: of the call. Those behind the parts only fill it up, and leave nothing.
+
+    Attributes:
+        ids: int64 [1, rows].
+        positions: likewise, of each token in its sequence.
+        device: where keys and values are.
     """
 
-    def __init__(self, held: Sequence[_Held], parts: Sequence[Part], rows: int) -> None:
+    def __init__(self, held: Sequence[Held], parts: Sequence[Part], rows: int) -> None:
         super().__init__(layers=[_CallLayer(pair, parts) for pair in held])
         used = sum(len(part.ids) for part in parts)
         ids = [part.ids for part in parts]
@@ -66,11 +71,13 @@ class CallCache(Cache):
         last = len(parts) - 1
         self.ids = np.concatenate([*ids, np.repeat(ids[last][-1:], rows - used)])[None]
         self.positions = np.concatenate([*places, np.repeat(places[last][-1:], rows - used)])[None]
-        self.groups = _groups(parts, held[0][0].shape[2])
+        self.device = held[0][0].device
+        self.groups = _groups(parts, held[0][0].shape[2], self.device)
 
     def get_query_offset(self, layer_idx: int = 0) -> Any:
         """What is added to a row's number for its place in the sequence: [rows]."""
-        return torch.from_numpy(self.positions[0] - np.arange(self.positions.shape[1]))
+        offsets = self.positions[0] - np.arange(self.positions.shape[1])
+        return torch.from_numpy(offsets).to(self.device)
 
     @contextlib.contextmanager
     def at_work(self) -> Iterator[None]:
@@ -100,7 +107,7 @@ class _Group:
     rows: torch.Tensor
 
 
-def _groups(parts: Sequence[Part], length: int) -> list[_Group]:
+def _groups(parts: Sequence[Part], length: int, device: torch.device) -> list[_Group]:
     """By slot, and by how many places are looked at, which is a matter of a row's own place.
 
     A prompt's part is read in the same call whatever else there is, so its last row may decide.
@@ -113,7 +120,9 @@ def _groups(parts: Sequence[Part], length: int) -> list[_Group]:
         for place in wanted:
             found.setdefault((part.slot, _places(place, length)), []).append(row)
             row += 1
-    return [_Group(slot, places, torch.tensor(own)) for (slot, places), own in found.items()]
+    return [
+        _Group(slot, places, torch.tensor(own).to(device)) for (slot, places), own in found.items()
+    ]
 
 
 def _places(place: int, length: int) -> int:
@@ -129,7 +138,7 @@ class _CallLayer(CacheLayerMixin):
 
     is_sliding = False
 
-    def __init__(self, held: _Held, parts: Sequence[Part]) -> None:
+    def __init__(self, held: Held, parts: Sequence[Part]) -> None:
         super().__init__()
         self.keys, self.values = held
         self.is_initialized = True
@@ -238,7 +247,8 @@ def _attend_to_slot(
         scores = torch.tanh(scores / softcap) * softcap
     is_bool = mask.dtype == torch.bool
     scores = scores.masked_fill(~mask, -torch.inf) if is_bool else scores + mask
-    weights = torch.softmax(scores, dim=-1).reshape(batch, groups, heads // groups * rows, -1)
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype)
+    weights = weights.reshape(batch, groups, heads // groups * rows, -1)
     return (weights @ value).reshape(batch, heads, rows, -1)
 
 

@@ -1,8 +1,9 @@
-"""A checkpoint larger than memory behind the Session interface: layers come from disk for a call.
+"""A checkpoint larger than memory behind the Session interface: layers come for every call.
 
-A pass over the disk costs the same whatever is read in it, so answers in several slots share one,
-and every call in it computes the same number of rows over a cache of the same length: a token's
-bits are then its own, and neither drafts nor other answers change any.
+They come from disk, or from the host's memory to a GPU. A pass over them costs the same whatever is
+read in it, so answers in several slots share one, and every call in it computes the same number of
+rows over a cache of the same length: a token's bits are then its own, and neither drafts nor other
+answers change any.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,9 +21,15 @@ import torch
 from pipeline.errors import InputError, UsageError
 from pipeline.export.contract import cache_names
 from pipeline.memory import return_free_memory
+from pipeline.runtime.offload.device_model import load_on_device
+from pipeline.runtime.offload.device_ring import StreamDevice
+from pipeline.runtime.offload.held_cache import DeviceCache, HostCache, numbers_of
+from pipeline.runtime.offload.host_weights import HostWeights
 from pipeline.runtime.offload.side_by_side import ModelCall
 from pipeline.runtime.offload.steady_attention import CallCache, Part
-from pipeline.runtime.offload.streamed_model import StreamedModel, Traffic
+from pipeline.runtime.offload.stored_model import StoredModel
+from pipeline.runtime.offload.streamed_model import LayerWeights, StreamedModel
+from pipeline.runtime.offload.traffic import Traffic
 from pipeline.runtime.sessions.call_times import CallTimes
 from pipeline.runtime.sessions.key_values import KeyValues
 from pipeline.runtime.sessions.onnx_cpu_session import STEADY_TOKENS
@@ -37,6 +44,7 @@ _TRIED = (((), 0), ((1, 2, 3, 4), 0), ((6,), 0), ((16,), 0), ((1, 2, 3, 4), 2), 
 _COUNTED = 2
 # Of what another token adds to a call: choosing it. Its row is computed in any case.
 _ROW_COST = 0.01
+_FLOAT_BYTES = 4
 
 
 class StreamedSession(SlottedSession):
@@ -48,11 +56,16 @@ class StreamedSession(SlottedSession):
         length: places of the cache.
         slots: rows of the cache to begin with.
         other_bytes: what else the budget is for, such as a draft.
+        device: that computes, in the published type, under a budget of its own memory; None for
+            the CPU, in float32.
+        is_shared: on a device, whether `values` has a copy of the cache, for a draft to read.
+        stored: what was read of the folder, if it was.
         steady: compute as many rows in every call of an answer, so that drafts change no bit; else
             a token alone is computed alone, which is quicker where the disk is.
 
     Attributes:
-        values: the cache, float32, as an export of the profile `cpu` has it.
+        values: the cache, float32, as an export of the profile `cpu` has it; or room for a copy.
+        cache: as calls see it.
         call_times: of calls.
 
     Raises:
@@ -71,30 +84,45 @@ class StreamedSession(SlottedSession):
         slots: int = 1,
         other_bytes: int = 0,
         steady: bool = True,
+        device: StreamDevice | None = None,
+        is_shared: bool = False,
+        stored: StoredModel | None = None,
     ) -> None:
         widths = _cache_widths(folder)
-        row_bytes = 4 * length * sum(heads * width for heads, width in widths.values())
-        self._streamed = StreamedModel(folder, memory_bytes, other_bytes + slots * row_bytes)
+        numbers = slots * length * sum(heads * width for heads, width in widths.values())
+        stored = stored or StoredModel(folder)
+        self.values = KeyValues(slots, widths, length, np.dtype(np.float32))
+        self.cache: HostCache | DeviceCache
+        weights: LayerWeights
+        if device is None:
+            weights = HostWeights(stored, memory_bytes, other_bytes + _FLOAT_BYTES * numbers)
+            self.cache, kind = HostCache(self.values), "float32"
+        else:
+            weights = load_on_device(
+                stored, device, memory_bytes, other_bytes, numbers, _ROWS[-1], length
+            )
+            like = torch.zeros(0, dtype=stored.dtype, device=device.place)
+            self.cache = DeviceCache(self.values, like, is_shared)
+            kind = f"{device.place.type} {str(stored.dtype).removeprefix('torch.')}"
+        self._streamed = StreamedModel(stored.model, weights)
         self._end = weakref.finalize(self, self._streamed.close)
         self._folder, self.max_length = folder, length
         self.vocab_size = self._streamed.model.config.get_text_config().vocab_size
-        self.values = KeyValues(slots, widths, length, np.dtype(np.float32))
         self.call_times = CallTimes()
         self._lengths = np.zeros(slots, np.int64)
         self._rows = None
         self._sizes = _ROWS if steady else (1, *_ROWS)
         self._steady = steady
-        self._bound: Mapping[str, np.ndarray] = {}
-        self._tensors: list[tuple[torch.Tensor, torch.Tensor]] = []
         found = self.traffic
-        self.name = f"torch float32, {found.layers - found.resident} of {found.layers} layers read"
+        moved = f"{found.layers - found.resident} of {found.layers} layers"
+        self.name = f"torch {kind}, {moved} {'read' if device is None else 'copied'}"
         if steady:
             self._require_steadiness()
         return_free_memory()
 
     @property
     def traffic(self) -> Traffic:
-        """What was read from disk, and what is held."""
+        """What was read from disk or copied to a GPU, and what is held."""
         return self._streamed.traffic
 
     def close(self) -> None:
@@ -144,6 +172,7 @@ class StreamedSession(SlottedSession):
         else:
             return_free_memory()
         found = self._sorted_logits(planned, outputs)
+        self.cache.tell([piece.part for pieces in planned for piece in pieces])
         for block in blocks:
             self._lengths[block.slot] += len(block.ids)
         return [found[block.slot] for block in blocks]
@@ -172,18 +201,19 @@ class StreamedSession(SlottedSession):
         count = sum(map(len, pieces))
         rows = next(rows for rows in self._sizes if rows >= count)
         # What fills the call up repeats the last token, and nothing of it is kept.
-        cache = CallCache(self._held(), [piece.part for piece in pieces], rows)
+        cache = CallCache(self.cache.tensors(), [piece.part for piece in pieces], rows)
         # The head is multiplied with as many rows whether one is wanted of a prompt or all are.
         few = pieces[0].last_only and rows > self._sizes[0]
-        return ModelCall(cache, torch.full((self._sizes[0],), count - 1) if few else 0)
+        last = torch.full((self._sizes[0],), count - 1, device=cache.device)
+        return ModelCall(cache, last if few else 0)
 
     def _sorted_logits(
         self, planned: Sequence[Sequence[_Piece]], outputs: Sequence[torch.Tensor]
     ) -> dict[int, np.ndarray]:
         """Logits of each slot's block, out of those of calls; InputError for what are none."""
         found: dict[int, list[np.ndarray]] = {}
-        for pieces, logits in zip(planned, outputs, strict=True):
-            row = 0
+        for pieces, output in zip(planned, outputs, strict=True):
+            row, logits = 0, output.float().cpu()
             for piece in pieces:
                 count = len(piece)
                 row += count
@@ -202,16 +232,8 @@ class StreamedSession(SlottedSession):
                 "The model's logits are no numbers.",
                 where=self._folder,
                 observed=f"NaN or infinity behind {part.start} tokens",
-                change="compare with the model that was published, or run it without --memory",
+                change="compare with the model that was published, or leave --memory or --vram out",
             )
-
-    def _held(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Keys and values of each layer, over the memory of the cache."""
-        if self._bound is not self.values.buffers:  # there are more rows now
-            self._bound = self.values.buffers
-            tensors = [torch.from_numpy(buffer) for buffer in self.values.buffers.values()]
-            self._tensors = list(zip(tensors[::2], tensors[1::2], strict=True))
-        return self._tensors
 
     def _require_steadiness(self) -> None:
         """Read the same tokens in several ways; raise InputError unless all bits are the same.
@@ -221,21 +243,21 @@ class StreamedSession(SlottedSession):
         """
         count = min(_ROWS[0], self.max_length)
         ids = np.arange(count) * 7919 % self.vocab_size
-        own, self.values = self.values, self.values.like(3)
+        own, self.cache = self.cache, self.cache.trial(3)
         lengths, self._lengths = self._lengths, np.zeros(3, np.int64)
         found = set()
         with self._streamed.first_layer_alone() as run:
             for cuts, others in _TRIED:
                 parts = np.split(ids, [min(cut, count - 1) for cut in cuts])
                 found.add(self._tried(run, [part for part in parts if len(part)], others))
-        self.values, self._lengths = own, lengths
+        self.cache, self._lengths = own, lengths
         if len(found) > 1:
             raise InputError(
                 "Here the bits of a token depend on what is read with it, so a draft would change "
                 "answers.",
                 where=self._folder,
                 observed="other bits where it stands elsewhere in a call",
-                change="run the model without --memory",
+                change="run the model without --memory or --vram",
             )
 
     def _tried(
@@ -254,8 +276,8 @@ class StreamedSession(SlottedSession):
             seen.update(self._sorted_logits(planned, outputs)[0].tobytes())
             self._lengths[: 1 + others] += len(part)
         count = int(self._lengths[0])
-        for values in self.values.buffers.values():
-            seen.update(values[0, :, :count].tobytes())
+        for held in self.cache.tensors()[0]:
+            seen.update(numbers_of(held[0, :, :count]).tobytes())
         return seen.hexdigest()
 
 

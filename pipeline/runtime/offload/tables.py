@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,11 +12,25 @@ from torch import nn
 _HEAD_NUMBERS = 1 << 20
 
 
-def widen_rows(table: torch.Tensor, module: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Before an embedding looks rows up: give it those alone, in float32, and their numbers."""
+def look_up_in(embedding: Any, table: torch.Tensor, like: torch.Tensor) -> None:
+    """Let an embedding have the rows that it is asked for, and no others, while it looks them up.
+
+    Args:
+        embedding: a module whose calls have int64 ids in the CPU's memory.
+        table: [V, H], as published, in the CPU's memory.
+        like: of the type and on the device that the model computes with.
+    """
+    embedding.padding_idx = None  # of gradients, and the number of a row it is not given
+    embedding.register_forward_pre_hook(partial(_widen_rows, table, like))
+
+
+def _widen_rows(
+    table: torch.Tensor, like: torch.Tensor, module: nn.Module, given: tuple[Any, ...]
+) -> tuple[Any, ...]:
+    """Give the embedding the rows, and instead of ids their numbers among these."""
     rows, places = torch.unique(given[0], return_inverse=True)
-    module._parameters["weight"] = nn.Parameter(table[rows].float(), requires_grad=False)
-    return (places, *given[1:])
+    module._parameters["weight"] = nn.Parameter(table[rows].to(like), requires_grad=False)
+    return (places.to(like.device), *given[1:])
 
 
 class HeadByParts:

@@ -12,6 +12,7 @@ from pipeline.model.task import require_decoder
 from pipeline.progress import note
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
     from pipeline.runtime.sessions.session import Session
@@ -172,7 +173,7 @@ def _open_cuda(folder: Path, threads: int | None, slots: int) -> Session:
             observed=f"torch {torch.__version__}, {built}; {torch.cuda.device_count()} devices",
             change="leave --device out to run on the CPU",
         )
-    model, replaced = _load_half(folder)
+    model, replaced = load_narrow(folder)
     if replaced:
         prepare(torch.cuda.current_device())
     kind = f"block-skip kernels in {replaced} layers" if replaced else "no block-skip layers"
@@ -183,11 +184,15 @@ def _open_cuda(folder: Path, threads: int | None, slots: int) -> Session:
     return StaticSession(model.to("cuda"), name, CUDA_CACHE_TOKENS)
 
 
-def _load_half(folder: Path) -> tuple[PreTrainedModel, int]:
+def load_narrow(folder: Path, dtype: torch.dtype | None = None) -> tuple[PreTrainedModel, int]:
     """A checkpoint in half precision with its block-skip layers by the operator, and their number.
 
-    bfloat16 stays, all else becomes float16. Only weights do: the frequencies of the rotation turn
-    with the position, and in half precision would be off by radians after a thousand tokens.
+    Only weights are: the frequencies of the rotation turn with the position, and in half precision
+    would be off by radians after a thousand tokens.
+
+    Args:
+        folder: of the checkpoint.
+        dtype: of the weights; None leaves bfloat16, and makes float16 of all else.
 
     Raises:
         InputError: as `load_checkpoint`.
@@ -199,7 +204,8 @@ def _load_half(folder: Path) -> tuple[PreTrainedModel, int]:
     from pipeline.kernels.install import use_operator_
 
     model = load_checkpoint(folder)
-    dtype = torch.bfloat16 if model.dtype == torch.bfloat16 else torch.float16
+    if dtype is None:
+        dtype = torch.bfloat16 if model.dtype == torch.bfloat16 else torch.float16
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     for module in model.modules():

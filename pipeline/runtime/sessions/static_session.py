@@ -7,7 +7,7 @@ logits have places of their own, on the device and, page-locked, in the CPU's me
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -31,6 +31,8 @@ class StaticSession(CheckedSession):
         model: a causal language model, on its device and in its dtype; it is put into eval mode.
         name: what the ledger calls this backend.
         max_length: most tokens of prompt and answer: the size of the cache.
+        held: keys and values of each layer, [1, heads, max_length, width], that belong to somebody
+            else; None makes some.
 
     Raises:
         InputError: a layer's cache cannot be of fixed size (a sliding window).
@@ -38,7 +40,13 @@ class StaticSession(CheckedSession):
 
     max_rows: int | None = 1
 
-    def __init__(self, model: PreTrainedModel, name: str, max_length: int) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        name: str,
+        max_length: int,
+        held: Sequence[tuple[torch.Tensor, torch.Tensor]] | None = None,
+    ) -> None:
         self.name = name
         self.model = model.eval()
         text_config = model.config.get_text_config()
@@ -46,6 +54,8 @@ class StaticSession(CheckedSession):
         self.max_length = min(max_length, text_config.max_position_embeddings)
         self._cache = StaticCache(config=model.config, max_cache_len=self.max_length)
         _require_static_layers(self._cache)
+        if held is not None:
+            _bind(self._cache, held)
         self._token = torch.zeros((1, 1), dtype=torch.int64, device=model.device)
         self._answer = torch.zeros((1, 1, self.vocab_size), device=model.device)
         on_gpu = model.device.type == "cuda"
@@ -64,6 +74,10 @@ class StaticSession(CheckedSession):
     def rewind(self, length: int) -> None:
         """Forget all but the first `length` tokens; what lies behind them is masked out."""
         self._set_length(min(length, self._length))
+
+    def take_up(self, length: int) -> None:
+        """Go on behind the first `length` tokens, whoever has written their keys and values."""
+        self._set_length(length)
 
     def sibling(self) -> StaticSession:
         """A session over the same model, with a static cache and a graph of its own."""
@@ -144,6 +158,13 @@ class StaticSession(CheckedSession):
             for layer in self._cache.layers:
                 layer.cumulative_length.fill_(length)
         self._length = length
+
+
+def _bind(cache: StaticCache, held: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Let a cache's layers be in memory that is there."""
+    for layer, (keys, values) in zip(cache.layers, held, strict=True):
+        layer.lazy_initialization(keys, values)
+        layer.keys, layer.values = keys, values
 
 
 def _require_static_layers(cache: StaticCache) -> None:

@@ -16,7 +16,7 @@ from pipeline.checkpoint.folder import load_checkpoint
 from pipeline.kernels import install, op, quantized_op
 from pipeline.kernels.interface import Device, open_library
 from pipeline.kernels.quantized_op import block_skip_linear_quantized
-from pipeline.runtime.sessions.open_session import _load_half
+from pipeline.runtime.sessions.open_session import load_narrow
 from pipeline.runtime.sessions.static_session import StaticSession
 from pipeline.runtime.sessions.torch_session import TorchSession
 from tests.support.emulated import compile_library
@@ -68,7 +68,7 @@ def test_tokens_of_the_kernels_are_those_of_the_checkpoint(
     folder = save_low_bit_llama(tmp_path / "checkpoint")
     reference = load_checkpoint(folder, dtype=torch.float32)
     expected = greedy(TorchSession(reference, "torch float32"))
-    model, _ = _load_half(folder)
+    model, _ = load_narrow(folder)
     # As `skipcat run --device cuda` runs it.
     assert greedy(StaticSession(model, "kernels", 96)) == expected
     # Two layers of four groups each, and the head.
@@ -81,7 +81,7 @@ def test_products_in_formats_for_the_cpu_are_those_of_double_precision(
     calls: list[torch.Tensor], tmp_path: Path
 ) -> None:
     others = {"int4-b64-sym": "int4-b32-asym", "int8-row-sym": "int4-b64-asym"}
-    model, _ = _load_half(save_low_bit_llama(tmp_path / "checkpoint", others=others))
+    model, _ = load_narrow(save_low_bit_llama(tmp_path / "checkpoint", others=others))
     products = [module for module in model.modules() if isinstance(module, install._Codes)]
     assert len(products) == 2 * 4 + 1
     torch.manual_seed(0)

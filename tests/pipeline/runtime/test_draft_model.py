@@ -142,6 +142,7 @@ def test_a_draft_of_the_same_numbers_guesses_by_the_same_noise(twin: Path) -> No
 
 def test_the_draft_reads_no_prompt_and_has_no_cache_of_its_own() -> None:
     session, model = drafted(3)
+    assert isinstance(model._session, CpuSession)
     assert model._session.values is session.values
     list(generate(session, [7] * 60, Decoding(20), model.begin(0)))
     assert set(model._session.call_times.medians(999)) == {1}

@@ -17,6 +17,7 @@ from pipeline.runtime.offload.open_offloaded import open_offloaded
 from pipeline.runtime.prefix_cache import PrefixCache
 from pipeline.runtime.sampling import GREEDY, Sampling
 from pipeline.runtime.sequence import Decoding
+from pipeline.runtime.sessions.onnx_cpu_session import CpuSession
 from tests.support.layered_model import DEPTH, PLACES, draft_of
 from tests.support.scripted_drafts import WARM, said
 
@@ -47,6 +48,7 @@ def test_a_model_drafts_into_the_cache_and_changes_no_bit(
 def test_the_draft_reads_no_prompt_and_saves_calls(model: Path) -> None:
     session, drafts = open_offloaded(model, MEMORY, draft_of(model), threads=1, length=4)
     assert drafts is not None
+    assert isinstance(drafts._session, CpuSession)
     assert drafts._session.values is session.values
     drafter = drafts.begin(0)
     before = session.traffic.passes
@@ -129,7 +131,7 @@ def test_the_command_answers_and_says_what_was_read(
     [
         (["--memory", "9KB"], 2, "at least"),
         (["--memory", "some"], 2, "no number of bytes"),
-        (["--memory", "1GB", "--backend", "onnx"], 2, "--memory is for a checkpoint"),
+        (["--memory", "1GB", "--backend", "onnx"], 2, "are for a checkpoint"),
         (["--memory", "1GB", "--device", "cuda"], 2, "runs on the CPU"),
         (["--memory", "1GB", "--draft", "MODEL"], 2, "two exports of the profile"),
         (["--memory", "1GB", "--draft", "OTHER"], 3, "vocab_size 99"),
@@ -155,7 +157,7 @@ def test_what_cannot_be_is_refused(
 def test_an_export_is_not_offloaded_and_a_draft_of_another_kind_does_not_fit(
     model: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(UsageError, match="--memory is for a checkpoint"):
+    with pytest.raises(UsageError, match="are for a checkpoint"):
         open_offloaded(draft_of(model), MEMORY)
     other = shutil.copytree(draft_of(model), tmp_path / "other")
     config = json.loads((other / "config.json").read_text())
@@ -179,6 +181,7 @@ def test_a_draft_that_knows_nothing_of_the_model_changes_no_bit(
 ) -> None:
     session, drafts = open_offloaded(model, MEMORY, draft_of(model), threads=1, length=3)
     assert drafts is not None
+    assert isinstance(drafts._session, CpuSession)
     random = np.random.default_rng(0)
     own = drafts._session._run
 

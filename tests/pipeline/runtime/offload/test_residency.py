@@ -6,7 +6,8 @@ from itertools import pairwise
 
 import pytest
 
-from pipeline.runtime.offload.streamed_model import _resident_layers
+from pipeline.errors import UsageError
+from pipeline.runtime.offload.residency import Budget, _resident_layers
 
 
 @pytest.mark.parametrize("layers", [1, 2, 7, 30])
@@ -26,3 +27,19 @@ def test_of_layers_of_several_sizes_no_more_stay_than_fit() -> None:
     for budget in range(200):
         assert sum(sizes[n] for n in _resident_layers(sizes, budget)) <= budget
     assert _resident_layers(sizes, sum(sizes)) == frozenset(range(6))
+
+
+@pytest.mark.parametrize("total", [100, 129, 130, 145, 159, 160, 1000])
+def test_a_plan_keeps_within_its_budget_and_says_the_least_that_would_do(total: int) -> None:
+    budget = Budget(total * 1_000_000, "--vram", "what else there is")
+    sizes, fixed = [10_000_000] * 6, 100_000_000
+    if total < 120:
+        with pytest.raises(UsageError, match="too small") as caught:
+            budget.plan(sizes, fixed)
+        assert caught.value.details["where"] == "--vram"
+        assert caught.value.details["expected"].startswith("at least 120 MB: 20 for 2 layers")
+        return
+    plan = budget.plan(sizes, fixed)
+    # Without a ring all of them fit; with one, two buffers of it go first.
+    assert len(plan.resident) == (6 if total >= 160 else (total - 120) // 10)
+    assert plan.held_bytes <= budget.held_bytes

@@ -22,8 +22,9 @@ from pipeline.errors import InputError, UsageError
 from pipeline.memory import disk_read_bytes
 from pipeline.runtime.generate import generate, stream_batch
 from pipeline.runtime.offload import streamed_model, streamed_session
-from pipeline.runtime.offload.layer_ring import RING_BUFFERS
+from pipeline.runtime.offload.residency import RING_BUFFERS
 from pipeline.runtime.offload.side_by_side import ModelCall
+from pipeline.runtime.offload.stored_model import StoredModel
 from pipeline.runtime.offload.streamed_session import StreamedSession
 from pipeline.runtime.sampling import GREEDY, Sampling
 from pipeline.runtime.sequence import Decoding
@@ -41,10 +42,17 @@ MUCH = 50_000_000
 def little(folder: Path, slots: int) -> int:
     """A budget for all that is always held, and for a single layer that stays."""
     session = StreamedSession(folder, MUCH, PLACES, slots)
-    sizes = [layout.size for layout in session._streamed._layouts]
+    sizes = layer_bytes(folder)
     held = session.traffic.held_bytes
     session.close()
     return held - sum(sizes) + (RING_BUFFERS + 1) * max(sizes)
+
+
+def layer_bytes(folder: Path) -> list[int]:
+    """Of each layer, as it is read."""
+    stored = StoredModel(folder)
+    stored.reader.close()
+    return [layout.size for layout in stored.layouts]
 
 
 def streamed(folder: Path, memory_bytes: int | None = None, slots: int = 1) -> StreamedSession:
@@ -228,7 +236,7 @@ def test_a_call_reads_what_is_not_kept_and_the_kernel_counts_as_much(model: Path
     after = session.traffic
     assert after.passes - before.passes == 20
     # The ring is ahead by its two buffers at most, before as well as after.
-    ahead = 2 * max(layout.size for layout in session._streamed._layouts)
+    ahead = 2 * max(layer_bytes(model))
     assert abs(after.read_bytes - before.read_bytes - 20 * after.pass_bytes) <= ahead
     if after.direct:
         read = disk_read_bytes()

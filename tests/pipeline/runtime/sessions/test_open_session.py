@@ -11,7 +11,7 @@ import torch
 from pipeline.checkpoint.folder import load_checkpoint, save_checkpoint
 from pipeline.checkpoint.install import group_entries, group_tensors, install_
 from pipeline.compress.factorize.factors import Factors
-from pipeline.runtime.sessions.open_session import _load_half
+from pipeline.runtime.sessions.open_session import load_narrow
 from pipeline.runtime.sessions.static_session import StaticSession
 from pipeline.runtime.sessions.torch_session import TorchSession
 from tests.support.quantised_layers import save_low_bit_llama
@@ -43,7 +43,7 @@ def test_weights_are_halved_and_the_frequencies_of_the_rotation_are_not(
     tmp_path: Path, stored: torch.dtype, held: torch.dtype
 ) -> None:
     save_compressed(tmp_path, stored)
-    model, replaced = _load_half(tmp_path)
+    model, replaced = load_narrow(tmp_path)
     assert replaced == 2
     assert model.dtype == held
     assert {parameter.dtype for parameter in model.parameters()} == {held}
@@ -57,7 +57,7 @@ def test_weights_are_halved_and_the_frequencies_of_the_rotation_are_not(
 def test_the_model_of_the_gpu_says_what_the_checkpoint_says(tmp_path: Path) -> None:
     save_compressed(tmp_path, torch.float16)
     expected = TorchSession(load_checkpoint(tmp_path, dtype=torch.float32)).forward(TOKENS)
-    under_test = StaticSession(_load_half(tmp_path)[0], "half", 64)
+    under_test = StaticSession(load_narrow(tmp_path)[0], "half", 64)
     pieces = [under_test.forward(TOKENS[:, a:b]) for a, b in ((0, 9), (9, 10), (10, 11), (11, 12))]
     error = np.linalg.norm(np.concatenate(pieces, 1) - expected) / np.linalg.norm(expected)
     assert error < 5e-3  # eleven bits of float16, through two layers
@@ -70,7 +70,7 @@ def test_a_model_of_codes_stays_codes_and_says_what_the_checkpoint_says(
     expected = TorchSession(
         load_checkpoint(save_low_bit_llama(tmp_path, stored), dtype=torch.float32)
     )
-    model, replaced = _load_half(tmp_path)
+    model, replaced = load_narrow(tmp_path)
     assert replaced == 2 * 7 + 1  # and the head, whose codes the table reads
     numbers = [b for b in (*model.parameters(), *model.buffers()) if b.is_floating_point()]
     # The largest are scales, of gate and up: no matrix is written out.
