@@ -72,7 +72,7 @@ class _Random:
         return {"stored": _frozen(drawn), "scale": _frozen(scale)}
 
     def _signed(self, rows: int, columns: int, bits: int) -> torch.Tensor:
-        """Integers of mean zero: a mean of a half would grow from layer to layer until it overflows."""
+        """Integers of mean zero: a mean of a half would grow from layer to layer, and overflow."""
         most = 2 ** (bits - 1) - 1
         drawn = torch.empty(rows, columns, dtype=torch.int8, device=self.device)
         return drawn.random_(-most, most + 1, generator=self._generator)

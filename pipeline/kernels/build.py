@@ -19,8 +19,8 @@ from trt_plugins.toolchain import local_nvcc, nvcc_text, require_capability, run
 SOURCE_FOLDER = Path(__file__).parents[2] / "trt_plugins" / "block_skip"
 SOURCES = ("block_skip_kernel.cu", "c_interface.cpp")
 _HEADERS = (
-    "block_skip.h", "cut.cuh", "decode.cuh", "device.cuh", "feed.cuh", "prefill.cuh", "prefill_weights.cuh",
-    "stream.cuh", "sums.cuh", "weights.cuh",
+    "block_skip.h", "cut.cuh", "decode.cuh", "device.cuh", "feed.cuh", "prefill.cuh",
+    "prefill_weights.cuh", "stream.cuh", "sums.cuh", "weights.cuh",
 )  # fmt: skip
 
 

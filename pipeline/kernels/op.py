@@ -4,7 +4,8 @@
 
 x [..., n], a [n - r, r], b [r, m], index int32 [n] or None, y [..., m]. On a GPU it is the kernel
 of `trt_plugins/block_skip`, compiled when it is first called, and for many rows two products of
-cuBLAS; on the CPU, and for gradients, four operations of PyTorch. It has a shape function, so `torch.compile` and CUDA graphs work through it.
+cuBLAS; on the CPU, and for gradients, four operations of PyTorch. It has a shape function, so
+`torch.compile` and CUDA graphs work through it.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ from pipeline.kernels.interface import (
 
 _TYPES = {torch.float16: FP16, torch.bfloat16: BF16}
 _CUDA_MOST_ROWS = 4096
-# With more rows than the kernel's decode step takes, two products of cuBLAS take 0.3 to 0.45 of our tiles' time on an
-# H100 (benchmarks/results/gpu.json, prefill layers).
+# With more rows than the kernel's decode step takes, two products of cuBLAS take 0.3 to 0.45 of
+# our tiles' time on an H100 (benchmarks/results/gpu.json, prefill layers).
 _CUBLAS_ROWS = 8
 
 
@@ -133,7 +134,7 @@ block_skip_linear.register_autograd(_gradients, setup_context=_save_for_gradient
 def _launch(
     x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, index: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """The kernel for few rows, which reads the weights once; cuBLAS for more, which is quicker there."""
+    """The kernel for few rows, which reads the weights once; for more cuBLAS, which is quicker."""
     _require_fit(x, a, b, index)
     if x.dtype in _TYPES and x.numel() > _CUBLAS_ROWS * x.shape[-1]:
         ordered = (x if index is None else x.index_select(-1, index)).flatten(0, -2)
