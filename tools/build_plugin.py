@@ -40,6 +40,13 @@ ARCHITECTURES = "87-real;90"
 # That nvcc takes at most for one file of kernels, and some to spare.
 BYTES_OF_A_JOB = 2_000_000_000
 TYPE_NAMES = {"6__half": "fp16", "13__nv_bfloat16": "bf16"}
+# Of each kernel: its name, and what the number among its template's arguments is.
+KERNELS = {
+    "decodeProduct": ("decode, any alignment", ""),
+    "streamProduct": ("decode", "copies of {} bytes"),
+    "prefillProduct": ("prefill", "{} rows"),
+    "gather": ("gather", ""),
+}
 LATENT_KERNELS = {"attendStretch": "attend", "joinStretches": "join"}
 WEIGHT_NAMES = {"0": "of its type", "4": "int4", "8": "int8"}
 
@@ -66,20 +73,17 @@ def demangled(symbol: str) -> tuple[str, str, str, str]:
     """Kernel, type of x, weights and variant out of a mangled name of ours."""
     if latent := re.search(r"latent\d+(attendStretch|joinStretches)", symbol):
         return LATENT_KERNELS[latent.group(1)], "fp16", "", ""
-    match = re.search(
-        r"skipcat\d+(decodeProduct|prefillProduct|gather)I(6__half|13__nv_bfloat16)", symbol
-    )
+    match = re.search(rf"skipcat\d+({'|'.join(KERNELS)})I(6__half|13__nv_bfloat16)", symbol)
     if match is None:
         return symbol, "", "", ""
+    kernel, of_number = KERNELS[match.group(1)]
     weights = re.search(r"WeightTypeE(\d)", symbol)
     vector = re.search(r"ELb([01])E", symbol)
-    rows = re.search(r"ELi(\d+)E", symbol)
+    number = re.search(r"ELi(\d+)E", symbol)
     variant = ["16-byte loads" if vector.group(1) == "1" else "any alignment"] if vector else []
-    variant += [f"{rows.group(1)} rows"] if rows else []
+    variant += [of_number.format(number.group(1))] if number else []
     return (
-        {"decodeProduct": "decode", "prefillProduct": "prefill", "gather": "gather"}[
-            match.group(1)
-        ],
+        kernel,
         TYPE_NAMES[match.group(2)],
         WEIGHT_NAMES[weights.group(1)] if weights else "",
         ", ".join(variant),

@@ -51,7 +51,9 @@ def test_the_tool_needs_nothing_but_the_standard_library() -> None:
 
 
 def test_the_resource_report_names_kernels_in_words() -> None:
-    symbol = "_ZN7skipcat13decodeProductI6__halfLNS_10WeightTypeE4ELb1EEEvNS_15DecodeArgumentsIT_EE"
+    symbol = (
+        "_ZN7skipcat13streamProductI6__halfLNS_10WeightTypeE4ELi16EEEvNS_15StreamArgumentsIT_EE"
+    )
     log = (
         f"ptxas info    : Compiling entry function '{symbol}' for 'sm_87'\n"
         "    8 bytes stack frame, 4 bytes spill stores, 12 bytes spill loads\n"
@@ -59,7 +61,7 @@ def test_the_resource_report_names_kernels_in_words() -> None:
     )
     (row,) = build_plugin.read_resources(log)
     assert row["kernel"] == "decode"
-    assert (row["x"], row["weights"], row["variant"]) == ("fp16", "int4", "16-byte loads")
+    assert (row["x"], row["weights"], row["variant"]) == ("fp16", "int4", "copies of 16 bytes")
     assert (row["gpu"], row["registers"], row["spill_bytes"]) == ("sm_87", 126, 16)
 
 
