@@ -33,6 +33,9 @@ _CUDA_MOST_ROWS = 4096
 # With more rows than the kernel's decode step takes, two products of cuBLAS take 0.3 to 0.45 of
 # our tiles' time on an H100 (benchmarks/results/gpu.json, prefill layers).
 _CUBLAS_ROWS = 8
+# From so many weights to a multiprocessor on, two blocks on each decode faster than one (likewise,
+# decode layers): tactic 1 of `block_skip.h`.
+_TWO_BLOCKS_WEIGHTS = 120_000
 
 
 @torch.library.custom_op("skipcat::block_skip_linear", mutates_args=(), device_types="cpu")
@@ -226,8 +229,9 @@ def _launch_rows(
         b_weights=b.bits,
         b_group=b.block,
         indexed=index is not None,
-        tactic=0,
     )
+    weights = problem.rank * (problem.m + problem.n - problem.rank)
+    problem.tactic = int(weights >= _TWO_BLOCKS_WEIGHTS * device.multiprocessors)
     refusal = library.skipcatWhyRefused(ctypes.byref(problem))
     if refusal is not None:
         raise InputError("The block-skip kernels refuse this layer.", observed=refusal.decode())
