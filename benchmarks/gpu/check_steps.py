@@ -24,7 +24,7 @@ _GPU_TESTS = (
     "tests/pipeline/runtime/offload/test_cuda_device.py",
 )
 _SHOWN = 3000
-_LAYER_CASES = 24
+_LAYER_CASES = 12
 _ENDING_S = 3.0  # so that what a program printed is read before the step is ended
 
 

@@ -73,7 +73,7 @@ STEPS = (
     Step("card", f"{_LAYERS}:card", 240),  # most of it nvcc, where nothing was prepared
     Step("errors", f"{_LAYERS}:errors", 45),
     Step("decode layers", f"{_LAYERS}:decode_layers", 75),
-    Step("decode 8B", f"{_MODELS}:decode_8b", 110),
+    Step("decode 8B", f"{_MODELS}:decode_8b", 90),
     Step("prefill layers", f"{_LAYERS}:prefill_layers", 30),
     Step("memcheck", f"{_CHECKS}:memcheck", 75),
     Step("racecheck", f"{_CHECKS}:racecheck", 60),
