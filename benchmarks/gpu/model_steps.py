@@ -29,7 +29,7 @@ _DENSE, _DENSE_TUNED = Way("dense"), Way("dense, tuned", compiler=_TUNED)
 _BOTH, _CODES = Way("int4 skip 0.6", 0.6, "skip", 4), Way("int4", bits=4)
 _RANKS = tuple(Way(f"skip {kept}", kept, "skip") for kept in (0.6, 0.8, 0.4))
 _PLAIN = Way("low-rank 0.6", 0.6, "low_rank")
-# Both dense ones first: others are held against the quicker. Then what decides: later ones may find no time.
+# Both dense ones first: others are held against the quicker. Then what decides, if time is short.
 _WAYS = (_DENSE, _DENSE_TUNED, _BOTH, _RANKS[0], _CODES, *_RANKS[1:], _PLAIN)
 _CONTEXT, _TOKENS = 1024, 64
 _ENOUGH_S = 10.0
