@@ -1,0 +1,261 @@
+// The kernel: every warp walks its tokens of the cache, and a block joins what its warps found.
+
+#ifndef SKIPCAT_LATENT_WALK_ATTEND_CUH
+#define SKIPCAT_LATENT_WALK_ATTEND_CUH
+
+#include "walk_values.cuh"
+
+namespace skipcat::latent
+{
+
+// A warp's way through the context: stage i begins at token first + i * step, and there are `count`.
+struct Way
+{
+    int first, step, count;
+};
+
+template <int MT>
+__device__ __forceinline__ Way wayOf(WalkArguments const& p, Place const& at)
+{
+    Way way{};
+    way.first = (kWarps * at.split + static_cast<int>(threadIdx.x) / 32) * 16 * MT;
+    way.step = kWarps * p.splits * 16 * MT;
+    way.count = way.first < p.problem.slots ? (p.problem.slots - way.first - 1) / way.step + 1 : 0;
+    return way;
+}
+
+// The stages before the first and behind the last with a token that is open to some row of the block.
+template <int MT>
+__device__ __forceinline__ int2 openStages(
+    WalkArguments const& p, Place const& at, Way const& way, uint16_t const* mask)
+{
+    constexpr int kTokens = 16 * MT;
+    int const lane = static_cast<int>(threadIdx.x) % 32;
+    int const last = p.rows * at.rowTile + at.rows - 1;
+    int const queries = p.problem.queries;
+    // Rows are the queries of one head after another: all of them, unless there are fewer rows.
+    int const many = at.rows < queries ? at.rows : queries;
+    float low = static_cast<float>(way.count);
+    float high = -1.0f;
+    for (int q = 0; q < many; ++q)
+    {
+        uint16_t const* const line = mask + static_cast<int64_t>((last - q) % queries) * p.problem.slots;
+#pragma unroll 8
+        for (int i = lane / kTokens; i < way.count; i += 32 / kTokens)
+        {
+            int const token = way.first + i * way.step + lane % kTokens;
+            // Below -16384, in both types: a sign, and more than its exponent.
+            uint16_t const bits = token < p.problem.slots ? line[token] : 0xffffu;
+            bool const open = p.problem.bf16 ? bits < 0xc680u : bits < 0xf400u;
+            low = open ? fminf(low, static_cast<float>(i)) : low;
+            high = open ? fmaxf(high, static_cast<float>(i)) : high;
+        }
+    }
+#pragma unroll
+    for (int distance = 1; distance < 32; distance *= 2)
+    {
+        low = fminf(low, shuffleXor(low, distance));
+        high = fmaxf(high, shuffleXor(high, distance));
+    }
+    return {static_cast<int>(low), static_cast<int>(high) + 1};
+}
+
+template <typename T, int NT, int MT, bool REBUILT>
+__device__ __forceinline__ void scoreStage(Scores<NT, MT>& scores, WalkArguments const& p, unsigned char const* stage,
+    T const* query, Map<T> const& map)
+{
+    auto const score = [&](auto form)
+    {
+        constexpr Form kForm = decltype(form)::value;
+        if constexpr (REBUILT)
+        {
+            scoreRebuilt<T, kForm, NT, MT>(scores, p, stage, query, map);
+        }
+        else
+        {
+            scoreCached<T, kForm, NT, MT>(scores, p, stage, query);
+        }
+    };
+    withForm(p.problem.keys.form, score);
+}
+
+// The first `count` stages of the ring, each a group of copies, be it empty.
+__device__ __forceinline__ void fillRing(WalkArguments const& p, unsigned char* ring, Stream const& keys,
+    Stream const& values, Way const& way, int from, int tokens)
+{
+    for (int i = 0; i < p.stages - 1; ++i)
+    {
+        if (from + i < way.count)
+        {
+            copyStage(p.at, ring + i * p.at.stageBytes, keys, values, way.first + (from + i) * way.step, tokens,
+                p.problem.slots);
+        }
+        closeCopies();
+    }
+}
+
+// What the warps found, by rows, joined in their order and left for the second launch.
+template <int NT>
+__device__ __forceinline__ void leaveShare(WalkArguments const& p, Place const& at, Found<NT>& found, float* shared)
+{
+    constexpr int kRowsOf = 8 * NT;
+    constexpr int kColumnsOf = 16 * kMostFragments / NT;
+    int const lane = static_cast<int>(threadIdx.x) % 32;
+    int const warp = static_cast<int>(threadIdx.x) / 32;
+    float* const maxima = shared + kWarps * kRowsOf * kColumnsOf; // [warps][rows]
+    float* const totals = maxima + kWarps * kRowsOf;
+#pragma unroll
+    for (int i = 0; i < 2 * NT; ++i)
+    {
+        float total = found.total[i / 2][i % 2];
+        for (int distance = 4; distance < 32; distance *= 2)
+        {
+            total += shuffleXor(total, distance);
+        }
+        int const row = i / 2 * 8 + 2 * (lane % 4) + i % 2;
+        if (lane < 4)
+        {
+            maxima[warp * kRowsOf + row] = found.maximum[i / 2][i % 2];
+            totals[warp * kRowsOf + row] = total;
+        }
+#pragma unroll
+        for (int f = 0; f < kMostFragments / NT; ++f)
+        {
+            float* const to = shared + (warp * kRowsOf + row) * kColumnsOf + 16 * f + lane / 4;
+            to[0] = found.sums[f][i / 2][i % 2];
+            to[8] = found.sums[f][i / 2][i % 2 + 2];
+        }
+    }
+    __syncthreads();
+    Side const& side = p.problem.values;
+    int64_t const first = (static_cast<int64_t>(at.row) * p.splits + at.split) * kRowsOf;
+    int const fragments = at.slice * (kMostFragments / NT);
+    for (int i = static_cast<int>(threadIdx.x); i < at.rows * kColumnsOf; i += kWalkThreads)
+    {
+        int const row = i / kColumnsOf;
+        int const column = i % kColumnsOf;
+        float largest = kNothing;
+        for (int w = 0; w < kWarps; ++w)
+        {
+            largest = fmaxf(largest, maxima[w * kRowsOf + row]);
+        }
+        float sum = 0.0f;
+        float total = 0.0f;
+        for (int w = 0; w < kWarps; ++w)
+        {
+            // A warp that found nothing has sums of zero.
+            float const factor = exp2f((maxima[w * kRowsOf + row] - largest) * kLog2e);
+            sum += factor * shared[(w * kRowsOf + row) * kColumnsOf + column];
+            total += factor * totals[w * kRowsOf + row];
+        }
+        int const number = numberOfFragment(fragments + column / 16, column % 16, side.held, side.form);
+        if (number >= 0)
+        {
+            p.shares[(first + row) * rankOf(side) + number] = sum;
+        }
+        if (column == 0 && at.slice == 0)
+        {
+            p.maximum[first + row] = largest;
+            p.total[first + row] = total;
+        }
+    }
+}
+
+template <typename T, int NT, int MT, bool REBUILT>
+__global__ void __launch_bounds__(kWalkThreads, 2) walkContext(WalkArguments p)
+{
+    constexpr int kTokensOf = 16 * MT;
+    unsigned char* const shared = sharedMemory();
+    Problem const& problem = p.problem;
+    WalkLayout const& layout = p.at;
+    Place const at = walkPlaceOf(p);
+    int const warp = static_cast<int>(threadIdx.x) / 32;
+    int const perGroup = REBUILT ? problem.headsPerGroup : 1;
+    int const head = at.unit / (p.units / (problem.keys.groups * perGroup));
+    int const sliceUnits = kMostFragments / NT / stepsPerUnit(problem.values.form);
+    int const ahead = at.slice * sliceUnits;
+    int const here = unitsIn(problem.values) - ahead < sliceUnits ? unitsIn(problem.values) - ahead : sliceUnits;
+    awaitPrevious();
+    releaseNext();
+    Stream const keys = streamOf(problem.keys, p.pointers.keys, p.pointers.keySteps, problem.slots, at.batch,
+        head / perGroup, 0, bytesOf(problem.keys));
+    Stream const values = streamOf(problem.values, p.pointers.values, p.pointers.valueSteps, problem.slots, at.batch,
+        at.unit / (p.units / problem.values.groups), kUnit * ahead, kUnit * sliceUnits);
+    T* query = reinterpret_cast<T*>(shared + layout.query);
+    layQuery(p, at, query);
+    T* const turned = reinterpret_cast<T*>(shared + layout.turned) + warp * p.rows * layout.queryStride;
+    T* const up = reinterpret_cast<T*>(shared + layout.up);
+    __half2* const turns = reinterpret_cast<__half2*>(shared + layout.turns);
+    float* const mean = reinterpret_cast<float*>(shared + layout.mean);
+    if constexpr (REBUILT)
+    {
+        layMap(p, head, up, mean);
+    }
+    closeCopies();
+    Way const way = wayOf<MT>(p, at);
+    unsigned char* const ring = shared + layout.ring + warp * p.stages * layout.stageBytes;
+    fillRing(p, ring, keys, values, way, 0, kTokensOf);
+    T const* const mask = static_cast<T const*>(p.pointers.mask)
+        + static_cast<int64_t>(problem.maskByRow ? at.batch : 0) * problem.queries * problem.slots;
+    int2 const open = openStages<MT>(p, at, way, reinterpret_cast<uint16_t const*>(mask));
+    if constexpr (REBUILT)
+    {
+        layTurns(p, turns, kTokensOf);
+    }
+    awaitStages(p.stages - 1);
+    __syncthreads();
+    if (open.x > 0 && open.x < open.y)
+    {
+        awaitStages(0); // what was begun with is closed
+        syncWarp();
+        fillRing(p, ring, keys, values, way, open.x, kTokensOf);
+    }
+    Found<NT> found{};
+    int lines[NT][2];
+    findLines<NT>(lines, p, at);
+#pragma unroll
+    for (int i = 0; i < 2 * NT; ++i)
+    {
+        found.maximum[i / 2][i % 2] = kNothing;
+    }
+    for (int i = open.x, slot = 0; i < open.y; ++i)
+    {
+        int const token = way.first + i * way.step;
+        int const next = i + p.stages - 1;
+        if (next < open.y)
+        {
+            int const to = slot == 0 ? p.stages - 1 : slot - 1;
+            copyStage(layout, ring + to * layout.stageBytes, keys, values, way.first + next * way.step, kTokensOf,
+                problem.slots);
+        }
+        closeCopies();
+        Scores<NT, MT> added;
+        bool const closed = readMask<T, NT, MT>(added, lines, mask, token, problem.slots);
+        if constexpr (REBUILT)
+        {
+            turnQueries(p, query, turned, at.rows, token);
+        }
+        awaitStages(p.stages - 1);
+        syncWarp();
+        unsigned char* const stage = ring + slot * layout.stageBytes;
+        Scores<NT, MT> scores{};
+        scoreStage<T, NT, MT, REBUILT>(scores, p, stage, REBUILT ? turned : query, {up, turns, mean});
+        if (anyLane(closed))
+        {
+            clearClosed<NT, MT>(added, layout, stage, values.chunks, values.steps != nullptr);
+        }
+        uint32_t weights[MT][NT][2];
+        weigh<T, NT, MT>(weights, scores, added, found, here * stepsPerUnit(problem.values.form));
+        withForm(problem.values.form, [&](auto form)
+            { mixValues<T, decltype(form)::value, NT, MT>(found, layout, stage, weights, here); });
+        syncWarp();
+        slot = slot + 1 == p.stages ? 0 : slot + 1;
+    }
+    awaitStages(0);
+    __syncthreads();
+    leaveShare<NT>(p, at, found, reinterpret_cast<float*>(shared + layout.ring));
+}
+
+} // namespace skipcat::latent
+
+#endif

@@ -1,0 +1,171 @@
+// What a block lays into shared memory once, and what its warps let come in the background.
+
+#ifndef SKIPCAT_LATENT_WALK_COPIES_CUH
+#define SKIPCAT_LATENT_WALK_COPIES_CUH
+
+#include "walk_fragments.cuh"
+
+namespace skipcat::latent
+{
+
+// One side of the cache as a warp reads it, of its batch, group and slice.
+struct Stream
+{
+    unsigned char const* held;
+    uint32_t const* steps; // null of numbers
+    int pitch;             // bytes of a token
+    int chunks;            // of 16 bytes, that are read of it
+};
+
+__device__ __forceinline__ Stream streamOf(
+    Side const& side, void const* held, void const* steps, int slots, int batch, int group, int offset, int most)
+{
+    Cached const whole = cachedOf(side, held, steps, slots, batch, group);
+    int const left = whole.bytes - offset;
+    auto const* const words = reinterpret_cast<uint32_t const*>(whole.steps);
+    return {whole.held + offset, side.form == Form::kNumbers ? nullptr : words, whole.bytes,
+        (left < most ? left : most) / 16};
+}
+
+// `tokens` rows, of which `there` exist; the others are zero.
+__device__ __forceinline__ void copyRows(
+    unsigned char* to, int stride, Stream const& from, int64_t token, int tokens, int there)
+{
+    int const lane = static_cast<int>(threadIdx.x) % 32;
+    int row = lane / from.chunks;
+    int chunk = lane % from.chunks;
+    int const rows = 32 / from.chunks;
+    int const rest = 32 % from.chunks;
+    unsigned char const* const first = from.held + token * from.pitch;
+    while (row < tokens)
+    {
+        bool const is = row < there;
+        unsigned char const* const place = first + row * from.pitch + 16 * chunk;
+        copyAsync16(to + row * stride + 16 * chunk, is ? place : from.held, is ? 16 : 0);
+        row += rows;
+        chunk += rest;
+        if (chunk >= from.chunks)
+        {
+            chunk -= from.chunks;
+            ++row;
+        }
+    }
+}
+
+__device__ __forceinline__ void copySteps(unsigned char* to, Stream const& from, int64_t token, int tokens, int there)
+{
+    int const lane = static_cast<int>(threadIdx.x) % 32;
+    if (from.steps != nullptr && lane < tokens)
+    {
+        copyAsync4(to + 4 * lane, from.steps + (lane < there ? token + lane : 0), lane < there);
+    }
+}
+
+// A stage: keys and values of `tokens` tokens from `token` on, and their steps.
+__device__ __forceinline__ void copyStage(WalkLayout const& at, unsigned char* stage, Stream const& keys,
+    Stream const& values, int token, int tokens, int slots)
+{
+    int const there = slots - token < tokens ? slots - token : tokens;
+    copyRows(stage, at.keyStride, keys, token, tokens, there);
+    copyRows(stage + at.valuesAt, at.valueStride, values, token, tokens, there);
+    copySteps(stage + at.keyStepsAt, keys, token, tokens, there);
+    copySteps(stage + at.valueStepsAt, values, token, tokens, there);
+}
+
+__device__ __forceinline__ void awaitStages(int open)
+{
+    switch (open)
+    {
+    case 0: return awaitCopies<0>();
+    case 1: return awaitCopies<1>();
+    case 2: return awaitCopies<2>();
+    default: return awaitCopies<3>();
+    }
+}
+
+// Rows of queries in the order of the keys' fragments; of rebuilt keys the halves of a query, each filled up. Where
+// that leaves 16 bytes together, they come in the background.
+template <typename T>
+__device__ __forceinline__ void layQuery(WalkArguments const& p, Place const& at, T* query)
+{
+    Problem const& problem = p.problem;
+    bool const whole = p.at.pairs > 0 || problem.keys.form == Form::kNumbers;
+    int const filled = p.at.pairs > 0 ? p.at.pairs : p.at.columns;
+    int const there = p.at.pairs > 0 ? problem.width / 2 : problem.width;
+    T const* const from = static_cast<T const*>(p.pointers.query);
+    int const count = whole ? 8 : 1;
+    int const each = p.at.columns / count;
+#pragma unroll 4
+    for (int i = static_cast<int>(threadIdx.x); i < p.rows * each; i += kWalkThreads)
+    {
+        int const row = i / each;
+        int const column = i % each * count;
+        int2 const of = walkQueryOf(p, at, row < at.rows ? row : 0);
+        int64_t const vector = (static_cast<int64_t>(at.batch) * problem.heads + of.x) * problem.queries + of.y;
+        T* const to = query + row * p.at.queryStride + column;
+        int const within = column % filled;
+        if (whole)
+        {
+            bool const is = row < at.rows && within < there;
+            copyAsync16(to, is ? from + vector * problem.width + within + column / filled * there : from, is ? 16 : 0);
+            continue;
+        }
+        int const number = numberOfColumn(column, problem.keys.held, problem.keys.form);
+        fromFloat(row < at.rows && number >= 0 ? toFloat(from[vector * problem.width + number]) : 0.0f, *to);
+    }
+}
+
+// The map of a head in the background, rows in the order of the keys' fragments, and the mean.
+template <typename T>
+__device__ __forceinline__ void layMap(WalkArguments const& p, int head, T* up, float* mean)
+{
+    Problem const& problem = p.problem;
+    int const half = problem.width / 2;
+    int const rows = 16 * stepsPerUnit(problem.keys.form) * unitsIn(problem.keys);
+    int const each = 2 * p.at.pairs / 8;
+    int64_t const matrix = static_cast<int64_t>(rankOf(problem.keys)) * problem.width;
+    T const* const from = static_cast<T const*>(p.pointers.up) + head * matrix;
+    for (int i = static_cast<int>(threadIdx.x); i < rows * each; i += kWalkThreads)
+    {
+        int const row = i / each;
+        int const column = i % each * 8;
+        int const pair = column % p.at.pairs;
+        int const number = numberOfColumn(row, problem.keys.held, problem.keys.form);
+        bool const is = number >= 0 && pair < half;
+        int64_t const place = static_cast<int64_t>(number) * problem.width + pair + column / p.at.pairs * half;
+        copyAsync16(up + row * p.at.upStride + column, is ? from + place : from, is ? 16 : 0);
+    }
+    T const* const means = static_cast<T const*>(p.pointers.mean) + static_cast<int64_t>(head) * problem.width;
+    for (int i = static_cast<int>(threadIdx.x); i < 2 * p.at.pairs; i += kWalkThreads)
+    {
+        int const pair = i % p.at.pairs;
+        mean[i] = pair < half ? toFloat(means[pair + i / p.at.pairs * half]) : 0.0f;
+    }
+}
+
+// How far the tokens of a stage are turned beyond its first: [tokens][pairs], cosine and sine. Angles are proportional
+// to the slot, so that it is the same in every stage: row j of the tables, without what row 0 turns and stretches.
+__device__ __forceinline__ void layTurns(WalkArguments const& p, __half2* turns, int tokens)
+{
+    int const half = p.problem.width / 2;
+    for (int pair = static_cast<int>(threadIdx.x) % 32; pair < p.at.pairs; pair += 32)
+    {
+        bool const is = pair < half;
+        float const c = is ? p.pointers.cos[pair] : 1.0f;
+        float const s = is ? p.pointers.sin[pair] : 0.0f;
+        float const scale = 1.0f / (c * c + s * s);
+#pragma unroll 8
+        for (int token = static_cast<int>(threadIdx.x) / 32; token < tokens; token += kWarps)
+        {
+            int const row = token < p.problem.slots ? token : 0;
+            float const cosine = is ? p.pointers.cos[row * half + pair] : 1.0f;
+            float const sine = is ? p.pointers.sin[row * half + pair] : 0.0f;
+            turns[token * (p.at.pairs + 8) + pair]
+                = __floats2half2_rn((cosine * c + sine * s) * scale, (sine * c - cosine * s) * scale);
+        }
+    }
+}
+
+} // namespace skipcat::latent
+
+#endif
