@@ -64,8 +64,9 @@ class Step:
     least_s: float = 15.0
 
 
-_LAYERS, _MODELS, _CHECKS = (
-    f"benchmarks.gpu.{name}" for name in ("layer_steps", "model_steps", "check_steps")
+_LAYERS, _MODELS, _CHECKS, _CACHES = (
+    f"benchmarks.gpu.{name}"
+    for name in ("layer_steps", "model_steps", "check_steps", "cache_steps")
 )
 # Seconds are for a card that is at hand for ten minutes. Later steps get what earlier ones leave.
 STEPS = (
@@ -76,6 +77,7 @@ STEPS = (
     Step("prefill layers", f"{_LAYERS}:prefill_layers", 30),
     Step("memcheck", f"{_CHECKS}:memcheck", 75),
     Step("racecheck", f"{_CHECKS}:racecheck", 60),
+    Step("latent attention", f"{_CACHES}:latent_attention", 60),
     Step("int4 rivals", f"{_LAYERS}:int4_rivals", 60),
     Step("decode default model", f"{_MODELS}:decode_default", 60),
     Step("decode 1B", f"{_MODELS}:decode_1b", 60),
