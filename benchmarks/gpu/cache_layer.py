@@ -146,23 +146,31 @@ class CacheCall:
         first, second = (latents @ up + mean[:, None]).chunk(2, dim=-1)
         return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
-    def reference(self) -> torch.Tensor:
-        """The result in float64 [heads, queries, value rank], of the places that are open."""
+    def reference(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """In float64, of the places that are open: the result [heads, queries, value rank].
+
+        And the size that it has when its terms have random signs: a sum may cancel to nothing, and
+        what rounding does to it still has the size of its terms. What a score is off by counts with
+        its weight, and has the size of the score's own terms.
+        """
         shape = self.shape
         opened = shape.places - shape.closed
         keys, values = self.keys.numbers(), self.values.numbers()[:, :opened]
         if shape.rebuilt:
             keys = self._rebuilt_keys(keys)
+        keys = keys[:, :opened]
         query = self.query.double().reshape(shape.kv_heads, -1, shape.width)
-        scores = (query @ keys[:, :opened].mT).unflatten(1, (-1, shape.queries))
-        weights = (scores + self.mask[:, :opened].double()).softmax(-1)
-        mixed = weights.flatten(1, 2) @ values
-        return mixed.reshape(shape.heads, shape.queries, shape.value_rank)
+        scores = (query @ keys.mT).unflatten(1, (-1, shape.queries))
+        weights = (scores + self.mask[:, :opened].double()).softmax(-1).flatten(1, 2)
+        sizes = 1 + query.square() @ keys.square().mT
+        squares = (weights.square() * sizes) @ values.square().sum(-1, keepdim=True)
+        mixed = (weights @ values).reshape(shape.heads, shape.queries, shape.value_rank)
+        return mixed, squares.sum().sqrt()
 
     def error(self) -> float:
-        """Relative Frobenius error of what `mixed` holds; NaN where it was not written."""
-        exact = self.reference()
-        return ((self.mixed.double() - exact).norm() / exact.norm()).item()
+        """Error of what `mixed` holds, by that size; NaN where it was not written."""
+        exact, size = self.reference()
+        return ((self.mixed.double() - exact).norm() / size).item()
 
 
 class CacheKernels:

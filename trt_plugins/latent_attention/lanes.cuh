@@ -5,6 +5,7 @@
 #ifndef SKIPCAT_LATENT_LANES_CUH
 #define SKIPCAT_LATENT_LANES_CUH
 
+#include <cmath>
 #include <cstring>
 
 #include "device.cuh"
@@ -71,18 +72,24 @@ inline void loadMatrixPair(uint32_t (&out)[2], void const* row)
     out[1] = all[1];
 }
 
+inline void copyWhole16(void* to, void const* from)
+{
+    copyAsync16(to, from, 16);
+}
+
 // At once, unlike copies of 16 bytes: what is read before it was awaited is not found here.
-inline void copyAsync4(void* to, void const* from, bool there)
+inline void copyAsync4(void* to, void const* from)
 {
     if (reinterpret_cast<uintptr_t>(to) % 4 != 0 || reinterpret_cast<uintptr_t>(from) % 4 != 0)
     {
         emulate::fail("an asynchronous copy between addresses that are not 4-byte aligned");
     }
-    std::memset(to, 0, 4);
-    if (there)
-    {
-        std::memcpy(to, from, 4);
-    }
+    std::memcpy(to, from, 4);
+}
+
+inline float powerOf2(float exponent)
+{
+    return exp2f(exponent);
 }
 
 // An RTX 30's or a Hopper's.
@@ -132,12 +139,25 @@ __device__ __forceinline__ void loadMatrixPair(uint32_t (&out)[2], void const* r
                  : "memory");
 }
 
-// 4 bytes to shared memory in the background; zeros, and nothing read, where they are not there.
-__device__ __forceinline__ void copyAsync4(void* to, void const* from, bool there)
+// 16 bytes to shared memory in the background, all of them there: fewer instructions than with a count.
+__device__ __forceinline__ void copyWhole16(void* to, void const* from)
 {
     uint32_t const address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
-    int const bytes = there ? 4 : 0;
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(address), "l"(from), "r"(bytes) : "memory");
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
+}
+
+__device__ __forceinline__ void copyAsync4(void* to, void const* from)
+{
+    uint32_t const address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(address), "l"(from) : "memory");
+}
+
+// 2^exponent to 2 units in the last place; 0 where it is below the smallest normal number.
+__device__ __forceinline__ float powerOf2(float exponent)
+{
+    float result;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(exponent));
+    return result;
 }
 
 // Shared memory that a block may ask for on this device; 0 where it does not say.

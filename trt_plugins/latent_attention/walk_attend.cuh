@@ -79,11 +79,11 @@ __device__ __forceinline__ void scoreStage(Scores<NT, MT>& scores, WalkArguments
     withForm(p.problem.keys.form, score);
 }
 
-// The first `count` stages of the ring, each a group of copies, be it empty.
+// Stages of the ring from `begin` on, each a group of copies, be it empty; the ring begins with stage `from` of the way.
 __device__ __forceinline__ void fillRing(WalkArguments const& p, unsigned char* ring, Stream const& keys,
-    Stream const& values, Way const& way, int from, int tokens)
+    Stream const& values, Way const& way, int from, int begin, int tokens)
 {
-    for (int i = 0; i < p.stages - 1; ++i)
+    for (int i = begin; i < p.stages - 1; ++i)
     {
         if (from + i < way.count)
         {
@@ -144,7 +144,7 @@ __device__ __forceinline__ void leaveShare(WalkArguments const& p, Place const& 
         for (int w = 0; w < kWarps; ++w)
         {
             // A warp that found nothing has sums of zero.
-            float const factor = exp2f((maxima[w * kRowsOf + row] - largest) * kLog2e);
+            float const factor = powerOf2((maxima[w * kRowsOf + row] - largest) * kLog2e);
             sum += factor * shared[(w * kRowsOf + row) * kColumnsOf + column];
             total += factor * totals[w * kRowsOf + row];
         }
@@ -175,26 +175,30 @@ __global__ void __launch_bounds__(kWalkThreads, 2) walkContext(WalkArguments p)
     int const sliceUnits = kMostFragments / NT / stepsPerUnit(problem.values.form);
     int const ahead = at.slice * sliceUnits;
     int const here = unitsIn(problem.values) - ahead < sliceUnits ? unitsIn(problem.values) - ahead : sliceUnits;
-    awaitPrevious();
-    releaseNext();
     Stream const keys = streamOf(problem.keys, p.pointers.keys, p.pointers.keySteps, problem.slots, at.batch,
-        head / perGroup, 0, bytesOf(problem.keys));
+        head / perGroup, 0, bytesOf(problem.keys), layout.keyStride);
     Stream const values = streamOf(problem.values, p.pointers.values, p.pointers.valueSteps, problem.slots, at.batch,
-        at.unit / (p.units / problem.values.groups), kUnit * ahead, kUnit * sliceUnits);
-    T* query = reinterpret_cast<T*>(shared + layout.query);
-    layQuery(p, at, query);
+        at.unit / (p.units / problem.values.groups), kUnit * ahead, kUnit * sliceUnits, layout.valueStride);
+    T* const query = reinterpret_cast<T*>(shared + layout.query);
     T* const turned = reinterpret_cast<T*>(shared + layout.turned) + warp * p.rows * layout.queryStride;
     T* const up = reinterpret_cast<T*>(shared + layout.up);
     __half2* const turns = reinterpret_cast<__half2*>(shared + layout.turns);
     float* const mean = reinterpret_cast<float*>(shared + layout.mean);
+    unsigned char* const ring = shared + layout.ring + warp * p.stages * layout.stageBytes;
+    Way const way = wayOf<MT>(p, at);
+    awaitPrevious();
+    releaseNext();
+    if (way.count > 0)
+    {
+        copyStage(layout, ring, keys, values, way.first, kTokensOf, problem.slots);
+    }
+    layQuery(p, at, query);
     if constexpr (REBUILT)
     {
         layMap(p, head, up, mean);
     }
     closeCopies();
-    Way const way = wayOf<MT>(p, at);
-    unsigned char* const ring = shared + layout.ring + warp * p.stages * layout.stageBytes;
-    fillRing(p, ring, keys, values, way, 0, kTokensOf);
+    fillRing(p, ring, keys, values, way, 0, 1, kTokensOf);
     T const* const mask = static_cast<T const*>(p.pointers.mask)
         + static_cast<int64_t>(problem.maskByRow ? at.batch : 0) * problem.queries * problem.slots;
     int2 const open = openStages<MT>(p, at, way, reinterpret_cast<uint16_t const*>(mask));
@@ -202,13 +206,13 @@ __global__ void __launch_bounds__(kWalkThreads, 2) walkContext(WalkArguments p)
     {
         layTurns(p, turns, kTokensOf);
     }
-    awaitStages(p.stages - 1);
+    awaitStages(p.stages - 2);
     __syncthreads();
     if (open.x > 0 && open.x < open.y)
     {
         awaitStages(0); // what was begun with is closed
         syncWarp();
-        fillRing(p, ring, keys, values, way, open.x, kTokensOf);
+        fillRing(p, ring, keys, values, way, open.x, 0, kTokensOf);
     }
     Found<NT> found{};
     int lines[NT][2];
@@ -245,7 +249,7 @@ __global__ void __launch_bounds__(kWalkThreads, 2) walkContext(WalkArguments p)
             clearClosed<NT, MT>(added, layout, stage, values.chunks, values.steps != nullptr);
         }
         uint32_t weights[MT][NT][2];
-        weigh<T, NT, MT>(weights, scores, added, found, here * stepsPerUnit(problem.values.form));
+        weigh<T, NT, MT>(weights, scores, added, found);
         withForm(problem.values.form, [&](auto form)
             { mixValues<T, decltype(form)::value, NT, MT>(found, layout, stage, weights, here); });
         syncWarp();

@@ -8,45 +8,80 @@
 namespace skipcat::latent
 {
 
-// One side of the cache as a warp reads it, of its batch, group and slice.
+// One side of the cache as a warp reads it, of its batch, group and slice: chunks of 16 bytes, one lane after another.
 struct Stream
 {
-    unsigned char const* held;
-    uint32_t const* steps; // null of numbers
-    int pitch;             // bytes of a token
-    int chunks;            // of 16 bytes, that are read of it
+    unsigned char const* held; // where the lane begins
+    uint32_t const* steps;     // null of numbers
+    int pitch;                 // bytes of a token
+    int chunks;                // that are read of it
+    int chunk, to;             // the lane's first, and where it goes in a stage
+    int rest;                  // chunks that 32 lanes are beyond whole tokens
+    int step, toStep;          // to the lane's next chunk, and beyond that where it is of one more token
+    int carry, toCarry;
 };
 
-__device__ __forceinline__ Stream streamOf(
-    Side const& side, void const* held, void const* steps, int slots, int batch, int group, int offset, int most)
+__device__ __forceinline__ Stream streamOf(Side const& side, void const* held, void const* steps, int slots, int batch,
+    int group, int offset, int most, int stride)
 {
     Cached const whole = cachedOf(side, held, steps, slots, batch, group);
+    int const lane = static_cast<int>(threadIdx.x) % 32;
     int const left = whole.bytes - offset;
-    auto const* const words = reinterpret_cast<uint32_t const*>(whole.steps);
-    return {whole.held + offset, side.form == Form::kNumbers ? nullptr : words, whole.bytes,
-        (left < most ? left : most) / 16};
+    Stream stream{};
+    stream.steps = side.form == Form::kNumbers ? nullptr : reinterpret_cast<uint32_t const*>(whole.steps);
+    stream.pitch = whole.bytes;
+    stream.chunks = (left < most ? left : most) / 16;
+    int const rows = 32 / stream.chunks;
+    int const row = lane / stream.chunks;
+    stream.rest = 32 - rows * stream.chunks;
+    stream.chunk = lane - row * stream.chunks;
+    stream.held = whole.held + offset + row * stream.pitch + 16 * stream.chunk;
+    stream.to = row * stride + 16 * stream.chunk;
+    stream.step = rows * stream.pitch + 16 * stream.rest;
+    stream.toStep = rows * stride + 16 * stream.rest;
+    stream.carry = stream.pitch - 16 * stream.chunks;
+    stream.toCarry = stride - 16 * stream.chunks;
+    return stream;
 }
 
-// `tokens` rows, of which `there` exist; the others are zero.
-__device__ __forceinline__ void copyRows(
-    unsigned char* to, int stride, Stream const& from, int64_t token, int tokens, int there)
+// `tokens` rows, of which `there` exist; the others are the last one again, and closed.
+__device__ __forceinline__ void copyRows(unsigned char* to, Stream const& of, int64_t token, int tokens, int there)
 {
+    unsigned char const* from = of.held + token * of.pitch;
+    to += of.to;
+    int chunk = of.chunk;
     int const lane = static_cast<int>(threadIdx.x) % 32;
-    int row = lane / from.chunks;
-    int chunk = lane % from.chunks;
-    int const rows = 32 / from.chunks;
-    int const rest = 32 % from.chunks;
-    unsigned char const* const first = from.held + token * from.pitch;
-    while (row < tokens)
+    if (there == tokens)
     {
-        bool const is = row < there;
-        unsigned char const* const place = first + row * from.pitch + 16 * chunk;
-        copyAsync16(to + row * stride + 16 * chunk, is ? place : from.held, is ? 16 : 0);
-        row += rows;
-        chunk += rest;
-        if (chunk >= from.chunks)
+        for (int i = lane; i < tokens * of.chunks; i += 32)
         {
-            chunk -= from.chunks;
+            copyWhole16(to, from);
+            to += of.toStep;
+            from += of.step;
+            chunk += of.rest;
+            if (chunk >= of.chunks)
+            {
+                chunk -= of.chunks;
+                to += of.toCarry;
+                from += of.carry;
+            }
+        }
+        return;
+    }
+    int row = lane / of.chunks;
+    for (int i = lane; i < tokens * of.chunks; i += 32)
+    {
+        int const beyond = row < there ? 0 : row - there + 1;
+        copyWhole16(to, from - beyond * of.pitch);
+        to += of.toStep;
+        from += of.step;
+        chunk += of.rest;
+        row += 32 / of.chunks;
+        if (chunk >= of.chunks)
+        {
+            chunk -= of.chunks;
+            to += of.toCarry;
+            from += of.carry;
             ++row;
         }
     }
@@ -57,7 +92,7 @@ __device__ __forceinline__ void copySteps(unsigned char* to, Stream const& from,
     int const lane = static_cast<int>(threadIdx.x) % 32;
     if (from.steps != nullptr && lane < tokens)
     {
-        copyAsync4(to + 4 * lane, from.steps + (lane < there ? token + lane : 0), lane < there);
+        copyAsync4(to + 4 * lane, from.steps + token + (lane < there ? lane : there - 1));
     }
 }
 
@@ -66,8 +101,8 @@ __device__ __forceinline__ void copyStage(WalkLayout const& at, unsigned char* s
     Stream const& values, int token, int tokens, int slots)
 {
     int const there = slots - token < tokens ? slots - token : tokens;
-    copyRows(stage, at.keyStride, keys, token, tokens, there);
-    copyRows(stage + at.valuesAt, at.valueStride, values, token, tokens, there);
+    copyRows(stage, keys, token, tokens, there);
+    copyRows(stage + at.valuesAt, values, token, tokens, there);
     copySteps(stage + at.keyStepsAt, keys, token, tokens, there);
     copySteps(stage + at.valueStepsAt, values, token, tokens, there);
 }

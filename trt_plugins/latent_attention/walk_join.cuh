@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(32 * kJoinWarps) joinWalks(WalkArguments p)
     for (int s = warp * each; s < end; ++s)
     {
         int64_t const share = first + static_cast<int64_t>(s) * p.rows;
-        float const factor = exp2f((p.maximum[share] - largest) * kLog2e);
+        float const factor = powerOf2((p.maximum[share] - largest) * kLog2e);
         total += factor * p.total[share];
         sum += column < rank ? factor * p.shares[share * rank + column] : 0.0f;
     }

@@ -92,6 +92,7 @@ __device__ __forceinline__ void turnQueries(
 {
     int const half = p.problem.width / 2;
     int const stride = p.at.queryStride;
+#pragma unroll 2
     for (int pair = static_cast<int>(threadIdx.x) % 32; pair < p.at.pairs; pair += 32)
     {
         bool const is = pair < half;

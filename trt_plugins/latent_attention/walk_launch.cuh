@@ -29,7 +29,8 @@ WalkKernel walkKernelOf(WalkShape const& shape, bool rebuilt)
 {
     if (shape.tiles == 2)
     {
-        return shape.rows == 8 ? walkContext<T, 1, 2, true> : walkContext<T, 2, 2, true>;
+        return shape.rows == 8 ? (rebuilt ? walkContext<T, 1, 2, true> : walkContext<T, 1, 2, false>)
+                               : (rebuilt ? walkContext<T, 2, 2, true> : walkContext<T, 2, 2, false>);
     }
     switch (shape.rows)
     {
@@ -45,14 +46,14 @@ inline int32_t walkRowsOf(Problem const& p, int32_t units)
     return all <= 8 ? 8 : all <= 16 ? 16 : 32;
 }
 
-// Two blocks on a multiprocessor where that is possible; more tokens at a time where maps are read for each, deeper
-// rings where there is room.
+// Two blocks on a multiprocessor where that is possible; then more tokens at a time, for which maps are read once;
+// then deeper rings.
 inline WalkShape walkShapeOf(Problem const& p, int32_t rows, int32_t sharedBytes)
 {
     int32_t const half = (sharedBytes + kSharedReserved) / 2 - kSharedReserved;
     for (int32_t const room : {half, sharedBytes})
     {
-        for (int32_t tiles = p.headsPerGroup > 0 && rows <= 16 ? 2 : 1; tiles > 0; --tiles)
+        for (int32_t tiles = rows <= 16 ? 2 : 1; tiles > 0; --tiles)
         {
             for (int32_t stages = kMostStages; stages >= 2; --stages)
             {

@@ -108,38 +108,50 @@ __device__ __forceinline__ void clearClosed(
     syncWarp();
 }
 
+// Adds the mask to a row's scores; the largest of them, and of what was the largest before.
+template <int NT, int MT>
+__device__ __forceinline__ float largestScore(
+    Scores<NT, MT>& scores, Scores<NT, MT> const& added, float before, int n, int e)
+{
+    float largest = kNothing;
+#pragma unroll
+    for (int i = 0; i < 2 * MT; ++i)
+    {
+        int const at = 2 * (i % 2) + e;
+        float const add = added[i / 2][n][at];
+        scores[i / 2][n][at] = add > kNothing ? scores[i / 2][n][at] + add : kNothing;
+        largest = fmaxf(largest, scores[i / 2][n][at]);
+    }
+#pragma unroll
+    for (int distance = 4; distance < 32; distance *= 2)
+    {
+        largest = fmaxf(largest, shuffleXor(largest, distance));
+    }
+    return fmaxf(largest, before);
+}
+
 // Scores, with the mask's `added`, to weights exp(score - largest so far), rounded, as the second operand of the
 // values' product: weights[m][n] of tokens 2t, 2t + 1 and those 8 on, row g. Moves what was found on.
 template <typename T, int NT, int MT>
 __device__ __forceinline__ void weigh(uint32_t (&weights)[MT][NT][2], Scores<NT, MT>& scores,
-    Scores<NT, MT> const& added, Found<NT>& found, int fragments)
+    Scores<NT, MT> const& added, Found<NT>& found)
 {
+    float factor[NT][2];
+    bool moved = false;
+#pragma unroll
+    for (int i = 0; i < 2 * NT; ++i)
+    {
+        float& maximum = found.maximum[i / 2][i % 2];
+        float const largest = largestScore<NT, MT>(scores, added, maximum, i / 2, i % 2);
+        float const by = powerOf2((maximum - largest) * kLog2e);
+        moved = moved || by != 1.0f;
+        factor[i / 2][i % 2] = by;
+        maximum = largest;
+        found.total[i / 2][i % 2] *= by;
+    }
 #pragma unroll
     for (int n = 0; n < NT; ++n)
     {
-        float factor[2];
-#pragma unroll
-        for (int e = 0; e < 2; ++e)
-        {
-            float largest = kNothing;
-#pragma unroll
-            for (int i = 0; i < 2 * MT; ++i)
-            {
-                int const at = 2 * (i % 2) + e;
-                float const add = added[i / 2][n][at];
-                scores[i / 2][n][at] = add > kNothing ? scores[i / 2][n][at] + add : kNothing;
-                largest = fmaxf(largest, scores[i / 2][n][at]);
-            }
-#pragma unroll
-            for (int distance = 4; distance < 32; distance *= 2)
-            {
-                largest = fmaxf(largest, shuffleXor(largest, distance));
-            }
-            largest = fmaxf(largest, found.maximum[n][e]);
-            factor[e] = exp2f((found.maximum[n][e] - largest) * kLog2e);
-            found.maximum[n][e] = largest;
-            found.total[n][e] *= factor[e];
-        }
 #pragma unroll
         for (int i = 0; i < 2 * MT; ++i)
         {
@@ -149,24 +161,24 @@ __device__ __forceinline__ void weigh(uint32_t (&weights)[MT][NT][2], Scores<NT,
             {
                 float const score = scores[i / 2][n][2 * (i % 2) + e];
                 T rounded;
-                fromFloat(score > kNothing ? exp2f((score - found.maximum[n][e]) * kLog2e) : 0.0f, rounded);
+                fromFloat(score > kNothing ? powerOf2((score - found.maximum[n][e]) * kLog2e) : 0.0f, rounded);
                 weight[e] = toFloat(rounded);
                 found.total[n][e] += weight[e];
             }
             weights[i / 2][n][i % 2] = transposed(packed(T{}, weight[0], weight[1]));
         }
+    }
+    // The largest scores seldom move, once some tokens were seen.
+    if (!anyLane(moved))
+    {
+        return;
+    }
 #pragma unroll
-        for (int f = 0; f < kMostFragments / NT; ++f)
-        {
-            if (f < fragments)
-            {
-#pragma unroll
-                for (int i = 0; i < 4; ++i)
-                {
-                    found.sums[f][n][i] *= factor[i % 2];
-                }
-            }
-        }
+    for (int i = 0; i < 4 * kMostFragments; ++i)
+    {
+        int const f = i / 4 / NT;
+        int const n = i / 4 % NT;
+        found.sums[f][n][i % 4] *= factor[n][i % 2];
     }
 }
 
