@@ -79,7 +79,8 @@ __device__ __forceinline__ void scoreStage(Scores<NT, MT>& scores, WalkArguments
     withForm(p.problem.keys.form, score);
 }
 
-// Stages of the ring from `begin` on, each a group of copies, be it empty; the ring begins with stage `from` of the way.
+// Stages of the ring from `begin` on, each a group of copies, be it empty; the ring begins with stage `from` of the
+// way.
 __device__ __forceinline__ void fillRing(WalkArguments const& p, unsigned char* ring, Stream const& keys,
     Stream const& values, Way const& way, int from, int begin, int tokens)
 {
@@ -95,11 +96,12 @@ __device__ __forceinline__ void fillRing(WalkArguments const& p, unsigned char* 
 }
 
 // What the warps found, by rows, joined in their order and left for the second launch.
-template <int NT>
-__device__ __forceinline__ void leaveShare(WalkArguments const& p, Place const& at, Found<NT>& found, float* shared)
+template <int NT, int FRAGMENTS>
+__device__ __forceinline__ void leaveShare(
+    WalkArguments const& p, Place const& at, Found<NT, FRAGMENTS>& found, float* shared)
 {
     constexpr int kRowsOf = 8 * NT;
-    constexpr int kColumnsOf = 16 * kMostFragments / NT;
+    constexpr int kColumnsOf = 16 * FRAGMENTS;
     int const lane = static_cast<int>(threadIdx.x) % 32;
     int const warp = static_cast<int>(threadIdx.x) / 32;
     float* const maxima = shared + kWarps * kRowsOf * kColumnsOf; // [warps][rows]
@@ -119,7 +121,7 @@ __device__ __forceinline__ void leaveShare(WalkArguments const& p, Place const& 
             totals[warp * kRowsOf + row] = total;
         }
 #pragma unroll
-        for (int f = 0; f < kMostFragments / NT; ++f)
+        for (int f = 0; f < FRAGMENTS; ++f)
         {
             float* const to = shared + (warp * kRowsOf + row) * kColumnsOf + 16 * f + lane / 4;
             to[0] = found.sums[f][i / 2][i % 2];
@@ -129,7 +131,7 @@ __device__ __forceinline__ void leaveShare(WalkArguments const& p, Place const& 
     __syncthreads();
     Side const& side = p.problem.values;
     int64_t const first = (static_cast<int64_t>(at.row) * p.splits + at.split) * kRowsOf;
-    int const fragments = at.slice * (kMostFragments / NT);
+    int const fragments = at.slice * FRAGMENTS;
     for (int i = static_cast<int>(threadIdx.x); i < at.rows * kColumnsOf; i += kWalkThreads)
     {
         int const row = i / kColumnsOf;
@@ -162,9 +164,10 @@ __device__ __forceinline__ void leaveShare(WalkArguments const& p, Place const& 
 }
 
 template <typename T, int NT, int MT, bool REBUILT>
-__global__ void __launch_bounds__(kWalkThreads, 2) walkContext(WalkArguments p)
+__global__ void __launch_bounds__(kWalkThreads, NT == 1 && !REBUILT ? 3 : 2) walkContext(WalkArguments p)
 {
     constexpr int kTokensOf = 16 * MT;
+    constexpr int kFragments = fragmentsOf(8 * NT, REBUILT);
     unsigned char* const shared = sharedMemory();
     Problem const& problem = p.problem;
     WalkLayout const& layout = p.at;
@@ -172,7 +175,7 @@ __global__ void __launch_bounds__(kWalkThreads, 2) walkContext(WalkArguments p)
     int const warp = static_cast<int>(threadIdx.x) / 32;
     int const perGroup = REBUILT ? problem.headsPerGroup : 1;
     int const head = at.unit / (p.units / (problem.keys.groups * perGroup));
-    int const sliceUnits = kMostFragments / NT / stepsPerUnit(problem.values.form);
+    int const sliceUnits = kFragments / stepsPerUnit(problem.values.form);
     int const ahead = at.slice * sliceUnits;
     int const here = unitsIn(problem.values) - ahead < sliceUnits ? unitsIn(problem.values) - ahead : sliceUnits;
     Stream const keys = streamOf(problem.keys, p.pointers.keys, p.pointers.keySteps, problem.slots, at.batch,
@@ -199,6 +202,7 @@ __global__ void __launch_bounds__(kWalkThreads, 2) walkContext(WalkArguments p)
     }
     closeCopies();
     fillRing(p, ring, keys, values, way, 0, 1, kTokensOf);
+    fillUnits(p, ring, kTokensOf);
     T const* const mask = static_cast<T const*>(p.pointers.mask)
         + static_cast<int64_t>(problem.maskByRow ? at.batch : 0) * problem.queries * problem.slots;
     int2 const open = openStages<MT>(p, at, way, reinterpret_cast<uint16_t const*>(mask));
@@ -214,7 +218,7 @@ __global__ void __launch_bounds__(kWalkThreads, 2) walkContext(WalkArguments p)
         syncWarp();
         fillRing(p, ring, keys, values, way, open.x, 0, kTokensOf);
     }
-    Found<NT> found{};
+    Found<NT, kFragments> found{};
     int lines[NT][2];
     findLines<NT>(lines, p, at);
 #pragma unroll
@@ -249,15 +253,15 @@ __global__ void __launch_bounds__(kWalkThreads, 2) walkContext(WalkArguments p)
             clearClosed<NT, MT>(added, layout, stage, values.chunks, values.steps != nullptr);
         }
         uint32_t weights[MT][NT][2];
-        weigh<T, NT, MT>(weights, scores, added, found);
+        weigh<T, NT, MT, kFragments>(weights, scores, added, found);
         withForm(problem.values.form, [&](auto form)
-            { mixValues<T, decltype(form)::value, NT, MT>(found, layout, stage, weights, here); });
+            { mixValues<T, decltype(form)::value, NT, MT, kFragments>(found, layout, stage, weights, here); });
         syncWarp();
         slot = slot + 1 == p.stages ? 0 : slot + 1;
     }
     awaitStages(0);
     __syncthreads();
-    leaveShare<NT>(p, at, found, reinterpret_cast<float*>(shared + layout.ring));
+    leaveShare<NT, kFragments>(p, at, found, reinterpret_cast<float*>(shared + layout.ring));
 }
 
 } // namespace skipcat::latent

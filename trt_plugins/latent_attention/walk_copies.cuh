@@ -96,6 +96,21 @@ __device__ __forceinline__ void copySteps(unsigned char* to, Stream const& from,
     }
 }
 
+// Zeros behind the keys of a warp's stages, where they end within a unit: copies do not reach there.
+__device__ __forceinline__ void fillUnits(WalkArguments const& p, unsigned char* ring, int tokens)
+{
+    int const bytes = bytesOf(p.problem.keys);
+    if (bytes % kUnit == 0)
+    {
+        return;
+    }
+    for (int i = static_cast<int>(threadIdx.x) % 32; i < p.stages * tokens; i += 32)
+    {
+        unsigned char* const row = ring + i / tokens * p.at.stageBytes + i % tokens * p.at.keyStride;
+        *reinterpret_cast<uint4*>(row + bytes) = uint4{0, 0, 0, 0};
+    }
+}
+
 // A stage: keys and values of `tokens` tokens from `token` on, and their steps.
 __device__ __forceinline__ void copyStage(WalkLayout const& at, unsigned char* stage, Stream const& keys,
     Stream const& values, int token, int tokens, int slots)
@@ -178,25 +193,33 @@ __device__ __forceinline__ void layMap(WalkArguments const& p, int head, T* up, 
     }
 }
 
-// How far the tokens of a stage are turned beyond its first: [tokens][pairs], cosine and sine. Angles are proportional
+// How far the tokens of a stage are turned beyond its first: [tokens][pairs], the cosines of two pairs before their
+// sines. Angles are proportional
 // to the slot, so that it is the same in every stage: row j of the tables, without what row 0 turns and stretches.
 __device__ __forceinline__ void layTurns(WalkArguments const& p, __half2* turns, int tokens)
 {
     int const half = p.problem.width / 2;
-    for (int pair = static_cast<int>(threadIdx.x) % 32; pair < p.at.pairs; pair += 32)
+    for (int pair = 2 * (static_cast<int>(threadIdx.x) % 32); pair < p.at.pairs; pair += 64)
     {
         bool const is = pair < half;
-        float const c = is ? p.pointers.cos[pair] : 1.0f;
-        float const s = is ? p.pointers.sin[pair] : 0.0f;
-        float const scale = 1.0f / (c * c + s * s);
+        float2 const one{1.0f, 1.0f};
+        float2 const none{0.0f, 0.0f};
+        auto const read = [&](float const* table, int row, float2 otherwise)
+        { return is ? *reinterpret_cast<float2 const*>(table + row * half + pair) : otherwise; };
+        float2 const c = read(p.pointers.cos, 0, one);
+        float2 const s = read(p.pointers.sin, 0, none);
+        float2 const scale{1.0f / (c.x * c.x + s.x * s.x), 1.0f / (c.y * c.y + s.y * s.y)};
 #pragma unroll 8
         for (int token = static_cast<int>(threadIdx.x) / 32; token < tokens; token += kWarps)
         {
             int const row = token < p.problem.slots ? token : 0;
-            float const cosine = is ? p.pointers.cos[row * half + pair] : 1.0f;
-            float const sine = is ? p.pointers.sin[row * half + pair] : 0.0f;
-            turns[token * (p.at.pairs + 8) + pair]
-                = __floats2half2_rn((cosine * c + sine * s) * scale, (sine * c - cosine * s) * scale);
+            float2 const cosine = read(p.pointers.cos, row, one);
+            float2 const sine = read(p.pointers.sin, row, none);
+            __half2* const to = turns + token * (p.at.pairs + 8) + pair;
+            to[0] = __floats2half2_rn(
+                (cosine.x * c.x + sine.x * s.x) * scale.x, (cosine.y * c.y + sine.y * s.y) * scale.y);
+            to[1] = __floats2half2_rn(
+                (sine.x * c.x - cosine.x * s.x) * scale.x, (sine.y * c.y - cosine.y * s.y) * scale.y);
         }
     }
 }

@@ -44,17 +44,11 @@ __device__ __forceinline__ void keySteps(Steps (&steps)[2], unsigned char const*
     }
 }
 
-// A unit of 16 tokens; what lies behind a token's own bytes is no number of it, and zero.
-__device__ __forceinline__ void loadUnit(
-    uint32_t (&unit)[4], unsigned char const* rows, int stride, int first, int at, int bytes)
+// A unit of 16 tokens.
+__device__ __forceinline__ void loadUnit(uint32_t (&unit)[4], unsigned char const* rows, int stride, int first, int at)
 {
     int const lane = static_cast<int>(threadIdx.x) % 32;
     loadMatrices(unit, rows + (first + lane % 16) * stride + kUnit * at + lane / 16 * 16);
-    if (kUnit * at + 16 >= bytes)
-    {
-        unit[2] = 0;
-        unit[3] = 0;
-    }
 }
 
 template <typename T, Form FORM, int NT, int MT>
@@ -73,7 +67,7 @@ __device__ __forceinline__ void scoreCached(
         {
             uint32_t unit[4];
             uint32_t a[kSteps][4];
-            loadUnit(unit, stage, p.at.keyStride, 16 * m, u, bytesOf(p.problem.keys));
+            loadUnit(unit, stage, p.at.keyStride, 16 * m, u);
             keyFragments<T, FORM>(a, unit, steps);
 #pragma unroll
             for (int k = 0; k < kSteps; ++k)
@@ -92,18 +86,24 @@ __device__ __forceinline__ void turnQueries(
 {
     int const half = p.problem.width / 2;
     int const stride = p.at.queryStride;
-#pragma unroll 2
-    for (int pair = static_cast<int>(threadIdx.x) % 32; pair < p.at.pairs; pair += 32)
+    for (int pair = 2 * (static_cast<int>(threadIdx.x) % 32); pair < p.at.pairs; pair += 64)
     {
-        bool const is = pair < half;
-        float const c = is ? p.pointers.cos[slot * half + pair] : 0.0f;
-        float const s = is ? p.pointers.sin[slot * half + pair] : 0.0f;
+        float2 c{0.0f, 0.0f};
+        float2 s{0.0f, 0.0f};
+        if (pair < half)
+        {
+            c = *reinterpret_cast<float2 const*>(p.pointers.cos + slot * half + pair);
+            s = *reinterpret_cast<float2 const*>(p.pointers.sin + slot * half + pair);
+        }
         for (int row = 0; row < rows; ++row)
         {
-            float const x = toFloat(query[row * stride + pair]);
-            float const y = toFloat(query[row * stride + p.at.pairs + pair]);
-            fromFloat(x * c + y * s, turned[row * stride + pair]);
-            fromFloat(y * c - x * s, turned[row * stride + p.at.pairs + pair]);
+            T const* const x = query + row * stride + pair;
+            T const* const y = x + p.at.pairs;
+            float const first[2] = {toFloat(x[0]), toFloat(x[1])};
+            float const second[2] = {toFloat(y[0]), toFloat(y[1])};
+            T* const to = turned + row * stride + pair;
+            storeWord(to, packed(T{}, first[0] * c.x + second[0] * s.x, first[1] * c.y + second[1] * s.y));
+            storeWord(to + p.at.pairs, packed(T{}, second[0] * c.x - first[0] * s.x, second[1] * c.y - first[1] * s.y));
         }
     }
 }
@@ -113,17 +113,32 @@ template <typename T>
 struct Map
 {
     T const* up;         // [numbers of a latent][2 pairs]
-    __half2 const* turns; // [tokens][pairs]
+    __half2 const* turns; // [tokens][pairs], the cosines of two pairs before their sines
     float const* mean;   // [2 pairs]
 };
 
-// Keys of 32 pairs before they are turned: of each m-tile 4 tiles of first numbers, then 4 of second ones.
+// Keys of 32 pairs before they are turned, on top of their mean: of each m-tile 4 tiles of first numbers, then 4 of
+// second ones.
 template <typename T, Form FORM, int MT>
 __device__ __forceinline__ void rebuildPairs(float (&made)[MT][8][4], WalkArguments const& p,
-    unsigned char const* stage, T const* up, Steps const (&steps)[MT][2], int pair)
+    unsigned char const* stage, Map<T> const& map, Steps const (&steps)[MT][2], int pair)
 {
     constexpr int kSteps = stepsPerUnit(FORM);
+    int const lane = static_cast<int>(threadIdx.x) % 32;
+#pragma unroll
+    for (int j = 0; j < 8; ++j)
+    {
+        int const column = pair + 8 * (j % 4) + (j < 4 ? 0 : p.at.pairs) + 2 * (lane % 4);
+        float2 const mean = *reinterpret_cast<float2 const*>(map.mean + column);
+#pragma unroll
+        for (int i = 0; i < 4 * MT; ++i)
+        {
+            made[i / 4][j][i % 4] = i % 2 == 0 ? mean.x : mean.y;
+        }
+    }
     int const units = unitsIn(p.problem.keys);
+    T const* up = map.up + lane % 16 * p.at.upStride + lane / 16 * 8 + pair;
+#pragma unroll 1
     for (int u = 0; u < units; ++u)
     {
         uint32_t a[MT][kSteps][4];
@@ -131,7 +146,7 @@ __device__ __forceinline__ void rebuildPairs(float (&made)[MT][8][4], WalkArgume
         for (int m = 0; m < MT; ++m)
         {
             uint32_t unit[4];
-            loadUnit(unit, stage, p.at.keyStride, 16 * m, u, bytesOf(p.problem.keys));
+            loadUnit(unit, stage, p.at.keyStride, 16 * m, u);
             keyFragments<T, FORM>(a[m], unit, steps[m]);
         }
 #pragma unroll
@@ -140,10 +155,8 @@ __device__ __forceinline__ void rebuildPairs(float (&made)[MT][8][4], WalkArgume
 #pragma unroll
             for (int j = 0; j < 8; j += 2)
             {
-                int const lane = static_cast<int>(threadIdx.x) % 32;
-                int const column = pair + 8 * (j % 4) + (j < 4 ? 0 : p.at.pairs);
                 uint32_t b[4];
-                loadTransposed(b, up + (16 * (kSteps * u + k) + lane % 16) * p.at.upStride + column + lane / 16 * 8);
+                loadTransposed(b, (j < 4 ? up : up + p.at.pairs) + 8 * (j % 4));
 #pragma unroll
                 for (int m = 0; m < MT; ++m)
                 {
@@ -151,33 +164,49 @@ __device__ __forceinline__ void rebuildPairs(float (&made)[MT][8][4], WalkArgume
                     multiply(T{}, made[m][j + 1], a[m][k][0], a[m][k][1], a[m][k][2], a[m][k][3], b[2], b[3]);
                 }
             }
+            up += 16 * p.at.upStride;
         }
     }
 }
 
-// The mean added and the pairs turned: `made` becomes what the matrix unit takes, [first, second numbers][tiles of 8].
+// Two pairs (x, y) turned by the cosines and sines of theirs, in the type of the keys' product: halves are rounded as
+// they are made, after each product and at the end, which is fewer instructions than floats.
+__device__ __forceinline__ uint2 turnedPairs(__half, float const* x, float const* y, uint2 const& turn)
+{
+    __half2 const first = __floats2half2_rn(x[0], x[1]);
+    __half2 const second = __floats2half2_rn(y[0], y[1]);
+    __half2 const c = halvesOf(turn.x);
+    __half2 const s = halvesOf(turn.y);
+    __half2 const none = halvesOf(0x80008000u); // -0, so that nothing is added
+    __half2 const left = __hfma2(second, halvesOf(turn.y ^ 0x80008000u), none);
+    return {wordOf(__hfma2(first, c, left)), wordOf(__hfma2(first, s, __hfma2(second, c, none)))};
+}
+
+__device__ __forceinline__ uint2 turnedPairs(__nv_bfloat16, float const* x, float const* y, uint2 const& turn)
+{
+    float const c[2] = {__low2float(halvesOf(turn.x)), __high2float(halvesOf(turn.x))};
+    float const s[2] = {__low2float(halvesOf(turn.y)), __high2float(halvesOf(turn.y))};
+    return {packed(__nv_bfloat16{}, x[0] * c[0] - y[0] * s[0], x[1] * c[1] - y[1] * s[1]),
+        packed(__nv_bfloat16{}, y[0] * c[0] + x[0] * s[0], y[1] * c[1] + x[1] * s[1])};
+}
+
+// The pairs turned: `made` becomes what the matrix unit takes, [first, second numbers][tiles of 8][tokens g, g + 8].
 template <typename T>
-__device__ __forceinline__ void turnPairs(uint32_t (&a)[2][4][2], float const (&made)[8][4], WalkArguments const& p,
-    Map<T> const& map, int first, int pair)
+__device__ __forceinline__ void turnPairs(
+    uint32_t (&a)[2][4][2], float const (&made)[8][4], WalkArguments const& p, Map<T> const& map, int first, int pair)
 {
     int const lane = static_cast<int>(threadIdx.x) % 32;
+    __half2 const* const turns = map.turns + (first + lane / 4) * (p.at.pairs + 8) + pair + 2 * (lane % 4);
 #pragma unroll
     for (int j = 0; j < 4; ++j)
     {
-        int const column = pair + 8 * j + 2 * (lane % 4);
-        float2 const x = *reinterpret_cast<float2 const*>(map.mean + column);
-        float2 const y = *reinterpret_cast<float2 const*>(map.mean + p.at.pairs + column);
 #pragma unroll
         for (int h = 0; h < 2; ++h)
         {
-            __half2 const* const turn = map.turns + (first + lane / 4 + 8 * h) * (p.at.pairs + 8) + column;
-            uint2 const both = *reinterpret_cast<uint2 const*>(turn);
-            float const c[2] = {__low2float(halvesOf(both.x)), __low2float(halvesOf(both.y))};
-            float const s[2] = {__high2float(halvesOf(both.x)), __high2float(halvesOf(both.y))};
-            float const left[2] = {made[j][2 * h] + x.x, made[j][2 * h + 1] + x.y};
-            float const right[2] = {made[j + 4][2 * h] + y.x, made[j + 4][2 * h + 1] + y.y};
-            a[0][j][h] = packed(T{}, left[0] * c[0] - right[0] * s[0], left[1] * c[1] - right[1] * s[1]);
-            a[1][j][h] = packed(T{}, right[0] * c[0] + left[0] * s[0], right[1] * c[1] + left[1] * s[1]);
+            uint2 const turn = *reinterpret_cast<uint2 const*>(turns + 8 * h * (p.at.pairs + 8) + 8 * j);
+            uint2 const both = turnedPairs(T{}, made[j] + 2 * h, made[j + 4] + 2 * h, turn);
+            a[0][j][h] = both.x;
+            a[1][j][h] = both.y;
         }
     }
 }
@@ -194,8 +223,8 @@ __device__ __forceinline__ void scoreRebuilt(
     }
     for (int pair = 0; pair < p.at.pairs; pair += kPairs)
     {
-        float made[MT][8][4] = {};
-        rebuildPairs<T, FORM, MT>(made, p, stage, map.up, steps, pair);
+        float made[MT][8][4];
+        rebuildPairs<T, FORM, MT>(made, p, stage, map, steps, pair);
 #pragma unroll
         for (int m = 0; m < MT; ++m)
         {

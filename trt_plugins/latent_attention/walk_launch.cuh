@@ -77,12 +77,12 @@ inline bool canWalk(Problem const& p, Pointers const& of)
 {
     return bytesOf(p.keys) % 16 == 0 && bytesOf(p.values) % 16 == 0
         && static_cast<int64_t>(p.queries) * p.slots < kMostMaskNumbers && isAligned(of.query) && isAligned(of.keys)
-        && isAligned(of.values) && isAligned(of.up);
+        && isAligned(of.values) && isAligned(of.up) && isAligned(of.cos) && isAligned(of.sin);
 }
 
 inline int32_t walkSlicesOf(Problem const& p, int32_t rows)
 {
-    int32_t const each = unitsPerSlice(p.values, rows);
+    int32_t const each = unitsPerSlice(p.values, rows, p.headsPerGroup > 0);
     return (unitsIn(p.values) + each - 1) / each;
 }
 

@@ -16,7 +16,6 @@ namespace skipcat::latent
 constexpr int kWarps = 4;
 constexpr int kWalkThreads = 32 * kWarps;
 constexpr int kUnit = 32;         // bytes of a token that are loaded as one fragment
-constexpr int kMostFragments = 16; // fragments of 16 values by 8 rows, that a warp sums up
 constexpr int kPairs = 32;        // of a rebuilt key, made at once
 constexpr int kMostStages = 4;
 constexpr int kJoinWarps = 8;
@@ -81,10 +80,16 @@ __host__ __device__ inline int unitsIn(Side const& side)
     return (bytesOf(side) + kUnit - 1) / kUnit;
 }
 
-// 32-byte units of the values that a block sums up.
-__host__ __device__ inline int unitsPerSlice(Side const& values, int rows)
+// Fragments of 16 values that a warp sums up for 8, 16 or 32 rows: in registers, of which rebuilt keys take many.
+__host__ __device__ constexpr int fragmentsOf(int rows, bool rebuilt)
 {
-    return kMostFragments * 8 / rows / stepsPerUnit(values.form);
+    return (rebuilt && rows < 32 ? 64 : 128) / rows;
+}
+
+// 32-byte units of the values that a block sums up.
+__host__ __device__ inline int unitsPerSlice(Side const& values, int rows, bool rebuilt)
+{
+    return fragmentsOf(rows, rebuilt) / stepsPerUnit(values.form);
 }
 
 // Rows that begin so far apart are loaded as matrices without two on one bank: an odd number of 16 bytes.
@@ -99,13 +104,14 @@ __host__ __device__ inline WalkLayout walkLayoutOf(Problem const& p, int rows, i
     WalkLayout at{};
     bool const rebuilt = p.headsPerGroup > 0;
     int const keyColumns = 16 * stepsPerUnit(p.keys.form) * unitsIn(p.keys);
-    int const sliceBytes = kUnit * unitsPerSlice(p.values, rows);
+    int const sliceBytes = kUnit * unitsPerSlice(p.values, rows, rebuilt);
     int const valueBytes = bytesOf(p.values) < sliceBytes ? bytesOf(p.values) : sliceBytes;
     at.pairs = rebuilt ? (p.width / 2 + kPairs - 1) / kPairs * kPairs : 0;
     at.columns = rebuilt ? 2 * at.pairs : keyColumns;
     at.queryStride = at.columns + 8;
     at.upStride = 2 * at.pairs + 8;
-    at.keyStride = oddStride(bytesOf(p.keys));
+    // Half a unit of keys is filled up by zeros, as no number times a query's zero would not be zero.
+    at.keyStride = oddStride(bytesOf(p.keys) + bytesOf(p.keys) % kUnit);
     at.valueStride = oddStride(valueBytes);
     at.valuesAt = tokens * at.keyStride;
     at.keyStepsAt = at.valuesAt + tokens * at.valueStride;
@@ -119,7 +125,7 @@ __host__ __device__ inline WalkLayout walkLayoutOf(Problem const& p, int rows, i
     at.ring = at.mean + 2 * at.pairs * 4;
     // A row's last unit may be half its own. What the warps found is laid where the ring was.
     int const ring = kWarps * stages * at.stageBytes + 16;
-    int const found = kWarps * rows * (kMostFragments * 16 * 8 / rows + 2) * 4;
+    int const found = kWarps * rows * (16 * fragmentsOf(rows, rebuilt) + 2) * 4;
     at.bytes = at.ring + (ring > found ? ring : found);
     return at;
 }

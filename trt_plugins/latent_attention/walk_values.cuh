@@ -11,12 +11,12 @@ namespace skipcat::latent
 constexpr float kLog2e = 1.44269504f;
 
 // What a warp has found of its rows so far: lane 4g + t has rows 2t and 2t + 1 of every 8.
-template <int NT>
+template <int NT, int FRAGMENTS>
 struct Found
 {
     float maximum[NT][2];
-    float total[NT][2];                        // over the lane's own tokens
-    float sums[kMostFragments / NT][NT][4];    // of values g and g + 8 of a fragment
+    float total[NT][2];           // over the lane's own tokens
+    float sums[FRAGMENTS][NT][4]; // of values g and g + 8 of a fragment
 };
 
 // Where the mask's line of each row begins; -1 of rows that are not there.
@@ -132,9 +132,9 @@ __device__ __forceinline__ float largestScore(
 
 // Scores, with the mask's `added`, to weights exp(score - largest so far), rounded, as the second operand of the
 // values' product: weights[m][n] of tokens 2t, 2t + 1 and those 8 on, row g. Moves what was found on.
-template <typename T, int NT, int MT>
+template <typename T, int NT, int MT, int FRAGMENTS>
 __device__ __forceinline__ void weigh(uint32_t (&weights)[MT][NT][2], Scores<NT, MT>& scores,
-    Scores<NT, MT> const& added, Found<NT>& found)
+    Scores<NT, MT> const& added, Found<NT, FRAGMENTS>& found)
 {
     float factor[NT][2];
     bool moved = false;
@@ -174,7 +174,7 @@ __device__ __forceinline__ void weigh(uint32_t (&weights)[MT][NT][2], Scores<NT,
         return;
     }
 #pragma unroll
-    for (int i = 0; i < 4 * kMostFragments; ++i)
+    for (int i = 0; i < 4 * FRAGMENTS * NT; ++i)
     {
         int const f = i / 4 / NT;
         int const n = i / 4 % NT;
@@ -182,9 +182,9 @@ __device__ __forceinline__ void weigh(uint32_t (&weights)[MT][NT][2], Scores<NT,
     }
 }
 
-template <typename T, Form FORM, int NT, int MT>
-__device__ __forceinline__ void mixValues(
-    Found<NT>& found, WalkLayout const& at, unsigned char const* stage, uint32_t const (&weights)[MT][NT][2], int units)
+template <typename T, Form FORM, int NT, int MT, int FRAGMENTS>
+__device__ __forceinline__ void mixValues(Found<NT, FRAGMENTS>& found, WalkLayout const& at,
+    unsigned char const* stage, uint32_t const (&weights)[MT][NT][2], int units)
 {
     constexpr int kSteps = stepsPerUnit(FORM);
     int const lane = static_cast<int>(threadIdx.x) % 32;
@@ -200,7 +200,7 @@ __device__ __forceinline__ void mixValues(
             steps[1] = stepsOf(words[token + 8], words[token + 9]);
         }
 #pragma unroll
-        for (int u = 0; u < kMostFragments / NT / kSteps; ++u)
+        for (int u = 0; u < FRAGMENTS / kSteps; ++u)
         {
             if (u < units)
             {
