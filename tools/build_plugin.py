@@ -38,7 +38,12 @@ LIBRARY = "libskipcat_block_skip.so"
 # Jetson Orin and Hopper; Hopper's also as PTX, which newer GPUs compile for themselves.
 ARCHITECTURES = "87-real;90"
 TYPE_NAMES = {"6__half": "fp16", "13__nv_bfloat16": "bf16"}
-LATENT_KERNELS = {"attendStretch": "attend", "joinStretches": "join"}
+LATENT_KERNELS = {
+    "attendStretch": ("attend", "any latents"),
+    "joinStretches": ("join", "any latents"),
+    "walkContext": ("attend", ""),
+    "joinWalks": ("join", ""),
+}
 WEIGHT_NAMES = {"0": "of its type", "4": "int4", "8": "int8"}
 
 
@@ -56,8 +61,13 @@ def architectures(chosen: str | None) -> str:
 
 def demangled(symbol: str) -> tuple[str, str, str, str]:
     """Kernel, type of x, weights and variant out of a mangled name of ours."""
-    if latent := re.search(r"latent\d+(attendStretch|joinStretches)", symbol):
-        return LATENT_KERNELS[latent.group(1)], "fp16", "", ""
+    of_latents = rf"latent\d+({'|'.join(LATENT_KERNELS)})I(6__half|13__nv_bfloat16)"
+    if latent := re.search(of_latents, symbol):
+        kernel, variant = LATENT_KERNELS[latent.group(1)]
+        if walk := re.search(r"Li(\d)ELi(\d)ELb([01])E", symbol):
+            form = "rebuilt" if walk.group(3) == "1" else "narrow"
+            variant = f"{form}, {8 * int(walk.group(1))} rows, {16 * int(walk.group(2))} tokens"
+        return kernel, TYPE_NAMES[latent.group(2)], "", variant
     match = re.search(
         r"skipcat\d+(decodeProduct|prefillProduct|gather)I(6__half|13__nv_bfloat16)", symbol
     )
