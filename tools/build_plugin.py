@@ -63,11 +63,11 @@ def demangled(symbol: str) -> tuple[str, str, str, str]:
     """Kernel, type of x, weights and variant out of a mangled name of ours."""
     of_latents = rf"latent\d+({'|'.join(LATENT_KERNELS)})I(6__half|13__nv_bfloat16)"
     if latent := re.search(of_latents, symbol):
-        kernel, variant = LATENT_KERNELS[latent.group(1)]
+        kernel, described = LATENT_KERNELS[latent.group(1)]
         if walk := re.search(r"Li(\d)ELi(\d)ELb([01])E", symbol):
             form = "rebuilt" if walk.group(3) == "1" else "narrow"
-            variant = f"{form}, {8 * int(walk.group(1))} rows, {16 * int(walk.group(2))} tokens"
-        return kernel, TYPE_NAMES[latent.group(2)], "", variant
+            described = f"{form}, {8 * int(walk.group(1))} rows, {16 * int(walk.group(2))} tokens"
+        return kernel, TYPE_NAMES[latent.group(2)], "", described
     match = re.search(
         r"skipcat\d+(decodeProduct|prefillProduct|gather)I(6__half|13__nv_bfloat16)", symbol
     )

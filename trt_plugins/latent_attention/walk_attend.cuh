@@ -163,52 +163,71 @@ __device__ __forceinline__ void leaveShare(
     }
 }
 
-template <typename T, int NT, int MT, bool REBUILT>
-__global__ void __launch_bounds__(kWalkThreads, NT == 1 && !REBUILT ? 3 : 2) walkContext(WalkArguments p)
+// What a warp walks with; its block's part of shared memory, but for turned queries and the ring, which are its own.
+template <typename T>
+struct Walk
 {
-    constexpr int kTokensOf = 16 * MT;
-    constexpr int kFragments = fragmentsOf(8 * NT, REBUILT);
+    Stream keys, values;
+    Way way;
+    int head;  // of the keys
+    int units; // of the values, that the block sums up
+    T const* mask;
+    T *query, *turned, *up;
+    __half2* turns;
+    float* mean;
+    unsigned char* ring;
+};
+
+template <typename T, int MT, int FRAGMENTS, bool REBUILT>
+__device__ __forceinline__ Walk<T> walkOf(WalkArguments const& p, Place const& at)
+{
     unsigned char* const shared = sharedMemory();
     Problem const& problem = p.problem;
-    WalkLayout const& layout = p.at;
-    Place const at = walkPlaceOf(p);
     int const warp = static_cast<int>(threadIdx.x) / 32;
     int const perGroup = REBUILT ? problem.headsPerGroup : 1;
-    int const head = at.unit / (p.units / (problem.keys.groups * perGroup));
-    int const sliceUnits = kFragments / stepsPerUnit(problem.values.form);
+    int const sliceUnits = FRAGMENTS / stepsPerUnit(problem.values.form);
     int const ahead = at.slice * sliceUnits;
-    int const here = unitsIn(problem.values) - ahead < sliceUnits ? unitsIn(problem.values) - ahead : sliceUnits;
-    Stream const keys = streamOf(problem.keys, p.pointers.keys, p.pointers.keySteps, problem.slots, at.batch,
-        head / perGroup, 0, bytesOf(problem.keys), layout.keyStride);
-    Stream const values = streamOf(problem.values, p.pointers.values, p.pointers.valueSteps, problem.slots, at.batch,
-        at.unit / (p.units / problem.values.groups), kUnit * ahead, kUnit * sliceUnits, layout.valueStride);
-    T* const query = reinterpret_cast<T*>(shared + layout.query);
-    T* const turned = reinterpret_cast<T*>(shared + layout.turned) + warp * p.rows * layout.queryStride;
-    T* const up = reinterpret_cast<T*>(shared + layout.up);
-    __half2* const turns = reinterpret_cast<__half2*>(shared + layout.turns);
-    float* const mean = reinterpret_cast<float*>(shared + layout.mean);
-    unsigned char* const ring = shared + layout.ring + warp * p.stages * layout.stageBytes;
-    Way const way = wayOf<MT>(p, at);
-    awaitPrevious();
-    releaseNext();
-    if (way.count > 0)
+    int const left = unitsIn(problem.values) - ahead;
+    Walk<T> walk{};
+    walk.head = at.unit / (p.units / (problem.keys.groups * perGroup));
+    walk.units = left < sliceUnits ? left : sliceUnits;
+    walk.keys = streamOf(problem.keys, p.pointers.keys, p.pointers.keySteps, problem.slots, at.batch,
+        walk.head / perGroup, 0, bytesOf(problem.keys), p.at.keyStride);
+    walk.values = streamOf(problem.values, p.pointers.values, p.pointers.valueSteps, problem.slots, at.batch,
+        at.unit / (p.units / problem.values.groups), kUnit * ahead, kUnit * sliceUnits, p.at.valueStride);
+    walk.way = wayOf<MT>(p, at);
+    walk.mask = static_cast<T const*>(p.pointers.mask)
+        + static_cast<int64_t>(problem.maskByRow ? at.batch : 0) * problem.queries * problem.slots;
+    walk.query = reinterpret_cast<T*>(shared + p.at.query);
+    walk.turned = reinterpret_cast<T*>(shared + p.at.turned) + warp * p.rows * p.at.queryStride;
+    walk.up = reinterpret_cast<T*>(shared + p.at.up);
+    walk.turns = reinterpret_cast<__half2*>(shared + p.at.turns);
+    walk.mean = reinterpret_cast<float*>(shared + p.at.mean);
+    walk.ring = shared + p.at.ring + warp * p.stages * p.at.stageBytes;
+    return walk;
+}
+
+// Lets the first stages come, lays out what the block keeps, and finds the stages that are open: [first, last).
+template <typename T, int MT, bool REBUILT>
+__device__ __forceinline__ int2 beginWalk(WalkArguments const& p, Place const& at, Walk<T> const& walk)
+{
+    constexpr int kTokensOf = 16 * MT;
+    if (walk.way.count > 0)
     {
-        copyStage(layout, ring, keys, values, way.first, kTokensOf, problem.slots);
+        copyStage(p.at, walk.ring, walk.keys, walk.values, walk.way.first, kTokensOf, p.problem.slots);
     }
-    layQuery(p, at, query);
+    layQuery(p, at, walk.query);
     if constexpr (REBUILT)
     {
-        layMap(p, head, up, mean);
+        layMap(p, walk.head, walk.up, walk.mean);
     }
     closeCopies();
-    fillRing(p, ring, keys, values, way, 0, 1, kTokensOf);
-    fillUnits(p, ring, kTokensOf);
-    T const* const mask = static_cast<T const*>(p.pointers.mask)
-        + static_cast<int64_t>(problem.maskByRow ? at.batch : 0) * problem.queries * problem.slots;
-    int2 const open = openStages<MT>(p, at, way, reinterpret_cast<uint16_t const*>(mask));
+    fillRing(p, walk.ring, walk.keys, walk.values, walk.way, 0, 1, kTokensOf);
+    fillUnits(p, walk.ring, kTokensOf);
+    int2 const open = openStages<MT>(p, at, walk.way, reinterpret_cast<uint16_t const*>(walk.mask));
     if constexpr (REBUILT)
     {
-        layTurns(p, turns, kTokensOf);
+        layTurns(p, walk.turns, kTokensOf);
     }
     awaitStages(p.stages - 2);
     __syncthreads();
@@ -216,8 +235,57 @@ __global__ void __launch_bounds__(kWalkThreads, NT == 1 && !REBUILT ? 3 : 2) wal
     {
         awaitStages(0); // what was begun with is closed
         syncWarp();
-        fillRing(p, ring, keys, values, way, open.x, 0, kTokensOf);
+        fillRing(p, walk.ring, walk.keys, walk.values, walk.way, open.x, 0, kTokensOf);
     }
+    return open;
+}
+
+// Stage i of the way, which lies in place `slot` of the ring; lets the last of the ring come.
+template <typename T, int NT, int MT, int FRAGMENTS, bool REBUILT>
+__device__ __forceinline__ void takeStage(WalkArguments const& p, Place const& at, Walk<T> const& walk,
+    int const (&lines)[NT][2], Found<NT, FRAGMENTS>& found, int i, int slot, int end)
+{
+    int const token = walk.way.first + i * walk.way.step;
+    int const next = i + p.stages - 1;
+    if (next < end)
+    {
+        int const to = slot == 0 ? p.stages - 1 : slot - 1;
+        copyStage(p.at, walk.ring + to * p.at.stageBytes, walk.keys, walk.values,
+            walk.way.first + next * walk.way.step, 16 * MT, p.problem.slots);
+    }
+    closeCopies();
+    Scores<NT, MT> added;
+    bool const closed = readMask<T, NT, MT>(added, lines, walk.mask, token, p.problem.slots);
+    if constexpr (REBUILT)
+    {
+        turnQueries(p, walk.query, walk.turned, at.rows, token);
+    }
+    awaitStages(p.stages - 1);
+    syncWarp();
+    unsigned char* const stage = walk.ring + slot * p.at.stageBytes;
+    Scores<NT, MT> scores{};
+    Map<T> const map{walk.up, walk.turns, walk.mean};
+    scoreStage<T, NT, MT, REBUILT>(scores, p, stage, REBUILT ? walk.turned : walk.query, map);
+    if (anyLane(closed))
+    {
+        clearClosed<NT, MT>(added, p.at, stage, walk.values.chunks, walk.values.steps != nullptr);
+    }
+    uint32_t weights[MT][NT][2];
+    weigh<T, NT, MT, FRAGMENTS>(weights, scores, added, found);
+    withForm(p.problem.values.form, [&](auto form)
+        { mixValues<T, decltype(form)::value, NT, MT, FRAGMENTS>(found, p.at, stage, weights, walk.units); });
+    syncWarp();
+}
+
+template <typename T, int NT, int MT, bool REBUILT>
+__global__ void __launch_bounds__(kWalkThreads, NT == 1 && !REBUILT ? 3 : 2) walkContext(WalkArguments p)
+{
+    constexpr int kFragments = fragmentsOf(8 * NT, REBUILT);
+    Place const at = walkPlaceOf(p);
+    Walk<T> const walk = walkOf<T, MT, kFragments, REBUILT>(p, at);
+    awaitPrevious();
+    releaseNext();
+    int2 const open = beginWalk<T, MT, REBUILT>(p, at, walk);
     Found<NT, kFragments> found{};
     int lines[NT][2];
     findLines<NT>(lines, p, at);
@@ -228,40 +296,12 @@ __global__ void __launch_bounds__(kWalkThreads, NT == 1 && !REBUILT ? 3 : 2) wal
     }
     for (int i = open.x, slot = 0; i < open.y; ++i)
     {
-        int const token = way.first + i * way.step;
-        int const next = i + p.stages - 1;
-        if (next < open.y)
-        {
-            int const to = slot == 0 ? p.stages - 1 : slot - 1;
-            copyStage(layout, ring + to * layout.stageBytes, keys, values, way.first + next * way.step, kTokensOf,
-                problem.slots);
-        }
-        closeCopies();
-        Scores<NT, MT> added;
-        bool const closed = readMask<T, NT, MT>(added, lines, mask, token, problem.slots);
-        if constexpr (REBUILT)
-        {
-            turnQueries(p, query, turned, at.rows, token);
-        }
-        awaitStages(p.stages - 1);
-        syncWarp();
-        unsigned char* const stage = ring + slot * layout.stageBytes;
-        Scores<NT, MT> scores{};
-        scoreStage<T, NT, MT, REBUILT>(scores, p, stage, REBUILT ? turned : query, {up, turns, mean});
-        if (anyLane(closed))
-        {
-            clearClosed<NT, MT>(added, layout, stage, values.chunks, values.steps != nullptr);
-        }
-        uint32_t weights[MT][NT][2];
-        weigh<T, NT, MT, kFragments>(weights, scores, added, found);
-        withForm(problem.values.form, [&](auto form)
-            { mixValues<T, decltype(form)::value, NT, MT, kFragments>(found, layout, stage, weights, here); });
-        syncWarp();
+        takeStage<T, NT, MT, kFragments, REBUILT>(p, at, walk, lines, found, i, slot, open.y);
         slot = slot + 1 == p.stages ? 0 : slot + 1;
     }
     awaitStages(0);
     __syncthreads();
-    leaveShare<NT, kFragments>(p, at, found, reinterpret_cast<float*>(shared + layout.ring));
+    leaveShare<NT, kFragments>(p, at, found, reinterpret_cast<float*>(sharedMemory() + p.at.ring));
 }
 
 } // namespace skipcat::latent
