@@ -95,17 +95,28 @@ __device__ __forceinline__ void fillRing(WalkArguments const& p, unsigned char* 
     }
 }
 
-// What the warps found, by rows, joined in their order and left for the second launch.
+// What the warps of a block found, by rows: [warps][rows][columns], and of each row the largest score and the total.
 template <int NT, int FRAGMENTS>
-__device__ __forceinline__ void leaveShare(
-    WalkArguments const& p, Place const& at, Found<NT, FRAGMENTS>& found, float* shared)
+struct FoundByRows
 {
-    constexpr int kRowsOf = 8 * NT;
-    constexpr int kColumnsOf = 16 * FRAGMENTS;
+    static constexpr int kRows = 8 * NT;
+    static constexpr int kColumns = 16 * FRAGMENTS;
+
+    __device__ __forceinline__ explicit FoundByRows(float* shared)
+        : sums(shared)
+        , maxima(shared + kWarps * kRows * kColumns)
+        , totals(maxima + kWarps * kRows)
+    {
+    }
+
+    float *sums, *maxima, *totals;
+};
+
+template <int NT, int FRAGMENTS>
+__device__ __forceinline__ void layFound(FoundByRows<NT, FRAGMENTS> const& to, Found<NT, FRAGMENTS>& found)
+{
     int const lane = static_cast<int>(threadIdx.x) % 32;
-    int const warp = static_cast<int>(threadIdx.x) / 32;
-    float* const maxima = shared + kWarps * kRowsOf * kColumnsOf; // [warps][rows]
-    float* const totals = maxima + kWarps * kRowsOf;
+    int const first = static_cast<int>(threadIdx.x) / 32 * to.kRows;
 #pragma unroll
     for (int i = 0; i < 2 * NT; ++i)
     {
@@ -114,24 +125,31 @@ __device__ __forceinline__ void leaveShare(
         {
             total += shuffleXor(total, distance);
         }
-        int const row = i / 2 * 8 + 2 * (lane % 4) + i % 2;
+        int const row = first + i / 2 * 8 + 2 * (lane % 4) + i % 2;
         if (lane < 4)
         {
-            maxima[warp * kRowsOf + row] = found.maximum[i / 2][i % 2];
-            totals[warp * kRowsOf + row] = total;
+            to.maxima[row] = found.maximum[i / 2][i % 2];
+            to.totals[row] = total;
         }
 #pragma unroll
         for (int f = 0; f < FRAGMENTS; ++f)
         {
-            float* const to = shared + (warp * kRowsOf + row) * kColumnsOf + 16 * f + lane / 4;
-            to[0] = found.sums[f][i / 2][i % 2];
-            to[8] = found.sums[f][i / 2][i % 2 + 2];
+            float* const column = to.sums + row * to.kColumns + 16 * f + lane / 4;
+            column[0] = found.sums[f][i / 2][i % 2];
+            column[8] = found.sums[f][i / 2][i % 2 + 2];
         }
     }
     __syncthreads();
+}
+
+// The warps joined in their order, and left for the second launch.
+template <int NT, int FRAGMENTS>
+__device__ __forceinline__ void leaveShare(
+    WalkArguments const& p, Place const& at, FoundByRows<NT, FRAGMENTS> const& found)
+{
+    constexpr int kColumnsOf = 16 * FRAGMENTS;
     Side const& side = p.problem.values;
-    int64_t const first = (static_cast<int64_t>(at.row) * p.splits + at.split) * kRowsOf;
-    int const fragments = at.slice * FRAGMENTS;
+    int64_t const first = (static_cast<int64_t>(at.row) * p.splits + at.split) * p.rows;
     for (int i = static_cast<int>(threadIdx.x); i < at.rows * kColumnsOf; i += kWalkThreads)
     {
         int const row = i / kColumnsOf;
@@ -139,18 +157,20 @@ __device__ __forceinline__ void leaveShare(
         float largest = kNothing;
         for (int w = 0; w < kWarps; ++w)
         {
-            largest = fmaxf(largest, maxima[w * kRowsOf + row]);
+            largest = fmaxf(largest, found.maxima[w * found.kRows + row]);
         }
         float sum = 0.0f;
         float total = 0.0f;
         for (int w = 0; w < kWarps; ++w)
         {
             // A warp that found nothing has sums of zero.
-            float const factor = powerOf2((maxima[w * kRowsOf + row] - largest) * kLog2e);
-            sum += factor * shared[(w * kRowsOf + row) * kColumnsOf + column];
-            total += factor * totals[w * kRowsOf + row];
+            int const of = w * found.kRows + row;
+            float const factor = powerOf2((found.maxima[of] - largest) * kLog2e);
+            sum += factor * found.sums[of * kColumnsOf + column];
+            total += factor * found.totals[of];
         }
-        int const number = numberOfFragment(fragments + column / 16, column % 16, side.held, side.form);
+        int const number
+            = numberOfFragment(at.slice * FRAGMENTS + column / 16, column % 16, side.held, side.form);
         if (number >= 0)
         {
             p.shares[(first + row) * rankOf(side) + number] = sum;
@@ -301,7 +321,9 @@ __global__ void __launch_bounds__(kWalkThreads, NT == 1 && !REBUILT ? 3 : 2) wal
     }
     awaitStages(0);
     __syncthreads();
-    leaveShare<NT, kFragments>(p, at, found, reinterpret_cast<float*>(sharedMemory() + p.at.ring));
+    FoundByRows<NT, kFragments> const byRows(reinterpret_cast<float*>(sharedMemory() + p.at.ring));
+    layFound<NT, kFragments>(byRows, found);
+    leaveShare<NT, kFragments>(p, at, byRows);
 }
 
 } // namespace skipcat::latent
