@@ -47,7 +47,12 @@ KERNELS = {
     "prefillProduct": ("prefill", "{} rows"),
     "gather": ("gather", ""),
 }
-LATENT_KERNELS = {"attendStretch": "attend", "joinStretches": "join"}
+LATENT_KERNELS = {
+    "attendStretch": ("attend", "any latents"),
+    "joinStretches": ("join", "any latents"),
+    "walkContext": ("attend", ""),
+    "joinWalks": ("join", ""),
+}
 WEIGHT_NAMES = {"0": "of its type", "4": "int4", "8": "int8"}
 
 
@@ -71,8 +76,13 @@ def architectures(chosen: str | None) -> str:
 
 def demangled(symbol: str) -> tuple[str, str, str, str]:
     """Kernel, type of x, weights and variant out of a mangled name of ours."""
-    if latent := re.search(r"latent\d+(attendStretch|joinStretches)", symbol):
-        return LATENT_KERNELS[latent.group(1)], "fp16", "", ""
+    of_latents = rf"latent\d+({'|'.join(LATENT_KERNELS)})I(6__half|13__nv_bfloat16)"
+    if latent := re.search(of_latents, symbol):
+        kernel, described = LATENT_KERNELS[latent.group(1)]
+        if walk := re.search(r"Li(\d)ELi(\d)ELb([01])E", symbol):
+            form = "rebuilt" if walk.group(3) == "1" else "narrow"
+            described = f"{form}, {8 * int(walk.group(1))} rows, {16 * int(walk.group(2))} tokens"
+        return kernel, TYPE_NAMES[latent.group(2)], "", described
     match = re.search(rf"skipcat\d+({'|'.join(KERNELS)})I(6__half|13__nv_bfloat16)", symbol)
     if match is None:
         return symbol, "", "", ""

@@ -26,7 +26,7 @@ import torch
 
 from benchmarks.command import run
 from pipeline.errors import InputError
-from pipeline.kernels.build import SOURCE_FOLDER, SOURCES, build_library
+from pipeline.kernels.build import BLOCK_SKIP, KernelSources, build_library
 from pipeline.kernels.interface import BF16, FP16, Device, Pointers, Problem, open_library
 from trt_plugins.toolchain import local_nvcc
 
@@ -178,7 +178,7 @@ class Kernels:
             path = build_library(capability)
         else:
             self.device = _EMULATED_DEVICE
-            path = _emulated_library()
+            path = emulated_library(BLOCK_SKIP)
         self.library = open_library(path)
 
     def prepare(self, call: Call, tactic: int) -> _PreparedCall:
@@ -255,8 +255,8 @@ def _cuda_toolkit() -> Path:
 
 
 @cache
-def _emulated_library() -> Path:
-    """The same sources compiled for the CPU, where every CUDA thread is a fiber.
+def emulated_library(kernels: KernelSources) -> Path:
+    """The same sources as for a GPU, compiled for the CPU, where every CUDA thread is a fiber.
 
     Raises:
         InputError: there are no CUDA headers, or g++ fails.
@@ -264,20 +264,22 @@ def _emulated_library() -> Path:
     toolkit = _cuda_toolkit()
     _EMULATED.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256()
-    for path in sorted(SOURCE_FOLDER.rglob("*.[ch]*")):
-        digest.update(path.read_bytes())
-    target = _EMULATED / f"block_skip_emulated-{digest.hexdigest()[:16]}.so"
+    for folder in kernels.folders:
+        for path in sorted(folder.rglob("*.[ch]*")):
+            digest.update(path.read_bytes())
+    target = _EMULATED / f"{kernels.name}_emulated-{digest.hexdigest()[:16]}.so"
     if not target.is_file():
-        _compile_emulation(toolkit, target)
+        _compile_emulation(toolkit, target, kernels)
     return target
 
 
-def _compile_emulation(toolkit: Path, target: Path) -> None:
+def _compile_emulation(toolkit: Path, target: Path, kernels: KernelSources) -> None:
     """Run g++; `target` appears only when it succeeded, so that two may do it at once."""
     aside = target.with_suffix(f".{os.getpid()}")
     command = ["g++", "-std=c++17", "-O1", "-shared", "-fPIC", "-w", "-DSKIPCAT_EMULATE"]
-    command += [f"-I{SOURCE_FOLDER}", "-isystem", str(toolkit / "include"), "-x", "c++"]
-    command += [str(SOURCE_FOLDER / name) for name in SOURCES]
+    command += [f"-I{folder}" for folder in kernels.folders]
+    command += ["-isystem", str(toolkit / "include"), "-x", "c++"]
+    command += [str(kernels.find(name)) for name in kernels.sources]
     command += ["-x", "none", f"-L{toolkit / 'lib64'}", "-lcudart_static", "-ldl", "-lrt"]
     command += ["-lpthread", "-o", str(aside)]
     answer = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -154,11 +154,12 @@ def _card_name() -> str:
 
 
 def _prepare(capability: int) -> None:
-    """Compile the kernel library and the plugin's harness, and fetch the rival, into build/."""
-    from pipeline.kernels.build import build_library
+    """Compile the kernel libraries and the plugin's harness, and fetch the rival, into build/."""
+    from pipeline.kernels.build import BLOCK_SKIP, LATENT_ATTENTION, build_library
 
     os.environ["SKIPCAT_CACHE"] = str(_PREPARED / "cache")
-    click.echo(f"kernels: {build_library(capability)}")
+    for kernels in (BLOCK_SKIP, LATENT_ATTENTION):
+        click.echo(f"kernels: {build_library(capability, kernels)}")
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--upgrade"]
     plugin = [sys.executable, str(_ROOT / "tools" / "build_plugin.py")]
     for what, command in (

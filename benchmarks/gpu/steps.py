@@ -64,9 +64,9 @@ class Step:
     least_s: float = 15.0
 
 
-_LAYERS, _MODELS, _CHECKS, _OFFLOAD = (
+_LAYERS, _MODELS, _CHECKS, _CACHES, _OFFLOAD = (
     f"benchmarks.gpu.{name}"
-    for name in ("layer_steps", "model_steps", "check_steps", "offload_steps")
+    for name in ("layer_steps", "model_steps", "check_steps", "cache_steps", "offload_steps")
 )
 # Seconds are for a card that is at hand for ten minutes. Later steps get what earlier ones leave.
 STEPS = (
@@ -77,6 +77,7 @@ STEPS = (
     Step("prefill layers", f"{_LAYERS}:prefill_layers", 30),
     Step("memcheck", f"{_CHECKS}:memcheck", 75),
     Step("racecheck", f"{_CHECKS}:racecheck", 60),
+    Step("latent attention", f"{_CACHES}:latent_attention", 60),
     Step("int4 rivals", f"{_LAYERS}:int4_rivals", 60),
     Step("offload", f"{_OFFLOAD}:offload", 120),
     Step("decode default model", f"{_MODELS}:decode_default", 60),

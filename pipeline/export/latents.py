@@ -29,6 +29,7 @@ from pipeline.export.passes.fold_values import map_values
 _Rotate = Callable[..., torch.Tensor]
 # Positions at which an order of a key's numbers is held against the model's own rotation.
 _PROBED = (0, 1, 2, 3, 5, 8, 13, 21)
+_BEYOND = 31  # as many positions on, what two rotations make together is looked at
 _SAME = 1e-4
 
 
@@ -104,7 +105,8 @@ class GraphLatents(nn.Module):
         for order, strided in _orders(width, cos.shape[-1]):
             found = _Rotation(order, *(_halved(t[0], width, strided) for t in tables))
             turned = _turned(keys[..., order], found.cos[places], found.sin[places])
-            if torch.allclose(turned, wanted[..., order], atol=_SAME, rtol=0):
+            same = torch.allclose(turned, wanted[..., order], atol=_SAME, rtol=0)
+            if same and _are_proportional(found.cos, found.sin):
                 return found
         return None
 
@@ -252,6 +254,19 @@ def _halved(table: torch.Tensor, width: int, strided: bool) -> torch.Tensor:
     still = width // 2 - angles.shape[1]
     is_cos = bool((table[0] != 0).all())
     return nn.functional.pad(angles, (0, still), value=1.0 if is_cos else 0.0).contiguous()
+
+
+def _are_proportional(cos: torch.Tensor, sin: torch.Tensor) -> bool:
+    """Whether angles [positions, pairs] are proportional to the position, as the kernels take them.
+
+    Those turn a key by the first position of its 16 or 32, and then by what it is beyond that.
+    """
+    rows = torch.complex(cos.double(), sin.double())
+    length, beyond = rows.shape[0], min(_BEYOND, rows.shape[0] - 1)
+    first = torch.arange(0, length - beyond, max(1, (length - beyond) // 64))
+    composed = rows[first] * rows[beyond] / rows[0]
+    # Angles of float32 are off by 2^-24 of themselves.
+    return bool((composed - rows[first + beyond]).abs().max() <= _SAME + 2**-22 * length)
 
 
 def _turned(keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The kernel library for one GPU: compiled by nvcc when it is first needed, and kept.
+"""A kernel library for one GPU: compiled by nvcc when it is first needed, and kept.
 
 It lies in the user's cache, under a name made of everything it depends on, so that a new version of
 the sources, of nvcc, or another GPU gets a library of its own.
@@ -7,6 +7,7 @@ the sources, of nvcc, or another GPU gets a library of its own.
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock
@@ -24,16 +25,55 @@ _HEADERS = (
 )  # fmt: skip
 
 
-def _library_name(capability: int, version: str) -> str:
+@dataclass(frozen=True)
+class KernelSources:
+    """What one library is compiled of.
+
+    Attributes:
+        name: how its file begins.
+        folders: in which its files are looked for, in this order; all hold headers.
+        sources: what is compiled, file names.
+        headers: what those include.
+    """
+
+    name: str
+    folders: tuple[Path, ...]
+    sources: tuple[str, ...]
+    headers: tuple[str, ...]
+
+    def find(self, name: str) -> Path:
+        """The path of a source or header."""
+        return next(folder / name for folder in self.folders if (folder / name).is_file())
+
+    @property
+    def title(self) -> str:
+        """As a message calls its kernels."""
+        return self.name.replace("_", "-")
+
+
+BLOCK_SKIP = KernelSources("block_skip", (SOURCE_FOLDER,), SOURCES, _HEADERS)
+LATENT_ATTENTION = KernelSources(
+    "latent_attention",
+    (SOURCE_FOLDER.with_name("latent_attention"), SOURCE_FOLDER),
+    ("latent_attention_kernel.cu", "latent_c_interface.cpp"),
+    (
+        "attend.cuh", "blocks.cuh", "device.cuh", "lanes.cuh", "latent_attention.h", "rebuild.cuh",
+        "stage.cuh", "walk_attend.cuh", "walk_copies.cuh", "walk_fragments.cuh", "walk_join.cuh",
+        "walk_keys.cuh", "walk_launch.cuh", "walk_layout.cuh", "walk_values.cuh",
+    ),
+)  # fmt: skip
+
+
+def _library_name(capability: int, version: str, kernels: KernelSources = BLOCK_SKIP) -> str:
     """A file name that differs whenever the compiled library would."""
     digest = hashlib.sha256(version.encode())
-    for name in (*SOURCES, *_HEADERS):
-        digest.update(name.encode() + (SOURCE_FOLDER / name).read_bytes())
-    return f"block_skip-sm{capability}-{digest.hexdigest()[:16]}.so"
+    for name in (*kernels.sources, *kernels.headers):
+        digest.update(name.encode() + kernels.find(name).read_bytes())
+    return f"{kernels.name}-sm{capability}-{digest.hexdigest()[:16]}.so"
 
 
-def build_library(capability: int) -> Path:
-    """The kernel library for GPUs of `capability` (87 is 8.7), compiled unless it is there.
+def build_library(capability: int, kernels: KernelSources = BLOCK_SKIP) -> Path:
+    """A kernel library for GPUs of `capability` (87 is 8.7), compiled unless it is there.
 
     Raises:
         InputError: the GPU is too old, there is no nvcc, or it fails; the message has its output.
@@ -42,22 +82,25 @@ def build_library(capability: int) -> Path:
     nvcc = local_nvcc()
     if nvcc is None:
         raise InputError(
-            "The block-skip kernels must be compiled, and there is no CUDA compiler.",
+            f"The {kernels.title} kernels must be compiled, and there is no CUDA compiler.",
             observed="no nvcc in CUDA_HOME, on PATH, or in /usr/local/cuda/bin",
             change="install the CUDA toolkit (on a Jetson: apt install cuda-nvcc-12-6)",
         )
     folder = cache_folder() / "kernels"
     folder.mkdir(parents=True, exist_ok=True)
-    target = folder / _library_name(capability, nvcc_text(nvcc).rpartition("\n")[2])
+    version = nvcc_text(nvcc).rpartition("\n")[2]
+    target = folder / _library_name(capability, version, kernels)
     # Two processes that start together compile once.
     with FileLock(f"{target}.lock"):
         if not target.is_file():
-            note(f"compiling the block-skip kernels for sm_{capability}, once: {target}")
-            _compile_library(nvcc, capability, target)
+            note(f"compiling the {kernels.title} kernels for sm_{capability}, once: {target}")
+            _compile_library(nvcc, capability, target, kernels)
     return target
 
 
-def _compile_library(nvcc: Path, capability: int, target: Path) -> None:
+def _compile_library(
+    nvcc: Path, capability: int, target: Path, kernels: KernelSources = BLOCK_SKIP
+) -> None:
     """Run nvcc; `target` appears only when it succeeded.
 
     Raises:
@@ -68,10 +111,11 @@ def _compile_library(nvcc: Path, capability: int, target: Path) -> None:
         "-shared", "-cudart", "static",
         "-gencode", f"arch=compute_{capability},code=sm_{capability}",
         "-Xcompiler", "-fPIC,-fvisibility=hidden",
-        *(str(SOURCE_FOLDER / name) for name in SOURCES), "-o", str(aside),
+        *(f"-I{folder}" for folder in kernels.folders),
+        *(str(kernels.find(name)) for name in kernels.sources), "-o", str(aside),
     ]  # fmt: skip
     try:
-        run_nvcc(nvcc, arguments, "the block-skip kernels")
+        run_nvcc(nvcc, arguments, f"the {kernels.title} kernels")
         aside.replace(target)
     finally:
         aside.unlink(missing_ok=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.kernels.build import SOURCES
+from pipeline.kernels.build import BLOCK_SKIP, KernelSources
 from trt_plugins.toolchain import local_nvcc
 
 KERNELS = Path(__file__).parents[2] / "trt_plugins" / "block_skip"
@@ -49,14 +49,15 @@ def compile_program(
     return program
 
 
-def compile_library(folder: Path) -> Path:
-    """The kernel library for ctypes, over the emulation."""
+def compile_library(folder: Path, of: KernelSources = BLOCK_SKIP) -> Path:
+    """A kernel library for ctypes, over the emulation."""
     if shutil.which("g++") is None:
         pytest.skip("g++ is not installed")
     headers, library = cuda_headers(), folder / "emulated.so"
     command = ["g++", "-std=c++17", "-O1", "-shared", "-fPIC", "-w", "-DSKIPCAT_EMULATE"]
-    command += [f"-I{KERNELS}", "-isystem", str(headers), "-x", "c++"]
-    command += [str(KERNELS / name) for name in SOURCES]
+    command += [f"-I{place}" for place in of.folders]
+    command += ["-isystem", str(headers), "-x", "c++"]
+    command += [str(of.find(name)) for name in of.sources]
     lib = next((p for p in (headers.parent / "lib64", headers.parent / "lib") if p.is_dir()), None)
     command += ["-x", "none", *([f"-L{lib}"] if lib else []), "-lcudart_static"]
     subprocess.run([*command, "-ldl", "-lrt", "-lpthread", "-o", str(library)], check=True)

@@ -14,18 +14,20 @@ namespace skipcat::latent
 {
 
 // Scores [16][64] of the tile: each warp 16 tokens.
+template <typename T>
 __device__ __forceinline__ void scoreTile(
-    Arguments const& p, unsigned char* shared, Layout const& at, Cached const& keys, int head, int token, int tokens)
+    Arguments const& p, unsigned char* shared, Layout const& at, Cached const& keys, int head, int token,
+    int const* open)
 {
-    __half* const query = reinterpret_cast<__half*>(shared + at.query);
+    T* const query = reinterpret_cast<T*>(shared + at.query);
     int const stride = queryStride(p.problem);
     int const first = static_cast<int>(threadIdx.x) / 32 * 16;
     float sums[2][4] = {};
     uint32_t a[4];
     if (p.problem.headsPerGroup > 0)
     {
-        __half* const made = reinterpret_cast<__half*>(shared + at.keys);
-        rebuildKeys(p, shared, at, keys, head, token, tokens);
+        T* const made = reinterpret_cast<T*>(shared + at.keys);
+        rebuildKeys<T>(p, shared, at, keys, head, token, open);
         for (int k = 0; k < p.problem.width; k += 16)
         {
             loadRows(a, query, stride, 0, k);
@@ -34,11 +36,11 @@ __device__ __forceinline__ void scoreTile(
     }
     else
     {
-        __half* const piece = reinterpret_cast<__half*>(shared + at.piece);
+        T* const piece = reinterpret_cast<T*>(shared + at.piece);
         for (int n = 0; n < keys.pieces; ++n)
         {
             __syncthreads();
-            stagePiece(piece, keys, n, token, tokens);
+            stagePiece(piece, keys, n, token, open);
             __syncthreads();
 #pragma unroll
             for (int k = 0; k < kPiece; k += 16)
@@ -59,32 +61,35 @@ __device__ __forceinline__ void scoreTile(
     __syncthreads();
 }
 
+template <typename T>
 __device__ __forceinline__ float maskAt(Arguments const& p, Place const& at, int row, int token)
 {
     int const batch = p.problem.maskByRow ? at.batch : 0;
     int64_t const line = static_cast<int64_t>(batch) * p.problem.queries + queryOf(p, at, row).y;
-    return toFloat(static_cast<__half const*>(p.pointers.mask)[line * p.problem.slots + token]);
+    return toFloat(static_cast<T const*>(p.pointers.mask)[line * p.problem.slots + token]);
 }
 
-// Whether any query of the tile may look at any of its tokens.
-__device__ __forceinline__ bool isOpen(Arguments const& p, Place const& at, int* flag, int token, int tokens)
+// Which tokens of the tile any of its queries may look at: [64], and whether there are any, behind them.
+template <typename T>
+__device__ __forceinline__ bool findOpen(Arguments const& p, Place const& at, int* open, int token, int tokens)
 {
-    if (threadIdx.x == 0)
+    if (static_cast<int>(threadIdx.x) <= kTokens)
     {
-        *flag = 0;
+        open[threadIdx.x] = 0;
     }
     __syncthreads();
     for (int i = static_cast<int>(threadIdx.x); i < at.rows * kTokens; i += kThreads)
     {
-        if (i % kTokens < tokens && maskAt(p, at, i / kTokens, token + i % kTokens) > kClosed)
+        if (i % kTokens < tokens && maskAt<T>(p, at, i / kTokens, token + i % kTokens) > kClosed)
         {
-            *flag = 1;
+            open[i % kTokens] = 1;
+            open[kTokens] = 1;
         }
     }
     __syncthreads();
-    bool const open = *flag != 0;
+    bool const any = open[kTokens] != 0;
     __syncthreads();
-    return open;
+    return any;
 }
 
 struct State
@@ -96,12 +101,13 @@ struct State
 };
 
 // Scores to weights exp(score - largest so far), as halves; moves the row's largest score and sum on.
+template <typename T>
 __device__ __forceinline__ void weighTile(
     Arguments const& p, Place const& at, unsigned char* shared, Layout const& layout, State const& state, int token,
     int tokens)
 {
     float* const scores = reinterpret_cast<float*>(shared + layout.scores);
-    __half* const weights = reinterpret_cast<__half*>(shared + layout.shares);
+    T* const weights = reinterpret_cast<T*>(shared + layout.shares);
     int const row = static_cast<int>(threadIdx.x) / kPartners;
     int const part = static_cast<int>(threadIdx.x) % kPartners;
     float own[kTokens / kPartners];
@@ -111,7 +117,8 @@ __device__ __forceinline__ void weighTile(
     {
         int const place = part + kPartners * i;
         bool const there = row < at.rows && place < tokens;
-        own[i] = there ? scores[row * kScoreStride + place] + maskAt(p, at, row, token + place) : kNothing;
+        float const added = there ? maskAt<T>(p, at, row, token + place) : kNothing;
+        own[i] = added > kClosed ? scores[row * kScoreStride + place] + added : kNothing;
         largest = own[i] > largest ? own[i] : largest;
     }
     state.found[row * kPartners + part] = largest;
@@ -129,7 +136,8 @@ __device__ __forceinline__ void weighTile(
     for (int i = 0; i < kTokens / kPartners; ++i)
     {
         float const weight = own[i] > kNothing ? expf(own[i] - largest) : 0.0f;
-        __half const rounded = __float2half_rn(weight);
+        T rounded;
+        fromFloat(weight, rounded);
         weights[row * kStride + part + kPartners * i] = rounded;
         sum += toFloat(rounded);
     }
@@ -151,11 +159,12 @@ __device__ __forceinline__ void weighTile(
 }
 
 // sums [16][64 of each piece] = factor * sums + weights * values: each warp 16 columns of a piece.
+template <typename T>
 __device__ __forceinline__ void mixTile(float (&sums)[kPieces][2][4], unsigned char* shared, Layout const& at,
-    State const& state, Cached const& values, int slice, int token, int tokens)
+    State const& state, Cached const& values, int slice, int token, int const* open)
 {
-    __half* const piece = reinterpret_cast<__half*>(shared + at.piece);
-    __half* const weights = reinterpret_cast<__half*>(shared + at.shares);
+    T* const piece = reinterpret_cast<T*>(shared + at.piece);
+    T* const weights = reinterpret_cast<T*>(shared + at.shares);
     int const lane = static_cast<int>(threadIdx.x) % 32;
     int const column = static_cast<int>(threadIdx.x) / 32 * 16;
     float const factors[2] = {state.factor[lane / 4], state.factor[lane / 4 + 8]};
@@ -164,7 +173,7 @@ __device__ __forceinline__ void mixTile(float (&sums)[kPieces][2][4], unsigned c
     {
         if (slice * kPieces + n < values.pieces)
         {
-            stagePiece(piece, values, slice * kPieces + n, token, tokens);
+            stagePiece(piece, values, slice * kPieces + n, token, open);
             __syncthreads();
 #pragma unroll
             for (int i = 0; i < 8; ++i)
@@ -213,6 +222,7 @@ __device__ __forceinline__ void writeShare(
     }
 }
 
+template <typename T>
 __global__ void __launch_bounds__(kThreads) attendStretch(Arguments p)
 {
     unsigned char* const shared = sharedMemory();
@@ -229,13 +239,13 @@ __global__ void __launch_bounds__(kThreads) attendStretch(Arguments p)
         = cachedOf(problem.values, p.pointers.values, p.pointers.valueSteps, problem.slots, at.batch, valueGroup);
     float* const numbers = reinterpret_cast<float*>(shared + layout.state);
     State const state{numbers, numbers + kRows, numbers + 2 * kRows, numbers + 3 * kRows};
-    int* const flag = reinterpret_cast<int*>(numbers + (3 + kPartners) * kRows);
+    int* const open = reinterpret_cast<int*>(numbers + (3 + kPartners) * kRows);
     if (static_cast<int>(threadIdx.x) < kRows)
     {
         state.maximum[threadIdx.x] = kNothing;
         state.total[threadIdx.x] = 0.0f;
     }
-    stageQuery(p, at, reinterpret_cast<__half*>(shared + layout.query), keys);
+    stageQuery(p, at, reinterpret_cast<T*>(shared + layout.query), keys);
     __syncthreads();
     float sums[kPieces][2][4] = {};
     int const begin = at.split * p.stretch;
@@ -243,17 +253,18 @@ __global__ void __launch_bounds__(kThreads) attendStretch(Arguments p)
     for (int token = begin; token < end; token += kTokens)
     {
         int const tokens = end - token < kTokens ? end - token : kTokens;
-        if (isOpen(p, at, flag, token, tokens))
+        if (findOpen<T>(p, at, open, token, tokens))
         {
-            scoreTile(p, shared, layout, keys, head, token, tokens);
-            weighTile(p, at, shared, layout, state, token, tokens);
-            mixTile(sums, shared, layout, state, values, at.slice, token, tokens);
+            scoreTile<T>(p, shared, layout, keys, head, token, open);
+            weighTile<T>(p, at, shared, layout, state, token, tokens);
+            mixTile<T>(sums, shared, layout, state, values, at.slice, token, open);
         }
     }
     writeShare(p, at, sums, state, values.pieces);
 }
 
 // One row of the result: the stretches' shares, in order.
+template <typename T>
 __global__ void __launch_bounds__(kThreads) joinStretches(Arguments p)
 {
     Place const at = placeOf(p);
@@ -280,7 +291,7 @@ __global__ void __launch_bounds__(kThreads) joinStretches(Arguments p)
     }
     int2 const of = queryOf(p, at, row);
     int64_t const vector = (static_cast<int64_t>(at.batch) * problem.heads + of.x) * problem.queries + of.y;
-    __half* const out = static_cast<__half*>(p.pointers.mixed) + vector * rankOf(problem.values);
+    T* const out = static_cast<T*>(p.pointers.mixed) + vector * rankOf(problem.values);
     for (int column = static_cast<int>(threadIdx.x); column < width; column += kThreads)
     {
         int const number = numberAt(column / kPiece, column % kPiece, problem.values.held, problem.values.form);
@@ -295,7 +306,7 @@ __global__ void __launch_bounds__(kThreads) joinStretches(Arguments p)
         }
         if (number >= 0)
         {
-            out[number] = __float2half_rn(total > 0.0f ? sum / total : 0.0f);
+            fromFloat(total > 0.0f ? sum / total : 0.0f, out[number]);
         }
     }
 }

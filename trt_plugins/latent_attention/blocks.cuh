@@ -70,8 +70,8 @@ __host__ __device__ inline Layout layoutOf(Problem const& p)
     at.scores = at.keys + (rebuilt ? kTokens * (p.width + 8) * 2 : 0);
     at.shares = at.scores + (kRows * kScoreStride * 4 + 15) / 16 * 16;
     at.state = at.shares + kRows * kStride * 2;
-    // Largest score, sum and factor of a row, what its threads find, and whether the tile is open.
-    at.bytes = at.state + (kRows * (3 + kPartners) + 4) * 4;
+    // Largest score, sum and factor of a row, what its threads find, and which tokens are open.
+    at.bytes = at.state + (kRows * (3 + kPartners) + kTokens + 4) * 4;
     return at;
 }
 

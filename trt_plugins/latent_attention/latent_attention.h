@@ -7,11 +7,12 @@
 // query [batch, heads, queries, width], scaled; mask [1 or batch, 1, queries, slots], added; keys and
 // values [batch, groups, slots, rank]; mixed [batch, heads, queries, rank of the values]: what maps values
 // back is outside. up [key groups, heads of a group, rank, width], mean [key groups, heads of a group, width],
-// cos and sin [at least slots, width / 2]: number i turns with number i + width / 2.
+// cos and sin [at least slots, width / 2]: number i turns with number i + width / 2, by an angle that is proportional
+// to the slot, and is stretched by a factor of its own.
 //
 // Codes are int8, 128 less than what they mean: one to a byte, or two, number i in the low half of byte i and
 // number i + bytes in the high half. Steps [batch, groups, slots, 2] are step and low of a token and group.
-// Numbers are fp16, tables float, sums float.
+// Numbers are fp16 or bfloat16, steps and lows fp16, tables float, sums float.
 
 #ifndef SKIPCAT_LATENT_ATTENTION_H
 #define SKIPCAT_LATENT_ATTENTION_H
@@ -52,6 +53,7 @@ struct Problem
     Side keys;
     Side values;
     bool maskByRow{false}; // the mask has as many rows as the batch
+    bool bf16{false};      // numbers are bfloat16, steps and lows are not
 };
 
 struct Pointers
@@ -78,7 +80,8 @@ size_t workspaceBytes(Problem const& problem, int32_t multiprocessors) noexcept;
 // Puts the op on `stream`: no allocation, no synchronisation, safe to capture in a graph. The context is split
 // over blocks, whose shares a second launch puts together in order. 64 tokens that the mask closes (-16384 and
 // below) to 16 queries that share a head are not read for these, so that the rest of a static cache costs
-// nothing. What a query gets to which everything is closed means nothing, but is finite.
+// nothing. What lies in tokens that are closed to all queries changes nothing, even where it is no number. What a
+// query gets to which everything is closed means nothing, but is finite.
 // Returns cudaErrorInvalidValue for a problem that is refused.
 cudaError_t latentAttention(Problem const& problem, Pointers const& pointers, int32_t multiprocessors,
     void* workspace, cudaStream_t stream) noexcept;

@@ -3,6 +3,7 @@
 #include "latent_attention.h"
 
 #include "attend.cuh"
+#include "walk_launch.cuh"
 
 namespace skipcat::latent
 {
@@ -104,6 +105,32 @@ char const* whyPointersRefused(Problem const& p, Pointers const& of)
     return p.headsPerGroup > 0 && !tables ? "keys that are rebuilt need up, mean, cos and sin" : nullptr;
 }
 
+template <typename T>
+cudaError_t attend(Problem const& p, Pointers const& pointers, Cut const& c, void* workspace, cudaStream_t stream)
+{
+    auto* const scratch = static_cast<unsigned char*>(workspace);
+    Arguments arguments{};
+    arguments.problem = p;
+    arguments.pointers = pointers;
+    arguments.shares = reinterpret_cast<float*>(scratch);
+    arguments.maximum = reinterpret_cast<float*>(scratch + shareBytes(p, c));
+    arguments.total = reinterpret_cast<float*>(scratch + shareBytes(p, c) + stateBytes(c));
+    arguments.units = c.units;
+    arguments.rowTiles = c.rowTiles;
+    arguments.stretch = c.stretch;
+    arguments.splits = c.splits;
+    arguments.slices = c.slices;
+    unsigned const rows = static_cast<unsigned>(c.rows);
+    dim3 const grid(rows, static_cast<unsigned>(c.splits * c.slices));
+    cudaError_t const status = launch(attendStretch<T>, grid, kThreads, static_cast<size_t>(layoutOf(p).bytes), stream,
+        false, arguments);
+    if (status != cudaSuccess)
+    {
+        return status;
+    }
+    return launch(joinStretches<T>, dim3(rows, kRows), kThreads, 0, stream, false, arguments);
+}
+
 } // namespace
 
 char const* whyRefused(Problem const& p) noexcept
@@ -141,7 +168,7 @@ size_t workspaceBytes(Problem const& p, int32_t multiprocessors) noexcept
     Cut c = cut(p, multiprocessors);
     c.rows += static_cast<int32_t>(ceilDivide(static_cast<int64_t>(kWaves) * multiprocessors, c.slices));
     c.splits = 1;
-    return shareBytes(p, c) + 2 * stateBytes(c);
+    return std::max(shareBytes(p, c) + 2 * stateBytes(c), walkWorkspaceBytes(p, c.units, multiprocessors));
 }
 
 cudaError_t latentAttention(Problem const& p, Pointers const& pointers, int32_t multiprocessors, void* workspace,
@@ -153,26 +180,14 @@ cudaError_t latentAttention(Problem const& p, Pointers const& pointers, int32_t 
         return cudaErrorInvalidValue;
     }
     Cut const c = cut(p, multiprocessors);
-    auto* const scratch = static_cast<unsigned char*>(workspace);
-    Arguments arguments{};
-    arguments.problem = p;
-    arguments.pointers = pointers;
-    arguments.shares = reinterpret_cast<float*>(scratch);
-    arguments.maximum = reinterpret_cast<float*>(scratch + shareBytes(p, c));
-    arguments.total = reinterpret_cast<float*>(scratch + shareBytes(p, c) + stateBytes(c));
-    arguments.units = c.units;
-    arguments.rowTiles = c.rowTiles;
-    arguments.stretch = c.stretch;
-    arguments.splits = c.splits;
-    arguments.slices = c.slices;
-    unsigned const rows = static_cast<unsigned>(c.rows);
-    cudaError_t const status = launch(attendStretch, dim3(rows, static_cast<unsigned>(c.splits * c.slices)), kThreads,
-        static_cast<size_t>(layoutOf(p).bytes), stream, false, arguments);
-    if (status != cudaSuccess)
+    WalkShape const shape = walkShapeOf(p, walkRowsOf(p, c.units), sharedBytesAtMost());
+    if (shape.tiles > 0 && canWalk(p, pointers))
     {
-        return status;
+        return p.bf16 ? walk<__nv_bfloat16>(p, pointers, c.units, shape, multiprocessors, workspace, stream)
+                      : walk<__half>(p, pointers, c.units, shape, multiprocessors, workspace, stream);
     }
-    return launch(joinStretches, dim3(rows, kRows), kThreads, 0, stream, false, arguments);
+    return p.bf16 ? attend<__nv_bfloat16>(p, pointers, c, workspace, stream)
+                  : attend<__half>(p, pointers, c, workspace, stream);
 }
 
 } // namespace skipcat::latent

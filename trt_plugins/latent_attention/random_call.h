@@ -4,10 +4,12 @@
 #define SKIPCAT_RANDOM_CALL_H
 
 #include <cmath>
+#include <cstring>
 #include <initializer_list>
 #include <random>
 #include <vector>
 
+#include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include "latent_attention.h"
@@ -30,22 +32,42 @@ inline size_t product(std::initializer_list<int> sizes)
     return out;
 }
 
-// fp16 numbers of a spread, and what they are.
+constexpr uint16_t kNoNumber = 0x7fff; // in both types
+
+inline uint16_t bitsOf(float value, bool bf16)
+{
+    __half const half = __float2half_rn(value);
+    __nv_bfloat16 const brain = __float2bfloat16_rn(value);
+    uint16_t bits;
+    std::memcpy(&bits, bf16 ? static_cast<void const*>(&brain) : &half, 2);
+    return bits;
+}
+
+inline double valueOf(uint16_t bits, bool bf16)
+{
+    __half half;
+    __nv_bfloat16 brain;
+    std::memcpy(static_cast<void*>(&half), &bits, 2);
+    std::memcpy(static_cast<void*>(&brain), &bits, 2);
+    return bf16 ? __bfloat162float(brain) : __half2float(half);
+}
+
+// Numbers of 16 bits and a spread, and what they are.
 struct Numbers
 {
-    Numbers(size_t count, float spread, Random& random)
+    Numbers(size_t count, float spread, bool bf16, Random& random)
         : held(count)
         , values(count)
     {
         std::normal_distribution<float> normal(0.0f, spread);
         for (size_t i = 0; i < count; ++i)
         {
-            held.data[i] = __float2half_rn(normal(random));
-            values[i] = __half2float(held.data[i]);
+            held.data[i] = bitsOf(normal(random), bf16);
+            values[i] = valueOf(held.data[i], bf16);
         }
     }
 
-    Buffer<__half> held;
+    Buffer<uint16_t> held;
     std::vector<double> values;
 };
 
@@ -55,7 +77,7 @@ struct RandomSide
     RandomSide(Problem const& p, Side const& side, Random& random)
         : rank(static_cast<size_t>(side.rank()))
         , tokens(product({p.batch, side.groups, p.slots}))
-        , numbers(side.form == Form::kNumbers ? tokens * rank : 0, 1.0f, random)
+        , numbers(side.form == Form::kNumbers ? tokens * rank : 0, 1.0f, p.bf16, random)
         , codes(side.form == Form::kNumbers ? 0 : tokens * static_cast<size_t>(side.held))
         , steps(side.form == Form::kNumbers ? 0 : 2 * tokens)
         , values(tokens * rank)
@@ -93,6 +115,25 @@ struct RandomSide
         }
     }
 
+    // No numbers where nobody may look: what the memory held before it was used.
+    void spoil(Problem const& p, Side const& side, int batch, int slot)
+    {
+        for (int group = 0; group < side.groups; ++group)
+        {
+            size_t const token = (static_cast<size_t>(batch) * side.groups + group) * p.slots + slot;
+            if (side.form != Form::kNumbers)
+            {
+                std::memcpy(static_cast<void*>(steps.data + 2 * token), &kNoNumber, 2);
+                std::memcpy(static_cast<void*>(steps.data + 2 * token + 1), &kNoNumber, 2);
+                continue;
+            }
+            for (size_t j = 0; j < rank; ++j)
+            {
+                numbers.held.data[token * rank + j] = kNoNumber;
+            }
+        }
+    }
+
     void const* stored() const
     {
         return codes.bytes > 0 ? static_cast<void const*>(codes.data) : numbers.held.data;
@@ -110,17 +151,23 @@ struct Tables
     Tables(Problem const& p, Random& random)
         : rebuilt(p.headsPerGroup > 0)
         , heads(static_cast<size_t>(p.keys.groups) * (rebuilt ? p.headsPerGroup : 0))
-        , up(heads * p.keys.rank() * p.width, 1.0f / std::sqrt(static_cast<float>(p.keys.rank())), random)
-        , mean(heads * p.width, 0.5f, random)
+        , up(heads * p.keys.rank() * p.width, 1.0f / std::sqrt(static_cast<float>(p.keys.rank())), p.bf16, random)
+        , mean(heads * p.width, 0.5f, p.bf16, random)
         , cos(rebuilt ? product({p.slots, p.width / 2}) : 0)
         , sin(rebuilt ? product({p.slots, p.width / 2}) : 0)
     {
-        std::uniform_real_distribution<float> angle(0.0f, 6.3f);
-        for (size_t i = 0; i < cos.bytes / 4; ++i)
+        std::uniform_real_distribution<double> draw(0.0, 1.0);
+        size_t const half = static_cast<size_t>(p.width) / 2;
+        for (size_t pair = 0; rebuilt && pair < half; ++pair)
         {
-            float const of = angle(random);
-            cos.data[i] = std::cos(of);
-            sin.data[i] = std::sin(of);
+            // Any scaling of the angles, and of what is turned: YaRN has such.
+            double const angle = std::pow(1e4, -draw(random));
+            double const factor = 0.8 + 0.4 * draw(random);
+            for (size_t slot = 0; slot < static_cast<size_t>(p.slots); ++slot)
+            {
+                cos.data[slot * half + pair] = static_cast<float>(factor * std::cos(angle * slot));
+                sin.data[slot * half + pair] = static_cast<float>(factor * std::sin(angle * slot));
+            }
         }
     }
 
@@ -161,8 +208,8 @@ inline std::vector<double> keyOf(Problem const& p, RandomSide const& side, Table
     return turned;
 }
 
-// Zeros where a query may look, -32752 elsewhere: a window, and the end of a static cache.
-inline std::vector<double> fillMask(Problem const& p, Buffer<__half>& mask, Random& random)
+// Zeros where a query may look, -32768 elsewhere: a window, and the end of a static cache.
+inline std::vector<double> fillMask(Problem const& p, Buffer<uint16_t>& mask, Random& random)
 {
     int const used = 1 + static_cast<int>(random() % p.slots);
     int const window = random() % 3 == 0 ? 1 + static_cast<int>(random() % 100) : p.slots;
@@ -174,8 +221,8 @@ inline std::vector<double> fillMask(Problem const& p, Buffer<__half>& mask, Rand
         for (int slot = 0; slot < p.slots; ++slot)
         {
             bool const open = slot <= last && slot > last - window;
-            mask.data[values.size()] = __float2half_rn(open ? 0.0f : -32752.0f);
-            values.push_back(open ? 0.0 : -32752.0);
+            mask.data[values.size()] = bitsOf(open ? 0.0f : -32768.0f, p.bf16);
+            values.push_back(open ? 0.0 : -32768.0);
         }
     }
     return values;
@@ -189,11 +236,23 @@ struct Call
         , keys(p, p.keys, random)
         , values(p, p.values, random)
         , tables(p, random)
-        , query(product({p.batch, p.heads, p.queries, p.width}), 1.5f / std::sqrt(static_cast<float>(p.width)), random)
+        , query(product({p.batch, p.heads, p.queries, p.width}), 1.5f / std::sqrt(static_cast<float>(p.width)), p.bf16,
+              random)
         , mask(product({p.maskByRow ? p.batch : 1, p.queries, p.slots}))
         , mixed(product({p.batch, p.heads, p.queries, p.values.rank()}))
         , added(fillMask(p, mask, random))
     {
+        for (int batch = 0; batch < p.batch; ++batch)
+        {
+            for (int slot = 0; slot < p.slots; ++slot)
+            {
+                if (isClosed(batch, slot))
+                {
+                    keys.spoil(p, p.keys, batch, slot);
+                    values.spoil(p, p.values, batch, slot);
+                }
+            }
+        }
     }
 
     // The size of the error by the size that the output has when its terms have random signs. What a score is off by
@@ -225,10 +284,22 @@ struct Call
     RandomSide keys, values;
     Tables tables;
     Numbers query;
-    Buffer<__half> mask, mixed;
+    Buffer<uint16_t> mask, mixed;
     std::vector<double> added;
 
 private:
+    // To every query.
+    bool isClosed(int batch, int slot) const
+    {
+        bool open = false;
+        for (int s = 0; s < p.queries; ++s)
+        {
+            size_t const line = (p.maskByRow ? batch : 0) * static_cast<size_t>(p.queries) + s;
+            open = open || added[line * p.slots + slot] == 0.0;
+        }
+        return !open;
+    }
+
     std::vector<double> weightsOf(
         std::vector<std::vector<double>> const& all, int batch, size_t row, int s) const
     {
@@ -281,27 +352,35 @@ private:
                 exact += term;
                 norm += term * term * sizes[slot];
             }
-            double const difference = __half2float(mixed.data[row * values.rank + r]) - exact;
+            double const difference = valueOf(mixed.data[row * values.rank + r], p.bf16) - exact;
             error += difference * difference;
         }
     }
 };
 
-inline Problem randomProblem(Random& random)
+inline double boundOf(Problem const& p)
+{
+    return p.bf16 ? 1e-2 : 1e-3;
+}
+
+// `bf16`: whether some may be of that type.
+inline Problem randomProblem(Random& random, bool bf16)
 {
     auto const pick = [&](int low, int high) { return low + static_cast<int>(random() % (high - low + 1)); };
     Form const forms[] = {Form::kNumbers, Form::kBytes, Form::kNibbles};
     Problem p;
+    p.bf16 = bf16 && pick(0, 3) == 0;
     p.batch = pick(1, 2);
     int const kvHeads = pick(1, 4);
     p.heads = kvHeads * pick(1, 5);
-    p.queries = pick(0, 3) == 0 ? pick(2, 9) : 1;
-    p.slots = pick(0, 2) == 0 ? pick(1, 64) : pick(65, 300);
+    p.queries = pick(0, 2) == 0 ? pick(2, 9) : 1;
+    int const length = pick(0, 19);
+    p.slots = length < 6 ? pick(1, 64) : length < 19 ? pick(65, 300) : pick(301, 1500);
     p.maskByRow = pick(0, 1) == 1;
     bool const rebuilt = pick(0, 1) == 1;
     p.keys.form = forms[pick(0, 2)];
     p.values.form = forms[pick(0, 2)];
-    int const unit = pick(0, 1) == 0 ? 1 : 16;
+    int const unit = pick(0, 2) == 0 ? 1 : 16;
     p.keys.held = unit * pick(1, 160 / unit);
     p.values.held = unit * pick(1, (pick(0, 5) == 0 ? 600 : 100) / unit);
     p.keys.groups = pick(0, 1) == 0 ? 1 : kvHeads;

@@ -9,62 +9,68 @@ namespace skipcat::latent
 {
 
 // Four matrices of 8 x 8, beside and below one another, from a row-major table whose rows begin on 16 bytes.
-__device__ __forceinline__ __half const* matrixRow(__half const* table, int stride, int row, int column)
+template <typename T>
+__device__ __forceinline__ T const* matrixRow(T const* table, int stride, int row, int column)
 {
     int const lane = static_cast<int>(threadIdx.x) % 32;
     return table + (row + lane % 16) * stride + column + lane / 16 * 8;
 }
 
 // sums[16 x 16] += a[16 x 16] b, b given by rows of its transpose: [16 columns][16].
+template <typename T>
 __device__ __forceinline__ void multiplyByRows(
-    float (&left)[4], float (&right)[4], uint32_t const (&a)[4], __half const* table, int stride, int row, int column)
+    float (&left)[4], float (&right)[4], uint32_t const (&a)[4], T const* table, int stride, int row, int column)
 {
     uint32_t b[4];
     loadMatrices(b, matrixRow(table, stride, row, column));
-    multiply(__half{}, left, a[0], a[1], a[2], a[3], b[0], b[2]);
-    multiply(__half{}, right, a[0], a[1], a[2], a[3], b[1], b[3]);
+    multiply(T{}, left, a[0], a[1], a[2], a[3], b[0], b[2]);
+    multiply(T{}, right, a[0], a[1], a[2], a[3], b[1], b[3]);
 }
 
 // The same of b as it is: [16][16 columns].
+template <typename T>
 __device__ __forceinline__ void multiplyByColumns(
-    float (&left)[4], float (&right)[4], uint32_t const (&a)[4], __half const* table, int stride, int row, int column)
+    float (&left)[4], float (&right)[4], uint32_t const (&a)[4], T const* table, int stride, int row, int column)
 {
     uint32_t b[4];
     loadTransposed(b, matrixRow(table, stride, row, column));
-    multiply(__half{}, left, a[0], a[1], a[2], a[3], b[0], b[1]);
-    multiply(__half{}, right, a[0], a[1], a[2], a[3], b[2], b[3]);
+    multiply(T{}, left, a[0], a[1], a[2], a[3], b[0], b[1]);
+    multiply(T{}, right, a[0], a[1], a[2], a[3], b[2], b[3]);
 }
 
 // A fragment of 16 x 16 for the first operand.
-__device__ __forceinline__ void loadRows(uint32_t (&a)[4], __half const* table, int stride, int row, int column)
+template <typename T>
+__device__ __forceinline__ void loadRows(uint32_t (&a)[4], T const* table, int stride, int row, int column)
 {
     loadMatrices(a, matrixRow(table, stride, row, column));
 }
 
 // Both halves of a key, turned by its slot: numbers [row][column, column + 1] and those half a width on.
+template <typename T>
 __device__ __forceinline__ void storeTurned(
-    Arguments const& p, __half* made, int row, int64_t slot, int column, float const (&x)[2], float const (&y)[2])
+    Arguments const& p, T* made, int row, int64_t slot, int column, float const (&x)[2], float const (&y)[2])
 {
     int const half = p.problem.width / 2;
     float const* const cos = p.pointers.cos + slot * half + column;
     float const* const sin = p.pointers.sin + slot * half + column;
-    __half* const to = made + row * (p.problem.width + 8) + column;
-    storeWord(to, pairOf(x[0] * cos[0] - y[0] * sin[0], x[1] * cos[1] - y[1] * sin[1]));
-    storeWord(to + half, pairOf(y[0] * cos[0] + x[0] * sin[0], y[1] * cos[1] + x[1] * sin[1]));
+    T* const to = made + row * (p.problem.width + 8) + column;
+    storeWord(to, packed(T{}, x[0] * cos[0] - y[0] * sin[0], x[1] * cos[1] - y[1] * sin[1]));
+    storeWord(to + half, packed(T{}, y[0] * cos[0] + x[0] * sin[0], y[1] * cos[1] + x[1] * sin[1]));
 }
 
 // Keys [64 tokens][width] of one head: each warp 16 tokens, 64 columns of both halves at a time, which a thread
-// holds together, so that they are turned before they are rounded. Rows behind the last token mean nothing.
-__device__ __forceinline__ void rebuildKeys(
-    Arguments const& p, unsigned char* shared, Layout const& at, Cached const& keys, int head, int token, int tokens)
+// holds together, so that they are turned before they are rounded. Rows of tokens that are not open mean nothing.
+template <typename T>
+__device__ __forceinline__ void rebuildKeys(Arguments const& p, unsigned char* shared, Layout const& at,
+    Cached const& keys, int head, int token, int const* open)
 {
     constexpr int kOther = kColumns / 16; // tiles of 8 columns in one half
-    __half* const piece = reinterpret_cast<__half*>(shared + at.piece);
-    __half* const up = reinterpret_cast<__half*>(shared + at.up);
-    __half* const made = reinterpret_cast<__half*>(shared + at.keys);
+    T* const piece = reinterpret_cast<T*>(shared + at.piece);
+    T* const up = reinterpret_cast<T*>(shared + at.up);
+    T* const made = reinterpret_cast<T*>(shared + at.keys);
     int const half = p.problem.width / 2;
-    __half const* const mean
-        = static_cast<__half const*>(p.pointers.mean) + static_cast<int64_t>(head) * p.problem.width;
+    T const* const mean
+        = static_cast<T const*>(p.pointers.mean) + static_cast<int64_t>(head) * p.problem.width;
     int const lane = static_cast<int>(threadIdx.x) % 32;
     int const first = static_cast<int>(threadIdx.x) / 32 * 16;
     for (int left = 0; left < half; left += kColumns / 2)
@@ -74,7 +80,7 @@ __device__ __forceinline__ void rebuildKeys(
         for (int n = 0; n < keys.pieces; ++n)
         {
             __syncthreads();
-            stagePiece(piece, keys, n, token, tokens);
+            stagePiece(piece, keys, n, token, open);
             stageUp(p, up, keys, head, n, left, columns);
             __syncthreads();
 #pragma unroll
@@ -104,7 +110,7 @@ __device__ __forceinline__ void rebuildKeys(
                     sums[c][2 * (i % 2) + 1] + toFloat(mean[column + 1])};
                 float const y[2] = {sums[c + kOther][2 * (i % 2)] + toFloat(mean[column + half]),
                     sums[c + kOther][2 * (i % 2) + 1] + toFloat(mean[column + half + 1])};
-                storeTurned(p, made, row, token + (row < tokens ? row : tokens - 1), column, x, y);
+                storeTurned(p, made, row, token + row < p.problem.slots ? token + row : token, column, x, y);
             }
         }
     }

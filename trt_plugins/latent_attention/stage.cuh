@@ -69,22 +69,34 @@ __device__ __forceinline__ uint4 load16(unsigned char const* from, int valid, bo
     return {words[0], words[1], words[2], words[3]};
 }
 
-__device__ __forceinline__ void storeWord(__half* to, uint32_t word)
+template <typename T>
+__device__ __forceinline__ void storeWord(T* to, uint32_t word)
 {
     *reinterpret_cast<uint32_t*>(to) = word;
 }
 
-__device__ __forceinline__ uint32_t pairOf(float first, float second)
+template <typename V>
+__device__ __forceinline__ uint32_t wordOf(V value)
 {
-    __half2 const both = __floats2half2_rn(first, second);
     uint32_t word;
-    memcpy(&word, &both, 4);
+    memcpy(&word, &value, 4);
     return word;
 }
 
+__device__ __forceinline__ uint32_t packed(__half, float first, float second)
+{
+    return wordOf(__floats2half2_rn(first, second));
+}
+
+__device__ __forceinline__ uint32_t packed(__nv_bfloat16, float first, float second)
+{
+    return wordOf(__floats2bfloat162_rn(first, second));
+}
+
 // What 4 bytes of codes stand for, decoded next to one another: the whole bytes, or their halves.
+template <typename T>
 __device__ __forceinline__ void decodeWord(
-    __half* to, __half* toUpper, uint32_t word, int valid, float step, float low, bool nibbles)
+    T* to, T* toUpper, uint32_t word, int valid, float step, float low, bool nibbles)
 {
     float lower[4];
     float upper[4];
@@ -96,17 +108,18 @@ __device__ __forceinline__ void decodeWord(
         lower[i] = i < valid ? static_cast<float>(code) * step + low : 0.0f;
         upper[i] = i < valid ? static_cast<float>(byte >> 4) * step + low : 0.0f;
     }
-    storeWord(to, pairOf(lower[0], lower[1]));
-    storeWord(to + 2, pairOf(lower[2], lower[3]));
+    storeWord(to, packed(T{}, lower[0], lower[1]));
+    storeWord(to + 2, packed(T{}, lower[2], lower[3]));
     if (nibbles)
     {
-        storeWord(toUpper, pairOf(upper[0], upper[1]));
-        storeWord(toUpper + 2, pairOf(upper[2], upper[3]));
+        storeWord(toUpper, packed(T{}, upper[0], upper[1]));
+        storeWord(toUpper + 2, packed(T{}, upper[2], upper[3]));
     }
 }
 
-// A piece of 64 tokens, decoded: [64][64] numbers, zeros beyond the rank and the last token.
-__device__ __forceinline__ void stagePiece(__half* staged, Cached const& side, int piece, int token, int tokens)
+// A piece of 64 tokens, decoded: [64][64] numbers, zeros beyond the rank, and of tokens that are not open.
+template <typename T>
+__device__ __forceinline__ void stagePiece(T* staged, Cached const& side, int piece, int token, int const* open)
 {
     int const pieceBytes = side.form == Form::kNumbers ? 2 * kPiece : side.form == Form::kBytes ? kPiece : kPiece / 2;
     int const units = pieceBytes / 16;
@@ -114,12 +127,12 @@ __device__ __forceinline__ void stagePiece(__half* staged, Cached const& side, i
     {
         int const row = i / units;
         int const offset = piece * pieceBytes + i % units * 16;
-        int const left = row < tokens ? side.bytes - offset : 0;
+        int const left = open[row] != 0 ? side.bytes - offset : 0;
         int const valid = left < 0 ? 0 : left < 16 ? left : 16;
         int64_t const at = static_cast<int64_t>(token + row);
         uint4 const loaded = load16(side.held + at * side.bytes + offset, valid, side.vector);
         uint32_t const words[4] = {loaded.x, loaded.y, loaded.z, loaded.w};
-        __half* const to = staged + row * kStride;
+        T* const to = staged + row * kStride;
         if (side.form == Form::kNumbers)
         {
 #pragma unroll
@@ -134,25 +147,27 @@ __device__ __forceinline__ void stagePiece(__half* staged, Cached const& side, i
 #pragma unroll
         for (int w = 0; w < 4; ++w)
         {
-            __half* const first = to + i % units * 16 + 4 * w;
+            T* const first = to + i % units * 16 + 4 * w;
             decodeWord(first, first + kPiece / 2, words[w], valid - 4 * w, step, low, side.form == Form::kNibbles);
         }
     }
 }
 
-__device__ __forceinline__ void stageQuery(Arguments const& p, Place const& at, __half* staged, Cached const& keys)
+template <typename T>
+__device__ __forceinline__ void stageQuery(Arguments const& p, Place const& at, T* staged, Cached const& keys)
 {
     Problem const& problem = p.problem;
     bool const rebuilt = problem.headsPerGroup > 0;
     int const stride = queryStride(problem);
     int const width = stride - 8;
-    __half const* const from = static_cast<__half const*>(p.pointers.query);
+    T const* const from = static_cast<T const*>(p.pointers.query);
     for (int i = static_cast<int>(threadIdx.x); i < kRows * width; i += kThreads)
     {
         int const row = i / width;
         int const j = i % width;
         int const number = rebuilt ? j : numberAt(j / kPiece, j % kPiece, keys.width, keys.form);
-        __half value = __float2half_rn(0.0f);
+        T value;
+        fromFloat(0.0f, value);
         if (row < at.rows && number >= 0)
         {
             int2 const of = queryOf(p, at, row);
@@ -166,12 +181,13 @@ __device__ __forceinline__ void stageQuery(Arguments const& p, Place const& at, 
 
 // Numbers of the map of one head [64 of a piece][64 columns of the first half, 64 of the second], in the piece's
 // order; `columns` of each half are there.
+template <typename T>
 __device__ __forceinline__ void stageUp(
-    Arguments const& p, __half* staged, Cached const& keys, int head, int piece, int left, int columns)
+    Arguments const& p, T* staged, Cached const& keys, int head, int piece, int left, int columns)
 {
     int const width = p.problem.width;
     int const rank = rankOf(p.problem.keys);
-    __half const* const from = static_cast<__half const*>(p.pointers.up) + static_cast<int64_t>(head) * rank * width;
+    T const* const from = static_cast<T const*>(p.pointers.up) + static_cast<int64_t>(head) * rank * width;
     for (int i = static_cast<int>(threadIdx.x); i < kPiece * columns; i += kThreads)
     {
         int const j = i / columns;

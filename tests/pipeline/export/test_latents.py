@@ -22,7 +22,7 @@ from pipeline.errors import InputError
 from pipeline.export.contract import RECORD_FILE
 from pipeline.export.export import prove_model
 from pipeline.export.latent_attention import HeldSide
-from pipeline.export.latents import GraphLatents
+from pipeline.export.latents import GraphLatents, _are_proportional
 from pipeline.export.onnx_folder import read_onnx_folder
 from pipeline.export.passes.fold_values import VALUES_FOLDED
 from pipeline.export.request import ExportRequest
@@ -246,3 +246,15 @@ def test_an_rtx_engine_writes_latents_in_place(few_bits: Path, tmp_path: Path) -
     assert manifest["layer_types"]["KV_CACHE_UPDATE"] == 4
     shapes = manifest["profiles"][0]["shapes"]
     assert shapes["past_key_values.0.key"]["max"] == [1, 1, LENGTH, 11]
+
+
+def test_only_angles_that_are_proportional_to_the_position_are_left_to_the_op() -> None:
+    # The kernels turn a key by the first position of a tile, then by what it is beyond that.
+    angles = torch.arange(4096).double()[:, None] * 1e4 ** -torch.linspace(0, 1, 8).double()
+    factor = torch.linspace(0.8, 1.2, 8).double()  # as YaRN stretches
+    cos, sin = ((factor * part).float() for part in (angles.cos(), angles.sin()))
+    assert _are_proportional(cos, sin)
+    assert _are_proportional(cos[:1], sin[:1])
+    places = torch.arange(4096)[:, None]
+    bent = angles * (1 + 0.01 * (places > 2000))  # other ones beyond a length, as of long-rope
+    assert not _are_proportional(bent.cos().float(), bent.sin().float())

@@ -343,7 +343,7 @@ void checkLatentEnqueue(Creators const& creators, Report& report, unsigned seed)
     auto const ops = skipcat::latent::latentOps();
     for (int i = 0; i < 120; ++i)
     {
-        Problem const p = skipcat::latent::randomProblem(random);
+        Problem const p = skipcat::latent::randomProblem(random, false);
         for (size_t k = 0; k < ops.size(); ++k)
         {
             LatentOp const& op = ops[k];
