@@ -143,8 +143,13 @@ class Call:
         nothing = torch.full((layer.rows, layer.m), float("nan"), dtype=layer.dtype)
         self.y = nothing.to(where)
 
-    def reference(self, where: str) -> torch.Tensor:
-        """The result in float64, computed on `where`, z rounded nowhere."""
+    def reference(self, where: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """The result in float64, computed on `where`, z rounded nowhere.
+
+        Returns:
+            It, and the size that each number has when its terms have random signs: what rounding
+            does to a sum has the size of its terms, even where they cancel.
+        """
         x = self.x.to(where).double()
         if self.index is not None:
             x = x.index_select(1, self.index.to(where).long())
@@ -157,13 +162,14 @@ class Call:
             ).numbers()
             for factor in (self.a, self.b)
         )
-        return (x[:, :rank] + x[:, rank:] @ a) @ b
+        squares = (x[:, :rank].square() + x[:, rank:].square() @ a.square()) @ b.square()
+        return (x[:, :rank] + x[:, rank:] @ a) @ b, squares.sqrt()
 
     def error(self, where: str = "cpu") -> float:
-        """Relative Frobenius error of what `y` holds; NaN where a number was not written."""
-        exact = self.reference(where)
+        """Frobenius error of `y` by the size of its terms; NaN where a number was not written."""
+        exact, size = self.reference(where)
         difference = self.y.to(where).double() - exact
-        return (difference.norm() / exact.norm()).item()
+        return (difference.norm() / size.norm()).item()
 
 
 class Kernels:

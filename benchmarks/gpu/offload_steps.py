@@ -42,7 +42,8 @@ _DTYPE = torch.float16
 _WEIGHT = 0.02
 _MOST_ROWS = 64
 _COPIES, _ROUNDS = 4, 5
-_INT4 = Way("int4", bits=4)
+# Ranks too: of the dense matrices in 4 bits no layer would stay under the cap beside it.
+_INT4 = Way("int4 skip 0.6", 0.6, "skip", 4)
 _CONTEXT, _DRAFTED = 1024, 64
 # What capturing the draft's step takes beside the draft: a workspace, and its intermediates.
 _GRAPH_BYTES = 128 << 20
