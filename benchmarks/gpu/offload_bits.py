@@ -19,7 +19,7 @@ from pipeline.bench.shapes import Shape
 from pipeline.errors import PipelineError
 from pipeline.runtime.draft_model import DraftModel
 from pipeline.runtime.generate import generate
-from pipeline.runtime.offload.device_draft import DeviceDraft, bytes_of, load_device_draft
+from pipeline.runtime.offload.device_draft import DeviceDraft
 from pipeline.runtime.offload.device_ring import StreamDevice
 from pipeline.runtime.offload.held_cache import DeviceCache
 from pipeline.runtime.offload.stored_model import StoredModel
@@ -121,8 +121,8 @@ def _with_draft(
 ) -> tuple[StreamedSession, DraftModel]:
     """What `skipcat run --vram --draft` opens, with as many bytes for the model as without."""
     stored = StoredModel(folder)
-    model = load_device_draft(copy, stored.dtype)
-    spent = bytes_of(model) + device.library_bytes
+    model = DeviceDraft.load(copy, stored.dtype)
+    spent = DeviceDraft.bytes_of(model) + device.library_bytes
     session = StreamedSession(
         folder, held_bytes + spent, _PLACES, 1, spent, device=device, stored=stored
     )

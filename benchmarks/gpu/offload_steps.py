@@ -26,7 +26,6 @@ from pipeline.bench.shapes import Shape, find_shape
 from pipeline.errors import PipelineError
 from pipeline.model.structure import layer_list
 from pipeline.runtime.offload.cuda_device import CudaDevice
-from pipeline.runtime.offload.device_model import call_bytes, move_vectors
 from pipeline.runtime.offload.device_ring import StreamDevice
 from pipeline.runtime.offload.device_weights import DeviceWeights
 from pipeline.runtime.offload.residency import Budget
@@ -184,7 +183,7 @@ def _target(
             set_matrix(model, name, torch.ones(parameter.shape))
     numbers = shape.layers * 2 * places * shape.kv_heads * shape.head_dim
     fixed = (numbers + shape.vocab * shape.hidden) * _DTYPE.itemsize + device.library_bytes
-    fixed += call_bytes(model.config, _DTYPE, _MOST_ROWS, places) + spent_bytes
+    fixed += DeviceWeights.call_bytes(model.config, _DTYPE, _MOST_ROWS, places) + spent_bytes
     layer_bytes = _layer_bytes(shape)
     # In the dry run, too, some layers stay and others do not.
     cap = _CAP_BYTES if setting.on_gpu else fixed + shape.layers * layer_bytes - 1
@@ -192,7 +191,6 @@ def _target(
     budget = Budget(cap, "--vram", "the draft, head, cache and what a call takes")
     weights = DeviceWeights(model, layers, _DTYPE, device, budget, fixed, fill)
     like = torch.zeros(0, dtype=_DTYPE, device=device.place)
-    move_vectors(model, like)
     table = like.new_empty(shape.vocab, shape.hidden).normal_(0, _WEIGHT)
     look_up_in(model.get_input_embeddings(), table.cpu(), like)
     set_matrix(model, "lm_head.weight", table)

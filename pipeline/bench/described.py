@@ -7,10 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.bench.devices import DEVICES, DeviceSpec, find_devices, power_modes
+from pipeline.bench.devices import DEVICES, DeviceSpec, find_devices
 from pipeline.errors import InputError
 from pipeline.json_file import json_field, read_json_object
-from pipeline.runtime.device.preflight import free_memory_bytes, l4t_of, require_description
+from pipeline.runtime.device.preflight import Description
 
 # In the device tree's list of what the board is compatible with; names of boards may be wrong.
 _PARTS = (
@@ -48,17 +48,17 @@ def _described_device(path: Path) -> DeviceSpec:
         InputError: it is no description, of no module that is known, or says what no board is.
     """
     fields = read_json_object(path)
-    require_description(fields, path)
+    board = Description(fields, path)
     module = _module_of(fields, path)
     clock_ghz = _clock_ghz(fields, path)
-    modes = power_modes(module)
+    modes = module.in_modes()
     if clock_ghz is not None and modes:
         nearest = min(modes, key=lambda mode: abs(mode.ghz - clock_ghz))
         module = replace(nearest, ghz=clock_ghz)
     return replace(
         module,
-        free_bytes=free_memory_bytes(fields, path),
-        l4t=l4t_of(fields, path),
+        free_bytes=board.free_bytes,
+        l4t=board.l4t,
         name=path.stem,
     )
 

@@ -93,6 +93,23 @@ class DeviceSpec:
         """Operations that it has time for while it reads a byte."""
         return 1e3 * self.tflops / self.gb_per_s
 
+    def in_modes(self) -> list[DeviceSpec]:
+        """The device in each of its power modes; none where no modes of it are known."""
+        source = _MEASURED_MODES.get(self.name, _OTHER_MODES)
+        return [
+            replace(
+                self,
+                name=name,
+                gbit_per_pin=rate,
+                ghz=ghz,
+                multiprocessors=multiprocessors,
+                source=f"{self.source}; {source}",
+                mode=name.partition("@")[2],
+            )
+            for name, (rate, ghz, multiprocessors) in _POWER_MODES.items()
+            if name.startswith(f"{self.name}@")
+        ]
+
 
 DEVICES = {
     device.name: device
@@ -119,37 +136,16 @@ DEVICES = {
 }
 
 
-# Transfers a second, clock and multiprocessors of a power mode.
-_Mode = tuple[float, float, int]
-_POWER_MODES: dict[str, tuple[str, dict[str, _Mode]]] = {
-    "orin-nano-8gb": (
-        _NANO_MODES,
-        {
-            "7w": (4.266, 0.408, 8),
-            "15w": (4.266, 0.625, 8),
-            "25w": (6.4, 0.82, 8),
-            "maxn": (6.4, 1.02, 8),
-        },
-    ),
-    "orin-nx-16gb": (
-        _OTHER_MODES,
-        {
-            "10w": (4.266, 0.612, 4),
-            "15w": (6.4, 0.612, 8),
-            "25w": (6.4, 0.408, 8),
-            "maxn": (6.4, 0.918, 8),
-        },
-    ),
-    "agx-orin-64gb": (
-        _OTHER_MODES,
-        {
-            "15w": (4.266, 0.421, 6),
-            "30w": (6.4, 0.625, 8),
-            "50w": (6.4, 0.829, 16),
-            "maxn": (6.4, 1.3, 16),
-        },
-    ),
-}
+# Transfers a second, clock and multiprocessors of power modes.
+_POWER_MODES = {
+    "orin-nano-8gb@7w": (4.266, 0.408, 8), "orin-nano-8gb@15w": (4.266, 0.625, 8),
+    "orin-nano-8gb@25w": (6.4, 0.82, 8), "orin-nano-8gb@maxn": (6.4, 1.02, 8),
+    "orin-nx-16gb@10w": (4.266, 0.612, 4), "orin-nx-16gb@15w": (6.4, 0.612, 8),
+    "orin-nx-16gb@25w": (6.4, 0.408, 8), "orin-nx-16gb@maxn": (6.4, 0.918, 8),
+    "agx-orin-64gb@15w": (4.266, 0.421, 6), "agx-orin-64gb@30w": (6.4, 0.625, 8),
+    "agx-orin-64gb@50w": (6.4, 0.829, 16), "agx-orin-64gb@maxn": (6.4, 1.3, 16),
+}  # fmt: skip
+_MEASURED_MODES = {"orin-nano-8gb": _NANO_MODES}
 _ALL_MODES = "all"
 
 
@@ -176,28 +172,11 @@ def _devices_of(word: str) -> list[DeviceSpec]:
         raise _unknown(name, DEVICES)
     if not mode:
         return [DEVICES[name]]
-    modes = power_modes(DEVICES[name])
+    modes = DEVICES[name].in_modes()
     wanted = [one for one in modes if mode in (one.mode, _ALL_MODES)]
     if not wanted:
         raise _unknown(word, [one.name for one in modes] or [name])
     return wanted
-
-
-def power_modes(device: DeviceSpec) -> list[DeviceSpec]:
-    """A device in each of its power modes; none where no modes of it are known."""
-    source, modes = _POWER_MODES.get(device.name, ("", {}))
-    return [
-        replace(
-            device,
-            name=f"{device.name}@{mode}",
-            gbit_per_pin=rate,
-            ghz=ghz,
-            multiprocessors=multiprocessors,
-            source=f"{device.source}; {source}",
-            mode=mode,
-        )
-        for mode, (rate, ghz, multiprocessors) in modes.items()
-    ]
 
 
 def _unknown(observed: str, known: Sequence[str] | dict[str, DeviceSpec]) -> UsageError:

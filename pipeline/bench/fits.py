@@ -24,8 +24,6 @@ from pipeline.bench.traffic import Traffic
 _SIGMAS_OF_80 = 1.2816
 # By how much boards of one name, versions of one engine and runs differ, besides.
 _OF_BOARDS = 0.05
-# Besides norms: rotation of queries and keys with the writing of the cache, attention, activation.
-_OTHER_KERNELS_OF_A_LAYER = 3
 # In this mode memory is slower than its own clock says; by how much is fitted to one figure.
 _SLOW_MODE = "7w"
 
@@ -53,26 +51,26 @@ class Case:
     traffic: Traffic
     device: DeviceSpec
 
+    @property
+    def read_bytes(self) -> int:
+        """What a token of it reads."""
+        return self.traffic.weight_bytes() + self.traffic.cache_bytes(self.figure.tokens)
 
-@functools.cache
-def published_cases(kind: Kind) -> tuple[Case, ...]:
-    """All published figures of a kind."""
-    counted: dict[tuple[str, str], Traffic] = {}
-    cases = []
-    for figure in FIGURES:
-        if figure.kind != kind:
-            continue
-        key = (figure.shape, figure.dtype)
-        if key not in counted:
-            counted[key] = traffic_of_shape(find_shape(figure.shape), figure.dtype)
-        (device,) = find_devices(figure.device)
-        cases.append(Case(figure, counted[key], device))
-    return tuple(cases)
-
-
-def kernels_of(traffic: Traffic) -> int:
-    """Kernels of one step: every product, every norm, and the others of each layer."""
-    return traffic.products + traffic.norms + _OTHER_KERNELS_OF_A_LAYER * traffic.layers
+    @staticmethod
+    @functools.cache
+    def published(kind: Kind) -> tuple[Case, ...]:
+        """All published figures of a kind."""
+        counted: dict[tuple[str, str], Traffic] = {}
+        cases = []
+        for figure in FIGURES:
+            if figure.kind != kind:
+                continue
+            key = (figure.shape, figure.dtype)
+            if key not in counted:
+                counted[key] = traffic_of_shape(find_shape(figure.shape), figure.dtype)
+            (device,) = find_devices(figure.device)
+            cases.append(Case(figure, counted[key], device))
+        return tuple(cases)
 
 
 # --- decoding ---
@@ -94,6 +92,17 @@ class DecodeFit:
     spread: float = 0.0
     slow_share: float = 1.0
 
+    @staticmethod
+    @functools.cache
+    def of(engine: str) -> DecodeFit:
+        """The constants of an engine; figures in the slowest mode give that mode's bandwidth."""
+        cases = [case for case in _fitted("decode", engine) if case.device.mode != _SLOW_MODE]
+        terms = [_decode_terms(case) for case in cases]
+        seconds = [1 / case.figure.value for case in cases]
+        inverse_efficiency, cycles = _least_squares(terms, seconds)
+        spread = _spread_of(cases, terms, seconds)
+        return DecodeFit(1 / inverse_efficiency, cycles, spread, _slow_share())
+
     def seconds(
         self, read_bytes: float, kernels: int, device: DeviceSpec, flop: float = 0.0
     ) -> float:
@@ -104,26 +113,10 @@ class DecodeFit:
         return reading + starting + flop / (device.tflops * 1e12)
 
 
-def read_bytes_of(case: Case) -> int:
-    """What a token of it reads."""
-    return case.traffic.weight_bytes() + case.traffic.cache_bytes(case.figure.tokens)
-
-
 def _decode_terms(case: Case) -> tuple[float, float]:
     """Seconds at the peak bandwidth, and seconds of a cycle for each kernel."""
-    reading = read_bytes_of(case) / (case.device.gb_per_s * 1e9)
-    return reading, kernels_of(case.traffic) / (case.device.ghz * 1e9)
-
-
-@functools.cache
-def decode_fit(engine: str) -> DecodeFit:
-    """The constants of an engine; its figures in the slowest mode give that mode's bandwidth."""
-    cases = [case for case in _fitted("decode", engine) if case.device.mode != _SLOW_MODE]
-    terms = [_decode_terms(case) for case in cases]
-    seconds = [1 / case.figure.value for case in cases]
-    inverse_efficiency, cycles = _least_squares(terms, seconds)
-    spread = _spread_of(cases, terms, seconds)
-    return DecodeFit(1 / inverse_efficiency, cycles, spread, _slow_share())
+    reading = case.read_bytes / (case.device.gb_per_s * 1e9)
+    return reading, case.traffic.kernels / (case.device.ghz * 1e9)
 
 
 @functools.cache
@@ -159,53 +152,60 @@ class PrefillFit:
     bytes_per_flop: float
     spread: float
 
-    def seconds(self, flop: float, device: DeviceSpec) -> float:
-        """Expected time of so many operations."""
+    @staticmethod
+    @functools.cache
+    def of_edge_llm() -> PrefillFit:
+        """On Orin, the only figures there are."""
+        cases = _fitted("prefill", EDGE_LLM)
+        terms, seconds = [], []
+        for case in cases:
+            flop = case.traffic.prefill_flop(case.figure.tokens)
+            terms.append((flop / (case.device.tflops * 1e12), flop / (case.device.gb_per_s * 1e9)))
+            seconds.append(case.figure.value / 1e3 - _step_seconds(case.traffic, case.device))
+        inverse_efficiency, bytes_per_flop = _least_squares(terms, seconds)
+        return PrefillFit(1 / inverse_efficiency, bytes_per_flop, _spread_of(cases, terms, seconds))
+
+    def prompt_ms(self, traffic: Traffic, tokens: int, device: DeviceSpec) -> Estimate:
+        """What a prompt takes: a step that reads weights, and its operations."""
+        flop = traffic.prefill_flop(tokens)
         reading = self.bytes_per_flop * flop / (device.gb_per_s * 1e9)
-        return flop / (self.efficiency * device.tflops * 1e12) + reading
-
-
-@functools.cache
-def prefill_fit() -> PrefillFit:
-    """Of Edge-LLM on Orin, the only figures there are."""
-    cases = _fitted("prefill", EDGE_LLM)
-    terms, seconds = [], []
-    for case in cases:
-        flop = prefill_flop(case.traffic, case.figure.tokens)
-        terms.append((flop / (case.device.tflops * 1e12), flop / (case.device.gb_per_s * 1e9)))
-        seconds.append(case.figure.value / 1e3 - _step_seconds(case.traffic, case.device))
-    inverse_efficiency, bytes_per_flop = _least_squares(terms, seconds)
-    return PrefillFit(1 / inverse_efficiency, bytes_per_flop, _spread_of(cases, terms, seconds))
-
-
-def prefill_ms(traffic: Traffic, tokens: int, device: DeviceSpec) -> Estimate:
-    """What a prompt takes in Edge-LLM on Orin: a step that reads weights, and its operations."""
-    fit = prefill_fit()
-    seconds = _step_seconds(traffic, device) + fit.seconds(prefill_flop(traffic, tokens), device)
-    return Estimate.around(1e3 * seconds, fit.spread)
+        own = flop / (self.efficiency * device.tflops * 1e12) + reading
+        return Estimate.around(1e3 * (_step_seconds(traffic, device) + own), self.spread)
 
 
 def _step_seconds(traffic: Traffic, device: DeviceSpec) -> float:
-    return decode_fit(EDGE_LLM).seconds(traffic.weight_bytes(), kernels_of(traffic), device)
+    return DecodeFit.of(EDGE_LLM).seconds(traffic.weight_bytes(), traffic.kernels, device)
 
 
-def prefill_flop(traffic: Traffic, tokens: int) -> float:
-    """Operations of a prompt: products of all tokens, the head's of the last, and attention."""
-    products = [tensor.elements for tensor in traffic.tensors if tensor.product]
-    head = max(products, default=0)
-    attention = sum(
-        2 * traffic.attention_width * tokens * min(tokens, cache.window or tokens)
-        for cache in traffic.cache[::2]
-    )
-    return 2.0 * (sum(products) - head) * tokens + 2.0 * head + attention
+@dataclass(frozen=True)
+class MemoryFit:
+    """GPU memory of an engine.
 
+    Attributes:
+        base: bytes beyond weights, with a tied embedding twice, and the cache.
+        spread: typical error of the logarithm.
+    """
 
-@functools.cache
-def base_memory() -> Estimate:
-    """GPU memory in bytes beyond weights, with a tied embedding twice, and the cache."""
-    cases = _fitted("memory", EDGE_LLM)
-    extra = [case.figure.value - _edge_bytes(case.traffic, case.figure.tokens) for case in cases]
-    return Estimate(float(np.mean(extra)), min(extra), max(extra))
+    base: Estimate
+    spread: float
+
+    @staticmethod
+    @functools.cache
+    def of_edge_llm() -> MemoryFit:
+        """By all its figures."""
+        cases = _fitted("memory", EDGE_LLM)
+        own = [_edge_bytes(case.traffic, case.figure.tokens) for case in cases]
+        extra = [case.figure.value - held for case, held in zip(cases, own, strict=True)]
+        base = Estimate(float(np.mean(extra)), min(extra), max(extra))
+        logs = [
+            math.log(case.figure.value / (held + base.expected))
+            for case, held in zip(cases, own, strict=True)
+        ]
+        return MemoryFit(base, float(np.sqrt(np.mean(np.square(logs)))))
+
+    def run_bytes(self, traffic: Traffic, tokens: int) -> Estimate:
+        """GPU memory that running takes."""
+        return Estimate.around(_edge_bytes(traffic, tokens) + self.base.expected, self.spread)
 
 
 def _edge_bytes(traffic: Traffic, tokens: int) -> int:
@@ -213,23 +213,6 @@ def _edge_bytes(traffic: Traffic, tokens: int) -> int:
     twice = max((t.elements * t.bits for t in traffic.tensors if t.product), default=0) / 8
     tied = not any(tensor.looked_up for tensor in traffic.tensors)
     return traffic.stored_bytes + traffic.cache_bytes(tokens) + (int(twice) if tied else 0)
-
-
-def edge_memory(traffic: Traffic, tokens: int) -> Estimate:
-    """GPU memory that Edge-LLM takes, in bytes."""
-    expected = _edge_bytes(traffic, tokens) + base_memory().expected
-    return Estimate.around(expected, _memory_spread())
-
-
-@functools.cache
-def _memory_spread() -> float:
-    cases = _fitted("memory", EDGE_LLM)
-    base = base_memory().expected
-    logs = [
-        math.log(case.figure.value / (_edge_bytes(case.traffic, case.figure.tokens) + base))
-        for case in cases
-    ]
-    return float(np.sqrt(np.mean(np.square(logs))))
 
 
 @dataclass(frozen=True)
@@ -249,7 +232,7 @@ class _WattsFit:
 def _watts_fit() -> _WattsFit:
     cases = _fitted("energy", LLAMA_CPP)
     joules = [case.figure.value for case in cases]
-    speeds = {_place(case.figure): case.figure.value for case in published_cases("decode")}
+    speeds = {_place(case.figure): case.figure.value for case in Case.published("decode")}
     terms = [(case.device.ghz / speeds[_place(case.figure)], 0.0) for case in cases]
     watts, _ = _least_squares(terms, joules)
     return _WattsFit(watts, _spread_of(cases, terms, joules))
@@ -271,7 +254,7 @@ def joules_per_token(tokens_per_s: Estimate, device: DeviceSpec) -> Estimate:
 
 
 def _fitted(kind: Kind, engine: str) -> list[Case]:
-    return [c for c in published_cases(kind) if c.figure.fitted and c.figure.engine == engine]
+    return [c for c in Case.published(kind) if c.figure.fitted and c.figure.engine == engine]
 
 
 def _least_squares(

@@ -7,18 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from pipeline.bench.devices import DeviceSpec
 from pipeline.bench.fits import (
     Case,
+    DecodeFit,
     Estimate,
-    decode_fit,
-    edge_memory,
+    MemoryFit,
+    PrefillFit,
     joules_per_token,
-    kernels_of,
-    prefill_fit,
-    prefill_ms,
-    published_cases,
-    read_bytes_of,
 )
 from pipeline.bench.published import EDGE_LLM, LLAMA_CPP, Kind
 
@@ -29,29 +24,17 @@ _Row = dict[str, Any]
 
 def judged_figures() -> dict[str, Any]:
     """The constants, and what they make of every published figure, for the record."""
-    fits = {engine: asdict(decode_fit(engine)) for engine in (EDGE_LLM, LLAMA_CPP)}
-    rows = [_judged(case) for kind in _KINDS for case in published_cases(kind)]
-    return {"fits": fits, "prefill_fit": asdict(prefill_fit()), "published": rows}
-
-
-def said_of(published: Sequence[_Row], device: DeviceSpec, engine: str) -> str:
-    """How many speeds of an engine were published of a device, and the largest error of them."""
-    module = device.name.partition("@")[0]
-    errors = [
-        abs(row["error"])
-        for row in published
-        if (row["kind"], row["engine"]) == ("decode", engine)
-        and module == row["device"].partition("@")[0]
-    ]
-    return f"{len(errors)}, at most {max(errors):.0%} off" if errors else "none"
+    fits = {engine: asdict(DecodeFit.of(engine)) for engine in (EDGE_LLM, LLAMA_CPP)}
+    rows = [_judged(case) for kind in _KINDS for case in Case.published(kind)]
+    return {"fits": fits, "prefill_fit": asdict(PrefillFit.of_edge_llm()), "published": rows}
 
 
 def _judged(case: Case) -> _Row:
     """A figure beside what was predicted of it."""
     figure, estimate = case.figure, _estimate(case)
     return asdict(figure) | {
-        "bytes_per_token": read_bytes_of(case),
-        "bound_tokens_per_s": case.device.gb_per_s * 1e9 / read_bytes_of(case),
+        "bytes_per_token": case.read_bytes,
+        "bound_tokens_per_s": case.device.gb_per_s * 1e9 / case.read_bytes,
         "expected": estimate.expected,
         "low": estimate.low,
         "high": estimate.high,
@@ -63,11 +46,11 @@ def _judged(case: Case) -> _Row:
 def _estimate(case: Case) -> Estimate:
     """What is predicted of a figure; MLC is taken to be as quick as Edge-LLM."""
     if case.figure.kind == "prefill":
-        return prefill_ms(case.traffic, case.figure.tokens, case.device)
+        return PrefillFit.of_edge_llm().prompt_ms(case.traffic, case.figure.tokens, case.device)
     if case.figure.kind == "memory":
-        return edge_memory(case.traffic, case.figure.tokens)
-    fit = decode_fit(LLAMA_CPP if case.figure.engine == LLAMA_CPP else EDGE_LLM)
-    seconds = fit.seconds(read_bytes_of(case), kernels_of(case.traffic), case.device)
+        return MemoryFit.of_edge_llm().run_bytes(case.traffic, case.figure.tokens)
+    fit = DecodeFit.of(LLAMA_CPP if case.figure.engine == LLAMA_CPP else EDGE_LLM)
+    seconds = fit.seconds(case.read_bytes, case.traffic.kernels, case.device)
     speed = Estimate.around(1 / seconds, fit.spread)
     return speed if case.figure.kind == "decode" else joules_per_token(speed, case.device)
 

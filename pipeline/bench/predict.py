@@ -20,21 +20,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from pipeline.bench.devices import DeviceSpec
-from pipeline.bench.fits import (
-    Estimate,
-    base_memory,
-    decode_fit,
-    edge_memory,
-    joules_per_token,
-    kernels_of,
-    prefill_flop,
-    prefill_ms,
-)
-from pipeline.bench.judge import judged_figures, said_of
+from pipeline.bench.fits import DecodeFit, Estimate, MemoryFit, PrefillFit, joules_per_token
+from pipeline.bench.judge import judged_figures
 from pipeline.bench.published import EDGE_LLM, LLAMA_CPP
 from pipeline.bench.targets import BenchTarget
 from pipeline.bench.traffic import Traffic
-from pipeline.engine.plan import expected_peak_bytes
+from pipeline.engine.plan import EnginePlan
 from pipeline.errors import ResourceError
 from pipeline.provenance import provenance
 from pipeline.runtime.device.preflight import (
@@ -142,7 +133,7 @@ def predict(
         {"model": target.label}
         | target.public_what
         | asdict(_predict_target(target, device, context, engine))
-        | {"published_figures": said_of(checked["published"], device, engine)}
+        | {"published_figures": _published_of(checked["published"], device, engine)}
         for target in targets
         for device in devices
         for engine in _ENGINES
@@ -186,6 +177,18 @@ def require_a_fit(record: dict[str, Any]) -> None:
         )
 
 
+def _published_of(published: Sequence[dict[str, Any]], device: DeviceSpec, engine: str) -> str:
+    """How many speeds of an engine were published of a device, and the largest error of them."""
+    module = device.name.partition("@")[0]
+    errors = [
+        abs(row["error"])
+        for row in published
+        if (row["kind"], row["engine"]) == ("decode", engine)
+        and module == row["device"].partition("@")[0]
+    ]
+    return f"{len(errors)}, at most {max(errors):.0%} off" if errors else "none"
+
+
 def _predict_target(
     target: BenchTarget, device: DeviceSpec, context: int, engine: str
 ) -> _Prediction:
@@ -205,7 +208,7 @@ def _predict_one(
     read_bytes = traffic.weight_bytes() + passes * cache_bytes
     flop, intensity = traffic.rebuild_flop(context), traffic.rebuild_flop_per_byte
     slowest = max(read_bytes / (device.gb_per_s * 1e9), flop / (device.tflops * 1e12))
-    speed = _tokens_per_s(engine, read_bytes, kernels_of(traffic), device, flop)
+    speed = _tokens_per_s(engine, read_bytes, traffic.kernels, device, flop)
     run = _run_bytes(traffic, context, engine)
     verdict = _verdict(run, traffic, device)
     return _Prediction(
@@ -215,15 +218,15 @@ def _predict_one(
         gb_per_s=round(device.gb_per_s, 1),
         context=context,
         bytes_per_token=read_bytes,
-        kernels=kernels_of(traffic),
+        kernels=traffic.kernels,
         bound_tokens_per_s=1 / slowest,
         expected_tokens_per_s=speed.expected,
         tokens_per_s=speed,
         efficiency=speed.expected * slowest,
-        prefill_ms=prefill_ms(traffic, context, device)
+        prefill_ms=PrefillFit.of_edge_llm().prompt_ms(traffic, context, device)
         if engine == EDGE_LLM and device.is_orin
         else None,
-        least_prefill_ms=prefill_flop(traffic, context) / (device.tflops * 1e9),
+        least_prefill_ms=traffic.prefill_flop(context) / (device.tflops * 1e9),
         joules_per_token=joules_per_token(speed, device) if device.has_power_figures else None,
         needed_bytes=traffic.stored_bytes + cache_bytes,
         run_bytes=run,
@@ -251,7 +254,7 @@ def _tokens_per_s(
         )
         middle = math.sqrt(quick.expected * slow.expected)
         return Estimate(middle, min(quick.low, slow.low), max(quick.high, slow.high))
-    fit = decode_fit(engine)
+    fit = DecodeFit.of(engine)
     return Estimate.around(1 / fit.seconds(read_bytes, kernels, device, flop), fit.spread)
 
 
@@ -261,14 +264,14 @@ def _run_bytes(traffic: Traffic, context: int, engine: str) -> Estimate:
     Ours may take more: `preflight` is given the plan, and takes the most for the libraries.
     """
     if engine == EDGE_LLM:
-        return edge_memory(traffic, context)
+        return MemoryFit.of_edge_llm().run_bytes(traffic, context)
     cache_bytes = traffic.cache_bytes(context)
     if engine == OURS:
         copies = 1 if traffic.cache_passes == 1 else 2
         own = _PLAN_PER_WEIGHT * traffic.stored_bytes + copies * cache_bytes
     else:
         own = float(traffic.stored_bytes + cache_bytes)
-    base = base_memory()
+    base = MemoryFit.of_edge_llm().base
     return Estimate(own + base.expected, own + base.low, own + LIBRARIES_BYTES)
 
 
@@ -290,8 +293,8 @@ def _verdict(run: Estimate, traffic: Traffic, device: DeviceSpec) -> str:
 def _build_peak(traffic: Traffic, engine: str) -> Estimate | None:
     """Memory that building an engine takes on the device."""
     if engine == OURS:
-        ends = (expected_peak_bytes(traffic.stored_bytes, form) for form in ("shared", "separate"))
-        low, high = map(float, ends)
+        stored = traffic.stored_bytes
+        low, high = (float(EnginePlan.peak_bytes(stored, f)) for f in ("shared", "separate"))
         return Estimate(low, low, high)
     if engine == EDGE_LLM:
         return Estimate(*(factor * traffic.stored_bytes for factor in _EDGE_BUILD))

@@ -6,6 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+# Besides norms: rotation of queries and keys with the writing of the cache, attention, activation.
+_OTHER_KERNELS_OF_A_LAYER = 3
+
 
 @dataclass(frozen=True)
 class StoredTensor:
@@ -160,6 +163,11 @@ class Traffic:
         """Decoder layers: each has keys and values."""
         return len(self.cache) // 2
 
+    @property
+    def kernels(self) -> int:
+        """Kernels of one step: every product, every norm, and the others of each layer."""
+        return self.products + self.norms + _OTHER_KERNELS_OF_A_LAYER * self.layers
+
     def held_bytes(self, float_bytes: int | None = None) -> int:
         """All weights in memory, with floating-point numbers of `float_bytes`, or as stored."""
         bits = (tensor.elements * tensor.bits_held(float_bytes) for tensor in self.tensors)
@@ -182,3 +190,13 @@ class Traffic:
     def rebuild_flop(self, context: float) -> float:
         """FLOP that rebuild keys in one step with `context` tokens in the cache."""
         return sum(keys.flop * (keys.static_length or context) for keys in self.rebuilt)
+
+    def prefill_flop(self, tokens: int) -> float:
+        """Operations of a prompt: products of all tokens, the head's of the last, and attention."""
+        products = [tensor.elements for tensor in self.tensors if tensor.product]
+        head = max(products, default=0)
+        attention = sum(
+            2 * self.attention_width * tokens * min(tokens, cache.window or tokens)
+            for cache in self.cache[::2]
+        )
+        return 2.0 * (sum(products) - head) * tokens + 2.0 * head + attention

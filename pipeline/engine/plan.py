@@ -101,6 +101,11 @@ class EnginePlan:
     timeout_s: float
     notes: tuple[str, ...]
 
+    @staticmethod
+    def peak_bytes(weight_bytes: int, decode: DecodeForm) -> int:
+        """Largest resident size of the worker, roughly, by the bytes of the graph's weights."""
+        return _PEAK_BASE_BYTES + int(weight_bytes * _PEAK_PER_WEIGHT[decode])
+
     def to_json(self) -> dict[str, Any]:
         """Plain values, for `--dry-run --json`."""
         plugin, weight_bytes = self.work.plugin, self.folder.weight_bytes
@@ -108,7 +113,7 @@ class EnginePlan:
             "target": self.target.to_json(),
             "onnx": str(self.folder.onnx_path),
             "onnx_bytes": weight_bytes,
-            "expected_peak_bytes": expected_peak_bytes(weight_bytes, self.limits.decode),
+            "expected_peak_bytes": self.peak_bytes(weight_bytes, self.limits.decode),
             "block_skip_nodes": self.folder.block_skip_nodes,
             "coded_nodes": self.folder.coded_nodes,
             "plugin": None if plugin is None else str(plugin),
@@ -196,7 +201,7 @@ def _memory_notes(target: Target, folder: OnnxFolder, limits: Limits) -> list[st
         ResourceError: there is less than the weights and the plan take, which is sure.
     """
     available = psutil.virtual_memory().available
-    peak = expected_peak_bytes(folder.weight_bytes, limits.decode)
+    peak = EnginePlan.peak_bytes(folder.weight_bytes, limits.decode)
     where = "" if target.flavour == "rtx" else " (as measured with TensorRT for RTX)"
     said = f"building takes about {peak / 1e9:.1f} GB of memory{where}, {available / 1e9:.1f} free"
     swap = psutil.swap_memory().free
@@ -227,11 +232,6 @@ def _workspace(request: EngineRequest) -> tuple[int | None, list[str]]:
         f"scratch memory of a kernel: at most {limit // _MEBIBYTE} MiB, since the GPU shares the "
         "CPU's memory (--workspace)"
     ]
-
-
-def expected_peak_bytes(weight_bytes: int, decode: DecodeForm) -> int:
-    """Largest resident size of the worker, roughly, by the bytes of the graph's weights."""
-    return _PEAK_BASE_BYTES + int(weight_bytes * _PEAK_PER_WEIGHT[decode])
 
 
 def _choose_plugin(given: Path | None) -> tuple[Path | None, str]:

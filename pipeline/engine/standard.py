@@ -56,13 +56,12 @@ def build(request: WorkerRequest, staging: Path) -> WorkerResult:
         ResourceError: memory ran out.
     """
     library = load_library("tensorrt", "build an engine with standard TensorRT")
-    version = parse_version(library.__version__)
-    _require_version(version, request.onnx_profile)
+    _require_version(_parse_version(library.__version__), request.onnx_profile)
     offered = [] if request.plugin is None else load_plugin(library, request.plugin)
     if request.embed:
         _register_kernels(request)
     request, onnx_path, notes = _graph_to_parse(
-        request, staging, version, {creator.name for creator in offered}
+        request, staging, library.__version__, {creator.name for creator in offered}
     )
     said = list(notes)
     result = build_network(
@@ -107,7 +106,7 @@ def _register_kernels(request: WorkerRequest) -> None:
     register(10 * major + minor)
 
 
-def parse_version(text: str) -> tuple[int, ...]:
+def _parse_version(text: str) -> tuple[int, ...]:
     """'10.3.0' or '11.4.0.106' -> (10, 3, 0) or (11, 4, 0, 106); a suffix ends it."""
     parts: list[int] = []
     for part in text.split("."):
@@ -140,7 +139,7 @@ def newest_profile() -> str:
         MissingPackageError: tensorrt is not installed.
     """
     library = load_library("tensorrt", "build an engine with standard TensorRT")
-    version = parse_version(library.__version__)
+    version = _parse_version(library.__version__)
     oldest = PROFILES[DEFAULT_PROFILE].oldest_tensorrt
     if oldest is not None and version[:2] >= oldest:
         return DEFAULT_PROFILE
@@ -149,7 +148,7 @@ def newest_profile() -> str:
 
 
 def _graph_to_parse(
-    request: WorkerRequest, staging: Path, version: tuple[int, ...], offered: set[str]
+    request: WorkerRequest, staging: Path, version: str, offered: set[str]
 ) -> tuple[WorkerRequest, Path, tuple[str, ...]]:
     """The graph this TensorRT must be given, what it holds, and what to note.
 
@@ -164,7 +163,7 @@ def _graph_to_parse(
     """
     if request.plugin is not None:
         _require_ops(request, offered)
-        if not needs_stripping(version, plugin_registered=True):
+        if not prefers_functions(version):
             return request, request.onnx_path, ()
         stripped = _write_stripped_graph(request.onnx_path, staging / "stripped", offered)
         return (
@@ -198,9 +197,9 @@ def _require_ops(request: WorkerRequest, offered: Collection[str]) -> None:
         )
 
 
-def needs_stripping(version: tuple[int, ...], plugin_registered: bool) -> bool:
-    """Whether this TensorRT would take the function although the plugin is there."""
-    return plugin_registered and version[:2] < _FIRST_PLUGIN_OVER_FUNCTION
+def prefers_functions(version: str) -> bool:
+    """Whether a TensorRT takes an op's function although there is a plugin for it."""
+    return _parse_version(version)[:2] < _FIRST_PLUGIN_OVER_FUNCTION
 
 
 def _write_stripped_graph(

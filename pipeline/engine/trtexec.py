@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pipeline.engine.plan import EnginePlan
 from pipeline.engine.profiles import ShapeProfile
-from pipeline.engine.standard import needs_stripping, parse_version
+from pipeline.engine.standard import prefers_functions
 from pipeline.engine.target import load_library
 from pipeline.engine.worker_protocol import PLAN_FILE, TIMING_CACHE_FILE
 from pipeline.errors import UsageError
@@ -68,7 +68,7 @@ def _require_as_it_is(plan: EnginePlan) -> None:
         why = "its codes are rewritten for TensorRT's own operators"
     elif work.plugin is not None:
         version = load_library("tensorrt", "ask for its version").__version__
-        if needs_stripping(parse_version(version), plugin_registered=True):
+        if prefers_functions(version):
             why = f"TensorRT {version} would prefer function bodies, which are removed for it"
     if why:
         raise UsageError(

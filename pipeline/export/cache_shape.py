@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from pipeline.checkpoint.modeling_cache import CacheMap, LatentCache, cache_maps
 from pipeline.errors import InputError
 from pipeline.export.cache import padded_width
-from pipeline.export.contract import Profile, cache_names, form_of, held_width, steps_name
+from pipeline.export.contract import Profile, form_of, held_width
 from pipeline.export.latent_attention import HELD_AS
 from pipeline.model.cache_structure import SIDES
 
@@ -116,9 +116,3 @@ def coded_sides(shapes: list[CacheShape]) -> list[tuple[int, int]]:
         for number, bits in enumerate(shape.bits)
         if bits is not None
     ]
-
-
-def tensor_names(shapes: list[CacheShape], prefix: str) -> list[str]:
-    """Of the cache's tensors: keys and values of all layers, then the steps of codes."""
-    names = cache_names(len(shapes), prefix)
-    return names + [steps_name(names[2 * layer + side]) for layer, side in coded_sides(shapes)]

@@ -16,7 +16,7 @@ from pipeline.checkpoint.modeling_cache import cache_maps
 from pipeline.checkpoint.skeleton import Skeleton
 from pipeline.export.attention import active
 from pipeline.export.cache import GraphCache
-from pipeline.export.cache_shape import CacheShape, cache_shapes, coded_sides, tensor_names
+from pipeline.export.cache_shape import CacheShape, cache_shapes, coded_sides
 from pipeline.export.contract import (
     ATTENTION_MASK,
     FIRST_LOGIT,
@@ -28,6 +28,8 @@ from pipeline.export.contract import (
     PRESENT,
     TOKEN_INPUTS,
     Profile,
+    cache_names,
+    steps_name,
 )
 from pipeline.export.genai_config import genai_config
 from pipeline.export.latent_attention import CODES, STEPS
@@ -238,7 +240,7 @@ def _trace(
     for layer, number in coded:
         heads, _ = shapes[layer].sides[number]
         past.append(torch.zeros(_TRACE_BATCH, heads, slots, 2, dtype=STEPS))
-    names, present = (tensor_names(shapes, prefix) for prefix in (PAST, PRESENT))
+    names, present = (_tensor_names(shapes, prefix) for prefix in (PAST, PRESENT))
     ids = torch.zeros(_TRACE_BATCH, _TRACE_LENGTH, dtype=torch.int64)
     total = _TRACE_PAST + _TRACE_LENGTH
     mask = torch.ones(_TRACE_BATCH, total, dtype=torch.int64)
@@ -253,6 +255,12 @@ def _trace(
         input_names=[*TOKEN_INPUTS, *names],
         output_names=[LOGITS, *present],
     )
+
+
+def _tensor_names(shapes: list[CacheShape], prefix: str) -> list[str]:
+    """Of the cache's tensors: keys and values of all layers, then the steps of codes."""
+    names = cache_names(len(shapes), prefix)
+    return names + [steps_name(names[2 * layer + side]) for layer, side in coded_sides(shapes)]
 
 
 def _require_memory(shapes: list[CacheShape], profile: Profile, max_length: int) -> None:

@@ -132,7 +132,7 @@ def _in_onnx_runtime(format: Format) -> bool:
     return format.bits in (2, 4, 8) and format.block in (16, 32, 64, 128, 256)
 
 
-def in_kernels(format: Format) -> bool:
+def _in_kernels(format: Format) -> bool:
     """What the kernels of `trt_plugins/block_skip` multiply with, in TensorRT and in PyTorch."""
     return format.symmetric and format.bits in (4, 8) and format.block % KERNEL_BLOCK_UNIT == 0
 
@@ -149,7 +149,7 @@ def held_by_kernels(format: Format) -> bool:
 def _in_tensorrt(format: Format) -> bool:
     """What the kernels take, and TensorRT without them multiplies out of a DequantizeLinear."""
     alone = (format.bits, format.block) in ((4, 64), (4, 128), (8, 0))
-    return in_kernels(format) and alone
+    return _in_kernels(format) and alone
 
 
 def _formats(names: str) -> tuple[Format, ...]:

@@ -11,7 +11,7 @@ from itertools import accumulate, product
 
 import numpy as np
 
-from pipeline.export.contract import CACHE_PREFIX, PROFILES, present_name
+from pipeline.export.contract import CACHE_PREFIX, present_name
 from pipeline.runtime.device.bound_context import BoundContext
 from pipeline.runtime.device.driver import DeviceMemory, aligned
 from pipeline.runtime.device.engine import OpenEngine
@@ -118,14 +118,3 @@ class GrowingCache:
             token_bytes = width * self._tensors.dtypes[name].itemsize
             for row, head in product(range(rows), range(heads)):
                 yield name, past * token_bytes, length * token_bytes, row * heads + head
-
-
-def make_cache(opened: OpenEngine, rows: int) -> StaticCache | GrowingCache:
-    """The cache of the form that the engine's graph has."""
-    form = StaticCache if has_static_cache(opened) else GrowingCache
-    return form(opened, rows)
-
-
-def has_static_cache(opened: OpenEngine) -> bool:
-    """Whether the cache is written in place, so that every step has the same shapes."""
-    return PROFILES[opened.manifest["onnx"]["profile"]].static_cache

@@ -13,6 +13,7 @@ from pipeline.engine.profiles import ShapeProfile
 from pipeline.engine.target import load_library
 from pipeline.engine.worker_protocol import PLAN_FILE
 from pipeline.errors import InputError, MissingPackageError, ResourceError
+from pipeline.export.contract import PROFILES
 from pipeline.runtime.device.driver import DeviceMemory, Driver, Stream
 from pipeline.runtime.sessions.engine_calls import (
     load_engine_plugin,
@@ -50,6 +51,11 @@ class OpenEngine:
     stream: Stream
     scratch: DeviceMemory | None
     keep: tuple[Any, ...] = ()
+
+    @property
+    def has_static_cache(self) -> bool:
+        """Whether the cache is written in place, so that every step has the same shapes."""
+        return PROFILES[self.manifest["onnx"]["profile"]].static_cache
 
     def make_context(self, profile: int) -> trt.IExecutionContext:
         """An execution context in a profile, over the scratch memory of all.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,67 @@ _WHERE = "device description"
 _ITEM_BYTES = {"float16": 2, "float32": 4}
 
 
+@dataclass(frozen=True)
+class Description:
+    """What `describe` said of a board.
+
+    Attributes:
+        fields: of it.
+        where: they are from, for messages.
+
+    Raises:
+        InputError: it is no description, or, when it is asked for it, a field is wrong.
+    """
+
+    fields: dict[str, Any]
+    where: object = _WHERE
+
+    def __post_init__(self) -> None:
+        schema = self.fields.get("schema")
+        if schema != SCHEMA:
+            raise InputError(
+                "This is no description of a device.",
+                where=self.where,
+                observed=f"schema {schema!r}",
+                expected=f"what `skipcat-device describe` prints, schema {SCHEMA}",
+            )
+
+    @property
+    def gpu(self) -> dict[str, Any]:
+        """What it says of the GPU."""
+        return self._field("gpu", dict) or {}
+
+    @property
+    def memory(self) -> dict[str, Any]:
+        """What it says of the CPU's memory."""
+        return self._field("memory", dict) or {}
+
+    @property
+    def l4t(self) -> str | None:
+        """Release of the board's system, such as 36.4.7, out of the line on JetPack."""
+        said = re.search(r"L4T ([0-9.]+)", self._field("jetpack", str) or "")
+        return said[1] if said else None
+
+    @property
+    def free_bytes(self) -> int | None:
+        """Memory that an engine may take: on a board the CPU's and the GPU's are the same."""
+        gpu, memory = self.gpu, self.memory
+        own = json_field(gpu, "free_bytes", int, self.where, default=None)
+        shared = json_field(memory, "available_bytes", int, self.where, default=None)
+        for number in (own, shared):
+            if number is not None and number < 0:
+                raise InputError(
+                    "A device has no such memory.",
+                    where=self.where,
+                    observed=number,
+                    expected="0 and up",
+                )
+        return own if gpu.get("shares_memory") is False else shared if shared is not None else own
+
+    def _field(self, name: str, kind: type) -> Any:
+        return json_field(self.fields, name, kind, self.where, default=None)
+
+
 def check_device(folder: Path, device: dict[str, Any]) -> dict[str, Any]:
     """Hold an engine folder against a description of a board.
 
@@ -44,14 +106,15 @@ def check_device(folder: Path, device: dict[str, Any]) -> dict[str, Any]:
         ResourceError: it needs more memory than there is, or more in one piece than there can be.
     """
     manifest = read_manifest(folder)
-    unknown = _require_same(manifest, device, folder)
+    board = Description(device)
+    unknown = _require_same(manifest, board, folder)
     needed = needed_bytes(manifest, folder / MANIFEST_FILE)
-    _require_buffer(needed["plan"], device, folder)
-    available = free_memory_bytes(device)
+    _require_buffer(needed["plan"], board, folder)
+    available = board.free_bytes
     if available is None:
         unknown.append("free memory")
     elif sum(needed.values()) > available:
-        raise _too_large(needed, available, device, folder)
+        raise _too_large(needed, available, board, folder)
     return {"needed_bytes": needed, "available_bytes": available, "unknown": unknown}
 
 
@@ -92,11 +155,9 @@ def needed_bytes(manifest: dict[str, Any], path: Path) -> dict[str, int]:
     }
 
 
-def _require_same(manifest: dict[str, Any], device: dict[str, Any], folder: Path) -> list[str]:
+def _require_same(manifest: dict[str, Any], board: Description, folder: Path) -> list[str]:
     """What cannot be compared; raise InputError for an engine of another TensorRT or GPU."""
-    require_description(device)
-    gpu = json_field(device, "gpu", dict, _WHERE, default=None) or {}
-    found = json_field(gpu, "compute_capability", list, _WHERE, default=None)
+    found = json_field(board.gpu, "compute_capability", list, _WHERE, default=None)
     if found is not None and [type(part) for part in found] != [int, int]:
         raise InputError(
             "The field 'compute_capability' is wrong.",
@@ -105,7 +166,7 @@ def _require_same(manifest: dict[str, Any], device: dict[str, Any], folder: Path
             expected="two whole numbers, as [8, 7]",
         )
     here = {
-        "TensorRT version": (device.get("tensorrt"), manifest["tensorrt_version"]),
+        "TensorRT version": (board.fields.get("tensorrt"), manifest["tensorrt_version"]),
         "GPU": (
             found and capability_name(tuple(found)),
             capability_name(tuple(manifest["target"]["compute_capability"])),
@@ -117,30 +178,11 @@ def _require_same(manifest: dict[str, Any], device: dict[str, Any], folder: Path
     return [what for what, (observed, _) in here.items() if observed is None]
 
 
-def require_description(device: dict[str, Any], where: object = _WHERE) -> None:
-    """Raise InputError for what is no description of a device."""
-    if device.get("schema") != SCHEMA:
-        raise InputError(
-            "This is no description of a device.",
-            where=where,
-            observed=f"schema {device.get('schema')!r}",
-            expected=f"what `skipcat-device describe` prints, schema {SCHEMA}",
-        )
-
-
-def l4t_of(device: dict[str, Any], where: object = _WHERE) -> str | None:
-    """Release of a described board's system, such as 36.4.7, out of the line on JetPack."""
-    line = json_field(device, "jetpack", str, where, default=None)
-    said = re.search(r"L4T ([0-9.]+)", line or "")
-    return said[1] if said else None
-
-
-def _require_buffer(plan_bytes: int, device: dict[str, Any], folder: Path) -> None:
+def _require_buffer(plan_bytes: int, board: Description, folder: Path) -> None:
     """Raise ResourceError where the system cannot give the plan's weights in one piece."""
-    memory = json_field(device, "memory", dict, _WHERE, default=None) or {}
-    total = json_field(memory, "total_bytes", int, _WHERE, default=None)
+    total = json_field(board.memory, "total_bytes", int, _WHERE, default=None)
     is_small = total is not None and total <= SMALL_BOARD_BYTES
-    if l4t_of(device) == REFUSING_L4T and is_small and plan_bytes > LARGEST_BUFFER_BYTES:
+    if board.l4t == REFUSING_L4T and is_small and plan_bytes > LARGEST_BUFFER_BYTES:
         raise ResourceError(
             f"L4T {REFUSING_L4T} gives no piece of memory as large as this engine's weights.",
             where=folder,
@@ -150,34 +192,12 @@ def _require_buffer(plan_bytes: int, device: dict[str, Any], folder: Path) -> No
         )
 
 
-def free_memory_bytes(device: dict[str, Any], where: object = _WHERE) -> int | None:
-    """Memory that an engine may take: on a board the CPU's and the GPU's are the same.
-
-    Args:
-        device: a description.
-        where: it is from, for messages.
-
-    Raises:
-        InputError: a number is absurd.
-    """
-    memory = json_field(device, "memory", dict, where, default=None) or {}
-    gpu = json_field(device, "gpu", dict, where, default=None) or {}
-    own = json_field(gpu, "free_bytes", int, where, default=None)
-    shared = json_field(memory, "available_bytes", int, where, default=None)
-    for number in (own, shared):
-        if number is not None and number < 0:
-            raise InputError(
-                "A device has no such memory.", where=where, observed=number, expected="0 and up"
-            )
-    return own if gpu.get("shares_memory") is False else shared if shared is not None else own
-
-
 def _too_large(
-    needed: dict[str, int], available: int, device: dict[str, Any], folder: Path
+    needed: dict[str, int], available: int, board: Description, folder: Path
 ) -> ResourceError:
     total = sum(needed.values())
     parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in needed.items() if size)
-    shared = (device.get("gpu") or {}).get("shares_memory", True)
+    shared = board.gpu.get("shares_memory", True)
     cure = (
         "stop the desktop (sudo systemctl isolate multi-user.target) and what else runs, drop the "
         "page cache (sync; echo 3 | sudo tee /proc/sys/vm/drop_caches), "

@@ -15,12 +15,7 @@ import numpy as np
 from pipeline.errors import PipelineError
 from pipeline.export.contract import LOGITS
 from pipeline.runtime.device.bound_context import BoundContext
-from pipeline.runtime.device.cache import (
-    GrowingCache,
-    StaticCache,
-    has_static_cache,
-    make_cache,
-)
+from pipeline.runtime.device.cache import GrowingCache, StaticCache
 from pipeline.runtime.device.driver import DeviceMemory, Graph, HostMemory
 from pipeline.runtime.device.engine import OpenEngine, open_engine
 from pipeline.runtime.device.token_inputs import TokenInputs
@@ -64,7 +59,7 @@ class DeviceSession(CheckedSession):
         self._contexts = [BoundContext(engine, index) for index in range(len(engine.profiles))]
         self._made_for: int | None = None
         self._graph: Graph | None = None
-        self._capturable = has_static_cache(engine)
+        self._capturable = engine.has_static_cache
         if not self._capturable:
             self._say(
                 "this engine's cache grows with every token, so that no CUDA graph can be used: "
@@ -129,8 +124,11 @@ class DeviceSession(CheckedSession):
             return
         driver, self._made_for = self._opened.driver, None
         self._graph, self._steps = None, 0
-        self._cache: StaticCache | GrowingCache = make_cache(self._opened, rows)
-        padded = self.max_length if has_static_cache(self._opened) else None
+        self._cache: StaticCache | GrowingCache
+        if self._opened.has_static_cache:
+            self._cache, padded = StaticCache(self._opened, rows), self.max_length
+        else:
+            self._cache, padded = GrowingCache(self._opened, rows), None
         self._step_inputs = TokenInputs(self._opened, rows, 1, padded)
         self._block_inputs = TokenInputs(self._opened, rows, self._chunk, padded)
         self._step_logits = DeviceMemory(driver, rows * self._row_bytes)

@@ -22,38 +22,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def load_device_draft(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """A checkpoint that is to draft on a device, still in memory.
-
-    Args:
-        folder: of few bits, factors or plain numbers.
-        dtype: of the model whose keys and values it shares.
-
-    Raises:
-        InputError: it does not load, or its cache cannot be shared.
-    """
-    model, replaced = load_narrow(folder, dtype)
-    odd = "a cache of latents" if cache_maps(model) else ""
-    if replaced and dtype == torch.float32:
-        odd = "block-skip kernels, which compute in half precision, for a model in float32"
-    if odd:
-        raise InputError(
-            "This draft cannot share the keys and values of the model on the GPU.",
-            where=folder,
-            observed=odd,
-            change="give an export of it, which drafts on the CPU, or another draft",
-        )
-    if replaced and torch.cuda.is_available():
-        prepare(torch.cuda.current_device())
-    return model
-
-
-def bytes_of(model: PreTrainedModel) -> int:
-    """Of all that a model holds, each tensor once."""
-    held = {id(t): t for t in [*model.parameters(), *model.buffers()]}
-    return sum(tensor.numel() * tensor.element_size() for tensor in held.values())
-
-
 class DeviceDraft:
     """A `DraftSession` on a device; a slot's first step captures the graph of its others.
 
@@ -76,6 +44,38 @@ class DeviceDraft:
         self._sessions: dict[int, StaticSession] = {}
         self.take_up(0, 0)
         self._sessions[0].forward(np.zeros((1, 1), np.int64))  # what fails, fails now
+
+    @staticmethod
+    def load(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+        """A checkpoint that is to draft on a device, still in memory.
+
+        Args:
+            folder: of few bits, factors or plain numbers.
+            dtype: of the model whose keys and values it shares.
+
+        Raises:
+            InputError: it does not load, or its cache cannot be shared.
+        """
+        model, replaced = load_narrow(folder, dtype)
+        odd = "a cache of latents" if cache_maps(model) else ""
+        if replaced and dtype == torch.float32:
+            odd = "block-skip kernels, which compute in half precision, for a model in float32"
+        if odd:
+            raise InputError(
+                "This draft cannot share the keys and values of the model on the GPU.",
+                where=folder,
+                observed=odd,
+                change="give an export of it, which drafts on the CPU, or another draft",
+            )
+        if replaced and torch.cuda.is_available():
+            prepare(torch.cuda.current_device())
+        return model
+
+    @staticmethod
+    def bytes_of(model: PreTrainedModel) -> int:
+        """Of all that a model holds, each tensor once."""
+        held = {id(t): t for t in [*model.parameters(), *model.buffers()]}
+        return sum(tensor.numel() * tensor.element_size() for tensor in held.values())
 
     def take_up(self, slot: int, length: int) -> None:
         """As of a `DraftSession`."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 
 from pipeline.runtime.offload.steady_attention import Held, Part
@@ -78,7 +77,7 @@ class DeviceCache:
         for part in parts:
             places = slice(part.start, part.start + len(part.ids))
             for buffer, own in zip(self._values.buffers.values(), flat, strict=True):
-                buffer[part.slot, :, places] = numbers_of(own[part.slot, :, places])
+                buffer[part.slot, :, places] = own[part.slot, :, places].float().cpu().numpy()
 
     def trial(self, slots: int) -> DeviceCache:
         """Another cache of so many rows, whose layers share memory: to try the first layer with."""
@@ -87,8 +86,3 @@ class DeviceCache:
         pair = (self._like.new_zeros(keys), self._like.new_zeros(values))
         made._tensors = [pair] * (1 + len(rest) // 2)
         return made
-
-
-def numbers_of(tensor: torch.Tensor) -> np.ndarray:
-    """What a tensor holds, float32 in the host's memory."""
-    return tensor.float().cpu().numpy()

@@ -24,7 +24,7 @@ from pipeline.runtime.draft_model import (
     rotation_in,
 )
 from pipeline.runtime.offload.cuda_device import CudaDevice
-from pipeline.runtime.offload.device_draft import DeviceDraft, bytes_of, load_device_draft
+from pipeline.runtime.offload.device_draft import DeviceDraft
 from pipeline.runtime.offload.device_ring import StreamDevice
 from pipeline.runtime.offload.held_cache import DeviceCache
 from pipeline.runtime.offload.stored_model import StoredModel
@@ -154,8 +154,9 @@ class _Wanted:
         ]
         require_same(self.folder, draft, facts[0], facts[1])
         stored = StoredModel(self.folder)
-        model = load_device_draft(draft, stored.dtype)
-        session = self.open(self.places, bytes_of(model) + device.library_bytes, stored=stored)
+        model = DeviceDraft.load(draft, stored.dtype)
+        spent = DeviceDraft.bytes_of(model) + device.library_bytes
+        session = self.open(self.places, spent, stored=stored)
         assert isinstance(session.cache, DeviceCache)
         try:
             return session, DeviceDraft(model, session.cache, self.places)

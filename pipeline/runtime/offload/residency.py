@@ -12,7 +12,7 @@ RING_BUFFERS = 2
 
 
 @dataclass(frozen=True)
-class Residency:
+class _Residency:
     """What a budget gives.
 
     Attributes:
@@ -38,7 +38,7 @@ class Budget:
     flag: str
     fixed: str
 
-    def plan(self, sizes: Sequence[int], fixed_bytes: int) -> Residency:
+    def plan(self, sizes: Sequence[int], fixed_bytes: int) -> _Residency:
         """Decide which layers stay.
 
         Args:
@@ -50,7 +50,7 @@ class Budget:
         """
         ring = RING_BUFFERS * max(sizes)
         if fixed_bytes + sum(sizes) <= self.held_bytes:
-            return Residency(frozenset(range(len(sizes))), fixed_bytes + sum(sizes))
+            return _Residency(frozenset(range(len(sizes))), fixed_bytes + sum(sizes))
         if fixed_bytes + ring > self.held_bytes:
             raise UsageError(
                 "The budget is too small for this model, whichever layers are streamed.",
@@ -62,7 +62,7 @@ class Budget:
             )
         resident = _resident_layers(sizes, self.held_bytes - fixed_bytes - ring)
         kept = sum(sizes[number] for number in resident)
-        return Residency(resident, fixed_bytes + ring + kept)
+        return _Residency(resident, fixed_bytes + ring + kept)
 
 
 def _resident_layers(sizes: Sequence[int], budget_bytes: int) -> frozenset[int]:

@@ -42,12 +42,12 @@ class ModelCall:
             "use_cache": True,
         }
 
-
-def run_call(model: PreTrainedModel, call: ModelCall) -> torch.Tensor:
-    """Logits, [1, S, V] of the model's type, where it computes."""
-    with torch.inference_mode(), call.cache.at_work():
-        logits: torch.Tensor = model(**call.keywords(), logits_to_keep=call.logits_to_keep).logits
-    return logits
+    def run(self, model: PreTrainedModel) -> torch.Tensor:
+        """Logits, [1, S, V] of the model's type, where it computes."""
+        with torch.inference_mode(), self.cache.at_work():
+            found = model(**self.keywords(), logits_to_keep=self.logits_to_keep)
+        logits: torch.Tensor = found.logits
+        return logits
 
 
 def run_side_by_side(
@@ -122,7 +122,7 @@ def _run_behind(
         return _as_returned(state, beside)
 
     with _replaced(layers, give):
-        return run_call(model, call)
+        return call.run(model)
 
 
 def _as_returned(hidden: torch.Tensor, beside: tuple[Any, ...] | None) -> Any:

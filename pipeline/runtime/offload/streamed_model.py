@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from pipeline.errors import InputError, ResourceError
 from pipeline.model.structure import layer_list
 from pipeline.progress import track
-from pipeline.runtime.offload.side_by_side import ModelCall, run_call, run_side_by_side
+from pipeline.runtime.offload.side_by_side import ModelCall, run_side_by_side
 from pipeline.runtime.offload.traffic import Traffic
 
 
@@ -103,7 +103,7 @@ class StreamedModel:
 
     def _run(self, calls: Sequence[ModelCall], enter: Callable[[int], None]) -> list[torch.Tensor]:
         if len(calls) == 1:
-            return [run_call(self.model, calls[0])]
+            return [calls[0].run(self.model)]
         layers = list(self.model.get_submodule(self._path).children())
         self._by_layers = True
         try:

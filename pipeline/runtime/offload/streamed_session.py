@@ -21,9 +21,9 @@ import torch
 from pipeline.errors import InputError, UsageError
 from pipeline.export.contract import cache_names
 from pipeline.memory import return_free_memory
-from pipeline.runtime.offload.device_model import load_on_device
 from pipeline.runtime.offload.device_ring import StreamDevice
-from pipeline.runtime.offload.held_cache import DeviceCache, HostCache, numbers_of
+from pipeline.runtime.offload.device_weights import DeviceWeights
+from pipeline.runtime.offload.held_cache import DeviceCache, HostCache
 from pipeline.runtime.offload.host_weights import HostWeights
 from pipeline.runtime.offload.side_by_side import ModelCall
 from pipeline.runtime.offload.steady_attention import CallCache, Part
@@ -98,7 +98,7 @@ class StreamedSession(SlottedSession):
             weights = HostWeights(stored, memory_bytes, other_bytes + _FLOAT_BYTES * numbers)
             self.cache, kind = HostCache(self.values), "float32"
         else:
-            weights = load_on_device(
+            weights = DeviceWeights.of(
                 stored, device, memory_bytes, other_bytes, numbers, _ROWS[-1], length
             )
             like = torch.zeros(0, dtype=stored.dtype, device=device.place)
@@ -277,7 +277,7 @@ class StreamedSession(SlottedSession):
             self._lengths[: 1 + others] += len(part)
         count = int(self._lengths[0])
         for held in self.cache.tensors()[0]:
-            seen.update(numbers_of(held[0, :, :count]).tobytes())
+            seen.update(held[0, :, :count].float().cpu().numpy().tobytes())
         return seen.hexdigest()
 
 

@@ -5,8 +5,16 @@ from dataclasses import replace
 import pytest
 
 from pipeline.bench.devices import DEVICES, DeviceSpec, find_devices
-from pipeline.bench.fits import decode_fit, kernels_of
-from pipeline.bench.predict import OURS, _predict_one, _Prediction, predict, require_a_fit
+from pipeline.bench.fits import DecodeFit
+from pipeline.bench.judge import judged_figures
+from pipeline.bench.predict import (
+    OURS,
+    _predict_one,
+    _Prediction,
+    _published_of,
+    predict,
+    require_a_fit,
+)
 from pipeline.bench.published import EDGE_LLM, LLAMA_CPP
 from pipeline.bench.shape_traffic import traffic_of_shape
 from pipeline.bench.shapes import _SHAPES
@@ -42,7 +50,7 @@ def test_compression_raises_the_bound_by_the_ratio_of_the_bytes_and_starts_more_
     gain = after.expected_tokens_per_s / before.expected_tokens_per_s
     assert 1 < gain < ratio
     # q, k, v and gate, up share a factor each: four more products in each of 16 layers.
-    assert kernels_of(kept) - kernels_of(dense) == 4 * 16
+    assert kept.kernels - dense.kernels == 4 * 16
 
 
 def test_expected_is_below_the_bound_and_a_model_beyond_the_memory_does_not_fit() -> None:
@@ -224,6 +232,23 @@ def test_joules_are_only_predicted_where_power_was_published() -> None:
 
 
 def test_a_kernel_costs_more_on_a_slower_clock() -> None:
-    fit = decode_fit(EDGE_LLM)
+    fit = DecodeFit.of(EDGE_LLM)
     slow, quick = (replace(DEVICES["thor"], ghz=ghz) for ghz in (0.5, 1.0))
     assert fit.seconds(0, 100, slow) == pytest.approx(2 * fit.seconds(0, 100, quick))
+
+
+@pytest.mark.parametrize(
+    ("device", "engine", "start"),
+    [
+        ("orin-nano-8gb@25w", LLAMA_CPP, "24, at most"),
+        ("orin-nano-8gb", EDGE_LLM, "6, at most"),
+        ("rtx-4090", EDGE_LLM, "none"),
+        ("thor", LLAMA_CPP, "none"),
+        ("thor", OURS, "none"),
+    ],
+)
+def test_it_is_said_how_many_figures_of_a_device_there_are(
+    device: str, engine: str, start: str
+) -> None:
+    (found,) = find_devices(device)
+    assert _published_of(judged_figures()["published"], found, engine).startswith(start)

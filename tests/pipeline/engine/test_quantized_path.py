@@ -129,7 +129,7 @@ def request_of(exported: Path, **fields: Any) -> WorkerRequest:
 
 def graph_given(request: WorkerRequest, staging: Path, offered: set[str]) -> Any:
     """What TensorRT 10.3 would be given, and what the request then says of it."""
-    holds, path, notes = _graph_to_parse(request, staging, (10, 3), offered)
+    holds, path, notes = _graph_to_parse(request, staging, "10.3.0", offered)
     return load_graph(path), holds, notes
 
 

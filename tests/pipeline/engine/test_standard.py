@@ -17,13 +17,13 @@ from pipeline.engine.network import _parse_network
 from pipeline.engine.plan import _choose_plugin, _require_plugin_file
 from pipeline.engine.standard import (
     _our_creators,
+    _parse_version,
     _PluginCreator,
     _require_version,
     _write_split_graph,
     _write_stripped_graph,
     load_plugin,
-    needs_stripping,
-    parse_version,
+    prefers_functions,
 )
 from pipeline.errors import InputError
 from pipeline.export.block_skip import PLUGIN_ATTRIBUTES
@@ -118,19 +118,11 @@ def test_every_node_becomes_two_that_must_be_embedded(tiny_export: Path, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("version", "registered", "expected"),
-    [
-        ("10.3.0", True, True),
-        ("10.6.0.26", True, True),
-        ("10.7.0", True, False),
-        ("11.4.0.106", True, False),
-        ("10.3.0", False, False),
-    ],
+    ("version", "expected"),
+    [("10.3.0", True), ("10.6.0.26", True), ("10.7.0", False), ("11.4.0.106", False)],
 )
-def test_only_versions_that_prefer_the_function_need_stripping(
-    version: str, registered: bool, expected: bool
-) -> None:
-    assert needs_stripping(parse_version(version), registered) is expected
+def test_versions_before_10_7_prefer_functions(version: str, expected: bool) -> None:
+    assert prefers_functions(version) is expected
 
 
 def test_stripping_leaves_nodes_and_weights_and_takes_the_bodies(
@@ -193,16 +185,16 @@ def test_the_original_graph_is_not_touched(tiny_export: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(("version", "profile"), [("10.14.1", "opset24"), ("10.0.1", "compat")])
 def test_a_tensorrt_too_old_for_the_export_is_refused(version: str, profile: str) -> None:
     with pytest.raises(InputError, match=profile):
-        _require_version(parse_version(version), profile)
+        _require_version(_parse_version(version), profile)
 
 
 @pytest.mark.parametrize(("version", "profile"), [("10.15.0", "opset24"), ("10.3.0", "compat")])
 def test_the_oldest_tensorrt_of_each_export_is_taken(version: str, profile: str) -> None:
-    _require_version(parse_version(version), profile)
+    _require_version(_parse_version(version), profile)
 
 
 def test_a_version_suffix_is_left_out() -> None:
-    assert parse_version("11.4.0.post1") == (11, 4, 0)
+    assert _parse_version("11.4.0.post1") == (11, 4, 0)
 
 
 def test_only_the_name_version_and_namespace_of_the_nodes_count() -> None:

@@ -10,8 +10,8 @@ from pipeline.quantize.formats import (
     KERNEL_BLOCK_UNIT,
     RUNTIMES,
     Format,
+    _in_kernels,
     held_by_kernels,
-    in_kernels,
 )
 from pipeline.quantize.groupwise import quantize_blocks
 from pipeline.quantize.kernel_codes import kernel_bits, kernel_block, kernel_codes, kernel_rests
@@ -50,7 +50,7 @@ def test_codes_scales_and_rests_are_the_matrix(name: str) -> None:
 def test_what_a_search_for_tensorrt_may_choose_has_a_kernel_and_an_op() -> None:
     runtime = RUNTIMES["tensorrt"]
     for a in (*runtime.formats, *runtime.table):
-        assert in_kernels(a)
+        assert _in_kernels(a)
         assert runtime.accepts(a)
         assert kernel_bits(a.bits) == a.bits
         assert LINEAR_QUANTIZED + form_of(a.bits) in QUANTIZED_OPS
@@ -59,7 +59,7 @@ def test_what_a_search_for_tensorrt_may_choose_has_a_kernel_and_an_op() -> None:
 
 
 def test_of_other_runtimes_tensorrt_takes_what_has_no_zero_points() -> None:
-    taken = {name for name in EVERY if in_kernels(Format.parse(name))}
+    taken = {name for name in EVERY if _in_kernels(Format.parse(name))}
     assert taken >= {"int8-b128-sym", "int8-b32-sym", "int4-b64-sym"}
     assert not [name for name in taken if not name.endswith("sym")]
     assert not [name for name in EVERY if name.endswith("-asym") and name in taken]

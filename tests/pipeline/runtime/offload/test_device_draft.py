@@ -15,7 +15,7 @@ from pipeline.cli.main import main
 from pipeline.errors import InputError, UsageError
 from pipeline.runtime.generate import generate, stream_batch
 from pipeline.runtime.offload import open_offloaded as opening
-from pipeline.runtime.offload.device_draft import DeviceDraft, bytes_of, load_device_draft
+from pipeline.runtime.offload.device_draft import DeviceDraft
 from pipeline.runtime.offload.open_offloaded import open_offloaded
 from pipeline.runtime.offload.streamed_session import StreamedSession
 from pipeline.runtime.sampling import GREEDY, Sampling
@@ -119,7 +119,7 @@ def test_the_draft_s_bytes_are_of_the_budget(pair: tuple[Path, Path], without_a_
     model, few = pair
     session, _ = open_offloaded(model, None, few, threads=1, vram=MUCH)
     alone = StreamedSession(model, 500_000_000, MAX_LENGTH, device=LazyDevice())
-    draft_bytes = bytes_of(load_device_draft(few, torch.float16))
+    draft_bytes = DeviceDraft.bytes_of(DeviceDraft.load(few, torch.float16))
     assert session.traffic.held_bytes - alone.traffic.held_bytes == draft_bytes
     files = sum(path.stat().st_size for path in few.glob("*.safetensors"))
     assert 0.8 * files < draft_bytes < 1.3 * files

@@ -12,7 +12,6 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pipeline.model.structure import layer_list
-from pipeline.runtime.offload.device_model import move_vectors
 from pipeline.runtime.offload.device_weights import DeviceWeights
 from pipeline.runtime.offload.residency import Budget
 from pipeline.runtime.offload.side_by_side import ModelCall
@@ -69,8 +68,6 @@ def elsewhere(family: str, dtype: torch.dtype) -> StreamedModel:
         shapes.append({f"{path}.{number}.{name}": tuple(s) for name, s in named.items()})
         for name, shape in shapes[-1].items():
             set_matrix(model, name, torch.empty(shape, device="meta"))
-    like = torch.zeros(0, dtype=dtype, device=GPU)
-    move_vectors(model, like)
     # An embedding looks rows up by numbers; here there are none, so it has its whole table.
     embedding: Any = model.get_input_embeddings()
     embedding.register_forward_pre_hook(lambda module, given: (given[0].to(GPU), *given[1:]))

@@ -21,7 +21,7 @@ from pipeline.checkpoint.folder import load_checkpoint
 from pipeline.errors import InputError, UsageError
 from pipeline.memory import disk_read_bytes
 from pipeline.runtime.generate import generate, stream_batch
-from pipeline.runtime.offload import streamed_model, streamed_session
+from pipeline.runtime.offload import streamed_session
 from pipeline.runtime.offload.residency import RING_BUFFERS
 from pipeline.runtime.offload.side_by_side import ModelCall
 from pipeline.runtime.offload.stored_model import StoredModel
@@ -349,12 +349,12 @@ def test_a_file_that_changes_is_refused(model: Path, tmp_path: Path) -> None:
 def test_a_model_whose_bits_depend_on_their_place_is_refused(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own = streamed_model.run_call
+    own = ModelCall.run
 
-    def uneven(model: PreTrainedModel, call: ModelCall) -> torch.Tensor:
-        return own(model, call) + len(np.unique(call.cache.positions))
+    def uneven(call: ModelCall, model: PreTrainedModel) -> torch.Tensor:
+        return own(call, model) + len(np.unique(call.cache.positions))
 
-    monkeypatch.setattr(streamed_model, "run_call", uneven)
+    monkeypatch.setattr(ModelCall, "run", uneven)
     with pytest.raises(InputError, match="would change answers"):
         streamed(model)
 
