@@ -105,6 +105,17 @@ def _models(found: _Json) -> list[str]:
     return table(headings, cells())
 
 
+def _latent(found: _Json) -> list[str]:
+    """Attention to a cache of 32k places by every form."""
+
+    def cells() -> Iterator[list[str]]:
+        for name, row in _rows(found, "latent attention").items():
+            if not name.startswith("batch"):
+                yield [name, *row["says"].replace(" x our dense form", "").split(", ")]
+
+    return table(["form", "us", "of the copy bandwidth", "over our dense form"], cells())
+
+
 def _claims(found: _Json) -> list[str]:
     """How each step ended, and how many of its claims hold."""
 
@@ -135,6 +146,7 @@ GPU_FIGURES = {
     "gpu/before": Figure(_BOTH, _before),
     "gpu/prefill": Figure(_BOTH, _prefill),
     "gpu/models": Figure(_NOW, _models),
+    "gpu/latent": Figure(_NOW, _latent),
     "gpu/claims": Figure(_NOW, _claims),
     "gpu/first-claims": Figure(("gpu_first",), _claims),
 }
