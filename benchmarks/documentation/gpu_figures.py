@@ -111,7 +111,9 @@ def _latent(found: _Json) -> list[str]:
     def cells() -> Iterator[list[str]]:
         for name, row in _rows(found, "latent attention").items():
             if not name.startswith("batch"):
-                yield [name, *row["says"].replace(" x our dense form", "").split(", ")]
+                us, share, over = row["says"].split(", ")
+                numbers = (us.removesuffix(" us"), share.removesuffix(" of a copy"))
+                yield [name, *numbers, over.removesuffix(" x our dense form")]
 
     return table(["form", "us", "of the copy bandwidth", "over our dense form"], cells())
 
