@@ -204,11 +204,12 @@ def test_groups_of_numbers_and_of_codes_stand_side_by_side(exported: Callable[..
 
 @pytest.mark.parametrize(
     ("profile", "dtype", "tied", "table", "least"),
-    # Float16 keeps 11 bits, and sums of 192 terms lose some.
+    # Float16 keeps 11 bits, and sums of 192 terms lose some: how many, the processor's instructions
+    # decide (more than 0.9995 with AVX2, 0.9985 with AVX-512).
     [
         pytest.param("opset24", "float32", True, None, 0.999999, marks=pytest.mark.slow),
         ("opset24", "float32", False, None, 0.999999),
-        ("opset24", "float16", True, None, 0.9995),
+        ("opset24", "float16", True, None, 0.998),
         ("opset24", "float32", True, HALF_TABLE, 0.999999),
         ("compat", "float32", True, None, 0.999999),
         pytest.param("compat", "float32", False, HALF_TABLE, 0.999999, marks=pytest.mark.slow),

@@ -52,15 +52,23 @@ def test_latents_and_what_they_stand_for_give_the_same_logits(
     full = TorchSession(model, latent=False).forward(TOKENS)
     latent = TorchSession(model)
     whole = latent.forward(TOKENS)
-    np.testing.assert_allclose(whole, full, rtol=0, atol=1e-4 * np.abs(full).max())
+    assert_same_but_for_codes(whole, full)
     latent.rewind(7)  # by pieces, behind a rewind
     pieces = [
         latent.forward(TOKENS[:, 7:20]),
         *(latent.forward(TOKENS[:, [i]]) for i in range(20, 40)),
     ]
-    np.testing.assert_allclose(
-        np.concatenate(pieces, axis=1), full[:, 7:], rtol=0, atol=1e-4 * np.abs(full).max()
-    )
+    assert_same_but_for_codes(np.concatenate(pieces, axis=1), full[:, 7:])
+
+
+def assert_same_but_for_codes(found: np.ndarray, expected: np.ndarray) -> None:
+    """The same logits, where a cached number may stand on the border between two codes.
+
+    Sums in another order put it on the other side, which moves what looks at it by one code's step.
+    """
+    difference = np.abs(found - expected) / np.abs(expected).max()
+    assert np.quantile(difference, 0.9) <= 1e-4
+    assert difference.max() <= 2e-3
 
 
 @pytest.mark.parametrize(
