@@ -50,10 +50,11 @@ __device__ __forceinline__ int numberAt(int piece, int j, int held, Form form)
     return byte < held ? byte + (j < kPiece / 2 ? 0 : held) : -1;
 }
 
-// 16 bytes of a token, of which `valid` are its own; the others are zero.
-__device__ __forceinline__ uint4 load16(unsigned char const* from, int valid, bool vector)
+// 16 bytes of a token, of which `left` and no more are its own; the others are zero. (`left` is compared as it is:
+// of the same clamped to 0 and 16, nvcc 13.0 takes 16 for granted where it is 0, by the predicate of VIMNMX.RELU.)
+__device__ __forceinline__ uint4 load16(unsigned char const* from, int left, bool vector)
 {
-    if (vector && valid == 16)
+    if (vector && left >= 16)
     {
         return loadOnce16(from);
     }
@@ -61,7 +62,7 @@ __device__ __forceinline__ uint4 load16(unsigned char const* from, int valid, bo
 #pragma unroll
     for (int i = 0; i < 16; ++i)
     {
-        if (i < valid)
+        if (i < left)
         {
             words[i / 4] |= static_cast<uint32_t>(from[i]) << (8 * (i % 4));
         }
@@ -130,7 +131,7 @@ __device__ __forceinline__ void stagePiece(T* staged, Cached const& side, int pi
         int const left = open[row] != 0 ? side.bytes - offset : 0;
         int const valid = left < 0 ? 0 : left < 16 ? left : 16;
         int64_t const at = static_cast<int64_t>(token + row);
-        uint4 const loaded = load16(side.held + at * side.bytes + offset, valid, side.vector);
+        uint4 const loaded = load16(side.held + at * side.bytes + offset, left, side.vector);
         uint32_t const words[4] = {loaded.x, loaded.y, loaded.z, loaded.w};
         T* const to = staged + row * kStride;
         if (side.form == Form::kNumbers)
