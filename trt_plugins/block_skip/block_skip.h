@@ -49,7 +49,7 @@ struct WeightFormat
 // A way to split the decode step over the chip.
 struct Tactic
 {
-    int32_t blocks; // wanted on each multiprocessor
+    int32_t blocks; // wanted on each multiprocessor, 1 or 2: all must be on it at once
     int32_t stages; // of 16 rows of w (32 of 4 bits), that each warp should have at least
 };
 

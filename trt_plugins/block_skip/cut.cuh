@@ -96,7 +96,7 @@ Shares cutShares(Product const& product, Device const& device, int32_t tactic)
     int32_t const tiles = ceilDivide(product.columns, streamTile<W>());
     int32_t const stages = tileStages * tiles;
     int32_t const least = kTactic[tactic].stages * kQuarters;
-    int32_t const wanted = device.multiprocessors * std::min(kTactic[tactic].blocks, 2);
+    int32_t const wanted = device.multiprocessors * kTactic[tactic].blocks;
     int32_t const perTile = blocksPerTile(wanted, tiles, tileStages, least);
     int32_t const blocks = perTile > 0 ? tiles * perTile : std::min(wanted, std::max(stages / least, 1));
     int32_t const fits = stagedBytes / (2 * product.rows) / kRows * kRows;
@@ -115,7 +115,7 @@ inline bool hasShares(Product const& product)
 inline size_t partialBytes(Product const& product, Device const& device, int32_t tactic)
 {
     size_t const slices = static_cast<size_t>(cutReduction(product, device, tactic).slices) * product.columns;
-    size_t const blocks = static_cast<size_t>(device.multiprocessors) * std::min(kTactic[tactic].blocks, 2);
+    size_t const blocks = static_cast<size_t>(device.multiprocessors) * kTactic[tactic].blocks;
     return std::max(slices, 2 * blocks * kHalves * product.tile()) * product.rows * 4;
 }
 

@@ -116,38 +116,42 @@ __device__ __forceinline__ void finish(DecodeArguments<T> const& p, int row, int
     fromFloat(sum, p.out[static_cast<int64_t>(row) * p.outStride + column]);
 }
 
+// Column C of rows 2P and 2P + 1 as the matrix unit takes them: codes with their scale, or as they are.
+template <bool SCALED, int P, int C, typename W>
+__device__ __forceinline__ uint32_t operandOf(W const& w)
+{
+    if constexpr (SCALED)
+    {
+        return w.template pair<P, C>();
+    }
+    else
+    {
+        return w.template codes<P, C>();
+    }
+}
+
 // One step: 16 rows of w against 16 columns of the staged inputs, 2 columns of w to a product.
-template <typename T, typename W, int PAIR = 0>
+template <typename T, bool SCALED, typename W, int PAIR = 0>
 __device__ __forceinline__ void multiplyStep(float (&sums)[W::kColumns / 2][4], W const& w, uint2 in)
 {
     if constexpr (PAIR < W::kColumns / 2)
     {
         constexpr int kLeft = 2 * PAIR;
-        multiply(T{}, sums[PAIR], w.template pair<0, kLeft>(), w.template pair<0, kLeft + 1>(),
-            w.template pair<1, kLeft>(), w.template pair<1, kLeft + 1>(), in.x, in.y);
-        multiplyStep<T, W, PAIR + 1>(sums, w, in);
+        multiply(T{}, sums[PAIR], operandOf<SCALED, 0, kLeft>(w), operandOf<SCALED, 0, kLeft + 1>(w),
+            operandOf<SCALED, 1, kLeft>(w), operandOf<SCALED, 1, kLeft + 1>(w), in.x, in.y);
+        multiplyStep<T, SCALED, W, PAIR + 1>(sums, w, in);
     }
 }
 
-// The same with codes in the place of weights.
-template <typename T, typename W, int PAIR = 0>
-__device__ __forceinline__ void multiplyCodes(float (&sums)[W::kColumns / 2][4], W const& w, uint2 in)
-{
-    if constexpr (PAIR < W::kColumns / 2)
-    {
-        constexpr int kLeft = 2 * PAIR;
-        multiply(T{}, sums[PAIR], w.template codes<0, kLeft>(), w.template codes<0, kLeft + 1>(),
-            w.template codes<1, kLeft>(), w.template codes<1, kLeft + 1>(), in.x, in.y);
-        multiplyCodes<T, W, PAIR + 1>(sums, w, in);
-    }
-}
-
-// What a thread holds of each row and column of the tile, to where its warp keeps sums.
+// Sums of the block's warps, for each row and column of the tile: the results, or one of several slices.
 template <typename T, WeightType W>
-__device__ __forceinline__ void storeSums(
-    DecodeArguments<T> const& p, float const (&sums)[Weights<T, W>::kColumns / 2][4], float* warps)
+__device__ __forceinline__ void reduce(DecodeArguments<T> const& p,
+    float const (&sums)[Weights<T, W>::kColumns / 2][4], unsigned char* shared, int slices)
 {
+    constexpr int kTile = decodeTile<W>();
     constexpr int kColumns = Weights<T, W>::kColumns;
+    float* const warps = reinterpret_cast<float*>(shared);
+    int const thread = static_cast<int>(threadIdx.x);
     int const lane = static_cast<int>(threadIdx.x % 32);
     int const warp = static_cast<int>(threadIdx.x / 32);
 #pragma unroll
@@ -159,21 +163,10 @@ __device__ __forceinline__ void storeSums(
             int const row = 2 * (lane % 4) + e % 2;
             if (row < p.rows)
             {
-                warps[(warp * p.rows + row) * decodeTile<W>() + kColumns * (lane / 4) + 2 * i + e / 2] = sums[i][e];
+                warps[(warp * p.rows + row) * kTile + kColumns * (lane / 4) + 2 * i + e / 2] = sums[i][e];
             }
         }
     }
-}
-
-// Sums of the block's warps, for each row and column of the tile: the results, or one of several slices.
-template <typename T, WeightType W>
-__device__ __forceinline__ void reduce(DecodeArguments<T> const& p,
-    float const (&sums)[Weights<T, W>::kColumns / 2][4], unsigned char* shared, int slices)
-{
-    constexpr int kTile = decodeTile<W>();
-    float* const warps = reinterpret_cast<float*>(shared);
-    int const thread = static_cast<int>(threadIdx.x);
-    storeSums<T, W>(p, sums, warps);
     __syncthreads();
     int const left = static_cast<int>(blockIdx.x) * kTile;
     for (int o = thread; o < p.rows * kTile; o += kDecodeThreads)
@@ -242,7 +235,7 @@ __device__ __forceinline__ void accumulate(
     DecodeArguments<T> const& p, float (&sums)[Weights<T, W>::kColumns / 2][4], T* staged, int begin, int end)
 {
     // Steps of each warp that are under way at once; as many as the registers of two blocks hold.
-    constexpr int kDepth = !VECTOR ? 1 : (W == WeightType::kInt8 ? 2 : 3);
+    constexpr int kDepth = VECTOR ? 3 : 1;
     int const lane = static_cast<int>(threadIdx.x % 32);
     int const warp = static_cast<int>(threadIdx.x / 32);
     int const column = static_cast<int>(blockIdx.x) * decodeTile<W>() + Weights<T, W>::kColumns * (lane / 4);
@@ -270,7 +263,7 @@ __device__ __forceinline__ void accumulate(
             if (k < end)
             {
                 uint2 const in = lane / 4 < p.rows ? *reinterpret_cast<uint2 const*>(mine + k) : uint2{0, 0};
-                multiplyStep<T>(sums, ahead[d], in);
+                multiplyStep<T, true>(sums, ahead[d], in);
             }
             int const next = k + kDepth * kRound;
             if (next < end)

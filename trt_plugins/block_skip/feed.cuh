@@ -159,8 +159,6 @@ struct Feed
     {
     }
 
-    __device__ __forceinline__ Feed(Feed const&) = default;
-
     // Bytes of a row.
     __device__ __forceinline__ int stride() const
     {

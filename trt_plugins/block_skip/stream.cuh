@@ -43,6 +43,19 @@ struct RingEnd
     }
 };
 
+// One more stage on its way, or an empty group of copies in its place. `more`: there are stages to feed.
+template <typename T, WeightType W, int CHUNK>
+__device__ __forceinline__ void feedRing(
+    Feed<T, W, CHUNK>& feed, bool& more, RingEnd<stageBytes<W, CHUNK>()>& filled)
+{
+    if (more)
+    {
+        feed.copy(filled.next());
+        more = feed.advance();
+    }
+    closeCopies();
+}
+
 // The blocks that share a tile.
 struct Sharers
 {
@@ -68,7 +81,7 @@ __device__ __forceinline__ Sharers sharersOf(StreamArguments<T> const& p, int ti
     return {first, p.ownerOf(start + p.tileStages - 1), p.shareStart(first) < start};
 }
 
-// A warp's part of a segment. `more`: there are stages to feed.
+// A warp's part of a segment.
 template <typename T, WeightType W, int CHUNK>
 __device__ __forceinline__ void accumulateSegment(StreamArguments<T> const& p, Sums<T, W>& sums,
     Segment const& segment, T const* staged, Feed<T, W, CHUNK>& feed, bool& more,
@@ -85,12 +98,7 @@ __device__ __forceinline__ void accumulateSegment(StreamArguments<T> const& p, S
     {
         awaitCopies<kDepth - 2>();
         __syncwarp();
-        if (more)
-        {
-            feed.copy(filled.next());
-            more = feed.advance();
-        }
-        closeCopies();
+        feedRing(feed, more, filled);
         unsigned char const* const stage = used.next();
         if constexpr (W != WeightType::kFloat)
         {
@@ -263,12 +271,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 2) streamProduct(StreamArgumen
     }
     for (int i = 1; i < kDepth; ++i)
     {
-        if (more)
-        {
-            feed.copy(filled.next());
-            more = feed.advance();
-        }
-        closeCopies();
+        feedRing(feed, more, filled);
     }
     if (p.settled)
     {

@@ -52,11 +52,11 @@ struct Sums
     {
         if constexpr (W == WeightType::kFloat)
         {
-            multiplyStep<T>(total, weights, in);
+            multiplyStep<T, true>(total, weights, in);
         }
         else
         {
-            multiplyCodes<T>(group, weights, in);
+            multiplyStep<T, false>(group, weights, in);
         }
     }
 

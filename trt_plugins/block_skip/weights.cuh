@@ -147,15 +147,9 @@ struct Weights<T, WeightType::kFloat>
 
     // Column C of rows 2P and 2P + 1.
     template <int P, int C>
-    __device__ __forceinline__ uint32_t codes() const
-    {
-        return permute<C % 2 == 0 ? 0x5410 : 0x7632>(word[2 * P][C / 2], word[2 * P + 1][C / 2]);
-    }
-
-    template <int P, int C>
     __device__ __forceinline__ uint32_t pair() const
     {
-        return codes<P, C>();
+        return permute<C % 2 == 0 ? 0x5410 : 0x7632>(word[2 * P][C / 2], word[2 * P + 1][C / 2]);
     }
 };
 
@@ -208,30 +202,23 @@ struct Weights<T, WeightType::kInt8>
     template <bool VECTOR>
     __device__ __forceinline__ void load(Matrix const& w, int row, int rowEnd, int column)
     {
-        scales.template load<VECTOR>(w, row, rowEnd, column);
+        static_assert(!VECTOR, "aligned codes come through the ring of stream.cuh");
+        scales.template load<false>(w, row, rowEnd, column);
 #pragma unroll
         for (int i = 0; i < 4; ++i)
         {
             uint8_t const* const from
                 = static_cast<uint8_t const*>(w.codes) + static_cast<int64_t>(row + i) * w.columns + column;
             bool const inside = row + i < rowEnd;
-            if constexpr (VECTOR)
-            {
-                uint4 const value = inside && column < w.columns ? loadOnce16(from) : uint4{0, 0, 0, 0};
-                word[i][0] = value.x, word[i][1] = value.y, word[i][2] = value.z, word[i][3] = value.w;
-            }
-            else
-            {
 #pragma unroll
-                for (int c = 0; c < 4; ++c)
+            for (int c = 0; c < 4; ++c)
+            {
+                word[i][c] = 0;
+#pragma unroll
+                for (int b = 0; b < 4; ++b)
                 {
-                    word[i][c] = 0;
-#pragma unroll
-                    for (int b = 0; b < 4; ++b)
-                    {
-                        uint32_t const code = inside && column + 4 * c + b < w.columns ? from[4 * c + b] : 0;
-                        word[i][c] |= code << (8 * b);
-                    }
+                    uint32_t const code = inside && column + 4 * c + b < w.columns ? from[4 * c + b] : 0;
+                    word[i][c] |= code << (8 * b);
                 }
             }
         }
@@ -263,7 +250,8 @@ struct Weights<T, WeightType::kInt4>
     template <bool VECTOR>
     __device__ __forceinline__ void load(Matrix const& w, int row, int rowEnd, int column)
     {
-        scales.template load<VECTOR>(w, row, rowEnd, column);
+        static_assert(!VECTOR, "aligned codes come through the ring of stream.cuh");
+        scales.template load<false>(w, row, rowEnd, column);
         int const stride = (w.columns + 1) / 2;
 #pragma unroll
         for (int i = 0; i < 4; ++i)
@@ -271,23 +259,15 @@ struct Weights<T, WeightType::kInt4>
             uint8_t const* const from
                 = static_cast<uint8_t const*>(w.codes) + static_cast<int64_t>(row + i) * stride + column / 2;
             bool const inside = row + i < rowEnd;
-            if constexpr (VECTOR)
-            {
-                uint2 const value = inside && column < w.columns ? loadOnce8(from) : uint2{0, 0};
-                word[i][0] = value.x, word[i][1] = value.y;
-            }
-            else
-            {
 #pragma unroll
-                for (int c = 0; c < 2; ++c)
+            for (int c = 0; c < 2; ++c)
+            {
+                word[i][c] = 0;
+#pragma unroll
+                for (int b = 0; b < 4; ++b)
                 {
-                    word[i][c] = 0;
-#pragma unroll
-                    for (int b = 0; b < 4; ++b)
-                    {
-                        uint32_t const code = inside && column + 8 * c + 2 * b < w.columns ? from[4 * c + b] : 0;
-                        word[i][c] |= code << (8 * b);
-                    }
+                    uint32_t const code = inside && column + 8 * c + 2 * b < w.columns ? from[4 * c + b] : 0;
+                    word[i][c] |= code << (8 * b);
                 }
             }
         }

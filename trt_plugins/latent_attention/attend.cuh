@@ -65,7 +65,7 @@ template <typename T>
 __device__ __forceinline__ float maskAt(Arguments const& p, Place const& at, int row, int token)
 {
     int const batch = p.problem.maskByRow ? at.batch : 0;
-    int64_t const line = static_cast<int64_t>(batch) * p.problem.queries + queryOf(p, at, row).y;
+    int64_t const line = static_cast<int64_t>(batch) * p.problem.queries + queryOf(p.problem, at, kRows, row).y;
     return toFloat(static_cast<T const*>(p.pointers.mask)[line * p.problem.slots + token]);
 }
 
@@ -227,7 +227,7 @@ __global__ void __launch_bounds__(kThreads) attendStretch(Arguments p)
 {
     unsigned char* const shared = sharedMemory();
     Layout const layout = layoutOf(p.problem);
-    Place const at = placeOf(p);
+    Place const at = placeOf(p, kRows);
     Problem const& problem = p.problem;
     int const keyHeads = problem.keys.groups * (problem.headsPerGroup > 0 ? problem.headsPerGroup : 1);
     int const head = at.unit / (p.units / keyHeads);
@@ -267,7 +267,7 @@ __global__ void __launch_bounds__(kThreads) attendStretch(Arguments p)
 template <typename T>
 __global__ void __launch_bounds__(kThreads) joinStretches(Arguments p)
 {
-    Place const at = placeOf(p);
+    Place const at = placeOf(p, kRows);
     Problem const& problem = p.problem;
     int const row = static_cast<int>(blockIdx.y);
     if (row >= at.rows)
@@ -289,7 +289,7 @@ __global__ void __launch_bounds__(kThreads) joinStretches(Arguments p)
         int64_t const share = (first + s) * kRows + row;
         total += p.total[share] > 0.0f ? p.total[share] * expf(p.maximum[share] - largest) : 0.0f;
     }
-    int2 const of = queryOf(p, at, row);
+    int2 const of = queryOf(p.problem, at, kRows, row);
     int64_t const vector = (static_cast<int64_t>(at.batch) * problem.heads + of.x) * problem.queries + of.y;
     T* const out = static_cast<T*>(p.pointers.mixed) + vector * rankOf(problem.values);
     for (int column = static_cast<int>(threadIdx.x); column < width; column += kThreads)

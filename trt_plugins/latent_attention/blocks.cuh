@@ -84,7 +84,9 @@ struct Place
     int rows;    // of the tile that there are
 };
 
-__device__ __forceinline__ Place placeOf(Arguments const& p)
+// `rows`: of a block; `p`: arguments of either kernel.
+template <typename Given>
+__device__ __forceinline__ Place placeOf(Given const& p, int rows)
 {
     Place at{};
     at.row = static_cast<int>(blockIdx.x);
@@ -95,16 +97,16 @@ __device__ __forceinline__ Place placeOf(Arguments const& p)
     at.slice = static_cast<int>(blockIdx.y) % p.slices;
     at.perUnit = p.problem.heads / p.units;
     at.head = at.unit * at.perUnit;
-    int const left = at.perUnit * p.problem.queries - kRows * at.rowTile;
-    at.rows = left < kRows ? left : kRows;
+    int const left = at.perUnit * p.problem.queries - rows * at.rowTile;
+    at.rows = left < rows ? left : rows;
     return at;
 }
 
-// Head and query of a row of the tile.
-__device__ __forceinline__ int2 queryOf(Arguments const& p, Place const& at, int row)
+// Head and query of a row of a block of so many.
+__device__ __forceinline__ int2 queryOf(Problem const& problem, Place const& at, int rows, int row)
 {
-    int const number = kRows * at.rowTile + row;
-    return {at.head + number / p.problem.queries, number % p.problem.queries};
+    int const number = rows * at.rowTile + row;
+    return {at.head + number / problem.queries, number % problem.queries};
 }
 
 } // namespace skipcat::latent

@@ -171,7 +171,7 @@ __device__ __forceinline__ void stageQuery(Arguments const& p, Place const& at, 
         fromFloat(0.0f, value);
         if (row < at.rows && number >= 0)
         {
-            int2 const of = queryOf(p, at, row);
+            int2 const of = queryOf(p.problem, at, kRows, row);
             int64_t const vector
                 = (static_cast<int64_t>(at.batch) * problem.heads + of.x) * problem.queries + of.y;
             value = from[vector * problem.width + number];

@@ -301,7 +301,7 @@ template <typename T, int NT, int MT, bool REBUILT>
 __global__ void __launch_bounds__(kWalkThreads, NT == 1 && !REBUILT ? 3 : 2) walkContext(WalkArguments p)
 {
     constexpr int kFragments = fragmentsOf(8 * NT, REBUILT);
-    Place const at = walkPlaceOf(p);
+    Place const at = placeOf(p, p.rows);
     Walk<T> const walk = walkOf<T, MT, kFragments, REBUILT>(p, at);
     awaitPrevious();
     releaseNext();

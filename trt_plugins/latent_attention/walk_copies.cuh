@@ -150,7 +150,7 @@ __device__ __forceinline__ void layQuery(WalkArguments const& p, Place const& at
     {
         int const row = i / each;
         int const column = i % each * count;
-        int2 const of = walkQueryOf(p, at, row < at.rows ? row : 0);
+        int2 const of = queryOf(p.problem, at, p.rows, row < at.rows ? row : 0);
         int64_t const vector = (static_cast<int64_t>(at.batch) * problem.heads + of.x) * problem.queries + of.y;
         T* const to = query + row * p.at.queryStride + column;
         int const within = column % filled;

@@ -149,29 +149,6 @@ __device__ __forceinline__ int numberOfColumn(int column, int held, Form form)
     return byte < held ? byte + upper * held : -1;
 }
 
-__device__ __forceinline__ Place walkPlaceOf(WalkArguments const& p)
-{
-    Place at{};
-    at.row = static_cast<int>(blockIdx.x);
-    at.unit = at.row % p.units;
-    at.rowTile = at.row / p.units % p.rowTiles;
-    at.batch = at.row / p.units / p.rowTiles;
-    at.split = static_cast<int>(blockIdx.y) / p.slices;
-    at.slice = static_cast<int>(blockIdx.y) % p.slices;
-    at.perUnit = p.problem.heads / p.units;
-    at.head = at.unit * at.perUnit;
-    int const left = at.perUnit * p.problem.queries - p.rows * at.rowTile;
-    at.rows = left < p.rows ? left : p.rows;
-    return at;
-}
-
-// Head and query of a row of the block.
-__device__ __forceinline__ int2 walkQueryOf(WalkArguments const& p, Place const& at, int row)
-{
-    int const number = p.rows * at.rowTile + row;
-    return {at.head + number / p.problem.queries, number % p.problem.queries};
-}
-
 } // namespace skipcat::latent
 
 #endif

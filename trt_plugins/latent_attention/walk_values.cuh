@@ -31,7 +31,7 @@ __device__ __forceinline__ void findLines(int (&lines)[NT][2], WalkArguments con
         for (int e = 0; e < 2; ++e)
         {
             int const row = 8 * n + 2 * t + e;
-            lines[n][e] = row < at.rows ? walkQueryOf(p, at, row).y * p.problem.slots : -1;
+            lines[n][e] = row < at.rows ? queryOf(p.problem, at, p.rows, row).y * p.problem.slots : -1;
         }
     }
 }
