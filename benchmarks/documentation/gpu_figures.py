@@ -111,9 +111,10 @@ def _latent(found: _Json) -> list[str]:
     def cells() -> Iterator[list[str]]:
         for name, row in _rows(found, "latent attention").items():
             if not name.startswith("batch"):
-                us, share, over = row["says"].split(", ")
-                numbers = (us.removesuffix(" us"), share.removesuffix(" of a copy"))
-                yield [name, *numbers, over.removesuffix(" x our dense form")]
+                us = row["ways"]["ours"]["us"]
+                over = row["ways"]["ours, dense"]["us"] / us
+                share = _observed(row, "share of the copy bandwidth")
+                yield [name, f"{us:.1f}", f"{share:.2f}", f"{over:.2f}"]
 
     return table(["form", "us", "of the copy bandwidth", "over our dense form"], cells())
 

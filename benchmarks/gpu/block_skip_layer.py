@@ -11,26 +11,23 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import json
 import os
-import secrets
 import subprocess
 import sys
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-import click
 import torch
 
 from benchmarks.command import run
+from benchmarks.gpu.random_errors import Errors, errors_command
 from pipeline.errors import InputError
 from pipeline.kernels.build import BLOCK_SKIP, KernelSources, build_library
 from pipeline.kernels.interface import BF16, FP16, Device, Pointers, Problem, open_library
 from trt_plugins.toolchain import local_nvcc
 
-BOUNDS = {torch.float16: 1e-3, torch.bfloat16: 1e-2}
 _TYPES = {torch.float16: FP16, torch.bfloat16: BF16}
 TACTICS = 4
 _GROUP = 128
@@ -316,35 +313,17 @@ def _random_layer(random: torch.Generator, small: bool) -> Layer:
 def measure_errors(kernels: Kernels, cases: int, seed: int) -> dict[str, Any]:
     """Errors of random layers by random tactics: the worst of each type and width, all beyond."""
     random = torch.Generator().manual_seed(seed)
-    worst: dict[str, float] = {}
-    beyond = []
+    errors = Errors(cases, seed)
     for _ in range(cases):
         layer = _random_layer(random, kernels.where == "cpu")
         tactic = int(torch.randint(0, TACTICS, (1,), generator=random))
         call = Call(layer, kernels.where, random)
         kernels.prepare(call, tactic)()
-        error = call.error()
-        kind = f"{str(layer.dtype).removeprefix('torch.')}, {layer.bits} bits"
-        # `not <=` so that NaN counts.
-        if not error <= BOUNDS[layer.dtype]:
-            described = replace(layer, dtype=str(layer.dtype))  # type: ignore[arg-type]
-            beyond.append({"layer": vars(described), "tactic": tactic, "error": error})
-        worst[kind] = max(worst.get(kind, 0.0), error)
-    return {"cases": cases, "seed": seed, "worst": worst, "beyond": beyond}
+        errors.add("layer", layer, f"{layer.bits} bits", call.error(), tactic=tactic)
+    return errors.record()
 
 
-@click.command()
-@click.option("--device", type=click.Choice(["cuda", "cpu"]), default="cuda", show_default=True)
-@click.option("--cases", type=click.IntRange(min=1), default=100, show_default=True)
-@click.option("--seed", type=int, help="By default a fresh one.")
-def command(device: str, cases: int, seed: int | None) -> None:
-    """Print the errors of random layers as JSON; exit status 1 when one is beyond its bound."""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise click.ClickException("PyTorch sees no GPU; --device cpu needs none")
-    chosen = secrets.randbelow(1 << 31) if seed is None else seed
-    found = measure_errors(Kernels(device), cases, chosen)
-    click.echo(json.dumps(found, indent=1))
-    sys.exit(1 if found["beyond"] else 0)
+command = errors_command("layers", lambda device: partial(measure_errors, Kernels(device)))
 
 
 if __name__ == "__main__":

@@ -10,17 +10,16 @@ reference is computed in float64.
 from __future__ import annotations
 
 import ctypes
-import json
-import secrets
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import click
 import torch
 
 from benchmarks.command import run
-from benchmarks.gpu.block_skip_layer import BOUNDS, emulated_library
+from benchmarks.gpu.block_skip_layer import emulated_library
+from benchmarks.gpu.random_errors import Errors, errors_command
 from pipeline.errors import InputError
 from pipeline.kernels.build import LATENT_ATTENTION, build_library
 from pipeline.kernels.interface import LatentPointers, LatentProblem, open_latent_library
@@ -268,35 +267,19 @@ def _random_shape(random: torch.Generator, small: bool) -> CacheShape:
 def measure_cache_errors(kernels: CacheKernels, cases: int, seed: int) -> dict[str, Any]:
     """Errors of random caches: the worst of each type and form, all beyond their bound."""
     random = torch.Generator().manual_seed(seed)
-    worst: dict[str, float] = {}
-    beyond = []
+    errors = Errors(cases, seed)
     for _ in range(cases):
         shape = _random_shape(random, kernels.where == "cpu")
         call = CacheCall(shape, kernels.where, random)
         kernels.prepare(call)()
-        error = call.error()
-        # `not <=` so that NaN counts.
-        if not error <= BOUNDS[shape.dtype]:
-            described = replace(shape, dtype=str(shape.dtype))  # type: ignore[arg-type]
-            beyond.append({"cache": vars(described), "error": error})
         form = "rebuilt" if shape.rebuilt else "narrow"
-        kind = f"{str(shape.dtype).removeprefix('torch.')}, {form}, {shape.key_bits} bits"
-        worst[kind] = max(worst.get(kind, 0.0), error)
-    return {"cases": cases, "seed": seed, "worst": worst, "beyond": beyond}
+        errors.add("cache", shape, f"{form}, {shape.key_bits} bits", call.error())
+    return errors.record()
 
 
-@click.command()
-@click.option("--device", type=click.Choice(["cuda", "cpu"]), default="cuda", show_default=True)
-@click.option("--cases", type=click.IntRange(min=1), default=100, show_default=True)
-@click.option("--seed", type=int, help="By default a fresh one.")
-def command(device: str, cases: int, seed: int | None) -> None:
-    """Print the errors of random caches as JSON; exit status 1 when one is beyond its bound."""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise click.ClickException("PyTorch sees no GPU; --device cpu needs none")
-    chosen = secrets.randbelow(1 << 31) if seed is None else seed
-    found = measure_cache_errors(CacheKernels(device), cases, chosen)
-    click.echo(json.dumps(found, indent=1))
-    sys.exit(1 if found["beyond"] else 0)
+command = errors_command(
+    "caches", lambda device: partial(measure_cache_errors, CacheKernels(device))
+)
 
 
 if __name__ == "__main__":

@@ -10,15 +10,16 @@ import math
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks.gpu.block_skip_layer import BOUNDS
 from benchmarks.gpu.block_skip_ways import Stopwatch, Way
 from benchmarks.gpu.cache_layer import CacheCall, CacheKernels, CacheShape, measure_cache_errors
-from benchmarks.gpu.steps import Row, Setting, outcome, verdict, within
+from benchmarks.gpu.random_errors import BOUNDS, error_rows
+from benchmarks.gpu.steps import Row, Setting, verdict, within
 
 _NARROW = CacheShape(32, 8, 1, 32768, key_rank=64, value_rank=64, width=64)
 _TINY = CacheShape(4, 2, 1, 200, key_rank=32, value_rank=32, width=32)
@@ -31,23 +32,14 @@ _ENOUGH_S = 6.0  # a row that is begun later than this before the end would be l
 def latent_attention(setting: Setting) -> Iterator[Row]:
     """Random caches against float64, then narrow and rebuilt forms at 32k places."""
     kernels = CacheKernels(setting.device)
-    yield from _errors(kernels, setting)
+    batches, cases = (_ERROR_BATCHES, _ERROR_CASES) if setting.on_gpu else (1, 6)
+    measure = partial(measure_cache_errors, kernels)
+    yield from error_rows("caches", measure, batches, cases, setting, _ENOUGH_S)
     random = torch.Generator(setting.device).manual_seed(setting.seed)
     watch = Stopwatch(setting.device, 15 if setting.on_gpu else 1)
     for name, row in _speed_rows(kernels, watch, random, setting):
         if name not in setting.done and setting.left_s >= _ENOUGH_S:
             yield name, row()
-
-
-def _errors(kernels: CacheKernels, setting: Setting) -> Iterator[Row]:
-    batches, cases = (_ERROR_BATCHES, _ERROR_CASES) if setting.on_gpu else (1, 6)
-    for place in range(batches):
-        name = f"batch {place} of {cases} caches"
-        if name in setting.done or setting.left_s < _ENOUGH_S:
-            continue
-        found = measure_cache_errors(kernels, cases, setting.seed + place)
-        claim = "within 1e-3 in fp16, 1e-2 in bf16"
-        yield name, {**found, "verdicts": [outcome(claim, not found["beyond"])]}
 
 
 def _speed_rows(

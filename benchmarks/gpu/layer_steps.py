@@ -10,12 +10,12 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 
-from benchmarks.gpu.block_skip_layer import BOUNDS, Kernels, Layer, measure_errors
+from benchmarks.gpu.block_skip_layer import Kernels, Layer, measure_errors
 from benchmarks.gpu.block_skip_ways import (
     Stopwatch,
     Way,
@@ -24,6 +24,7 @@ from benchmarks.gpu.block_skip_ways import (
     unfused_way,
 )
 from benchmarks.gpu.int4_rivals import RIVALS, Absent
+from benchmarks.gpu.random_errors import BOUNDS, error_rows
 from benchmarks.gpu.steps import Row, Setting, not_run, outcome, verdict, within
 from pipeline.bench.bandwidth import DeviceMemory, HostMemory
 from pipeline.bench.measure import describe_machine
@@ -83,15 +84,9 @@ def _watch(setting: Setting) -> Stopwatch:
 
 def errors(setting: Setting) -> Iterator[Row]:
     """Random layers of every type, width and tactic against float64, batch by batch."""
-    kernels = _kernels(setting.device)
     batches, cases = (_ERROR_BATCHES, _ERROR_CASES) if setting.on_gpu else (2, 3)
-    for place in range(batches):
-        name = f"batch {place} of {cases} layers"
-        if name in setting.done or setting.left_s < _ENOUGH_S:
-            continue
-        found = measure_errors(kernels, cases, setting.seed + place)
-        claim = "within 1e-3 in fp16, 1e-2 in bf16"
-        yield name, {**found, "verdicts": [outcome(claim, not found["beyond"])]}
+    measure = partial(measure_errors, _kernels(setting.device))
+    yield from error_rows("layers", measure, batches, cases, setting, _ENOUGH_S)
 
 
 def _layers_of(name: str, setting: Setting, kept: float = _KEPT) -> dict[str, Layer]:

@@ -22,7 +22,7 @@ from pipeline.driving.perceive import Perception
 from pipeline.driving.polylines import lane_polylines
 from pipeline.driving.sample import images_at, open_image
 from pipeline.driving.video import VideoWriter, frames_of
-from pipeline.errors import InputError, UsageError
+from pipeline.errors import UsageError
 from pipeline.provenance import provenance, public_name
 from pipeline.runtime.sessions.driving_sessions import (
     DrivingSession,
@@ -31,6 +31,7 @@ from pipeline.runtime.sessions.driving_sessions import (
     TorchDriving,
 )
 from pipeline.runtime.sessions.open_session import folder_kind
+from pipeline.runtime.torch_gpu import require_torch_gpu
 
 # Of a mask that is written; as `FOLDER:drivable=1,lane=2` reads them.
 DRIVABLE_ID, LANE_ID = 1, 2
@@ -194,12 +195,8 @@ def _open_torch(folder: Path, device: str) -> TorchDriving:
     from pipeline.checkpoint.folder import load_checkpoint, read_record
     from pipeline.driving.load import load_driving
 
-    if device == "cuda" and not torch.cuda.is_available():
-        raise InputError(
-            "PyTorch sees no NVIDIA GPU.",
-            observed=f"torch {torch.__version__}",
-            change="leave --device out to run on the CPU",
-        )
+    if device == "cuda":
+        require_torch_gpu("leave --device out to run on the CPU")
     if "quantization_config" in read_record(folder, "config.json"):
         model: torch.nn.Module = load_checkpoint(folder, dtype=torch.float32)
     else:

@@ -13,7 +13,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
+
+from pipeline.runtime.offload.device_ring import DeviceRing
 
 _SPOILT = 0xFF  # bytes that are NaN in every type of floats
 
@@ -153,3 +156,23 @@ class LazyDevice:
 def _happen(event: _Event) -> bool:
     event.is_over = True
     return True
+
+
+# --- planted faults ---
+
+
+def forget(name: str) -> Callable[[pytest.MonkeyPatch], None]:
+    """A device that does not do what it is told by one of its methods."""
+    return lambda patch: patch.setattr(LazyDevice, name, lambda self, event: None)
+
+
+def release_first(patch: pytest.MonkeyPatch) -> None:
+    """A ring that has a buffer filled again before anything is computed with it."""
+    take = DeviceRing.take
+
+    def taken(self: DeviceRing) -> torch.Tensor:
+        buffer = take(self)
+        self.release()
+        return buffer
+
+    patch.setattr(DeviceRing, "take", taken)

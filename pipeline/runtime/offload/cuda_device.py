@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from pipeline.errors import InputError, ResourceError
+from pipeline.errors import ResourceError
 from pipeline.runtime.device.driver import Driver, HostMemory
+from pipeline.runtime.torch_gpu import require_torch_gpu
 
 # cuBLAS's workspace of 32 MiB, and what PyTorch's allocator leaves between tensors.
 _LIBRARY_BYTES = 96 << 20
@@ -25,13 +26,7 @@ class CudaDevice:
     library_bytes = _LIBRARY_BYTES
 
     def __init__(self) -> None:
-        if not torch.cuda.is_available():
-            built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
-            raise InputError(
-                "PyTorch sees no NVIDIA GPU.",
-                observed=f"torch {torch.__version__}, {built}",
-                change="leave --device and --vram out to run on the CPU",
-            )
+        require_torch_gpu("leave --device and --vram out to run on the CPU")
         self.place = torch.device("cuda", torch.cuda.current_device())
         torch.cuda.init()
         self._driver = Driver(ordinal=torch.cuda.current_device())

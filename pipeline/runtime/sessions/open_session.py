@@ -10,6 +10,7 @@ from pipeline.errors import InputError, UsageError
 from pipeline.export.contract import RECORD_FILE
 from pipeline.model.task import require_decoder
 from pipeline.progress import note
+from pipeline.runtime.torch_gpu import require_torch_gpu
 
 if TYPE_CHECKING:
     import torch
@@ -166,13 +167,7 @@ def _open_cuda(folder: Path, threads: int | None, slots: int) -> Session:
     from pipeline.runtime.sessions.static_session import StaticSession
     from pipeline.runtime.sessions.torch_session import TorchSession
 
-    if not torch.cuda.is_available():
-        built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
-        raise InputError(
-            "PyTorch sees no NVIDIA GPU.",
-            observed=f"torch {torch.__version__}, {built}; {torch.cuda.device_count()} devices",
-            change="leave --device out to run on the CPU",
-        )
+    require_torch_gpu("leave --device out to run on the CPU")
     model, replaced = load_narrow(folder)
     if replaced:
         prepare(torch.cuda.current_device())

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.gpu.block_skip_layer import BOUNDS
 from benchmarks.gpu.cache_layer import CacheCall, CacheKernels, CacheShape
+from benchmarks.gpu.random_errors import BOUNDS
 
 # One side's latents are multiples of 16 bytes and numbers, the other's are not.
 _NARROW = CacheShape(

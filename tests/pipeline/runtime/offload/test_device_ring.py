@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pipeline.runtime.offload.device_ring import DeviceRing
-from tests.support.lazy_device import LazyDevice
+from tests.support.lazy_device import LazyDevice, forget, release_first
 
 BYTES, TURNS = 16, 17
 # Of the stream of copies: it does nothing before it has to, something, or all that it may.
@@ -77,23 +77,6 @@ def test_what_was_copied_is_counted() -> None:
     assert device.copies == 8
 
 
-def _forget(name: str) -> Callable[[pytest.MonkeyPatch], None]:
-    """A device that does not do what it is told by one of its methods."""
-    return lambda patch: patch.setattr(LazyDevice, name, lambda self, event: None)
-
-
-def _release_first(patch: pytest.MonkeyPatch) -> None:
-    """A ring that has a buffer filled again before anything is computed with it."""
-    take = DeviceRing.take
-
-    def taken(self: DeviceRing) -> torch.Tensor:
-        buffer = take(self)
-        self.release()
-        return buffer
-
-    patch.setattr(DeviceRing, "take", taken)
-
-
 def _mark_copies_first(patch: pytest.MonkeyPatch) -> None:
     """A ring whose buffers are said to be filled before their copies are made."""
     copy, mark = LazyDevice.copy, LazyDevice.mark_copies
@@ -109,7 +92,7 @@ def _mark_copies_first(patch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     "fault",
-    [_forget("hold_compute"), _forget("hold_copies"), _release_first, _mark_copies_first],
+    [forget("hold_compute"), forget("hold_copies"), release_first, _mark_copies_first],
     ids=["filled", "released", "released first", "filled first"],
 )
 def test_a_wait_that_is_missing_is_found(

@@ -29,7 +29,7 @@ from pipeline.runtime.sessions.session import Block
 from pipeline.runtime.sessions.torch_session import TorchSession
 from tests.support.families import FAMILIES, save_family
 from tests.support.layered_model import DEPTH, PLACES, draft_of
-from tests.support.lazy_device import LazyDevice
+from tests.support.lazy_device import LazyDevice, forget, release_first
 from tests.support.scripted_drafts import DRAFTS, PROMPT, WARM, Scripted, said
 
 MUCH = 50_000_000
@@ -191,23 +191,6 @@ def _raise(place: int) -> None:
     raise (torch.OutOfMemoryError("CUDA out of memory"), KeyboardInterrupt())[place % 2]
 
 
-def _forget(name: str) -> Callable[[pytest.MonkeyPatch], None]:
-    """A device that does not do what it is told by one of its methods."""
-    return lambda patch: patch.setattr(LazyDevice, name, lambda self, event: None)
-
-
-def _release_first(patch: pytest.MonkeyPatch) -> None:
-    """A ring that has a buffer filled again before anything is computed with it."""
-    take = DeviceRing.take
-
-    def taken(self: DeviceRing) -> torch.Tensor:
-        buffer = take(self)
-        self.release()
-        return buffer
-
-    patch.setattr(DeviceRing, "take", taken)
-
-
 def _never_release(patch: pytest.MonkeyPatch) -> None:
     """A ring that fills the other buffer instead of the one that is released."""
     fill = DeviceRing._fill
@@ -220,7 +203,7 @@ def _never_release(patch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     "fault",
-    [_forget("hold_compute"), _forget("hold_copies"), _release_first, _never_release],
+    [forget("hold_compute"), forget("hold_copies"), release_first, _never_release],
     ids=["filled", "released", "released first", "one buffer"],
 )
 def test_a_wait_that_is_missing_is_found(
