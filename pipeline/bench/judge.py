@@ -74,14 +74,8 @@ _GROUPS: dict[str, tuple[float | None, Callable[[_Row], bool]]] = {
         lambda row: _is("decode", EDGE_LLM)(row) and "0.9.0" in row["source"],
     ),
     "llama.cpp decode": (0.25, _is("decode", LLAMA_CPP)),
-    "llama.cpp at 7 W": (
-        0.25,
-        lambda row: row["kind"] == "decode" and row["device"].endswith("@7w"),
-    ),
-    "llama.cpp at 25 W": (
-        0.25,
-        lambda row: row["kind"] == "decode" and row["device"].endswith("@25w"),
-    ),
+    "llama.cpp at 7 W": (0.25, _is_in_mode("7w")),
+    "llama.cpp at 25 W": (0.25, _is_in_mode("25w")),
     "prefill, 2,048 tokens": (
         0.25,
         lambda row: row["kind"] == "prefill" and row["tokens"] > _SHORT_PROMPT,

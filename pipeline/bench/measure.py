@@ -23,7 +23,6 @@ from pipeline.provenance import provenance
 _SCHEMA = 1
 _WARM_UP_TOKENS = 4
 _MEMORY_BUFFER_BYTES = 512 << 20
-_GIGABYTE = 1e9
 _Turn = dict[str, Any]
 _ERRORS = {error.exit_status: error for error in (UsageError, InputError, ResourceError)}
 

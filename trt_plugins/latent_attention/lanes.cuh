@@ -15,13 +15,6 @@ namespace skipcat::latent
 
 #ifdef SKIPCAT_EMULATE
 
-inline void syncWarp()
-{
-#ifndef SKIPCAT_EMULATE_NO_BARRIER
-    emulate::block().barrier(emulate::Scope::kWarp);
-#endif
-}
-
 template <typename N>
 N fromLane(N mine, int lane)
 {
@@ -77,14 +70,9 @@ inline void copyWhole16(void* to, void const* from)
     copyAsync16(to, from, 16);
 }
 
-// At once, unlike copies of 16 bytes: what is read before it was awaited is not found here.
 inline void copyAsync4(void* to, void const* from)
 {
-    if (reinterpret_cast<uintptr_t>(to) % 4 != 0 || reinterpret_cast<uintptr_t>(from) % 4 != 0)
-    {
-        emulate::fail("an asynchronous copy between addresses that are not 4-byte aligned");
-    }
-    std::memcpy(to, from, 4);
+    copyAsync(to, from, 4, 4);
 }
 
 inline float powerOf2(float exponent)
@@ -105,11 +93,6 @@ int residentBlocks(void (*)(Arguments), int, size_t)
 }
 
 #else
-
-__device__ __forceinline__ void syncWarp()
-{
-    __syncwarp();
-}
 
 __device__ __forceinline__ float shuffleXor(float mine, int distance)
 {

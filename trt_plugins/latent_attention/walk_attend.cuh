@@ -254,7 +254,7 @@ __device__ __forceinline__ int2 beginWalk(WalkArguments const& p, Place const& a
     if (open.x > 0 && open.x < open.y)
     {
         awaitStages(0); // what was begun with is closed
-        syncWarp();
+        __syncwarp();
         fillRing(p, walk.ring, walk.keys, walk.values, walk.way, open.x, 0, kTokensOf);
     }
     return open;
@@ -281,7 +281,7 @@ __device__ __forceinline__ void takeStage(WalkArguments const& p, Place const& a
         turnQueries(p, walk.query, walk.turned, at.rows, token);
     }
     awaitStages(p.stages - 1);
-    syncWarp();
+    __syncwarp();
     unsigned char* const stage = walk.ring + slot * p.at.stageBytes;
     Scores<NT, MT> scores{};
     Map<T> const map{walk.up, walk.turns, walk.mean};
@@ -294,7 +294,7 @@ __device__ __forceinline__ void takeStage(WalkArguments const& p, Place const& a
     weigh<T, NT, MT, FRAGMENTS>(weights, scores, added, found);
     withForm(p.problem.values.form, [&](auto form)
         { mixValues<T, decltype(form)::value, NT, MT, FRAGMENTS>(found, p.at, stage, weights, walk.units); });
-    syncWarp();
+    __syncwarp();
 }
 
 template <typename T, int NT, int MT, bool REBUILT>

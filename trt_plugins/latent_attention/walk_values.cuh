@@ -105,7 +105,7 @@ __device__ __forceinline__ void clearClosed(
             }
         }
     }
-    syncWarp();
+    __syncwarp();
 }
 
 // Adds the mask to a row's scores; the largest of them, and of what was the largest before.
