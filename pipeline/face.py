@@ -21,6 +21,7 @@ def compress(
     *,
     overwrite: bool = False,
     resume: bool = False,
+    workers: str | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
     """Compress a model, and write its checkpoint folder.
@@ -30,6 +31,7 @@ def compress(
         output: the folder to write.
         overwrite: replace it if it exists.
         resume: continue an unfinished run of the same request.
+        workers: as `skipcat compress --workers` takes it, such as "local:4".
         settings: fields of `pipeline.compress.request.CompressRequest`, such as `keep_params=0.8`.
 
     Returns:
@@ -40,6 +42,7 @@ def compress(
     """
     from pipeline.compress.request import CompressRequest
     from pipeline.compress.run import compress_to_folder
+    from pipeline.workers.workers import open_workers
 
     if isinstance(model, CompressRequest):
         request = dataclasses.replace(model, **settings)
@@ -47,7 +50,10 @@ def compress(
         request = CompressRequest(model, **settings)
     # Before the model is loaded.
     check_output(Path(output), overwrite=overwrite, inputs=request.paths.values())
-    return compress_to_folder(request, Path(output), overwrite=overwrite, resume=resume)
+    with open_workers(workers) as own:
+        return compress_to_folder(
+            request, Path(output), overwrite=overwrite, resume=resume, workers=own
+        )
 
 
 def export(

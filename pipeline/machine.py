@@ -51,6 +51,11 @@ def product_threads(cpus: Path = _CPUS) -> int:
     return max(1, min(len(siblings), usable_cores()))
 
 
+def allowed_threads() -> int | None:
+    """Threads that the user allows; None where nothing was said."""
+    return _allowed[-1] if _allowed else None
+
+
 def share_cores() -> None:
     """Let OpenMP's threads sleep soon where they wait, for whoever else wants the core.
 

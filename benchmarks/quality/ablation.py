@@ -30,7 +30,8 @@ from pipeline.artefact import write_json
 from pipeline.bench.measure import describe_machine, load_average
 from pipeline.compress.decoder import CalibratedDecoder
 from pipeline.compress.methods import EFFORTS, Fit
-from pipeline.compress.plan.layer_costs import CostRequest, LayerCosts
+from pipeline.compress.plan.group_costs import CostRequest
+from pipeline.compress.plan.layer_costs import LayerCosts
 from pipeline.compress.plan.plan import RankPlan, uniform_plan
 from pipeline.compress.plan.rank_search import searched_plan
 from pipeline.compress.walk import compress_

@@ -89,8 +89,8 @@ class BackwardSweep:
     def backward(self, index: int) -> dict[str, GroupMoments]:
         """Carry the gradient from the output of layer `index` to its input.
 
-        Call with the last layer first. What is needed to call again with `index` + 1, after an
-        interruption, is removed only now.
+        Call with the last layer first. What is needed to call again, after an interruption, stays
+        until `forget`.
 
         Returns:
             Group name -> its moments.
@@ -114,8 +114,6 @@ class BackwardSweep:
         Raises:
             InputError: activations or gradients that are not finite; names the layer.
         """
-        self._input_path(index + 1).unlink(missing_ok=True)
-        self._gradient_path(index + 2).unlink(missing_ok=True)
         inputs, gradients = _read(self._input_path(index)), _read(self._gradient_path(index + 1))
         with watching:
             before = [
@@ -124,6 +122,11 @@ class BackwardSweep:
             ]
         _require_finite(self.layers[index].name, before)
         _write(self._gradient_path(index), before)
+
+    def forget(self, index: int) -> None:
+        """Remove what was needed to carry the gradient through layer `index`, which is finished."""
+        self._input_path(index).unlink(missing_ok=True)
+        self._gradient_path(index + 1).unlink(missing_ok=True)
 
     def remove(self) -> None:
         """Remove what the sweep kept on disk."""

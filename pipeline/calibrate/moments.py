@@ -253,4 +253,5 @@ def balanced(moment: torch.Tensor, weighted: torch.Tensor) -> torch.Tensor:
         weighted: S with weighted tokens, [n, n].
     """
     scale = moment.diagonal().sum() / weighted.diagonal().double().sum().clamp_min(1e-300)
-    return (moment + scale * weighted.double()) / 2
+    # In place: of the widest inputs, each copy is gigabytes.
+    return weighted.to(torch.float64, copy=True).mul_(scale).add_(moment).div_(2)

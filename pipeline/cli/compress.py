@@ -234,12 +234,19 @@ compression_options = options.apply(
 @compression_options
 @options.trust_remote_code
 @options.own_threads
+@options.workers
 @options.overwrite
 @options.resume
 @options.dry_run
 @options.json_output
 def command(
-    output: Path, overwrite: bool, resume: bool, dry_run: bool, as_json: bool, **settings: Any
+    output: Path,
+    workers: str | None,
+    overwrite: bool,
+    resume: bool,
+    dry_run: bool,
+    as_json: bool,
+    **settings: Any,
 ) -> None:
     """Factor linear layers, or round convolutions; transformers loads the result.
 
@@ -252,15 +259,20 @@ def command(
     """  # noqa: D301 - click reads the escape
     from pipeline.compress.run import compress_to_folder
     from pipeline.output import check_output
+    from pipeline.workers.workers import open_workers
 
     request = CompressRequest(**settings)
     request.check()
     if dry_run:
-        _show_plan(request, as_json)
+        with open_workers(workers) as own:
+            _show_plan(request, as_json, own)
         return
     # Before the model is loaded.
     check_output(output, overwrite=overwrite, inputs=request.paths.values())
-    report = compress_to_folder(request, output, overwrite=overwrite, resume=resume)
+    with open_workers(workers) as own:
+        report = compress_to_folder(
+            request, output, overwrite=overwrite, resume=resume, workers=own
+        )
     if as_json:
         click.echo(json.dumps(report, indent=2))
         return
@@ -294,7 +306,7 @@ def command(
     click.echo(options.what_next(f"export {output} -o {output}-onnx"))
 
 
-def _show_plan(request: Any, as_json: bool) -> None:
+def _show_plan(request: Any, as_json: bool, workers: Any) -> None:
     """What would be done: every group with its shape, rank and parameters.
 
     A method that searches its plan has to measure the model first, which takes most of its time.
@@ -304,7 +316,7 @@ def _show_plan(request: Any, as_json: bool) -> None:
     from pipeline.compress.run import plan_only
     from pipeline.progress import result_console
 
-    plan = plan_only(request)
+    plan = plan_only(request, workers)
     if as_json:
         groups = [group.to_json() for group in plan.groups]
         click.echo(json.dumps({"kept_fraction": plan.kept_fraction, "groups": groups}, indent=2))

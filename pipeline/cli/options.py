@@ -100,6 +100,14 @@ def _threads(*, exposed: bool) -> _Decorator:
 
 # Of commands that hand the number on to sessions, and of those that only compute with it.
 threads, own_threads = _threads(exposed=True), _threads(exposed=False)
+workers = click.option(
+    "--workers",
+    metavar="PLACE",
+    help="Let other processes compute what is independent, through Ray: local:4 begins four here "
+    "(local: one to a physical core), ray://HOST:10001 uses a cluster's, auto those of the cluster "
+    "that this machine belongs to. Each computes with --threads [1], and so does this process: "
+    "with as many threads the bytes are the same as without.",
+)
 draft = click.option(
     "--draft",
     type=click.Path(path_type=Path, exists=True, file_okay=False),

@@ -21,6 +21,7 @@ from pipeline.compress.request import CompressRequest
 from pipeline.model.source import Source
 from pipeline.model.structure import Layer
 from pipeline.quantize.formats import Runtime
+from pipeline.workers.workers import IN_PROCESS, Workers
 
 
 class Stream(Protocol):
@@ -49,9 +50,11 @@ class Calibrated(Measured, Protocol):
             first; none where there are no such matrices to quantise.
         rotary_width: numbers a position of the angles that a graph holds; 0 for none.
         added_parameters: that the model as it was given does not have.
+        workers: who computes what is independent of all else.
     """
 
     model: PreTrainedModel
+    workers: Workers
     embeddings: tuple[tuple[str, ...], ...]
     rotary_width: int
     added_parameters: int
@@ -145,6 +148,8 @@ class Opened(Protocol):
         """Bytes on disk that a run needs."""
         ...
 
-    def calibrate(self, folder: Path, settings: dict[str, Any]) -> Calibrated:
+    def calibrate(
+        self, folder: Path, settings: dict[str, Any], workers: Workers = IN_PROCESS
+    ) -> Calibrated:
         """With its calibration inputs; measurements, which depend on settings, lie in a folder."""
         ...

@@ -16,7 +16,8 @@ from pipeline.compress.cache.cache_plan import CachePlan
 from pipeline.compress.calibrated import Stream
 from pipeline.compress.factorize.factors import Rounding
 from pipeline.compress.methods import Fit
-from pipeline.compress.plan.layer_costs import CostRequest, WholeModelCosts
+from pipeline.compress.plan.group_costs import CostRequest
+from pipeline.compress.plan.layer_costs import WholeModelCosts
 from pipeline.compress.plan.plan import Curves, EmbeddingChoice
 from pipeline.compress.request import CompressRequest
 from pipeline.errors import InputError, UsageError
@@ -25,6 +26,7 @@ from pipeline.model.load import LoadedClassifier, load_classifier
 from pipeline.model.task import IMAGES
 from pipeline.progress import note
 from pipeline.quantize.formats import Runtime
+from pipeline.workers.workers import IN_PROCESS, Workers
 
 # However many patches an image has, so few images say too little about the model's own output.
 _LEAST_IMAGES = 256
@@ -95,7 +97,9 @@ class _OpenedClassifier:
         """Bytes on disk: the checkpoint, and its finished layers beside it."""
         return 2 * sum(p.numel() for p in self.model.parameters()) * dtype.itemsize
 
-    def calibrate(self, folder: Path, settings: dict[str, Any]) -> _CalibratedClassifier:
+    def calibrate(
+        self, folder: Path, settings: dict[str, Any], workers: Workers = IN_PROCESS
+    ) -> _CalibratedClassifier:
         """The classifier with its calibration images; nothing of it is kept on disk."""
         images = load_images(
             self.request.calibration,
@@ -106,7 +110,7 @@ class _OpenedClassifier:
         )
         note(f"calibration: {len(images.pixels)} images of {images.source}")
         _require_images(images, self.structure)
-        return _CalibratedClassifier(self, images)
+        return _CalibratedClassifier(self, images, workers)
 
     def _image_count(self) -> int:
         """Images to read: as asked for, or as many as have the patches of the effort's tokens."""
@@ -123,13 +127,15 @@ class _CalibratedClassifier:
     Args:
         opened: the model; changed in place.
         images: that it is calibrated on.
+        workers: who computes what is independent of all else.
     """
 
     embeddings: tuple[tuple[str, ...], ...] = ()
     rotary_width = 0
     added_parameters = 0
 
-    def __init__(self, opened: _OpenedClassifier, images: ImageBatch) -> None:
+    def __init__(self, opened: _OpenedClassifier, images: ImageBatch, workers: Workers) -> None:
+        self.workers = workers
         self.model, self.layers, self.images = opened.model, opened.layers, images
         self.request = opened.request
         self._batch_size = max(1, _ROWS_AT_ONCE // max(opened.structure.rows.values()))
@@ -150,7 +156,7 @@ class _CalibratedClassifier:
         draws = DRAWS * len(self.images.pixels)
         costs = WholeModelCosts(self.model, self.layers, moments, draws)
         if gradients:
-            costs.measure(CostRequest.of(request))
+            costs.measure(CostRequest.of(request), self.workers)
         return costs
 
     @property

@@ -27,7 +27,8 @@ from pipeline.compress.embeddings import Embeddings
 from pipeline.compress.factorize.factors import Rounding
 from pipeline.compress.factorize.whitened_svd import truncation_losses
 from pipeline.compress.methods import Fit
-from pipeline.compress.plan.layer_costs import CostRequest, LayerCosts
+from pipeline.compress.plan.group_costs import CostRequest
+from pipeline.compress.plan.layer_costs import LayerCosts
 from pipeline.compress.plan.plan import Curves, EmbeddingChoice
 from pipeline.compress.request import CompressRequest
 from pipeline.compress.rotation import rotate_
@@ -36,6 +37,7 @@ from pipeline.model.load import LoadedModel, load_model
 from pipeline.model.structure import Group, Layer, decoder_structure
 from pipeline.progress import note, track
 from pipeline.quantize.formats import Runtime
+from pipeline.workers.workers import IN_PROCESS, Workers
 
 _SEQUENCES_AT_ONCE = 8
 
@@ -83,7 +85,9 @@ class _OpenedDecoder:
             )
         return needed_bytes
 
-    def calibrate(self, folder: Path, settings: dict[str, Any]) -> CalibratedDecoder:
+    def calibrate(
+        self, folder: Path, settings: dict[str, Any], workers: Workers = IN_PROCESS
+    ) -> CalibratedDecoder:
         """The decoder with its calibration text, which is read when it is first needed."""
         power, added = self.request.balance, 0
         if self.request.rotates:
@@ -100,7 +104,7 @@ class _OpenedDecoder:
         def costs(batch: TokenBatch) -> LayerCosts:
             return LayerCosts(folder, settings | {"text": batch.describe()["sha256"]})
 
-        return CalibratedDecoder(self.model, self.layers, read, costs, added)
+        return CalibratedDecoder(self.model, self.layers, read, costs, added, workers)
 
     def _read_tokens(self) -> TokenBatch:
         """The windows that the request asks for."""
@@ -131,6 +135,7 @@ class CalibratedDecoder:
         read: gives the calibration text.
         open_costs: gives where costs are kept, of that text.
         added_parameters: that the model as it was given does not have.
+        workers: who computes what is independent of all else.
     """
 
     def __init__(
@@ -140,8 +145,10 @@ class CalibratedDecoder:
         read: Callable[[], TokenBatch],
         open_costs: Callable[[TokenBatch], LayerCosts],
         added_parameters: int = 0,
+        workers: Workers = IN_PROCESS,
     ) -> None:
         self.model, self.layers, self.added_parameters = model, layers, added_parameters
+        self.workers = workers
         self._embeddings = Embeddings(model)
         self.embeddings = self._embeddings.groups
         config = model.config.get_text_config()
@@ -158,6 +165,7 @@ class CalibratedDecoder:
         batch: TokenBatch,
         costs: LayerCosts | None = None,
         added_parameters: int = 0,
+        workers: Workers = IN_PROCESS,
     ) -> CalibratedDecoder:
         """A decoder whose text is read already; its costs, if it needs any, lie in a folder."""
 
@@ -165,7 +173,7 @@ class CalibratedDecoder:
             assert costs is not None, "nothing should ask for costs"
             return costs
 
-        return cls(model, layers, lambda: batch, kept, added_parameters)
+        return cls(model, layers, lambda: batch, kept, added_parameters, workers)
 
     @cached_property
     def batch(self) -> TokenBatch:
@@ -186,7 +194,9 @@ class CalibratedDecoder:
         if not wanted or self._is_measured:
             return
         windows = self.batch.spread(request.resolved_effort.survey_windows)
-        self.statistics.measure(self.model, self.layers, windows, CostRequest.of(request))
+        self.statistics.measure(
+            self.model, self.layers, windows, CostRequest.of(request), self.workers
+        )
         self._is_measured = True
 
     def output_tails(self) -> tuple[dict[str, np.ndarray], int]:

@@ -16,7 +16,7 @@ import contextlib
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
 
@@ -50,17 +50,16 @@ class Learning:
     Attributes:
         steps: of each layer.
         folder: None for a run that is not taken up again.
-        codes: of the quantised matrices of the layer at hand, by the module that holds them.
     """
 
     steps: int
     folder: Path | None
-    codes: dict[str, Blocks] = field(default_factory=dict)
 
 
 def learn_rounding_(
     stream: PairedStream,
     index: int,
+    codes: Mapping[str, Blocks],
     learning: Learning,
     statistics: GroupStatistics | None,
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
@@ -69,6 +68,7 @@ def learn_rounding_(
     Args:
         stream: has entered the layer, whose quantised matrices are installed.
         index: of the layer.
+        codes: of its quantised matrices, by the module that holds them.
         learning: how.
         statistics: of its outputs; None weighs all alike.
 
@@ -79,7 +79,7 @@ def learn_rounding_(
     Raises:
         InputError: an error that is not finite.
     """
-    model, layer, codes = stream.model, stream.layers[index], learning.codes
+    model, layer = stream.model, stream.layers[index]
     matrices = {name: _matrix(model, name) for name in codes}
     error = _LayerError.of(stream, index, statistics)
     before = error.held_out()
@@ -200,7 +200,7 @@ class _LayerError:
         plain = cls(stream, index, None)
         if statistics is None or last is None or not plain.is_added(last.name):
             return plain
-        (sensitivity,) = statistics.sensitivities(last.members)
+        (sensitivity,) = statistics.of(last.members).sensitivities()
         return cls(stream, index, torch.linalg.cholesky(sensitivity).float())
 
     @torch.no_grad()

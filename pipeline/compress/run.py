@@ -40,6 +40,7 @@ from pipeline.model.origins import remember_origin
 from pipeline.model.task import adapter_of, task_of_model
 from pipeline.progress import note
 from pipeline.provenance import provenance, public_name
+from pipeline.workers.workers import IN_PROCESS, Workers
 
 _WORK, _COSTS, _CACHE = "layers", "survey", "cache"
 
@@ -51,6 +52,7 @@ def compress_to_folder(
     overwrite: bool = False,
     resume: bool = False,
     opened: Opened | None = None,
+    workers: Workers = IN_PROCESS,
 ) -> dict[str, Any]:
     """Compress a model and write its checkpoint folder.
 
@@ -62,6 +64,7 @@ def compress_to_folder(
         overwrite: replace it if it exists.
         resume: continue an unfinished run with the same request.
         opened: the model, if it is in memory already; changed in place.
+        workers: who computes what is independent of all else.
 
     Returns:
         report.json's content.
@@ -70,6 +73,7 @@ def compress_to_folder(
         PipelineError: bad input, or not enough disk.
     """
     if METHODS[request.method].convolutions is not None:
+        _require_no_workers(request, workers)
         return round_to_folder(request, output, overwrite=overwrite, resume=resume)
     started = time.monotonic()
     with staged_folder(
@@ -85,12 +89,12 @@ def compress_to_folder(
         files = model_hashes(request.model)
         # Not the path: a model that was moved is the same.
         settings |= {"model": None, "model_files": files, "version": __version__}
-        calibrated = opened.calibrate(folder / _COSTS, settings)
+        calibrated = opened.calibrate(folder / _COSTS, settings, workers)
         plan, compressed = _compress(folder, request, calibrated, settings, dtype)
         cache = _shrink_cache(folder, request, plan, calibrated, settings)
         added, seconds = calibrated.added_parameters, time.monotonic() - started
         report = _build_report(compressed, plan, total_before, added, seconds)
-        report |= opened.report_fields
+        report |= opened.report_fields | {"computed_by": workers.describe()}
         recipe = _recipe_of(request, opened, calibrated, dtype, files)
         if recipe["model_is_local"]:
             remember_origin(files, Path(request.model))
@@ -100,7 +104,7 @@ def compress_to_folder(
     return report
 
 
-def plan_only(request: CompressRequest) -> RankPlan:
+def plan_only(request: CompressRequest, workers: Workers = IN_PROCESS) -> RankPlan:
     """The plan that compressing would follow; nothing is written.
 
     Raises:
@@ -112,7 +116,17 @@ def plan_only(request: CompressRequest) -> RankPlan:
         )
     opened = _open_model(request)
     with tempfile.TemporaryDirectory() as folder:
-        return make_plan(request, opened.calibrate(Path(folder), {}))
+        return make_plan(request, opened.calibrate(Path(folder), {}, workers))
+
+
+def _require_no_workers(request: CompressRequest, workers: Workers) -> None:
+    """Refuse workers for a method that rounds convolutions, each on what the last one returns."""
+    if workers is not IN_PROCESS:
+        raise UsageError(
+            "This method computes nothing that is independent of the rest.",
+            where=f"--workers with --method {request.method}",
+            change="leave --workers out",
+        )
 
 
 def _open_model(request: CompressRequest) -> Opened:

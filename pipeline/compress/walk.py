@@ -3,37 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from pipeline.calibrate.layer_stream import PairedStream
-from pipeline.checkpoint.install import (
-    dense_tensors,
-    group_entries,
-    group_tensors,
-    install_,
-    member_codes,
-)
+from pipeline.checkpoint.install import group_entries, install_
 from pipeline.compress.calibrated import Calibrated
-from pipeline.compress.factorize.factors import Factors, Rounding, relative_output_error
 from pipeline.compress.factorize.whitened_svd import InputMoments, regular
 from pipeline.compress.finished_layers import FinishedLayers
+from pipeline.compress.fit_group import Fitted, fit_group, group_report
 from pipeline.compress.learn_rounding import Learning, learn_rounding_
 from pipeline.compress.methods import ONE_SIDED, Fit
-from pipeline.compress.plan.layer_costs import GroupStatistics
 from pipeline.compress.plan.plan import GroupPlan, RankPlan
-from pipeline.errors import InputError
-from pipeline.lazy import imported
 from pipeline.memory import return_free_memory
-from pipeline.model.structure import Layer
+from pipeline.model.structure import Group, Layer
 from pipeline.progress import track
-from pipeline.quantize.formats import Format
-from pipeline.quantize.groupwise import Blocks
+from pipeline.workers.workers import InOrder, Result
 
 
 @dataclass
@@ -61,6 +50,9 @@ def compress_(
 ) -> Compressed:
     """Replace the model's linears by what the plan asks for, layer by layer.
 
+    Where every layer is fitted to what it saw in the original model, the calibrated model's workers
+    fit groups of several layers while the inputs go on; else those of one group of inputs.
+
     Args:
         calibrated: the model, changed in place, and what it is calibrated on.
         plan: form and rank of every group.
@@ -71,36 +63,148 @@ def compress_(
     Raises:
         InputError: activations that are not finite, or a moment that cannot be used.
     """
-    model, stream = calibrated.model, calibrated.stream(fit)
-    statistics = calibrated.statistics if fit.two_sided else None
-    learning = Learning(fit.learned_steps, None if finished is None else finished.folder)
-    codes = learning.codes if fit.learned_steps else None
-    factor = partial(_fit_group, model, fit=fit, statistics=statistics, dtype=dtype, codes=codes)
-    modules: dict[str, dict[str, Any]] = {}
-    reports: list[dict[str, Any]] = []
+    walk = _Walk(calibrated, dtype, fit, finished)
     for index, layer in enumerate(track(calibrated.layers, "compress")):
-        planned = plan.layers[layer.name]
-        if finished is not None and _is_finished(finished, layer.name, planned):
-            tensors, groups = finished.load(layer.name)
-            stream.enter(index, measure=False)
-            install_(model, _plan_entries(planned), tensors)
-        else:
-            stream.enter(index)
-            tensors, groups = _fit_layer_(
-                model, layer, planned, partial(stream.measure, index), factor
-            )
-            if learning.codes and isinstance(stream, PairedStream):
-                learned, errors = learn_rounding_(stream, index, learning, statistics)
-                tensors, groups = tensors | learned, [group | errors for group in groups]
-                learning.codes.clear()
-            if finished is not None:
-                finished.add(layer.name, tensors, groups)
-                _rebind_(model, finished.load(layer.name)[0])
-        stream.leave(index)
-        modules |= _plan_entries(planned)
-        reports += groups
+        walk.layer_(index, layer, plan.layers[layer.name])
+    walk.waiting.finish()
+    return Compressed(calibrated.model, walk.modules, walk.reports)
+
+
+@dataclass
+class _Layer:
+    """A layer on its way.
+
+    Attributes:
+        index: of the layer.
+        layer: its structure.
+        planned: its groups, as the plan has them.
+        wanted: those that change, in the order they run.
+    """
+
+    index: int
+    layer: Layer
+    planned: tuple[GroupPlan, ...]
+    wanted: list[GroupPlan] = field(default_factory=list)
+
+
+class _Walk:
+    """The walk through the layers.
+
+    Args:
+        calibrated: see `compress_`.
+        dtype: see there.
+        fit: see there.
+        finished: see there.
+
+    Attributes:
+        modules: entries of the layers that are finished.
+        reports: of their groups.
+        waiting: layers whose groups are being fitted elsewhere.
+    """
+
+    def __init__(
+        self,
+        calibrated: Calibrated,
+        dtype: torch.dtype,
+        fit: Fit,
+        finished: FinishedLayers | None,
+    ) -> None:
+        self.model, self.workers = calibrated.model, calibrated.workers
+        self.stream, self.dtype, self.fit, self.finished = (
+            calibrated.stream(fit),
+            dtype,
+            fit,
+            finished,
+        )
+        self.statistics = calibrated.statistics if fit.two_sided else None
+        self.learning = Learning(fit.learned_steps, None if finished is None else finished.folder)
+        self.modules: dict[str, dict[str, Any]] = {}
+        self.reports: list[dict[str, Any]] = []
+        self.waiting: InOrder[_Layer, Fitted] = InOrder(self.workers, self._install_and_keep_)
+
+    def layer_(self, index: int, layer: Layer, planned: tuple[GroupPlan, ...]) -> None:
+        """Compress a layer, or find it finished."""
+        self._enter_(_Layer(index, layer, planned))
+        self.stream.leave(index)
         return_free_memory()
-    return Compressed(model, modules, reports)
+
+    def _enter_(self, here: _Layer) -> None:
+        """Go into a layer, and change it, or let others fit what will change it."""
+        if self.finished is not None and _is_finished(self.finished, here.layer.name, here.planned):
+            self.waiting.finish()
+            tensors, groups = self.finished.load(here.layer.name)
+            self.stream.enter(here.index, measure=False)
+            install_(self.model, _plan_entries(here.planned), tensors)
+            self._add(here, groups)
+            return
+        self.stream.enter(here.index)
+        if self.fit.mix is None:
+            results = [
+                result for source in here.layer.groups for result in self._fits(here, source)
+            ]
+            self.waiting.add(here, results)
+            return
+        fitted: list[Fitted] = []
+        for source in here.layer.groups:
+            before = len(here.wanted)
+            found = [result.get() for result in self._fits(here, source)]
+            # What runs behind them reads what they return now.
+            self._install_(here.wanted[before:], found)
+            fitted += found
+        self._keep_(here, fitted)
+
+    def _fits(self, here: _Layer, source: Group) -> list[Result[Fitted]]:
+        """Submit the groups of what reads one input."""
+        wanted = [g for g in here.planned if g.members[0] in source.members and not g.is_unchanged]
+        if not wanted:
+            return []
+        here.wanted += wanted
+        seen, drift = self.stream.measure(here.index, source.name)
+        inputs = InputMoments(regular(seen), drift)
+        return [self._fit(group, inputs) for group in wanted]
+
+    def _fit(self, group: GroupPlan, inputs: InputMoments) -> Result[Fitted]:
+        weights = [self.model.get_submodule(member).weight.detach() for member in group.members]
+        statistics = None if self.statistics is None else self.statistics.of(group.members)
+        return self.workers.submit(
+            ", ".join(group.members),
+            fit_group,
+            group,
+            weights,
+            inputs,
+            statistics,
+            self.fit,
+            self.dtype,
+        )
+
+    def _install_(self, groups: Sequence[GroupPlan], fitted: Sequence[Fitted]) -> None:
+        for group, found in zip(groups, fitted, strict=True):
+            install_(self.model, _plan_entries((group,)), found.tensors)
+
+    def _install_and_keep_(self, here: _Layer, fitted: list[Fitted]) -> None:
+        self._install_(here.wanted, fitted)
+        self._keep_(here, fitted)
+
+    def _keep_(self, here: _Layer, fitted: Sequence[Fitted]) -> None:
+        """Learn a layer's rounding, if that is asked for, and keep it."""
+        tensors = {name: tensor for found in fitted for name, tensor in found.tensors.items()}
+        reports = {group.members: group_report(group) for group in here.planned}
+        reports |= {g.members: f.report for g, f in zip(here.wanted, fitted, strict=True)}
+        groups = [reports[group.members] for group in here.planned]
+        codes = {name: blocks for found in fitted for name, blocks in found.codes.items()}
+        if self.learning.steps and codes and isinstance(self.stream, PairedStream):
+            learned, errors = learn_rounding_(
+                self.stream, here.index, codes, self.learning, self.statistics
+            )
+            tensors, groups = tensors | learned, [group | errors for group in groups]
+        if self.finished is not None:
+            self.finished.add(here.layer.name, tensors, groups)
+            _rebind_(self.model, self.finished.load(here.layer.name)[0])
+        self._add(here, groups)
+
+    def _add(self, here: _Layer, groups: list[dict[str, Any]]) -> None:
+        self.modules |= _plan_entries(here.planned)
+        self.reports += groups
 
 
 def _is_finished(finished: FinishedLayers, name: str, planned: tuple[GroupPlan, ...]) -> bool:
@@ -109,33 +213,10 @@ def _is_finished(finished: FinishedLayers, name: str, planned: tuple[GroupPlan, 
         return False
     _, reports = finished.load(name)
     return len(reports) == len(planned) and all(
-        report.items() >= json.loads(json.dumps(_group_report(group))).items()
+        report.items() >= json.loads(json.dumps(group_report(group))).items()
         and isinstance(report.get("relative_error"), float)
         for report, group in zip(reports, planned, strict=True)
     )
-
-
-def _fit_layer_(
-    model: PreTrainedModel,
-    layer: Layer,
-    planned: tuple[GroupPlan, ...],
-    measure: Callable[[str], tuple[torch.Tensor, torch.Tensor | None]],
-    factor: Callable[[GroupPlan, InputMoments], _Fitted],
-) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
-    """Fit and install one layer, group after group in the order they run: tensors and reports."""
-    tensors: dict[str, torch.Tensor] = {}
-    reports = {group.members: _group_report(group) for group in planned}
-    for source in layer.groups:
-        wanted = [g for g in planned if g.members[0] in source.members and not g.is_unchanged]
-        if not wanted:
-            continue
-        seen, drift = measure(source.name)
-        inputs = InputMoments(regular(seen), drift)
-        for group in wanted:
-            new, reports[group.members] = factor(group, inputs)
-            install_(model, _plan_entries((group,)), new)
-            tensors |= new
-    return tensors, [reports[group.members] for group in planned]
 
 
 def _plan_entries(planned: tuple[GroupPlan, ...]) -> dict[str, dict[str, Any]]:
@@ -159,115 +240,3 @@ def _rebind_(model: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> None:
         held = getattr(model.get_submodule(path), attribute)
         if held.dtype == tensor.dtype:
             held.data = tensor
-
-
-_Fitted = tuple[dict[str, torch.Tensor], dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class _Problem:
-    """A stack, what it should be, and in what geometry errors of it count."""
-
-    stack: torch.Tensor
-    heights: list[int]
-    target: torch.Tensor
-    inputs: InputMoments
-    geometry: torch.Tensor
-    sensitivities: list[torch.Tensor]
-
-
-def _fit_group(
-    model: PreTrainedModel,
-    group: GroupPlan,
-    inputs: InputMoments,
-    fit: Fit,
-    statistics: GroupStatistics | None,
-    dtype: torch.dtype,
-    codes: dict[str, Blocks] | None = None,
-) -> _Fitted:
-    """The tensors a checkpoint stores for a group that changes, and its report.
-
-    `codes` is given those of its quantised matrices, by the module that holds them.
-
-    Raises:
-        InputError: the group cannot be factored or rounded; names its members.
-    """
-    weights = [model.get_submodule(member).weight.detach() for member in group.members]
-    geometry, sensitivities = inputs.seen, []
-    if fit.two_sided and statistics is not None:
-        geometry = statistics.geometry(group.members, inputs.seen)
-        sensitivities = statistics.sensitivities(group.members)
-    try:
-        stack, heights = torch.cat(weights), [len(w) for w in weights]
-        target = inputs.target(stack, fit.mix or 0.0)
-        problem = _Problem(stack, heights, target, inputs, geometry, sensitivities)
-        found: dict[str, Blocks] = {} if codes is None else codes
-        if group.form == "dense":
-            return _quantized_dense(group, problem, fit, found)
-        return _factored(group, problem, fit, dtype, found)
-    except (ValueError, torch.linalg.LinAlgError) as error:
-        raise InputError(
-            "A group of matrices cannot be factored or rounded.",
-            where=", ".join(group.members),
-            observed=str(error),
-            change="calibrate on more text, or keep this group dense in the plan",
-        ) from error
-
-
-def _group_report(group: GroupPlan) -> dict[str, Any]:
-    """What report.json says of a group whatever its form."""
-    report: dict[str, Any] = {
-        "members": list(group.members),
-        "form": group.form,
-        "rank": group.rank,
-        "dense_parameters": group.dense_parameters,
-        "kept_parameters": group.kept_parameters,
-        "expected_kl": group.expected_kl,
-    }
-    formats = {"down_style": group.down_format, "up_style": group.up_format}
-    report |= {name: format for name, format in formats.items() if format is not None}
-    if group.is_unchanged:
-        report |= {"relative_error": 0.0, "reason": group.reason}
-    return report
-
-
-def _factored(
-    group: GroupPlan, problem: _Problem, fit: Fit, dtype: torch.dtype, codes: dict[str, Blocks]
-) -> _Fitted:
-    """Tensors and report of matrices that become a product."""
-    inputs, geometry, sensitivities = problem.inputs, problem.geometry, problem.sensitivities
-    b, a = imported(fit.factorize)(
-        problem.stack, problem.target, group.rank, inputs, geometry, sensitivities
-    )
-    factors = Factors.stored(b, a, problem.target, inputs.seen, group.form)
-    rounding: Rounding = imported(fit.quantize)
-    rounded = rounding.factors(factors, problem.target, geometry, sensitivities, group.formats)
-    stored = rounded.factors
-    report = _group_report(group) | {"relative_error": factors.relative_error}
-    if rounded.down is not None or rounded.up is not None:
-        error = relative_output_error(problem.target, stored.product(), inputs.seen)
-        report["rounded_relative_error"] = error
-    if group.form == "skip":
-        sizes = stored.down.abs()
-        report["largest_interpolation"] = float(sizes.max()) if sizes.numel() else 0.0
-    if rounded.down is not None:
-        codes[f"{group.members[0]}.down.stored"] = rounded.down
-    if rounded.up is not None:
-        codes |= member_codes(group.members, problem.heights, rounded.up, ".up.stored")
-    down = stored.down if rounded.down is None else rounded.down
-    up = stored.up if rounded.up is None else rounded.up
-    tensors = group_tensors(group.members, problem.heights, down, up, stored.permutation, dtype)
-    return tensors, report
-
-
-def _quantized_dense(
-    group: GroupPlan, problem: _Problem, fit: Fit, codes: dict[str, Blocks]
-) -> _Fitted:
-    """Tensors and report of matrices that stay dense, quantised."""
-    rounding: Rounding = imported(fit.quantize)
-    format = Format.parse(group.up_format or "")
-    rounded = rounding.matrix(problem.target, format, problem.geometry, problem.sensitivities)
-    codes |= member_codes(group.members, problem.heights, rounded)
-    error = relative_output_error(problem.target, rounded.values(), problem.inputs.seen)
-    report = _group_report(group) | {"relative_error": 0.0, "rounded_relative_error": error}
-    return dense_tensors(group.members, problem.heights, rounded), report

@@ -89,6 +89,7 @@ def measure_cache(
                 kept = {name: _kept(found) for name, (found, _) in moments.items()}
                 tensors = {f"{s}:{part}": t for s, parts in kept.items() for part, t in parts}
                 finished.add(layers[index].name, tensors, [])
+            sweep.forget(index)
         sweep.remove()
     found: dict[str, CacheStatistics] = {}
     for layer in layers:

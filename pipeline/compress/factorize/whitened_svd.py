@@ -99,9 +99,10 @@ def _cholesky(moment: torch.Tensor, relative_ridge: float = _RELATIVE_FLOOR) -> 
         raise ValueError("the second moment holds NaN or infinite values")
     if trace <= 0:
         raise ValueError("the second moment is zero: the calibration text never reaches this layer")
-    identity = torch.eye(len(moment), dtype=torch.float64)
     while True:
-        root, failed = torch.linalg.cholesky_ex(moment + relative_ridge * trace * identity)
+        ridged = moment.clone()
+        ridged.diagonal().add_(relative_ridge * trace)
+        root, failed = torch.linalg.cholesky_ex(ridged)
         if not failed:
             return root
         relative_ridge *= 10

@@ -6,8 +6,8 @@ memory. A fit asks for the same statistics: in what geometry errors count.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,47 +16,23 @@ import torch
 from transformers import PreTrainedModel
 
 from pipeline.calibrate.fisher import BackwardSweep
-from pipeline.calibrate.hooks import not_finite
-from pipeline.calibrate.moments import DrawnMoments, GroupMoments, balanced
-from pipeline.compress.factorize.factors import Form
-from pipeline.compress.factorize.whitened_svd import is_zero, regular, shrunk, truncation_losses
+from pipeline.calibrate.moments import DrawnMoments, GroupMoments
+from pipeline.compress.factorize.whitened_svd import truncation_losses
 from pipeline.compress.finished_layers import FinishedLayers, keep_values, kept_values
+from pipeline.compress.plan.group_costs import (
+    CostRequest,
+    OutputStatistics,
+    StackCosts,
+    group_costs,
+)
 from pipeline.compress.plan.plan import Curves, EmbeddingChoice, Members
 from pipeline.compress.plan.quantization_costs import QuantizationCosts, StackCost
 from pipeline.compress.plan.rank_search import stacks_of
-from pipeline.compress.request import CompressRequest
 from pipeline.model.structure import Group, Layer
 from pipeline.progress import track
-from pipeline.quantize.formats import Format
+from pipeline.workers.workers import IN_PROCESS, InOrder, Result, Workers
 
-# Of the sensitivities, which are estimated from few tokens.
-_SENSITIVITY_SHRINKAGE = 0.1
-_NEXT_TO_NOTHING = 1e-12
 _JOIN = "+"
-
-
-@dataclass(frozen=True)
-class CostRequest:
-    """Which costs are wanted.
-
-    Attributes:
-        cat: of stacks of several members, too.
-        formats: low-bit formats whose cost is wanted.
-        form: of the factors that will be rounded.
-        seed: of what is drawn from the model's own distribution.
-    """
-
-    cat: bool = True
-    formats: tuple[Format, ...] = ()
-    form: Form = "skip"
-    seed: int = 0
-
-    @classmethod
-    def of(cls, request: CompressRequest) -> CostRequest:
-        """What a request's method and budget are decided by."""
-        method = request.resolved_method
-        form: Form = "skip" if method.skip else "low_rank"
-        return cls(method.cat, request.formats, form, request.seed)
 
 
 class GroupStatistics(Protocol):
@@ -70,53 +46,9 @@ class GroupStatistics(Protocol):
     curves: Curves
     quantization: QuantizationCosts
 
-    def sensitivities(self, members: Members) -> list[torch.Tensor]:
-        """Shrunk G = E[g g^T] of each member's output, float64 [m_i, m_i], of full rank."""
+    def of(self, members: Members) -> OutputStatistics:
+        """What errors of linears that read the same input are worth."""
         ...
-
-    def geometry(self, members: Members, moment: torch.Tensor) -> torch.Tensor:
-        """What errors of the members are measured in, from S of their input; float64 [n, n]."""
-        ...
-
-
-def _group_costs(
-    model: PreTrainedModel,
-    group: Group,
-    geometry: torch.Tensor,
-    sensitivities: Mapping[str, torch.Tensor],
-    wanted: CostRequest,
-) -> dict[Members, tuple[torch.Tensor, StackCost | None]]:
-    """Of every stack of a group: what truncation costs at each rank, and what rounding costs."""
-    weight = {m: model.get_submodule(m).weight.detach() for m in group.members}
-    costs: dict[Members, tuple[torch.Tensor, StackCost | None]] = {}
-    for stack in stacks_of(group, cat=wanted.cat):
-        stacked, parts = torch.cat([weight[m] for m in stack]), [sensitivities[m] for m in stack]
-        if is_zero(geometry) or all(map(is_zero, parts)) or not stacked.any():
-            costs[stack] = _no_costs(stacked, wanted)
-            continue
-        parts = _counting(parts)
-        curve = truncation_losses(stacked, geometry, parts) / 2
-        rounding = None
-        if wanted.formats:
-            rounding = StackCost.measure(stacked, geometry, parts, wanted.formats, wanted.form)
-        costs[stack] = curve, rounding
-    return costs
-
-
-def _no_costs(stacked: torch.Tensor, wanted: CostRequest) -> tuple[torch.Tensor, StackCost | None]:
-    """Of a stack that is zero or is given nothing, or whose outputs reach no logit."""
-    curve = torch.zeros(min(stacked.shape) + 1, dtype=torch.float64)
-    count = len(wanted.formats)
-    none = (np.zeros((1, count)) for _ in range(2))
-    free = StackCost(np.zeros(count), np.array([1]), *none)
-    return curve, free if wanted.formats else None
-
-
-def _counting(parts: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Sensitivities of a stack, those of members without effect next to nothing, but regular."""
-    largest = max(float(part.diagonal().mean()) for part in parts)
-    share = largest * _NEXT_TO_NOTHING if largest else 1.0
-    return [share * regular(part) if is_zero(part) else part for part in parts]
 
 
 class LayerCosts:
@@ -152,7 +84,12 @@ class LayerCosts:
         return moments + 2 * len(layers) * tokens * layers[0].groups[0].in_features
 
     def measure(
-        self, model: PreTrainedModel, layers: list[Layer], tokens: torch.Tensor, wanted: CostRequest
+        self,
+        model: PreTrainedModel,
+        layers: list[Layer],
+        tokens: torch.Tensor,
+        wanted: CostRequest,
+        workers: Workers = IN_PROCESS,
     ) -> None:
         """Sweep the model forward and back, but for the layers that are finished.
 
@@ -161,17 +98,11 @@ class LayerCosts:
             layers: its structure.
             tokens: int64 [N, T].
             wanted: which costs.
+            workers: who computes them, while the sweep goes on.
         """
         missing = [i for i, layer in enumerate(layers) if layer.name not in self.finished]
         if missing:
-            sweep = BackwardSweep(model, layers, tokens, self.folder / "sweep", seed=wanted.seed)
-            back = range(sweep.forward(missing[-1]), missing[0] - 1, -1)
-            for index in track(back, "sensitivity, backward"):
-                moments = sweep.backward(index)
-                if index in missing:
-                    tensors = _layer_tensors(model, layers[index], moments, wanted)
-                    self.finished.add(layers[index].name, tensors, [])
-            sweep.remove()
+            self._sweep(model, layers, tokens, wanted, missing, workers)
         for layer in layers:
             self._layer_of |= {m: layer.name for group in layer.groups for m in group.members}
             self._source_of |= {m: group.name for group in layer.groups for m in group.members}
@@ -181,6 +112,40 @@ class LayerCosts:
                     members = tuple(name.removeprefix("curve.").split(_JOIN))
                     self.curves[members] = curve.numpy()
             self.quantization |= _kept_costs(tensors)
+
+    def _sweep(
+        self,
+        model: PreTrainedModel,
+        layers: list[Layer],
+        tokens: torch.Tensor,
+        wanted: CostRequest,
+        missing: list[int],
+        workers: Workers,
+    ) -> None:
+        """Measure the missing layers, the last one first."""
+        sweep = BackwardSweep(model, layers, tokens, self.folder / "sweep", seed=wanted.seed)
+
+        def finish(key: tuple[int, dict[str, torch.Tensor]], costs: list[StackCosts]) -> None:
+            index, kept = key
+            if index in missing:
+                self.finished.add(layers[index].name, kept | _curves_and_noise(costs), [])
+            sweep.forget(index)
+
+        waiting = InOrder(workers, finish)
+        for index in track(
+            range(sweep.forward(missing[-1]), missing[0] - 1, -1), "sensitivity, backward"
+        ):
+            moments = sweep.backward(index)
+            kept, results = {}, []
+            if index in missing:
+                kept = _kept_moments(moments)
+                results = [
+                    _submitted(workers, model, group, moments[group.name], wanted)
+                    for group in layers[index].groups
+                ]
+            waiting.add((index, kept), results)
+        waiting.finish()
+        sweep.remove()
 
     def kept_choices(
         self, name: str, measure: Callable[[], list[list[EmbeddingChoice]]]
@@ -194,37 +159,54 @@ class LayerCosts:
         keep_values(path, [[asdict(choice) for choice in choices] for choices in found])
         return found
 
-    def sensitivities(self, members: Members) -> list[torch.Tensor]:
-        tensors = self._tensors(members)
-        found = [tensors[f"sensitivity.{m}"] for m in members]
-        return _counting([shrunk(moment, _SENSITIVITY_SHRINKAGE) for moment in found])
-
-    def geometry(self, members: Members, moment: torch.Tensor) -> torch.Tensor:
-        weighted = self._tensors(members)[f"weighted.{self._source_of[members[0]]}"]
-        return regular(balanced(moment, weighted))
-
-    def _tensors(self, members: Members) -> dict[str, torch.Tensor]:
+    def of(self, members: Members) -> OutputStatistics:
         tensors, _ = self.finished.load(self._layer_of[members[0]])
-        return tensors
+        return OutputStatistics(
+            tensors[f"weighted.{self._source_of[members[0]]}"],
+            tuple(tensors[f"sensitivity.{member}"] for member in members),
+        )
 
 
-def _layer_tensors(
-    model: PreTrainedModel, layer: Layer, moments: dict[str, GroupMoments], wanted: CostRequest
-) -> dict[str, torch.Tensor]:
-    """What is kept of a layer: sensitivities, weighted moments, and the costs of each stack."""
+def _submitted(
+    workers: Workers,
+    model: PreTrainedModel,
+    group: Group,
+    moments: GroupMoments,
+    wanted: CostRequest,
+) -> Result[StackCosts]:
+    """Let the costs of a group's stacks be computed."""
+    weights = {m: model.get_submodule(m).weight.detach() for m in group.members}
+    outputs = tuple(moments.outputs[member].mean() for member in group.members)
+    statistics = OutputStatistics(moments.weighted.mean(), outputs)
+    return workers.submit(
+        f"costs of {', '.join(group.members)}",
+        group_costs,
+        weights,
+        stacks_of(group, cat=wanted.cat),
+        moments.inputs.mean(),
+        statistics,
+        wanted,
+    )
+
+
+def _kept_moments(moments: dict[str, GroupMoments]) -> dict[str, torch.Tensor]:
+    """What is kept of a layer's moments: sensitivities, and weighted ones of the inputs."""
     kept: dict[str, torch.Tensor] = {}
-    for group in layer.groups:
-        found = moments[group.name]
+    for name, found in moments.items():
         # In bfloat16, which halves the disk they take; it rounds away less than the shrinkage.
         kept |= {f"sensitivity.{m}": g.mean().bfloat16() for m, g in found.outputs.items()}
-        kept[f"weighted.{group.name}"] = found.weighted.mean().float()
-        geometry = balanced(found.inputs.mean(), found.weighted.mean())
-        blocks = {m: shrunk(g.mean(), _SENSITIVITY_SHRINKAGE) for m, g in found.outputs.items()}
-        for stack, (curve, cost) in _group_costs(model, group, geometry, blocks, wanted).items():
-            name = _JOIN.join(stack)
-            kept[f"curve.{name}"] = curve
-            if cost is not None:
-                kept |= {f"noise.{f}.{name}": torch.from_numpy(a) for f, a in vars(cost).items()}
+        kept[f"weighted.{name}"] = found.weighted.mean().float()
+    return kept
+
+
+def _curves_and_noise(costs: list[StackCosts]) -> dict[str, torch.Tensor]:
+    """What is kept of the costs of a layer's stacks."""
+    kept: dict[str, torch.Tensor] = {}
+    for stack, (curve, cost) in ((s, found) for group in costs for s, found in group.items()):
+        name = _JOIN.join(stack)
+        kept[f"curve.{name}"] = curve
+        if cost is not None:
+            kept |= {f"noise.{f}.{name}": torch.from_numpy(a) for f, a in vars(cost).items()}
     return kept
 
 
@@ -265,36 +247,41 @@ class WholeModelCosts:
         self.curves: Curves = {}
         self.quantization: QuantizationCosts = {}
 
-    def measure(self, wanted: CostRequest) -> None:
+    def measure(self, wanted: CostRequest, workers: Workers = IN_PROCESS) -> None:
         """Compute the costs from moments that hold gradients.
 
         Raises:
             InputError: moments that cannot be used; names the linears.
         """
+        waiting = InOrder(workers, self._keep)
         for group in dict.fromkeys(self.groups.values()):
-            moments = self._of(group.members)
-            geometry = balanced(self.moment(group.members), moments.weighted)
-            blocks = {
-                member: shrunk(moments.outputs[member] / self.draws, _SENSITIVITY_SHRINKAGE)
-                for member in group.members
-            }
-            try:
-                costs = _group_costs(self.model, group, geometry, blocks, wanted)
-            except ValueError as error:
-                raise not_finite(", ".join(group.members), error) from error
-            self.curves |= {stack: curve.numpy() for stack, (curve, _) in costs.items()}
-            self.quantization |= {s: cost for s, (_, cost) in costs.items() if cost is not None}
+            weights = {m: self.model.get_submodule(m).weight.detach() for m in group.members}
+            result = workers.submit(
+                f"costs of {', '.join(group.members)}",
+                group_costs,
+                weights,
+                stacks_of(group, cat=wanted.cat),
+                self.moment(group.members),
+                self.of(group.members),
+                wanted,
+            )
+            waiting.add(group, [result])
+        waiting.finish()
+
+    def _keep(self, group: Group, costs: list[StackCosts]) -> None:
+        for stack, (curve, cost) in costs[0].items():
+            self.curves[stack] = curve.numpy()
+            if cost is not None:
+                self.quantization[stack] = cost
 
     def moment(self, members: Members) -> torch.Tensor:
         """S = E[x x^T] of what the members read in the original model, float64 [n, n]."""
         return self._of(members).inputs.mean()
 
-    def sensitivities(self, members: Members) -> list[torch.Tensor]:
-        outputs, scale = self._of(members).outputs, 1 / self.draws
-        return _counting([shrunk(outputs[m] * scale, _SENSITIVITY_SHRINKAGE) for m in members])
-
-    def geometry(self, members: Members, moment: torch.Tensor) -> torch.Tensor:
-        return regular(balanced(moment, self._of(members).weighted))
+    def of(self, members: Members) -> OutputStatistics:
+        found = self._of(members)
+        outputs = tuple(found.outputs[member] / self.draws for member in members)
+        return OutputStatistics(found.weighted, outputs)
 
     def output_tails(self) -> dict[str, np.ndarray]:
         """Linear -> E |(W - W_r) x|^2 at each rank r, float64 [min(m, n) + 1]."""

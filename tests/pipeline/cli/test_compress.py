@@ -79,15 +79,15 @@ def interrupted(
     capsys: pytest.CaptureFixture[str],
 ) -> Path:
     """The output of a run that Ctrl-C stopped in its second layer."""
-    factor = compress._fit_group
+    factor = compress.fit_group
 
-    def stop_after_one(model: PreTrainedModel, group: GroupPlan, *rest: Any, **named: Any) -> Any:
+    def stop_after_one(group: GroupPlan, *rest: Any) -> Any:
         if group.members[0].startswith("model.layers.1"):
             raise KeyboardInterrupt
-        return factor(model, group, *rest, **named)
+        return factor(group, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(compress, "_fit_group", stop_after_one)
+        patch.setattr(compress, "fit_group", stop_after_one)
         assert main(["compress", "-m", original, "-o", str(output), *SETTINGS]) == 130
     assert "with --resume continues" in capsys.readouterr().err
     return output
@@ -177,13 +177,13 @@ def test_a_resumed_run_computes_the_rest_and_ends_in_the_same_bytes(
     interrupted: Path, original: str, compressed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     computed = set()
-    factor = compress._fit_group
+    factor = compress.fit_group
 
-    def counting(model: PreTrainedModel, group: GroupPlan, *rest: Any, **named: Any) -> Any:
+    def counting(group: GroupPlan, *rest: Any) -> Any:
         computed.add(group.members[0][: len("model.layers.1")])
-        return factor(model, group, *rest, **named)
+        return factor(group, *rest)
 
-    monkeypatch.setattr(compress, "_fit_group", counting)
+    monkeypatch.setattr(compress, "fit_group", counting)
     arguments = ["compress", "-m", original, "-o", str(interrupted), *SETTINGS, "--resume"]
     assert main(arguments) == 0
     assert computed == {"model.layers.1"}

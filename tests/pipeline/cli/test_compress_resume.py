@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import PreTrainedModel
 
 from pipeline.artefact import sha256_of_file
 from pipeline.cli.main import main
@@ -52,15 +51,15 @@ def interrupted(
     capsys: pytest.CaptureFixture[str],
 ) -> Path:
     """The output of a run that Ctrl-C stopped in its second layer."""
-    factor = compress._fit_group
+    factor = compress.fit_group
 
-    def stop_after_one(model: PreTrainedModel, group: GroupPlan, *rest: Any, **named: Any) -> Any:
+    def stop_after_one(group: GroupPlan, *rest: Any) -> Any:
         if group.members[0].startswith("model.layers.1"):
             raise KeyboardInterrupt
-        return factor(model, group, *rest, **named)
+        return factor(group, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(compress, "_fit_group", stop_after_one)
+        patch.setattr(compress, "fit_group", stop_after_one)
         assert main(["compress", "-m", original, "-o", str(output), *SETTINGS]) == 130
     assert "with --resume continues" in capsys.readouterr().err
     return output

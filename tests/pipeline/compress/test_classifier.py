@@ -185,7 +185,7 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(
         with pytest.raises(KeyboardInterrupt):
             compress_to_folder(request, tmp_path / "again")
     assert not (tmp_path / "again").exists()
-    monkeypatch.setattr("pipeline.compress.walk.partial", stop_factoring)
+    monkeypatch.setattr("pipeline.compress.walk.fit_group", stop_factoring)
     compress_to_folder(request, tmp_path / "again", resume=True)
     first, second = (load_file(tmp_path / n / "model.safetensors") for n in ("whole", "again"))
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -193,6 +193,7 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(
 
 def stop_factoring(*args: object, **keywords: object) -> None:
     """In place of the fit of a group, which a resumed run must not call."""
+    raise AssertionError("a group is fitted again")
 
 
 def test_a_budget_of_bytes_is_met_and_used(

@@ -10,9 +10,9 @@ import torch
 from pipeline.calibrate.layer_stream import LayerStream
 from pipeline.compress.factorize.factors import Form
 from pipeline.compress.factorize.whitened_svd import InputMoments, _propagated_target
+from pipeline.compress.fit_group import fit_group
 from pipeline.compress.methods import _RECONSTRUCTED, ONE_SIDED, Fit
 from pipeline.compress.plan.plan import GroupPlan
-from pipeline.compress.walk import _fit_group
 from pipeline.errors import InputError
 from tests.support.tiny_survey import TOKENS, surveyed
 
@@ -21,9 +21,13 @@ ROWS, COLUMNS = 64, 32
 MPIFA = Fit(two_sided=False, mix=0.25, factorize=_RECONSTRUCTED)
 
 
-def weight() -> torch.Tensor:
+def weights() -> list[torch.Tensor]:
     model = surveyed("llama").model
-    return torch.cat([model.get_submodule(member).weight.detach() for member in QKV]).double()
+    return [model.get_submodule(member).weight.detach() for member in QKV]
+
+
+def weight() -> torch.Tensor:
+    return torch.cat(weights()).double()
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +47,8 @@ def fitted(
 ) -> tuple[dict[str, torch.Tensor], dict]:
     tiny = surveyed("llama")
     group = GroupPlan(QKV, ROWS, COLUMNS, form, rank, expected_kl=0.25)
-    return _fit_group(tiny.model, group, inputs, fit, tiny.survey, dtype)
+    found = fit_group(group, weights(), inputs, tiny.survey.of(QKV), fit, dtype)
+    return found.tensors, found.report
 
 
 def product(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -95,8 +100,8 @@ def test_the_reported_error_is_that_of_the_stored_product(fit: Fit, inputs: Inpu
 def test_two_sided_gives_up_output_error_for_what_the_model_minds(inputs: InputMoments) -> None:
     survey = surveyed("llama").survey
     inputs = InputMoments(inputs.seen)
-    geometry = survey.geometry(QKV, inputs.seen)
-    sensitivity = torch.block_diag(*survey.sensitivities(QKV))
+    geometry = survey.of(QKV).geometry(inputs.seen)
+    sensitivity = torch.block_diag(*survey.of(QKV).sensitivities())
     minded, lost = {}, {}
     for fit in (ONE_SIDED, Fit()):
         tensors, report = fitted(inputs, fit, 12)
@@ -109,8 +114,8 @@ def test_two_sided_gives_up_output_error_for_what_the_model_minds(inputs: InputM
 
 def test_the_survey_is_not_needed_for_a_one_sided_fit(inputs: InputMoments) -> None:
     group = GroupPlan(QKV, ROWS, COLUMNS, "skip", 12)
-    model = surveyed("llama").model
-    alone, _ = _fit_group(model, group, InputMoments(inputs.seen), ONE_SIDED, None, torch.float32)
+    seen = InputMoments(inputs.seen)
+    alone = fit_group(group, weights(), seen, None, ONE_SIDED, torch.float32).tensors
     beside, _ = fitted(InputMoments(inputs.seen), ONE_SIDED, 12, dtype=torch.float32)
     assert alone.keys() == beside.keys()
     assert all(torch.equal(alone[name], beside[name]) for name in alone)

@@ -7,11 +7,11 @@ import torch
 
 from pipeline.compress.factorize.factors import Form
 from pipeline.compress.factorize.whitened_svd import InputMoments
+from pipeline.compress.fit_group import fit_group
 from pipeline.compress.methods import _RTN, Fit
 from pipeline.compress.plan import file_bytes as stored_bytes
 from pipeline.compress.plan.file_bytes import group_bytes, matrix_bytes
 from pipeline.compress.plan.plan import GroupPlan
-from pipeline.compress.walk import _fit_group
 from pipeline.quantize.formats import RUNTIMES, Format
 from tests.support.tiny_survey import surveyed
 
@@ -24,7 +24,8 @@ def tensors_of(group: GroupPlan) -> dict[str, torch.Tensor]:
     tiny = surveyed("llama")
     moment = torch.eye(group.columns, dtype=torch.float64)
     fit = Fit(two_sided=False, quantize=_RTN)
-    return _fit_group(tiny.model, group, InputMoments(moment), fit, None, torch.float16)[0]
+    weights = [tiny.model.get_submodule(member).weight.detach() for member in group.members]
+    return fit_group(group, weights, InputMoments(moment), None, fit, torch.float16).tensors
 
 
 @pytest.mark.parametrize("members", [QKV, DOWN], ids=["three members", "one member"])

@@ -16,11 +16,8 @@ from pipeline.calibrate.fisher import BackwardSweep
 from pipeline.calibrate.layer_stream import LayerStream
 from pipeline.compress.finished_layers import FinishedLayers
 from pipeline.compress.methods import Fit
-from pipeline.compress.plan.layer_costs import (
-    _SENSITIVITY_SHRINKAGE,
-    CostRequest,
-    LayerCosts,
-)
+from pipeline.compress.plan.group_costs import _SENSITIVITY_SHRINKAGE, CostRequest
+from pipeline.compress.plan.layer_costs import LayerCosts
 from pipeline.compress.plan.rank_search import searched_plan, stacks_of
 from pipeline.compress.walk import compress_
 from pipeline.errors import InputError
@@ -73,7 +70,7 @@ def same(one: LayerCosts, other: LayerCosts) -> bool:
     assert one.curves.keys() == other.curves.keys()
     return all(
         np.array_equal(one.curves[stack], other.curves[stack])
-        and all(map(torch.equal, one.sensitivities(stack), other.sensitivities(stack)))
+        and all(map(torch.equal, one.of(stack).sensitivities(), other.of(stack).sensitivities()))
         for stack in one.curves
     )
 
@@ -208,8 +205,8 @@ def test_curves_are_the_tails_of_what_it_keeps() -> None:
     (member,) = group.members
     moments = LayerStream(tiny.model, tiny.layers, TOKENS).advance(0)[group.name].mean()
     weight = tiny.model.get_submodule(member).weight.double()
-    (g,) = tiny.survey.sensitivities((member,))
-    whole = torch.trace(g @ weight @ tiny.survey.geometry((member,), moments) @ weight.T) / 2
+    (g,) = tiny.survey.of((member,)).sensitivities()
+    whole = torch.trace(g @ weight @ tiny.survey.of((member,)).geometry(moments) @ weight.T) / 2
     # What is kept has been rounded to bfloat16.
     assert tiny.survey.curves[(member,)][0] == pytest.approx(whole.item(), rel=1e-2)
     shrunk_least = _SENSITIVITY_SHRINKAGE * g.diagonal().mean() * (1 - 2**-7)

@@ -1,0 +1,146 @@
+"""Fit one group of matrices as a plan asks: tensors in, tensors out.
+
+A group becomes a product of two factors, or stays dense; either may be quantised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pipeline.checkpoint.install import dense_tensors, group_tensors, member_codes
+from pipeline.compress.factorize.factors import Factors, Rounding, relative_output_error
+from pipeline.compress.factorize.whitened_svd import InputMoments
+from pipeline.compress.methods import Fit
+from pipeline.compress.plan.group_costs import OutputStatistics
+from pipeline.compress.plan.plan import GroupPlan
+from pipeline.errors import InputError
+from pipeline.lazy import imported
+from pipeline.quantize.formats import Format
+from pipeline.quantize.groupwise import Blocks
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A group that was fitted.
+
+    Attributes:
+        tensors: what a checkpoint stores for it, by name.
+        report: its entry of report.json.
+        codes: of its quantised matrices, by the module that holds them.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    report: dict[str, Any]
+    codes: dict[str, Blocks]
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """A stack, what it should be, and in what geometry errors of it count."""
+
+    stack: torch.Tensor
+    heights: list[int]
+    target: torch.Tensor
+    inputs: InputMoments
+    geometry: torch.Tensor
+    sensitivities: list[torch.Tensor]
+
+
+def fit_group(
+    group: GroupPlan,
+    weights: Sequence[torch.Tensor],
+    inputs: InputMoments,
+    statistics: OutputStatistics | None,
+    fit: Fit,
+    dtype: torch.dtype,
+) -> Fitted:
+    """What is stored for a group that changes.
+
+    Args:
+        group: form, rank and formats.
+        weights: W of each member, float [m_i, n].
+        inputs: moments of what they read.
+        statistics: of what they return; None weighs all outputs alike.
+        fit: how.
+        dtype: of what is stored and not quantised.
+
+    Raises:
+        InputError: the group cannot be factored or rounded; names its members.
+    """
+    geometry, sensitivities = inputs.seen, []
+    if fit.two_sided and statistics is not None:
+        geometry, sensitivities = statistics.geometry(inputs.seen), statistics.sensitivities()
+    try:
+        stack, heights = torch.cat(list(weights)), [len(w) for w in weights]
+        target = inputs.target(stack, fit.mix or 0.0)
+        problem = _Problem(stack, heights, target, inputs, geometry, sensitivities)
+        if group.form == "dense":
+            return _quantized_dense(group, problem, fit)
+        return _factored(group, problem, fit, dtype)
+    except (ValueError, torch.linalg.LinAlgError) as error:
+        raise InputError(
+            "A group of matrices cannot be factored or rounded.",
+            where=", ".join(group.members),
+            observed=str(error),
+            change="calibrate on more text, or keep this group dense in the plan",
+        ) from error
+
+
+def group_report(group: GroupPlan) -> dict[str, Any]:
+    """What report.json says of a group whatever its form."""
+    report: dict[str, Any] = {
+        "members": list(group.members),
+        "form": group.form,
+        "rank": group.rank,
+        "dense_parameters": group.dense_parameters,
+        "kept_parameters": group.kept_parameters,
+        "expected_kl": group.expected_kl,
+    }
+    formats = {"down_style": group.down_format, "up_style": group.up_format}
+    report |= {name: format for name, format in formats.items() if format is not None}
+    if group.is_unchanged:
+        report |= {"relative_error": 0.0, "reason": group.reason}
+    return report
+
+
+def _factored(group: GroupPlan, problem: _Problem, fit: Fit, dtype: torch.dtype) -> Fitted:
+    """Matrices that become a product."""
+    inputs, geometry, sensitivities = problem.inputs, problem.geometry, problem.sensitivities
+    b, a = imported(fit.factorize)(
+        problem.stack, problem.target, group.rank, inputs, geometry, sensitivities
+    )
+    factors = Factors.stored(b, a, problem.target, inputs.seen, group.form)
+    rounding: Rounding = imported(fit.quantize)
+    rounded = rounding.factors(factors, problem.target, geometry, sensitivities, group.formats)
+    stored = rounded.factors
+    report = group_report(group) | {"relative_error": factors.relative_error}
+    if rounded.down is not None or rounded.up is not None:
+        error = relative_output_error(problem.target, stored.product(), inputs.seen)
+        report["rounded_relative_error"] = error
+    if group.form == "skip":
+        sizes = stored.down.abs()
+        report["largest_interpolation"] = float(sizes.max()) if sizes.numel() else 0.0
+    codes: dict[str, Blocks] = {}
+    if rounded.down is not None:
+        codes[f"{group.members[0]}.down.stored"] = rounded.down
+    if rounded.up is not None:
+        codes |= member_codes(group.members, problem.heights, rounded.up, ".up.stored")
+    down = stored.down if rounded.down is None else rounded.down
+    up = stored.up if rounded.up is None else rounded.up
+    tensors = group_tensors(group.members, problem.heights, down, up, stored.permutation, dtype)
+    return Fitted(tensors, report, codes)
+
+
+def _quantized_dense(group: GroupPlan, problem: _Problem, fit: Fit) -> Fitted:
+    """Matrices that stay dense, quantised."""
+    rounding: Rounding = imported(fit.quantize)
+    format = Format.parse(group.up_format or "")
+    rounded = rounding.matrix(problem.target, format, problem.geometry, problem.sensitivities)
+    error = relative_output_error(problem.target, rounded.values(), problem.inputs.seen)
+    report = group_report(group) | {"relative_error": 0.0, "rounded_relative_error": error}
+    tensors = dense_tensors(group.members, problem.heights, rounded)
+    return Fitted(tensors, report, member_codes(group.members, problem.heights, rounded))
