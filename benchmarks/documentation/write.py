@@ -25,13 +25,14 @@ import click
 
 from benchmarks import RESULTS
 from benchmarks.command import run
+from benchmarks.documentation.driving_figures import DRIVING_FIGURES
 from benchmarks.documentation.family_figures import FAMILY_FIGURES
 from benchmarks.documentation.gpu_figures import GPU_FIGURES
 from benchmarks.documentation.quality_figures import QUALITY_FIGURES
 from benchmarks.documentation.speed_figures import SPEED_FIGURES
 from pipeline.errors import InputError
 
-FIGURES = FAMILY_FIGURES | GPU_FIGURES | QUALITY_FIGURES | SPEED_FIGURES
+FIGURES = DRIVING_FIGURES | FAMILY_FIGURES | GPU_FIGURES | QUALITY_FIGURES | SPEED_FIGURES
 _ROOT = RESULTS.parents[1]
 _START = re.compile(r"<!-- figures: (\S+) -->")
 _END = "<!-- end -->"

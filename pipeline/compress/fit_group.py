@@ -22,6 +22,10 @@ from pipeline.lazy import imported
 from pipeline.quantize.formats import Format
 from pipeline.quantize.groupwise import Blocks
 
+# Memory, measured at 1024 to 4096 wide: float64 numbers for each of these, and with formats.
+_OF_MOMENTS, _OF_MATRICES, _WITH_FORMATS = 0.9, 9.0, 1.75
+_SMALL_BYTES = 1 << 26
+
 
 @dataclass(frozen=True)
 class Fitted:
@@ -88,6 +92,18 @@ def fit_group(
             observed=str(error),
             change="calibrate on more text, or keep this group dense in the plan",
         ) from error
+
+
+def fit_bytes(group: GroupPlan, heights: Sequence[int]) -> int:
+    """Memory that `fit_group` takes beside its arguments, at most.
+
+    Args:
+        group: form, rank and formats.
+        heights: m_i of its members.
+    """
+    moments = group.columns**2 + sum(height**2 for height in heights)
+    numbers = _OF_MOMENTS * moments + _OF_MATRICES * group.rows * group.columns
+    return int(8 * numbers * (_WITH_FORMATS if any(group.formats) else 1)) + _SMALL_BYTES
 
 
 def group_report(group: GroupPlan) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from pipeline.checkpoint.install import group_entries, install_
 from pipeline.compress.calibrated import Calibrated
 from pipeline.compress.factorize.whitened_svd import InputMoments, regular
 from pipeline.compress.finished_layers import FinishedLayers
-from pipeline.compress.fit_group import Fitted, fit_group, group_report
+from pipeline.compress.fit_group import Fitted, fit_bytes, fit_group, group_report
 from pipeline.compress.learn_rounding import Learning, learn_rounding_
 from pipeline.compress.methods import ONE_SIDED, Fit
 from pipeline.compress.plan.plan import GroupPlan, RankPlan
@@ -175,6 +175,7 @@ class _Walk:
             statistics,
             self.fit,
             self.dtype,
+            needed_bytes=fit_bytes(group, [len(weight) for weight in weights]),
         )
 
     def _install_(self, groups: Sequence[GroupPlan], fitted: Sequence[Fitted]) -> None:

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 import platform
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -39,6 +40,8 @@ _LOCAL = "local"
 _TIMES_AGAIN = 1
 # Each worker has one to compute and one to go on with.
 _TASKS_A_WORKER = 2
+# A task that takes twice what it declared is ended: threads and libraries take some besides.
+_LENIENCE, _OF_LIBRARIES_BYTES = 2, 1 << 29
 _MEMORY, _CPU = "memory", "CPU"
 _EXPECTED_MEMORY = "a machine of the cluster with as much memory for Ray (ray start --memory)"
 
@@ -133,7 +136,7 @@ class _RayWorkers:
                 expected=f"at most {max(int(n.get(_CPU, 0)) for n in self._nodes.values())}",
             )
         self.at_once = _TASKS_A_WORKER * self.count
-        self.tasks, self.largest_bytes = 0, 0
+        self.tasks, self.largest_bytes, self.seconds = 0, 0, 0.0
         _carry_tensors_as_arrays()
 
     def require_alike(self) -> None:
@@ -192,9 +195,10 @@ class _RayWorkers:
                 expected=_EXPECTED_MEMORY,
             )
 
-    def count_task(self, used_bytes: int) -> None:
-        """Take note of a task that was computed, and of the most memory that its process had."""
+    def count_task(self, used_bytes: int, seconds: float) -> None:
+        """Take note of a task: its seconds, and the most memory that its process had."""
         self.tasks += 1
+        self.seconds += seconds
         self.largest_bytes = max(self.largest_bytes, used_bytes)
 
     def describe(self) -> dict[str, Any]:
@@ -203,6 +207,7 @@ class _RayWorkers:
             "machines": len(self._nodes),
             "threads": self.threads,
             "tasks": self.tasks,
+            "task_seconds": round(self.seconds, 1),
             "largest_bytes": self.largest_bytes,
         }
 
@@ -226,13 +231,21 @@ class _RayResult:
     def get(self) -> Any:
         ray = self.workers._ray
         try:
-            value, used_bytes = ray.get(self.reference)
+            value, used_bytes, seconds = ray.get(self.reference)
         except ray.exceptions.OutOfMemoryError as error:
             raise ResourceError(
                 "A machine of the cluster had no memory left, and Ray ended a task, twice.",
                 where=self.where,
                 observed=str(error).splitlines()[0],
                 change="use fewer workers a machine, or machines with more memory",
+            ) from error
+        except ray.exceptions.RayTaskError as error:
+            # Whatever a function raises is a value (`_Failed`): this is of Ray's own.
+            raise InputError(
+                "A worker cannot run this program.",
+                where=self.where,
+                observed=str(error).strip().splitlines()[-1],
+                expected=f"skipcat {__version__} installed on every machine of the cluster",
             ) from error
         except ray.exceptions.RayError as error:
             raise PipelineError(
@@ -244,7 +257,7 @@ class _RayResult:
             ) from error
         if isinstance(value, _Failed):
             raise self._told(value.error)
-        self.workers.count_task(used_bytes)
+        self.workers.count_task(used_bytes, seconds)
         return value
 
     def _told(self, error: Exception) -> Exception:
@@ -256,22 +269,23 @@ class _RayResult:
             "A task needed more memory than it may have.",
             where=self.where,
             observed=str(error).splitlines()[0],
-            expected=f"at most {self.needed_bytes / 1e9:.2f} GB beside its arguments",
+            expected=f"{self.needed_bytes / 1e9:.2f} GB beside its arguments, or twice that",
         )
 
 
 def _compute(
     threads: int, needed_bytes: int, function: Callable[..., Any], arguments: tuple[Any, ...]
-) -> tuple[Any, int]:
-    """In a worker: what the function returns, and the most memory that the process had for it."""
+) -> tuple[Any, int, float]:
+    """In a worker: what the function returns, the most memory the process had for it, seconds."""
     _carry_tensors_as_arrays()
     _forget_peak()
+    started = time.monotonic()
     with limited_threads(threads), _limited_memory(needed_bytes):
         try:
             value = function(*arguments)
         except Exception as error:
-            return _Failed(error.with_traceback(None)), peak_bytes()
-    return value, peak_bytes()
+            value = _Failed(error.with_traceback(None))
+    return value, peak_bytes(), time.monotonic() - started
 
 
 def _forget_peak() -> None:
@@ -282,7 +296,7 @@ def _forget_peak() -> None:
 
 @contextlib.contextmanager
 def _limited_memory(more_bytes: int) -> Iterator[None]:
-    """Inside, this process gets so many bytes beyond what it holds, and no more; 0 for no limit."""
+    """Inside, this process gets little more than so many bytes beyond its own; 0 for no limit."""
     if not more_bytes:
         yield
         return
@@ -291,7 +305,7 @@ def _limited_memory(more_bytes: int) -> Iterator[None]:
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     held = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmData"))
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    wanted = held + more_bytes
+    wanted = held + _LENIENCE * more_bytes + _OF_LIBRARIES_BYTES
     resource.setrlimit(resource.RLIMIT_DATA, (wanted if hard < 0 else min(wanted, hard), hard))
     try:
         yield

@@ -57,7 +57,7 @@ class Workers(Protocol):
             where: what it is of, for messages.
             function: of a module.
             arguments: that it is given; they must not change until the result is there.
-            needed_bytes: memory that it may take beside its arguments; 0 for what there is.
+            needed_bytes: memory that it takes beside its arguments; 0 where nobody knows.
 
         Raises:
             PipelineError: nobody can compute it.

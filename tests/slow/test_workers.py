@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,10 @@ import pytest
 
 from pipeline.artefact import sha256_of_file
 from pipeline.child_process import environment
+from pipeline.compress.request import CompressRequest
+from pipeline.compress.run import compress_to_folder
+from pipeline.machine import limited_threads
+from pipeline.workers.workers import Workers, open_workers
 from tests.support.families import save_family
 
 pytest.importorskip("ray", reason="needs ray (make setup EXTRAS=distributed)")
@@ -124,14 +129,6 @@ def test_a_cluster_of_two_nodes_gives_the_bytes_of_one_process(
     assert bytes_of(tmp_path / "two") == alone[effort]
 
 
-def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    """Processes that compute tasks of a run."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        children = psutil.Process(process.pid).children(recursive=True)
-        return [c for c in children if "ray::" in " ".join(c.cmdline() or [])]
-    return []
-
-
 def began(arguments: list[str]) -> subprocess.Popen[str]:
     """A run that has its workers."""
     process = subprocess.Popen(
@@ -144,30 +141,49 @@ def began(arguments: list[str]) -> subprocess.Popen[str]:
     return process
 
 
-@pytest.mark.parametrize("seed", range(20))
-@pytest.mark.usefixtures("nothing_left")
-def test_a_worker_that_is_killed_at_random_changes_no_byte(
-    seed: int, model: Path, alone: dict[str, dict[str, str]], tmp_path: Path
-) -> None:
-    process = began(command(model, tmp_path / "two", "fast", "--workers", "local:2"))
-    time.sleep(random.Random(seed).uniform(0, 12))
-    for worker in workers_of(process)[:1]:
+@pytest.fixture(scope="module")
+def workers() -> Iterator[Workers]:
+    """Two of this process's own."""
+    with open_workers("local:2") as found:
+        yield found
+
+
+def kill_one(after_s: float) -> None:
+    """Kill a process that computes tasks of this one, a while later."""
+    time.sleep(after_s)
+    for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
-            worker.kill()
-    _, stderr = process.communicate(timeout=900)
-    assert process.returncode == 0, stderr
-    assert bytes_of(tmp_path / "two") == alone["fast"]
+            if "ray::_compute" in " ".join(child.cmdline()):
+                child.kill()
+                return
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_worker_that_is_killed_at_random_changes_no_byte(
+    seed: int, model: Path, workers: Workers, tmp_path: Path
+) -> None:
+    request = CompressRequest(
+        str(model), keep_bytes=0.4, runtime="any", windows=8, window_length=32
+    )
+    with limited_threads(1):
+        started = time.monotonic()
+        compress_to_folder(request, tmp_path / "alone", workers=workers)
+        seconds = time.monotonic() - started
+        killer = threading.Thread(target=kill_one, args=(random.Random(seed).uniform(0, seconds),))
+        killer.start()
+        compress_to_folder(request, tmp_path / "killed", workers=workers)
+        killer.join()
+    assert bytes_of(tmp_path / "killed") == bytes_of(tmp_path / "alone")
 
 
 @pytest.mark.parametrize("seed", range(10))
-@pytest.mark.usefixtures("nothing_left")
 def test_a_run_that_is_killed_at_random_goes_on_to_the_same_bytes(
-    seed: int, model: Path, alone: dict[str, dict[str, str]], tmp_path: Path
+    seed: int, cluster: str, model: Path, alone: dict[str, dict[str, str]], tmp_path: Path
 ) -> None:
     effort = _EFFORTS[seed % 2]
-    arguments = command(model, tmp_path / "two", effort, "--workers", "local:2")
+    arguments = command(model, tmp_path / "two", effort, "--workers", cluster)
     process = began(arguments)
-    time.sleep(random.Random(100 + seed).uniform(0, 12))
+    time.sleep(random.Random(100 + seed).uniform(0, 8))
     process.kill()
     process.communicate()
     if not (tmp_path / "two").exists():

@@ -21,6 +21,9 @@ from pipeline.compress.plan.quantization_costs import StackCost
 from pipeline.compress.request import CompressRequest
 from pipeline.quantize.formats import Format
 
+# Memory, measured at 1024 to 4096 wide: float64 numbers for each of these, and with formats.
+_OF_MOMENTS, _OF_SPECTRA, _WITH_FORMATS = 1.9, 4.8, 2.75
+_SMALL_BYTES = 1 << 26
 # Of the sensitivities, which are estimated from few tokens.
 _SENSITIVITY_SHRINKAGE = 0.1
 _NEXT_TO_NOTHING = 1e-12
@@ -100,6 +103,20 @@ def group_costs(
         return _group_costs(weights, stacks, moment, statistics, wanted)
     except ValueError as error:
         raise not_finite(", ".join(weights), error) from error
+
+
+def cost_bytes(columns: int, heights: Sequence[int], wanted: CostRequest) -> int:
+    """Memory that `group_costs` takes beside its arguments, at most.
+
+    Args:
+        columns: n.
+        heights: m_i of the members.
+        wanted: which costs.
+    """
+    moments = columns**2 + sum(height**2 for height in heights)
+    spectrum = min(sum(heights), columns) ** 2
+    numbers = _OF_MOMENTS * moments + _OF_SPECTRA * spectrum
+    return int(8 * numbers * (_WITH_FORMATS if wanted.formats else 1)) + _SMALL_BYTES
 
 
 def _group_costs(

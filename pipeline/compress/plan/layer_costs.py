@@ -23,6 +23,7 @@ from pipeline.compress.plan.group_costs import (
     CostRequest,
     OutputStatistics,
     StackCosts,
+    cost_bytes,
     group_costs,
 )
 from pipeline.compress.plan.plan import Curves, EmbeddingChoice, Members
@@ -186,6 +187,7 @@ def _submitted(
         moments.inputs.mean(),
         statistics,
         wanted,
+        needed_bytes=cost_bytes(group.in_features, group.out_features, wanted),
     )
 
 
@@ -264,6 +266,7 @@ class WholeModelCosts:
                 self.moment(group.members),
                 self.of(group.members),
                 wanted,
+                needed_bytes=cost_bytes(group.in_features, group.out_features, wanted),
             )
             waiting.add(group, [result])
         waiting.finish()

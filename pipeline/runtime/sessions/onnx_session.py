@@ -44,6 +44,7 @@ from pipeline.runtime.sessions.graph_interface import (
     require_decoder_graph,
     require_logits,
 )
+from pipeline.runtime.sessions.signed_kernels import prefers_signed, signed_kernels
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -247,12 +248,15 @@ class Graph(NamedTuple):
         path = folder / GRAPH_FILE
         borrows = _borrows_files(onnxruntime.__version__)
         weights = _map_weights(folder / WEIGHTS_FILE) if borrows else None
+        graph: str | bytes = str(path)
+        if optimised and weights is not None and record.pixel_values and prefers_signed():
+            graph = signed_kernels(path) or graph
         try:
             # Beside the loading, which takes longer, where the hash is not known yet.
             with ThreadPoolExecutor(1) as beside, _lend_weights(options, weights):
                 checked = beside.submit(require_weights, folder, record)
                 session = onnxruntime.InferenceSession(
-                    str(path), options, providers=["CPUExecutionProvider"]
+                    graph, options, providers=["CPUExecutionProvider"]
                 )
         except MemoryError:
             raise

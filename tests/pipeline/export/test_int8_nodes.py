@@ -12,39 +12,17 @@ import onnxruntime
 import pytest
 import torch
 
-from pipeline.checkpoint.install import install_
 from pipeline.errors import InputError
 from pipeline.export.int8_nodes import int8_as_nodes, require_int8_runtime
 from pipeline.int8.runtimes import _INT8_RUNTIMES
-from tests.support.convolutions import SmallNet, images, rounded_small_net, small_net
-
-
-def rounded(runtime: str, bits: int = 8) -> SmallNet:
-    model, entries, tensors = rounded_small_net(runtime, bits)
-    install_(model, entries, tensors)
-    return model
-
-
-def exported(model: SmallNet, path: Path) -> Path:
-    with int8_as_nodes(model):
-        program = torch.onnx.export(
-            model,
-            (images(1)[0],),
-            dynamo=True,
-            verify=False,
-            opset_version=21,
-            input_names=["x"],
-            dynamic_shapes=({0: "batch"},),
-        )
-    assert program is not None
-    program.save(path)
-    return path
+from tests.support.convolutions import SmallNet, images, small_net
+from tests.support.rounded_exports import export_rounded, rounded_network
 
 
 @pytest.fixture(scope="module", params=sorted(_INT8_RUNTIMES))
 def exports(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, SmallNet, Path]:
-    model = rounded(request.param)
-    return request.param, model, exported(model, tmp_path_factory.mktemp("int8") / "m.onnx")
+    model = rounded_network(request.param)
+    return request.param, model, export_rounded(model, tmp_path_factory.mktemp("int8") / "m.onnx")
 
 
 def ran(path: Path, x: torch.Tensor, optimised: bool) -> tuple[list[np.ndarray], Counter[str]]:
@@ -118,11 +96,11 @@ def test_a_network_for_another_runtime_is_refused(exports: tuple[str, SmallNet, 
 
 def test_fewer_bits_are_for_pytorch_alone() -> None:
     with pytest.raises(InputError, match="fewer bits of activations"):
-        require_int8_runtime(rounded("tensorrt", 4), "tensorrt", "folder")
+        require_int8_runtime(rounded_network("tensorrt", 4), "tensorrt", "folder")
 
 
 def test_the_model_is_as_it_was_behind_an_export() -> None:
-    model = rounded("cpu")
+    model = rounded_network("cpu")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(RuntimeError, match="on purpose"), int8_as_nodes(model):
         raise RuntimeError("on purpose")
