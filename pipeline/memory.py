@@ -101,6 +101,17 @@ def require_free_memory(
         )
 
 
+def free_memory() -> tuple[int, int]:
+    """Memory and swap that are free on this machine, in bytes; without psutil on Linux alone."""
+    try:
+        import psutil
+    except ImportError:  # a board's own Python
+        text = Path("/proc/meminfo").read_text(encoding="ascii")
+        kib = dict(re.findall(r"^(\w+): +(\d+) kB", text, re.MULTILINE))
+        return int(kib["MemAvailable"]) * 1024, int(kib["SwapFree"]) * 1024
+    return psutil.virtual_memory().available, psutil.swap_memory().free
+
+
 def swap_advice(needed_bytes: int, free_bytes: int) -> str:
     """The commands that add a swap file for what memory lacks, in whole GB and one to spare."""
     size = math.ceil((needed_bytes - free_bytes) / 1e9) + 1

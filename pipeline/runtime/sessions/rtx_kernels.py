@@ -22,7 +22,7 @@ class RuntimeCache:
 
     Args:
         engine: of TensorRT for RTX, loaded: CUDA's context is there by now.
-        folder: of the engine; where it cannot be written to, kernels are compiled by every run, aloud.
+        folder: of the engine; where it cannot be written to, every run compiles them, aloud.
     """
 
     def __init__(self, engine: Any, folder: Path) -> None:
