@@ -17,6 +17,7 @@ from pipeline.bench.targets import BenchTarget
 from pipeline.bundle.jetpack import JetPack
 from pipeline.bundle.prepare import copy_plugin_sources, prepare_model
 from pipeline.bundle.program import write_program
+from pipeline.bundle.wheels import copy_wheels, download_command
 from pipeline.engine.manifest import MANIFEST_FILE, check_manifest
 from pipeline.engine.plan import EngineRequest
 from pipeline.engine.target import Target
@@ -64,15 +65,23 @@ tokenizers, jinja2 and JetPack's TensorRT.
 _TO_BUILD = """# {name}
 
 A model for TensorRT {tensorrt} on {gpu} (JetPack {jetpack}), and what builds and runs its engine
-there: Python {python} with numpy, tokenizers, jinja2 and JetPack's TensorRT.
+there: Python {python} with numpy, tokenizers, jinja2 and JetPack's TensorRT (python3-libnvinfer).
 
-    python3 {program} preflight .
-    python3 {program} build .
-    python3 {program} run . -p "What is a whale?"
+    python3 -m venv --system-site-packages venv
+    venv/bin/pip install {packages}
+    venv/bin/python {program} preflight .
+    venv/bin/python {program} build .
+    venv/bin/python {program} run . -p "What is a whale?"
 
 `sh {plugin}/build.sh` compiles the plugin library there, which needs nvcc; `build` takes it where
 it is there.
+
+For a board without a network, `skipcat bundle --wheels` packs what this downloads elsewhere:
+
+    {download}
 """
+_WHEELS_FOLDER = "wheels"
+_OFFLINE = f"--no-index --no-deps {_WHEELS_FOLDER}/*.whl"
 
 
 @dataclass(frozen=True)
@@ -86,6 +95,7 @@ class CheckpointBundle:
         max_batch: most sequences at once.
         max_prefill: most tokens of one call.
         plugin: library that was compiled for those boards; None for none.
+        wheels: folder of wheels for the board's Python; None packs none.
         trust_remote_code: let Python code that comes with the checkpoint run.
     """
 
@@ -95,6 +105,7 @@ class CheckpointBundle:
     max_batch: int = 1
     max_prefill: int = 1024
     plugin: Path | None = None
+    wheels: Path | None = None
     trust_remote_code: bool = False
 
 
@@ -113,25 +124,28 @@ def bundle_checkpoint(
         The content of bundle.json.
 
     Raises:
-        InputError: the checkpoint cannot be exported, or the plugin is not for such a board.
+        InputError: the checkpoint cannot be exported, or plugin or wheels are not for such a board.
         ResourceError: our engine of it runs on none of the devices, or the disk is full.
         UsageError: `output` exists, or the JetPack is not for the device.
     """
-    check_output(output, overwrite=overwrite, inputs=(checkpoint, request.plugin or ""))
+    inputs = (checkpoint, request.plugin or "", request.wheels or "")
+    check_output(output, overwrite=overwrite, inputs=inputs)
     jetpack, capability = request.jetpack, request.jetpack.capability_of(request.devices[0])
     wanted = ExportRequest(
         jetpack.profile, FLOAT16, request.max_length, trust_remote_code=request.trust_remote_code
     )
     target = Target("tensorrt", capability, f"JetPack {jetpack.name}, {request.devices[0].name}")
     engine = EngineRequest(target, request.max_batch, request.max_prefill)
-    with staged_folder(output, overwrite=overwrite, inputs=(checkpoint,)) as staging:
+    with staged_folder(output, overwrite=overwrite, inputs=inputs) as staging:
+        if request.wheels is not None:
+            copy_wheels(request.wheels, staging / _WHEELS_FOLDER, jetpack)
+        copy_plugin_sources(staging / PLUGIN_FOLDER, request.plugin)
         model = staging / MODEL_FOLDER
         build = prepare_model(checkpoint, model, wanted, engine, jetpack.tensorrt)
         predicted = _predicted(model, public_name(checkpoint), request.devices)
-        copy_plugin_sources(staging / PLUGIN_FOLDER, request.plugin)
         write_program(staging / PROGRAM)
         write_json(staging / REFERENCE_FILE, _reference(model, model))
-        write_text(staging / "README.md", _readme_to_build(jetpack, target, output))
+        write_text(staging / "README.md", _readme_to_build(request, target, output))
         record = {
             "schema": _SCHEMA,
             "jetpack": jetpack.name,
@@ -166,12 +180,16 @@ def _predicted(model: Path, name: str, devices: Sequence[DeviceSpec]) -> dict[st
     }
 
 
-def _readme_to_build(jetpack: JetPack, target: Target, output: Path) -> str:
+def _readme_to_build(request: CheckpointBundle, target: Target, output: Path) -> str:
     assert target.compute_capability is not None, "it is a Jetson's"
+    jetpack = request.jetpack
+    packages = _OFFLINE if request.wheels is not None else "numpy tokenizers jinja2"
     return _TO_BUILD.format(
         name=output.name,
         program=PROGRAM,
         plugin=PLUGIN_FOLDER,
+        packages=packages,
+        download=download_command(jetpack),
         jetpack=jetpack.name,
         tensorrt=jetpack.tensorrt,
         python="{}.{}".format(*jetpack.python),

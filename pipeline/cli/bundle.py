@@ -55,6 +55,14 @@ _MANIFEST = "manifest.json"
     help="With a checkpoint: the block-skip library, compiled on such a board; the bundle has its "
     "sources in any case.",
 )
+@click.option(
+    "--wheels",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    metavar="FOLDER",
+    help="With a checkpoint: wheels of numpy, tokenizers, jinja2 and markupsafe for the board's "
+    "Python, for a board without a network; where one is missing, the error has the command that "
+    "downloads them.",
+)
 @options.output
 @options.own_threads
 @options.overwrite
@@ -69,6 +77,7 @@ def command(
     max_batch: int,
     max_prefill: int,
     plugin: Path | None,
+    wheels: Path | None,
     output: Path,
     overwrite: bool,
     trust_remote_code: bool,
@@ -85,13 +94,15 @@ def command(
 
     with waiting(f"packing {output.name}"):
         if (source / _MANIFEST).is_file():
-            record = _of_engine(source, onnx_folder, device, jetpack, plugin, output, overwrite)
+            other = jetpack or plugin or wheels
+            record = _of_engine(source, onnx_folder, device, other, output, overwrite)
         else:
             chosen = {
                 "max_length": max_length,
                 "max_batch": max_batch,
                 "max_prefill": max_prefill,
                 "plugin": plugin,
+                "wheels": wheels,
                 "trust_remote_code": trust_remote_code,
             }
             record = _of_checkpoint(source, onnx_folder, device, jetpack, chosen, output, overwrite)
@@ -105,12 +116,11 @@ def _of_engine(
     source: Path,
     onnx_folder: Path | None,
     device: str | None,
-    jetpack: str | None,
-    plugin: Path | None,
+    other: object,
     output: Path,
     overwrite: bool,
 ) -> dict[str, Any]:
-    """Pack an engine with its proof."""
+    """Pack an engine with its proof; of what belongs to a checkpoint there may be nothing."""
     from pipeline.bundle.write import write_bundle
     from pipeline.json_file import read_json_object
 
@@ -119,10 +129,11 @@ def _of_engine(
             "The expected answers come from the export that the engine was built from.",
             change="pass --onnx ONNX_FOLDER",
         )
-    if jetpack is not None or plugin is not None:
+    if other:
         raise UsageError(
             "An engine is for the TensorRT and with the plugin that it was built with.",
-            change="leave --jetpack and --plugin out, or bundle a checkpoint",
+            observed=other,
+            change="leave --jetpack, --plugin and --wheels out, or bundle a checkpoint",
         )
     described = None if device is None else read_json_object(Path(device))
     return write_bundle(source, onnx_folder, output, described, overwrite=overwrite)
