@@ -81,6 +81,8 @@ For a board without a network, `skipcat bundle --wheels` packs what this downloa
     {download}
 """
 _WHEELS_FOLDER = "wheels"
+# Those of the system are older than any that this was tested with.
+_FROM_PYPI = '"numpy>=2" tokenizers "jinja2>=3.1"'
 _OFFLINE = f"--no-index --no-deps {_WHEELS_FOLDER}/*.whl"
 
 
@@ -183,7 +185,7 @@ def _predicted(model: Path, name: str, devices: Sequence[DeviceSpec]) -> dict[st
 def _readme_to_build(request: CheckpointBundle, target: Target, output: Path) -> str:
     assert target.compute_capability is not None, "it is a Jetson's"
     jetpack = request.jetpack
-    packages = _OFFLINE if request.wheels is not None else "numpy tokenizers jinja2"
+    packages = _OFFLINE if request.wheels is not None else _FROM_PYPI
     return _TO_BUILD.format(
         name=output.name,
         program=PROGRAM,

@@ -29,7 +29,7 @@ from pipeline.runtime.device.bundle import (
     MODEL_FOLDER,
     PLUGIN_FOLDER,
 )
-from pipeline.runtime.device.preflight import Description
+from pipeline.runtime.device.preflight import Description, require_buffer
 
 WITH_PLUGIN, WITHOUT_PLUGIN = "plugin", "function bodies"
 _WHERE = "this machine"
@@ -85,7 +85,7 @@ def check_build(folder: Path, device: dict[str, Any]) -> list[str]:
 
     Raises:
         InputError: the bundle is for another GPU or a newer TensorRT.
-        ResourceError: there is too little memory.
+        ResourceError: there is too little memory, or no piece of it as large as the weights.
     """
     plan = _plan(folder, _plugin_of(folder, None), 0.0)
     said = _require_same(folder, plan, device)
@@ -137,7 +137,7 @@ def _plugin_of(folder: Path, given: Path | None) -> Path | None:
 
 
 def _require_same(folder: Path, plan: EnginePlan, device: dict[str, Any]) -> list[str]:
-    """What to say of a board; raise InputError where it is not one that the bundle is for."""
+    """What to say of a board; raise where it is not one that the bundle is for, or too small."""
     board = Description(device)
     capability = board.gpu.get("compute_capability")
     wanted = plan.work.compute_capability
@@ -149,6 +149,7 @@ def _require_same(folder: Path, plan: EnginePlan, device: dict[str, Any]) -> lis
             expected=capability_name(wanted),
             change="make a bundle with the --device that this board is",
         )
+    require_buffer(plan.folder.weight_bytes, board, folder)
     version = device.get("tensorrt")
     if version is None:
         return ["not looked at: TensorRT, of which nothing is known"]

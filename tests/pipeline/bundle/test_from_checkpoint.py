@@ -18,6 +18,9 @@ from onnx import numpy_helper
 
 from pipeline.artefact import sha256_of_file
 from pipeline.cli.main import main
+from pipeline.errors import ResourceError
+from pipeline.runtime.device import preflight
+from pipeline.runtime.device.build import check_build
 from pipeline.runtime.language_model import LanguageModel
 from pipeline.runtime.sequence import Decoding
 from tests.support.bundles import contents, program
@@ -275,6 +278,20 @@ def test_preflight_holds_a_bundle_against_a_described_board(
     done = program(board, folder, "preflight", folder, "--device", path)
     assert done.returncode == status, done.stderr
     assert said in done.stdout + done.stderr
+
+
+def test_weights_that_the_system_gives_no_buffer_for_are_refused_before_the_build(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    described = {
+        "schema": 1,
+        "jetpack": "L4T 36.4.7: JetPack 6.1 or 6.2, TensorRT 10.3",
+        "memory": {"total_bytes": 7_608 << 20, "available_bytes": 6 << 30},
+    }
+    assert check_build(shared_bundle("6.2"), described)
+    monkeypatch.setattr(preflight, "LARGEST_BUFFER_BYTES", 1000)
+    with pytest.raises(ResourceError, match=r"36\.4\.7 gives no piece of memory"):
+        check_build(shared_bundle("6.2"), described)
 
 
 @pytest.mark.parametrize(
