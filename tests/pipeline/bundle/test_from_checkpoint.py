@@ -92,6 +92,12 @@ def test_an_engine_is_built_on_the_board_and_gives_onnx_runtimes_tokens(
     done = program(board, folder, "build", folder, version=version)
     assert done.returncode == 2
     assert "exists already" in done.stderr
+    # What was built goes on to boards like this one.
+    built = ["bundle", str(folder / "engine"), "--onnx", str(folder / "model")]
+    assert main([*built, "-o", str(tmp_path / "of-engine")]) == 0
+    done = program(board, tmp_path / "of-engine", "build", tmp_path / "of-engine", version=version)
+    assert done.returncode == 3
+    assert "brings an engine, and no graph" in done.stderr
 
 
 def test_a_bundle_is_the_same_twice_and_says_what_it_expects_and_from_what(tmp_path: Path) -> None:
@@ -110,6 +116,19 @@ def test_a_bundle_is_the_same_twice_and_says_what_it_expects_and_from_what(tmp_p
     assert "data sheets" in predicted["devices"][0]["source"]
     assert {*predicted["fits"]} == {"Edge-LLM", "llama.cpp"}
     assert str(tmp_path) not in json.dumps(record)
+
+
+def test_without_a_gpu_or_with_a_plugin_that_is_not_there_nothing_is_built(
+    board: Board, tmp_path: Path
+) -> None:
+    folder = copied("7.2", tmp_path / "bundle")
+    done = program(board, folder, "build", folder, "--plugin", tmp_path / "none.so")
+    assert (done.returncode, "plugin library is missing" in done.stderr) == (3, True)
+    (tmp_path / "libcuda.so.1").write_bytes(b"no library")
+    nowhere = Board(tmp_path / "libcuda.so.1", board.cuda)
+    done = program(nowhere, folder, "build", folder)
+    assert (done.returncode, "on the GPU that runs it" in done.stderr) == (3, True)
+    assert not (folder / "engine").exists()
 
 
 def test_python_3_10_builds_it(board: Board, tmp_path: Path) -> None:
