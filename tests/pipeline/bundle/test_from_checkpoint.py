@@ -18,7 +18,7 @@ from onnx import numpy_helper
 
 from pipeline.artefact import sha256_of_file
 from pipeline.cli.main import main
-from pipeline.errors import ResourceError
+from pipeline.errors import ResourceError, UsageError
 from pipeline.runtime.device import preflight
 from pipeline.runtime.device.build import check_build
 from pipeline.runtime.language_model import LanguageModel
@@ -332,6 +332,17 @@ def test_what_cannot_be_packed_is_refused_before_any_work(
     assert main(["bundle", str(source), "-o", str(tmp_path / "a"), *arguments]) == status
     assert said in capsys.readouterr().err
     assert not (tmp_path / "a").exists()
+
+
+def test_a_jetpack_is_for_the_gpus_of_its_boards() -> None:
+    from pipeline.bench.devices import DEVICES
+    from pipeline.bundle.jetpack import JETPACKS
+    from pipeline.gpu import ORIN, THOR
+
+    assert JETPACKS["7.2"].capability_of(DEVICES["thor"]) == THOR
+    assert JETPACKS["7.2"].capability_of(DEVICES["agx-orin-64gb"]) == ORIN
+    with pytest.raises(UsageError, match="not for this device"):
+        JETPACKS["7.2"].capability_of(DEVICES["dgx-spark"])
 
 
 def test_the_jetpacks_of_the_command_are_those_that_are_known() -> None:
