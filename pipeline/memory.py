@@ -6,11 +6,14 @@ import contextlib
 import ctypes
 import math
 import re
-import resource
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.errors import ResourceError, UsageError
+
+if TYPE_CHECKING:
+    import resource
 
 
 def peak_bytes(process_id: int | None = None) -> int:
@@ -23,7 +26,7 @@ def peak_bytes(process_id: int | None = None) -> int:
         process_id: of a process of this machine; by default this one.
 
     Raises:
-        OSError: another process is asked for, and /proc does not tell of it.
+        OSError: another process is asked for, and there is no /proc that tells of it.
     """
     status = Path(f"/proc/{process_id or 'self'}/status")
     try:
@@ -31,8 +34,19 @@ def peak_bytes(process_id: int | None = None) -> int:
     except OSError:
         if process_id is not None:
             raise
-        return peak_of_usage(resource.getrusage(resource.RUSAGE_SELF))
+        return _own_peak_bytes()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
+def _own_peak_bytes() -> int:
+    """The same of this process, without Linux's /proc."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        import psutil
+
+        return int(getattr(psutil.Process().memory_info(), "peak_wset"))  # noqa: B009 - of Windows
+    return peak_of_usage(resource.getrusage(resource.RUSAGE_SELF))
 
 
 def peak_of_usage(usage: resource.struct_rusage) -> int:
@@ -85,6 +99,17 @@ def require_free_memory(
             expected=f"at most {free_bytes / 1e9:.1f} GB, which are free",
             change=change,
         )
+
+
+def free_memory() -> tuple[int, int]:
+    """Memory and swap that are free on this machine, in bytes; without psutil on Linux alone."""
+    try:
+        import psutil
+    except ImportError:  # a board's own Python
+        text = Path("/proc/meminfo").read_text(encoding="ascii")
+        kib = dict(re.findall(r"^(\w+): +(\d+) kB", text, re.MULTILINE))
+        return int(kib["MemAvailable"]) * 1024, int(kib["SwapFree"]) * 1024
+    return psutil.virtual_memory().available, psutil.swap_memory().free
 
 
 def swap_advice(needed_bytes: int, free_bytes: int) -> str:

@@ -22,6 +22,9 @@ _INSIDE = ".skipcat.partial"
 MOVING = ".moving"
 _LONGEST_ADDITION = len("..replaced")
 _LONGEST_BELOW = 200
+# Of a name and of a path on Windows: there a lock's file has the folder's name within its own.
+# Where long paths are not enabled, the system itself refuses those of 260.
+_LONGEST_ON_WINDOWS = (255 - len(f"{LOCK_FILE}."), 32_767)
 
 
 def check_output(output: Path, *, overwrite: bool = False, inputs: Iterable[object] = ()) -> None:
@@ -126,7 +129,7 @@ def held_names(folder: Path) -> set[str]:
     return {
         name
         for name in os.listdir(folder)
-        if name != LOCK_FILE
+        if not name.startswith(LOCK_FILE)
         and not (name.startswith(aside) and name.rpartition(".")[2].isdecimal())
     }
 
@@ -180,15 +183,22 @@ def _refuse_place(output: Path, real: Path, *, is_file: bool = False) -> None:
 def _refuse_long_names(output: Path, real: Path, above: Path) -> None:
     """Refuse names longer than the file system takes, those of working folders included."""
     below = real.relative_to(above).parts
-    longest = os.pathconf(above if above.is_dir() else above.parent, "PC_NAME_MAX")
+    longest, longest_path = _longest_names(above if above.is_dir() else above.parent)
     names = [len(os.fsencode(name)) for name in below]
     if names:
         names[-1] += _LONGEST_ADDITION
     if max(names, default=0) > longest:
         raise cannot_be_written(output, f"a name of more than {longest - _LONGEST_ADDITION} bytes")
-    whole = os.pathconf("/", "PC_PATH_MAX") - _LONGEST_BELOW
+    whole = longest_path - _LONGEST_BELOW
     if len(os.fsencode(real)) > whole:
         raise cannot_be_written(output, f"a path of more than {whole} bytes")
+
+
+def _longest_names(folder: Path) -> tuple[int, int]:
+    """Most bytes of a name in a folder, and of a path."""
+    if not hasattr(os, "pathconf"):
+        return _LONGEST_ON_WINDOWS
+    return os.pathconf(folder, "PC_NAME_MAX"), os.pathconf("/", "PC_PATH_MAX")
 
 
 def _require_writable(output: Path, folder: Path) -> None:

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 # From the ground up: a package imports its own floor and those before it.
 FLOORS = (
     "ground",  # files of pipeline/ itself that stand alone
+    "workers",
     "quantize",
     "model",
     "driving",  # of one task: its network and its data

@@ -60,6 +60,11 @@ class DeviceSpec:
         return self.flop_per_clock == _ORIN_RATE
 
     @property
+    def is_thor(self) -> bool:
+        """Whether its GPU is a Jetson Thor's."""
+        return self.flop_per_clock == _THOR_RATE
+
+    @property
     def has_power_figures(self) -> bool:
         """Whether power was published of it: of an Orin Nano, but in its slowest mode."""
         return self.is_orin and (self.memory_gb, self.bus_bits) == (8, 128) and self.mode != "7w"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -193,7 +192,9 @@ def summary(values: Sequence[float]) -> dict[str, Any]:
 
 def load_average() -> float:
     """Processes that wanted a core over the last minute: above the cores, times are too long."""
-    return round(os.getloadavg()[0], 2)
+    import psutil  # which has it on Windows, too
+
+    return round(psutil.getloadavg()[0], 2)
 
 
 def describe_machine() -> dict[str, Any]:

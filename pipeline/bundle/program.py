@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import ast
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 _ROOT = Path(__file__).resolve().parents[2]
+_PACKAGES = ("pipeline", "trt_plugins")
 _ENTRY = "pipeline.runtime.device"
-# Run by its path, in a process of its own.
-_BY_PATH = ("pipeline.runtime.template_process",)
+# Run by their path or name, in processes of their own.
+_BESIDE = ("pipeline.runtime.template_process", "pipeline.engine.worker")
 _MAIN = "import sys\nfrom pipeline.runtime.device.__main__ import main\n\nsys.exit(main())\n"
 _SHEBANG = b"#!/usr/bin/env python3\n"
 _NO_DATE = (1980, 1, 1, 0, 0, 0)  # the same program gives the same bytes
@@ -35,16 +36,22 @@ def _add(archive: zipfile.ZipFile, name: str, text: str) -> None:
 
 
 def _sources() -> set[Path]:
-    """Files of the program: its own package, what that imports, and the packages around them."""
+    """Files of the program: its own package, and what that needs."""
     own = sorted((_ROOT / _ENTRY.replace(".", "/")).glob("*.py"))
-    waiting, found = [*own, *filter(None, map(_file_of, _BY_PATH))], set[Path]()
+    return sources_of([*own, *filter(None, map(_file_of, _BESIDE))])
+
+
+def sources_of(own: Sequence[Path]) -> set[Path]:
+    """Files of this checkout and what they import at any time, that again at once, and packages."""
+    waiting, found = [*own], set[Path]()
     while waiting:
         path = waiting.pop()
         if path in found:
             continue
         found.add(path)
         folders = [folder for folder in path.parents if _ROOT in folder.parents]
-        waiting += [folder / "__init__.py" for folder in folders]
+        around = (folder / "__init__.py" for folder in folders)
+        waiting += [file for file in around if file.is_file()]
         names = _imports(path, everywhere=path in own)
         waiting += [file for file in map(_file_of, names) if file is not None]
     return found
@@ -63,7 +70,7 @@ def _imports(path: Path, *, everywhere: bool) -> Iterator[str]:
 
 def _file_of(name: str) -> Path | None:
     """The file of one of our modules; None for anything else."""
-    if not name.startswith("pipeline"):
+    if not name.startswith(_PACKAGES):
         return None
     path = _ROOT.joinpath(*name.split("."))
     files = (path / "__init__.py", path.with_suffix(".py"))

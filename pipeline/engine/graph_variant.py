@@ -53,8 +53,8 @@ def write_variant(
     Args:
         model: changed: it loses the bodies that are replaced.
         onnx_path: absolute path of the graph it was, external weights beside it.
-        folder: is made; holds the graph and symbolic links to its weights, which TensorRT
-            follows (the onnx package would not, nor would it read a hard link).
+        folder: is made; holds the graph and links to its weights, which TensorRT follows (the
+            onnx package would not).
         replaced: ops of ours that kernels take the place of; bodies of others stay, for nothing
             else computes those.
 
@@ -72,8 +72,19 @@ def write_variant(
     written = folder / onnx_path.name
     written.write_bytes(model.SerializeToString())
     for weights in data_files(model, onnx_path.parent):
-        (folder / weights.name).symlink_to(weights.resolve())
+        _link(weights.resolve(), folder / weights.name)
     return written
+
+
+def _link(file: Path, link: Path) -> None:
+    """Make a file be found at another place as well: on Windows few may make symbolic links."""
+    try:
+        link.symlink_to(file)
+    except (OSError, NotImplementedError):
+        try:
+            link.hardlink_to(file)
+        except OSError:  # another disk
+            shutil.copyfile(file, link)
 
 
 def remove_variant(request: WorkerRequest, onnx_path: Path) -> None:

@@ -6,14 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from pipeline.engine.profiles import DecodeForm, Limits
 from pipeline.engine.target import Target
 from pipeline.engine.worker_protocol import WorkerRequest
 from pipeline.errors import InputError, ResourceError, UsageError
 from pipeline.export.onnx_folder import OnnxFolder, read_onnx_folder
-from pipeline.memory import swap_advice
+from pipeline.memory import free_memory, swap_advice
 from pipeline.model.task import adapter_of
 
 # Measured on SmolLM2-135M with TensorRT for RTX 1.7, see docs/engine-size.md.
@@ -124,8 +122,16 @@ class EnginePlan:
         }
 
 
-def plan_engine(onnx_folder: Path, request: EngineRequest) -> EnginePlan:
+def plan_engine(
+    onnx_folder: Path, request: EngineRequest, *, elsewhere: bool = False
+) -> EnginePlan:
     """Check everything that can be checked without TensorRT, and decide the profiles.
+
+    Args:
+        onnx_folder: what is to be built.
+        request: what the user asks for.
+        elsewhere: it is for another machine, so that packages and memory of this one are not
+            looked at; a plugin library is taken only if the user named one.
 
     Raises:
         InputError: the folder or plugin is refused.
@@ -139,7 +145,8 @@ def plan_engine(onnx_folder: Path, request: EngineRequest) -> EnginePlan:
     folder = read_onnx_folder(onnx_folder)
     folder.require_float16()
     folder.require_cache_in_place()
-    target.require_package()
+    if not elsewhere:
+        target.require_package()
     limits, notes = adapter_of(folder.record.task, "engine")(
         request.max_batch,
         request.max_prefill,
@@ -147,8 +154,10 @@ def plan_engine(onnx_folder: Path, request: EngineRequest) -> EnginePlan:
         request.decode,
         "shared" if target.flavour == "rtx" or target.shares_memory else "separate",
     )
-    workspace_bytes, workspace_notes = _workspace(request)
-    plugin, plugin_notes = _choose_kernels(request, folder)
+    workspace_bytes, workspace_notes = choose_workspace(
+        request.workspace_bytes, target.shares_memory and not elsewhere
+    )
+    plugin, plugin_notes = (request.plugin, ()) if elsewhere else _choose_kernels(request, folder)
     assert target.compute_capability is not None, "`check` lets no cpu target through"
     work = WorkerRequest(
         flavour=target.flavour,
@@ -169,7 +178,7 @@ def plan_engine(onnx_folder: Path, request: EngineRequest) -> EnginePlan:
         int8_convs=folder.int8_convs,
         float_convs=folder.float_convs,
     )
-    memory_notes = _memory_notes(target, folder, limits)
+    memory_notes = [] if elsewhere else check_memory(target, folder, limits)
     said = (*memory_notes, *notes, *workspace_notes, *plugin_notes)
     return EnginePlan(target, folder, limits, work, request.timeout_s, said)
 
@@ -192,19 +201,26 @@ def _choose_kernels(
     return library, (note,)
 
 
-def _memory_notes(target: Target, folder: OnnxFolder, limits: Limits) -> list[str]:
+def check_memory(
+    target: Target, folder: OnnxFolder, limits: Limits, free: tuple[int, int] | None = None
+) -> list[str]:
     """What building is expected to take, and the swap that helps where that is more than is free.
 
     It was measured with TensorRT for RTX; standard TensorRT times kernels besides.
 
+    Args:
+        target: what it is built for.
+        folder: what it is built from.
+        limits: what it must be able to run.
+        free: memory and swap, in bytes; None looks at this machine.
+
     Raises:
         ResourceError: there is less than the weights and the plan take, which is sure.
     """
-    available = psutil.virtual_memory().available
+    available, swap = free or free_memory()
     peak = EnginePlan.peak_bytes(folder.weight_bytes, limits.decode)
     where = "" if target.flavour == "rtx" else " (as measured with TensorRT for RTX)"
     said = f"building takes about {peak / 1e9:.1f} GB of memory{where}, {available / 1e9:.1f} free"
-    swap = psutil.swap_memory().free
     lacking = peak - available - swap
     least = _PEAK_BASE_BYTES + _LEAST_PER_WEIGHT * folder.weight_bytes
     if least > available + swap:
@@ -219,14 +235,18 @@ def _memory_notes(target: Target, folder: OnnxFolder, limits: Limits) -> list[st
     return [said] if lacking <= 0 else [f"{said}: {swap_advice(lacking, 0)}"]
 
 
-def _workspace(request: EngineRequest) -> tuple[int | None, list[str]]:
+def choose_workspace(given: int | None, shares_memory: bool) -> tuple[int | None, list[str]]:
     """Most scratch memory of a kernel, and what to say of it.
 
     Where the CPU is in the same memory, TensorRT's default, all of the GPU's, is all there is.
+
+    Args:
+        given: bytes that the user chose; None for none.
+        shares_memory: whether this machine's CPU is in the GPU's memory.
     """
-    if request.workspace_bytes is not None or not request.target.shares_memory:
-        return request.workspace_bytes, []
-    free = psutil.virtual_memory().available
+    if given is not None or not shares_memory:
+        return given, []
+    free, _ = free_memory()
     limit = max(free // _WORKSPACE_OF_SHARED, _LEAST_WORKSPACE_BYTES) // _MEBIBYTE * _MEBIBYTE
     return limit, [
         f"scratch memory of a kernel: at most {limit // _MEBIBYTE} MiB, since the GPU shares the "

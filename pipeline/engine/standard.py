@@ -38,7 +38,6 @@ from pipeline.export.contract import (
     dotted,
 )
 from pipeline.export.onnx_folder import load_graph, takes_plugin
-from trt_plugins.block_skip.aot import MIX, MIX_INDEXED, PRODUCT
 
 if TYPE_CHECKING:
     import onnx
@@ -60,7 +59,7 @@ def build(request: WorkerRequest, staging: Path) -> WorkerResult:
     offered = [] if request.plugin is None else load_plugin(library, request.plugin)
     if request.embed:
         _register_kernels(request)
-    request, onnx_path, notes = _graph_to_parse(
+    request, onnx_path, notes = graph_to_parse(
         request, staging, library.__version__, {creator.name for creator in offered}
     )
     said = list(notes)
@@ -139,7 +138,16 @@ def newest_profile() -> str:
         MissingPackageError: tensorrt is not installed.
     """
     library = load_library("tensorrt", "build an engine with standard TensorRT")
-    version = _parse_version(library.__version__)
+    return profile_for(library.__version__)
+
+
+def profile_for(version_text: str) -> str:
+    """The newest export profile that a TensorRT knows, by its version.
+
+    Raises:
+        InputError: it knows none.
+    """
+    version = _parse_version(version_text)
     oldest = PROFILES[DEFAULT_PROFILE].oldest_tensorrt
     if oldest is not None and version[:2] >= oldest:
         return DEFAULT_PROFILE
@@ -147,7 +155,7 @@ def newest_profile() -> str:
     return COMPAT
 
 
-def _graph_to_parse(
+def graph_to_parse(
     request: WorkerRequest, staging: Path, version: str, offered: set[str]
 ) -> tuple[WorkerRequest, Path, tuple[str, ...]]:
     """The graph this TensorRT must be given, what it holds, and what to note.
@@ -161,6 +169,8 @@ def _graph_to_parse(
     Raises:
         InputError: the plugin lacks an op that the graph holds codes in.
     """
+    if request.prepared:
+        return request, request.onnx_path, ()
     if request.plugin is not None:
         _require_ops(request, offered)
         if not prefers_functions(version):
@@ -243,6 +253,8 @@ def _write_split_graph(onnx_path: Path, folder: Path) -> Path:
 def _split_node(node: onnx.NodeProto) -> list[onnx.NodeProto]:
     """One block-skip node as its two products, which ask for embedded kernels."""
     from onnx import helper
+
+    from trt_plugins.block_skip.aot import MIX, MIX_INDEXED, PRODUCT
 
     x, a, b, *index = node.input
     latent = f"{node.output[0]}/latent"

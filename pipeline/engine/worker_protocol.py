@@ -44,6 +44,8 @@ class WorkerRequest:
         float_convs: of all others.
         timing_cache: file of how long kernels took in an earlier build; None for none.
         adopted: the plan is there already, beside the file that asks: made by another program.
+        prepared: the graph is as TensorRT must be given it, made so by `graph_to_parse` elsewhere:
+            this machine has no package onnx.
     """
 
     flavour: Flavour
@@ -65,6 +67,7 @@ class WorkerRequest:
     float_convs: tuple[str, ...] = ()
     timing_cache: Path | None = None
     adopted: bool = False
+    prepared: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for `request.json`."""

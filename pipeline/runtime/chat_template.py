@@ -7,6 +7,7 @@ noticing; that process starts while the model loads, and this one needs no jinja
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import json
@@ -20,6 +21,7 @@ from typing import Any
 from pipeline.child_process import ChildEndedError, JsonChild
 from pipeline.errors import InputError
 from pipeline.json_file import json_field, read_json_object, read_text_file
+from pipeline.runtime.child_watch import ChildWatch
 
 Message = dict[str, str]
 _FILES = ("chat_template.jinja", "chat_template.json")
@@ -28,6 +30,8 @@ _START = "import sys; sys.path += sys.argv[1:]; import template_process; templat
 # Of the processor; and by the clock, for a process that waits, which a template has no business to.
 _PROCESSOR_S = 3.0
 _WALL_S = 30.0
+# Of resident memory, where the process cannot be held to fewer addresses.
+_RESIDENT_BYTES = 1 << 30
 # A template may say everything several times, but not without end.
 _SPARE_CHARACTERS = 1 << 20
 _TIMES_LONGER = 4
@@ -45,6 +49,7 @@ class _ChatTemplate:
         self._source = source
         self._lock = threading.Lock()
         self._child: JsonChild | None = None
+        self._watch: ChildWatch | None = None
 
     def start(self) -> None:
         """Begin to compile, beside whatever this process does meanwhile."""
@@ -90,10 +95,12 @@ class _ChatTemplate:
     def _ask(self, **request: Any) -> dict[str, str]:
         child = self._running()
         try:
-            return child.ask(**request)
+            with self._watch or contextlib.nullcontext():
+                return child.ask(**request)
         except ChildEndedError as error:
+            why = f"it takes more than {self._watch.why}" if self._watch and self._watch.why else ""
             self._forget()
-            return {"refused": _why_ended(error)}
+            return {"refused": why or _why_ended(error)}
         except BaseException:  # what the process would answer next, nobody asked for
             self._forget()
             raise
@@ -106,6 +113,9 @@ class _ChatTemplate:
             weakref.finalize(self, self._child.close, at_once=True)
             limits = {"processor_s": _PROCESSOR_S, "wall_s": _WALL_S}
             self._child.send({"source": self._source, **limits})
+            if not _ends_itself():
+                pid, times_s = self._child.pid, (_PROCESSOR_S, _WALL_S)
+                self._watch = ChildWatch(pid, *times_s, _RESIDENT_BYTES)
         return self._child
 
     def _forget(self) -> None:
@@ -114,13 +124,19 @@ class _ChatTemplate:
             self._child = None
 
 
+def _ends_itself() -> bool:
+    """Whether the system holds a process to limits that it set itself; Windows does not."""
+    return hasattr(signal, "setitimer") and importlib.util.find_spec("resource") is not None
+
+
 def _why_ended(error: ChildEndedError) -> str:
     known = {
-        -signal.SIGPROF: f"it takes more than {_PROCESSOR_S:g} s of the processor",
-        -signal.SIGALRM: f"it takes more than {_WALL_S:g} s",
-        -signal.SIGKILL: "its process was killed, perhaps for its memory",
+        "SIGPROF": f"it takes more than {_PROCESSOR_S:g} s of the processor",
+        "SIGALRM": f"it takes more than {_WALL_S:g} s",
+        "SIGKILL": "its process was killed, perhaps for its memory",
     }
-    return known.get(error.status, f"its process ended with {error}")
+    names = {-number: number.name for number in signal.Signals}
+    return known.get(names.get(error.status, ""), f"its process ended with {error}")
 
 
 @functools.lru_cache(maxsize=4)

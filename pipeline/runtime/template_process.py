@@ -2,7 +2,8 @@
 
 The parent, `chat_template.py`, writes the template and then conversations, a JSON object a line.
 What takes too much of the processor is ended by the kernel, whatever it is in the midst of; what
-takes too much memory fails there. It imports nothing of this project, so that it starts in a blink.
+takes too much memory fails there. On Windows, which has no such limits, the parent looks after it.
+It imports nothing of this project, so that it starts in a blink.
 """
 
 from __future__ import annotations
@@ -114,8 +115,9 @@ def _environment() -> ImmutableSandboxedEnvironment:
 
 def _limit(processor_s: float, wall_s: float, characters: int) -> None:
     """Begin to count: time anew, and memory for so many characters of text; zeros end it."""
-    signal.setitimer(signal.ITIMER_PROF, processor_s)
-    signal.setitimer(signal.ITIMER_REAL, wall_s)
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_PROF, processor_s)
+        signal.setitimer(signal.ITIMER_REAL, wall_s)
     with contextlib.suppress(ImportError, ValueError, OSError):  # not every system has this limit
         import resource
 
@@ -172,9 +174,10 @@ def serve() -> None:
 def _be_mortal() -> None:
     """Leave Ctrl-C to the parent, end by the timers whatever it ignores, and say nothing."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    timers = (signal.SIGPROF, signal.SIGALRM)
-    for number in timers:
-        signal.signal(number, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, timers)
+    if hasattr(signal, "setitimer"):
+        timers = (signal.SIGPROF, signal.SIGALRM)
+        for number in timers:
+            signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, timers)
     silence = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 2)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline import __version__
-from pipeline.errors import PipelineError, UsageError, explain
+from pipeline.errors import InputError, PipelineError, UsageError, explain
 from pipeline.json_file import read_json_object
 from pipeline.terminal import aside, drop_stdout, guarded, safe_stdout
 
@@ -81,6 +81,31 @@ def _selftest(options: argparse.Namespace) -> None:
     print(f"the step runs {'as a CUDA graph' if session.is_captured else 'without a CUDA graph'}")
 
 
+def _build(options: argparse.Namespace) -> None:
+    """Build the engine of a bundle on this board, and test it as `selftest` does."""
+    from pipeline.runtime.device.build import build_bundle
+    from pipeline.runtime.device.bundle import require_whole
+    from pipeline.runtime.device.describe import describe, open_driver
+    from pipeline.runtime.device.engine import load_device_library
+
+    load_device_library()
+    driver, why_none = open_driver()
+    if driver is None:
+        raise InputError("An engine is built on the GPU that runs it.", observed=why_none)
+    require_whole(options.folder)
+    device = describe(driver)
+    del driver
+    build_bundle(
+        options.folder,
+        device,
+        aside,
+        plugin=options.plugin,
+        overwrite=options.overwrite,
+        timeout_s=options.timeout,
+    )
+    _selftest(options)
+
+
 def _describe(options: argparse.Namespace) -> None:
     """Say as JSON what this machine is; what cannot be found out is null."""
     from pipeline.runtime.device.describe import describe, open_driver
@@ -93,7 +118,8 @@ def _describe(options: argparse.Namespace) -> None:
 
 def _preflight(options: argparse.Namespace) -> None:
     """Say whether an engine can run here, or on a described device; exits with 3 or 4 if not."""
-    from pipeline.runtime.device.bundle import engine_of
+    from pipeline.runtime.device.build import check_build
+    from pipeline.runtime.device.bundle import engine_of, is_to_be_built
     from pipeline.runtime.device.describe import describe, open_driver
     from pipeline.runtime.device.preflight import check_device
 
@@ -104,6 +130,13 @@ def _preflight(options: argparse.Namespace) -> None:
         device = describe(driver)
     else:
         device = read_json_object(options.device)
+    if is_to_be_built(options.folder):
+        said = check_build(options.folder, device)
+        if options.json:
+            _print({"build": said})
+            return
+        print("\n".join([*said, "the engine of this bundle can be built here: `build` does it"]))
+        return
     found = check_device(engine_of(options.folder), device)
     if options.json:
         _print(found)
@@ -136,6 +169,7 @@ class _Parser(argparse.ArgumentParser):
 
 _VERBS: dict[str, Callable[[argparse.Namespace], None]] = {
     "run": _run, "selftest": _selftest, "preflight": _preflight, "describe": _describe,
+    "build": _build,
 }  # fmt: skip
 
 
@@ -151,10 +185,16 @@ def _make_parser() -> _Parser:
         if name != "describe":
             verb.add_argument("folder", type=Path, help="bundle, or engine folder")
             verb.add_argument("--json", action="store_true", help="JSON on stdout")
-    for name in ("run", "selftest"):
+    for name in ("run", "selftest", "build"):
         made[name].add_argument("--plugin", type=Path, help="block-skip library of the engine")
     made["preflight"].add_argument(
         "--device", type=Path, help="JSON of `describe` on another machine; this one without it"
+    )
+    made["build"].add_argument(
+        "--overwrite", action="store_true", help="replace the engine that is there"
+    )
+    made["build"].add_argument(
+        "--timeout", type=float, default=7200.0, help="most seconds of a build; default 7200"
     )
     _add_answer_options(made["run"])
     return parser

@@ -1,8 +1,10 @@
 """A bundle on the device: every file as it was packed, and the answers that it was packed with.
 
-bundle.json     hash of every file, and what the engine is
+bundle.json     hash of every file, and what the engine is, or how it is to be built
 skipcat-device  the program, to be run by python3
-engine/         plan, manifest, tokenizer, plugin library
+engine/         plan, manifest, tokenizer, plugin library; made by `skipcat-device build` of
+model/          graphs, weights, tokenizer
+plugin/         sources of the plugin library, and the library once it is there, in lib/
 selftest.json   prompts, their tokens, and what the model said of them in ONNX Runtime
 """
 
@@ -14,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.artefact import sha256_of_file
-from pipeline.errors import ValidationError
+from pipeline.errors import InputError, ValidationError
 from pipeline.json_file import json_field, read_json_object
 from pipeline.runtime.device.session import DeviceSession
 from pipeline.runtime.sessions.session import Session
@@ -22,6 +24,7 @@ from pipeline.runtime.tokenizer import TextTokenizer, load_tokenizer
 
 BUNDLE_FILE, REFERENCE_FILE = "bundle.json", "selftest.json"
 ENGINE_FOLDER, PROGRAM = "engine", "skipcat-device"
+MODEL_FOLDER, PLUGIN_FOLDER = "model", "plugin"
 # Of the likeliest tokens' logits, centred. Sums of float16 in another order stay above; weights,
 # positions or masks that are not the reference's do not.
 _LEAST_COSINE = 0.995
@@ -32,8 +35,25 @@ _ASK_AGAIN = "copy the bundle again, or make it again with `skipcat bundle`"
 
 
 def engine_of(folder: Path) -> Path:
-    """The engine folder of a bundle; any other folder is one itself."""
-    return folder / ENGINE_FOLDER if (folder / BUNDLE_FILE).is_file() else folder
+    """The engine folder of a bundle; any other folder is one itself.
+
+    Raises:
+        InputError: the bundle's engine is not built yet.
+    """
+    if not (folder / BUNDLE_FILE).is_file():
+        return folder
+    if is_to_be_built(folder):
+        raise InputError(
+            "The engine of this bundle is not built yet.",
+            where=folder,
+            change=f"python3 {folder / PROGRAM} build {folder}",
+        )
+    return folder / ENGINE_FOLDER
+
+
+def is_to_be_built(folder: Path) -> bool:
+    """Whether a bundle brings the graphs of an engine that is not there yet."""
+    return (folder / MODEL_FOLDER).is_dir() and not (folder / ENGINE_FOLDER).is_dir()
 
 
 def require_whole(folder: Path) -> None:

@@ -109,7 +109,7 @@ def check_device(folder: Path, device: dict[str, Any]) -> dict[str, Any]:
     board = Description(device)
     unknown = _require_same(manifest, board, folder)
     needed = needed_bytes(manifest, folder / MANIFEST_FILE)
-    _require_buffer(needed["plan"], board, folder)
+    require_buffer(needed["plan"], board, folder)
     available = board.free_bytes
     if available is None:
         unknown.append("free memory")
@@ -178,8 +178,17 @@ def _require_same(manifest: dict[str, Any], board: Description, folder: Path) ->
     return [what for what, (observed, _) in here.items() if observed is None]
 
 
-def _require_buffer(plan_bytes: int, board: Description, folder: Path) -> None:
-    """Raise ResourceError where the system cannot give the plan's weights in one piece."""
+def require_buffer(plan_bytes: int, board: Description, folder: Path) -> None:
+    """See that the system can give an engine's weights in one piece.
+
+    Args:
+        plan_bytes: of the engine's plan.
+        board: that it is to run on.
+        folder: of the engine, for the message.
+
+    Raises:
+        ResourceError: it cannot.
+    """
     total = json_field(board.memory, "total_bytes", int, _WHERE, default=None)
     is_small = total is not None and total <= SMALL_BOARD_BYTES
     if board.l4t == REFUSING_L4T and is_small and plan_bytes > LARGEST_BUFFER_BYTES:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,13 @@ def open_offloaded(
         ResourceError: memory does not hold the layers that do not stay on the GPU.
         UsageError: a folder or `backend` is of another kind, or the budget is too small.
     """
+    if not hasattr(os, "preadv"):
+        raise UsageError(
+            "Weights are read from disk layer by layer on Linux and macOS alone.",
+            where="--memory, --vram",
+            observed=f"a system '{os.name}', whose files are not read at a place",
+            change="run the model without them, or under WSL",
+        )
     budget_bytes = _budget_bytes(memory, vram)
     if threads is not None:
         torch.set_num_threads(threads)

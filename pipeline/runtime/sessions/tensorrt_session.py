@@ -47,6 +47,7 @@ from pipeline.runtime.sessions.engine_calls import (
 from pipeline.runtime.sessions.engine_interface import require_engine_interface
 from pipeline.runtime.sessions.engine_step import EngineStep
 from pipeline.runtime.sessions.onnx_session import token_feeds
+from pipeline.runtime.sessions.rtx_kernels import RuntimeCache
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -64,6 +65,7 @@ class _OpenEngine:
         library: the engine's TensorRT.
         torch: whose tensors it works on.
         engine: the weights, on the GPU.
+        kernels: that were compiled for it; None where the plan holds its kernels.
         keep: what must outlive the engine.
     """
 
@@ -71,6 +73,7 @@ class _OpenEngine:
     library: Any
     torch: Any
     engine: trt.ICudaEngine
+    kernels: RuntimeCache | None = None
     keep: tuple[Any, ...] = ()
 
     def make_context(self, profile: int, stream: int) -> trt.IExecutionContext:
@@ -84,12 +87,13 @@ class _OpenEngine:
             ResourceError: there is no memory for one.
         """
         strategy = self.library.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE
-        if self.manifest["target"]["flavour"] == "rtx":
+        if self.kernels is not None:
             config: Any = self.engine.create_runtime_config()
             config.set_execution_context_allocation_strategy(strategy)
             config.dynamic_shapes_kernel_specialization_strategy = (
                 self.library.DynamicShapesKernelSpecializationStrategy.EAGER
             )
+            self.kernels.lend(config)
             context = self.engine.create_execution_context(config)
         else:
             context = self.engine.create_execution_context(strategy)
@@ -128,7 +132,8 @@ def open_engine(
     runtime = library.Runtime(logger)
     # How the reader of TensorRT for RTX behaves has not been seen.
     engine = read_plan(library, runtime, folder / PLAN_FILE, streams=flavour != "rtx")
-    return _OpenEngine(manifest, library, torch, engine, (runtime, logger))
+    kernels = RuntimeCache(engine, folder) if flavour == "rtx" else None
+    return _OpenEngine(manifest, library, torch, engine, kernels, (runtime, logger))
 
 
 class TensorRTSession(CheckedSession):
@@ -166,6 +171,7 @@ class TensorRTSession(CheckedSession):
         self._contexts = [
             self._opened.make_context(index, handle) for index in range(len(self._profiles))
         ]
+        self._kernels = self._opened.kernels  # to be let go after the contexts
         self._stream.synchronize()
         self._buffers: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self._step: EngineStep | None = None

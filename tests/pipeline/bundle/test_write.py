@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from pipeline.errors import InputError, UsageError
 from pipeline.runtime.device.bundle import require_reference
 from pipeline.runtime.device.engine import open_engine
 from pipeline.runtime.device.session import DeviceSession
+from tests.support.bundles import contents, program
 from tests.support.fake_gpu.board import Board, board, board_engine
 from tests.support.tiny_decoder import shared_export
 
@@ -30,24 +30,6 @@ __all__ = ["board"]
 def bundle(board: Board, folder: Path, profile: str = "opset24") -> Path:
     write_bundle(board_engine(profile, board), shared_export(profile), folder)
     return folder
-
-
-def program(
-    board: Board, folder: Path, *arguments: object, python: str = sys.executable
-) -> subprocess.CompletedProcess[str]:
-    """The bundle's own program, elsewhere than in this checkout."""
-    return subprocess.run(
-        [python, str(folder / "skipcat-device"), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env=board.environment(),
-        cwd=folder.parent,
-    )
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    files = (path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 def sign(folder: Path) -> None:

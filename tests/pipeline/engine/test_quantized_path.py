@@ -18,7 +18,7 @@ from pipeline.compress.run import compress_to_folder
 from pipeline.engine.build import build_engine
 from pipeline.engine.paths import _quantized_path, paths_taken
 from pipeline.engine.plan import EngineRequest
-from pipeline.engine.standard import _graph_to_parse, _require_ops
+from pipeline.engine.standard import _require_ops, graph_to_parse
 from pipeline.engine.target import Target
 from pipeline.engine.worker_protocol import WorkerRequest
 from pipeline.errors import InputError
@@ -129,7 +129,7 @@ def request_of(exported: Path, **fields: Any) -> WorkerRequest:
 
 def graph_given(request: WorkerRequest, staging: Path, offered: set[str]) -> Any:
     """What TensorRT 10.3 would be given, and what the request then says of it."""
-    holds, path, notes = _graph_to_parse(request, staging, "10.3.0", offered)
+    holds, path, notes = graph_to_parse(request, staging, "10.3.0", offered)
     return load_graph(path), holds, notes
 
 

@@ -148,4 +148,4 @@ def open_with_torch(folder: Path, board: Board) -> _OpenEngine:
     runtime = tensorrt.Runtime(logger)
     engine = runtime.deserialize_cuda_engine((folder / "engine.plan").read_bytes())
     faked: Any = TorchOnBoard(board.driver())
-    return _OpenEngine(check_manifest(folder), tensorrt, faked, engine, (runtime, logger))
+    return _OpenEngine(check_manifest(folder), tensorrt, faked, engine, keep=(runtime, logger))
