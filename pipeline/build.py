@@ -22,6 +22,7 @@ from pipeline.model.task import refuse_other_tasks, task_of_model
 from pipeline.output import check_output, real_path
 from pipeline.progress import note
 from pipeline.stages import Stages, holds_something, read_build_record
+from pipeline.workers.workers import open_workers
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -97,7 +98,12 @@ Build = Stages[BuildRequest]
 
 
 def build(
-    request: BuildRequest, folder: Path, *, overwrite: bool = False, resume: bool = False
+    request: BuildRequest,
+    folder: Path,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    workers: str | None = None,
 ) -> tuple[Build, Target, Ledger]:
     """Compress, export, build the engine and validate, into sub-folders of `folder`.
 
@@ -107,6 +113,7 @@ def build(
             when weights are in low-bit formats for ONNX Runtime.
         overwrite: start afresh if it exists.
         resume: keep the stages that an earlier run of the same request finished.
+        workers: who computes what is independent in `compress`, as its `--workers` says.
 
     Returns:
         The build's record, its target, and the ledger, whatever its verdict.
@@ -127,7 +134,7 @@ def build(
     try:
         with FolderLock(real_path(folder)):
             state = _open(request, folder, resume=resume)
-            return state, target, _run_stages(state, target, exports, resume=resume)
+            return state, target, _run_stages(state, target, exports, workers, resume=resume)
     except Exception as error:
         shortage = shortage_of(error, folder)
         if shortage is None:
@@ -136,7 +143,12 @@ def build(
 
 
 def _run_stages(
-    state: Build, target: Target, exports: dict[str, ExportRequest], *, resume: bool
+    state: Build,
+    target: Target,
+    exports: dict[str, ExportRequest],
+    workers: str | None,
+    *,
+    resume: bool,
 ) -> Ledger:
     """Each stage in its folder, unless it is finished."""
     from validate.artefacts import Artefacts
@@ -144,11 +156,12 @@ def _run_stages(
     from validate.run import validate
 
     request, folder = state.request, state.folder
-    state.run(
-        "compress",
-        "checkpoint",
-        lambda path: compress_to_folder(request.compress, path, resume=resume),
-    )
+
+    def compress_stage(path: Path) -> dict[str, Any]:
+        with open_workers(workers) as own:
+            return compress_to_folder(request.compress, path, resume=resume, workers=own)
+
+    state.run("compress", "checkpoint", compress_stage)
     checkpoint = folder / "checkpoint"
     for path, wanted in exports.items():
         _export(state, checkpoint, path, wanted)

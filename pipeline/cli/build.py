@@ -50,6 +50,7 @@ _evaluation_options = options.apply(
 @_evaluation_options
 @options.trust_remote_code
 @options.own_threads
+@options.workers
 @options.overwrite
 @options.resume
 @options.json_output
@@ -60,6 +61,7 @@ def command(
     eval_text: str,
     eval_windows: int,
     eval_length: int,
+    workers: str | None,
     overwrite: bool,
     resume: bool,
     as_json: bool,
@@ -80,7 +82,7 @@ def command(
     compress.check()
     folder = output or _default_folder(resolve_source(compress.model).label, compress)
     request = BuildRequest(compress, target, max_length, eval_text, eval_windows, eval_length)
-    state, _, ledger = build(request, folder, overwrite=overwrite, resume=resume)
+    state, _, ledger = build(request, folder, overwrite=overwrite, resume=resume, workers=workers)
     if as_json:
         record = read_json_object(folder / "build.json")
         click.echo(json.dumps(record | {"ledger": ledger.to_json()}, indent=2))
