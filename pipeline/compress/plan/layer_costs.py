@@ -32,6 +32,8 @@ from pipeline.quantize.formats import Format
 # Of the sensitivities, which are estimated from few tokens.
 _SENSITIVITY_SHRINKAGE = 0.1
 _NEXT_TO_NOTHING = 1e-12
+# Through a layer and back; of a large vocabulary the logits of so many are held.
+_TOKENS_AT_ONCE = 1024
 _JOIN = "+"
 
 
@@ -164,7 +166,10 @@ class LayerCosts:
         """
         missing = [i for i, layer in enumerate(layers) if layer.name not in self.finished]
         if missing:
-            sweep = BackwardSweep(model, layers, tokens, self.folder / "sweep", seed=wanted.seed)
+            rows = max(1, _TOKENS_AT_ONCE // tokens.shape[1])
+            sweep = BackwardSweep(
+                model, layers, tokens, self.folder / "sweep", seed=wanted.seed, batch_size=rows
+            )
             back = range(sweep.forward(missing[-1]), missing[0] - 1, -1)
             for index in track(back, "sensitivity, backward"):
                 moments = sweep.backward(index)
