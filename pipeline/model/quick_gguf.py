@@ -32,18 +32,18 @@ class _QuickReader(GGUFReader):
         if kind not in (*self.gguf_scalar_to_np, GGUFValueType.STRING) or not count:
             return super()._get_field_parts(orig_offs, raw_type)
         parts: list[Any] = [np.array([kind], np.uint32), np.array([count], np.uint64)]
+        places = range(2, 2 + count)
         if kind == GGUFValueType.STRING:
-            strings, places = self._strings(start, count), range(3, 3 + 2 * count, 2)
+            parts, places = parts + self._strings(start, count), range(3, 3 + 2 * count, 2)
         else:
             values = np.asarray(self._get(start, self.gguf_scalar_to_np[kind], count))
-            strings, places = [values[i : i + 1] for i in range(count)], range(2, 2 + count)
-        size = _LIST_HEAD.size + sum(part.nbytes for part in strings)
+            parts += [values[i : i + 1] for i in range(count)]
         kinds = [GGUFValueType.ARRAY, GGUFValueType(kind)]
-        return size, parts + strings, list(places), kinds
+        return sum(part.nbytes for part in parts), parts, list(places), kinds
 
-    def _strings(self, start: int, count: int) -> list[memoryview]:
+    def _strings(self, start: int, count: int) -> list[Any]:
         """Of each string its length, in eight bytes, and its own."""
-        whole, parts = memoryview(self.data), []
+        whole, parts = self.data.data, []
         for _ in range(count):
             (length,) = _LENGTH.unpack_from(whole, start)
             begin, end = start + _LENGTH.size, start + _LENGTH.size + length

@@ -14,7 +14,7 @@ from pipeline.model.quick_gguf import _QuickReader, quick_gguf
 from tests.support.families import tiny_model
 from tests.support.gguf_files import write_llama_gguf
 
-LISTS = {
+LISTS: dict[str, list[Any]] = {
     "words": ["one", "", "d\u00e9j\u00e0 vu", "\u4e2d"], "single": ["alone"],
     "whole": [-3, 0, 7], "broken": [0.5, -1.25], "flags": [True, False],
 }  # fmt: skip
