@@ -7,7 +7,7 @@ import torch
 from pipeline.calibrate.precision import fast
 
 _LARGEST_NORM = 10.0
-_BLOCK = 256
+_BLOCK = 128
 
 
 def _rows_of(inputs: torch.Tensor) -> torch.Tensor:

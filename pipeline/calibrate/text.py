@@ -16,10 +16,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
 from pipeline.artefact import sha256_of_file
+from pipeline.calibrate.precision import fast_steps
 from pipeline.errors import InputError, MissingPackageError, first_line
 from pipeline.progress import track
 from pipeline.provenance import public_name
@@ -105,8 +107,10 @@ def load_tokens(
         ]
         return _mixed(batches, spec, seed)
     if spec == "self":
-        tokens = _generate_windows(model, tokenizer, count=count, length=length, seed=seed)
-        return TokenBatch(tokens, "self", seed, {"text": "sampled from the model, temperature 1"})
+        with fast_steps(model) as rounded:
+            tokens = _generate_windows(model, tokenizer, count=count, length=length, seed=seed)
+        how = "sampled from the model, temperature 1" + ", products in bfloat16" * rounded
+        return TokenBatch(tokens, "self", seed, {"text": how})
     if set(spec.split("+")) <= set(_HUB_DATASETS):
         stream, details = _hub_stream(spec, tokenizer, count, length), {"datasets": spec}
     else:
@@ -253,7 +257,9 @@ def _hub_stream(
 
 
 # The cache of all sequences sampled together is held at once.
-_TOKENS_AT_ONCE = 32768
+_TOKENS_AT_ONCE = 16384
+# Words whose chances are summed before any of them is looked at.
+_WORDS_AT_ONCE = 256
 
 
 @torch.no_grad()
@@ -287,7 +293,8 @@ def _generate_windows(
         return start
     batches = start.split(max(1, _TOKENS_AT_ONCE // length))
     steps = track(range((length - start.shape[1]) * len(batches)), "sampling text, token")
-    windows = [_continued(model, batch, length, ~is_word, generator, steps) for batch in batches]
+    never = ids[~is_word]
+    windows = [_continued(model, batch, length, never, generator, steps) for batch in batches]
     return torch.cat(windows)
 
 
@@ -307,7 +314,7 @@ def _continued(
         model: in evaluation mode.
         windows: the beginnings.
         length: above S.
-        excluded: bool [V], the words that are never drawn.
+        excluded: int64 [E], the words that are never drawn.
         generator: draws.
         steps: moved on by one at each token.
     """
@@ -315,10 +322,10 @@ def _continued(
     cache.layers = [
         _ReservedLayer(length) if type(layer) is DynamicLayer else layer for layer in cache.layers
     ]
-    new = windows
+    new, vocabulary = windows, model.config.get_text_config().vocab_size
     while windows.shape[1] < length:
         output = model(input_ids=new, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        logits = output.logits[:, -1, : len(excluded)].float().masked_fill(excluded, -torch.inf)
+        logits = output.logits[:, -1, :vocabulary].float().index_fill_(1, excluded, -torch.inf)
         new = _drawn(logits.softmax(dim=-1), generator)
         windows = torch.cat([windows, new], dim=1)
         next(steps, None)
@@ -328,8 +335,7 @@ def _continued(
 def _drawn(chances: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """A word of each row, drawn with the chances that the row holds.
 
-    One number is drawn for a row; `torch.multinomial` draws one for each word of it, which takes
-    longer than the model's head.
+    One number for a row and one look into a block: one for each word takes longer than the head.
 
     Args:
         chances: float [B, V]; those of a row have any sum above 0.
@@ -338,9 +344,33 @@ def _drawn(chances: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     Returns:
         int64 [B, 1].
     """
-    sums = chances.cumsum(dim=-1, dtype=torch.float64)
-    level = torch.rand(len(chances), 1, dtype=torch.float64, generator=generator) * sums[:, -1:]
-    return torch.searchsorted(sums, level, right=True).clamp_max(chances.shape[-1] - 1)
+    missing = -chances.shape[-1] % _WORDS_AT_ONCE
+    padded = F.pad(chances, (0, missing)) if missing else chances
+    blocks = padded.unflatten(-1, (-1, _WORDS_AT_ONCE))
+    share = torch.rand(len(chances), 1, dtype=torch.float64, generator=generator)
+    block, share = _place(blocks.sum(dim=-1).double(), share)
+    word, _ = _place(blocks[torch.arange(len(blocks)), block[:, 0]].double(), share)
+    return block * _WORDS_AT_ONCE + word
+
+
+def _place(chances: torch.Tensor, share: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where a share of all chances is reached, and which share of the one there that takes.
+
+    Args:
+        chances: float64 [B, N].
+        share: float64 [B, 1], in [0, 1).
+
+    Returns:
+        int64 [B, 1], never of one without a chance; float64 [B, 1], in [0, 1).
+    """
+    sums = chances.cumsum(dim=-1)
+    total = sums[:, -1:]
+    level = torch.minimum(share * total, torch.nextafter(total, torch.zeros_like(total)))
+    # Of what is no number the last: the layers' inputs are looked at later, and named.
+    place = torch.searchsorted(sums, level, right=True).clamp_max(sums.shape[-1] - 1)
+    own = chances.gather(1, place)
+    left = (level - (sums.gather(1, place) - own)) / own
+    return place, left.clamp(0, 1 - torch.finfo(torch.float64).eps)
 
 
 class _ReservedLayer(DynamicLayer):

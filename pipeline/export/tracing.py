@@ -22,6 +22,8 @@ from unittest.mock import patch
 import numpy as np
 import onnx_ir as ir
 import torch
+from onnxscript.rewriter import MatchResult
+from onnxscript.rewriter.pattern import SimplePatternMatcher
 from torch import nn
 
 # A private module, for there is no public one: torch.onnx.export makes its registry by itself.
@@ -39,6 +41,7 @@ from pipeline.export.passes.weights import StoredCodes
 
 _Pass = Callable[[ir.Model], Mapping[str, int]]
 _REGISTRY_OF = ONNXRegistry.from_torchlib
+_MATCH = SimplePatternMatcher.match
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,8 @@ def traced_graph(
         with _attending(model), _quiet_exporter(), torch.no_grad():
             if rehearse:
                 step(*inputs)
-            with _linears_as_nodes(), int8_as_nodes(model), _one_registry():
+            quick = patch.object(SimplePatternMatcher, "match", _match)
+            with _linears_as_nodes(), int8_as_nodes(model), _one_registry(), quick:
                 program = torch.onnx.export(
                     step.eval(), inputs, dynamo=True, optimize=True, verify=False, **keywords
                 )
@@ -193,6 +197,21 @@ def _one_registry() -> contextlib.AbstractContextManager[object]:
 @functools.cache
 def _registry(opset_version: int) -> ONNXRegistry:
     return _REGISTRY_OF(opset_version=opset_version)
+
+
+def _match(
+    matcher: SimplePatternMatcher, model: ir.Model, graph: Any, node: ir.Node, **how: Any
+) -> MatchResult:
+    """As onnxscript matches, but where the node is of another operator than the pattern's first.
+
+    For a pattern of several outputs it sorts all nodes of the graph before it looks at this one,
+    which takes time by the square of their number.
+    """
+    outputs = matcher.pattern.output_nodes
+    wanted = outputs[0].op_identifier() if len(outputs) > 1 else None
+    if wanted is not None and wanted[:2] != node.op_identifier()[:2]:
+        return MatchResult().fail("Another operator.")
+    return _MATCH(matcher, model, graph, node, **how)
 
 
 def _linear(self: nn.Linear, x: torch.Tensor) -> torch.Tensor:

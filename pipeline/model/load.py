@@ -34,6 +34,7 @@ from pipeline.model.loading import (
     silence_transformers,
 )
 from pipeline.model.numbers import require_finite_model
+from pipeline.model.quick_gguf import quick_gguf
 from pipeline.model.source import Source, resolve_source
 from pipeline.model.structure import refuse_other_architectures
 from pipeline.model.task import (
@@ -98,7 +99,7 @@ def load_model(
     refuse_long_windows("--window-length", window_length, preview.config)
     if dtype is None:
         dtype = _held_dtype(preview, stream_weights)
-    with _explaining(source), _quiet_gguf():
+    with _explaining(source), _quiet_gguf(), quick_gguf():
         model, info = AutoModelForCausalLM.from_pretrained(
             source.location,
             config=preview.config,
@@ -142,7 +143,7 @@ def preview_model(name: str, *, trust_remote_code: bool = False) -> _Preview:
     silence_transformers()
     know_own_classes()
     keywords = _loading_keywords(source, trust_remote_code)
-    with _explaining(source):
+    with _explaining(source), quick_gguf():
         if source.gguf_file:
             check_gguf(Path(source.location) / source.gguf_file)
         config = AutoConfig.from_pretrained(source.location, **keywords)

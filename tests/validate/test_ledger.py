@@ -29,6 +29,7 @@ from tests.support.ledger_stages import (
 )
 from tests.support.old_objects import old_objects_set_aside
 from tests.support.tiny_decoder import byte_tokenizer, tiny_llama
+from validate.compare import StageLogits
 from validate.greedy import GreedyAgreement, GreedyTrace, Question
 from validate.record import Ledger
 from validate.report import _render_html, print_ledger, reported
@@ -344,3 +345,19 @@ def test_answers_that_part_at_a_tie_do_not_fail() -> None:
     assert "after 1 tokens" in sure.complaints(1e-3)[0]
     lost = GreedyAgreement.of("other", traces(1, float("nan")), traces(2, None))
     assert lost.complaints(1e-3)
+
+
+def test_figures_that_only_unseen_messages_have_are_not_computed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    logits = np.random.default_rng(0).normal(size=(1, 4, 9)).astype(np.float32)
+    stages = [
+        StageLogits.of(name, lambda ids: logits, [np.zeros((1, 4), np.int64)]) for name in "ab"
+    ]
+    expected = stages[0].compare(stages[1], Tolerance(min_cosine=0.5))
+
+    def refuse(*arguments: object, **settings: object) -> None:
+        raise AssertionError("a quantile was computed")
+
+    monkeypatch.setattr(np, "quantile", refuse)
+    assert stages[0].compare(stages[1], Tolerance(min_cosine=0.5)) == expected

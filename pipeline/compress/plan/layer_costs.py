@@ -33,6 +33,8 @@ from pipeline.model.structure import Group, Layer
 from pipeline.progress import track
 from pipeline.workers.workers import IN_PROCESS, InOrder, Result, Workers
 
+# Through a layer and back; of a large vocabulary the logits of so many are held.
+_TOKENS_AT_ONCE = 1024
 _JOIN = "+"
 
 
@@ -124,7 +126,10 @@ class LayerCosts:
         workers: Workers,
     ) -> None:
         """Measure the missing layers, the last one first."""
-        sweep = BackwardSweep(model, layers, tokens, self.folder / "sweep", seed=wanted.seed)
+        rows = max(1, _TOKENS_AT_ONCE // tokens.shape[1])
+        sweep = BackwardSweep(
+            model, layers, tokens, self.folder / "sweep", seed=wanted.seed, batch_size=rows
+        )
 
         def finish(key: tuple[int, dict[str, torch.Tensor]], costs: list[StackCosts]) -> None:
             index, kept = key

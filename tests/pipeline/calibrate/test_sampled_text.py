@@ -4,7 +4,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from pipeline.calibrate.text import _drawn, _generate_windows
+from pipeline.calibrate import precision, text
+from pipeline.calibrate.text import _drawn, _generate_windows, load_tokens
 from tests.support.families import tiny_model
 from tests.support.tiny_decoder import byte_tokenizer
 
@@ -115,10 +116,35 @@ def test_the_text_is_what_the_model_says_without_a_cache(
     assert torch.equal(_generate_windows(model, tokenizer, count=3, length=24, seed=4), expected)
 
 
-def test_words_are_drawn_as_often_as_their_chances_say() -> None:
+@pytest.mark.parametrize("block", [1, 2, 4, 256])
+def test_words_are_drawn_as_often_as_their_chances_say(
+    block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(text, "_WORDS_AT_ONCE", block)
     chances = torch.tensor([0.0, 1.0, 0.0, 3.0, 4.0, 0.0]) / 8
     drawn = _drawn(chances.expand(8000, -1), torch.Generator().manual_seed(0)).flatten()
     # Four standard deviations of a count of 8000 draws.
     expected = 8000 * chances
     misses = (drawn.bincount(minlength=6) - expected).abs()
     assert (misses <= 4 * (expected * (1 - chances)).sqrt()).all()
+
+
+def test_no_draw_is_of_a_word_without_a_chance_whatever_was_drawn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    chances = torch.zeros(4, 600)
+    chances[:, 300], chances[:, 310] = 1e-30, 3.0
+    shares = torch.tensor([[0.0], [0.5], [1 - 2**-53], [1.0]], dtype=torch.float64)
+    monkeypatch.setattr(torch, "rand", lambda *_, **__: shares)
+    assert _drawn(chances, torch.Generator()).flatten().tolist() == [300, 310, 310, 310]
+
+
+@pytest.mark.parametrize("has_units", [False, True])
+def test_text_says_whether_products_were_rounded_where_that_is_faster(
+    has_units: bool, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast,
+    windows: torch.Tensor, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(precision, "_has_bfloat16_units", lambda: has_units)
+    batch = load_tokens("self", tokenizer, model, count=COUNT, length=LENGTH, seed=0)
+    assert batch.details["text"].endswith("products in bfloat16") is has_units
+    assert torch.equal(batch.tokens, windows) is not has_units

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from pipeline.calibrate.fisher import BackwardSweep
 from pipeline.calibrate.layer_stream import LayerStream
 from pipeline.compress.finished_layers import FinishedLayers
 from pipeline.compress.methods import Fit
+from pipeline.compress.plan import layer_costs
 from pipeline.compress.plan.group_costs import _SENSITIVITY_SHRINKAGE, CostRequest
 from pipeline.compress.plan.layer_costs import LayerCosts
 from pipeline.compress.plan.rank_search import searched_plan, stacks_of
@@ -27,6 +28,13 @@ from tests.support.tiny_survey import TOKENS, calibrated, divergence, surveyed
 
 SETTINGS = {"seed": 0, "text": "abc"}
 LAYERS = 4
+
+
+@pytest.fixture(autouse=True, scope="module")
+def two_rows_at_once() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layer_costs, "_TOKENS_AT_ONCE", 2 * TOKENS.shape[1])
+        yield
 
 
 def measured(folder: Path, **changes: Any) -> LayerCosts:
