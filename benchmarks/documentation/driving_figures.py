@@ -56,16 +56,17 @@ def _ladder(found: _Json) -> list[str]:
     return table(["", "bits", *_HEADINGS, "won back"], cells())
 
 
-def _alone(found: _Json) -> _Json:
-    """The row of one thread."""
-    return only_row(found["rows"], threads=1)
+def _row(found: _Json, threads: int = 1) -> _Json:
+    """The row of so many threads."""
+    return only_row(found["rows"], threads=threads)
 
 
 _CPU = ("driving_cpu",)
 DRIVING_FIGURES = {
-    "driving/cpu-float": Figure(_CPU, lambda found: [f"{_alone(found)['ms']['float32']:.1f}"]),
-    "driving/cpu-int8": Figure(_CPU, lambda found: [f"{_alone(found)['ms']['int8']:.1f}"]),
-    "driving/cpu-ratio": Figure(_CPU, lambda found: [f"{_alone(found)['times_as_fast']:.2f}"]),
+    "driving/cpu-float": Figure(_CPU, lambda found: [f"{_row(found)['ms']['float32']:.1f}"]),
+    "driving/cpu-int8": Figure(_CPU, lambda found: [f"{_row(found)['ms']['int8']:.1f}"]),
+    "driving/cpu-two": Figure(_CPU, lambda found: [f"{_row(found, 2)['times_as_fast']:.2f}"]),
+    "driving/cpu-ratio": Figure(_CPU, lambda found: [f"{_row(found)['times_as_fast']:.2f}"]),
     "driving/training": Figure(("driving_training",), _training),
     "driving/minutes": Figure(("driving_training",), _minutes),
     "driving/camvid": Figure(("driving_camvid",), _training),

@@ -22,7 +22,7 @@ from pipeline.lazy import imported
 from pipeline.quantize.formats import Format
 from pipeline.quantize.groupwise import Blocks
 
-# Memory, measured at 1024 to 4096 wide: float64 numbers for each of these, and with formats.
+# Memory, measured at 1024 to 4096 wide: float64 numbers for each of these; times with formats.
 _OF_MOMENTS, _OF_MATRICES, _WITH_FORMATS = 0.9, 9.0, 1.75
 _SMALL_BYTES = 1 << 26
 
@@ -95,7 +95,7 @@ def fit_group(
 
 
 def fit_bytes(group: GroupPlan, heights: Sequence[int]) -> int:
-    """Memory that `fit_group` takes beside its arguments, at most.
+    """Memory that `fit_group` takes beside its arguments, about.
 
     Args:
         group: form, rank and formats.

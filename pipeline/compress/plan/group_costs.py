@@ -21,7 +21,7 @@ from pipeline.compress.plan.quantization_costs import StackCost
 from pipeline.compress.request import CompressRequest
 from pipeline.quantize.formats import Format
 
-# Memory, measured at 1024 to 4096 wide: float64 numbers for each of these, and with formats.
+# Memory, measured at 1024 to 4096 wide: float64 numbers for each of these; times with formats.
 _OF_MOMENTS, _OF_SPECTRA, _WITH_FORMATS = 1.9, 4.8, 2.75
 _SMALL_BYTES = 1 << 26
 # Of the sensitivities, which are estimated from few tokens.
@@ -106,7 +106,7 @@ def group_costs(
 
 
 def cost_bytes(columns: int, heights: Sequence[int], wanted: CostRequest) -> int:
-    """Memory that `group_costs` takes beside its arguments, at most.
+    """Memory that `group_costs` takes beside its arguments, about.
 
     Args:
         columns: n.
