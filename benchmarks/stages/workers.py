@@ -6,8 +6,8 @@
 
 A random Llama is surveyed and compressed (ranks, one shot) by one process with as many threads as
 the workers have together, and by the workers, in turns. Each row has the wall clock of both, the
-seconds that the workers' tasks took, and what the linear model says: tasks over workers, and what
-the head does beside them. `--predict` scales the tasks of the last row to another shape.
+seconds that the workers' tasks took, and what the linear model says: those and the head's own,
+over as many cores as there are workers. `--predict` scales the tasks of the last row to another shape.
 """
 
 from __future__ import annotations
@@ -114,14 +114,16 @@ def _measured(model: PreTrainedModel, tokens: torch.Tensor, workers: Workers) ->
     layers, batch = decoder_structure(model), TokenBatch(tokens, "random", 0)
     with tempfile.TemporaryDirectory() as folder:
         costs, started = LayerCosts(Path(folder), {}), time.monotonic()
+        used = time.process_time()
         costs.measure(model, layers, tokens, CostRequest(), workers)
         surveyed = time.monotonic()
         plan = searched_plan(layers, costs.curves, _KEPT)
         ready = CalibratedDecoder.at_hand(model, layers, batch, costs, workers=workers)
         walked = time.monotonic()
         compress_(ready, plan, dtype=torch.float32, fit=Fit())
-        ended = time.monotonic()
+        ended, used = time.monotonic(), time.process_time() - used
     return {
+        "own_cpu_seconds": round(used, 2),
         "survey_seconds": round(surveyed - started, 2),
         "walk_seconds": round(ended - walked, 2),
         "seconds": round(surveyed - started + ended - walked, 2),
@@ -186,7 +188,8 @@ def _by_workers(model: PreTrainedModel, tokens: torch.Tensor, count: int) -> dic
         for started in [workers.submit("start", sum, [i]) for i in range(2 * count)]:
             started.get()
         found, told = _measured(model, tokens, workers), workers.describe()
-    model_seconds = told["task_seconds"] / count
+    # The head has no core of its own here: it and the workers share as many as there are workers.
+    model_seconds = (told["task_seconds"] + found["own_cpu_seconds"]) / count
     return {
         "workers": found,
         "tasks": told,
