@@ -7,7 +7,8 @@
 A random Llama is surveyed and compressed (ranks, one shot) by one process with as many threads as
 the workers have together, and by the workers, in turns. Each row has the wall clock of both, the
 seconds that the workers' tasks took, and what the linear model says: those and the head's own,
-over as many cores as there are workers. `--predict` scales the tasks of the last row to another shape.
+over as many cores as there are workers. `--predict` scales the tasks of the last row to another
+shape.
 """
 
 from __future__ import annotations
