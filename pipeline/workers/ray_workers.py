@@ -62,15 +62,7 @@ def opened(place: str, count: int | None, threads: int) -> Iterator[Workers]:
     """
     ray = _ray()
     try:
-        context = ray.init(**_settings(place, count, threads))
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
-        raise UsageError(
-            "No Ray cluster answers there.",
-            where=f"--workers {place}",
-            observed=str(error).splitlines()[0] if str(error) else type(error).__name__,
-            change="begin one with `ray start --head`, or pass --workers local",
-        ) from error
-    try:
+        context = _connected(ray, place, _settings(place, count, threads))
         workers = _RayWorkers(ray, threads)
         workers.require_alike()
         note(workers.summary(getattr(context, "dashboard_url", None)))
@@ -79,11 +71,22 @@ def opened(place: str, count: int | None, threads: int) -> Iterator[Workers]:
         ray.shutdown()
 
 
+def _connected(ray: Any, place: str, settings: dict[str, Any]) -> Any:
+    """What `ray.init` returns; UsageError where no cluster answers."""
+    try:
+        return ray.init(**settings)
+    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+        raise UsageError(
+            "No Ray cluster answers there.",
+            where=f"--workers {place}",
+            observed=str(error).strip().partition("\n")[0] or type(error).__name__,
+            change="begin one with `ray start --head`, or pass --workers local",
+        ) from error
+
+
 def _ray() -> Any:
     """The module; it tells nobody that it is used."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # What a task is charged for in threads is what it may use; a worker says so itself.
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:
         import ray
     except ModuleNotFoundError as error:
