@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline.export.contract import DEQUANTIZE
 from pipeline.machine import cpu_flags
 
 _MIDDLE = 128
-_CODED = "DequantizeLinear"
 _DOT_PRODUCTS = {"avx512_vnni", "avx_vnni"}
 _SIGNED = ".signed"
 
@@ -35,7 +35,7 @@ def signed_kernels(path: Path) -> bytes | None:
         The graph, which holds these kernels itself and leaves all else in the external data.
     """
     content = path.read_bytes()
-    if _CODED.encode() not in content:
+    if DEQUANTIZE.encode() not in content:
         return None
     import onnx
     from onnx import numpy_helper
@@ -49,7 +49,7 @@ def signed_kernels(path: Path) -> bytes | None:
     found = [
         node
         for node in model.graph.node
-        if node.op_type == _CODED
+        if node.op_type == DEQUANTIZE
         and len(node.input) == 3
         and {node.input[0], node.input[2]} <= stored.keys()
         and stored[node.input[0]].data_type == onnx.TensorProto.UINT8
