@@ -20,8 +20,8 @@ LISTS: dict[str, list[Any]] = {
 }  # fmt: skip
 
 
-def written(path: Path, endianess: gguf.GGUFEndian = gguf.GGUFEndian.LITTLE) -> Path:
-    writer = gguf.GGUFWriter(path, "llama", endianess=endianess)
+def written(path: Path, order: gguf.GGUFEndian = gguf.GGUFEndian.LITTLE) -> Path:
+    writer = gguf.GGUFWriter(path, "llama", endianess=order)
     writer.add_uint32("llama.number", 17)
     for name, values in LISTS.items():
         writer.add_array(f"llama.{name}", values)
@@ -34,11 +34,11 @@ def written(path: Path, endianess: gguf.GGUFEndian = gguf.GGUFEndian.LITTLE) -> 
     return path
 
 
-@pytest.mark.parametrize("endianess", list(gguf.GGUFEndian))
+@pytest.mark.parametrize("order", list(gguf.GGUFEndian))
 def test_every_field_and_tensor_is_what_ggufs_own_reader_finds(
-    tmp_path: Path, endianess: gguf.GGUFEndian
+    tmp_path: Path, order: gguf.GGUFEndian
 ) -> None:
-    path = written(tmp_path / "a.gguf", endianess)
+    path = written(tmp_path / "a.gguf", order)
     own, quick = gguf.GGUFReader(path), _QuickReader(path)
     assert list(own.fields) == list(quick.fields)
     for name, expected in own.fields.items():
