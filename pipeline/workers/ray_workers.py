@@ -42,6 +42,8 @@ _TIMES_AGAIN = 1
 _TASKS_A_WORKER = 2
 # A task that takes twice what it declared is ended: threads and libraries take some besides.
 _LENIENCE, _OF_LIBRARIES_BYTES = 2, 1 << 29
+# How Ray's client says that its own process was not begun in time.
+_NOT_YET = "Initialization failure from server"
 _MEMORY, _CPU = "memory", "CPU"
 _EXPECTED_MEMORY = "a machine of the cluster with as much memory for Ray (ray start --memory)"
 
@@ -71,15 +73,24 @@ def opened(place: str, count: int | None, threads: int) -> Iterator[Workers]:
         ray.shutdown()
 
 
-def _connected(ray: Any, place: str, settings: dict[str, Any]) -> Any:
-    """What `ray.init` returns; UsageError where no cluster answers."""
+def _connected(ray: Any, place: str, settings: dict[str, Any], tries: int = 2) -> Any:
+    """What `ray.init` returns; UsageError where no cluster answers.
+
+    A cluster begins a process for each client, which it gives half a minute: on a machine that is
+    busy the first one may not be there in time.
+    """
     try:
         return ray.init(**settings)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        if _NOT_YET in lines[0] and tries > 1:
+            note(f"{place} took too long to begin a process for this run; asking once more")
+            ray.shutdown()
+            return _connected(ray, place, settings, tries - 1)
         raise UsageError(
             "No Ray cluster answers there.",
             where=f"--workers {place}",
-            observed=str(error).strip().partition("\n")[0] or type(error).__name__,
+            observed=lines[0] if len(lines) == 1 else f"{lines[0]} {lines[-1].strip()}",
             change="begin one with `ray start --head`, or pass --workers local",
         ) from error
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from pipeline.compress.factorize.factors import rtn
-from pipeline.errors import InputError, PipelineError, ResourceError
+from pipeline.errors import InputError, PipelineError, ResourceError, UsageError
 from pipeline.quantize.formats import Format
+from pipeline.workers.ray_workers import _connected
 from pipeline.workers.workers import Workers, open_workers
 from tests.support import worker_tasks
 
@@ -98,3 +99,36 @@ def test_a_task_that_no_machine_has_the_memory_for_is_refused_at_once(workers: W
     with pytest.raises(ResourceError, match="No worker has the memory") as caught:
         workers.submit("layer 3", worker_tasks.fill, 8, needed_bytes=1 << 50)
     assert caught.value.details["where"] == "layer 3"
+
+
+class Client:
+    """Ray's client, whose cluster begins no process for so many tries."""
+
+    def __init__(self, refused: int, message: str) -> None:
+        self.refused, self.message, self.asked = refused, message, 0
+
+    def init(self, **_: object) -> str:
+        self.asked += 1
+        if self.asked <= self.refused:
+            raise ConnectionError(self.message)
+        return "connected"
+
+    def shutdown(self) -> None:
+        """Nothing to end."""
+
+
+def test_a_cluster_that_was_too_busy_is_asked_once_more() -> None:
+    message = "Initialization failure from server:\nTraceback\nTimeoutError: of 30 s"
+    assert _connected(Client(1, message), "ray://host:1", {}) == "connected"
+    client = Client(9, message)
+    with pytest.raises(UsageError, match="No Ray cluster answers") as caught:
+        _connected(client, "ray://host:1", {})
+    assert client.asked == 2
+    assert "TimeoutError: of 30 s" in caught.value.details["observed"]
+
+
+def test_a_cluster_that_is_not_there_is_asked_once() -> None:
+    client = Client(9, "ray client connection timeout")
+    with pytest.raises(UsageError, match="No Ray cluster answers"):
+        _connected(client, "ray://host:1", {})
+    assert client.asked == 1
