@@ -99,10 +99,20 @@ def group_costs(
     Raises:
         InputError: moments that cannot be used; names the members.
     """
+    geometry = balanced(moment, statistics.weighted)
+    sensitivities = {
+        member: shrunk(output, _SENSITIVITY_SHRINKAGE)
+        for member, output in zip(weights, statistics.outputs, strict=True)
+    }
+    costs: StackCosts = {}
     try:
-        return _group_costs(weights, stacks, moment, statistics, wanted)
+        for stack in stacks:
+            stacked = torch.cat([weights[member] for member in stack])
+            parts = [sensitivities[member] for member in stack]
+            costs[stack] = _costs_of(stacked, geometry, parts, wanted)
     except ValueError as error:
         raise not_finite(", ".join(weights), error) from error
+    return costs
 
 
 def cost_bytes(columns: int, heights: Sequence[int], wanted: CostRequest) -> int:
@@ -119,31 +129,18 @@ def cost_bytes(columns: int, heights: Sequence[int], wanted: CostRequest) -> int
     return int(8 * numbers * (_WITH_FORMATS if wanted.formats else 1)) + _SMALL_BYTES
 
 
-def _group_costs(
-    weights: Mapping[str, torch.Tensor],
-    stacks: Sequence[Members],
-    moment: torch.Tensor,
-    statistics: OutputStatistics,
-    wanted: CostRequest,
-) -> StackCosts:
-    geometry = balanced(moment, statistics.weighted)
-    sensitivities = {
-        member: shrunk(output, _SENSITIVITY_SHRINKAGE)
-        for member, output in zip(weights, statistics.outputs, strict=True)
-    }
-    costs: StackCosts = {}
-    for stack in stacks:
-        stacked, parts = torch.cat([weights[m] for m in stack]), [sensitivities[m] for m in stack]
-        if is_zero(geometry) or all(map(is_zero, parts)) or not stacked.any():
-            costs[stack] = _no_costs(stacked, wanted)
-            continue
-        parts = _counting(parts)
-        curve = truncation_losses(stacked, geometry, parts) / 2
-        rounding = None
-        if wanted.formats:
-            rounding = StackCost.measure(stacked, geometry, parts, wanted.formats, wanted.form)
-        costs[stack] = curve, rounding
-    return costs
+def _costs_of(
+    stacked: torch.Tensor, geometry: torch.Tensor, parts: list[torch.Tensor], wanted: CostRequest
+) -> tuple[torch.Tensor, StackCost | None]:
+    """Of one stack, in the geometry of its input and the sensitivities of its members."""
+    if is_zero(geometry) or all(map(is_zero, parts)) or not stacked.any():
+        return _no_costs(stacked, wanted)
+    parts = _counting(parts)
+    curve = truncation_losses(stacked, geometry, parts) / 2
+    rounding = None
+    if wanted.formats:
+        rounding = StackCost.measure(stacked, geometry, parts, wanted.formats, wanted.form)
+    return curve, rounding
 
 
 def _no_costs(stacked: torch.Tensor, wanted: CostRequest) -> tuple[torch.Tensor, StackCost | None]:

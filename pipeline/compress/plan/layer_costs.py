@@ -142,13 +142,14 @@ class LayerCosts:
             range(sweep.forward(missing[-1]), missing[0] - 1, -1), "sensitivity, backward"
         ):
             moments = sweep.backward(index)
-            kept, results = {}, []
-            if index in missing:
-                kept = _kept_moments(moments)
-                results = [
-                    _submitted(workers, model, group, moments[group.name], wanted)
-                    for group in layers[index].groups
-                ]
+            kept: dict[str, torch.Tensor] = {}
+            results: list[Result[StackCosts]] = []
+            for group in layers[index].groups if index in missing else ():
+                found = moments[group.name]
+                statistics = _statistics_of(group, found)
+                kept |= _kept_statistics(group, statistics)
+                moment = found.inputs.mean()
+                results.append(_submitted(workers, model, group, moment, statistics, wanted))
             waiting.add((index, kept), results)
         waiting.finish()
         sweep.remove()
@@ -177,33 +178,34 @@ def _submitted(
     workers: Workers,
     model: PreTrainedModel,
     group: Group,
-    moments: GroupMoments,
+    moment: torch.Tensor,
+    statistics: OutputStatistics,
     wanted: CostRequest,
 ) -> Result[StackCosts]:
     """Let the costs of a group's stacks be computed."""
-    weights = {m: model.get_submodule(m).weight.detach() for m in group.members}
-    outputs = tuple(moments.outputs[member].mean() for member in group.members)
-    statistics = OutputStatistics(moments.weighted.mean(), outputs)
     return workers.submit(
         f"costs of {', '.join(group.members)}",
         group_costs,
-        weights,
+        {member: model.get_submodule(member).weight.detach() for member in group.members},
         stacks_of(group, cat=wanted.cat),
-        moments.inputs.mean(),
+        moment,
         statistics,
         wanted,
         needed_bytes=cost_bytes(group.in_features, group.out_features, wanted),
     )
 
 
-def _kept_moments(moments: dict[str, GroupMoments]) -> dict[str, torch.Tensor]:
-    """What is kept of a layer's moments: sensitivities, and weighted ones of the inputs."""
-    kept: dict[str, torch.Tensor] = {}
-    for name, found in moments.items():
-        # In bfloat16, which halves the disk they take; it rounds away less than the shrinkage.
-        kept |= {f"sensitivity.{m}": g.mean().bfloat16() for m, g in found.outputs.items()}
-        kept[f"weighted.{name}"] = found.weighted.mean().float()
-    return kept
+def _statistics_of(group: Group, moments: GroupMoments) -> OutputStatistics:
+    outputs = tuple(moments.outputs[member].mean() for member in group.members)
+    return OutputStatistics(moments.weighted.mean(), outputs)
+
+
+def _kept_statistics(group: Group, statistics: OutputStatistics) -> dict[str, torch.Tensor]:
+    """What is kept of a group's moments: sensitivities, and weighted ones of its inputs."""
+    # In bfloat16, which halves the disk they take; it rounds away less than the shrinkage.
+    outputs = zip(group.members, statistics.outputs, strict=True)
+    kept = {f"sensitivity.{member}": output.bfloat16() for member, output in outputs}
+    return kept | {f"weighted.{group.name}": statistics.weighted.float()}
 
 
 def _curves_and_noise(costs: list[StackCosts]) -> dict[str, torch.Tensor]:
@@ -262,17 +264,8 @@ class WholeModelCosts:
         """
         waiting = InOrder(workers, self._keep)
         for group in dict.fromkeys(self.groups.values()):
-            weights = {m: self.model.get_submodule(m).weight.detach() for m in group.members}
-            result = workers.submit(
-                f"costs of {', '.join(group.members)}",
-                group_costs,
-                weights,
-                stacks_of(group, cat=wanted.cat),
-                self.moment(group.members),
-                self.of(group.members),
-                wanted,
-                needed_bytes=cost_bytes(group.in_features, group.out_features, wanted),
-            )
+            moment, statistics = self.moment(group.members), self.of(group.members)
+            result = _submitted(workers, self.model, group, moment, statistics, wanted)
             waiting.add(group, [result])
         waiting.finish()
 

@@ -9,6 +9,7 @@ numbers are the same, and so is every bit of what is computed.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -66,13 +67,14 @@ def signed_kernels(path: Path) -> bytes | None:
                 model.graph.initializer.append(tensor)
                 stored[name] = tensor
             node.input[place] = name
-    _drop_unused(model)
-    return bytes(model.SerializeToString()) if found else None
+    if not found:
+        return None
+    _drop_unused(model.graph)
+    return bytes(model.SerializeToString())
 
 
-def _drop_unused(model: object) -> None:
-    """Take out stored tensors that nothing reads any longer."""
-    graph = model.graph  # type: ignore[attr-defined]
+def _drop_unused(graph: Any) -> None:
+    """Take stored tensors that nothing reads any longer out of an `onnx.GraphProto`."""
     read = {name for node in graph.node for name in node.input} | {v.name for v in graph.output}
     for tensor in [tensor for tensor in graph.initializer if tensor.name not in read]:
         graph.initializer.remove(tensor)

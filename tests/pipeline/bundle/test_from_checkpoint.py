@@ -234,9 +234,7 @@ def swap_query_and_key(folder: Path) -> str:
     values = [numpy_helper.to_array(one).copy() for one in (first, second)]
     first.CopyFrom(numpy_helper.from_array(values[1], first.name))
     second.CopyFrom(numpy_helper.from_array(values[0], second.name))
-    (folder / "model/model.onnx.data").unlink()
-    onnx.save(model, path, save_as_external_data=True, location="model.onnx.data")
-    sign(folder)
+    save_signed(folder, model)
     return "does not say what the model said"
 
 
@@ -249,10 +247,16 @@ def overflow_in_a_norm(folder: Path) -> str:
     values = numpy_helper.to_array(norm).copy()
     values[:] = np.float16(65504)
     norm.CopyFrom(numpy_helper.from_array(values, norm.name))
+    save_signed(folder, model)
+    return ""
+
+
+def save_signed(folder: Path, model: onnx.ModelProto) -> None:
+    """Write another graph and weights, and records that say they are as they should be."""
     (folder / "model/model.onnx.data").unlink()
+    path = folder / "model/model.onnx"
     onnx.save(model, path, save_as_external_data=True, location="model.onnx.data")
     sign(folder)
-    return ""
 
 
 def sign(folder: Path) -> None:

@@ -49,19 +49,22 @@ def test_every_kernel_is_the_same_numbers_in_signed_bytes(unsigned: Path) -> Non
         np.testing.assert_array_equal(found.astype(int), codes.astype(int) - 128)
 
 
-def test_as_written_both_graphs_give_the_same_bits(unsigned: Path) -> None:
+@pytest.mark.parametrize(
+    "level",
+    [
+        pytest.param(_LEVELS.ORT_DISABLE_ALL, id="as written"),
+        pytest.param(
+            _LEVELS.ORT_ENABLE_ALL,
+            id="in integer kernels",
+            marks=pytest.mark.skipif(not prefers_signed(), reason="needs a processor with VNNI"),
+        ),
+    ],
+)
+def test_both_graphs_give_the_same_bits(
+    level: onnxruntime.GraphOptimizationLevel, unsigned: Path
+) -> None:
     graph = signed_kernels(unsigned)
     assert graph is not None
-    level = _LEVELS.ORT_DISABLE_ALL
-    for own, other in zip(outputs(str(unsigned), level), outputs(graph, level), strict=True):
-        np.testing.assert_array_equal(own, other)
-
-
-@pytest.mark.skipif(not prefers_signed(), reason="needs a processor with VNNI")
-def test_integer_kernels_give_the_same_bits_where_there_is_vnni(unsigned: Path) -> None:
-    graph = signed_kernels(unsigned)
-    assert graph is not None
-    level = _LEVELS.ORT_ENABLE_ALL
     for own, other in zip(outputs(str(unsigned), level), outputs(graph, level), strict=True):
         np.testing.assert_array_equal(own, other)
 
