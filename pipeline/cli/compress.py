@@ -276,6 +276,12 @@ def command(
     if as_json:
         click.echo(json.dumps(report, indent=2))
         return
+    _show_report(report, output)
+    click.echo(options.what_next(f"export {output} -o {output}-onnx"))
+
+
+def _show_report(report: dict[str, Any], output: Path) -> None:
+    """What was compressed, and what it takes now."""
     totals = report["totals"]
     if "convolutions" in report:
         click.echo(
@@ -284,7 +290,6 @@ def command(
             f"{totals['stored_bytes'] / 1e6:.2f} MB of weights, "
             f"{totals['float32_bytes'] / 1e6:.2f} MB before"
         )
-        click.echo(options.what_next(f"export {output} -o {output}-onnx"))
         return
     click.echo(f"{output}: {totals['kept_fraction']:.1%} of the linear parameters kept")
     click.echo(
@@ -303,7 +308,6 @@ def command(
     for group in report["groups"]:
         if group.get("reason"):
             click.echo(f"dense: {', '.join(group['members'])}: {group['reason']}")
-    click.echo(options.what_next(f"export {output} -o {output}-onnx"))
 
 
 def _show_plan(request: Any, as_json: bool, workers: Any) -> None:

@@ -95,7 +95,7 @@ class _ChatTemplate:
     def _ask(self, **request: Any) -> dict[str, str]:
         child = self._running()
         try:
-            with self._watch or contextlib.nullcontext():
+            with self._watch.request() if self._watch else contextlib.nullcontext():
                 return child.ask(**request)
         except ChildEndedError as error:
             why = f"it takes more than {self._watch.why}" if self._watch and self._watch.why else ""

@@ -5,11 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from types import TracebackType
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from typing import Self  # of Python 3.11: JetPack 6.2 has 3.10
+from collections.abc import Iterator
 
 _INTERVAL_S = 0.05
 # Of the processor, for Python itself and what the child imports, before its first answer.
@@ -17,7 +13,7 @@ _STARTING_S = 10.0
 
 
 class ChildWatch:
-    """Looks after a process until it ends; a `with` is a request, for which time counts anew.
+    """Looks after a process until it ends.
 
     Windows has neither timers that end a process nor a limit of its memory.
 
@@ -38,20 +34,16 @@ class ChildWatch:
         self._used_s, self._deadline_s, self._answered = 0.0, float("inf"), False
         threading.Thread(target=self._look, args=(pid,), name="child watch", daemon=True).start()
 
-    def __enter__(self) -> Self:
+    @contextlib.contextmanager
+    def request(self) -> Iterator[None]:
+        """Inside is a request, for which time counts anew; waiting for one takes what it takes."""
         if self._answered:
             self._most_processor_s = self._used_s + self._processor_s
         self._deadline_s = time.monotonic() + self._wall_s
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Waiting for a request takes as long as it takes."""
-        self._answered, self._deadline_s = True, float("inf")
+        try:
+            yield
+        finally:
+            self._answered, self._deadline_s = True, float("inf")
 
     def _look(self, pid: int) -> None:
         """Look at what the process has taken, again and again, until it is gone."""
