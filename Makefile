@@ -16,7 +16,7 @@ ARGS        ?=
 
 # What `make driving` makes: a folder, the steps of training, and scenes to train on.
 DRIVING     ?= artefacts/driving
-STEPS       ?= 2000
+STEPS       ?= 3600
 SCENES      ?= 2000
 QAT_STEPS   ?= 100
 

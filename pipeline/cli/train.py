@@ -32,7 +32,7 @@ _DATA = (
     type=click.Path(path_type=Path, exists=True, file_okay=False),
     help="Go on with a trained network; finetune and mix alone need one.",
 )
-@options.setting("--steps", 2000, "Of the optimizer, of all stages together.", options.positive)
+@options.setting("--steps", 3600, "Of the optimizer, of all stages together.", options.positive)
 @options.setting("--batch-size", 8, "Images in a step.", options.positive)
 @options.setting(
     "--learning-rate",

@@ -52,9 +52,9 @@ class Stage:
 
 
 STAGES = (
-    Stage("pretrain", (FIRST,), Augmentation(0.5, Amounts(), 0.0, 0.3), 0.6, 1.0),
-    Stage("finetune", (FIRST,), Augmentation(0.0, Amounts(3, 0.05, 0.1, 1), 0.0, 0.2), 0.2, 0.4),
-    Stage("mix", (FIRST, SECOND), Augmentation(0.0, Amounts(3, 0.05, 0.1, 1), 0.0, 0.2), 0.2, 0.4),
+    Stage("pretrain", (FIRST,), Augmentation(0.5, Amounts(), 0.0, 0.3), 3 / 9, 1.0),
+    Stage("finetune", (FIRST,), Augmentation(0.0, Amounts(3, 0.05, 0.1, 1), 0.0, 0.2), 1 / 9, 0.4),
+    Stage("mix", (FIRST, SECOND), Augmentation(0.0, Amounts(3, 0.05, 0.1, 1), 0.0, 0.2), 5 / 9, 0.4),
 )
 ALL = "all"
 
@@ -83,7 +83,7 @@ class TrainRequest:
     data: str = "scenes:wide:2000"
     second_data: str = "scenes:dense:600"
     model: Path | None = None
-    steps: int = 2000
+    steps: int = 3600
     batch_size: int = 8
     learning_rate: float = 3e-3
     size: tuple[int, int] = (192, 320)
