@@ -51,10 +51,11 @@ class Stage:
         return self.rate * (_LAST_RATE + (1 - _LAST_RATE) * falling)
 
 
+_LITTLE = Augmentation(0.0, Amounts(3, 0.05, 0.1, 1), 0.0, 0.2)
 STAGES = (
     Stage("pretrain", (FIRST,), Augmentation(0.5, Amounts(), 0.0, 0.3), 3 / 9, 1.0),
-    Stage("finetune", (FIRST,), Augmentation(0.0, Amounts(3, 0.05, 0.1, 1), 0.0, 0.2), 1 / 9, 0.4),
-    Stage("mix", (FIRST, SECOND), Augmentation(0.0, Amounts(3, 0.05, 0.1, 1), 0.0, 0.2), 5 / 9, 0.4),
+    Stage("finetune", (FIRST,), _LITTLE, 1 / 9, 0.4),
+    Stage("mix", (FIRST, SECOND), _LITTLE, 5 / 9, 0.4),
 )
 ALL = "all"
 
