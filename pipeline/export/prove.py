@@ -13,8 +13,7 @@ import platform
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,6 +27,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from pipeline.checkpoint.modeling_cache import SmallCacheConfig, attach_cache_maps, cache_maps
 from pipeline.checkpoint.skeleton import Skeleton
+from pipeline.checkpoint.unrounded_latents import unrounded_latents
 from pipeline.errors import InputError
 from pipeline.export.contract import CPU, FLOAT, FLOAT32, GRAPH_FILE, OPSET24
 from pipeline.export.request import ExportRequest
@@ -270,7 +270,7 @@ def _prove(
         tolerance = _rounded_tolerance(twin.model, _differences(expected, plain))
     unrounded = prover.calls_of_model(twin.model, length) if rounding is not None else None
     if any(made.bits for made in cache_maps(twin.model).values()):
-        with _unrounded_latents(twin.model):
+        with unrounded_latents(twin.model):
             unrounded = prover.calls_of_model(twin.model, length)
     if unrounded is not None:
         tolerance = max(_TOLERANCE, _SHARE_OF_ROUNDING * max(_differences(expected, unrounded)))
@@ -305,19 +305,6 @@ def _rounded_tolerance(model: PreTrainedModel, rounding: list[float]) -> float:
     """
     mixed = any(isinstance(module, nn.Conv2d) for module in model.modules())
     return max(_TOLERANCE, _SHARE_OF_ROUNDING * max(rounding)) if mixed else 0.0
-
-
-@contextmanager
-def _unrounded_latents(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, latents are cached as numbers."""
-    bits = {made: made.bits for made in cache_maps(model).values()}
-    for made in bits:
-        made.bits = None
-    try:
-        yield
-    finally:
-        for made, own in bits.items():
-            made.bits = own
 
 
 def _skeleton(folder: Path, dtype: torch.dtype, of: str) -> Skeleton:

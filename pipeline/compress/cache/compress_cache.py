@@ -18,6 +18,7 @@ from pipeline.checkpoint.modeling_cache import (
     cache_maps,
     rotation_of,
 )
+from pipeline.checkpoint.unrounded_latents import unrounded_latents
 from pipeline.compress.cache.cache_plan import CachePlan, SidePlan
 from pipeline.compress.cache.cache_search import (
     CachePrices,
@@ -39,7 +40,7 @@ from pipeline.model.structure import Layer
 from pipeline.progress import note
 from pipeline.quantize.rotations import random_rotation
 
-# Logits of so many tokens, relative to their largest; rounding may fall to the other side.
+# Logits of so many tokens, relative to their largest.
 _PROVED_TOKENS, _SAME = 16, 1e-2
 _Bases = Mapping[str, Sequence[LatentBasis]]
 
@@ -244,16 +245,19 @@ def _rotation(side: SidePlan, seed: int) -> torch.Tensor | None:
 def _require_equal_latents(model: PreTrainedModel, tokens: torch.Tensor) -> None:
     """Run a few tokens with what is cached in full, and as latents in two calls.
 
+    Without rounding: a number between two codes may fall to either side of them.
+
     Raises:
         InputError: the logits differ, so that something about this model's cache is not understood.
     """
     ids = tokens[:1, :_PROVED_TOKENS].to(model.device)
-    wanted = model(input_ids=ids, use_cache=False).logits
     cache = LatentCache(model)
-    parts = [
-        model(input_ids=part, past_key_values=cache, use_cache=True).logits
-        for part in ids.split(_PROVED_TOKENS // 2, dim=1)
-    ]
+    with unrounded_latents(model):
+        wanted = model(input_ids=ids, use_cache=False).logits
+        parts = [
+            model(input_ids=part, past_key_values=cache, use_cache=True).logits
+            for part in ids.split(_PROVED_TOKENS // 2, dim=1)
+        ]
     error = (torch.cat(parts, dim=1) - wanted).abs().max() / wanted.abs().max()
     if not error <= _SAME:
         raise InputError(
