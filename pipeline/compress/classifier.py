@@ -16,9 +16,9 @@ from pipeline.compress.cache.cache_plan import CachePlan
 from pipeline.compress.calibrated import Stream
 from pipeline.compress.factorize.factors import Rounding
 from pipeline.compress.methods import Fit
-from pipeline.compress.plan.group_costs import CostRequest
 from pipeline.compress.plan.layer_costs import WholeModelCosts
 from pipeline.compress.plan.plan import Curves, EmbeddingChoice
+from pipeline.compress.plan.stack_costs import CostRequest
 from pipeline.compress.request import CompressRequest
 from pipeline.errors import InputError, UsageError
 from pipeline.model.classifier_structure import ImageStructure

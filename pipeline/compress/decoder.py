@@ -27,9 +27,9 @@ from pipeline.compress.embeddings import Embeddings
 from pipeline.compress.factorize.factors import Rounding
 from pipeline.compress.factorize.whitened_svd import truncation_losses
 from pipeline.compress.methods import Fit
-from pipeline.compress.plan.group_costs import CostRequest
 from pipeline.compress.plan.layer_costs import LayerCosts
 from pipeline.compress.plan.plan import Curves, EmbeddingChoice
+from pipeline.compress.plan.stack_costs import CostRequest
 from pipeline.compress.request import CompressRequest
 from pipeline.compress.rotation import rotate_
 from pipeline.errors import InputError

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from pipeline.calibrate.moments import SecondMoment
 from pipeline.checkpoint.install import dense_tensors, install_
 from pipeline.compress.factorize.factors import Rounding, rtn
-from pipeline.compress.factorize.whitened_svd import shrunk
+from pipeline.compress.factorize.second_moments import shrunk
 from pipeline.compress.plan.file_bytes import embedding_bytes
 from pipeline.compress.plan.plan import EmbeddingChoice
 from pipeline.progress import track

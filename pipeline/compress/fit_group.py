@@ -15,8 +15,8 @@ from pipeline.checkpoint.install import dense_tensors, group_tensors, member_cod
 from pipeline.compress.factorize.factors import Factors, Rounding, relative_output_error
 from pipeline.compress.factorize.whitened_svd import InputMoments
 from pipeline.compress.methods import Fit
-from pipeline.compress.plan.group_costs import OutputStatistics
 from pipeline.compress.plan.plan import GroupPlan
+from pipeline.compress.plan.stack_costs import OutputStatistics
 from pipeline.errors import InputError
 from pipeline.lazy import imported
 from pipeline.quantize.formats import Format

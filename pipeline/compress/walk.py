@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from pipeline.calibrate.layer_stream import PairedStream
 from pipeline.checkpoint.install import group_entries, install_
 from pipeline.compress.calibrated import Calibrated
-from pipeline.compress.factorize.whitened_svd import InputMoments, regular
+from pipeline.compress.factorize.second_moments import regular
+from pipeline.compress.factorize.whitened_svd import InputMoments
 from pipeline.compress.finished_layers import FinishedLayers
 from pipeline.compress.fit_group import Fitted, fit_bytes, fit_group, group_report
 from pipeline.compress.learn_rounding import Learning, learn_rounding_

@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -165,7 +165,7 @@ class _RayWorkers:
         for node in self._nodes:
             there = NodeAffinitySchedulingStrategy(node, soft=False)
             task = self._compute.options(num_cpus=0, scheduling_strategy=there)
-            reference = task.remote(self.threads, 0, _Machine.here, ())
+            reference = task.remote(self.threads, 0, _Machine.here)
             name = f"{self._names[node]} (node {node[:8]})"
             found[name] = _RayResult(self, reference, name).get()
         for name, other in found.items():
@@ -194,8 +194,12 @@ class _RayWorkers:
         task = self._compute.options(
             num_cpus=self.threads, memory=needed_bytes or None, max_retries=_TIMES_AGAIN
         )
-        reference = task.remote(self.threads, needed_bytes, function, arguments)
+        reference = task.remote(self.threads, needed_bytes, function, *arguments)
         return _RayResult(self, reference, where, needed_bytes)
+
+    def share(self, value: Value) -> Value:
+        reference: Any = self._ray.put(value)
+        return cast("Value", reference)
 
     def _require_memory(self, where: str, needed_bytes: int) -> None:
         """Refuse a task that would wait for ever."""
@@ -288,7 +292,7 @@ class _RayResult:
 
 
 def _compute(
-    threads: int, needed_bytes: int, function: Callable[..., Any], arguments: tuple[Any, ...]
+    threads: int, needed_bytes: int, function: Callable[..., Any], *arguments: Any
 ) -> tuple[Any, int, float]:
     """In a worker: what the function returns, the most memory the process had for it, seconds."""
     _carry_tensors_as_arrays()

@@ -64,6 +64,10 @@ class Workers(Protocol):
         """
         ...
 
+    def share(self, value: Value) -> Value:
+        """What several tasks are given, moved once; of no use but as an argument of `submit`."""
+        ...
+
     def describe(self) -> dict[str, Any]:
         """What report.json says of who computed."""
         ...
@@ -86,6 +90,9 @@ class _InProcess:
         self, where: str, function: Callable[..., Value], *arguments: Any, needed_bytes: int = 0
     ) -> Result[Value]:
         return _Done(function(*arguments))
+
+    def share(self, value: Value) -> Value:
+        return value
 
     def describe(self) -> dict[str, Any]:
         return {}

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 
 from pipeline.calibrate.text import TokenBatch
 from pipeline.compress.decoder import CalibratedDecoder
-from pipeline.compress.plan.group_costs import CostRequest
 from pipeline.compress.plan.layer_costs import LayerCosts
+from pipeline.compress.plan.stack_costs import CostRequest
 from pipeline.model.structure import Layer, decoder_structure
 from tests.support.families import tiny_model
 

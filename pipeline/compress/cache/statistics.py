@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from pipeline.calibrate.fisher import BackwardSweep
 from pipeline.calibrate.hooks import seeing_outputs
 from pipeline.calibrate.moments import OutputMoments
-from pipeline.compress.factorize.whitened_svd import shrunk
+from pipeline.compress.factorize.second_moments import shrunk
 from pipeline.compress.finished_layers import FinishedLayers
 from pipeline.model.cache_structure import CachedSide, tokens_of
 from pipeline.model.structure import Layer

@@ -29,7 +29,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from pipeline.compress.factorize.whitened_svd import weighted_gram
+from pipeline.compress.factorize.second_moments import weighted_gram
 from pipeline.quantize.formats import Format
 from pipeline.quantize.gptq import gptq
 from pipeline.quantize.groupwise import Blocks, quantize_blocks

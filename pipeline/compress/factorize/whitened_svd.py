@@ -34,7 +34,18 @@ from dataclasses import dataclass
 
 import torch
 
+from pipeline.compress.factorize.second_moments import (
+    ROWS_AT_ONCE,
+    Sensitivity,
+    cholesky,
+    is_finite,
+    is_zero,
+    weighted_gram,
+)
+
 _RELATIVE_FLOOR = 1e-9
+# Of the widest matrices, what is held in float64 besides the sums.
+_COLUMNS_AT_ONCE = 4096
 
 
 def _whitening_roots(
@@ -56,56 +67,6 @@ def _whitening_roots(
         raise ValueError("the second moment is zero: the calibration text never reaches this layer")
     roots = eigenvalues.clamp_min(relative_floor * largest).sqrt()
     return (vectors * roots) @ vectors.T, (vectors / roots) @ vectors.T
-
-
-def is_zero(moment: torch.Tensor) -> bool:
-    """Whether a second moment [n, n] is of inputs, or of gradients, that are all zero."""
-    return not moment.diagonal().any()
-
-
-def regular(moment: torch.Tensor) -> torch.Tensor:
-    """A second moment [n, n] to measure errors in: the identity where none counts."""
-    return torch.eye(len(moment), dtype=torch.float64) if is_zero(moment) else moment
-
-
-def shrunk(moment: torch.Tensor, share: float) -> torch.Tensor:
-    """A second moment moved towards a multiple of the identity that has its trace.
-
-    Few tokens estimate a wide moment badly: its large eigenvalues come out too large and its small
-    ones too small. (1 - share) S + share tr(S)/n I takes part of that back (Ledoit and Wolf, 2004).
-
-    Args:
-        moment: S, float [n, n].
-        share: in [0, 1].
-
-    Returns:
-        float64 [n, n].
-    """
-    result = moment.double() * (1 - share)
-    result.diagonal().add_(share * moment.diagonal().double().mean())
-    return result
-
-
-def _cholesky(moment: torch.Tensor, relative_ridge: float = _RELATIVE_FLOOR) -> torch.Tensor:
-    """Lower-triangular C with C C^T = S, float64 [n, n], up to a ridge that lets a singular S pass.
-
-    The ridge is a fraction of the trace, raised tenfold until the factorisation exists.
-
-    Raises:
-        ValueError: the moment is not finite, or is zero.
-    """
-    trace = float(moment.diagonal().sum())
-    if not torch.isfinite(moment).all():
-        raise ValueError("the second moment holds NaN or infinite values")
-    if trace <= 0:
-        raise ValueError("the second moment is zero: the calibration text never reaches this layer")
-    while True:
-        ridged = moment.clone()
-        ridged.diagonal().add_(relative_ridge * trace)
-        root, failed = torch.linalg.cholesky_ex(ridged)
-        if not failed:
-            return root
-        relative_ridge *= 10
 
 
 @dataclass(frozen=True)
@@ -136,7 +97,7 @@ class Spectrum:
         cls,
         weight: torch.Tensor,
         moment: torch.Tensor,
-        sensitivities: Sequence[torch.Tensor] = (),
+        sensitivities: Sequence[Sensitivity] = (),
         roots: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] = _whitening_roots,
     ) -> Spectrum:
         """A weight decomposed in the geometry of its inputs and, if given, of the loss.
@@ -155,9 +116,9 @@ class Spectrum:
         _require_fit(weight, moment, sensitivities)
         weight = weight.double()
         if rows <= columns:
-            uppers = [_cholesky(block).T for block in sensitivities]
+            uppers = [cholesky(block.double()).T for block in sensitivities]
             inner = _weighted(weight, uppers)
-            energies, vectors = _falling_eigen(inner @ moment @ inner.T)
+            energies, vectors = _falling_eigen(_quadratic(inner, moment))
             return cls(energies, _unweighted(vectors, uppers), vectors.T @ inner)
         root, inverse_root = roots(moment)
         energies, vectors = _falling_eigen(root @ weighted_gram(weight, sensitivities) @ root)
@@ -207,7 +168,7 @@ def truncated(
     rank: int,
     inputs: InputMoments,
     geometry: torch.Tensor,
-    sensitivities: Sequence[torch.Tensor],
+    sensitivities: Sequence[Sensitivity],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """B [m, r] and A [r, n] of the product that is nearest to the target.
 
@@ -223,7 +184,7 @@ def truncated(
 
 
 def truncation_losses(
-    weight: torch.Tensor, moment: torch.Tensor, sensitivities: Sequence[torch.Tensor] = ()
+    weight: torch.Tensor, moment: torch.Tensor, sensitivities: Sequence[Sensitivity] = ()
 ) -> torch.Tensor:
     """What is lost at each rank: tr(G (W - W_r) S (W - W_r)^T), float64 [min(m, n) + 1]."""
     if is_zero(moment):
@@ -232,7 +193,7 @@ def truncation_losses(
 
 
 def _whitened_energies(
-    weight: torch.Tensor, moment: torch.Tensor, sensitivities: Sequence[torch.Tensor] = ()
+    weight: torch.Tensor, moment: torch.Tensor, sensitivities: Sequence[Sensitivity] = ()
 ) -> torch.Tensor:
     """The energies of `Spectrum.of` alone, at a fraction of its cost: no vectors, no root.
 
@@ -240,22 +201,33 @@ def _whitened_energies(
     """
     rows, columns = weight.shape
     _require_fit(weight, moment, sensitivities)
-    weight = weight.double()
     if rows <= columns:
-        inner = _weighted(weight, [_cholesky(block).T for block in sensitivities])
-        product = inner @ moment @ inner.T
+        inner = _weighted(weight, [cholesky(block.double()).T for block in sensitivities])
+        product = _quadratic(inner, moment)
     else:
-        root = _cholesky(moment)
+        root = cholesky(moment)
         product = root.T @ weighted_gram(weight, sensitivities) @ root
     return torch.linalg.eigvalsh((product + product.T) / 2).flip(0).clamp_min(0)
 
 
+def _quadratic(matrix: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
+    """M S M^T, float64 [m, m], by a block of rows of M at a time."""
+    return torch.cat([part @ moment @ matrix.T for part in matrix.split(ROWS_AT_ONCE)])
+
+
 def _weighted(weight: torch.Tensor, roots: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Each matrix of a stack multiplied from the left by its own; the stack itself for none."""
+    """Each matrix of a stack multiplied from the left by its own, float64; itself for none."""
     if not roots:
-        return weight
-    parts = weight.split([root.shape[1] for root in roots])
-    return torch.cat([root @ part for root, part in zip(roots, parts, strict=True)])
+        return weight.double()
+    found = torch.empty(weight.shape, dtype=torch.float64)
+    start = 0
+    for root in roots:
+        rows = slice(start, start + len(root))
+        for first in range(0, weight.shape[1], _COLUMNS_AT_ONCE):
+            columns = slice(first, first + _COLUMNS_AT_ONCE)
+            found[rows, columns] = root @ weight[rows, columns].double()
+        start = rows.stop
+    return found
 
 
 def _unweighted(stack: torch.Tensor, roots: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -270,16 +242,6 @@ def _unweighted(stack: torch.Tensor, roots: Sequence[torch.Tensor]) -> torch.Ten
     return torch.cat(solved)
 
 
-def weighted_gram(weight: torch.Tensor, sensitivities: Sequence[torch.Tensor]) -> torch.Tensor:
-    """W^T G W with block-diagonal G, or W^T W without one; float64 [n, n]."""
-    weight = weight.double()
-    if not sensitivities:
-        return weight.T @ weight
-    parts = weight.split([len(block) for block in sensitivities])
-    products = (w.T @ (g.double() @ w) for w, g in zip(parts, sensitivities, strict=True))
-    return torch.stack(list(products)).sum(0)
-
-
 def _falling_eigen(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Eigenvalues, not below zero, in falling order, and their vectors as columns."""
     eigenvalues, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
@@ -287,7 +249,7 @@ def _falling_eigen(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _require_fit(
-    weight: torch.Tensor, moment: torch.Tensor, sensitivities: Sequence[torch.Tensor]
+    weight: torch.Tensor, moment: torch.Tensor, sensitivities: Sequence[Sensitivity]
 ) -> None:
     rows, columns = weight.shape
     if moment.shape != (columns, columns):
@@ -295,9 +257,12 @@ def _require_fit(
     if sensitivities and sum(len(block) for block in sensitivities) != rows:
         heights = [len(block) for block in sensitivities]
         raise ValueError(f"sensitivities of {heights} rows do not fit weight {(rows, columns)}")
-    for name, matrix in (("second moment", moment), *(("sensitivity", g) for g in sensitivities)):
-        if not torch.isfinite(matrix).all():
-            raise ValueError(f"the {name} holds NaN or infinite values")
+    if not is_finite(moment):
+        raise ValueError("the second moment holds NaN or infinite values")
+    for block in sensitivities:
+        starts = range(0, len(block), ROWS_AT_ONCE)
+        if not all(is_finite(block[start : start + ROWS_AT_ONCE]) for start in starts):
+            raise ValueError("the sensitivity holds NaN or infinite values")
 
 
 _RELATIVE_RIDGE = 1e-3
@@ -348,7 +313,7 @@ def reconstructed(
     rank: int,
     inputs: InputMoments,
     geometry: torch.Tensor,
-    sensitivities: Sequence[torch.Tensor],
+    sensitivities: Sequence[Sensitivity],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """B [m, r] and A [r, n] of the matrix as it is, cut, and then fitted to the target in turn.
 

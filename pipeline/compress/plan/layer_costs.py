@@ -7,7 +7,7 @@ memory. A fit asks for the same statistics: in what geometry errors count.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,19 +16,19 @@ import torch
 from transformers import PreTrainedModel
 
 from pipeline.calibrate.fisher import BackwardSweep
-from pipeline.calibrate.moments import DrawnMoments, GroupMoments
+from pipeline.calibrate.moments import DrawnMoments, GroupMoments, balanced
 from pipeline.compress.factorize.whitened_svd import truncation_losses
 from pipeline.compress.finished_layers import FinishedLayers, keep_values, kept_values
-from pipeline.compress.plan.group_costs import (
-    CostRequest,
-    OutputStatistics,
-    StackCosts,
-    cost_bytes,
-    group_costs,
-)
 from pipeline.compress.plan.plan import Curves, EmbeddingChoice, Members
 from pipeline.compress.plan.quantization_costs import QuantizationCosts, StackCost
 from pipeline.compress.plan.rank_search import stacks_of
+from pipeline.compress.plan.stack_costs import (
+    CostRequest,
+    CostsOfStack,
+    OutputStatistics,
+    cost_bytes,
+    stack_costs,
+)
 from pipeline.model.structure import Group, Layer
 from pipeline.progress import track
 from pipeline.workers.workers import IN_PROCESS, InOrder, Result, Workers
@@ -131,26 +131,29 @@ class LayerCosts:
             model, layers, tokens, self.folder / "sweep", seed=wanted.seed, batch_size=rows
         )
 
-        def finish(key: tuple[int, dict[str, torch.Tensor]], costs: list[StackCosts]) -> None:
-            index, kept = key
-            if index in missing:
-                self.finished.add(layers[index].name, kept | _curves_and_noise(costs), [])
-            sweep.forget(index)
+        def finish(key: _Measured, costs: list[CostsOfStack]) -> None:
+            if key.index in missing:
+                found = dict(zip(key.stacks, costs, strict=True))
+                self.finished.add(layers[key.index].name, key.kept | _curves_and_noise(found), [])
+            sweep.forget(key.index)
 
         waiting = InOrder(workers, finish)
         for index in track(
             range(sweep.forward(missing[-1]), missing[0] - 1, -1), "sensitivity, backward"
         ):
             moments = sweep.backward(index)
-            kept: dict[str, torch.Tensor] = {}
-            results: list[Result[StackCosts]] = []
+            here = _Measured(index)
+            results: list[Result[CostsOfStack]] = []
             for group in layers[index].groups if index in missing else ():
                 found = moments[group.name]
                 statistics = _statistics_of(group, found)
-                kept |= _kept_statistics(group, statistics)
-                moment = found.inputs.mean()
-                results.append(_submitted(workers, model, group, moment, statistics, wanted))
-            waiting.add((index, kept), results)
+                here.kept |= _kept_statistics(group, statistics)
+                submitted = _submitted(
+                    workers, model, group, found.inputs.mean(), statistics, wanted
+                )
+                here.stacks += submitted
+                results += submitted.values()
+            waiting.add(here, results)
         waiting.finish()
         sweep.remove()
 
@@ -174,6 +177,21 @@ class LayerCosts:
         )
 
 
+@dataclass
+class _Measured:
+    """A layer whose costs are being computed.
+
+    Attributes:
+        index: of the layer.
+        stacks: that are computed, in their order.
+        kept: its statistics.
+    """
+
+    index: int
+    stacks: list[Members] = field(default_factory=list)
+    kept: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
 def _submitted(
     workers: Workers,
     model: PreTrainedModel,
@@ -181,37 +199,48 @@ def _submitted(
     moment: torch.Tensor,
     statistics: OutputStatistics,
     wanted: CostRequest,
-) -> Result[StackCosts]:
-    """Let the costs of a group's stacks be computed."""
-    return workers.submit(
-        f"costs of {', '.join(group.members)}",
-        group_costs,
-        {member: model.get_submodule(member).weight.detach() for member in group.members},
-        stacks_of(group, cat=wanted.cat),
-        moment,
-        statistics,
-        wanted,
-        needed_bytes=cost_bytes(group.in_features, group.out_features, wanted),
-    )
+) -> dict[Members, Result[CostsOfStack]]:
+    """Let the costs of a group's stacks be computed, those of the largest first."""
+    geometry = workers.share(balanced(moment, statistics.weighted))
+    weights = [model.get_submodule(member).weight.detach() for member in group.members]
+    members = {
+        member: workers.share((weight, output))
+        for member, weight, output in zip(group.members, weights, statistics.outputs, strict=True)
+    }
+    heights = dict(zip(group.members, group.out_features, strict=True))
+    return {
+        stack: workers.submit(
+            f"costs of {', '.join(stack)}",
+            stack_costs,
+            stack,
+            geometry,
+            wanted,
+            *(members[member] for member in stack),
+            needed_bytes=cost_bytes(group.in_features, [heights[m] for m in stack], wanted),
+        )
+        for stack in sorted(
+            stacks_of(group, cat=wanted.cat), key=lambda s: -sum(heights[m] for m in s)
+        )
+    }
 
 
 def _statistics_of(group: Group, moments: GroupMoments) -> OutputStatistics:
-    outputs = tuple(moments.outputs[member].mean() for member in group.members)
+    # In bfloat16, as they are kept: it rounds away less than the shrinkage.
+    outputs = tuple(moments.outputs[member].mean().bfloat16() for member in group.members)
     return OutputStatistics(moments.weighted.mean(), outputs)
 
 
 def _kept_statistics(group: Group, statistics: OutputStatistics) -> dict[str, torch.Tensor]:
     """What is kept of a group's moments: sensitivities, and weighted ones of its inputs."""
-    # In bfloat16, which halves the disk they take; it rounds away less than the shrinkage.
     outputs = zip(group.members, statistics.outputs, strict=True)
-    kept = {f"sensitivity.{member}": output.bfloat16() for member, output in outputs}
+    kept = {f"sensitivity.{member}": output for member, output in outputs}
     return kept | {f"weighted.{group.name}": statistics.weighted.float()}
 
 
-def _curves_and_noise(costs: list[StackCosts]) -> dict[str, torch.Tensor]:
+def _curves_and_noise(costs: dict[Members, CostsOfStack]) -> dict[str, torch.Tensor]:
     """What is kept of the costs of a layer's stacks."""
     kept: dict[str, torch.Tensor] = {}
-    for stack, (curve, cost) in ((s, found) for group in costs for s, found in group.items()):
+    for stack, (curve, cost) in costs.items():
         name = _JOIN.join(stack)
         kept[f"curve.{name}"] = curve
         if cost is not None:
@@ -265,12 +294,12 @@ class WholeModelCosts:
         waiting = InOrder(workers, self._keep)
         for group in dict.fromkeys(self.groups.values()):
             moment, statistics = self.moment(group.members), self.of(group.members)
-            result = _submitted(workers, self.model, group, moment, statistics, wanted)
-            waiting.add(group, [result])
+            submitted = _submitted(workers, self.model, group, moment, statistics, wanted)
+            waiting.add(list(submitted), list(submitted.values()))
         waiting.finish()
 
-    def _keep(self, group: Group, costs: list[StackCosts]) -> None:
-        for stack, (curve, cost) in costs[0].items():
+    def _keep(self, stacks: list[Members], costs: list[CostsOfStack]) -> None:
+        for stack, (curve, cost) in zip(stacks, costs, strict=True):
             self.curves[stack] = curve.numpy()
             if cost is not None:
                 self.quantization[stack] = cost

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from pipeline.compress.factorize.factors import Factors, Form
-from pipeline.compress.factorize.whitened_svd import Spectrum, weighted_gram
+from pipeline.compress.factorize.second_moments import weighted_gram
+from pipeline.compress.factorize.whitened_svd import Spectrum
 from pipeline.compress.plan.plan import Members
 from pipeline.quantize.formats import Format
 from pipeline.quantize.gptq import InputPivots, expected_error, output_pivots

@@ -9,9 +9,9 @@ import torch
 
 from pipeline.calibrate import whole_model
 from pipeline.calibrate.whole_model import measure_whole
-from pipeline.compress.plan import group_costs
-from pipeline.compress.plan.group_costs import CostRequest
+from pipeline.compress.plan import stack_costs
 from pipeline.compress.plan.layer_costs import WholeModelCosts
+from pipeline.compress.plan.stack_costs import CostRequest
 from pipeline.errors import InputError
 from pipeline.model.classifier_structure import ImageStructure
 from tests.support.classifiers import tiny_classifier
@@ -59,7 +59,7 @@ def test_sensitivities_approach_the_fisher_information(monkeypatch: pytest.Monke
             (g,) = torch.autograd.grad(log_p[image, label], y, retain_graph=True)
             fisher += log_p[image, label].exp().detach() * g[image].T @ g[image] / 6
     monkeypatch.setattr(whole_model, "DRAWS", 400)
-    monkeypatch.setattr(group_costs, "_SENSITIVITY_SHRINKAGE", 0.0)
+    monkeypatch.setattr(stack_costs, "_SENSITIVITY_SHRINKAGE", 0.0)
     (found,) = measured("vit", pixels).of((LINEAR,)).sensitivities()
     # 2400 draws: a relative error of some per cent.
     error = (found.float() - fisher).norm() / fisher.norm()

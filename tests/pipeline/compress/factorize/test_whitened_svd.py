@@ -11,13 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.compress.factorize.second_moments import cholesky, shrunk
 from pipeline.compress.factorize.whitened_svd import (
     Spectrum,
-    _cholesky,
     _tails_of,
     _whitened_energies,
     _whitening_roots,
-    shrunk,
 )
 
 SHAPES = [(24, 16), (16, 24), (16, 16), (48, 8)]
@@ -60,8 +59,8 @@ def test_energies_are_the_squared_singular_values_of_the_whitened_weight(
 ) -> None:
     weight, inputs = problem(rows, columns)
     moment = second_moment(inputs)
-    _cholesky = torch.linalg.cholesky(moment)
-    expected = torch.linalg.svdvals(weight @ _cholesky).square()
+    cholesky = torch.linalg.cholesky(moment)
+    expected = torch.linalg.svdvals(weight @ cholesky).square()
     energies = Spectrum.of(weight, moment).energies
     torch.testing.assert_close(energies, expected, rtol=1e-6, atol=1e-9 * expected[0].item())
 
@@ -340,7 +339,7 @@ def test_nothing_is_shrunk_by_a_share_of_zero_and_all_by_one() -> None:
 @pytest.mark.parametrize("tokens", [1, 3, WIDTH - 1, 3 * WIDTH])
 def test_a_cholesky_root_gives_the_moment_back_even_if_it_is_singular(tokens: int) -> None:
     moment = moment_of(tokens)
-    root = _cholesky(moment)
+    root = cholesky(moment)
     assert torch.equal(root, root.tril())
     # The ridge is 1e-9 of the trace.
     torch.testing.assert_close(root @ root.T, moment, rtol=0, atol=2e-9 * moment.trace().item())
@@ -349,18 +348,18 @@ def test_a_cholesky_root_gives_the_moment_back_even_if_it_is_singular(tokens: in
 def test_a_cholesky_root_exists_although_rounding_made_the_moment_indefinite() -> None:
     moment = moment_of(3) - 1e-7 * torch.eye(WIDTH, dtype=torch.float64)
     assert torch.linalg.eigvalsh(moment)[0] < 0
-    root = _cholesky(moment)
+    root = cholesky(moment)
     torch.testing.assert_close(root @ root.T, moment, rtol=0, atol=1e-6 * moment.trace().item())
 
 
-@pytest.mark.parametrize("root_of", [_whitening_roots, _cholesky])
+@pytest.mark.parametrize("root_of", [_whitening_roots, cholesky])
 def test_a_zero_moment_is_refused_by_name(root_of: object) -> None:
     assert callable(root_of)
     with pytest.raises(ValueError, match="never reaches"):
         root_of(torch.zeros(3, 3, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("root_of", [_whitening_roots, _cholesky])
+@pytest.mark.parametrize("root_of", [_whitening_roots, cholesky])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_a_moment_that_is_not_finite_is_refused(root_of: object, bad: float) -> None:
     assert callable(root_of)

@@ -17,9 +17,9 @@ from pipeline.calibrate.layer_stream import LayerStream
 from pipeline.compress.finished_layers import FinishedLayers
 from pipeline.compress.methods import Fit
 from pipeline.compress.plan import layer_costs
-from pipeline.compress.plan.group_costs import _SENSITIVITY_SHRINKAGE, CostRequest
 from pipeline.compress.plan.layer_costs import LayerCosts
 from pipeline.compress.plan.rank_search import searched_plan, stacks_of
+from pipeline.compress.plan.stack_costs import _SENSITIVITY_SHRINKAGE, CostRequest
 from pipeline.compress.walk import compress_
 from pipeline.errors import InputError
 from pipeline.model.structure import decoder_structure

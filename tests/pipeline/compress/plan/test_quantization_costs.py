@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from pipeline.compress.factorize.factors import Factors, Form, _gptq_factors
-from pipeline.compress.factorize.whitened_svd import Spectrum, weighted_gram
+from pipeline.compress.factorize.second_moments import weighted_gram
+from pipeline.compress.factorize.whitened_svd import Spectrum
 from pipeline.compress.plan.quantization_costs import _SHARES, StackCost
 from pipeline.quantize.formats import Format
 from pipeline.quantize.gptq import gptq

@@ -1,12 +1,12 @@
-"""What one group of matrices is worth, out of its moments: tensors in, tensors out.
+"""What a stack of matrices is worth, out of its moments: tensors in, tensors out.
 
-The KL that truncating and rounding its matrices should cost, of every stack of them; and in what
-geometry errors of them count.
+The KL that truncating and rounding its matrices should cost, and in what geometry errors of them
+count.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,13 +15,15 @@ import torch
 from pipeline.calibrate.hooks import not_finite
 from pipeline.calibrate.moments import balanced
 from pipeline.compress.factorize.factors import Form
-from pipeline.compress.factorize.whitened_svd import is_zero, regular, shrunk, truncation_losses
+from pipeline.compress.factorize.second_moments import Shrunk, is_zero, regular
+from pipeline.compress.factorize.whitened_svd import truncation_losses
 from pipeline.compress.plan.plan import Members
 from pipeline.compress.plan.quantization_costs import StackCost
 from pipeline.compress.request import CompressRequest
 from pipeline.quantize.formats import Format
 
 # Memory, measured at 1024 to 4096 wide: float64 numbers for each of these; times with formats.
+_OF_MATRIX, _OF_SPECTRUM = 1.1, 4.0
 _OF_MOMENTS, _OF_SPECTRA, _WITH_FORMATS = 1.9, 4.8, 2.75
 _SMALL_BYTES = 1 << 26
 # Of the sensitivities, which are estimated from few tokens.
@@ -67,83 +69,69 @@ class OutputStatistics:
 
     def sensitivities(self) -> list[torch.Tensor]:
         """Shrunk G of each output, float64 [m_i, m_i], of full rank."""
-        return _counting([shrunk(moment, _SENSITIVITY_SHRINKAGE) for moment in self.outputs])
+        return [part.double() for part in _counting(self.outputs)]
 
     def geometry(self, moment: torch.Tensor) -> torch.Tensor:
         """What errors are measured in, from S of the input, float64 [n, n]; float64 [n, n]."""
         return regular(balanced(moment, self.weighted))
 
 
-StackCosts = dict[Members, tuple[torch.Tensor, StackCost | None]]
+# W of a matrix and G of what it returns: float [m, n], float [m, m].
+Member = tuple[torch.Tensor, torch.Tensor]
+CostsOfStack = tuple[torch.Tensor, StackCost | None]
 
 
-def group_costs(
-    weights: Mapping[str, torch.Tensor],
-    stacks: Sequence[Members],
-    moment: torch.Tensor,
-    statistics: OutputStatistics,
-    wanted: CostRequest,
-) -> StackCosts:
-    """Of every stack of a group: what truncation costs at each rank, and what rounding costs.
+def stack_costs(
+    stack: Members, geometry: torch.Tensor, wanted: CostRequest, *members: Member
+) -> CostsOfStack:
+    """Of one stack of matrices with one input: what truncation costs at each rank, and rounding.
 
     Args:
-        weights: W of each member, float [m_i, n], in the order of the statistics' outputs.
-        stacks: of the members.
-        moment: S of the input, float64 [n, n].
-        statistics: of the members.
+        stack: names of the matrices.
+        geometry: S of the input, float64 [n, n], its tokens weighted (see `balanced`).
         wanted: which costs.
+        members: of the stack, as measured.
 
     Returns:
         Nats at every rank from 0 to full, float64 [min(m, n) + 1]; nats of rounding, or None.
 
     Raises:
-        InputError: moments that cannot be used; names the members.
+        InputError: moments that cannot be used; names the matrices.
     """
-    geometry = balanced(moment, statistics.weighted)
-    sensitivities = {
-        member: shrunk(output, _SENSITIVITY_SHRINKAGE)
-        for member, output in zip(weights, statistics.outputs, strict=True)
-    }
-    costs: StackCosts = {}
+    weights, outputs = [w for w, _ in members], [g for _, g in members]
+    stacked = weights[0] if len(weights) == 1 else torch.cat(weights)
+    if is_zero(geometry) or all(map(is_zero, outputs)) or not stacked.any():
+        return _no_costs(stacked, wanted)
     try:
-        for stack in stacks:
-            stacked = torch.cat([weights[member] for member in stack])
-            parts = [sensitivities[member] for member in stack]
-            costs[stack] = _costs_of(stacked, geometry, parts, wanted)
+        parts = _counting(outputs)
+        curve = truncation_losses(stacked, geometry, parts) / 2
+        if not wanted.formats:
+            return curve, None
+        whole = [part.double() for part in parts]
+        rounding = StackCost.measure(stacked, geometry, whole, wanted.formats, wanted.form)
+        return curve, rounding
     except ValueError as error:
-        raise not_finite(", ".join(weights), error) from error
-    return costs
+        raise not_finite(", ".join(stack), error) from error
 
 
 def cost_bytes(columns: int, heights: Sequence[int], wanted: CostRequest) -> int:
-    """Memory that `group_costs` takes beside its arguments, about.
+    """Memory that `stack_costs` takes beside its arguments, about.
 
     Args:
         columns: n.
         heights: m_i of the members.
         wanted: which costs.
     """
+    rows = sum(heights)
+    spectrum = min(rows, columns) ** 2
+    if not wanted.formats:
+        matrix = rows * columns if rows <= columns else max(heights) * columns
+        return int(8 * (_OF_MATRIX * matrix + _OF_SPECTRUM * spectrum)) + _SMALL_BYTES
     moments = columns**2 + sum(height**2 for height in heights)
-    spectrum = min(sum(heights), columns) ** 2
-    numbers = _OF_MOMENTS * moments + _OF_SPECTRA * spectrum
-    return int(8 * numbers * (_WITH_FORMATS if wanted.formats else 1)) + _SMALL_BYTES
+    return int(8 * _WITH_FORMATS * (_OF_MOMENTS * moments + _OF_SPECTRA * spectrum)) + _SMALL_BYTES
 
 
-def _costs_of(
-    stacked: torch.Tensor, geometry: torch.Tensor, parts: list[torch.Tensor], wanted: CostRequest
-) -> tuple[torch.Tensor, StackCost | None]:
-    """Of one stack, in the geometry of its input and the sensitivities of its members."""
-    if is_zero(geometry) or all(map(is_zero, parts)) or not stacked.any():
-        return _no_costs(stacked, wanted)
-    parts = _counting(parts)
-    curve = truncation_losses(stacked, geometry, parts) / 2
-    rounding = None
-    if wanted.formats:
-        rounding = StackCost.measure(stacked, geometry, parts, wanted.formats, wanted.form)
-    return curve, rounding
-
-
-def _no_costs(stacked: torch.Tensor, wanted: CostRequest) -> tuple[torch.Tensor, StackCost | None]:
+def _no_costs(stacked: torch.Tensor, wanted: CostRequest) -> CostsOfStack:
     """Of a stack that is zero or is given nothing, or whose outputs reach no logit."""
     curve = torch.zeros(min(stacked.shape) + 1, dtype=torch.float64)
     count = len(wanted.formats)
@@ -152,8 +140,11 @@ def _no_costs(stacked: torch.Tensor, wanted: CostRequest) -> tuple[torch.Tensor,
     return curve, free if wanted.formats else None
 
 
-def _counting(parts: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Sensitivities of a stack, those of members without effect next to nothing, but regular."""
-    largest = max(float(part.diagonal().mean()) for part in parts)
-    share = largest * _NEXT_TO_NOTHING if largest else 1.0
-    return [share * regular(part) if is_zero(part) else part for part in parts]
+def _counting(outputs: Sequence[torch.Tensor]) -> list[Shrunk]:
+    """Sensitivities of full rank, those of members without effect next to nothing."""
+    means = [float(output.diagonal().double().mean()) for output in outputs]
+    nothing = max(means) * _NEXT_TO_NOTHING or 1.0
+    return [
+        Shrunk(output, _SENSITIVITY_SHRINKAGE, _SENSITIVITY_SHRINKAGE * mean or nothing)
+        for output, mean in zip(outputs, means, strict=True)
+    ]
