@@ -159,6 +159,9 @@ class GroupMoments(_Watched):
 class OutputMoments:
     """Moments of what a module returns, over batches run forward and back.
 
+    They are of what is left behind the mean of the first batch: most of keys is their mean, and
+    float32 products of the whole would leave nothing but rounding of what varies least.
+
     Args:
         width: n, numbers that it returns for a token.
 
@@ -170,6 +173,7 @@ class OutputMoments:
         self.gradients = _OutputMoment(width)
         self._plain, self._weighted = SecondMoment(width + 1), SecondMoment(width + 1)
         self._rows = torch.empty(0, width + 1)
+        self._about: torch.Tensor | None = None
 
     def see_output(self, outputs: torch.Tensor) -> None:
         """Add a batch of outputs, float [..., n]; its gradients follow before the next batch.
@@ -178,7 +182,9 @@ class OutputMoments:
             ValueError: NaN or infinite values.
         """
         rows = _rows_of(outputs.detach()).float()
-        self._rows = torch.cat([rows, torch.ones(len(rows), 1)], dim=1)
+        if self._about is None:
+            self._about = rows.double().mean(0).float()
+        self._rows = torch.cat([rows - self._about, torch.ones(len(rows), 1)], dim=1)
         self._plain.add_(self._rows)
 
     def see_gradient(self, gradients: torch.Tensor) -> None:
@@ -200,7 +206,9 @@ class OutputMoments:
         plain = self._plain.mean()
         mean = plain[-1, :-1]
         moment = _about(plain, mean)
-        return moment, balanced(moment, _about(self._weighted.mean(), mean)), mean
+        assert self._about is not None, "a mean of nothing was refused"
+        whole = self._about.double() + mean
+        return moment, balanced(moment, _about(self._weighted.mean(), mean)), whole
 
 
 def _about(moment: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
