@@ -30,10 +30,10 @@ from pipeline.artefact import write_json
 from pipeline.bench.measure import describe_machine, load_average
 from pipeline.compress.decoder import CalibratedDecoder
 from pipeline.compress.methods import EFFORTS, Fit
-from pipeline.compress.plan.group_costs import CostRequest
 from pipeline.compress.plan.layer_costs import LayerCosts
 from pipeline.compress.plan.plan import RankPlan, uniform_plan
 from pipeline.compress.plan.rank_search import searched_plan
+from pipeline.compress.plan.stack_costs import CostRequest
 from pipeline.compress.walk import compress_
 from pipeline.model.load import load_model
 from pipeline.model.structure import Layer, decoder_structure

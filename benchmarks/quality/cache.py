@@ -31,13 +31,16 @@ from benchmarks.quality.cache_report import save_fronts, show_rows
 from benchmarks.quality.evaluation_texts import hash_of_text, require_another_text, tokens_of
 from benchmarks.quality.whole_windows import WholeWindows
 from benchmarks.rivals.cache_formats import FORMATS, CacheFormat, RoundingCache
+from benchmarks.rivals.pruned_pairs import KeptNumbers, PrunedCache
 from pipeline.artefact import write_json
 from pipeline.bench.measure import describe_machine, load_average
 from pipeline.checkpoint.modeling_cache import remove_cache_maps
 from pipeline.compress.cache.compress_cache import compress_cache_
+from pipeline.compress.cache.statistics import measure_cache
 from pipeline.compress.request import CompressRequest
 from pipeline.errors import UsageError
 from pipeline.export.rounded_cache import empty_cache, rounding_of
+from pipeline.model.cache_structure import cache_structure
 from pipeline.model.load import LoadedModel, load_model
 from pipeline.model.structure import decoder_structure
 from pipeline.progress import note
@@ -46,6 +49,7 @@ from pipeline.provenance import provenance
 _RESULT = RESULTS / "cache.json"
 _WINDOW_LENGTH, _CALIBRATION_LENGTH = 2048, 512
 _OURS = "skipcat-kl"
+_STATISTICS = {"seed": 0}
 _BITS, _NARROW_BITS = (8.0, 6.0, 4.25, 3.5, 3.0, 2.25), (8.0, 6.0, 4.5, 3.5, 3.0)
 _IDENTITY = ("model", "calibration_sha256", "calibration_tokens", "test_sha256", "test_tokens")
 
@@ -61,6 +65,7 @@ class _Row:
         chosen: a rival's format, or None.
         rebuilds: keys are rebuilt at every step, which stock kernels cannot.
         static: ONNX Runtime's own cache of codes, in scales that do not change.
+        pruned: share of RoPE pairs, and of the numbers of values, that RAP leaves out.
     """
 
     name: str
@@ -69,6 +74,7 @@ class _Row:
     chosen: CacheFormat | None = None
     rebuilds: bool = False
     static: bool = False
+    pruned: float = 0.0
 
 
 def _rows() -> list[_Row]:
@@ -83,7 +89,12 @@ def _rows() -> list[_Row]:
         _made(f"narrow, {b:g}", "ours, narrow", {"keep_cache": b / 16, "cache_form": "narrow"})
         for b in _NARROW_BITS
     ]
-    return [*searched, *narrow, *formats, static, *_ranks_alone(), *_palus_in_few_bits()]
+    pruned = [
+        _Row(f"RAP, {removed:.1%} of pairs removed", "RAP", {}, pruned=removed)
+        for removed in (0.125, 0.25, 0.5)
+    ]
+    made = [*_ranks_alone(), *_palus_in_few_bits()]
+    return [*searched, *narrow, *formats, static, *pruned, *made]
 
 
 def _ranks_alone() -> list[_Row]:
@@ -220,13 +231,17 @@ class _Bench:
         if row.static:
             rounding = rounding_of(self.model, self.calibration, _WINDOW_LENGTH)
             return own | _entry(8.0, self._run(lambda: empty_cache(config, rounding)))
+        if row.pruned:
+            kept = self._kept_numbers(row.pruned, folder)
+            bits = 8 * (kept.keys[0].mean().item() + kept.values[0].mean().item())
+            return own | _entry(bits, self._run(lambda: PrunedCache(config, kept)))
         settings = dict(row.settings)
         if settings.get("cache_groups") == 0:
             settings["cache_groups"] = config.num_key_value_heads
         request = CompressRequest("unused", keep_params=1.0, **settings)
         request.check()
         plan = compress_cache_(
-            self.model, self.layers, self.calibration, request, None, folder, {"seed": 0}
+            self.model, self.layers, self.calibration, request, None, folder, _STATISTICS
         )
         try:
             found = self._run(lambda: DynamicCache(config=config))
@@ -240,6 +255,13 @@ class _Bench:
                 "expected_kl": plan.expected_kl or None,
             }
         )
+
+    def _kept_numbers(self, removed: float, folder: Path) -> KeptNumbers:
+        structure = cache_structure(self.model, self.layers)
+        seen = measure_cache(
+            self.model, self.layers, structure, self.calibration, folder, _STATISTICS
+        )
+        return KeptNumbers.of(structure, seen, removed)
 
     def _run(self, make: Callable[[], DynamicCache]) -> tuple[float, float]:
         """Perplexity, and mean KL to the original, of the model over a cache."""

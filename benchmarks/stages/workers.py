@@ -35,9 +35,9 @@ from pipeline.bench.measure import describe_machine, load_average
 from pipeline.calibrate.text import TokenBatch
 from pipeline.compress.decoder import CalibratedDecoder
 from pipeline.compress.methods import Fit
-from pipeline.compress.plan.group_costs import CostRequest
 from pipeline.compress.plan.layer_costs import LayerCosts
 from pipeline.compress.plan.rank_search import searched_plan
+from pipeline.compress.plan.stack_costs import CostRequest
 from pipeline.compress.walk import compress_
 from pipeline.errors import UsageError
 from pipeline.json_file import read_json_object
