@@ -78,7 +78,7 @@ class Shrunk:
         return len(self.moment)
 
     def __getitem__(self, rows: slice) -> torch.Tensor:
-        found = self.moment[rows].double() * (1 - self.share)
+        found = self.moment[rows].to(torch.float64, copy=True).mul_(1 - self.share)
         found.diagonal(rows.start or 0).add_(self.level)
         return found
 

@@ -15,16 +15,17 @@ import torch
 from pipeline.calibrate.hooks import not_finite
 from pipeline.calibrate.moments import balanced
 from pipeline.compress.factorize.factors import Form
-from pipeline.compress.factorize.second_moments import Shrunk, is_zero, regular
+from pipeline.compress.factorize.second_moments import ROWS_AT_ONCE, Shrunk, is_zero, regular
 from pipeline.compress.factorize.whitened_svd import truncation_losses
 from pipeline.compress.plan.plan import Members
 from pipeline.compress.plan.quantization_costs import StackCost
 from pipeline.compress.request import CompressRequest
 from pipeline.quantize.formats import Format
 
-# Memory, measured at 1024 to 4096 wide: float64 numbers for each of these; times with formats.
-_OF_MATRIX, _OF_SPECTRUM = 1.1, 4.0
+# Memory, measured at 1024 to 4096 wide: float64 numbers for each of these, with formats or without.
 _OF_MOMENTS, _OF_SPECTRA, _WITH_FORMATS = 1.9, 4.8, 2.75
+_OF_WIDE, _OF_WIDE_SPECTRUM = 1.4, 1.3
+_OF_TALL, _OF_TALL_SPECTRUM = 1.0, 1.2
 _SMALL_BYTES = 1 << 26
 # Of the sensitivities, which are estimated from few tokens.
 _SENSITIVITY_SHRINKAGE = 0.1
@@ -124,11 +125,18 @@ def cost_bytes(columns: int, heights: Sequence[int], wanted: CostRequest) -> int
     """
     rows = sum(heights)
     spectrum = min(rows, columns) ** 2
-    if not wanted.formats:
-        matrix = rows * columns if rows <= columns else max(heights) * columns
-        return int(8 * (_OF_MATRIX * matrix + _OF_SPECTRUM * spectrum)) + _SMALL_BYTES
-    moments = columns**2 + sum(height**2 for height in heights)
-    return int(8 * _WITH_FORMATS * (_OF_MOMENTS * moments + _OF_SPECTRA * spectrum)) + _SMALL_BYTES
+    if wanted.formats:
+        moments = columns**2 + sum(height**2 for height in heights)
+        numbers = _WITH_FORMATS * (_OF_MOMENTS * moments + _OF_SPECTRA * spectrum)
+    elif rows <= columns:
+        numbers = _OF_WIDE * rows * columns + _OF_WIDE_SPECTRUM * spectrum
+    else:
+        tallest = max(heights)
+        numbers = _OF_TALL * tallest * (columns + min(tallest, ROWS_AT_ONCE))
+        numbers += _OF_TALL_SPECTRUM * spectrum
+    # Several are stacked, in float32.
+    numbers += rows * columns / 2 if len(heights) > 1 else 0
+    return int(8 * numbers) + _SMALL_BYTES
 
 
 def _no_costs(stacked: torch.Tensor, wanted: CostRequest) -> CostsOfStack:
