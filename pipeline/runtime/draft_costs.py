@@ -17,6 +17,12 @@ _MEMORY = 0.95
 _RIGHT, _WRONG = 2.0, 1.0
 # Calls without drafts after which drafts that were wrong get another chance.
 _PATIENCE = 32
+# What the draft says of a guess counts as so many that were tried.
+_TRUST = 4.0
+# Then older ones count half.
+_MOST_COUNTED = 256
+# Ranks and weights from here on are counted together, and weights by steps.
+_LAST_RANK, _WEIGHT_STEPS = 3, 10
 # A call without drafts reads two rows, so that its bits are those of any block.
 STEADY_ROWS = 2
 
@@ -69,6 +75,11 @@ class DraftCosts:
             return min(most, 1)
         return 0
 
+    def step_share(self) -> float | None:
+        """Time of a step of the draft as a share of a call's; None where they are not timed."""
+        costs_s = self._costs_s(0)
+        return None if costs_s is None else self._steps.medians(1)[1] / costs_s[0]
+
     def _forget(self) -> None:
         """Move the counts towards those of the beginning."""
         self._right = _RIGHT + _MEMORY * (self._right - _RIGHT)
@@ -93,3 +104,43 @@ class DraftCosts:
         if self._never_pays:
             return f"drafting is off: it cannot pay here, however many guesses are right ({times})"
         return f"drafting rests: {acceptance:.0%} of the guesses are right, and {times}"
+
+
+class GuessOdds:
+    """How often guesses are right, by their rank and by how sure the draft is: counted as it goes.
+
+    Until there are counts, a guess is as likely as the draft has it.
+    """
+
+    def __init__(self) -> None:
+        self._counts: dict[tuple[int, int], list[float]] = {}
+        self._firsts = [_RIGHT, _RIGHT + _WRONG]
+
+    @property
+    def first(self) -> float:
+        """How often the likeliest guess is right."""
+        return self._firsts[0] / self._firsts[1]
+
+    def of(self, rank: int, weight: float) -> float:
+        """Probability that a guess is right if all before it are.
+
+        Args:
+            rank: 0 for the likeliest at its place.
+            weight: what the draft has for it, 0 to 1.
+        """
+        right, tried = self._counts.get(_kind(rank, weight), (0.0, 0.0))
+        return (right + _TRUST * weight) / (tried + _TRUST)
+
+    def learn(self, rank: int, weight: float, is_right: bool) -> None:
+        """Count a guess at a place that was reached."""
+        found = [self._counts.setdefault(_kind(rank, weight), [0.0, 0.0])]
+        for counts in [*found, self._firsts] if rank == 0 else found:
+            counts[0] += is_right
+            counts[1] += 1
+            if counts[1] > _MOST_COUNTED:
+                counts[:] = [count / 2 for count in counts]
+
+
+def _kind(rank: int, weight: float) -> tuple[int, int]:
+    """Guesses that are counted together."""
+    return min(rank, _LAST_RANK), min(_WEIGHT_STEPS - 1, int(weight * _WEIGHT_STEPS))

@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -26,8 +26,8 @@ from pipeline.serve.failure import RequestFailure
 from pipeline.serve.job import Job, Load
 from pipeline.serve.own_passes import OwnPasses
 from pipeline.serve.running import (
+    FiniteRows,
     Running,
-    finite_rows,
     keep_beginning,
     start_job,
 )
@@ -307,11 +307,11 @@ class Scheduler:
             raise
 
     def _take(
-        self, running: Running, rows: Iterable[np.ndarray], drafted: Sequence[int] = ()
-    ) -> int:
+        self, running: Running, rows: Sequence[np.ndarray], drafted: Sequence[int] = ()
+    ) -> list[int]:
         """Let an answer go on, and free its slot at the end; returns accepted draft tokens."""
         try:
-            accepted = running.answer.take(finite_rows(rows), drafted)
+            accepted = running.answer.take(FiniteRows(rows), drafted)
         except RequestFailure as failure:
             self._fail(running, failure)
         except BaseException:  # a panic of the tokenizer, too, is the matter of this answer alone
@@ -320,7 +320,7 @@ class Scheduler:
         else:
             self._end(running)
             return accepted
-        return 0
+        return []
 
     def _end(self, running: Running) -> None:
         """Say how an answer ended, and free its slot; nothing where it goes on."""

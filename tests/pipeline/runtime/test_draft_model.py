@@ -13,6 +13,7 @@ import pytest
 
 from pipeline.errors import InputError, UsageError
 from pipeline.runtime.draft_model import DraftModel, open_drafted
+from pipeline.runtime.draft_tree import TreeGrowth
 from pipeline.runtime.drafting import Chooser
 from pipeline.runtime.generate import generate, stream_batch
 from pipeline.runtime.language_model import LanguageModel
@@ -153,18 +154,19 @@ def test_what_lies_in_the_places_of_drafts_and_behind_them_changes_nothing(
 ) -> None:
     plain = said(steady(shared_export("cpu")), GREEDY, None)
     session, model = drafted(3)
-    guesses = model.guesses
+    grow = model.grow
 
     def poisoned(
         slot: int, read: int, token: int, most: int, begin: Callable[[], Chooser]
-    ) -> list[int]:
-        found = guesses(slot, read, token, most, begin)
+    ) -> TreeGrowth:
+        found = grow(slot, read, token, most, begin)
+        count = len(found.draft())
         for values in session.values.buffers.values():
-            values[slot, :, read : read + 1 + len(found)] = np.nan
-            values[slot, :, read + 1 + len(found) :] = 1e4
+            values[slot, :, read : read + 1 + count] = np.nan
+            values[slot, :, read + 1 + count :] = 1e4
         return found
 
-    monkeypatch.setattr(model, "guesses", poisoned)
+    monkeypatch.setattr(model, "grow", poisoned)
     assert said(session, GREEDY, model.begin(0)) == plain
 
 
