@@ -241,9 +241,9 @@ def _advance(
         while running.ending is None:
             known = len(running.ids)
             path = running.take(cache.read(new_ids, drafted), drafted)
+            cache.keep(drafted, path)
             yield from running.ids[known:]
             if running.ending is None:
-                cache.keep(drafted, path)
                 new_ids, drafted = running.ids[-1:], running.draft()
 
 

@@ -11,6 +11,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -54,7 +55,7 @@ class Part:
         ahead = np.arange(len(self.ids)) if self.parents is None else depths_of(self.parents)
         return self.start + np.asarray(ahead, np.int64)
 
-    @property
+    @cached_property
     def branches(self) -> list[np.ndarray]:
         """Rows of the tokens from the first to each last one, int64; the first branch first."""
         if self.parents is None:
@@ -177,7 +178,7 @@ def _groups(parts: Sequence[Part], length: int, device: torch.device) -> list[_G
         wanted = np.full(count, places[-1]) if count > STEADY_TOKENS else places
         sizes = np.array([_places(int(place), length) for place in wanted])
         taken = np.zeros(count, bool)
-        for rows in _in_turn(part.branches):
+        for rows in reversed(part.branches):  # the first one stays in the cache
             own = rows[~taken[rows]]
             taken[rows] = True
             branch = None
@@ -188,14 +189,6 @@ def _groups(parts: Sequence[Part], length: int, device: torch.device) -> list[_G
                 found.append(_Group(part.slot, int(size), some, branch))
         first += count
     return found
-
-
-def _in_turn(branches: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """The longest of the others first, so that all places hold numbers, and the first one last.
-
-    It is what stays in the cache.
-    """
-    return [*sorted(branches[1:], key=len, reverse=True), branches[0]]
 
 
 def _places(place: int, length: int) -> int:
@@ -232,7 +225,9 @@ class _CallLayer(CacheLayerMixin):
             self._fresh = key_states, value_states
         for part in self._parts:
             count = len(part.ids)
-            if part.parents is not None:  # written branch by branch, as each is attended to
+            if part.parents is not None:  # each branch once it is attended to, over numbers
+                longest = torch.from_numpy(row + max(part.branches, key=len))
+                self.write(_Branch(part.slot, part.start, longest.to(key_states.device)))
                 row += count
                 continue
             places = slice(part.start, part.start + count)
