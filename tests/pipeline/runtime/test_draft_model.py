@@ -201,7 +201,7 @@ def test_more_slots_than_at_first_find_room_for_drafts() -> None:
     session.forward(np.array([PROMPT] * 3))
     expected = steady(shared_export("cpu"))
     expected.forward(np.array([PROMPT]))
-    assert len(model.guesses(2, len(PROMPT), 9, 2, lambda: lambda row: int(row.argmax()))) == 2
+    assert len(model.grow(2, len(PROMPT), 9, 2, Chooser).draft()) == 2
     rows = session.read_block(2, np.array([9, 4]))
     np.testing.assert_array_equal(rows, expected.read_block(0, np.array([9, 4])))
 
@@ -288,3 +288,11 @@ def test_a_cache_of_another_layout_is_refused(twin: Path) -> None:
     other = steady(shared_rounded_export())
     with pytest.raises(InputError, match="cannot share a cache"):
         CpuSession(twin, values=other.values)
+
+
+def test_a_target_that_checks_chains_alone_is_asked_for_no_tree() -> None:
+    session, model = drafted(3)
+    assert model._width == 1
+    with pytest.raises(UsageError, match="one chain"):
+        DraftModel(session, model._session, False, width=2)
+    assert DraftModel(session, model._session, False, width=1)._width == 1
