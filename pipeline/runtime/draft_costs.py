@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from pipeline.runtime.drafting import best_draft_length
 from pipeline.runtime.sessions.call_times import CallTimes
 from pipeline.runtime.sessions.onnx_cpu_session import STEADY_TOKENS
@@ -75,10 +77,20 @@ class DraftCosts:
             return min(most, 1)
         return 0
 
-    def step_share(self) -> float | None:
-        """Time of a step of the draft as a share of a call's; None where they are not timed."""
-        costs_s = self._costs_s(0)
-        return None if costs_s is None else self._steps.medians(1)[1] / costs_s[0]
+    def shares(self) -> tuple[float, float] | None:
+        """Time of a step of the draft, and of another branch, as shares of a call's without one.
+
+        By a line through the times of calls by their branches; None where nothing is timed.
+        """
+        calls, steps = self._calls.medians(MOST_DRAFTED + 1), self._steps.medians(1)
+        if not calls or not steps:
+            return None
+        counts, times_s = np.array(list(calls), np.float64), np.array(list(calls.values()))
+        branch_s = self._row_cost * times_s.mean()
+        if len(counts) > 1:
+            branch_s = max(0.0, float(np.polyfit(counts, times_s, 1)[0]))
+        call_s = max(times_s.mean() - branch_s * (counts.mean() - STEADY_ROWS), times_s.min() / 2)
+        return steps[1] / call_s, branch_s / call_s
 
     def _forget(self) -> None:
         """Move the counts towards those of the beginning."""

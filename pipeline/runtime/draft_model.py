@@ -31,8 +31,8 @@ from pipeline.tokenizer_files import vocabulary_hashes
 
 # Share of right guesses at which drafting has to pay, to be tried at all: few drafts have more.
 _GOOD_ACCEPTANCE = 0.9
-# Guesses at a place of a tree: how often a third or fourth is right is told apart from none.
-_USUAL_WIDTH = 4
+# Guesses at a place of a tree; of those behind the third hardly any is right.
+_USUAL_WIDTH = 3
 # What a model and its draft have to have in common, as an export's record names it.
 SHARED = ("vocab_size", "num_layers", "max_length", "cache_format")
 _ROTATION = ("rope_parameters", "rope_theta", "rope_scaling", "partial_rotary_factor")
@@ -151,13 +151,13 @@ class DraftModel:
 
     def _planned(self, most: int) -> TreeGrowth:
         """A tree without tokens, of the size that pays."""
+        first = self._odds.first if self._width > 1 else 1.0
         if self._length is not None:
-            return TreeGrowth(self._length, most, 0.0, self._odds.first)
-        rows, share = self._costs.length(most), self._costs.step_share()
-        if self._width == 1:
-            return TreeGrowth(rows, most, 0.0, 1.0)
-        is_timed = rows > 0 and share is not None
-        return TreeGrowth(MOST_DRAFTED if is_timed else rows, most, share or 0.0, self._odds.first)
+            return TreeGrowth(self._length, most, first)
+        rows, shares = self._costs.length(most), self._costs.shares()
+        if self._width == 1 or rows == 0 or shares is None:
+            return TreeGrowth(rows, most, first)
+        return TreeGrowth(MOST_DRAFTED, most, first, *shares)
 
 
 def _width_for(target: SlottedSession, width: int | None) -> int:

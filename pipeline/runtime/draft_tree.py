@@ -89,14 +89,16 @@ class TreeGrowth:
 
     Each guess that is known has a probability of being reached and right, the product of those on
     its way. A call gives one token and as many as these sum up to over its rows, so the best rows
-    are the likeliest guesses. The next step is behind the one that is likeliest for the tokens
-    that the draft has to read for it, as long as it gives more than its time would elsewhere.
+    are the likeliest guesses, of branches that are worth their time. The next step is behind the
+    one that is likeliest for the tokens that the draft has to read for it, as long as it gives
+    more than its time would elsewhere.
 
     Args:
         rows: most draft tokens of the tree.
         depth: most of them one behind another.
-        step_share: time of a step of the draft as a share of a call; 0 counts rows alone.
         first: how often the likeliest guess behind another is right, 0 to 1.
+        step_share: time of a step of the draft as a share of a call's; 0 counts rows alone.
+        branch_share: likewise, of another branch in a call.
 
     Attributes:
         tokens: of all guesses that are known; the best are drafted.
@@ -105,13 +107,22 @@ class TreeGrowth:
         sources: what else is known of each: its rank among its siblings, and how sure it was.
     """
 
-    def __init__(self, rows: int, depth: int, step_share: float, first: float) -> None:
+    def __init__(
+        self,
+        rows: int,
+        depth: int,
+        first: float,
+        step_share: float = 0.0,
+        branch_share: float = 0.0,
+    ) -> None:
         self.tokens: list[int] = []
         self.parents: list[int] = []
         self.odds: list[float] = []
         self.sources: list[tuple[int, float]] = []
-        self._rows, self._depth, self._step_share, self._first = rows, depth, step_share, first
+        self._rows, self._depth, self._first = rows, depth, first
+        self._step_share, self._branch_share = step_share, branch_share
         self._depths: list[int] = []
+        self._likeliest: set[int] = set()  # which stand behind a branch, and begin none
         self._steps = 0
         self._stepped: set[int] = set()
         self._held: list[int] = []  # what the draft has read, behind the answer's last token
@@ -134,6 +145,9 @@ class TreeGrowth:
         self._held = self.path(parent)
         before = 1.0 if parent < 0 else self.odds[parent]
         depth = 1 if parent < 0 else self._depths[parent] + 1
+        if guesses:
+            best = max(range(len(guesses)), key=lambda n: guesses[n][1])
+            self._likeliest.add(len(self.tokens) + best)
         for (token, odds), source in zip(guesses, sources, strict=True):
             self.tokens.append(token)
             self.parents.append(parent)
@@ -153,18 +167,19 @@ class TreeGrowth:
         """The guess to make a step behind, -1 for the answer's last token; None for no further."""
         if not self._stepped:
             return -1 if min(self._rows, self._depth) > 0 else None
-        best = self._best_rows()
-        taken = sum(self.odds[n] for n in best)
+        worthy = self._worthy()
+        best = self._best_rows(worthy)
         displaced = min(self.odds[n] for n in best) if len(best) == self._rows else 0.0
-        least = 0.0  # tokens that a step would give elsewhere
-        if self._step_share:
-            least = (1 + taken) / (1 / self._step_share + self._steps)
-        gains = [odds * self._first - displaced for odds in self.odds]
-        worth = {
-            n: gain / max(1, len(self.unread(n)[1]))
-            for n, gain in enumerate(gains)
-            if gain > least and n not in self._stepped and self._depths[n] < self._depth
-        }
+        least, branch = self._rate() * self._step_share, self._rate() * self._branch_share
+        worth: dict[int, float] = {}
+        for n, odds in enumerate(self.odds):
+            if n in self._stepped or self._depths[n] >= self._depth:
+                continue
+            gain = odds * self._first - displaced
+            if n not in worthy:  # the branch would come with it
+                gain += odds - branch
+            if gain > least:
+                worth[n] = gain / max(1, len(self.unread(n)[1]))
         found = max(worth, key=lambda n: worth[n], default=None)
         return found if found is not None and worth[found] > least else None
 
@@ -178,7 +193,7 @@ class TreeGrowth:
 
     def draft(self) -> Draft:
         """The best rows, a branch after the other, at each fork the likelier first."""
-        best = set(self._best_rows())
+        best = set(self._best_rows(self._worthy()))
         order: list[int] = []
         open_nodes = [-1]
         while open_nodes:
@@ -190,7 +205,23 @@ class TreeGrowth:
         number = {node: n for n, node in enumerate(order)} | {-1: -1}
         return Draft([self.tokens[n] for n in order], [number[self.parents[n]] for n in order])
 
-    def _best_rows(self) -> list[int]:
-        """The likeliest guesses: a parent is among them before its children are."""
-        ranked = sorted(range(len(self.tokens)), key=lambda n: (-self.odds[n], n))
-        return ranked[: self._rows]
+    def _rate(self) -> float:
+        """Tokens for the time of a call, as things are."""
+        best = sorted(self.odds, reverse=True)[: self._rows]
+        return (1 + sum(best)) / (1 + self._steps * self._step_share)
+
+    def _worthy(self) -> set[int]:
+        """Guesses of branches that give more tokens than their time would elsewhere."""
+        least, sums = self._rate() * self._branch_share, self.odds.copy()
+        for n in reversed(range(len(sums))):  # children come before their parents
+            if self.parents[n] >= 0 and (n in self._likeliest or sums[n] >= least):
+                sums[self.parents[n]] += sums[n]
+        found: set[int] = set()
+        for n, parent in enumerate(self.parents):
+            if (parent < 0 or parent in found) and (n in self._likeliest or sums[n] >= least):
+                found.add(n)
+        return found
+
+    def _best_rows(self, worthy: set[int]) -> list[int]:
+        """The likeliest of some guesses: a parent is among them before its children are."""
+        return sorted(worthy, key=lambda n: (-self.odds[n], n))[: self._rows]

@@ -45,7 +45,8 @@ _TRIED = (
     ((), 0, False), ((1, 2, 3, 4), 0, False), ((6,), 0, False), ((16,), 0, False),
     ((1, 2, 3, 4), 2, False), ((16,), 2, False), ((6,), 0, True), ((6,), 2, True),
 )  # fmt: skip
-# Tokens that a call counts as: those of one without drafts, in any steady session.
+# Tokens that a call counts as: those of one without drafts, in any steady session; and one more
+# for every branch of draft tokens but the first.
 _COUNTED = 2
 # Of what another token adds to a call: choosing it. Its row is computed in any case.
 _ROW_COST = 0.01
@@ -187,13 +188,18 @@ class StreamedSession(SlottedSession):
         calls = [self._call_of(pieces) for pieces in planned]
         outputs = self._streamed.run(calls, shown)
         if longest <= STEADY_TOKENS:  # else there is more to compute than in a call of an answer
-            self.call_times.add(_COUNTED, (time.perf_counter() - began) / len(blocks))
+            self._count_time(planned, (time.perf_counter() - began) / len(blocks))
         else:
             return_free_memory()
         found = self._sorted_logits(planned, outputs)
         self.cache.tell([piece.part for pieces in planned for piece in pieces])
         self._remember(planned, calls)
         return [found[block.slot] for block in blocks]
+
+    def _count_time(self, planned: Sequence[Sequence[_Piece]], seconds: float) -> None:
+        """Remember the time of a call by its branches, each of which is attended to apart."""
+        branches = [len(piece.part.branches) for pieces in planned for piece in pieces]
+        self.call_times.add(_COUNTED + sum(branches) - len(branches), seconds)
 
     def _remember(self, planned: Sequence[Sequence[_Piece]], calls: Sequence[ModelCall]) -> None:
         """Count what was read, and keep calls whose tokens branch until a path is chosen."""

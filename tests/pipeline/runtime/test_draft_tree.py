@@ -31,9 +31,11 @@ def odds_of(seed: int, path: Sequence[int]) -> list[float]:
     return sorted((random.dirichlet([2.0] + [1.0] * WIDTH)[:WIDTH]).tolist(), reverse=True)
 
 
-def grown(seed: int, rows: int, depth: int = DEPTH, share: float = 0.0) -> tuple[TreeGrowth, int]:
+def grown(
+    seed: int, rows: int, depth: int = DEPTH, share: float = 0.0, branch: float = 0.0
+) -> tuple[TreeGrowth, int]:
     """A tree whose tokens are ranks, and the steps that were made for it."""
-    growth, steps = TreeGrowth(rows, depth, share, 1.0), 0
+    growth, steps = TreeGrowth(rows, depth, 1.0, share, branch), 0
     while (node := growth.next_step()) is not None:
         steps += 1
         odds = odds_of(seed, [growth.tokens[n] for n in growth.path(node)])
@@ -83,8 +85,20 @@ def test_a_step_is_made_only_where_it_gives_more_than_its_time() -> None:
     assert len(dear) == WIDTH  # what that step has guessed costs no further one
 
 
+def test_a_branch_is_grown_only_where_it_gives_more_than_its_time() -> None:
+    for seed in range(6):
+        counts = [
+            len(branches_of(grown(seed, 6, branch=share)[0].draft().parents))
+            for share in (0.0, 0.02, 0.1, 0.3, 1.0)
+        ]
+        assert counts == sorted(counts, reverse=True)
+        assert counts[0] > counts[-1] == 1
+        least = expected_tokens(seed, paths_in(grown(seed, 6, branch=0.1)[0].draft()))
+        assert least >= expected_tokens(seed, paths_in(grown(seed, 6, branch=1.0)[0].draft()))
+
+
 def test_where_all_is_right_a_chain_is_grown() -> None:
-    growth = TreeGrowth(9, 99, 0.02, 1.0)
+    growth = TreeGrowth(9, 99, 1.0, 0.02)
     while (node := growth.next_step()) is not None:
         growth.add(node, [(5, 0.999), (6, 0.001)], [(0, 0.999), (1, 0.001)])
     draft = growth.draft()
@@ -99,7 +113,7 @@ def test_it_is_no_deeper_than_may_be() -> None:
 
 
 def test_what_a_step_has_to_read_again_is_what_another_branch_wrote_over() -> None:
-    growth = TreeGrowth(9, 9, 0.0, 1.0)
+    growth = TreeGrowth(9, 9, 1.0)
     assert growth.next_step() == -1
     growth.add(-1, [(1, 0.6), (2, 0.4)], [(0, 0.6), (1, 0.4)])
     assert growth.unread(0) == (0, [0])
