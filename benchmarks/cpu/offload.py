@@ -125,7 +125,7 @@ def _measure(
         ValidationError: a drafted answer is another than without drafts.
     """
     torch.set_num_threads(threads)
-    how = {"threads": threads, "length": length, "width": width}
+    how: dict[str, Any] = {"threads": threads, "length": length, "width": width}
     session, model = open_offloaded(target, memory, draft, **how)
     assert model is not None
     # Without a draft its bytes are for layers, unless both are to read the same ones.

@@ -91,7 +91,7 @@ def _measure(
     new_tokens: int,
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Kind -> way -> its counts; `all` is of all kinds."""
-    how = {"threads": threads, "memory": memory, "length": length, "width": width}
+    how: dict[str, Any] = {"threads": threads, "memory": memory, "length": length, "width": width}
     session, model = open_helped(folder, draft, **how)
     assert model is not None
     stop_ids = stop_token_ids(load_tokenizer(draft), draft)

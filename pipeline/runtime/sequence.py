@@ -22,6 +22,9 @@ from pipeline.runtime.drafting import Chooser, Drafter, GuessingDrafter
 from pipeline.runtime.sampling import GREEDY, Sampling
 from pipeline.runtime.text_stream import Decoder, TextStream
 
+# Logits, float32 [V] each, by their number.
+Rows = Sequence[np.ndarray] | np.ndarray
+
 
 class Constraint(Protocol):
     """Which tokens may come next; it goes along with one answer."""
@@ -141,7 +144,7 @@ class RunningAnswer:
         if isinstance(drafter, GuessingDrafter):
             drafter.guess_by(self._chooser)
 
-    def take(self, rows: Sequence[np.ndarray], drafted: Sequence[int] = ()) -> list[int]:
+    def take(self, rows: Rows, drafted: Sequence[int] = ()) -> list[int]:
         """Go on by the tokens that a call of the model gives.
 
         Args:

@@ -10,7 +10,7 @@ import numpy as np
 
 from pipeline.runtime.drafting import Drafter
 from pipeline.runtime.prefix_cache import SlotTable
-from pipeline.runtime.sequence import RunningAnswer
+from pipeline.runtime.sequence import Rows, RunningAnswer
 from pipeline.runtime.sessions.session import SlotSession
 from pipeline.runtime.text_stream import Decoder
 from pipeline.serve.failure import RequestFailure
@@ -117,7 +117,7 @@ class Passes:
     session: SlotSession
     table: SlotTable
     chunk: int
-    take: Callable[[Running, Sequence[np.ndarray], Sequence[int]], list[int]]
+    take: Callable[[Running, Rows, Sequence[int]], list[int]]
     fail: Callable[[Running, RequestFailure], None]
 
     def next_chunk(self, running: Running) -> list[int]:
@@ -145,7 +145,7 @@ class FiniteRows(Sequence[np.ndarray]):
         RequestFailure: 500, one holds a NaN, or its largest entry is not finite.
     """
 
-    def __init__(self, rows: Sequence[np.ndarray]) -> None:
+    def __init__(self, rows: Rows) -> None:
         self._rows = rows
 
     def __len__(self) -> int:

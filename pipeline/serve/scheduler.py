@@ -15,11 +15,10 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-import numpy as np
-
 from pipeline.progress import note
 from pipeline.runtime.drafting import DraftSource, make_drafter
 from pipeline.runtime.prefix_cache import SlotTable
+from pipeline.runtime.sequence import Rows
 from pipeline.runtime.sessions.session import BlockSession, SlotSession
 from pipeline.runtime.text_stream import Decoder
 from pipeline.serve.failure import RequestFailure
@@ -306,9 +305,7 @@ class Scheduler:
             job.outbox.put(RequestFailure.internal("The answer could not begin."))
             raise
 
-    def _take(
-        self, running: Running, rows: Sequence[np.ndarray], drafted: Sequence[int] = ()
-    ) -> list[int]:
+    def _take(self, running: Running, rows: Rows, drafted: Sequence[int] = ()) -> list[int]:
         """Let an answer go on, and free its slot at the end; returns accepted draft tokens."""
         try:
             accepted = running.answer.take(FiniteRows(rows), drafted)

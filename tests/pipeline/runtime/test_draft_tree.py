@@ -124,7 +124,7 @@ def test_what_a_step_has_to_read_again_is_what_another_branch_wrote_over() -> No
     growth.add(1, [(6, 0.9)], [(0, 0.9)])
     assert growth.unread(4) == (0, [0, 2, 4])
     draft = growth.draft()
-    assert draft == (1, 3, 5, 4, 2, 6)
+    assert list(draft) == [1, 3, 5, 4, 2, 6]
     assert draft.parents == (-1, 0, 1, 0, -1, 4)
 
 
