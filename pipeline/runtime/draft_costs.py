@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from pipeline.runtime.drafting import best_draft_length
@@ -23,8 +25,8 @@ _PATIENCE = 32
 _TRUST = 4.0
 # Then older ones count half.
 _MOST_COUNTED = 256
-# Ranks and weights from here on are counted together, and weights by steps.
-_LAST_RANK, _WEIGHT_STEPS = 3, 10
+# From here on ranks are counted together, and so are weights that are closer to 0 or 1.
+_LAST_RANK, _LEAST_WEIGHT = 3, 1e-3
 # A call without drafts reads two rows, so that its bits are those of any block.
 STEADY_ROWS = 2
 
@@ -154,5 +156,6 @@ class GuessOdds:
 
 
 def _kind(rank: int, weight: float) -> tuple[int, int]:
-    """Guesses that are counted together."""
-    return min(rank, _LAST_RANK), min(_WEIGHT_STEPS - 1, int(weight * _WEIGHT_STEPS))
+    """Guesses that are counted together: their log odds are about as high."""
+    odds = max(weight, _LEAST_WEIGHT) / max(1.0 - weight, _LEAST_WEIGHT)
+    return min(rank, _LAST_RANK), round(math.log(odds))
