@@ -88,8 +88,10 @@ def _measure(
         for number, prompt in enumerate(asked[:prompts]):
             first = number % len(ways)
             for way in (*list(ways)[first:], *list(ways)[:first]):
+                before = session.traffic.passes
                 turn = one_turn(session, prompt, decoding, ways[way].begin(0))
-                found[kind][way].append(turn)
+                calls = session.traffic.passes - before - 1  # the prompt's
+                found[kind][way].append(turn | {"calls": calls})
             if len({tuple(turns[-1]["tokens"]) for turns in found[kind].values()}) > 1:
                 raise ValidationError("Two ways of drafting answer differently.", where=kind)
         note(f"{kind}: { ({way: _counts(turns) for way, turns in found[kind].items()}) }")
@@ -103,7 +105,7 @@ def _measure(
 def _counts(turns: list[dict[str, Any]]) -> _Counts:
     """Tokens behind the first, calls for them, draft tokens a call, and rates."""
     tokens = sum(max(0, len(turn["tokens"]) - 1) for turn in turns)
-    calls = tokens - sum(turn["taken"] for turn in turns)
+    calls = sum(turn["calls"] for turn in turns)
     seconds = sum(turn["seconds"] for turn in turns)
     return {
         "tokens": tokens,
