@@ -197,9 +197,9 @@ class StreamedSession(SlottedSession):
         return [found[block.slot] for block in blocks]
 
     def _count_time(self, planned: Sequence[Sequence[_Piece]], seconds: float) -> None:
-        """Remember the time of a call by its branches, each of which is attended to apart."""
+        """Remember an answer's time of a call by its branches: each is attended to apart."""
         branches = [len(piece.part.branches) for pieces in planned for piece in pieces]
-        self.call_times.add(_COUNTED + sum(branches) - len(branches), seconds)
+        self.call_times.add(_COUNTED + sum(branches) // len(branches) - 1, seconds)
 
     def _remember(self, planned: Sequence[Sequence[_Piece]], calls: Sequence[ModelCall]) -> None:
         """Count what was read, and keep calls whose tokens branch until a path is chosen."""
