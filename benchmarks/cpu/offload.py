@@ -70,6 +70,7 @@ _DISK_BYTES, _DISK_TURNS = 256 << 20, 3
 @click.option("--text", type=click.Path(path_type=Path, exists=True), required=True)
 @click.option("--questions", type=click.Path(path_type=Path, exists=True), required=True)
 @click.option("--length", type=int, help="Tokens of every draft; by default as many as pay.")
+@click.option("--width", type=int, help="Most guesses at one place; 1 drafts chains.")
 @click.option("--prompts", type=int, default=8, show_default=True, help="Of each kind.")
 @click.option("--threads", type=int, default=2, show_default=True)
 @click.option("--new-tokens", type=int, default=128, show_default=True)
@@ -111,6 +112,7 @@ def _measure(
     kinds: dict[str, list[list[int]]],
     memory: str,
     length: int | None,
+    width: int | None,
     prompts: int,
     threads: int,
     new_tokens: int,
@@ -123,7 +125,8 @@ def _measure(
         ValidationError: a drafted answer is another than without drafts.
     """
     torch.set_num_threads(threads)
-    session, model = open_offloaded(target, memory, draft, threads=threads, length=length)
+    how: dict[str, Any] = {"threads": threads, "length": length, "width": width}
+    session, model = open_offloaded(target, memory, draft, **how)
     assert model is not None
     # Without a draft its bytes are for layers, unless both are to read the same ones.
     own = parse_bytes(memory, "--memory")

@@ -46,7 +46,7 @@ class _Uncoupled:
         self._drafter.learn(drafted, chosen)
         self.taken = self._drafter.taken
 
-    def draft(self, most: int) -> list[int]:
+    def draft(self, most: int) -> Sequence[int]:
         found = self._drafter.draft(most)
         self.drafted = self._drafter.drafted
         return found
@@ -59,6 +59,7 @@ class _Uncoupled:
 @click.option("--text", type=click.Path(path_type=Path, exists=True), required=True)
 @click.option("--questions", type=click.Path(path_type=Path, exists=True), required=True)
 @click.option("--length", type=int, default=MOST_DRAFTED, show_default=True, help="Of a draft.")
+@click.option("--width", type=int, help="Most guesses at one place; 1 drafts chains.")
 @click.option("--temperature", type=float, default=0.7, show_default=True)
 @click.option("--prompts", type=int, default=8, show_default=True, help="Of each kind.")
 @click.option("--threads", type=int, default=2, show_default=True)
@@ -83,13 +84,15 @@ def _measure(
     kinds: dict[str, list[list[int]]],
     memory: str | None,
     length: int,
+    width: int | None,
     temperature: float,
     prompts: int,
     threads: int,
     new_tokens: int,
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Kind -> way -> its counts; `all` is of all kinds."""
-    session, model = open_helped(folder, draft, threads=threads, memory=memory, length=length)
+    how: dict[str, Any] = {"threads": threads, "memory": memory, "length": length, "width": width}
+    session, model = open_helped(folder, draft, **how)
     assert model is not None
     stop_ids = stop_token_ids(load_tokenizer(draft), draft)
     ways = {_GREEDY: GREEDY, _UNCOUPLED: Sampling(temperature)}

@@ -127,4 +127,6 @@ def _with_draft(
         folder, held_bytes + spent, _PLACES, 1, spent, device=device, stored=stored
     )
     assert isinstance(session.cache, DeviceCache)
-    return session, DraftModel(session, DeviceDraft(model, session.cache, _PLACES), False, _DRAFTED)
+    return session, DraftModel(
+        session, DeviceDraft(model, session.cache, _PLACES), False, _DRAFTED, 1
+    )

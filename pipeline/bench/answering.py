@@ -14,10 +14,10 @@ import numpy as np
 
 from pipeline.memory import disk_read_bytes, peak_bytes
 from pipeline.runtime.draft_model import DraftModel
+from pipeline.runtime.draft_tree import branches_of, is_leaf, parents_in_block, path_of
 from pipeline.runtime.drafting import Chooser, Drafter, GuessingDrafter
 from pipeline.runtime.generate import generate
 from pipeline.runtime.open_answering import open_helped
-from pipeline.runtime.prefix_cache import common_length
 from pipeline.runtime.sequence import Decoding
 from pipeline.runtime.sessions.onnx_cpu_session import CpuSession
 from pipeline.runtime.sessions.open_session import open_session
@@ -41,6 +41,8 @@ class _Watched:
         seconds: that drafting took.
         depths: of the first draft token of a call, of the second, and so on: how often it was
             looked at, which is as long as all before it were right, and how often it was right.
+        branches: of the drafts of as many branches: how many there were, their tokens, and how many
+            of these were right.
     """
 
     def __init__(self, drafter: Drafter | None) -> None:
@@ -48,26 +50,34 @@ class _Watched:
         self.drafted = self.taken = self.calls = 0
         self.seconds = 0.0
         self.depths: list[list[int]] = []
+        self.branches: dict[int, list[int]] = {}
 
     def guess_by(self, begin: Callable[[], Chooser]) -> None:
         if isinstance(self._drafter, GuessingDrafter):
             self._drafter.guess_by(begin)
 
     def learn(self, drafted: Sequence[int], chosen: Sequence[int]) -> None:
-        right = common_length(drafted, chosen)
-        self.taken += right
-        for depth in range(min(len(drafted), len(chosen), right + 1)):
+        path = path_of(drafted, chosen)
+        self.taken += len(path)
+        for depth, node in enumerate([-1, *path][: len(chosen)]):
+            if is_leaf(drafted, node):
+                break
             if depth == len(self.depths):
                 self.depths.append([0, 0])
             self.depths[depth][0] += 1
-            self.depths[depth][1] += depth < right
+            self.depths[depth][1] += depth < len(path)
+        if drafted:
+            parents = parents_in_block(drafted)
+            count = 1 if parents is None else len(branches_of(parents))
+            own = self.branches.setdefault(count, [0, 0, 0])
+            own[:] = own[0] + 1, own[1] + len(drafted), own[2] + len(path)
         if self._drafter is not None:
             self._drafter.learn(drafted, chosen)
 
-    def draft(self, most: int) -> list[int]:
+    def draft(self, most: int) -> Sequence[int]:
         self.calls += 1
         if self._drafter is None:
-            return []
+            return ()
         started = time.perf_counter()
         found = self._drafter.draft(most)
         self.seconds += time.perf_counter() - started
@@ -80,7 +90,8 @@ class Answering:
 
     Args:
         target: `way`, `folder`, `draft`, `memory` (a number of bytes as text, or None), `length`
-            of the drafts (None for as many as pay), and `threads`.
+            of the drafts (None for as many as pay), `width` (None for what the model can check),
+            and `threads`.
     """
 
     def __init__(self, target: dict[str, Any]) -> None:
@@ -125,6 +136,7 @@ class Answering:
             "drafted": watched.drafted,
             "taken": watched.taken,
             "depths": watched.depths,
+            "branches": [[count, *own] for count, own in sorted(watched.branches.items())],
             "draft_s": watched.seconds,
             "wait_s": self._waited_s() - waited_s,
             "read_bytes": None if read is None or bytes_now is None else bytes_now - read,
@@ -160,8 +172,8 @@ def _open(target: dict[str, Any]) -> tuple[Session, DraftModel | None]:
     if target["way"] == ALONE:
         return CpuSession(draft, threads), None
     if target["way"] == DRAFTED:
-        length = target["length"]
-        return open_helped(folder, draft, "auto", threads, memory=memory, length=length)
+        how = {"length": target["length"], "width": target["width"]}
+        return open_helped(folder, draft, "auto", threads, memory=memory, **how)
     if memory is None:
         return open_session(folder, threads=threads), None
     from pipeline.runtime.offload.open_offloaded import open_plain

@@ -37,6 +37,7 @@ class DraftedTarget:
         draft: an export of it in fewer bytes.
         memory: bytes that the model may take, such as "1GB", as for `open_offloaded`; or None.
         length: tokens of every draft; None takes as many as pay.
+        width: most guesses at one place, 1 for chains; None takes what the model can check.
         threads: of each way.
     """
 
@@ -44,6 +45,7 @@ class DraftedTarget:
     draft: Path
     memory: str | None
     length: int | None
+    width: int | None
     threads: int
 
 
@@ -158,6 +160,7 @@ def _row_of(way: str, session: str, rounds: Sequence[Sequence[dict[str, Any]]]) 
         "drafted": total["drafted"],
         "taken": total["taken"],
         "acceptance": _acceptance([turn["depths"] for turn in turns]),
+        "branches": _by_branches([turn["branches"] for turn in turns]),
         "shares": {
             "draft": total["draft_s"] / seconds,
             "wait": total["wait_s"] / seconds,
@@ -175,6 +178,16 @@ def _acceptance(found: Sequence[Sequence[Sequence[int]]]) -> list[dict[str, Any]
         tried, taken = (sum(counts) for counts in zip(*own, strict=True))
         depths.append({"depth": depth + 1, "tried": tried, "taken": taken, "share": taken / tried})
     return depths
+
+
+def _by_branches(found: Sequence[Sequence[Sequence[int]]]) -> list[dict[str, int]]:
+    """Calls with drafts by how many branches these had, their draft tokens, and those taken."""
+    rows = []
+    for count in sorted({of[0] for turn in found for of in turn}):
+        own = [of[1:] for turn in found for of in turn if of[0] == count]
+        calls, drafted, taken = (sum(numbers) for numbers in zip(*own, strict=True))
+        rows.append({"branches": count, "calls": calls, "drafted": drafted, "taken": taken})
+    return rows
 
 
 def _tokens(turn: dict[str, Any]) -> int:

@@ -78,6 +78,12 @@ _drafting_options = options.apply(
         "--draft-tokens", type=options.count, help="With --draft: of every draft.  [what pays]"
     ),
     click.option(
+        "--draft-width",
+        type=options.positive,
+        help="With --draft: most guesses at one place of an answer; 1 drafts chains, more are for "
+        "--memory.  [trees with --memory, else chains]",
+    ),
+    click.option(
         "--prompts",
         type=click.Path(path_type=Path, exists=True, dir_okay=False),
         help="With --draft: a prompt a line.  [three of its own]",
@@ -111,6 +117,7 @@ def command(
     draft: Path | None,
     memory: str | None,
     draft_tokens: int | None,
+    draft_width: int | None,
     prompts: Path | None,
     json_file: Path | None,
     plot: Path | None,
@@ -129,6 +136,7 @@ def command(
     """  # noqa: D301 - click reads the escape
     _require_places(json_file, plot)
     given: dict[str, Any] = {"memory": memory, "draft_tokens": draft_tokens, "prompts": prompts}
+    given["draft_width"] = draft_width
     if draft is not None or any(value is not None for value in given.values()):
         record = measured_drafting(folders, draft, verbose=verbose, **given)
         _write_results(record, json_file, None)

@@ -24,6 +24,7 @@ def measured_drafting(
     *,
     memory: str | None,
     draft_tokens: int | None,
+    draft_width: int | None,
     prompts: Path | None,
     verbose: bool,
 ) -> dict[str, Any]:
@@ -36,6 +37,7 @@ def measured_drafting(
         draft: of it.
         memory: as of `DraftedTarget`.
         draft_tokens: likewise, `length`.
+        draft_width: likewise, `width`.
         prompts: a file of them, a line each; or None.
         verbose: say what each turn measured.
 
@@ -51,7 +53,8 @@ def measured_drafting(
 
     settings = context.params
     threads = settings["threads"] or usable_cores()
-    target = DraftedTarget(folders[0].resolve(), draft.resolve(), memory, draft_tokens, threads)
+    how = memory, draft_tokens, draft_width, threads
+    target = DraftedTarget(folders[0].resolve(), draft.resolve(), *how)
     texts = PROMPTS if prompts is None else _lines(prompts)
     rounds = settings["rounds"]
     tell = note if verbose else lambda text: None
@@ -67,7 +70,8 @@ def _require_sensible(
 ) -> None:
     """Raise UsageError for flags that do not go together."""
     if draft is None:
-        raise UsageError("--memory, --draft-tokens and --prompts are for --draft.")
+        flags = "--memory, --draft-tokens, --draft-width and --prompts"
+        raise UsageError(f"{flags} are for --draft.")
     for name in _OTHERS:
         is_given = context.get_parameter_source(name) is ParameterSource.COMMANDLINE
         if is_given and not (name == "device" and context.params[name] != "cuda"):
@@ -135,6 +139,10 @@ def _remarks(record: dict[str, Any]) -> list[str]:
         if by_depth
         else "nothing was drafted",
     ]
+    if any(of["branches"] > 1 for of in drafted["branches"]):
+        calls = sum(of["calls"] for of in drafted["branches"])
+        shares = [f"{of['branches']}: {of['calls'] / calls:.0%}" for of in drafted["branches"]]
+        found.append(f"calls with drafts, by their branches {', '.join(shares)}")
     if alone := record["draft_alone"]:
         found.append(
             f"the draft alone: KL {alone['kl_mean']:.4f} nats a token, and the model's likeliest "

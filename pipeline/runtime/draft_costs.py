@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
+
 from pipeline.runtime.drafting import best_draft_length
 from pipeline.runtime.sessions.call_times import CallTimes
 from pipeline.runtime.sessions.onnx_cpu_session import STEADY_TOKENS
@@ -17,6 +21,12 @@ _MEMORY = 0.95
 _RIGHT, _WRONG = 2.0, 1.0
 # Calls without drafts after which drafts that were wrong get another chance.
 _PATIENCE = 32
+# What the draft says of a guess counts as so many that were tried.
+_TRUST = 4.0
+# Then older ones count half.
+_MOST_COUNTED = 256
+# From here on ranks are counted together, and so are weights that are closer to 0 or 1.
+_LAST_RANK, _LEAST_WEIGHT = 3, 1e-3
 # A call without drafts reads two rows, so that its bits are those of any block.
 STEADY_ROWS = 2
 
@@ -69,6 +79,21 @@ class DraftCosts:
             return min(most, 1)
         return 0
 
+    def shares(self) -> tuple[float, float] | None:
+        """Time of a step of the draft, and of another branch, as shares of a call's without one.
+
+        By a line through the times of calls by their branches; None where nothing is timed.
+        """
+        calls, steps = self._calls.medians(MOST_DRAFTED + 1), self._steps.medians(1)
+        if not calls or not steps:
+            return None
+        counts, times_s = np.array(list(calls), np.float64), np.array(list(calls.values()))
+        branch_s = self._row_cost * times_s.mean()
+        if len(counts) > 1:
+            branch_s = max(0.0, float(np.polyfit(counts, times_s, 1)[0]))
+        call_s = max(times_s.mean() - branch_s * (counts.mean() - STEADY_ROWS), times_s.min() / 2)
+        return steps[1] / call_s, branch_s / call_s
+
     def _forget(self) -> None:
         """Move the counts towards those of the beginning."""
         self._right = _RIGHT + _MEMORY * (self._right - _RIGHT)
@@ -93,3 +118,44 @@ class DraftCosts:
         if self._never_pays:
             return f"drafting is off: it cannot pay here, however many guesses are right ({times})"
         return f"drafting rests: {acceptance:.0%} of the guesses are right, and {times}"
+
+
+class GuessOdds:
+    """How often guesses are right, by their rank and by how sure the draft is: counted as it goes.
+
+    Until there are counts, a guess is as likely as the draft has it.
+    """
+
+    def __init__(self) -> None:
+        self._counts: dict[tuple[int, int], list[float]] = {}
+        self._firsts = [_RIGHT, _RIGHT + _WRONG]
+
+    @property
+    def first(self) -> float:
+        """How often the likeliest guess is right."""
+        return self._firsts[0] / self._firsts[1]
+
+    def of(self, rank: int, weight: float) -> float:
+        """Probability that a guess is right if all before it are.
+
+        Args:
+            rank: 0 for the likeliest at its place.
+            weight: what the draft has for it, 0 to 1.
+        """
+        right, tried = self._counts.get(_kind(rank, weight), (0.0, 0.0))
+        return (right + _TRUST * weight) / (tried + _TRUST)
+
+    def learn(self, rank: int, weight: float, is_right: bool) -> None:
+        """Count a guess at a place that was reached."""
+        found = [self._counts.setdefault(_kind(rank, weight), [0.0, 0.0])]
+        for counts in [*found, self._firsts] if rank == 0 else found:
+            counts[0] += is_right
+            counts[1] += 1
+            if counts[1] > _MOST_COUNTED:
+                counts[:] = [count / 2 for count in counts]
+
+
+def _kind(rank: int, weight: float) -> tuple[int, int]:
+    """Guesses that are counted together: their log odds are about as high."""
+    odds = max(weight, _LEAST_WEIGHT) / max(1.0 - weight, _LEAST_WEIGHT)
+    return min(rank, _LAST_RANK), round(math.log(odds))

@@ -19,18 +19,20 @@ from pipeline.export.record import ExportRecord, read_export_record
 from pipeline.json_file import read_json_object
 from pipeline.model.task import require_decoder
 from pipeline.progress import note
-from pipeline.runtime.draft_costs import MOST_DRAFTED, STEADY_ROWS, DraftCosts
+from pipeline.runtime.draft_costs import MOST_DRAFTED, STEADY_ROWS, DraftCosts, GuessOdds
+from pipeline.runtime.draft_tree import Draft, TreeGrowth, is_leaf, path_of
 from pipeline.runtime.drafting import Chooser, Drafter, FirstOf, PromptLookup
-from pipeline.runtime.prefix_cache import common_length
 from pipeline.runtime.sessions.call_times import CallTimes
 from pipeline.runtime.sessions.onnx_cpu_session import CpuSession
 from pipeline.runtime.sessions.open_session import folder_kind
-from pipeline.runtime.sessions.session import Session
+from pipeline.runtime.sessions.session import BlockSession, Session
 from pipeline.runtime.sessions.slotted_session import SlottedSession
 from pipeline.tokenizer_files import vocabulary_hashes
 
 # Share of right guesses at which drafting has to pay, to be tried at all: few drafts have more.
 _GOOD_ACCEPTANCE = 0.9
+# Guesses at a place of a tree; of those behind the third hardly any is right.
+_USUAL_WIDTH = 3
 # What a model and its draft have to have in common, as an export's record names it.
 SHARED = ("vocab_size", "num_layers", "max_length", "cache_format")
 _ROTATION = ("rope_parameters", "rope_theta", "rope_scaling", "partial_rotary_factor")
@@ -59,15 +61,27 @@ class DraftModel:
         session: the draft's, over the cache of `target`.
         lookup: ask prompt lookup first, which costs nothing.
         length: tokens of every draft, 0 for none; None takes as many as pay by what is measured.
+        width: most guesses at one place of an answer; 1 drafts chains, and None trees where
+            `target` checks them.
+
+    Raises:
+        UsageError: `target` checks chains alone, and `width` is more than 1.
     """
 
     def __init__(
-        self, target: SlottedSession, session: DraftSession, lookup: bool, length: int | None = None
+        self,
+        target: SlottedSession,
+        session: DraftSession,
+        lookup: bool,
+        length: int | None = None,
+        width: int | None = None,
     ) -> None:
         self._session, self._lookup = session, lookup
         self._length = None if length is None else min(length, MOST_DRAFTED)
+        self._width = _width_for(target, width)
         self._row_cost = target.row_cost or 1.0
         self._costs = DraftCosts(target.call_times, session.call_times, self._row_cost)
+        self._odds = GuessOdds()
         self._has_told = False
 
     def begin(self, slot: int) -> Drafter:
@@ -87,35 +101,77 @@ class DraftModel:
         """The draft as a model of its own, over the same weights and a cache that is not shared."""
         return self._session.sibling()
 
-    def learn(self, right: int, drafted: int) -> None:
-        """Hear how many tokens of a draft were right."""
-        self._costs.learn(right, drafted)
+    def learn(self, growth: TreeGrowth, drafted: Draft, chosen: Sequence[int]) -> None:
+        """Hear what came where a tree was grown, and drafted in part."""
+        path = path_of(drafted, chosen)
+        is_wrong = not is_leaf(drafted, path[-1] if path else -1)
+        self._costs.learn(len(path), len(path) + is_wrong)
+        node: int | None = -1
+        for token in chosen if self._width > 1 else ():
+            guesses = [n for n, parent in enumerate(growth.parents) if parent == node]
+            for n in guesses:
+                self._odds.learn(*growth.sources[n], growth.tokens[n] == token)
+            node = next((n for n in guesses if growth.tokens[n] == token), None)
 
-    def guesses(
+    def grow(
         self, slot: int, read: int, token: int, most: int, begin: Callable[[], Chooser]
-    ) -> list[int]:
-        """What comes behind a token, as this model has it.
+    ) -> TreeGrowth:
+        """What may come behind a token, as this model has it.
 
         Args:
             slot: of the answer.
             read: tokens that the cache holds, all of them read by the target.
             token: the next one.
-            most: limit of the guesses.
+            most: limit of the guesses one behind another.
             begin: gives what chooses them.
         """
-        count = self._costs.length(most) if self._length is None else min(most, self._length)
-        found: list[int] = []
-        if count < 1:
-            return found
-        self._session.take_up(slot, read)
-        choose = begin()
-        while len(found) < count:
-            guess = choose(self._session.prefill(slot, np.array([token], np.int64)))
-            if guess is None:  # nothing will be chosen behind it
-                break
-            found.append(guess)
-            token = guess
-        return found
+        growth, end = self._planned(most), -1
+        choosers: dict[int, Chooser] = {}
+        while (node := growth.next_step()) is not None:
+            kept, unread = growth.unread(node)
+            start = read if node < 0 else read + 1 + kept
+            ids = [token] if node < 0 else [growth.tokens[n] for n in unread]
+            if start != end:
+                self._session.take_up(slot, start)
+            end = start + len(ids)
+            logits = self._session.prefill(slot, np.array(ids, np.int64))
+            before = None if node < 0 else choosers[growth.parents[node]]
+            choosers[node] = begin() if before is None else before.behind(growth.tokens[node])
+            growth.add(node, *self._guesses(choosers[node], logits))
+        return growth
+
+    def _guesses(
+        self, chooser: Chooser, logits: np.ndarray
+    ) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
+        """Tokens with their odds, and what these go by; as `TreeGrowth.add` takes them."""
+        found = chooser.rank(logits, self._width)
+        sources = [(rank, weight) for rank, (_, weight) in enumerate(found)]
+        odds = [1.0 if self._width == 1 else self._odds.of(*source) for source in sources]
+        return [(token, p) for (token, _), p in zip(found, odds, strict=True)], sources
+
+    def _planned(self, most: int) -> TreeGrowth:
+        """A tree without tokens, of the size that pays."""
+        first = self._odds.first if self._width > 1 else 1.0
+        if self._length is not None:
+            return TreeGrowth(self._length, most, first)
+        rows, shares = self._costs.length(most), self._costs.shares()
+        if self._width == 1 or rows == 0 or shares is None:
+            return TreeGrowth(rows, most, first)
+        return TreeGrowth(MOST_DRAFTED, most, first, *shares)
+
+
+def _width_for(target: SlottedSession, width: int | None) -> int:
+    """Most guesses at one place; raise UsageError for several that cannot be checked."""
+    if isinstance(target, BlockSession):
+        return _USUAL_WIDTH if width is None else width
+    if width is not None and width > 1:
+        raise UsageError(
+            "This model checks one chain of draft tokens at a time.",
+            where=target.name,
+            observed=f"a width of {width}",
+            change="leave --draft-width out; a checkpoint with --memory or --vram checks trees",
+        )
+    return 1
 
 
 class _ModelDrafter:
@@ -124,23 +180,28 @@ class _ModelDrafter:
     def __init__(self, model: DraftModel, slot: int) -> None:
         self.drafted = self.taken = 0
         self._model, self._slot = model, slot
-        self._begin: Callable[[], Chooser] = lambda: lambda logits: int(logits.argmax())
+        self._begin: Callable[[], Chooser] = Chooser
         self._heard = 0  # tokens of prompt and answer
         self._last = -1
+        self._grown: tuple[TreeGrowth, Draft] | None = None
 
     def guess_by(self, begin: Callable[[], Chooser]) -> None:
         self._begin = begin
 
     def learn(self, drafted: Sequence[int], chosen: Sequence[int]) -> None:
-        right = common_length(drafted, chosen)
-        self.taken += right
-        self._model.learn(right, len(drafted))
+        if self._grown is not None and drafted:
+            self._model.learn(*self._grown, chosen)
+            self.taken += len(path_of(drafted, chosen))
+        self._grown = None
         self._heard += len(chosen)
         self._last = chosen[-1] if chosen else self._last
 
-    def draft(self, most: int) -> list[int]:
+    def draft(self, most: int) -> Sequence[int]:
         # The model is to read the last token beside the drafts.
-        found = self._model.guesses(self._slot, self._heard - 1, self._last, most, self._begin)
+        at = self._slot, self._heard - 1, self._last
+        growth = self._model.grow(*at, most, self._begin)
+        found = growth.draft()
+        self._grown = growth, found
         self.drafted += len(found)
         return found
 
@@ -153,6 +214,7 @@ def open_drafted(
     slots: int = 1,
     lookup: bool = False,
     length: int | None = None,
+    width: int | None = None,
 ) -> tuple[CpuSession, DraftModel | None]:
     """Open a model, and beside it a smaller one that drafts for it over the same cache.
 
@@ -164,6 +226,7 @@ def open_drafted(
         slots: rows of the cache.
         lookup: ask prompt lookup before the draft.
         length: tokens of every draft, 0 for none; None takes as many as pay.
+        width: most guesses at one place: 1, or None.
 
     Returns:
         The session, and what drafts for it: None, which is said, where the bytes of the two leave
@@ -180,7 +243,7 @@ def open_drafted(
         return CpuSession(folder, threads, slots=slots), None
     target = CpuSession(folder, threads, slots=slots, steady=True)
     session = CpuSession(draft, threads, values=target.values)
-    return target, DraftModel(target, session, lookup, length)
+    return target, DraftModel(target, session, lookup, length, width)
 
 
 def require_target(folder: Path, backend: str = "auto") -> ExportRecord:

@@ -6,13 +6,15 @@ chosen it. A drafter decides not what is said, but how many tokens one call may 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable, Collection, Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 from pipeline.errors import UsageError
 from pipeline.runtime.prefix_cache import common_length
+from pipeline.runtime.sampling import GREEDY, Sampling
 from pipeline.runtime.sessions.session import Session, SlotSession
 
 # Prompt lookup: so many of the last tokens have to agree. One alone agrees too often to mean
@@ -42,13 +44,59 @@ class Drafter(Protocol):
             chosen: the tokens that came.
         """
 
-    def draft(self, most: int) -> list[int]:
-        """Propose what comes next: up to `most` tokens, as many as pay, often none."""
+    def draft(self, most: int) -> Sequence[int]:
+        """Propose what comes next: up to `most` tokens one behind another, as many as pay.
+
+        Often none. They are a chain, or branch, as a `Draft`.
+        """
         ...
 
 
-# Logits, float32 [V] -> the token that is chosen; None where it would end the answer.
-Chooser = Callable[[np.ndarray], int | None]
+class Chooser:
+    """Chooses what would come at a place of an answer as the answer would, and leaves it as it is.
+
+    What a constraint or a stop text forbids may be among it: these are guesses.
+
+    Args:
+        how: the answer's settings.
+        history: tokens so far, for the repetition penalty.
+        generator: its noise, which is not touched without a temperature; it is this object's own.
+        stop_ids: tokens that end the answer.
+    """
+
+    def __init__(
+        self,
+        how: Sampling = GREEDY,
+        history: Sequence[int] = (),
+        generator: np.random.Generator | None = None,
+        stop_ids: Collection[int] = (),
+    ) -> None:
+        self._how, self._history, self._stop_ids = how, list(history), stop_ids
+        self._generator = np.random.default_rng(0) if generator is None else generator
+
+    def __call__(self, logits: np.ndarray) -> int | None:
+        """Choose by logits, float32 [V], and go on behind it; None where it ends the answer."""
+        token = self._how.choose(logits, self._history, self._generator)
+        self._history.append(token)
+        return None if token in self._stop_ids else token
+
+    def rank(self, logits: np.ndarray, count: int) -> list[tuple[int, float]]:
+        """What is chosen by logits, float32 [V], and what by others that are close to them.
+
+        Call it once, and go on by `behind`.
+
+        Returns:
+            Up to `count` tokens, the one that is chosen first, and what speaks for each, 0 to 1;
+            without those that end the answer.
+        """
+        found = self._how.rank(logits, self._history, self._generator, count)
+        return [(token, weight) for token, weight in found if token not in self._stop_ids]
+
+    def behind(self, token: int) -> Chooser:
+        """Chooses at the next place, behind a token."""
+        is_drawn = self._how.temperature != 0
+        generator = copy.deepcopy(self._generator) if is_drawn else self._generator
+        return Chooser(self._how, [*self._history, token], generator, self._stop_ids)
 
 
 @runtime_checkable
@@ -162,8 +210,8 @@ class FirstOf:
             drafter.learn(drafted if drafter is self._asked else (), chosen)
         self.taken = sum(drafter.taken for drafter in self._drafters)
 
-    def draft(self, most: int) -> list[int]:
-        found: list[int] = []
+    def draft(self, most: int) -> Sequence[int]:
+        found: Sequence[int] = ()
         for drafter in self._drafters:
             self._asked = drafter
             if found := drafter.draft(most):

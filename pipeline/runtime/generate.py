@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.runtime.draft_tree import parents_in_block
 from pipeline.runtime.drafting import Drafter, DraftSource, make_drafter
 from pipeline.runtime.prefix_cache import PrefixCache
 from pipeline.runtime.sequence import Decoding, RunningAnswer
@@ -198,18 +199,20 @@ def _read_in_one_pass(session: BlockSession, running: Mapping[int, RunningAnswer
     blocks = []
     for slot, answer in running.items():
         ids = [answer.ids[-1], *drafts[slot]] if answer.ids else answer.prompt_ids
-        blocks.append(Block(slot, np.array(ids, np.int64), last_only=not answer.ids))
+        parents = parents_in_block(drafts.get(slot, ()))
+        blocks.append(Block(slot, np.array(ids, np.int64), not answer.ids, parents))
     for block, rows in zip(blocks, session.read_blocks(blocks) if blocks else (), strict=True):
-        drafted = drafts.get(block.slot, [])
-        unread = len(drafted) - running[block.slot].take(rows, drafted)
-        session.rewind_slot(block.slot, session.slot_length(block.slot) - unread)
+        drafted = drafts.get(block.slot)
+        path = running[block.slot].take(rows, drafted or ())
+        if drafted is not None:
+            session.keep_path(block.slot, [1 + n for n in path])
 
 
 def _decode_drafted(session: SlotSession, slot: int, answer: RunningAnswer) -> None:
     """Feed the last token of one answer and its draft tokens, and keep those it accepts."""
     block = [answer.ids[-1], *(drafted := answer.draft())]
     kept = session.slot_length(slot) + 1
-    kept += answer.take(session.read_block(slot, np.array(block, np.int64)), drafted)
+    kept += len(answer.take(session.read_block(slot, np.array(block, np.int64)), drafted))
     session.rewind_slot(slot, kept)
 
 
@@ -233,13 +236,14 @@ def _advance(
     """
     cache = session if isinstance(session, PrefixCache) else PrefixCache(session)
     with cache.turn(streams):
-        new_ids, drafted = cache.begin(running.prompt_ids), list[int]()
+        new_ids: Sequence[int] = cache.begin(running.prompt_ids)
+        drafted: Sequence[int] = ()
         while running.ending is None:
             known = len(running.ids)
-            accepted = running.take(cache.read(new_ids, drafted), drafted)
+            path = running.take(cache.read(new_ids, drafted), drafted)
+            cache.keep(drafted, path)
             yield from running.ids[known:]
             if running.ending is None:
-                cache.drop(len(drafted) - accepted)
                 new_ids, drafted = running.ids[-1:], running.draft()
 
 

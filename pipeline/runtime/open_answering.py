@@ -52,6 +52,7 @@ def open_helped(
     memory: str | None = None,
     length: int | None = None,
     vram: str | None = None,
+    width: int | None = None,
 ) -> tuple[SlottedSession, DraftModel | None]:
     """A model with a draft over its cache, or under a budget of bytes, or both.
 
@@ -65,16 +66,19 @@ def open_helped(
         memory: bytes for weights and cache, such as "1GB"; None for all that there are.
         length: tokens of every draft, 0 for none; None takes as many as pay.
         vram: bytes of the GPU, on which a checkpoint is then computed; None for the CPU.
+        width: most guesses at one place, 1 for chains; None takes what the model can check.
 
     Raises:
         InputError, UsageError: as `open_drafted` and `open_offloaded`.
     """
     if memory is None and vram is None:
         assert draft is not None
-        return open_drafted(folder, draft, backend, threads, slots, lookup, length)
+        return open_drafted(folder, draft, backend, threads, slots, lookup, length, width)
     from pipeline.runtime.offload.open_offloaded import open_offloaded
 
-    return open_offloaded(folder, memory, draft, backend, threads, slots, lookup, length, vram)
+    return open_offloaded(
+        folder, memory, draft, backend, threads, slots, lookup, length, vram, width
+    )
 
 
 def require_device(device: str, vram: str | None) -> None:

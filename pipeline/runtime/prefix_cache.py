@@ -11,7 +11,8 @@ from itertools import count
 import numpy as np
 
 from pipeline.errors import UsageError
-from pipeline.runtime.sessions.session import Session
+from pipeline.runtime.draft_tree import branches_of, parents_in_block
+from pipeline.runtime.sessions.session import Block, BlockSession, Session
 
 
 def common_length(first: Sequence[int], second: Sequence[int]) -> int:
@@ -124,7 +125,8 @@ class PrefixCache:
 
         Args:
             new_ids: at least one token.
-            drafted: what may come next.
+            drafted: what may come next; it branches where the session reads blocks alone, and is
+                then read behind one token.
 
         Returns:
             float32 [1 + len(drafted), V], the logits of the last token and of every draft token.
@@ -135,9 +137,33 @@ class PrefixCache:
         known = self._ids
         self._ids = []  # whatever is in the cache after a failure is not to be built on
         block = np.array([[*new_ids, *drafted]], dtype=np.int64)
+        if rows := parents_in_block(drafted):
+            assert isinstance(self.session, BlockSession)
+            logits = self.session.read_blocks([Block(0, block[0], parents=rows)])[0]
+            self._ids = [*known, *new_ids, *drafted[: len(branches_of(rows)[0]) - 1]]
+            return logits
         logits = self.session.forward(block, last_only=not drafted)[0, -1 - len(drafted) :]
         self._ids = [*known, *new_ids, *drafted]
         return logits
+
+    def keep(self, drafted: Sequence[int], path: Sequence[int]) -> None:
+        """Of the draft tokens that were just read, forget all but those of a path.
+
+        Args:
+            drafted: as of `read`.
+            path: numbers of draft tokens, one behind another.
+
+        Raises:
+            RuntimeError: the session cannot.
+        """
+        rows = parents_in_block(drafted)
+        if rows is None:
+            self.drop(len(drafted) - len(path))
+            return
+        assert isinstance(self.session, BlockSession)
+        known, self._ids = self._ids[: 1 - len(branches_of(rows)[0])], []
+        self.session.keep_path(0, [1 + n for n in path])
+        self._ids = [*known, *(drafted[n] for n in path)]
 
     def drop(self, tokens: int) -> None:
         """Forget the last tokens: draft tokens that were not accepted.

@@ -5,6 +5,7 @@ Removed candidates have the logit -inf. Every filter keeps at least the likelies
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -42,6 +43,29 @@ UNIFORM, GUMBEL = "uniform", "gumbel"
 NOISES: dict[str, Callable[[np.ndarray, np.random.Generator], int]] = {
     UNIFORM: _by_one_number,
     GUMBEL: _by_a_number_each,
+}
+# How far the sum of the probabilities is off at a place, in a model that is close to another; and
+# the spread of the difference of two scores.
+_REACH, _SPREAD = 0.1, 0.4
+
+
+def _near_one_number(scores: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """What the number falls on where it is moved a little, a move being the rarer the longer."""
+    sums = np.cumsum(_softmax(scores))
+    edges = np.concatenate([[0.0], sums / sums[-1]])
+    moves = np.clip((edges - generator.random()) / _REACH, -1.0, 1.0)
+    return np.diff(0.5 + moves - 0.5 * np.sign(moves) * moves**2)  # of a triangle over -1 to 1
+
+
+def _near_a_number_each(scores: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """What the highest would be if each score with its noise were moved a little."""
+    return _softmax((scores + generator.gumbel(size=scores.size)) / _SPREAD)
+
+
+# Scores and the noise that they meet -> what speaks for each token, float64 [V].
+_NEARBY: dict[str, Callable[[np.ndarray, np.random.Generator], np.ndarray]] = {
+    UNIFORM: _near_one_number,
+    GUMBEL: _near_a_number_each,
 }
 
 
@@ -106,14 +130,48 @@ class Sampling:
         Returns:
             A token id.
         """
-        scores = _penalise_repetition(logits, history, self.repetition_penalty)
+        scores = self._scores(logits, history)
         if self.temperature == 0:
             return int(scores.argmax())
+        return NOISES[self.noise](scores, generator)
+
+    def rank(
+        self,
+        logits: np.ndarray,
+        history: Sequence[int] | np.ndarray,
+        generator: np.random.Generator,
+        count: int,
+    ) -> list[tuple[int, float]]:
+        """What `choose` chooses, and what it would by logits that differ a little.
+
+        Args:
+            logits: float [V].
+            history: as of `choose`.
+            generator: likewise; it is left as `choose` leaves it.
+            count: most tokens that are wanted.
+
+        Returns:
+            Token ids, that of `choose` first, and a weight of each, which says how much speaks for
+            it by these logits and this noise: 0 to 1, no probability.
+        """
+        before = copy.deepcopy(generator) if count > 1 and self.temperature else generator
+        chosen = self.choose(logits, history, generator)
+        if count == 1:
+            return [(chosen, 1.0)]
+        scores, nearby = self._scores(logits, history), _NEARBY[self.noise]
+        weights = nearby(scores, before) if self.temperature else _softmax(scores / _SPREAD)
+        others = [int(n) for n in _likeliest(weights, count) if n != chosen and weights[n] > 0]
+        return [(token, float(weights[token])) for token in [chosen, *others[: count - 1]]]
+
+    def _scores(self, logits: np.ndarray, history: Sequence[int] | np.ndarray) -> np.ndarray:
+        """What is chosen by: float [V], -inf for what may not be."""
+        scores = _penalise_repetition(logits, history, self.repetition_penalty)
+        if self.temperature == 0:
+            return scores
         scores = scores.astype(np.float64) / self.temperature
         scores = _keep_top_k(scores, self.top_k)
         scores = _keep_top_p(scores, self.top_p)
-        scores = _keep_min_p(scores, self.min_p)
-        return NOISES[self.noise](scores, generator)
+        return _keep_min_p(scores, self.min_p)
 
 
 GREEDY = Sampling()

@@ -10,16 +10,20 @@ from __future__ import annotations
 import contextlib
 import copy
 import operator
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
 from pipeline.errors import InputError
+from pipeline.runtime.draft_tree import child_of
 from pipeline.runtime.drafting import Chooser, Drafter, GuessingDrafter
 from pipeline.runtime.sampling import GREEDY, Sampling
 from pipeline.runtime.text_stream import Decoder, TextStream
+
+# Logits, float32 [V] each, by their number.
+Rows = Sequence[np.ndarray] | np.ndarray
 
 
 class Constraint(Protocol):
@@ -128,7 +132,7 @@ class RunningAnswer:
         self._stream = None if decoder is None else TextStream(decoder, decoding.stops)
         self._generator = np.random.default_rng(decoding.seed)
         self._history = self.prompt_ids.copy()
-        self._drafted: list[int] = []
+        self._drafted: Sequence[int] = ()
         self._learnt = 0  # tokens of the history that the drafter knows
         self._drafter: Drafter | None = None
         if drafter is not None:
@@ -140,7 +144,7 @@ class RunningAnswer:
         if isinstance(drafter, GuessingDrafter):
             drafter.guess_by(self._chooser)
 
-    def take(self, rows: Iterable[np.ndarray], drafted: Sequence[int] = ()) -> int:
+    def take(self, rows: Rows, drafted: Sequence[int] = ()) -> list[int]:
         """Go on by the tokens that a call of the model gives.
 
         Args:
@@ -149,24 +153,27 @@ class RunningAnswer:
             drafted: the draft tokens; each is accepted where it is what the answer chooses.
 
         Returns:
-            How many draft tokens the answer accepts and goes on from; the others were read in vain.
+            Numbers of the draft tokens that the answer accepts and goes on from, one behind
+            another; the others were read in vain.
         """
-        accepted = 0
-        for logits, draft in zip(rows, [*drafted, None], strict=True):
-            self._choose(logits)
-            if self.ending is not None or self.token != draft:
+        accepted: list[int] = []
+        found: int | None = -1
+        while found is not None:
+            self._choose(rows[found + 1])
+            if self.ending is not None:
                 break
-            accepted += 1
+            if (found := child_of(drafted, found, self.token)) is not None:
+                accepted.append(found)
         return accepted
 
-    def draft(self, room: int | None = None) -> list[int]:
+    def draft(self, room: int | None = None) -> Sequence[int]:
         """Propose what comes after `token`, often nothing.
 
         Args:
             room: most tokens that may be chosen in the next call; None leaves it to the limits.
         """
         if self._drafter is None:
-            return []
+            return ()
         self._tell(self._drafter)
         left = self._most - len(self.ids)
         self._drafted = self._drafter.draft((left if room is None else min(left, room)) - 1)
@@ -197,19 +204,9 @@ class RunningAnswer:
             self._end("context")
 
     def _chooser(self) -> Chooser:
-        """Chooses what would come next by given logits, and leaves the answer as it is.
-
-        What a constraint or a stop text forbids may be among it: these are guesses.
-        """
-        how, history = self._decoding, self._history.copy()
-        generator = copy.deepcopy(self._generator)
-
-        def choose(logits: np.ndarray) -> int | None:
-            token = how.sampling.choose(logits, history, generator)
-            history.append(token)
-            return None if token in how.stop_ids else token
-
-        return choose
+        """Chooses what would come next by given logits, and leaves the answer as it is."""
+        how, generator = self._decoding, copy.deepcopy(self._generator)
+        return Chooser(how.sampling, self._history, generator, how.stop_ids)
 
     def _end(self, reason: str) -> None:
         """Hand on the text that was held back, and say why it ended."""
@@ -223,7 +220,7 @@ class RunningAnswer:
     def _tell(self, drafter: Drafter) -> None:
         """Let the drafter know what was chosen since it was last asked."""
         drafter.learn(self._drafted, self._history[self._learnt :])
-        self._drafted, self._learnt = [], len(self._history)
+        self._drafted, self._learnt = (), len(self._history)
 
     def _hand_on(self, text: str) -> None:
         if text:

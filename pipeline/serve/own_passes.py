@@ -86,7 +86,7 @@ class OwnPasses(Passes):
         token, held = running.answer.ids[-1], self.table.tokens[running.slot]
         rows = self.session.read_block(running.slot, np.array([token, *drafted], np.int64))
         held.append(token)
-        held += drafted[: self.take(running, rows, drafted)]
+        held += [drafted[n] for n in self.take(running, rows, drafted)]
         self.take_back(running)
 
     def _decode_apart(self, ready: Sequence[Running]) -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from pipeline.runtime.drafting import Drafter
 from pipeline.runtime.prefix_cache import SlotTable
-from pipeline.runtime.sequence import RunningAnswer
+from pipeline.runtime.sequence import Rows, RunningAnswer
 from pipeline.runtime.sessions.session import SlotSession
 from pipeline.runtime.text_stream import Decoder
 from pipeline.serve.failure import RequestFailure
@@ -109,14 +110,14 @@ class Passes:
         session: of the slots.
         table: of what they hold.
         chunk: most tokens of a prompt that a step reads.
-        take: lets an answer go on by rows of logits; returns how many draft tokens it accepts.
+        take: lets an answer go on by rows of logits; returns the draft tokens it accepts.
         fail: gives an answer up.
     """
 
     session: SlotSession
     table: SlotTable
     chunk: int
-    take: Callable[[Running, Iterable[np.ndarray], Sequence[int]], int]
+    take: Callable[[Running, Rows, Sequence[int]], list[int]]
     fail: Callable[[Running, RequestFailure], None]
 
     def next_chunk(self, running: Running) -> list[int]:
@@ -137,15 +138,23 @@ class Passes:
                 raise RuntimeError(f"slot {slot} cannot go back to {length} tokens")
 
 
-def finite_rows(rows: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    """Rows of logits, float32 [V], as long as they are numbers.
+class FiniteRows(Sequence[np.ndarray]):
+    """Rows of logits, float32 [V], each looked at when it is taken.
 
     Raises:
         RequestFailure: 500, one holds a NaN, or its largest entry is not finite.
     """
-    for logits in rows:
+
+    def __init__(self, rows: Rows) -> None:
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, place: Any) -> Any:
+        logits = self._rows[place]
         if not np.isfinite(float(logits.max())):  # NaN if there is one anywhere
             raise RequestFailure.internal(
                 "The model's logits are not finite numbers; nothing can be chosen."
             )
-        yield logits
+        return logits

@@ -12,22 +12,21 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-
-import numpy as np
 
 from pipeline.progress import note
 from pipeline.runtime.drafting import DraftSource, make_drafter
 from pipeline.runtime.prefix_cache import SlotTable
+from pipeline.runtime.sequence import Rows
 from pipeline.runtime.sessions.session import BlockSession, SlotSession
 from pipeline.runtime.text_stream import Decoder
 from pipeline.serve.failure import RequestFailure
 from pipeline.serve.job import Job, Load
 from pipeline.serve.own_passes import OwnPasses
 from pipeline.serve.running import (
+    FiniteRows,
     Running,
-    finite_rows,
     keep_beginning,
     start_job,
 )
@@ -306,12 +305,10 @@ class Scheduler:
             job.outbox.put(RequestFailure.internal("The answer could not begin."))
             raise
 
-    def _take(
-        self, running: Running, rows: Iterable[np.ndarray], drafted: Sequence[int] = ()
-    ) -> int:
+    def _take(self, running: Running, rows: Rows, drafted: Sequence[int] = ()) -> list[int]:
         """Let an answer go on, and free its slot at the end; returns accepted draft tokens."""
         try:
-            accepted = running.answer.take(finite_rows(rows), drafted)
+            accepted = running.answer.take(FiniteRows(rows), drafted)
         except RequestFailure as failure:
             self._fail(running, failure)
         except BaseException:  # a panic of the tokenizer, too, is the matter of this answer alone
@@ -320,7 +317,7 @@ class Scheduler:
         else:
             self._end(running)
             return accepted
-        return 0
+        return []
 
     def _end(self, running: Running) -> None:
         """Say how an answer ended, and free its slot; nothing where it goes on."""

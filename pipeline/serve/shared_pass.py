@@ -7,11 +7,12 @@ and answers go on together: each by its chunk, or by its last token and draft to
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from pipeline.runtime.draft_tree import parents_in_block
 from pipeline.runtime.sessions.session import Block, BlockSession
 from pipeline.serve.failure import RequestFailure
 from pipeline.serve.running import Passes, Running
@@ -25,12 +26,13 @@ class _Wish:
 
     running: Running
     ids: list[int]
-    drafted: list[int]
+    drafted: Sequence[int]
 
     @property
     def block(self) -> Block:
         is_prompt = bool(self.running.pending)
-        return Block(self.running.slot, np.array(self.ids, np.int64), last_only=is_prompt)
+        parents = parents_in_block(self.drafted)
+        return Block(self.running.slot, np.array(self.ids, np.int64), is_prompt, parents)
 
 
 @dataclass(frozen=True)
@@ -59,12 +61,12 @@ class SharedPass(Passes):
 
     def _wish_of(self, running: Running) -> _Wish:
         if running.pending:
-            return _Wish(running, self.next_chunk(running), [])
+            return _Wish(running, self.next_chunk(running), ())
         try:
             drafted = running.answer.draft(running.job.outbox.room)
         except Exception:
             logger.exception("Drafting for slot %d failed.", running.slot)
-            drafted = []
+            drafted = ()
         return _Wish(running, [running.answer.ids[-1], *drafted], drafted)
 
     def _go_on_alone(self, wish: _Wish) -> None:
@@ -87,5 +89,7 @@ class SharedPass(Passes):
                 self.take(running, rows, ())
             return
         held.append(wish.ids[0])
-        held += wish.drafted[: self.take(running, rows, wish.drafted)]
+        path = self.take(running, rows, wish.drafted)
+        held += [wish.drafted[n] for n in path]
+        self.session.keep_path(running.slot, [1 + n for n in path])
         self.take_back(running)

@@ -6,13 +6,14 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from pipeline.runtime.draft_tree import Draft, path_of
 from pipeline.runtime.drafting import Drafter
 from pipeline.runtime.generate import _advance
 from pipeline.runtime.sampling import Sampling
 from pipeline.runtime.sequence import Decoding, RunningAnswer
 from pipeline.runtime.sessions.slotted_session import SlottedSession
 
-_Choice = Callable[[list[int], int], list[int]]
+_Choice = Callable[[list[int], int], Sequence[int]]
 
 PROMPT = [5, 6, 7, 8, 5, 6, 7]
 WARM = Sampling(temperature=0.8, top_k=40, repetition_penalty=1.1)
@@ -26,6 +27,44 @@ DRAFTS: dict[str, _Choice] = {
 }
 
 
+def forked(trunk: list[int], wrong: list[int], rest: list[int]) -> Draft:
+    """Tokens that go on in two ways, the wrong one first."""
+    count, first = len(trunk), list(range(-1, len(trunk) + len(wrong) - 1))
+    second = [count - 1, *range(len(first), len(first) + len(rest) - 1)][: len(rest)]
+    return Draft([*trunk, *wrong, *rest], [*first, *second])
+
+
+def random_tree(coming: list[int], at: int) -> Draft:
+    """Sixteen tokens at most, of which some are right."""
+    random = np.random.default_rng(at)
+    parents: list[int] = []
+    depths: list[int] = []
+    path = [-1]
+    for node in range(int(random.integers(1, 17)) if coming else 0):
+        path = path[: 1 + min(len(coming) - 1, int(random.integers(0, len(path) + 2)))]
+        parents.append(path[-1])
+        depths.append(len(path) - 1)
+        path.append(node)
+    tokens = [coming[d] if random.random() < 0.6 else int(random.integers(0, 250)) for d in depths]
+    return Draft(tokens, parents)
+
+
+# The same for trees.
+TREES: dict[str, _Choice] = {
+    "right, and wrong beside": lambda coming, at: Draft(
+        [*coming[:8], *[7] * len(coming[:8])],
+        [*range(-1, len(coming[:8]) - 1), *range(-1, len(coming[:8]) - 1)],
+    ),
+    "wrong": lambda coming, at: forked([], [251] * len(coming[:3]), [252] * len(coming[:8])),
+    "right in the second": lambda coming, at: forked([], [251] * len(coming[:3]), coming[:8]),
+    "right in the longer": lambda coming, at: forked(
+        coming[:2], [251] * len(coming[2:4]), coming[2:9]
+    ),
+    "random": random_tree,
+    "stops": lambda coming, at: forked(coming[:1], [257] * len(coming[1:3]), coming[1:3]),
+}
+
+
 class Scripted:
     """Drafts by what will be said behind `PROMPT`, which it knows."""
 
@@ -36,10 +75,11 @@ class Scripted:
 
     def learn(self, drafted: Sequence[int], chosen: Sequence[int]) -> None:
         self.heard += len(chosen)
+        self.taken += len(path_of(drafted, chosen))
 
-    def draft(self, most: int) -> list[int]:
-        coming = self.answer[self.heard : self.heard + self.length]
-        found = self.choose(coming, self.heard)[: max(most, 0)]
+    def draft(self, most: int) -> Sequence[int]:
+        coming = self.answer[self.heard : self.heard + min(self.length, max(most, 0))]
+        found = self.choose(coming, self.heard)
         self.drafted += len(found)
         return found
 

@@ -90,10 +90,11 @@ class DeviceDraft:
         self._sessions[slot].take_up(length)
 
     def prefill(self, slot: int, input_ids: np.ndarray) -> np.ndarray:
-        """As of a `DraftSession`."""
-        began = time.perf_counter()
-        logits = self._sessions[slot].forward(input_ids[None], last_only=True)[0, 0]
-        self.call_times.add(len(input_ids), time.perf_counter() - began)
+        """As of a `DraftSession`; a token is a step, as there is a graph of no more."""
+        for token in input_ids:
+            began = time.perf_counter()
+            logits = self._sessions[slot].forward(np.array([[token]]), last_only=True)[0, 0]
+            self.call_times.add(1, time.perf_counter() - began)
         return logits
 
     def sibling(self) -> StaticSession:

@@ -75,7 +75,7 @@ class DeviceCache:
             return
         flat = [tensor for pair in self._tensors for tensor in pair]
         for part in parts:
-            places = slice(part.start, part.start + len(part.ids))
+            places = slice(part.start, part.start + len(part.branches[0]))
             for buffer, own in zip(self._values.buffers.values(), flat, strict=True):
                 buffer[part.slot, :, places] = own[part.slot, :, places].float().cpu().numpy()
 

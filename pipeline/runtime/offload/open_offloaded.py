@@ -51,6 +51,7 @@ def open_offloaded(
     lookup: bool = False,
     length: int | None = None,
     vram: str | None = None,
+    width: int | None = None,
 ) -> tuple[StreamedSession, DraftModel | None]:
     """Open a checkpoint of which as much stays in memory, or on the GPU, as a budget allows.
 
@@ -69,6 +70,7 @@ def open_offloaded(
         vram: bytes of the GPU for weights, cache, what a call takes and a draft that is a
             checkpoint, such as "8GB". The GPU computes then, and memory holds the layers that do
             not stay there.
+        width: most guesses at one place, 1 for chains; None takes the usual trees.
 
     Returns:
         The session, and what drafts for it, if a draft is given.
@@ -94,7 +96,7 @@ def open_offloaded(
     if draft is None:
         return wanted.open(wanted.places), None
     session, small = wanted.open_with(draft, threads)
-    return session, DraftModel(session, small, lookup, length)
+    return session, DraftModel(session, small, lookup, length, width)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ import torch
 from pipeline.errors import InputError, UsageError
 from pipeline.export.contract import cache_names
 from pipeline.memory import return_free_memory
+from pipeline.runtime.draft_tree import depths_of
 from pipeline.runtime.offload.device_ring import StreamDevice
 from pipeline.runtime.offload.device_weights import DeviceWeights
 from pipeline.runtime.offload.held_cache import DeviceCache, HostCache
@@ -38,9 +39,14 @@ from pipeline.runtime.sessions.slotted_session import SlottedSession
 
 # Rows of a call: of an answer with its drafts, of a short prompt, and of parts of a longer one.
 _ROWS = (STEADY_TOKENS, 64, 256)
-# Where tokens are cut to try whether their bits stay, and how many others are read beside them.
-_TRIED = (((), 0), ((1, 2, 3, 4), 0), ((6,), 0), ((16,), 0), ((1, 2, 3, 4), 2), ((16,), 2))
-# Tokens that a call counts as: those of one without drafts, in any steady session.
+# Where tokens are cut to try whether their bits stay, how many others are read beside them, and
+# whether these are a branch that is not the first.
+_TRIED = (
+    ((), 0, False), ((1, 2, 3, 4), 0, False), ((6,), 0, False), ((16,), 0, False),
+    ((1, 2, 3, 4), 2, False), ((16,), 2, False), ((6,), 0, True), ((6,), 2, True),
+)  # fmt: skip
+# Tokens that a call counts as: those of one without drafts, in any steady session; and one more
+# for every branch of draft tokens but the first.
 _COUNTED = 2
 # Of what another token adds to a call: choosing it. Its row is computed in any case.
 _ROW_COST = 0.01
@@ -110,6 +116,8 @@ class StreamedSession(SlottedSession):
         self.vocab_size = self._streamed.model.config.get_text_config().vocab_size
         self.call_times = CallTimes()
         self._lengths = np.zeros(slots, np.int64)
+        # What was read last into each slot, in which call, and from which row of it on.
+        self._last: dict[int, tuple[Part, CallCache | None, int]] = {}
         self._rows = None
         self._sizes = _ROWS if steady else (1, *_ROWS)
         self._steady = steady
@@ -152,8 +160,19 @@ class StreamedSession(SlottedSession):
         """As of a `BlockSession`: every layer is read once, whatever the blocks hold."""
         for block in blocks:
             self._check_tokens(block.ids[None])
-            self._check_room(int(self._lengths[block.slot]), len(block.ids))
+            deepest = len(block.ids) if block.parents is None else 1 + max(depths_of(block.parents))
+            self._check_room(int(self._lengths[block.slot]), deepest)
         return self._read_blocks(blocks)
+
+    def keep_path(self, slot: int, path: Sequence[int]) -> None:
+        """As of a `BlockSession`: rows of another branch than the first are moved down."""
+        part, cache, first = self._last[slot]
+        kept = part.branches[0][1 : 1 + len(path)]
+        self._lengths[slot] = part.start + 1 + len(path)
+        if list(path) != kept.tolist():
+            assert cache is not None
+            cache.write_path(first, part, path)
+            self.cache.tell([Part(slot, part.start + 1, part.ids[list(path)])])
 
     def _read(self, row: int, input_ids: np.ndarray, last_only: bool) -> np.ndarray:
         return self._read_blocks([Block(row, input_ids, last_only)])[0][None]
@@ -166,16 +185,32 @@ class StreamedSession(SlottedSession):
         shown = "reading the prompt" if longest > STEADY_TOKENS else None
         planned = self._plan(blocks)
         began = time.perf_counter()
-        outputs = self._streamed.run([self._call_of(parts) for parts in planned], shown)
+        calls = [self._call_of(pieces) for pieces in planned]
+        outputs = self._streamed.run(calls, shown)
         if longest <= STEADY_TOKENS:  # else there is more to compute than in a call of an answer
-            self.call_times.add(_COUNTED, (time.perf_counter() - began) / len(blocks))
+            self._count_time(planned, (time.perf_counter() - began) / len(blocks))
         else:
             return_free_memory()
         found = self._sorted_logits(planned, outputs)
         self.cache.tell([piece.part for pieces in planned for piece in pieces])
-        for block in blocks:
-            self._lengths[block.slot] += len(block.ids)
+        self._remember(planned, calls)
         return [found[block.slot] for block in blocks]
+
+    def _count_time(self, planned: Sequence[Sequence[_Piece]], seconds: float) -> None:
+        """Remember an answer's time of a call by its branches: each is attended to apart."""
+        branches = [len(piece.part.branches) for pieces in planned for piece in pieces]
+        self.call_times.add(_COUNTED + sum(branches) // len(branches) - 1, seconds)
+
+    def _remember(self, planned: Sequence[Sequence[_Piece]], calls: Sequence[ModelCall]) -> None:
+        """Count what was read, and keep calls whose tokens branch until a path is chosen."""
+        for pieces, call in zip(planned, calls, strict=True):
+            first = 0
+            for piece in pieces:
+                part = piece.part
+                self._lengths[part.slot] = part.start + len(part.branches[0])
+                has_branches = part.parents is not None
+                self._last[part.slot] = part, call.cache if has_branches else None, first
+                first += len(part.ids)
 
     def _plan(self, blocks: Sequence[Block]) -> list[list[_Piece]]:
         """What each call reads: long pieces by themselves, in their order, short ones together."""
@@ -187,7 +222,8 @@ class StreamedSession(SlottedSession):
             for first in range(0, len(block.ids), most):
                 ids = block.ids[first : first + most]
                 is_wanted = not block.last_only or first + most >= len(block.ids)
-                piece = _Piece(Part(block.slot, start + first, ids), is_wanted, block.last_only)
+                part = Part(block.slot, start + first, ids, block.parents)
+                piece = _Piece(part, is_wanted, block.last_only)
                 fitting = [c for c in together if sum(map(len, c)) + len(ids) <= least]
                 if len(ids) > least:
                     alone.append([piece])
@@ -247,9 +283,9 @@ class StreamedSession(SlottedSession):
         lengths, self._lengths = self._lengths, np.zeros(3, np.int64)
         found = set()
         with self._streamed.first_layer_alone() as run:
-            for cuts, others in _TRIED:
+            for cuts, others, forks in _TRIED:
                 parts = np.split(ids, [min(cut, count - 1) for cut in cuts])
-                found.add(self._tried(run, [part for part in parts if len(part)], others))
+                found.add(self._tried(run, [part for part in parts if len(part)], others, forks))
         self.cache, self._lengths = own, lengths
         if len(found) > 1:
             raise InputError(
@@ -265,16 +301,29 @@ class StreamedSession(SlottedSession):
         run: Callable[[Sequence[ModelCall]], list[torch.Tensor]],
         parts: Sequence[np.ndarray],
         others: int,
+        forks: bool,
     ) -> str:
-        """What comes of tokens that are read part by part beside other slots, as a hash."""
+        """What comes of tokens that are read part by part beside other slots, as a hash.
+
+        Where it forks, another token stands behind the first of a part, before the part's own.
+        """
         self._lengths[:] = 0
         seen = hashlib.sha256()
         for part in parts:
             blocks = [Block(slot, part[::-1].copy(), False) for slot in range(1, 1 + others)]
-            planned = self._plan([*blocks, Block(0, part, False)])
-            outputs = run([self._call_of(pieces) for pieces in planned])
-            seen.update(self._sorted_logits(planned, outputs)[0].tobytes())
-            self._lengths[: 1 + others] += len(part)
+            is_fork = forks and len(part) > 1
+            own = Block(0, part)
+            if is_fork:
+                ids = np.concatenate([part[:1], part[-1:], part[1:]])
+                own = Block(0, ids, parents=(-1, 0, 0, *range(2, len(part))))
+            planned = self._plan([*blocks, own])
+            calls = [self._call_of(pieces) for pieces in planned]
+            logits = self._sorted_logits(planned, run(calls))[0]
+            self._remember(planned, calls)
+            if is_fork:
+                self.keep_path(0, range(2, len(ids)))
+                logits = np.delete(logits, 1, axis=0)
+            seen.update(logits.tobytes())
         count = int(self._lengths[0])
         for held in self.cache.tensors()[0]:
             seen.update(held[0, :, :count].float().cpu().numpy().tobytes())

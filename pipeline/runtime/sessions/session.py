@@ -149,11 +149,14 @@ class Block:
         slot: which.
         ids: int64 [S], at least one token.
         last_only: only the last token's logits are wanted, as when a prompt is read.
+        parents: the place in `ids` of the token that each stands behind, -1 for the first: the
+            first branch comes first. None where they stand one behind another.
     """
 
     slot: int
     ids: np.ndarray
     last_only: bool = False
+    parents: tuple[int, ...] | None = None
 
 
 @runtime_checkable
@@ -164,7 +167,8 @@ class BlockSession(SlotSession, Protocol):
         """Append each block to its slot, all of them in one pass over the weights.
 
         A block's logits and what it leaves in its slot are, bit for bit, those of the block alone.
-        When it raises, no slot counts as longer than it was.
+        A token has the logits that it has behind those before it alone, and of tokens that branch
+        the first branch is left in the slot. When it raises, no slot counts as longer than it was.
 
         Args:
             blocks: at least one, of different slots.
@@ -176,3 +180,11 @@ class BlockSession(SlotSession, Protocol):
             pipeline.errors.InputError: ids outside the vocabulary, or more than `max_length`.
         """
         ...
+
+    def keep_path(self, slot: int, path: Sequence[int]) -> None:
+        """Of the block that was last read into a slot keep the first token and some behind it.
+
+        Args:
+            slot: which; nothing else has been done with it since.
+            path: their places in the block, one behind another.
+        """

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.bench.answering import _Watched
-from pipeline.bench.drafting import _acceptance
+from pipeline.bench.drafting import _acceptance, _by_branches
 from pipeline.cli.main import main
+from pipeline.runtime.draft_tree import Draft
 from tests.support.layered_model import draft_of, shared_layers
 from tests.support.tiny_decoder import shared_draft, shared_export
 
@@ -49,6 +50,10 @@ def test_ways_take_turns_and_their_figures_agree(
     assert drafted["acceptance"][0]["depth"] == 1
     assert sum(of["taken"] for of in drafted["acceptance"]) == drafted["taken"]
     assert drafted["calls"] == drafted["tokens"] - drafted["taken"]
+    assert sum(of["taken"] for of in drafted["branches"]) == drafted["taken"]
+    assert sum(of["drafted"] for of in drafted["branches"]) == drafted["drafted"]
+    most = max(of["branches"] for of in drafted["branches"])
+    assert ("by their branches" in err) == (most > 1) == (memory is not None)
     assert drafted["shares"]["draft"] > 0
     assert (drafted["read_bytes_per_token"] > 0) == (memory is not None)
     assert (drafted["shares"]["wait"] > 0) == (memory is not None)
@@ -63,8 +68,16 @@ def test_acceptance_is_counted_by_depth_as_far_as_it_was_looked_at() -> None:
         watched.learn(drafted, chosen)
     assert watched.depths == [[3, 2], [1, 1], [1, 0]]
     assert watched.taken == 3
+    assert watched.branches == {1: [3, 7, 3]}
+    tree = Draft([1, 2, 3, 4], [-1, 0, -1, 2])
+    watched.learn(tree, [3, 4, 5])
+    watched.learn(tree, [3, 9])
+    assert watched.depths == [[5, 4], [3, 2], [1, 0]]
+    assert watched.branches == {1: [3, 7, 3], 2: [2, 8, 3]}
+    rows = _by_branches([[[1, 3, 7, 3]], [[1, 1, 2, 2], [2, 1, 4, 0]]])
+    assert [list(row.values()) for row in rows] == [[1, 4, 9, 5], [2, 1, 4, 0]]
     shares = [of["share"] for of in _acceptance([watched.depths, [[1, 1]]])]
-    assert shares == [3 / 4, 1, 0]
+    assert shares == [5 / 6, 2 / 3, 0]
 
 
 @pytest.mark.parametrize(
@@ -77,6 +90,8 @@ def test_acceptance_is_counted_by_depth_as_far_as_it_was_looked_at() -> None:
         (["MODEL", "--draft", "DRAFT", "--prompt-tokens", "9"], 2, "--prompt-tokens"),
         (["MODEL", "--draft", "DRAFT", "--device", "cuda"], 2, "--device"),
         (["MODEL", "--memory", "1GB"], 2, "are for --draft"),
+        (["MODEL", "--draft-width", "2"], 2, "are for --draft"),
+        (["MODEL", "--draft", "DRAFT", "--draft-tokens", "2", "--draft-width", "2"], 2, "chain"),
         (["MODEL", "--draft", "DRAFT", "--prompts", "EMPTY"], 2, "no prompt"),
         (["MODEL", "--draft", "OTHER"], 3, "does not fit"),
     ],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.runtime.draft_costs import MOST_DRAFTED, DraftCosts
+from pipeline.runtime.draft_costs import MOST_DRAFTED, DraftCosts, GuessOdds
 from pipeline.runtime.sessions.call_times import CallTimes
 
 
@@ -72,3 +72,37 @@ def test_the_median_of_the_last_calls_counts(slower: float) -> None:
         times.add(2, slower)
     assert times.medians(2) == {2: slower}
     assert times.medians(1) == {}
+
+
+def test_a_branch_and_a_step_are_told_as_shares_of_a_call() -> None:
+    calls, steps = CallTimes(), CallTimes()
+    found = DraftCosts(calls, steps, 0.01)
+    assert found.shares() is None
+    calls.add(2, 1.0)
+    steps.add(1, 0.1)
+    assert found.shares() == pytest.approx((0.1, 0.01))  # until branches are timed
+    for branches, seconds in ((3, 1.2), (6, 1.8)):
+        calls.add(2 + branches, seconds)
+    # By hand: of 2, 5 and 8 rows a line of slope 0.8 / 6, which has 14 / 15 at two rows.
+    assert found.shares() == pytest.approx((0.1 / (14 / 15), (0.8 / 6) / (14 / 15)))
+    calls.add(18, 0.001)
+    assert found.shares() == pytest.approx((0.1 / (14 / 15), (0.8 / 6) / (14 / 15)))
+    for _ in range(9):
+        calls.add(17, 0.5)
+    assert found.shares()[1] == 0.0  # type: ignore[index]
+
+
+def test_guesses_are_as_likely_as_the_draft_says_until_they_are_counted() -> None:
+    odds = GuessOdds()
+    assert odds.of(0, 0.7) == pytest.approx(0.7)
+    for n in range(400):
+        odds.learn(0, 0.72, n % 10 < 9)
+        odds.learn(1, 0.15, n % 20 == 0)
+    assert odds.of(0, 0.75) == pytest.approx(0.9, abs=0.03)
+    assert odds.first == pytest.approx(0.9, abs=0.03)
+    assert odds.of(1, 0.15) == pytest.approx(0.05, abs=0.03)
+    assert odds.of(2, 0.15) == pytest.approx(0.15)  # another rank
+    assert odds.of(1, 0.55) == pytest.approx(0.55)  # and other weights
+    for _ in range(600):
+        odds.learn(0, 0.72, False)
+    assert odds.of(0, 0.75) < 0.2  # what was counted long ago weighs less

@@ -13,6 +13,7 @@ import pytest
 
 from pipeline.errors import InputError, UsageError
 from pipeline.runtime.draft_model import DraftModel, open_drafted
+from pipeline.runtime.draft_tree import TreeGrowth
 from pipeline.runtime.drafting import Chooser
 from pipeline.runtime.generate import generate, stream_batch
 from pipeline.runtime.language_model import LanguageModel
@@ -153,18 +154,19 @@ def test_what_lies_in_the_places_of_drafts_and_behind_them_changes_nothing(
 ) -> None:
     plain = said(steady(shared_export("cpu")), GREEDY, None)
     session, model = drafted(3)
-    guesses = model.guesses
+    grow = model.grow
 
     def poisoned(
         slot: int, read: int, token: int, most: int, begin: Callable[[], Chooser]
-    ) -> list[int]:
-        found = guesses(slot, read, token, most, begin)
+    ) -> TreeGrowth:
+        found = grow(slot, read, token, most, begin)
+        count = len(found.draft())
         for values in session.values.buffers.values():
-            values[slot, :, read : read + 1 + len(found)] = np.nan
-            values[slot, :, read + 1 + len(found) :] = 1e4
+            values[slot, :, read : read + 1 + count] = np.nan
+            values[slot, :, read + 1 + count :] = 1e4
         return found
 
-    monkeypatch.setattr(model, "guesses", poisoned)
+    monkeypatch.setattr(model, "grow", poisoned)
     assert said(session, GREEDY, model.begin(0)) == plain
 
 
@@ -199,7 +201,7 @@ def test_more_slots_than_at_first_find_room_for_drafts() -> None:
     session.forward(np.array([PROMPT] * 3))
     expected = steady(shared_export("cpu"))
     expected.forward(np.array([PROMPT]))
-    assert len(model.guesses(2, len(PROMPT), 9, 2, lambda: lambda row: int(row.argmax()))) == 2
+    assert len(model.grow(2, len(PROMPT), 9, 2, Chooser).draft()) == 2
     rows = session.read_block(2, np.array([9, 4]))
     np.testing.assert_array_equal(rows, expected.read_block(0, np.array([9, 4])))
 
@@ -286,3 +288,11 @@ def test_a_cache_of_another_layout_is_refused(twin: Path) -> None:
     other = steady(shared_rounded_export())
     with pytest.raises(InputError, match="cannot share a cache"):
         CpuSession(twin, values=other.values)
+
+
+def test_a_target_that_checks_chains_alone_is_asked_for_no_tree() -> None:
+    session, model = drafted(3)
+    assert model._width == 1
+    with pytest.raises(UsageError, match="one chain"):
+        DraftModel(session, model._session, False, width=2)
+    assert DraftModel(session, model._session, False, width=1)._width == 1

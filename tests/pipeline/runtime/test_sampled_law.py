@@ -16,6 +16,7 @@ import pytest
 import scipy.special
 import scipy.stats
 
+from pipeline.runtime.draft_tree import Draft, TreeGrowth, parents_in_block, path_of
 from pipeline.runtime.drafting import Chooser, Drafter
 from pipeline.runtime.sampling import GUMBEL, UNIFORM, Sampling
 from pipeline.runtime.sequence import Decoding, RunningAnswer
@@ -68,20 +69,40 @@ class Table:
 
 
 class Guessing(Drafter):
-    """Drafts by the draft's logits, with the noise of the answer or with its own."""
+    """Drafts by the draft's logits, with the noise of the answer or with its own.
 
-    def __init__(self, table: Table, own: np.random.Generator | None) -> None:
+    With a width a tree of all guesses that rank so high.
+    """
+
+    def __init__(self, table: Table, own: np.random.Generator | None, width: int = 1) -> None:
         self.drafted = self.taken = 0
+        self.width = width
         self.table, self.own, self.said = table, own, list[int]()
 
     def guess_by(self, begin: Callable[[], Chooser]) -> None:
         self.begin = begin
 
     def learn(self, drafted: Sequence[int], chosen: Sequence[int]) -> None:
-        self.taken += sum(a == b for a, b in zip(drafted, chosen, strict=False))
+        self.taken += len(path_of(drafted, chosen))
         self.said += chosen
 
-    def draft(self, most: int) -> list[int]:
+    def tree(self, most: int) -> Draft:
+        growth = TreeGrowth(16, most, 1.0)
+        choosers: dict[int, Chooser] = {}
+        while (node := growth.next_step()) is not None:
+            path = [growth.tokens[n] for n in growth.path(node)]
+            before = None if node < 0 else choosers[growth.parents[node]]
+            choosers[node] = self.begin() if before is None else before.behind(path[-1])
+            logits = self.table.draft[tuple(self.said[1:] + path)]
+            found = choosers[node].rank(logits, self.width)
+            growth.add(node, found, [(0, 1.0)] * len(found))
+        return growth.draft()
+
+    def draft(self, most: int) -> Sequence[int]:
+        if self.width > 1:
+            tree = self.tree(most)
+            self.drafted += len(tree)
+            return tree
         choose, own = self.begin(), self.own
         found: list[int] = []
         while len(found) < most:
@@ -118,7 +139,11 @@ def say(
     while running.ending is None:
         drafted = running.draft()
         said = tuple(running.ids)
-        rows = [table.target[said + tuple(drafted[:n])].copy() for n in range(len(drafted) + 1)]
+        parents = parents_in_block(drafted) or range(-1, len(drafted))
+        behind = [said]
+        for token, parent in zip(drafted, parents[1:], strict=True):
+            behind.append((*behind[parent], token))
+        rows = [table.target[path].copy() for path in behind]
         running.take(rule(rows, drafted), drafted)
     return tuple(running.ids)
 
@@ -132,7 +157,8 @@ def held_to_its_law(
     counts: Counter[tuple[int, ...]] = Counter()
     drafted = taken = 0
     for _ in range(draws):
-        drafter = None if drafts == "none" else Guessing(table, own)
+        width = 3 if drafts == "tree" else 1
+        drafter = None if drafts == "none" else Guessing(table, own, width)
         counts[say(table, noise, drafter, generator, rule)] += 1
         if drafter is not None:
             drafted += drafter.drafted
@@ -146,7 +172,7 @@ def held_to_its_law(
 
 
 @pytest.mark.parametrize("noise", [UNIFORM, GUMBEL])
-@pytest.mark.parametrize("drafts", ["none", "uncoupled", "coupled"])
+@pytest.mark.parametrize("drafts", ["none", "uncoupled", "coupled", "tree"])
 @pytest.mark.parametrize("sizes", [FEW, pytest.param(MANY, marks=pytest.mark.slow)])
 def test_the_sampled_law_is_the_models_own(sizes: tuple[int, int], drafts: str, noise: str) -> None:
     p, accepted = held_to_its_law(*sizes, noise, drafts, right_rule)
@@ -161,3 +187,17 @@ def test_a_rule_that_keeps_the_drafts_own_tokens_fails_the_same_test(
     p, accepted = held_to_its_law(*sizes, UNIFORM, "uncoupled", wrong_rule)
     assert p < LEAST_P / 1000
     assert accepted == 1
+
+
+@pytest.mark.parametrize("noise", [UNIFORM, GUMBEL])
+def test_a_tree_has_more_of_what_is_sampled_than_a_chain(noise: str) -> None:
+    table = Table(9)
+    tokens = {}
+    for width in (1, 3):
+        generator, said = np.random.default_rng(0), list[int]()
+        for _ in range(300):
+            drafter = Guessing(table, None, width)
+            say(table, noise, drafter, generator, right_rule)
+            said.append(drafter.taken)
+        tokens[width] = sum(said)
+    assert tokens[3] > 1.1 * tokens[1]

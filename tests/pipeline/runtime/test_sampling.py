@@ -125,3 +125,45 @@ def test_top_p_is_that_of_a_whole_sort(top_p: float, spread: float) -> None:
     for seed in range(5):  # the token is the one that the whole vocabulary would be asked for
         wanted = np.random.default_rng(seed).choice(5000, p=chances)
         assert how.choose(scores, [], np.random.default_rng(seed)) == wanted
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        GREEDY,
+        Sampling(0.8, top_k=3, repetition_penalty=1.3),
+        Sampling(1.2, top_p=0.9, noise=GUMBEL),
+        Sampling(0.7, min_p=0.1),
+    ],
+)
+def test_the_first_of_a_rank_is_what_is_chosen_and_the_noise_goes_on_as_then(how: Sampling) -> None:
+    random, history = np.random.default_rng(3), [1, 2]
+    for seed in range(60):
+        logits = random.normal(size=12).astype(np.float32) * 2
+        one, other = np.random.default_rng(seed), np.random.default_rng(seed)
+        ranked = how.rank(logits, history, one, 4)
+        assert ranked[0][0] == how.choose(logits, history, other)
+        assert one.random() == other.random()
+        tokens = [token for token, _ in ranked]
+        assert len(set(tokens)) == len(tokens) <= 4
+        weights = [weight for _, weight in ranked[1:]]
+        assert weights == sorted(weights, reverse=True)
+        assert all(0 < weight <= 1 for weight in weights)
+        again = how.rank(logits, history, np.random.default_rng(seed), 1)
+        assert again == [(tokens[0], 1.0)]
+
+
+@pytest.mark.parametrize("how", [GREEDY, Sampling(1.0), Sampling(1.0, noise=GUMBEL)])
+def test_what_another_model_chooses_by_the_same_noise_ranks_high(how: Sampling) -> None:
+    random, hits = np.random.default_rng(0), [0, 0, 0]
+    for seed in range(600):
+        logits = random.normal(size=40) * 2
+        other = logits + 0.4 * random.normal(size=40)
+        ranked = how.rank(logits, (), np.random.default_rng(seed), 3)
+        chosen = how.choose(other, (), np.random.default_rng(seed))
+        for place, (token, _) in enumerate(ranked):
+            hits[place] += token == chosen
+    assert hits[0] > 0.6 * 600
+    # Of what the first misses the second alone has more than a third, by chance a thirtieth.
+    assert hits[1] > (600 - hits[0]) / 3
+    assert hits[1] > hits[2]

@@ -67,8 +67,10 @@ def test_a_draft_in_few_bits_changes_no_bit(
 ) -> None:
     model, few = pair
     vram, answers = little(model, few), []
-    for length in (0, 1, 7, None):
-        session, drafts = open_offloaded(model, None, few, threads=1, length=length, vram=vram)
+    for length, width in ((0, None), (1, None), (7, 1), (16, 4), (None, None)):
+        session, drafts = open_offloaded(
+            model, None, few, threads=1, length=length, vram=vram, width=width
+        )
         assert 0 < session.traffic.resident < session.traffic.layers
         assert drafts is not None
         drafter = drafts.begin(0)
@@ -82,7 +84,7 @@ def test_a_draft_of_the_same_numbers_is_right_so_it_sees_the_model_s_own_cache(
 ) -> None:
     model = pair[0]
     session, drafts = open_offloaded(
-        model, None, copy_of(model, tmp_path / "same"), threads=1, length=4, vram=MUCH
+        model, None, copy_of(model, tmp_path / "same"), threads=1, length=4, vram=MUCH, width=1
     )
     assert drafts is not None
     before = session.traffic.passes

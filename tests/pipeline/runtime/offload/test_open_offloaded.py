@@ -34,8 +34,10 @@ def test_a_model_drafts_into_the_cache_and_changes_no_bit(
 ) -> None:
     folder, answers = model.parent / dtype, []
     memory = MEMORY if dtype == "model" else NARROW
-    for length in (0, 1, 2, 3, 7, None):
-        session, drafts = open_offloaded(folder, memory, draft_of(model), threads=1, length=length)
+    for length, width in ((0, 4), (1, 4), (2, 2), (3, 1), (7, 4), (16, 3), (None, 1), (None, 4)):
+        session, drafts = open_offloaded(
+            folder, memory, draft_of(model), threads=1, length=length, width=width
+        )
         assert 0 < session.traffic.resident < LAYERS
         assert drafts is not None
         drafter = drafts.begin(0)
@@ -46,7 +48,7 @@ def test_a_model_drafts_into_the_cache_and_changes_no_bit(
 
 
 def test_the_draft_reads_no_prompt_and_saves_calls(model: Path) -> None:
-    session, drafts = open_offloaded(model, MEMORY, draft_of(model), threads=1, length=4)
+    session, drafts = open_offloaded(model, MEMORY, draft_of(model), threads=1, length=4, width=1)
     assert drafts is not None
     assert isinstance(drafts._session, CpuSession)
     assert drafts._session.values is session.values
@@ -57,6 +59,20 @@ def test_the_draft_reads_no_prompt_and_saves_calls(model: Path) -> None:
     assert drafter.taken > 0.3 * drafter.drafted
     assert session.traffic.passes - before == 1 + len(ids) - 1 - drafter.taken
     assert set(drafts._session.call_times.medians(999)) == {1}
+
+
+def test_trees_give_a_call_more_tokens_than_chains_of_as_many(model: Path) -> None:
+    taken = {}
+    for width in (1, 4):
+        session, drafts = open_offloaded(
+            model, MEMORY, draft_of(model), threads=1, length=16, width=width
+        )
+        assert drafts is not None
+        drafter, before = drafts.begin(0), session.traffic.passes
+        said(session, GREEDY, drafter, tokens=60)
+        taken[width] = drafter.taken / (session.traffic.passes - before)
+        assert (max(drafts._session.call_times.medians(999)) > 1) == (width > 1)  # read again
+    assert taken[4] > taken[1]
 
 
 def test_answers_in_slots_are_those_alone_and_go_on_to_the_end_of_the_cache(model: Path) -> None:
@@ -78,7 +94,7 @@ def test_answers_in_slots_are_those_alone_and_go_on_to_the_end_of_the_cache(mode
 
 
 def test_a_conversation_with_rewinds_goes_on_as_without_drafts(model: Path) -> None:
-    session, drafts = open_offloaded(model, MEMORY, draft_of(model), threads=1, length=3)
+    session, drafts = open_offloaded(model, MEMORY, draft_of(model), threads=1, length=9)
     other, _ = open_offloaded(model, MEMORY, draft_of(model), threads=1)
     assert drafts is not None
     caches, told = [PrefixCache(session), PrefixCache(other)], [1, 2, 3, 4]
