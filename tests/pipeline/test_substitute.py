@@ -18,6 +18,7 @@ from pipeline.export.contract import WEIGHTS_FILE
 from pipeline.export.export import ExportRequest, export_folder
 from pipeline.output import partial_path
 from pipeline.runtime.draft_model import open_drafted
+from pipeline.runtime.drafting import Chooser
 from pipeline.substitute import _require_use
 from tests.support.classifiers import save_classifier
 from tests.support.families import save_family
@@ -64,7 +65,7 @@ def test_it_is_an_export_that_drafts_for_its_target_within_its_bytes(
     session, drafts = open_drafted(model.parent / "target", made)
     assert drafts is not None
     session.prefill(0, np.array([5, 6, 7]))
-    assert len(drafts.guesses(0, 3, 8, 3, lambda: lambda row: int(row.argmax()))) > 0
+    assert len(drafts.grow(0, 3, 8, 3, Chooser).draft()) > 0
 
 
 def test_nothing_but_the_export_is_left(made: Path) -> None:

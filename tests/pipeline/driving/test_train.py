@@ -57,7 +57,7 @@ def weights(folder: Path) -> bytes:
 def test_a_trained_folder_is_loaded_and_says_what_it_was_trained_on(trained: Path) -> None:
     record = json.loads((trained / "training.json").read_text())
     assert [(s["name"], s["steps"]) for s in record["stages"]] == [
-        ("pretrain", 3), ("finetune", 1), ("mix", 1),
+        ("pretrain", 2), ("finetune", 1), ("mix", 3),
     ]  # fmt: skip
     assert [list(stage["scores"]) for stage in record["stages"]] == [["first", "second"]] * 3
     assert record["provenance"]["tool"] == "skipcat"
