@@ -40,24 +40,6 @@ def _dense(found: _Json) -> list[str]:
     return [f"{found['dense']['perplexity']:.2f}"]
 
 
-def _split(found: _Json) -> list[str]:
-    """One budget for weights and cache, and splits of it by hand."""
-
-    def cells() -> Iterator[list[str]]:
-        for row in found["rows"]:
-            together = "with the cache" if row["name"] == "one budget" else ""
-            yield [
-                bold(row["name"], bool(together)),
-                f"{row['memory_bytes'] / 1e6:.1f} {together}".strip(),
-                f"{row['cache_bytes_a_token']:,}",
-                f"{row['perplexity']:.2f}",
-                f"{row['kl']:.4f}",
-            ]
-
-    headings = ["split", "weights, MB", "cache, bytes a token", "perplexity", "KL"]
-    return table(headings, cells())
-
-
 def _agreement(found: _Json) -> list[str]:
     """How well costs of single sides were known."""
 
@@ -74,6 +56,5 @@ def _agreement(found: _Json) -> list[str]:
 CACHE_FIGURES = {
     "cache/caches": Figure(("cache", "cache_second"), _caches),
     "cache/dense": Figure(("cache",), _dense),
-    "cache/split": Figure(("cache_budget",), _split),
     "cache/agreement": Figure(("planned_cache",), _agreement),
 }
