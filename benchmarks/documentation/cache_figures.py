@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from benchmarks.documentation.markdown import Figure, bold, table
+from benchmarks.documentation.markdown import Figure, bold, only_row, table
 
 _Json = dict[str, Any]
 
@@ -40,6 +40,11 @@ def _dense(found: _Json) -> list[str]:
     return [f"{found['dense']['perplexity']:.2f}"]
 
 
+def _cost_of(cache: str) -> Figure:
+    """What one cache does to perplexity."""
+    return Figure(("cache",), lambda found: [_change(only_row(found["rows"], cache=cache), found)])
+
+
 def _agreement(found: _Json) -> list[str]:
     """How well costs of single sides were known."""
 
@@ -56,5 +61,7 @@ def _agreement(found: _Json) -> list[str]:
 CACHE_FIGURES = {
     "cache/caches": Figure(("cache", "cache_second"), _caches),
     "cache/dense": Figure(("cache",), _dense),
+    "cache/ours": _cost_of("ranks and bits, 4.25"),
+    "cache/rival": _cost_of("q4_0, Hadamard"),
     "cache/agreement": Figure(("planned_cache",), _agreement),
 }
