@@ -52,6 +52,13 @@ def test_tensors_of_every_type_arrive_as_they_were(workers: Workers) -> None:
         assert torch.equal(back, tensor)
 
 
+def test_what_is_shared_arrives_in_every_task_that_is_given_it(workers: Workers) -> None:
+    given = {"only": torch.arange(6, dtype=torch.bfloat16)}
+    shared = workers.share(given)
+    results = [workers.submit("shared", worker_tasks.name_types, shared) for _ in range(3)]
+    assert all(torch.equal(result.get()["only"][1], given["only"]) for result in results)
+
+
 def test_codes_of_a_matrix_come_back_as_they_were(workers: Workers) -> None:
     weight = torch.randn(8, 32, generator=torch.Generator().manual_seed(0))
     format = Format.parse("int4-b16-asym")

@@ -31,6 +31,9 @@ class Later:
 
         return Waiting()
 
+    def share(self, value: Any) -> Any:
+        return value
+
     def describe(self) -> dict[str, Any]:
         return {}
 
@@ -42,6 +45,7 @@ def test_without_workers_a_task_is_computed_as_it_is_submitted() -> None:
         result = workers.submit("here", seen.append, 3)
         assert seen == [3]
         assert result.get() is None
+        assert workers.share(seen) is seen
         assert workers.describe() == {}
 
 
