@@ -30,8 +30,8 @@ from benchmarks.finished_rows import finished_rows
 from benchmarks.quality.cache_report import save_fronts, show_rows
 from benchmarks.quality.evaluation_texts import hash_of_text, require_another_text, tokens_of
 from benchmarks.quality.whole_windows import WholeWindows
-from benchmarks.rivals.cache_formats import FORMATS, CacheFormat, RoundingCache
-from benchmarks.rivals.pruned_pairs import KeptNumbers, PrunedCache
+from benchmarks.rivals.cache_formats import FORMATS, CacheFormat, ChangedCache
+from benchmarks.rivals.pruned_pairs import KeptNumbers
 from pipeline.artefact import write_json
 from pipeline.bench.measure import describe_machine, load_average
 from pipeline.checkpoint.modeling_cache import remove_cache_maps
@@ -227,14 +227,14 @@ class _Bench:
         config = self.model.config
         if row.chosen is not None:
             chosen = row.chosen
-            return own | _entry(chosen.bits, self._run(lambda: RoundingCache(config, chosen)))
+            return own | _entry(chosen.bits, self._run(lambda: ChangedCache(config, chosen.of)))
         if row.static:
             rounding = rounding_of(self.model, self.calibration, _WINDOW_LENGTH)
             return own | _entry(8.0, self._run(lambda: empty_cache(config, rounding)))
         if row.pruned:
             kept = self._kept_numbers(row.pruned, folder)
             bits = 8 * (kept.keys[0].mean().item() + kept.values[0].mean().item())
-            return own | _entry(bits, self._run(lambda: PrunedCache(config, kept)))
+            return own | _entry(bits, self._run(lambda: ChangedCache(config, kept.of_layer)))
         settings = dict(row.settings)
         if settings.get("cache_groups") == 0:
             settings["cache_groups"] = config.num_key_value_heads

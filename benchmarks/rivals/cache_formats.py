@@ -32,6 +32,12 @@ class CacheFormat:
     value: Rounding
     bits: float
 
+    def of(
+        self, keys: torch.Tensor, values: torch.Tensor, layer: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What is cached of keys and values, in every layer alike."""
+        return self.key(keys), self.value(values)
+
 
 def _asymmetric(states: torch.Tensor, bits: int, dim: int) -> torch.Tensor:
     """2^bits steps between the least and the largest along an axis, both in float16."""
@@ -97,12 +103,21 @@ FORMATS = {
 }
 
 
-class RoundingCache(DynamicCache):
-    """A cache of a format; what is read back is rounded, in the first call as well."""
+class ChangedCache(DynamicCache):
+    """A cache that changes what it is given; so is what is read back, in the first call as well.
 
-    def __init__(self, config: PreTrainedConfig, chosen: CacheFormat) -> None:
+    Args:
+        config: of the model.
+        change: (new keys, new values, number of the layer) -> what is cached of them.
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        change: Callable[[torch.Tensor, torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]],
+    ) -> None:
         super().__init__(config=config)
-        self.chosen = chosen
+        self._change = change
 
     def update(
         self,
@@ -112,6 +127,6 @@ class RoundingCache(DynamicCache):
         *args: Any,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cache what the format keeps of new keys and values; return all that is cached."""
-        keys, values = self.chosen.key(key_states), self.chosen.value(value_states)
+        """Cache what is kept of new keys and values; return all that is cached."""
+        keys, values = self._change(key_states, value_states, layer_idx)
         return super().update(keys, values, layer_idx, *args, **kwargs)

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from transformers import DynamicCache, PreTrainedConfig
 
 from pipeline.compress.cache.statistics import CacheStatistics
 from pipeline.model.cache_structure import CachedSide
@@ -58,23 +56,8 @@ class KeptNumbers:
             kept[side.side].append(mask)
         return cls(kept["key"], kept["value"])
 
-
-class PrunedCache(DynamicCache):
-    """A cache without some numbers of each head: what is read back has zeros there."""
-
-    def __init__(self, config: PreTrainedConfig, kept: KeptNumbers) -> None:
-        super().__init__(config=config)
-        self._kept = kept
-
-    def update(
-        self,
-        key_states: torch.Tensor,
-        value_states: torch.Tensor,
-        layer_idx: int,
-        *args: Any,
-        **kwargs: Any,
+    def of_layer(
+        self, keys: torch.Tensor, values: torch.Tensor, layer: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cache what is kept of new keys and values; return all that is cached."""
-        keys = key_states * self._kept.keys[layer_idx]
-        values = value_states * self._kept.values[layer_idx]
-        return super().update(keys, values, layer_idx, *args, **kwargs)
+        """Keys and values with zeros for what is left out."""
+        return keys * self.keys[layer], values * self.values[layer]

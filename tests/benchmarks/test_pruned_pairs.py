@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.rivals.pruned_pairs import KeptNumbers, PrunedCache
+from benchmarks.rivals.cache_formats import ChangedCache
+from benchmarks.rivals.pruned_pairs import KeptNumbers
 from pipeline.compress.cache.statistics import CacheStatistics
 from pipeline.model.cache_structure import cache_structure
 from pipeline.model.structure import decoder_structure
@@ -37,7 +38,7 @@ def test_what_is_left_out_is_as_if_the_model_did_not_have_it() -> None:
     model, statistics = model_and_statistics()
     kept = KeptNumbers.of(cache_structure(model, decoder_structure(model)), statistics, 0.5)
     ids = torch.arange(12)[None]
-    found = model(input_ids=ids, past_key_values=PrunedCache(model.config, kept)).logits
+    found = model(input_ids=ids, past_key_values=ChangedCache(model.config, kept.of_layer)).logits
     for layer, keys, values in zip(model.model.layers, kept.keys, kept.values, strict=True):
         layer.self_attn.k_proj.weight.mul_(keys.repeat(2)[:, None])
         layer.self_attn.v_proj.weight.mul_(values.repeat(2)[:, None])
