@@ -40,6 +40,23 @@ def record_of(
     }
 
 
+def counted(
+    found: Mapping[str, Turns], counts: Callable[[list[dict[str, Any]]], dict[str, float]]
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Kind of prompts -> way -> its counts; `all` is of all kinds.
+
+    Args:
+        found: kind -> turns of every way.
+        counts: of the turns of one way.
+    """
+    kinds = list(found.values())
+    whole = {way: [turn for of in kinds for turn in of[way]] for way in kinds[0]}
+    return {
+        kind: {way: counts(turns) for way, turns in of.items()}
+        for kind, of in {**found, "all": whole}.items()
+    }
+
+
 def drafters_of(model: DraftModel) -> dict[str, Callable[[], Drafter | None]]:
     """What drafts for an answer in each way."""
     return {PLAIN: lambda: None, STEADY: lambda: None, DRAFTED: lambda: model.begin(0)}

@@ -20,7 +20,7 @@ from rich.table import Table
 
 from benchmarks import RESULTS
 from benchmarks.command import run
-from benchmarks.cpu.drafted_turns import record_of
+from benchmarks.cpu.drafted_turns import counted, record_of
 from benchmarks.cpu.lookup import make_prompts, one_turn
 from pipeline.artefact import write_json
 from pipeline.bench.measure import load_average
@@ -107,11 +107,7 @@ def _measure(
                 decoding = Decoding(new_tokens, sampling, stop_ids, seed=number)
                 found[kind][way].append(one_turn(session, prompt, decoding, own))
         note(f"{kind}: {_counts(found[kind][_GREEDY])}")
-    whole = {way: [turn for kind in found.values() for turn in kind[way]] for way in ways}
-    return {
-        kind: {way: _counts(turns) for way, turns in of.items()}
-        for kind, of in {**found, "all": whole}.items()
-    }
+    return counted(found, _counts)
 
 
 def _counts(turns: list[dict[str, Any]]) -> dict[str, float]:

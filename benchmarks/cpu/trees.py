@@ -20,7 +20,7 @@ from rich.table import Table
 
 from benchmarks import RESULTS
 from benchmarks.command import run
-from benchmarks.cpu.drafted_turns import record_of
+from benchmarks.cpu.drafted_turns import counted, record_of
 from benchmarks.cpu.lookup import make_prompts, one_turn
 from pipeline.artefact import write_json
 from pipeline.bench.measure import load_average
@@ -95,11 +95,7 @@ def _measure(
             if len({tuple(turns[-1]["tokens"]) for turns in found[kind].values()}) > 1:
                 raise ValidationError("Two ways of drafting answer differently.", where=kind)
         note(f"{kind}: { ({way: _counts(turns) for way, turns in found[kind].items()}) }")
-    whole = {way: [turn for of in found.values() for turn in of[way]] for way in ways}
-    return {
-        kind: {way: _counts(turns) for way, turns in of.items()}
-        for kind, of in {**found, "all": whole}.items()
-    }
+    return counted(found, _counts)
 
 
 def _counts(turns: list[dict[str, Any]]) -> _Counts:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from benchmarks.quality.whole_windows import WholeWindows
 from pipeline.artefact import write_json
 from pipeline.bench.measure import describe_machine
 from pipeline.checkpoint.modeling_cache import cache_maps, remove_cache_maps
+from pipeline.compress.cache.cache_plan import CachePlan
 from pipeline.compress.cache.compress_cache import compress_cache_
 from pipeline.compress.request import CompressRequest
 from pipeline.model.load import load_model
@@ -65,9 +67,12 @@ def command(
     read = tokens_of(calibration, loaded, calibration_windows, length, 0)
     tests = tokens_of(test, loaded, windows, length, 0, sequential=True).tokens
     rows: list[dict[str, Any]] = []
+    logits = _logits_of(loaded.model)
+    original = WholeWindows(tests, logits)
     with tempfile.TemporaryDirectory() as scratch:
         for bits in _BITS:
-            rows += _costs(loaded.model, read.tokens, tests, bits, work or Path(scratch))
+            plan = _installed(loaded.model, read.tokens, bits, work or Path(scratch))
+            rows += _costs(loaded.model, plan, bits, lambda: original.measure(logits)[1])
     record = {
         "schema": 1,
         "model": model,
@@ -83,22 +88,29 @@ def command(
     click.echo(json.dumps(record["agreement"], indent=2))
 
 
-def _costs(
-    model: Any, read: torch.Tensor, tests: torch.Tensor, bits: float, folder: Path
-) -> list[dict[str, Any]]:
-    """Expected and measured KL of every side that is cached as latents."""
+def _logits_of(model: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Of windows [1, T], against what is cached of them."""
+
+    def logits_of(window: torch.Tensor) -> torch.Tensor:
+        cache = DynamicCache(config=model.config)
+        logits: torch.Tensor = model(input_ids=window, past_key_values=cache).logits
+        return logits
+
+    return logits_of
+
+
+def _installed(model: Any, read: torch.Tensor, bits: float, folder: Path) -> CachePlan:
+    """The plan of so many bits, whose maps are then in the model."""
     request = CompressRequest("unused", keep_params=1.0, keep_cache=bits / 16)
     request.check()
-
-    def logits(window: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = model(
-            input_ids=window, past_key_values=DynamicCache(config=model.config)
-        ).logits
-        return found
-
-    original = WholeWindows(tests, logits)
     layers = decoder_structure(model)
-    plan = compress_cache_(model, layers, read, request, None, folder, {"seed": 0})
+    return compress_cache_(model, layers, read, request, None, folder, {"seed": 0})
+
+
+def _costs(
+    model: Any, plan: CachePlan, bits: float, measured_kl: Callable[[], float]
+) -> list[dict[str, Any]]:
+    """Expected and measured KL of every side that is cached as latents; takes the maps out."""
     rows = []
     try:
         maps = cache_maps(model)
@@ -109,7 +121,7 @@ def _costs(
             side = planned[name]
             found = {"source": side.source, "side": side.side, "rank": side.rank, "bits": side.bits}
             expected = {"budget": bits, "expected_kl": side.expected_kl}
-            rows.append(found | expected | {"measured_kl": original.measure(logits)[1]})
+            rows.append(found | expected | {"measured_kl": measured_kl()})
             note(str(rows[-1]))
     finally:
         remove_cache_maps(model)

@@ -173,7 +173,7 @@ class OutputMoments:
         self.gradients = _OutputMoment(width)
         self._plain, self._weighted = SecondMoment(width + 1), SecondMoment(width + 1)
         self._rows = torch.empty(0, width + 1)
-        self._about: torch.Tensor | None = None
+        self._origin: torch.Tensor | None = None
 
     def see_output(self, outputs: torch.Tensor) -> None:
         """Add a batch of outputs, float [..., n]; its gradients follow before the next batch.
@@ -182,9 +182,9 @@ class OutputMoments:
             ValueError: NaN or infinite values.
         """
         rows = _rows_of(outputs.detach()).float()
-        if self._about is None:
-            self._about = rows.double().mean(0).float()
-        self._rows = torch.cat([rows - self._about, torch.ones(len(rows), 1)], dim=1)
+        if self._origin is None:
+            self._origin = rows.double().mean(0).float()
+        self._rows = torch.cat([rows - self._origin, torch.ones(len(rows), 1)], dim=1)
         self._plain.add_(self._rows)
 
     def see_gradient(self, gradients: torch.Tensor) -> None:
@@ -206,8 +206,8 @@ class OutputMoments:
         plain = self._plain.mean()
         mean = plain[-1, :-1]
         moment = _about(plain, mean)
-        assert self._about is not None, "a mean of nothing was refused"
-        whole = self._about.double() + mean
+        assert self._origin is not None, "a mean of nothing was refused"
+        whole = self._origin.double() + mean
         return moment, balanced(moment, _about(self._weighted.mean(), mean)), whole
 
 

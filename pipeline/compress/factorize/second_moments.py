@@ -37,9 +37,8 @@ def shrunk(moment: torch.Tensor, share: float) -> torch.Tensor:
     Returns:
         float64 [n, n].
     """
-    result = moment.double() * (1 - share)
-    result.diagonal().add_(share * moment.diagonal().double().mean())
-    return result
+    level = share * float(moment.diagonal().double().mean())
+    return Shrunk(moment, share, level).double()
 
 
 class Sensitivity(Protocol):
@@ -96,7 +95,7 @@ def cholesky(moment: torch.Tensor, relative_ridge: float = _RIDGE) -> torch.Tens
         ValueError: the moment is not finite, or is zero.
     """
     trace = float(moment.diagonal().sum())
-    if not torch.isfinite(moment).all():
+    if not is_finite(moment):
         raise ValueError("the second moment holds NaN or infinite values")
     if trace <= 0:
         raise ValueError("the second moment is zero: the calibration text never reaches this layer")

@@ -59,7 +59,7 @@ def _whitening_roots(
     Raises:
         ValueError: the moment is not finite, or is zero.
     """
-    if not torch.isfinite(moment).all():
+    if not is_finite(moment):
         raise ValueError("the second moment holds NaN or infinite values")
     eigenvalues, vectors = torch.linalg.eigh(moment)
     largest = eigenvalues[-1].item()
@@ -114,12 +114,12 @@ class Spectrum:
         """
         rows, columns = weight.shape
         _require_fit(weight, moment, sensitivities)
-        weight = weight.double()
         if rows <= columns:
             uppers = [cholesky(block.double()).T for block in sensitivities]
             inner = _weighted(weight, uppers)
             energies, vectors = _falling_eigen(_quadratic(inner, moment))
             return cls(energies, _unweighted(vectors, uppers), vectors.T @ inner)
+        weight = weight.double()
         root, inverse_root = roots(moment)
         energies, vectors = _falling_eigen(root @ weighted_gram(weight, sensitivities) @ root)
         return cls(energies, weight @ root @ vectors, vectors.T @ inverse_root)
@@ -283,7 +283,7 @@ def _propagated_target(
     Raises:
         ValueError: moments that are not finite.
     """
-    if not (torch.isfinite(seen).all() and torch.isfinite(drift).all()):
+    if not (is_finite(seen) and is_finite(drift)):
         raise ValueError("the second moment holds NaN or infinite values")
     weight = weight.double()
     if mix == 0:
