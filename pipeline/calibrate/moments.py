@@ -171,17 +171,20 @@ class OutputMoments:
 
     def __init__(self, width: int) -> None:
         self.gradients = _OutputMoment(width)
+        self._starts, self._sequences = torch.zeros(width, dtype=torch.float64), 0
         self._plain, self._weighted = SecondMoment(width + 1), SecondMoment(width + 1)
         self._rows = torch.empty(0, width + 1)
         self._origin: torch.Tensor | None = None
 
     def see_output(self, outputs: torch.Tensor) -> None:
-        """Add a batch of outputs, float [..., n]; its gradients follow before the next batch.
+        """Add a batch of outputs, float [B, S, n]; its gradients follow before the next batch.
 
         Raises:
             ValueError: NaN or infinite values.
         """
         rows = _rows_of(outputs.detach()).float()
+        self._starts += outputs.detach()[:, 0].double().sum(0)
+        self._sequences += len(outputs)
         if self._origin is None:
             self._origin = rows.double().mean(0).float()
         self._rows = torch.cat([rows - self._origin, torch.ones(len(rows), 1)], dim=1)
@@ -195,6 +198,10 @@ class OutputMoments:
         """
         weights = self.gradients.add_(gradients)
         self._weighted.add_(self._rows * weights.sqrt()[:, None])
+
+    def start(self) -> torch.Tensor:
+        """Mean of what is returned for the first token of a sequence, float64 [n]."""
+        return self._starts / max(1, self._sequences)
 
     def centred(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """E[(y - m)(y - m)^T] and the same with tokens weighted by their gradients; m = E[y].

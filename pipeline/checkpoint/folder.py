@@ -48,7 +48,7 @@ from pipeline.tokenizer_files import copy_tokenizer
 REMOTE_MODULES = "transformers_modules."
 _BASE = "SkipCatBase"
 # Files of our own that a checkpoint carries.
-_OURS = ("modeling_quantized", "modeling_skipcat", "modeling_cache")
+_OURS = ("modeling_quantized", "modeling_skipcat", "modeling_latent_codes", "modeling_cache")
 # What weights are stored in, by the names that recipe.json and --dtype give.
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # save_pretrained holds one shard in memory a second time.

@@ -22,10 +22,14 @@ from transformers.quantizers.auto import (
 )
 
 # Relative, so that it is found in the package and in the folder of a checkpoint.
+from .modeling_latent_codes import codes_of
 from .modeling_skipcat import FORMAT_VERSION, QUANT_METHOD, SkipCatConfig, SkipCatQuantizer
 
-# Of maps before the rotation; and of those after it, which older code would take for the former.
-_CACHE_FORMAT_VERSION, _NARROW_FORMAT_VERSION = 3, 4
+# Of maps before the rotation; of those after it; of codes that older code would not have chosen.
+_CACHE_FORMAT_VERSION, _NARROW_FORMAT_VERSION, _FED_FORMAT_VERSION = 3, 4, 5
+
+
+_OPTIONAL = ("after_rotation", "clip", "error_feedback")  # of an entry
 
 
 class CacheMap(nn.Module):
@@ -43,6 +47,8 @@ class CacheMap(nn.Module):
         bits: of each number, with a scale and an offset a token and group; None rounds nothing.
         is_rotated: whether the keys are turned by their position afterwards.
         after_rotation: whether they are mapped after that.
+        clip: share of a token's range that its codes reach.
+        error_feedback: whether errors of the first numbers are taken from the others.
         source: name of the module whose output is mapped.
         device: where the parameters are made.
         dtype: their type.
@@ -51,6 +57,7 @@ class CacheMap(nn.Module):
         down: [groups, rank, n], n numbers of the heads of a group.
         up: [groups, n, rank].
         mean: [groups, n].
+        feedback: [groups, rank - rank // 2, rank // 2], or None; see `codes_of`.
         latent: what the last call gave, [B, groups, S, rank].
         angles: of keys, cos and sin that the attention turns the same tokens by.
     """
@@ -65,6 +72,8 @@ class CacheMap(nn.Module):
         *,
         is_rotated: bool = False,
         after_rotation: bool = False,
+        clip: float = 1.0,
+        error_feedback: bool = False,
         source: str = "",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -72,10 +81,15 @@ class CacheMap(nn.Module):
         super().__init__()
         self.heads, self.width, self.groups, self.rank, self.bits = heads, width, groups, rank, bits
         numbers = heads // groups * width
-        self.down, self.up, self.mean = (
-            nn.Parameter(torch.empty(shape, device=device, dtype=dtype), requires_grad=False)
-            for shape in ((groups, rank, numbers), (groups, numbers, rank), (groups, numbers))
+        half = rank // 2
+        shapes = ((rank, numbers), (numbers, rank), (numbers,), (rank - half, half))
+        self.down, self.up, self.mean, fed = (
+            nn.Parameter(
+                torch.empty(groups, *shape, device=device, dtype=dtype), requires_grad=False
+            )
+            for shape in shapes
         )
+        self.clip, self.feedback = clip, fed if error_feedback else None
         self.is_rotated, self.after_rotation = is_rotated, after_rotation
         self.source, self.is_active = source, True
         self.latent: torch.Tensor | None = None
@@ -85,7 +99,16 @@ class CacheMap(nn.Module):
         """Latents [B, groups, S, rank] of keys or values [B, S, heads * width]."""
         parts = states.unflatten(-1, (self.groups, -1)).transpose(1, 2)
         latent = (parts - self.mean[:, None]) @ self.down.transpose(1, 2)
-        return latent if self.bits is None else _rounded(latent, self.bits)
+        if self.bits is None:
+            return latent
+        codes, step, low = self.codes_of(latent, self.bits)
+        return codes * step + low
+
+    def codes_of(
+        self, latent: torch.Tensor, bits: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Codes of latents [B, groups, S, rank], their step and low."""
+        return codes_of(latent, bits, self.clip, self.feedback)
 
     def of_heads(self, states: torch.Tensor) -> torch.Tensor:
         """Latents [B, groups, S, rank] of keys or values [B, heads, S, width]."""
@@ -159,37 +182,13 @@ class _MappedKeys:
         return found
 
 
-def codes_of(latent: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Latents as codes of 2^bits steps of each token and group: latent = codes * step + low.
-
-    Args:
-        latent: [..., rank].
-        bits: of a code.
-
-    Returns:
-        Codes [..., rank], 0 to 2^bits - 1; step and low [..., 1], which float16 holds exactly. All
-        in the type of the latents.
-    """
-    low = latent.amin(-1, keepdim=True).half().to(latent.dtype)
-    span = latent.amax(-1, keepdim=True) - low
-    # A step so small that float16 has it not would divide by zero; all is then the offset.
-    step = (span / (2**bits - 1)).half().to(latent.dtype)
-    codes = ((latent - low) / step.clamp_min(torch.finfo(torch.float16).tiny)).round()
-    return codes.clamp(0, 2**bits - 1), step, low
-
-
-def _rounded(latent: torch.Tensor, bits: int) -> torch.Tensor:
-    codes, step, low = codes_of(latent, bits)
-    return codes * step + low
-
-
 def attach_cache_maps(model: nn.Module, entries: dict[str, dict[str, Any]]) -> None:
     """Put empty maps into a model, beside the modules whose outputs they map.
 
     Args:
         model: changed in place.
         entries: `quantization_config.caches`: source -> side, heads, width, groups, rank, bits,
-            is_rotated; after_rotation, False where it is left out.
+            is_rotated; after_rotation, clip and error_feedback where they are not as usual.
 
     Raises:
         ValueError: an entry that fits no module.
@@ -202,7 +201,7 @@ def attach_cache_maps(model: nn.Module, entries: dict[str, dict[str, Any]]) -> N
         made = CacheMap(
             *sizes,
             is_rotated=entry["is_rotated"],
-            after_rotation=entry.get("after_rotation", False),
+            **{name: entry[name] for name in _OPTIONAL if name in entry},
             source=source,
             device=_device_of(holder, weight),
             dtype=weight.dtype,
@@ -340,17 +339,24 @@ class LatentCache(DynamicCache):
             self.layers[place] = _LatentLayer(attention)
 
 
+def _version_of(entry: dict[str, Any]) -> int:
+    """The first format that has maps of this kind."""
+    if entry.get("clip", 1) != 1 or entry.get("error_feedback"):
+        return _FED_FORMAT_VERSION
+    return _NARROW_FORMAT_VERSION if entry.get("after_rotation") else _CACHE_FORMAT_VERSION
+
+
 class SmallCacheConfig(SkipCatConfig):
     """`quantization_config` of a checkpoint that may have a smaller cache.
 
     Args:
         modules: as of `SkipCatConfig`.
         version: of the format; 3 where there are maps, 4 where some are of keys that were turned,
-            so that older code refuses them.
+            5 where codes are chosen otherwise than to the nearest, so that older code refuses them.
         caches: source -> what `attach_cache_maps` reads; None for a cache as it is.
     """
 
-    newest = _NARROW_FORMAT_VERSION
+    newest = _FED_FORMAT_VERSION
 
     def __init__(
         self,
@@ -359,9 +365,7 @@ class SmallCacheConfig(SkipCatConfig):
         caches: dict[str, dict[str, Any]] | None = None,
         **unused: Any,
     ) -> None:
-        own = _CACHE_FORMAT_VERSION if caches else FORMAT_VERSION
-        if any(entry.get("after_rotation") for entry in (caches or {}).values()):
-            own = _NARROW_FORMAT_VERSION
+        own = max(map(_version_of, (caches or {}).values()), default=FORMAT_VERSION)
         super().__init__(modules, own if version is None else version)
         if caches:
             self.caches = caches

@@ -25,7 +25,7 @@ import onnx.parser
 import onnx_ir as ir
 import torch
 
-from pipeline.checkpoint.modeling_cache import codes_of
+from pipeline.checkpoint.modeling_cache import CacheMap
 from pipeline.export.block_skip import PLUGIN_ATTRIBUTES
 from pipeline.export.contract import (
     BYTES,
@@ -63,12 +63,13 @@ class HeldSide:
     form: str = NUMBERS
 
     @classmethod
-    def of(cls, latent: torch.Tensor, bits: int | None) -> HeldSide:
-        """What is cached of new latents [B, groups, S, rank]."""
-        form = form_of(bits)
+    def of(cls, latent: torch.Tensor, made: CacheMap) -> HeldSide:
+        """What is cached of new latents [B, groups, S, rank] of a map."""
+        bits = made.bits
         if bits is None:
             return cls(latent)
-        codes, step, low = codes_of(latent, bits)
+        form = form_of(bits)
+        codes, step, low = made.codes_of(latent, bits)
         if form == NIBBLES:
             width = held_width(latent.shape[-1], bits)
             lower, upper = codes[..., :width], codes[..., width:]

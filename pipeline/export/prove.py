@@ -25,7 +25,12 @@ import transformers
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from pipeline.checkpoint.modeling_cache import SmallCacheConfig, attach_cache_maps, cache_maps
+from pipeline.checkpoint.modeling_cache import (
+    CacheMap,
+    SmallCacheConfig,
+    attach_cache_maps,
+    cache_maps,
+)
 from pipeline.checkpoint.skeleton import Skeleton
 from pipeline.checkpoint.unrounded_latents import unrounded_latents
 from pipeline.errors import InputError
@@ -41,11 +46,12 @@ from pipeline.provenance import library_versions, sources_sha256
 from pipeline.quantize.cache_rounding import CacheRounding
 from pipeline.remembered import Remembered
 
-# Side, whether all heads share a latent, bits, whether keys are mapped after they were turned, and
-# whether both sides of its layer are of one width.
-LatentKind = tuple[str, bool, int | None, bool, bool]
+# Side, whether all heads share a latent, bits, whether keys are mapped after they were turned,
+# whether both sides of its layer are of one width, and whether errors of codes are fed back.
+LatentKind = tuple[str, bool, int | None, bool, bool, bool]
 _KEPT = 0.7  # of a side's numbers, as rank; odd where that is, so that bytes are filled up
 _SPREAD = 0.3
+_CLIP = 0.8  # of codes whose errors are fed back
 # Of float32: both sides round every sum, some tens of them one after the other, in other orders.
 # What was ever right was right to 3e-6; what was ever wrong was wrong by 0.01 and more.
 _TOLERANCE = 1e-4
@@ -79,6 +85,7 @@ def _latent_kinds(config: PreTrainedConfig) -> list[LatentKind]:
             entry["bits"],
             entry.get("after_rotation", False),
             len(ranks[source.rpartition(".")[0]]) == 1,
+            entry.get("error_feedback", False),
         )
         for source, entry in entries.items()
     )
@@ -97,7 +104,7 @@ def _map_twin(model: PreTrainedModel, kinds: list[LatentKind], dtype: torch.dtyp
     for number, side in enumerate(cache_structure(model, decoder_structure(model))):
         own = [kind for kind in kinds if kind[0] == side.side]
         if own:
-            _, shared, bits, narrow, even = own[number // len(SIDES) % len(own)]
+            _, shared, bits, narrow, even, fed = own[number // len(SIDES) % len(own)]
             groups = 1 if shared and not narrow else side.heads
             rank = max(1, round(_KEPT * side.numbers / groups)) | 1
             rank = max(1, rank - 2) if side.side == "value" and not even else rank
@@ -106,16 +113,31 @@ def _map_twin(model: PreTrainedModel, kinds: list[LatentKind], dtype: torch.dtyp
                 "side": side.side, "heads": side.heads, "width": side.width, "groups": groups,
                 "rank": min(rank, side.numbers // groups), "bits": bits,
                 "is_rotated": side.is_rotated and not is_narrow, "after_rotation": is_narrow,
+                "clip": _CLIP if fed else 1.0, "error_feedback": fed,
             }  # fmt: skip
     attach_cache_maps(model, entries)
     model.config.quantization_config = SmallCacheConfig({}, caches=entries)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(1)
         for made in cache_maps(model).values():
-            turned = torch.linalg.qr(torch.randn_like(made.up)).Q
-            made.up.copy_(turned.to(dtype))
-            made.down.copy_(turned.transpose(1, 2).to(dtype))
+            made.up.copy_(torch.linalg.qr(torch.randn_like(made.up)).Q.to(dtype))
+            made.down.copy_(made.up.transpose(1, 2))
             made.mean.copy_((_SPREAD * torch.randn_like(made.mean)).to(dtype))
+            if made.feedback is not None:
+                _feed_back(made, made.feedback)
+
+
+def _feed_back(made: CacheMap, feedback: torch.Tensor) -> None:
+    """Let the first half of a map's numbers lie, for the most part, where the others do.
+
+    An error of the first can then be undone, and one that is not is seen.
+    """
+    half = feedback.shape[-1]
+    feedback.copy_(torch.randn_like(feedback) / half**0.5)
+    first, second = made.up.split([half, made.rank - half], dim=-1)
+    made.down[:, :half] *= 2
+    made.down[:, half:] -= feedback @ made.down[:, :half]
+    made.up[..., :half] = first / 2 + second @ feedback
 
 
 @dataclass(frozen=True)

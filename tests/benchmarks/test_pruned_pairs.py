@@ -20,7 +20,8 @@ def model_and_statistics() -> tuple[LlamaForCausalLM, dict[str, CacheStatistics]
     for side in cache_structure(model, decoder_structure(model)):
         moment = torch.diag(torch.arange(1.0, side.numbers + 1)).double()
         none = torch.zeros(side.numbers, dtype=torch.float64)
-        found[side.source] = CacheStatistics(moment, moment, none, torch.eye(side.numbers).double())
+        even = torch.eye(side.numbers).double()
+        found[side.source] = CacheStatistics(moment, moment, none, even, none)
     return model, found
 
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from pipeline.compress.cache.cache_forms import LATENT_BITS
 from pipeline.compress.cache.latent_basis import kept_bytes
+from pipeline.compress.cache.latent_rounding import clip_of
 from pipeline.errors import InputError
 from pipeline.json_file import json_field
 from pipeline.model.cache_structure import CachedSide, Side
@@ -33,6 +34,8 @@ class SidePlan:
         bits: of each number, with a scale and an offset a token and group; None for float16.
         expected_kl: what it is expected to cost, nats a token; None when it was not estimated.
         is_rotated: whether it is turned by its position after it was mapped.
+        error_feedback: rounding errors of the first half of the numbers are taken from the others,
+            and codes reach less than a token's range where that errs less.
     """
 
     layer: str
@@ -46,6 +49,7 @@ class SidePlan:
     bits: int | None = None
     expected_kl: float | None = None
     is_rotated: bool = False
+    error_feedback: bool = False
 
     @classmethod
     def full(cls, side: CachedSide) -> SidePlan:
@@ -62,6 +66,7 @@ class SidePlan:
         expected_kl: float | None = None,
         *,
         narrow: bool = False,
+        error_feedback: bool = False,
     ) -> SidePlan:
         """Cached as so many latents of a rank; `narrow` is of keys mapped after their rotation."""
         return cls(
@@ -71,6 +76,7 @@ class SidePlan:
             rank=rank,
             bits=bits,
             expected_kl=expected_kl,
+            error_feedback=error_feedback and bits is not None and rank > 1,
         )
 
     @property
@@ -97,8 +103,12 @@ class SidePlan:
         """The entry of `quantization_config.caches` that makes its map."""
         names = ("side", "heads", "width", "groups", "rank", "bits", "is_rotated")
         found = {name: getattr(self, name) for name in names}
-        # A key of its own only where it is needed: older code reads the others.
-        return found | {"is_rotated": False, "after_rotation": True} if self.is_narrow else found
+        # Keys of their own only where they are needed: older code reads the others.
+        if self.is_narrow:
+            found |= {"is_rotated": False, "after_rotation": True}
+        if self.error_feedback and self.bits is not None:
+            found |= {"clip": clip_of(self.rank, self.bits), "error_feedback": True}
+        return found
 
     def to_json(self) -> dict[str, Any]:
         """The fields, with the bytes before and after."""
@@ -187,8 +197,8 @@ def _side_from(entry: Any, side: CachedSide, where: str) -> SidePlan:
         if value != getattr(side, name):
             raise _wrong(where, name, value, getattr(side, name))
     form = json_field(entry, "form", str, where)
-    narrow = side.side == "key" and side.is_rotated
-    known = ("full", "latent", *(["narrow"] if narrow else []))
+    may_be_narrow = side.side == "key" and side.is_rotated
+    known = ("full", "latent", *(["narrow"] if may_be_narrow else []))
     if form not in known:
         raise _wrong(where, "form", form, " or ".join(known))
     if form == "full":
@@ -204,8 +214,10 @@ def _side_from(entry: Any, side: CachedSide, where: str) -> SidePlan:
     bits = json_field(entry, "bits", int, where, default=None)
     if bits is not None and bits not in LATENT_BITS:
         raise _wrong(where, "bits", bits, f"one of {', '.join(map(str, LATENT_BITS))}, or null")
+    fed = bool(json_field(entry, "error_feedback", bool, where, default=None))
     kl = json_field(entry, "expected_kl", float, where, default=None)
-    return SidePlan.latent(side, groups, rank, bits, kl, narrow=form == "narrow")
+    narrow = form == "narrow"
+    return SidePlan.latent(side, groups, rank, bits, kl, narrow=narrow, error_feedback=fed)
 
 
 def _wrong(where: str, name: str, observed: object, expected: object) -> InputError:

@@ -84,7 +84,9 @@ class CacheProblem:
     def latent(self, side: CachedSide, rank: int, bits: int | None, expected_kl: float) -> SidePlan:
         """One side as latents of the problem's form."""
         narrow = self.form.by_head and side.side == "key" and side.is_rotated
-        return SidePlan.latent(side, self.groups, rank, bits, expected_kl, narrow=narrow)
+        return SidePlan.latent(
+            side, self.groups, rank, bits, expected_kl, narrow=narrow, error_feedback=True
+        )
 
 
 def searched_cache(problem: CacheProblem) -> CachePlan:
@@ -196,5 +198,5 @@ def _basis_of(part: CacheStatistics, two_sided: bool, centred: bool) -> LatentBa
     moment = part.weighted if two_sided else part.moment
     sensitivity = part.sensitivity if two_sided else None
     if centred:
-        return LatentBasis.of(moment, part.mean, sensitivity)
+        return LatentBasis.of(moment, part.mean, sensitivity, part.start)
     return LatentBasis.of(moment + part.mean.outer(part.mean), 0 * part.mean, sensitivity)

@@ -230,15 +230,19 @@ def _install_cache_(
     for number, side in enumerate(latent):
         made = maps[f"{side.source.rpartition('.')[0]}.{side.side}_map"]
         for group, basis in enumerate(bases_for(side)):
-            down, up = basis.maps(side.rank, balanced=True, rotation=_rotation(side, seed + number))
-            made.down.data[group] = down.to(made.down.dtype)
-            made.up.data[group] = up.to(made.up.dtype)
-            made.mean.data[group] = basis.mean.to(made.mean.dtype)
+            for name, tensor in _parts_of(side, basis, seed + number).items():
+                held = getattr(made, name)
+                held.data[group] = tensor.to(held.dtype)
 
 
-def _rotation(side: SidePlan, seed: int) -> torch.Tensor | None:
-    """Coordinates that share a step should be alike; those that are not rounded need not."""
-    return None if side.bits is None else random_rotation(side.rank, seed)
+def _parts_of(side: SidePlan, basis: LatentBasis, seed: int) -> dict[str, torch.Tensor]:
+    """What a map holds; coordinates that share a step are turned, for they should be alike."""
+    if side.error_feedback:
+        down, up, feedback = basis.fed_maps(side.rank, seed)
+        return {"down": down, "up": up, "mean": basis.mean, "feedback": feedback}
+    rotation = None if side.bits is None else random_rotation(side.rank, seed)
+    down, up = basis.maps(side.rank, balanced=True, rotation=rotation)
+    return {"down": down, "up": up, "mean": basis.mean}
 
 
 @torch.no_grad()

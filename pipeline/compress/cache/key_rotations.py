@@ -93,13 +93,17 @@ class KeyRotations:
         # A gradient by a turned key is one by the key, turned, over the square of the scale.
         scale = self.cos.square() + self.sin.square()
         back = KeyRotations(self.first, self.second, self.cos / scale, self.sin / scale)
-        return CacheStatistics(moment, weighted, mean, back._second(before.sensitivity))
+        start = self._turned(before.start, self.cos[0], self.sin[0])
+        return CacheStatistics(moment, weighted, mean, back._second(before.sensitivity), start)
 
     def _mean(self, mean: torch.Tensor) -> torch.Tensor:
         """Mean over p of R_p m, [D]."""
-        cos, sin = self.cos.mean(0), self.sin.mean(0)
-        x, y = mean[self.first], mean[self.second]
-        found = mean.clone()
+        return self._turned(mean, self.cos.mean(0), self.sin.mean(0))
+
+    def _turned(self, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """A key [D] turned by these angles."""
+        x, y = key[self.first], key[self.second]
+        found = key.clone()
         found[self.first], found[self.second] = cos * x - sin * y, sin * x + cos * y
         return found
 

@@ -8,11 +8,6 @@ Fisher information at y, an error d of y costs E (g . d)^2 / 2 nats of KL. With
 an error of z costs half its square, and E[z_i^2] = e_i: cutting to the first r coordinates costs
 half of the tail of e. With G = 1 this is Palu's whitened truncation (Chang et al., ICLR 2025,
 section 3.2), whose left singular vectors are the same U.
-
-Rounding to b bits with one scale and one offset a token: coordinates scaled by 1 / t_i and turned
-by a random rotation share a step s, cost sum t_i^2 s^2 / 24 nats, and have s in proportion to the
-root of sum e_i / t_i^2. The product is least for t_i^2 = sqrt(e_i) (Cauchy-Schwarz), and is then
-(sum sqrt(e_i))^2: the balanced gauge, which is also that of Palu's symmetric factors.
 """
 
 from __future__ import annotations
@@ -22,6 +17,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+
+from pipeline.compress.cache.latent_rounding import FedCoordinates, rounding_losses
 
 _RELATIVE_FLOOR = 1e-9
 # Of whitened energies: a coordinate that never moves has no scale.
@@ -39,16 +36,22 @@ class LatentBasis:
         down: U^T L, float64 [n, n]: rows take y - m to z.
         up: L^-1 U, float64 [n, n]: columns take z back.
         mean: m, float64 [n].
+        start: z of the first token of a sequence, float64 [n].
     """
 
     energies: torch.Tensor
     down: torch.Tensor
     up: torch.Tensor
     mean: torch.Tensor
+    start: torch.Tensor
 
     @classmethod
     def of(
-        cls, moment: torch.Tensor, mean: torch.Tensor, sensitivity: torch.Tensor | None = None
+        cls,
+        moment: torch.Tensor,
+        mean: torch.Tensor,
+        sensitivity: torch.Tensor | None = None,
+        start: torch.Tensor | None = None,
     ) -> LatentBasis:
         """The basis of outputs with these moments.
 
@@ -56,6 +59,7 @@ class LatentBasis:
             moment: E[(y - m)(y - m)^T], float64 [n, n].
             mean: m, float64 [n]; zero where nothing is subtracted.
             sensitivity: G, float64 [n, n], of full rank; None weighs all outputs alike.
+            start: what the first token of a sequence has in the mean, float64 [n]; None for m.
 
         Raises:
             ValueError: moments that are not finite.
@@ -67,9 +71,9 @@ class LatentBasis:
         weighted = root @ moment.double() @ root
         energies, vectors = torch.linalg.eigh((weighted + weighted.T) / 2)
         vectors = vectors.flip(1)
-        return cls(
-            energies.flip(0).clamp_min(0), vectors.T @ root, inverse @ vectors, mean.double()
-        )
+        mean, down = mean.double(), vectors.T @ root
+        first = down @ ((mean if start is None else start.double()) - mean)
+        return cls(energies.flip(0).clamp_min(0), down, inverse @ vectors, mean, first)
 
     def truncation_losses(self) -> np.ndarray:
         """Expected KL of keeping r coordinates, nats a token, float64 [n + 1]."""
@@ -79,12 +83,20 @@ class LatentBasis:
     def rounding_losses(self, bits: int) -> np.ndarray:
         """Expected KL of rounding the first r coordinates to so many bits, nats, float64 [n + 1].
 
-        The range of r numbers of a normal distribution is taken for theirs.
+        With errors fed back; see `latent_rounding`.
         """
-        roots = self.energies.sqrt().cumsum(0).numpy()
-        ranks = np.arange(1, len(roots) + 1)
-        steps = _range_of_normal(ranks) / (2**bits - 1)
-        return np.r_[0.0, roots**2 / ranks * steps**2 / 24]
+        return rounding_losses(self.energies, bits)
+
+    def fed_maps(self, rank: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`down`, `up` and `feedback` of r coordinates whose errors are fed back.
+
+        Args:
+            rank: r, at least 2.
+            seed: of the rotations that make numbers alike.
+        """
+        own = FedCoordinates.of(self.energies[: rank - 1], self.start[: rank - 1], seed)
+        down, up = self.down[: rank - 1], self.up[:, : rank - 1]
+        return own.into @ down, up @ own.back, own.feedback
 
     def maps(
         self, rank: int, *, balanced: bool, rotation: torch.Tensor | None = None
@@ -93,7 +105,9 @@ class LatentBasis:
 
         Args:
             rank: r.
-            balanced: scale coordinates so that rounding them alike costs least.
+            balanced: scale coordinates so that rounding each by itself costs least: t_i^2 =
+                sqrt(e_i), for spread times cost, sum e_i / t_i^2 times sum t_i^2, is then least
+                (Cauchy-Schwarz); the gauge of Palu's symmetric factors, too.
             rotation: orthogonal [r, r], turns the coordinates; None leaves them.
         """
         down, up = self.down[:rank], self.up[:, :rank]
@@ -121,13 +135,6 @@ def _root(sensitivity: torch.Tensor | None, width: int) -> tuple[torch.Tensor, t
         return 1e-30 * identity, 1e30 * identity
     roots = values.clamp_min(_RELATIVE_FLOOR * largest).sqrt()
     return (vectors * roots) @ vectors.T, (vectors / roots) @ vectors.T
-
-
-def _range_of_normal(counts: np.ndarray) -> np.ndarray:
-    """Expected range of so many numbers drawn from N(0, 1); Blom's approximation."""
-    from scipy.special import ndtri
-
-    return 2 * ndtri((counts - 0.375) / (counts + 0.25)).clip(0.5)
 
 
 def _latent_bits(rank: int, bits: int | None) -> int:

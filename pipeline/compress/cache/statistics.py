@@ -22,7 +22,7 @@ from pipeline.progress import track
 
 # Of the sensitivities, which are estimated from few tokens.
 _SHRINKAGE = 0.1
-_PARTS = ("moment", "weighted", "mean", "sensitivity")
+_PARTS = ("moment", "weighted", "mean", "sensitivity", "start")
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,14 @@ class CacheStatistics:
         weighted: the same, with tokens weighted by what the output minds of them.
         mean: m, float64 [n].
         sensitivity: shrunk G = E[g g^T], float64 [n, n].
+        start: mean of what the first token of a sequence has, float64 [n].
     """
 
     moment: torch.Tensor
     weighted: torch.Tensor
     mean: torch.Tensor
     sensitivity: torch.Tensor
+    start: torch.Tensor
 
     def heads(self, first: int, last: int) -> CacheStatistics:
         """Those of some of the numbers, which lie side by side."""
@@ -49,6 +51,7 @@ class CacheStatistics:
             self.weighted[part, part],
             self.mean[part],
             self.sensitivity[part, part],
+            self.start[part],
         )
 
 
@@ -76,7 +79,7 @@ def measure_cache(
     Raises:
         InputError: activations or gradients that are not finite, or other settings there.
     """
-    finished = FinishedLayers(folder / "layers", settings)
+    finished = FinishedLayers(folder / "layers", settings | {"parts": list(_PARTS)})
     missing = [i for i, layer in enumerate(layers) if layer.name not in finished]
     if missing:
         sweep = BackwardSweep(model, layers, tokens, folder / "sweep", seed=settings["seed"])
@@ -114,5 +117,5 @@ def _read(output: torch.Tensor, heads: int, width: int) -> torch.Tensor:
 
 def _kept(moments: OutputMoments) -> list[tuple[str, torch.Tensor]]:
     moment, weighted, mean = moments.centred()
-    found = (moment, weighted, mean.clone(), moments.gradients.mean())
+    found = (moment, weighted, mean.clone(), moments.gradients.mean(), moments.start())
     return list(zip(_PARTS, found, strict=True))

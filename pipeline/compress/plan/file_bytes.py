@@ -66,8 +66,11 @@ def cache_map_bytes(side: SidePlan, runtime: Runtime) -> int:
     """Bytes of the maps between keys or values and what is cached of them; 0 where nothing is."""
     if side.form == "full":
         return 0
-    numbers = side.groups * side.numbers * (2 * side.rank + 1)
-    return numbers * runtime.float_bytes + 3 * _NAME_BYTES
+    numbers, parts = side.groups * side.numbers * (2 * side.rank + 1), 3
+    if side.error_feedback:
+        half = side.rank // 2
+        numbers, parts = numbers + side.groups * half * (side.rank - half), parts + 1
+    return numbers * runtime.float_bytes + parts * _NAME_BYTES
 
 
 def fixed_bytes(

@@ -13,7 +13,7 @@ from transformers import AutoConfig
 
 from pipeline.bench.targets import traffic_of_folder
 from pipeline.checkpoint.folder import load_checkpoint
-from pipeline.checkpoint.modeling_cache import _rounded
+from pipeline.checkpoint.modeling_cache import CacheMap
 from pipeline.cli.main import main
 from pipeline.engine.build import build_engine
 from pipeline.engine.plan import EngineRequest
@@ -146,8 +146,10 @@ def config_with_latents(kind: str, bits: int | None, groups: int, **changes: Any
         "vocab_size": 272, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
         "max_position_embeddings": 512, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
     }  # fmt: skip
-    config = AutoConfig.for_model(kind, **fields | changes)
     own = ENTRY | {"bits": bits, "groups": groups}
+    if changes.pop("fed", False):
+        own |= {"clip": 0.8, "error_feedback": True}
+    config = AutoConfig.for_model(kind, **fields | changes)
     caches = {side: own | {"side": side} for side in ("key", "value")}
     config.quantization_config = {"caches": caches}
     return config
@@ -159,7 +161,7 @@ def config_with_latents(kind: str, bits: int | None, groups: int, **changes: Any
         # Turned in neighbouring pairs; half of a key turned; not turned; scores that are capped.
         ("cohere", None, 1, "opset24", {"num_key_value_heads": 2}),
         ("glm", 4, 2, "compat", {"num_key_value_heads": 2, "head_dim": 16}),
-        ("opt", 4, 1, "compat", {"ffn_dim": 64, "word_embed_proj_dim": 64}),
+        ("opt", 4, 1, "compat", {"ffn_dim": 64, "word_embed_proj_dim": 64, "fed": True}),
         ("gemma2", 6, 2, "opset24", {"num_key_value_heads": 2, "head_dim": 16}),
     ],
 )
@@ -187,9 +189,16 @@ def test_keys_turned_in_a_way_that_is_not_of_halves_are_rebuilt_before_the_op(
 @pytest.mark.parametrize(("bits", "rank"), [(2, 5), (4, 6), (5, 5), (8, 3), (None, 4)])
 def test_what_is_packed_stands_for_what_torch_rounds_to(bits: int | None, rank: int) -> None:
     latent = torch.randn(2, 3, 4, rank)
-    held = HeldSide.of(latent, bits)
-    expected = latent if bits is None else _rounded(latent, bits)
-    assert torch.equal(held.numbers(rank, torch.float32), expected)
+    for fed in (False, True):
+        made = CacheMap(3, rank, 3, rank, bits, clip=0.8 if fed else 1.0, error_feedback=fed)
+        if made.feedback is not None:
+            made.feedback.data.normal_()
+        held = HeldSide.of(latent, made)
+        expected = latent
+        if bits is not None:
+            codes, step, low = made.codes_of(latent, bits)
+            expected = codes * step + low
+        assert torch.equal(held.numbers(rank, torch.float32), expected)
 
 
 def float16_export(checkpoint: Path, folder: Path, profile: str) -> Path:

@@ -37,7 +37,8 @@ def test_moments_are_the_mean_over_positions(part: int, scale: float) -> None:
     gradients = torch.randn(40, WIDTH, generator=generator, dtype=torch.float64)
     moment, mean = keys.T @ keys / len(keys), keys.mean(0)
     moment = moment - mean.outer(mean)
-    before = CacheStatistics(moment, moment, mean, gradients.T @ gradients / len(gradients))
+    second = gradients.T @ gradients / len(gradients)
+    before = CacheStatistics(moment, moment, mean, second, mean)
     found = KeyRotations.of(turned_by, (cos, sin), WIDTH).of_statistics(before)
 
     everywhere = keys[:, None, None].expand(-1, 1, LENGTH, -1)

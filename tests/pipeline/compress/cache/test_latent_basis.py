@@ -11,7 +11,6 @@ from pipeline.compress.cache.latent_basis import (
     _latent_bits,
     kept_bytes,
 )
-from pipeline.quantize.rotations import random_rotation
 
 WIDTH = 24
 
@@ -70,25 +69,6 @@ def test_the_balanced_gauge_rounds_at_the_least_cost() -> None:
     balanced = cost(*basis.maps(rank, balanced=True))
     assert balanced == pytest.approx(float(basis.energies[:rank].sqrt().sum()) ** 2 / rank)
     assert balanced < cost(*basis.maps(rank, balanced=False))
-
-
-@pytest.mark.parametrize("bits", [3, 4, 6])
-def test_rounding_costs_about_what_is_expected_of_normal_latents(bits: int) -> None:
-    from pipeline.checkpoint.modeling_cache import CacheMap
-
-    moment, mean, sensitivity = moments()
-    basis = LatentBasis.of(moment, mean, sensitivity)
-    made = CacheMap(1, WIDTH, 1, 16, bits)
-    down, up = basis.maps(16, balanced=True, rotation=random_rotation(16, 0))
-    made.down.data, made.up.data = down.float()[None], up.float()[None]
-    made.mean.data = mean.float()[None]
-    generator = torch.Generator().manual_seed(2)
-    drawn = torch.randn(4000, WIDTH, generator=generator) @ torch.linalg.cholesky(moment).T.float()
-    outputs = (drawn + mean.float())[None]
-    exact = made.rebuilt((outputs[:, None] - made.mean) @ made.down.transpose(1, 2))
-    errors = (made.rebuilt(made(outputs)) - exact)[0].double()
-    measured = float((errors @ sensitivity * errors).sum(-1).mean() / 2)
-    assert measured == pytest.approx(basis.rounding_losses(bits)[16], rel=0.3)
 
 
 def test_a_side_that_nothing_looks_at_costs_nothing() -> None:

@@ -23,7 +23,7 @@ def problem_of(family: str, kept: float, bits: tuple[int | None, ...] = (None,))
     model = tiny_model(family)
     structure = cache_structure(model, decoder_structure(model))
     identity = torch.eye(structure[0].numbers, dtype=torch.float64)
-    known = CacheStatistics(identity, identity, identity[0] * 0, identity)
+    known = CacheStatistics(identity, identity, identity[0] * 0, identity, identity[0])
     statistics = {side.source: known for side in structure}
     dense = sum(2 * side.numbers for side in structure)
     tokens = torch.arange(48).view(3, 16) % 250
