@@ -58,7 +58,7 @@ class CacheMap(nn.Module):
         up: [groups, n, rank].
         mean: [groups, n].
         feedback: [groups, rank - rank // 2, rank // 2], or None; see `codes_of`.
-        latent: what the last call gave, [B, groups, S, rank].
+        latent, exact: what the last call gave, [B, groups, S, rank], and before it was rounded.
         angles: of keys, cos and sin that the attention turns the same tokens by.
     """
 
@@ -93,12 +93,18 @@ class CacheMap(nn.Module):
         self.is_rotated, self.after_rotation = is_rotated, after_rotation
         self.source, self.is_active = source, True
         self.latent: torch.Tensor | None = None
+        self.exact: torch.Tensor | None = None
         self.angles: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """Latents [B, groups, S, rank] of keys or values [B, S, heads * width]."""
+        return self._rounded(self._mapped(states))
+
+    def _mapped(self, states: torch.Tensor) -> torch.Tensor:
         parts = states.unflatten(-1, (self.groups, -1)).transpose(1, 2)
-        latent = (parts - self.mean[:, None]) @ self.down.transpose(1, 2)
+        return (parts - self.mean[:, None]) @ self.down.transpose(1, 2)
+
+    def _rounded(self, latent: torch.Tensor) -> torch.Tensor:
         if self.bits is None:
             return latent
         codes, step, low = self.codes_of(latent, self.bits)
@@ -110,9 +116,10 @@ class CacheMap(nn.Module):
         """Codes of latents [B, groups, S, rank], their step and low."""
         return codes_of(latent, bits, self.clip, self.feedback)
 
-    def of_heads(self, states: torch.Tensor) -> torch.Tensor:
+    def of_heads(self, states: torch.Tensor, *, exact: bool = False) -> torch.Tensor:
         """Latents [B, groups, S, rank] of keys or values [B, heads, S, width]."""
-        return self(states.transpose(1, 2).flatten(2))
+        latent = self._mapped(states.transpose(1, 2).flatten(2))
+        return latent if exact else self._rounded(latent)
 
     def rebuilt(self, latent: torch.Tensor) -> torch.Tensor:
         """Keys or values [B, S, heads * width] of latents [B, groups, S, rank]."""
@@ -132,7 +139,8 @@ class CacheMap(nn.Module):
         flat = (
             output if last_axis else (output.transpose(1, 2) if heads_first else output).flatten(2)
         )
-        self.latent = self(flat)
+        self.exact = self._mapped(flat)
+        self.latent = self._rounded(self.exact)
         mapped = self.rebuilt(self.latent)
         if last_axis:
             return mapped
@@ -295,13 +303,17 @@ class _LatentLayer(DynamicLayer):
         return self._rotate(keys, cos, sin)
 
 
-def latent_of(made: CacheMap | None, states: torch.Tensor) -> torch.Tensor:
-    """What is kept of new keys or values [B, heads, S, width] that a layer gives to its cache."""
+def latent_of(made: CacheMap | None, states: torch.Tensor, *, exact: bool = False) -> torch.Tensor:
+    """What is kept of new keys or values [B, heads, S, width] that a layer gives to its cache.
+
+    With `exact` before it is rounded: what is rounded already would not give the same codes.
+    """
     if made is None:
         return states
     if made.after_rotation:
-        return made.of_heads(states)
-    return states if made.latent is None else made.latent
+        return made.of_heads(states, exact=exact)
+    latent = made.exact if exact else made.latent
+    return states if latent is None else latent
 
 
 def rotation_of(attention: nn.Module) -> Callable[..., torch.Tensor] | None:

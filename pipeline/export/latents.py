@@ -133,7 +133,9 @@ class GraphLatents(nn.Module):
     def of_new(self, layer: int, states: tuple[torch.Tensor, torch.Tensor]) -> list[HeldSide]:
         """What is cached of new keys and values: latents [B, groups, S, rank] where a map is."""
         return [
-            HeldSide(state) if made is None else HeldSide.of(latent_of(made, state), made)
+            HeldSide(state)
+            if made is None
+            else HeldSide.of(latent_of(made, state, exact=True), made)
             for made, state in zip(self._of_layer(layer), states, strict=True)
         ]
 
