@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from benchmarks.rivals.pruned_pairs import KeptNumbers
 from pipeline.artefact import write_json
 from pipeline.bench.measure import describe_machine, load_average
 from pipeline.checkpoint.modeling_cache import remove_cache_maps
+from pipeline.compress.cache.cache_plan import CachePlan
 from pipeline.compress.cache.compress_cache import compress_cache_
 from pipeline.compress.cache.statistics import measure_cache
 from pipeline.compress.request import CompressRequest
@@ -51,6 +52,7 @@ _WINDOW_LENGTH, _CALIBRATION_LENGTH = 2048, 512
 _OURS = "skipcat-kl"
 _STATISTICS = {"seed": 0}
 _BITS, _NARROW_BITS = (8.0, 6.0, 4.25, 3.5, 3.0, 2.25), (8.0, 6.0, 4.5, 3.5, 3.0)
+_PLAIN_BITS = (4.25, 3.0, 2.25)
 _IDENTITY = ("model", "calibration_sha256", "calibration_tokens", "test_sha256", "test_tokens")
 
 
@@ -66,6 +68,7 @@ class _Row:
         rebuilds: keys are rebuilt at every step, which stock kernels cannot.
         static: ONNX Runtime's own cache of codes, in scales that do not change.
         pruned: share of RoPE pairs, and of the numbers of values, that RAP leaves out.
+        plain: the searched plan with each number rounded by itself.
     """
 
     name: str
@@ -75,6 +78,7 @@ class _Row:
     rebuilds: bool = False
     static: bool = False
     pruned: float = 0.0
+    plain: bool = False
 
 
 def _rows() -> list[_Row]:
@@ -85,6 +89,11 @@ def _rows() -> list[_Row]:
         _made(f"ranks and bits, {bits:g}", "ours, rebuilt", {"keep_cache": bits / 16})
         for bits in _BITS
     ]
+    plain = [
+        replace(row, name=f"{row.name}, rounded plainly", family="ours, no feedback", plain=True)
+        for row in searched
+        if row.settings["keep_cache"] * 16 in _PLAIN_BITS
+    ]
     narrow = [
         _made(f"narrow, {b:g}", "ours, narrow", {"keep_cache": b / 16, "cache_form": "narrow"})
         for b in _NARROW_BITS
@@ -94,7 +103,7 @@ def _rows() -> list[_Row]:
         for removed in (0.125, 0.25, 0.5)
     ]
     made = [*_ranks_alone(), *_palus_in_few_bits()]
-    return [*searched, *narrow, *formats, static, *pruned, *made]
+    return [*searched, *plain, *narrow, *formats, static, *pruned, *made]
 
 
 def _ranks_alone() -> list[_Row]:
@@ -240,9 +249,10 @@ class _Bench:
             settings["cache_groups"] = config.num_key_value_heads
         request = CompressRequest("unused", keep_params=1.0, **settings)
         request.check()
-        plan = compress_cache_(
-            self.model, self.layers, self.calibration, request, None, folder, _STATISTICS
-        )
+        plan = self._cached(request, None, folder)
+        if row.plain:
+            remove_cache_maps(self.model)
+            plan = self._cached(request, _without_feedback(plan), folder)
         try:
             found = self._run(lambda: DynamicCache(config=config))
         finally:
@@ -254,6 +264,12 @@ class _Bench:
                 "token_bytes": plan.token_bytes,
                 "expected_kl": plan.expected_kl or None,
             }
+        )
+
+    def _cached(self, request: CompressRequest, planned: Any, folder: Path) -> CachePlan:
+        """The plan, whose maps are then in the model."""
+        return compress_cache_(
+            self.model, self.layers, self.calibration, request, planned, folder, _STATISTICS
         )
 
     def _kept_numbers(self, removed: float, folder: Path) -> KeptNumbers:
@@ -270,6 +286,13 @@ class _Bench:
     def _logits(self, window: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
         logits: torch.Tensor = self.model(input_ids=window, past_key_values=cache).logits
         return logits
+
+
+def _without_feedback(plan: CachePlan) -> dict[str, Any]:
+    """The section of a plan that is edited so."""
+    own = plan.to_json()
+    own["sides"] = [side | {"error_feedback": False} for side in own["sides"]]
+    return own
 
 
 def _entry(bits: float, found: tuple[float, float]) -> dict[str, Any]:
