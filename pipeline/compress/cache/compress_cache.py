@@ -237,8 +237,8 @@ def _install_cache_(
 
 def _parts_of(side: SidePlan, basis: LatentBasis, seed: int) -> dict[str, torch.Tensor]:
     """What a map holds; coordinates that share a step are turned, for they should be alike."""
-    if side.error_feedback:
-        down, up, feedback = basis.fed_maps(side.rank, seed)
+    if side.error_feedback and side.bits is not None:
+        down, up, feedback = basis.fed_maps(side.rank, side.bits, seed)
         return {"down": down, "up": up, "mean": basis.mean, "feedback": feedback}
     rotation = None if side.bits is None else random_rotation(side.rank, seed)
     down, up = basis.maps(side.rank, balanced=True, rotation=rotation)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from pipeline.compress.cache.latent_rounding import FedCoordinates, rounding_losses
+from pipeline.compress.cache.latent_rounding import FedCoordinates, has_start, rounding_losses
 
 _RELATIVE_FLOOR = 1e-9
 # Of whitened energies: a coordinate that never moves has no scale.
@@ -87,16 +87,20 @@ class LatentBasis:
         """
         return rounding_losses(self.energies, bits)
 
-    def fed_maps(self, rank: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """`down`, `up` and `feedback` of r coordinates whose errors are fed back.
+    def fed_maps(
+        self, rank: int, bits: int, seed: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`down`, `up` and `feedback` of r codes whose errors are fed back.
 
         Args:
             rank: r, at least 2.
+            bits: of a code.
             seed: of the rotations that make numbers alike.
         """
-        own = FedCoordinates.of(self.energies[: rank - 1], self.start[: rank - 1], seed)
-        down, up = self.down[: rank - 1], self.up[:, : rank - 1]
-        return own.into @ down, up @ own.back, own.feedback
+        led = has_start(rank, len(self.energies), bits)
+        own = slice(rank - led)
+        fed = FedCoordinates.of(self.energies[own], self.start[own] if led else None, seed)
+        return fed.into @ self.down[own], self.up[:, own] @ fed.back, fed.feedback
 
     def maps(
         self, rank: int, *, balanced: bool, rotation: torch.Tensor | None = None

@@ -12,8 +12,9 @@ from it, and both cost t_i t_j, the geometric mean: the nearest-plane rule (Baba
 numbers, as GPTQ's feedback is for many. All first numbers are rounded, then all second ones.
 
 The offset of a token's codes is added to all of them alike, at 16 bits. What the first token of a
-sequence has beyond others, which all look at, is therefore made such: first numbers that are all
-alike are a multiple of it, and second ones that are mean nothing, which leaves one coordinate less.
+sequence has beyond others, which all look at, is therefore made such, where bits are few: first
+numbers that are all alike are a multiple of it, and second ones that are mean nothing, which leaves
+one coordinate less.
 
 t_i^2 = e_i^(3/4) lies between the balance of spread and cost that is best without feedback (1/2)
 and numbers that are all of one spread (1): the noise that is fed back widens the second numbers.
@@ -36,17 +37,18 @@ _MOST_NOISE = 0.9
 # Of the best uniform quantiser of a normal number of 2^b levels (Max, 1960): bits -> its largest
 # level, and the mean square of its error.
 _OF_NORMAL = {2: (1.494, 0.1188), 3: (2.051, 0.03744), 4: (2.514, 0.01154), 5: (2.916, 0.003495)}
+_FEW_BITS = 4
 # The second numbers are wider by about so much.
 _WIDER = 1.1
 
 
 @dataclass(frozen=True)
 class FedCoordinates:
-    """r codes for r - 1 coordinates, the first h codes rounded before the others.
+    """r codes, the first h of them rounded before the others; h is r // 2.
 
     Attributes:
-        into: float64 [r, r - 1], takes z to w.
-        back: float64 [r - 1, r], takes w to z; all codes alike are a multiple of the start.
+        into: float64 [r, coordinates], takes z to w.
+        back: float64 [coordinates, r], takes w to z.
         feedback: float64 [r - h, h], what an error of the first h takes from the others.
     """
 
@@ -55,32 +57,37 @@ class FedCoordinates:
     feedback: torch.Tensor
 
     @classmethod
-    def of(cls, energies: torch.Tensor, start: torch.Tensor, seed: int) -> FedCoordinates:
+    def of(cls, energies: torch.Tensor, start: torch.Tensor | None, seed: int) -> FedCoordinates:
         """Those of z.
 
         Args:
-            energies: e, falling, float64 [r - 1].
-            start: z of the first token of a sequence, float64 [r - 1].
+            energies: e, falling, float64 [coordinates].
+            start: z of the first token of a sequence, which codes that are all alike are then a
+                multiple of; there is one coordinate less than codes. None for as many.
             seed: of the rotations that make numbers alike.
         """
-        rank = len(energies) + 1
-        half = rank // 2
-        scale = _scales(energies)
-        axes = _reflection(_direction(start / scale))
-        weights, vectors = torch.linalg.eigh(
-            axes[:, 1:].T @ (scale.square()[:, None] * axes[:, 1:])
-        )
-        others = axes[:, 1:] @ vectors.flip(1)  # at right angles to the start
-        turned, fed_to = _pairs(weights.flip(0).sqrt(), half - 1)
-        first = torch.cat([axes[:, :1], others @ turned], dim=1)
-        second = others @ fed_to
-        to_first, to_second = _onto_ones(half, seed), _onto_ones(rank - half, seed)[:, 1:]
-        above = to_first @ first.T
-        into = torch.cat([above, to_second @ second.T + above.mean(0)])
+        rank = len(energies) + (start is not None)
+        half, scale = rank // 2, _scales(energies)
+        if start is None:
+            first, second = _pairs(scale, half)
+            turns = random_rotation(half, seed), random_rotation(rank - half, seed)
+        else:
+            axes = _reflection(_direction(start / scale))
+            others = axes[:, 1:]  # at right angles to the start
+            weights, vectors = torch.linalg.eigh(others.T @ (scale.square()[:, None] * others))
+            pairs = _pairs(weights.flip(0).sqrt(), half - 1)
+            first, second = (others @ vectors.flip(1) @ part for part in pairs)
+            first = torch.cat([axes[:, :1], first], dim=1)
+            turns = _onto_ones(half, seed), _onto_ones(rank - half, seed)[:, 1:]
+        into = [turn @ part.T for turn, part in zip(turns, (first, second), strict=True)]
+        if start is not None:
+            into[1] = into[1] + into[0].mean(
+                0
+            )  # for they share an offset, which means nothing here
         columns = scale[:, None] * first, scale[:, None] * second
-        back = torch.cat([columns[0] @ to_first.T, columns[1] @ to_second.T], dim=1)
+        back = torch.cat([columns[0] @ turns[0].T, columns[1] @ turns[1].T], dim=1)
         fed = torch.linalg.lstsq(columns[1], columns[0]).solution
-        return cls(into / scale, back, to_second @ fed @ to_first.T)
+        return cls(torch.cat(into) / scale, back, turns[1] @ fed @ turns[0].T)
 
 
 def _pairs(scale: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -128,8 +135,7 @@ def _reflection(direction: torch.Tensor) -> torch.Tensor:
 def rounding_losses(energies: torch.Tensor, bits: int) -> np.ndarray:
     """Expected KL of r codes of so many bits for the first r coordinates, nats, float64 [n + 1].
 
-    The last coordinate is left out, since there is one less than codes. Sums over pairs are
-    convolutions: the partner of i among r is r - 1 - i.
+    Sums over pairs are convolutions: the partner of i among r is r - 1 - i.
 
     Args:
         energies: e, falling, [n].
@@ -142,7 +148,16 @@ def rounding_losses(energies: torch.Tensor, bits: int) -> np.ndarray:
     fed = np.convolve(scale, 1 / scale)[: len(scale)] / ranks - 1
     errors = _relative_errors(ranks, bits)
     noise = errors * spread / (1 - (errors * fed).clip(max=_MOST_NOISE))
-    return np.r_[0.0, (costs * noise + energies.numpy()) / 2]
+    missing = np.array([has_start(int(rank), len(scale), bits) for rank in ranks])
+    return np.r_[0.0, (costs * noise + missing * energies.numpy()) / 2]
+
+
+def has_start(rank: int, numbers: int, bits: int) -> bool:
+    """Whether r codes are for one coordinate less, so that the start of a text is held well.
+
+    Of many bits, and of all numbers, what is left out would cost more than that is worth.
+    """
+    return bits <= _FEW_BITS and 1 < rank < numbers
 
 
 def clip_of(rank: int, bits: int) -> float:

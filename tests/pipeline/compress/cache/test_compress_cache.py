@@ -129,13 +129,35 @@ def test_a_plan_edited_by_hand_is_followed(tmp_path: Path) -> None:
     assert torch.isfinite(keys.down).all()
 
 
+def test_a_plan_of_before_is_rounded_as_before(tmp_path: Path) -> None:
+    sides = ("key", "value")
+    for fed, version in ((True, 5), (None, 3)):
+        place = tmp_path / str(version)
+        place.mkdir()
+        small = compressed(place, "llama", "--keep-cache", "0.5")
+        plan = json.loads((small / "plan.json").read_text())
+        for side in plan["caches"]["sides"]:
+            side |= {"form": "latent", "groups": 1, "rank": 12, "bits": 2}
+            del side["error_feedback"]
+            side |= {} if fed is None else {"error_feedback": fed}
+        (place / "plan.json").write_text(json.dumps(plan))
+        model = load_checkpoint(compressed(place, "llama", plan=place / "plan.json"))
+        assert model.config.quantization_config.version == version
+        made = [cache_maps(model)[f"model.layers.0.self_attn.{side}_map"] for side in sides]
+        assert [own.feedback is not None for own in made] == [fed is not None] * 2
+        exact = torch.randn(1, 1, 5, 12)
+        codes, step, low = made[0].codes_of(exact, 2)
+        nearest = ((codes * step + low - exact).abs() <= step * 0.51).all()
+        assert nearest == (fed is None)
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
         ({"rank": 17}, "rank"), ({"rank": 0}, "rank"), ({"rank": 3.5}, "rank"),
         ({"groups": 3}, "groups"), ({"bits": 7}, "bits"), ({"form": "wide"}, "form"),
         ({"source": "model.layers.9.self_attn.k_proj"}, "source"),
-        ({"form": "narrow", "groups": 1}, "groups"),
+        ({"form": "narrow", "groups": 1}, "groups"), ({"error_feedback": 1}, "error_feedback"),
     ],
 )  # fmt: skip
 def test_a_plan_that_cannot_be_is_refused(

@@ -6,7 +6,12 @@ import pytest
 import torch
 
 from pipeline.checkpoint.modeling_latent_codes import codes_of
-from pipeline.compress.cache.latent_rounding import FedCoordinates, clip_of, rounding_losses
+from pipeline.compress.cache.latent_rounding import (
+    FedCoordinates,
+    clip_of,
+    has_start,
+    rounding_losses,
+)
 from pipeline.quantize.rotations import random_rotation
 
 ENERGIES = torch.logspace(0, -3, 64, dtype=torch.float64)
@@ -43,11 +48,28 @@ def test_codes_that_are_not_rounded_lose_nothing_and_alike_are_a_multiple_of_the
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
 def test_rounding_costs_what_is_expected_of_normal_latents(bits: int) -> None:
-    rank = 64
-    own = ENERGIES[: rank - 1]
-    measured = cost(FedCoordinates.of(own, start_of(own), 0), drawn(own), bits)
-    expected = rounding_losses(ENERGIES, bits)[rank] - float(ENERGIES[rank - 1]) / 2
-    assert measured == pytest.approx(expected, rel=0.3)
+    own = ENERGIES[:-1]
+    expected = rounding_losses(ENERGIES, bits)[-1]
+    led = cost(FedCoordinates.of(own, start_of(own), 0), drawn(own), bits)
+    assert led == pytest.approx(expected, rel=0.3)
+    whole = cost(FedCoordinates.of(ENERGIES, None, 0), drawn(ENERGIES), bits)
+    assert whole == pytest.approx(expected, rel=0.3)
+
+
+def test_the_coordinate_that_the_start_takes_is_counted_where_bits_are_few() -> None:
+    assert has_start(32, 64, 3)
+    for rank, bits in ((64, 3), (32, 8), (1, 3)):
+        assert not has_start(rank, 64, bits)
+    shorter = rounding_losses(ENERGIES[:32], 3)[32]
+    assert rounding_losses(ENERGIES, 3)[32] == pytest.approx(shorter + float(ENERGIES[31]) / 2)
+    assert rounding_losses(ENERGIES, 8)[32] == pytest.approx(rounding_losses(ENERGIES[:32], 8)[32])
+
+
+@pytest.mark.parametrize("rank", [2, 3, 16, 33])
+def test_as_many_coordinates_as_codes_lose_nothing_either(rank: int) -> None:
+    fed = FedCoordinates.of(ENERGIES[:rank], None, 0)
+    assert torch.allclose(fed.back @ fed.into, torch.eye(rank, dtype=torch.float64))
+    assert fed.feedback.shape == (rank - rank // 2, rank // 2)
 
 
 @pytest.mark.parametrize(("bits", "gain"), [(2, 2.5), (3, 1.7), (4, 1.5)])
