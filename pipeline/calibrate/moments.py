@@ -16,14 +16,19 @@ def _rows_of(inputs: torch.Tensor) -> torch.Tensor:
 
 
 def _gram(rows: torch.Tensor) -> torch.Tensor:
-    """X^T X of rows X [t, n]: only the blocks on and above the diagonal are multiplied, [n, n]."""
+    """X^T X of rows X [t, n]: only the blocks on and above the diagonal are multiplied, [n, n].
+
+    In the type of the rows, though the forward pass that they are seen in may round its products: a
+    sum rounded to bfloat16 is no second moment, for it has eigenvalues below zero.
+    """
     width = rows.shape[1]
     product = rows.new_empty(width, width)
-    for start in range(0, width, _BLOCK):
-        end = min(start + _BLOCK, width)
-        block = rows[:, start:end].T @ rows[:, start:]
-        product[start:end, start:] = block
-        product[start:, start:end] = block.T
+    with torch.autocast(rows.device.type, enabled=False):
+        for start in range(0, width, _BLOCK):
+            end = min(start + _BLOCK, width)
+            block = rows[:, start:end].T @ rows[:, start:]
+            product[start:end, start:] = block
+            product[start:, start:end] = block.T
     return product
 
 

@@ -221,3 +221,18 @@ def test_what_varies_little_about_a_large_mean_is_not_lost_in_it() -> None:
     for own, tolerance in ((moment, 0.01), (weighted, 0.5)):
         values = torch.linalg.eigvalsh(whitened @ own @ whitened.T)
         assert (values - 1).abs().max() < tolerance
+
+
+def test_moments_seen_in_a_forward_pass_in_bfloat16_are_those_of_float32() -> None:
+    rows = torch.randn(1, 64, 24) * torch.logspace(0, -3, 24)
+    found = []
+    for rounds in (False, True):
+        group, outputs = GroupMoments(24, {"a": 24}), OutputMoments(24)
+        with torch.autocast("cpu", torch.bfloat16, enabled=rounds):
+            group.see_input(rows)
+            outputs.see_output(rows)
+        group.see_gradient("a", rows)
+        outputs.see_gradient(rows)
+        found.append([group.inputs.mean(), group.weighted.mean(), *outputs.centred()])
+        assert float(torch.linalg.eigvalsh(group.inputs.mean())[0]) > 0
+    assert all(map(torch.equal, *found))
