@@ -16,7 +16,7 @@ sequence has beyond others, which all look at, is therefore made such, where bit
 numbers that are all alike are a multiple of it, and second ones that are mean nothing, which leaves
 one coordinate less.
 
-t_i^2 = e_i^(3/4) lies between the balance of spread and cost that is best without feedback (1/2)
+t_i^2 = e_i^0.9 lies between the balance of spread and cost that is best without feedback (1/2)
 and numbers that are all of one spread (1): the noise that is fed back widens the second numbers.
 """
 
@@ -29,9 +29,9 @@ import torch
 
 from pipeline.quantize.rotations import random_rotation
 
-_EXPONENT = 0.75
+_EXPONENT = 0.9
 # Of energies: what moves less is fed no more noise than this does.
-_LEAST_ENERGY = 1e-6
+_LEAST_ENERGY = 1e-4
 # Noise that is fed back may add so much to what it is added to, before the estimate ends.
 _MOST_NOISE = 0.9
 # Of the best uniform quantiser of a normal number of 2^b levels (Max, 1960): bits -> its largest
