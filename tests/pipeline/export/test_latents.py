@@ -146,7 +146,7 @@ def config_with_latents(kind: str, bits: int | None, groups: int, **changes: Any
         "vocab_size": 272, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
         "max_position_embeddings": 512, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
     }  # fmt: skip
-    own = ENTRY | {"bits": bits, "groups": groups}
+    own: dict[str, Any] = ENTRY | {"bits": bits, "groups": groups}
     if changes.pop("fed", False):
         own |= {"clip": 0.8, "error_feedback": True}
     config = AutoConfig.for_model(kind, **fields | changes)
