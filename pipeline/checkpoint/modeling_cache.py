@@ -27,9 +27,8 @@ from .modeling_skipcat import FORMAT_VERSION, QUANT_METHOD, SkipCatConfig, SkipC
 
 # Of maps before the rotation; of those after it; of codes that older code would not have chosen.
 _CACHE_FORMAT_VERSION, _NARROW_FORMAT_VERSION, _FED_FORMAT_VERSION = 3, 4, 5
-
-
-_OPTIONAL = ("after_rotation", "clip", "error_feedback")  # of an entry
+# Of an entry in `quantization_config.caches`.
+_OPTIONAL = ("after_rotation", "clip", "error_feedback")
 
 
 class CacheMap(nn.Module):
@@ -118,8 +117,8 @@ class CacheMap(nn.Module):
 
     def of_heads(self, states: torch.Tensor, *, exact: bool = False) -> torch.Tensor:
         """Latents [B, groups, S, rank] of keys or values [B, heads, S, width]."""
-        latent = self._mapped(states.transpose(1, 2).flatten(2))
-        return latent if exact else self._rounded(latent)
+        flat = states.transpose(1, 2).flatten(2)
+        return self._mapped(flat) if exact else self(flat)
 
     def rebuilt(self, latent: torch.Tensor) -> torch.Tensor:
         """Keys or values [B, S, heads * width] of latents [B, groups, S, rank]."""

@@ -120,11 +120,13 @@ def _map_twin(model: PreTrainedModel, kinds: list[LatentKind], dtype: torch.dtyp
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(1)
         for made in cache_maps(model).values():
-            made.up.copy_(torch.linalg.qr(torch.randn_like(made.up)).Q.to(dtype))
+            made.up.copy_(torch.linalg.qr(torch.randn_like(made.up)).Q)
             made.down.copy_(made.up.transpose(1, 2))
-            made.mean.copy_((_SPREAD * torch.randn_like(made.mean)).to(dtype))
+            made.mean.copy_(_SPREAD * torch.randn_like(made.mean))
             if made.feedback is not None:
                 _feed_back(made, made.feedback)
+            for parameter in made.parameters():
+                parameter.copy_(parameter.to(dtype))
 
 
 def _feed_back(made: CacheMap, feedback: torch.Tensor) -> None:

@@ -81,9 +81,8 @@ class FedCoordinates:
             turns = _onto_ones(half, seed), _onto_ones(rank - half, seed)[:, 1:]
         into = [turn @ part.T for turn, part in zip(turns, (first, second), strict=True)]
         if start is not None:
-            into[1] = into[1] + into[0].mean(
-                0
-            )  # for they share an offset, which means nothing here
+            # They share an offset, which means nothing in the second ones.
+            into[1] = into[1] + into[0].mean(0)
         columns = scale[:, None] * first, scale[:, None] * second
         back = torch.cat([columns[0] @ turns[0].T, columns[1] @ turns[1].T], dim=1)
         fed = torch.linalg.lstsq(columns[1], columns[0]).solution
@@ -164,11 +163,11 @@ def clip_of(rank: int, bits: int) -> float:
     """Share of their range that codes of so many normal numbers reach where they err least."""
     if bits not in _OF_NORMAL:
         return 1.0
-    share = _WIDER * 2 * _OF_NORMAL[bits][0] / range_of_normal(np.array([rank]))[0]
+    share = _WIDER * 2 * _OF_NORMAL[bits][0] / _range_of_normal(np.array([rank]))[0]
     return min(1.0, round(float(share), 2))
 
 
-def range_of_normal(counts: np.ndarray) -> np.ndarray:
+def _range_of_normal(counts: np.ndarray) -> np.ndarray:
     """Expected range of so many numbers drawn from N(0, 1); Blom's approximation."""
     from scipy.special import ndtri
 
@@ -177,7 +176,7 @@ def range_of_normal(counts: np.ndarray) -> np.ndarray:
 
 def _relative_errors(ranks: np.ndarray, bits: int) -> np.ndarray:
     """Mean square of the errors of so many normal numbers, whose range is clipped where it pays."""
-    whole = (range_of_normal(ranks) / (2**bits - 1)) ** 2 / 12
+    whole = (_range_of_normal(ranks) / (2**bits - 1)) ** 2 / 12
     return np.minimum(whole, _OF_NORMAL[bits][1]) if bits in _OF_NORMAL else whole
 
 
