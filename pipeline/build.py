@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import shutil
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline import __version__
 from pipeline.artefact import clear
+from pipeline.child_process import Beside
 from pipeline.compress.request import CompressRequest
 from pipeline.compress.run import compress_to_folder
 from pipeline.engine.target import Target, resolve_target
@@ -17,6 +20,8 @@ from pipeline.export.contract import CPU, DEFAULT_MAX_LENGTH, DEFAULT_PROFILE, F
 from pipeline.export.export import export_folder, prove_model
 from pipeline.export.request import ExportRequest
 from pipeline.folder_lock import FolderLock
+from pipeline.json_file import json_field, read_json_object
+from pipeline.machine import product_threads
 from pipeline.model.fingerprint import file_hashes, model_hashes
 from pipeline.model.task import refuse_other_tasks, task_of_model
 from pipeline.output import check_output, real_path
@@ -163,19 +168,71 @@ def _run_stages(
 
     state.run("compress", "checkpoint", compress_stage)
     checkpoint = folder / "checkpoint"
-    for path, wanted in exports.items():
-        _export(state, checkpoint, path, wanted)
-    if target.flavour != "cpu":
-        _engine(state, target)
-    ledgers: list[Ledger] = []
+    with Beside() as beside:
+        later = _begin_beside(state, beside, exports, target)
+        for path, wanted in exports.items():
+            _export(state, path, wanted)
+        if target.flavour != "cpu" and not later:
+            _engine(state, target)
 
-    def ledger_stage(path: Path) -> None:
-        wanted = request.validation(Artefacts.find(folder))
-        ledgers.append(reported(lambda: validate(wanted, note), path))
+        def finish_engine(_: Path) -> None:
+            while later:
+                later.pop()()
 
-    _forget_failed_ledger(folder / "ledger")
-    state.run("validate", "ledger", ledger_stage)
+        ledgers: list[Ledger] = []
+
+        def ledger_stage(path: Path) -> None:
+            found = Artefacts.find(folder)
+            if later:
+                found = replace(found, engines=(folder / _engine_folder(target),))
+            wanted = request.validation(found)
+            ledgers.append(reported(lambda: validate(wanted, note, finish_engine), path))
+
+        _forget_failed_ledger(folder / "ledger")
+        state.run("validate", "ledger", ledger_stage)
+        finish_engine(checkpoint)
     return ledgers[0] if ledgers else _read_ledger(folder / "ledger")
+
+
+# What a process beside takes to start, tracing takes for four layers.
+_LAYERS_WORTH_A_PROCESS = 10
+
+
+def _begin_beside(
+    state: Build, beside: Beside, exports: dict[str, ExportRequest], target: Target
+) -> list[Callable[[], None]]:
+    """Let the last export, and the engine of it, be made beside the first; where that pays.
+
+    Tracing is one thread's work, and what follows it does not need it before the ledger. An engine
+    whose kernels are timed on a GPU is built with nothing beside it.
+
+    Returns:
+        What finishes the engine, if that was begun.
+    """
+    checkpoint, (*_, last) = state.folder / "checkpoint", exports
+    if (
+        len(exports) < 2
+        or os.name != "posix"
+        or product_threads() < 2
+        or _layer_count(checkpoint) < _LAYERS_WORTH_A_PROCESS
+    ):
+        return []
+    wanted = exports[last]
+    flags = ["--profile", wanted.profile, "--dtype", wanted.dtype]
+    flags += ["--max-length", str(wanted.max_length)]
+    flags += ["--trust-remote-code"] if wanted.trust_remote_code else []
+    state.begin(_export_name(wanted), last, beside, "export", str(checkpoint), *flags)
+    if target.flavour != "rtx":
+        return []
+    command = ("engine", str(state.folder / last), "--target", state.request.target)
+    state.begin("engine", _engine_folder(target), beside, *command)
+    return [lambda: _engine(state, target)]
+
+
+def _layer_count(checkpoint: Path) -> int:
+    config = read_json_object(checkpoint / "config.json")
+    text = json_field(config, "text_config", dict, checkpoint, default=None) or config
+    return json_field(text, "num_hidden_layers", int, checkpoint, default=None) or 0
 
 
 def _forget_failed_ledger(folder: Path) -> None:
@@ -221,19 +278,27 @@ def _engine_profile(target: Target) -> str:
     return profile
 
 
-def _export(state: Build, checkpoint: Path, folder: str, wanted: ExportRequest) -> None:
-    default = wanted.profile == DEFAULT_PROFILE
-    name = f"export {wanted.dtype if default else wanted.profile}"
-    state.run(name, folder, lambda path: export_folder(checkpoint, path, wanted))
+def _export_name(wanted: ExportRequest) -> str:
+    return f"export {wanted.dtype if wanted.profile == DEFAULT_PROFILE else wanted.profile}"
+
+
+def _export(state: Build, folder: str, wanted: ExportRequest) -> None:
+    checkpoint = state.folder / "checkpoint"
+    state.run(_export_name(wanted), folder, lambda path: export_folder(checkpoint, path, wanted))
+
+
+def _engine_folder(target: Target) -> str:
+    return f"engine-{target}".replace(" ", "-").replace("/", "-").replace(":", "-").lower()
 
 
 def _engine(state: Build, target: Target) -> None:
     from pipeline.engine.build import build_engine
     from pipeline.engine.plan import EngineRequest
 
-    onnx_folder = state.folder / "onnx-fp16"
-    name = f"engine-{target}".replace(" ", "-").replace("/", "-").replace(":", "-").lower()
-    state.run("engine", name, lambda path: build_engine(onnx_folder, path, EngineRequest(target)))
+    onnx_folder, wanted = state.folder / "onnx-fp16", EngineRequest(target)
+    state.run(
+        "engine", _engine_folder(target), lambda path: build_engine(onnx_folder, path, wanted)
+    )
 
 
 def _read_ledger(folder: Path) -> Ledger:

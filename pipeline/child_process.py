@@ -1,6 +1,6 @@
-"""Child processes of this checkout: to their end with a log, or request by request in JSON lines.
+"""Child processes of this checkout: to their end with a log, beside this one, or by JSON lines.
 
-The child of the second kind answers by `answers_on_stdout`, or is no Python at all.
+The child of the last kind answers by `answers_on_stdout`, or is no Python at all.
 """
 
 from __future__ import annotations
@@ -8,8 +8,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
+import sys
+import tempfile
+import threading
+import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -77,6 +83,69 @@ def run_to_end(command: Sequence[str], log_path: Path, timeout_s: float) -> Chil
             # Ctrl-C lands here; TensorRT's C++ code would not notice it for minutes.
             if child.poll() is None:
                 _kill(child)
+
+
+@dataclass(frozen=True)
+class EndBeside:
+    """How a command of this checkout ended: its status, what it said on stderr, and its seconds."""
+
+    status: int
+    said: str
+    seconds: float
+
+
+class Beside:
+    """Commands of skipcat, one after the other, while this process goes on.
+
+    On leaving, what still runs is interrupted, and cleans up as after Ctrl-C.
+    """
+
+    def __init__(self) -> None:
+        self._pool, self._lock = ThreadPoolExecutor(1), threading.Lock()
+        self._child: subprocess.Popen[Any] | None = None
+        self._is_left = False
+
+    def add(self, *arguments: str) -> Future[EndBeside]:
+        """Let `skipcat ARGUMENTS` run when those before it have ended."""
+        return self._pool.submit(self._run, arguments)
+
+    def _run(self, arguments: tuple[str, ...]) -> EndBeside:
+        started = time.monotonic()
+        with tempfile.TemporaryFile() as said:
+            with self._lock:
+                if self._is_left:
+                    return EndBeside(-signal.SIGINT, "", 0.0)
+                self._child = child = subprocess.Popen(
+                    [sys.executable, "-m", "pipeline.cli.main", "--quiet", *arguments],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=said,
+                    env=environment(),
+                    start_new_session=True,  # Ctrl-C comes by way of this process
+                )
+            status = child.wait()
+            said.seek(0)
+            text = said.read().decode("utf-8", "replace")
+        return EndBeside(status, text, time.monotonic() - started)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        with self._lock:
+            self._is_left = True
+        if self._child is not None and self._child.poll() is None:
+            self._child.send_signal(signal.SIGINT)
+            try:
+                self._child.wait(_SECONDS_TO_END)
+            except subprocess.TimeoutExpired:
+                _kill(self._child)
+        self._pool.shutdown(cancel_futures=True)
 
 
 class JsonChild:

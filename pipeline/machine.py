@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 import re
@@ -23,6 +24,7 @@ CPU_FLAGS = {
 
 
 _GROUPS, _OWN_GROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+_CPUINFO = Path("/proc/cpuinfo")
 _CPUS = Path("/sys/devices/system/cpu")
 _OMP = "OMP_NUM_THREADS"
 # Threads that the user allows, where that was said.
@@ -118,7 +120,17 @@ def _granted_cores(groups: Path = _GROUPS, own: Path = _OWN_GROUP) -> float:
     return granted
 
 
-def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, ...]:
+@functools.cache
+def is_of_amd(cpuinfo: Path = _CPUINFO) -> bool:
+    """Whether AMD made this processor; False where /proc does not tell."""
+    try:
+        text = cpuinfo.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    return re.search(r"^vendor_id\s*:\s*AuthenticAMD$", text, re.MULTILINE) is not None
+
+
+def cpu_flags(cpuinfo: Path = _CPUINFO) -> tuple[str, ...]:
     """Those of CPU_FLAGS that this processor has; empty where /proc does not tell."""
     try:
         text = cpuinfo.read_text(encoding="utf-8", errors="replace")

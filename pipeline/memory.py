@@ -49,6 +49,18 @@ def _own_peak_bytes() -> int:
     return peak_of_usage(resource.getrusage(resource.RUSAGE_SELF))
 
 
+def peak_of_children_bytes() -> int:
+    """Largest resident memory of a child process that has ended, in bytes; 0 without Unix's count.
+
+    Of a small child the kernel may give what this process held when it began it.
+    """
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    return peak_of_usage(resource.getrusage(resource.RUSAGE_CHILDREN))
+
+
 def peak_of_usage(usage: resource.struct_rusage) -> int:
     """The kernel's count of a process that may be gone, in bytes."""
     return usage.ru_maxrss if sys.platform == "darwin" else usage.ru_maxrss * 1024

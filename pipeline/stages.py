@@ -1,4 +1,4 @@
-"""Stages that one command does in order, each in a folder of its own: finished ones are kept."""
+"""Stages of one command, each in a folder of its own, in order or beside: what is there is kept."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ import gc
 import json
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from pipeline.artefact import folder_bytes, write_json
+from pipeline.child_process import Beside, EndBeside
 from pipeline.errors import InputError, UsageError
 from pipeline.folder_lock import FolderLock
 from pipeline.json_file import json_field, read_json_object
-from pipeline.memory import peak_bytes
+from pipeline.memory import peak_bytes, peak_of_children_bytes
 from pipeline.output import held_names
 from pipeline.progress import note
 from pipeline.provenance import provenance
@@ -33,6 +35,7 @@ class Stages(Generic[_Request]):
     request: _Request
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
     inputs: dict[str, Any] = field(default_factory=dict)
+    _begun: dict[str, Future[EndBeside]] = field(default_factory=dict)
 
     @classmethod
     def take_up(cls, folder: Path, request: _Request, inputs: dict[str, Any]) -> Stages[_Request]:
@@ -46,10 +49,37 @@ class Stages(Generic[_Request]):
         state.save()
         return state
 
-    def run(self, name: str, folder: str, work: Callable[[Path], Any]) -> None:
-        """Do one stage unless its folder is there already, and record time and memory."""
+    def begin(self, name: str, folder: str, beside: Beside, *command: str) -> None:
+        """Let a command of skipcat do a stage while this process goes on; `run` waits for it.
+
+        Args:
+            name: of the stage.
+            folder: that it writes; nothing is begun where it is there already.
+            beside: runs the command.
+            command: its arguments, but for the folder.
+        """
         path = self.folder / folder
-        if path.exists():
+        if not path.exists():
+            note(f"{name}, in a process beside this one ...")
+            self._begun[name] = beside.add(*command, "-o", str(path))
+
+    def run(self, name: str, folder: str, work: Callable[[Path], Any]) -> None:
+        """Do one stage unless its folder is there already, and record time and memory.
+
+        A stage that was begun beside is waited for. If that failed it is done here, where its
+        error is raised.
+        """
+        path = self.folder / folder
+        begun = self._begun.pop(name, None)
+        if begun is not None:
+            end = begun.result()
+            if end.status == 0:
+                for line in end.said.splitlines():
+                    note(line)
+                self._record(name, folder, end.seconds)
+                return
+            note(f"{name} failed in a process of its own (status {end.status}); again in this one")
+        elif path.exists():
             with FolderLock(path):  # that of a run which was killed at its very end goes with it
                 note(f"{name}: finished earlier, kept")
             return
@@ -57,11 +87,15 @@ class Stages(Generic[_Request]):
         started = time.monotonic()
         work(path)
         gc.collect()
+        self._record(name, folder, time.monotonic() - started)
+
+    def _record(self, name: str, folder: str, seconds: float) -> None:
+        """Write down that a stage is finished."""
         self.stages[name] = {
             "folder": folder,
-            "seconds": round(time.monotonic() - started, 1),
-            "bytes": folder_bytes(path),
-            "peak_bytes": peak_bytes(),
+            "seconds": round(seconds, 1),
+            "bytes": folder_bytes(self.folder / folder),
+            "peak_bytes": max(peak_bytes(), peak_of_children_bytes()),
         }
         self.save()
         note(f"{name}: {self.stages[name]['seconds']:.0f} s")

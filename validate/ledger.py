@@ -179,6 +179,7 @@ def run_ledger(
     rows = []
     for i, stage in enumerate(stages):
         progress(f"[{i + 1}/{len(stages)}] {stage.name}")
+        stage.ready()
         rows.append(_run_stage(stage, inputs, adapter, kept, original, strict=strict))
         needed = {name for later in stages[i + 1 :] for name in (later.reference, original)}
         for name in set(kept) - needed:

@@ -121,8 +121,9 @@ def kl_per_token(original: np.ndarray, stage: np.ndarray) -> np.ndarray:
     """
 
     def divergences(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        log_p, log_q = _log_softmax(a), _log_softmax(b)
-        return (np.exp(log_p) * (log_p - log_q)).sum(axis=-1)
+        chances, log_p = _softmax(a)
+        chances *= log_p - _softmax(b)[1]
+        return chances.sum(axis=-1)
 
     return _by_blocks(divergences, original, stage)
 
@@ -142,12 +143,12 @@ def nll_per_token(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
     Returns:
         float64 [N], nats.
     """
-    blocks = [
-        -np.take_along_axis(
-            _log_softmax(logits[part].astype(np.float64)), targets[part, None], axis=-1
-        )[:, 0]
-        for part in _blocks_of(len(logits))
-    ]
+    blocks = []
+    for part in _blocks_of(len(logits)):
+        rows = logits[part].astype(np.float64)
+        rows -= rows.max(axis=-1, keepdims=True)
+        own = np.take_along_axis(rows, targets[part, None], axis=-1)[:, 0]
+        blocks.append(np.log(np.exp(rows, out=rows).sum(axis=-1)) - own)
     return np.concatenate(blocks)
 
 
@@ -191,10 +192,14 @@ def standard_error(values: np.ndarray) -> float:
     return float(values.std(ddof=1) / np.sqrt(len(values)))
 
 
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Log-probabilities, float64 [N, V], of float64 [N, V]."""
+def _softmax(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Probabilities and their logarithms, both float64 [N, V], of float64 [N, V]."""
     shifted = logits - logits.max(axis=-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    chances = np.exp(shifted)
+    total = chances.sum(axis=-1, keepdims=True)
+    shifted -= np.log(total)
+    chances /= total
+    return chances, shifted
 
 
 def _by_blocks(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pipeline.model.task import adapter_of, task_of_model
@@ -58,9 +59,17 @@ class ValidateRequest:
 
 
 def validate(
-    request: ValidateRequest, progress: Callable[[str], None] = lambda message: None
+    request: ValidateRequest,
+    progress: Callable[[str], None] = lambda message: None,
+    ready: Callable[[Path], object] = lambda folder: None,
 ) -> Ledger:
     """Run the ledger.
+
+    Args:
+        request: what, and on what.
+        progress: is told what is done.
+        ready: waits for the folder of an engine that is still being built; what it raises ends the
+            ledger.
 
     Raises:
         InputError: the original or the inputs do not load, or do not fit each other.
@@ -70,7 +79,7 @@ def validate(
     request.options.check(artefacts)
     adapter: Adapter = adapter_of(request.options.task, "ledger")
     progress(f"loading {artefacts.original}")
-    stages, inputs, source = _prepare(request, adapter, progress)
+    stages, inputs, source = _prepare(request, adapter, progress, ready)
     rows = run_ledger(stages, inputs, adapter, strict=request.strict, progress=progress)
     named = {
         "original": public_name(artefacts.original),
@@ -84,7 +93,10 @@ def validate(
 
 
 def _prepare(
-    request: ValidateRequest, adapter: Adapter, progress: Callable[[str], None]
+    request: ValidateRequest,
+    adapter: Adapter,
+    progress: Callable[[str], None],
+    ready: Callable[[Path], object],
 ) -> tuple[list[Stage], Any, dict[str, Any]]:
     """The stages, what each is given, and where that came from.
 
@@ -99,5 +111,6 @@ def _prepare(
         lambda: adapter.openers.model(held.pop(), ORIGINAL),
         request.max_kl,
         code,
+        ready,
     )
     return stages, loaded.inputs, loaded.source

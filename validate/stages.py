@@ -69,6 +69,8 @@ class Stage:
         reference: name of an earlier stage that it should equal; None for the original.
         tolerance: how nearly.
         required: whether 'not run' counts as a failure.
+        ready: is called before it is opened: waits for what is still being made; what it raises
+            ends the ledger.
     """
 
     name: str
@@ -76,6 +78,7 @@ class Stage:
     reference: str | None = None
     tolerance: Tolerance = Tolerance()
     required: bool = True
+    ready: Callable[[], object] = lambda: None
 
 
 @dataclass(frozen=True)
@@ -146,6 +149,7 @@ def standard_stages(
     open_original: Callable[[], Any],
     max_kl: float | None = None,
     trust_remote_code: bool = False,
+    ready: Callable[[Path], object] = lambda folder: None,
 ) -> list[Stage]:
     """The stages of the ledger, the original first.
 
@@ -164,6 +168,7 @@ def standard_stages(
         max_kl: most KL to the original that any later stage may have; None sets no limit, since
             compression is lossy by intent.
         trust_remote_code: let Python code that comes with the checkpoint run.
+        ready: waits for the folder of an engine that is still being built.
     """
     stages, reference = [], ORIGINAL
     if artefacts.checkpoint is not None:
@@ -176,7 +181,8 @@ def standard_stages(
         name = f"tensorrt {label}"
         opener = functools.partial(openers.engine, folder, name)
         near = _SAME_BUT_FOR_TIES if reference == _ROUNDED else _SAME_IN_FLOAT16
-        stages.append(Stage(name, opener, reference, near, required=False))
+        wait = functools.partial(ready, folder)
+        stages.append(Stage(name, opener, reference, near, required=False, ready=wait))
     stages = _beside(artefacts, openers, trust_remote_code) + stages
     limited = [
         replace(stage, tolerance=replace(stage.tolerance, max_kl=max_kl)) for stage in stages

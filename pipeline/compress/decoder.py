@@ -109,16 +109,17 @@ class _OpenedDecoder:
     def _read_tokens(self) -> TokenBatch:
         """The windows that the request asks for."""
         request, effort = self.request, self.request.resolved_effort
+        count = effort.windows_for(_widest(self.layers).in_features)
         if request.calibration == "self":
             note(
-                f"calibration: {effort.windows} windows of {effort.window_length} tokens, "
+                f"calibration: {count} windows of {effort.window_length} tokens, "
                 "sampled from the model itself (--calibration takes a text file or wikitext2+c4)"
             )
         batch = load_tokens(
             request.calibration,
             self.processor,
             self.model,
-            count=effort.windows,
+            count=count,
             length=effort.window_length,
             seed=request.seed,
         )
@@ -266,17 +267,22 @@ class _OneShot:
         self.moments = {}
 
 
+def _widest(layers: list[Layer]) -> Group:
+    """The group that reads most numbers at once."""
+
+    def width(group: Group) -> int:
+        return group.in_features
+
+    return max((group for layer in layers for group in layer.groups), key=width)
+
+
 def _require_tokens(tokens: TokenBatch, layers: list[Layer]) -> None:
     """Refuse calibration text that cannot determine the second moments.
 
     Raises:
         InputError: fewer tokens than the widest input has entries; says how many are needed.
     """
-
-    def width(group: Group) -> int:
-        return group.in_features
-
-    widest = max((group for layer in layers for group in layer.groups), key=width)
+    widest = _widest(layers)
     count = tokens.tokens.numel()
     if count < widest.in_features:
         raise InputError(

@@ -5,6 +5,7 @@ The command line reads this file for its choices: it imports nothing heavy.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -243,6 +244,9 @@ class Effort:
         mix: of a method of ours: None fits each layer once; a number fits each to what the
             compressed model feeds it (see `Fit`).
         rounding_steps: of each layer, where rounding is learned.
+        tokens_per_width: no more windows of a decoder's text than hold so many tokens for each
+            number of its widest input, or than the gradients need, if nobody asked for more; None
+            reads them all.
     """
 
     windows: int
@@ -250,10 +254,19 @@ class Effort:
     survey_windows: int
     mix: float | None
     rounding_steps: int
+    tokens_per_width: int | None = None
+
+    def windows_for(self, width: int) -> int:
+        """Windows of a decoder's text, given how many numbers its widest input has."""
+        if self.tokens_per_width is None:
+            return self.windows
+        enough = math.ceil(self.tokens_per_width * width / self.window_length)
+        return min(self.windows, max(enough, self.survey_windows))
 
 
 EFFORTS = {
-    "fast": Effort(64, 512, survey_windows=16, mix=None, rounding_steps=32),
+    # Text does more for the gradients than for the moments, which the widest input wants most of.
+    "fast": Effort(64, 512, survey_windows=20, mix=None, rounding_steps=32, tokens_per_width=11),
     DEFAULT_EFFORT: Effort(128, 512, survey_windows=64, mix=0.5, rounding_steps=128),
     "max": Effort(384, 512, survey_windows=128, mix=0.5, rounding_steps=512),
 }

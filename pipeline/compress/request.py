@@ -378,6 +378,7 @@ class CompressRequest:
             windows=windows,
             window_length=self.window_length or effort.window_length,
             survey_windows=min(effort.survey_windows, windows),
+            tokens_per_width=effort.tokens_per_width if self.windows is None else None,
         )
 
     @property

@@ -11,7 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.child_process import ChildEnd, ChildEndedError, JsonChild, environment, run_to_end
+from pipeline.child_process import (
+    Beside,
+    ChildEnd,
+    ChildEndedError,
+    JsonChild,
+    environment,
+    run_to_end,
+)
 
 ECHO = """
 import json, sys
@@ -161,3 +168,20 @@ def wait_for_number(path: Path) -> int:
             return int(text)
         time.sleep(0.1)
     pytest.fail("the worker did not start")
+
+
+def test_commands_beside_run_in_their_order_and_what_they_say_is_kept() -> None:
+    with Beside() as beside:
+        ends = [beside.add("no-such-command"), beside.add("--version")]
+        refused, printed = (end.result() for end in ends)
+    assert (refused.status, printed.status) == (2, 0)
+    assert "no-such-command" in refused.said
+    assert printed.said == ""
+    assert 0 < printed.seconds < 60
+
+
+def test_what_still_runs_beside_is_ended_and_what_waits_is_never_begun() -> None:
+    with Beside() as beside:
+        ends = [beside.add("doctor"), beside.add("--version")]
+    assert ends[0].result().status != 0
+    assert ends[1].cancelled() or ends[1].result().status == -signal.SIGINT

@@ -61,3 +61,13 @@ def test_commands_spin_briefly_unless_the_user_chose(chosen: dict[str, str], say
         [sys.executable, "-c", lines], env=kept | chosen, capture_output=True, text=True, check=True
     )
     assert answer.stdout.split()[-1] == says
+
+
+def test_the_processors_maker_is_asked_of_its_own_line(tmp_path: Path) -> None:
+    for name, line, expected in (
+        ("amd", "vendor_id\t: AuthenticAMD", True),
+        ("intel", "vendor_id\t: GenuineIntel\nmodel name\t: not AuthenticAMD", False),
+    ):
+        (tmp_path / name).write_text(f"processor\t: 0\n{line}\n")
+        assert machine.is_of_amd(tmp_path / name) is expected
+    assert not machine.is_of_amd(tmp_path / "absent")

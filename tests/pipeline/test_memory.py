@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from pipeline.memory import peak_bytes, peak_of_usage
+from pipeline.memory import peak_bytes, peak_of_children_bytes, peak_of_usage
 
 MEBIBYTE = 1 << 20
 
@@ -45,3 +45,8 @@ def test_both_counts_of_the_kernel_are_bytes() -> None:
     counted = peak_of_usage(resource.getrusage(resource.RUSAGE_SELF))
     # The kernel's count of a process goes on from what it was before it ran this program.
     assert counted >= peak_bytes(os.getpid()) * 0.9
+
+
+def test_the_peak_of_children_is_that_of_the_largest_that_has_ended() -> None:
+    subprocess.run([sys.executable, "-c", f"bytearray(400 * {MEBIBYTE})"], check=True)
+    assert peak_of_children_bytes() >= 400 * MEBIBYTE

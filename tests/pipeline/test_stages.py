@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.child_process import Beside
 from pipeline.errors import InputError
 from pipeline.folder_lock import LOCK_FILE
 from pipeline.stages import BUILD_RECORD, Stages, holds_something
@@ -35,3 +36,18 @@ def test_a_folder_with_a_file_of_the_users_is_not_taken_up(name: str, tmp_path: 
     with pytest.raises(InputError, match="not written by skipcat"):
         Stages.take_up(tmp_path, Request(), {})
     assert (tmp_path / name).read_text() == "mine"
+
+
+def test_a_stage_that_failed_beside_is_done_here_and_one_that_is_there_is_not_begun(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    stages = Stages.take_up(tmp_path, Request(), {})
+    with Beside() as beside:
+        stages.begin("a stage", "made", beside, "no-such-command")
+        stages.run("a stage", "made", lambda path: path.mkdir())
+        stages.begin("a stage", "made", beside, "no-such-command")
+    stages.run("a stage", "made", lambda path: pytest.fail("done twice"))
+    said = capfd.readouterr().err
+    assert said.count("a stage, in a process beside this one") == 1
+    assert said.count("failed in a process of its own (status 2)") == 1
+    assert json.loads((tmp_path / BUILD_RECORD).read_text())["stages"].keys() == {"a stage"}

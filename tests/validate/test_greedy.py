@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from pipeline.runtime.sessions.open_session import open_session
 from pipeline.runtime.sessions.session import Session
 from pipeline.runtime.sessions.torch_session import TorchSession
+from tests.support.families import tiny_model
 from tests.support.tiny_decoder import VOCAB_SIZE, shared_export, tiny_llama
 from validate.greedy import trace_greedy
 
@@ -58,3 +61,43 @@ def test_each_answer_is_held_against_its_own_of_the_other_stage() -> None:
     assert [number for number, gap in enumerate(gaps) if gap is not None] == [4]
     assert gaps[4] is not None
     assert gaps[4] > 0
+
+
+@pytest.mark.parametrize("kind", ["torch", "one row", "opset24", "compat", "cpu"])
+def test_answers_of_another_stage_are_draft_tokens_that_change_no_answer(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session, calls = opened(kind), list[tuple[int, ...]]()
+    forward = session.forward
+
+    def counted(input_ids: np.ndarray, last_only: bool = False) -> np.ndarray:
+        calls.append(input_ids.shape)
+        return forward(input_ids, last_only)
+
+    monkeypatch.setattr(session, "forward", counted)
+    alone = trace_greedy(session, PROMPTS[:2], TOKENS, {})
+    steps = len(calls)
+    others = [replace(trace, tokens=list(trace.tokens)) for trace in alone]
+    read = trace_greedy(session, PROMPTS[:2], TOKENS, {"other": others})
+    assert [trace.tokens for trace in read] == [trace.tokens for trace in alone]
+    # The prompt and 11 further tokens: a block of 8 and one of 3, for 11 single steps.
+    rows = 1 if kind == "one row" else 2
+    assert calls[steps:] == [(rows, 7), (rows, 8), (rows, 3)] * (2 // rows)
+
+    others[1].tokens[5] = (others[1].tokens[5] + 1) % VOCAB_SIZE
+    left = trace_greedy(session, PROMPTS[:2], TOKENS, {"other": others})
+    assert [trace.tokens for trace in left] == [trace.tokens for trace in alone]
+    assert left[0].gaps == {"other": None}
+    gap = left[1].gaps["other"]
+    assert gap is not None
+    assert gap > 0
+
+
+def test_a_cache_that_cannot_forget_a_draft_is_read_again() -> None:
+    model = tiny_model("mistral", sliding_window=4)
+    session = TorchSession(model)
+    prompts = PROMPTS[:2] % model.config.vocab_size
+    alone = trace_greedy(session, prompts, TOKENS, {})
+    others = [replace(trace, tokens=[*trace.tokens[:4], 0, *trace.tokens[5:]]) for trace in alone]
+    left = trace_greedy(session, prompts, TOKENS, {"other": others})
+    assert [trace.tokens for trace in left] == [trace.tokens for trace in alone]

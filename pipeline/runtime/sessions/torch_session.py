@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
+from pipeline.calibrate.precision import quick_float32
 from pipeline.checkpoint.modeling_cache import own_cache
 from pipeline.runtime.sessions.checks import CheckedSession
 
@@ -78,7 +80,8 @@ class TorchSession(CheckedSession):
         Returns:
             [B, S, V], or [B, 1, V], in the model's dtype.
         """
-        with torch.inference_mode():
+        quick = quick_float32() if input_ids.numel() > 1 else nullcontext()
+        with torch.inference_mode(), quick:
             output = self.model(
                 input_ids=input_ids,
                 past_key_values=self._cache,

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from pipeline.calibrate import precision
-from pipeline.calibrate.precision import fast_steps
+from pipeline.calibrate.precision import fast_steps, quick_float32
 from tests.support.families import tiny_model
 
 IDS = torch.arange(12)[None]
@@ -62,3 +62,20 @@ def test_nothing_is_rounded_where_that_is_not_faster(monkeypatch: pytest.MonkeyP
     with torch.no_grad(), fast_steps(model) as rounded:
         assert torch.equal(model(IDS).logits, model(IDS).logits)
     assert not rounded
+
+
+@pytest.mark.parametrize("rows", [2, 7, 130])
+@pytest.mark.parametrize("amd", [True, False])
+def test_quick_products_of_float32_are_not_rounded(
+    rows: int, amd: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OneDNN may round to bfloat16 where it is asked so; without AMX it does not."""
+    monkeypatch.setattr(precision, "is_of_amd", lambda: amd)
+    weight, x = torch.randn(192, 160), torch.randn(rows, 160)
+    with quick_float32():
+        found = nn.functional.linear(x, weight), x.T @ x
+    expected = x.double() @ weight.double().T, x.double().T @ x.double()
+    for own, exact in zip(found, expected, strict=True):
+        # float32 has 2^-24 of each of 160 terms; bfloat16 would have 2^-9.
+        assert (own.double() - exact).abs().max() < 1e-6 * exact.abs().max()
+    assert torch.backends.mkldnn.matmul.fp32_precision != "bf16"  # type: ignore[attr-defined]

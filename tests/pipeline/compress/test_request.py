@@ -166,3 +166,14 @@ def test_bytes_are_read_as_they_are_written(text: str, size: int) -> None:
 
 def test_a_share_of_bytes_is_one_of_the_float16_bytes() -> None:
     assert CompressRequest("tiny", keep_bytes=0.25).budget_bytes(1000) == 250
+
+
+def test_the_fast_effort_reads_as_much_text_as_the_widest_input_needs() -> None:
+    fast = CompressRequest("m", effort="fast", keep_params=0.5, calibration="text.txt")
+    effort = fast.resolved_effort
+    # 11 tokens for each of 1536 numbers, in windows of 512; never less than the gradients are of.
+    assert [effort.windows_for(width) for width in (16, 1536, 11008)] == [20, 33, 64]
+    asked = replace(fast, windows=50).resolved_effort
+    assert [asked.windows_for(width) for width in (16, 1536, 11008)] == [50] * 3
+    whole = replace(fast, effort="default").resolved_effort
+    assert whole.windows_for(16) == whole.windows
