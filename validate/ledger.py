@@ -5,6 +5,7 @@ The loop knows no task. An `Adapter` gives all that it, the stages and the repor
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from pipeline.errors import PipelineError, UsageError
+from pipeline.memory import return_free_memory
 from pipeline.model.task import Task
 from validate.artefacts import Artefacts
 from validate.compare import Comparison, StageLogits
@@ -184,6 +186,8 @@ def run_ledger(
         needed = {name for later in stages[i + 1 :] for name in (later.reference, original)}
         for name in set(kept) - needed:
             del kept[name]
+        gc.collect()  # a session's graph of objects holds its weights
+        return_free_memory()
     return rows
 
 

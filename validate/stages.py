@@ -15,6 +15,7 @@ from pipeline.errors import InputError
 from pipeline.export.contract import FLOAT, FLOAT16, FLOAT32, INT4, INT4_OFFSET, INT8
 from pipeline.export.record import ExportRecord, read_export_record
 from pipeline.json_file import json_field, read_json_object
+from pipeline.memory import return_free_memory
 from pipeline.model.task import TASKS
 from validate.artefacts import Artefacts
 
@@ -298,6 +299,7 @@ def _open_checkpoint(folder: Path, openers: Openers, form: str, trust_remote_cod
     model = load_checkpoint(folder, dtype=torch.float32, trust_remote_code=trust_remote_code)
     if form == _DENSE_PRODUCT:
         densify_(model)
+        return_free_memory()  # of the factors
     for made in cache_maps(model).values():
         made.is_active = form in (CACHE_CUT, CACHE_FULL, CACHE_LATENT, _CACHE_IN_PIECES)
         if form == CACHE_CUT:

@@ -11,6 +11,7 @@ from benchmarks.documentation.markdown import Figure, bold, megabytes, only_row,
 _Json = dict[str, Any]
 _DECODE = "decode_after_128_tokens_per_s"
 _PREFILL = "prefill_512_tokens_per_s"
+_OFFSET = "ours cpu-int4-offset"
 _GENAI = "onnxruntime-genai 0.18, its builder's int4"
 # Engine of the JSON -> label; what is in bold has the dense model's perplexity.
 _SPEED_ENGINES = {
@@ -24,6 +25,13 @@ _AVX2_ENGINES = {
     "ours cpu-offset": "**ours, int4-offset**, which `--profile cpu` takes here",
     "ours cpu-int8": "**ours, int8**",
     "ours onnx-cpu": "ours, searched bits, 72.6 MB",
+    "ours cpu-int4": "ours, int4",
+    "genai genai": _GENAI,
+    "llama.cpp": "llama.cpp, Q4_1",
+}
+_WIDE_ENGINES = {
+    "ours cpu-int4-offset": "**ours, int4-offset**, which `--profile cpu` takes here",
+    "ours cpu-int8": "**ours, int8**",
     "ours cpu-int4": "ours, int4",
     "genai genai": _GENAI,
     "llama.cpp": "llama.cpp, Q4_1",
@@ -88,6 +96,14 @@ _RATIOS = {
     "avx2/genai-lookup": ("generation_avx2", "ours cpu-offset, lookup", "genai genai", _DECODE, 2),
     "avx2/genai-prefill": ("generation_avx2", "ours cpu-offset", "genai genai", _PREFILL, 2),
     "avx2/genai-searched": ("generation_avx2", "ours onnx-cpu, lookup", "genai genai", _DECODE, 2),
+    "avx512/two-llama-decode": ("generation_avx512", _OFFSET, "llama.cpp", _DECODE, 2),
+    "avx512/two-llama-prefill": ("generation_avx512", _OFFSET, "llama.cpp", _PREFILL, 2),
+    "avx512/two-genai-decode": ("generation_avx512", _OFFSET, "genai genai", _DECODE, 2),
+    "avx512/two-genai-prefill": ("generation_avx512", _OFFSET, "genai genai", _PREFILL, 2),
+    "avx512/one-llama-decode": ("generation_avx512_one", _OFFSET, "llama.cpp", _DECODE, 2),
+    "avx512/one-llama-prefill": ("generation_avx512_one", _OFFSET, "llama.cpp", _PREFILL, 2),
+    "avx512/one-genai-decode": ("generation_avx512_one", _OFFSET, "genai genai", _DECODE, 2),
+    "avx512/one-genai-prefill": ("generation_avx512_one", _OFFSET, "genai genai", _PREFILL, 2),
     "avx2/searched-float32": ("generation_avx2_float32", "ours onnx-cpu", "ours fp32", _DECODE, 1),
 }
 
@@ -146,6 +162,21 @@ def _avx2_run(found: _Json) -> list[str]:
         )
     headings = ("engine, AVX2", "perplexity", "prefill of 512, tokens/s", "decode")
     return table((*headings, "with prompt lookup", "first token, cold", "MB at 2,048"), rows)
+
+
+def _wide_runs(two: _Json, one: _Json) -> list[str]:
+    """The same engines by one thread and by two, on a CPU with wide instructions."""
+    rows = []
+    for engine, label in _WIDE_ENGINES.items():
+        of = [only_row(found["rows"], engine=engine) for found in (one, two)]
+        speeds = [f"{row[key]:,.0f}" for row in of for key in (_PREFILL, _DECODE)]
+        perplexity = bold(f"{of[1]['perplexity']:.2f}", label.startswith("**"))
+        drafted = _with_lookup(two, engine, engine == "ours cpu-int4-offset")
+        drafted += " (its own)" if engine == "llama.cpp" else ""
+        rows.append([label, perplexity, *speeds, drafted, *_cold_and_memory(two, engine)])
+    threads = [f"{what}, {n}" for n in ("1 thread", "2 threads") for what in ("prefill", "decode")]
+    headings = ("engine, AVX-512 and VNNI", "perplexity", *threads, "decode, prompt lookup")
+    return table((*headings, "first token, cold", "MB at 2,048"), rows)
 
 
 def _engine_cells(found: _Json, engine: str, label: str, best: bool) -> list[str]:
@@ -332,6 +363,7 @@ SPEED_FIGURES = {
     "speed": Figure(("generation_avx2",), _speed),
     "generation": Figure(("generation",), _first_run),
     "avx2": Figure(("generation_avx2",), _avx2_run),
+    "avx512": Figure(("generation_avx512", "generation_avx512_one"), _wide_runs),
     "avx2/slowest": Figure(("generation_avx2",), _slowest),
     "avx2/float32": Figure(("generation_avx2_float32",), _float32),
     **{name: _ratio_figure(*of) for name, of in _RATIOS.items()},
