@@ -26,7 +26,8 @@ from onnxscript.rewriter import MatchResult
 from onnxscript.rewriter.pattern import SimplePatternMatcher
 from torch import nn
 
-# A private module, for there is no public one: torch.onnx.export makes its registry by itself.
+# Private modules, for there are no public ones: torch.onnx.export makes its registry by itself.
+from torch.onnx._internal.exporter import _fx_passes
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 from transformers import PreTrainedModel
 
@@ -35,6 +36,7 @@ from pipeline.checkpoint.skeleton import QuantizedMatrix, Skeleton
 from pipeline.errors import InputError
 from pipeline.export.attention import ATTENTION
 from pipeline.export.contract import BLOCK_SKIP_INDEXED, DOMAIN, OP_VERSION
+from pipeline.export.decomposing import decomposed
 from pipeline.export.int8_nodes import int8_as_nodes
 from pipeline.export.passes.lay_out import LINEAR, TRACE_DOMAIN
 from pipeline.export.passes.weights import StoredCodes
@@ -95,7 +97,8 @@ def traced_graph(
             if rehearse:
                 step(*inputs)
             quick = patch.object(SimplePatternMatcher, "match", _match)
-            with _linears_as_nodes(), int8_as_nodes(model), _one_registry(), quick:
+            once = patch.object(_fx_passes, "decompose_with_registry", decomposed)
+            with _linears_as_nodes(), int8_as_nodes(model), _one_registry(), quick, once:
                 program = torch.onnx.export(
                     step.eval(), inputs, dynamo=True, optimize=True, verify=False, **keywords
                 )
