@@ -140,7 +140,9 @@ class Beside:
         with self._lock:
             self._is_left = True
         if self._child is not None and self._child.poll() is None:
-            self._child.send_signal(signal.SIGINT)
+            # A program that a script began in the background ignores SIGINT, as do its children.
+            is_deaf = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+            self._child.send_signal(signal.SIGTERM if is_deaf else signal.SIGINT)
             try:
                 self._child.wait(_SECONDS_TO_END)
             except subprocess.TimeoutExpired:
