@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from pipeline.compress.cache.cache_forms import (
@@ -364,20 +365,17 @@ class CompressRequest:
     def resolved_effort(self) -> Effort:
         """The effort, with the windows that were asked for in place of its own."""
         effort = EFFORTS[self.effort]
+        length, windows = self.window_length or effort.window_length, self.windows or effort.windows
         if self.calibration == "self" and self.windows is None and self.window_length is None:
             # As many tokens in shorter windows: sampling takes a step for each token of a window.
-            effort = replace(
-                effort,
-                windows=_SHORTENING * effort.windows,
-                window_length=effort.window_length // _SHORTENING,
-                survey_windows=_SHORTENING * effort.survey_windows,
-            )
-        windows = self.windows or effort.windows
+            length, windows = length // _SHORTENING, windows * _SHORTENING
+        # Gradients, too, are of as many tokens where windows are shorter.
+        survey = effort.survey_windows * max(1, math.ceil(effort.window_length / length))
         return replace(
             effort,
             windows=windows,
-            window_length=self.window_length or effort.window_length,
-            survey_windows=min(effort.survey_windows, windows),
+            window_length=length,
+            survey_windows=min(survey, windows),
             tokens_per_width=effort.tokens_per_width if self.windows is None else None,
         )
 

@@ -43,6 +43,11 @@ def test_windows_that_are_asked_for_replace_those_of_the_effort() -> None:
     assert (asked.windows, asked.window_length, asked.survey_windows) == (5, 7, 5)
     many = request("skipcat", windows=10_000).resolved_effort
     assert many.survey_windows == effort.survey_windows
+    # Gradients are of no fewer tokens for that.
+    short = request("skipcat", windows=10_000, window_length=100).resolved_effort
+    assert short.survey_windows == 6 * effort.survey_windows
+    long = request("skipcat", windows=10_000, window_length=2048).resolved_effort
+    assert long.survey_windows == effort.survey_windows
 
 
 @pytest.mark.parametrize("name", EFFORTS)
