@@ -194,7 +194,7 @@ def _run_stages(
     return ledgers[0] if ledgers else _read_ledger(folder / "ledger")
 
 
-# What a process beside takes to start, tracing takes for four layers.
+# What a process beside takes to start, tracing takes for ten layers.
 _LAYERS_WORTH_A_PROCESS = 10
 
 
