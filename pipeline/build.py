@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,6 @@ from pipeline.export.contract import CPU, DEFAULT_MAX_LENGTH, DEFAULT_PROFILE, F
 from pipeline.export.export import export_folder, prove_model
 from pipeline.export.request import ExportRequest
 from pipeline.folder_lock import FolderLock
-from pipeline.json_file import json_field, read_json_object
 from pipeline.machine import product_threads
 from pipeline.model.fingerprint import file_hashes, model_hashes
 from pipeline.model.task import refuse_other_tasks, task_of_model
@@ -131,15 +129,18 @@ def build(
     note(f"target: {target.flavour}, because {target.reason}")
     _refuse_missing_packages(target)
     _refuse_output(request, folder, overwrite=overwrite, resume=resume)
-    _refuse_inputs(request)
+    config = _refuse_inputs(request)
     exports = _exports_of(request, target)
     _refuse_exports(
-        request, [e for path, e in exports.items() if not (resume and (folder / path).exists())]
+        config, [e for path, e in exports.items() if not (resume and (folder / path).exists())]
     )
+    layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+    pays = layers >= _LAYERS_WORTH_A_PROCESS and product_threads() > 1 and os.name == "posix"
     try:
         with FolderLock(real_path(folder)):
             state = _open(request, folder, resume=resume)
-            return state, target, _run_stages(state, target, exports, workers, resume=resume)
+            ledger = _run_stages(state, target, exports, workers, resume=resume, beside=pays)
+            return state, target, ledger
     except Exception as error:
         shortage = shortage_of(error, folder)
         if shortage is None:
@@ -154,8 +155,9 @@ def _run_stages(
     workers: str | None,
     *,
     resume: bool,
+    beside: bool,
 ) -> Ledger:
-    """Each stage in its folder, unless it is finished."""
+    """Each stage in its folder, unless it is finished; some in processes beside this one."""
     from validate.artefacts import Artefacts
     from validate.report import reported
     from validate.run import validate
@@ -167,72 +169,53 @@ def _run_stages(
             return compress_to_folder(request.compress, path, resume=resume, workers=own)
 
     state.run("compress", "checkpoint", compress_stage)
-    checkpoint = folder / "checkpoint"
-    with Beside() as beside:
-        later = _begin_beside(state, beside, exports, target)
+    with Beside() as processes:
+        if beside and len(exports) > 1:
+            _begin_beside(state, processes, exports, target)
         for path, wanted in exports.items():
             _export(state, path, wanted)
-        if target.flavour != "cpu" and not later:
+        if target.flavour != "cpu" and not state.has_begun(_ENGINE):
             _engine(state, target)
 
-        def finish_engine(_: Path) -> None:
-            while later:
-                later.pop()()
+        def finish_engine() -> None:
+            if state.has_begun(_ENGINE):
+                _engine(state, target)
 
         ledgers: list[Ledger] = []
 
         def ledger_stage(path: Path) -> None:
-            found = Artefacts.find(folder)
-            if later:
-                found = replace(found, engines=(folder / _engine_folder(target),))
-            wanted = request.validation(found)
+            coming = [folder / _engine_folder(target)] if state.has_begun(_ENGINE) else []
+            wanted = request.validation(Artefacts.find(folder, coming))
             ledgers.append(reported(lambda: validate(wanted, note, finish_engine), path))
 
         _forget_failed_ledger(folder / "ledger")
         state.run("validate", "ledger", ledger_stage)
-        finish_engine(checkpoint)
+        finish_engine()
     return ledgers[0] if ledgers else _read_ledger(folder / "ledger")
 
 
+_ENGINE = "engine"
 # What a process beside takes to start, tracing takes for ten layers.
 _LAYERS_WORTH_A_PROCESS = 10
 
 
 def _begin_beside(
-    state: Build, beside: Beside, exports: dict[str, ExportRequest], target: Target
-) -> list[Callable[[], None]]:
-    """Let the last export, and the engine of it, be made beside the first; where that pays.
+    state: Build, processes: Beside, exports: dict[str, ExportRequest], target: Target
+) -> None:
+    """Let the last export, and the engine of it, be made beside the first.
 
     Tracing is one thread's work, and what follows it does not need it before the ledger. An engine
     whose kernels are timed on a GPU is built with nothing beside it.
-
-    Returns:
-        What finishes the engine, if that was begun.
     """
     checkpoint, (*_, last) = state.folder / "checkpoint", exports
-    if (
-        len(exports) < 2
-        or os.name != "posix"
-        or product_threads() < 2
-        or _layer_count(checkpoint) < _LAYERS_WORTH_A_PROCESS
-    ):
-        return []
     wanted = exports[last]
     flags = ["--profile", wanted.profile, "--dtype", wanted.dtype]
     flags += ["--max-length", str(wanted.max_length)]
     flags += ["--trust-remote-code"] if wanted.trust_remote_code else []
-    state.begin(_export_name(wanted), last, beside, "export", str(checkpoint), *flags)
-    if target.flavour != "rtx":
-        return []
-    command = ("engine", str(state.folder / last), "--target", state.request.target)
-    state.begin("engine", _engine_folder(target), beside, *command)
-    return [lambda: _engine(state, target)]
-
-
-def _layer_count(checkpoint: Path) -> int:
-    config = read_json_object(checkpoint / "config.json")
-    text = json_field(config, "text_config", dict, checkpoint, default=None) or config
-    return json_field(text, "num_hidden_layers", int, checkpoint, default=None) or 0
+    state.begin(_export_name(wanted), last, processes, "export", str(checkpoint), *flags)
+    if target.flavour == "rtx":
+        command = ("engine", str(state.folder / last), "--target", state.request.target)
+        state.begin(_ENGINE, _engine_folder(target), processes, *command)
 
 
 def _forget_failed_ledger(folder: Path) -> None:
@@ -296,9 +279,7 @@ def _engine(state: Build, target: Target) -> None:
     from pipeline.engine.plan import EngineRequest
 
     onnx_folder, wanted = state.folder / "onnx-fp16", EngineRequest(target)
-    state.run(
-        "engine", _engine_folder(target), lambda path: build_engine(onnx_folder, path, wanted)
-    )
+    state.run(_ENGINE, _engine_folder(target), lambda path: build_engine(onnx_folder, path, wanted))
 
 
 def _read_ledger(folder: Path) -> Ledger:
@@ -307,14 +288,17 @@ def _read_ledger(folder: Path) -> Ledger:
     return Ledger.read(folder / "ledger.json")
 
 
-def _refuse_inputs(request: BuildRequest) -> None:
+def _refuse_inputs(request: BuildRequest) -> PretrainedConfig:
     """Find out what is wrong with model and texts before minutes of work, not after.
+
+    Returns:
+        The model's config.
 
     Raises:
         InputError, UsageError: as `require_inputs`.
     """
     own = ("--eval-length", request.eval_text, request.eval_windows, request.eval_length)
-    require_inputs(request.compress, own)
+    return require_inputs(request.compress, own)
 
 
 def require_inputs(wanted: CompressRequest, *texts: tuple[str, str, int, int]) -> PretrainedConfig:
@@ -343,18 +327,14 @@ def require_inputs(wanted: CompressRequest, *texts: tuple[str, str, int, int]) -
     return preview.config
 
 
-def _refuse_exports(request: BuildRequest, exports: list[ExportRequest]) -> None:
+def _refuse_exports(config: PretrainedConfig, exports: list[ExportRequest]) -> None:
     """Find out in seconds which graphs cannot be made of the model, before it is compressed.
 
     Raises:
         InputError: as `prove_model`.
     """
-    from pipeline.model.load import preview_model
-
-    compress = request.compress
     if exports:
         note("proving the graphs on a small twin of the model ...")
-        config = preview_model(compress.model, trust_remote_code=compress.trust_remote_code).config
         for wanted in exports:
             prove_model(config, wanted)
 

@@ -143,10 +143,7 @@ class Beside:
             # A program that a script began in the background ignores SIGINT, as do its children.
             is_deaf = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
             self._child.send_signal(signal.SIGTERM if is_deaf else signal.SIGINT)
-            try:
-                self._child.wait(_SECONDS_TO_END)
-            except subprocess.TimeoutExpired:
-                _kill(self._child)
+            _ended(self._child)
         self._pool.shutdown(cancel_futures=True)
 
 
@@ -209,12 +206,7 @@ class JsonChild:
             if stream is not None:
                 with contextlib.suppress(BrokenPipeError):  # of a line that a dead child never read
                     stream.close()
-        if at_once:
-            return _kill(self._process)
-        try:
-            return self._process.wait(_SECONDS_TO_END)
-        except subprocess.TimeoutExpired:
-            return _kill(self._process)
+        return _kill(self._process) if at_once else _ended(self._process)
 
     def __enter__(self) -> Self:
         return self
@@ -239,6 +231,14 @@ def answers_on_stdout() -> Callable[[dict[str, Any]], None]:
         answers.flush()
 
     return tell
+
+
+def _ended(child: subprocess.Popen[Any]) -> int:
+    """The status of a child that is about to end; it is killed where that takes too long."""
+    try:
+        return child.wait(_SECONDS_TO_END)
+    except subprocess.TimeoutExpired:
+        return _kill(child)
 
 
 def _kill(child: subprocess.Popen[Any]) -> int:

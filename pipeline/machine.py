@@ -123,19 +123,19 @@ def _granted_cores(groups: Path = _GROUPS, own: Path = _OWN_GROUP) -> float:
 @functools.cache
 def is_of_amd(cpuinfo: Path = _CPUINFO) -> bool:
     """Whether AMD made this processor; False where /proc does not tell."""
-    try:
-        text = cpuinfo.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return False
-    return re.search(r"^vendor_id\s*:\s*AuthenticAMD$", text, re.MULTILINE) is not None
+    return re.search(r"^vendor_id\s*:\s*AuthenticAMD$", _told(cpuinfo), re.MULTILINE) is not None
 
 
 def cpu_flags(cpuinfo: Path = _CPUINFO) -> tuple[str, ...]:
     """Those of CPU_FLAGS that this processor has; empty where /proc does not tell."""
-    try:
-        text = cpuinfo.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ()
-    line = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
+    line = re.search(r"^(?:flags|Features)\s*:(.*)$", _told(cpuinfo), re.MULTILINE)
     present = set(line.group(1).split()) if line else set()
     return tuple(flag for flag in CPU_FLAGS if flag in present)
+
+
+def _told(cpuinfo: Path) -> str:
+    """What /proc says of the processor; empty where it does not."""
+    try:
+        return cpuinfo.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""

@@ -63,6 +63,10 @@ class Stages(Generic[_Request]):
             note(f"{name}, in a process beside this one ...")
             self._begun[name] = beside.add(*command, "-o", str(path))
 
+    def has_begun(self, name: str) -> bool:
+        """Whether a stage is being done beside, and `run` has not waited for it yet."""
+        return name in self._begun
+
     def run(self, name: str, folder: str, work: Callable[[Path], Any]) -> None:
         """Do one stage unless its folder is there already, and record time and memory.
 

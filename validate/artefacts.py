@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,12 @@ class Artefacts:
         return (self.original, *checkpoints, *self.onnx, *self.engines)
 
     @classmethod
-    def find(cls, build: Path) -> Artefacts:
+    def find(cls, build: Path, coming: Iterable[Path] = ()) -> Artefacts:
         """What lies in a build folder: checkpoint/, onnx*/ and engine*/.
+
+        Args:
+            build: the folder.
+            coming: engines that are still being built there.
 
         Raises:
             InputError: no checkpoint there, or it does not name its original.
@@ -58,7 +63,7 @@ class Artefacts:
             original=_original_of_build(build) or original_of(checkpoint),
             checkpoint=checkpoint,
             onnx=_folders(build, "onnx*", RECORD_FILE),
-            engines=_folders(build, "engine*", "manifest.json"),
+            engines=tuple(sorted({*_folders(build, "engine*", "manifest.json"), *coming})),
         )
 
 

@@ -204,23 +204,21 @@ def _trace_rows(
     """
     session.reset()
     traces = [GreedyTrace([], [], dict.fromkeys(watched)) for _ in prompts]
-    texts, done = prompts, 0
-    while done < max_new_tokens:
-        count = min(_DRAFT_TOKENS, max_new_tokens - done - 1)
-        drafts = _drafts(traces, watched, count) if done else np.empty((len(prompts), 0), np.int64)
+    of_row = [{name: all_[row] for name, all_ in watched.items()} for row in range(len(prompts))]
+    texts = prompts
+    while (done := texts.shape[1] - prompts.shape[1]) < max_new_tokens:
+        # The prompt is read alone.
+        count = min(_DRAFT_TOKENS, max_new_tokens - done - 1) if done else 0
+        drafts = _drafts(traces, watched, count)
         fed = np.concatenate([texts[:, session.length :], drafts], axis=1)
         logits = session.forward(fed)[:, -1 - drafts.shape[1] :]  # [R, 1 + drafts, V]
-        chosen = 0
-        while chosen <= drafts.shape[1]:
-            for row, trace in enumerate(traces):
-                others = {name: answers[row] for name, answers in watched.items()}
-                _choose(trace, logits[row, chosen], others)
-            chosen += 1
+        for place in range(logits.shape[1]):
+            for trace, others, row in zip(traces, of_row, logits, strict=True):
+                _choose(trace, row[place], others)
             new = np.array([trace.tokens[-1:] for trace in traces], dtype=np.int64)
             texts = np.concatenate([texts, new], axis=1)
-            if not np.array_equal(new, drafts[:, chosen - 1 : chosen]):
+            if not np.array_equal(new, drafts[:, place : place + 1]):
                 break
-        done += chosen
         session.rewind(texts.shape[1] - 1)
     return traces
 

@@ -121,9 +121,10 @@ def kl_per_token(original: np.ndarray, stage: np.ndarray) -> np.ndarray:
     """
 
     def divergences(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        chances, log_p = _softmax(a)
-        chances *= log_p - _softmax(b)[1]
-        return chances.sum(axis=-1)
+        shifted, exponentials, sums = _exponentials(a)
+        others, _, other_sums = _exponentials(b)
+        log_ratios = shifted - others - np.log(sums / other_sums)
+        return (exponentials / sums * log_ratios).sum(axis=-1)
 
     return _by_blocks(divergences, original, stage)
 
@@ -145,10 +146,9 @@ def nll_per_token(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """
     blocks = []
     for part in _blocks_of(len(logits)):
-        rows = logits[part].astype(np.float64)
-        rows -= rows.max(axis=-1, keepdims=True)
-        own = np.take_along_axis(rows, targets[part, None], axis=-1)[:, 0]
-        blocks.append(np.log(np.exp(rows, out=rows).sum(axis=-1)) - own)
+        shifted, _, sums = _exponentials(logits[part].astype(np.float64))
+        own = np.take_along_axis(shifted, targets[part, None], axis=-1)
+        blocks.append((np.log(sums) - own)[:, 0])
     return np.concatenate(blocks)
 
 
@@ -192,14 +192,11 @@ def standard_error(values: np.ndarray) -> float:
     return float(values.std(ddof=1) / np.sqrt(len(values)))
 
 
-def _softmax(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Probabilities and their logarithms, both float64 [N, V], of float64 [N, V]."""
+def _exponentials(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Logits [N, V] less the largest of their row, exponentials, and sums of these [N, 1]."""
     shifted = logits - logits.max(axis=-1, keepdims=True)
-    chances = np.exp(shifted)
-    total = chances.sum(axis=-1, keepdims=True)
-    shifted -= np.log(total)
-    chances /= total
-    return chances, shifted
+    exponentials = np.exp(shifted)
+    return shifted, exponentials, exponentials.sum(axis=-1, keepdims=True)
 
 
 def _by_blocks(

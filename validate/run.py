@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from pipeline.model.task import adapter_of, task_of_model
@@ -61,15 +60,14 @@ class ValidateRequest:
 def validate(
     request: ValidateRequest,
     progress: Callable[[str], None] = lambda message: None,
-    ready: Callable[[Path], object] = lambda folder: None,
+    ready: Callable[[], object] = lambda: None,
 ) -> Ledger:
     """Run the ledger.
 
     Args:
         request: what, and on what.
         progress: is told what is done.
-        ready: waits for the folder of an engine that is still being built; what it raises ends the
-            ledger.
+        ready: waits for an engine that is still being built; what it raises ends the ledger.
 
     Raises:
         InputError: the original or the inputs do not load, or do not fit each other.
@@ -96,7 +94,7 @@ def _prepare(
     request: ValidateRequest,
     adapter: Adapter,
     progress: Callable[[str], None],
-    ready: Callable[[Path], object],
+    ready: Callable[[], object],
 ) -> tuple[list[Stage], Any, dict[str, Any]]:
     """The stages, what each is given, and where that came from.
 

@@ -150,7 +150,7 @@ def standard_stages(
     open_original: Callable[[], Any],
     max_kl: float | None = None,
     trust_remote_code: bool = False,
-    ready: Callable[[Path], object] = lambda folder: None,
+    ready: Callable[[], object] = lambda: None,
 ) -> list[Stage]:
     """The stages of the ledger, the original first.
 
@@ -169,7 +169,7 @@ def standard_stages(
         max_kl: most KL to the original that any later stage may have; None sets no limit, since
             compression is lossy by intent.
         trust_remote_code: let Python code that comes with the checkpoint run.
-        ready: waits for the folder of an engine that is still being built.
+        ready: waits for an engine that is still being built.
     """
     stages, reference = [], ORIGINAL
     if artefacts.checkpoint is not None:
@@ -182,8 +182,7 @@ def standard_stages(
         name = f"tensorrt {label}"
         opener = functools.partial(openers.engine, folder, name)
         near = _SAME_BUT_FOR_TIES if reference == _ROUNDED else _SAME_IN_FLOAT16
-        wait = functools.partial(ready, folder)
-        stages.append(Stage(name, opener, reference, near, required=False, ready=wait))
+        stages.append(Stage(name, opener, reference, near, required=False, ready=ready))
     stages = _beside(artefacts, openers, trust_remote_code) + stages
     limited = [
         replace(stage, tolerance=replace(stage.tolerance, max_kl=max_kl)) for stage in stages

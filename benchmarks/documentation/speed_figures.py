@@ -29,12 +29,10 @@ _AVX2_ENGINES = {
     "genai genai": _GENAI,
     "llama.cpp": "llama.cpp, Q4_1",
 }
+# By the run of the AVX2 table: only what it calls the first one is another folder's name.
 _WIDE_ENGINES = {
-    "ours cpu-int4-offset": "**ours, int4-offset**, which `--profile cpu` takes here",
-    "ours cpu-int8": "**ours, int8**",
-    "ours cpu-int4": "ours, int4",
-    "genai genai": _GENAI,
-    "llama.cpp": "llama.cpp, Q4_1",
+    _OFFSET: "ours cpu-offset",
+    **{name: name for name in ("ours cpu-int8", "ours cpu-int4", "genai genai", "llama.cpp")},
 }
 _FIRST_ENGINES = {
     "ours smol-int8": "**ours, int8**",
@@ -96,14 +94,12 @@ _RATIOS = {
     "avx2/genai-lookup": ("generation_avx2", "ours cpu-offset, lookup", "genai genai", _DECODE, 2),
     "avx2/genai-prefill": ("generation_avx2", "ours cpu-offset", "genai genai", _PREFILL, 2),
     "avx2/genai-searched": ("generation_avx2", "ours onnx-cpu, lookup", "genai genai", _DECODE, 2),
-    "avx512/two-llama-decode": ("generation_avx512", _OFFSET, "llama.cpp", _DECODE, 2),
-    "avx512/two-llama-prefill": ("generation_avx512", _OFFSET, "llama.cpp", _PREFILL, 2),
-    "avx512/two-genai-decode": ("generation_avx512", _OFFSET, "genai genai", _DECODE, 2),
-    "avx512/two-genai-prefill": ("generation_avx512", _OFFSET, "genai genai", _PREFILL, 2),
-    "avx512/one-llama-decode": ("generation_avx512_one", _OFFSET, "llama.cpp", _DECODE, 2),
-    "avx512/one-llama-prefill": ("generation_avx512_one", _OFFSET, "llama.cpp", _PREFILL, 2),
-    "avx512/one-genai-decode": ("generation_avx512_one", _OFFSET, "genai genai", _DECODE, 2),
-    "avx512/one-genai-prefill": ("generation_avx512_one", _OFFSET, "genai genai", _PREFILL, 2),
+    **{
+        f"avx512/{threads}-{rival}-{what}": (file, _OFFSET, engine, key, 2)
+        for threads, file in (("two", "generation_avx512"), ("one", "generation_avx512_one"))
+        for rival, engine in (("llama", "llama.cpp"), ("genai", "genai genai"))
+        for what, key in (("decode", _DECODE), ("prefill", _PREFILL))
+    },
     "avx2/searched-float32": ("generation_avx2_float32", "ours onnx-cpu", "ours fp32", _DECODE, 1),
 }
 
@@ -167,11 +163,12 @@ def _avx2_run(found: _Json) -> list[str]:
 def _wide_runs(two: _Json, one: _Json) -> list[str]:
     """The same engines by one thread and by two, on a CPU with wide instructions."""
     rows = []
-    for engine, label in _WIDE_ENGINES.items():
+    for engine, known in _WIDE_ENGINES.items():
+        label = _AVX2_ENGINES[known]
         of = [only_row(found["rows"], engine=engine) for found in (one, two)]
         speeds = [f"{row[key]:,.0f}" for row in of for key in (_PREFILL, _DECODE)]
         perplexity = bold(f"{of[1]['perplexity']:.2f}", label.startswith("**"))
-        drafted = _with_lookup(two, engine, engine == "ours cpu-int4-offset")
+        drafted = _with_lookup(two, engine, engine == _OFFSET)
         drafted += " (its own)" if engine == "llama.cpp" else ""
         rows.append([label, perplexity, *speeds, drafted, *_cold_and_memory(two, engine)])
     threads = [f"{what}, {n}" for n in ("1 thread", "2 threads") for what in ("prefill", "decode")]

@@ -63,24 +63,15 @@ def _is_translated(node: Node, known: set[Any]) -> bool:
 
 def _cast(graph: Graph, node: Node) -> Node:
     """`to`, whichever of its forms: the type is what the result has."""
-    x = node.args[0]
-    assert isinstance(x, Node)
-    own, wanted = x.meta["val"], node.meta["val"]
-    if own.dtype == wanted.dtype:
+    x, wanted = _operand(graph, node), node.meta["val"].dtype
+    if x.meta["val"].dtype == wanted:
         return x
-    return _twin(graph, node, _ATEN._to_copy.default, (x,), {"dtype": wanted.dtype})
-
-
-def _same(graph: Graph, node: Node) -> Node:
-    x = node.args[0]
-    assert isinstance(x, Node)
-    return x
+    return _twin(graph, node, _ATEN._to_copy.default, (x,), {"dtype": wanted})
 
 
 def _reshaped(graph: Graph, node: Node) -> Node:
     """`reshape`, which copies where the tensor does not lie in order."""
-    x, shape = node.args
-    assert isinstance(x, Node)
+    x, shape = _operand(graph, node), node.args[1]
     if not x.meta["val"].is_contiguous():
         how = {"memory_format": torch.contiguous_format}
         copy = _twin(graph, node, _ATEN.clone.default, (x,), how)
@@ -93,6 +84,13 @@ def _renamed(target: Any) -> Callable[[Graph, Node], Node]:
     return lambda graph, node: _twin(graph, node, target, node.args, node.kwargs)
 
 
+def _operand(graph: Graph, node: Node) -> Node:
+    """The tensor that a node is about, which is also what one that does nothing becomes."""
+    x = node.args[0]
+    assert isinstance(x, Node)
+    return x
+
+
 def _twin(graph: Graph, node: Node, target: Any, args: Any, keywords: Any) -> Node:
     made = graph.call_function(target, args, keywords)
     made.meta = dict(node.meta)
@@ -103,7 +101,7 @@ _REWRITES: dict[Any, Callable[[Graph, Node], Node]] = {
     _ATEN.to.dtype: _cast,
     _ATEN.to.device: _cast,
     _ATEN.to.dtype_layout: _cast,
-    _ATEN.contiguous.default: _same,
+    _ATEN.contiguous.default: _operand,
     _ATEN.reshape.default: _reshaped,
     _ATEN.__and__.Tensor: _renamed(_ATEN.bitwise_and.Tensor),
     _ATEN.__or__.Tensor: _renamed(_ATEN.bitwise_or.Tensor),

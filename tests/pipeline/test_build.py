@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import sys
-from concurrent.futures import Future
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -19,13 +18,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline import build
 from pipeline.artefact import sha256_of_file
-from pipeline.child_process import Beside, EndBeside
 from pipeline.cli.main import main
 from pipeline.compress.request import CompressRequest
 from pipeline.engine import target
-from pipeline.errors import InputError
-from pipeline.export.export import export_folder
-from pipeline.export.request import ExportRequest
 from pipeline.folder_lock import LOCK_FILE, FolderLock
 from pipeline.gpu import ORIN, Gpu
 from tests.support.ledger_stages import perturb_onnx
@@ -363,74 +358,3 @@ def test_a_refused_input_leaves_an_earlier_build_in_place(
     changed = ["-o", str(built), "--overwrite", "--eval-text", "/nowhere.txt"]
     assert main([*arguments, *changed]) == 3
     assert names_in(built) == before
-
-
-@pytest.fixture
-def beside(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let a tiny model pay for a process, and a machine have two cores."""
-    monkeypatch.setattr(build, "_LAYERS_WORTH_A_PROCESS", 1)
-    monkeypatch.setattr(build, "product_threads", lambda: 2)
-
-
-@pytest.mark.usefixtures("beside")
-def test_an_export_made_beside_another_has_the_bytes_of_one_made_alone(
-    arguments: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    place = arguments.index("--keep-params")
-    small = [*arguments[:place], "--memory", "60KB", *arguments[place + 2 :]]
-    assert main([*small, "-o", str(tmp_path / "built")]) == 0
-    assert "export cpu, in a process beside this one" in capfd.readouterr().err
-    assert stages_of(tmp_path / "built") == ["compress", "export float32", "export cpu", "validate"]
-    alone = ExportRequest("cpu", "float32", max_length=128)
-    export_folder(tmp_path / "built" / "checkpoint", tmp_path / "alone", alone)
-    for name in ("model.onnx", "model.onnx.data"):
-        own, beside = tmp_path / "alone" / name, tmp_path / "built" / "onnx-cpu" / name
-        assert own.read_bytes() == beside.read_bytes()
-
-
-class FailsBeside(Beside):
-    """Every command fails."""
-
-    def add(self, *arguments: str) -> Future[EndBeside]:
-        end: Future[EndBeside] = Future()
-        end.set_result(EndBeside(1, "", 0.0))
-        return end
-
-
-@pytest.mark.usefixtures("beside")
-def test_an_engine_that_cannot_be_built_beside_ends_the_build_before_its_ledger(
-    arguments: list[str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx-cu13")
-
-    def refuse(*args: Any, **kwargs: Any) -> None:
-        raise InputError("The engine cannot be built.")
-
-    monkeypatch.setattr(build, "Beside", FailsBeside)
-    monkeypatch.setattr("pipeline.engine.build.build_engine", refuse)
-    place = arguments.index("--target")
-    command = [*arguments[:place], *arguments[place + 2 :], "--target", "sm86"]
-    assert main([*command, "-o", str(tmp_path / "built")]) == 3
-    told = capsys.readouterr().err
-    assert "export float16 failed in a process of its own" in told
-    assert "The engine cannot be built." in told
-    assert stages_of(tmp_path / "built") == ["compress", "export float32", "export float16"]
-    assert not (tmp_path / "built" / "ledger").exists()
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("beside")
-def test_an_engine_is_built_beside_the_ledger_that_has_its_row(
-    arguments: list[str], tmp_path: Path
-) -> None:
-    pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx-cu13")
-    place = arguments.index("--target")
-    command = [*arguments[:place], *arguments[place + 2 :], "--target", "sm86"]
-    assert main([*command, "-o", str(tmp_path / "built")]) == 0
-    ledger = json.loads((tmp_path / "built" / "ledger" / "ledger.json").read_text())
-    assert ledger["rows"][-1]["name"] == "tensorrt engine-rtx-sm86"
-    assert "no NVIDIA GPU" in str(ledger["rows"][-1]["verdict"])
-    assert (tmp_path / "built" / "engine-rtx-sm86" / "manifest.json").exists()

@@ -69,7 +69,7 @@ def test_nothing_is_rounded_where_that_is_not_faster(monkeypatch: pytest.MonkeyP
 def test_quick_products_of_float32_are_not_rounded(
     rows: int, amd: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """OneDNN may round to bfloat16 where it is asked so; without AMX it does not."""
+    """A library that may round to bfloat16 does not, without AMX."""
     monkeypatch.setattr(precision, "is_of_amd", lambda: amd)
     weight, x = torch.randn(192, 160), torch.randn(rows, 160)
     with quick_float32():
