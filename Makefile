@@ -28,7 +28,7 @@ VERBOSE     ?=
 STAMP   := .venv/.skipcat-setup.json
 DEV     := .venv/.skipcat-dev
 VENV    := .venv/bin/
-SOURCES := pipeline validate benchmarks trt_plugins tools tests
+SOURCES := pipeline validate benchmarks ort_plugins trt_plugins tools tests
 
 # RESUME=0 and RESUME=no mean what they say.
 flag    = $(if $(filter-out 0 no false,$($(1))),$(2))

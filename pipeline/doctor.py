@@ -27,6 +27,7 @@ from pipeline.gpu import (
     find_gpus,
     read_jetpack,
 )
+from pipeline.kernels.cpu_library import why_no_kernels
 from pipeline.machine import CPU_FLAGS, cpu_flags, usable_cores
 from trt_plugins.block_skip.aot import OLDEST_TENSORRT as _FIRST_EMBEDDING_TENSORRT
 from trt_plugins.toolchain import local_nvcc, nvcc_release
@@ -63,7 +64,7 @@ class Machine:
     """What was found of this machine, and what that means for each stage of the pipeline.
 
     `reasons` says for each absent or derived thing where that was read; `plugin` is the library
-    that `make plugin` built, if it did.
+    that `make plugin` built, if it did, and `no_cpu_kernels` why the kernels for the CPU cannot be.
     """
 
     python: str
@@ -77,6 +78,7 @@ class Machine:
     jetpack: str | None = None
     nvcc: str | None = None
     plugin: str | None = None
+    no_cpu_kernels: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
     providers: tuple[str, ...] = ()
     reasons: dict[str, str] = field(default_factory=dict)
@@ -127,6 +129,7 @@ class Machine:
             _judge_standard_engine(self),
             _judge_run_engine(self),
             _judge_plugin(self),
+            _judge_cpu_kernels(self),
         ]
 
     def to_json(self) -> dict[str, Any]:
@@ -165,6 +168,7 @@ def examine() -> Machine:
         jetpack=jetpack,
         nvcc=nvcc,
         plugin=str(BUILT_PLUGIN) if BUILT_PLUGIN.is_file() else None,
+        no_cpu_kernels=why_no_kernels(),
         versions=_installed_versions(),
         providers=providers,
         reasons={
@@ -294,6 +298,14 @@ def _judge_plugin(machine: Machine) -> _StageVerdict:
         how = f"not built: make plugin (with {compiler}); then: {route}{embedding}"
         return _StageVerdict(stage, False, how)
     return _StageVerdict(stage, True, f"{machine.plugin}; {route}{embedding}")
+
+
+def _judge_cpu_kernels(machine: Machine) -> _StageVerdict:
+    """Whether products of codes in the profile `cpu` run in our kernels or as function bodies."""
+    why = machine.no_cpu_kernels
+    if why is not None:
+        return _StageVerdict("CPU kernels", False, f"function body, about half as fast: {why}")
+    return _StageVerdict("CPU kernels", True, "compiled by this machine's C++ compiler, once")
 
 
 def _version_note(name: str, machine: Machine) -> str:

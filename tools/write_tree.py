@@ -14,7 +14,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "architecture.md"
-FOLDERS = ("pipeline", "validate", "trt_plugins", "benchmarks", "tests/support", "tools")
+FOLDERS = (
+    "pipeline",
+    "validate",
+    "trt_plugins",
+    "ort_plugins",
+    "benchmarks",
+    "tests/support",
+    "tools",
+)
 BEGIN = "<!-- The tree is written by tools/write_tree.py. -->"
 END = "<!-- End of the tree. -->"
 COMMENTED = (".cu", ".cuh", ".h", ".cpp", ".mjs")  # sources that begin with a // comment

@@ -20,6 +20,7 @@ from pipeline.export.contract import (
     GRAPH_FILE,
     GROUPED_ATTENTION,
     HELD_FORMS,
+    MATMUL_BLOCKS_OPS,
     MATMUL_NBITS,
     NIBBLES,
     NUMBERS,
@@ -42,6 +43,8 @@ _LOOKED_UP = {
     "Gather": (0,),
     GATHER_NBITS: (0, 2, 3),
     GROUPED_ATTENTION: (7, 8),
+    # What sums the blocks in the body of an operator: the kernels read none of it.
+    **{name: (4,) for (zero, _), name in MATMUL_BLOCKS_OPS.items() if zero == "offset"},
 }
 # Operator -> input that is the matrix of a product. A head that is also the embedding is turned
 # first, which ONNX Runtime does once, as it loads.
@@ -250,11 +253,12 @@ def _stored_tensor(initializer: Any, uses: list[_Use]) -> StoredTensor:
 
     kind = ir.DataType(initializer.data_type)
     shape = tuple(initializer.dims)
-    product = len(shape) >= 2 and any(
-        domain == DOMAIN or place in _PRODUCTS.get(operator, ()) for domain, operator, place in uses
-    )
     looked_up = bool(uses) and all(
         place in _LOOKED_UP.get(operator, ()) for _, operator, place in uses
+    )
+    multiplied = len(shape) >= 2 and not looked_up
+    product = multiplied and any(
+        domain == DOMAIN or place in _PRODUCTS.get(operator, ()) for domain, operator, place in uses
     )
     # ONNX Runtime's CPU kernels widen float16 as they load; scales of rounded weights stay.
     floating = kind == ir.DataType.FLOAT16

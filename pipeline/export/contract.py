@@ -118,6 +118,19 @@ BLOCKED_OPSET = 21  # the first in which it takes blocks
 CONTRIB = "com.microsoft"  # the domain of ONNX Runtime's own operators
 MATMUL_NBITS, GATHER_NBITS = "MatMulNBits", "GatherBlockQuantized"
 GROUPED_ATTENTION = "GroupQueryAttention"
+# What a block's codes are counted from: the middle, zero points, or any number of its own.
+MATMUL_BLOCKS = "MatMulBlocks"
+_COUNTED_FROM = {"sym": "", "asym": "Zeros", "offset": "Rests"}
+
+
+def matmul_blocks_op(zero: str, bias: bool) -> str:
+    """`MatMulBlocksRestsBias`: of a format's zero, with or without a vector to add."""
+    return MATMUL_BLOCKS + _COUNTED_FROM[zero] + ("Bias" if bias else "")
+
+
+MATMUL_BLOCKS_OPS = {
+    (zero, bias): matmul_blocks_op(zero, bias) for zero in _COUNTED_FROM for bias in (False, True)
+}
 
 # --- choices of an export ---
 

@@ -1,11 +1,13 @@
 """Quantised linear layers and embedding, as ONNX Runtime's own operators hold them.
 
-    Linear(x, W) + c             -> MatMulNBits(x, Q(W), c)
-    BlockSkip(x, A', B)          -> MatMulNBits(x1 + MatMulNBits(x2, Q(A')), Q(B))
+    Linear(x, W) + c             -> MatMulBlocks(x, Q(W), c)
+    BlockSkip(x, A', B)          -> MatMulBlocks(x1 + MatMulBlocks(x2, Q(A')), Q(B))
     Gather(W, ids), W the head's -> GatherBlockQuantized(Q(W), ids), from the same bytes
 
-Q rounds in blocks along a row (`quantize.groupwise`). The node multiplies integers: it rounds
-its input to 8 bits, too, in the same blocks (accuracy_level 4), which makes it fast on CPUs.
+Q rounds in blocks along a row (`quantize.groupwise`). MatMulBlocks is an operator of ours
+(`export/matmul_blocks.py`), whose body is ONNX Runtime's MatMulNBits. It multiplies integers: its
+input is rounded to 8 bits, too, in the same blocks, which makes it fast on CPUs. Where products
+should be of floats, there is MatMulNBits itself.
 
 Offsets of blocks are a small product of their own beside one whose codes count from the middle:
 w = code * scale + offset is (code - 2^(bits - 1)) * scale + rest, with one `rest` for each block,
@@ -28,13 +30,17 @@ import onnx_ir as ir
 
 from pipeline.export.contract import (
     CONTRIB,
+    DOMAIN,
     GATHER_NBITS,
     INT4,
     INT4_OFFSET,
     INT8,
     INTEGER,
+    MATMUL_BLOCKS,
     MATMUL_NBITS,
+    OP_VERSION,
     PRODUCTS,
+    matmul_blocks_op,
 )
 from pipeline.export.passes.gather_nbits import look_up_rows
 from pipeline.export.passes.lay_out import (
@@ -193,28 +199,55 @@ def _product(
     """The product of x with stacked weights, inserted before a node, and the value of its codes."""
     rows, columns = sum(weight_shape(w)[0] for w in weights), weight_shape(weights[0])[1]
     name = name.removesuffix(".weight")
-    kinds = ("codes", "scales", "zeros") if format_.zero == "asym" else ("codes", "scales")
+    kinds = ["codes", "scales", *(["zeros"] if format_.zero == "asym" else [])]
     inputs = [x, *(_part(work, name, kind, format_, weights) for kind in kinds)]
     sizes = {"K": columns, "N": rows, "bits": format_.bits, "block_size": format_.block}
-    node = ir.node(
-        MATMUL_NBITS,
-        inputs,
-        sizes | {"accuracy_level": work.accuracy},
-        domain=CONTRIB,
-        name=name,
-    )
+    if work.accuracy == PRODUCTS[INTEGER]:
+        op_type = matmul_blocks_op(format_.zero, bias is not None)
+        if format_.zero == "offset":
+            rests = _part(work, name, "rests", format_, weights)
+            inputs += [rests, work.sums.block_ones(columns, format_.block)]
+        inputs += [] if bias is None else [bias]
+        node = ir.node(op_type, inputs, sizes, domain=DOMAIN, version=OP_VERSION, name=name)
+        product = _insert_product(work, before, node, format_)
+    else:
+        product = _float_product(work, before, inputs, sizes, name, format_, weights, bias)
+    return product, inputs[1]
+
+
+def _insert_product(work: _Pass, before: ir.Node, node: ir.Node, format_: Format) -> ir.Value:
+    """Insert a node of codes and count it; its output."""
+    node.outputs[0].name = f"{node.name}.output"
+    node.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)  # which no checker knows of the domain
+    work.graph.insert_before(before, node)
+    kind = MATMUL_BLOCKS if node.domain == DOMAIN else MATMUL_NBITS
+    work.counts[f"{kind} {format_.bits}"] += 1
+    return node.outputs[0]
+
+
+def _float_product(
+    work: _Pass,
+    before: ir.Node,
+    inputs: list[ir.Value],
+    sizes: dict[str, int],
+    name: str,
+    format_: Format,
+    weights: list[ir.Value],
+    bias: ir.Value | None,
+) -> ir.Value:
+    """MatMulNBits, which rounds no input here, and what offsets add."""
+    accuracy = {"accuracy_level": work.accuracy}
+    node = ir.node(MATMUL_NBITS, inputs, sizes | accuracy, domain=CONTRIB, name=name)
     if bias is not None:
         node.resize_inputs(6)
         node.replace_input_with(5, bias)
-    product = node.outputs[0]
-    product.name = f"{name}.output"
-    work.graph.insert_before(before, node)
-    work.counts[f"{MATMUL_NBITS} {format_.bits}"] += 1
+    product = _insert_product(work, before, node, format_)
     if format_.zero == "offset":
+        x, columns = inputs[0], sizes["K"]
         rests = _part(work, name, "rests", format_, weights)
         sums = work.sums(x, columns, format_.block)
         product = _add_rests(work.graph, before, product, sums, rests)
-    return product, inputs[1]
+    return product
 
 
 def _part(work: _Pass, name: str, kind: str, format_: Format, weights: list[ir.Value]) -> ir.Value:
@@ -311,7 +344,7 @@ class _BlockSums:
         key = (x, block)
         if key not in self._sums:
             name = f"{x.name}.sums.{block}"
-            node = ir.node("MatMul", [x, self._block_ones(columns, block)], name=name)
+            node = ir.node("MatMul", [x, self.block_ones(columns, block)], name=name)
             node.outputs[0].name = name
             producer = x.producer()
             if producer is None:
@@ -321,7 +354,7 @@ class _BlockSums:
             self._sums[key] = node.outputs[0]
         return self._sums[key]
 
-    def _block_ones(self, columns: int, block: int) -> ir.Value:
+    def block_ones(self, columns: int, block: int) -> ir.Value:
         """[columns, blocks], 1 where a column is in a block."""
         key = (columns, block)
         if key not in self._ones:

@@ -29,7 +29,7 @@ from pipeline.export.contract import (
     POSITION_IDS,
     present_name,
 )
-from pipeline.export.record import read_export_record
+from pipeline.export.record import ExportRecord, read_export_record
 from pipeline.runtime.sessions.call_times import CallTimes
 from pipeline.runtime.sessions.graph_interface import (
     explained,
@@ -94,13 +94,12 @@ class CpuSession(SlottedSession):
         values: KeyValues | None = None,
     ) -> None:
         record = read_export_record(folder)
-        rounded = f", cache {record.cache_format}" if record.cache_format != FLOAT else ""
-        self.name = name or f"onnxruntime cpu {record.weights}{rounded}"
         self.vocab_size = record.vocab_size
         # The last place is for the token beside the last one.
         self.max_length = record.max_length - steady
         self._folder, self._graph = folder, graph or Graph.open(folder, record, threads)
-        self._session, self._weights = self._graph
+        self._session = self._graph.session
+        self.name = name or _name(record, self._graph.kernels)
         nodes = [*self._session.get_inputs(), *self._session.get_overridable_initializers()]
         self._inputs = {node.name: node for node in nodes}
         widths = require_decoder_graph(self._session, record, folder)
@@ -114,8 +113,9 @@ class CpuSession(SlottedSession):
         self._rows = None
         if graph is None:
             self._rehearse()
-        # One row of a product with 4 bits is summed in another order than several are.
-        self._sums_one_row_alike = record.weights in (FLOAT, INT8)
+        # One row of ONNX Runtime's product with 4 bits is summed in another order than several are.
+        alike = record.weights in (FLOAT, INT8)
+        self._sums_one_row_alike = alike or self._graph.kernels is True
         if steady and graph is None:
             self._require_steadiness()
 
@@ -236,8 +236,9 @@ class CpuSession(SlottedSession):
         with explained(self._folder / GRAPH_FILE):
             self._session.run_with_iobinding(binding)
         self.call_times.add(count, time.perf_counter() - started)
-        if self._weights is not None and count > 1:
-            self._weights.release_pages()  # rows of the embedding, each with the pages around it
+        if self._graph.weights is not None and count > 1:
+            # Rows of the embedding, each with the pages around it.
+            self._graph.weights.release_pages()
         self._lengths[row : row + rows] = ends
         return logits if first is _ALL else logits[:, -1:]
 
@@ -309,3 +310,10 @@ class CpuSession(SlottedSession):
                 change="export both from the same model, with the same --max-length",
             )
         return shared or own
+
+
+def _name(record: ExportRecord, kernels: bool | None) -> str:
+    """What the ledger calls a session over an export."""
+    rounded = f", cache {record.cache_format}" if record.cache_format != FLOAT else ""
+    bodies = ", function bodies" if kernels is False else ""
+    return f"onnxruntime cpu {record.weights}{rounded}{bodies}"

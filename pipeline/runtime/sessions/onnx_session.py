@@ -27,6 +27,7 @@ from pipeline.export.contract import (
     GRAPH_FILE,
     INPUT_IDS,
     LOGITS,
+    MATMUL_BLOCKS,
     OPSET24,
     POSITION_IDS,
     PROFILES,
@@ -35,6 +36,7 @@ from pipeline.export.contract import (
     present_name,
 )
 from pipeline.export.record import ExportRecord, read_export_record, require_weights
+from pipeline.kernels.cpu_library import cpu_library
 from pipeline.machine import product_threads
 from pipeline.memory import require_free_memory
 from pipeline.runtime.sessions.checks import CheckedSession
@@ -87,7 +89,7 @@ class OnnxSession(CheckedSession):
         self.vocab_size = self.record.vocab_size
         self.max_length = self.record.max_length
         self._folder, self._graph = folder, graph or Graph.open(folder, self.record, threads)
-        self._session, self._weights = self._graph
+        self._session = self._graph.session
         self._widths = require_decoder_graph(self._session, self.record, folder)
         self._buffers: dict[str, np.ndarray] = {}
         self._cache: dict[str, Any] = {}
@@ -209,10 +211,13 @@ class Graph(NamedTuple):
         session: runs it; several threads and several caches may use it.
         weights: what it borrows, and what must outlive it; None where it has mapped the file by
             itself.
+        kernels: whether our kernels take the products of codes; None where there are none that
+            they could take.
     """
 
     session: onnxruntime.InferenceSession
     weights: _MappedWeights | None
+    kernels: bool | None = None
 
     @classmethod
     def open(
@@ -246,6 +251,7 @@ class Graph(NamedTuple):
         if not optimised:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         path = folder / GRAPH_FILE
+        kernels = _register_kernels(options, path) if record.accuracy_level is not None else None
         borrows = _borrows_files(onnxruntime.__version__)
         weights = _map_weights(folder / WEIGHTS_FILE) if borrows else None
         graph: str | bytes = str(path)
@@ -268,7 +274,7 @@ class Graph(NamedTuple):
                 change="check that model.onnx.data lies beside it, or export again",
             ) from error
         checked.result()
-        return cls(session, weights)
+        return cls(session, weights, kernels)
 
 
 class _MappedWeights:
@@ -310,6 +316,16 @@ class _MappedWeights:
             done.set()
             watcher.join()
             self.release_pages()
+
+
+def _register_kernels(options: onnxruntime.SessionOptions, path: Path) -> bool | None:
+    """Let our kernels take the products of codes, where this machine has them."""
+    if MATMUL_BLOCKS.encode() not in path.read_bytes():
+        return None
+    library = cpu_library()
+    if library is not None:
+        options.register_custom_ops_library(str(library))
+    return library is not None
 
 
 def _map_weights(path: Path) -> _MappedWeights | None:

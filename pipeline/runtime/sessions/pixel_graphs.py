@@ -48,7 +48,8 @@ class PixelGraph:
         from pipeline.runtime.sessions.onnx_session import Graph
 
         self._path, self._record, self._returned = folder / GRAPH_FILE, record, dict(returned)
-        self._session, self._weights = Graph.open(folder, record, threads, optimised=optimised)
+        self._graph = Graph.open(folder, record, threads, optimised=optimised)
+        self._session = self._graph.session
         require_image_graph(self._session, record, returned, folder)
 
     def run(self, pixels: np.ndarray) -> dict[str, np.ndarray]:

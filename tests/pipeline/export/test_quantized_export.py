@@ -187,10 +187,10 @@ def test_an_asymmetric_table_is_looked_up_in_its_codes_with_zero_points(
 def test_groups_of_numbers_and_of_codes_stand_side_by_side(exported: Callable[..., Path]) -> None:
     folder = exported("cpu", profile="cpu")
     graph = graph_of(folder)
-    nodes = [node for node in graph.node if node.op_type == "MatMulNBits"]
-    bits = Counter(f"MatMulNBits {a.i}" for n in nodes for a in n.attribute if a.name == "bits")
+    nodes = [node for node in graph.node if node.op_type.startswith("MatMulBlocks")]
+    bits = Counter(f"MatMulBlocks {a.i}" for n in nodes for a in n.attribute if a.name == "bits")
     assert record_of(folder)["quantized"] == dict(bits)
-    assert set(bits) == {"MatMulNBits 2", "MatMulNBits 4", "MatMulNBits 8"}
+    assert set(bits) == {"MatMulBlocks 2", "MatMulBlocks 4", "MatMulBlocks 8"}
     assert [n.name for n in graph.node if n.op_type.startswith("BlockSkip")] == [
         "model.layers.1.mlp.gate_proj+up_proj"
     ]

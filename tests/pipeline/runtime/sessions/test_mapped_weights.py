@@ -81,10 +81,10 @@ def test_lent_weights_give_the_logits_of_weights_that_onnx_runtime_maps(
     profile: str, kind: type[CpuSession | OnnxSession], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lent = kind(shared_export(profile), threads=1)
-    assert (lent._weights is not None) == _borrows_files(onnxruntime.__version__)
+    assert (lent._graph.weights is not None) == _borrows_files(onnxruntime.__version__)
     monkeypatch.setattr(onnx_session, "_map_weights", lambda path: None)
     own = kind(shared_export(profile), threads=1)
-    assert own._weights is None
+    assert own._graph.weights is None
     for session in (lent, own):
         session.forward(IDS[:, :9])
     np.testing.assert_array_equal(lent.forward(IDS[:, 9:]), own.forward(IDS[:, 9:]))
@@ -93,7 +93,7 @@ def test_lent_weights_give_the_logits_of_weights_that_onnx_runtime_maps(
 def test_a_session_keeps_none_of_the_file_once_it_has_read_a_prompt() -> None:
     folder = shared_export("cpu")
     session = CpuSession(folder, threads=1)
-    if session._weights is None:
+    if session._graph.weights is None:
         pytest.skip("this ONNX Runtime copies what it is lent")
     session.forward(IDS)
     assert resident_bytes(folder / WEIGHTS_FILE) == 0

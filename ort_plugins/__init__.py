@@ -1,0 +1,1 @@
+"""Operators of our own for ONNX Runtime, in C++."""

@@ -1,0 +1,158 @@
+"""The library of operators for ONNX Runtime on the CPU: compiled when first needed, and kept.
+
+It lies in the user's cache, under a name made of everything it depends on. Where it cannot be had,
+ONNX Runtime runs the bodies of the operators, slower, and it is said.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+
+from filelock import FileLock
+
+from pipeline.errors import InputError, PipelineError
+from pipeline.machine import cpu_flags
+from pipeline.progress import note
+from pipeline.remembered import cache_folder
+
+_FOLDER = Path(__file__).parents[2] / "ort_plugins" / "matmul_blocks"
+_FLAGS = (
+    "-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno",
+)  # fmt: skip
+# Every source and the instructions it is compiled for; which of them run is found out as it loads.
+_SOURCES = {
+    "operators.cpp": (),
+    "round_row.cpp": (),
+    "tile_avx2.cpp": ("-mavx2", "-mfma", "-mf16c"),
+    "tile_avx512.cpp": (
+        "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mfma", "-mf16c",
+        "-mprefer-vector-width=512",
+    ),
+    "weight_memory.cpp": (),
+}  # fmt: skip
+_HEADERS = ("products.h", "runtime_api.h", "tile.h", "weight_memory.h")
+_COMPILING_S_AT_MOST = 600
+# What the kernels choose among, and what chooses for them; `off` takes the bodies.
+CHOICE = "SKIPCAT_KERNELS"
+OFF = "off"
+_CHOICES = ("", "avx512", "avx2", OFF)
+
+
+def why_no_kernels() -> str | None:
+    """Why this machine runs the bodies of the operators; None where it has or can make the kernels.
+
+    Raises:
+        InputError: SKIPCAT_KERNELS names no kernels.
+    """
+    chosen = os.environ.get(CHOICE, "")
+    if chosen not in _CHOICES:
+        raise InputError(
+            f"{CHOICE} names no kernels.",
+            observed=chosen,
+            expected=", ".join(choice for choice in _CHOICES if choice),
+        )
+    if chosen == OFF:
+        return f"{CHOICE}={OFF}"
+    if not sys.platform.startswith("linux") or platform.machine() != "x86_64":
+        return f"there are none for {platform.system()} on {platform.machine()}"
+    if "avx2" not in cpu_flags():
+        return "this processor has no AVX2"
+    if _compiler() is None:
+        return "there is no C++ compiler (apt install g++)"
+    return None
+
+
+@cache
+def cpu_library() -> Path | None:
+    """The compiled operators; None where their bodies run, which is said once.
+
+    Raises:
+        InputError: SKIPCAT_KERNELS names no kernels.
+    """
+    reason = why_no_kernels()
+    if reason is None:
+        try:
+            return _built(_compiler() or [])
+        except PipelineError as error:
+            reason = str(error)
+        except (OSError, RuntimeError) as error:
+            reason = f"they cannot be kept: {error}"
+    note(f"products of codes run in ONNX Runtime's own kernels, which are slower: {reason}")
+    return None
+
+
+def _compiler() -> list[str] | None:
+    """The command of a C++ compiler: of CXX, or the first that is there."""
+    chosen = os.environ.get("CXX")
+    if chosen:
+        return shlex.split(chosen)
+    found = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    return None if found is None else [found]
+
+
+def _built(compiler: list[str]) -> Path:
+    """The library, compiled unless it is there."""
+    folder = cache_folder() / "kernels"
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / f"matmul_blocks-{_digest(compiler)}.so"
+    if not target.is_file():
+        # Two processes that start together compile once.
+        with FileLock(f"{target}.lock"):
+            if not target.is_file():
+                note(f"compiling the kernels for the CPU, once, some ten seconds: {target}")
+                _compile(compiler, target)
+    return target
+
+
+def _digest(compiler: Iterable[str]) -> str:
+    """Differs whenever the compiled library would."""
+    digest = hashlib.sha256(repr((*compiler, _FLAGS, _SOURCES)).encode())
+    for name in (*_SOURCES, *_HEADERS):
+        digest.update((_FOLDER / name).read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _compile(compiler: list[str], target: Path) -> None:
+    """Compile every source by itself and link them; `target` appears only when all succeeded.
+
+    Raises:
+        InputError: the compiler fails, with the end of what it printed.
+    """
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch, ThreadPoolExecutor() as pool:
+        objects = {name: Path(scratch) / f"{name}.o" for name in _SOURCES}
+        commands = [
+            [*compiler, *_FLAGS, *flags, "-c", str(_FOLDER / name), "-o", str(objects[name])]
+            for name, flags in _SOURCES.items()
+        ]
+        list(pool.map(_run, commands))
+        linked = Path(scratch) / target.name
+        _run([*compiler, "-shared", *map(str, objects.values()), "-o", str(linked)])
+        linked.replace(target)
+
+
+def _run(command: list[str]) -> None:
+    try:
+        answer = subprocess.run(
+            command, capture_output=True, text=True, check=False, timeout=_COMPILING_S_AT_MOST
+        )
+        failed, said = answer.returncode != 0, answer.stderr or answer.stdout
+    except OSError as error:
+        failed, said = True, str(error)
+    if failed:
+        raise InputError(
+            "The kernels for the CPU cannot be compiled.",
+            where=command[0],
+            observed="\n".join(said.strip().splitlines()[:8]),
+            change="needs g++ 9 or clang 14, or newer",
+        )
