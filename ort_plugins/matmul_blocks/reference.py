@@ -1,6 +1,7 @@
-"""MatMulBlocks in NumPy: the specification that every implementation is tested against.
+"""The operators in NumPy: the specification that every implementation is tested against.
 
-    y[r, j] = sum over k of x[r, k] w[j, k] + bias[j],  w[j, k] = (code - zero) scale + rest
+    MatMulBlocks     y = x W^T + bias,  w = (code - zero) scale + rest
+    BlockSkipBlocks  y = (x1 + x2 A^T) B^T,  [x1 x2] = x[..., index]
 
 As in ONNX Runtime's MatMulNBits with accuracy_level 4, every block of a row of x is rounded to 8
 bits before it meets the codes; the rest of a block meets the sum of the numbers as they are.
@@ -70,6 +71,26 @@ def matmul_blocks(x: np.ndarray, matrix: Matrix, bias: np.ndarray | None = None)
     if matrix.rests is not None:
         y = y + cut.sum(axis=-1, dtype=np.float64) @ matrix.rests
     return y if bias is None else y + bias
+
+
+def block_skip_blocks(
+    x: np.ndarray, a: Matrix, b: Matrix, index: np.ndarray | None = None
+) -> np.ndarray:
+    """Compute the node of two factors.
+
+    Args:
+        x: float32 [..., n].
+        a: [r, n - r].
+        b: [N, r].
+        index: int32 [n]; None where x is in order.
+
+    Returns:
+        float64 [..., N].
+    """
+    rank = len(a.codes)
+    ordered = x if index is None else x[..., index]
+    latent = ordered[..., :rank] + matmul_blocks(ordered[..., rank:], a)
+    return matmul_blocks(latent.astype(np.float32), b)
 
 
 def rounded_blocks(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

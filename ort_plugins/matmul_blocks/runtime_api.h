@@ -30,11 +30,11 @@ struct ApiBase
     char const* (*getVersionString)();
 };
 
-// A type of the elements of a tensor, and what an input or output may be.
+// Types of the elements of tensors, and that an input or output must be there.
 constexpr int kFloat32 = 1;
 constexpr int kUint8 = 2;
+constexpr int kInt32 = 6;
 constexpr int kRequired = 0;
-constexpr int kOptional = 1;
 
 // OrtCustomOp; what is null takes the default.
 struct CustomOp

@@ -58,7 +58,7 @@ _NIBBLE = 4  # bits of half a byte
 BLOCK_SKIP, BLOCK_SKIP_INDEXED = "BlockSkipLinear", "BlockSkipLinearIndexed"
 BLOCK_SKIP_OPS = (BLOCK_SKIP, BLOCK_SKIP_INDEXED)
 LINEAR_QUANTIZED = "LinearQuantized"
-# Rows of a and b to a scale: attributes of nodes that hold codes, and fields of the plugin's.
+# Numbers of a and of b to a scale: attributes of nodes that hold codes, and fields of the plugin's.
 BLOCK_A, BLOCK_B = "block_a", "block_b"
 # Of the body of BLOCK_SKIP, with a factor out of DequantizeLinear; no plugin takes them.
 DEQUANTIZED_SKIP, DEQUANTIZED_SKIP_INDEXED = (
@@ -131,6 +131,23 @@ def matmul_blocks_op(zero: str, bias: bool) -> str:
 MATMUL_BLOCKS_OPS = {
     (zero, bias): matmul_blocks_op(zero, bias) for zero in _COUNTED_FROM for bias in (False, True)
 }
+BLOCK_SKIP_BLOCKS = "BlockSkipBlocks"
+
+
+def block_skip_blocks_op(a: str, b: str, indexed: bool) -> str:
+    """`BlockSkipBlocksAZerosBIndexed`: of zeros of both factors, and of an x that is reordered."""
+    factors = f"A{_COUNTED_FROM[a]}B{_COUNTED_FROM[b]}"
+    return BLOCK_SKIP_BLOCKS + factors + ("Indexed" if indexed else "")
+
+
+BLOCK_SKIP_BLOCKS_OPS = {
+    (a, b, indexed): block_skip_blocks_op(a, b, indexed)
+    for a in _COUNTED_FROM
+    for b in _COUNTED_FROM
+    for indexed in (False, True)
+}
+# Those for which there are kernels on the CPU.
+CPU_KERNEL_OPS = (*MATMUL_BLOCKS_OPS.values(), *BLOCK_SKIP_BLOCKS_OPS.values())
 
 # --- choices of an export ---
 

@@ -32,6 +32,7 @@ _FLAGS = (
 )  # fmt: skip
 # Every source and the instructions it is compiled for; which of them run is found out as it loads.
 _SOURCES = {
+    "multiply.cpp": (),
     "operators.cpp": (),
     "round_row.cpp": (),
     "tile_avx2.cpp": ("-mavx2", "-mfma", "-mf16c"),
@@ -39,9 +40,13 @@ _SOURCES = {
         "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mfma", "-mf16c",
         "-mprefer-vector-width=512",
     ),
+    "stored_matrix.cpp": (),
     "weight_memory.cpp": (),
 }  # fmt: skip
-_HEADERS = ("products.h", "runtime_api.h", "tile.h", "weight_memory.h")
+_HEADERS = (
+    "block_skip_node.h", "call.h", "matmul_node.h", "multiply.h", "products.h", "runtime_api.h",
+    "stored_matrix.h", "tile.h", "weight_memory.h",
+)  # fmt: skip
 _COMPILING_S_AT_MOST = 600
 # What the kernels choose among, and what chooses for them; `off` takes the bodies.
 CHOICE = "SKIPCAT_KERNELS"

@@ -1,8 +1,9 @@
-"""Graphs of single MatMulBlocks nodes, with and without the kernels."""
+"""Graphs of single MatMulBlocks and BlockSkipBlocks nodes, with and without the kernels."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -11,7 +12,13 @@ import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
 from ort_plugins.matmul_blocks.reference import Matrix
-from pipeline.export.contract import CONTRIB, DOMAIN, OP_VERSION, matmul_blocks_op
+from pipeline.export.contract import (
+    CONTRIB,
+    DOMAIN,
+    OP_VERSION,
+    block_skip_blocks_op,
+    matmul_blocks_op,
+)
 from pipeline.export.matmul_blocks import function_bodies
 
 _OPSET = 23
@@ -38,23 +45,47 @@ def random_matrix(
 
 def node_graph(matrix: Matrix, bias: np.ndarray | None = None) -> bytes:
     """A graph of one node, y [B, S, N] of x [B, S, K], with the body of its operator."""
-    rows, blocks, _ = matrix.codes.shape
-    zero = "asym" if matrix.zeros is not None else "sym" if matrix.rests is None else "offset"
+    given = _given(matrix, "") | ({} if bias is None else {"bias": bias})
+    rows = len(matrix.codes)
+    sizes = {"K": matrix.columns, "N": rows, "bits": matrix.bits, "block_size": matrix.block}
+    name = matmul_blocks_op(_zero(matrix), bias is not None)
+    return _graph(name, given, sizes, matrix.columns, rows)
+
+
+def skip_graph(a: Matrix, b: Matrix, index: np.ndarray | None = None) -> bytes:
+    """A graph of one node of two factors, likewise."""
+    given = ({} if index is None else {"index": index}) | _given(a, "a_") | _given(b, "b_")
+    rank, rows = len(a.codes), len(b.codes)
+    sizes = {"N": rows, "rank": rank, "rest": a.columns}
+    sizes |= {"bits_a": a.bits, "block_a": a.block, "bits_b": b.bits, "block_b": b.block}
+    name = block_skip_blocks_op(_zero(a), _zero(b), index is not None)
+    return _graph(name, given, sizes, rank + a.columns, rows)
+
+
+def _zero(matrix: Matrix) -> str:
+    return "asym" if matrix.zeros is not None else "sym" if matrix.rests is None else "offset"
+
+
+def _given(matrix: Matrix, prefix: str) -> dict[str, np.ndarray]:
+    """Inputs that hold a matrix, in the order of the operators."""
     given = {"codes": matrix.codes, "scales": matrix.scales.reshape(-1)}
     if matrix.zeros is not None:
         given["zeros"] = matrix.zeros.reshape(-1)
     if matrix.rests is not None:
+        blocks = len(matrix.rests)
         ones = np.repeat(np.eye(blocks, dtype=np.float32), matrix.block, axis=0)
         given |= {"rests": matrix.rests, "ones": ones[: matrix.columns]}
-    if bias is not None:
-        given["bias"] = bias
-    name = matmul_blocks_op(zero, bias is not None)
-    sizes = {"K": matrix.columns, "N": rows, "bits": matrix.bits, "block_size": matrix.block}
+    return {prefix + name: array for name, array in given.items()}
+
+
+def _graph(
+    name: str, given: dict[str, np.ndarray], sizes: dict[str, Any], columns: int, rows: int
+) -> bytes:
     node = helper.make_node(name, ["x", *given], ["y"], domain=DOMAIN, **sizes)
     graph = helper.make_graph(
         [node],
         "product",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["B", "S", matrix.columns])],
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["B", "S", columns])],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["B", "S", rows])],
         [numpy_helper.from_array(array, key) for key, array in given.items()],
     )

@@ -1,13 +1,14 @@
 """Quantised linear layers and embedding, as ONNX Runtime's own operators hold them.
 
     Linear(x, W) + c             -> MatMulBlocks(x, Q(W), c)
-    BlockSkip(x, A', B)          -> MatMulBlocks(x1 + MatMulBlocks(x2, Q(A')), Q(B))
+    BlockSkip(x, A', B)          -> BlockSkipBlocks(x, Q(A'), Q(B))
     Gather(W, ids), W the head's -> GatherBlockQuantized(Q(W), ids), from the same bytes
 
 Q rounds in blocks along a row (`quantize.groupwise`). MatMulBlocks is an operator of ours
 (`export/matmul_blocks.py`), whose body is ONNX Runtime's MatMulNBits. It multiplies integers: its
-input is rounded to 8 bits, too, in the same blocks, which makes it fast on CPUs. Where products
-should be of floats, there is MatMulNBits itself.
+input is rounded to 8 bits, too, in the same blocks, which makes it fast on CPUs. BlockSkipBlocks is
+two such products in one node. Where one factor is numbers there is a node for each step, and where
+products should be of floats, MatMulNBits itself.
 
 Offsets of blocks are a small product of their own beside one whose codes count from the middle:
 w = code * scale + offset is (code - 2^(bits - 1)) * scale + rest, with one `rest` for each block,
@@ -29,6 +30,9 @@ import numpy as np
 import onnx_ir as ir
 
 from pipeline.export.contract import (
+    BLOCK_A,
+    BLOCK_B,
+    BLOCK_SKIP_BLOCKS,
     CONTRIB,
     DOMAIN,
     GATHER_NBITS,
@@ -40,8 +44,10 @@ from pipeline.export.contract import (
     MATMUL_NBITS,
     OP_VERSION,
     PRODUCTS,
+    block_skip_blocks_op,
     matmul_blocks_op,
 )
+from pipeline.export.passes.block_sums import BlockSums, add_rests
 from pipeline.export.passes.gather_nbits import look_up_rows
 from pipeline.export.passes.lay_out import (
     SharedLatent,
@@ -106,7 +112,7 @@ class _Pass:
         format: of matrices that the checkpoint does not hold quantised; None leaves them.
         accuracy: `accuracy_level` of the nodes.
         rounder: of their weights.
-        counts: how many nodes there are of each kind.
+        counts: how many matrices there are of each number of bits, by the operator.
         sums: of inputs, for formats with offsets.
     """
 
@@ -117,7 +123,7 @@ class _Pass:
     counts: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
-        self.sums = _BlockSums(self.graph)
+        self.sums = BlockSums(self.graph)
 
     def format_of(self, weights: list[ir.Value], other: Format | None) -> Format | None:
         """The format that weights are stored in, or `other`."""
@@ -139,7 +145,7 @@ def quantize_linears(
         accuracy: 4 rounds the inputs of products to 8 bits, too; 0 multiplies in float32.
 
     Returns:
-        How many nodes there are of each number of bits.
+        How many matrices there are of each number of bits, by the operator that takes them.
     """
     work = _Pass(model.graph, format_, accuracy)
     for node in list(model.graph):
@@ -199,20 +205,26 @@ def _product(
     """The product of x with stacked weights, inserted before a node, and the value of its codes."""
     rows, columns = sum(weight_shape(w)[0] for w in weights), weight_shape(weights[0])[1]
     name = name.removesuffix(".weight")
-    kinds = ["codes", "scales", *(["zeros"] if format_.zero == "asym" else [])]
-    inputs = [x, *(_part(work, name, kind, format_, weights) for kind in kinds)]
+    inputs = [x, *_parts(work, name, format_, weights)]
     sizes = {"K": columns, "N": rows, "bits": format_.bits, "block_size": format_.block}
     if work.accuracy == PRODUCTS[INTEGER]:
         op_type = matmul_blocks_op(format_.zero, bias is not None)
-        if format_.zero == "offset":
-            rests = _part(work, name, "rests", format_, weights)
-            inputs += [rests, work.sums.block_ones(columns, format_.block)]
         inputs += [] if bias is None else [bias]
         node = ir.node(op_type, inputs, sizes, domain=DOMAIN, version=OP_VERSION, name=name)
         product = _insert_product(work, before, node, format_)
     else:
-        product = _float_product(work, before, inputs, sizes, name, format_, weights, bias)
+        product = _float_product(work, before, inputs, sizes, name, format_, bias)
     return product, inputs[1]
+
+
+def _parts(work: _Pass, name: str, format_: Format, weights: list[ir.Value]) -> list[ir.Value]:
+    """Inputs that hold stacked weights, in the order of our operators."""
+    kinds = ["codes", "scales"]
+    kinds += {"sym": [], "asym": ["zeros"], "offset": ["rests"]}[format_.zero]
+    parts = [_part(work, name, kind, format_, weights) for kind in kinds]
+    if format_.zero == "offset" and work.accuracy == PRODUCTS[INTEGER]:
+        parts.append(work.sums.block_ones(weight_shape(weights[0])[1], format_.block))
+    return parts
 
 
 def _insert_product(work: _Pass, before: ir.Node, node: ir.Node, format_: Format) -> ir.Value:
@@ -220,7 +232,8 @@ def _insert_product(work: _Pass, before: ir.Node, node: ir.Node, format_: Format
     node.outputs[0].name = f"{node.name}.output"
     node.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)  # which no checker knows of the domain
     work.graph.insert_before(before, node)
-    kind = MATMUL_BLOCKS if node.domain == DOMAIN else MATMUL_NBITS
+    kinds = (BLOCK_SKIP_BLOCKS, MATMUL_BLOCKS, MATMUL_NBITS)
+    kind = next(kind for kind in kinds if node.op_type.startswith(kind))
     work.counts[f"{kind} {format_.bits}"] += 1
     return node.outputs[0]
 
@@ -232,21 +245,19 @@ def _float_product(
     sizes: dict[str, int],
     name: str,
     format_: Format,
-    weights: list[ir.Value],
     bias: ir.Value | None,
 ) -> ir.Value:
     """MatMulNBits, which rounds no input here, and what offsets add."""
     accuracy = {"accuracy_level": work.accuracy}
+    rests = inputs.pop() if format_.zero == "offset" else None
     node = ir.node(MATMUL_NBITS, inputs, sizes | accuracy, domain=CONTRIB, name=name)
     if bias is not None:
         node.resize_inputs(6)
         node.replace_input_with(5, bias)
     product = _insert_product(work, before, node, format_)
-    if format_.zero == "offset":
-        x, columns = inputs[0], sizes["K"]
-        rests = _part(work, name, "rests", format_, weights)
-        sums = work.sums(x, columns, format_.block)
-        product = _add_rests(work.graph, before, product, sums, rests)
+    if rests is not None:
+        sums = work.sums(inputs[0], sizes["K"], format_.block)
+        product = add_rests(work.graph, before, product, sums, rests)
     return product
 
 
@@ -312,6 +323,35 @@ def _embedding(
 
 
 def _block_skip(work: _Pass, group: SharedLatent) -> None:
+    """One node where both factors are codes; else a node for each step."""
+    a = group.first.inputs[1]
+    of_a, of_b = (work.format_of(weights, work.format) for weights in ([a], group.ups))
+    if of_a is None or of_b is None or work.accuracy != PRODUCTS[INTEGER]:
+        _apart(work, group)
+        return
+    rank, rest = weight_shape(a)
+    x, name = group.first.inputs[0], group.name.removesuffix(".weight")
+    index = list(group.first.inputs[3:])
+    factors = [*_parts(work, f"{name}.a", of_a, [a]), *_parts(work, f"{name}.b", of_b, group.ups)]
+    sizes = {
+        "N": sum(weight_shape(up)[0] for up in group.ups),
+        "rank": rank,
+        "rest": rest,
+        "bits_a": of_a.bits,
+        BLOCK_A: of_a.block,
+        "bits_b": of_b.bits,
+        BLOCK_B: of_b.block,
+    }
+    op_type = block_skip_blocks_op(of_a.zero, of_b.zero, bool(index))
+    inputs = [x, *index, *factors]
+    node = ir.node(op_type, inputs, sizes, domain=DOMAIN, version=OP_VERSION, name=name)
+    product = _insert_product(work, group.first, node, of_a)
+    work.counts[f"{BLOCK_SKIP_BLOCKS} {of_b.bits}"] += 1
+    group.give_way(product)
+
+
+def _apart(work: _Pass, group: SharedLatent) -> None:
+    """The latent and the product with B, step by step."""
     graph, first, name = work.graph, group.first, group.name
     x, a = first.inputs[0], first.inputs[1]
     rank, rest = weight_shape(a)
@@ -329,59 +369,3 @@ def _block_skip(work: _Pass, group: SharedLatent) -> None:
     graph.insert_before(first, latent)
     latent.outputs[0].name = f"{name}.z"
     group.give_way(_any_product(work, first, latent.outputs[0], group.ups, f"{name}.b"))
-
-
-class _BlockSums:
-    """Sums of inputs over blocks of neighbours, computed once however many products read them."""
-
-    def __init__(self, graph: ir.Graph) -> None:
-        self._graph = graph
-        self._sums: dict[tuple[ir.Value, int], ir.Value] = {}
-        self._ones: dict[tuple[int, int], ir.Value] = {}
-
-    def __call__(self, x: ir.Value, columns: int, block: int) -> ir.Value:
-        """Sums [..., blocks] of x [..., columns], the last block being what is left."""
-        key = (x, block)
-        if key not in self._sums:
-            name = f"{x.name}.sums.{block}"
-            node = ir.node("MatMul", [x, self.block_ones(columns, block)], name=name)
-            node.outputs[0].name = name
-            producer = x.producer()
-            if producer is None:
-                self._graph.insert_before(self._graph[0], node)
-            else:
-                self._graph.insert_after(producer, node)
-            self._sums[key] = node.outputs[0]
-        return self._sums[key]
-
-    def block_ones(self, columns: int, block: int) -> ir.Value:
-        """[columns, blocks], 1 where a column is in a block."""
-        key = (columns, block)
-        if key not in self._ones:
-            blocks = -(-columns // block)
-            ones = np.repeat(np.eye(blocks, dtype=np.float32), block, axis=0)[:columns]
-            self._ones[key] = new_constant(self._graph, f"blocks.{columns}.{block}", ones)
-        return self._ones[key]
-
-
-def _add_rests(
-    graph: ir.Graph, before: ir.Node, product: ir.Value, sums: ir.Value, rests: ir.Value
-) -> ir.Value:
-    """Add what a product lacks, sums rests, in nodes inserted before one.
-
-    Args:
-        graph: changed in place.
-        before: the node to insert before.
-        product: [..., m].
-        sums: [..., blocks].
-        rests: a weight [blocks, m].
-
-    Returns:
-        [..., m].
-    """
-    name = f"{product.name}.rest"
-    rest = ir.node("MatMul", [sums, rests], name=name)
-    whole = ir.node("Add", [product, rest.outputs[0]], name=f"{product.name}.whole")
-    rest.outputs[0].name, whole.outputs[0].name = name, whole.name
-    graph.insert_before(before, [rest, whole])
-    return whole.outputs[0]

@@ -22,12 +22,12 @@ from pipeline.errors import InputError, MissingPackageError, first_line
 from pipeline.export.contract import (
     ATTENTION_MASK,
     COMPAT,
+    CPU_KERNEL_OPS,
     FIRST_ROUNDED_CACHE,
     FLOAT,
     GRAPH_FILE,
     INPUT_IDS,
     LOGITS,
-    MATMUL_BLOCKS,
     OPSET24,
     POSITION_IDS,
     PROFILES,
@@ -320,7 +320,8 @@ class _MappedWeights:
 
 def _register_kernels(options: onnxruntime.SessionOptions, path: Path) -> bool | None:
     """Let our kernels take the products of codes, where this machine has them."""
-    if MATMUL_BLOCKS.encode() not in path.read_bytes():
+    content = path.read_bytes()
+    if not any(name.encode() in content for name in CPU_KERNEL_OPS):
         return None
     library = cpu_library()
     if library is not None:

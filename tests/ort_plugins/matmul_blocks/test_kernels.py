@@ -1,4 +1,4 @@
-"""The kernels of MatMulBlocks, in ONNX Runtime, against the reference and the body."""
+"""The kernels, in ONNX Runtime, against the reference and the bodies."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -15,10 +16,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ort_plugins.matmul_blocks.reference import Matrix, matmul_blocks
+from ort_plugins.matmul_blocks.reference import Matrix, block_skip_blocks, matmul_blocks
 from pipeline.kernels.cpu_library import cpu_library, why_no_kernels
 from pipeline.machine import cpu_flags
-from tests.support.block_products import node_graph, random_matrix, session_of
+from tests.support.block_products import node_graph, random_matrix, session_of, skip_graph
 
 pytestmark = pytest.mark.skipif(why_no_kernels() is not None, reason=str(why_no_kernels()))
 
@@ -119,6 +120,58 @@ def test_any_shape_is_computed(
     close(found, matmul_blocks(x, matrix))
 
 
+# Of A [rank, rest] and B [N, rank]: bits, block and what codes are counted from.
+FACTORS = [
+    (24, 40, 50, (4, 32, "offset"), (4, 32, "offset")),
+    (32, 64, 96, (4, 64, "asym"), (8, 16, "sym")),
+    (17, 33, 20, (8, 32, "sym"), (2, 32, "asym")),
+    (144, 432, 600, (2, 64, "asym"), (4, 32, "offset")),
+]
+
+
+def factors(case: tuple[int, int, int, tuple[int, int, str], tuple[int, int, str]]) -> Any:
+    rank, rest, rows, of_a, of_b = case
+    index = np.random.default_rng(rank).permutation(rank + rest).astype(np.int32)
+    return random_matrix(rank, rest, *of_a), random_matrix(rows, rank, *of_b), index
+
+
+@pytest.mark.parametrize("case", FACTORS, ids=lambda case: "-".join(map(str, case[:3])))
+@pytest.mark.parametrize("kernels", [True, False], ids=["kernel", "body"])
+@pytest.mark.parametrize("indexed", [True, False], ids=["indexed", "in order"])
+def test_two_factors_are_one_node(case: Any, kernels: bool, indexed: bool) -> None:
+    a, b, index = factors(case)
+    index = index if indexed else None
+    session = session_of(skip_graph(a, b, index), cpu_library() if kernels else None)
+    for rows in ROWS:
+        x = inputs(rows, case[0] + case[1])
+        # A latent that lies between two codes of 8 bits may fall to either.
+        found = session.run(None, {"x": x})[0]
+        close(found, block_skip_blocks(x, a, b, index), 2e-3)
+        assert (
+            np.median(np.abs(found - block_skip_blocks(x, a, b, index)))
+            < 2e-6 * np.abs(found).max()
+        )
+
+
+@pytest.mark.parametrize("case", FACTORS, ids=lambda case: "-".join(map(str, case[:3])))
+def test_no_bit_of_a_row_of_two_factors_depends_on_the_rows_beside_it(case: Any) -> None:
+    a, b, index = factors(case)
+    x = inputs(29, case[0] + case[1])
+    one, two = (session_of(skip_graph(a, b, index), cpu_library(), n) for n in (1, 2))
+    together = one.run(None, {"x": x})[0]
+    assert np.array_equal(two.run(None, {"x": x})[0], together)
+    for first, last in ((0, 1), (3, 5), (7, 20), (28, 29)):
+        assert np.array_equal(one.run(None, {"x": x[:, first:last]})[0], together[:, first:last])
+
+
+@pytest.mark.parametrize("place", [-1, 64])
+def test_an_index_outside_of_x_is_refused(place: int) -> None:
+    a, b, index = factors(FACTORS[0])
+    index[3] = place
+    with pytest.raises(Exception, match="outside of x"):
+        session_of(skip_graph(a, b, index), cpu_library())
+
+
 def test_rows_of_zeros_give_zeros_and_no_rows_give_none() -> None:
     session = session_of(node_graph(random_matrix(20, 64, 4, 32, "offset")), cpu_library())
     zeros = session.run(None, {"x": np.zeros((1, 2, 64), np.float32)})[0]
@@ -160,7 +213,7 @@ def test_a_matrix_that_is_computed_is_refused() -> None:
         del model.graph.initializer[:]
         model.graph.initializer.extend(kept)
 
-    with pytest.raises(Exception, match="must be an initializer"):
+    with pytest.raises(Exception, match="must be initializers"):
         session_of(_spoilt(change), cpu_library())
 
 
@@ -168,7 +221,7 @@ def test_a_matrix_whose_size_is_not_its_attributes_is_refused() -> None:
     def change(model: onnx.ModelProto) -> None:
         next(a for a in model.graph.node[0].attribute if a.name == "N").i = 4000
 
-    with pytest.raises(Exception, match="sizes"):
+    with pytest.raises(Exception, match="sizes of a matrix"):
         session_of(_spoilt(change), cpu_library())
 
 
@@ -177,7 +230,7 @@ import json, sys
 import numpy as np
 from pipeline.kernels.cpu_library import cpu_library
 from tests.ort_plugins.matmul_blocks.test_kernels import SHAPES, inputs
-from tests.support.block_products import node_graph, random_matrix, session_of
+from tests.support.block_products import node_graph, random_matrix, session_of, skip_graph
 
 print(json.dumps([
     session_of(node_graph(random_matrix(*shape)), cpu_library())

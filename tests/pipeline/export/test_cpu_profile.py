@@ -20,9 +20,11 @@ from pipeline.compress.run import compress_to_folder
 from pipeline.errors import UsageError
 from pipeline.export.export import export_folder
 from pipeline.export.request import ExportRequest
+from pipeline.kernels.cpu_library import why_no_kernels
 from pipeline.quantize.groupwise import quantize_blocks
 from pipeline.runtime.generate import generate
 from pipeline.runtime.sequence import Decoding
+from pipeline.runtime.sessions import onnx_session
 from pipeline.runtime.sessions.onnx_cpu_session import CpuSession
 from tests.support.families import save_family
 
@@ -132,10 +134,48 @@ def test_few_bits_stay_close_to_torch(
     record = record_of(folder)
     logits = in_pieces(CpuSession(folder), [9, 10, 11])
     assert cosine(logits, torch_logits(checkpoints[kind])) > least
-    products = [name for name in optypes(folder) if name.startswith("MatMul")]
-    assert all(name.startswith("MatMulBlocks") for name in products)
+    assert "MatMul" not in optypes(folder)
     assert record["weights"] == weights
-    assert sum(record["quantized"].values()) == len(products)
+    assert sum(record["quantized"].values()) == matrices_of(optypes(folder))
+
+
+def matrices_of(operators: list[str]) -> int:
+    """How many matrices are codes: of a product, or of two in one node."""
+    own = sum(name.startswith("MatMulBlocks") for name in operators)
+    return own + 2 * sum(name.startswith("BlockSkipBlocks") for name in operators)
+
+
+@pytest.mark.skipif(why_no_kernels() is not None, reason=str(why_no_kernels()))
+@pytest.mark.parametrize(("kind", "weights"), [("llama", "int4"), ("llama", "int8")])
+def test_the_bodies_give_the_logits_of_the_kernels(
+    kind: str,
+    weights: str,
+    checkpoints: dict[str, Path],
+    exported: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = exported(checkpoints[kind], weights)
+    by_kernels = CpuSession(folder)
+    monkeypatch.setattr(onnx_session, "cpu_library", lambda: None)
+    by_bodies = CpuSession(folder)
+    assert by_kernels.name == f"onnxruntime cpu {weights}"
+    assert by_bodies.name == f"onnxruntime cpu {weights}, function bodies"
+    logits = [in_pieces(session, [9, 10, 11]) for session in (by_kernels, by_bodies)]
+    # Inputs that lie between two codes of 8 bits may fall to either.
+    assert cosine(*logits) > 0.9999
+
+
+@pytest.mark.skipif(why_no_kernels() is not None, reason=str(why_no_kernels()))
+def test_a_slot_that_decodes_alone_has_the_bits_it_has_beside_others(
+    checkpoints: dict[str, Path], exported: Callable[..., Path]
+) -> None:
+    session = CpuSession(exported(checkpoints["llama"], "int4"), slots=3)
+    for slot in range(3):
+        session.prefill(slot, np.arange(4, 9 + slot))
+    together = session.decode([0, 1, 2], [5, 6, 7])
+    for slot in range(3):
+        session.rewind_slot(slot, 5 + slot)
+        assert np.array_equal(session.decode([slot], [5 + slot])[0], together[slot])
 
 
 def on_grids(weight: torch.Tensor) -> torch.Tensor:

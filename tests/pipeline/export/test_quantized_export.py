@@ -187,13 +187,19 @@ def test_an_asymmetric_table_is_looked_up_in_its_codes_with_zero_points(
 def test_groups_of_numbers_and_of_codes_stand_side_by_side(exported: Callable[..., Path]) -> None:
     folder = exported("cpu", profile="cpu")
     graph = graph_of(folder)
-    nodes = [node for node in graph.node if node.op_type.startswith("MatMulBlocks")]
-    bits = Counter(f"MatMulBlocks {a.i}" for n in nodes for a in n.attribute if a.name == "bits")
+    bits = Counter(
+        f"{kind} {a.i}"
+        for kind in ("MatMulBlocks", "BlockSkipBlocks")
+        for node in graph.node
+        for a in node.attribute
+        if node.op_type.startswith(kind) and a.name.startswith("bits")
+    )
     assert record_of(folder)["quantized"] == dict(bits)
-    assert set(bits) == {"MatMulBlocks 2", "MatMulBlocks 4", "MatMulBlocks 8"}
-    assert [n.name for n in graph.node if n.op_type.startswith("BlockSkip")] == [
-        "model.layers.1.mlp.gate_proj+up_proj"
-    ]
+    assert {name.split()[1] for name in bits} == {"2", "4", "8"}
+    assert {"MatMulBlocks 4", "BlockSkipBlocks 4"} <= set(bits)
+    assert [
+        n.name for n in graph.node if n.op_type in ("BlockSkipLinear", "BlockSkipLinearIndexed")
+    ] == ["model.layers.1.mlp.gate_proj+up_proj"]
     products = {node.name for node in graph.node if node.op_type == "MatMul"}
     assert {name for name in products if not re.search(r"\.(rest|sums\.\d+)$", name)} == {
         "model.layers.0.self_attn.q_proj+k_proj+v_proj.a",

@@ -98,7 +98,7 @@ def test_few_bits_on_the_cpu_stay_close(checkpoints: dict[str, Path], tmp_path: 
     with unproven():
         record = export_folder(checkpoints["vit"], tmp_path / "onnx", ExportRequest("cpu"))
     assert record["weights"] == "int8"
-    assert sum(n for name, n in record["nodes"].items() if name.startswith("MatMulBlocks")) == 17
+    assert record["quantized"] == {"BlockSkipBlocks 8": 16, "MatMulBlocks 8": 1}
     own, wanted = (
         classified(tmp_path / "onnx", pixels_of(8)),
         expected(checkpoints["vit"], pixels_of(8)),
