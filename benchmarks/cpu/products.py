@@ -4,7 +4,8 @@
 
 FOLDER is an export of `--profile cpu`. Its nodes of one shape, of all layers, are put into a graph
 of their own: the node without the kernels is its function body. Medians of one run, and their
-ratio; the matrices of a graph are read one after the other, as a token reads them.
+ratio. The matrices of a graph are read one after the other, as a token reads them, but they are
+fewer, and a large cache may hold them.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from pipeline.export.contract import GRAPH_FILE, MATMUL_BLOCKS
 from pipeline.kernels.cpu_library import cpu_library, why_no_kernels
 from pipeline.progress import note, result_console
 from pipeline.provenance import provenance, public_name
+from pipeline.runtime.sessions.onnx_session import SPIN_US
 
 _RESULT = RESULTS / "products.json"
 _ROWS = (1, 4, 128)
@@ -147,6 +149,8 @@ def _session(graph: bytes, way: str, threads: int) -> onnxruntime.InferenceSessi
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 4
+    # As our sessions do: threads of one that go on spinning would take the other's cores.
+    options.add_session_config_entry("session.intra_op.spin_duration_us", SPIN_US)
     library = cpu_library()
     if way == "kernel" and library is not None:
         options.register_custom_ops_library(str(library))

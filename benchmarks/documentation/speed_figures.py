@@ -9,13 +9,13 @@ from typing import Any
 from benchmarks.documentation.markdown import Figure, bold, megabytes, only_row, percent, table
 
 _Json = dict[str, Any]
-_DECODE = "decode_after_128_tokens_per_s"
-_PREFILL = "prefill_512_tokens_per_s"
-_OFFSET = "ours cpu-int4-offset"
+DECODE = "decode_after_128_tokens_per_s"
+PREFILL = "prefill_512_tokens_per_s"
+OFFSET = "ours cpu-int4-offset"
 _GENAI = "onnxruntime-genai 0.18, its builder's int4"
 # Engine of the JSON -> label; what is in bold has the dense model's perplexity.
 _SPEED_ENGINES = {
-    "ours cpu-offset": "**ours, `--profile cpu`** (4 bits with offsets: exact here)",
+    OFFSET: "**ours, `--profile cpu`** (4 bits with offsets: exact here)",
     "ours cpu-int8": "ours, `--weights int8`",
     "ours cpu-int4": "ours, `--weights int4`",
     "llama.cpp": "llama.cpp through node-llama-cpp, Q4_1",
@@ -31,9 +31,10 @@ _AVX2_ENGINES = {
 }
 # By the run of the AVX2 table: only what it calls the first one is another folder's name.
 _WIDE_ENGINES = {
-    _OFFSET: "ours cpu-offset",
+    OFFSET: "ours cpu-offset",
     **{name: name for name in ("ours cpu-int8", "ours cpu-int4", "genai genai", "llama.cpp")},
 }
+KEPT = "ours cpu-int8-kept0.8"
 _FIRST_ENGINES = {
     "ours smol-int8": "**ours, int8**",
     "ours smol-int4": "**ours, int4**",
@@ -70,8 +71,8 @@ _SESSIONS = {
 _WITHOUT_TARGET = ("wall, s", "plan / weights", "cpu per layer, s")
 # Ratios in the prose: file, ours, other, key, digits.
 _RATIOS = {
-    "generation/llama-decode": ("generation", "ours smol-int8", "llama.cpp", _DECODE, 1),
-    "generation/llama-prefill": ("generation", "ours smol-int8", "llama.cpp", _PREFILL, 1),
+    "generation/llama-decode": ("generation", "ours smol-int8", "llama.cpp", DECODE, 1),
+    "generation/llama-prefill": ("generation", "ours smol-int8", "llama.cpp", PREFILL, 1),
     "generation/llama-single": (
         "generation",
         "ours smol-int8",
@@ -79,28 +80,35 @@ _RATIOS = {
         "decode_after_128_single_token_median",
         2,
     ),
-    "generation/genai-int8": ("generation", "ours smol-int8", "genai genai-default", _DECODE, 2),
-    "generation/genai-int4": ("generation", "ours smol-int4", "genai genai-default", _DECODE, 2),
-    "avx2/llama-lookup": ("generation_avx2", "ours cpu-offset, lookup", "llama.cpp", _DECODE, 1),
-    "avx2/llama-decode": ("generation_avx2", "ours cpu-offset", "llama.cpp", _DECODE, 2),
-    "avx2/llama-prefill": ("generation_avx2", "ours cpu-offset", "llama.cpp", _PREFILL, 1),
+    "generation/genai-int8": ("generation", "ours smol-int8", "genai genai-default", DECODE, 2),
+    "generation/genai-int4": ("generation", "ours smol-int4", "genai genai-default", DECODE, 2),
+    "avx2/llama-lookup": ("generation_avx2", "ours cpu-offset, lookup", "llama.cpp", DECODE, 1),
+    "avx2/llama-decode": ("generation_avx2", "ours cpu-offset", "llama.cpp", DECODE, 2),
+    "avx2/llama-prefill": ("generation_avx2", "ours cpu-offset", "llama.cpp", PREFILL, 1),
     "avx2/both-lookup": (
         "generation_avx2",
         "ours cpu-offset, lookup",
         "llama.cpp, lookup",
-        _DECODE,
+        DECODE,
         1,
     ),
-    "avx2/genai-lookup": ("generation_avx2", "ours cpu-offset, lookup", "genai genai", _DECODE, 2),
-    "avx2/genai-prefill": ("generation_avx2", "ours cpu-offset", "genai genai", _PREFILL, 2),
-    "avx2/genai-searched": ("generation_avx2", "ours onnx-cpu, lookup", "genai genai", _DECODE, 2),
+    "avx2/genai-lookup": ("generation_avx2", "ours cpu-offset, lookup", "genai genai", DECODE, 2),
+    "avx2/genai-prefill": ("generation_avx2", "ours cpu-offset", "genai genai", PREFILL, 2),
+    "avx2/genai-searched": ("generation_avx2", "ours onnx-cpu, lookup", "genai genai", DECODE, 2),
     **{
-        f"avx512/{threads}-{rival}-{what}": (file, _OFFSET, engine, key, 2)
+        f"avx512/{threads}-{rival}-{what}": (file, OFFSET, engine, key, 2)
         for threads, file in (("two", "generation_avx512"), ("one", "generation_avx512_one"))
         for rival, engine in (("llama", "llama.cpp"), ("genai", "genai genai"))
-        for what, key in (("decode", _DECODE), ("prefill", _PREFILL))
+        for what, key in (("decode", DECODE), ("prefill", PREFILL))
     },
-    "avx2/searched-float32": ("generation_avx2_float32", "ours onnx-cpu", "ours fp32", _DECODE, 1),
+    "avx512/two-llama-single": (
+        "generation_avx512",
+        OFFSET,
+        "llama.cpp",
+        "decode_after_128_single_token_median",
+        2,
+    ),
+    "avx2/searched-float32": ("generation_avx2_float32", "ours onnx-cpu", "ours fp32", DECODE, 1),
 }
 
 
@@ -109,14 +117,14 @@ def _speed(found: _Json) -> list[str]:
     rows = []
     for engine, label in _SPEED_ENGINES.items():
         row = only_row(found["rows"], engine=engine)
-        best = engine == "ours cpu-offset"
+        best = engine == OFFSET
         drafted = _with_lookup(found, engine, best)
         rows.append(
             [
                 label,
                 bold(f"{row['perplexity']:.2f}", best),
-                bold(f"{row[_PREFILL]:,.0f}", best),
-                f"{row[_DECODE]:.0f}",
+                bold(f"{row[PREFILL]:,.0f}", best),
+                bold(f"{row[DECODE]:.0f}", best),
                 drafted + (", its own" if engine == "llama.cpp" else ""),
             ]
         )
@@ -127,7 +135,7 @@ def _speed(found: _Json) -> list[str]:
 def _with_lookup(found: _Json, engine: str, best: bool) -> str:
     """Tokens/s of the same engine with prompt-lookup decoding; empty where it has none."""
     rows = [row for row in found["rows"] if row["engine"] == f"{engine}, lookup"]
-    return bold(f"{rows[0][_DECODE]:.0f}", best) if rows else ""
+    return bold(f"{rows[0][DECODE]:.0f}", best) if rows else ""
 
 
 def _first_run(found: _Json) -> list[str]:
@@ -163,12 +171,13 @@ def _avx2_run(found: _Json) -> list[str]:
 def _wide_runs(two: _Json, one: _Json) -> list[str]:
     """The same engines by one thread and by two, on a CPU with wide instructions."""
     rows = []
-    for engine, known in _WIDE_ENGINES.items():
-        label = _AVX2_ENGINES[known]
+    labels = {engine: _AVX2_ENGINES[known] for engine, known in _WIDE_ENGINES.items()}
+    labels[KEPT] = "ours, int8, 0.8 of the parameters kept (`make engine`)"
+    for engine, label in labels.items():
         of = [only_row(found["rows"], engine=engine) for found in (one, two)]
-        speeds = [f"{row[key]:,.0f}" for row in of for key in (_PREFILL, _DECODE)]
+        speeds = [f"{row[key]:,.0f}" for row in of for key in (PREFILL, DECODE)]
         perplexity = bold(f"{of[1]['perplexity']:.2f}", label.startswith("**"))
-        drafted = _with_lookup(two, engine, engine == _OFFSET)
+        drafted = _with_lookup(two, engine, engine == OFFSET)
         drafted += " (its own)" if engine == "llama.cpp" else ""
         rows.append([label, perplexity, *speeds, drafted, *_cold_and_memory(two, engine)])
     threads = [f"{what}, {n}" for n in ("1 thread", "2 threads") for what in ("prefill", "decode")]
@@ -182,7 +191,7 @@ def _engine_cells(found: _Json, engine: str, label: str, best: bool) -> list[str
     single = row["decode_after_128_single_token_median"]
     note = f" ({single:.0f} by the median token)" if engine == "llama.cpp" else ""
     perplexity = bold(f"{row['perplexity']:.2f}", best)
-    return [label, perplexity, f"{row[_PREFILL]:,.0f}", f"{row[_DECODE]:.0f}{note}"]
+    return [label, perplexity, f"{row[PREFILL]:,.0f}", f"{row[DECODE]:.0f}{note}"]
 
 
 def _cold_and_memory(found: _Json, engine: str) -> list[str]:
@@ -341,12 +350,12 @@ def _ratio(ours: str, other: str, key: str, digits: int, found: _Json) -> list[s
 def _slowest(found: _Json) -> list[str]:
     """The slowest repetition with prompt lookup, over llama.cpp's median."""
     ours = only_row(found["rows"], engine="ours cpu-offset, lookup")["all_decode_128"]
-    return [f"{min(ours) / only_row(found['rows'], engine='llama.cpp')[_DECODE]:.1f}"]
+    return [f"{min(ours) / only_row(found['rows'], engine='llama.cpp')[DECODE]:.1f}"]
 
 
 def _float32(found: _Json) -> list[str]:
     searched, plain = (
-        only_row(found["rows"], engine=name)[_DECODE] for name in ("ours onnx-cpu", "ours fp32")
+        only_row(found["rows"], engine=name)[DECODE] for name in ("ours onnx-cpu", "ours fp32")
     )
     return [f"{searched:.1f} against {plain:.1f} tokens/s: {searched / plain:.2f} x"]
 
@@ -357,7 +366,7 @@ def _ratio_figure(file: str, *of: Any) -> Figure:
 
 
 SPEED_FIGURES = {
-    "speed": Figure(("generation_avx2",), _speed),
+    "speed": Figure(("generation_avx512",), _speed),
     "generation": Figure(("generation",), _first_run),
     "avx2": Figure(("generation_avx2",), _avx2_run),
     "avx512": Figure(("generation_avx512", "generation_avx512_one"), _wide_runs),

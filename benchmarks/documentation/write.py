@@ -29,12 +29,19 @@ from benchmarks.documentation.cache_figures import CACHE_FIGURES
 from benchmarks.documentation.driving_figures import DRIVING_FIGURES
 from benchmarks.documentation.family_figures import FAMILY_FIGURES
 from benchmarks.documentation.gpu_figures import GPU_FIGURES
+from benchmarks.documentation.kernel_figures import KERNEL_FIGURES
 from benchmarks.documentation.quality_figures import QUALITY_FIGURES
 from benchmarks.documentation.speed_figures import SPEED_FIGURES
 from pipeline.errors import InputError
 
 FIGURES = (
-    CACHE_FIGURES | DRIVING_FIGURES | FAMILY_FIGURES | GPU_FIGURES | QUALITY_FIGURES | SPEED_FIGURES
+    CACHE_FIGURES
+    | DRIVING_FIGURES
+    | FAMILY_FIGURES
+    | GPU_FIGURES
+    | KERNEL_FIGURES
+    | QUALITY_FIGURES
+    | SPEED_FIGURES
 )
 _ROOT = RESULTS.parents[1]
 _START = re.compile(r"<!-- figures: (\S+) -->")

@@ -55,10 +55,10 @@ _FIRST_RUNTIME_THAT_BORROWS_FILES = (1, 32)
 _BORROW_FILES = "session.use_external_initializer_file_buffers_directly"
 # 512 rows of logits at most are held while a prompt is read: 100 MB for 49,152 words.
 _PREFILL_TOKENS = 512
-# How long read pages may pile up while a session packs them.
 # Threads that wait spin so long, which is longer than between two operators, and then sleep: beside
 # another program a spinning thread takes the time that the one it waits for needs.
-_SPIN_US = "100"
+SPIN_US = "100"
+# How long read pages may pile up while a session packs them.
 _INTERVAL_S = 0.01
 
 
@@ -247,7 +247,7 @@ class Graph(NamedTuple):
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
         # Given a number, it pins no thread to a core, where another program may be.
         options.intra_op_num_threads = threads or product_threads()
-        options.add_session_config_entry("session.intra_op.spin_duration_us", _SPIN_US)
+        options.add_session_config_entry("session.intra_op.spin_duration_us", SPIN_US)
         if not optimised:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         path = folder / GRAPH_FILE
