@@ -101,6 +101,7 @@ _RATIOS = {
         for rival, engine in (("llama", "llama.cpp"), ("genai", "genai genai"))
         for what, key in (("decode", DECODE), ("prefill", PREFILL))
     },
+    "avx512/again-genai-decode": ("generation_avx512_again", OFFSET, "genai genai", DECODE, 2),
     "avx512/two-llama-single": (
         "generation_avx512",
         OFFSET,

@@ -26,6 +26,11 @@ public:
         return status != nullptr || !indexed ? status : node->readIndex(info);
     }
 
+    Api const& api() const
+    {
+        return *mApi;
+    }
+
     Status* compute(KernelContext* context) const
     {
         Call call{};

@@ -34,6 +34,11 @@ public:
         return nullptr;
     }
 
+    Api const& api() const
+    {
+        return *mApi;
+    }
+
     Status* compute(KernelContext* context) const
     {
         Call call{};

@@ -4,6 +4,7 @@
 #include "matmul_node.h"
 
 #include <deque>
+#include <mutex>
 #include <new>
 #include <string>
 
@@ -85,6 +86,20 @@ Status* create(CustomOp const* op, void const* table, KernelInfo const* info, vo
 }
 
 template <typename Node>
+Status* compute(void* made, KernelContext* context)
+{
+    Node const& node = *static_cast<Node*>(made);
+    try
+    {
+        return node.compute(context);
+    }
+    catch (std::bad_alloc const&)
+    {
+        return node.api().fail("skipcat: no memory for the rows of x");
+    }
+}
+
+template <typename Node>
 Operator makeOperator(std::string name, Zero first, Zero second, bool another)
 {
     Operator op{};
@@ -103,7 +118,7 @@ Operator makeOperator(std::string name, Zero first, Zero second, bool another)
     op.getOutputCharacteristic = [](CustomOp const*, size_t) { return kRequired; };
     op.getInputMemory = [](CustomOp const*, size_t) { return 0; };
     op.createKernelV2 = create<Node>;
-    op.computeV2 = [](void* made, KernelContext* context) { return static_cast<Node*>(made)->compute(context); };
+    op.computeV2 = compute<Node>;
     op.destroy = [](void* made) { delete static_cast<Node*>(made); };
     op.getStartVersion = [](CustomOp const*) { return 1; };
     op.getEndVersion = [](CustomOp const*) { return 1; };
@@ -150,6 +165,31 @@ std::deque<Operator> makeOperators()
     return all;
 }
 
+// The domain, made once: sessions keep its address.
+Status* findDomain(Api const& api, Domain** domain)
+{
+    static std::mutex lock;
+    static Domain* made = nullptr;
+    static std::deque<Operator> const operators = makeOperators();
+    std::lock_guard<std::mutex> const guard{lock};
+    if (made == nullptr)
+    {
+        Domain* fresh = nullptr;
+        Status* status = api.createDomain("skipcat", &fresh);
+        for (auto op = operators.begin(); status == nullptr && op != operators.end(); ++op)
+        {
+            status = api.addOp(fresh, &*op);
+        }
+        if (status != nullptr)
+        {
+            return status;
+        }
+        made = fresh;
+    }
+    *domain = made;
+    return nullptr;
+}
+
 } // namespace
 } // namespace skipcat
 
@@ -167,25 +207,19 @@ __attribute__((visibility("default"))) char const* skipcatInstructions()
 __attribute__((visibility("default"))) skipcat::Status* RegisterCustomOps(
     skipcat::SessionOptions* options, skipcat::ApiBase const* base)
 {
-    static std::deque<skipcat::Operator> const operators = skipcat::makeOperators();
-    skipcat::Api const& api = skipcat::apiOf(base->getApi(skipcat::kApiVersion));
+    void const* const table = base->getApi(skipcat::kApiVersion);
+    if (table == nullptr)
+    {
+        return nullptr; // an ONNX Runtime before 1.18, which runs the bodies
+    }
+    skipcat::Api const& api = skipcat::apiOf(table);
     if (skipcat::instructions() == nullptr)
     {
         return api.fail("skipcat: no kernels for this CPU");
     }
     skipcat::Domain* domain = nullptr;
-    if (skipcat::Status* const status = api.createDomain("skipcat", &domain))
-    {
-        return status;
-    }
-    for (skipcat::Operator const& op : operators)
-    {
-        if (skipcat::Status* const status = api.addOp(domain, &op))
-        {
-            return status;
-        }
-    }
-    return api.addDomain(options, domain);
+    skipcat::Status* const status = skipcat::findDomain(api, &domain);
+    return status != nullptr ? status : api.addDomain(options, domain);
 }
 
 } // extern "C"
