@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.documentation.markdown import Figure, only_row, table
+from benchmarks.documentation.markdown import Figure, megabytes, only_row, table
 from benchmarks.documentation.speed_figures import DECODE, KEPT, OFFSET, PREFILL
 
 _Json = dict[str, Any]
@@ -19,6 +19,17 @@ def _kept(two: _Json, one: _Json) -> list[str]:
         rows.append([f"int8, {label}", *speeds])
     kinds = [f"{what}, {n}" for n in ("1 thread", "2 threads") for what in ("decode", "prefill")]
     return table(("tokens/s", *kinds), rows)
+
+
+def _memory(found: _Json) -> list[str]:
+    """Peak of every format, and as a multiple of weights and cache."""
+    labels = {"cpu-offset": "int4-offset", "cpu-int8": "int8", "cpu-int4": "int4"}
+    rows = [(label, only_row(found["rows"], folder=name)) for name, label in labels.items()]
+    return [
+        ", ".join(
+            f"{n} {megabytes(row['peak_bytes'])} MB, {row['ratio']:.2f} times" for n, row in rows
+        )
+    ]
 
 
 def _narrow(found: _Json) -> list[str]:
@@ -64,5 +75,6 @@ KERNEL_FIGURES = {
     "products": Figure(("products",), _products),
     "kept": Figure(("generation_avx512", "generation_avx512_one"), _kept),
     "kernels/before": Figure(("generation_avx512_bodies", "generation_avx512_bodies_one"), _before),
+    "kernels/memory": Figure(("cpu_memory_kernels",), _memory),
     "kernels/narrow": Figure(("generation_narrow",), _narrow),
 }

@@ -70,6 +70,36 @@ inline Status* openCall(Api const& api, KernelContext* context, int64_t columns,
     return status;
 }
 
+// ids [...] are input 0, y [..., columns] output 0.
+inline Status* openLookUp(Api const& api, KernelContext* context, int64_t columns, int64_t* rows, float** y)
+{
+    Value const* input = nullptr;
+    std::array<int64_t, 8> sizes{};
+    size_t dimensions = 0;
+    Status* status = api.input(context, 0, &input);
+    status = status != nullptr ? status : readShape(api, input, &sizes, &dimensions);
+    if (status != nullptr)
+    {
+        return status;
+    }
+    if (dimensions == sizes.size())
+    {
+        return api.fail("skipcat: ids have at most seven dimensions");
+    }
+    *rows = 1;
+    for (size_t i = 0; i < dimensions; ++i)
+    {
+        *rows *= sizes[i];
+    }
+    sizes[dimensions] = columns;
+    Value* output = nullptr;
+    void* data = nullptr;
+    status = api.output(context, 0, sizes.data(), dimensions + 1, &output);
+    status = status != nullptr ? status : api.data(output, &data);
+    *y = static_cast<float*>(data);
+    return status;
+}
+
 } // namespace skipcat
 
 #endif

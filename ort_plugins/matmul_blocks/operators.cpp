@@ -1,6 +1,7 @@
 // The operators, as ONNX Runtime finds and calls them.
 
 #include "block_skip_node.h"
+#include "look_up_node.h"
 #include "matmul_node.h"
 
 #include <deque>
@@ -63,6 +64,11 @@ Status* makeNode(Api const& api, KernelInfo const* info, Operator const& op, Mat
 Status* makeNode(Api const& api, KernelInfo const* info, Operator const& op, BlockSkipNode* node)
 {
     return BlockSkipNode::make(api, info, op.first, op.second, op.another, node);
+}
+
+Status* makeNode(Api const& api, KernelInfo const* info, Operator const& op, LookUpNode* node)
+{
+    return LookUpNode::make(api, info, op.first, node);
 }
 
 template <typename Node>
@@ -161,6 +167,13 @@ std::deque<Operator> makeOperators()
                 all.push_back(std::move(op));
             }
         }
+    }
+    for (Zero const zero : {Zero::kMiddle, Zero::kZeros})
+    {
+        Operator op = makeOperator<LookUpNode>(std::string{"LookUpBlocks"} + nameOf(zero), zero, zero, false);
+        op.inputs = {kInt64};
+        op.take(zero);
+        all.push_back(std::move(op));
     }
     return all;
 }

@@ -61,8 +61,8 @@ public:
         Tile const& x, int64_t first, int64_t last, float const* bias, float* y) const
         = 0;
 
-    // Bytes that it holds.
-    virtual size_t bytes() const = 0;
+    // Row j of w as numbers, [columns].
+    virtual void row(int64_t j, int64_t columns, float* numbers) const = 0;
 };
 
 // Round a row of x into its place of a tile.

@@ -2,6 +2,7 @@
 
     MatMulBlocks     y = x W^T + bias,  w = (code - zero) scale + rest
     BlockSkipBlocks  y = (x1 + x2 A^T) B^T,  [x1 x2] = x[..., index]
+    LookUpBlocks     y = W[ids]
 
 As in ONNX Runtime's MatMulNBits with accuracy_level 4, every block of a row of x is rounded to 8
 bits before it meets the codes; the rest of a block meets the sum of the numbers as they are.
@@ -44,10 +45,10 @@ class Matrix:
     def whole_numbers(self) -> np.ndarray:
         """Codes less what they are counted from, int64 [N, blocks, block]."""
         rows, blocks, _ = self.codes.shape
-        codes = _unpacked(self.codes, self.bits)
+        codes = unpacked(self.codes, self.bits)
         if self.zeros is None:
             return codes - (1 << (self.bits - 1))
-        return codes - _unpacked(self.zeros, self.bits)[:, :blocks].reshape(rows, blocks, 1)
+        return codes - unpacked(self.zeros, self.bits)[:, :blocks].reshape(rows, blocks, 1)
 
 
 def matmul_blocks(x: np.ndarray, matrix: Matrix, bias: np.ndarray | None = None) -> np.ndarray:
@@ -93,6 +94,12 @@ def block_skip_blocks(
     return matmul_blocks(latent.astype(np.float32), b)
 
 
+def look_up_blocks(ids: np.ndarray, matrix: Matrix) -> np.ndarray:
+    """Rows of a matrix as numbers, float32 [..., K] of int64 ids [...]."""
+    numbers = matrix.whole_numbers()[ids].astype(np.float32) * matrix.scales[ids][..., None]
+    return numbers.reshape(*ids.shape, -1)[..., : matrix.columns]
+
+
 def rounded_blocks(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Round blocks to 8 bits: codes int64 [..., blocks, block], steps float32 [..., blocks]."""
     steps = np.abs(x).max(axis=-1) / _LARGEST
@@ -100,7 +107,7 @@ def rounded_blocks(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.rint(x * inverse[..., None]).astype(np.int64), steps
 
 
-def _unpacked(packed: np.ndarray, bits: int) -> np.ndarray:
+def unpacked(packed: np.ndarray, bits: int) -> np.ndarray:
     """Codes out of bytes along the last axis, int64."""
     shifts = np.arange(0, 8, bits)
     codes = (packed[..., None] >> shifts) & ((1 << bits) - 1)

@@ -34,6 +34,7 @@ struct ApiBase
 constexpr int kFloat32 = 1;
 constexpr int kUint8 = 2;
 constexpr int kInt32 = 6;
+constexpr int kInt64 = 7;
 constexpr int kRequired = 0;
 
 // OrtCustomOp; what is null takes the default.

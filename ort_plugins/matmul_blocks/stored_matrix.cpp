@@ -1,9 +1,28 @@
 #include "stored_matrix.h"
 
+#include <map>
+#include <mutex>
+
 namespace skipcat
 {
 namespace
 {
+
+// Products by the address of the codes that they were packed from: an embedding that shares them with
+// the head is looked up in what the head has in memory.
+struct Packed
+{
+    std::mutex lock;
+    std::map<void const*, std::weak_ptr<Product const>> products;
+};
+
+Packed& packed()
+{
+    static Packed all;
+    return all;
+}
+
+} // namespace
 
 Status* readSizes(Api const& api, KernelInfo const* info, MatrixAttributes const& names, Matrix* matrix)
 {
@@ -28,8 +47,6 @@ Status* readSizes(Api const& api, KernelInfo const* info, MatrixAttributes const
     }
     return nullptr;
 }
-
-} // namespace
 
 Status* constantData(Api const& api, KernelInfo const* info, size_t index, int64_t expected, void** data)
 {
@@ -91,7 +108,16 @@ Status* readMatrix(Api const& api, KernelInfo const* info, MatrixAttributes cons
     matrix.zeros = zero == Zero::kZeros ? static_cast<uint8_t const*>(third) : nullptr;
     matrix.rests = zero == Zero::kRests ? static_cast<float const*>(third) : nullptr;
     *stored = {matrix.rows, matrix.columns, matrix.block, instructions()->pack(matrix), {}};
+    std::lock_guard<std::mutex> const guard{packed().lock};
+    packed().products[codes] = stored->product;
     return nullptr;
+}
+
+std::shared_ptr<Product const> packedFrom(void const* codes)
+{
+    std::lock_guard<std::mutex> const guard{packed().lock};
+    auto const found = packed().products.find(codes);
+    return found == packed().products.end() ? nullptr : found->second.lock();
 }
 
 } // namespace skipcat

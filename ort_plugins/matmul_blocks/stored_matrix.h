@@ -32,7 +32,7 @@ struct StoredMatrix
     int64_t rows;
     int64_t columns;
     int64_t block;
-    std::unique_ptr<Product> product;
+    std::shared_ptr<Product> product;
     std::vector<float> bias;
 
     int64_t blocks() const
@@ -53,9 +53,15 @@ struct MatrixAttributes
     char const* block;
 };
 
+// Its sizes, from those attributes.
+Status* readSizes(Api const& api, KernelInfo const* info, MatrixAttributes const& names, Matrix* matrix);
+
 // Read the matrix whose codes are input `first`, and pack it; without a bias. Throws std::bad_alloc.
 Status* readMatrix(Api const& api, KernelInfo const* info, MatrixAttributes const& names, Zero zero, size_t first,
     StoredMatrix* stored);
+
+// The product that was packed from codes at an address; null where there is none any more.
+std::shared_ptr<Product const> packedFrom(void const* codes);
 
 } // namespace skipcat
 

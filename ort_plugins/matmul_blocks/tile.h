@@ -20,8 +20,7 @@ public:
         , mCodeBytes{kLanes * matrix.block * kBits / 8}
     {
         mStep = mCodeBytes + kLanes * (kScaleBytes * (kRests ? 2 : 1) + (kZeros ? 4 : 0));
-        mBytes = static_cast<size_t>(mGroups * mBlocks * mStep);
-        mData = allocateWeights(mBytes);
+        mData = allocateWeights(static_cast<size_t>(mGroups * mBlocks * mStep));
         for (int64_t group = 0; group < mGroups; ++group)
         {
             for (int64_t block = 0; block < mBlocks; ++block)
@@ -36,9 +35,35 @@ public:
         return mGroups;
     }
 
-    size_t bytes() const override
+    void row(int64_t j, int64_t columns, float* numbers) const override
     {
-        return mBytes;
+        int64_t const lane = j % kLanes;
+        uint8_t const* at = mData.get() + j / kLanes * mBlocks * mStep;
+        for (int64_t first = 0; first < columns; first += mBlock, at += mStep)
+        {
+            int64_t const count = columns - first < mBlock ? columns - first : mBlock;
+            uint8_t const* const behind = at + mCodeBytes;
+            float const scale = read<kHalves>(behind, lane);
+            float counted = static_cast<float>(kMiddle);
+            if constexpr (kZeros)
+            {
+                constexpr float kAway = static_cast<float>(Lanes::kCounted<kBits>);
+                counted = read<false>(behind + kLanes * kScaleBytes, lane) + kAway;
+            }
+            [[maybe_unused]] float rest = 0;
+            if constexpr (kRests)
+            {
+                rest = read<kHalves>(behind + kLanes * kScaleBytes, lane);
+                rest = kHalves ? rest + kMiddle * scale : rest;
+            }
+            for (int64_t place = 0; place < count; ++place)
+            {
+                uint8_t const byte = at[(place / (4 * kPerByte) * kLanes + lane) * 4 + place % 4];
+                int32_t const code = (byte >> (place / 4 % kPerByte * kBits)) & ((1 << kBits) - 1);
+                float const number = (static_cast<float>(code) - counted) * scale;
+                numbers[first + place] = kRests ? number + rest : number;
+            }
+        }
     }
 
     void compute(Tile const& x, int64_t first, int64_t last, float const* bias, float* y) const override
@@ -192,6 +217,23 @@ private:
         }
     }
 
+    template <bool kShort>
+    static float read(uint8_t const* numbers, int64_t lane)
+    {
+        if constexpr (kShort)
+        {
+            uint16_t half;
+            std::memcpy(&half, numbers + lane * 2, 2);
+            return Lanes::fromHalf(half);
+        }
+        else
+        {
+            float number;
+            std::memcpy(&number, numbers + lane * 4, 4);
+            return number;
+        }
+    }
+
     static void store(uint8_t* numbers, int64_t lane, float number)
     {
         if constexpr (kHalves)
@@ -211,7 +253,6 @@ private:
     int64_t mGroups;
     int64_t mCodeBytes; // of one block of a group
     int64_t mStep;      // from one block to the next
-    size_t mBytes;
     std::shared_ptr<uint8_t> mData;
 };
 

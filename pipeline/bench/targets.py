@@ -14,13 +14,14 @@ from pipeline.errors import InputError, UsageError
 from pipeline.export.contract import (
     CACHE_PREFIX,
     COMPAT,
+    CPU_KERNEL_OPS,
     DOMAIN,
     FLOAT16,
     GATHER_NBITS,
     GRAPH_FILE,
     GROUPED_ATTENTION,
     HELD_FORMS,
-    MATMUL_BLOCKS_OPS,
+    LOOK_UP_BLOCKS_OPS,
     MATMUL_NBITS,
     NIBBLES,
     NUMBERS,
@@ -43,8 +44,8 @@ _LOOKED_UP = {
     "Gather": (0,),
     GATHER_NBITS: (0, 2, 3),
     GROUPED_ATTENTION: (7, 8),
-    # What sums the blocks in the body of an operator: the kernels read none of it.
-    **{name: (4,) for (zero, _), name in MATMUL_BLOCKS_OPS.items() if zero == "offset"},
+    **CPU_KERNEL_OPS,
+    **dict.fromkeys(LOOK_UP_BLOCKS_OPS.values(), (1, 2, 3)),
 }
 # Operator -> input that is the matrix of a product. A head that is also the embedding is turned
 # first, which ONNX Runtime does once, as it loads.

@@ -146,8 +146,29 @@ BLOCK_SKIP_BLOCKS_OPS = {
     for b in _COUNTED_FROM
     for indexed in (False, True)
 }
-# Those for which there are kernels on the CPU.
-CPU_KERNEL_OPS = (*MATMUL_BLOCKS_OPS.values(), *BLOCK_SKIP_BLOCKS_OPS.values())
+# Rows of an embedding. Those with offsets are put together by nodes of ONNX Runtime's.
+LOOK_UP_BLOCKS_OPS = {zero: "LookUpBlocks" + _COUNTED_FROM[zero] for zero in ("sym", "asym")}
+_INPUTS = {"sym": 2, "asym": 3, "offset": 4}  # that hold a matrix; of offsets the last sums blocks
+
+
+def _read_by_bodies(first: int, *zeros: str) -> tuple[int, ...]:
+    """Which inputs sum blocks, of matrices whose inputs begin with number `first`."""
+    places = []
+    for zero in zeros:
+        first += _INPUTS[zero]
+        places += [first - 1] if zero == "offset" else []
+    return tuple(places)
+
+
+# Ops for which there are kernels on the CPU -> inputs that their bodies alone read.
+CPU_KERNEL_OPS = {
+    **{name: _read_by_bodies(1, zero) for (zero, _), name in MATMUL_BLOCKS_OPS.items()},
+    **{
+        name: _read_by_bodies(1 + indexed, a, b)
+        for (a, b, indexed), name in BLOCK_SKIP_BLOCKS_OPS.items()
+    },
+    **dict.fromkeys(LOOK_UP_BLOCKS_OPS.values(), ()),
+}
 
 # --- choices of an export ---
 

@@ -6,13 +6,15 @@
     ...Bias(..., bias)                                   y = x W^T + bias
     BlockSkipBlocksAZerosBRests[Indexed](x, [index,] A..., B...)
                                                          y = (x1 + x2 A^T) B^T,  [x1 x2] = x
+    LookUpBlocks[Zeros](ids, codes, scales[, zeros])     y = W[ids]
 
 x [..., K], y [..., N]; codes, scales and zeros as ONNX Runtime's MatMulNBits has them, with its
 attributes K, N, bits and block_size; rests [blocks, N], one to a block; ones [K, blocks] are 1
 where a column is in a block. A is [rank, rest] and B [N, rank], each with bits and a block size of
-its own; index, int32 [rank + rest], puts x in order. Where the kernels of
-`ort_plugins/matmul_blocks` are registered, they take the node; elsewhere ONNX Runtime puts the body
-in its place. Names instead of optional inputs, as those of block skip.
+its own; index, int32 [rank + rest], puts x in order. ids, int64 [B, S], are of rows; scales and
+zeros are there [N, blocks, 1], one to an element, as ONNX Runtime's GatherBlockQuantized has them.
+Where the kernels of `ort_plugins/matmul_blocks` are registered, they take the node; elsewhere ONNX
+Runtime puts the body in its place. Names instead of optional inputs, as those of block skip.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ from pipeline.export.contract import (
     BLOCK_SKIP_BLOCKS_OPS,
     CONTRIB,
     DOMAIN,
+    GATHER_NBITS,
     INTEGER,
+    LOOK_UP_BLOCKS_OPS,
     MATMUL_BLOCKS_OPS,
     MATMUL_NBITS,
     PRODUCTS,
@@ -51,6 +55,18 @@ rest = Reshape (rest_number, one)
 widths = Concat <axis = 0> (rank, rest)
 x1, x2 = Split <axis = -1> ({x}, widths)
 """
+_ROWS = f"""
+blocks = {CONTRIB}.{GATHER_NBITS} <bits: int = @bits, block_size: int = @block_size, \
+gather_axis = 0, quantize_axis = 2> ({{table}})
+row = Constant <value_ints: ints = [0, 0, -1]> ()
+whole = Reshape (blocks, row)
+one = Constant <value_ints: ints = [1]> ()
+start = Constant <value_ints: ints = [0]> ()
+axis = Constant <value_ints: ints = [2]> ()
+width = Constant <value_int: int = @K> ()
+end = Reshape (width, one)
+y = Slice (whole, start, end, axis)
+"""
 
 
 def function_bodies(opset: int, used: Collection[str]) -> dict[str, ir.Function]:
@@ -72,10 +88,18 @@ def _texts(opset: int) -> dict[str, str]:
         )
         for (zero, bias), name in MATMUL_BLOCKS_OPS.items()
     }
-    return products | {
+    skips = {
         name: _block_skip(opset, name, a, b, indexed)
         for (a, b, indexed), name in BLOCK_SKIP_BLOCKS_OPS.items()
     }
+    look_ups = {name: _look_up(opset, name, zero) for zero, name in LOOK_UP_BLOCKS_OPS.items()}
+    return products | skips | look_ups
+
+
+def _look_up(opset: int, name: str, zero: str) -> str:
+    inputs = ["ids", *_KINDS[zero]]
+    table = ", ".join(["codes", "ids", *_KINDS[zero][1:]])
+    return _function(opset, name, _OWN_SIZES.values(), inputs, [_ROWS.format(table=table)])
 
 
 def _block_skip(opset: int, name: str, a: str, b: str, indexed: bool) -> str:

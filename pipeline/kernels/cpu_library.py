@@ -44,8 +44,8 @@ _SOURCES = {
     "weight_memory.cpp": (),
 }  # fmt: skip
 _HEADERS = (
-    "block_skip_node.h", "call.h", "matmul_node.h", "multiply.h", "products.h", "runtime_api.h",
-    "stored_matrix.h", "tile.h", "weight_memory.h",
+    "block_skip_node.h", "call.h", "look_up_node.h", "matmul_node.h", "multiply.h", "products.h",
+    "runtime_api.h", "stored_matrix.h", "tile.h", "weight_memory.h",
 )  # fmt: skip
 _COMPILING_S_AT_MOST = 600
 # What the kernels choose among, and what chooses for them; `off` takes the bodies.

@@ -11,10 +11,11 @@ import onnx_ir as ir
 import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
-from ort_plugins.matmul_blocks.reference import Matrix
+from ort_plugins.matmul_blocks.reference import Matrix, unpacked
 from pipeline.export.contract import (
     CONTRIB,
     DOMAIN,
+    LOOK_UP_BLOCKS_OPS,
     OP_VERSION,
     block_skip_blocks_op,
     matmul_blocks_op,
@@ -62,6 +63,25 @@ def skip_graph(a: Matrix, b: Matrix, index: np.ndarray | None = None) -> bytes:
     return _graph(name, given, sizes, rank + a.columns, rows)
 
 
+def look_up_graph(matrix: Matrix, head: bool) -> bytes:
+    """A graph that looks ids up in a matrix, and, if so wished, multiplies with its codes."""
+    rows, blocks, _ = matrix.codes.shape
+    sizes = {"K": matrix.columns, "N": rows, "bits": matrix.bits, "block_size": matrix.block}
+    given = {"codes": matrix.codes, "row_scales": matrix.scales[..., None]}
+    if matrix.zeros is not None:
+        zeros = unpacked(matrix.zeros, matrix.bits)[:, :blocks]
+        given["row_zeros"] = zeros.astype(np.uint8)[..., None]
+    name = LOOK_UP_BLOCKS_OPS[_zero(matrix)]
+    nodes = [helper.make_node(name, ["ids", *given], ["rows"], domain=DOMAIN, **sizes)]
+    outputs, names = {"rows": matrix.columns}, [name]
+    if head:
+        own = _given(matrix, "")
+        names.append(matmul_blocks_op(_zero(matrix), False))
+        nodes.append(helper.make_node(names[1], ["rows", *own], ["y"], domain=DOMAIN, **sizes))
+        outputs["y"], given = rows, given | own
+    return _model(nodes, {"ids": (TensorProto.INT64, None)}, outputs, given, names)
+
+
 def _zero(matrix: Matrix) -> str:
     return "asym" if matrix.zeros is not None else "sym" if matrix.rests is None else "offset"
 
@@ -82,19 +102,35 @@ def _graph(
     name: str, given: dict[str, np.ndarray], sizes: dict[str, Any], columns: int, rows: int
 ) -> bytes:
     node = helper.make_node(name, ["x", *given], ["y"], domain=DOMAIN, **sizes)
+    return _model([node], {"x": (TensorProto.FLOAT, columns)}, {"y": rows}, given, [name])
+
+
+def _model(
+    nodes: list[onnx.NodeProto],
+    inputs: dict[str, tuple[int, int | None]],
+    outputs: dict[str, int],
+    given: dict[str, np.ndarray],
+    names: list[str],
+) -> bytes:
     graph = helper.make_graph(
-        [node],
+        nodes,
         "product",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["B", "S", columns])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["B", "S", rows])],
+        [
+            helper.make_tensor_value_info(name, kind, ["B", "S", *([width] if width else [])])
+            for name, (kind, width) in inputs.items()
+        ],
+        [
+            helper.make_tensor_value_info(name, TensorProto.FLOAT, ["B", "S", width])
+            for name, width in outputs.items()
+        ],
         [numpy_helper.from_array(array, key) for key, array in given.items()],
     )
     versions = {"": _OPSET, DOMAIN: OP_VERSION, CONTRIB: 1}
-    body = function_bodies(_OPSET, [name])[name]
+    bodies = function_bodies(_OPSET, names)
     model = helper.make_model(
         graph,
         opset_imports=[helper.make_opsetid(*pair) for pair in versions.items()],
-        functions=[ir.serde.serialize_function(body)],
+        functions=[ir.serde.serialize_function(body) for body in bodies.values()],
         ir_version=10,
     )
     onnx.checker.check_model(model, full_check=True)

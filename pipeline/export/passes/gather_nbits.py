@@ -1,9 +1,12 @@
 """Rows of an embedding looked up in quantised codes, which may be those that the head reads.
 
+    Gather(W, ids) -> LookUpBlocks(ids, Q(W))
     Gather(W, ids) -> Reshape(GatherBlockQuantized(Q(W), ids)), cut to the width of a row
 
-The operator wants one scale and one zero point to an element of its own, so they are stored again
-in that shape.
+The first is an operator of ours, whose body is the second, and whose kernel looks into the head's
+codes as they lie in memory. Formats with offsets take the second, and so do graphs whose products
+are of floats. ONNX Runtime wants one scale and one zero point to an element of its own, so they are
+stored again in that shape.
 """
 
 from __future__ import annotations
@@ -13,7 +16,13 @@ from collections.abc import Callable
 import numpy as np
 import onnx_ir as ir
 
-from pipeline.export.contract import CONTRIB, GATHER_NBITS
+from pipeline.export.contract import (
+    CONTRIB,
+    DOMAIN,
+    GATHER_NBITS,
+    LOOK_UP_BLOCKS_OPS,
+    OP_VERSION,
+)
 from pipeline.export.passes.lay_out import take_place
 from pipeline.export.passes.weights import derived_weight, new_constant, weight_shape
 from pipeline.quantize.formats import Format
@@ -21,7 +30,13 @@ from pipeline.quantize.groupwise import Blocks
 
 
 def look_up_rows(
-    graph: ir.Graph, gather: ir.Node, codes: ir.Value, format_: Format, read: Callable[[], Blocks]
+    graph: ir.Graph,
+    gather: ir.Node,
+    codes: ir.Value,
+    format_: Format,
+    read: Callable[[], Blocks],
+    *,
+    kernel: bool,
 ) -> None:
     """Let codes take the place of the weight that a Gather reads.
 
@@ -31,6 +46,7 @@ def look_up_rows(
         codes: [rows, blocks, bytes].
         format_: of the codes.
         read: the codes with their scales and zero points, when they are written.
+        kernel: take the operator of ours, if it has the format.
     """
     weight, ids = gather.inputs
     rows, columns = weight_shape(weight)
@@ -49,12 +65,20 @@ def look_up_rows(
     tables = [table("row_scales", ir.DataType.FLOAT, lambda found: found.scales)]
     if format_.zero == "asym":  # here one to a byte
         tables.append(table("row_zeros", ir.DataType.UINT8, lambda found: found.zero_points))
-    sizes = {
-        "bits": format_.bits,
-        "block_size": format_.block,
-        "gather_axis": 0,
-        "quantize_axis": 2,
-    }
+    own = {"bits": format_.bits, "block_size": format_.block}
+    if kernel and format_.zero in LOOK_UP_BLOCKS_OPS:
+        op_type = LOOK_UP_BLOCKS_OPS[format_.zero]
+        shape = {"K": columns, "N": rows} | own
+        inputs = [ids, codes, *tables]
+        node = ir.node(
+            op_type, inputs, shape, domain=DOMAIN, version=OP_VERSION, name=f"{name}.rows"
+        )
+        node.outputs[0].name = f"{name}.row"
+        graph.insert_before(gather, node)
+        take_place(gather, node.outputs[0])
+        graph.remove(gather, safe=True)
+        return
+    sizes = own | {"gather_axis": 0, "quantize_axis": 2}
     looked_up = ir.node(GATHER_NBITS, [codes, ids, *tables], sizes, domain=CONTRIB)
     nodes = {f"{name}.blocks": looked_up}
     if format_.zero == "offset":

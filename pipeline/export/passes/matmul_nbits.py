@@ -319,7 +319,14 @@ def _embedding(
 ) -> None:
     """Look rows up in the codes of a matrix."""
     name = weight.name.removesuffix(".weight")
-    look_up_rows(work.graph, gather, codes, format_, lambda: work.rounder(name, format_, [weight]))
+    look_up_rows(
+        work.graph,
+        gather,
+        codes,
+        format_,
+        lambda: work.rounder(name, format_, [weight]),
+        kernel=work.accuracy == PRODUCTS[INTEGER],
+    )
 
 
 def _block_skip(work: _Pass, group: SharedLatent) -> None:

@@ -16,10 +16,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ort_plugins.matmul_blocks.reference import Matrix, block_skip_blocks, matmul_blocks
+from ort_plugins.matmul_blocks.reference import (
+    Matrix,
+    block_skip_blocks,
+    look_up_blocks,
+    matmul_blocks,
+)
 from pipeline.kernels.cpu_library import cpu_library, why_no_kernels
 from pipeline.machine import cpu_flags
-from tests.support.block_products import node_graph, random_matrix, session_of, skip_graph
+from tests.support.block_products import (
+    look_up_graph,
+    node_graph,
+    random_matrix,
+    session_of,
+    skip_graph,
+)
 
 pytestmark = pytest.mark.skipif(why_no_kernels() is not None, reason=str(why_no_kernels()))
 
@@ -172,6 +183,36 @@ def test_an_index_outside_of_x_is_refused(place: int) -> None:
         session_of(skip_graph(a, b, index), cpu_library())
 
 
+TABLES = [(40, 96, 8, 32, "sym"), (33, 90, 4, 64, "asym"), (50, 64, 2, 16, "sym")]
+
+
+@pytest.mark.parametrize("head", [True, False], ids=["of the head", "alone"])
+@pytest.mark.parametrize("kernels", [True, False], ids=["kernel", "body"])
+@pytest.mark.parametrize("shape", TABLES, ids=lambda shape: "-".join(map(str, shape)))
+def test_rows_are_looked_up(shape: Any, kernels: bool, head: bool) -> None:
+    matrix = random_matrix(*shape)
+    session = session_of(look_up_graph(matrix, head), cpu_library() if kernels else None)
+    ids = np.array([[0, 5, shape[0] - 1, 5], [7, 7, 1, 2]])
+    found = session.run(["rows"], {"ids": ids})[0]
+    assert np.array_equal(found, look_up_blocks(ids, matrix))
+
+
+def test_rows_are_looked_up_in_the_head_of_their_own_session() -> None:
+    one, two = (random_matrix(40, 96, 8, 32, "sym", halves) for halves in (True, False))
+    sessions = [session_of(look_up_graph(m, head=True), cpu_library()) for m in (one, two)]
+    ids = np.array([[3, 39]])
+    for session, matrix in zip(sessions, (one, two), strict=True):
+        found = session.run(["rows"], {"ids": ids})[0]
+        assert np.array_equal(found, look_up_blocks(ids, matrix))
+
+
+@pytest.mark.parametrize("wrong", [-41, 40])
+def test_an_id_outside_of_the_table_is_refused(wrong: int) -> None:
+    session = session_of(look_up_graph(random_matrix(*TABLES[0]), head=True), cpu_library())
+    with pytest.raises(Exception, match="outside of the table"):
+        session.run(["rows"], {"ids": np.array([[0, wrong]])})
+
+
 def test_rows_of_zeros_give_zeros_and_no_rows_give_none() -> None:
     session = session_of(node_graph(random_matrix(20, 64, 4, 32, "offset")), cpu_library())
     zeros = session.run(None, {"x": np.zeros((1, 2, 64), np.float32)})[0]
@@ -230,7 +271,13 @@ import json, sys
 import numpy as np
 from pipeline.kernels.cpu_library import cpu_library
 from tests.ort_plugins.matmul_blocks.test_kernels import SHAPES, inputs
-from tests.support.block_products import node_graph, random_matrix, session_of, skip_graph
+from tests.support.block_products import (
+    look_up_graph,
+    node_graph,
+    random_matrix,
+    session_of,
+    skip_graph,
+)
 
 print(json.dumps([
     session_of(node_graph(random_matrix(*shape)), cpu_library())

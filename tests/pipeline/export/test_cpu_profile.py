@@ -267,9 +267,9 @@ def test_a_tied_embedding_is_read_from_the_heads_codes(
     nodes = {node.op_type: node for node in graph.node}
     if config["tie_word_embeddings"]:
         head = next(n for n in graph.node if "logits" in n.output)
-        assert nodes["GatherBlockQuantized"].input[0] == head.input[1]
+        assert nodes["LookUpBlocks"].input[1] == head.input[1]
     else:
-        assert "GatherBlockQuantized" not in nodes
+        assert "LookUpBlocks" not in nodes
 
 
 def test_logits_of_the_last_token_alone_are_those_of_the_last_token(
