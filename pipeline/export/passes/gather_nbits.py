@@ -62,39 +62,63 @@ def look_up_rows(
             dtype,
         )
 
-    tables = [table("row_scales", ir.DataType.FLOAT, lambda found: found.scales)]
+    inputs = [codes, ids, table("row_scales", ir.DataType.FLOAT, lambda found: found.scales)]
     if format_.zero == "asym":  # here one to a byte
-        tables.append(table("row_zeros", ir.DataType.UINT8, lambda found: found.zero_points))
-    own = {"bits": format_.bits, "block_size": format_.block}
+        inputs.append(table("row_zeros", ir.DataType.UINT8, lambda found: found.zero_points))
     if kernel and format_.zero in LOOK_UP_BLOCKS_OPS:
-        op_type = LOOK_UP_BLOCKS_OPS[format_.zero]
-        shape = {"K": columns, "N": rows} | own
-        inputs = [ids, codes, *tables]
-        node = ir.node(
-            op_type, inputs, shape, domain=DOMAIN, version=OP_VERSION, name=f"{name}.rows"
-        )
-        node.outputs[0].name = f"{name}.row"
-        graph.insert_before(gather, node)
-        take_place(gather, node.outputs[0])
-        graph.remove(gather, safe=True)
-        return
-    sizes = own | {"gather_axis": 0, "quantize_axis": 2}
-    looked_up = ir.node(GATHER_NBITS, [codes, ids, *tables], sizes, domain=CONTRIB)
-    nodes = {f"{name}.blocks": looked_up}
-    if format_.zero == "offset":
-        rests = ir.node(
-            "Gather", [table("row_rests", ir.DataType.FLOAT, lambda found: found.rests), ids]
-        )
-        nodes[f"{name}.row_rest"] = rests
-        nodes[f"{name}.whole"] = ir.node("Add", [looked_up.outputs[0], rests.outputs[0]])
-    nodes |= _joined(
-        graph, name, list(nodes.values())[-1].outputs[0], blocks * format_.block, columns
-    )
+        nodes = _own(name, rows, columns, format_, inputs)
+    else:
+        rests = None
+        if format_.zero == "offset":
+            rests = table("row_rests", ir.DataType.FLOAT, lambda found: found.rests)
+        nodes = _stock(graph, name, columns, format_, inputs, rests)
     for output, node in nodes.items():
         node.outputs[0].name = output
     graph.insert_before(gather, list(nodes.values()))
     take_place(gather, list(nodes.values())[-1].outputs[0])
     graph.remove(gather, safe=True)
+
+
+def _own(
+    name: str, rows: int, columns: int, format_: Format, inputs: list[ir.Value]
+) -> dict[str, ir.Node]:
+    """The operator of ours, by the name of its output."""
+    codes, ids, *tables = inputs
+    sizes = {"K": columns, "N": rows, "bits": format_.bits, "block_size": format_.block}
+    node = ir.node(
+        LOOK_UP_BLOCKS_OPS[format_.zero],
+        [ids, codes, *tables],
+        sizes,
+        domain=DOMAIN,
+        version=OP_VERSION,
+        name=f"{name}.rows",
+    )
+    return {f"{name}.row": node}
+
+
+def _stock(
+    graph: ir.Graph,
+    name: str,
+    columns: int,
+    format_: Format,
+    inputs: list[ir.Value],
+    rests: ir.Value | None,
+) -> dict[str, ir.Node]:
+    """ONNX Runtime's operator, what rests add, and whole rows, by the names of their outputs."""
+    sizes = {
+        "bits": format_.bits,
+        "block_size": format_.block,
+        "gather_axis": 0,
+        "quantize_axis": 2,
+    }
+    looked_up = ir.node(GATHER_NBITS, inputs, sizes, domain=CONTRIB)
+    nodes = {f"{name}.blocks": looked_up}
+    if rests is not None:
+        own = ir.node("Gather", [rests, inputs[1]])
+        nodes[f"{name}.row_rest"] = own
+        nodes[f"{name}.whole"] = ir.node("Add", [looked_up.outputs[0], own.outputs[0]])
+    filled = format_.blocks(columns) * format_.block
+    return nodes | _joined(graph, name, list(nodes.values())[-1].outputs[0], filled, columns)
 
 
 def _joined(
