@@ -18,21 +18,44 @@ struct Call
     int64_t rows;
 };
 
-inline Status* readShape(
-    Api const& api, Value const* input, std::array<int64_t, 8>* sizes, size_t* dimensions)
+constexpr size_t kMostDimensions = 8;
+using Sizes = std::array<int64_t, kMostDimensions>;
+
+// Input 0 and its shape.
+inline Status* readInput(
+    Api const& api, KernelContext const* context, Value const** input, Sizes* sizes, size_t* dimensions)
 {
     ShapeInfo* shape = nullptr;
-    if (Status* const status = api.shape(input, &shape))
+    Status* status = api.input(context, 0, input);
+    status = status != nullptr ? status : api.shape(*input, &shape);
+    if (status != nullptr)
     {
         return status;
     }
-    Status* status = api.dimensions(shape, dimensions);
-    if (status == nullptr && (*dimensions == 0 || *dimensions > sizes->size()))
+    status = api.dimensions(shape, dimensions);
+    if (status == nullptr && (*dimensions == 0 || *dimensions >= kMostDimensions))
     {
-        status = api.fail("skipcat: x has one to eight dimensions");
+        status = api.fail("skipcat: the first input has one to seven dimensions");
     }
     status = status != nullptr ? status : api.sizes(shape, sizes->data(), *dimensions);
     api.release(shape);
+    return status;
+}
+
+// Output 0 of a shape, and how many rows it has.
+inline Status* makeOutput(
+    Api const& api, KernelContext* context, Sizes const& sizes, size_t dimensions, int64_t* rows, float** y)
+{
+    *rows = 1;
+    for (size_t i = 0; i + 1 < dimensions; ++i)
+    {
+        *rows *= sizes[i];
+    }
+    Value* output = nullptr;
+    void* data = nullptr;
+    Status* status = api.output(context, 0, sizes.data(), dimensions, &output);
+    status = status != nullptr ? status : api.data(output, &data);
+    *y = static_cast<float*>(data);
     return status;
 }
 
@@ -40,11 +63,9 @@ inline Status* readShape(
 inline Status* openCall(Api const& api, KernelContext* context, int64_t columns, int64_t outputs, Call* call)
 {
     Value const* input = nullptr;
-    std::array<int64_t, 8> sizes{};
+    Sizes sizes{};
     size_t dimensions = 0;
-    Status* status = api.input(context, 0, &input);
-    status = status != nullptr ? status : readShape(api, input, &sizes, &dimensions);
-    if (status != nullptr)
+    if (Status* const status = readInput(api, context, &input, &sizes, &dimensions))
     {
         return status;
     }
@@ -54,19 +75,10 @@ inline Status* openCall(Api const& api, KernelContext* context, int64_t columns,
         return api.fail("skipcat: the last dimension of x is not the one of the node's matrix");
     }
     last = outputs;
-    call->rows = 1;
-    for (size_t i = 0; i + 1 < dimensions; ++i)
-    {
-        call->rows *= sizes[i];
-    }
-    Value* output = nullptr;
     void* x = nullptr;
-    void* y = nullptr;
-    status = api.output(context, 0, sizes.data(), dimensions, &output);
-    status = status != nullptr ? status : api.data(input, &x);
-    status = status != nullptr ? status : api.data(output, &y);
+    Status* status = api.data(input, &x);
+    status = status != nullptr ? status : makeOutput(api, context, sizes, dimensions, &call->rows, &call->y);
     call->x = static_cast<float const*>(x);
-    call->y = static_cast<float*>(y);
     return status;
 }
 
@@ -74,30 +86,14 @@ inline Status* openCall(Api const& api, KernelContext* context, int64_t columns,
 inline Status* openLookUp(Api const& api, KernelContext* context, int64_t columns, int64_t* rows, float** y)
 {
     Value const* input = nullptr;
-    std::array<int64_t, 8> sizes{};
+    Sizes sizes{};
     size_t dimensions = 0;
-    Status* status = api.input(context, 0, &input);
-    status = status != nullptr ? status : readShape(api, input, &sizes, &dimensions);
-    if (status != nullptr)
+    if (Status* const status = readInput(api, context, &input, &sizes, &dimensions))
     {
         return status;
     }
-    if (dimensions == sizes.size())
-    {
-        return api.fail("skipcat: ids have at most seven dimensions");
-    }
-    *rows = 1;
-    for (size_t i = 0; i < dimensions; ++i)
-    {
-        *rows *= sizes[i];
-    }
     sizes[dimensions] = columns;
-    Value* output = nullptr;
-    void* data = nullptr;
-    status = api.output(context, 0, sizes.data(), dimensions + 1, &output);
-    status = status != nullptr ? status : api.data(output, &data);
-    *y = static_cast<float*>(data);
-    return status;
+    return makeOutput(api, context, sizes, dimensions + 1, rows, y);
 }
 
 } // namespace skipcat
