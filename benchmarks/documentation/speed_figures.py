@@ -47,7 +47,7 @@ _LOOKUP_PROMPTS = {
     "ask": "questions, in chat",
     "edit": "rewrite, shorten, quote a passage",
 }
-_MEMORY_FOLDERS = {
+MEMORY_FOLDERS = {
     "cpu-int4": "SmolLM2-135M, int4",
     "cpu-offset": "SmolLM2-135M, int4-offset",
     "cpu-int8": "SmolLM2-135M, int8",
@@ -57,7 +57,7 @@ _MEMORY_FOLDERS = {
     "1b-int4": "1B, int4",
     "1b-int8": "1B, int8",
 }
-_MEMORY_TARGET = 1.3
+MEMORY_TARGET = 1.3
 _LOADS = {
     "server_load": "tiny random model, float32",
     "server_load_int8": "SmolLM2-135M, `cpu` int8, 8 slots, before prompts were cut alike",
@@ -247,10 +247,10 @@ def _rounded_cache(integer: _Json, exact: _Json) -> list[str]:
 def _cpu_memory(found: _Json) -> list[str]:
     """Peak against weights and cache."""
     rows = []
-    for folder, label in _MEMORY_FOLDERS.items():
+    for folder, label in MEMORY_FOLDERS.items():
         row = only_row(found["rows"], folder=folder)
         parts = f"{megabytes(row['weight_bytes'])} + {megabytes(row['cache_bytes'])}"
-        ratio = bold(f"{row['ratio']:.2f}", row["ratio"] <= _MEMORY_TARGET)
+        ratio = bold(f"{row['ratio']:.2f}", row["ratio"] <= MEMORY_TARGET)
         rows.append([label, parts, megabytes(row["peak_bytes"]), ratio])
     return table(("", "weights + cache, MB", "peak, MB", "/ (weights + cache)"), rows)
 
