@@ -1,0 +1,48 @@
+"""The products by themselves under the sanitizers of addresses and of undefined behaviour."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from pipeline.kernels import cpu_library
+from pipeline.kernels.cpu_library import why_no_kernels
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(why_no_kernels() is not None, reason=str(why_no_kernels())),
+]
+FOLDER = Path(cpu_library.__file__).parents[2] / "ort_plugins" / "matmul_blocks"
+SANITIZERS = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
+SOURCES = ("round_row.cpp", "tile_avx2.cpp", "tile_avx512.cpp")
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sanitized")
+    compiler = cpu_library._compiler()
+    assert compiler is not None
+    objects = [folder / f"{name}.o" for name in (*SOURCES, "compare.cpp")]
+    paths = [*(FOLDER / name for name in SOURCES), FOLDER / "check" / "compare.cpp"]
+    running = []
+    for path, target in zip(paths, objects, strict=True):
+        flags = (*cpu_library._FLAGS, *cpu_library._SOURCES.get(path.name, ()), *SANITIZERS)
+        command = [*compiler, *flags, "-c", str(path), "-o", str(target)]
+        running.append(subprocess.Popen(command))
+    assert [process.wait() for process in running] == [0] * len(running)
+    made = folder / "compare"
+    subprocess.run([*compiler, *SANITIZERS, *map(str, objects), "-o", str(made)], check=True)
+    return made
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_products_of_random_matrices_stay_in_their_memory_and_agree_with_sums_in_double(
+    program: Path, seed: int
+) -> None:
+    answer = subprocess.run(
+        [str(program), "60", str(seed)], capture_output=True, text=True, check=False
+    )
+    assert (answer.returncode, answer.stderr) == (0, "")
+    assert "avx2" in answer.stdout.split()
