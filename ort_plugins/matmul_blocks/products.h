@@ -80,6 +80,7 @@ struct Instructions
 };
 
 extern Instructions const kAvx512; // with VNNI
+extern Instructions const kAvxVnni;
 extern Instructions const kAvx2;
 
 // The first of them that this CPU has, or the one that SKIPCAT_KERNELS names; null if there is none.

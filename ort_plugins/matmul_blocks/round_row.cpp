@@ -75,7 +75,7 @@ __attribute__((target_clones("avx512f", "avx2", "default"))) void roundBlock(
 Instructions const* choose()
 {
     char const* const wanted = std::getenv("SKIPCAT_KERNELS");
-    for (Instructions const* kind : {&kAvx512, &kAvx2})
+    for (Instructions const* kind : {&kAvx512, &kAvxVnni, &kAvx2})
     {
         bool const named = wanted == nullptr || *wanted == 0 || std::strcmp(wanted, kind->name) == 0;
         if (named && kind->available())

@@ -30,12 +30,14 @@ _FOLDER = Path(__file__).parents[2] / "ort_plugins" / "matmul_blocks"
 _FLAGS = (
     "-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno",
 )  # fmt: skip
-# Every source and the instructions it is compiled for; which of them run is found out as it loads.
+_AVX2 = ("-mavx2", "-mfma", "-mf16c")
+# Every source, the instructions it is compiled for, and those that it is compiled for once more;
+# which of them run is found out as it loads.
 _SOURCES = {
     "multiply.cpp": (),
     "operators.cpp": (),
     "round_row.cpp": (),
-    "tile_avx2.cpp": ("-mavx2", "-mfma", "-mf16c"),
+    "tile_avx2.cpp": _AVX2,
     "tile_avx512.cpp": (
         "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mfma", "-mf16c",
         "-mprefer-vector-width=512",
@@ -43,6 +45,7 @@ _SOURCES = {
     "stored_matrix.cpp": (),
     "weight_memory.cpp": (),
 }  # fmt: skip
+_AGAIN = {"tile_avx2.cpp": (*_AVX2, "-mavxvnni", "-DSKIPCAT_AVX_VNNI")}
 _HEADERS = (
     "block_skip_node.h", "call.h", "look_up_node.h", "matmul_node.h", "multiply.h", "products.h",
     "runtime_api.h", "stored_matrix.h", "tile.h", "weight_memory.h",
@@ -51,7 +54,7 @@ _COMPILING_S_AT_MOST = 600
 # What the kernels choose among, and what chooses for them; `off` takes the bodies.
 CHOICE = "SKIPCAT_KERNELS"
 OFF = "off"
-_CHOICES = ("", "avx512", "avx2", OFF)
+_CHOICES = ("", "avx512", "avx-vnni", "avx2", OFF)
 
 
 def why_no_kernels() -> str | None:
@@ -122,7 +125,7 @@ def _built(compiler: list[str]) -> Path:
 
 def _digest(compiler: Iterable[str]) -> str:
     """Differs whenever the compiled library would."""
-    digest = hashlib.sha256(repr((*compiler, _FLAGS, _SOURCES)).encode())
+    digest = hashlib.sha256(repr((*compiler, _FLAGS, _SOURCES, _AGAIN)).encode())
     for name in (*_SOURCES, *_HEADERS):
         digest.update((_FOLDER / name).read_bytes())
     return digest.hexdigest()[:16]
@@ -135,14 +138,15 @@ def _compile(compiler: list[str], target: Path) -> None:
         InputError: the compiler fails, with the end of what it printed.
     """
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch, ThreadPoolExecutor() as pool:
-        objects = {name: Path(scratch) / f"{name}.o" for name in _SOURCES}
+        wanted = [*_SOURCES.items(), *_AGAIN.items()]
+        objects = [str(Path(scratch) / f"{place}.o") for place in range(len(wanted))]
         commands = [
-            [*compiler, *_FLAGS, *flags, "-c", str(_FOLDER / name), "-o", str(objects[name])]
-            for name, flags in _SOURCES.items()
+            [*compiler, *_FLAGS, *flags, "-c", str(_FOLDER / name), "-o", target_object]
+            for (name, flags), target_object in zip(wanted, objects, strict=True)
         ]
         list(pool.map(_run, commands))
         linked = Path(scratch) / target.name
-        _run([*compiler, "-shared", *map(str, objects.values()), "-o", str(linked)])
+        _run([*compiler, "-shared", *objects, "-o", str(linked)])
         linked.replace(target)
 
 
@@ -159,5 +163,5 @@ def _run(command: list[str]) -> None:
             "The kernels for the CPU cannot be compiled.",
             where=command[0],
             observed="\n".join(said.strip().splitlines()[:8]),
-            change="needs g++ 9 or clang 14, or newer",
+            change="needs g++ 11 or clang 14, or newer",
         )

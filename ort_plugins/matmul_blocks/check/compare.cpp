@@ -183,7 +183,7 @@ int main(int count, char** arguments)
 {
     int const cases = count > 1 ? std::atoi(arguments[1]) : 100;
     generator.seed(count > 2 ? static_cast<unsigned>(std::atoi(arguments[2])) : 0U);
-    for (Instructions const* kind : {&skipcat::kAvx512, &skipcat::kAvx2})
+    for (Instructions const* kind : {&skipcat::kAvx512, &skipcat::kAvxVnni, &skipcat::kAvx2})
     {
         if (!kind->available())
         {
