@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -320,11 +321,23 @@ def require_inputs(wanted: CompressRequest, *texts: tuple[str, str, int, int]) -
 
     effort = wanted.resolved_effort
     preview = preview_model(wanted.model, trust_remote_code=wanted.trust_remote_code)
-    own = ("--window-length", wanted.calibration, effort.windows, effort.window_length)
+    windows = effort.windows_for(_widest_input(preview.config))
+    own = ("--window-length", wanted.calibration, windows, effort.window_length)
     for flag, spec, count, length in (own, *texts):
         refuse_long_windows(flag, length, preview.config)
         require_text(spec, preview.tokenizer, count=count, length=length)
     return preview.config
+
+
+def _widest_input(config: PretrainedConfig) -> int:
+    """The widest input of a decoder's linear layers, as far as its config says; else no bound."""
+    text = config.get_text_config()
+    sizes = [getattr(text, name, None) for name in ("hidden_size", "intermediate_size")]
+    heads = (getattr(text, "num_attention_heads", None) or 0) * (
+        getattr(text, "head_dim", None) or 0
+    )
+    known = [size for size in sizes if isinstance(size, int)]
+    return max(*known, heads) if len(known) == len(sizes) else sys.maxsize
 
 
 def _refuse_exports(config: PretrainedConfig, exports: list[ExportRequest]) -> None:

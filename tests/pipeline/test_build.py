@@ -21,6 +21,7 @@ from pipeline.artefact import sha256_of_file
 from pipeline.cli.main import main
 from pipeline.compress.request import CompressRequest
 from pipeline.engine import target
+from pipeline.errors import InputError
 from pipeline.folder_lock import LOCK_FILE, FolderLock
 from pipeline.gpu import ORIN, Gpu
 from tests.support.ledger_stages import perturb_onnx
@@ -299,6 +300,25 @@ def test_what_a_later_stage_would_refuse_is_refused_before_any_work(
     assert main([*arguments, "-o", str(tmp_path / "tiny"), *changed]) == status
     assert message in capsys.readouterr().err
     assert names_in(tmp_path) == set()
+
+
+def test_a_text_is_asked_for_as_many_windows_as_a_narrow_model_is_calibrated_on(
+    arguments: list[str], tmp_path: Path
+) -> None:
+    request = CompressRequest(
+        model=arguments[2], calibration=str(tmp_path / "text.txt"), effort="fast", window_length=256
+    )
+    effort = request.resolved_effort
+    config = AutoConfig.from_pretrained(arguments[2])
+    widest = max(config.hidden_size, config.intermediate_size)
+    needed = effort.windows_for(widest) * 256  # by bytes: a token each
+    assert needed < effort.windows * 256
+    (tmp_path / "text.txt").write_text("a" * needed)
+    build.require_inputs(request)
+    (tmp_path / "text.txt").write_text("a" * (needed - 1))
+    with pytest.raises(InputError, match="too short") as error:
+        build.require_inputs(request)
+    assert f"at least {needed} tokens" in str(error.value)
 
 
 def test_a_model_that_cannot_be_exported_is_refused_before_it_is_compressed(
