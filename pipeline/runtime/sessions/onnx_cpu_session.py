@@ -46,7 +46,8 @@ _PREFILL_TOKENS = 128
 # Attention works by tiles of some dozens of tokens, of which the last must not hold one alone.
 STEADY_TOKENS = 17
 # What one more token in a call of a few costs, as a share of a call of one: 0.14 to 0.29 for 4 and
-# 8 bits on two cores with AVX2 (benchmarks/cpu/lookup.py).
+# 8 bits by ONNX Runtime's products on two cores with AVX2; by our kernels 0.09 to 0.17 on two cores
+# with AVX-512, and 0.15 to 0.23 on one (benchmarks/cpu/lookup.py).
 _ROW_COST = 0.25
 _CACHE_TYPES = {FLOAT: np.float32, INT8: np.int8}
 # From which token of a call on the graph computes logits.
