@@ -12,6 +12,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import importlib.util
 import shutil
 import tempfile
+from collections.abc import Iterator
 
 import pytest
 
@@ -48,6 +49,17 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     """Remove what all tests share, once the last one has run."""
     if not hasattr(config, "workerinput"):
         shutil.rmtree(os.environ.pop(SHARED_FOLDER), ignore_errors=True)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_plugin_of_this_checkout(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Engines of tests take no plugin that `make plugin` left: the fake TensorRT loads none."""
+    from pipeline.engine import plan
+
+    with pytest.MonkeyPatch.context() as patch:
+        nowhere = tmp_path_factory.getbasetemp() / "no" / plan.BUILT_PLUGIN.name
+        patch.setattr(plan, "BUILT_PLUGIN", nowhere)
+        yield
 
 
 def missing_hardware() -> dict[str, str]:
