@@ -209,13 +209,6 @@ Status* findDomain(Api const& api, Domain** domain)
 extern "C"
 {
 
-// Which instructions the kernels take on this CPU; null where they run not at all.
-__attribute__((visibility("default"))) char const* skipcatInstructions()
-{
-    skipcat::Instructions const* const found = skipcat::instructions();
-    return found == nullptr ? nullptr : found->name;
-}
-
 // What ONNX Runtime looks for in a library of operators.
 __attribute__((visibility("default"))) skipcat::Status* RegisterCustomOps(
     skipcat::SessionOptions* options, skipcat::ApiBase const* base)

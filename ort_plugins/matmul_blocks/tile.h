@@ -7,6 +7,16 @@
 // Nothing here may be shared between kinds: a function compiled for wider instructions would be linked
 // into the others.
 
+inline uint16_t toHalf(float number)
+{
+    return _cvtss_sh(number, _MM_FROUND_TO_NEAREST_INT);
+}
+
+inline float fromHalf(uint16_t number)
+{
+    return _cvtsh_ss(number);
+}
+
 // How one matrix is held; a product of its own is compiled for each.
 template <int kBits, bool kZeros, bool kRests, bool kHalves>
 class Packed final : public Product
@@ -68,7 +78,7 @@ public:
 
     void compute(Tile const& x, int64_t first, int64_t last, float const* bias, float* y) const override
     {
-        computeRows<12, 8, 6, 4, 3, 2, 1>(x, first, last, bias, y);
+        computeRows<0>(x, first, last, bias, y);
     }
 
 private:
@@ -77,20 +87,25 @@ private:
     static constexpr int kPerByte = 8 / kBits;
     static constexpr int32_t kMiddle = 1 << (kBits - 1);
 
-    // A function for each number of rows that a tile may have.
-    template <int kRows, int... kFewer>
+    // A function for each number of rows that a tile may have, from place kIndex of kTileRows on.
+    template <size_t kIndex>
     void computeRows(Tile const& x, int64_t first, int64_t last, float const* bias, float* y) const
     {
-        if (kRows <= kMostRows && x.rows == kRows)
+        constexpr int64_t kRows = kTileRows[kIndex];
+        if constexpr (kRows <= kMostRows)
         {
-            for (int64_t group = first; group < last; ++group)
+            if (x.rows == kRows)
             {
-                computeGroup<(kRows <= kMostRows ? kRows : 1)>(x, group, bias, y);
+                for (int64_t group = first; group < last; ++group)
+                {
+                    computeGroup<kRows>(x, group, bias, y);
+                }
+                return;
             }
         }
-        else if constexpr (sizeof...(kFewer) > 0)
+        if constexpr (kIndex + 1 < std::size(kTileRows))
         {
-            computeRows<kFewer...>(x, first, last, bias, y);
+            computeRows<kIndex + 1>(x, first, last, bias, y);
         }
     }
 
@@ -115,7 +130,7 @@ private:
         {
             if (bias != nullptr)
             {
-                sums[row] = Lanes::add(sums[row], Lanes::loadSome(bias + start, width));
+                sums[row] = sums[row] + Lanes::loadSome(bias + start, width);
             }
             Lanes::storeSome(sums[row], y + row * mRows + start, width);
         }
@@ -166,7 +181,7 @@ private:
                 whole = Lanes::multiplySubtract(
                     zeros, Lanes::splatFloat(static_cast<float>(codeSums[row])), whole);
             }
-            auto const both = Lanes::multiply(steps, Lanes::splatFloat(scales[row]));
+            auto const both = steps * Lanes::splatFloat(scales[row]);
             sums[row] = Lanes::multiplyAdd(whole, both, sums[row]);
             if constexpr (kRests)
             {
@@ -224,7 +239,7 @@ private:
         {
             uint16_t half;
             std::memcpy(&half, numbers + lane * 2, 2);
-            return Lanes::fromHalf(half);
+            return fromHalf(half);
         }
         else
         {
@@ -238,7 +253,7 @@ private:
     {
         if constexpr (kHalves)
         {
-            uint16_t const half = Lanes::toHalf(number);
+            uint16_t const half = toHalf(number);
             std::memcpy(numbers + lane * 2, &half, 2);
         }
         else
@@ -269,7 +284,7 @@ inline bool areHalves(Matrix const& matrix)
         for (int64_t block = 0; block < blocks; ++block)
         {
             float const scale = matrix.scales[row * blocks + block];
-            if (Lanes::fromHalf(Lanes::toHalf(scale)) != scale)
+            if (fromHalf(toHalf(scale)) != scale)
             {
                 return false;
             }
@@ -277,7 +292,7 @@ inline bool areHalves(Matrix const& matrix)
             {
                 float const rest = matrix.rests[block * matrix.rows + row];
                 float const offset = rest - middle * scale;
-                float const lost = std::fabs(Lanes::fromHalf(Lanes::toHalf(offset)) - offset);
+                float const lost = std::fabs(fromHalf(toHalf(offset)) - offset);
                 if (!(lost <= kRoundings * (std::fabs(rest) + std::fabs(middle * scale))))
                 {
                     return false;

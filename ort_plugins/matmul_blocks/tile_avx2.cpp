@@ -10,6 +10,7 @@
 #include <cmath>
 #include <cstring>
 #include <immintrin.h>
+#include <iterator>
 #include <limits>
 
 namespace skipcat
@@ -128,16 +129,6 @@ struct Lanes
         return _mm256_cvtepi32_ps(numbers);
     }
 
-    static Floats add(Floats a, Floats b)
-    {
-        return _mm256_add_ps(a, b);
-    }
-
-    static Floats multiply(Floats a, Floats b)
-    {
-        return _mm256_mul_ps(a, b);
-    }
-
     // a b + c
     static Floats multiplyAdd(Floats a, Floats b, Floats c)
     {
@@ -165,16 +156,6 @@ struct Lanes
         {
             _mm256_maskstore_ps(at, first(count), numbers);
         }
-    }
-
-    static uint16_t toHalf(float number)
-    {
-        return _cvtss_sh(number, _MM_FROUND_TO_NEAREST_INT);
-    }
-
-    static float fromHalf(uint16_t number)
-    {
-        return _cvtsh_ss(number);
     }
 
 private:

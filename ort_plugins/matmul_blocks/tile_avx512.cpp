@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstring>
 #include <immintrin.h>
+#include <iterator>
 #include <limits>
 
 namespace skipcat
@@ -96,16 +97,6 @@ struct Lanes
         return _mm512_cvtepi32_ps(numbers);
     }
 
-    static Floats add(Floats a, Floats b)
-    {
-        return _mm512_add_ps(a, b);
-    }
-
-    static Floats multiply(Floats a, Floats b)
-    {
-        return _mm512_mul_ps(a, b);
-    }
-
     // a b + c
     static Floats multiplyAdd(Floats a, Floats b, Floats c)
     {
@@ -126,16 +117,6 @@ struct Lanes
     static void storeSome(Floats numbers, float* at, int64_t count)
     {
         _mm512_mask_storeu_ps(at, first(count), numbers);
-    }
-
-    static uint16_t toHalf(float number)
-    {
-        return _cvtss_sh(number, _MM_FROUND_TO_NEAREST_INT);
-    }
-
-    static float fromHalf(uint16_t number)
-    {
-        return _cvtsh_ss(number);
     }
 
 private:

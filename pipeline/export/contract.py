@@ -123,27 +123,18 @@ MATMUL_BLOCKS = "MatMulBlocks"
 _COUNTED_FROM = {"sym": "", "asym": "Zeros", "offset": "Rests"}
 
 
-def matmul_blocks_op(zero: str, bias: bool) -> str:
-    """`MatMulBlocksRestsBias`: of a format's zero, with or without a vector to add."""
-    return MATMUL_BLOCKS + _COUNTED_FROM[zero] + ("Bias" if bias else "")
-
-
+# `MatMulBlocksRestsBias`: by a format's zero, and whether there is a vector to add.
 MATMUL_BLOCKS_OPS = {
-    (zero, bias): matmul_blocks_op(zero, bias) for zero in _COUNTED_FROM for bias in (False, True)
+    (zero, bias): MATMUL_BLOCKS + counted + ("Bias" if bias else "")
+    for zero, counted in _COUNTED_FROM.items()
+    for bias in (False, True)
 }
 BLOCK_SKIP_BLOCKS = "BlockSkipBlocks"
-
-
-def block_skip_blocks_op(a: str, b: str, indexed: bool) -> str:
-    """`BlockSkipBlocksAZerosBIndexed`: of zeros of both factors, and of an x that is reordered."""
-    factors = f"A{_COUNTED_FROM[a]}B{_COUNTED_FROM[b]}"
-    return BLOCK_SKIP_BLOCKS + factors + ("Indexed" if indexed else "")
-
-
+# `BlockSkipBlocksAZerosBIndexed`: by the zeros of both factors, and whether x is reordered.
 BLOCK_SKIP_BLOCKS_OPS = {
-    (a, b, indexed): block_skip_blocks_op(a, b, indexed)
-    for a in _COUNTED_FROM
-    for b in _COUNTED_FROM
+    (a, b, indexed): f"{BLOCK_SKIP_BLOCKS}A{of_a}B{of_b}" + ("Indexed" if indexed else "")
+    for a, of_a in _COUNTED_FROM.items()
+    for b, of_b in _COUNTED_FROM.items()
     for indexed in (False, True)
 }
 # Rows of an embedding. Those with offsets are put together by nodes of ONNX Runtime's.

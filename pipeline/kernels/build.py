@@ -7,6 +7,7 @@ the sources, of nvcc, or another GPU gets a library of its own.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,12 +91,20 @@ def build_library(capability: int, kernels: KernelSources = BLOCK_SKIP) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     version = nvcc_text(nvcc).rpartition("\n")[2]
     target = folder / _library_name(capability, version, kernels)
-    # Two processes that start together compile once.
+    make_once(
+        target,
+        f"compiling the {kernels.title} kernels for sm_{capability}, once",
+        lambda: _compile_library(nvcc, capability, target, kernels),
+    )
+    return target
+
+
+def make_once(target: Path, message: str, make: Callable[[], None]) -> None:
+    """Make a file that is not there, saying so: one of two processes that start together does."""
     with FileLock(f"{target}.lock"):
         if not target.is_file():
-            note(f"compiling the {kernels.title} kernels for sm_{capability}, once: {target}")
-            _compile_library(nvcc, capability, target, kernels)
-    return target
+            note(f"{message}: {target}")
+            make()
 
 
 def _compile_library(

@@ -11,46 +11,37 @@ import os
 import platform
 import shlex
 import shutil
-import subprocess
 import sys
-import tempfile
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
-
-from filelock import FileLock
 
 from pipeline.errors import InputError, PipelineError
 from pipeline.machine import cpu_flags
 from pipeline.progress import note
 from pipeline.remembered import cache_folder
 
-_FOLDER = Path(__file__).parents[2] / "ort_plugins" / "matmul_blocks"
+FOLDER = Path(__file__).parents[2] / "ort_plugins" / "matmul_blocks"
 _FLAGS = (
     "-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno",
 )  # fmt: skip
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
-# Every source, the instructions it is compiled for, and those that it is compiled for once more;
-# which of them run is found out as it loads.
-_SOURCES = {
-    "multiply.cpp": (),
-    "operators.cpp": (),
-    "round_row.cpp": (),
-    "tile_avx2.cpp": _AVX2,
-    "tile_avx512.cpp": (
-        "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mfma", "-mf16c",
-        "-mprefer-vector-width=512",
+# Sources and the instructions that they are compiled for; which run is found out as they load.
+UNITS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("multiply.cpp", ()),
+    ("operators.cpp", ()),
+    ("round_row.cpp", ()),
+    ("stored_matrix.cpp", ()),
+    ("tile_avx2.cpp", _AVX2),
+    ("tile_avx2.cpp", (*_AVX2, "-mavxvnni", "-DSKIPCAT_AVX_VNNI")),
+    (
+        "tile_avx512.cpp",
+        (
+            "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mfma",
+            "-mf16c", "-mprefer-vector-width=512",
+        ),
     ),
-    "stored_matrix.cpp": (),
-    "weight_memory.cpp": (),
-}  # fmt: skip
-_AGAIN = {"tile_avx2.cpp": (*_AVX2, "-mavxvnni", "-DSKIPCAT_AVX_VNNI")}
-_HEADERS = (
-    "block_skip_node.h", "call.h", "look_up_node.h", "matmul_node.h", "multiply.h", "products.h",
-    "runtime_api.h", "stored_matrix.h", "tile.h", "weight_memory.h",
+    ("weight_memory.cpp", ()),
 )  # fmt: skip
-_COMPILING_S_AT_MOST = 600
 # What the kernels choose among, and what chooses for them; `off` takes the bodies.
 CHOICE = "SKIPCAT_KERNELS"
 OFF = "off"
@@ -115,19 +106,19 @@ def _built(compiler: list[str]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"matmul_blocks-{_digest(compiler)}.so"
     if not target.is_file():
-        # Two processes that start together compile once.
-        with FileLock(f"{target}.lock"):
-            if not target.is_file():
-                note(f"compiling the kernels for the CPU, once, some ten seconds: {target}")
-                _compile(compiler, target)
+        # Here, for a session that finds the library should not wait for these imports.
+        from pipeline.kernels.build import make_once
+
+        message = "compiling the kernels for the CPU, once, some ten seconds"
+        make_once(target, message, lambda: _compile(compiler, target))
     return target
 
 
-def _digest(compiler: Iterable[str]) -> str:
+def _digest(compiler: list[str]) -> str:
     """Differs whenever the compiled library would."""
-    digest = hashlib.sha256(repr((*compiler, _FLAGS, _SOURCES, _AGAIN)).encode())
-    for name in (*_SOURCES, *_HEADERS):
-        digest.update((_FOLDER / name).read_bytes())
+    digest = hashlib.sha256(repr((compiler, _FLAGS, UNITS)).encode())
+    for path in sorted(p for p in FOLDER.iterdir() if p.suffix in (".cpp", ".h")):
+        digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
 
@@ -137,31 +128,19 @@ def _compile(compiler: list[str], target: Path) -> None:
     Raises:
         InputError: the compiler fails, with the end of what it printed.
     """
+    import tempfile
+    from concurrent.futures import ThreadPoolExecutor
+
+    from trt_plugins.toolchain import run_program
+
+    what = "compiling the kernels for the CPU (needs g++ 11 or clang 14, or newer)"
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch, ThreadPoolExecutor() as pool:
-        wanted = [*_SOURCES.items(), *_AGAIN.items()]
-        objects = [str(Path(scratch) / f"{place}.o") for place in range(len(wanted))]
+        objects = [str(Path(scratch) / f"{place}.o") for place in range(len(UNITS))]
         commands = [
-            [*compiler, *_FLAGS, *flags, "-c", str(_FOLDER / name), "-o", target_object]
-            for (name, flags), target_object in zip(wanted, objects, strict=True)
+            [*compiler, *_FLAGS, *flags, "-c", str(FOLDER / name), "-o", made]
+            for (name, flags), made in zip(UNITS, objects, strict=True)
         ]
-        list(pool.map(_run, commands))
+        list(pool.map(lambda command: run_program(command, what), commands))
         linked = Path(scratch) / target.name
-        _run([*compiler, "-shared", *objects, "-o", str(linked)])
+        run_program([*compiler, "-shared", *objects, "-o", str(linked)], what)
         linked.replace(target)
-
-
-def _run(command: list[str]) -> None:
-    try:
-        answer = subprocess.run(
-            command, capture_output=True, text=True, check=False, timeout=_COMPILING_S_AT_MOST
-        )
-        failed, said = answer.returncode != 0, answer.stderr or answer.stdout
-    except OSError as error:
-        failed, said = True, str(error)
-    if failed:
-        raise InputError(
-            "The kernels for the CPU cannot be compiled.",
-            where=command[0],
-            observed="\n".join(said.strip().splitlines()[:8]),
-            change="needs g++ 11 or clang 14, or newer",
-        )

@@ -13,12 +13,12 @@ from onnx import TensorProto, helper, numpy_helper
 
 from ort_plugins.matmul_blocks.reference import Matrix, unpacked
 from pipeline.export.contract import (
+    BLOCK_SKIP_BLOCKS_OPS,
     CONTRIB,
     DOMAIN,
     LOOK_UP_BLOCKS_OPS,
+    MATMUL_BLOCKS_OPS,
     OP_VERSION,
-    block_skip_blocks_op,
-    matmul_blocks_op,
 )
 from pipeline.export.matmul_blocks import function_bodies
 
@@ -49,7 +49,7 @@ def node_graph(matrix: Matrix, bias: np.ndarray | None = None) -> bytes:
     given = _given(matrix, "") | ({} if bias is None else {"bias": bias})
     rows = len(matrix.codes)
     sizes = {"K": matrix.columns, "N": rows, "bits": matrix.bits, "block_size": matrix.block}
-    name = matmul_blocks_op(_zero(matrix), bias is not None)
+    name = MATMUL_BLOCKS_OPS[_zero(matrix), bias is not None]
     return _graph(name, given, sizes, matrix.columns, rows)
 
 
@@ -59,7 +59,7 @@ def skip_graph(a: Matrix, b: Matrix, index: np.ndarray | None = None) -> bytes:
     rank, rows = len(a.codes), len(b.codes)
     sizes = {"N": rows, "rank": rank, "rest": a.columns}
     sizes |= {"bits_a": a.bits, "block_a": a.block, "bits_b": b.bits, "block_b": b.block}
-    name = block_skip_blocks_op(_zero(a), _zero(b), index is not None)
+    name = BLOCK_SKIP_BLOCKS_OPS[_zero(a), _zero(b), index is not None]
     return _graph(name, given, sizes, rank + a.columns, rows)
 
 
@@ -76,7 +76,7 @@ def look_up_graph(matrix: Matrix, head: bool) -> bytes:
     outputs, names = {"rows": matrix.columns}, [name]
     if head:
         own = _given(matrix, "")
-        names.append(matmul_blocks_op(_zero(matrix), False))
+        names.append(MATMUL_BLOCKS_OPS[_zero(matrix), False])
         nodes.append(helper.make_node(names[1], ["rows", *own], ["y"], domain=DOMAIN, **sizes))
         outputs["y"], given = rows, given | own
     return _model(nodes, {"ids": (TensorProto.INT64, None)}, outputs, given, names)

@@ -37,7 +37,7 @@ def look_up_rows(
     read: Callable[[], Blocks],
     *,
     kernel: bool,
-) -> None:
+) -> str:
     """Let codes take the place of the weight that a Gather reads.
 
     Args:
@@ -47,6 +47,9 @@ def look_up_rows(
         format_: of the codes.
         read: the codes with their scales and zero points, when they are written.
         kernel: take the operator of ours, if it has the format.
+
+    Returns:
+        The operator that looks up.
     """
     weight, ids = gather.inputs
     rows, columns = weight_shape(weight)
@@ -77,6 +80,7 @@ def look_up_rows(
     graph.insert_before(gather, list(nodes.values()))
     take_place(gather, list(nodes.values())[-1].outputs[0])
     graph.remove(gather, safe=True)
+    return next(iter(nodes.values())).op_type
 
 
 def _own(

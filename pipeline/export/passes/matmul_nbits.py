@@ -2,7 +2,7 @@
 
     Linear(x, W) + c             -> MatMulBlocks(x, Q(W), c)
     BlockSkip(x, A', B)          -> BlockSkipBlocks(x, Q(A'), Q(B))
-    Gather(W, ids), W the head's -> GatherBlockQuantized(Q(W), ids), from the same bytes
+    Gather(W, ids), W the head's -> LookUpBlocks(ids, Q(W)), from the same bytes
 
 Q rounds in blocks along a row (`quantize.groupwise`). MatMulBlocks is an operator of ours
 (`export/matmul_blocks.py`), whose body is ONNX Runtime's MatMulNBits. It multiplies integers: its
@@ -33,19 +33,18 @@ from pipeline.export.contract import (
     BLOCK_A,
     BLOCK_B,
     BLOCK_SKIP_BLOCKS,
+    BLOCK_SKIP_BLOCKS_OPS,
     CONTRIB,
     DOMAIN,
-    GATHER_NBITS,
     INT4,
     INT4_OFFSET,
     INT8,
     INTEGER,
     MATMUL_BLOCKS,
+    MATMUL_BLOCKS_OPS,
     MATMUL_NBITS,
     OP_VERSION,
     PRODUCTS,
-    block_skip_blocks_op,
-    matmul_blocks_op,
 )
 from pipeline.export.passes.block_sums import BlockSums, add_rests
 from pipeline.export.passes.gather_nbits import look_up_rows
@@ -163,8 +162,8 @@ def quantize_linears(
         weight = gather.inputs[0]
         name = weight.name.removesuffix(".weight")
         codes = _part(work, name, "codes", found.format, [weight])
-        _embedding(work, gather, weight, codes, found.format)
-        work.counts[f"{GATHER_NBITS} {found.format.bits}"] += 1
+        operator = _embedding(work, gather, weight, codes, found.format)
+        work.counts[f"{operator} {found.format.bits}"] += 1
     return dict(work.counts)
 
 
@@ -208,7 +207,7 @@ def _product(
     inputs = [x, *_parts(work, name, format_, weights)]
     sizes = {"K": columns, "N": rows, "bits": format_.bits, "block_size": format_.block}
     if work.accuracy == PRODUCTS[INTEGER]:
-        op_type = matmul_blocks_op(format_.zero, bias is not None)
+        op_type = MATMUL_BLOCKS_OPS[format_.zero, bias is not None]
         inputs += [] if bias is None else [bias]
         node = ir.node(op_type, inputs, sizes, domain=DOMAIN, version=OP_VERSION, name=name)
         product = _insert_product(work, before, node, format_)
@@ -316,10 +315,10 @@ def _zeros(blocks: Blocks) -> np.ndarray:
 
 def _embedding(
     work: _Pass, gather: ir.Node, weight: ir.Value, codes: ir.Value, format_: Format
-) -> None:
-    """Look rows up in the codes of a matrix."""
+) -> str:
+    """Look rows up in the codes of a matrix, and return the operator that does."""
     name = weight.name.removesuffix(".weight")
-    look_up_rows(
+    return look_up_rows(
         work.graph,
         gather,
         codes,
@@ -349,7 +348,7 @@ def _block_skip(work: _Pass, group: SharedLatent) -> None:
         "bits_b": of_b.bits,
         BLOCK_B: of_b.block,
     }
-    op_type = block_skip_blocks_op(of_a.zero, of_b.zero, bool(index))
+    op_type = BLOCK_SKIP_BLOCKS_OPS[of_a.zero, of_b.zero, bool(index)]
     inputs = [x, *index, *factors]
     node = ir.node(op_type, inputs, sizes, domain=DOMAIN, version=OP_VERSION, name=name)
     product = _insert_product(work, group.first, node, of_a)

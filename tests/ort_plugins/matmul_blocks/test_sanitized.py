@@ -8,14 +8,13 @@ from pathlib import Path
 import pytest
 
 from pipeline.kernels import cpu_library
-from pipeline.kernels.cpu_library import why_no_kernels
+from pipeline.kernels.cpu_library import FOLDER, why_no_kernels
 from pipeline.machine import cpu_flags
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(why_no_kernels() is not None, reason=str(why_no_kernels())),
 ]
-FOLDER = Path(cpu_library.__file__).parents[2] / "ort_plugins" / "matmul_blocks"
 SANITIZERS = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 # AVX-VNNI by the same instruction of AVX-512, which more processors have.
 FOURS = (
@@ -30,7 +29,9 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sanitized")
     compiler = cpu_library._compiler()
     assert compiler is not None
-    wanted = [(FOLDER / name, cpu_library._SOURCES[name]) for name in SOURCES]
+    # The AVX2 source once; its second unit is FOURS.
+    flags_of = dict(reversed(cpu_library.UNITS))
+    wanted = [(FOLDER / name, flags_of[name]) for name in SOURCES]
     wanted += [(FOLDER / "check" / "compare.cpp", ()), (FOLDER / "tile_avx2.cpp", FOURS)]
     objects = [folder / f"{place}.o" for place in range(len(wanted))]
     running = []

@@ -20,7 +20,7 @@ from pipeline.compress.plan.plan import uniform_plan
 from pipeline.compress.request import CompressRequest
 from pipeline.compress.run import compress_to_folder
 from pipeline.errors import UsageError
-from pipeline.export.contract import LINEAR_QUANTIZED, QUANTIZED_OPS
+from pipeline.export.contract import BLOCK_SKIP_OPS, LINEAR_QUANTIZED, QUANTIZED_OPS
 from pipeline.export.export import export_folder
 from pipeline.export.request import ExportRequest
 from pipeline.model.structure import decoder_structure
@@ -197,9 +197,8 @@ def test_groups_of_numbers_and_of_codes_stand_side_by_side(exported: Callable[..
     assert record_of(folder)["quantized"] == dict(bits)
     assert {name.split()[1] for name in bits} == {"2", "4", "8"}
     assert {"MatMulBlocks 4", "BlockSkipBlocks 4"} <= set(bits)
-    assert [
-        n.name for n in graph.node if n.op_type in ("BlockSkipLinear", "BlockSkipLinearIndexed")
-    ] == ["model.layers.1.mlp.gate_proj+up_proj"]
+    of_numbers = [node.name for node in graph.node if node.op_type in BLOCK_SKIP_OPS]
+    assert of_numbers == ["model.layers.1.mlp.gate_proj+up_proj"]
     products = {node.name for node in graph.node if node.op_type == "MatMul"}
     assert {name for name in products if not re.search(r"\.(rest|sums\.\d+)$", name)} == {
         "model.layers.0.self_attn.q_proj+k_proj+v_proj.a",
