@@ -19,7 +19,7 @@ _ANSWER_TOKENS = 32
 # in a graph of fixed length is as long as any answer may be.
 _ROWS_AT_ONCE = 4
 # Draft tokens of one call: what reads the weights once costs little more than a single step.
-_DRAFT_TOKENS = 7
+_DRAFT_TOKENS = 15
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """How far two sets of logits are apart: pure functions on arrays.
 
-Everything is computed in float64, a block of tokens at a time, so that a [512, 49152] array of
-logits never exists in float64 as a whole.
+Everything is computed in float64, a few tokens at a time: an array of logits [512, 49152] never
+exists in float64 as a whole, and what is computed of a token stays in the processor's cache.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-_BLOCK_TOKENS = 64
+_BLOCK_NUMBERS = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def nll_per_token(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
         float64 [N], nats.
     """
     blocks = []
-    for part in _blocks_of(len(logits)):
+    for part in _blocks_of(logits):
         shifted, _, sums = _exponentials(logits[part].astype(np.float64))
         own = np.take_along_axis(shifted, targets[part, None], axis=-1)
         blocks.append((np.log(sums) - own)[:, 0])
@@ -208,11 +208,12 @@ def _by_blocks(
     return np.concatenate(
         [
             function(reference[part].astype(np.float64), stage[part].astype(np.float64))
-            for part in _blocks_of(len(reference))
+            for part in _blocks_of(reference)
         ]
     )
 
 
-def _blocks_of(count: int) -> Iterator[slice]:
-    """Slices of _BLOCK_TOKENS that cover `count` rows."""
-    return (slice(start, start + _BLOCK_TOKENS) for start in range(0, count, _BLOCK_TOKENS))
+def _blocks_of(logits: np.ndarray) -> Iterator[slice]:
+    """Slices that cover the rows of [N, V], each of _BLOCK_NUMBERS numbers at most, or one row."""
+    rows = max(1, _BLOCK_NUMBERS // logits.shape[1])
+    return (slice(start, start + rows) for start in range(0, len(logits), rows))

@@ -23,7 +23,7 @@ from pipeline.artefact import damaged
 from pipeline.calibrate.hooks import not_finite, seeing_gradients
 from pipeline.calibrate.layer_stream import LayerStream
 from pipeline.calibrate.moments import GroupMoments
-from pipeline.calibrate.precision import fast_products
+from pipeline.calibrate.precision import fast_products, quick_float32
 from pipeline.kept_tensors import keep_tensors, kept_tensors
 from pipeline.model.structure import Layer, hidden_states_of
 from pipeline.progress import track
@@ -138,7 +138,8 @@ class BackwardSweep:
         hidden = hidden.requires_grad_()
         with torch.enable_grad(), fast_products(self.model):
             output = hidden_states_of(module(hidden, **keywords))
-        (before,) = torch.autograd.grad(output, hidden, gradient.to(output.dtype))
+        with quick_float32():  # of the moments
+            (before,) = torch.autograd.grad(output, hidden, gradient.to(output.dtype))
         return before
 
     def _loss_gradient(

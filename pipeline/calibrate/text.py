@@ -257,7 +257,7 @@ def _hub_stream(
 
 
 # The cache of all sequences sampled together is held at once.
-_TOKENS_AT_ONCE = 16384
+_TOKENS_AT_ONCE = 20480
 # Words whose chances are summed before any of them is looked at.
 _WORDS_AT_ONCE = 256
 
@@ -291,7 +291,7 @@ def _generate_windows(
     start = start[:, :length]
     if start.shape[1] == length:
         return start
-    batches = start.split(max(1, _TOKENS_AT_ONCE // length))
+    batches = start.tensor_split(min(count, -(-count * length // _TOKENS_AT_ONCE)))
     steps = track(range((length - start.shape[1]) * len(batches)), "sampling text, token")
     never = ids[~is_word]
     windows = [_continued(model, batch, length, never, generator, steps) for batch in batches]

@@ -12,6 +12,7 @@ from pipeline.runtime.sessions.session import Session
 from pipeline.runtime.sessions.torch_session import TorchSession
 from tests.support.families import tiny_model
 from tests.support.tiny_decoder import VOCAB_SIZE, shared_export, tiny_llama
+from validate import greedy
 from validate.greedy import trace_greedy
 
 TOKENS = 12
@@ -75,6 +76,7 @@ def test_answers_of_another_stage_are_draft_tokens_that_change_no_answer(
         return forward(input_ids, last_only)
 
     monkeypatch.setattr(session, "forward", counted)
+    monkeypatch.setattr(greedy, "_DRAFT_TOKENS", 7)
     alone = trace_greedy(session, PROMPTS[:2], TOKENS, {})
     steps = len(calls)
     others = [replace(trace, tokens=list(trace.tokens)) for trace in alone]
