@@ -79,9 +79,16 @@ struct Instructions
     std::unique_ptr<Product> (*pack)(Matrix const& matrix);
 };
 
+// The kinds of this architecture, the quickest first.
+#ifdef __aarch64__
+extern Instructions const kNeon; // with dot products
+inline constexpr Instructions const* kKinds[] = {&kNeon};
+#else
 extern Instructions const kAvx512; // with VNNI
 extern Instructions const kAvxVnni;
 extern Instructions const kAvx2;
+inline constexpr Instructions const* kKinds[] = {&kAvx512, &kAvxVnni, &kAvx2};
+#endif
 
 // The first of them that this CPU has, or the one that SKIPCAT_KERNELS names; null if there is none.
 Instructions const* instructions();

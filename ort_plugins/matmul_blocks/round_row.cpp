@@ -5,7 +5,6 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
-#include <initializer_list>
 #include <limits>
 
 namespace skipcat
@@ -34,8 +33,15 @@ auto total(Vector const& numbers)
     return sum;
 }
 
-// One block; wider instructions are taken where the CPU has them, with the same numbers.
-__attribute__((target_clones("avx512f", "avx2", "default"))) void roundBlock(
+// Wider instructions are taken where the CPU has them, with the same numbers.
+#ifdef __x86_64__
+#define SKIPCAT_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define SKIPCAT_CLONES
+#endif
+
+// One block.
+SKIPCAT_CLONES void roundBlock(
     float const* x, int64_t block, int8_t* codes, float* scale, int32_t* sum, float* whole)
 {
     Floats largest{};
@@ -75,7 +81,7 @@ __attribute__((target_clones("avx512f", "avx2", "default"))) void roundBlock(
 Instructions const* choose()
 {
     char const* const wanted = std::getenv("SKIPCAT_KERNELS");
-    for (Instructions const* kind : {&kAvx512, &kAvxVnni, &kAvx2})
+    for (Instructions const* kind : kKinds)
     {
         bool const named = wanted == nullptr || *wanted == 0 || std::strcmp(wanted, kind->name) == 0;
         if (named && kind->available())

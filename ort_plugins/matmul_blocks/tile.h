@@ -2,20 +2,11 @@
 // namespace and compiled with its flags, after that file has defined
 //
 //     Lanes       kCount numbers in registers, as kinds Ints and Floats, and what can be done with them
+//     toHalf      a number rounded to the bits of a float16, and fromHalf, which widens them
 //     kMostRows   rows of x, at most, that a step multiplies with codes it has loaded once
 //
 // Nothing here may be shared between kinds: a function compiled for wider instructions would be linked
 // into the others.
-
-inline uint16_t toHalf(float number)
-{
-    return _cvtss_sh(number, _MM_FROUND_TO_NEAREST_INT);
-}
-
-inline float fromHalf(uint16_t number)
-{
-    return _cvtsh_ss(number);
-}
 
 // How one matrix is held; a product of its own is compiled for each.
 template <int kBits, bool kZeros, bool kRests, bool kHalves>

@@ -14,6 +14,7 @@ import shutil
 import sys
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 from pipeline.errors import InputError, PipelineError
 from pipeline.machine import cpu_flags
@@ -24,28 +25,66 @@ FOLDER = Path(__file__).parents[2] / "ort_plugins" / "matmul_blocks"
 _FLAGS = (
     "-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno",
 )  # fmt: skip
+# Sources of every library.
+_COMMON = (
+    "multiply.cpp",
+    "operators.cpp",
+    "round_row.cpp",
+    "stored_matrix.cpp",
+    "weight_memory.cpp",
+)
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
-# Sources and the instructions that they are compiled for; which run is found out as they load.
-UNITS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("multiply.cpp", ()),
-    ("operators.cpp", ()),
-    ("round_row.cpp", ()),
-    ("stored_matrix.cpp", ()),
-    ("tile_avx2.cpp", _AVX2),
-    ("tile_avx2.cpp", (*_AVX2, "-mavxvnni", "-DSKIPCAT_AVX_VNNI")),
-    (
-        "tile_avx512.cpp",
+
+
+class _Kernels(NamedTuple):
+    """What is compiled for an architecture.
+
+    Attributes:
+        tiles: sources, and the instructions that each is compiled for; which of them run is found
+            out as they load.
+        least: the flag of CPU_FLAGS that a processor must have for any of them.
+        lacking: what to say of one that does not.
+        choices: their names, the widest first.
+    """
+
+    tiles: tuple[tuple[str, tuple[str, ...]], ...]
+    least: str
+    lacking: str
+    choices: tuple[str, ...]
+
+
+_ARCHITECTURES = {
+    "x86_64": _Kernels(
         (
-            "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mfma",
-            "-mf16c", "-mprefer-vector-width=512",
+            ("tile_avx2.cpp", _AVX2),
+            ("tile_avx2.cpp", (*_AVX2, "-mavxvnni", "-DSKIPCAT_AVX_VNNI")),
+            (
+                "tile_avx512.cpp",
+                (
+                    "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mfma",
+                    "-mf16c", "-mprefer-vector-width=512",
+                ),
+            ),
         ),
+        "avx2",
+        "AVX2",
+        ("avx512", "avx-vnni", "avx2"),
     ),
-    ("weight_memory.cpp", ()),
-)  # fmt: skip
+    "aarch64": _Kernels(
+        (("tile_neon.cpp", ("-march=armv8.2-a+dotprod",)),),
+        "asimddp",
+        "dot products (ARMv8.2)",
+        ("neon",),
+    ),
+}  # fmt: skip
 # What the kernels choose among, and what chooses for them; `off` takes the bodies.
 CHOICE = "SKIPCAT_KERNELS"
 OFF = "off"
-_CHOICES = ("", "avx512", "avx-vnni", "avx2", OFF)
+
+
+def units(architecture: str) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """Sources of the library for an architecture, and the flags of each."""
+    return (*((name, ()) for name in _COMMON), *_ARCHITECTURES[architecture].tiles)
 
 
 def why_no_kernels() -> str | None:
@@ -55,18 +94,22 @@ def why_no_kernels() -> str | None:
         InputError: SKIPCAT_KERNELS names no kernels.
     """
     chosen = os.environ.get(CHOICE, "")
-    if chosen not in _CHOICES:
+    choices = [choice for kernels in _ARCHITECTURES.values() for choice in kernels.choices]
+    if chosen not in ("", OFF, *choices):
         raise InputError(
             f"{CHOICE} names no kernels.",
             observed=chosen,
-            expected=", ".join(choice for choice in _CHOICES if choice),
+            expected=", ".join([*choices, OFF]),
         )
     if chosen == OFF:
         return f"{CHOICE}={OFF}"
-    if not sys.platform.startswith("linux") or platform.machine() != "x86_64":
+    kernels = _ARCHITECTURES.get(platform.machine())
+    if kernels is None or not sys.platform.startswith("linux"):
         return f"there are none for {platform.system()} on {platform.machine()}"
-    if "avx2" not in cpu_flags():
-        return "this processor has no AVX2"
+    if chosen and chosen not in kernels.choices:
+        return f"{CHOICE}={chosen} is of another architecture than {platform.machine()}"
+    if kernels.least not in cpu_flags():
+        return f"this processor has no {kernels.lacking}"
     if _compiler() is None:
         return "there is no C++ compiler (apt install g++)"
     return None
@@ -116,7 +159,7 @@ def _built(compiler: list[str]) -> Path:
 
 def _digest(compiler: list[str]) -> str:
     """Differs whenever the compiled library would."""
-    digest = hashlib.sha256(repr((compiler, _FLAGS, UNITS)).encode())
+    digest = hashlib.sha256(repr((compiler, _FLAGS, units(platform.machine()))).encode())
     for path in sorted(p for p in FOLDER.iterdir() if p.suffix in (".cpp", ".h")):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]
@@ -134,11 +177,12 @@ def _compile(compiler: list[str], target: Path) -> None:
     from trt_plugins.toolchain import run_program
 
     what = "compiling the kernels for the CPU (needs g++ 11 or clang 14, or newer)"
+    wanted = units(platform.machine())
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch, ThreadPoolExecutor() as pool:
-        objects = [str(Path(scratch) / f"{place}.o") for place in range(len(UNITS))]
+        objects = [str(Path(scratch) / f"{place}.o") for place in range(len(wanted))]
         commands = [
             [*compiler, *_FLAGS, *flags, "-c", str(FOLDER / name), "-o", made]
-            for (name, flags), made in zip(UNITS, objects, strict=True)
+            for (name, flags), made in zip(wanted, objects, strict=True)
         ]
         list(pool.map(lambda command: run_program(command, what), commands))
         linked = Path(scratch) / target.name

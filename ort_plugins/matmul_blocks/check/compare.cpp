@@ -1,6 +1,7 @@
 // The products by themselves, without ONNX Runtime, against sums in double: for sanitizers.
 //
-//     compare CASES SEED      prints the kinds of instructions that ran, and fails on the first difference
+//     compare CASES SEED      prints the kinds of instructions that ran, each with a digest of all its
+//                             numbers, which kinds have in common; fails on the first difference
 
 #include "../products.h"
 #include "../weight_memory.h"
@@ -25,6 +26,7 @@ using skipcat::Matrix;
 using skipcat::Tile;
 
 std::mt19937 generator;
+constexpr int64_t kRowsOfAll = 4; // of a tile that every kind has products for
 
 int64_t between(int64_t first, int64_t last)
 {
@@ -128,22 +130,44 @@ struct Rounded
     }
 };
 
-bool agrees(Instructions const& kind, Case const& one, int64_t rows)
+std::vector<float> numbersOf(int64_t count)
 {
-    std::vector<float> x(static_cast<size_t>(rows * one.columns));
-    for (auto& value : x)
+    std::vector<float> numbers(static_cast<size_t>(count));
+    for (auto& one : numbers)
     {
-        value = number(-1, 1);
+        one = number(-1, 1);
     }
-    std::vector<float> bias(static_cast<size_t>(one.rows));
-    for (auto& value : bias)
+    return numbers;
+}
+
+// FNV-1a.
+void digest(std::vector<float> const& numbers, uint64_t* into)
+{
+    auto const* const bytes = reinterpret_cast<uint8_t const*>(numbers.data());
+    for (size_t i = 0; i < numbers.size() * sizeof(float); ++i)
     {
-        value = number(-1, 1);
+        *into = (*into ^ bytes[i]) * 1099511628211U;
+    }
+}
+
+// Whether a tile of so many rows agrees; one that the kind has no product for does. What all kinds have
+// products for is added to the digest.
+bool agrees(Instructions const& kind, Case const& one, int64_t rows, uint64_t* all)
+{
+    auto const x = numbersOf(rows * one.columns);
+    auto const bias = numbersOf(one.rows);
+    if (rows > kind.mostRows)
+    {
+        return true;
     }
     Rounded const rounded{x, rows, one.columns, one.block};
     auto const product = kind.pack(one.matrix());
     std::vector<float> y(static_cast<size_t>(rows * one.rows));
     product->compute(rounded.tile, 0, product->groups(), bias.data(), y.data());
+    if (rows <= kRowsOfAll)
+    {
+        digest(y, all);
+    }
     int64_t const blocks = (one.columns + one.block - 1) / one.block;
     std::vector<float> numbers(static_cast<size_t>(one.columns));
     for (int64_t j = 0; j < one.rows; ++j)
@@ -182,26 +206,27 @@ bool agrees(Instructions const& kind, Case const& one, int64_t rows)
 int main(int count, char** arguments)
 {
     int const cases = count > 1 ? std::atoi(arguments[1]) : 100;
-    generator.seed(count > 2 ? static_cast<unsigned>(std::atoi(arguments[2])) : 0U);
-    for (Instructions const* kind : {&skipcat::kAvx512, &skipcat::kAvxVnni, &skipcat::kAvx2})
+    for (Instructions const* kind : skipcat::kKinds)
     {
         if (!kind->available())
         {
             continue;
         }
+        generator.seed(count > 2 ? static_cast<unsigned>(std::atoi(arguments[2])) : 0U);
+        uint64_t all = 14695981039346656037U;
         for (int number = 0; number < cases; ++number)
         {
             Case const one;
             for (int64_t const rows : skipcat::kTileRows)
             {
-                if (rows <= kind->mostRows && !agrees(*kind, one, rows))
+                if (!agrees(*kind, one, rows, &all))
                 {
                     std::printf("%s differs: case %d, %ld rows\n", kind->name, number, static_cast<long>(rows));
                     return 1;
                 }
             }
         }
-        std::printf("%s\n", kind->name);
+        std::printf("%s %016llx\n", kind->name, static_cast<unsigned long long>(all));
     }
     return 0;
 }

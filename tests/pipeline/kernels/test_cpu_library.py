@@ -66,6 +66,16 @@ def test_the_bodies_can_be_asked_for(
     assert f"{CHOICE}={OFF}" in capsys.readouterr().err
 
 
+def test_a_choice_of_another_architecture_runs_the_bodies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    monkeypatch.setattr(module, "cpu_flags", lambda: ("asimd", "asimddp"))
+    monkeypatch.setenv("CXX", "c++")
+    monkeypatch.setenv(CHOICE, "avx2")
+    assert why_no_kernels() == f"{CHOICE}=avx2 is of another architecture than aarch64"
+    monkeypatch.setenv(CHOICE, "neon")
+    assert why_no_kernels() is None
+
+
 def test_a_choice_of_no_kernels_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(CHOICE, "avx1024")
     with pytest.raises(InputError, match="names no kernels"):
