@@ -36,7 +36,7 @@ from pipeline.artefact import write_json
 from pipeline.bench.measure import describe_machine, load_average
 from pipeline.checkpoint.modeling_cache import remove_cache_maps
 from pipeline.compress.cache.cache_plan import CachePlan
-from pipeline.compress.cache.compress_cache import compress_cache_
+from pipeline.compress.cache.compress_cache import CacheText, compress_cache_
 from pipeline.compress.cache.statistics import measure_cache
 from pipeline.compress.request import CompressRequest
 from pipeline.errors import UsageError
@@ -268,9 +268,8 @@ class _Bench:
 
     def _cached(self, request: CompressRequest, planned: Any, folder: Path) -> CachePlan:
         """The plan, whose maps are then in the model."""
-        return compress_cache_(
-            self.model, self.layers, self.calibration, request, planned, folder, _STATISTICS
-        )
+        text = CacheText(self.calibration, self.calibration)
+        return compress_cache_(self.model, self.layers, text, request, planned, folder, _STATISTICS)
 
     def _kept_numbers(self, removed: float, folder: Path) -> KeptNumbers:
         structure = cache_structure(self.model, self.layers)

@@ -31,7 +31,7 @@ from pipeline.artefact import write_json
 from pipeline.bench.measure import describe_machine
 from pipeline.checkpoint.modeling_cache import cache_maps, remove_cache_maps
 from pipeline.compress.cache.cache_plan import CachePlan
-from pipeline.compress.cache.compress_cache import compress_cache_
+from pipeline.compress.cache.compress_cache import CacheText, compress_cache_
 from pipeline.compress.request import CompressRequest
 from pipeline.model.load import load_model
 from pipeline.model.structure import decoder_structure
@@ -104,7 +104,8 @@ def _installed(model: Any, read: torch.Tensor, bits: float, folder: Path) -> Cac
     request = CompressRequest("unused", keep_params=1.0, keep_cache=bits / 16)
     request.check()
     layers = decoder_structure(model)
-    return compress_cache_(model, layers, read, request, None, folder, {"seed": 0})
+    text = CacheText(read, read)
+    return compress_cache_(model, layers, text, request, None, folder, {"seed": 0})
 
 
 def _costs(

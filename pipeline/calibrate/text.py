@@ -52,8 +52,17 @@ class TokenBatch:
 
     def spread(self, count: int) -> torch.Tensor:
         """`count` of the windows, evenly spread over them, int64 [count, length]."""
-        places = torch.linspace(0, len(self.tokens) - 1, min(count, len(self.tokens)))
-        return self.tokens[places.round().long()]
+        return self.tokens[_spread(len(self.tokens), count)]
+
+    def apart_from(self, count: int, most: int) -> torch.Tensor:
+        """At most `most` of the windows that are not among `spread(count)`, evenly spread.
+
+        Of all windows where there are no others; int64 [n, length].
+        """
+        is_apart = torch.ones(len(self.tokens), dtype=torch.bool)
+        is_apart[_spread(len(self.tokens), count)] = False
+        others = self.tokens[is_apart] if is_apart.any() else self.tokens
+        return others[_spread(len(others), most)]
 
     def describe(self) -> dict[str, object]:
         """The entry written into the recipe: source, seed, shape, token count and hash."""
@@ -67,6 +76,11 @@ class TokenBatch:
             "tokens": count * length,
             "sha256": digest,
         }
+
+
+def _spread(available: int, count: int) -> torch.Tensor:
+    """Places of `count` of so many things, or of all of them, evenly spread, int64."""
+    return torch.linspace(0, available - 1, min(count, available)).round().long()
 
 
 def load_tokens(

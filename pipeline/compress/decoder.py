@@ -17,10 +17,12 @@ from pipeline.calibrate.precision import fast_products
 from pipeline.calibrate.text import TokenBatch, load_tokens
 from pipeline.compress.cache.cache_plan import CachePlan
 from pipeline.compress.cache.compress_cache import (
+    CacheText,
     cache_choices,
     checked_cache,
     compress_cache_,
 )
+from pipeline.compress.cache.prices import WINDOWS
 from pipeline.compress.calibrated import Stream
 from pipeline.compress.channel_scaling import scale_channels_
 from pipeline.compress.embeddings import Embeddings
@@ -227,9 +229,9 @@ class CalibratedDecoder:
         return entries
 
     def cache_choices(self, request: CompressRequest) -> list[list[CachePlan]]:
-        costs, windows = self.statistics, self.batch.spread(request.resolved_effort.survey_windows)
+        costs, text = self.statistics, self._cache_text(request)
         folder, settings = costs.folder / "cache", costs.settings | {"seed": request.seed}
-        return cache_choices(self.model, self.layers, windows, request, folder, settings)
+        return cache_choices(self.model, self.layers, text, request, folder, settings)
 
     def require_cache(self, request: CompressRequest, planned: Any) -> None:
         checked_cache(self.model, self.layers, request, planned)
@@ -237,8 +239,12 @@ class CalibratedDecoder:
     def shrink_cache_(
         self, request: CompressRequest, planned: Any, folder: Path, settings: dict[str, Any]
     ) -> CachePlan:
-        windows = self.batch.spread(request.resolved_effort.survey_windows)
-        return compress_cache_(self.model, self.layers, windows, request, planned, folder, settings)
+        text = self._cache_text(request)
+        return compress_cache_(self.model, self.layers, text, request, planned, folder, settings)
+
+    def _cache_text(self, request: CompressRequest) -> CacheText:
+        count = request.resolved_effort.survey_windows
+        return CacheText(self.batch.spread(count), self.batch.apart_from(count, WINDOWS))
 
     def stream(self, fit: Fit) -> Stream:
         """Both models side by side, or the original alone where every layer is fitted once."""

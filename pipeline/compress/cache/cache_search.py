@@ -63,6 +63,7 @@ class CacheProblem:
         structure: what it caches.
         bases: source -> the basis of each group of its heads.
         tokens: calibration text, int64 [N, T].
+        held_out: of it, what the bases were not fitted to, int64 [M, T].
         budget_bytes: largest number of bytes a token, in all layers.
         groups: groups that the heads of a layer are divided into; 1 for all together.
         form: what latents are like; `by_head` goes with as many groups as heads, and with bases of
@@ -75,6 +76,7 @@ class CacheProblem:
     structure: Sequence[CachedSide]
     bases: Mapping[str, Sequence[LatentBasis]]
     tokens: torch.Tensor
+    held_out: torch.Tensor
     budget_bytes: int
     groups: int = 1
     bits: tuple[int | None, ...] = (None, *LATENT_BITS)

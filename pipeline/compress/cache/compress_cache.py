@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
@@ -45,10 +45,22 @@ _PROVED_TOKENS, _SAME = 16, 1e-2
 _Bases = Mapping[str, Sequence[LatentBasis]]
 
 
+class CacheText(NamedTuple):
+    """Calibration text.
+
+    Attributes:
+        tokens: what the maps are fitted to, int64 [N, T].
+        held_out: what their prices are measured on, int64 [M, T]; other windows, if there are any.
+    """
+
+    tokens: torch.Tensor
+    held_out: torch.Tensor
+
+
 def compress_cache_(
     model: PreTrainedModel,
     layers: list[Layer],
-    tokens: torch.Tensor,
+    text: CacheText,
     request: CompressRequest,
     planned: Any,
     folder: Path,
@@ -59,7 +71,7 @@ def compress_cache_(
     Args:
         model: a decoder whose weights are as they will be stored; changed in place.
         layers: its structure.
-        tokens: calibration text, int64 [N, T].
+        text: calibration text.
         request: what the cache may take.
         planned: the section `caches` of the plan that the user gave; None to search one.
         folder: where measurements are kept; an interrupted one continues there.
@@ -70,14 +82,14 @@ def compress_cache_(
         UsageError: a budget that no cache can meet, or groups that do not divide the heads.
     """
     structure, plan = checked_cache(model, layers, request, planned)
-    statistics = measure_cache(model, layers, structure, tokens, folder, settings)
+    statistics = measure_cache(model, layers, structure, text.tokens, folder, settings)
     bases = _bases(model, structure, statistics, request)
     if plan is None:
-        plan = _planned(model, structure, bases, tokens, request, folder)
+        plan = _planned(model, structure, bases, text, request, folder)
     # All of them before the first map is in its place: some are read off the running model.
     own = {s.source: bases(s.groups, s.is_narrow)[s.source] for s in plan.sides if s.form != "full"}
     _install_cache_(model, plan, bases_for=lambda side: own[side.source], seed=request.seed)
-    _require_equal_latents(model, tokens)
+    _require_equal_latents(model, text.tokens)
     return plan
 
 
@@ -108,7 +120,7 @@ def _bases(
 def cache_choices(
     model: PreTrainedModel,
     layers: list[Layer],
-    tokens: torch.Tensor,
+    text: CacheText,
     request: CompressRequest,
     folder: Path,
     settings: dict[str, Any],
@@ -118,7 +130,7 @@ def cache_choices(
     Args:
         model: a decoder, as `compress_cache_` takes it; not changed.
         layers: its structure.
-        tokens: calibration text, int64 [N, T].
+        text: calibration text.
         request: groups and bits of latents.
         folder: where measurements are kept; an interrupted one continues there.
         settings: everything they depend on.
@@ -127,10 +139,10 @@ def cache_choices(
         InputError, UsageError: as `compress_cache_`.
     """
     structure, _ = checked_cache(model, layers, request, None)
-    statistics = measure_cache(model, layers, structure, tokens, folder, settings)
+    statistics = measure_cache(model, layers, structure, text.tokens, folder, settings)
     bases = _bases(model, structure, statistics, request)
     everything = sum(2 * side.numbers for side in structure)
-    return choices_of(_priced(model, structure, bases, tokens, request, everything, folder))
+    return choices_of(_priced(model, structure, bases, text, request, everything, folder))
 
 
 def checked_cache(
@@ -158,13 +170,13 @@ def _planned(
     model: PreTrainedModel,
     structure: Sequence[CachedSide],
     bases: Callable[[int, bool], _Bases],
-    tokens: torch.Tensor,
+    text: CacheText,
     request: CompressRequest,
     folder: Path,
 ) -> CachePlan:
     """The plan of the request's method under its budget."""
     budget_bytes = request.cache_budget(sum(2 * side.numbers for side in structure))
-    problem = _priced(model, structure, bases, tokens, request, budget_bytes, folder)
+    problem = _priced(model, structure, bases, text, request, budget_bytes, folder)
     plan: CachePlan = imported(request.resolved_method.cache.allocate)(problem)
     if problem.form.even:
         _note_price_of_one_width(problem, plan)
@@ -185,7 +197,7 @@ def _priced(
     model: PreTrainedModel,
     structure: Sequence[CachedSide],
     bases: Callable[[int, bool], _Bases],
-    tokens: torch.Tensor,
+    text: CacheText,
     request: CompressRequest,
     budget_bytes: int,
     folder: Path,
@@ -195,7 +207,7 @@ def _priced(
     groups = structure[0].heads if form.by_head else request.cache_groups
     own = bases(groups, form.by_head)
     problem = CacheProblem(
-        model, structure, own, tokens, budget_bytes, groups, request.cache_formats, form=form
+        model, structure, own, *text, budget_bytes, groups, request.cache_formats, form=form
     )
     if not request.resolved_method.cache.two_sided:
         return problem

@@ -2,7 +2,7 @@
 
 Cutting moves all tokens the same way and costs more than half its Fisher-weighted square; rounding
 is noise that averages out over the tokens attended to. One plan of each kind is run, on one side at
-a time.
+a time, and on text that the bases were not fitted to: on their own, cutting costs a fifth less.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pipeline.model.cache_structure import SIDES, Side
 from pipeline.progress import track
 
 # Of calibration text that is run for each plan; the original's logits are held meanwhile.
-_WINDOWS, _WINDOW_LENGTH = 8, 512
+WINDOWS, _WINDOW_LENGTH = 8, 512
 _KEPT, _BITS = 0.5, 4
 # A plan that costs less than this, nats a token, tells nothing of the factor.
 _LEAST_KL = 1e-6
@@ -36,7 +36,7 @@ def measured_prices(problem: CacheProblem, install: Install) -> CachePrices:
         problem: the model is as it was afterwards.
         install: puts the maps of a plan into the model.
     """
-    windows = problem.tokens[:_WINDOWS, :_WINDOW_LENGTH]
+    windows = problem.held_out[:WINDOWS, :_WINDOW_LENGTH]
     original = [_log_probabilities(problem.model, window) for window in windows]
     trials = {
         (kind, side): plan

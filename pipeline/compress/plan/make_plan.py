@@ -26,9 +26,10 @@ from pipeline.lazy import imported
 from pipeline.progress import note
 from pipeline.quantize.formats import RUNTIMES, Format, Runtime
 
-# What a group of weights costs, over what it is expected to: the median of the default model's
-# (benchmarks/results/planned_cost.json). What the cache costs is measured for each model.
-_WEIGHTS_PRICE = 2.4
+# What weights cost, over what they are expected to: all layers of the default model, each alone
+# (benchmarks/results/planned_cost.json). What embedding, LM head and cache cost is measured for
+# each model; in a search of all of them it counts as what is expected of weights does.
+_WEIGHTS_PRICE = 2.9
 
 
 def make_plan(request: CompressRequest, calibrated: Calibrated) -> RankPlan:
@@ -146,7 +147,10 @@ def _plan_in_bytes(request: CompressRequest, calibrated: Calibrated) -> RankPlan
     The maps of a smaller cache are weights; with a context, what is cached of it counts as well.
     """
     method, runtime = request.resolved_method, RUNTIMES[request.runtime]
-    choices = calibrated.embedding_choices(runtime)
+    choices = [
+        [replace(choice, loss=choice.loss / _WEIGHTS_PRICE) for choice in of_one]
+        for of_one in calibrated.embedding_choices(runtime)
+    ]
     sides = calibrated.cache_choices(request) if request.shrinks_cache else []
     cache = None
     if sides and not request.context:
@@ -195,7 +199,7 @@ def _bytes_of_maps(cache: CachePlan | None, runtime: Runtime) -> int:
 def _sizes_and_losses(
     plans: Sequence[CachePlan], request: CompressRequest
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Of every way to cache a side or a layer: bytes of maps and all tokens; nats as of weights."""
+    """Of every way to cache a side or a layer: bytes of maps and all tokens; what it costs."""
     runtime, context = RUNTIMES[request.runtime], request.context or 0
     sizes = [_bytes_of_maps(plan, runtime) + context * plan.token_bytes for plan in plans]
     losses = [plan.expected_kl / _WEIGHTS_PRICE for plan in plans]

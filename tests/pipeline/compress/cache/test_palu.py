@@ -28,7 +28,7 @@ def problem_of(family: str, kept: float, bits: tuple[int | None, ...] = (None,))
     dense = sum(2 * side.numbers for side in structure)
     tokens = torch.arange(48).view(3, 16) % 250
     bases = bases_of(structure, statistics, 1)
-    return CacheProblem(model, structure, bases, tokens, int(kept * dense), 1, bits)
+    return CacheProblem(model, structure, bases, tokens, tokens, int(kept * dense), 1, bits)
 
 
 @pytest.mark.parametrize("total", [4, 17, 40, 63, 64])

@@ -10,10 +10,12 @@ import torch
 
 from pipeline.calibrate.text import TokenBatch
 from pipeline.compress.methods import METHODS
+from pipeline.compress.plan import make_plan as make_plan_module
 from pipeline.compress.plan.layer_costs import LayerCosts
 from pipeline.compress.plan.make_plan import make_plan
 from pipeline.compress.plan.plan import uniform_plan
 from pipeline.compress.request import CompressRequest
+from pipeline.quantize.formats import Format
 from tests.support.tiny_survey import calibrated, surveyed
 
 
@@ -27,6 +29,36 @@ def test_windows_are_spread_evenly_with_both_ends(count: int) -> None:
         assert chosen[-1] == 11
         gaps = [b - a for a, b in pairwise(chosen)]
         assert max(gaps) - min(gaps) <= 1
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 11])
+@pytest.mark.parametrize("most", [1, 3, 40])
+def test_windows_that_are_held_out_are_none_of_those(count: int, most: int) -> None:
+    batch = TokenBatch(torch.arange(12)[:, None], "test", 0)
+    held_out = set(batch.apart_from(count, most)[:, 0].tolist())
+    assert len(held_out) == min(most, 12 - count)
+    assert not held_out & set(batch.spread(count)[:, 0].tolist())
+
+
+def test_where_all_windows_are_taken_the_same_are_held_out() -> None:
+    batch = TokenBatch(torch.arange(12)[:, None], "test", 0)
+    assert batch.apart_from(12, 4)[:, 0].tolist() == batch.spread(4)[:, 0].tolist()
+
+
+def test_what_an_embedding_is_measured_to_cost_counts_as_so_much_of_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The dearer weights are for each expected nat, the fewer bytes are left for the embedding."""
+    tiny = surveyed("llama")
+    request = CompressRequest("tiny", keep_bytes=0.3, runtime="any", effort="fast")
+    chosen = []
+    for price in (1e-6, 1e6):
+        monkeypatch.setattr(make_plan_module, "_WEIGHTS_PRICE", price)
+        survey = LayerCosts(tmp_path / "survey", {})
+        ready = calibrated(tiny.model, tiny.layers, survey)
+        chosen.append(make_plan(request, ready).embeddings["model.embed_tokens"])
+    few, many = (Format.parse(name).bits for name in reversed(chosen))
+    assert few < many
 
 
 @pytest.mark.parametrize("method", METHODS)
