@@ -58,7 +58,26 @@ def _agreement(found: _Json) -> list[str]:
     return table(headings, cells())
 
 
+def _budget(found: _Json) -> list[str]:
+    """One budget for weights and cache, in bold, and splits of it by hand."""
+    together, *splits = found["rows"]
+    headings = ["split", "cached a token", "perplexity", "KL"]
+    return table(
+        headings,
+        [
+            [
+                bold(row["name"], row is together),
+                f"{row['cache_bytes_a_token']:,} B",
+                f"{row['perplexity']:.2f}",
+                f"{row['kl']:.4f}",
+            ]
+            for row in (together, *splits)
+        ],
+    )
+
+
 CACHE_FIGURES = {
+    "cache/budget": Figure(("cache_budget",), _budget),
     "cache/caches": Figure(("cache", "cache_second"), _caches),
     "cache/dense": Figure(("cache",), _dense),
     "cache/ours": _cost_of("ranks and bits, 4.25"),

@@ -16,7 +16,7 @@ from pipeline.compress.cache.cache_plan import CachePlan
 from pipeline.compress.factorize.factors import Rounding
 from pipeline.compress.methods import Fit
 from pipeline.compress.plan.layer_costs import GroupStatistics
-from pipeline.compress.plan.plan import EmbeddingChoice, Measured
+from pipeline.compress.plan.plan import EmbeddingChoice, Measured, RankPlan
 from pipeline.compress.request import CompressRequest
 from pipeline.model.source import Source
 from pipeline.model.structure import Layer
@@ -69,6 +69,14 @@ class Calibrated(Measured, Protocol):
 
         Raises:
             InputError: activations or gradients that are not finite.
+        """
+        ...
+
+    def price(self, request: CompressRequest, plan: RankPlan) -> bool:
+        """Price the costs by what a plan made with them costs, where the request's effort does.
+
+        Returns:
+            Whether that was done: costs are then those of a measured run.
         """
         ...
 

@@ -17,7 +17,7 @@ from pipeline.compress.calibrated import Stream
 from pipeline.compress.factorize.factors import Rounding
 from pipeline.compress.methods import Fit
 from pipeline.compress.plan.layer_costs import WholeModelCosts
-from pipeline.compress.plan.plan import Curves, EmbeddingChoice
+from pipeline.compress.plan.plan import Curves, EmbeddingChoice, RankPlan
 from pipeline.compress.plan.stack_costs import CostRequest
 from pipeline.compress.request import CompressRequest
 from pipeline.errors import InputError, UsageError
@@ -162,6 +162,10 @@ class _CalibratedClassifier:
     @property
     def curves(self) -> Curves:
         return self.statistics.curves
+
+    def price(self, request: CompressRequest, plan: RankPlan) -> bool:
+        """Nothing is: there is no measured cost that those of its layers would be held against."""
+        return False
 
     def measure(self, request: CompressRequest) -> None:
         """Run the images, while the model is still the original."""

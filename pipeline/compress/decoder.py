@@ -28,9 +28,11 @@ from pipeline.compress.channel_scaling import scale_channels_
 from pipeline.compress.embeddings import Embeddings
 from pipeline.compress.factorize.factors import Rounding
 from pipeline.compress.factorize.whitened_svd import truncation_losses
+from pipeline.compress.layer_prices import WINDOWS as PRICED_WINDOWS
+from pipeline.compress.layer_prices import PricedModel, layer_prices
 from pipeline.compress.methods import Fit
 from pipeline.compress.plan.layer_costs import LayerCosts
-from pipeline.compress.plan.plan import Curves, EmbeddingChoice
+from pipeline.compress.plan.plan import Curves, EmbeddingChoice, RankPlan
 from pipeline.compress.plan.stack_costs import CostRequest
 from pipeline.compress.request import CompressRequest
 from pipeline.compress.rotation import rotate_
@@ -201,6 +203,22 @@ class CalibratedDecoder:
             self.model, self.layers, windows, CostRequest.of(request), self.workers
         )
         self._is_measured = True
+
+    def price(self, request: CompressRequest, plan: RankPlan) -> bool:
+        fit, count = request.resolved_method.fit, request.resolved_effort.survey_windows
+        changes = any(not group.is_unchanged for group in plan.groups)
+        if not (request.resolved_effort.prices and fit.two_sided and changes):
+            return False
+        priced = PricedModel(
+            self.model,
+            self.layers,
+            self.statistics,
+            self.batch.spread(count),
+            self.batch.apart_from(count, PRICED_WINDOWS),
+            self.workers,
+        )
+        self.statistics.price_(layer_prices(priced, plan, fit, self.statistics.folder / "prices"))
+        return True
 
     def output_tails(self) -> tuple[dict[str, np.ndarray], int]:
         stream = LayerStream(self.model, self.layers, self.batch.tokens)

@@ -21,6 +21,7 @@ from pipeline.errors import InputError
 from pipeline.lazy import imported
 from pipeline.quantize.formats import Format
 from pipeline.quantize.groupwise import Blocks
+from pipeline.workers.workers import Result, Workers
 
 # Memory, measured at 1024 to 4096 wide: float64 numbers for each of these; times with formats.
 _OF_MOMENTS, _OF_MATRICES, _WITH_FORMATS = 0.9, 9.0, 1.75
@@ -92,6 +93,29 @@ def fit_group(
             observed=str(error),
             change="calibrate on more text, or keep this group dense in the plan",
         ) from error
+
+
+def submit_fit(
+    workers: Workers,
+    group: GroupPlan,
+    weights: Sequence[torch.Tensor],
+    inputs: InputMoments,
+    statistics: OutputStatistics | None,
+    fit: Fit,
+    dtype: torch.dtype,
+) -> Result[Fitted]:
+    """Let workers do what `fit_group` does, with as much memory as it takes."""
+    return workers.submit(
+        ", ".join(group.members),
+        fit_group,
+        group,
+        weights,
+        inputs,
+        statistics,
+        fit,
+        dtype,
+        needed_bytes=fit_bytes(group, [len(weight) for weight in weights]),
+    )
 
 
 def fit_bytes(group: GroupPlan, heights: Sequence[int]) -> int:

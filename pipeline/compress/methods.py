@@ -247,6 +247,7 @@ class Effort:
         tokens_per_width: no more windows of a decoder's text than hold so many tokens for each
             number of its widest input, or than the gradients need, if nobody asked for more; None
             reads them all.
+        prices: measure what errors in each layer of a first plan cost, and plan again.
     """
 
     windows: int
@@ -255,6 +256,7 @@ class Effort:
     mix: float | None
     rounding_steps: int
     tokens_per_width: int | None = None
+    prices: bool = True
 
     def windows_for(self, width: int) -> int:
         """Windows of a decoder's text, given how many numbers its widest input has."""
@@ -266,7 +268,9 @@ class Effort:
 
 EFFORTS = {
     # Text does more for the gradients than for the moments, which the widest input wants most of.
-    "fast": Effort(64, 512, survey_windows=20, mix=None, rounding_steps=32, tokens_per_width=11),
+    "fast": Effort(
+        64, 512, survey_windows=20, mix=None, rounding_steps=32, tokens_per_width=11, prices=False
+    ),
     DEFAULT_EFFORT: Effort(128, 512, survey_windows=64, mix=0.5, rounding_steps=128),
     "max": Effort(384, 512, survey_windows=128, mix=0.5, rounding_steps=512),
 }

@@ -16,7 +16,7 @@ from pipeline.compress.calibrated import Calibrated
 from pipeline.compress.factorize.second_moments import regular
 from pipeline.compress.factorize.whitened_svd import InputMoments
 from pipeline.compress.finished_layers import FinishedLayers
-from pipeline.compress.fit_group import Fitted, fit_bytes, fit_group, group_report
+from pipeline.compress.fit_group import Fitted, group_report, submit_fit
 from pipeline.compress.learn_rounding import Learning, learn_rounding_
 from pipeline.compress.methods import ONE_SIDED, Fit
 from pipeline.compress.plan.plan import GroupPlan, RankPlan
@@ -135,7 +135,7 @@ class _Walk:
             self.waiting.finish()
             tensors, groups = self.finished.load(here.layer.name)
             self.stream.enter(here.index, measure=False)
-            install_(self.model, _plan_entries(here.planned), tensors)
+            install_(self.model, plan_entries(here.planned), tensors)
             self._add(here, groups)
             return
         self.stream.enter(here.index)
@@ -167,21 +167,11 @@ class _Walk:
     def _fit(self, group: GroupPlan, inputs: InputMoments) -> Result[Fitted]:
         weights = [self.model.get_submodule(member).weight.detach() for member in group.members]
         statistics = None if self.statistics is None else self.statistics.of(group.members)
-        return self.workers.submit(
-            ", ".join(group.members),
-            fit_group,
-            group,
-            weights,
-            inputs,
-            statistics,
-            self.fit,
-            self.dtype,
-            needed_bytes=fit_bytes(group, [len(weight) for weight in weights]),
-        )
+        return submit_fit(self.workers, group, weights, inputs, statistics, self.fit, self.dtype)
 
     def _install_(self, groups: Sequence[GroupPlan], fitted: Sequence[Fitted]) -> None:
         for group, found in zip(groups, fitted, strict=True):
-            install_(self.model, _plan_entries((group,)), found.tensors)
+            install_(self.model, plan_entries((group,)), found.tensors)
 
     def _install_and_keep_(self, here: _Layer, fitted: list[Fitted]) -> None:
         self._install_(here.wanted, fitted)
@@ -205,7 +195,7 @@ class _Walk:
         self._add(here, groups)
 
     def _add(self, here: _Layer, groups: list[dict[str, Any]]) -> None:
-        self.modules |= _plan_entries(here.planned)
+        self.modules |= plan_entries(here.planned)
         self.reports += groups
 
 
@@ -221,7 +211,7 @@ def _is_finished(finished: FinishedLayers, name: str, planned: tuple[GroupPlan, 
     )
 
 
-def _plan_entries(planned: tuple[GroupPlan, ...]) -> dict[str, dict[str, Any]]:
+def plan_entries(planned: tuple[GroupPlan, ...]) -> dict[str, dict[str, Any]]:
     """`quantization_config.modules` entries of the groups that change."""
     entries: dict[str, dict[str, Any]] = {}
     for group in planned:

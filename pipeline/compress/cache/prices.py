@@ -14,6 +14,7 @@ from dataclasses import replace
 import torch
 from transformers import PreTrainedModel
 
+from pipeline.calibrate.divergence import divergence, log_chances
 from pipeline.checkpoint.modeling_cache import remove_cache_maps
 from pipeline.compress.cache.cache_plan import CachePlan
 from pipeline.compress.cache.cache_search import CachePrices, CacheProblem, searched_cache
@@ -37,7 +38,10 @@ def measured_prices(problem: CacheProblem, install: Install) -> CachePrices:
         install: puts the maps of a plan into the model.
     """
     windows = problem.held_out[:WINDOWS, :_WINDOW_LENGTH]
-    original = [_log_probabilities(problem.model, window) for window in windows]
+    original = [
+        log_chances(problem.model(input_ids=window[None], use_cache=False).logits[0])
+        for window in windows
+    ]
     trials = {
         (kind, side): plan
         for kind, plan in (("truncation", _cut(problem)), ("rounding", _rounded(problem)))
@@ -89,19 +93,12 @@ def _installed(
         remove_cache_maps(model)
 
 
-def _log_probabilities(model: PreTrainedModel, window: torch.Tensor) -> torch.Tensor:
-    """Float16 [T, V], which is all that fits for several windows."""
-    logits = model(input_ids=window[None], use_cache=False).logits[0]
-    return logits.float().log_softmax(-1).half()
-
-
 def _mean_kl(
     model: PreTrainedModel, windows: torch.Tensor, original: Sequence[torch.Tensor]
 ) -> float:
     """Mean KL(original || model), nats a token."""
-    total = 0.0
-    for window, before in zip(windows, original, strict=True):
-        logits = model(input_ids=window[None], use_cache=False).logits[0]
-        after, wanted = logits.float().log_softmax(-1), before.float()
-        total += float((wanted.exp() * (wanted - after)).sum(-1).mean())
-    return total / len(windows)
+    found = [
+        divergence(before, model(input_ids=window[None], use_cache=False).logits[0])
+        for window, before in zip(windows, original, strict=True)
+    ]
+    return sum(found) / len(found)

@@ -6,7 +6,7 @@ memory. A fit asks for the same statistics: in what geometry errors count.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -115,6 +115,14 @@ class LayerCosts:
                     members = tuple(name.removeprefix("curve.").split(_JOIN))
                     self.curves[members] = curve.numpy()
             self.quantization |= _kept_costs(tensors)
+
+    def price_(self, prices: Mapping[str, float]) -> None:
+        """Multiply what errors in each layer are expected to cost by what `layer_prices` found."""
+        price_of = {member: prices[layer] for member, layer in self._layer_of.items()}
+        self.curves = {stack: curve * price_of[stack[0]] for stack, curve in self.curves.items()}
+        self.quantization = {
+            stack: cost.times(price_of[stack[0]]) for stack, cost in self.quantization.items()
+        }
 
     def _sweep(
         self,

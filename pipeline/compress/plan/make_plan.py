@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from pipeline.compress.calibrated import Calibrated
 from pipeline.compress.methods import DEFAULT_METHOD
 from pipeline.compress.plan.file_bytes import cache_map_bytes, fixed_bytes
 from pipeline.compress.plan.plan import (
+    EmbeddingChoice,
     GroupPlan,
     RankBudget,
     RankPlan,
@@ -55,7 +57,9 @@ def make_plan(request: CompressRequest, calibrated: Calibrated) -> RankPlan:
         return _plan_in_bytes(request, calibrated)
     budget = RankBudget(kept, method.cat, method.skip, request.rank_multiple)
     allocate = imported(method.allocation.function) if kept < 1 else allocate_uniformly
-    plan: RankPlan = allocate(calibrated, budget)
+    plan = allocate(calibrated, budget)
+    if method.allocation.needs_costs and calibrated.price(request, plan):
+        plan = allocate(calibrated, budget)
     if plan.kept_fraction > kept:
         raise UsageError(
             "The method keeps more than the budget, or leaves matrices with no rank at all.",
@@ -146,13 +150,43 @@ def _plan_in_bytes(request: CompressRequest, calibrated: Calibrated) -> RankPlan
 
     The maps of a smaller cache are weights; with a context, what is cached of it counts as well.
     """
+    runtime = RUNTIMES[request.runtime]
+    choices = _Choices(
+        calibrated.embedding_choices(runtime),
+        calibrated.cache_choices(request) if request.shrinks_cache else [],
+    )
+    plan, cache = _searched_in_bytes(request, calibrated, choices, _WEIGHTS_PRICE)
+    if calibrated.price(request, plan):
+        plan, cache = _searched_in_bytes(request, calibrated, choices, 1.0)
+    if cache is None:
+        return plan
+    if request.context:
+        note(
+            f"of the budget, {request.context * cache.token_bytes / 1e6:.2f} MB go to the cache of "
+            f"{request.context} tokens, {cache.token_bytes} bytes each"
+        )
+    note(f"{_bytes_of_maps(cache, runtime) / 1e6:.2f} MB of the weights are maps of the cache")
+    return replace(plan, caches=cache.to_json())
+
+
+class _Choices(NamedTuple):
+    """What is searched beside ranks and bits of the layers, with what it is measured to cost.
+
+    Attributes:
+        embeddings: every way to store each embedding and LM head.
+        caches: every way to cache each side, or each layer; none where the cache stays as it is.
+    """
+
+    embeddings: list[list[EmbeddingChoice]]
+    caches: list[list[CachePlan]]
+
+
+def _searched_in_bytes(
+    request: CompressRequest, calibrated: Calibrated, choices: _Choices, price: float
+) -> tuple[RankPlan, CachePlan | None]:
+    """Of the layers, and of the cache; `price` is what a nat that layers expect costs in nats."""
     method, runtime = request.resolved_method, RUNTIMES[request.runtime]
-    choices = [
-        [replace(choice, loss=choice.loss / _WEIGHTS_PRICE) for choice in of_one]
-        for of_one in calibrated.embedding_choices(runtime)
-    ]
-    sides = calibrated.cache_choices(request) if request.shrinks_cache else []
-    cache = None
+    cache, sides = None, choices.caches
     if sides and not request.context:
         full = sum(side[0].dense_bytes for side in sides)
         cache = cheapest_cache(sides, request.cache_budget(full))
@@ -162,7 +196,7 @@ def _plan_in_bytes(request: CompressRequest, calibrated: Calibrated) -> RankPlan
         calibrated.layers,
         calibrated.statistics.curves,
         calibrated.statistics.quantization,
-        choices,
+        [[replace(c, loss=c.loss / price) for c in of_one] for of_one in choices.embeddings],
         BitsRequest(
             budget_bytes=request.budget_bytes(2 * whole),
             fixed_bytes=_fixed_bytes(calibrated, runtime) + _bytes_of_maps(cache, runtime),
@@ -171,18 +205,11 @@ def _plan_in_bytes(request: CompressRequest, calibrated: Calibrated) -> RankPlan
             skip=method.skip,
             multiple=request.rank_multiple,
         ),
-        [_sizes_and_losses(side, request) for side in sides] if request.context else [],
+        [_sizes_and_losses(side, request, price) for side in sides] if request.context else [],
     )
     if request.context:
         cache = joined(side[place] for side, place in zip(sides, places, strict=True))
-        note(
-            f"of the budget, {request.context * cache.token_bytes / 1e6:.2f} MB go to the cache of "
-            f"{request.context} tokens, {cache.token_bytes} bytes each"
-        )
-    if cache is None:
-        return plan
-    note(f"{_bytes_of_maps(cache, runtime) / 1e6:.2f} MB of the weights are maps of the cache")
-    return replace(plan, caches=cache.to_json())
+    return plan, cache
 
 
 def _fixed_bytes(calibrated: Calibrated, runtime: Runtime) -> int:
@@ -197,10 +224,10 @@ def _bytes_of_maps(cache: CachePlan | None, runtime: Runtime) -> int:
 
 
 def _sizes_and_losses(
-    plans: Sequence[CachePlan], request: CompressRequest
+    plans: Sequence[CachePlan], request: CompressRequest, price: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """Of every way to cache a side or a layer: bytes of maps and all tokens; what it costs."""
     runtime, context = RUNTIMES[request.runtime], request.context or 0
     sizes = [_bytes_of_maps(plan, runtime) + context * plan.token_bytes for plan in plans]
-    losses = [plan.expected_kl / _WEIGHTS_PRICE for plan in plans]
+    losses = [plan.expected_kl / price for plan in plans]
     return np.array(sizes), np.array(losses)

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from pipeline.cli.main import main
-from pipeline.compress import walk as compress
+from pipeline.compress import fit_group as compress
 from pipeline.compress.plan.plan import GroupPlan
 from pipeline.model import load
 from pipeline.output import partial_path

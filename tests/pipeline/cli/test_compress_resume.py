@@ -12,8 +12,8 @@ import pytest
 
 from pipeline.artefact import sha256_of_file
 from pipeline.cli.main import main
+from pipeline.compress import fit_group as compress
 from pipeline.compress import run as recipe
-from pipeline.compress import walk as compress
 from pipeline.compress.plan.plan import GroupPlan
 from pipeline.output import partial_path
 from tests.support.families import save_family

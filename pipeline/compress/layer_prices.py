@@ -1,0 +1,198 @@
+"""What errors in a layer's weights really cost, over what the second order expects: a factor each.
+
+A first plan is fitted layer by layer to what the original model feeds them, and the model is run
+with one layer compressed at a time, on text that nothing was fitted to. What is expected is low,
+most of all in the first layers: errors lie where the calibration text has seen little, inputs and
+gradients are not independent, and every layer behind makes more of an error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+from unittest.mock import patch
+
+import torch
+from transformers import PreTrainedModel
+
+from pipeline.calibrate.divergence import divergence, log_chances
+from pipeline.calibrate.layer_stream import LayerStream
+from pipeline.calibrate.moments import SecondMoment
+from pipeline.calibrate.precision import fast_products
+from pipeline.checkpoint.install import install_
+from pipeline.compress.factorize.second_moments import regular
+from pipeline.compress.factorize.whitened_svd import InputMoments
+from pipeline.compress.finished_layers import keep_values, kept_values
+from pipeline.compress.fit_group import submit_fit
+from pipeline.compress.methods import Fit
+from pipeline.compress.plan.layer_costs import GroupStatistics
+from pipeline.compress.plan.plan import GroupPlan, RankPlan
+from pipeline.compress.walk import plan_entries
+from pipeline.model.structure import Layer
+from pipeline.progress import track
+from pipeline.workers.workers import Workers
+
+# Of text that nothing was fitted to; the original's logits are held meanwhile.
+WINDOWS, _WINDOW_LENGTH = 4, 512
+# A layer that costs less than this, nats a token, tells nothing of its factor.
+_LEAST_KL = 1e-6
+
+
+@dataclass(frozen=True)
+class PricedModel:
+    """A decoder whose plan is to be priced.
+
+    Attributes:
+        model: in evaluation mode; as it was afterwards.
+        layers: its structure.
+        statistics: what errors are expected to cost.
+        tokens: text that the layers are fitted on, int64 [N, T].
+        held_out: text that their costs are measured on, int64 [M, T].
+        workers: who fits.
+    """
+
+    model: PreTrainedModel
+    layers: list[Layer]
+    statistics: GroupStatistics
+    tokens: torch.Tensor
+    held_out: torch.Tensor
+    workers: Workers
+
+
+@torch.no_grad()
+def layer_prices(priced: PricedModel, plan: RankPlan, fit: Fit, folder: Path) -> dict[str, float]:
+    """Layer -> measured over expected KL of the errors that a plan makes in it.
+
+    A layer that is left as it is, or whose errors cost next to nothing, has the others' median.
+
+    Args:
+        priced: the model.
+        plan: expects a KL of each group.
+        fit: of the method; here every layer is fitted once, and nothing is learned.
+        folder: where the prices of plans are kept; an interrupted measurement continues there.
+
+    Raises:
+        InputError: activations that are not finite, or a group that cannot be fitted.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{_digest(plan)}.json"
+    kept = kept_values(path) or {}
+    fit = replace(fit, mix=None, learned_steps=0)
+    seen = LayerStream(priced.model, priced.layers, priced.tokens)
+    judged = _Judged.of(priced)
+    for index, layer in enumerate(track(priced.layers, "prices of the layers")):
+        wanted = [group for group in plan.layers[layer.name] if not group.is_unchanged]
+        measure = bool(wanted) and layer.name not in kept
+        with fast_products(priced.model):
+            moments = seen.advance(index, measure=measure)
+        if measure:
+            tensors = _fitted(priced, layer, wanted, moments, fit)
+            with _compressed(priced.model, wanted, tensors):
+                cost = _Cost(sum(g.expected_kl or 0.0 for g in wanted), judged.divergence(index))
+            kept[layer.name] = cost
+            keep_values(path, kept)
+        judged.stream.advance(index, measure=False)
+    return _ratios([layer.name for layer in priced.layers], kept)
+
+
+def _digest(plan: RankPlan) -> str:
+    """Differs between plans that make other errors."""
+    return hashlib.sha256(repr(plan.layers).encode()).hexdigest()[:16]
+
+
+class _Cost(NamedTuple):
+    """KL to the original that a layer's errors should have, and have, nats a token."""
+
+    expected: float
+    measured: float
+
+
+def _ratios(names: Sequence[str], costs: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Measured over expected of each layer; the median where that says nothing."""
+    found = {
+        name: measured / expected
+        for name, (expected, measured) in costs.items()
+        if expected > _LEAST_KL and measured > 0
+    }
+    usual = statistics.median(found.values()) if found else 1.0
+    return {name: found.get(name, usual) for name in names}
+
+
+def _fitted(
+    priced: PricedModel,
+    layer: Layer,
+    wanted: Sequence[GroupPlan],
+    moments: Mapping[str, SecondMoment],
+    fit: Fit,
+) -> dict[str, torch.Tensor]:
+    """What a checkpoint would store for the groups of a layer."""
+    results = []
+    for source in layer.groups:
+        groups = [group for group in wanted if group.members[0] in source.members]
+        inputs = InputMoments(regular(moments[source.name].mean())) if groups else None
+        for group in groups:
+            assert inputs is not None, "made where there are groups"
+            weights = [priced.model.get_submodule(m).weight.detach() for m in group.members]
+            known = priced.statistics.of(group.members)
+            results.append(
+                submit_fit(priced.workers, group, weights, inputs, known, fit, torch.float32)
+            )
+    return {name: tensor for result in results for name, tensor in result.get().tensors.items()}
+
+
+@contextlib.contextmanager
+def _compressed(
+    model: PreTrainedModel, groups: Sequence[GroupPlan], tensors: dict[str, torch.Tensor]
+) -> Iterator[None]:
+    """Some groups of a model compressed, for a while."""
+    before = {m: model.get_submodule(m) for group in groups for m in group.members}
+    try:
+        for group in groups:
+            install_(model, plan_entries((group,)), tensors)
+        yield
+    finally:
+        for name, module in before.items():
+            model.set_submodule(name, module)
+
+
+class _Judged(NamedTuple):
+    """Text on its way through the original, and what that says of each of its windows.
+
+    Attributes:
+        stream: a window at a time, at the input of the layer that is looked at.
+        original: logarithms of chances of each window.
+    """
+
+    stream: LayerStream
+    original: list[torch.Tensor]
+
+    @classmethod
+    def of(cls, priced: PricedModel) -> _Judged:
+        windows = priced.held_out[:WINDOWS, :_WINDOW_LENGTH]
+        stream = LayerStream(priced.model, priced.layers, windows, batch_size=1)
+        logits = (priced.model(input_ids=w[None], use_cache=False).logits for w in windows)
+        return cls(stream, [log_chances(one) for one in logits])
+
+    def divergence(self, index: int) -> float:
+        """KL of the model as it is now, nats a token; it differs from layer `index` on."""
+        found = [
+            divergence(before, self._logits(index, batch, hidden))
+            for batch, hidden, before in zip(
+                self.stream.batches, self.stream.hidden, self.original, strict=True
+            )
+        ]
+        return sum(found) / len(found)
+
+    def _logits(self, index: int, batch: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """Of a window whose hidden states at the input of a layer are at hand."""
+        given = self.stream.as_output(hidden)
+        with contextlib.ExitStack() as patches:
+            for module in self.stream.modules[:index]:
+                patches.enter_context(patch.object(module, "forward", lambda *_, **__: given))
+            logits: torch.Tensor = self.stream.model(input_ids=batch, use_cache=False).logits
+        return logits
