@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +24,7 @@ from transformers import PreTrainedModel
 from pipeline.calibrate.divergence import divergence, log_chances
 from pipeline.calibrate.layer_stream import LayerStream
 from pipeline.calibrate.moments import SecondMoment
-from pipeline.calibrate.precision import fast_products
+from pipeline.calibrate.precision import fast_products, quick_float32
 from pipeline.checkpoint.install import install_
 from pipeline.compress.factorize.second_moments import regular
 from pipeline.compress.factorize.whitened_svd import InputMoments
@@ -96,7 +97,7 @@ def layer_prices(priced: PricedModel, plan: RankPlan, fit: Fit, folder: Path) ->
                 cost = _Cost(sum(g.expected_kl or 0.0 for g in wanted), judged.divergence(index))
             kept[layer.name] = cost
             keep_values(path, kept)
-        judged.stream.advance(index, measure=False)
+        judged.advance(index)
     return _ratios([layer.name for layer in priced.layers], kept)
 
 
@@ -175,8 +176,14 @@ class _Judged(NamedTuple):
     def of(cls, priced: PricedModel) -> _Judged:
         windows = priced.held_out[:WINDOWS, :_WINDOW_LENGTH]
         stream = LayerStream(priced.model, priced.layers, windows, batch_size=1)
-        logits = (priced.model(input_ids=w[None], use_cache=False).logits for w in windows)
-        return cls(stream, [log_chances(one) for one in logits])
+        with _products(priced.model):
+            logits = (priced.model(input_ids=w[None], use_cache=False).logits for w in windows)
+            return cls(stream, [log_chances(one) for one in logits])
+
+    def advance(self, index: int) -> None:
+        """Go through layer `index`, which is the original's."""
+        with _products(self.stream.model):
+            self.stream.advance(index, measure=False)
 
     def divergence(self, index: int) -> float:
         """KL of the model as it is now, nats a token; it differs from layer `index` on."""
@@ -191,8 +198,14 @@ class _Judged(NamedTuple):
     def _logits(self, index: int, batch: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         """Of a window whose hidden states at the input of a layer are at hand."""
         given = self.stream.as_output(hidden)
-        with contextlib.ExitStack() as patches:
+        with contextlib.ExitStack() as patches, _products(self.stream.model):
             for module in self.stream.modules[:index]:
                 patches.enter_context(patch.object(module, "forward", lambda *_, **__: given))
             logits: torch.Tensor = self.stream.model(input_ids=batch, use_cache=False).logits
         return logits
+
+
+def _products(model: PreTrainedModel) -> AbstractContextManager[None]:
+    """Products of a float32 model are not rounded: what is measured may be smaller than that."""
+    is_float32 = next(model.parameters()).dtype == torch.float32
+    return quick_float32() if is_float32 else fast_products(model)

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from pipeline.cli.main import main
-from pipeline.compress import fit_group as compress
+from pipeline.compress import walk as compress
 from pipeline.compress.plan.plan import GroupPlan
 from pipeline.model import load
 from pipeline.output import partial_path
@@ -79,15 +79,15 @@ def interrupted(
     capsys: pytest.CaptureFixture[str],
 ) -> Path:
     """The output of a run that Ctrl-C stopped in its second layer."""
-    factor = compress.fit_group
+    factor = compress.submit_fit
 
-    def stop_after_one(group: GroupPlan, *rest: Any) -> Any:
+    def stop_after_one(workers: Any, group: GroupPlan, *rest: Any) -> Any:
         if group.members[0].startswith("model.layers.1"):
             raise KeyboardInterrupt
-        return factor(group, *rest)
+        return factor(workers, group, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(compress, "fit_group", stop_after_one)
+        patch.setattr(compress, "submit_fit", stop_after_one)
         assert main(["compress", "-m", original, "-o", str(output), *SETTINGS]) == 130
     assert "with --resume continues" in capsys.readouterr().err
     return output
@@ -177,13 +177,13 @@ def test_a_resumed_run_computes_the_rest_and_ends_in_the_same_bytes(
     interrupted: Path, original: str, compressed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     computed = set()
-    factor = compress.fit_group
+    factor = compress.submit_fit
 
-    def counting(group: GroupPlan, *rest: Any) -> Any:
+    def counting(workers: Any, group: GroupPlan, *rest: Any) -> Any:
         computed.add(group.members[0][: len("model.layers.1")])
-        return factor(group, *rest)
+        return factor(workers, group, *rest)
 
-    monkeypatch.setattr(compress, "fit_group", counting)
+    monkeypatch.setattr(compress, "submit_fit", counting)
     arguments = ["compress", "-m", original, "-o", str(interrupted), *SETTINGS, "--resume"]
     assert main(arguments) == 0
     assert computed == {"model.layers.1"}

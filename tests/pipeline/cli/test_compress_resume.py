@@ -12,8 +12,8 @@ import pytest
 
 from pipeline.artefact import sha256_of_file
 from pipeline.cli.main import main
-from pipeline.compress import fit_group as compress
 from pipeline.compress import run as recipe
+from pipeline.compress import walk as compress
 from pipeline.compress.plan.plan import GroupPlan
 from pipeline.output import partial_path
 from tests.support.families import save_family
@@ -51,15 +51,15 @@ def interrupted(
     capsys: pytest.CaptureFixture[str],
 ) -> Path:
     """The output of a run that Ctrl-C stopped in its second layer."""
-    factor = compress.fit_group
+    factor = compress.submit_fit
 
-    def stop_after_one(group: GroupPlan, *rest: Any) -> Any:
+    def stop_after_one(workers: Any, group: GroupPlan, *rest: Any) -> Any:
         if group.members[0].startswith("model.layers.1"):
             raise KeyboardInterrupt
-        return factor(group, *rest)
+        return factor(workers, group, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(compress, "fit_group", stop_after_one)
+        patch.setattr(compress, "submit_fit", stop_after_one)
         assert main(["compress", "-m", original, "-o", str(output), *SETTINGS]) == 130
     assert "with --resume continues" in capsys.readouterr().err
     return output

@@ -185,7 +185,7 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(
         with pytest.raises(KeyboardInterrupt):
             compress_to_folder(request, tmp_path / "again")
     assert not (tmp_path / "again").exists()
-    monkeypatch.setattr("pipeline.compress.walk.fit_group", stop_factoring)
+    monkeypatch.setattr("pipeline.compress.walk.submit_fit", stop_factoring)
     compress_to_folder(request, tmp_path / "again", resume=True)
     first, second = (load_file(tmp_path / n / "model.safetensors") for n in ("whole", "again"))
     assert all(torch.equal(first[name], second[name]) for name in first)
