@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,7 @@ from scipy.sparse import coo_array
 
 _RELATIVE_GAP = 1e-4
 _TIME_LIMIT_S = 60.0
+_BISECTIONS, _LEAST_PRICE = 60, 1e-30
 
 
 def undominated(sizes: np.ndarray, losses: np.ndarray) -> np.ndarray:
@@ -38,7 +40,8 @@ def allocate(sizes: Sequence[np.ndarray], losses: Sequence[np.ndarray], budget: 
         budget: largest sum of sizes.
 
     Returns:
-        The index of the choice of each group; within RELATIVE_GAP of the least loss.
+        The index of the choice of each group; within RELATIVE_GAP of the least loss, or as near to
+        it as equal slopes come where the solver finds no proof in TIME_LIMIT_S.
 
     Raises:
         ValueError: not even the smallest candidates fit; says how large they are.
@@ -49,9 +52,12 @@ def allocate(sizes: Sequence[np.ndarray], losses: Sequence[np.ndarray], budget: 
     fronts = [undominated(s, e) for s, e in zip(sizes, losses, strict=True)]
     front_sizes = [s[front].astype(float) for s, front in zip(sizes, fronts, strict=True)]
     front_losses = [e[front].astype(float) for e, front in zip(losses, fronts, strict=True)]
-    chosen = _solve(front_sizes, front_losses, budget)
-    _repair_excess_(chosen, front_sizes, front_losses, budget)
-    _use_slack_(chosen, front_sizes, front_losses, budget)
+    tried = [solve(front_sizes, front_losses, budget) for solve in (_solve, _equal_slopes)]
+    for choices in tried:
+        _repair_excess_(choices, front_sizes, front_losses, budget)
+        _use_slack_(choices, front_sizes, front_losses, budget)
+    # The first where they lose alike.
+    chosen = min(tried, key=lambda places: _total(front_losses, places))
     return [int(front[c]) for front, c in zip(fronts, chosen, strict=True)]
 
 
@@ -77,6 +83,33 @@ def _solve(sizes: list[np.ndarray], losses: list[np.ndarray], budget: int) -> li
         raise ValueError(f"the solver found no choice: {result.message}")
     ends = starts + counts
     return [int(result.x[a:b].argmax()) for a, b in zip(starts, ends, strict=True)]
+
+
+def _total(values: Sequence[np.ndarray], chosen: Sequence[int]) -> float:
+    """Sum of the chosen values of all groups."""
+    return float(sum(v[c] for v, c in zip(values, chosen, strict=True)))
+
+
+def _equal_slopes(sizes: list[np.ndarray], losses: list[np.ndarray], budget: int) -> list[int]:
+    """What is best for the highest price of a unit of size at which all fits, by bisection.
+
+    No more than one step of one group is lost against the best of all. It is what is left where the
+    solver is stopped by its time limit, with whatever it has found by then.
+    """
+
+    def at(price: float) -> list[int]:
+        return [int((e + price * s).argmin()) for s, e in zip(sizes, losses, strict=True)]
+
+    # Sizes are whole numbers: at the highest price every group takes its smallest.
+    high = max(float(e.max()) for e in losses) + _LEAST_PRICE
+    low = _LEAST_PRICE
+    for _ in range(_BISECTIONS):
+        middle = math.sqrt(low * high)
+        if _total(sizes, at(middle)) > budget:
+            low = middle
+        else:
+            high = middle
+    return at(high)
 
 
 @contextlib.contextmanager

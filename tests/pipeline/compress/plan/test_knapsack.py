@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.compress.plan import knapsack
 from pipeline.compress.plan.knapsack import _RELATIVE_GAP, allocate, undominated
 from pipeline.compress.plan.plan import _stored_parameters
 
@@ -134,3 +135,21 @@ def test_the_solver_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     ctypes.CDLL(None).fflush(None)
     print("after")
     assert capfd.readouterr().out.split() == ["before", "after"]
+
+
+def test_a_solver_that_is_stopped_with_a_poor_choice_costs_one_step_at_most(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As HiGHS is by its time limit, on a machine that does other things too."""
+    rng = np.random.default_rng(0)
+    sizes = [np.sort(rng.integers(1, 1000, 40)) for _ in range(60)]
+    losses = [np.sort(rng.exponential(1, 40))[::-1].copy() for _ in range(60)]
+    budget = sum(int(s[20]) for s in sizes)
+
+    def lost(chosen: list[int]) -> float:
+        assert sum(int(s[c]) for s, c in zip(sizes, chosen, strict=True)) <= budget
+        return float(sum(e[c] for e, c in zip(losses, chosen, strict=True)))
+
+    best = lost(allocate(sizes, losses, budget))
+    monkeypatch.setattr(knapsack, "_solve", lambda sizes, *_: [0] * len(sizes))
+    assert best <= lost(allocate(sizes, losses, budget)) <= 1.02 * best
