@@ -60,7 +60,7 @@ def _agreement(found: _Json) -> list[str]:
 
 def _budget(found: _Json) -> list[str]:
     """One budget for weights and cache, in bold, and splits of it by hand."""
-    together, *splits = found["rows"]
+    together = found["rows"][0]
     headings = ["split", "cached a token", "perplexity", "KL"]
     return table(
         headings,
@@ -71,7 +71,7 @@ def _budget(found: _Json) -> list[str]:
                 f"{row['perplexity']:.2f}",
                 f"{row['kl']:.4f}",
             ]
-            for row in (together, *splits)
+            for row in found["rows"]
         ],
     )
 

@@ -27,9 +27,10 @@ from benchmarks.command import run
 from benchmarks.quality.evaluation_texts import hash_of_text, tokens_of
 from pipeline.artefact import write_json
 from pipeline.bench.measure import describe_machine
-from pipeline.checkpoint.install import group_entries, install_
+from pipeline.calibrate.divergence import divergence, log_chances
 from pipeline.compress.decoder import CalibratedDecoder
 from pipeline.compress.finished_layers import FinishedLayers
+from pipeline.compress.layer_prices import compressed_for_a_while
 from pipeline.compress.methods import Fit
 from pipeline.compress.plan.layer_costs import LayerCosts
 from pipeline.compress.plan.make_plan import make_plan
@@ -101,7 +102,7 @@ def _costs(
 ) -> list[dict[str, Any]]:
     """Expected and measured KL of every group that the plan changes, and of every layer."""
     model = loaded.model
-    expected = [_log_chances(model, window) for window in windows]
+    expected = [log_chances(_logits(model, window)) for window in windows]
     rows = []
     for layer, groups in track(list(plan.layers.items()), "costs"):
         tensors, _ = finished.load(layer)
@@ -133,22 +134,18 @@ def _measured(
     expected: list[torch.Tensor],
 ) -> float:
     """Mean KL to the original with some groups compressed; the model is as it was afterwards."""
-    before = {m: model.get_submodule(m) for group in groups for m in group.members}
-    for group in groups:
-        styles = (group.down_format, group.up_format)
-        install_(model, group_entries(group.members, group.form, group.rank, *styles), tensors)
-    losses = []
-    for window, log_p in zip(windows, expected, strict=True):
-        log_q = _log_chances(model, window)
-        losses.append(float((log_p.exp() * (log_p - log_q)).sum(-1).mean()))
-    for name, module in before.items():
-        model.set_submodule(name, module)
+    with compressed_for_a_while(model, groups, tensors):
+        losses = [
+            divergence(before, _logits(model, window))
+            for window, before in zip(windows, expected, strict=True)
+        ]
     return float(np.mean(losses))
 
 
 @torch.no_grad()
-def _log_chances(model: Any, window: torch.Tensor) -> torch.Tensor:
-    return model(input_ids=window[None], use_cache=False).logits[0].log_softmax(-1)
+def _logits(model: Any, window: torch.Tensor) -> torch.Tensor:
+    logits: torch.Tensor = model(input_ids=window[None], use_cache=False).logits
+    return logits[0]
 
 
 def _correlations(rows: list[dict[str, Any]]) -> dict[str, Any]:

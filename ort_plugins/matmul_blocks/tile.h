@@ -2,11 +2,38 @@
 // namespace and compiled with its flags, after that file has defined
 //
 //     Lanes       kCount numbers in registers, as kinds Ints and Floats, and what can be done with them
-//     toHalf      a number rounded to the bits of a float16, and fromHalf, which widens them
 //     kMostRows   rows of x, at most, that a step multiplies with codes it has loaded once
 //
 // Nothing here may be shared between kinds: a function compiled for wider instructions would be linked
 // into the others.
+
+// A number rounded to the bits of a float16, and widened.
+#ifdef __aarch64__
+inline uint16_t toHalf(float number)
+{
+    auto const half = static_cast<__fp16>(number);
+    uint16_t bits;
+    std::memcpy(&bits, &half, 2);
+    return bits;
+}
+
+inline float fromHalf(uint16_t bits)
+{
+    __fp16 half;
+    std::memcpy(&half, &bits, 2);
+    return half;
+}
+#else
+inline uint16_t toHalf(float number)
+{
+    return _cvtss_sh(number, _MM_FROUND_TO_NEAREST_INT);
+}
+
+inline float fromHalf(uint16_t bits)
+{
+    return _cvtsh_ss(bits);
+}
+#endif
 
 // How one matrix is held; a product of its own is compiled for each.
 template <int kBits, bool kZeros, bool kRests, bool kHalves>

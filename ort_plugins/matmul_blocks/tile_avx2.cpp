@@ -184,16 +184,6 @@ private:
     }
 };
 
-inline uint16_t toHalf(float number)
-{
-    return _cvtss_sh(number, _MM_FROUND_TO_NEAREST_INT);
-}
-
-inline float fromHalf(uint16_t bits)
-{
-    return _cvtsh_ss(bits);
-}
-
 constexpr int kMostRows = 4;
 
 #include "tile.h"

@@ -166,21 +166,6 @@ private:
     }
 };
 
-inline uint16_t toHalf(float number)
-{
-    auto const half = static_cast<__fp16>(number);
-    uint16_t bits;
-    std::memcpy(&bits, &half, 2);
-    return bits;
-}
-
-inline float fromHalf(uint16_t bits)
-{
-    __fp16 half;
-    std::memcpy(&half, &bits, 2);
-    return half;
-}
-
 // Of 32 registers, four for each row are sums.
 constexpr int kMostRows = 6;
 

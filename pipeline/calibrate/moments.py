@@ -28,8 +28,15 @@ def _add_gram_(upper: torch.Tensor, rows: torch.Tensor) -> None:
 
 
 def _whole(upper: torch.Tensor) -> torch.Tensor:
-    """The symmetric matrix of which only what is on and above the diagonal is looked at, [n, n]."""
-    return upper.triu() + upper.triu(1).T
+    """The symmetric matrix of whose blocks those below the diagonal are not looked at, [n, n].
+
+    By blocks: of the widest inputs, each copy is gigabytes.
+    """
+    whole = upper.clone()
+    for start in range(0, len(whole), _BLOCK):
+        end = start + _BLOCK
+        whole[end:, start:end] = whole[start:end, end:].T
+    return whole
 
 
 def _gram(rows: torch.Tensor) -> torch.Tensor:

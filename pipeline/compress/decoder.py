@@ -205,7 +205,7 @@ class CalibratedDecoder:
         self._is_measured = True
 
     def price(self, request: CompressRequest, plan: RankPlan) -> bool:
-        fit, count = request.resolved_method.fit, request.resolved_effort.survey_windows
+        fit = request.resolved_method.fit
         changes = any(not group.is_unchanged for group in plan.groups)
         if not (request.resolved_effort.prices and fit.two_sided and changes):
             return False
@@ -213,8 +213,7 @@ class CalibratedDecoder:
             self.model,
             self.layers,
             self.statistics,
-            self.batch.spread(count),
-            self.batch.apart_from(count, PRICED_WINDOWS),
+            *self._texts(request, PRICED_WINDOWS),
             self.workers,
         )
         self.statistics.price_(layer_prices(priced, plan, fit, self.statistics.folder / "prices"))
@@ -247,7 +246,7 @@ class CalibratedDecoder:
         return entries
 
     def cache_choices(self, request: CompressRequest) -> list[list[CachePlan]]:
-        costs, text = self.statistics, self._cache_text(request)
+        costs, text = self.statistics, CacheText(*self._texts(request, WINDOWS))
         folder, settings = costs.folder / "cache", costs.settings | {"seed": request.seed}
         return cache_choices(self.model, self.layers, text, request, folder, settings)
 
@@ -257,12 +256,13 @@ class CalibratedDecoder:
     def shrink_cache_(
         self, request: CompressRequest, planned: Any, folder: Path, settings: dict[str, Any]
     ) -> CachePlan:
-        text = self._cache_text(request)
+        text = CacheText(*self._texts(request, WINDOWS))
         return compress_cache_(self.model, self.layers, text, request, planned, folder, settings)
 
-    def _cache_text(self, request: CompressRequest) -> CacheText:
+    def _texts(self, request: CompressRequest, most: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The windows that the survey is made on, and at most so many others."""
         count = request.resolved_effort.survey_windows
-        return CacheText(self.batch.spread(count), self.batch.apart_from(count, WINDOWS))
+        return self.batch.spread(count), self.batch.apart_from(count, most)
 
     def stream(self, fit: Fit) -> Stream:
         """Both models side by side, or the original alone where every layer is fitted once."""

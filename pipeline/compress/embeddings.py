@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from pipeline.calibrate.divergence import divergence, log_chances
 from pipeline.calibrate.moments import SecondMoment
 from pipeline.checkpoint.install import dense_tensors, install_
 from pipeline.compress.factorize.factors import Rounding, rtn
@@ -177,19 +178,22 @@ def _losses(
     windows: torch.Tensor,
 ) -> list[float]:
     """Mean KL to the model as it is, nats per token, of each format."""
-    expected = [_log_chances(model, window) for window in windows]
+    expected = [log_chances(_logits(model, window)) for window in windows]
     losses = []
     for format, blocks in track(list(zip(formats, codes, strict=True)), f"cost of {names[0]}"):
         with _rounded(model, names, format, blocks):
-            found = [_log_chances(model, window) for window in windows]
-        kls = [(p.exp() * (p - q)).sum(-1).mean() for p, q in zip(expected, found, strict=True)]
-        losses.append(float(torch.stack(kls).mean()))
+            kls = [
+                divergence(before, _logits(model, window))
+                for before, window in zip(expected, windows, strict=True)
+            ]
+        losses.append(sum(kls) / len(kls))
     return losses
 
 
-def _log_chances(model: PreTrainedModel, window: torch.Tensor) -> torch.Tensor:
-    """Log probabilities of every next token, float32 [T, V]."""
-    return model(input_ids=window[None], use_cache=False).logits[0].float().log_softmax(-1)
+def _logits(model: PreTrainedModel, window: torch.Tensor) -> torch.Tensor:
+    """Of every next token, [T, V]."""
+    logits: torch.Tensor = model(input_ids=window[None], use_cache=False).logits
+    return logits[0]
 
 
 @contextmanager

@@ -38,7 +38,7 @@ from pipeline.model.structure import Layer
 from pipeline.progress import track
 from pipeline.workers.workers import Workers
 
-# Of text that nothing was fitted to; the original's logits are held meanwhile.
+# Of text that nothing was fitted to: so many windows, whose logits are held meanwhile.
 WINDOWS, _WINDOW_LENGTH = 4, 512
 # A layer that costs less than this, nats a token, tells nothing of its factor.
 _LEAST_KL = 1e-6
@@ -93,7 +93,7 @@ def layer_prices(priced: PricedModel, plan: RankPlan, fit: Fit, folder: Path) ->
             moments = seen.advance(index, measure=measure)
         if measure:
             tensors = _fitted(priced, layer, wanted, moments, fit)
-            with _compressed(priced.model, wanted, tensors):
+            with compressed_for_a_while(priced.model, wanted, tensors):
                 cost = _Cost(sum(g.expected_kl or 0.0 for g in wanted), judged.divergence(index))
             kept[layer.name] = cost
             keep_values(path, kept)
@@ -135,9 +135,10 @@ def _fitted(
     results = []
     for source in layer.groups:
         groups = [group for group in wanted if group.members[0] in source.members]
-        inputs = InputMoments(regular(moments[source.name].mean())) if groups else None
+        if not groups:
+            continue
+        inputs = InputMoments(regular(moments[source.name].mean()))
         for group in groups:
-            assert inputs is not None, "made where there are groups"
             weights = [priced.model.get_submodule(m).weight.detach() for m in group.members]
             known = priced.statistics.of(group.members)
             results.append(
@@ -147,14 +148,19 @@ def _fitted(
 
 
 @contextlib.contextmanager
-def _compressed(
+def compressed_for_a_while(
     model: PreTrainedModel, groups: Sequence[GroupPlan], tensors: dict[str, torch.Tensor]
 ) -> Iterator[None]:
-    """Some groups of a model compressed, for a while."""
+    """Inside, some groups of a model are what `tensors` hold of them.
+
+    Args:
+        model: as it was afterwards.
+        groups: that change.
+        tensors: as a checkpoint stores them.
+    """
     before = {m: model.get_submodule(m) for group in groups for m in group.members}
     try:
-        for group in groups:
-            install_(model, plan_entries((group,)), tensors)
+        install_(model, plan_entries(groups), tensors)
         yield
     finally:
         for name, module in before.items():
@@ -174,11 +180,11 @@ class _Judged(NamedTuple):
 
     @classmethod
     def of(cls, priced: PricedModel) -> _Judged:
-        windows = priced.held_out[:WINDOWS, :_WINDOW_LENGTH]
+        windows = priced.held_out[:, :_WINDOW_LENGTH]
         stream = LayerStream(priced.model, priced.layers, windows, batch_size=1)
         with _products(priced.model):
             logits = (priced.model(input_ids=w[None], use_cache=False).logits for w in windows)
-            return cls(stream, [log_chances(one) for one in logits])
+            return cls(stream, [log_chances(one).half() for one in logits])
 
     def advance(self, index: int) -> None:
         """Go through layer `index`, which is the original's."""

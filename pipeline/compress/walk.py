@@ -211,7 +211,7 @@ def _is_finished(finished: FinishedLayers, name: str, planned: tuple[GroupPlan, 
     )
 
 
-def plan_entries(planned: tuple[GroupPlan, ...]) -> dict[str, dict[str, Any]]:
+def plan_entries(planned: Sequence[GroupPlan]) -> dict[str, dict[str, Any]]:
     """`quantization_config.modules` entries of the groups that change."""
     entries: dict[str, dict[str, Any]] = {}
     for group in planned:

@@ -10,6 +10,7 @@ import torch
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from pipeline.calibrate.cache_ranges import cache_ranges
+from pipeline.calibrate.divergence import divergence, log_chances
 from pipeline.calibrate.text import TokenBatch, load_tokens
 from pipeline.checkpoint.folder import load_checkpoint
 from pipeline.errors import InputError
@@ -127,12 +128,12 @@ def _chosen(
     model: PreTrainedModel, tokens: torch.Tensor, ranges: list[Sides]
 ) -> tuple[CacheRounding, dict[str, Any]]:
     """The shares of least KL: of the keys, and then of the values."""
-    original = [_log_chances(model, window, None) for window in tokens]
+    original = [log_chances(_logits(model, window, None)) for window in tokens]
 
     def kl(shares: tuple[float, float]) -> float:
         rounding = CacheRounding.reaching(ranges, *shares)
         found = [
-            float((before.exp() * (before - _log_chances(model, window, rounding))).sum(-1).mean())
+            divergence(before, _logits(model, window, rounding))
             for window, before in zip(tokens, original, strict=True)
         ]
         return sum(found) / len(found)
@@ -146,10 +147,11 @@ def _chosen(
     return CacheRounding.reaching(ranges, *best), found
 
 
-def _log_chances(
+def _logits(
     model: PreTrainedModel, window: torch.Tensor, rounding: CacheRounding | None
 ) -> torch.Tensor:
-    """Log-probabilities [L, V] of a window's tokens, of every step'th of them."""
+    """Logits [L, V] behind a window's tokens, of every step'th of them."""
     cache = empty_cache(model.config, rounding)
-    logits = model(input_ids=window[None], past_key_values=cache, use_cache=True).logits[0]
-    return logits[::_STEP].float().log_softmax(-1)
+    logits = model(input_ids=window[None], past_key_values=cache, use_cache=True).logits
+    every: torch.Tensor = logits[0, ::_STEP]
+    return every

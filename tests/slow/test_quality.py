@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.calibrate.text import TokenBatch, _generate_windows
+from pipeline.calibrate.sampled_text import sampled_windows
+from pipeline.calibrate.text import TokenBatch
 from pipeline.compress.decoder import CalibratedDecoder
 from pipeline.compress.plan.layer_costs import LayerCosts
 from pipeline.compress.plan.make_plan import make_plan
@@ -30,7 +31,7 @@ def loaded() -> LoadedModel:
 @pytest.fixture(scope="module")
 def texts(loaded: LoadedModel) -> tuple[TokenBatch, torch.Tensor]:
     """24 windows to calibrate on, and 4 others to test on, all from the model itself."""
-    tokens = _generate_windows(loaded.model, loaded.tokenizer, count=28, length=LENGTH, seed=0)
+    tokens = sampled_windows(loaded.model, loaded.tokenizer, count=28, length=LENGTH, seed=0)
     return TokenBatch(tokens[:24], "self", 0), tokens[24:]
 
 

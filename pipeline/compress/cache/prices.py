@@ -39,7 +39,7 @@ def measured_prices(problem: CacheProblem, install: Install) -> CachePrices:
     """
     windows = problem.held_out[:WINDOWS, :_WINDOW_LENGTH]
     original = [
-        log_chances(problem.model(input_ids=window[None], use_cache=False).logits[0])
+        log_chances(problem.model(input_ids=window[None], use_cache=False).logits[0]).half()
         for window in windows
     ]
     trials = {

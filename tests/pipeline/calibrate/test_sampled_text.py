@@ -4,8 +4,9 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from pipeline.calibrate import precision, text
-from pipeline.calibrate.text import _drawn, _generate_windows, load_tokens
+from pipeline.calibrate import precision, sampled_text
+from pipeline.calibrate.sampled_text import _drawn, sampled_windows
+from pipeline.calibrate.text import load_tokens
 from tests.support.families import tiny_model
 from tests.support.tiny_decoder import byte_tokenizer
 
@@ -24,7 +25,7 @@ def model() -> PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def windows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
-    return _generate_windows(model, tokenizer, count=COUNT, length=LENGTH, seed=0)
+    return sampled_windows(model, tokenizer, count=COUNT, length=LENGTH, seed=0)
 
 
 def test_every_window_is_full(windows: torch.Tensor) -> None:
@@ -36,8 +37,7 @@ def test_the_seed_decides_the_text(
     windows: torch.Tensor, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     again, other = (
-        _generate_windows(model, tokenizer, count=COUNT, length=LENGTH, seed=seed)
-        for seed in (0, 1)
+        sampled_windows(model, tokenizer, count=COUNT, length=LENGTH, seed=seed) for seed in (0, 1)
     )
     assert torch.equal(again, windows)
     assert not torch.equal(other, windows)
@@ -60,7 +60,7 @@ def test_the_random_state_of_the_caller_is_left_alone(
 ) -> None:
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    _generate_windows(model, tokenizer, count=2, length=6, seed=0)
+    sampled_windows(model, tokenizer, count=2, length=6, seed=0)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -68,14 +68,14 @@ def test_the_random_state_of_the_caller_is_left_alone(
 def test_short_windows_are_as_short_as_asked(
     length: int, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    windows = _generate_windows(model, tokenizer, count=3, length=length, seed=0)
+    windows = sampled_windows(model, tokenizer, count=3, length=length, seed=0)
     assert windows.shape == (3, length)
 
 
 def test_a_tokenizer_without_bos_begins_with_the_random_token(model: PreTrainedModel) -> None:
     tokenizer = byte_tokenizer()
     tokenizer.bos_token = None
-    windows = _generate_windows(model, tokenizer, count=COUNT, length=5, seed=0)
+    windows = sampled_windows(model, tokenizer, count=COUNT, length=5, seed=0)
     assert windows.shape == (COUNT, 5)
     assert windows[:, 0].max() < 256
 
@@ -89,7 +89,7 @@ def test_the_sampling_advice_of_the_model_is_ignored(
     config.temperature, config.top_k, config.top_p = 0.1, 2, 0.5
     config.repetition_penalty = 1.3
     config.min_p, config.no_repeat_ngram_size, config.num_beams = 0.5, 2, 2
-    repeated = _generate_windows(model, tokenizer, count=COUNT, length=LENGTH, seed=0)
+    repeated = sampled_windows(model, tokenizer, count=COUNT, length=LENGTH, seed=0)
     assert torch.equal(repeated, windows)
 
 
@@ -113,14 +113,14 @@ def test_the_text_is_what_the_model_says_without_a_cache(
 ) -> None:
     model = tiny_model(family)
     expected = without_cache(model, 3, 24, seed=4)
-    assert torch.equal(_generate_windows(model, tokenizer, count=3, length=24, seed=4), expected)
+    assert torch.equal(sampled_windows(model, tokenizer, count=3, length=24, seed=4), expected)
 
 
 @pytest.mark.parametrize("block", [1, 2, 4, 256])
 def test_words_are_drawn_as_often_as_their_chances_say(
     block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(text, "_WORDS_AT_ONCE", block)
+    monkeypatch.setattr(sampled_text, "_WORDS_AT_ONCE", block)
     chances = torch.tensor([0.0, 1.0, 0.0, 3.0, 4.0, 0.0]) / 8
     drawn = _drawn(chances.expand(8000, -1), torch.Generator().manual_seed(0)).flatten()
     # Four standard deviations of a count of 8000 draws.

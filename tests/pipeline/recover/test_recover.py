@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline.calibrate import text
+from pipeline.calibrate import sampled_text
 from pipeline.calibrate.text import load_tokens
 from pipeline.checkpoint.folder import load_checkpoint
 from pipeline.errors import InputError, PipelineError, ResourceError, UsageError
@@ -108,7 +108,7 @@ def test_windows_are_sampled_in_parts_and_kept(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = load_model(str(small.parent / "original"))
-    monkeypatch.setattr(text, "_TOKENS_AT_ONCE", 64)
+    monkeypatch.setattr(sampled_text, "_TOKENS_AT_ONCE", 64)
     request, kept = tiny_request(small, "self", windows=5, seed=4), tmp_path / "tokens.safetensors"
     first = recover._recovery_windows(request, source, source, kept)
     assert first.tokens.shape == (5, 32)
