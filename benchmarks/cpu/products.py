@@ -33,7 +33,7 @@ from pipeline.export.contract import GRAPH_FILE, MATMUL_BLOCKS
 from pipeline.kernels.cpu_library import cpu_library, why_no_kernels
 from pipeline.progress import note, result_console
 from pipeline.provenance import provenance, public_name
-from pipeline.runtime.sessions.onnx_session import SPIN_US
+from pipeline.runtime.sessions.onnx_graph import SPIN_US
 
 _RESULT = RESULTS / "products.json"
 _ROWS = (1, 4, 128)

@@ -5,7 +5,8 @@
 A plan under a budget of bytes is made as `skipcat compress --keep-bytes` makes it. Then every group
 in turn is compressed alone, all others left as they are, and the KL to the original is measured on
 the last tenth of the calibration text. The figure is the rank correlation of the two costs over
-all groups, and over the layers (all groups of a layer together).
+all groups, and over the layers (all groups of a layer together). Both as `--effort fast` plans, and
+with a price a layer, as the other efforts do (`priced`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import copy
 import json
 import sys
 import tempfile
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +30,11 @@ from benchmarks.quality.evaluation_texts import hash_of_text, tokens_of
 from pipeline.artefact import write_json
 from pipeline.bench.measure import describe_machine
 from pipeline.calibrate.divergence import divergence, log_chances
+from pipeline.calibrate.text import TokenBatch
 from pipeline.compress.decoder import CalibratedDecoder
 from pipeline.compress.finished_layers import FinishedLayers
 from pipeline.compress.layer_prices import compressed_for_a_while
-from pipeline.compress.methods import Fit
+from pipeline.compress.methods import Effort, Fit
 from pipeline.compress.plan.layer_costs import LayerCosts
 from pipeline.compress.plan.make_plan import make_plan
 from pipeline.compress.plan.plan import GroupPlan, RankPlan
@@ -63,16 +66,8 @@ def command(
     loaded = load_model(model, dtype=torch.float32)
     effort = request.resolved_effort
     tokens = tokens_of(calibration, loaded, effort.windows, effort.window_length, request.seed)
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = work or Path(scratch)
-        costs = LayerCosts(folder / "survey-ours", {"text": tokens.describe()["sha256"]})
-        layers = decoder_structure(loaded.model)
-        plan = make_plan(request, CalibratedDecoder.at_hand(loaded.model, layers, tokens, costs))
-        finished = FinishedLayers(Path(scratch) / "layers", {"keep_bytes": keep_bytes})
-        ready = CalibratedDecoder.at_hand(copy.deepcopy(loaded.model), layers, tokens, costs)
-        compress_(ready, plan, dtype=torch.float32, fit=Fit(), finished=finished)
-        rows = _costs(loaded, plan, finished, _last_windows(calibration, loaded, held_out))
-    record = {
+    windows = _last_windows(calibration, loaded, held_out)
+    record: dict[str, Any] = {
         "schema": 1,
         "model": model,
         "keep_bytes": keep_bytes,
@@ -80,11 +75,42 @@ def command(
         "held_out_tokens": held_out * 256,
         "machine": describe_machine(),
         "provenance": provenance(),
-        "correlation": _correlations(rows),
-        "rows": rows,
     }
+    with tempfile.TemporaryDirectory() as scratch:
+        survey = (work or Path(scratch)) / "survey-ours"
+        record |= _planned_and_measured(request, loaded, tokens, survey, windows)
+        write_json(result, record)
+        priced = _Priced(**{f.name: getattr(request, f.name) for f in fields(request)})
+        record["priced"] = _planned_and_measured(priced, loaded, tokens, survey, windows)
     write_json(result, record)
-    click.echo(json.dumps(record["correlation"], indent=2))
+    click.echo(json.dumps([record["correlation"], record["priced"]["correlation"]], indent=2))
+
+
+class _Priced(CompressRequest):
+    """With a price a layer, which its effort alone does not measure."""
+
+    @property
+    def resolved_effort(self) -> Effort:
+        return replace(super().resolved_effort, prices=True)
+
+
+def _planned_and_measured(
+    request: CompressRequest,
+    loaded: LoadedModel,
+    tokens: TokenBatch,
+    survey: Path,
+    windows: torch.Tensor,
+) -> dict[str, Any]:
+    """A plan as the request makes it, and what each of its parts costs alone."""
+    costs = LayerCosts(survey, {"text": tokens.describe()["sha256"]})
+    layers = decoder_structure(loaded.model)
+    plan = make_plan(request, CalibratedDecoder.at_hand(loaded.model, layers, tokens, costs))
+    with tempfile.TemporaryDirectory() as scratch:
+        finished = FinishedLayers(Path(scratch), {"keep_bytes": request.keep_bytes})
+        ready = CalibratedDecoder.at_hand(copy.deepcopy(loaded.model), layers, tokens, costs)
+        compress_(ready, plan, dtype=torch.float32, fit=Fit(), finished=finished)
+        rows = _costs(loaded, plan, finished, windows)
+    return {"correlation": _correlations(rows), "rows": rows}
 
 
 def _last_windows(calibration: str, loaded: LoadedModel, count: int) -> torch.Tensor:

@@ -41,7 +41,11 @@ _EXPORT_AGAIN = "export the checkpoint again"
 
 
 def require_decoder_graph(
-    session: onnxruntime.InferenceSession, record: ExportRecord, folder: Path
+    session: onnxruntime.InferenceSession,
+    record: ExportRecord,
+    folder: Path,
+    *,
+    grows: bool = False,
 ) -> dict[str, tuple[int, int]]:
     """(heads, width) of each `past_key_values.*` input, after checking the graph's interface.
 
@@ -51,6 +55,7 @@ def require_decoder_graph(
         session: over the graph.
         record: what `export.json` says of it.
         folder: of both.
+        grows: a cache of fixed length has been let be shorter.
 
     Raises:
         InputError: the graph's inputs and outputs are not those that `export.json` promises, or
@@ -71,7 +76,7 @@ def require_decoder_graph(
     kind = _ORT_TYPES[FLOAT32 if record.traits.contrib else record.dtype]
     for name in inputs.keys() - set(past):
         _require_tensor(inputs[name], _IDS, [None] if name == FIRST_LOGIT else [None] * 2, folder)
-    length = record.max_length if record.traits.fixed_length else None
+    length = record.max_length if record.traits.fixed_length and not grows else None
     for name, dtype in record.cache_dtypes.items():
         held = _ORT_TYPES[dtype]
         _require_cache(inputs[name], held, length, folder)

@@ -37,7 +37,8 @@ from pipeline.runtime.sessions.graph_interface import (
     require_logits,
 )
 from pipeline.runtime.sessions.key_values import KeyValues
-from pipeline.runtime.sessions.onnx_session import Graph, share_buffer
+from pipeline.runtime.sessions.onnx_graph import Graph
+from pipeline.runtime.sessions.onnx_session import share_buffer
 from pipeline.runtime.sessions.slotted_session import SlottedSession
 
 # A long prompt goes in by parts: activations stay small, and so does the arena that keeps them.

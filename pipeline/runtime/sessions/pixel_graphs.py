@@ -45,7 +45,7 @@ class PixelGraph:
         *,
         optimised: bool = True,
     ) -> None:
-        from pipeline.runtime.sessions.onnx_session import Graph
+        from pipeline.runtime.sessions.onnx_graph import Graph
 
         self._path, self._record, self._returned = folder / GRAPH_FILE, record, dict(returned)
         self._graph = Graph.open(folder, record, threads, optimised=optimised)

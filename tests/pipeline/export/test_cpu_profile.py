@@ -24,7 +24,7 @@ from pipeline.kernels.cpu_library import why_no_kernels
 from pipeline.quantize.groupwise import quantize_blocks
 from pipeline.runtime.generate import generate
 from pipeline.runtime.sequence import Decoding
-from pipeline.runtime.sessions import onnx_session
+from pipeline.runtime.sessions import onnx_graph
 from pipeline.runtime.sessions.onnx_cpu_session import CpuSession
 from tests.support.families import save_family
 
@@ -156,7 +156,7 @@ def test_the_bodies_give_the_logits_of_the_kernels(
 ) -> None:
     folder = exported(checkpoints[kind], weights)
     by_kernels = CpuSession(folder)
-    monkeypatch.setattr(onnx_session, "cpu_library", lambda: None)
+    monkeypatch.setattr(onnx_graph, "cpu_library", lambda: None)
     by_bodies = CpuSession(folder)
     assert by_kernels.name == f"onnxruntime cpu {weights}"
     assert by_bodies.name == f"onnxruntime cpu {weights}, function bodies"

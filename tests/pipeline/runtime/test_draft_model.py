@@ -20,7 +20,7 @@ from pipeline.runtime.language_model import LanguageModel
 from pipeline.runtime.prefix_cache import PrefixCache
 from pipeline.runtime.sampling import GREEDY, Sampling
 from pipeline.runtime.sequence import Decoding
-from pipeline.runtime.sessions import onnx_cpu_session, onnx_session
+from pipeline.runtime.sessions import onnx_cpu_session, onnx_graph
 from pipeline.runtime.sessions.onnx_cpu_session import CpuSession
 from tests.support.scripted_drafts import DRAFTS, PROMPT, WARM, Scripted, said
 from tests.support.tiny_decoder import (
@@ -79,7 +79,7 @@ def test_no_bit_depends_on_how_many_tokens_a_call_reads(folder: Callable[[], Pat
 def test_a_session_that_is_not_steady_here_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     # A body's tiles are of 32 tokens for this model: of 33, the last is alone.
     monkeypatch.setattr(onnx_cpu_session, "STEADY_TOKENS", 33)
-    monkeypatch.setattr(onnx_session, "cpu_library", lambda: None)
+    monkeypatch.setattr(onnx_graph, "cpu_library", lambda: None)
     with pytest.raises(InputError, match="leave --draft out") as error:
         steady(shared_export("cpu"))
     assert "bits" in str(error.value)

@@ -10,14 +10,10 @@ import pytest
 
 from pipeline.errors import InputError
 from pipeline.export.contract import WEIGHTS_FILE
-from pipeline.runtime.sessions import onnx_session
+from pipeline.runtime.sessions import onnx_graph
 from pipeline.runtime.sessions.onnx_cpu_session import CpuSession
-from pipeline.runtime.sessions.onnx_session import (
-    OnnxSession,
-    _borrows_files,
-    _map_weights,
-    _MappedWeights,
-)
+from pipeline.runtime.sessions.onnx_graph import _borrows_files, _map_weights, _MappedWeights
+from pipeline.runtime.sessions.onnx_session import OnnxSession
 from tests.support.tiny_decoder import shared_export
 
 PAGES = 512
@@ -82,7 +78,7 @@ def test_lent_weights_give_the_logits_of_weights_that_onnx_runtime_maps(
 ) -> None:
     lent = kind(shared_export(profile), threads=1)
     assert (lent._graph.weights is not None) == _borrows_files(onnxruntime.__version__)
-    monkeypatch.setattr(onnx_session, "_map_weights", lambda path: None)
+    monkeypatch.setattr(onnx_graph, "_map_weights", lambda path: None)
     own = kind(shared_export(profile), threads=1)
     assert own._graph.weights is None
     for session in (lent, own):

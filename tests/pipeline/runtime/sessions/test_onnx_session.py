@@ -10,7 +10,8 @@ import pytest
 
 from pipeline.errors import InputError
 from pipeline.export.record import ExportRecord
-from pipeline.runtime.sessions.onnx_session import OnnxSession, _require_runtime_version
+from pipeline.runtime.sessions.onnx_graph import _require_runtime_version
+from pipeline.runtime.sessions.onnx_session import OnnxSession
 from pipeline.runtime.sessions.torch_session import TorchSession
 from tests.support.tiny_decoder import MAX_LENGTH, VOCAB_SIZE, tiny_llama, write_record
 
