@@ -26,6 +26,7 @@ from pipeline.compress.plan.knapsack import allocate
 from pipeline.errors import UsageError
 from pipeline.json_file import json_field
 from pipeline.model.cache_structure import SIDES, CachedSide, Side
+from pipeline.progress import note
 
 _RANKS_PER_SIDE = 48
 
@@ -120,7 +121,7 @@ def cheapest_cache(options: Sequence[Sequence[CachePlan]], budget_bytes: int) ->
             expected=f"at least {smallest}, with as few numbers of each layer as there can be",
             change="raise --cache-bytes or --keep-cache",
         )
-    places = allocate(sizes, losses, budget_bytes)
+    places = allocate(sizes, losses, budget_bytes, note)
     return joined(plans[i] for plans, i in zip(options, places, strict=True))
 
 

@@ -2,7 +2,13 @@
 
 min sum_i loss_i[c_i] subject to sum_i size_i[c_i] <= budget. Block skipping stores r (m + n - r)
 numbers, concave in r: the marginal size of a rank falls as r grows, so the rule of equal slopes
-may stop anywhere. The integer program does not care.
+may stop anywhere. The integer program does not care, and equal slopes say which candidates it need
+not look at: with a price p for each unit of size,
+
+    sum_i min_c (loss_i[c] + p size_i[c]) - p budget
+
+is no more than what any choice loses, and by as much as a candidate lies above its group's least,
+so does every choice that has it.
 """
 
 from __future__ import annotations
@@ -12,7 +18,7 @@ import ctypes
 import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -31,17 +37,23 @@ def undominated(sizes: np.ndarray, losses: np.ndarray) -> np.ndarray:
     return order[improves]
 
 
-def allocate(sizes: Sequence[np.ndarray], losses: Sequence[np.ndarray], budget: int) -> list[int]:
+def allocate(
+    sizes: Sequence[np.ndarray],
+    losses: Sequence[np.ndarray],
+    budget: int,
+    stopped: Callable[[str], None] = lambda _: None,
+) -> list[int]:
     """Choose one candidate for each group, losing least within the budget.
 
     Args:
         sizes: for each group, the size of each of its candidates, int [K_i].
         losses: what each candidate loses, float [K_i].
         budget: largest sum of sizes.
+        stopped: told where the solver finds no proof in TIME_LIMIT_S, and what that may cost.
 
     Returns:
         The index of the choice of each group; within RELATIVE_GAP of the least loss, or as near to
-        it as equal slopes come where the solver finds no proof in TIME_LIMIT_S.
+        it as equal slopes come.
 
     Raises:
         ValueError: not even the smallest candidates fit; says how large they are.
@@ -52,17 +64,55 @@ def allocate(sizes: Sequence[np.ndarray], losses: Sequence[np.ndarray], budget: 
     fronts = [undominated(s, e) for s, e in zip(sizes, losses, strict=True)]
     front_sizes = [s[front].astype(float) for s, front in zip(sizes, fronts, strict=True)]
     front_losses = [e[front].astype(float) for e, front in zip(losses, fronts, strict=True)]
-    tried = [solve(front_sizes, front_losses, budget) for solve in (_solve, _equal_slopes)]
-    for choices in tried:
-        _repair_excess_(choices, front_sizes, front_losses, budget)
-        _use_slack_(choices, front_sizes, front_losses, budget)
+    by_slopes, price = _equal_slopes(front_sizes, front_losses, budget)
+    _use_slack_(by_slopes, front_sizes, front_losses, budget)
+    least = _no_more_than_any(front_sizes, front_losses, budget, price)
+    places = _worth_trying(front_sizes, front_losses, price, _total(front_losses, by_slopes), least)
+    few_sizes, few_losses = _among(places, front_sizes, front_losses)
+    found, is_proven = _solve(few_sizes, few_losses, budget)
+    tried = [by_slopes]
+    if found is not None:
+        by_solver = [int(among[c]) for among, c in zip(places, found, strict=True)]
+        _repair_excess_(by_solver, front_sizes, front_losses, budget)
+        _use_slack_(by_solver, front_sizes, front_losses, budget)
+        tried.insert(0, by_solver)
     # The first where they lose alike.
     chosen = min(tried, key=lambda places: _total(front_losses, places))
+    if not is_proven:
+        share = 1 - least / (_total(front_losses, chosen) or 1.0)
+        stopped(f"the search was stopped after {_TIME_LIMIT_S:.0f} s; what it has found is within "
+                f"{max(share, 0.0):.1%} of the least loss")  # fmt: skip
     return [int(front[c]) for front, c in zip(fronts, chosen, strict=True)]
 
 
-def _solve(sizes: list[np.ndarray], losses: list[np.ndarray], budget: int) -> list[int]:
-    """The integer program, by HiGHS; both sides scaled to order one."""
+def _no_more_than_any(
+    sizes: list[np.ndarray], losses: list[np.ndarray], budget: int, price: float
+) -> float:
+    """Loss that every choice within the budget has at least."""
+    return sum(float((e + price * s).min()) for s, e in zip(sizes, losses, strict=True)) - (
+        price * budget
+    )
+
+
+def _worth_trying(
+    sizes: list[np.ndarray], losses: list[np.ndarray], price: float, known: float, least: float
+) -> list[np.ndarray]:
+    """Of each group, the places of candidates that a choice no worse than `known` may have."""
+    costs = [e + price * s for s, e in zip(sizes, losses, strict=True)]
+    # Sums of float64 are not exact; a candidate more does no harm.
+    margin = known - least + 1e-9 * sum(float(np.abs(c).min()) for c in costs)
+    return [np.flatnonzero(c - c.min() <= margin) for c in costs]
+
+
+def _among(places: list[np.ndarray], *arrays: list[np.ndarray]) -> list[list[np.ndarray]]:
+    """Of several arrays for each group, what stands at some places."""
+    return [[a[p] for a, p in zip(of, places, strict=True)] for of in arrays]
+
+
+def _solve(
+    sizes: list[np.ndarray], losses: list[np.ndarray], budget: int
+) -> tuple[list[int] | None, bool]:
+    """The integer program, by HiGHS, both sides scaled to order one; and whether it is proven."""
     counts = [len(s) for s in sizes]
     starts = np.cumsum([0, *counts[:-1]])
     groups = np.repeat(np.arange(len(counts)), counts)
@@ -80,9 +130,10 @@ def _solve(sizes: list[np.ndarray], losses: list[np.ndarray], budget: int) -> li
             options={"mip_rel_gap": _RELATIVE_GAP, "time_limit": _TIME_LIMIT_S},
         )
     if result.x is None:
-        raise ValueError(f"the solver found no choice: {result.message}")
+        return None, False
     ends = starts + counts
-    return [int(result.x[a:b].argmax()) for a, b in zip(starts, ends, strict=True)]
+    chosen = [int(result.x[a:b].argmax()) for a, b in zip(starts, ends, strict=True)]
+    return chosen, bool(result.success)
 
 
 def _total(values: Sequence[np.ndarray], chosen: Sequence[int]) -> float:
@@ -90,8 +141,10 @@ def _total(values: Sequence[np.ndarray], chosen: Sequence[int]) -> float:
     return float(sum(v[c] for v, c in zip(values, chosen, strict=True)))
 
 
-def _equal_slopes(sizes: list[np.ndarray], losses: list[np.ndarray], budget: int) -> list[int]:
-    """What is best for the highest price of a unit of size at which all fits, by bisection.
+def _equal_slopes(
+    sizes: list[np.ndarray], losses: list[np.ndarray], budget: int
+) -> tuple[list[int], float]:
+    """What is best for the lowest price of a unit of size at which all fits, and that price.
 
     No more than one step of one group is lost against the best of all. It is what is left where the
     solver is stopped by its time limit, with whatever it has found by then.
@@ -109,7 +162,7 @@ def _equal_slopes(sizes: list[np.ndarray], losses: list[np.ndarray], budget: int
             low = middle
         else:
             high = middle
-    return at(high)
+    return at(high), high
 
 
 @contextlib.contextmanager

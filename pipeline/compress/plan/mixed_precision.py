@@ -9,6 +9,7 @@ import numpy as np
 
 from pipeline.compress.plan.knapsack import allocate
 from pipeline.errors import InputError
+from pipeline.progress import note
 
 _FLOAT_BYTES, _SCALE_BYTES = 4, 2
 
@@ -66,5 +67,5 @@ def rounded_convs(choices: Mapping[str, ConvChoice], budget: int) -> list[str]:
         return list(choices)
     sizes = [np.array([choice.rounded, choice.kept]) for choice in choices.values()]
     losses = [np.array([max(choice.loss, 0.0), 0.0]) for choice in choices.values()]
-    chosen = allocate(sizes, losses, budget)
+    chosen = allocate(sizes, losses, budget, note)
     return [name for name, place in zip(choices, chosen, strict=True) if place == 0]

@@ -30,6 +30,7 @@ from pipeline.compress.plan.plan import (
 from pipeline.compress.plan.quantization_costs import QuantizationCosts, StackCost
 from pipeline.errors import UsageError
 from pipeline.model.structure import Group, Layer
+from pipeline.progress import note
 from pipeline.quantize.formats import Format, Runtime
 
 _RANKS_PER_STACK = 72
@@ -104,7 +105,7 @@ def searched_plan(
             observed=f"{kept:.4f} of the decoder's linear parameters",
             expected=f"at least {math.ceil(1e4 * smallest / dense) / 1e4:.4f} for this model",
         )
-    return RankPlan(_chosen(layers, candidates, allocate(*_measures(candidates), budget)))
+    return RankPlan(_chosen(layers, candidates, allocate(*_measures(candidates), budget, note)))
 
 
 def _measures(options: Sequence[Sequence[_Candidate]]) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -297,7 +298,7 @@ def searched_bits(
             expected=f"at least {(smallest + request.fixed_bytes + 5000) / 1e6:.2f} MB, the "
             f"smallest choice everywhere in formats of {request.runtime.name}",
         )
-    places = allocate(sizes, losses, left)
+    places = allocate(sizes, losses, left, note)
     others = len(groups) + len(tables)
     named: dict[str, str] = {}
     for choices, index in zip(tables, places[len(groups) : others], strict=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -137,19 +138,62 @@ def test_the_solver_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     assert capfd.readouterr().out.split() == ["before", "after"]
 
 
+def many_groups() -> tuple[list[np.ndarray], list[np.ndarray], int]:
+    rng = np.random.default_rng(0)
+    sizes = [np.sort(rng.integers(1, 1000, 40)) for _ in range(60)]
+    losses = [np.sort(rng.exponential(1, 40))[::-1].copy() for _ in range(60)]
+    return sizes, losses, sum(int(s[20]) for s in sizes)
+
+
 def test_a_solver_that_is_stopped_with_a_poor_choice_costs_one_step_at_most(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As HiGHS is by its time limit, on a machine that does other things too."""
-    rng = np.random.default_rng(0)
-    sizes = [np.sort(rng.integers(1, 1000, 40)) for _ in range(60)]
-    losses = [np.sort(rng.exponential(1, 40))[::-1].copy() for _ in range(60)]
-    budget = sum(int(s[20]) for s in sizes)
+    sizes, losses, budget = many_groups()
 
     def lost(chosen: list[int]) -> float:
         assert sum(int(s[c]) for s, c in zip(sizes, chosen, strict=True)) <= budget
         return float(sum(e[c] for e, c in zip(losses, chosen, strict=True)))
 
     best = lost(allocate(sizes, losses, budget))
-    monkeypatch.setattr(knapsack, "_solve", lambda sizes, *_: [0] * len(sizes))
-    assert best <= lost(allocate(sizes, losses, budget)) <= 1.02 * best
+    monkeypatch.setattr(knapsack, "_solve", lambda sizes, *_: ([0] * len(sizes), False))
+    told: list[str] = []
+    found = lost(allocate(sizes, losses, budget, told.append))
+    assert best <= found <= 1.02 * best
+    assert len(told) == 1
+    assert float(told[0].split("within ")[1].split("%")[0]) / 100 >= 1 - best / found
+
+
+def test_a_solver_that_is_stopped_with_no_choice_leaves_that_of_equal_slopes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sizes, losses, budget = many_groups()
+    monkeypatch.setattr(knapsack, "_TIME_LIMIT_S", 0.0)
+    told: list[str] = []
+    chosen = allocate(sizes, losses, budget, told.append)
+    assert sum(int(s[c]) for s, c in zip(sizes, chosen, strict=True)) <= budget
+    assert "stopped after 0 s" in told[0]
+
+
+def test_a_proof_is_found_among_few_candidates_and_nothing_is_said(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What the solver is left with is a small part of all, and holds a choice as good."""
+    sizes, losses, budget = many_groups()
+    seen: list[int] = []
+    solve, told = knapsack._solve, list[str]()
+
+    def watched(*arguments: Any) -> Any:
+        seen.append(sum(map(len, arguments[0])))
+        return solve(*arguments)
+
+    monkeypatch.setattr(knapsack, "_solve", watched)
+    few = allocate(sizes, losses, budget, told.append)
+    monkeypatch.setattr(
+        knapsack, "_worth_trying", lambda sizes, *_: [np.arange(len(s)) for s in sizes]
+    )
+    every = allocate(sizes, losses, budget, told.append)
+    assert not told
+    assert seen[0] < seen[1] / 2
+    lost = [sum(e[c] for e, c in zip(losses, chosen, strict=True)) for chosen in (few, every)]
+    assert lost[0] == pytest.approx(lost[1], rel=_RELATIVE_GAP)
