@@ -55,10 +55,15 @@ class TokenBatch:
 
         Of all windows where there are no others; int64 [n, length].
         """
+        others = self.rest_of(count)
+        others = others if len(others) else self.tokens
+        return others[_spread(len(others), most)]
+
+    def rest_of(self, count: int) -> torch.Tensor:
+        """The windows that are not among `spread(count)`, int64 [n, length]; n may be 0."""
         is_apart = torch.ones(len(self.tokens), dtype=torch.bool)
         is_apart[_spread(len(self.tokens), count)] = False
-        others = self.tokens[is_apart] if is_apart.any() else self.tokens
-        return others[_spread(len(others), most)]
+        return self.tokens[is_apart]
 
     def describe(self) -> dict[str, object]:
         """The entry written into the recipe: source, seed, shape, token count and hash."""

@@ -85,7 +85,9 @@ class _OpenedDecoder:
         if self.request.resolved_method.needs_costs:
             effort = self.request.resolved_effort
             needed_bytes += LayerCosts.disk_bytes(
-                self.layers, effort.survey_windows * effort.window_length
+                self.layers,
+                effort.survey_windows * effort.window_length,
+                CostRequest.of(self.request).inputs,
             )
         return needed_bytes
 
@@ -160,7 +162,7 @@ class CalibratedDecoder:
         width = getattr(config, "head_dim", None)
         self.rotary_width = width or config.hidden_size // config.num_attention_heads
         self._read, self._open_costs = read, open_costs
-        self._is_measured = False
+        self._surveyed: int | None = None
 
     @classmethod
     def at_hand(
@@ -196,13 +198,17 @@ class CalibratedDecoder:
     def measure(self, request: CompressRequest) -> None:
         """Sweep the gradients back, if the method needs them and anything is to change."""
         wanted = request.resolved_method.needs_costs and request.changes_weights
-        if not wanted or self._is_measured:
+        if not wanted or self._surveyed is not None:
             return
-        windows = self.batch.spread(request.resolved_effort.survey_windows)
+        count = request.resolved_effort.survey_windows
         self.statistics.measure(
-            self.model, self.layers, windows, CostRequest.of(request), self.workers
+            self.model,
+            self.layers,
+            self.batch.spread(count),
+            CostRequest.of(request),
+            self.workers,
         )
-        self._is_measured = True
+        self._surveyed = count
 
     def price(self, request: CompressRequest, plan: RankPlan) -> bool:
         fit = request.resolved_method.fit
@@ -266,26 +272,58 @@ class CalibratedDecoder:
 
     def stream(self, fit: Fit) -> Stream:
         """Both models side by side, or the original alone where every layer is fitted once."""
-        arguments = (self.model, self.layers, self.batch.tokens, _SEQUENCES_AT_ONCE)
-        return _OneShot(LayerStream(*arguments)) if fit.mix is None else PairedStream(*arguments)
+        if fit.mix is not None:
+            return PairedStream(self.model, self.layers, self.batch.tokens, _SEQUENCES_AT_ONCE)
+        # A survey that kept what it has seen of the inputs need not be repeated on its windows.
+        first = self.layers[0]
+        surveyed = self._surveyed or 0
+        known = self.statistics if surveyed else None
+        if known is None or known.inputs_of(first.name, first.groups[0].name) is None:
+            known, surveyed = None, 0
+        rest = self.batch.rest_of(surveyed)
+        stream = None
+        if len(rest):
+            stream = LayerStream(self.model, self.layers, rest, _SEQUENCES_AT_ONCE)
+        return _OneShot(self.layers, stream, known, self.batch.tokens.numel() - rest.numel())
 
     def describe(self) -> dict[str, Any]:
         return self.batch.describe()
 
 
 class _OneShot:
-    """Moments of the original model: a layer's outputs are computed before it is replaced."""
+    """Moments of the original model: a layer's outputs are computed before it is replaced.
 
-    def __init__(self, stream: LayerStream) -> None:
-        self.stream = stream
+    Args:
+        layers: of the model.
+        stream: the text that nothing else has read; None where there is none.
+        known: has the moments of the rest of it, if there is any.
+        tokens: of that rest.
+    """
+
+    def __init__(
+        self, layers: list[Layer], stream: LayerStream | None, known: LayerCosts | None, tokens: int
+    ) -> None:
+        self.layers, self.stream, self.known, self.tokens = layers, stream, known, tokens
         self.moments: dict[str, SecondMoment] = {}
 
     def enter(self, index: int, *, measure: bool = True) -> None:
-        with fast_products(self.stream.model):
-            self.moments = self.stream.advance(index, measure=measure)
+        if self.stream is not None:
+            with fast_products(self.stream.model):
+                self.moments = self.stream.advance(index, measure=measure)
 
     def measure(self, index: int, group: str) -> tuple[torch.Tensor, None]:
-        return self.moments[group].mean(), None
+        seen = self.moments.get(group)
+        known = None
+        if self.known is not None:
+            known = self.known.inputs_of(self.layers[index].name, group)
+        if known is None:
+            assert seen is not None, "text that nothing has read is in the stream"
+            return seen.mean(), None
+        if seen is None:
+            return known.double(), None
+        # Mean of all tokens, of the means of both parts of them.
+        mean = seen.mean().mul_(seen.tokens).add_(known, alpha=self.tokens)
+        return mean.div_(seen.tokens + self.tokens), None
 
     def leave(self, index: int) -> None:
         self.moments = {}

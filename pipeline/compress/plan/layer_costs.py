@@ -80,10 +80,19 @@ class LayerCosts:
         self._source_of: dict[str, str] = {}
 
     @staticmethod
-    def disk_bytes(layers: list[Layer], tokens: int) -> int:
-        """Bytes on disk that costs from so many tokens take, but for the curves."""
+    def disk_bytes(layers: list[Layer], tokens: int, inputs: bool) -> int:
+        """Bytes on disk that costs from so many tokens take, but for the curves.
+
+        Args:
+            layers: of the decoder.
+            tokens: of the text.
+            inputs: see `CostRequest`.
+        """
         groups = [group for layer in layers for group in layer.groups]
-        moments = sum(4 * g.in_features**2 + 2 * sum(h * h for h in g.out_features) for g in groups)
+        of_inputs = 8 if inputs else 4
+        moments = sum(
+            of_inputs * g.in_features**2 + 2 * sum(h * h for h in g.out_features) for g in groups
+        )
         return moments + 2 * len(layers) * tokens * layers[0].groups[0].in_features
 
     def measure(
@@ -156,9 +165,10 @@ class LayerCosts:
                 found = moments[group.name]
                 statistics = _statistics_of(group, found)
                 here.kept |= _kept_statistics(group, statistics)
-                submitted = _submitted(
-                    workers, model, group, found.inputs.mean(), statistics, wanted
-                )
+                seen = found.inputs.mean()
+                if wanted.inputs:
+                    here.kept[f"inputs.{group.name}"] = seen.float()
+                submitted = _submitted(workers, model, group, seen, statistics, wanted)
                 here.stacks += submitted
                 results += submitted.values()
             waiting.add(here, results)
@@ -176,6 +186,11 @@ class LayerCosts:
         found = measure()
         keep_values(path, [[asdict(choice) for choice in choices] for choices in found])
         return found
+
+    def inputs_of(self, layer: str, group: str) -> torch.Tensor | None:
+        """S of a group's input over the text that was measured on, float32; None if not kept."""
+        tensors, _ = self.finished.load(layer)
+        return tensors.get(f"inputs.{group}")
 
     def of(self, members: Members) -> OutputStatistics:
         tensors, _ = self.finished.load(self._layer_of[members[0]])

@@ -41,19 +41,21 @@ class CostRequest:
         formats: low-bit formats whose cost is wanted.
         form: of the factors that will be rounded.
         seed: of what is drawn from the model's own distribution.
+        inputs: keep the moments of inputs, too, for a fit to the original model's.
     """
 
     cat: bool = True
     formats: tuple[Format, ...] = ()
     form: Form = "skip"
     seed: int = 0
+    inputs: bool = False
 
     @classmethod
     def of(cls, request: CompressRequest) -> CostRequest:
         """What a request's method and budget are decided by."""
         method = request.resolved_method
         form: Form = "skip" if method.skip else "low_rank"
-        return cls(method.cat, request.formats, form, request.seed)
+        return cls(method.cat, request.formats, form, request.seed, method.fit.mix is None)
 
 
 @dataclass(frozen=True)

@@ -121,7 +121,7 @@ def test_plans_are_priced_where_effort_and_method_say_so(
     costs.measure(tiny.model, tiny.layers, TOKENS, CostRequest())
     expected = {stack: curve.copy() for stack, curve in costs.curves.items()}
     ready = CalibratedDecoder.at_hand(tiny.model, tiny.layers, batch, costs)
-    ready._is_measured = True
+    ready._surveyed = len(TOKENS)
     make_plan(CompressRequest("tiny", keep_params=0.6, effort=effort, method=method), ready)
     changed = any(not np.array_equal(costs.curves[stack], expected[stack]) for stack in expected)
     assert changed == measured
