@@ -41,6 +41,7 @@ OF_ONE_TASK = (
     "pipeline.compress.classifier",
     "pipeline.compress.decoder",
     "pipeline.compress.driving",
+    "pipeline.compress.estimate",
     "pipeline.export.prove_decoder",
     "pipeline.export.prove_images",
     "pipeline.export.trace_classifier",

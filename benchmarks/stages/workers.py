@@ -2,13 +2,12 @@
 
     python -m benchmarks.stages.workers                       # two layers as wide as Llama-2-7B's
     python -m benchmarks.stages.workers --shape 2048x5504 --layers 2 --turns 3
-    python -m benchmarks.stages.workers --predict 8192x28672 --predict-layers 80 --machines 8
 
 A random Llama is surveyed and compressed (ranks, one shot) by one process with as many threads as
 the workers have together, and by the workers, in turns. Each row has the wall clock of both, the
 seconds that the workers' tasks took, and what the linear model says: those and the head's own,
-over as many cores as there are workers. `--predict` scales the tasks of the last row to another
-shape.
+over as many cores as there are workers; and what `skipcat compress --estimate` said of one process
+before it.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import sys
 import tempfile
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,19 +32,18 @@ from benchmarks.command import run
 from pipeline.artefact import write_json
 from pipeline.bench.measure import describe_machine, load_average
 from pipeline.calibrate.text import TokenBatch
-from pipeline.compress.decoder import CalibratedDecoder
-from pipeline.compress.methods import Fit
+from pipeline.compress.decoder import CalibratedDecoder, wanted_costs
+from pipeline.compress.estimate import estimated
 from pipeline.compress.plan.layer_costs import LayerCosts
-from pipeline.compress.plan.rank_search import searched_plan
-from pipeline.compress.plan.stack_costs import CostRequest
+from pipeline.compress.plan.make_plan import make_plan
+from pipeline.compress.request import CompressRequest
 from pipeline.compress.walk import compress_
 from pipeline.errors import UsageError
-from pipeline.json_file import read_json_object
 from pipeline.machine import limited_threads
 from pipeline.model.structure import decoder_structure
 from pipeline.progress import note
 from pipeline.provenance import provenance
-from pipeline.workers.workers import Workers, open_workers
+from pipeline.workers.workers import IN_PROCESS, Workers, open_workers
 
 _RESULT = RESULTS / "workers.json"
 _LENGTH, _HEAD = 256, 128
@@ -76,10 +74,8 @@ class _Shape:
             raise UsageError("This is no shape.", observed=text, expected="such as 4096x11008")
         return cls(int(parts[0]), int(parts[1]))
 
-    def model(self, layers: int) -> PreTrainedModel:
-        """A random one, float32."""
-        torch.manual_seed(0)
-        config = LlamaConfig(
+    def config(self, layers: int) -> LlamaConfig:
+        return LlamaConfig(
             vocab_size=256,
             hidden_size=self.hidden,
             intermediate_size=self.intermediate,
@@ -87,26 +83,14 @@ class _Shape:
             num_attention_heads=max(1, self.hidden // _HEAD),
             max_position_embeddings=_LENGTH,
         )
-        return LlamaForCausalLM(config).eval()
 
-    def work(self) -> float:
-        """Multiplications of a layer's tasks, up to a factor: decompositions and products.
 
-        Each stack of m x n is decomposed (k^3, k the smaller side) and multiplied with moments of
-        its input (m n k' with the larger sides).
-        """
-        h, i = float(self.hidden), float(self.intermediate)
-        attention = 8 * (h**3 + h**3)
-        feed = 3 * (h**3 + h * i * i) + h**3 + h * i * i
-        return attention + feed
-
-    def moved_bytes(self) -> int:
-        """Bytes that a layer's tasks are given: weights, and moments of both kinds of task."""
-        h, i = self.hidden, self.intermediate
-        weights = 4 * (4 * h * h + 3 * h * i)
-        inputs = (8 + 4) * (3 * h * h + i * i)
-        outputs = 4 * (5 * h * h + 2 * i * i)
-        return 2 * (weights + inputs) + outputs + outputs // 2
+def _request(windows: int) -> CompressRequest:
+    """Ranks, one shot, on so many windows."""
+    return CompressRequest(
+        "random", keep_params=_KEPT, effort="fast", calibration="random.txt", windows=windows,
+        window_length=_LENGTH,
+    )  # fmt: skip
 
 
 def _measured(model: PreTrainedModel, tokens: torch.Tensor, workers: Workers) -> dict[str, Any]:
@@ -116,12 +100,16 @@ def _measured(model: PreTrainedModel, tokens: torch.Tensor, workers: Workers) ->
     with tempfile.TemporaryDirectory() as folder:
         costs, started = LayerCosts(Path(folder), {}), time.monotonic()
         used = time.process_time()
-        costs.measure(model, layers, tokens, CostRequest(), workers)
+        request = _request(len(tokens))
+        wanted = wanted_costs(request, layers, tokens.numel())
+        costs.measure(model, layers, tokens, wanted, workers)
         surveyed = time.monotonic()
-        plan = searched_plan(layers, costs.curves, _KEPT)
-        ready = CalibratedDecoder.at_hand(model, layers, batch, costs, workers=workers)
+        ready = CalibratedDecoder.at_hand(
+            model, layers, batch, costs, workers=workers, surveyed=len(tokens)
+        )
+        plan = make_plan(request, ready)
         walked = time.monotonic()
-        compress_(ready, plan, dtype=torch.float32, fit=Fit())
+        compress_(ready, plan, dtype=torch.float32, fit=request.resolved_method.fit)
         ended, used = time.monotonic(), time.process_time() - used
     return {
         "own_cpu_seconds": round(used, 2),
@@ -136,48 +124,35 @@ def _measured(model: PreTrainedModel, tokens: torch.Tensor, workers: Workers) ->
 @click.option("--layers", default=2, show_default=True)
 @click.option("--workers", "count", default=2, show_default=True)
 @click.option("--turns", default=1, show_default=True)
-@click.option("--predict", help="HIDDENxINTERMEDIATE of another model; measures nothing.")
-@click.option("--predict-layers", default=80, show_default=True)
-@click.option("--machines", default=8, show_default=True, help="Workers to predict for.")
 @click.option("--json", "result", type=click.Path(path_type=Path), default=_RESULT)
 def command(
     shape: str,
     layers: int,
     count: int,
     turns: int,
-    predict: str | None,
-    predict_layers: int,
-    machines: int,
     result: Path,
 ) -> None:
-    """Time both ways, or scale what was timed to another shape."""
-    if predict is not None:
-        record = read_json_object(result)
-        found = _predicted(record["rows"][-1], _Shape.parse(predict), predict_layers, machines)
-        click.echo(json.dumps(found, indent=2))
-        write_json(result, record | {"predicted": found})
-        return
+    """Time both ways, in turns."""
     wanted = _Shape.parse(shape)
-    model = wanted.model(layers)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(wanted.config(layers)).eval()
     windows = math.ceil((wanted.intermediate + 1) / _LENGTH)
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(0, 256, (windows, _LENGTH), generator=generator)
     rows: list[dict[str, Any]] = []
     for turn in range(turns):
         rows.append({"shape": shape, "layers": layers, "turn": turn, "load": load_average()})
+        said = estimated(wanted.config(layers), _request(windows), 0, count)
         with limited_threads(count):
-            rows[-1]["alone"] = _measured(model, tokens, _in_process())
+            rows[-1]["alone"] = _measured(model, tokens, IN_PROCESS)
+        error = 3600 * said.hours / rows[-1]["alone"]["seconds"] - 1
+        rows[-1] |= {"estimate": asdict(said), "estimate_error": round(error, 3)}
         rows[-1] |= _by_workers(model, tokens, count)
         rows[-1]["speed"] = round(rows[-1]["alone"]["seconds"] / rows[-1]["workers"]["seconds"], 3)
         note(f"turn {turn}: {rows[-1]['speed']} x the speed of one process of {count} threads")
         record = {"schema": 1, "machine": describe_machine(), "provenance": provenance()}
         write_json(result, record | {"rows": rows})
     click.echo(json.dumps(rows, indent=2))
-
-
-def _in_process() -> Workers:
-    with open_workers(None) as workers:
-        return workers
 
 
 def _by_workers(model: PreTrainedModel, tokens: torch.Tensor, count: int) -> dict[str, Any]:
@@ -196,25 +171,6 @@ def _by_workers(model: PreTrainedModel, tokens: torch.Tensor, count: int) -> dic
         "tasks": told,
         "linear_seconds": round(model_seconds, 2),
         "linear_error": round(model_seconds / found["seconds"] - 1, 3),
-    }
-
-
-def _predicted(row: dict[str, Any], shape: _Shape, layers: int, machines: int) -> dict[str, Any]:
-    """Hours, bytes and disk of another shape, from the seconds of the tasks that were timed."""
-    timed = _Shape.parse(row["shape"])
-    a_layer = row["tasks"]["task_seconds"] / row["layers"] * shape.work() / timed.work()
-    parameters = layers * (4 * shape.hidden**2 + 3 * shape.hidden * shape.intermediate)
-    h, i = shape.hidden, shape.intermediate
-    kept = layers * (4 * (3 * h * h + i * i) + 2 * (5 * h * h + 2 * i * i))
-    return {
-        "shape": f"{h}x{i}",
-        "layers": layers,
-        "workers": machines,
-        "threads": row["tasks"]["threads"],
-        "task_hours": round(layers * a_layer / 3600, 1),
-        "hours": round(layers * a_layer / 3600 / machines, 1),
-        "moved_gigabytes": round(layers * shape.moved_bytes() / 1e9, 1),
-        "disk_gigabytes": round((kept + 2 * 2 * parameters) / 1e9, 1),
     }
 
 

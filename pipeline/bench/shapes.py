@@ -171,6 +171,11 @@ def find_shape(name: str) -> Shape:
     return _SHAPES[name.lower()]
 
 
+def is_shape(name: str) -> bool:
+    """Whether `find_shape` knows the name."""
+    return name.lower() in _SHAPES
+
+
 def fill_randomly_(model: nn.Module, dtype: Any) -> None:
     """Give a model of `Shape.empty_model` random weights in memory, the same ones each time.
 

@@ -230,7 +230,12 @@ compression_options = options.apply(
 
 @click.command("compress", cls=options.GroupedCommand, rest="Model, output and run")
 @options.model
-@options.output
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Folder to write. Required but for --dry-run and --estimate.",
+)
 @compression_options
 @options.trust_remote_code
 @options.own_threads
@@ -238,13 +243,22 @@ compression_options = options.apply(
 @options.overwrite
 @options.resume
 @options.dry_run
+@click.option(
+    "--estimate",
+    type=click.IntRange(0, 100_000),
+    metavar="WORKERS",
+    help="Time one layer here, say what all of them would take, and stop: hours, memory, bytes "
+    "moved and disk with so many workers of --threads [1]; 0 for none. The model may be a shape of "
+    "`skipcat bench --shape`, such as llama-3.1-70b. " + _LANGUAGE_MODELS,
+)
 @options.json_output
 def command(
-    output: Path,
+    output: Path | None,
     workers: str | None,
     overwrite: bool,
     resume: bool,
     dry_run: bool,
+    estimate: int | None,
     as_json: bool,
     **settings: Any,
 ) -> None:
@@ -256,17 +270,24 @@ def command(
     skipcat compress -m smollm2-135m -o small --memory 60MB
     skipcat compress -m ./my-vit -o small --keep-params 0.6 --calibration images/
     skipcat compress -m ./driving -o small --method int8 --runtime cpu --calibration images/
+    skipcat compress -m llama-3.1-70b --estimate 8
     """  # noqa: D301 - click reads the escape
+    from pipeline.cli.compress_estimated import show_estimate
     from pipeline.compress.run import compress_to_folder
     from pipeline.output import check_output
     from pipeline.workers.workers import open_workers
 
     request = CompressRequest(**settings)
     request.check()
+    if estimate is not None:
+        show_estimate(request, estimate, as_json)
+        return
     if dry_run:
         with open_workers(workers) as own:
             _show_plan(request, as_json, own)
         return
+    if output is None:
+        raise click.MissingParameter(param_hint="'-o' / '--output'", param_type="option")
     # Before the model is loaded.
     check_output(output, overwrite=overwrite, inputs=request.paths.values())
     with open_workers(workers) as own:

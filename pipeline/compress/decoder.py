@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -84,11 +85,9 @@ class _OpenedDecoder:
         needed_bytes = 2 * sum(p.numel() for p in self.model.parameters()) * dtype.itemsize
         if self.request.resolved_method.needs_costs:
             effort = self.request.resolved_effort
-            needed_bytes += LayerCosts.disk_bytes(
-                self.layers,
-                effort.survey_windows * effort.window_length,
-                CostRequest.of(self.request).inputs,
-            )
+            tokens = effort.survey_windows * effort.window_length
+            inputs = wanted_costs(self.request, self.layers, tokens).inputs
+            needed_bytes += LayerCosts.disk_bytes(self.layers, tokens, inputs)
         return needed_bytes
 
     def calibrate(
@@ -173,14 +172,20 @@ class CalibratedDecoder:
         costs: LayerCosts | None = None,
         added_parameters: int = 0,
         workers: Workers = IN_PROCESS,
+        surveyed: int | None = None,
     ) -> CalibratedDecoder:
-        """A decoder whose text is read already; its costs, if it needs any, lie in a folder."""
+        """A decoder whose text is read already; its costs, if it needs any, lie in a folder.
+
+        They are measured on `surveyed` windows where that is given.
+        """
 
         def kept(batch: TokenBatch) -> LayerCosts:
             assert costs is not None, "nothing should ask for costs"
             return costs
 
-        return cls(model, layers, lambda: batch, kept, added_parameters, workers)
+        found = cls(model, layers, lambda: batch, kept, added_parameters, workers)
+        found._surveyed = surveyed
+        return found
 
     @cached_property
     def batch(self) -> TokenBatch:
@@ -197,17 +202,13 @@ class CalibratedDecoder:
 
     def measure(self, request: CompressRequest) -> None:
         """Sweep the gradients back, if the method needs them and anything is to change."""
-        wanted = request.resolved_method.needs_costs and request.changes_weights
-        if not wanted or self._surveyed is not None:
+        needed = request.resolved_method.needs_costs and request.changes_weights
+        if not needed or self._surveyed is not None:
             return
         count = request.resolved_effort.survey_windows
-        self.statistics.measure(
-            self.model,
-            self.layers,
-            self.batch.spread(count),
-            CostRequest.of(request),
-            self.workers,
-        )
+        windows = self.batch.spread(count)
+        wanted = wanted_costs(request, self.layers, windows.numel())
+        self.statistics.measure(self.model, self.layers, windows, wanted, self.workers)
         self._surveyed = count
 
     def price(self, request: CompressRequest, plan: RankPlan) -> bool:
@@ -327,6 +328,17 @@ class _OneShot:
 
     def leave(self, index: int) -> None:
         self.moments = {}
+
+
+def wanted_costs(request: CompressRequest, layers: list[Layer], tokens: int) -> CostRequest:
+    """What a survey is to measure on so many tokens.
+
+    It keeps moments of inputs for a fit that reads the same of the original model, where they are
+    smaller than the text.
+    """
+    goes_on = request.resolved_method.fit.mix is None
+    inputs = goes_on and tokens > _widest(layers).in_features
+    return replace(CostRequest.of(request), inputs=inputs)
 
 
 def _widest(layers: list[Layer]) -> Group:

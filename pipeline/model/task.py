@@ -13,7 +13,16 @@ from pipeline.lazy import imported
 
 Task = Literal["text-generation", "image-classification", "driving-perception"]
 _Stage = Literal[
-    "compress", "convolutions", "labels", "export", "prove", "engine", "ledger", "inspect", "look"
+    "compress",
+    "estimate",
+    "convolutions",
+    "labels",
+    "export",
+    "prove",
+    "engine",
+    "ledger",
+    "inspect",
+    "look",
 ]
 TEXT: Task = "text-generation"
 IMAGES: Task = "image-classification"
@@ -49,8 +58,8 @@ class _TaskRow:
         card: what a model card says.
         record_fields: what an export's record says of its graph, beside what it says of any.
         adapters: what each stage needs of the task, as `module:name`; imported when it is asked
-            for, so that this table depends on no stage. Of `look`, which images and videos are for,
-            a task may have none.
+            for, so that this table depends on no stage. Of `estimate`, and of `look`, which images
+            and videos are for, a task may have none.
         verbs: the commands that take such a model.
         own_classes: a module of ours whose import makes transformers know the task's classes; None
             where they are transformers' own.
@@ -81,6 +90,7 @@ TASKS: dict[Task, _TaskRow] = {
         record_fields={"max_length": int, "vocab_size": int, "num_layers": int},
         adapters={
             "compress": "pipeline.compress.decoder:prepare",
+            "estimate": "pipeline.compress.estimate:estimated",
             "export": "pipeline.export.trace_decoder:trace_decoder",
             "prove": "pipeline.export.prove_decoder:DECODER",
             "engine": "pipeline.engine.profiles:decoder_limits",

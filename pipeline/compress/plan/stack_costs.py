@@ -55,7 +55,7 @@ class CostRequest:
         """What a request's method and budget are decided by."""
         method = request.resolved_method
         form: Form = "skip" if method.skip else "low_rank"
-        return cls(method.cat, request.formats, form, request.seed, method.fit.mix is None)
+        return cls(method.cat, request.formats, form, request.seed)
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,7 @@ def surveyed_on(count: int, folder: Path, *, inputs: bool = True) -> CalibratedD
     layers, batch = decoder_structure(model), TokenBatch(TOKENS, "test", 0)
     costs = LayerCosts(folder, {})
     costs.measure(model, layers, batch.spread(count), CostRequest(inputs=inputs))
-    ready = CalibratedDecoder.at_hand(model, layers, batch, costs)
-    ready._surveyed = count
-    return ready
+    return CalibratedDecoder.at_hand(model, layers, batch, costs, surveyed=count)
 
 
 @pytest.mark.parametrize("count", [3, 8, len(TOKENS)])

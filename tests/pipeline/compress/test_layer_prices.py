@@ -120,8 +120,7 @@ def test_plans_are_priced_where_effort_and_method_say_so(
     batch = TokenBatch(torch.cat([TOKENS, HELD_OUT]).repeat(40, 1), "test", 0)
     costs.measure(tiny.model, tiny.layers, TOKENS, CostRequest())
     expected = {stack: curve.copy() for stack, curve in costs.curves.items()}
-    ready = CalibratedDecoder.at_hand(tiny.model, tiny.layers, batch, costs)
-    ready._surveyed = len(TOKENS)
+    ready = CalibratedDecoder.at_hand(tiny.model, tiny.layers, batch, costs, surveyed=len(TOKENS))
     make_plan(CompressRequest("tiny", keep_params=0.6, effort=effort, method=method), ready)
     changed = any(not np.array_equal(costs.curves[stack], expected[stack]) for stack in expected)
     assert changed == measured
