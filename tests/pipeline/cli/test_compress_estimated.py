@@ -10,6 +10,7 @@ import pytest
 from pipeline.bench import shapes
 from pipeline.bench.shapes import Shape
 from pipeline.cli.main import main
+from pipeline.model import load
 from tests.support.tiny_decoder import save_tiny_folder
 
 
@@ -32,10 +33,10 @@ def test_a_shape_is_estimated_though_nobody_has_it(
 
 
 def test_a_folder_is_estimated_without_reading_its_weights_and_nothing_is_written(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = save_tiny_folder(tmp_path / "model")
-    (model / "model.safetensors").write_bytes(b"no weights")
+    monkeypatch.delattr(load, "load_model")
     before = sorted(tmp_path.rglob("*"))
     arguments = ["compress", "-m", str(model), "--estimate", "0", "--effort", "fast", "--json"]
     assert main(arguments) == 0
