@@ -27,7 +27,7 @@ from pipeline.compress.plan.make_plan import make_plan
 from pipeline.compress.plan.stack_costs import CostRequest
 from pipeline.compress.request import CompressRequest
 from pipeline.compress.walk import compress_
-from pipeline.errors import UsageError
+from pipeline.errors import InputError, UsageError
 from pipeline.machine import limited_threads
 from pipeline.model.loading import empty_model
 from pipeline.model.structure import Group, Layer, decoder_structure
@@ -36,6 +36,7 @@ from pipeline.workers.workers import IN_PROCESS, Result, Value
 # The widest input of the layer that is timed: seconds of one thread.
 _WIDEST = 3072
 _VOCABULARY = 256
+_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 # What a process of Python and torch holds before it computes anything.
 LIBRARIES_BYTES = 350_000_000
 # Of a task's declared memory so much does not grow with its matrices.
@@ -100,6 +101,7 @@ def estimated(
         raise UsageError(
             "Only methods that survey the model are estimated.", where=f"--method {request.method}"
         )
+    _require_sizes(config.get_text_config())
     whole, scale = _Whole.of(config), 1
     while whole.widest / scale > _WIDEST:
         scale *= 2
@@ -107,6 +109,18 @@ def estimated(
     with limited_threads(threads):
         timed = _timed(narrow, whole.timed_as(request))
     return _scaled(timed, whole, request, workers, threads)
+
+
+def _require_sizes(text: PretrainedConfig) -> None:
+    """Raise InputError for a config whose sizes have other names: no narrower one can be made."""
+    missing = [name for name in _SIZES if not isinstance(getattr(text, name, None), int)]
+    if missing:
+        raise InputError(
+            "This kind of config cannot be made narrower.",
+            where=text.model_type,
+            observed=f"no {', '.join(missing)}",
+            expected="sizes by the names that Llama's config has",
+        )
 
 
 @dataclass(frozen=True)
@@ -173,7 +187,8 @@ def _narrowed(config: PretrainedConfig, scale: int) -> PretrainedConfig:
     """One layer of the model, its width divided by `scale` as far as whole heads allow."""
     narrow = copy.deepcopy(config)
     text = narrow.get_text_config()
-    heads, kv_heads = text.num_attention_heads, text.num_key_value_heads or 1
+    heads = text.num_attention_heads
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
     text.head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
     text.num_key_value_heads = max(1, kv_heads // scale)
     each = heads // kv_heads

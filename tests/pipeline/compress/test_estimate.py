@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from pipeline.calibrate.text import TokenBatch
 from pipeline.compress import estimate as module
@@ -20,7 +20,7 @@ from pipeline.compress.plan.make_plan import make_plan
 from pipeline.compress.plan.stack_costs import CostRequest
 from pipeline.compress.request import CompressRequest
 from pipeline.compress.walk import compress_
-from pipeline.errors import UsageError
+from pipeline.errors import InputError, UsageError
 from pipeline.model.structure import decoder_structure
 
 LAYERS = 3
@@ -135,6 +135,11 @@ def test_any_request_that_surveys_a_model_is_estimated(changes: dict[str, Any]) 
     assert 0 < wanted.head_hours < 1
     assert 0 < wanted.task_hours < 1
     assert wanted.hours <= wanted.head_hours + wanted.task_hours
+
+
+def test_a_config_with_sizes_of_other_names_is_refused() -> None:
+    with pytest.raises(InputError, match="no intermediate_size"):
+        estimated(GPT2Config(), REQUEST, workers=2, threads=1)
 
 
 def test_a_method_without_a_survey_is_refused() -> None:
