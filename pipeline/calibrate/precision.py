@@ -84,8 +84,8 @@ def fast_steps(model: nn.Module) -> Iterator[bool]:
 
 
 def _product_with(weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Products with W, bfloat16 [m, n], that oneDNN lays out once where torch has that library."""
-    if not torch.backends.mkldnn.is_available():
+    """Products with W, bfloat16 [m, n], that oneDNN lays out once where it can."""
+    if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         return lambda x: F.linear(x, weight)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight)
     return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")

@@ -211,8 +211,11 @@ def test_factors_in_few_bits_report_what_truncation_and_rounding_left(
     assert factored
     for group in factored:
         assert group["down_style"] == group["up_style"] == "int8-b32-sym"
-        # The refit may win back more than 8 bits cost.
-        assert group["rounded_relative_error"] == pytest.approx(group["relative_error"], rel=0.2)
+        # The refit may win back more than 8 bits cost; of a group that loses next to nothing by
+        # its rank, 8 bits alone take some 2e-5.
+        assert group["rounded_relative_error"] == pytest.approx(
+            group["relative_error"], rel=0.2, abs=5e-5
+        )
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,8 @@ from pipeline.export.request import ExportRequest
 from tests.support.quantised_layers import save_low_bit_llama
 from tests.support.unproven import unproven
 
+# Compiling takes 100 s of two idle cores with AVX-512, and several times that on others.
+pytestmark = pytest.mark.timeout(1200)
 ROOT = Path(__file__).parents[3]
 WORK = ROOT / "build" / "plugin"
 
