@@ -31,6 +31,7 @@ from pipeline.errors import InputError, UsageError
 from pipeline.machine import limited_threads
 from pipeline.model.loading import empty_model
 from pipeline.model.structure import Group, Layer, decoder_structure
+from pipeline.model.task import TASKS, TEXT
 from pipeline.workers.workers import IN_PROCESS, Result, Value
 
 # The widest input of the layer that is timed: seconds of one thread.
@@ -142,7 +143,7 @@ class _Whole:
     @classmethod
     def of(cls, config: PretrainedConfig) -> _Whole:
         text = config.get_text_config()
-        meta = empty_model("AutoModelForCausalLM", config, trust_remote_code=False)
+        meta = empty_model(TASKS[TEXT].auto_class, config, trust_remote_code=False)
         small = AutoModelForCausalLM.from_config(_narrowed(config, 1 << 20), dtype=torch.float32)
         (structure,) = decoder_structure(small.eval())
         sizes = {
