@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,6 +41,7 @@ def copy(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return shutil.copytree(shared_export(request.param), tmp_path / request.param)
 
 
+@pytest.mark.timeout(60)  # nothing of the size that the record says is made, or gone through
 @pytest.mark.parametrize(
     "changes",
     [
@@ -65,10 +65,8 @@ def copy(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 def test_a_record_that_contradicts_graph_or_weights_is_refused_at_once(
     copy: Path, changes: dict[str, Any]
 ) -> None:
-    started = time.monotonic()
     with pytest.raises(InputError):
         open_session(changed_record(copy, **changes))
-    assert time.monotonic() - started < 5
 
 
 def test_a_length_beyond_the_table_of_angles_is_refused_at_opening(tmp_path: Path) -> None:
