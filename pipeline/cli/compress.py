@@ -272,7 +272,6 @@ def command(
     skipcat compress -m ./driving -o small --method int8 --runtime cpu --calibration images/
     skipcat compress -m llama-3.1-70b --estimate 8
     """  # noqa: D301 - click reads the escape
-    from pipeline.cli.compress_estimated import show_estimate
     from pipeline.compress.run import compress_to_folder
     from pipeline.output import check_output
     from pipeline.workers.workers import open_workers
@@ -280,6 +279,8 @@ def command(
     request = CompressRequest(**settings)
     request.check()
     if estimate is not None:
+        from pipeline.cli.compress_estimated import show_estimate
+
         show_estimate(request, estimate, as_json)
         return
     if dry_run:

@@ -82,13 +82,8 @@ class _OpenedDecoder:
 
     def needed_bytes(self, dtype: torch.dtype) -> int:
         """Bytes on disk: the checkpoint, its finished layers beside it, and the costs."""
-        needed_bytes = 2 * sum(p.numel() for p in self.model.parameters()) * dtype.itemsize
-        if self.request.resolved_method.needs_costs:
-            effort = self.request.resolved_effort
-            tokens = effort.survey_windows * effort.window_length
-            inputs = wanted_costs(self.request, self.layers, tokens).inputs
-            needed_bytes += LayerCosts.disk_bytes(self.layers, tokens, inputs)
-        return needed_bytes
+        numbers = sum(p.numel() for p in self.model.parameters())
+        return disk_bytes(self.request, self.layers, numbers, dtype)
 
     def calibrate(
         self, folder: Path, settings: dict[str, Any], workers: Workers = IN_PROCESS
@@ -114,7 +109,7 @@ class _OpenedDecoder:
     def _read_tokens(self) -> TokenBatch:
         """The windows that the request asks for."""
         request, effort = self.request, self.request.resolved_effort
-        count = effort.windows_for(_widest(self.layers).in_features)
+        count = effort.windows_for(widest_group(self.layers).in_features)
         if request.calibration == "self":
             note(
                 f"calibration: {count} windows of {effort.window_length} tokens, "
@@ -330,6 +325,19 @@ class _OneShot:
         self.moments = {}
 
 
+def disk_bytes(
+    request: CompressRequest, layers: list[Layer], parameters: int, dtype: torch.dtype
+) -> int:
+    """Bytes on disk: the checkpoint, its finished layers beside it, and the costs."""
+    needed_bytes = 2 * parameters * dtype.itemsize
+    if request.resolved_method.needs_costs:
+        effort = request.resolved_effort
+        tokens = effort.survey_windows * effort.window_length
+        inputs = wanted_costs(request, layers, tokens).inputs
+        needed_bytes += LayerCosts.disk_bytes(layers, tokens, inputs)
+    return needed_bytes
+
+
 def wanted_costs(request: CompressRequest, layers: list[Layer], tokens: int) -> CostRequest:
     """What a survey is to measure on so many tokens.
 
@@ -337,11 +345,11 @@ def wanted_costs(request: CompressRequest, layers: list[Layer], tokens: int) -> 
     smaller than the text.
     """
     goes_on = request.resolved_method.fit.mix is None
-    inputs = goes_on and tokens > _widest(layers).in_features
+    inputs = goes_on and tokens > widest_group(layers).in_features
     return replace(CostRequest.of(request), inputs=inputs)
 
 
-def _widest(layers: list[Layer]) -> Group:
+def widest_group(layers: list[Layer]) -> Group:
     """The group that reads most numbers at once."""
 
     def width(group: Group) -> int:
@@ -356,7 +364,7 @@ def _require_tokens(tokens: TokenBatch, layers: list[Layer]) -> None:
     Raises:
         InputError: fewer tokens than the widest input has entries; says how many are needed.
     """
-    widest = _widest(layers)
+    widest = widest_group(layers)
     count = tokens.tokens.numel()
     if count < widest.in_features:
         raise InputError(

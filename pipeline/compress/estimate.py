@@ -14,13 +14,18 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from pipeline.calibrate.text import TokenBatch
-from pipeline.compress.decoder import CalibratedDecoder, wanted_costs
+from pipeline.compress.decoder import (
+    CalibratedDecoder,
+    disk_bytes,
+    wanted_costs,
+    widest_group,
+)
 from pipeline.compress.layer_prices import WINDOWS as PRICED_WINDOWS
 from pipeline.compress.plan.layer_costs import LayerCosts
 from pipeline.compress.plan.make_plan import make_plan
@@ -180,7 +185,7 @@ class _Whole:
     @property
     def numbers(self) -> int:
         """Of a layer's linears."""
-        return sum(group.in_features * sum(group.out_features) for group in self.layer.groups)
+        return _numbers(self.layer)
 
     def timed_as(self, request: CompressRequest) -> CompressRequest:
         """The request of any model: a share of its bytes for a number, no plan, a whole cache."""
@@ -331,55 +336,83 @@ def _timed(model: PreTrainedModel, request: CompressRequest) -> _Timed:
 
 
 def _widest(layer: Layer) -> int:
-    return max(group.in_features for group in layer.groups)
+    return widest_group([layer]).in_features
+
+
+def _numbers(layer: Layer) -> int:
+    """Of its linears."""
+    return sum(group.in_features * sum(group.out_features) for group in layer.groups)
+
+
+class _Stage(NamedTuple):
+    """A part of the run, of the whole model, in seconds.
+
+    Attributes:
+        head: of the head.
+        tasks: of its tasks, one after another.
+        at_once: of its tasks, as the workers compute them.
+        overlaps: whether the head goes on while tasks are computed.
+    """
+
+    head: float
+    tasks: float
+    at_once: float
+    overlaps: bool
+
+    @property
+    def beside(self) -> float:
+        """Of head and workers."""
+        return max(self.head, self.at_once) if self.overlaps else self.head + self.at_once
+
+
+def _stages(timed: _Timed, whole: _Whole, request: CompressRequest, workers: int) -> list[_Stage]:
+    """The survey, the prices where the effort measures them, and the walk."""
+    effort, width = request.resolved_effort, whole.numbers / _numbers(timed.layer)
+    of_tasks, count = width**1.5 * whole.layers, max(1, workers)
+    windows = effort.windows_for(whole.widest)
+    surveyed = effort.survey_windows * effort.window_length
+    kept = wanted_costs(request, [whole.layer], surveyed).inputs
+    read = windows * effort.window_length - (surveyed if kept else 0)
+    of_survey = whole.layers + _OF_OUTPUT * whole.output / whole.numbers
+
+    def head(part: _Part, tokens: float, layers: float) -> float:
+        return part.head_seconds * width * layers * tokens / part.tokens
+
+    costs, fits = (of_tasks * part.task_seconds for part in (timed.survey, timed.walk))
+    stages = [_Stage(head(timed.survey, surveyed, of_survey), costs, costs / count, overlaps=True)]
+    if effort.prices:
+        # Each layer is tried with all behind it.
+        text = surveyed + PRICED_WINDOWS * effort.window_length * whole.layers / 2
+        own = head(timed.walk, text, whole.layers)
+        stages.append(_Stage(own, fits, fits / count, overlaps=False))
+    one_shot = effort.mix is None
+    in_turn = 0.0 if one_shot else of_tasks * timed.walk.in_turn_seconds(timed.layer)
+    walk = head(timed.walk, read, whole.layers)
+    return [*stages, _Stage(walk, fits, max(in_turn, fits / count), overlaps=one_shot)]
 
 
 def _scaled(
     timed: _Timed, whole: _Whole, request: CompressRequest, workers: int, threads: int
 ) -> Estimate:
     """From one narrow layer to all of them."""
-    effort = request.resolved_effort
-    width = whole.numbers / sum(g.in_features * sum(g.out_features) for g in timed.layer.groups)
-    of_tasks, count = width**1.5 * whole.layers, max(1, workers)
-    windows = effort.windows_for(_widest(whole.layer))
-    surveyed = min(effort.survey_windows, windows)
-    kept = wanted_costs(request, [whole.layer], surveyed * effort.window_length).inputs
-    read = windows - surveyed if kept else windows
-    of_survey = whole.layers + _OF_OUTPUT * whole.output / whole.numbers
-
-    def head(part: _Part, tokens: float, layers: float) -> float:
-        return part.head_seconds * width * layers * tokens / max(1, part.tokens)
-
-    costs, fits = (of_tasks * part.task_seconds for part in (timed.survey, timed.walk))
-    survey_head = head(timed.survey, surveyed * effort.window_length, of_survey)
-    walk_head = head(timed.walk, read * effort.window_length, whole.layers)
-    in_turn = of_tasks * timed.walk.in_turn_seconds(timed.layer)
-    parts = [(survey_head, costs, costs / count, True)]
-    if effort.prices:
-        # Each layer is tried with all behind it.
-        tried = PRICED_WINDOWS * effort.window_length * whole.layers / 2
-        text = surveyed * effort.window_length + tried
-        parts.append((head(timed.walk, text, whole.layers), fits, fits / count, False))
-    if effort.mix is None:
-        parts.append((walk_head, fits, fits / count, True))
-    else:
-        parts.append((walk_head, fits, max(in_turn, fits / count), False))
-    alone = sum(own + tasks for own, tasks, _, _ in parts)
-    beside = sum(max(own, tasks) if both else own + tasks for own, _, tasks, both in parts)
+    width = whole.numbers / _numbers(timed.layer)
+    stages = _stages(timed, whole, request, workers)
     tasks = timed.survey.tasks + timed.walk.tasks
-    given = sum(task.given_bytes + task.returned_bytes for task in tasks)
+    moved = sum(task.given_bytes + task.returned_bytes for task in tasks)
+    own, others = sum(stage.head for stage in stages), sum(stage.tasks for stage in stages)
+    layers = [whole.layer] * whole.layers
     return Estimate(
         workers=workers,
         threads=threads,
         timed_width=_widest(timed.layer),
-        widest=_widest(whole.layer),
+        widest=whole.widest,
         tasks=len(tasks) * whole.layers,
-        head_hours=sum(own for own, _, _, _ in parts) / 3600,
-        task_hours=sum(tasks for _, tasks, _, _ in parts) / 3600,
-        hours=(beside if workers else alone) / 3600,
+        head_hours=own / 3600,
+        task_hours=others / 3600,
+        hours=(sum(stage.beside for stage in stages) if workers else own + others) / 3600,
         worker_bytes=max(_process_bytes(task, width) for task in tasks),
-        moved_bytes=int(given * width * whole.layers) if workers else 0,
-        disk_bytes=_disk_bytes(whole, request, surveyed * effort.window_length),
+        moved_bytes=int(moved * width * whole.layers) if workers else 0,
+        disk_bytes=disk_bytes(request, layers, whole.parameters, torch.float16),
     )
 
 
@@ -387,11 +420,3 @@ def _process_bytes(task: _Task, width: float) -> int:
     """Of a worker that computes a task of the whole model, with what it is given."""
     growing = task.given_bytes + max(0, task.needed_bytes - _CONSTANT_BYTES)
     return int(growing * width) + _CONSTANT_BYTES + LIBRARIES_BYTES
-
-
-def _disk_bytes(whole: _Whole, request: CompressRequest, tokens: int) -> int:
-    """Of the survey, the finished layers, and the checkpoint beside them in half precision."""
-    layers = [whole.layer] * whole.layers
-    inputs = wanted_costs(request, layers, tokens).inputs
-    survey = LayerCosts.disk_bytes(layers, tokens, inputs)
-    return survey + 2 * 2 * whole.parameters

@@ -66,8 +66,9 @@ def allocate(
     front_losses = [e[front].astype(float) for e, front in zip(losses, fronts, strict=True)]
     by_slopes, price = _equal_slopes(front_sizes, front_losses, budget)
     _use_slack_(by_slopes, front_sizes, front_losses, budget)
-    least = _no_more_than_any(front_sizes, front_losses, budget, price)
-    places = _worth_trying(front_sizes, front_losses, price, _total(front_losses, by_slopes), least)
+    costs = _costs(front_sizes, front_losses, price)
+    least = sum(float(c.min()) for c in costs) - price * budget  # what every choice loses
+    places = _worth_trying(costs, _total(front_losses, by_slopes) - least)
     few_sizes, few_losses = _among(places, front_sizes, front_losses)
     found, is_proven = _solve(few_sizes, few_losses, budget)
     tried = [by_slopes]
@@ -85,22 +86,22 @@ def allocate(
     return [int(front[c]) for front, c in zip(fronts, chosen, strict=True)]
 
 
-def _no_more_than_any(
-    sizes: list[np.ndarray], losses: list[np.ndarray], budget: int, price: float
-) -> float:
-    """Loss that every choice within the budget has at least."""
-    return sum(float((e + price * s).min()) for s, e in zip(sizes, losses, strict=True)) - (
-        price * budget
-    )
-
-
-def _worth_trying(
-    sizes: list[np.ndarray], losses: list[np.ndarray], price: float, known: float, least: float
+def _costs(
+    sizes: Sequence[np.ndarray], losses: Sequence[np.ndarray], price: float
 ) -> list[np.ndarray]:
-    """Of each group, the places of candidates that a choice no worse than `known` may have."""
-    costs = [e + price * s for s, e in zip(sizes, losses, strict=True)]
+    """What each candidate loses and pays, at a price of a unit of size."""
+    return [e + price * s for s, e in zip(sizes, losses, strict=True)]
+
+
+def _worth_trying(costs: list[np.ndarray], gap: float) -> list[np.ndarray]:
+    """Of each group, the places of candidates that a choice no worse than the known one may have.
+
+    Args:
+        costs: of each candidate, at one price.
+        gap: loss of the known choice beyond what every choice loses.
+    """
     # Sums of float64 are not exact; a candidate more does no harm.
-    margin = known - least + 1e-9 * sum(float(np.abs(c).min()) for c in costs)
+    margin = gap + 1e-9 * sum(float(np.abs(c).min()) for c in costs)
     return [np.flatnonzero(c - c.min() <= margin) for c in costs]
 
 
@@ -151,7 +152,7 @@ def _equal_slopes(
     """
 
     def at(price: float) -> list[int]:
-        return [int((e + price * s).argmin()) for s, e in zip(sizes, losses, strict=True)]
+        return [int(c.argmin()) for c in _costs(sizes, losses, price)]
 
     # Sizes are whole numbers: at the highest price every group takes its smallest.
     high = max(float(e.max()) for e in losses) + _LEAST_PRICE

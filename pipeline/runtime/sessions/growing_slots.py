@@ -43,7 +43,8 @@ def growing_slots(path: Path, length: int) -> bytes | None:
     past = [value for value in graph.input if value.name.startswith(CACHE_PREFIX)]
     if not past or any(_slots_of(value) != length for value in past):
         return None
-    if not all(_is_read_by_attention(graph, value.name) for value in past):
+    readers = _readers(graph)
+    if not all(_is_read_by_attention(value.name, readers) for value in past):
         return None
     numbers = _numbers_of_slots(graph, path.parent, length)
     if not numbers:
@@ -70,16 +71,24 @@ def _slots_of(value: Any) -> int | None:
     return int(sizes[2].dim_value) if len(sizes) == 4 else None
 
 
-def _is_read_by_attention(graph: Any, past: str) -> bool:
+def _readers(graph: Any) -> dict[str, list[Any]]:
+    """Tensor -> the nodes that read it."""
+    found: dict[str, list[Any]] = {}
+    for node in graph.node:
+        for name in node.input:
+            found.setdefault(name, []).append(node)
+    return found
+
+
+def _is_read_by_attention(past: str, readers: dict[str, list[Any]]) -> bool:
     """Whether a cache is written by TensorScatter, and what that returns read by attention."""
-    readers = [node for node in graph.node if past in node.input]
-    if [node.op_type for node in readers] != ["TensorScatter"]:
+    own = readers.get(past, [])
+    if [node.op_type for node in own] != ["TensorScatter"]:
         return False
-    present = readers[0].output[0]
+    present = own[0].output[0]
     return all(
         (node.domain, node.op_type) == ("", "Attention") and present in node.input[1:3]
-        for node in graph.node
-        if present in node.input
+        for node in readers.get(present, [])
     )
 
 

@@ -140,7 +140,7 @@ class OnnxSession(CheckedSession):
         else:
             for buffer in self._buffers.values():
                 buffer.fill(0)
-        self._cache = {name: share_buffer(buffer) for name, buffer in self._buffers.items()}
+        self._bind()
 
     def _make_room(self, tokens: int) -> None:
         """Give a cache that grows the slots of so many tokens; what it holds stays."""
@@ -151,6 +151,9 @@ class OnnxSession(CheckedSession):
         self._buffers = self._empty(self._shapes(len(next(iter(old.values()))), slots))
         for name, buffer in old.items():
             self._buffers[name][:, :, : self._length] = buffer[:, :, : self._length]
+        self._bind()
+
+    def _bind(self) -> None:
         self._cache = {name: share_buffer(buffer) for name, buffer in self._buffers.items()}
 
     def _slots_for(self, tokens: int) -> int:

@@ -190,7 +190,7 @@ def test_a_proof_is_found_among_few_candidates_and_nothing_is_said(
     monkeypatch.setattr(knapsack, "_solve", watched)
     few = allocate(sizes, losses, budget, told.append)
     monkeypatch.setattr(
-        knapsack, "_worth_trying", lambda sizes, *_: [np.arange(len(s)) for s in sizes]
+        knapsack, "_worth_trying", lambda costs, _: [np.arange(len(c)) for c in costs]
     )
     every = allocate(sizes, losses, budget, told.append)
     assert not told
