@@ -17,10 +17,11 @@ from pipeline.model.task import TEXT, Task
 from pipeline.runtime.sessions.session import Session
 from validate.artefacts import Artefacts
 from validate.compare import StageLogits
-from validate.greedy import GreedyAgreement, GreedyTrace, Question, trace_greedy
+from validate.greedy import GreedyAgreement, GreedyTrace, trace_greedy
 from validate.ledger import Adapter, Column, Drawn, Loaded
 from validate.metrics import log_perplexity_change
 from validate.quality import Perplexity, measure_perplexity
+from validate.question import Question, question_for
 from validate.record import PerplexityChange, Row
 from validate.stages import Openers, Tolerance, export_record_if_readable
 
@@ -217,7 +218,7 @@ def _load(
         windows,
         _prompts_of(windows, options.prompts),
         options.max_new_tokens,
-        Question.of(loaded.tokenizer, options.longest_input),
+        question_for(loaded, options.longest_input, tell),
     )
     described: dict[str, Any] = {"text": batch.describe()}
     if remark := _remark_on_window(loaded.model.config, windows.shape[1]):

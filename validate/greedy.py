@@ -1,56 +1,19 @@
-"""Do two stages write the same text? Greedy decoding from the same prompts, compared.
-
-And one question, answered by every stage, so that a reader sees what the numbers mean.
-"""
+"""Do two stages write the same text? Greedy decoding from the same prompts, compared."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
 from pipeline.runtime.sessions.session import Session
 
-_QUESTION = "Question: What is a whale?\nAnswer:"
-_ANSWER_TOKENS = 32
 # A step of a few rows reads the weights once, as that of one does; but each row has a cache, which
 # in a graph of fixed length is as long as any answer may be.
 _ROWS_AT_ONCE = 4
 # Draft tokens of one call: what reads the weights once costs little more than a single step.
 _DRAFT_TOKENS = 15
-
-
-@dataclass(frozen=True)
-class Question:
-    """What every stage is asked, as the text of a document: models without a chat answer it, too.
-
-    Attributes:
-        ids: int64 [S].
-        tokens: of the answer, at most.
-        tokenizer: of the original.
-    """
-
-    ids: np.ndarray
-    tokens: int
-    tokenizer: Any
-    text = _QUESTION
-
-    @classmethod
-    def of(cls, tokenizer: Any, longest: int) -> Question | None:
-        """The question in a model's tokens; None if it and an answer are longer than `longest`."""
-        ids = np.array(tokenizer(_QUESTION)["input_ids"], dtype=np.int64)
-        tokens = min(_ANSWER_TOKENS, longest - len(ids))
-        return cls(ids, tokens, tokenizer) if tokens > 0 else None
-
-    def answer(self, session: Session) -> str:
-        """What a session says greedily, on one line, up to its end-of-text token."""
-        tokens = _trace_prompt(session, self.ids, self.tokens, {}).tokens
-        end = self.tokenizer.eos_token_id
-        said = tokens[: tokens.index(end)] if end in tokens else tokens
-        text: str = self.tokenizer.decode(said, skip_special_tokens=True)
-        return " ".join(text.split())
 
 
 @dataclass(frozen=True)
@@ -180,14 +143,6 @@ def trace_greedy(
         others = {name: [trace.tokens for trace in all_[part]] for name, all_ in watched.items()}
         traces += _trace_rows(session, prompts[part], max_new_tokens, others)
     return traces
-
-
-def _trace_prompt(
-    session: Session, prompt: np.ndarray, max_new_tokens: int, watched: Mapping[str, list[int]]
-) -> GreedyTrace:
-    """Decode one prompt, int64 [S]; note the gap where it leaves each watched answer."""
-    alone = {name: [others] for name, others in watched.items()}
-    return _trace_rows(session, prompt[None], max_new_tokens, alone)[0]
 
 
 def _trace_rows(

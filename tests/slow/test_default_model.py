@@ -40,7 +40,7 @@ from pipeline.runtime.sessions.onnx_session import OnnxSession
 from pipeline.runtime.sessions.session import Session
 from pipeline.runtime.sessions.torch_session import TorchSession
 from pipeline.runtime.tokenizer import chat_prompt_ids, load_whole_tokenizer, stop_token_ids
-from validate.greedy import _trace_prompt
+from validate.greedy import trace_greedy
 from validate.metrics import _cosine_per_token
 
 pytestmark = [
@@ -170,8 +170,8 @@ def test_onnx_runtime_gives_the_logits_of_the_compressed_model(
 def test_onnx_runtime_writes_the_same_64_tokens(
     compressed: TorchSession, exported: OnnxSession, prompts: list[np.ndarray], index: int
 ) -> None:
-    expected = _trace_prompt(compressed, prompts[index], NEW_TOKENS, {})
-    actual = _trace_prompt(exported, prompts[index], NEW_TOKENS, {"compressed": expected.tokens})
+    (expected,) = trace_greedy(compressed, prompts[index][None], NEW_TOKENS, {})
+    (actual,) = trace_greedy(exported, prompts[index][None], NEW_TOKENS, {"compressed": [expected]})
     assert actual.tokens == expected.tokens, f"margins {min(expected.margins):.2e} at least"
 
 
@@ -257,7 +257,7 @@ def test_genai_writes_the_same_tokens(
     while not generator.is_done():
         generator.generate_next_token()
     answer = generator.get_sequence(0)[len(prompt) :].tolist()
-    expected = _trace_prompt(exported, prompt, NEW_TOKENS, {}).tokens
+    expected = trace_greedy(exported, prompt[None], NEW_TOKENS, {})[0].tokens
     assert answer == expected[: len(answer)]
     # It leaves the token out that it stops at.
     stopped = expected[len(answer) :][:1]

@@ -27,8 +27,8 @@ from tests.support.tiny_decoder import (
 )
 from validate.classifier import _Outputs as _ImageOutputs
 from validate.decoder import DECODER, _Inputs, _Outputs
-from validate.greedy import Question
 from validate.ledger import run_ledger
+from validate.question import Question
 from validate.record import Ledger
 from validate.stages import Stage, Tolerance
 
@@ -90,7 +90,7 @@ def run(*stages: Stage, **keywords: Any) -> Ledger:
     """A ledger over random tokens, small enough to take a second."""
     tokens = np.random.default_rng(0).integers(0, VOCAB_SIZE, (3, 48))
     batches = [tokens[:1, :32], tokens[1:, :16]]
-    question = Question.of(byte_tokenizer(), tokens.shape[1])
+    question = Question.of(byte_tokenizer(), frozenset(), tokens.shape[1], chat=False)
     inputs = _Inputs(batches, tokens, tokens[:2, :8], max_new_tokens=8, question=question)
     rows = run_ledger(stages, inputs, DECODER, **keywords)
     return Ledger(rows, inputs.describe(), provenance())

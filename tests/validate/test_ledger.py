@@ -28,9 +28,9 @@ from tests.support.ledger_stages import (
     unavailable_stage,
 )
 from tests.support.old_objects import old_objects_set_aside
-from tests.support.tiny_decoder import byte_tokenizer, tiny_llama
+from tests.support.tiny_decoder import tiny_llama
 from validate.compare import StageLogits
-from validate.greedy import GreedyAgreement, GreedyTrace, Question
+from validate.greedy import GreedyAgreement, GreedyTrace
 from validate.record import Ledger
 from validate.report import _render_html, print_ledger, reported
 from validate.stages import _SAME_IN_FLOAT32, Stage, Tolerance
@@ -93,15 +93,6 @@ def test_a_question_is_answered_by_every_stage_that_runs_and_shown(ledger: Ledge
     for shown in (page, file.getvalue()):
         assert "What is a whale?" in shown
     assert Ledger.from_json(ledger.to_json()).answers == ledger.answers
-
-
-def test_a_question_that_does_not_fit_is_not_asked() -> None:
-    tokenizer = byte_tokenizer()
-    length = len(tokenizer("Question: What is a whale?\nAnswer:")["input_ids"])
-    assert Question.of(tokenizer, length) is None
-    asked = Question.of(tokenizer, length + 1)
-    assert asked is not None
-    assert asked.tokens == 1
 
 
 def test_a_wrong_matrix_in_an_export_fails(tmp_path: Path) -> None:

@@ -37,7 +37,6 @@ SPELT_ALIKE = {
     "pipeline/driving/evaluate.py": {"pixel_values"},
     "pipeline/calibrate/driving_images.py": {"pixel_values"},
     "validate/driving.py": {"pixel_values"},
-    "validate/greedy.py": {"input_ids"},
     # What a model of transformers is given.
     "pipeline/runtime/offload/side_by_side.py": {"input_ids", "past_key_values", "position_ids"},
     "pipeline/checkpoint/modeling_cache.py": {"past_key_values"},
