@@ -42,6 +42,7 @@ OF_ONE_TASK = (
     "pipeline.compress.decoder",
     "pipeline.compress.driving",
     "pipeline.compress.estimate",
+    "pipeline.compress.timed_layer",
     "pipeline.export.prove_decoder",
     "pipeline.export.prove_images",
     "pipeline.export.trace_classifier",

@@ -14,11 +14,12 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 from pipeline.calibrate.text import TokenBatch
 from pipeline.compress import estimate as module
 from pipeline.compress.decoder import CalibratedDecoder
-from pipeline.compress.estimate import LIBRARIES_BYTES, Estimate, _Timing, estimated
+from pipeline.compress.estimate import LIBRARIES_BYTES, Estimate, estimated
 from pipeline.compress.plan.layer_costs import LayerCosts
 from pipeline.compress.plan.make_plan import make_plan
 from pipeline.compress.plan.stack_costs import CostRequest
 from pipeline.compress.request import CompressRequest
+from pipeline.compress.timed_layer import Timing
 from pipeline.compress.walk import compress_
 from pipeline.errors import InputError, UsageError
 from pipeline.model.structure import decoder_structure
@@ -37,11 +38,11 @@ def config(**changes: Any) -> LlamaConfig:
     return LlamaConfig(**sizes | changes)
 
 
-def done(request: CompressRequest) -> _Timing:
+def done(request: CompressRequest) -> Timing:
     """The tasks of a model that was compressed whole."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config(), dtype=torch.float32).eval()
-    layers, timing = decoder_structure(model), _Timing()
+    layers, timing = decoder_structure(model), Timing()
     tokens = torch.randint(0, 256, (8, 64), generator=torch.Generator().manual_seed(0))
     with tempfile.TemporaryDirectory() as folder:
         costs = LayerCosts(Path(folder), {})
@@ -57,7 +58,7 @@ def done(request: CompressRequest) -> _Timing:
 
 
 @pytest.fixture(scope="module")
-def tasks() -> _Timing:
+def tasks() -> Timing:
     return done(REQUEST)
 
 
@@ -67,7 +68,7 @@ def found() -> Estimate:
 
 
 def test_tasks_and_bytes_are_those_of_a_model_that_was_compressed(
-    tasks: _Timing, found: Estimate
+    tasks: Timing, found: Estimate
 ) -> None:
     """A layer as wide as the model's own is timed, so that they differ by its random numbers."""
     assert found.timed_width == found.widest == 256
@@ -77,7 +78,7 @@ def test_tasks_and_bytes_are_those_of_a_model_that_was_compressed(
 
 
 def test_the_largest_worker_holds_what_its_task_declares_and_what_it_is_given(
-    tasks: _Timing, found: Estimate
+    tasks: Timing, found: Estimate
 ) -> None:
     largest = max(task.given_bytes + task.needed_bytes for task in tasks.tasks)
     assert found.worker_bytes == pytest.approx(largest + LIBRARIES_BYTES, rel=0.02)
@@ -101,7 +102,7 @@ def test_a_narrower_layer_that_is_timed_says_the_same_of_bytes(
 
 
 def test_more_workers_take_no_longer_and_the_head_is_the_least(found: Estimate) -> None:
-    timed = module._timed
+    timed = module.timed_layer
     kept: list[Any] = []
 
     def once(*arguments: Any) -> Any:
@@ -109,7 +110,7 @@ def test_more_workers_take_no_longer_and_the_head_is_the_least(found: Estimate) 
         return kept[0]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_timed", once)
+        patch.setattr(module, "timed_layer", once)
         hours = [estimated(config(), REQUEST, n, 1).hours for n in (0, 1, 2, 8, 1000)]
         alone = estimated(config(), REQUEST, 0, 1)
     assert hours == sorted(hours, reverse=True)
@@ -145,19 +146,3 @@ def test_a_config_with_sizes_of_other_names_is_refused() -> None:
 def test_a_method_without_a_survey_is_refused() -> None:
     with pytest.raises(UsageError, match="--method svd-llm"):
         estimated(config(), replace(REQUEST, method="svd-llm"), workers=2, threads=1)
-
-
-@pytest.mark.parametrize(
-    ("heads", "kv_heads", "scale"), [(64, 8, 16), (9, 3, 2), (14, 2, 4), (32, 32, 8), (4, 1, 4)]
-)
-def test_a_narrow_layer_has_whole_heads_in_whole_groups(
-    heads: int, kv_heads: int, scale: int
-) -> None:
-    wide = config(num_attention_heads=heads, num_key_value_heads=kv_heads, hidden_size=16 * heads)
-    narrow = module._narrowed(wide, scale)
-    assert narrow.num_hidden_layers == 1
-    assert narrow.num_attention_heads % narrow.num_key_value_heads == 0
-    assert 1 <= narrow.num_attention_heads <= heads
-    assert narrow.hidden_size % narrow.num_attention_heads == 0
-    assert AutoModelForCausalLM.from_config(narrow).num_parameters() > 0
-    assert wide.num_hidden_layers == LAYERS

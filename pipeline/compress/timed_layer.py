@@ -1,0 +1,179 @@
+"""One narrow layer of a decoder's form, surveyed and fitted here, every task of it timed."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from pipeline.calibrate.text import TokenBatch
+from pipeline.compress.decoder import CalibratedDecoder, widest_group
+from pipeline.compress.plan.layer_costs import LayerCosts
+from pipeline.compress.plan.make_plan import make_plan
+from pipeline.compress.plan.stack_costs import CostRequest
+from pipeline.compress.request import CompressRequest
+from pipeline.compress.walk import compress_
+from pipeline.model.structure import Layer, decoder_structure
+from pipeline.workers.workers import IN_PROCESS, Result, Value
+
+_VOCABULARY = 256
+
+
+def timed_layer(model: PreTrainedModel, request: CompressRequest) -> TimedLayer:
+    """Compress a model of one layer on as much random text as its widest input needs."""
+    layers, effort = decoder_structure(model), request.resolved_effort
+    length = min(effort.window_length, model.config.get_text_config().max_position_embeddings)
+    windows = -(-(widest_input(layers[0]) + 1) // length)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, _VOCABULARY, (windows, length), generator=generator)
+    batch, timing = TokenBatch(tokens, "random", 0), Timing()
+    with tempfile.TemporaryDirectory() as folder:
+        costs, started = LayerCosts(Path(folder), {}), time.perf_counter()
+        costs.measure(model, layers, tokens, CostRequest.of(request), timing)
+        survey = timing.part(started, tokens.numel())
+        # Nothing of the inputs was kept: the walk reads all text, too.
+        ready = CalibratedDecoder.at_hand(
+            model, layers, batch, costs, workers=timing, surveyed=windows
+        )
+        plan = make_plan(request, ready)
+        timing.tasks, started = [], time.perf_counter()
+        compress_(ready, plan, dtype=torch.float16, fit=request.resolved_method.fit)
+        return TimedLayer(layers[0], survey, timing.part(started, tokens.numel()))
+
+
+def one_layer(config: PretrainedConfig, scale: int) -> PreTrainedModel:
+    """A random model of one layer, float32."""
+    narrow = _narrowed(config, scale)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(narrow, dtype=torch.float32).eval()
+    return model
+
+
+def _narrowed(config: PretrainedConfig, scale: int) -> PretrainedConfig:
+    """One layer of the model, its width divided by `scale` as far as whole heads allow."""
+    narrow = copy.deepcopy(config)
+    text = narrow.get_text_config()
+    heads = text.num_attention_heads
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    text.head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    text.num_key_value_heads = max(1, kv_heads // scale)
+    each = heads // kv_heads
+    text.num_attention_heads = text.num_key_value_heads * max(
+        1, min(each, heads // scale // text.num_key_value_heads)
+    )
+    # Some families want whole heads of the residual stream, however wide their heads are.
+    narrow_heads = text.num_attention_heads
+    text.hidden_size = narrow_heads * max(8, text.hidden_size // scale // narrow_heads)
+    text.intermediate_size = max(8, text.intermediate_size // scale)
+    text.num_hidden_layers, text.vocab_size = 1, _VOCABULARY
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:1]
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(text, name, None)
+    return narrow
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task that was computed here."""
+
+    where: str
+    seconds: float
+    given_bytes: int
+    returned_bytes: int
+    needed_bytes: int
+
+
+class Timing:
+    """Computes each task as it is submitted, and takes its time (see `Workers`)."""
+
+    at_once = 0
+
+    def __init__(self) -> None:
+        self.tasks: list[Task] = []
+
+    def submit(
+        self, where: str, function: Callable[..., Value], *arguments: Any, needed_bytes: int = 0
+    ) -> Result[Value]:
+        started = time.perf_counter()
+        result = IN_PROCESS.submit(where, function, *arguments)
+        seconds = time.perf_counter() - started
+        given, returned = (sum(map(_bytes_of, a)) for a in (arguments, [result.get()]))
+        self.tasks.append(Task(where, seconds, given, returned, needed_bytes))
+        return result
+
+    def part(self, started: float, tokens: int) -> Part:
+        """What was done since `started`, with text of so many tokens; begins anew."""
+        seconds, done = time.perf_counter() - started, self.tasks
+        self.tasks = []
+        return Part(done, seconds - sum(task.seconds for task in done), tokens)
+
+    def share(self, value: Value) -> Value:
+        return value
+
+    def describe(self) -> dict[str, Any]:
+        return {}
+
+
+def _bytes_of(value: Any) -> int:
+    """Of all tensors and arrays in it."""
+    if isinstance(value, torch.Tensor) or hasattr(value, "nbytes"):
+        return int(value.nbytes)
+    if is_dataclass(value):
+        return sum(_bytes_of(getattr(value, field.name)) for field in fields(value))
+    if isinstance(value, dict):
+        return sum(map(_bytes_of, value.values()))
+    return sum(map(_bytes_of, value)) if isinstance(value, (list, tuple)) else 0
+
+
+@dataclass(frozen=True)
+class Part:
+    """The survey, or the walk behind it.
+
+    Attributes:
+        tasks: that were computed.
+        head_seconds: of all else.
+        tokens: that the head carried.
+    """
+
+    tasks: list[Task]
+    head_seconds: float
+    tokens: int
+
+    @property
+    def task_seconds(self) -> float:
+        return sum(task.seconds for task in self.tasks)
+
+    def in_turn_seconds(self, layer: Layer) -> float:
+        """Of tasks of which only those with one input may be computed at once."""
+        source_of = {m: group.name for group in layer.groups for m in group.members}
+        longest: dict[str, float] = {}
+        for task in self.tasks:
+            source = source_of[task.where.split(", ")[0]]
+            longest[source] = max(longest.get(source, 0.0), task.seconds)
+        return sum(longest.values())
+
+
+@dataclass(frozen=True)
+class TimedLayer:
+    """A narrow layer that was surveyed and compressed."""
+
+    layer: Layer
+    survey: Part
+    walk: Part
+
+
+def widest_input(layer: Layer) -> int:
+    """Numbers that the widest of its linears reads."""
+    return widest_group([layer]).in_features
+
+
+def linear_parameters(layer: Layer) -> int:
+    """Of its linears."""
+    return sum(group.in_features * sum(group.out_features) for group in layer.groups)
