@@ -5,7 +5,7 @@ A group becomes a product of two factors, or stays dense; either may be quantise
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from pipeline.errors import InputError
 from pipeline.lazy import imported
 from pipeline.quantize.formats import Format
 from pipeline.quantize.groupwise import Blocks
+from pipeline.quantize.sensitivity import Sensitivity
 from pipeline.workers.workers import Result, Workers
 
 # Memory, measured at 1024 to 4096 wide: float64 numbers for each of these; times with formats.
@@ -52,7 +53,7 @@ class _Problem:
     target: torch.Tensor
     inputs: InputMoments
     geometry: torch.Tensor
-    sensitivities: list[torch.Tensor]
+    sensitivities: list[Sensitivity]
 
 
 def fit_group(
@@ -76,11 +77,12 @@ def fit_group(
     Raises:
         InputError: the group cannot be factored or rounded; names its members.
     """
-    geometry, sensitivities = inputs.seen, []
+    geometry, sensitivities = inputs.seen, list[Sensitivity]()
     if fit.two_sided and statistics is not None:
         geometry, sensitivities = statistics.geometry(inputs.seen), statistics.sensitivities()
     try:
-        stack, heights = torch.cat(list(weights)), [len(w) for w in weights]
+        stack = weights[0] if len(weights) == 1 else torch.cat(list(weights))
+        heights = [len(weight) for weight in weights]
         target = inputs.target(stack, fit.mix or 0.0)
         problem = _Problem(stack, heights, target, inputs, geometry, sensitivities)
         if group.form == "dense":
@@ -153,13 +155,13 @@ def _factored(group: GroupPlan, problem: _Problem, fit: Fit, dtype: torch.dtype)
     b, a = imported(fit.factorize)(
         problem.stack, problem.target, group.rank, inputs, geometry, sensitivities
     )
-    factors = Factors.stored(b, a, problem.target, inputs.seen, group.form)
+    factors = Factors.stored_(b, a, problem.target, inputs.seen, group.form)
     rounding: Rounding = imported(fit.quantize)
     rounded = rounding.factors(factors, problem.target, geometry, sensitivities, group.formats)
     stored = rounded.factors
     report = group_report(group) | {"relative_error": factors.relative_error}
     if rounded.down is not None or rounded.up is not None:
-        error = relative_output_error(problem.target, stored.product(), inputs.seen)
+        error = relative_output_error(problem.target, _rows_of(stored), inputs.seen)
         report["rounded_relative_error"] = error
     if group.form == "skip":
         sizes = stored.down.abs()
@@ -175,12 +177,18 @@ def _factored(group: GroupPlan, problem: _Problem, fit: Fit, dtype: torch.dtype)
     return Fitted(tensors, report, codes)
 
 
+def _rows_of(factors: Factors) -> Callable[[slice], torch.Tensor]:
+    """Gives some rows of what factors stand for, float64 [k, n]."""
+    up, latent = factors.up, factors.latent_map()
+    return lambda rows: up[rows] @ latent
+
+
 def _quantized_dense(group: GroupPlan, problem: _Problem, fit: Fit) -> Fitted:
     """Matrices that stay dense, quantised."""
     rounding: Rounding = imported(fit.quantize)
     format = Format.parse(group.up_format or "")
     rounded = rounding.matrix(problem.target, format, problem.geometry, problem.sensitivities)
-    error = relative_output_error(problem.target, rounded.values(), problem.inputs.seen)
+    error = relative_output_error(problem.target, rounded.values_of, problem.inputs.seen)
     report = group_report(group) | {"relative_error": 0.0, "rounded_relative_error": error}
     tensors = dense_tensors(group.members, problem.heights, rounded)
     return Fitted(tensors, report, member_codes(group.members, problem.heights, rounded))

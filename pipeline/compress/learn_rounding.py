@@ -201,7 +201,7 @@ class _LayerError:
         if statistics is None or last is None or not plain.is_added(last.name):
             return plain
         (sensitivity,) = statistics.of(last.members).sensitivities()
-        return cls(stream, index, torch.linalg.cholesky(sensitivity).float())
+        return cls(stream, index, torch.linalg.cholesky(sensitivity.double()).float())
 
     @torch.no_grad()
     def is_added(self, name: str) -> bool:

@@ -29,17 +29,21 @@ import torch
 
 from pipeline.quantize.formats import Format
 from pipeline.quantize.groupwise import BITS_TO_CLIP, Blocks, Grid, pad_to_blocks
+from pipeline.quantize.sensitivity import Sensitivity
+from pipeline.quantize.triangular import cholesky_, inverse_of
 
 _RELATIVE_DAMPING = 1e-2
 _ROWS_AT_ONCE = 64
 _COLUMNS_AT_ONCE = 64
+# Of matrices whose rows do not make up for each other.
+_ROWS_OF_ANY = 8192
 
 
 def gptq(
     weight: torch.Tensor,
     format: Format,
     moment: torch.Tensor,
-    sensitivities: Sequence[torch.Tensor] = (),
+    sensitivities: Sequence[Sensitivity] = (),
 ) -> Blocks:
     """The codes of a matrix, errors fed forward.
 
@@ -53,86 +57,101 @@ def gptq(
     Raises:
         ValueError: a moment or sensitivity that is not finite.
     """
-    hessian, order, root = _ordered(moment)
+    importance, order, root = _ordered(moment)
     values = weight.detach().float().numpy()
     columns, width = values.shape[1], format.width(values.shape[1])
-    grid = Grid.fit(values, format.bits, width, zero=format.zero, importance=np.diagonal(hessian))
-    upper = _inverse_of(root)
-    spread = _spread(grid, width, order)
-    codes, places = (np.empty((len(values), columns), np.float32) for _ in range(2))
-    for start, stop, sensitivity in _matrices(len(values), sensitivities):
-        codes[start:stop], places[start:stop] = _down_the_rows(
-            values[start:stop], spread.rows(slice(start, stop)), upper, sensitivity
-        )
-    back = np.argsort(order)
-    padded, rests = _padded_codes(codes[:, back], grid, width), (places - codes)[:, back]
+    grid = Grid.fit(values, format.bits, width, zero=format.zero, importance=importance)
+    upper = _feedback(root)
+    del root
+    codes, rests = np.empty(values.shape, np.uint8), np.empty(values.shape, np.float32)
+    for rows, sensitivity in _matrices(len(values), sensitivities):
+        spread = _Spread(grid.rows(rows), width, order)
+        _down_the_rows(values[rows], spread, upper, sensitivity, (codes[rows], rests[rows]))
+    padded = _padded_codes(codes, grid, width)
     blocks = grid.stored(padded, zero=format.zero, columns=columns)
     return replace(blocks, rests_of_codes=pad_to_blocks(rests, width))
 
 
 @dataclass(frozen=True)
 class _Spread:
-    """The grid of every single weight, float32 [m, n]; columns in the order they are taken."""
+    """The grid of every single weight.
 
-    scales: np.ndarray
-    zero_points: np.ndarray
+    Attributes:
+        grid: of some rows.
+        width: columns that share a scale.
+        order: in which columns are taken.
+    """
+
+    grid: Grid
+    width: int
     order: np.ndarray
-    largest: int
 
-    def rows(self, chosen: slice | np.ndarray) -> _Spread:
-        """The grid of some rows."""
-        return _Spread(self.scales[chosen], self.zero_points[chosen], self.order, self.largest)
+    def of(self, rows: slice | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Scales and zero points of some rows, float32 [n, k], columns in their order."""
+        block, grid = self.order // self.width, self.grid.rows(rows)
+        scales, zero_points = (
+            np.ascontiguousarray(each.T[block]) for each in (grid.scales, grid.zero_points)
+        )
+        return scales, zero_points
 
 
-def _spread(grid: Grid, width: int, order: np.ndarray) -> _Spread:
-    block = order // width
-    largest = 2**grid.bits - 1
-    return _Spread(grid.scales[:, block], grid.zero_points[:, block], order, largest)
+# Of each weight its code, uint8 [m, n], and what rounding took from it, float32 [m, n].
+_Found = tuple[np.ndarray, np.ndarray]
 
 
 def _matrices(
-    rows: int, sensitivities: Sequence[torch.Tensor]
-) -> list[tuple[int, int, torch.Tensor | None]]:
-    """First row, row behind the last, and G of each matrix of a stack."""
+    rows: int, sensitivities: Sequence[Sensitivity]
+) -> list[tuple[slice, Sensitivity | None]]:
+    """The rows and G of each matrix of a stack; without G, of parts that memory has room for."""
     if not sensitivities:
-        return [(0, rows, None)]
+        starts = range(0, rows, _ROWS_OF_ANY)
+        return [(slice(start, min(start + _ROWS_OF_ANY, rows)), None) for start in starts]
     stops = np.cumsum([len(block) for block in sensitivities]).tolist()
-    return list(zip([0, *stops[:-1]], stops, sensitivities, strict=True))
+    slices = map(slice, [0, *stops[:-1]], stops)
+    return list(zip(slices, sensitivities, strict=True))
 
 
 def _down_the_rows(
-    values: np.ndarray, spread: _Spread, upper: np.ndarray, sensitivity: torch.Tensor | None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Codes of one matrix, and what they were before they were rounded; both float32 [m, n].
-
-    Columns are in the order they are taken.
-    """
+    values: np.ndarray,
+    spread: _Spread,
+    upper: np.ndarray,
+    sensitivity: Sensitivity | None,
+    found: _Found,
+) -> None:
+    """Round one matrix, float32 [m, n], into `found`."""
     if sensitivity is None:
-        return _along_rows(values[:, spread.order], spread, upper)[:2]
-    _, order, upper_root = _ordered(sensitivity)
-    root = _inverse_of(upper_root)
+        every = slice(None)
+        _along_rows(values[:, spread.order], spread, upper, every, found)
+        return
+    _, order, root = _ordered(sensitivity)
+    down = _feedback(root)
+    del root
     target = values[np.ix_(order, spread.order)]
-    codes, places = np.empty_like(target), np.empty_like(target)
     for start in range(0, len(target), _ROWS_AT_ONCE):
         stop = min(start + _ROWS_AT_ONCE, len(target))
-        part, own = spread.rows(order[start:stop]), slice(start, stop)
-        codes[own], places[own], error = _along_rows(target[own], part, upper)
-        solved = scipy.linalg.solve_triangular(root[start:stop, start:stop], error, trans="T")
-        target[stop:] -= root[start:stop, stop:].T @ solved
-    back = np.argsort(order)
-    return codes[back], places[back]
+        error = _along_rows(target[start:stop], spread, upper, order[start:stop], found)
+        solved = scipy.linalg.solve_triangular(down[start:stop, start:stop], error, trans="T")
+        target[stop:] -= down[start:stop, stop:].T @ solved
 
 
 def _along_rows(
-    values: np.ndarray, spread: _Spread, upper: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Codes of some rows, before they were rounded, and what they miss of `values`; float32 [k, n].
+    values: np.ndarray,
+    spread: _Spread,
+    upper: np.ndarray,
+    rows: slice | np.ndarray,
+    found: _Found,
+) -> np.ndarray:
+    """Round some rows, float32 [k, n], columns in the order they are taken, into `found`.
 
     Columns behind the current tile are moved once a tile, by one matrix product.
+
+    Returns:
+        What the codes miss of the values, float32 [k, n].
     """
     # Columns become rows, which lie together in memory.
     moved = np.ascontiguousarray(values.T)
-    scales, zeros = (np.ascontiguousarray(a.T) for a in (spread.scales, spread.zero_points))
+    scales, zeros = spread.of(rows)
+    largest = 2**spread.grid.bits - 1
     codes, places, rounded = (np.empty_like(moved) for _ in range(3))
     for start in range(0, len(moved), _COLUMNS_AT_ONCE):
         stop = min(start + _COLUMNS_AT_ONCE, len(moved))
@@ -142,14 +161,17 @@ def _along_rows(
             code += zeros[j]
             places[j] = code
             np.rint(code, out=code)
-            np.clip(code, 0, spread.largest, out=code)
+            np.clip(code, 0, largest, out=code)
             codes[j] = code
             rounded[j] = (code - zeros[j]) * scales[j]
             step = steps[j - start]
             np.divide(moved[j] - rounded[j], upper[j, j], out=step)
             moved[j + 1 : stop] -= upper[j, j + 1 : stop, None] * step
         moved[stop:] -= upper[start:stop, stop:].T @ steps
-    return codes.T, places.T, values - rounded.T
+    back = np.argsort(spread.order)
+    found[0][rows] = codes[back].T
+    found[1][rows] = (places - codes)[back].T
+    return values - rounded.T
 
 
 def _padded_codes(codes: np.ndarray, grid: Grid, width: int) -> np.ndarray:
@@ -162,48 +184,38 @@ def _padded_codes(codes: np.ndarray, grid: Grid, width: int) -> np.ndarray:
     return padded
 
 
-def _ordered(moment: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The damped moment, the order in which its rows are taken, and its root in that order."""
-    matrix = _damped(moment)
-    order = _falling(matrix)
-    return matrix, order, _upper_root(matrix[np.ix_(order, order)])
+def _ordered(moment: Sensitivity) -> tuple[np.ndarray, np.ndarray, torch.Tensor]:
+    """Of a moment with a hundredth of its mean diagonal added, its diagonal, an order, a root.
 
-
-def _falling(matrix: np.ndarray) -> np.ndarray:
-    """The order in which rows or columns are taken: by falling diagonal."""
-    return np.argsort(-np.diagonal(matrix), kind="stable")
-
-
-def _damped(moment: torch.Tensor) -> np.ndarray:
-    """The moment with a hundredth of its mean diagonal added, float64 [n, n].
+    Returns:
+        The diagonal, float64 [n]; the order in which rows are taken, by falling diagonal; and L
+        with L L^T = S with all rows backwards, float64 [n, n]. M, which is L with its own rows and
+        columns backwards, is upper triangular with M M^T = S in that order: M[j, j]^2 is the
+        variance of input j that the inputs behind it do not explain.
 
     Raises:
         ValueError: a moment that is not finite.
     """
     matrix = moment.double().numpy()
-    if not np.isfinite(matrix).all():
+    if not np.isfinite(matrix.sum()):
         raise ValueError("the second moment holds NaN or infinite values")
     mean = float(np.diagonal(matrix).mean())
     # A zero moment leaves rounding to the nearest.
-    return matrix + (_RELATIVE_DAMPING * mean if mean > 0 else 1.0) * np.eye(len(matrix))
+    damping = _RELATIVE_DAMPING * mean if mean > 0 else 1.0
+    diagonal = np.diagonal(matrix) + damping
+    order = np.argsort(-diagonal, kind="stable")
+    backwards = torch.from_numpy(matrix[np.ix_(order[::-1], order[::-1])])
+    backwards.diagonal().add_(damping)
+    del matrix
+    root = cholesky_(backwards)
+    if root is None:
+        raise ValueError("the second moment has eigenvalues below zero")
+    return diagonal, order, root
 
 
-def _upper_root(matrix: np.ndarray) -> np.ndarray:
-    """Upper triangular M with M M^T = S, float64 [n, n].
-
-    M[j, j]^2 is the variance of input j that the inputs behind it do not explain. The inverse U of
-    M has U^T U = S^-1.
-    """
-    flipped = torch.from_numpy(matrix[::-1, ::-1].copy())
-    root = torch.linalg.cholesky(flipped).numpy()
-    return root[::-1, ::-1].copy()
-
-
-def _inverse_of(root: np.ndarray) -> np.ndarray:
-    """The inverse of an upper triangular matrix, float32."""
-    identity = torch.eye(len(root), dtype=torch.float64)
-    solved = torch.linalg.solve_triangular(torch.from_numpy(root), identity, upper=True)
-    return solved.float().numpy()
+def _feedback(root: torch.Tensor) -> np.ndarray:
+    """U with U^T U = S^-1, upper triangular, float32 [n, n]: the inverse of M (see `_ordered`)."""
+    return inverse_of(root).numpy()[::-1, ::-1].copy()
 
 
 # The rows of a matrix have much the same error: so many of them tell what all have.
@@ -231,13 +243,13 @@ class InputPivots:
         Raises:
             ValueError: a moment that is not finite.
         """
-        hessian, order, root = _ordered(moment)
-        pivots = np.empty(len(hessian))
-        pivots[order] = np.square(np.diagonal(root))
-        return cls(pivots, np.diagonal(hessian))
+        importance, order, root = _ordered(moment)
+        pivots = np.empty(len(order))
+        pivots[order] = np.square(np.diagonal(root.numpy())[::-1])
+        return cls(pivots, importance)
 
 
-def output_pivots(sensitivities: Sequence[torch.Tensor]) -> np.ndarray | None:
+def output_pivots(sensitivities: Sequence[Sensitivity]) -> np.ndarray | None:
     """g_i, float64 [m], from G of each matrix of a stack; None for none.
 
     Rows are taken in blocks, those of one block as if they were independent.
@@ -277,11 +289,12 @@ def expected_error(
     return float(by_row @ weights[sample]) * share / 2
 
 
-def _block_pivots(sensitivity: torch.Tensor) -> np.ndarray:
-    matrix, order, root = _ordered(sensitivity)
-    result = np.empty(len(matrix))
-    for start in range(0, len(matrix), _ROWS_AT_ONCE):
-        stop = min(start + _ROWS_AT_ONCE, len(matrix))
+def _block_pivots(sensitivity: Sensitivity) -> np.ndarray:
+    _, order, lower = _ordered(sensitivity)
+    root = lower.numpy()[::-1, ::-1]
+    result = np.empty(len(order))
+    for start in range(0, len(order), _ROWS_AT_ONCE):
+        stop = min(start + _ROWS_AT_ONCE, len(order))
         part = root[start:stop, start:stop]
         result[order[start:stop]] = np.square(part).sum(axis=1)
     return result

@@ -25,6 +25,8 @@ _SHRINKAGES = np.linspace(1.0, 0.7, 16, dtype=np.float32)
 BITS_TO_CLIP = 6
 # A root mean square error of so many steps is none.
 _EXACT_STEPS = np.float32(1e-4)
+# Of the widest matrices every copy is gigabytes.
+_ROWS_AT_ONCE = 2048
 _SMALLEST_SCALE = np.float32(2.0**-24)
 
 
@@ -85,6 +87,10 @@ class Blocks:
         """What the codes stand for, float64 [m, n]."""
         return torch.from_numpy(self.dequantized()).double()
 
+    def values_of(self, rows: slice) -> torch.Tensor:
+        """The same of some rows, float64 [k, n]."""
+        return self.rows(rows.start, rows.stop).values()
+
     def rows(self, start: int, stop: int) -> Blocks:
         """Some of the rows."""
         zero_points = None if self.zero_points is None else self.zero_points[start:stop]
@@ -140,6 +146,10 @@ class Grid:
     zero_points: np.ndarray
     bits: int
 
+    def rows(self, chosen: slice | np.ndarray) -> Grid:
+        """The grids of some rows."""
+        return Grid(self.scales[chosen], self.zero_points[chosen], self.bits)
+
     def codes(self, padded: np.ndarray) -> np.ndarray:
         """The nearest code of every weight of [m, blocks, block], float32 of the same shape."""
         codes = np.rint(padded / self.scales[..., None] + self.zero_points[..., None])
@@ -176,7 +186,7 @@ class Grid:
         """
         if not 2 <= bits <= 8:
             raise ValueError(f"bits must be 2 to 8, not {bits}")
-        padded = pad_to_blocks(weight.astype(np.float32), block)
+        padded = pad_to_blocks(weight.astype(np.float32, copy=False), block)
         weights = np.ones(weight.shape[1]) if importance is None else importance
         cost = pad_to_blocks(weights[None].astype(np.float32), block)
         grids = _candidates(padded, bits, zero)
@@ -202,7 +212,7 @@ class Grid:
         stored: np.ndarray | None = None
         if zero != "sym":
             stored = self.zero_points.astype(np.uint8 if zero == "asym" else np.float32)
-        return Blocks(codes.astype(np.uint8), self.scales, stored, self.bits, columns)
+        return Blocks(codes.astype(np.uint8, copy=False), self.scales, stored, self.bits, columns)
 
 
 def quantize_blocks(
@@ -221,9 +231,10 @@ def quantize_blocks(
 
 
 def pad_to_blocks(weight: np.ndarray, block: int) -> np.ndarray:
-    """[m, n] as [m, blocks, block], with zeros behind."""
+    """[m, n] as [m, blocks, block], with zeros behind; a view where there are none."""
     rows, columns = weight.shape
-    padded = np.pad(weight, ((0, 0), (0, -columns % block)))
+    missing = -columns % block
+    padded = np.pad(weight, ((0, 0), (0, missing))) if missing else weight
     return padded.reshape(rows, -1, block)
 
 
@@ -282,8 +293,12 @@ def as_float16(numbers: np.ndarray) -> np.ndarray:
 
 def _squared_error(grid: Grid, padded: np.ndarray, cost: np.ndarray) -> np.ndarray:
     """Of each block, [m, blocks]; `cost` is [1, blocks, block]."""
-    error: np.ndarray = (np.square(grid.values(grid.codes(padded)) - padded) * cost).sum(axis=-1)
-    return error
+    parts = []
+    for start in range(0, len(padded), _ROWS_AT_ONCE):
+        rows = slice(start, start + _ROWS_AT_ONCE)
+        own, part = grid.rows(rows), padded[rows]
+        parts.append((np.square(own.values(own.codes(part)) - part) * cost).sum(axis=-1))
+    return np.concatenate(parts)
 
 
 # Half a step of 8 bits over -max|w| to max|w|.

@@ -43,7 +43,7 @@ _TASKS_A_WORKER = 2
 # A task that takes twice what it declared is ended: threads and libraries take some besides.
 _LENIENCE, _OF_LIBRARIES_BYTES = 2, 1 << 29
 # How Ray's client says that its own process was not begun in time.
-_NOT_YET = "Initialization failure from server"
+_NOT_YET = ("Initialization failure from server", "timed out during startup")
 _MEMORY, _CPU = "memory", "CPU"
 _EXPECTED_MEMORY = "a machine of the cluster with as much memory for Ray (ray start --memory)"
 
@@ -76,14 +76,15 @@ def opened(place: str, count: int | None, threads: int) -> Iterator[Workers]:
 def _connected(ray: Any, place: str, settings: dict[str, Any], tries: int = 2) -> Any:
     """What `ray.init` returns; UsageError where no cluster answers.
 
-    A cluster begins a process for each client, which it gives half a minute: on a machine that is
-    busy the first one may not be there in time.
+    A cluster begins a process for each client, and `local` the processes of a cluster; Ray gives
+    them half a minute: on a machine that is busy they may not be there in time.
     """
     try:
         return ray.init(**settings)
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+    except Exception as error:  # Ray raises nothing narrower where its half a minute is over
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        if _NOT_YET in lines[0] and tries > 1:
+        late = any(message in lines[0] for message in _NOT_YET)
+        if late and tries > 1:
             note(f"{place} took too long to begin a process for this run; asking once more")
             ray.shutdown()
             return _connected(ray, place, settings, tries - 1)
@@ -91,7 +92,9 @@ def _connected(ray: Any, place: str, settings: dict[str, Any], tries: int = 2) -
             "No Ray cluster answers there.",
             where=f"--workers {place}",
             observed=lines[0] if len(lines) == 1 else f"{lines[0]} {lines[-1].strip()}",
-            change="begin one with `ray start --head`, or pass --workers local",
+            change="try again when the machine is less busy, or with fewer workers"
+            if late
+            else "begin one with `ray start --head`, or pass --workers local",
         ) from error
 
 

@@ -29,10 +29,11 @@ from typing import Literal
 import numpy as np
 import torch
 
-from pipeline.compress.factorize.second_moments import weighted_gram
+from pipeline.compress.factorize.second_moments import row_blocks, weighted_gram
 from pipeline.quantize.formats import Format
 from pipeline.quantize.gptq import gptq
 from pipeline.quantize.groupwise import Blocks, quantize_blocks
+from pipeline.quantize.sensitivity import Sensitivity
 
 Form = Literal["dense", "low_rank", "skip"]
 _Formats = tuple[Format | None, Format | None]
@@ -64,22 +65,22 @@ class Factors:
     relative_error: float
 
     @classmethod
-    def stored(
+    def stored_(
         cls, b: torch.Tensor, a: torch.Tensor, stack: torch.Tensor, moment: torch.Tensor, form: Form
     ) -> Factors:
         """A product B A that stands for `stack`, in the form that is stored.
 
         Args:
-            b: B, float64 [m, r].
+            b: B, float64 [m, r]; overwritten, since the widest take gigabytes.
             a: A, float64 [r, n].
             stack: what it stands for, float [m, n].
             moment: S of the input, float64 [n, n]; the error is measured in it.
             form: "low_rank" or "skip".
         """
-        error = relative_output_error(stack.double(), b @ a, moment)
+        error = relative_output_error(stack, lambda rows: b[rows] @ a, moment)
         if form == "low_rank":
             return cls(form, a.shape[0], b, a, None, error)
-        return replace(_skip_block(b, a), relative_error=error)
+        return replace(_skip_block_(b, a), relative_error=error)
 
     @classmethod
     def estimated(cls, b: torch.Tensor, a: torch.Tensor, form: Form) -> Factors:
@@ -110,12 +111,22 @@ class Factors:
 
 
 def relative_output_error(
-    weight: torch.Tensor, approximation: torch.Tensor, moment: torch.Tensor
+    weight: torch.Tensor, approximation: Callable[[slice], torch.Tensor], moment: torch.Tensor
 ) -> float:
-    """E |W x - V x|^2 / E |W x|^2 for float64 W and V [m, n] and S = E[x x^T] [n, n]."""
-    lost = weight - approximation
-    whole = float((weight @ moment * weight).sum())
-    return max(float((lost @ moment * lost).sum()), 0.0) / whole if whole > 0 else 0.0
+    """E |W x - V x|^2 / E |W x|^2 for W and V [m, n] and S = E[x x^T], float64 [n, n].
+
+    Args:
+        weight: W, float.
+        approximation: gives some rows of V, float64.
+        moment: S.
+    """
+    error = whole = 0.0
+    for rows in row_blocks(len(weight)):
+        part = weight[rows].double()
+        lost = part - approximation(rows)
+        whole += float((part @ moment).mul_(part).sum())
+        error += float((lost @ moment).mul_(lost).sum())
+    return max(error, 0.0) / whole if whole > 0 else 0.0
 
 
 def _strong_pivots(a: torch.Tensor, bound: float = _BOUND) -> tuple[torch.Tensor, torch.Tensor]:
@@ -185,8 +196,10 @@ def _swap_until_bounded(table: np.ndarray, permutation: np.ndarray, bound: float
         permutation[[row, rank + column]] = permutation[[rank + column, row]]
 
 
-def _skip_block(b: torch.Tensor, a: torch.Tensor, bound: float = _BOUND) -> Factors:
+def _skip_block_(b: torch.Tensor, a: torch.Tensor, bound: float = _BOUND) -> Factors:
     """Rewrite B A, float64 [m, r] and [r, n], so that r of the inputs pass straight to the latent.
+
+    B is overwritten.
 
     Raises:
         ValueError: shapes that do not fit.
@@ -195,8 +208,10 @@ def _skip_block(b: torch.Tensor, a: torch.Tensor, bound: float = _BOUND) -> Fact
     if b.shape[1] != rank:
         raise ValueError(f"B {tuple(b.shape)} and A {tuple(a.shape)} do not fit")
     permutation, interpolation = _strong_pivots(a, bound)
-    up = b.double() @ a.double()[:, permutation[:rank]]
-    return Factors("skip", rank, up, interpolation, permutation, 0.0)
+    pivots = a.double()[:, permutation[:rank]]
+    for rows in row_blocks(len(b)):
+        b[rows] = b[rows] @ pivots
+    return Factors("skip", rank, b, interpolation, permutation, 0.0)
 
 
 @dataclass(frozen=True)
@@ -218,7 +233,7 @@ def _gptq_factors(
     factors: Factors,
     target: torch.Tensor,
     geometry: torch.Tensor,
-    sensitivities: Sequence[torch.Tensor],
+    sensitivities: Sequence[Sensitivity],
     formats: _Formats,
 ) -> _QuantizedFactors:
     """Quantise the factors of a stack W [m, n] by GPTQ, S of its input, G of each of its matrices.
@@ -266,7 +281,11 @@ def _refitted(
     """B* = W S T^T S_z^-1, float64 [m, r], with a ridge for latents that hardly move."""
     regular = moment.clone()
     regular.diagonal().add_(_RELATIVE_RIDGE * moment.diagonal().mean())
-    return torch.linalg.solve(regular, latent @ geometry @ target.double().T).T
+    factored, projected = torch.linalg.lu_factor(regular), latent @ geometry
+    found = torch.empty(len(target), len(latent), dtype=torch.float64)
+    for rows in row_blocks(len(target)):
+        found[rows] = torch.linalg.lu_solve(*factored, projected @ target[rows].double().T).T
+    return found
 
 
 @dataclass(frozen=True)
@@ -279,9 +298,9 @@ class Rounding:
         needs_moments: whether geometry and sensitivities are looked at.
     """
 
-    matrix: Callable[[torch.Tensor, Format, torch.Tensor, Sequence[torch.Tensor]], Blocks]
+    matrix: Callable[[torch.Tensor, Format, torch.Tensor, Sequence[Sensitivity]], Blocks]
     factors: Callable[
-        [Factors, torch.Tensor, torch.Tensor, Sequence[torch.Tensor], _Formats], _QuantizedFactors
+        [Factors, torch.Tensor, torch.Tensor, Sequence[Sensitivity], _Formats], _QuantizedFactors
     ]
     needs_moments: bool
 

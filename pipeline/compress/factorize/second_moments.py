@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
+
+from pipeline.quantize.sensitivity import Sensitivity
+from pipeline.quantize.triangular import cholesky_
 
 # Of the trace.
 _RIDGE = 1e-9
 # Of the widest matrices, what is held in float64 besides the sums.
 ROWS_AT_ONCE = 2048
+
+
+def row_blocks(rows: int) -> Iterator[slice]:
+    """Slices that cover so many rows, `ROWS_AT_ONCE` each."""
+    for start in range(0, rows, ROWS_AT_ONCE):
+        yield slice(start, min(start + ROWS_AT_ONCE, rows))
 
 
 def is_zero(moment: torch.Tensor) -> bool:
@@ -39,22 +47,6 @@ def shrunk(moment: torch.Tensor, share: float) -> torch.Tensor:
     """
     level = share * float(moment.diagonal().double().mean())
     return Shrunk(moment, share, level).double()
-
-
-class Sensitivity(Protocol):
-    """G of what a matrix returns: a tensor, float [m, m], or what makes its rows when asked."""
-
-    def __len__(self) -> int:
-        """Rows, m."""
-        ...
-
-    def __getitem__(self, rows: slice, /) -> torch.Tensor:
-        """Some rows, float [k, m]."""
-        ...
-
-    def double(self) -> torch.Tensor:
-        """All of it, float64 [m, m]."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -102,8 +94,8 @@ def cholesky(moment: torch.Tensor, relative_ridge: float = _RIDGE) -> torch.Tens
     while True:
         ridged = moment.clone()
         ridged.diagonal().add_(relative_ridge * trace)
-        root, failed = torch.linalg.cholesky_ex(ridged)
-        if not failed:
+        root = cholesky_(ridged)
+        if root is not None:
             return root
         relative_ridge *= 10
 
@@ -116,10 +108,12 @@ def weighted_gram(weight: torch.Tensor, sensitivities: Sequence[Sensitivity]) ->
     found = torch.zeros(weight.shape[1], weight.shape[1], dtype=torch.float64)
     parts = weight.split([len(block) for block in sensitivities])
     for part, block in zip(parts, sensitivities, strict=True):
-        own = part.double()
-        for start in range(0, len(own), ROWS_AT_ONCE):
-            rows = slice(start, start + ROWS_AT_ONCE)
-            found += own[rows].T @ (block[rows].double() @ own)
+        for rows in row_blocks(len(part)):
+            worth = block[rows].double()
+            weighted = torch.zeros(len(worth), part.shape[1], dtype=torch.float64)
+            for others in row_blocks(len(part)):
+                weighted += worth[:, others] @ part[others].double()
+            found += part[rows].double().T @ weighted
     return found
 
 

@@ -36,12 +36,13 @@ import torch
 
 from pipeline.compress.factorize.second_moments import (
     ROWS_AT_ONCE,
-    Sensitivity,
     cholesky,
     is_finite,
     is_zero,
+    row_blocks,
     weighted_gram,
 )
+from pipeline.quantize.sensitivity import Sensitivity
 
 _RELATIVE_FLOOR = 1e-9
 # Of the widest matrices, what is held in float64 besides the sums.
@@ -71,12 +72,12 @@ def _whitening_roots(
 
 @dataclass(frozen=True)
 class Spectrum:
-    """A matrix in its whitened basis, ready to be cut at any rank.
+    """A matrix in its whitened basis, ready to be cut at any rank up to the one it has.
 
     Attributes:
         energies: squared singular values of L W R in falling order, float64 [min(m, n)].
-        left: B at full rank, float64 [m, k].
-        right: A at full rank, float64 [k, n].
+        left: B, float64 [m, k].
+        right: A, float64 [k, n].
     """
 
     energies: torch.Tensor
@@ -99,6 +100,7 @@ class Spectrum:
         moment: torch.Tensor,
         sensitivities: Sequence[Sensitivity] = (),
         roots: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] = _whitening_roots,
+        rank: int | None = None,
     ) -> Spectrum:
         """A weight decomposed in the geometry of its inputs and, if given, of the loss.
 
@@ -108,6 +110,7 @@ class Spectrum:
             sensitivities: G = E[g g^T] of each matrix of the stack, float64 [m_i, m_i], of full
                 rank (see `shrunk`); none for the one-sided truncation.
             roots: gives R and R^-1 of the moment, where they are needed.
+            rank: k; None for all of them.
 
         Raises:
             ValueError: shapes that do not fit, or a moment that is not finite or zero.
@@ -118,11 +121,12 @@ class Spectrum:
             uppers = [cholesky(block.double()).T for block in sensitivities]
             inner = _weighted(weight, uppers)
             energies, vectors = _falling_eigen(_quadratic(inner, moment))
+            vectors = vectors[:, :rank]
             return cls(energies, _unweighted(vectors, uppers), vectors.T @ inner)
-        weight = weight.double()
         root, inverse_root = roots(moment)
         energies, vectors = _falling_eigen(root @ weighted_gram(weight, sensitivities) @ root)
-        return cls(energies, weight @ root @ vectors, vectors.T @ inverse_root)
+        vectors = vectors[:, :rank]
+        return cls(energies, _product(weight, root @ vectors), vectors.T @ inverse_root)
 
 
 def _tails_of(energies: torch.Tensor) -> torch.Tensor:
@@ -151,14 +155,17 @@ class InputMoments:
         return self._roots
 
     def target(self, stack: torch.Tensor, mix: float) -> torch.Tensor:
-        """What a stack should be, given what it will be fed; float64 [m, n].
+        """What a stack should be, given what it will be fed.
 
         Args:
             stack: W, float [m, n].
             mix: share of the original model's output in the target, in [0, 1].
+
+        Returns:
+            float [m, n]: the stack itself where nothing has drifted, else float64.
         """
         if self.drift is None:
-            return stack.double()
+            return stack
         return _propagated_target(stack, self.seen, self.drift, mix)
 
 
@@ -174,13 +181,13 @@ def truncated(
 
     Args:
         stack: W, float [m, n]; not looked at.
-        target: W*, float64 [m, n].
+        target: W*, float [m, n].
         rank: r.
         inputs: of the stack.
         geometry: S, float64 [n, n].
         sensitivities: as in `Spectrum.of`.
     """
-    return Spectrum.of(target, geometry, sensitivities, inputs.roots).factors(rank)
+    return Spectrum.of(target, geometry, sensitivities, inputs.roots, rank).factors(rank)
 
 
 def truncation_losses(
@@ -215,6 +222,14 @@ def _quadratic(matrix: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
     return torch.cat([part @ moment @ matrix.T for part in matrix.split(ROWS_AT_ONCE)])
 
 
+def _product(weight: torch.Tensor, map: torch.Tensor) -> torch.Tensor:
+    """W M, float64 [m, k], by a block of rows of W at a time."""
+    found = torch.empty(len(weight), map.shape[1], dtype=torch.float64)
+    for rows in row_blocks(len(weight)):
+        torch.matmul(weight[rows].double(), map, out=found[rows])
+    return found
+
+
 def _weighted(weight: torch.Tensor, roots: Sequence[torch.Tensor]) -> torch.Tensor:
     """Each matrix of a stack multiplied from the left by its own, float64; itself for none."""
     if not roots:
@@ -244,7 +259,9 @@ def _unweighted(stack: torch.Tensor, roots: Sequence[torch.Tensor]) -> torch.Ten
 
 def _falling_eigen(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Eigenvalues, not below zero, in falling order, and their vectors as columns."""
-    eigenvalues, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
+    # What was given is let go, since nobody else holds it.
+    matrix = (matrix + matrix.T).div_(2)
+    eigenvalues, vectors = torch.linalg.eigh(matrix)
     return eigenvalues.flip(0).clamp_min(0), vectors.flip(1)
 
 
@@ -260,8 +277,7 @@ def _require_fit(
     if not is_finite(moment):
         raise ValueError("the second moment holds NaN or infinite values")
     for block in sensitivities:
-        starts = range(0, len(block), ROWS_AT_ONCE)
-        if not all(is_finite(block[start : start + ROWS_AT_ONCE]) for start in starts):
+        if not all(is_finite(block[rows]) for rows in row_blocks(len(block))):
             raise ValueError("the sensitivity holds NaN or infinite values")
 
 
@@ -285,13 +301,15 @@ def _propagated_target(
     """
     if not (is_finite(seen) and is_finite(drift)):
         raise ValueError("the second moment holds NaN or infinite values")
-    weight = weight.double()
     if mix == 0:
-        return weight
+        return weight.double()
     ridge = relative_ridge * seen.diagonal().mean()
     regular = seen.clone()
     regular.diagonal().add_(ridge)
-    return weight + mix * torch.linalg.solve(regular, drift.T @ weight.T).T
+    factored, found = torch.linalg.lu_factor(regular), weight.to(torch.float64, copy=True)
+    for rows in row_blocks(len(weight)):
+        found[rows] += mix * torch.linalg.lu_solve(*factored, drift.T @ found[rows].T).T
+    return found
 
 
 def _reconstructed_factors(
@@ -319,5 +337,5 @@ def reconstructed(
 
     Arguments as in `truncated`.
     """
-    left, right = Spectrum.of(stack, geometry, sensitivities, inputs.roots).factors(rank)
-    return _reconstructed_factors(left, right, target, inputs.seen)
+    spectrum = Spectrum.of(stack, geometry, sensitivities, inputs.roots, rank)
+    return _reconstructed_factors(*spectrum.factors(rank), target.double(), inputs.seen)

@@ -19,6 +19,7 @@ from pipeline.compress.factorize.whitened_svd import Spectrum
 from pipeline.compress.plan.plan import Members
 from pipeline.quantize.formats import Format
 from pipeline.quantize.gptq import InputPivots, expected_error, output_pivots
+from pipeline.quantize.sensitivity import Sensitivity
 
 # Of the full rank.
 _SHARES = (0.15, 0.5, 0.85)
@@ -62,7 +63,7 @@ class StackCost:
         cls,
         weight: torch.Tensor,
         geometry: torch.Tensor,
-        sensitivities: Sequence[torch.Tensor],
+        sensitivities: Sequence[Sensitivity],
         formats: Sequence[Format],
         form: Form,
     ) -> StackCost:
@@ -71,7 +72,7 @@ class StackCost:
         Args:
             weight: W, float [m, n].
             geometry: S of the input, float64 [n, n].
-            sensitivities: G of each matrix of the stack, float64 [m_i, m_i].
+            sensitivities: G of each matrix of the stack, [m_i, m_i].
             formats: the formats.
             form: "skip" or "low_rank".
 

@@ -15,12 +15,18 @@ import torch
 from pipeline.calibrate.hooks import not_finite
 from pipeline.calibrate.moments import balanced
 from pipeline.compress.factorize.factors import Form
-from pipeline.compress.factorize.second_moments import ROWS_AT_ONCE, Shrunk, is_zero, regular
+from pipeline.compress.factorize.second_moments import (
+    ROWS_AT_ONCE,
+    Shrunk,
+    is_zero,
+    regular,
+)
 from pipeline.compress.factorize.whitened_svd import truncation_losses
 from pipeline.compress.plan.plan import Members
 from pipeline.compress.plan.quantization_costs import StackCost
 from pipeline.compress.request import CompressRequest
 from pipeline.quantize.formats import Format
+from pipeline.quantize.sensitivity import Sensitivity
 
 # Memory, measured at 1024 to 4096 wide: float64 numbers for each of these, with formats or without.
 _OF_MOMENTS, _OF_SPECTRA, _WITH_FORMATS = 1.9, 4.8, 2.75
@@ -70,9 +76,9 @@ class OutputStatistics:
     weighted: torch.Tensor
     outputs: tuple[torch.Tensor, ...]
 
-    def sensitivities(self) -> list[torch.Tensor]:
-        """Shrunk G of each output, float64 [m_i, m_i], of full rank."""
-        return [part.double() for part in _counting(self.outputs)]
+    def sensitivities(self) -> list[Sensitivity]:
+        """Shrunk G of each output, [m_i, m_i], of full rank."""
+        return list(_counting(self.outputs))
 
     def geometry(self, moment: torch.Tensor) -> torch.Tensor:
         """What errors are measured in, from S of the input, float64 [n, n]; float64 [n, n]."""
@@ -110,8 +116,7 @@ def stack_costs(
         curve = truncation_losses(stacked, geometry, parts) / 2
         if not wanted.formats:
             return curve, None
-        whole = [part.double() for part in parts]
-        rounding = StackCost.measure(stacked, geometry, whole, wanted.formats, wanted.form)
+        rounding = StackCost.measure(stacked, geometry, parts, wanted.formats, wanted.form)
         return curve, rounding
     except ValueError as error:
         raise not_finite(", ".join(stack), error) from error

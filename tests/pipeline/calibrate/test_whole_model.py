@@ -60,7 +60,7 @@ def test_sensitivities_approach_the_fisher_information(monkeypatch: pytest.Monke
             fisher += log_p[image, label].exp().detach() * g[image].T @ g[image] / 6
     monkeypatch.setattr(whole_model, "DRAWS", 400)
     monkeypatch.setattr(stack_costs, "_SENSITIVITY_SHRINKAGE", 0.0)
-    (found,) = measured("vit", pixels).of((LINEAR,)).sensitivities()
+    (found,) = (part.double() for part in measured("vit", pixels).of((LINEAR,)).sensitivities())
     # 2400 draws: a relative error of some per cent.
     error = (found.float() - fisher).norm() / fisher.norm()
     assert error < 0.15

@@ -34,7 +34,7 @@ def installed(form: Form, rank: int) -> tuple[Pair, Pair]:
     stack = torch.cat([dense.first.weight, dense.second.weight]).detach()
     moment = torch.eye(16, dtype=torch.float64)
     b, a = Spectrum.of(stack, moment).factors(rank)
-    factors = Factors.stored(b, a, stack, moment, form)
+    factors = Factors.stored_(b, a, stack, moment, form)
     members = ("first", "second")
     stored = (factors.down, factors.up, factors.permutation)
     tensors = group_tensors(members, [12, 6], *stored, torch.float64)

@@ -142,7 +142,7 @@ def few_bit_model(
     down = model.get_submodule(DOWN).weight.detach()
     moment = torch.eye(down.shape[1], dtype=torch.float64)
     b, a = Spectrum.of(down, moment).factors(20)
-    factors = Factors.stored(b, a, down, moment, "skip")
+    factors = Factors.stored_(b, a, down, moment, "skip")
     styles = ("int6-b16-sym", "int8-row-sym")
     rounded = _rtn_factors(factors, (Format.parse(styles[0]), Format.parse(styles[1])))
     entries |= group_entries((DOWN,), "skip", 20, *styles)

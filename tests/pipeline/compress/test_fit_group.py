@@ -101,7 +101,7 @@ def test_two_sided_gives_up_output_error_for_what_the_model_minds(inputs: InputM
     survey = surveyed("llama").survey
     inputs = InputMoments(inputs.seen)
     geometry = survey.of(QKV).geometry(inputs.seen)
-    sensitivity = torch.block_diag(*survey.of(QKV).sensitivities())
+    sensitivity = torch.block_diag(*(part.double() for part in survey.of(QKV).sensitivities()))
     minded, lost = {}, {}
     for fit in (ONE_SIDED, Fit()):
         tensors, report = fitted(inputs, fit, 12)

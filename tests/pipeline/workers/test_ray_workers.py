@@ -111,27 +111,40 @@ def test_a_task_that_no_machine_has_the_memory_for_is_refused_at_once(workers: W
 class Client:
     """Ray's client, whose cluster begins no process for so many tries."""
 
-    def __init__(self, refused: int, message: str) -> None:
-        self.refused, self.message, self.asked = refused, message, 0
+    def __init__(self, refused: int, message: str, kind: type[Exception] = ConnectionError) -> None:
+        self.refused, self.message, self.kind, self.asked = refused, message, kind, 0
 
     def init(self, **_: object) -> str:
         self.asked += 1
         if self.asked <= self.refused:
-            raise ConnectionError(self.message)
+            raise self.kind(self.message)
         return "connected"
 
     def shutdown(self) -> None:
         """Nothing to end."""
 
 
-def test_a_cluster_that_was_too_busy_is_asked_once_more() -> None:
-    message = "Initialization failure from server:\nTraceback\nTimeoutError: of 30 s"
-    assert _connected(Client(1, message), "ray://host:1", {}) == "connected"
-    client = Client(9, message)
+@pytest.mark.parametrize(
+    ("kind", "message", "shown"),
+    [
+        (
+            ConnectionError,
+            "Initialization failure from server:\nTraceback\nTimeoutError: of 30 s",
+            "TimeoutError: of 30 s",
+        ),
+        (Exception, "The current node timed out during startup. This could", "timed out"),
+    ],
+)
+def test_a_cluster_that_was_too_busy_is_asked_once_more(
+    kind: type[Exception], message: str, shown: str
+) -> None:
+    assert _connected(Client(1, message, kind), "ray://host:1", {}) == "connected"
+    client = Client(9, message, kind)
     with pytest.raises(UsageError, match="No Ray cluster answers") as caught:
         _connected(client, "ray://host:1", {})
     assert client.asked == 2
-    assert "TimeoutError: of 30 s" in caught.value.details["observed"]
+    assert shown in caught.value.details["observed"]
+    assert "less busy" in caught.value.details["change"]
 
 
 def test_a_cluster_that_is_not_there_is_asked_once() -> None:

@@ -28,7 +28,7 @@ PARTS = [moment_of(40, 0.03), moment_of(20, 0.03)]
 
 def factors_in(form: Form) -> Factors:
     b, a = Spectrum.of(TARGET, S, PARTS).factors(RANK)
-    return Factors.stored(b, a, TARGET, S, form)
+    return Factors.stored_(b, a, TARGET, S, form)
 
 
 def styles_of(down: str | None, up: str | None) -> _Formats:
@@ -130,7 +130,7 @@ def test_eight_bits_add_next_to_nothing() -> None:
 
 def test_at_full_rank_there_is_no_first_factor_to_round() -> None:
     b, a = Spectrum.of(TARGET, S).factors(COLUMNS)
-    factors = Factors.stored(b, a, TARGET, S, "skip")
+    factors = Factors.stored_(b, a, TARGET, S, "skip")
     rounded = _gptq_factors(factors, TARGET, S, [], styles_of("int4-b16-asym", "int8-row-sym"))
     assert rounded.down is None
     assert rounded.up is not None

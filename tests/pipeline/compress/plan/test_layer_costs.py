@@ -18,6 +18,7 @@ from pipeline.compress.finished_layers import FinishedLayers
 from pipeline.compress.methods import Fit
 from pipeline.compress.plan import layer_costs
 from pipeline.compress.plan.layer_costs import LayerCosts
+from pipeline.compress.plan.plan import Members
 from pipeline.compress.plan.rank_search import searched_plan, stacks_of
 from pipeline.compress.plan.stack_costs import _SENSITIVITY_SHRINKAGE, CostRequest
 from pipeline.compress.walk import compress_
@@ -73,12 +74,16 @@ def interrupt(
             measured(folder)
 
 
+def sensitivities(survey: LayerCosts, stack: Members) -> list[torch.Tensor]:
+    return [part.double() for part in survey.of(stack).sensitivities()]
+
+
 def same(one: LayerCosts, other: LayerCosts) -> bool:
     """Whether two surveys have the same curves and sensitivities, bit for bit."""
     assert one.curves.keys() == other.curves.keys()
     return all(
         np.array_equal(one.curves[stack], other.curves[stack])
-        and all(map(torch.equal, one.of(stack).sensitivities(), other.of(stack).sensitivities()))
+        and all(map(torch.equal, sensitivities(one, stack), sensitivities(other, stack)))
         for stack in one.curves
     )
 
@@ -213,7 +218,7 @@ def test_curves_are_the_tails_of_what_it_keeps() -> None:
     (member,) = group.members
     moments = LayerStream(tiny.model, tiny.layers, TOKENS).advance(0)[group.name].mean()
     weight = tiny.model.get_submodule(member).weight.double()
-    (g,) = tiny.survey.of((member,)).sensitivities()
+    (g,) = sensitivities(tiny.survey, (member,))
     whole = torch.trace(g @ weight @ tiny.survey.of((member,)).geometry(moments) @ weight.T) / 2
     # What is kept has been rounded to bfloat16.
     assert tiny.survey.curves[(member,)][0] == pytest.approx(whole.item(), rel=1e-2)

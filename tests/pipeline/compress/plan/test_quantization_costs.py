@@ -27,7 +27,7 @@ def measured(request: pytest.FixtureRequest) -> tuple[Form, StackCost]:
 
 def at_rank(form: Form, rank: int) -> Factors:
     b, a = Spectrum.of(TARGET, S, PARTS).factors(rank)
-    return Factors.stored(b, a, TARGET, S, form)
+    return Factors.stored_(b, a, TARGET, S, form)
 
 
 def half_cost(error: torch.Tensor, moment: torch.Tensor, sensitivity: torch.Tensor) -> float:
