@@ -32,6 +32,7 @@ from benchmarks.documentation.gpu_figures import GPU_FIGURES
 from benchmarks.documentation.kernel_figures import KERNEL_FIGURES
 from benchmarks.documentation.quality_figures import QUALITY_FIGURES
 from benchmarks.documentation.speed_figures import SPEED_FIGURES
+from benchmarks.documentation.worker_figures import WORKER_FIGURES
 from pipeline.errors import InputError
 
 FIGURES = (
@@ -42,6 +43,7 @@ FIGURES = (
     | KERNEL_FIGURES
     | QUALITY_FIGURES
     | SPEED_FIGURES
+    | WORKER_FIGURES
 )
 _ROOT = RESULTS.parents[1]
 _START = re.compile(r"<!-- figures: (\S+) -->")

@@ -42,8 +42,6 @@ _LEAST = 1 << 20
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 # What a process of Python and torch holds before it computes anything.
 LIBRARIES_BYTES = 350_000_000
-# Of a task's declared memory so much does not grow with its matrices.
-_CONSTANT_BYTES = 1 << 26
 # What the output layer's matrix takes of the survey, over what a layer's do: forward and back, but
 # neither once more nor moments.
 _OF_OUTPUT = 0.5
@@ -263,5 +261,4 @@ def _scaled(
 
 def _process_bytes(task: Task, width: float) -> int:
     """Of a worker that computes a task of the whole model, with what it is given."""
-    growing = task.given_bytes + max(0, task.needed_bytes - _CONSTANT_BYTES)
-    return int(growing * width) + _CONSTANT_BYTES + LIBRARIES_BYTES
+    return int(task.given_bytes * width) + task.needed_bytes_at(width**0.5) + LIBRARIES_BYTES

@@ -14,6 +14,7 @@ import torch
 from pipeline.checkpoint.install import dense_tensors, group_tensors, member_codes
 from pipeline.compress.factorize.factors import Factors, Rounding, relative_output_error
 from pipeline.compress.factorize.whitened_svd import InputMoments
+from pipeline.compress.fit_memory import fit_bytes
 from pipeline.compress.methods import Fit
 from pipeline.compress.plan.plan import GroupPlan
 from pipeline.compress.plan.stack_costs import OutputStatistics
@@ -23,10 +24,6 @@ from pipeline.quantize.formats import Format
 from pipeline.quantize.groupwise import Blocks
 from pipeline.quantize.sensitivity import Sensitivity
 from pipeline.workers.workers import Result, Workers
-
-# Memory, measured at 1024 to 4096 wide: float64 numbers for each of these; times with formats.
-_OF_MOMENTS, _OF_MATRICES, _WITH_FORMATS = 0.9, 9.0, 1.75
-_SMALL_BYTES = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -77,13 +74,14 @@ def fit_group(
     Raises:
         InputError: the group cannot be factored or rounded; names its members.
     """
-    geometry, sensitivities = inputs.seen, list[Sensitivity]()
-    if fit.two_sided and statistics is not None:
-        geometry, sensitivities = statistics.geometry(inputs.seen), statistics.sensitivities()
     try:
         stack = weights[0] if len(weights) == 1 else torch.cat(list(weights))
         heights = [len(weight) for weight in weights]
+        # Before the geometry: it takes as much memory, for a while.
         target = inputs.target(stack, fit.mix or 0.0)
+        geometry, sensitivities = inputs.seen, list[Sensitivity]()
+        if fit.two_sided and statistics is not None:
+            geometry, sensitivities = statistics.geometry(inputs.seen), statistics.sensitivities()
         problem = _Problem(stack, heights, target, inputs, geometry, sensitivities)
         if group.form == "dense":
             return _quantized_dense(group, problem, fit)
@@ -116,20 +114,13 @@ def submit_fit(
         statistics,
         fit,
         dtype,
-        needed_bytes=fit_bytes(group, [len(weight) for weight in weights]),
+        needed_bytes=fit_bytes(
+            group,
+            [len(weight) for weight in weights],
+            itemsize=weights[0].itemsize,
+            drifted=inputs.drift is not None,
+        ),
     )
-
-
-def fit_bytes(group: GroupPlan, heights: Sequence[int]) -> int:
-    """Memory that `fit_group` takes beside its arguments, about.
-
-    Args:
-        group: form, rank and formats.
-        heights: m_i of its members.
-    """
-    moments = group.columns**2 + sum(height**2 for height in heights)
-    numbers = _OF_MOMENTS * moments + _OF_MATRICES * group.rows * group.columns
-    return int(8 * numbers * (_WITH_FORMATS if any(group.formats) else 1)) + _SMALL_BYTES
 
 
 def group_report(group: GroupPlan) -> dict[str, Any]:
@@ -151,15 +142,17 @@ def group_report(group: GroupPlan) -> dict[str, Any]:
 
 def _factored(group: GroupPlan, problem: _Problem, fit: Fit, dtype: torch.dtype) -> Fitted:
     """Matrices that become a product."""
-    inputs, geometry, sensitivities = problem.inputs, problem.geometry, problem.sensitivities
-    b, a = imported(fit.factorize)(
-        problem.stack, problem.target, group.rank, inputs, geometry, sensitivities
+    inputs, rounding = problem.inputs, imported(fit.quantize)
+    # Factors that are not rounded yet are held by nobody else: the widest take gigabytes.
+    rounded = rounding.factors(
+        _cut(group, problem, fit),
+        problem.target,
+        problem.geometry,
+        problem.sensitivities,
+        group.formats,
     )
-    factors = Factors.stored_(b, a, problem.target, inputs.seen, group.form)
-    rounding: Rounding = imported(fit.quantize)
-    rounded = rounding.factors(factors, problem.target, geometry, sensitivities, group.formats)
     stored = rounded.factors
-    report = group_report(group) | {"relative_error": factors.relative_error}
+    report = group_report(group) | {"relative_error": stored.relative_error}
     if rounded.down is not None or rounded.up is not None:
         error = relative_output_error(problem.target, _rows_of(stored), inputs.seen)
         report["rounded_relative_error"] = error
@@ -175,6 +168,19 @@ def _factored(group: GroupPlan, problem: _Problem, fit: Fit, dtype: torch.dtype)
     up = stored.up if rounded.up is None else rounded.up
     tensors = group_tensors(group.members, problem.heights, down, up, stored.permutation, dtype)
     return Fitted(tensors, report, codes)
+
+
+def _cut(group: GroupPlan, problem: _Problem, fit: Fit) -> Factors:
+    """The product at the rank of the plan, in the form that is stored."""
+    b, a = imported(fit.factorize)(
+        problem.stack,
+        problem.target,
+        group.rank,
+        problem.inputs,
+        problem.geometry,
+        problem.sensitivities,
+    )
+    return Factors.stored_(b, a, problem.target, problem.inputs.seen, group.form)
 
 
 def _rows_of(factors: Factors) -> Callable[[slice], torch.Tensor]:

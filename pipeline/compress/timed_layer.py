@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,13 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from pipeline.calibrate.text import TokenBatch
 from pipeline.compress.decoder import CalibratedDecoder, widest_group
+from pipeline.compress.factorize.whitened_svd import InputMoments
+from pipeline.compress.fit_group import fit_group
+from pipeline.compress.fit_memory import fit_bytes
 from pipeline.compress.plan.layer_costs import LayerCosts
 from pipeline.compress.plan.make_plan import make_plan
-from pipeline.compress.plan.stack_costs import CostRequest
+from pipeline.compress.plan.plan import GroupPlan, Members
+from pipeline.compress.plan.stack_costs import CostRequest, cost_bytes, stack_costs
 from pipeline.compress.request import CompressRequest
 from pipeline.compress.walk import compress_
 from pipeline.model.structure import Layer, decoder_structure
@@ -81,13 +86,21 @@ def _narrowed(config: PretrainedConfig, scale: int) -> PretrainedConfig:
 
 @dataclass(frozen=True)
 class Task:
-    """A task that was computed here."""
+    """A task that was computed here.
+
+    Attributes:
+        where: it belongs.
+        seconds: that it took.
+        given_bytes: what it was given.
+        returned_bytes: and what it returned.
+        needed_bytes_at: memory beside that, of matrices so many times as wide and as high.
+    """
 
     where: str
     seconds: float
     given_bytes: int
     returned_bytes: int
-    needed_bytes: int
+    needed_bytes_at: Callable[[float], int]
 
 
 class Timing:
@@ -105,7 +118,8 @@ class Timing:
         result = IN_PROCESS.submit(where, function, *arguments)
         seconds = time.perf_counter() - started
         given, returned = (sum(map(_bytes_of, a)) for a in (arguments, [result.get()]))
-        self.tasks.append(Task(where, seconds, given, returned, needed_bytes))
+        needed = partial(_NEEDED[function], *arguments)
+        self.tasks.append(Task(where, seconds, given, returned, needed))
         return result
 
     def part(self, started: float, tokens: int) -> Part:
@@ -130,6 +144,33 @@ def _bytes_of(value: Any) -> int:
     if isinstance(value, dict):
         return sum(map(_bytes_of, value.values()))
     return sum(map(_bytes_of, value)) if isinstance(value, (list, tuple)) else 0
+
+
+def _of_costs(
+    stack: Members, geometry: torch.Tensor, wanted: CostRequest, *members_and_times: Any
+) -> int:
+    """Of `stack_costs`: its arguments, and times how much."""
+    *members, times = members_and_times
+    heights = [round(len(weight) * times) for weight, _ in members]
+    return cost_bytes(round(len(geometry) * times), heights, wanted)
+
+
+def _of_fit(
+    group: GroupPlan, weights: Sequence[torch.Tensor], inputs: InputMoments, *others: Any
+) -> int:
+    """Of `fit_group`, likewise."""
+    times = others[-1]
+    rows, columns, rank = (round(n * times) for n in (group.rows, group.columns, group.rank))
+    return fit_bytes(
+        replace(group, rows=rows, columns=columns, rank=rank),
+        [round(len(weight) * times) for weight in weights],
+        itemsize=weights[0].itemsize,
+        drifted=inputs.drift is not None,
+    )
+
+
+# What the tasks of a compression declare, of their arguments.
+_NEEDED: dict[Callable[..., Any], Callable[..., int]] = {stack_costs: _of_costs, fit_group: _of_fit}
 
 
 @dataclass(frozen=True)

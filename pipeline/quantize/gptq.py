@@ -30,7 +30,7 @@ import torch
 from pipeline.quantize.formats import Format
 from pipeline.quantize.groupwise import BITS_TO_CLIP, Blocks, Grid, pad_to_blocks
 from pipeline.quantize.sensitivity import Sensitivity
-from pipeline.quantize.triangular import cholesky_, inverse_of
+from pipeline.quantize.triangular import cholesky_, invert_into_
 
 _RELATIVE_DAMPING = 1e-2
 _ROWS_AT_ONCE = 64
@@ -215,7 +215,9 @@ def _ordered(moment: Sensitivity) -> tuple[np.ndarray, np.ndarray, torch.Tensor]
 
 def _feedback(root: torch.Tensor) -> np.ndarray:
     """U with U^T U = S^-1, upper triangular, float32 [n, n]: the inverse of M (see `_ordered`)."""
-    return inverse_of(root).numpy()[::-1, ::-1].copy()
+    upper = np.zeros(root.shape, np.float32)
+    invert_into_(upper[::-1, ::-1], root)
+    return upper
 
 
 # The rows of a matrix have much the same error: so many of them tell what all have.

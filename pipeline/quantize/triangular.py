@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 _AT_ONCE = 1024
@@ -19,17 +20,17 @@ def cholesky_(matrix: torch.Tensor) -> torch.Tensor | None:
     return None if int(info) else root
 
 
-def inverse_of(lower: torch.Tensor) -> torch.Tensor:
-    """L^-1 in float32, [n, n], computed in float64, some columns at a time.
+def invert_into_(inverse: np.ndarray, lower: torch.Tensor) -> None:
+    """L^-1, computed in float64, some columns at a time.
 
     With L = [L11 0; L21 L22], a column of blocks of L^-1 is X11 = L11^-1 and, going down,
     X21 = -L22^-1 (L21 X11).
 
     Args:
+        inverse: zeros, float [n, n]; filled at and below its diagonal.
         lower: L, float64 [n, n], lower triangular.
     """
     size = len(lower)
-    inverse = torch.zeros(size, size)
     blocks = [slice(start, min(start + _AT_ONCE, size)) for start in range(0, size, _AT_ONCE)]
     for place, own in enumerate(blocks):
         column = torch.zeros(size - own.start, own.stop - own.start, dtype=torch.float64)
@@ -41,5 +42,4 @@ def inverse_of(lower: torch.Tensor) -> torch.Tensor:
             column[part] = torch.linalg.solve_triangular(
                 lower[rows, rows], column[part], upper=False
             )
-        inverse[own.start :, own] = column
-    return inverse
+        inverse[own.start :, own] = column.numpy()

@@ -103,7 +103,7 @@ class Factors:
         if self.permutation is None:
             return geometry
         others = self.permutation[self.rank :]
-        return geometry[others][:, others]
+        return geometry[others[:, None], others]
 
     def product(self) -> torch.Tensor:
         """What is multiplied with x, float64 [m, n]."""
@@ -152,10 +152,11 @@ def _strong_pivots(a: torch.Tensor, bound: float = _BOUND) -> tuple[torch.Tensor
     basis = torch.linalg.qr(a.T.double())[0].T
     permutation, interpolation = _quick_pivots(basis)
     while interpolation.numel() and float(interpolation.abs().max()) > bound:
-        table = interpolation.numpy().copy()
-        swapped = _swap_until_bounded(table, permutation.numpy(), bound * _SAFETY)
+        table = interpolation.contiguous().numpy()
+        swapped = _swap_until_bounded_(table, permutation.numpy(), bound * _SAFETY)
         permutation = torch.from_numpy(swapped)
         pivots, others = permutation[:rank], permutation[rank:]
+        del interpolation, table
         interpolation = torch.linalg.solve(basis[:, pivots], basis[:, others])
     return permutation, interpolation.contiguous()
 
@@ -178,18 +179,20 @@ def _quick_pivots(a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return order, interpolation
 
 
-def _swap_until_bounded(table: np.ndarray, permutation: np.ndarray, bound: float) -> np.ndarray:
+def _swap_until_bounded_(table: np.ndarray, permutation: np.ndarray, bound: float) -> np.ndarray:
     """Exchange columns until no entry of `table` (changed in place) exceeds `bound`."""
-    permutation = permutation.copy()
+    permutation, changed = permutation.copy(), torch.from_numpy(table)
     rank = table.shape[0]
     while True:
-        row, column = np.unravel_index(np.abs(table).argmax(), table.shape)
+        # Without a copy of the absolute values, or of what is subtracted.
+        extremes = [np.unravel_index(at, table.shape) for at in (table.argmax(), table.argmin())]
+        row, column = max(extremes, key=lambda at: abs(table[at]))
         entry = table[row, column]
         if abs(entry) <= bound:
             return permutation
         pivot_row = table[row] / entry
         pivot_column = table[:, column].copy()
-        table -= np.outer(pivot_column, pivot_row)
+        changed.addr_(torch.from_numpy(pivot_column), torch.from_numpy(pivot_row), alpha=-1)
         table[row] = pivot_row
         table[:, column] = -pivot_column / entry
         table[row, column] = 1.0 / entry

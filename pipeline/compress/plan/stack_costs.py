@@ -28,11 +28,12 @@ from pipeline.compress.request import CompressRequest
 from pipeline.quantize.formats import Format
 from pipeline.quantize.sensitivity import Sensitivity
 
-# Memory, measured at 1024 to 4096 wide: float64 numbers for each of these, with formats or without.
-_OF_MOMENTS, _OF_SPECTRA, _WITH_FORMATS = 1.9, 4.8, 2.75
+# Memory, measured at 1024 to 5376 wide: float64 numbers for each of these, with formats or without.
+_OF_INPUTS, _OF_OUTPUTS, _OF_SPECTRA = 2.5, 2.0, 1.0
 _OF_WIDE, _OF_WIDE_SPECTRUM = 1.4, 1.3
 _OF_TALL, _OF_TALL_SPECTRUM = 1.0, 1.2
-_SMALL_BYTES = 1 << 26
+# Of libraries, and of a heap that keeps what is freed of the smaller ones.
+_SMALL_BYTES = 1 << 27
 # Of the sensitivities, which are estimated from few tokens.
 _SENSITIVITY_SHRINKAGE = 0.1
 _NEXT_TO_NOTHING = 1e-12
@@ -133,8 +134,9 @@ def cost_bytes(columns: int, heights: Sequence[int], wanted: CostRequest) -> int
     rows = sum(heights)
     spectrum = min(rows, columns) ** 2
     if wanted.formats:
-        moments = columns**2 + sum(height**2 for height in heights)
-        numbers = _WITH_FORMATS * (_OF_MOMENTS * moments + _OF_SPECTRA * spectrum)
+        full = min(rows, columns)
+        numbers = max(_OF_INPUTS * columns**2, _OF_OUTPUTS * max(heights) ** 2)
+        numbers += _OF_SPECTRA * full * (rows + columns)
     elif rows <= columns:
         numbers = _OF_WIDE * rows * columns + _OF_WIDE_SPECTRUM * spectrum
     else:

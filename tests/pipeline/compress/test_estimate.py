@@ -80,7 +80,7 @@ def test_tasks_and_bytes_are_those_of_a_model_that_was_compressed(
 def test_the_largest_worker_holds_what_its_task_declares_and_what_it_is_given(
     tasks: Timing, found: Estimate
 ) -> None:
-    largest = max(task.given_bytes + task.needed_bytes for task in tasks.tasks)
+    largest = max(task.given_bytes + task.needed_bytes_at(1) for task in tasks.tasks)
     assert found.worker_bytes == pytest.approx(largest + LIBRARIES_BYTES, rel=0.02)
 
 
