@@ -16,20 +16,18 @@ import numpy as np
 
 from pipeline.calibrate.text import TokenBatch, load_tokens
 from pipeline.errors import InputError, MissingPackageError, UsageError
-from pipeline.export.contract import RECORD_FILE
 from pipeline.provenance import provenance, public_name
 from pipeline.runtime.generate import answer
 from pipeline.runtime.sequence import Decoding
-from pipeline.runtime.sessions.open_session import open_session
-from pipeline.runtime.sessions.session import Session
-from pipeline.runtime.tokenizer import chat_prompt_ids, load_whole_tokenizer, stop_token_ids
+from pipeline.runtime.tokenizer import chat_prompt_ids
+from pipeline.workers.workers import IN_PROCESS, Workers
 from validate.metrics import log_perplexity_change, perplexity_with_error, standard_error
-from validate.quality import Quality, measure_quality
+from validate.quality import Quality
+from validate.subject import ModelPlace, Subject
 
 if TYPE_CHECKING:
     from lm_eval.api.group import Group
     from lm_eval.api.task import Task
-    from transformers import PreTrainedTokenizerBase
 
 _SCHEMA = 1
 _Tell = Callable[[str], None]
@@ -74,16 +72,9 @@ class EvaluateRequest:
     trust_remote_code: bool = False
 
 
-@dataclass(frozen=True)
-class _Subject:
-    """What is tested."""
-
-    session: Session
-    tokenizer: PreTrainedTokenizerBase
-    stop_ids: frozenset[int]
-
-
-def evaluate(request: EvaluateRequest, tell: _Tell) -> dict[str, Any]:
+def evaluate(
+    request: EvaluateRequest, tell: _Tell, workers: Workers = IN_PROCESS
+) -> dict[str, Any]:
     """Measure all that is asked for.
 
     The tasks and the text are looked at before the weights are read.
@@ -91,6 +82,7 @@ def evaluate(request: EvaluateRequest, tell: _Tell) -> dict[str, Any]:
     Args:
         request: what to measure.
         tell: is given lines of progress.
+        workers: who measures the windows of the text; each opens the models for itself.
 
     Returns:
         The record, fit for JSON; the keys `tasks`, `perplexity`, `reference` and `answers` are
@@ -104,11 +96,11 @@ def evaluate(request: EvaluateRequest, tell: _Tell) -> dict[str, Any]:
     _require_sensible(request)
     tasks = _load_tasks(request.tasks) if request.tasks else []
     tell(f"loading {request.model}")
-    subject = _open_as(request, request.model, request.backend)
+    subject = _open_as(request, request.model, request.backend, workers)
     record: dict[str, Any] = {
         "schema": _SCHEMA,
         "model": public_name(request.model),
-        "backend": subject.session.name,
+        "backend": subject.facts.name,
         "settings": {key: _jsonable(key, value) for key, value in asdict(request).items()},
         "provenance": provenance(),
         "perplexity": None,
@@ -117,12 +109,12 @@ def evaluate(request: EvaluateRequest, tell: _Tell) -> dict[str, Any]:
         "answers": [],
     }
     if request.text is not None:
-        record |= _measure_text(request, subject, tell)
+        record |= _measure_text(request, subject, workers, tell)
     if tasks:
         record["tasks"] = _measure_tasks(request, subject, tasks, tell)
     for prompt in request.prompts:
         record["answers"].append(_measure_answer(request, subject, prompt))
-    return record
+    return record | {"computed_by": workers.describe()}
 
 
 def _require_sensible(request: EvaluateRequest) -> None:
@@ -161,61 +153,6 @@ def _load_tasks(specs: tuple[str, ...]) -> list[Task | Group]:
     return harness_tasks.load_tasks(specs)
 
 
-def _open_as(request: EvaluateRequest, name: str, backend: str) -> _Subject:
-    """Open a model with the request's settings."""
-    return _open_subject(
-        name,
-        backend,
-        threads=request.threads,
-        trust_remote_code=request.trust_remote_code,
-    )
-
-
-def _open_subject(
-    name: str, backend: str = "auto", *, threads: int | None = None, trust_remote_code: bool = False
-) -> _Subject:
-    """Open an ONNX export, a checkpoint folder, or a model by alias, hub id or GGUF file.
-
-    Args:
-        name: folder or name; what runs in PyTorch runs in float32.
-        backend: `auto`, `torch` or `onnx`.
-        threads: of ONNX Runtime within one operator.
-        trust_remote_code: let the model's own Python code run.
-
-    Raises:
-        InputError: nothing of that name, or it does not load.
-        UsageError: the backend cannot read it.
-    """
-    folder = Path(name).expanduser()
-    # skipcat's own checkpoints need no code but skipcat's, and `load_model` takes none of them.
-    needs_code = trust_remote_code and not (folder / "recipe.json").is_file()
-    is_checkpoint = (folder / "config.json").is_file() and not needs_code
-    if is_checkpoint or (folder / RECORD_FILE).is_file():
-        tokenizer = load_whole_tokenizer(folder)
-        session = open_session(folder, backend, threads)
-        return _Subject(session, tokenizer, stop_token_ids(tokenizer, folder))
-    if backend == "onnx":
-        raise UsageError(
-            "The backend 'onnx' reads exported folders only.",
-            where=name,
-            change="export the model first, or pass --backend torch",
-        )
-    return _open_named(name, trust_remote_code)
-
-
-def _open_named(name: str, trust_remote_code: bool) -> _Subject:
-    """Anything that `pipeline.model.load` takes, in float32."""
-    from pipeline.model.load import load_model
-    from pipeline.runtime.sessions.torch_session import TorchSession
-
-    loaded = load_model(name, trust_remote_code=trust_remote_code)
-    listed = loaded.model.generation_config.eos_token_id
-    listed = loaded.tokenizer.eos_token_id if listed is None else listed
-    ids = listed if isinstance(listed, list) else [listed]
-    stop_ids = frozenset(token for token in ids if token is not None)
-    return _Subject(TorchSession(loaded.model, "torch float32"), loaded.tokenizer, stop_ids)
-
-
 def _jsonable(name: str, value: Any) -> Any:
     """A setting as JSON has it: a path by its last name alone."""
     if name == "tasks":
@@ -224,16 +161,17 @@ def _jsonable(name: str, value: Any) -> Any:
     return public_name(value) if name in read and value is not None else value
 
 
-def _measure_text(request: EvaluateRequest, subject: _Subject, tell: _Tell) -> dict[str, Any]:
+def _measure_text(
+    request: EvaluateRequest, subject: Subject, workers: Workers, tell: _Tell
+) -> dict[str, Any]:
     """Perplexity over the text and, given a reference, closeness to it."""
     batch = _tokens_of(request, subject)
     reference = None
     if request.reference is not None:
         tell(f"loading {request.reference}")
-        reference = _open_as(request, request.reference, "auto")
+        reference = _open_as(request, request.reference, "auto", workers)
         _require_same_tokens(subject, reference, batch, _tokens_of(request, reference))
-    other = None if reference is None else reference.session
-    quality = measure_quality(subject.session, other, batch.tokens.numpy(), tell)
+    quality = subject.quality(reference, batch.tokens.numpy(), tell)
     return {
         "perplexity": _perplexity_record(quality.window_nlls)
         | {"text": batch.describe(), "seconds": quality.seconds},
@@ -241,19 +179,30 @@ def _measure_text(request: EvaluateRequest, subject: _Subject, tell: _Tell) -> d
     }
 
 
-def _tokens_of(request: EvaluateRequest, subject: _Subject) -> TokenBatch:
+def _open_as(request: EvaluateRequest, name: str, backend: str, workers: Workers) -> Subject:
+    """Open a model with the request's settings."""
+    place = ModelPlace.of(
+        name,
+        backend=backend,
+        threads=request.threads,
+        trust_remote_code=request.trust_remote_code,
+    )
+    return Subject.open(place, workers)
+
+
+def _tokens_of(request: EvaluateRequest, subject: Subject) -> TokenBatch:
     """The first windows of the text, as the model's tokenizer sees it.
 
     Raises:
         UsageError: the windows are longer than the model's context.
         InputError: the text is too short.
     """
-    if request.window_length > subject.session.max_length:
+    if request.window_length > subject.facts.max_length:
         raise UsageError(
             "The windows are longer than the context of this model.",
-            where=f"--window-length, {subject.session.name}",
+            where=f"--window-length, {subject.facts.name}",
             observed=f"{request.window_length} tokens",
-            expected=f"at most {subject.session.max_length}",
+            expected=f"at most {subject.facts.max_length}",
         )
     return load_tokens(
         str(Path(str(request.text)).resolve()),  # absolute: a file may be called `self`
@@ -267,15 +216,15 @@ def _tokens_of(request: EvaluateRequest, subject: _Subject) -> TokenBatch:
 
 
 def _require_same_tokens(
-    subject: _Subject, reference: _Subject, own: TokenBatch, others: TokenBatch
+    subject: Subject, reference: Subject, own: TokenBatch, others: TokenBatch
 ) -> None:
     """Raise InputError when two models do not share their tokens, so that logits do not compare."""
-    sizes = subject.session.vocab_size, reference.session.vocab_size
+    sizes = subject.facts.vocab_size, reference.facts.vocab_size
     if sizes[0] == sizes[1] and own.tokens.equal(others.tokens):
         return
     raise InputError(
         "The model and the reference have different vocabularies.",
-        where=f"{subject.session.name} and {reference.session.name}",
+        where=f"{subject.facts.name} and {reference.facts.name}",
         observed=f"{sizes[0]} and {sizes[1]} tokens"
         if sizes[0] != sizes[1]
         else "other ids for the same text",
@@ -309,7 +258,7 @@ def _error_of(values: list[float]) -> float | None:
 
 
 def _measure_tasks(
-    request: EvaluateRequest, subject: _Subject, tasks: list[Task | Group], tell: _Tell
+    request: EvaluateRequest, subject: Subject, tasks: list[Task | Group], tell: _Tell
 ) -> dict[str, Any]:
     """Scores by the harness, under its own keys, and as a plain list."""
     from validate.harness import SessionLM
@@ -334,7 +283,7 @@ def _measure_tasks(
     }
 
 
-def _measure_answer(request: EvaluateRequest, subject: _Subject, prompt: str) -> dict[str, Any]:
+def _measure_answer(request: EvaluateRequest, subject: Subject, prompt: str) -> dict[str, Any]:
     """The greedy answer to a prompt."""
     messages = [{"role": "user", "content": prompt}]
     ids = chat_prompt_ids(subject.tokenizer, messages, request.raw)

@@ -86,6 +86,33 @@ class Quality:
         return float(np.mean(self.window_agreements)) if self.window_agreements else None
 
 
+class Windows:
+    """Windows that are measured one after another, and what was found so far.
+
+    Args:
+        count: how many there will be.
+        tell: is given a line of progress after each window.
+    """
+
+    def __init__(self, count: int, tell: Callable[[str], None]) -> None:
+        self._count, self._tell, self._started = count, tell, time.perf_counter()
+        self._columns: list[np.ndarray] = []
+
+    def add(self, column: np.ndarray) -> None:
+        """Take what `window_quality` returned of the next one."""
+        self._columns.append(column)
+        perplexity = np.exp(np.mean([each[0] for each in self._columns]))
+        place = f"window {len(self._columns)} of {self._count}"
+        self._tell(f"  {place}: perplexity {perplexity:.2f}")
+
+    def quality(self) -> Quality:
+        """Of all of them."""
+        own, *others = np.stack(self._columns, axis=1).tolist()
+        reference_nlls, kls, agreements = others or ([], [], [])
+        seconds = round(time.perf_counter() - self._started, 1)
+        return Quality(own, reference_nlls, kls, agreements, seconds)
+
+
 def measure_quality(
     session: Session,
     reference: Session | None,
@@ -104,17 +131,22 @@ def measure_quality(
     Raises:
         InputError: a window is longer than a session's cache.
     """
-    started = time.perf_counter()
-    columns: list[np.ndarray] = []  # [nll] or [nll, reference nll, kl, agreement], a window each
-    for place, window in enumerate(windows):
-        parts = [_measure_chunk(*chunk) for chunk in _logits_of(session, reference, window)]
-        columns.append(np.concatenate(parts, axis=1).mean(axis=1))
-        perplexity = np.exp(np.mean([column[0] for column in columns]))
-        tell(f"  window {place + 1} of {len(windows)}: perplexity {perplexity:.2f}")
-    own, *others = np.stack(columns, axis=1).tolist()
-    reference_nlls, kls, agreements = others or ([], [], [])
-    seconds = round(time.perf_counter() - started, 1)
-    return Quality(own, reference_nlls, kls, agreements, seconds)
+    measured = Windows(len(windows), tell)
+    for window in windows:
+        measured.add(window_quality(session, reference, window))
+    return measured.quality()
+
+
+def window_quality(session: Session, reference: Session | None, window: np.ndarray) -> np.ndarray:
+    """Means over the tokens of one window, int64 [L], after the first.
+
+    Returns:
+        float64 [1]: NLL, nats; with a reference [4]: NLL, its NLL, KL, and the fraction at which
+        both have the same likeliest next token.
+    """
+    parts = [_measure_chunk(*chunk) for chunk in _logits_of(session, reference, window)]
+    mean: np.ndarray = np.concatenate(parts, axis=1).mean(axis=1)
+    return mean
 
 
 def _measure_chunk(

@@ -10,6 +10,7 @@ import click
 
 from pipeline.artefact import write_json
 from pipeline.cli import options
+from pipeline.errors import UsageError
 from pipeline.output import check_output_file
 
 _task_options = options.apply(
@@ -42,6 +43,7 @@ _prompt_options = options.apply(
 @click.argument("model")
 @options.backend
 @options.threads
+@options.workers
 @_task_options
 @_text_options
 @_prompt_options
@@ -50,7 +52,12 @@ _prompt_options = options.apply(
 @options.trust_remote_code
 @options.json_output
 def command(
-    tasks: tuple[str, ...], output: Path | None, overwrite: bool, as_json: bool, **settings: Any
+    tasks: tuple[str, ...],
+    output: Path | None,
+    overwrite: bool,
+    as_json: bool,
+    workers: str | None,
+    **settings: Any,
 ) -> None:
     """Score MODEL: an ONNX folder, a checkpoint folder, an alias, a hub id or a .gguf file.
 
@@ -60,14 +67,19 @@ def command(
     \b
       skipcat evaluate build/onnx --tasks arc_easy.jsonl,hellaswag
       skipcat evaluate build/checkpoint --text test.txt --reference smollm2-135m
+      skipcat evaluate build/checkpoint --text test.txt --workers local:4
     """  # noqa: D301 - click reads the escape
     if output is not None:
         check_output_file(output, overwrite=overwrite)
 
     from pipeline.progress import note
+    from pipeline.workers.workers import open_workers
     from validate.evaluate import EvaluateRequest, evaluate
 
-    record = evaluate(EvaluateRequest(tasks=_split_names(tasks), **settings), note)
+    request = EvaluateRequest(tasks=_split_names(tasks), **settings)
+    _require_text_for_workers(request.text, workers)
+    with open_workers(workers) as own:
+        record = evaluate(request, note, own)
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         write_json(output, record)
@@ -77,6 +89,16 @@ def command(
         _show(record)
     if output is not None:
         note(f"wrote {output}")
+
+
+def _require_text_for_workers(text: Path | None, workers: str | None) -> None:
+    """Refuse workers that would have nothing to do: tasks and answers are this process's."""
+    if workers is not None and text is None:
+        raise UsageError(
+            "Workers measure windows of a text, and none is given.",
+            where=f"--workers {workers}",
+            change="pass --text, or leave --workers out",
+        )
 
 
 def _split_names(values: tuple[str, ...]) -> tuple[str, ...]:

@@ -112,6 +112,7 @@ def test_perplexity_needs_no_harness(
         (["{torch}"], 2, "nothing to measure"),
         (["{torch}", "-p", "x", "--reference", "{other}"], 2, "--reference compares"),
         (["{torch}", "--backend", "onnx", "-p", "x"], 2, "cannot read"),
+        (["{torch}", "-p", "x", "--workers", "local:2"], 2, "Workers measure windows"),
         (["{torch}", "--text", "{text}", "--window-length", "161"], 2, "longer than the context"),
         (["{torch}", "--text", "{nowhere}"], 3, "no such file"),
         (["{torch}", "--text", "{text}", "--window-length", "150"], 3, "too short"),

@@ -16,6 +16,8 @@ from pipeline.quantize.formats import Format
 from pipeline.workers.ray_workers import _connected
 from pipeline.workers.workers import Workers, open_workers
 from tests.support import worker_tasks
+from tests.support.tiny_decoder import save_tiny_folder
+from validate.subject import ModelPlace, Subject
 
 pytest.importorskip("ray", reason="needs ray (make setup EXTRAS=distributed)")
 MEGABYTE = 1 << 20
@@ -106,6 +108,15 @@ def test_a_task_that_no_machine_has_the_memory_for_is_refused_at_once(workers: W
     with pytest.raises(ResourceError, match="No worker has the memory") as caught:
         workers.submit("layer 3", worker_tasks.fill, 8, needed_bytes=1 << 50)
     assert caught.value.details["where"] == "layer 3"
+
+
+def test_windows_of_a_text_are_measured_elsewhere_as_here(workers: Workers, tmp_path: Path) -> None:
+    place = ModelPlace(str(save_tiny_folder(tmp_path / "model")))
+    windows = np.random.default_rng(0).integers(0, 250, (4, 30))
+    # Which has as many threads here: see above.
+    here = Subject.open(place).quality(None, windows, lambda line: None)
+    there = Subject.open(place, workers).quality(None, windows, lambda line: None)
+    assert there.window_nlls == here.window_nlls
 
 
 class Client:
