@@ -12,7 +12,12 @@ from typing import Any
 import torch
 
 from pipeline.checkpoint.install import dense_tensors, group_tensors, member_codes
-from pipeline.compress.factorize.factors import Factors, Rounding, relative_output_error
+from pipeline.compress.factorize.factors import (
+    Factors,
+    QuantizedFactors,
+    Rounding,
+    relative_output_error,
+)
 from pipeline.compress.factorize.whitened_svd import InputMoments
 from pipeline.compress.fit_memory import fit_bytes
 from pipeline.compress.methods import Fit
@@ -43,14 +48,22 @@ class Fitted:
 
 @dataclass(frozen=True)
 class _Problem:
-    """A stack, what it should be, and in what geometry errors of it count."""
+    """A stack, what it should be, and what errors of it are worth; None weighs outputs alike."""
 
     stack: torch.Tensor
     heights: list[int]
     target: torch.Tensor
     inputs: InputMoments
-    geometry: torch.Tensor
-    sensitivities: list[Sensitivity]
+    statistics: OutputStatistics | None
+
+    def geometry(self) -> torch.Tensor:
+        """S in which errors count, float64 [n, n]; made anew, since the widest take gigabytes."""
+        seen = self.inputs.seen
+        return seen if self.statistics is None else self.statistics.geometry(seen)
+
+    def sensitivities(self) -> list[Sensitivity]:
+        """G of each member."""
+        return [] if self.statistics is None else self.statistics.sensitivities()
 
 
 def fit_group(
@@ -77,12 +90,8 @@ def fit_group(
     try:
         stack = weights[0] if len(weights) == 1 else torch.cat(list(weights))
         heights = [len(weight) for weight in weights]
-        # Before the geometry: it takes as much memory, for a while.
         target = inputs.target(stack, fit.mix or 0.0)
-        geometry, sensitivities = inputs.seen, list[Sensitivity]()
-        if fit.two_sided and statistics is not None:
-            geometry, sensitivities = statistics.geometry(inputs.seen), statistics.sensitivities()
-        problem = _Problem(stack, heights, target, inputs, geometry, sensitivities)
+        problem = _Problem(stack, heights, target, inputs, statistics if fit.two_sided else None)
         if group.form == "dense":
             return _quantized_dense(group, problem, fit)
         return _factored(group, problem, fit, dtype)
@@ -142,19 +151,11 @@ def group_report(group: GroupPlan) -> dict[str, Any]:
 
 def _factored(group: GroupPlan, problem: _Problem, fit: Fit, dtype: torch.dtype) -> Fitted:
     """Matrices that become a product."""
-    inputs, rounding = problem.inputs, imported(fit.quantize)
-    # Factors that are not rounded yet are held by nobody else: the widest take gigabytes.
-    rounded = rounding.factors(
-        _cut(group, problem, fit),
-        problem.target,
-        problem.geometry,
-        problem.sensitivities,
-        group.formats,
-    )
+    rounded = _rounded(group, problem, fit)
     stored = rounded.factors
     report = group_report(group) | {"relative_error": stored.relative_error}
     if rounded.down is not None or rounded.up is not None:
-        error = relative_output_error(problem.target, _rows_of(stored), inputs.seen)
+        error = relative_output_error(problem.target, _rows_of(stored), problem.inputs.seen)
         report["rounded_relative_error"] = error
     if group.form == "skip":
         sizes = stored.down.abs()
@@ -170,6 +171,20 @@ def _factored(group: GroupPlan, problem: _Problem, fit: Fit, dtype: torch.dtype)
     return Fitted(tensors, report, codes)
 
 
+def _rounded(group: GroupPlan, problem: _Problem, fit: Fit) -> QuantizedFactors:
+    """Factors in their formats; those that are not rounded yet are held by nobody else."""
+    if not any(group.formats):
+        return QuantizedFactors(_cut(group, problem, fit), None, None)
+    rounding: Rounding = imported(fit.quantize)
+    return rounding.factors(
+        _cut(group, problem, fit),
+        problem.target,
+        problem.geometry(),
+        problem.sensitivities(),
+        group.formats,
+    )
+
+
 def _cut(group: GroupPlan, problem: _Problem, fit: Fit) -> Factors:
     """The product at the rank of the plan, in the form that is stored."""
     b, a = imported(fit.factorize)(
@@ -177,8 +192,8 @@ def _cut(group: GroupPlan, problem: _Problem, fit: Fit) -> Factors:
         problem.target,
         group.rank,
         problem.inputs,
-        problem.geometry,
-        problem.sensitivities,
+        problem.geometry(),
+        problem.sensitivities(),
     )
     return Factors.stored_(b, a, problem.target, problem.inputs.seen, group.form)
 
@@ -193,7 +208,7 @@ def _quantized_dense(group: GroupPlan, problem: _Problem, fit: Fit) -> Fitted:
     """Matrices that stay dense, quantised."""
     rounding: Rounding = imported(fit.quantize)
     format = Format.parse(group.up_format or "")
-    rounded = rounding.matrix(problem.target, format, problem.geometry, problem.sensitivities)
+    rounded = rounding.matrix(problem.target, format, problem.geometry(), problem.sensitivities())
     error = relative_output_error(problem.target, rounded.values_of, problem.inputs.seen)
     report = group_report(group) | {"relative_error": 0.0, "rounded_relative_error": error}
     tensors = dense_tensors(group.members, problem.heights, rounded)

@@ -4,13 +4,14 @@ All is counted in float64 numbers, beside what the fit is given: with n columns,
 h of its tallest member and rank r, k rows at a time,
 
 - the target, where inputs have drifted: the regular moment and its factors, 2 n^2, and m n;
-- behind it the geometry, n^2, and the stack of several members, in the weights' own type;
-- a product of a tall stack, m > n: its gram matrix, 2 n^2 + k h + 3 k n; the eigenproblem, 7 n^2;
-  the factors and their error, 2 n^2 + r (m + n) + 5 k n;
-- of a wide one: the eigenproblem, m n + 7 m^2; the pivots, r m + 5 r n;
-- rounding one factor, or the dense matrix, of width w: a copy of the moment and its inverse,
-  2.5 w^2 (1.5 n^2 of the dense matrix, whose moment is the geometry); G of a member and a copy,
-  2 h^2, beside the inverse, w^2 / 2, codes and what they miss, and of a factor its values, too.
+- throughout the stack of several members, in the weights' own type;
+- a product of a tall stack, m > n, with the geometry, n^2: its gram matrix, 2 n^2 + k h + 3 k n;
+  the eigenproblem, 7 n^2; the factors and their error, 2 n^2 + r (m + n) + 4 k n;
+- of a wide one: the eigenproblem, with the geometry, m n + 7 m^2; the pivots, r m + 5 r n + 3 k n;
+- with the geometry again, rounding one factor, or the dense matrix, of width w: a copy of the
+  moment and its inverse, 2.5 w^2 (1.5 n^2 of the dense matrix, whose moment is the geometry); G of
+  a member and a copy, 2 h^2, beside the inverse, w^2 / 2, codes and what they miss, and of a factor
+  its values, too.
 """
 
 from __future__ import annotations
@@ -39,27 +40,27 @@ def fit_bytes(
     """
     rows, columns = group.rows, group.columns
     stacked = rows * columns * itemsize / 8 if len(heights) > 1 else 0.0
-    held = columns**2 + stacked + (rows * columns if drifted else 0)
+    held = stacked + (rows * columns if drifted else 0)
     stages = [held]
     if drifted:
-        stages.append(held + columns**2 + 3 * _some_rows(heights) * columns)
+        stages.append(held + 2 * columns**2 + 3 * _some_rows(heights) * columns)
     if group.form != "dense":
         stages += [held + stage for stage in _of_product(group, heights)]
         held += group.rank * (rows + columns) + (2 * columns**2 if rows > columns else 0)
     if any(group.formats):
-        stages += [held + stage for stage in _of_rounding(group, heights)]
+        stages += [held + columns**2 + stage for stage in _of_rounding(group, heights)]
     return int(8 * max(stages)) + SMALL_BYTES
 
 
 def _of_product(group: GroupPlan, heights: Sequence[int]) -> list[float]:
     rows, columns, rank = group.rows, group.columns, group.rank
-    if rows <= columns:
-        eigenproblem = rows * columns + 7 * rows**2
-        return [eigenproblem, rank * (rows + 5 * columns)]
     some = _some_rows(heights)
-    gram = 2 * columns**2 + some * (max(heights) + 3 * columns)
-    factors = 2 * columns**2 + rank * (rows + columns) + 5 * some * columns
-    return [gram, 7 * columns**2, factors]
+    if rows <= columns:
+        eigenproblem = columns**2 + rows * columns + 7 * rows**2
+        return [eigenproblem, rank * (rows + 5 * columns) + 3 * some * columns]
+    gram = 3 * columns**2 + some * (max(heights) + 3 * columns)
+    factors = 3 * columns**2 + rank * (rows + columns) + 4 * some * columns
+    return [gram, 8 * columns**2, factors]
 
 
 def _of_rounding(group: GroupPlan, heights: Sequence[int]) -> list[float]:

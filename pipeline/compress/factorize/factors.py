@@ -218,7 +218,7 @@ def _skip_block_(b: torch.Tensor, a: torch.Tensor, bound: float = _BOUND) -> Fac
 
 
 @dataclass(frozen=True)
-class _QuantizedFactors:
+class QuantizedFactors:
     """Factors of which some are quantised.
 
     Attributes:
@@ -238,7 +238,7 @@ def _gptq_factors(
     geometry: torch.Tensor,
     sensitivities: Sequence[Sensitivity],
     formats: _Formats,
-) -> _QuantizedFactors:
+) -> QuantizedFactors:
     """Quantise the factors of a stack W [m, n] by GPTQ, S of its input, G of each of its matrices.
 
     Formats are of `down` and of `up`; None leaves one as it is.
@@ -257,10 +257,10 @@ def _gptq_factors(
     if up_format is not None:
         up = gptq(factors.up, up_format, moment, sensitivities)
         factors = replace(factors, up=up.values())
-    return _QuantizedFactors(factors, down, up)
+    return QuantizedFactors(factors, down, up)
 
 
-def _rtn_factors(factors: Factors, formats: _Formats) -> _QuantizedFactors:
+def _rtn_factors(factors: Factors, formats: _Formats) -> QuantizedFactors:
     """Quantise the factors of a stack, each number to its nearest."""
     down_format, up_format = formats
     down = rtn(factors.down, down_format) if down_format and factors.down.numel() else None
@@ -269,7 +269,7 @@ def _rtn_factors(factors: Factors, formats: _Formats) -> _QuantizedFactors:
         factors = replace(factors, down=down.values())
     if up is not None:
         factors = replace(factors, up=up.values())
-    return _QuantizedFactors(factors, down, up)
+    return QuantizedFactors(factors, down, up)
 
 
 def rtn(weight: torch.Tensor, format: Format) -> Blocks:
@@ -303,7 +303,7 @@ class Rounding:
 
     matrix: Callable[[torch.Tensor, Format, torch.Tensor, Sequence[Sensitivity]], Blocks]
     factors: Callable[
-        [Factors, torch.Tensor, torch.Tensor, Sequence[Sensitivity], _Formats], _QuantizedFactors
+        [Factors, torch.Tensor, torch.Tensor, Sequence[Sensitivity], _Formats], QuantizedFactors
     ]
     needs_moments: bool
 
