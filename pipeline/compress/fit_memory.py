@@ -6,7 +6,7 @@ h of its tallest member and rank r, k rows at a time,
 - the target, where inputs have drifted: the regular moment and its factors, 2 n^2, and m n;
 - throughout the stack of several members, in the weights' own type;
 - a product of a tall stack, m > n, with the geometry, n^2: its gram matrix, 2 n^2 + k h + 3 k n;
-  the eigenproblem, 7 n^2; the factors and their error, 2 n^2 + r (m + n) + 4 k n;
+  the eigenproblem, 7 n^2; the factors and their error, 2 n^2 + r (m + n) + 6 k n;
 - of a wide one: the eigenproblem, with the geometry, m n + 7 m^2; the pivots, r m + 5 r n + 3 k n;
 - with the geometry again, rounding one factor, or the dense matrix, of width w: a copy of the
   moment and its inverse, 2.5 w^2 (1.5 n^2 of the dense matrix, whose moment is the geometry); G of
@@ -59,7 +59,7 @@ def _of_product(group: GroupPlan, heights: Sequence[int]) -> list[float]:
         eigenproblem = columns**2 + rows * columns + 7 * rows**2
         return [eigenproblem, rank * (rows + 5 * columns) + 3 * some * columns]
     gram = 3 * columns**2 + some * (max(heights) + 3 * columns)
-    factors = 3 * columns**2 + rank * (rows + columns) + 4 * some * columns
+    factors = 3 * columns**2 + rank * (rows + columns) + 6 * some * columns
     return [gram, 8 * columns**2, factors]
 
 
