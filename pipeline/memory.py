@@ -75,6 +75,15 @@ def disk_read_bytes() -> int | None:
     return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes"))
 
 
+def forget_peak() -> None:
+    """Let the kernel count this process's largest memory anew (see `peak_bytes`).
+
+    Raises:
+        OSError: only Linux does.
+    """
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
 def return_free_memory() -> None:
     """Give what is free on the heap back to the system, where the C library is glibc.
 

@@ -78,13 +78,9 @@ def question_for(loaded: LoadedModel, longest: int, tell: Callable[[str], None])
         longest: tokens that a stage holds at once.
         tell: is told where the format does not work.
     """
-    tokenizer, settings = loaded.tokenizer, loaded.model.generation_config
-    listed = settings.eos_token_id if settings else None
-    ends = listed if isinstance(listed, list) else [listed, tokenizer.eos_token_id]
-    stop_ids = frozenset(end for end in ends if end is not None)
-    asked = partial(Question.of, tokenizer, stop_ids, longest)
+    asked = partial(Question.of, loaded.tokenizer, loaded.stop_ids, longest)
     try:
-        return asked(chat=bool(tokenizer.chat_template))
+        return asked(chat=bool(loaded.tokenizer.chat_template))
     except InputError as error:
         tell(f"the question is asked as a document: {error}")
         return asked(chat=False)

@@ -129,12 +129,8 @@ class Subject:
         from pipeline.runtime.sessions.torch_session import TorchSession
 
         loaded = load_model(place.name, trust_remote_code=place.trust_remote_code)
-        listed = loaded.model.generation_config.eos_token_id
-        listed = loaded.tokenizer.eos_token_id if listed is None else listed
-        ids = listed if isinstance(listed, list) else [listed]
-        stop_ids = frozenset(token for token in ids if token is not None)
         session = TorchSession(loaded.model, "torch float32")
-        return cls(place, lambda: session, loaded.tokenizer, stop_ids, workers)
+        return cls(place, lambda: session, loaded.tokenizer, loaded.stop_ids, workers)
 
     @cached_property
     def session(self) -> Session:

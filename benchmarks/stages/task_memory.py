@@ -36,7 +36,7 @@ from pipeline.compress.plan.stack_costs import (
     cost_bytes,
     stack_costs,
 )
-from pipeline.memory import peak_bytes
+from pipeline.memory import forget_peak, peak_bytes
 from pipeline.progress import note
 from pipeline.provenance import provenance
 from pipeline.quantize.formats import Format
@@ -149,7 +149,7 @@ def _taken_bytes(stack: _Stack, task: str) -> int:
     """What a task takes beside what it is given, in this process, which does nothing else."""
     torch.set_num_threads(1)
     ready = _task(stack, task)
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    forget_peak()
     before = peak_bytes()
     ready()
     return peak_bytes() - before

@@ -14,10 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PretrainedConfig
 
-from pipeline.compress.decoder import (
-    disk_bytes,
-    wanted_costs,
-)
+from pipeline.compress.decoder import disk_bytes, wanted_costs
 from pipeline.compress.layer_prices import WINDOWS as PRICED_WINDOWS
 from pipeline.compress.request import CompressRequest
 from pipeline.compress.timed_layer import (

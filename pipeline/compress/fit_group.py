@@ -5,7 +5,7 @@ A group becomes a product of two factors, or stays dense; either may be quantise
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -155,7 +155,7 @@ def _factored(group: GroupPlan, problem: _Problem, fit: Fit, dtype: torch.dtype)
     stored = rounded.factors
     report = group_report(group) | {"relative_error": stored.relative_error}
     if rounded.down is not None or rounded.up is not None:
-        error = relative_output_error(problem.target, _rows_of(stored), problem.inputs.seen)
+        error = relative_output_error(problem.target, stored.product, problem.inputs.seen)
         report["rounded_relative_error"] = error
     if group.form == "skip":
         sizes = stored.down.abs()
@@ -196,12 +196,6 @@ def _cut(group: GroupPlan, problem: _Problem, fit: Fit) -> Factors:
         problem.sensitivities(),
     )
     return Factors.stored_(b, a, problem.target, problem.inputs.seen, group.form)
-
-
-def _rows_of(factors: Factors) -> Callable[[slice], torch.Tensor]:
-    """Gives some rows of what factors stand for, float64 [k, n]."""
-    up, latent = factors.up, factors.latent_map()
-    return lambda rows: up[rows] @ latent
 
 
 def _quantized_dense(group: GroupPlan, problem: _Problem, fit: Fit) -> Fitted:

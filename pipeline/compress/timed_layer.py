@@ -7,7 +7,6 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from pipeline.compress.fit_memory import fit_bytes
 from pipeline.compress.plan.layer_costs import LayerCosts
 from pipeline.compress.plan.make_plan import make_plan
 from pipeline.compress.plan.plan import GroupPlan, Members
-from pipeline.compress.plan.stack_costs import CostRequest, cost_bytes, stack_costs
+from pipeline.compress.plan.stack_costs import CostRequest, Member, cost_bytes, stack_costs
 from pipeline.compress.request import CompressRequest
 from pipeline.compress.walk import compress_
 from pipeline.model.structure import Layer, decoder_structure
@@ -118,8 +117,7 @@ class Timing:
         result = IN_PROCESS.submit(where, function, *arguments)
         seconds = time.perf_counter() - started
         given, returned = (sum(map(_bytes_of, a)) for a in (arguments, [result.get()]))
-        needed = partial(_NEEDED[function], *arguments)
-        self.tasks.append(Task(where, seconds, given, returned, needed))
+        self.tasks.append(Task(where, seconds, given, returned, _NEEDED[function](*arguments)))
         return result
 
     def part(self, started: float, tokens: int) -> Part:
@@ -147,30 +145,39 @@ def _bytes_of(value: Any) -> int:
 
 
 def _of_costs(
-    stack: Members, geometry: torch.Tensor, wanted: CostRequest, *members_and_times: Any
-) -> int:
-    """Of `stack_costs`: its arguments, and times how much."""
-    *members, times = members_and_times
-    heights = [round(len(weight) * times) for weight, _ in members]
-    return cost_bytes(round(len(geometry) * times), heights, wanted)
-
-
-def _of_fit(
-    group: GroupPlan, weights: Sequence[torch.Tensor], inputs: InputMoments, *others: Any
-) -> int:
-    """Of `fit_group`, likewise."""
-    times = others[-1]
-    rows, columns, rank = (round(n * times) for n in (group.rows, group.columns, group.rank))
-    return fit_bytes(
-        replace(group, rows=rows, columns=columns, rank=rank),
-        [round(len(weight) * times) for weight in weights],
-        itemsize=weights[0].itemsize,
-        drifted=inputs.drift is not None,
+    stack: Members, geometry: torch.Tensor, wanted: CostRequest, *members: Member
+) -> Callable[[float], int]:
+    """Of `stack_costs`, by its arguments, of which the sizes alone are kept."""
+    columns, heights = len(geometry), [len(weight) for weight, _ in members]
+    return lambda times: cost_bytes(
+        round(columns * times), [round(height * times) for height in heights], wanted
     )
 
 
-# What the tasks of a compression declare, of their arguments.
-_NEEDED: dict[Callable[..., Any], Callable[..., int]] = {stack_costs: _of_costs, fit_group: _of_fit}
+def _of_fit(
+    group: GroupPlan, weights: Sequence[torch.Tensor], inputs: InputMoments, *_: Any
+) -> Callable[[float], int]:
+    """Of `fit_group`, likewise."""
+    heights, itemsize = [len(weight) for weight in weights], weights[0].itemsize
+    drifted = inputs.drift is not None
+
+    def needed_bytes_at(times: float) -> int:
+        rows, columns, rank = (round(n * times) for n in (group.rows, group.columns, group.rank))
+        return fit_bytes(
+            replace(group, rows=rows, columns=columns, rank=rank),
+            [round(height * times) for height in heights],
+            itemsize=itemsize,
+            drifted=drifted,
+        )
+
+    return needed_bytes_at
+
+
+# What the tasks of a compression declare at another width, by what each is given.
+_NEEDED: dict[Callable[..., Any], Callable[..., Callable[[float], int]]] = {
+    stack_costs: _of_costs,
+    fit_group: _of_fit,
+}
 
 
 @dataclass(frozen=True)

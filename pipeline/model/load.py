@@ -61,6 +61,15 @@ class LoadedModel:
         """The type its weights were published in; float16 for GGUF, which names none."""
         return getattr(self.model, "published_dtype", torch.float32)
 
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Ids that end an answer: those that the model lists, else the tokenizer's."""
+        settings = self.model.generation_config
+        listed = settings.eos_token_id if settings else None
+        listed = self.tokenizer.eos_token_id if listed is None else listed
+        ids = listed if isinstance(listed, list) else [listed]
+        return frozenset(token for token in ids if token is not None)
+
 
 @dataclass
 class _Preview:

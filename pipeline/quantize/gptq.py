@@ -30,6 +30,7 @@ import torch
 from pipeline.quantize.formats import Format
 from pipeline.quantize.groupwise import BITS_TO_CLIP, Blocks, Grid, pad_to_blocks
 from pipeline.quantize.sensitivity import Sensitivity
+from pipeline.quantize.slices import slices
 from pipeline.quantize.triangular import cholesky_, invert_into_
 
 _RELATIVE_DAMPING = 1e-2
@@ -104,11 +105,10 @@ def _matrices(
 ) -> list[tuple[slice, Sensitivity | None]]:
     """The rows and G of each matrix of a stack; without G, of parts that memory has room for."""
     if not sensitivities:
-        starts = range(0, rows, _ROWS_OF_ANY)
-        return [(slice(start, min(start + _ROWS_OF_ANY, rows)), None) for start in starts]
+        return [(part, None) for part in slices(rows, _ROWS_OF_ANY)]
     stops = np.cumsum([len(block) for block in sensitivities]).tolist()
-    slices = map(slice, [0, *stops[:-1]], stops)
-    return list(zip(slices, sensitivities, strict=True))
+    parts = map(slice, [0, *stops[:-1]], stops)
+    return list(zip(parts, sensitivities, strict=True))
 
 
 def _down_the_rows(
@@ -120,8 +120,7 @@ def _down_the_rows(
 ) -> None:
     """Round one matrix, float32 [m, n], into `found`."""
     if sensitivity is None:
-        every = slice(None)
-        _along_rows(values[:, spread.order], spread, upper, every, found)
+        _along_rows(values[:, spread.order], spread, upper, slice(None), found)
         return
     _, order, root = _ordered(sensitivity)
     down = _feedback(root)

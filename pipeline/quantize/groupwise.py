@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from pipeline.quantize.formats import Format, Zero
+from pipeline.quantize.slices import slices
 
 # Ranges shorter than the block's own: clipping the largest weight lets the others be finer.
 _SHRINKAGES = np.linspace(1.0, 0.7, 16, dtype=np.float32)
@@ -294,8 +295,7 @@ def as_float16(numbers: np.ndarray) -> np.ndarray:
 def _squared_error(grid: Grid, padded: np.ndarray, cost: np.ndarray) -> np.ndarray:
     """Of each block, [m, blocks]; `cost` is [1, blocks, block]."""
     parts = []
-    for start in range(0, len(padded), _ROWS_AT_ONCE):
-        rows = slice(start, start + _ROWS_AT_ONCE)
+    for rows in slices(len(padded), _ROWS_AT_ONCE):
         own, part = grid.rows(rows), padded[rows]
         parts.append((np.square(own.values(own.codes(part)) - part) * cost).sum(axis=-1))
     return np.concatenate(parts)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from pipeline.quantize.slices import slices
+
 _AT_ONCE = 1024
 
 
@@ -31,7 +33,7 @@ def invert_into_(inverse: np.ndarray, lower: torch.Tensor) -> None:
         lower: L, float64 [n, n], lower triangular.
     """
     size = len(lower)
-    blocks = [slice(start, min(start + _AT_ONCE, size)) for start in range(0, size, _AT_ONCE)]
+    blocks = list(slices(size, _AT_ONCE))
     for place, own in enumerate(blocks):
         column = torch.zeros(size - own.start, own.stop - own.start, dtype=torch.float64)
         column[: column.shape[1]].fill_diagonal_(1.0)

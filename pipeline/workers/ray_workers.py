@@ -31,7 +31,7 @@ from pipeline.errors import (
     shortage_of,
 )
 from pipeline.machine import cpu_flags, limited_threads
-from pipeline.memory import peak_bytes
+from pipeline.memory import forget_peak, peak_bytes
 from pipeline.progress import note
 from pipeline.workers.workers import Result, Value, Workers
 
@@ -42,7 +42,7 @@ _TIMES_AGAIN = 1
 _TASKS_A_WORKER = 2
 # A task that takes twice what it declared is ended: threads and libraries take some besides.
 _LENIENCE, _OF_LIBRARIES_BYTES = 2, 1 << 29
-# How Ray's client says that its own process was not begun in time.
+# How Ray says that its processes were not begun in time.
 _NOT_YET = ("Initialization failure from server", "timed out during startup")
 _MEMORY, _CPU = "memory", "CPU"
 _EXPECTED_MEMORY = "a machine of the cluster with as much memory for Ray (ray start --memory)"
@@ -299,7 +299,8 @@ def _compute(
 ) -> tuple[Any, int, float]:
     """In a worker: what the function returns, the most memory the process had for it, seconds."""
     _carry_tensors_as_arrays()
-    _forget_peak()
+    with contextlib.suppress(OSError):
+        forget_peak()
     started = time.monotonic()
     with limited_threads(threads), _limited_memory(needed_bytes):
         try:
@@ -307,12 +308,6 @@ def _compute(
         except Exception as error:
             value = _Failed(error.with_traceback(None))
     return value, peak_bytes(), time.monotonic() - started
-
-
-def _forget_peak() -> None:
-    """Let the kernel count this process's largest memory anew, where it does."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 @contextlib.contextmanager

@@ -105,9 +105,9 @@ class Factors:
         others = self.permutation[self.rank :]
         return geometry[others[:, None], others]
 
-    def product(self) -> torch.Tensor:
-        """What is multiplied with x, float64 [m, n]."""
-        return self.up @ self.latent_map()
+    def product(self, rows: slice = slice(None)) -> torch.Tensor:
+        """What is multiplied with x, float64 [m, n], or some rows of it."""
+        return self.up[rows] @ self.latent_map()
 
 
 def relative_output_error(

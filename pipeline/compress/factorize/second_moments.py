@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from pipeline.quantize.sensitivity import Sensitivity
+from pipeline.quantize.slices import slices
 from pipeline.quantize.triangular import cholesky_
 
 # Of the trace.
@@ -18,8 +19,7 @@ ROWS_AT_ONCE = 2048
 
 def row_blocks(rows: int) -> Iterator[slice]:
     """Slices that cover so many rows, `ROWS_AT_ONCE` each."""
-    for start in range(0, rows, ROWS_AT_ONCE):
-        yield slice(start, min(start + ROWS_AT_ONCE, rows))
+    return slices(rows, ROWS_AT_ONCE)
 
 
 def is_zero(moment: torch.Tensor) -> bool:

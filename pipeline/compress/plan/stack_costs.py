@@ -15,12 +15,7 @@ import torch
 from pipeline.calibrate.hooks import not_finite
 from pipeline.calibrate.moments import balanced
 from pipeline.compress.factorize.factors import Form
-from pipeline.compress.factorize.second_moments import (
-    ROWS_AT_ONCE,
-    Shrunk,
-    is_zero,
-    regular,
-)
+from pipeline.compress.factorize.second_moments import ROWS_AT_ONCE, Shrunk, is_zero, regular
 from pipeline.compress.factorize.whitened_svd import truncation_losses
 from pipeline.compress.plan.plan import Members
 from pipeline.compress.plan.quantization_costs import StackCost
@@ -29,7 +24,7 @@ from pipeline.quantize.formats import Format
 from pipeline.quantize.sensitivity import Sensitivity
 
 # Memory, measured at 1024 to 5376 wide: float64 numbers for each of these, with formats or without.
-_OF_INPUTS, _OF_OUTPUTS, _OF_SPECTRA = 2.5, 2.0, 1.0
+_OF_INPUTS, _OF_OUTPUTS = 2.5, 2.0
 _OF_WIDE, _OF_WIDE_SPECTRUM = 1.4, 1.3
 _OF_TALL, _OF_TALL_SPECTRUM = 1.0, 1.2
 # Of libraries, and of a heap that keeps what is freed of the smaller ones.
@@ -132,11 +127,11 @@ def cost_bytes(columns: int, heights: Sequence[int], wanted: CostRequest) -> int
         wanted: which costs.
     """
     rows = sum(heights)
-    spectrum = min(rows, columns) ** 2
+    full = min(rows, columns)
+    spectrum = full**2
     if wanted.formats:
-        full = min(rows, columns)
         numbers = max(_OF_INPUTS * columns**2, _OF_OUTPUTS * max(heights) ** 2)
-        numbers += _OF_SPECTRA * full * (rows + columns)
+        numbers += full * (rows + columns)
     elif rows <= columns:
         numbers = _OF_WIDE * rows * columns + _OF_WIDE_SPECTRUM * spectrum
     else:
