@@ -257,8 +257,7 @@ def _engine_profile(target: Target) -> str:
 
     profile = newest_profile()
     if profile != DEFAULT_PROFILE:
-        note(f"this TensorRT does not know {DEFAULT_PROFILE}: the engine's graph is {profile}, "
-             "without weights in few bits, with a cache that is copied as it grows")  # fmt: skip
+        note(f"this TensorRT does not know {DEFAULT_PROFILE}: the engine's graph is {profile}")
     return profile
 
 

@@ -47,6 +47,24 @@ class Remembered:
             kept = list({**self._read(), key: value}.items())[-_MOST:]
             write_json(folder / self.file, dict(kept))
 
+    def set_first(self, key: str, value: object) -> object:
+        """What is remembered from now on: this value, or that of whoever found one out before.
+
+        Two processes that find out the same at one time so go on with the same, and neither loses
+        what the other remembers meanwhile.
+        """
+        from filelock import FileLock
+
+        with contextlib.suppress(OSError, RuntimeError):
+            folder = cache_folder()
+            folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(folder / f"{self.file}.lock"):
+                known = self.get(key)
+                if known is not None:
+                    return known
+                self.set(key, value)
+        return value
+
     def _read(self) -> dict[str, object]:
         try:
             return read_json_object(cache_folder() / self.file)

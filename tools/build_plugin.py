@@ -53,6 +53,8 @@ LATENT_KERNELS = {
     "walkContext": ("attend", ""),
     "joinWalks": ("join", ""),
 }
+# Types that the cache is written in pieces of, and their bytes.
+PIECES = {"5uint4": 16, "j": 4, "t": 2, "h": 1}
 WEIGHT_NAMES = {"0": "of its type", "4": "int4", "8": "int8"}
 
 
@@ -83,6 +85,8 @@ def demangled(symbol: str) -> tuple[str, str, str, str]:
             form = "rebuilt" if walk.group(3) == "1" else "narrow"
             described = f"{form}, {8 * int(walk.group(1))} rows, {16 * int(walk.group(2))} tokens"
         return kernel, TYPE_NAMES[latent.group(2)], "", described
+    if piece := re.search(rf"writeRowsI({'|'.join(PIECES)})E", symbol):
+        return "write the cache", "any", "", f"pieces of {PIECES[piece.group(1)]} bytes"
     match = re.search(rf"skipcat\d+({'|'.join(KERNELS)})I(6__half|13__nv_bfloat16)", symbol)
     if match is None:
         return symbol, "", "", ""

@@ -21,8 +21,8 @@ _METHODS = {
 }
 _EFFORTS = {
     "fast": "64 x 512 tokens, 16 windows for the gradients; each layer fitted once",
-    "default": "128 x 512, 64 for the gradients; layers fitted to what the compressed model feeds "
-    "them",
+    "default": "128 x 512, 64 for the gradients; layers priced by running them, and fitted to what "
+    "the compressed model feeds them; AVX2 alone, tests beside it",
     "max": "384 x 512, 128 for the gradients; AVX2 alone, other programs beside some of it",
 }
 # The bits of a plain quantiser, and the budget of ours that takes no more bytes.

@@ -15,10 +15,16 @@ from typing import Any
 
 from pipeline.artefact import write_json, write_text
 from pipeline.bundle.program import sources_of
-from pipeline.engine.plan import BUILT_PLUGIN, EnginePlan, EngineRequest, plan_engine
+from pipeline.engine.plan import (
+    BUILT_PLUGIN,
+    EnginePlan,
+    EngineRequest,
+    form_of_cache,
+    plan_engine,
+)
 from pipeline.engine.standard import graph_to_parse
 from pipeline.errors import InputError
-from pipeline.export.contract import BLOCK_SKIP_OPS, LATENT_OPS, QUANTIZED_OPS, RECORD_FILE
+from pipeline.export.contract import PLUGIN_OPS, RECORD_FILE
 from pipeline.export.export import export_folder
 from pipeline.export.request import ExportRequest
 from pipeline.runtime.device.build import WITH_PLUGIN, WITHOUT_PLUGIN
@@ -58,7 +64,7 @@ def prepare_model(
     write_json(model / RECORD_FILE, record)
     plan = plan_engine(model, request, elsewhere=True)
     graphs = {WITHOUT_PLUGIN: _prepare_graph(plan, model / _BODY_GRAPH, version, None)}
-    if _has_plugin_nodes(plan):
+    if plan.folder.plugin_nodes:
         library = Path(BUILT_PLUGIN.name)
         graphs[WITH_PLUGIN] = _prepare_graph(plan, model / _PLUGIN_GRAPH, version, library)
     return {
@@ -68,12 +74,6 @@ def prepare_model(
         "weight_files": [path.name for path in plan.folder.data_files],
         "graphs": graphs,
     }
-
-
-def _has_plugin_nodes(plan: EnginePlan) -> bool:
-    """Whether there is anything for a plugin to compute."""
-    folder = plan.folder
-    return bool(folder.block_skip_nodes + folder.latent_nodes + folder.coded_nodes)
 
 
 def _prepare_graph(
@@ -87,8 +87,10 @@ def _prepare_graph(
         version: of TensorRT.
         library: name of the plugin library that it is for; None for none.
     """
-    work = replace(plan.work, plugin=library)
-    ops = {*BLOCK_SKIP_OPS, *QUANTIZED_OPS, *LATENT_OPS} if library else set()
+    onnx_profile, inputs = form_of_cache(plan.folder, library)
+    profiles = tuple(plan.limits.profiles_of(inputs))
+    work = replace(plan.work, plugin=library, onnx_profile=onnx_profile, profiles=profiles)
+    ops = set(PLUGIN_OPS) if library else set()
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as aside:
         work, written, notes = graph_to_parse(work, Path(aside).resolve(), version, ops)
         if written != work.onnx_path:

@@ -9,28 +9,44 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.engine.dequantized import dequantize_nodes
+from pipeline.engine.growing_cache import let_cache_grow
 from pipeline.engine.worker_protocol import WorkerRequest
-from pipeline.export.contract import DEQUANTIZE, DOMAIN
+from pipeline.export.contract import CACHE_WRITE, DEQUANTIZE, DOMAIN
 from pipeline.export.onnx_folder import data_files, load_graph
 
 if TYPE_CHECKING:
     import onnx
 
 
-def without_codes(
+def without_plugin(
     request: WorkerRequest, staging: Path
 ) -> tuple[WorkerRequest, Path, tuple[str, ...]]:
     """The graph for a TensorRT without our plugin, what it holds, and what to note.
 
     Args:
         request: its graph is not changed.
-        staging: where another is written, if there are nodes of codes.
+        staging: where another is written, if there are nodes of codes, or nodes that write a
+            cache, of which TensorRT's own layers make one that grows.
     """
-    if not request.coded_nodes:
+    if not request.coded_nodes and not request.cache_nodes:
         return request, request.onnx_path, ()
-    model = load_graph(request.onnx_path)
+    model, notes = load_graph(request.onnx_path), []
+    if request.coded_nodes:
+        request, note = _dequantized(model, request)
+        notes.append(note)
+    if request.cache_nodes:
+        let_cache_grow(model)
+        notes.append(
+            "the cache grows, and is copied with every token: only the plugin library writes it in "
+            f"place ({CACHE_WRITE})"
+        )
+    written = write_variant(model, request.onnx_path, staging / "without-plugin")
+    return replace(request, cache_nodes=0), written, tuple(notes)
+
+
+def _dequantized(model: onnx.ModelProto, request: WorkerRequest) -> tuple[WorkerRequest, str]:
+    """Change a graph's nodes of codes; what it then holds, and what to note."""
     made = dequantize_nodes(model, request.onnx_path.parent)
-    written = write_variant(model, request.onnx_path, staging / "dequantized")
     holds = replace(
         request,
         dequantized=request.dequantized + made.matrices,
@@ -42,7 +58,7 @@ def without_codes(
         f"{made.matrices} matrices of codes go through {DEQUANTIZE} and TensorRT's own products: "
         "only the plugin library multiplies with them as they are"
     )
-    return holds, written, (note,)
+    return holds, note
 
 
 def write_variant(

@@ -63,11 +63,12 @@ def make_manifest(plan: EnginePlan, result: WorkerResult, staging: Path) -> dict
         "block_skip": _block_skip_record(plan.work.plugin, result),
         "few_bits": result.few_bits,
         "latent_attention": result.latent_attention,
+        **({"cache_write": result.cache_write} if result.cache_write else {}),
         **({"int8": result.int8} if result.int8 else {}),
         "layer_types": result.layer_types,
         "engine_layers": result.engine_layers,
         "plan": {"bytes": engine.stat().st_size, "sha256": sha256_of_file(engine)},
-        "onnx": _onnx_record(plan.folder),
+        "onnx": _onnx_record(plan.folder, plan.work.onnx_profile),
         "build": {
             "parse_seconds": round(result.parse_seconds, 3),
             "build_seconds": round(result.build_seconds, 3),
@@ -89,20 +90,25 @@ def _limits_record(limits: Limits) -> dict[str, Any]:
 
 def _block_skip_record(plugin: Path | None, result: WorkerResult) -> dict[str, Any]:
     """The path the block-skip nodes took, and the plugin if it was that."""
-    paths = (result.block_skip["path"], result.latent_attention.get("path"))
-    used = plugin if "plugin" in paths else None
+    ways = (result.block_skip, result.latent_attention, result.cache_write)
+    used = plugin if "plugin" in [way.get("path") for way in ways] else None
     return {**result.block_skip, "plugin": None if used is None else _plugin_record(used)}
 
 
-def _onnx_record(folder: OnnxFolder) -> dict[str, Any]:
-    """What identifies the ONNX folder: the graph's hash alone would not tell two models apart."""
+def _onnx_record(folder: OnnxFolder, profile: str) -> dict[str, Any]:
+    """What identifies the ONNX folder: the graph's hash alone would not tell two models apart.
+
+    Args:
+        folder: that the engine was built from.
+        profile: whose form the graph has that TensorRT was given.
+    """
     record = folder.record
     own = TASKS[record.task].record_fields
     return {
         "sha256": record.onnx_sha256,
         "data_sha256": folder.data_sha256(),
         "task": record.task,
-        "profile": record.profile,
+        "profile": profile,
         "dtype": record.dtype,
         **{name: getattr(record, name) for name in own},
         **({"coded": list(record.coded)} if record.coded else {}),

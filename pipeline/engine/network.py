@@ -155,6 +155,9 @@ def _make_config(
     config = parsed.builder.create_builder_config()
     # Detailed names cost about 3 kB of plan, and let the inspector say what each layer became.
     config.profiling_verbosity = library.ProfilingVerbosity.DETAILED
+    if request.writes_in_place:
+        # Without it TensorRT gives the plugin's output a memory of its own.
+        config.set_preview_feature(library.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
     if request.workspace_bytes is not None:
         config.set_memory_pool_limit(library.MemoryPoolType.WORKSPACE, request.workspace_bytes)
     for index, profile in enumerate(request.profiles):

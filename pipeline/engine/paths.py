@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pipeline.engine.worker_protocol import WorkerRequest
 from pipeline.errors import InputError
-from pipeline.export.contract import BLOCK_SKIP, DOMAIN, OP_VERSION
+from pipeline.export.contract import BLOCK_SKIP, COMPAT, DOMAIN, OP_VERSION
 
 _PLUGIN_LAYER = "PLUGIN_V3"
 _DEQUANTIZE_LAYER = "DEQUANTIZE"
@@ -42,6 +42,7 @@ def paths_taken(request: WorkerRequest, layer_types: Mapping[str, int]) -> dict[
     Raises:
         InputError: nodes took another path than the one asked for, or only some of them did.
     """
+    layer_types, written = _without_writes(request, layer_types)
     nodes = request.block_skip_nodes + request.coded_nodes
     others = nodes * (_EMBEDDED_LAYERS_OF_A_NODE if request.embed else 1)
     return {
@@ -50,7 +51,31 @@ def paths_taken(request: WorkerRequest, layer_types: Mapping[str, int]) -> dict[
             layer_types, request.dequantized, request.quantized_nodes, request.coded_matrices
         ),
         "latent_attention": _latent_path(layer_types, request.latent_nodes, others),
+        "cache_write": written,
     }
+
+
+def _without_writes(
+    request: WorkerRequest, layer_types: Mapping[str, int]
+) -> tuple[Mapping[str, int], dict[str, Any]]:
+    """Layers of other nodes than those that write the cache, and how those were taken.
+
+    Raises:
+        InputError: the plugin took none of them; the rest shows in what is left.
+    """
+    if not request.writes_in_place:
+        return layer_types, {}
+    count, left = request.cache_nodes, dict(layer_types)
+    found = left.get(_PLUGIN_LAYER, 0)
+    if found < count:
+        raise InputError(
+            "Nodes that write the cache did not take the plugin.",
+            observed=f"{found} plugin layers",
+            expected=f"at least {count}, one for each",
+            change=f"build the plugin again (make plugin), or export with --profile {COMPAT}",
+        )
+    left[_PLUGIN_LAYER] = found - count
+    return left, {"nodes": count, "path": "plugin"}
 
 
 def _block_skip_path_of(
@@ -59,7 +84,9 @@ def _block_skip_path_of(
     """Which path the nodes took, those of codes too; raise InputError if another was asked for."""
     if request.embed:
         return _embedded_path(layer_types, nodes)
-    return _block_skip_path(layer_types, nodes, request.plugin is not None, request.latent_nodes)
+    # A library that is there to write the cache need not have anything else to do.
+    wanted = request.plugin is not None and (nodes > 0 or not request.cache_nodes)
+    return _block_skip_path(layer_types, nodes, wanted, request.latent_nodes)
 
 
 def _latent_path(layer_types: Mapping[str, int], nodes: int, others: int) -> dict[str, Any]:

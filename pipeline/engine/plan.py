@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.engine.growing_cache import Shapes, growing_inputs
 from pipeline.engine.profiles import DecodeForm, Limits
 from pipeline.engine.target import Target
 from pipeline.engine.worker_protocol import WorkerRequest
 from pipeline.errors import InputError, ResourceError, UsageError
+from pipeline.export.contract import COMPAT
 from pipeline.export.onnx_folder import OnnxFolder, read_onnx_folder
 from pipeline.memory import free_memory, swap_advice
 from pipeline.model.task import adapter_of
@@ -159,20 +161,22 @@ def plan_engine(
     )
     plugin, plugin_notes = (request.plugin, ()) if elsewhere else _choose_kernels(request, folder)
     assert target.compute_capability is not None, "`check` lets no cpu target through"
+    onnx_profile, inputs = form_of_cache(folder, plugin)
     work = WorkerRequest(
         flavour=target.flavour,
         compute_capability=target.compute_capability,
         onnx_path=folder.onnx_path,
-        profiles=tuple(limits.profiles_of(folder.inputs)),
+        profiles=tuple(limits.profiles_of(inputs)),
         shared_weights=limits.decode == "shared",
         workspace_bytes=workspace_bytes,
         plugin=plugin,
         block_skip_nodes=folder.block_skip_nodes,
-        onnx_profile=folder.record.profile,
+        onnx_profile=onnx_profile,
         embed=request.embed,
         dequantized=folder.dequantized,
         quantized_nodes=folder.quantized_nodes,
         latent_nodes=folder.latent_nodes,
+        cache_nodes=folder.cache_nodes,
         coded_nodes=folder.coded_nodes,
         coded_matrices=folder.coded_matrices,
         int8_convs=folder.int8_convs,
@@ -181,6 +185,18 @@ def plan_engine(
     memory_notes = [] if elsewhere else check_memory(target, folder, limits)
     said = (*memory_notes, *notes, *workspace_notes, *plugin_notes)
     return EnginePlan(target, folder, limits, work, request.timeout_s, said)
+
+
+def form_of_cache(folder: OnnxFolder, plugin: Path | None) -> tuple[str, Shapes]:
+    """The profile whose form the graph for TensorRT has, and the shapes of its inputs.
+
+    Args:
+        folder: an export; of `compat-static` the cache grows where there is no plugin.
+        plugin: the library to build with; None for none.
+    """
+    if plugin is None and folder.record.traits.plugin_writes:
+        return COMPAT, growing_inputs(folder.inputs)
+    return folder.record.profile, folder.inputs
 
 
 def _choose_kernels(
@@ -193,7 +209,7 @@ def _choose_kernels(
     """
     if request.embed:
         return None, ("block-skip kernels: compiled into the engine",)
-    nodes = folder.block_skip_nodes + folder.latent_nodes + folder.coded_nodes
+    nodes = folder.plugin_nodes
     wanted = request.plugin is not None or nodes
     if request.target.flavour == "rtx" or not wanted:
         return None, ()

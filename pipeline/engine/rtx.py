@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.engine.graph_variant import remove_variant, without_codes
+from pipeline.engine.graph_variant import remove_variant, without_plugin
 from pipeline.engine.network import build_network
 from pipeline.engine.target import load_library
 from pipeline.engine.worker_protocol import WorkerRequest, WorkerResult
@@ -26,7 +26,7 @@ def build(request: WorkerRequest, staging: Path) -> WorkerResult:
         ResourceError: memory ran out.
     """
     library = load_library("rtx", "build an engine for an RTX GPU")
-    request, onnx_path, notes = without_codes(request, staging)
+    request, onnx_path, notes = without_plugin(request, staging)
     result = build_network(
         library,
         request,

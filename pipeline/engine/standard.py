@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.engine.graph_variant import remove_variant, without_codes, write_variant
+from pipeline.engine.graph_variant import remove_variant, without_plugin, write_variant
 from pipeline.engine.network import build_network
 from pipeline.engine.target import load_library
 from pipeline.engine.worker_protocol import (
@@ -28,11 +28,13 @@ from pipeline.errors import InputError
 from pipeline.export.contract import (
     BLOCK_SKIP,
     BLOCK_SKIP_OPS,
+    CACHE_WRITE,
     COMPAT,
+    COMPAT_STATIC,
     DEFAULT_PROFILE,
     DOMAIN,
-    LATENT_OPS,
     OP_VERSION,
+    PLUGIN_OPS,
     PROFILES,
     QUANTIZED_OPS,
     dotted,
@@ -151,8 +153,8 @@ def profile_for(version_text: str) -> str:
     oldest = PROFILES[DEFAULT_PROFILE].oldest_tensorrt
     if oldest is not None and version[:2] >= oldest:
         return DEFAULT_PROFILE
-    _require_version(version, COMPAT)
-    return COMPAT
+    _require_version(version, COMPAT_STATIC)
+    return COMPAT_STATIC
 
 
 def graph_to_parse(
@@ -184,7 +186,7 @@ def graph_to_parse(
                 "TensorRT, which would have preferred them to the plugin",
             ),
         )
-    request, onnx_path, notes = without_codes(request, staging)
+    request, onnx_path, notes = without_plugin(request, staging)
     if request.embed:
         split = _write_split_graph(onnx_path, staging / "split")
         remove_variant(request, onnx_path)
@@ -194,13 +196,16 @@ def graph_to_parse(
 
 
 def _require_ops(request: WorkerRequest, offered: Collection[str]) -> None:
-    """Raise InputError when a plugin lacks an op of codes, whose body TensorRT refuses."""
+    """Raise InputError when a plugin lacks an op whose body will not do.
+
+    TensorRT refuses those of codes, and that of CacheWrite is a copy.
+    """
     nodes = load_graph(request.onnx_path).graph.node
     used = {node.op_type for node in nodes if node.domain == DOMAIN}
-    missing = sorted((used & {*QUANTIZED_OPS}) - {*offered})
+    missing = sorted((used & {*QUANTIZED_OPS, CACHE_WRITE}) - {*offered})
     if missing:
         raise InputError(
-            "This plugin library does not know the ops that the graph holds codes in.",
+            "This plugin library does not know ops that the graph needs one for.",
             where=request.plugin,
             observed=f"no {', '.join(missing)}",
             change="build it again (make plugin), or build the engine without --plugin",
@@ -225,7 +230,7 @@ def _write_stripped_graph(
     """
     model = load_graph(onnx_path)
     latents = {node.op_type for node in model.graph.node if takes_plugin(node)}
-    replaced = {*BLOCK_SKIP_OPS, *QUANTIZED_OPS, *latents} & {*offered}
+    replaced = {*BLOCK_SKIP_OPS, *QUANTIZED_OPS, CACHE_WRITE, *latents} & {*offered}
     return write_variant(model, onnx_path, folder, replaced)
 
 
@@ -324,7 +329,7 @@ def _our_creators(creators: list[_PluginCreator]) -> list[_PluginCreator]:
     return [
         creator
         for creator in creators
-        if creator.name in (*BLOCK_SKIP_OPS, *QUANTIZED_OPS, *LATENT_OPS)
+        if creator.name in PLUGIN_OPS
         and creator.namespace == DOMAIN
         and creator.version == str(OP_VERSION)
     ]

@@ -40,6 +40,8 @@ def trtexec_command(plan: EnginePlan, folder: Path) -> list[str]:
         command.append(f"--memPoolSize=workspace:{work.workspace_bytes // _MEBIBYTE}M")
     if work.plugin is not None:
         command.append(f"--staticPlugins={work.plugin}")
+    if work.writes_in_place:
+        command.append("--preview=+aliasedPluginIO1003")
     for index, profile in enumerate(work.profiles):
         command += [f"--profile={index}", *_shapes(profile)]
     return command
@@ -66,6 +68,8 @@ def _require_as_it_is(plan: EnginePlan) -> None:
         why = "kernels that are compiled into the engine come from Python"
     elif work.coded_nodes and work.plugin is None:
         why = "its codes are rewritten for TensorRT's own operators"
+    elif work.cache_nodes and work.plugin is None:
+        why = "its cache is rewritten to grow, for lack of a plugin that writes it"
     elif work.plugin is not None:
         version = load_library("tensorrt", "ask for its version").__version__
         if prefers_functions(version):

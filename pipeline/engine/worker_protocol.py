@@ -33,11 +33,13 @@ class WorkerRequest:
         workspace_bytes: most scratch memory a kernel may use; None leaves TensorRT's default.
         plugin: library to load before parsing; None for none.
         block_skip_nodes: how many block-skip nodes the graph holds.
-        onnx_profile: `opset24` or `compat`, which decides the oldest TensorRT that will do.
+        onnx_profile: whose operators decide the oldest TensorRT that will do; `compat` of a graph
+            of `compat-static` that no plugin writes the cache of.
         embed: put the block-skip kernels into the engine, in place of a plugin library.
         dequantized: matrices that the graph reads from low-bit codes by DequantizeLinear.
         quantized_nodes: block-skip nodes with such a factor, which no plugin takes.
         latent_nodes: attention to latents that a plugin may take.
+        cache_nodes: nodes that write a cache of fixed length, which the plugin takes.
         coded_nodes: nodes of codes, which the plugin takes or DequantizeLinear stands in for.
         coded_matrices: matrices that these hold.
         int8_convs: names of convolutions that multiply codes with codes.
@@ -61,6 +63,7 @@ class WorkerRequest:
     dequantized: int = 0
     quantized_nodes: int = 0
     latent_nodes: int = 0
+    cache_nodes: int = 0
     coded_nodes: int = 0
     coded_matrices: int = 0
     int8_convs: tuple[str, ...] = ()
@@ -68,6 +71,11 @@ class WorkerRequest:
     timing_cache: Path | None = None
     adopted: bool = False
     prepared: bool = False
+
+    @property
+    def writes_in_place(self) -> bool:
+        """Whether a plugin is to write its input."""
+        return self.plugin is not None and self.cache_nodes > 0
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for `request.json`."""
@@ -105,6 +113,7 @@ class WorkerResult:
         notes: every choice that differs from the straight path.
         few_bits: how the quantised matrices were taken, see `network`.
         latent_attention: likewise, of attention to latents that a plugin may take.
+        cache_write: likewise, of nodes that write the cache; empty without any.
         int8: in what convolutions of codes are computed, see `int8_layers`.
     """
 
@@ -118,4 +127,5 @@ class WorkerResult:
     notes: tuple[str, ...]
     few_bits: dict[str, Any] = field(default_factory=dict)
     latent_attention: dict[str, Any] = field(default_factory=dict)
+    cache_write: dict[str, Any] = field(default_factory=dict)
     int8: dict[str, Any] = field(default_factory=dict)

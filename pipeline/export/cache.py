@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 
+from pipeline.export.cache_write import cache_write
 from pipeline.export.contract import CPU, Profile
 from pipeline.export.latent_attention import HeldSide
 from pipeline.export.latents import GraphLatents
@@ -67,7 +68,7 @@ class GraphCache:
     layer comes next. There every row counts its own tokens: those that its mask marks.
 
     Args:
-        profile: static (TensorScatter) or growing (Concat).
+        profile: static (TensorScatter, CacheWrite) or growing (Concat).
         past: key and value of layer 0, of layer 1, ...: [B, KVH, past or max length, D] each.
         slots: int64 [B, S], where the new tokens go; unused where the attention node knows.
         lengths: int32 [B], the tokens of each row with this call's, less one; and int32 [], those
@@ -196,6 +197,8 @@ class GraphCache:
     def _extend(self, past: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         if not self.profile.static_cache:
             return torch.cat([past, new], dim=2)
+        if self.profile.plugin_writes:
+            return cache_write(past, new, self.slots[:, 0])
         return torch.onnx.ops.symbolic(
             "TensorScatter",
             (past, new, self.slots[:, 0]),

@@ -87,6 +87,7 @@ QUANTIZED_OPS = (
     LINEAR_QUANTIZED + NIBBLES,
 )
 LATENT_ATTENTION, REBUILT_KEYS = "LatentAttention", "Rebuilt"
+CACHE_WRITE = "CacheWrite"  # new keys or values into a cache of fixed length, by a plugin in place
 
 
 def form_of(bits: int | None) -> str:
@@ -113,6 +114,7 @@ LATENT_OPS = tuple(
     for keys in HELD_FORMS
     for values in HELD_FORMS
 )
+PLUGIN_OPS = (*BLOCK_SKIP_OPS, *QUANTIZED_OPS, *LATENT_OPS, CACHE_WRITE)  # that TensorRT's has
 DEQUANTIZE = "DequantizeLinear"
 BLOCKED_OPSET = 21  # the first in which it takes blocks
 CONTRIB = "com.microsoft"  # the domain of ONNX Runtime's own operators
@@ -176,7 +178,7 @@ INTEGER = "integer"
 # What `accuracy_level` of ONNX Runtime's products each is.
 PRODUCTS = {INTEGER: 4, FLOAT: 0}
 
-OPSET24, COMPAT, CPU = "opset24", "compat", "cpu"
+OPSET24, COMPAT, COMPAT_STATIC, CPU = "opset24", "compat", "compat-static", "cpu"
 _Version = tuple[int, int]
 
 
@@ -187,7 +189,8 @@ class Profile:
     Attributes:
         name: as the user writes it.
         opset: of the default domain.
-        static_cache: the cache is written in place (TensorScatter), instead of growing (Concat).
+        static_cache: the cache is written in place (TensorScatter, or CacheWrite where the opset
+            has none), instead of growing (Concat).
         native_attention: Attention, RMSNormalization and RotaryEmbedding as single operators,
             instead of primitives.
         contrib: ONNX Runtime's own operators (com.microsoft): attention that rotates, writes the
@@ -209,6 +212,11 @@ class Profile:
     oldest_tensorrt: _Version | None
     others: str
     summary: str
+
+    @property
+    def plugin_writes(self) -> bool:
+        """Whether only our plugin writes the cache in place: TensorRT's own layers make it grow."""
+        return self.static_cache and not self.native_attention and not self.contrib
 
     @property
     def fixed_length(self) -> bool:
@@ -247,6 +255,10 @@ _PROFILES = (
     Profile(
         COMPAT, 18, False, False, False, "tensorrt", (1, 18), (10, 3), "",
         "primitives and a growing cache, for TensorRT {tensorrt} and later (JetPack 6.2)",
+    ),
+    Profile(
+        COMPAT_STATIC, 18, True, False, False, "tensorrt", (1, 18), (10, 3), "",
+        "primitives and a static cache that the plugin writes, for TensorRT {tensorrt} and later",
     ),
     Profile(
         CPU, 23, True, True, True, "cpu", (1, 24), None, " and onnxruntime-genai, CPU",

@@ -18,7 +18,7 @@ from pipeline.artefact import sha256_of_file, staged_folder, write_json
 from pipeline.checkpoint.folder import read_record
 from pipeline.checkpoint.skeleton import QuantizedMatrix, Skeleton, StoredMatrix
 from pipeline.errors import InputError
-from pipeline.export import block_skip, latent_attention, matmul_blocks
+from pipeline.export import block_skip, cache_write, latent_attention, matmul_blocks
 from pipeline.export.contract import (
     CONTRIB,
     DOMAIN,
@@ -187,7 +187,7 @@ def _save_graph(graph: ir.Model, profile: Profile, folder: Path) -> None:
     if profile.contrib:
         graph.opset_imports[CONTRIB] = 1
     used = {node.op_type for node in graph.graph if node.domain == DOMAIN}
-    for module in (block_skip, latent_attention, matmul_blocks):
+    for module in (block_skip, cache_write, latent_attention, matmul_blocks):
         for body in module.function_bodies(profile.opset, used).values():
             graph.functions[body.identifier()] = body
     if used:

@@ -11,6 +11,7 @@ from pipeline.export.contract import (
     BLOCK_A,
     BLOCK_B,
     BLOCK_SKIP_OPS,
+    CACHE_WRITE,
     COMPAT,
     CPU,
     DEQUANTIZE,
@@ -53,6 +54,7 @@ class OnnxFolder:
             DequantizeLinear reads from codes.
         dequantized: matrices that it reads.
         latent_nodes: attention to latents that a plugin may take.
+        cache_nodes: nodes that write a cache of fixed length.
         coded_nodes: nodes of our ops that hold codes for the kernels.
         coded_matrices: matrices that these hold.
         int8_convs: names of convolutions whose kernels and inputs are codes.
@@ -67,6 +69,7 @@ class OnnxFolder:
     quantized_nodes: int = 0
     dequantized: int = 0
     latent_nodes: int = 0
+    cache_nodes: int = 0
     coded_nodes: int = 0
     coded_matrices: int = 0
     int8_convs: tuple[str, ...] = ()
@@ -80,6 +83,11 @@ class OnnxFolder:
     def weight_bytes(self) -> int:
         """Bytes of graph and weights on disk."""
         return sum(path.stat().st_size for path in (self.onnx_path, *self.data_files))
+
+    @property
+    def plugin_nodes(self) -> int:
+        """Nodes that a plugin may take."""
+        return self.block_skip_nodes + self.latent_nodes + self.cache_nodes + self.coded_nodes
 
     def data_sha256(self) -> dict[str, str]:
         """Hex SHA-256 of each weight file, by file name.
@@ -113,7 +121,8 @@ class OnnxFolder:
 
     def require_cache_in_place(self) -> None:
         """Raise InputError for a cache that TensorRT cannot write codes into."""
-        if self.record.coded and self.record.traits.fixed_length:
+        writes = self.record.traits.fixed_length and not self.record.traits.plugin_writes
+        if self.record.coded and writes:
             raise InputError(
                 "TensorRT writes no codes into a cache of fixed length.",
                 where=self.path,
@@ -145,6 +154,7 @@ def read_onnx_folder(folder: Path) -> OnnxFolder:
         # Of rounded convolutions it reads activations, too, and has no matrix.
         0 if int8_convs else _count_nodes(model, (DEQUANTIZE,), domain=""),
         sum(takes_plugin(node) for node in model.graph.node),
+        _count_nodes(model, (CACHE_WRITE,)),
         _count_nodes(model, QUANTIZED_OPS),
         sum(map(_coded_matrices, model.graph.node)),
         int8_convs,

@@ -237,8 +237,8 @@ def prove(config: PreTrainedConfig, request: ExportRequest, write: _Write) -> di
         return known
     proof, is_smallest = _prove(config, wanted, write, prover)
     record = {**asdict(proof), _PROVEN_AT: time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
-    _PROOFS.set(smallest if is_smallest else whole, record)
-    return record
+    kept = _PROOFS.set_first(smallest if is_smallest else whole, record)
+    return kept if isinstance(kept, dict) else record
 
 
 def _keys(config: PreTrainedConfig, request: ExportRequest) -> tuple[str, str]:

@@ -19,6 +19,7 @@ from pipeline.export.cache import GraphCache
 from pipeline.export.cache_shape import CacheShape, cache_shapes, coded_sides
 from pipeline.export.contract import (
     ATTENTION_MASK,
+    CACHE_PREFIX,
     FIRST_LOGIT,
     GENAI_FILE,
     INPUT_IDS,
@@ -188,6 +189,8 @@ def trace_decoder(skeleton: Skeleton, request: ExportRequest) -> Traced:
     shapes = cache_shapes(skeleton.model, profile)
     graph = _trace(skeleton, request, shapes, max_length)
     _name_nodes(graph)
+    if profile.plugin_writes:
+        _fix_length(graph, max_length)
 
     def write_files(folder: Path) -> None:
         copy_tokenizer(skeleton.folder, folder)
@@ -206,6 +209,15 @@ def trace_decoder(skeleton: Skeleton, request: ExportRequest) -> Traced:
         "cache_format": request.cache,
     }
     return Traced(graph, record, write_files, _fusions(profile, skeleton.model, max_length))
+
+
+def _fix_length(graph: ir.Model, length: int) -> None:
+    """Give the cache its length. Nodes go on reading it from the cache, so that it may grow."""
+    cached = (CACHE_PREFIX, f"{PRESENT}.")
+    for value in (*graph.graph.inputs, *graph.graph.outputs):
+        if value.name.startswith(cached):
+            rows, heads, _, width = value.shape
+            value.shape = ir.Shape([rows, heads, length, width])
 
 
 def _fusions(profile: Profile, model: PreTrainedModel, max_length: int) -> Fusions:
@@ -280,7 +292,7 @@ def _require_memory(shapes: list[CacheShape], profile: Profile, max_length: int)
 
 def _dynamic_shapes(profile: Profile, caches: int) -> dict[str, object]:
     cache = {0: "batch_size"}
-    if profile.contrib:
+    if profile.contrib or profile.plugin_writes:
         cache[2] = "cache_length"
     elif not profile.static_cache:
         cache[2] = "past_sequence_length"

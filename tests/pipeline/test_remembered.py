@@ -25,6 +25,13 @@ def test_a_value_is_found_by_its_key_in_its_own_file() -> None:
     assert Remembered("others.json").get("a") is None
 
 
+def test_of_two_who_find_out_the_same_both_go_on_with_the_first() -> None:
+    NOTES.set("other", 0)
+    assert NOTES.set_first("a", {"found": 1}) == {"found": 1}
+    assert NOTES.set_first("a", {"found": 2}) == {"found": 1}
+    assert (NOTES.get("a"), NOTES.get("other")) == ({"found": 1}, 0)
+
+
 def test_the_oldest_of_very_many_is_forgotten(cache: Path) -> None:
     cache.mkdir()
     known = {"first": 1} | {str(n): n for n in range(999)}
@@ -48,4 +55,5 @@ def test_a_folder_that_cannot_be_written_is_done_without(
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("SKIPCAT_CACHE", str(tmp_path / "file" / "below"))
     NOTES.set("a", 1)
-    assert NOTES.get("a") is None
+    assert NOTES.set_first("b", 2) == 2
+    assert (NOTES.get("a"), NOTES.get("b")) == (None, None)

@@ -18,8 +18,9 @@ import onnx_ir as ir
 import pytest
 from onnx import numpy_helper
 
+from pipeline.export import cache_write
 from pipeline.export.block_skip import function_bodies
-from pipeline.export.contract import BLOCK_SKIP
+from pipeline.export.contract import BLOCK_SKIP, CACHE_WRITE, PROFILES
 
 MAX_LENGTH = 16
 VOCAB_SIZE = 32
@@ -77,6 +78,14 @@ STATIC_UPDATE = """
     present_key = TensorScatter <axis = -2> (past_key, k, write)
     present_value = TensorScatter <axis = -2> (past_value, v, write)
 """
+PLUGIN_UPDATE = """
+    count = Shape <start = 1, end = 2> (input_ids)
+    total = ReduceSum <keepdims = 0> (attention_mask, ones)
+    slot = Sub (total, count)
+    write = Cast <to = 6> (slot)
+    present_key = skipcat.CacheWrite (past_key, k, write)
+    present_value = skipcat.CacheWrite (past_value, v, write)
+"""
 GROWING_UPDATE = """
     unused = ReduceSum (attention_mask, ones)
     present_key = Concat <axis = 2> (past_key, k)
@@ -122,20 +131,24 @@ RENAMED = {
 
 def make_graph(profile: str, dtype: str, linear: str) -> onnx.ModelProto:
     """The tiny model in an export profile, its block-skip nodes named `linear`."""
-    static = profile == "opset24"
+    static, newest = PROFILES[profile].static_cache, profile == "opset24"
+    opset = PROFILES[profile].opset
+    update = PLUGIN_UPDATE if static else GROWING_UPDATE
     text = GRAPH.format(
-        opset=24 if static else 18,
+        opset=opset,
         dtype=dtype if dtype == "float16" else "float",
         onnx_dtype=10 if dtype == "float16" else 1,
         cache=MAX_LENGTH if static else "past_sequence_length",
         present=MAX_LENGTH if static else "total_length",
         linear=linear,
-        update=STATIC_UPDATE if static else GROWING_UPDATE,
-        attention=FUSED_ATTENTION if static else PLAIN_ATTENTION,
+        update=STATIC_UPDATE if newest else update,
+        attention=FUSED_ATTENTION if newest else PLAIN_ATTENTION,
     )
     model = onnx.parser.parse_model(text)
-    body = function_bodies(24 if static else 18, {BLOCK_SKIP})[BLOCK_SKIP]
-    model.functions.append(ir.serde.serialize_function(body))
+    bodies = function_bodies(opset, {BLOCK_SKIP})
+    if "CacheWrite" in update and not newest:
+        bodies |= cache_write.function_bodies(opset, {CACHE_WRITE})
+    model.functions.extend(map(ir.serde.serialize_function, bodies.values()))
     random = np.random.default_rng(0)
     for name, shape in WEIGHTS.items():
         values = (random.standard_normal(shape) * 0.1).astype(dtype)

@@ -3,6 +3,7 @@
 #include <memory>
 #include <vector>
 
+#include "cache_write_plugin.h"
 #include "creator.h"
 #include "latent_plugin.h"
 #include "log.h"
@@ -12,7 +13,7 @@ namespace
 
 using Made = std::vector<std::unique_ptr<nvinfer1::IPluginCreatorInterface>>;
 
-// Those of block skip, then those of latent attention.
+// Those of block skip, then those of latent attention, then that of writing the cache.
 Made makeCreators()
 {
     Made made;
@@ -24,6 +25,7 @@ Made makeCreators()
     {
         made.push_back(std::make_unique<skipcat::latent::LatentAttentionCreator>(op));
     }
+    made.push_back(std::make_unique<skipcat::cache::CacheWriteCreator>());
     return made;
 }
 

@@ -29,4 +29,22 @@ bool isOurs(nvinfer1::PluginField const& field, std::string& refusal)
     return true;
 }
 
+std::string whyNoFields(nvinfer1::PluginFieldCollection const* fields)
+{
+    std::string refusal = fields == nullptr ? "no fields were given" : "";
+    for (int32_t i = 0; refusal.empty() && i < fields->nbFields; ++i)
+    {
+        nvinfer1::PluginField const& field = fields->fields[i];
+        if (field.name == nullptr)
+        {
+            refusal = "a field without a name";
+        }
+        else if (!isOurs(field, refusal) && refusal.empty())
+        {
+            refusal = std::string("there is no field '") + field.name + "'; it has none";
+        }
+    }
+    return refusal;
+}
+
 } // namespace skipcat

@@ -247,19 +247,7 @@ LatentAttentionCreator::LatentAttentionCreator(LatentOp const& op)
 nvinfer1::IPluginV3* LatentAttentionCreator::createPlugin(char const* /*name*/,
     nvinfer1::PluginFieldCollection const* fields, nvinfer1::TensorRTPhase /*phase*/) noexcept
 {
-    std::string refusal = fields == nullptr ? "no fields were given" : "";
-    for (int32_t i = 0; refusal.empty() && i < fields->nbFields; ++i)
-    {
-        nvinfer1::PluginField const& field = fields->fields[i];
-        if (field.name == nullptr)
-        {
-            refusal = "a field without a name";
-        }
-        else if (!isOurs(field, refusal) && refusal.empty())
-        {
-            refusal = std::string("there is no field '") + field.name + "'; it has none";
-        }
-    }
+    std::string const refusal = whyNoFields(fields);
     if (!refusal.empty())
     {
         logError(mName.c_str(), refusal);

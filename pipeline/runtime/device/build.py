@@ -18,7 +18,7 @@ from pipeline.engine.standard import profile_for
 from pipeline.engine.target import Target
 from pipeline.engine.worker_protocol import WorkerRequest
 from pipeline.errors import InputError
-from pipeline.export.contract import COMPAT
+from pipeline.export.contract import DEFAULT_PROFILE
 from pipeline.export.onnx_folder import OnnxFolder
 from pipeline.export.record import read_export_record
 from pipeline.gpu import capability_name
@@ -153,8 +153,8 @@ def _require_same(folder: Path, plan: EnginePlan, device: dict[str, Any]) -> lis
     version = device.get("tensorrt")
     if version is None:
         return ["not looked at: TensorRT, of which nothing is known"]
-    known, graph = profile_for(str(version)), plan.work.onnx_profile
-    if known != graph and graph != COMPAT:
+    known, graph = profile_for(str(version)), plan.folder.record.profile
+    if known != graph and graph == DEFAULT_PROFILE:
         raise InputError(
             "This bundle's graph is for a newer TensorRT.",
             where=folder,

@@ -24,12 +24,12 @@ from pipeline.runtime.device.build import check_build
 from pipeline.runtime.language_model import LanguageModel
 from pipeline.runtime.sequence import Decoding
 from tests.support.bundles import contents, program
-from tests.support.fake_gpu.board import Board, board
+from tests.support.fake_gpu.board import Board, board, fake_plugin
 from tests.support.families import save_family
-from tests.support.tiny_decoder import save_tiny_folder, shared_folder
+from tests.support.tiny_decoder import LAYERS, save_tiny_folder, shared_folder
 
 __all__ = ["board"]
-PROFILES = {"6.2": ("10.3.0", "compat"), "7.2": ("10.16.2", "opset24")}
+PROFILES = {"6.2": ("10.3.0", "compat-static"), "7.2": ("10.16.2", "opset24")}
 LENGTH = "64"
 
 
@@ -185,6 +185,35 @@ def test_a_compressed_model_has_a_graph_for_boards_with_the_plugin_and_one_for_o
     assert manifest["block_skip"]["plugin"]["library"] == library.name
 
 
+def test_with_the_plugin_a_jetpack_6_2_writes_its_cache_in_place(
+    board: Board, tmp_path: Path
+) -> None:
+    folder = copied("6.2", tmp_path / "bundle")
+    work, graph = graph_of(folder, "plugin")
+    assert (work["onnx_profile"], work["cache_nodes"]) == ("compat-static", 2 * LAYERS)
+    assert not graph.functions
+    other, bodies = graph_of(folder, "function bodies")
+    assert (other["onnx_profile"], other["cache_nodes"]) == ("compat", 0)
+    assert "CacheWrite" not in [node.op_type for node in bodies.graph.node]
+    (folder / "plugin/lib").mkdir()
+    library = fake_plugin(folder / "plugin/lib")
+    library.rename(library.with_name("libskipcat_block_skip.so"))
+    done = program(board, folder, "build", folder, "--json", version="10.3.0")
+    assert done.returncode == 0, done.stderr
+    checks = json.loads(done.stdout)["checks"]
+    assert min(one["cosine"] for one in checks) > 0.999
+    manifest = json.loads((folder / "engine/manifest.json").read_text())
+    assert manifest["cache_write"] == {"nodes": 2 * LAYERS, "path": "plugin"}
+    assert manifest["block_skip"]["plugin"]["library"] == "libskipcat_block_skip.so"
+    prompt = ["-p", "Once upon a time", "--max-new-tokens", "12"]
+    done = program(board, folder, "run", folder, *prompt, version="10.3.0")
+    assert done.returncode == 0, done.stderr
+    assert "no CUDA graph" not in done.stderr
+    model = LanguageModel.open(folder / "model")
+    expected = model.chat([{"role": "user", "content": prompt[1]}], Decoding(max_new_tokens=12))
+    assert done.stdout == expected.text + "\n"
+
+
 def test_the_plugins_sources_stand_alone(tmp_path: Path) -> None:
     folder = shared_bundle("6.2") / "plugin"
     shutil.copytree(folder, tmp_path / "plugin")
@@ -198,6 +227,7 @@ def test_the_plugins_sources_stand_alone(tmp_path: Path) -> None:
     assert "--architectures" in done.stdout
     assert (folder / "trt_plugins/block_skip/CMakeLists.txt").is_file()
     assert (folder / "trt_plugins/latent_attention/latent_plugin.cpp").is_file()
+    assert (folder / "trt_plugins/cache_write/cache_write_plugin.cpp").is_file()
 
 
 @pytest.mark.parametrize("machine", [183, 62])
@@ -252,10 +282,20 @@ def overflow_in_a_norm(folder: Path) -> str:
 
 
 def save_signed(folder: Path, model: onnx.ModelProto) -> None:
-    """Write another graph and weights, and records that say they are as they should be."""
+    """Write other weights into every graph, and records that say they are as they should be."""
+    changed = {one.name: one for one in model.graph.initializer}
+    graphs = {path: onnx.load(path) for path in sorted((folder / "model").glob("*.onnx"))}
     (folder / "model/model.onnx.data").unlink()
-    path = folder / "model/model.onnx"
-    onnx.save(model, path, save_as_external_data=True, location="model.onnx.data")
+    for path, graph in graphs.items():
+        for one in graph.graph.initializer:
+            one.CopyFrom(changed.get(one.name, one))
+        onnx.save(graph, path, save_as_external_data=True, location="model.onnx.data")
+        (folder / "model/model.onnx.data").rename(path.with_suffix(".data"))
+    data = [path.with_suffix(".data") for path in graphs]
+    assert len({sha256_of_file(path) for path in data}) == 1, "the graphs share their weights"
+    data[0].rename(folder / "model/model.onnx.data")
+    for path in data[1:]:
+        path.unlink()
     sign(folder)
 
 

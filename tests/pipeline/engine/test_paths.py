@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from pipeline.engine.paths import (
@@ -9,8 +12,25 @@ from pipeline.engine.paths import (
     _BlockSkipPath,
     _embedded_path,
     _latent_path,
+    paths_taken,
 )
+from pipeline.engine.worker_protocol import WorkerRequest
 from pipeline.errors import InputError
+
+
+def cache_request(**changes: Any) -> WorkerRequest:
+    """A graph with four nodes that write the cache."""
+    return WorkerRequest(
+        flavour="tensorrt",
+        compute_capability=(8, 7),
+        onnx_path=Path("model.onnx"),
+        profiles=(),
+        shared_weights=True,
+        workspace_bytes=None,
+        onnx_profile="compat-static",
+        cache_nodes=4,
+        **changes,
+    )
 
 
 def test_as_many_plugin_layers_as_nodes_is_the_plugin_path() -> None:
@@ -49,6 +69,24 @@ def test_attention_to_latents_by_a_plugin_is_told_from_block_skip() -> None:
     assert _latent_path({}, 0, 0) == {"nodes": 0, "path": "none"}
     with pytest.raises(InputError, match="part"):
         _block_skip_path({"PLUGIN_V3": 8}, 7, plugin_wanted=True, latent_nodes=2)
+
+
+def test_nodes_that_write_the_cache_are_told_from_the_others() -> None:
+    request = cache_request(block_skip_nodes=7, plugin=Path("plugin.so"))
+    taken = paths_taken(request, {"PLUGIN_V3": 11})
+    assert taken["cache_write"] == {"nodes": 4, "path": "plugin"}
+    assert taken["block_skip"] == {"path": "plugin", "nodes": 7}
+    with pytest.raises(InputError, match="no node"):
+        paths_taken(request, {"PLUGIN_V3": 4})
+    with pytest.raises(InputError, match="part"):
+        paths_taken(request, {"PLUGIN_V3": 10})
+    with pytest.raises(InputError, match="that write the cache did not take") as caught:
+        paths_taken(request, {"PLUGIN_V3": 3})
+    assert "--profile compat" in str(caught.value)
+    # A library that has nothing else to do, and none at all.
+    alone = paths_taken(cache_request(block_skip_nodes=0, plugin=Path("x")), {"PLUGIN_V3": 4})
+    assert (alone["cache_write"]["nodes"], alone["block_skip"]["path"]) == (4, "none")
+    assert paths_taken(cache_request(block_skip_nodes=7, plugin=None), {})["cache_write"] == {}
 
 
 def test_two_plugin_layers_for_each_node_are_embedded_kernels() -> None:

@@ -175,7 +175,7 @@ def test_without_the_library_codes_go_through_dequantize_linear(
     assert holds.coded_nodes == 0
     assert "DequantizeLinear" in notes[0]
     folders = sorted(path.name for path in tmp_path.iterdir())
-    assert folders == (["split"] if embed else ["dequantized"])
+    assert folders == (["split"] if embed else ["without-plugin"])
 
 
 def test_a_folder_that_was_exported_with_dequantize_linear_is_taken_as_before(

@@ -9,6 +9,7 @@ import json
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from pipeline.engine.trtexec import trtexec_command
 from pipeline.errors import UsageError
 from pipeline.gpu import ORIN, Gpu
 from tests.support.fake_gpu.board import FAKES, Board, board
+from tests.support.tiny_graph import write_export
 
 __all__ = ["board"]
 STAND_IN = r"""
@@ -135,7 +137,14 @@ def test_what_trtexec_cannot_be_given_as_it_is_is_refused(
     library.write_text("plugins: BlockSkipLinear")
     request = EngineRequest(Target("tensorrt", ORIN, "a test"), plugin=library)
     plan = plan_engine(tiny_export, request)
-    assert f"--staticPlugins={library}" in trtexec_command(plan, tmp_path)
+    command = trtexec_command(plan, tmp_path)
+    assert f"--staticPlugins={library}" in command
+    assert "--preview=+aliasedPluginIO1003" not in command
+    static = write_export(tmp_path / "static", profile="compat-static")
+    command = trtexec_command(plan_engine(static, request), tmp_path)
+    assert "--preview=+aliasedPluginIO1003" in command
+    with pytest.raises(UsageError, match="rewritten to grow"):
+        trtexec_command(plan_engine(static, replace(request, plugin=None)), tmp_path)
     import tensorrt  # type: ignore[import-not-found]
 
     monkeypatch.setattr(tensorrt, "__version__", "10.3.0")

@@ -17,7 +17,15 @@ from pipeline.doctor import Machine
 from pipeline.engine.standard import _require_version
 from pipeline.errors import InputError
 from pipeline.export import contract
-from pipeline.export.contract import COMPAT, CPU, OPSET24, PROFILES, cache_names, dotted
+from pipeline.export.contract import (
+    COMPAT,
+    COMPAT_STATIC,
+    CPU,
+    OPSET24,
+    PROFILES,
+    cache_names,
+    dotted,
+)
 from pipeline.export.request import ExportRequest
 from pipeline.quantize.formats import RUNTIMES
 
@@ -149,7 +157,11 @@ def test_choices_of_the_command_are_those_of_the_contract() -> None:
 
 def test_a_profile_takes_the_formats_of_a_runtime() -> None:
     assert {profile.formats_of for profile in PROFILES.values()} <= set(RUNTIMES)
-    assert [name for name, profile in PROFILES.items() if profile.fixed_length] == [OPSET24]
+    assert [name for name, profile in PROFILES.items() if profile.fixed_length] == [
+        OPSET24,
+        COMPAT_STATIC,
+    ]
+    assert [name for name, profile in PROFILES.items() if profile.plugin_writes] == [COMPAT_STATIC]
     assert [name for name, profile in PROFILES.items() if profile.contrib] == [CPU]
 
 

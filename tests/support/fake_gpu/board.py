@@ -24,6 +24,7 @@ from pipeline.engine.plan import EnginePlan, EngineRequest
 from pipeline.engine.profiles import Limits
 from pipeline.engine.target import Target
 from pipeline.engine.worker_protocol import WorkerRequest
+from pipeline.export.contract import PLUGIN_OPS, PROFILES
 from pipeline.export.onnx_folder import read_onnx_folder
 from pipeline.gpu import ORIN
 from pipeline.runtime.device.driver import Driver
@@ -118,6 +119,7 @@ def board_engine(profile: str, board: Board) -> Path:
 
     def make(root: Path) -> None:
         folder = read_onnx_folder(shared_export(profile))
+        plugin = fake_plugin(root) if folder.cache_nodes else None
         limits = Limits(MAX_BATCH, MAX_PREFILL, MAX_LENGTH, "separate")
         work = WorkerRequest(
             flavour="tensorrt",
@@ -126,9 +128,10 @@ def board_engine(profile: str, board: Board) -> Path:
             profiles=tuple(limits.profiles_of(folder.inputs)),
             shared_weights=False,
             workspace_bytes=None,
-            plugin=None,
+            plugin=plugin,
             block_skip_nodes=0,
             onnx_profile=profile,
+            cache_nodes=folder.cache_nodes,
         )
         plan = EnginePlan(_TARGET, folder, limits, work, 120.0, ())
         run_plan(plan, root / f"{profile}-engine")
@@ -136,9 +139,17 @@ def board_engine(profile: str, board: Board) -> Path:
     return shared_folder(f"{profile}-engine", make, MANIFEST_FILE)
 
 
+def fake_plugin(folder: Path) -> Path:
+    """A plugin library for the fake TensorRT, with all of our ops."""
+    library = folder / "plugin.so"
+    library.write_text(f"plugins: {' '.join(PLUGIN_OPS)}\n")
+    return library.resolve()
+
+
 def half_engine(folder: Path, profile: str) -> tuple[Path, Path]:
     """A float16 export of one layer in a new folder, and its engine for the fake board."""
     source = write_export(folder / "onnx", profile=profile)
-    request = EngineRequest(_TARGET, max_batch=MAX_BATCH, max_prefill=MAX_PREFILL)
+    plugin = fake_plugin(folder) if PROFILES[profile].plugin_writes else None
+    request = EngineRequest(_TARGET, max_batch=MAX_BATCH, max_prefill=MAX_PREFILL, plugin=plugin)
     build_engine(source, folder / "engine", request)
     return source, folder / "engine"

@@ -27,8 +27,8 @@ CLASSES = (
     "IBuilderConfig", "ICudaEngine", "IExecutionContext", "ILogger", "INetworkDefinition",
     "IOptimizationProfile",
     "IPluginRegistry", "IStreamReader", "IStreamReaderV2", "LayerInformationFormat", "Logger",
-    "MemoryPoolType", "NetworkDefinitionCreationFlag", "OnnxParser", "ProfilingVerbosity",
-    "Runtime", "SeekPosition", "TensorLocation",
+    "MemoryPoolType", "NetworkDefinitionCreationFlag", "OnnxParser", "PreviewFeature",
+    "ProfilingVerbosity", "Runtime", "SeekPosition", "TensorLocation",
 )  # fmt: skip
 
 

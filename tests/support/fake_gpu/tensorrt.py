@@ -26,7 +26,9 @@ from tensorrt_enums import (
     TensorLocation,
 )
 from tensorrt_enums import MemoryPoolType as MemoryPoolType
+from tensorrt_enums import PreviewFeature as PreviewFeature
 from tensorrt_enums import ProfilingVerbosity as ProfilingVerbosity
+from tensorrt_plugins import IPluginRegistry, with_kernels
 
 __version__ = version()
 _VERSION = tuple(int(part) for part in __version__.split("."))
@@ -258,28 +260,6 @@ def _read_all(reader: Any) -> bytes:
     return b"".join(pieces)
 
 
-class _Creator:
-    """A plugin that a library brings."""
-
-    def __init__(self, name: str) -> None:
-        self.name, self.plugin_version, self.plugin_namespace = name, "1", "skipcat"
-
-
-class IPluginRegistry:
-    """Libraries of the fake hold the names of their plugins, a line each, behind `fake plugin`."""
-
-    def __init__(self) -> None:
-        self.all_creators: list[_Creator] = []
-
-    def load_library(self, plugin_path: str) -> object | None:
-        with open(plugin_path, encoding="utf-8", errors="replace") as file:
-            first, *names = file.read().split()
-        if first != "plugins:":
-            return None
-        self.all_creators += [_Creator(name) for name in names]
-        return object()
-
-
 _REGISTRY = IPluginRegistry()
 
 
@@ -315,6 +295,18 @@ class _Named:
         self.__dict__.update(fields)
 
 
+def _data_folders(model: Any, path: str) -> set[str]:
+    """Where weights lie that links may lead to: TensorRT follows them, the package does not."""
+    names = {
+        entry.value
+        for tensor in model.graph.initializer
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
+    beside = os.path.dirname(path)
+    return {os.path.dirname(os.path.realpath(os.path.join(beside, name))) for name in names}
+
+
 class OnnxParser:
     """Takes the opsets that this version of TensorRT knows."""
 
@@ -325,7 +317,9 @@ class OnnxParser:
     def parse_from_file(self, model: str) -> bool:
         import onnx
 
-        self._network._model = onnx.load(model)
+        self._network._model = onnx.load(model, load_external_data=False)
+        for folder in _data_folders(self._network._model, model):
+            onnx.load_external_data_for_model(self._network._model, folder)
         opset = next(o.version for o in self._network._model.opset_import if not o.domain)
         newest = 24 if _VERSION >= (10, 15) else 22
         if opset > newest:
@@ -365,15 +359,16 @@ class Builder:
             if profile._shapes.keys() != inputs:
                 self.logger.log(ILogger.ERROR, "a profile lacks an input")
                 return None
-        graph = network._model.SerializeToString()
+        graph = with_kernels(network._model.SerializeToString())
         names = {creator.name for creator in _REGISTRY.all_creators}
+        written = {"TensorScatter"}
+        if PreviewFeature.ALIASED_PLUGIN_IO_10_03 in config._previews:
+            written.add("CacheWrite")
         header = {
             "version": __version__,
             "profiles": [profile._shapes for profile in config._profiles],
             "plugins": sorted(names & {node.op_type for node in network._model.graph.node}),
-            "writes_in_place": any(
-                node.op_type == "TensorScatter" for node in network._model.graph.node
-            ),
+            "writes_in_place": any(node.op_type in written for node in network._model.graph.node),
             "bytes": len(graph),
         }
         return _MAGIC + json.dumps(header).encode() + b"\n" + graph

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from tensorrt_enums import MemoryPoolType, ProfilingVerbosity
+from tensorrt_enums import MemoryPoolType, PreviewFeature, ProfilingVerbosity
 
 
 def version() -> str:
@@ -37,6 +37,7 @@ class IBuilderConfig:
         self.profiling_verbosity = ProfilingVerbosity.LAYER_NAMES_ONLY
         self._profiles: list[IOptimizationProfile] = []
         self._timings: ITimingCache | None = None
+        self._previews: set[PreviewFeature] = set()
 
     def create_timing_cache(self, serialized_timing_cache: bytes) -> ITimingCache:
         return ITimingCache(serialized_timing_cache)
@@ -52,6 +53,9 @@ class IBuilderConfig:
 
     def set_memory_pool_limit(self, pool: MemoryPoolType, pool_size: int) -> None:
         assert pool_size > 0
+
+    def set_preview_feature(self, feature: PreviewFeature, enable: bool) -> None:
+        (self._previews.add if enable else self._previews.discard)(feature)
 
     def add_optimization_profile(self, profile: IOptimizationProfile) -> int:
         for low, _, high in profile._shapes.values():

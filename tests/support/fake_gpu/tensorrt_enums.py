@@ -23,6 +23,10 @@ class ProfilingVerbosity(enum.Enum):
     LAYER_NAMES_ONLY, NONE, DETAILED = range(3)
 
 
+class PreviewFeature(enum.Enum):
+    ALIASED_PLUGIN_IO_10_03 = 1
+
+
 class MemoryPoolType(enum.Enum):
     WORKSPACE = 0
 

@@ -14,6 +14,7 @@ import torch
 
 from pipeline.engine.manifest import check_manifest
 from pipeline.runtime.device.driver import DeviceMemory, Driver, Graph, HostMemory, Stream
+from pipeline.runtime.sessions.engine_calls import load_engine_plugin
 from pipeline.runtime.sessions.tensorrt_session import _OpenEngine
 from tests.support.fake_gpu.board import Board
 
@@ -144,8 +145,9 @@ def open_with_torch(folder: Path, board: Board) -> _OpenEngine:
     """What `open_engine` of the sessions with torch gives, without asking for a real GPU."""
     import tensorrt  # type: ignore[import-not-found]
 
-    logger = tensorrt.Logger()
+    manifest, logger = check_manifest(folder), tensorrt.Logger()
+    load_engine_plugin(tensorrt, manifest, None, folder)
     runtime = tensorrt.Runtime(logger)
     engine = runtime.deserialize_cuda_engine((folder / "engine.plan").read_bytes())
     faked: Any = TorchOnBoard(board.driver())
-    return _OpenEngine(check_manifest(folder), tensorrt, faked, engine, keep=(runtime, logger))
+    return _OpenEngine(manifest, tensorrt, faked, engine, keep=(runtime, logger))

@@ -16,6 +16,7 @@ from pipeline.export.contract import DOMAIN
 from pipeline.export.export import export_folder
 from pipeline.export.request import ExportRequest
 from tests.support.quantised_layers import save_low_bit_llama
+from tests.support.tiny_graph import write_export
 from tests.support.unproven import unproven
 
 # Compiling takes 100 s of two idle cores with AVX-512, and several times that on others.
@@ -104,6 +105,25 @@ def test_every_node_of_an_exported_model_in_few_bits_is_taken(
     assert subprocess.run(command, capture_output=True, check=False).returncode == 1
 
 
+def test_every_node_that_writes_the_cache_is_taken(library: Path, tmp_path: Path) -> None:
+    source = write_export(tmp_path / "onnx", profile="compat-static")
+    graph = onnx.load(source / "model.onnx", load_external_data=False).graph
+    lines = []
+    for node in (node for node in graph.node if node.op_type == "CacheWrite"):
+        assert [item.name for item in node.attribute] == ["plugin_namespace", "plugin_version"]
+        heads, width = 2, 64
+        past, new = f"4 3 {heads} 16 {width}", f"4 3 {heads} 5 {width}"
+        tensors = f"half {past} half {new} int32 1 3 half {past}"
+        lines.append(f"{node.output[0]} {node.op_type} 0 4 {tensors}")
+    assert len(lines) == 2
+    (tmp_path / "nodes").write_text("\n".join(lines) + "\n")
+    command = [str(WORK / "tree" / "harness"), str(library), "--nodes", str(tmp_path / "nodes")]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    (tmp_path / "nodes").write_text(lines[0].replace("int32 1 3", "int32 1 2"))
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 1
+
+
 def test_the_harness_tells_usage_from_failure(library: Path) -> None:
     harness = str(WORK / "tree" / "harness")
     assert subprocess.run([harness], capture_output=True, check=False).returncode == 2
@@ -140,7 +160,7 @@ import sys
 import numpy as np
 import tensorrt_rtx as trt
 from pipeline.engine.standard import load_plugin
-from pipeline.export.contract import BLOCK_SKIP_OPS, LATENT_OPS, QUANTIZED_OPS
+from pipeline.export.contract import PLUGIN_OPS
 from pathlib import Path
 
 class Logger(trt.ILogger):
@@ -154,7 +174,7 @@ logger = Logger()
 builder = trt.Builder(logger)
 found = load_plugin(trt, Path(sys.argv[1]))
 ours = sorted((c.name, c.version, c.namespace) for c in found)
-print({one[0] for one in ours} == {*BLOCK_SKIP_OPS, *QUANTIZED_OPS, *LATENT_OPS})
+print({one[0] for one in ours} == {*PLUGIN_OPS})
 print({one[1:] for one in ours})
 registry = trt.get_plugin_registry()
 creator = registry.get_creator("BlockSkipLinearA4B8", "1", "skipcat")

@@ -13,6 +13,8 @@
 #include <cuda_runtime_api.h>
 #include <dlfcn.h>
 
+#include "latent_plugin.h"
+
 namespace
 {
 
@@ -128,15 +130,21 @@ int main(int argc, char** argv)
         return 1;
     }
     harness::Report report;
-    // Block skip's come first.
-    size_t const ours = skipcat::blockSkipOps().size();
-    size_t const first = creators.size() < ours ? creators.size() : ours;
-    auto const end = creators.begin() + static_cast<std::ptrdiff_t>(first);
-    harness::Creators const blockSkip(creators.begin(), end);
-    harness::Creators const latent(end, creators.end());
+    // In the order of exports.cpp.
+    size_t taken = 0;
+    auto const next = [&](size_t count)
+    {
+        auto const from = creators.begin() + static_cast<std::ptrdiff_t>(taken);
+        taken = taken + count < creators.size() ? taken + count : creators.size();
+        return harness::Creators(from, creators.begin() + static_cast<std::ptrdiff_t>(taken));
+    };
+    harness::Creators const blockSkip = next(skipcat::blockSkipOps().size());
+    harness::Creators const latent = next(skipcat::latent::latentOps().size());
+    harness::Creators const cacheWrite = next(creators.size());
     harness::checkInterface(blockSkip, logger, report);
     harness::checkLatentInterface(latent, logger, report);
-    if (options.nodes != nullptr && !harness::checkNodes(blockSkip, options.nodes, logger, report))
+    harness::checkCacheWriteInterface(cacheWrite, logger, report);
+    if (options.nodes != nullptr && !harness::checkNodes(creators, options.nodes, logger, report))
     {
         std::fprintf(stderr, "%s cannot be read\n", options.nodes);
         return 1;
@@ -148,6 +156,7 @@ int main(int argc, char** argv)
         std::printf("seed %u\n", options.seed);
         harness::checkEnqueue(blockSkip, report, options.seed);
         harness::checkLatentEnqueue(latent, report, options.seed);
+        harness::checkCacheWriteEnqueue(cacheWrite, report, options.seed);
     }
     char const* const enqueue = hasDevice ? "run" : "not run, no CUDA device";
     std::printf("enqueue: %s\n%d checks, %d failed\n", enqueue, report.checks(), report.failures());

@@ -98,6 +98,10 @@ void checkEnqueue(Creators const& creators, Report& report, unsigned seed);
 void checkLatentInterface(Creators const& creators, Logger& logger, Report& report);
 void checkLatentEnqueue(Creators const& creators, Report& report, unsigned seed);
 
+// And of writing the cache (../cache_write/harness).
+void checkCacheWriteInterface(Creators const& creators, Logger& logger, Report& report);
+void checkCacheWriteEnqueue(Creators const& creators, Report& report, unsigned seed);
+
 template <typename Interface>
 Interface* capability(nvinfer1::IPluginV3& plugin, nvinfer1::PluginCapabilityType type)
 {

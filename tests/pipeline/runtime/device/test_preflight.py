@@ -20,7 +20,9 @@ ORIN_NANO: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize(("profile", "copies"), [("opset24", 1), ("compat", 2)])
+@pytest.mark.parametrize(
+    ("profile", "copies"), [("opset24", 1), ("compat-static", 1), ("compat", 2)]
+)
 def test_what_an_engine_needs_is_what_its_runtime_takes(
     profile: str, copies: int, board: Board
 ) -> None:

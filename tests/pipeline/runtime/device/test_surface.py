@@ -69,7 +69,12 @@ def test_the_names_on_file_are_those_of_the_real_bindings() -> None:
 
 @pytest.mark.parametrize(
     ("version", "profile"),
-    [("10.3.0", "compat"), ("10.16.1.11", "opset24"), ("11.4.0.106", "opset24")],
+    [
+        ("10.3.0", "compat"),
+        ("10.3.0", "compat-static"),
+        ("10.16.1.11", "opset24"),
+        ("11.4.0.106", "opset24"),
+    ],
 )
 def test_each_version_builds_and_runs(
     version: str, profile: str, board: Board, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

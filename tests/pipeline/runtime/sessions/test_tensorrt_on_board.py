@@ -21,7 +21,7 @@ from tests.support.fake_gpu.torch_on_board import open_with_torch
 from tests.support.tiny_decoder import shared_export
 
 __all__ = ["board"]
-FORMS = ("opset24", "compat")
+FORMS = ("opset24", "compat-static", "compat")
 FIRST, SECOND = list(range(65, 77)), [*range(65, 74), 90, 91, 92, 93]
 
 
