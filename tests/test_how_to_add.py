@@ -110,6 +110,7 @@ def test_a_format_of_the_known_kinds_is_a_row(
     assert len(touched) <= 5
 
 
+@pytest.mark.slow
 def test_a_runtime_is_rows_of_profiles_and_formats_and_a_session(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

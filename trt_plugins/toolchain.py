@@ -27,7 +27,7 @@ OLDEST_CAPABILITY = 80
 # A wheel that carries TensorRT's public headers; only those are taken out of it.
 _HEADERS_WHEEL = "kernel-lens==2.0.1"
 _HEADERS_IN_WHEEL = "kernel_lens/include/tensorrt/"
-_OLDEST_TENSORRT = (10, 0)
+_OLDEST_TENSORRT = (10, 3)
 _CUDA_OF_WHEELS = "13.0"
 _CUDA_WHEELS = tuple(
     f"nvidia-{name}=={_CUDA_OF_WHEELS}.*"
@@ -131,8 +131,8 @@ def find_headers(work: Path, environment: dict[str, str]) -> Found:
         if version is not None:
             if version < _OLDEST_TENSORRT:
                 raise InputError(
-                    f"{folder} is TensorRT {_dotted(version)}; IPluginV3 came with 10.0.\n"
-                    "  Set TENSORRT_ROOT to a newer one."
+                    f"{folder} is TensorRT {_dotted(version)}; outputs of plugins that are aliases "
+                    "came with 10.3.\n  Set TENSORRT_ROOT to a newer one."
                 )
             return Found(folder, _dotted(version), "this machine")
     if environment.get("TENSORRT_ROOT"):

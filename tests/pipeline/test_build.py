@@ -64,6 +64,7 @@ def stages_of(folder: Path) -> list[str]:
     return list(json.loads((folder / "build.json").read_text())["stages"])
 
 
+@pytest.mark.slow
 def test_the_lock_of_a_run_that_was_killed_after_its_last_stage_is_not_kept(
     arguments: list[str], built: Path
 ) -> None:

@@ -41,6 +41,7 @@ def beside(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "product_threads", lambda: 2)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("beside")
 def test_an_export_made_beside_another_has_the_bytes_of_one_made_alone(
     arguments: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]

@@ -98,6 +98,7 @@ def test_a_request_can_be_given_whole_with_some_of_its_fields_replaced(
     assert made.read_bytes() == expected.read_bytes()
 
 
+@pytest.mark.slow
 def test_validate_judges_every_stage_of_a_build_and_writes_where_it_is_told(
     build: Path, tmp_path: Path
 ) -> None:

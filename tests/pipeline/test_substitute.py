@@ -74,6 +74,7 @@ def test_nothing_but_the_export_is_left(made: Path) -> None:
     assert not {"build.json", "plan.json"} & {path.name for path in made.iterdir()}
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_from_its_checkpoint_to_the_same_bytes(
     model: Path, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -156,6 +156,7 @@ def test_decoders_written_before_pass_validation(
     }
 
 
+@pytest.mark.slow
 def test_classifiers_written_before_pass_validation(capsys: pytest.CaptureFixture[str]) -> None:
     inputs = ["--images", str(WRITTEN / "images.npz")]
     onnx = ["onnx-classifier"]

@@ -208,6 +208,17 @@ def write_export(
     return folder
 
 
+def cache_write_nodes(path: Path) -> list[str]:
+    """Its nodes that write the cache as the plugin's harness reads them: 5 tokens in 3 rows."""
+    graph = onnx.load(path, load_external_data=False).graph
+    past, new = (f"half 4 3 2 {tokens} 64" for tokens in (MAX_LENGTH, 5))
+    lines = []
+    for node in (node for node in graph.node if node.op_type == CACHE_WRITE):
+        assert [item.name for item in node.attribute] == ["plugin_namespace", "plugin_version"]
+        lines.append(f"{node.output[0]} {CACHE_WRITE} 0 4 {past} {new} int32 1 3 {past}")
+    return lines
+
+
 @pytest.fixture(scope="session")
 def export_writer() -> Callable[..., Path]:
     """`write_export`, for tests that need a folder of their own."""

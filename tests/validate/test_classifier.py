@@ -79,6 +79,7 @@ def test_the_reports_show_accuracy(build: Path, ledger: Ledger) -> None:
     assert "perplexity" not in page.lower()
 
 
+@pytest.mark.slow
 def test_two_fifths_of_the_bytes_in_few_bits_stay_accurate(digits: Digits, tmp_path: Path) -> None:
     run(
         "compress", "-m", digits.model, "--calibration", digits.train, "--effort", "fast",

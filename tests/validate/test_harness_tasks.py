@@ -127,6 +127,7 @@ def test_questions_become_the_requests_of_the_harness_own_arc_easy(six: Path) ->
         assert own.doc_to_target(mine) == expected.doc_to_target(theirs)
 
 
+@pytest.mark.slow
 def test_a_task_file_of_the_harness_own_format_is_taken(tmp_path: Path, tiny: SessionLM) -> None:
     (tmp_path / "data.json").write_text('{"ask": "hello", "want": "x"}\n')
     config = {

@@ -82,7 +82,7 @@ def test_a_cache_of_codes_has_a_stage_of_its_own_which_the_export_equals() -> No
     assert kl[1] < kl[0] / 4
 
 
-@pytest.mark.parametrize("bits", [None, 8])
+@pytest.mark.parametrize("bits", [pytest.param(None, marks=pytest.mark.slow), 8])
 def test_a_smaller_cache_is_measured_cut_rounded_latent_and_in_pieces(
     bits: int | None, tmp_path: Path
 ) -> None:

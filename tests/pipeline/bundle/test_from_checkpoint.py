@@ -157,6 +157,7 @@ def graph_of(folder: Path, name: str) -> tuple[dict[str, Any], onnx.ModelProto]:
     return work, onnx.load(folder / "model" / work["onnx_path"], load_external_data=False)
 
 
+@pytest.mark.slow
 def test_a_compressed_model_has_a_graph_for_boards_with_the_plugin_and_one_for_others(
     board: Board, tmp_path: Path
 ) -> None:

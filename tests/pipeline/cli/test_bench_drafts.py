@@ -17,7 +17,8 @@ from tests.support.tiny_decoder import shared_draft, shared_export
 QUICK = ["--new-tokens", "12", "--rounds", "2", "--threads", "1"]
 
 
-@pytest.mark.parametrize("memory", ["320KB", pytest.param(None, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("memory", ["320KB", None])
 def test_ways_take_turns_and_their_figures_agree(
     memory: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -117,7 +117,7 @@ def test_in_float_prefill_and_decode_equal_torch(
     ("kind", "weights", "least"),
     [
         ("llama", "int4", 0.88),
-        ("qwen2 dense", "int8", 0.998),
+        pytest.param("qwen2 dense", "int8", 0.998, marks=pytest.mark.slow),
         pytest.param("llama", "int8", 0.998, marks=pytest.mark.slow),
         pytest.param("llama dense", "int4", 0.88, marks=pytest.mark.slow),
         pytest.param("qwen2", "int4", 0.88, marks=pytest.mark.slow),

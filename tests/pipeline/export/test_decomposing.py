@@ -96,8 +96,8 @@ def test_what_changes_a_tensor_or_has_no_translation_is_traced_again(
     ("family", "profile", "dtype"),
     [
         ("smollm", "opset24", "float16"),
-        ("gemma3_text", "opset24", "float32"),
-        ("qwen3", "compat", "float32"),
+        pytest.param("gemma3_text", "opset24", "float32", marks=pytest.mark.slow),
+        pytest.param("qwen3", "compat", "float32", marks=pytest.mark.slow),
     ],
 )
 def test_a_decoder_is_traced_once_into_the_nodes_that_two_traces_find(

@@ -53,7 +53,14 @@ def few_bits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "small"
 
 
-@pytest.fixture(scope="module", params=["opset24", "compat"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        "opset24",
+        pytest.param("compat", marks=pytest.mark.slow),
+        pytest.param("compat-static", marks=pytest.mark.slow),
+    ],
+)
 def exported(
     request: pytest.FixtureRequest, few_bits: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
@@ -160,11 +167,17 @@ def config_with_latents(kind: str, bits: int | None, groups: int, **changes: Any
     [
         # Turned in neighbouring pairs; half of a key turned; not turned; scores that are capped.
         ("cohere", None, 1, "opset24", {"num_key_value_heads": 2}),
-        ("glm", 4, 2, "compat", {"num_key_value_heads": 2, "head_dim": 16}),
+        pytest.param(
+            "glm", 4, 2, "compat-static", {"num_key_value_heads": 2, "head_dim": 16},
+            marks=pytest.mark.slow,
+        ),
         ("opt", 4, 1, "compat", {"ffn_dim": 64, "word_embed_proj_dim": 64, "fed": True}),
-        ("gemma2", 6, 2, "opset24", {"num_key_value_heads": 2, "head_dim": 16}),
+        pytest.param(
+            "gemma2", 6, 2, "opset24", {"num_key_value_heads": 2, "head_dim": 16},
+            marks=pytest.mark.slow,
+        ),
     ],
-)
+)  # fmt: skip
 def test_a_rotation_of_any_kind_is_proven(
     kind: str, bits: int | None, groups: int, profile: str, changes: dict[str, Any],
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
@@ -176,6 +189,7 @@ def test_a_rotation_of_any_kind_is_proven(
     assert bits is not None or proof["tolerance"] == 1e-4
 
 
+@pytest.mark.slow
 def test_keys_turned_in_a_way_that_is_not_of_halves_are_rebuilt_before_the_op(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -217,6 +231,7 @@ def test_only_a_growing_cache_of_codes_goes_to_tensorrt(exported: Path) -> None:
         folder.require_cache_in_place()
 
 
+@pytest.mark.slow
 def test_an_rtx_engine_holds_codes_in_a_growing_cache(few_bits: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx-cu13")
     request = EngineRequest(resolve_target("sm86"), max_prefill=8)

@@ -62,9 +62,12 @@ def export(stock: Path, tmp_path_factory: pytest.TempPathFactory) -> _Export:
     ("profile", "options", "attention"),
     [
         ("opset24", (), ("", "Attention")),
-        ("cpu", ("--weights", "float"), (CONTRIB, "GroupQueryAttention")),
+        pytest.param(
+            "cpu", ("--weights", "float"), (CONTRIB, "GroupQueryAttention"),
+            marks=pytest.mark.slow,
+        ),
     ],
-)
+)  # fmt: skip
 def test_stock_attention_reads_narrower_heads_and_equals_torch(
     profile: str, options: tuple[str, ...], attention: tuple[str, str], stock: Path, export: _Export
 ) -> None:
@@ -117,7 +120,7 @@ def narrow(kind: str, rank: tuple[int, int], bits: int | None, **changes: Any) -
         ("llama", (5, 7), None, "opset24", {"intermediate_size": 64}),
         ("llama", (5, 7), None, "compat", {"intermediate_size": 64}),
         ("cohere", (7, 7), None, "cpu", {}),
-        ("gemma2", (5, 5), 4, "compat", {"head_dim": 16}),
+        pytest.param("gemma2", (5, 5), 4, "compat", {"head_dim": 16}, marks=pytest.mark.slow),
     ],
 )
 def test_narrow_keys_of_any_kind_are_proven(
@@ -138,6 +141,7 @@ def test_capped_scores_of_narrow_keys_are_refused_where_a_node_writes_the_cache(
         prove_model(narrow("gemma2", (5, 5), None, head_dim=16), ExportRequest("cpu"))
 
 
+@pytest.mark.slow
 def test_an_rtx_engines_own_attention_is_narrower(export: _Export, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx-cu13")
     folder = export("opset24", "--dtype", "float16")

@@ -97,6 +97,7 @@ def require_within_bounds(program: Path) -> None:
     assert beyond == [], f"seed {seed}"
 
 
+@pytest.mark.slow
 def test_every_kernel_as_launched_agrees_with_double_precision(tmp_path: Path) -> None:
     require_within_bounds(compile_program(tmp_path, ("emulate/aot.cpp",), FAST))
 

@@ -14,9 +14,9 @@ SOURCES = ("latent_attention_kernel.cu", "emulate/compare.cpp")
 
 def test_every_form_of_cache_agrees_with_double_precision(tmp_path: Path) -> None:
     seed = int.from_bytes(os.urandom(2), "little")
-    result = compare(compile_program(tmp_path, SOURCES, FAST, kernels=LATENT_KERNELS), 15, seed)
+    result = compare(compile_program(tmp_path, SOURCES, FAST, kernels=LATENT_KERNELS), 8, seed)
     assert result.returncode == 0, f"seed {seed}\n{result.stdout}{result.stderr}"
-    assert "15 cases, 0 beyond" in result.stdout
+    assert "8 cases, 0 beyond" in result.stdout
 
 
 @pytest.mark.slow
