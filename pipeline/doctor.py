@@ -18,7 +18,7 @@ from typing import Any
 
 from pipeline.engine.plan import BUILT_PLUGIN
 from pipeline.errors import InputError
-from pipeline.export.contract import COMPAT, OPSET24, PROFILES, dotted
+from pipeline.export.contract import COMPAT, COMPAT_STATIC, OPSET24, PROFILES, dotted
 from pipeline.gpu import (
     RTX_CAPABILITIES,
     TEGRA_RELEASE,
@@ -247,7 +247,8 @@ def _judge_standard_engine(machine: Machine) -> _StageVerdict:
     version = machine.versions.get("tensorrt")
     oldest = PROFILES[OPSET24].oldest_tensorrt or (0, 0)
     if version is not None and _release(version) < oldest:
-        profile = f"{COMPAT} profile only; the {OPSET24} operators came with {dotted(oldest)}"
+        came = f"the {OPSET24} operators came with {dotted(oldest)}"
+        profile = f"profiles {COMPAT_STATIC} and {COMPAT} only; {came}"
     else:
         profile = f"profiles {OPSET24} and {COMPAT}"
     if version is None and machine.jetpack is not None:

@@ -203,6 +203,7 @@ def _manifest_rows(manifest: dict[str, Any], output: Path) -> list[tuple[str, st
         ("plan", f"{manifest['plan']['bytes'] / _MEBIBYTE:.0f} MiB"),
         ("block-skip", f"{path['path']}, {path['nodes']} nodes"),
         *_quantized_rows(manifest["few_bits"]),
+        *_cache_rows(manifest.get("cache_write")),
         *_context_rows(manifest["limits"].get("max_length", 0)),
         *_profile_rows(manifest["profiles"]),
         ("built in", f"{build['parse_seconds'] + build['build_seconds']:.1f} s"),
@@ -216,6 +217,11 @@ def _quantized_rows(few_bits: dict[str, Any]) -> list[tuple[str, str]]:
         return []
     by = ", by the plugin" if few_bits["path"] == "plugin" else ""
     return [("quantised", f"{few_bits['matrices']} matrices, read as codes{by}")]
+
+
+def _cache_rows(written: dict[str, Any] | None) -> list[tuple[str, str]]:
+    """The row of a cache that our plugin writes; none of one that TensorRT keeps itself."""
+    return [("cache", f"written in place by the {written['path']}")] if written else []
 
 
 def _context_rows(max_length: int) -> list[tuple[str, str]]:

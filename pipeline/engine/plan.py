@@ -115,6 +115,7 @@ class EnginePlan:
             "onnx_bytes": weight_bytes,
             "expected_peak_bytes": self.peak_bytes(weight_bytes, self.limits.decode),
             "block_skip_nodes": self.folder.block_skip_nodes,
+            "cache_nodes": self.folder.cache_nodes,
             "coded_nodes": self.folder.coded_nodes,
             "plugin": None if plugin is None else str(plugin),
             "embed_kernels": self.work.embed,

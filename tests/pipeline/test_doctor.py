@@ -91,11 +91,11 @@ def test_kernels_in_the_engine_are_not_promised_before_tensorrt_10_9() -> None:
     assert "--embed-kernels" not in found.why
 
 
-def test_jetpack_6_gets_the_compat_profile() -> None:
+def test_jetpack_6_gets_the_compat_profiles() -> None:
     machine = dataclasses.replace(PLAIN, jetpack="L4T 36.4: JetPack 6.2")
     found = verdict(with_versions(machine, tensorrt="10.3.0"), "engine, standard TensorRT")
     assert found.works
-    assert "compat profile only" in found.why
+    assert "profiles compat-static and compat only" in found.why
 
 
 def test_jetson_without_visible_tensorrt_says_where_it_is() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.cli.engine import _cache_rows
 from pipeline.cli.main import main
 from tests.support.tiny_graph import write_export
 
@@ -39,6 +40,28 @@ def test_the_table_states_plan_size_and_block_skip_path(
     assert status == 0
     assert "function body, 2 nodes" in printed
     assert "sm89" in printed
+
+
+def test_without_a_plugin_a_static_cache_grows_and_that_is_said(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    source = write_export(tmp_path / "onnx", profile="compat-static")
+    output = tmp_path / "engine"
+    assert main(["engine", str(source), "-o", str(output), "--target", "sm86", "--json"]) == 0
+    manifest = json.loads(capfd.readouterr().out)
+    assert manifest["onnx"]["profile"] == "compat"
+    assert "cache_write" not in manifest
+    assert [note for note in manifest["notes"] if note.startswith("the cache grows")]
+    shapes = manifest["profiles"][0]["shapes"]["past_key_values.0.key"]
+    assert [end[2] for end in shapes.values()][0] == 0
+    assert manifest["layer_types"].get("CONCATENATION", 0) >= 2
+
+
+def test_the_table_says_who_writes_the_cache() -> None:
+    assert _cache_rows({"nodes": 4, "path": "plugin"}) == [
+        ("cache", "written in place by the plugin")
+    ]
+    assert _cache_rows(None) == []
 
 
 def test_dry_run_shows_the_profiles_and_writes_nothing(
