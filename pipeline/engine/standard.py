@@ -127,7 +127,7 @@ def _require_version(version: tuple[int, ...], onnx_profile: str) -> None:
             observed=f"TensorRT {dotted(version)}",
             expected=f"TensorRT {dotted(oldest)} or newer",
             change=f"export the checkpoint again with --profile {COMPAT}"
-            if onnx_profile != COMPAT
+            if oldest != PROFILES[COMPAT].oldest_tensorrt
             else f"update TensorRT (JetPack 6.1 or newer brings {dotted(oldest)})",
         )
 

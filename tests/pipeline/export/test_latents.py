@@ -222,9 +222,10 @@ def float16_export(checkpoint: Path, folder: Path, profile: str) -> Path:
     return folder
 
 
-def test_only_a_growing_cache_of_codes_goes_to_tensorrt(exported: Path) -> None:
+def test_codes_go_to_tensorrt_in_a_cache_that_grows_or_that_the_plugin_writes(exported: Path) -> None:
     folder = read_onnx_folder(exported)
-    if not folder.record.traits.static_cache:
+    form = folder.record.traits
+    if not form.static_cache or form.plugin_writes:
         folder.require_cache_in_place()
         return
     with pytest.raises(InputError, match="no codes into a cache of fixed length"):
