@@ -222,7 +222,7 @@ def float16_export(checkpoint: Path, folder: Path, profile: str) -> Path:
     return folder
 
 
-def test_codes_go_to_tensorrt_in_a_cache_that_grows_or_that_the_plugin_writes(exported: Path) -> None:
+def test_codes_go_into_a_cache_that_grows_or_that_the_plugin_writes(exported: Path) -> None:
     folder = read_onnx_folder(exported)
     form = folder.record.traits
     if not form.static_cache or form.plugin_writes:
