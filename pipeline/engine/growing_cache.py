@@ -10,7 +10,6 @@ that is written, which waits for no attention.
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from pipeline.errors import InputError
@@ -58,14 +57,22 @@ def let_cache_grow(model: onnx.ModelProto) -> None:
             _require_length_alone(node)
             node.input[0] = first
         nodes.append(node)
-    known = {value.name for value in (*graph.input, *graph.initializer)}
-    nodes = _needed(_in_order(nodes, known), {value.name for value in graph.output})
     del graph.node[:], graph.value_info[:]
     graph.node.extend(nodes)
-    functions = [f for f in model.functions if (f.domain, f.name) != (DOMAIN, CACHE_WRITE)]
-    del model.functions[:]
-    model.functions.extend(functions)
     _free_length(graph)
+    _put_in_order(model)
+
+
+def _put_in_order(model: onnx.ModelProto) -> None:
+    """Sort nodes behind those that they read, and drop nodes and functions that nothing needs."""
+    import onnx_ir as ir
+    from onnx_ir.passes.common import RemoveUnusedFunctionsPass, RemoveUnusedNodesPass
+
+    sorted_model = ir.serde.deserialize_model(model)
+    sorted_model.graph.sort()
+    for drop in (RemoveUnusedNodesPass(), RemoveUnusedFunctionsPass()):
+        drop(sorted_model)
+    model.CopyFrom(ir.serde.serialize_model(sorted_model))
 
 
 def _is_write(node: onnx.NodeProto) -> bool:
@@ -93,37 +100,6 @@ def _require_length_alone(shape: onnx.NodeProto) -> None:
             expected=f"axis {_LENGTH_AXIS}",
             change=f"export the checkpoint again with --profile {COMPAT}",
         )
-
-
-def _in_order(nodes: list[onnx.NodeProto], known: set[str]) -> list[onnx.NodeProto]:
-    """Nodes, each behind those that it reads, and else as they were.
-
-    Args:
-        nodes: of a graph without cycles.
-        known: tensors that no node makes.
-    """
-    made, waiting, ordered = {"", *known}, nodes, []
-    while waiting:
-        later = []
-        for node in waiting:
-            if made.issuperset(node.input):
-                ordered.append(node)
-                made.update(node.output)
-            else:
-                later.append(node)
-        assert len(later) < len(waiting), "the graph has a cycle"
-        waiting = later
-    return ordered
-
-
-def _needed(nodes: list[onnx.NodeProto], wanted: Collection[str]) -> list[onnx.NodeProto]:
-    """Those of ordered nodes that something wanted depends on."""
-    read, kept = set(wanted), []
-    for node in reversed(nodes):
-        if read.intersection(node.output):
-            read.update(node.input)
-            kept.append(node)
-    return kept[::-1]
 
 
 def _free_length(graph: onnx.GraphProto) -> None:

@@ -161,9 +161,24 @@ def plan_engine(
         request.workspace_bytes, target.shares_memory and not elsewhere
     )
     plugin, plugin_notes = (request.plugin, ()) if elsewhere else _choose_kernels(request, folder)
+    work = _work(request, folder, limits, plugin, workspace_bytes)
+    memory_notes = [] if elsewhere else check_memory(target, folder, limits)
+    said = (*memory_notes, *notes, *workspace_notes, *plugin_notes)
+    return EnginePlan(target, folder, limits, work, request.timeout_s, said)
+
+
+def _work(
+    request: EngineRequest,
+    folder: OnnxFolder,
+    limits: Limits,
+    plugin: Path | None,
+    workspace_bytes: int | None,
+) -> WorkerRequest:
+    """What the worker is told: what was asked for, what was chosen, and what the graph holds."""
+    target = request.target
     assert target.compute_capability is not None, "`check` lets no cpu target through"
     onnx_profile, inputs = form_of_cache(folder, plugin)
-    work = WorkerRequest(
+    return WorkerRequest(
         flavour=target.flavour,
         compute_capability=target.compute_capability,
         onnx_path=folder.onnx_path,
@@ -183,9 +198,6 @@ def plan_engine(
         int8_convs=folder.int8_convs,
         float_convs=folder.float_convs,
     )
-    memory_notes = [] if elsewhere else check_memory(target, folder, limits)
-    said = (*memory_notes, *notes, *workspace_notes, *plugin_notes)
-    return EnginePlan(target, folder, limits, work, request.timeout_s, said)
 
 
 def form_of_cache(folder: OnnxFolder, plugin: Path | None) -> tuple[str, Shapes]:

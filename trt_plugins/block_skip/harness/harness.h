@@ -81,6 +81,15 @@ nvinfer1::IPluginV3* make(nvinfer1::IPluginCreatorV3One& creator, skipcat::Op co
 skipcat::Problem problemOf(skipcat::Op const& op, skipcat::Blocks const& blocks, int32_t rows, int32_t n, int32_t rank,
     int32_t m);
 
+// A linear tensor of these dimensions.
+nvinfer1::PluginTensorDesc tensor(std::vector<int32_t> const& dims, nvinfer1::DataType type);
+
+// The same tensors as a builder describes them, of one shape each.
+std::vector<nvinfer1::DynamicPluginTensorDesc> dynamic(std::vector<nvinfer1::PluginTensorDesc> const& tensors);
+
+// Gives a plugin its inputs, and behind them its output, as a builder and as a runtime; what both answer, or 1.
+int32_t configure(nvinfer1::IPluginV3& plugin, std::vector<nvinfer1::PluginTensorDesc> const& tensors);
+
 // The tensors of a call: inputs in order, then the output.
 std::vector<nvinfer1::PluginTensorDesc> describe(skipcat::Op const& op, skipcat::Problem const& problem);
 

@@ -144,11 +144,7 @@ void checkFormats(nvinfer1::IPluginV3& plugin, skipcat::Op const& op, skipcat::P
         {
             for (DataType const type : types)
             {
-                std::vector<nvinfer1::DynamicPluginTensorDesc> tensors;
-                for (auto const& tensor : describe(op, problem))
-                {
-                    tensors.push_back({tensor, tensor.dims, tensor.dims, tensor.dims});
-                }
+                auto tensors = dynamic(describe(op, problem));
                 tensors[0].desc.type = x;
                 tensors[static_cast<size_t>(place)].desc.type = type;
                 bool const expected = place == 0 ? type == DataType::kHALF || type == DataType::kBF16
@@ -166,35 +162,23 @@ void checkFormats(nvinfer1::IPluginV3& plugin, skipcat::Op const& op, skipcat::P
     report.check(op.name + " takes its types, linear, and no others", good);
 }
 
-int32_t configure(nvinfer1::IPluginV3& plugin, skipcat::Op const& op, std::vector<nvinfer1::PluginTensorDesc> tensors)
-{
-    std::vector<nvinfer1::DynamicPluginTensorDesc> dynamic;
-    for (auto const& tensor : tensors)
-    {
-        dynamic.push_back({tensor, tensor.dims, tensor.dims, tensor.dims});
-    }
-    int32_t const built = buildOf(plugin)->configurePlugin(dynamic.data(), op.inputs(), &dynamic.back(), 1);
-    int32_t const run = runtimeOf(plugin)->onShapeChange(tensors.data(), op.inputs(), &tensors.back(), 1);
-    return built == run ? built : 1;
-}
-
 void checkMisfits(nvinfer1::IPluginV3& plugin, skipcat::Op const& op, skipcat::Problem const& problem, Logger& logger,
     Report& report)
 {
     auto const good = describe(op, problem);
-    report.check(op.name + " takes shapes that fit", configure(plugin, op, good) == 0, "");
+    report.check(op.name + " takes shapes that fit", configure(plugin, good) == 0, "");
     for (int32_t place = 1; place < op.inputs(); ++place)
     {
         auto wrong = good;
         wrong[static_cast<size_t>(place)].dims.d[0] += 1000;
         logger.last.clear();
-        bool const refused = configure(plugin, op, wrong) == -1 && logger.last.find("expected") != std::string::npos;
+        bool const refused = configure(plugin, wrong) == -1 && logger.last.find("expected") != std::string::npos;
         report.check(op.name + " refuses a misfit in input " + std::to_string(place), refused,
             refused ? "" : "logged '" + logger.last + "'");
     }
     auto wrong = good;
     wrong[0].dims.d[0] = 5000;
-    report.check(op.name + " refuses more than 4096 rows", configure(plugin, op, wrong) == -1);
+    report.check(op.name + " refuses more than 4096 rows", configure(plugin, wrong) == -1);
 }
 
 void checkCopies(nvinfer1::IPluginCreatorV3One& creator, nvinfer1::IPluginV3& plugin, skipcat::Op const& op,
@@ -209,7 +193,7 @@ void checkCopies(nvinfer1::IPluginCreatorV3One& creator, nvinfer1::IPluginV3& pl
     {
         auto& mutableOther = const_cast<nvinfer1::IPluginV3&>(*other);
         good = good && std::strcmp(buildOf(mutableOther)->getTimingCacheID(), buildOf(plugin)->getTimingCacheID()) == 0
-            && configure(mutableOther, op, describe(op, problem)) == 0;
+            && configure(mutableOther, describe(op, problem)) == 0;
     }
     report.check(op.name + " survives serialisation, clone and attaching to a context", good);
 }

@@ -92,22 +92,15 @@ std::unique_ptr<nvinfer1::IPluginV3> made(nvinfer1::IPluginCreatorV3One& creator
 
 bool takes(nvinfer1::IPluginV3& plugin, Node const& node)
 {
-    std::vector<nvinfer1::DynamicPluginTensorDesc> tensors;
-    for (nvinfer1::PluginTensorDesc const& tensor : node.tensors)
-    {
-        tensors.push_back({tensor, tensor.dims, tensor.dims, tensor.dims});
-    }
+    auto const tensors = dynamic(node.tensors);
     int32_t const inputs = static_cast<int32_t>(tensors.size()) - 1;
     bool good = true;
     for (int32_t place = 0; place <= inputs; ++place)
     {
         good = good && buildOf(plugin)->supportsFormatCombination(place, tensors.data(), inputs, 1);
     }
-    nvinfer1::PluginTensorDesc const& x = node.tensors.front();
-    nvinfer1::PluginTensorDesc const& y = node.tensors.back();
-    return good && x.dims.nbDims == y.dims.nbDims
-        && buildOf(plugin)->configurePlugin(tensors.data(), inputs, &tensors.back(), 1) == 0
-        && runtimeOf(plugin)->onShapeChange(node.tensors.data(), inputs, &y, 1) == 0;
+    return good && node.tensors.front().dims.nbDims == node.tensors.back().dims.nbDims
+        && configure(plugin, node.tensors) == 0;
 }
 
 } // namespace

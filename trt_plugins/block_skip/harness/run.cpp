@@ -36,23 +36,43 @@ skipcat::Problem problemOf(
     return problem;
 }
 
+nvinfer1::PluginTensorDesc tensor(std::vector<int32_t> const& dims, nvinfer1::DataType type)
+{
+    nvinfer1::PluginTensorDesc desc{};
+    desc.dims.nbDims = static_cast<int32_t>(dims.size());
+    for (size_t i = 0; i < dims.size(); ++i)
+    {
+        desc.dims.d[i] = dims[i];
+    }
+    desc.type = type;
+    desc.format = nvinfer1::TensorFormat::kLINEAR;
+    desc.scale = 1.0f;
+    return desc;
+}
+
+std::vector<nvinfer1::DynamicPluginTensorDesc> dynamic(std::vector<nvinfer1::PluginTensorDesc> const& tensors)
+{
+    std::vector<nvinfer1::DynamicPluginTensorDesc> out;
+    for (auto const& one : tensors)
+    {
+        out.push_back({one, one.dims, one.dims, one.dims});
+    }
+    return out;
+}
+
+int32_t configure(nvinfer1::IPluginV3& plugin, std::vector<nvinfer1::PluginTensorDesc> const& tensors)
+{
+    auto const ranges = dynamic(tensors);
+    int32_t const inputs = static_cast<int32_t>(tensors.size()) - 1;
+    int32_t const built = buildOf(plugin)->configurePlugin(ranges.data(), inputs, &ranges.back(), 1);
+    int32_t const run = runtimeOf(plugin)->onShapeChange(tensors.data(), inputs, &tensors.back(), 1);
+    return built == run ? built : 1;
+}
+
 std::vector<nvinfer1::PluginTensorDesc> describe(skipcat::Op const& op, skipcat::Problem const& problem)
 {
     nvinfer1::DataType const type
         = problem.type == skipcat::Float::kFP16 ? nvinfer1::DataType::kHALF : nvinfer1::DataType::kBF16;
-    auto const tensor = [](std::vector<int32_t> const& dims, nvinfer1::DataType of)
-    {
-        nvinfer1::PluginTensorDesc desc{};
-        desc.dims.nbDims = static_cast<int32_t>(dims.size());
-        for (size_t i = 0; i < dims.size(); ++i)
-        {
-            desc.dims.d[i] = dims[i];
-        }
-        desc.type = of;
-        desc.format = nvinfer1::TensorFormat::kLINEAR;
-        desc.scale = 1.0f;
-        return desc;
-    };
     std::vector<nvinfer1::PluginTensorDesc> tensors{tensor({problem.rows, 1, problem.n}, type)};
     auto const matrix = [&](skipcat::WeightFormat const& format, int32_t rows, int32_t columns)
     {
@@ -275,12 +295,8 @@ struct Layer
 
 size_t workspaceOf(nvinfer1::IPluginV3& plugin, Layer const& layer)
 {
-    std::vector<nvinfer1::DynamicPluginTensorDesc> dynamic;
-    for (auto const& tensor : describe(layer.op, layer.problem))
-    {
-        dynamic.push_back({tensor, tensor.dims, tensor.dims, tensor.dims});
-    }
-    return buildOf(plugin)->getWorkspaceSize(dynamic.data(), layer.op.inputs(), &dynamic.back(), 1);
+    auto const ranges = dynamic(describe(layer.op, layer.problem));
+    return buildOf(plugin)->getWorkspaceSize(ranges.data(), layer.op.inputs(), &ranges.back(), 1);
 }
 
 // A plugin attached to a context of its own, with its stream and scratch memory.

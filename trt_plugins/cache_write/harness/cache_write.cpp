@@ -22,43 +22,11 @@ using skipcat::cache::kInputs;
 using skipcat::cache::kNew;
 using skipcat::cache::kPast;
 
-PluginTensorDesc tensor(std::vector<int32_t> const& dims, DataType type)
-{
-    PluginTensorDesc desc{};
-    desc.dims.nbDims = static_cast<int32_t>(dims.size());
-    for (size_t i = 0; i < dims.size(); ++i)
-    {
-        desc.dims.d[i] = dims[i];
-    }
-    desc.type = type;
-    desc.format = nvinfer1::TensorFormat::kLINEAR;
-    desc.scale = 1.0f;
-    return desc;
-}
-
 // Past, new, first and present.
 std::vector<PluginTensorDesc> example(DataType type)
 {
     return {tensor({2, 3, 40, 20}, type), tensor({2, 3, 7, 20}, type), tensor({2}, DataType::kINT32),
         tensor({2, 3, 40, 20}, type)};
-}
-
-std::vector<nvinfer1::DynamicPluginTensorDesc> dynamic(std::vector<PluginTensorDesc> const& tensors)
-{
-    std::vector<nvinfer1::DynamicPluginTensorDesc> out;
-    for (auto const& one : tensors)
-    {
-        out.push_back({one, one.dims, one.dims, one.dims});
-    }
-    return out;
-}
-
-int32_t configure(nvinfer1::IPluginV3& plugin, std::vector<PluginTensorDesc> const& tensors)
-{
-    auto const ranges = dynamic(tensors);
-    int32_t const built = buildOf(plugin)->configurePlugin(ranges.data(), kInputs, &ranges.back(), 1);
-    int32_t const run = runtimeOf(plugin)->onShapeChange(tensors.data(), kInputs, &tensors.back(), 1);
-    return built == run ? built : 1;
 }
 
 void checkTypes(nvinfer1::IPluginV3& plugin, Report& report)

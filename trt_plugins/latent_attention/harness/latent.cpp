@@ -67,20 +67,6 @@ struct Builder : nvinfer1::IExprBuilder, nvinfer1::apiv::VExprBuilder
     std::vector<std::unique_ptr<Known>> made;
 };
 
-PluginTensorDesc tensor(std::vector<int32_t> const& dims, DataType type)
-{
-    PluginTensorDesc desc{};
-    desc.dims.nbDims = static_cast<int32_t>(dims.size());
-    for (size_t i = 0; i < dims.size(); ++i)
-    {
-        desc.dims.d[i] = dims[i];
-    }
-    desc.type = type;
-    desc.format = nvinfer1::TensorFormat::kLINEAR;
-    desc.scale = 1.0f;
-    return desc;
-}
-
 // The tensors of a call: inputs in order, then the output.
 std::vector<PluginTensorDesc> describeCall(LatentOp const& op, Problem const& p)
 {
@@ -119,24 +105,6 @@ Problem example(LatentOp const& op)
     p.headsPerGroup = op.rebuilt ? 3 : 0;
     p.width = op.rebuilt ? 64 : p.keys.rank();
     return p;
-}
-
-std::vector<nvinfer1::DynamicPluginTensorDesc> dynamic(std::vector<PluginTensorDesc> const& tensors)
-{
-    std::vector<nvinfer1::DynamicPluginTensorDesc> out;
-    for (auto const& one : tensors)
-    {
-        out.push_back({one, one.dims, one.dims, one.dims});
-    }
-    return out;
-}
-
-int32_t configure(nvinfer1::IPluginV3& plugin, LatentOp const& op, std::vector<PluginTensorDesc> const& tensors)
-{
-    auto const ranges = dynamic(tensors);
-    int32_t const built = buildOf(plugin)->configurePlugin(ranges.data(), op.inputs(), &ranges.back(), 1);
-    int32_t const run = runtimeOf(plugin)->onShapeChange(tensors.data(), op.inputs(), &tensors.back(), 1);
-    return built == run ? built : 1;
 }
 
 void checkShapes(nvinfer1::IPluginV3& plugin, LatentOp const& op, Problem const& p, Report& report)
@@ -186,7 +154,7 @@ void checkMisfits(
 {
     auto const good = describeCall(op, p);
     logger.last.clear();
-    bool const fits = configure(plugin, op, good) == 0;
+    bool const fits = configure(plugin, good) == 0;
     report.check(op.name() + " takes shapes that fit", fits, logger.last);
     for (int32_t place = 0; place < op.inputs(); ++place)
     {
@@ -195,7 +163,7 @@ void checkMisfits(
         bool const isTable = op.rebuilt && place >= op.up() + 2;
         wrong[static_cast<size_t>(place)].dims.d[isTable ? 1 : 2] += 1000;
         logger.last.clear();
-        bool const refused = configure(plugin, op, wrong) == -1 && logger.last.find("expected") != std::string::npos;
+        bool const refused = configure(plugin, wrong) == -1 && logger.last.find("expected") != std::string::npos;
         report.check(op.name() + " refuses a misfit in input " + std::to_string(place), refused,
             refused ? "" : "logged '" + logger.last + "'");
     }
@@ -212,7 +180,7 @@ void checkCopies(nvinfer1::IPluginCreatorV3One& creator, nvinfer1::IPluginV3& pl
     bool good = true;
     for (auto* const other : {again.get(), copy.get(), attached.get()})
     {
-        good = good && other != nullptr && configure(*other, op, describeCall(op, p)) == 0;
+        good = good && other != nullptr && configure(*other, describeCall(op, p)) == 0;
     }
     report.check(op.name() + " survives serialisation, clone and attaching to a context", good);
 }
@@ -277,7 +245,7 @@ double errorOnDevice(nvinfer1::IPluginV3& plugin, LatentOp const& op, Call& call
     void* const output = memory.last();
     memory.add(nullptr, buildOf(plugin)->getWorkspaceSize(ranges.data(), op.inputs(), &ranges.back(), 1));
     cudaStream_t stream = nullptr;
-    bool good = memory.good && configure(plugin, op, tensors) == 0 && cudaStreamCreate(&stream) == cudaSuccess;
+    bool good = memory.good && configure(plugin, tensors) == 0 && cudaStreamCreate(&stream) == cudaSuccess;
     cudaGraph_t graph = nullptr;
     cudaGraphExec_t executable = nullptr;
     if (captured)
