@@ -114,7 +114,7 @@ def _declared_bytes(stack: _Stack, task: str, itemsize: int) -> int:
 def _given_bytes(stack: _Stack, task: str, itemsize: int) -> int:
     """Weights, bfloat16 sensitivities, and moments of the inputs.
 
-    Costs are given a float64 one; a fit a float32 one beside it, and what has drifted.
+    Costs are given two in float32; a fit one of them in float64, and what has drifted.
     """
     moments = 8 if task in _COSTS else 12 + 8 * _FITS[task].drifted
     weights = itemsize * stack.rows * stack.columns
@@ -135,8 +135,8 @@ def _task(stack: _Stack, task: str) -> Callable[[], Any]:
     outputs = tuple(_moment(height, generator).bfloat16() for height in stack.heights)
     seen = _moment(stack.columns, generator).double()
     if task in _COSTS:
-        names, wanted = ("matrix",) * len(weights), _wanted(task)
-        return lambda: stack_costs(names, seen, wanted, *zip(weights, outputs, strict=True))
+        names, wanted, weighted = ("matrix",) * len(weights), _wanted(task), seen.float()
+        return lambda: stack_costs(names, wanted, weighted, weighted, *weights, *outputs)
     form, formats, drifted = _FITS[task]
     drift = _moment(stack.columns, generator).double() / 100 if drifted else None
     statistics = OutputStatistics(_moment(stack.columns, generator), outputs)

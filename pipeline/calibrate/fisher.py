@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from unittest.mock import patch
@@ -21,12 +22,14 @@ from transformers import PreTrainedModel
 
 from pipeline.artefact import damaged
 from pipeline.calibrate.hooks import not_finite, seeing_gradients
+from pipeline.calibrate.layer_carrier import LayerCarrier
 from pipeline.calibrate.layer_stream import LayerStream
-from pipeline.calibrate.moments import GroupMoments
+from pipeline.calibrate.moments import GroupMoments, SeenGroup
 from pipeline.calibrate.precision import fast_products, quick_float32
 from pipeline.kept_tensors import keep_tensors, kept_tensors
 from pipeline.model.structure import Layer, hidden_states_of
 from pipeline.progress import track
+from pipeline.workers.workers import IN_PROCESS, Workers
 
 
 class BackwardSweep:
@@ -39,6 +42,7 @@ class BackwardSweep:
         folder: for the inputs of the layers and the gradient; an interrupted sweep continues there.
         seed: of the tokens that are drawn from the model's distribution.
         batch_size: sequences that go through a layer at once.
+        workers: who runs the layers for `forward` and `seen`.
     """
 
     def __init__(
@@ -50,9 +54,11 @@ class BackwardSweep:
         *,
         seed: int = 0,
         batch_size: int = 2,
+        workers: Workers = IN_PROCESS,
     ) -> None:
         self.model, self.layers, self.folder, self.seed = model, layers, folder, seed
         self.stream = LayerStream(model, layers, tokens, batch_size)
+        self._carrier = LayerCarrier.of(model, self.stream, workers)
         folder.mkdir(parents=True, exist_ok=True)
 
     def forward(self, last: int | None = None) -> int:
@@ -72,8 +78,7 @@ class BackwardSweep:
             return last
         for index in track(range(len(self.layers)), "sensitivity, forward"):
             _write(self._input_path(index), self.stream.hidden)
-            with fast_products(self.model):
-                self.stream.advance(index, measure=False)
+            self._advance(index)
             _require_finite(self.layers[index].name, self.stream.hidden)
         generator = torch.Generator().manual_seed(self.seed)
         gradients = [
@@ -85,6 +90,29 @@ class BackwardSweep:
         ]
         _write(self._gradient_path(len(self.layers)), gradients)
         return end
+
+    def _advance(self, index: int) -> None:
+        if self._carrier is not None:
+            self._carrier.advance(index)
+            return
+        with fast_products(self.model):
+            self.stream.advance(index, measure=False)
+
+    def seen(self, index: int) -> Iterator[tuple[str, SeenGroup]]:
+        """As `backward`: each group of the layer, and its moments.
+
+        By workers they are still being computed; by this process those of one group are made of
+        its sums, which are then let go, when it is asked for.
+        """
+        if self._carrier is not None:
+            inputs, gradients = self._kept(index)
+            before, found = self._carrier.back(index, inputs, gradients)
+            self._keep(index, before)
+            yield from found.items()
+            return
+        moments = self.backward(index)
+        for name in list(moments):
+            yield name, moments.pop(name).seen()
 
     def backward(self, index: int) -> dict[str, GroupMoments]:
         """Carry the gradient from the output of layer `index` to its input.
@@ -114,14 +142,13 @@ class BackwardSweep:
         Raises:
             InputError: activations or gradients that are not finite; names the layer.
         """
-        inputs, gradients = _read(self._input_path(index)), _read(self._gradient_path(index + 1))
+        inputs, gradients = self._kept(index)
         with watching:
             before = [
                 self._through(index, hidden, gradient)
                 for hidden, gradient in zip(inputs, gradients, strict=True)
             ]
-        _require_finite(self.layers[index].name, before)
-        _write(self._gradient_path(index), before)
+        self._keep(index, before)
 
     def forget(self, index: int) -> None:
         """Remove what was needed to carry the gradient through layer `index`, which is finished."""
@@ -131,6 +158,15 @@ class BackwardSweep:
     def remove(self) -> None:
         """Remove what the sweep kept on disk."""
         shutil.rmtree(self.folder)
+
+    def _kept(self, index: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Inputs of a layer, and the gradient by its outputs, batch by batch."""
+        return _read(self._input_path(index)), _read(self._gradient_path(index + 1))
+
+    def _keep(self, index: int, gradients: list[torch.Tensor]) -> None:
+        """Keep the gradient by the inputs of a layer."""
+        _require_finite(self.layers[index].name, gradients)
+        _write(self._gradient_path(index), gradients)
 
     def _through(self, index: int, hidden: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
         """The gradient by the input of a layer, from that by its output; both [B, T, H]."""

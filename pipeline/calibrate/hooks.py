@@ -4,16 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from pipeline.calibrate.moments import DrawnMoments, GroupMoments, OutputMoments
+from pipeline.calibrate.moments import OutputMoments
 from pipeline.errors import InputError
 
 # Positional and keyword arguments of one call of a module.
 Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class Watcher(Protocol):
+    """Sees what passes through linears that read the same input, forward and back.
+
+    Attributes:
+        members: names of the linears.
+    """
+
+    members: tuple[str, ...]
+
+    def see_input(self, inputs: torch.Tensor) -> None:
+        """Of all of them, float [..., n]; ValueError for values that are not finite."""
+        ...
+
+    def see_gradient(self, name: str, gradients: torch.Tensor, /) -> None:
+        """By what one of them returned, float [..., m]; ValueError likewise."""
+        ...
 
 
 class _Reached(Exception):
@@ -90,9 +108,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def seeing_gradients(
-    model: nn.Module, groups: Mapping[str, GroupMoments | DrawnMoments]
-) -> Iterator[None]:
+def seeing_gradients(model: nn.Module, groups: Mapping[str, Watcher]) -> Iterator[None]:
     """Let the sums see all that passes through their linears, forward and back.
 
     Parameters are frozen meanwhile: gradients by them are not wanted.
@@ -162,7 +178,7 @@ def _giving_input(name: str, take: Callable[[torch.Tensor], object]) -> Any:
     return give
 
 
-def _watching_output(member: str, sums: GroupMoments | DrawnMoments) -> Any:
+def _watching_output(member: str, sums: Watcher) -> Any:
     def see(gradient: torch.Tensor) -> None:
         try:
             sums.see_gradient(member, gradient)

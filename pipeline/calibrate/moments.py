@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
+
 import torch
 
 from pipeline.calibrate.precision import fast
+from pipeline.workers.workers import Done, Result
 
 _LARGEST_NORM = 10.0
-_BLOCK = 128
+# Columns of a sum that are added to at once.
+BLOCK = 128
 
 
 def _rows_of(inputs: torch.Tensor) -> torch.Tensor:
@@ -22,8 +27,8 @@ def _add_gram_(upper: torch.Tensor, rows: torch.Tensor) -> None:
     its own: a sum rounded to bfloat16 is no second moment, for it has eigenvalues below zero.
     """
     with torch.autocast(rows.device.type, enabled=False):
-        for start in range(0, rows.shape[1], _BLOCK):
-            end = start + _BLOCK
+        for start in range(0, rows.shape[1], BLOCK):
+            end = start + BLOCK
             upper[start:end, start:] += rows[:, start:end].T @ rows[:, start:]
 
 
@@ -33,8 +38,8 @@ def _whole(upper: torch.Tensor) -> torch.Tensor:
     By blocks: of the widest inputs, each copy is gigabytes.
     """
     whole = upper.clone()
-    for start in range(0, len(whole), _BLOCK):
-        end = start + _BLOCK
+    for start in range(0, len(whole), BLOCK):
+        end = start + BLOCK
         whole[end:, start:end] = whole[start:end, end:].T
     return whole
 
@@ -44,6 +49,21 @@ def _gram(rows: torch.Tensor) -> torch.Tensor:
     upper = rows.new_zeros(rows.shape[1], rows.shape[1])
     _add_gram_(upper, rows)
     return _whole(upper)
+
+
+@dataclass(frozen=True)
+class SeenGroup:
+    """What was seen of linears with one input, of all text.
+
+    Attributes:
+        inputs: S of the input, float32 [n, n].
+        weighted: the same, tokens weighted by their gradients.
+        outputs: G of what each member returns, bfloat16 [m, m].
+    """
+
+    inputs: Result[torch.Tensor]
+    weighted: Result[torch.Tensor]
+    outputs: tuple[Result[torch.Tensor], ...]
 
 
 class _Mean:
@@ -84,11 +104,21 @@ class SecondMoment(_Mean):
         Raises:
             ValueError: NaN or infinite values.
         """
-        rows = _rows_of(inputs).float()
-        if not torch.isfinite(rows.sum()) and not torch.isfinite(rows).all():
-            raise ValueError("NaN or infinite activations")
+        rows = finite_rows(inputs)
         _add_gram_(self._upper, rows)
         self.tokens += rows.shape[0]
+
+
+def finite_rows(inputs: torch.Tensor) -> torch.Tensor:
+    """Inputs float32 [t, n] of a batch [..., n].
+
+    Raises:
+        ValueError: NaN or infinite values.
+    """
+    rows = _rows_of(inputs).float()
+    if not torch.isfinite(rows.sum()) and not torch.isfinite(rows).all():
+        raise ValueError("NaN or infinite activations")
+    return rows
 
 
 def _rows_and_squares(gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -104,13 +134,28 @@ def _rows_and_squares(gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
     return rows, squares
 
 
-class _OutputMoment(_Mean):
-    """Running G = sum over tokens of g g^T, for the gradient by one output of height m.
+def cut_gradients(gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of a batch [..., m], none longer than all others together would make it.
 
     A few tokens have gradients hundreds of times larger than the rest and would decide alone: a
     gradient longer than LARGEST_NORM times the root mean square of its batch is cut to that length.
-    G is only ever used shrunk, so that products in bfloat16 are accurate enough.
+
+    Returns:
+        Float [t, m], rounded to bfloat16 where that is faster, since G is only ever used shrunk.
+        Their squared lengths after the cut, as fractions of the mean, float32 [t].
+
+    Raises:
+        ValueError: NaN or infinite values.
     """
+    rows, squares = _rows_and_squares(gradients)
+    limit = _LARGEST_NORM**2 * squares.mean()
+    cut = (limit / squares.clamp_min(1e-30)).clamp_max(1)
+    weights = squares * cut / squares.mean().clamp_min(1e-30)
+    return fast(rows * cut.sqrt()[:, None]), weights
+
+
+class _OutputMoment(_Mean):
+    """Running G = sum over tokens of g g^T, for the gradient by one output of height m."""
 
     def __init__(self, height: int) -> None:
         super().__init__(height, torch.float32)
@@ -125,12 +170,8 @@ class _OutputMoment(_Mean):
         Raises:
             ValueError: NaN or infinite values.
         """
-        rows, squares = _rows_and_squares(gradients)
-        limit = _LARGEST_NORM**2 * squares.mean()
-        cut = (limit / squares.clamp_min(1e-30)).clamp_max(1)
-        rows = rows * cut.sqrt()[:, None]
-        weights = squares * cut / squares.mean().clamp_min(1e-30)
-        _add_gram_(self._upper, fast(rows))
+        rows, weights = cut_gradients(gradients)
+        _add_gram_(self._upper, rows)
         self.tokens += rows.shape[0]
         return weights
 
@@ -178,6 +219,14 @@ class GroupMoments(_Watched):
             weights = torch.stack(self._weights).mean(dim=0)
             self.weighted.add_(self._rows * weights.sqrt()[:, None])
             self._rows, self._weights = torch.empty(0), []
+
+    def seen(self) -> SeenGroup:
+        """The means, as they are handed on."""
+        return SeenGroup(
+            Done(self.inputs.mean().float()),
+            Done(self.weighted.mean().float()),
+            tuple(Done(output.mean().bfloat16()) for output in self.outputs.values()),
+        )
 
 
 class OutputMoments:
@@ -231,7 +280,7 @@ class OutputMoments:
         """E[(y - m)(y - m)^T] and the same with tokens weighted by their gradients; m = E[y].
 
         Returns:
-            Float64 [n, n]; float64 [n, n], in which gradients count for a half (see `balanced`);
+            Float64 [n, n]; float64 [n, n], in which gradients count for a half (see `Balanced`);
             float64 [n].
         """
         plain = self._plain.mean()
@@ -239,7 +288,7 @@ class OutputMoments:
         moment = _about(plain, mean)
         assert self._origin is not None, "a mean of nothing was refused"
         whole = self._origin.double() + mean
-        return moment, balanced(moment, _about(self._weighted.mean(), mean)), whole
+        return moment, Balanced(moment, _about(self._weighted.mean(), mean)).double(), whole
 
 
 def _about(moment: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
@@ -280,17 +329,36 @@ class DrawnMoments(_Watched):
             self._squares = []
 
 
-def balanced(moment: torch.Tensor, weighted: torch.Tensor) -> torch.Tensor:
+@dataclass(frozen=True)
+class Balanced:
     """The mean of a second moment and its gradient-weighted form, brought to the same trace.
 
     The nearest Kronecker product to the Fisher information weights the tokens; the plain moment is
     estimated with less variance, and holds for text on which other tokens matter. Tokens that carry
     huge activations and no gradient, such as attention sinks, count for half.
 
-    Args:
-        moment: S, float64 [n, n].
-        weighted: S with weighted tokens, [n, n].
+    Nothing is held but the rows that are asked for: of the widest inputs all take gigabytes.
+
+    Attributes:
+        seen: S, float [n, n].
+        weighted: S with weighted tokens, float [n, n].
     """
-    scale = moment.diagonal().sum() / weighted.diagonal().double().sum().clamp_min(1e-300)
-    # In place: of the widest inputs, each copy is gigabytes.
-    return weighted.to(torch.float64, copy=True).mul_(scale).add_(moment).div_(2)
+
+    seen: torch.Tensor
+    weighted: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.seen)
+
+    def __getitem__(self, rows: slice) -> torch.Tensor:
+        found = self.weighted[rows].to(torch.float64, copy=True)
+        return found.mul_(self._scale).add_(self.seen[rows]).div_(2)
+
+    def double(self) -> torch.Tensor:
+        """All of it, float64 [n, n]."""
+        return self[:]
+
+    @cached_property
+    def _scale(self) -> torch.Tensor:
+        traces = [part.diagonal().double().sum() for part in (self.seen, self.weighted)]
+        return traces[0] / traces[1].clamp_min(1e-300)

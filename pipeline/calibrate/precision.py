@@ -45,12 +45,19 @@ def fast_products(model: nn.Module) -> Iterator[None]:
     float32 residual stream of the calibration, always needs it.
     """
     parameter = next(model.parameters())
-    rounds = parameter.dtype != torch.float32 or _has_bfloat16_units()
     with contextlib.ExitStack() as inside:
         if parameter.device.type == "cpu":
-            inside.enter_context(quick_float32())
-            if rounds:
-                inside.enter_context(torch.autocast("cpu", torch.bfloat16))
+            inside.enter_context(fast_products_of(parameter.dtype))
+        yield
+
+
+@contextlib.contextmanager
+def fast_products_of(dtype: torch.dtype) -> Iterator[None]:
+    """The same for a model on the CPU that is held in this type."""
+    with contextlib.ExitStack() as inside:
+        inside.enter_context(quick_float32())
+        if dtype != torch.float32 or _has_bfloat16_units():
+            inside.enter_context(torch.autocast("cpu", torch.bfloat16))
         yield
 
 

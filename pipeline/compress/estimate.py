@@ -19,7 +19,6 @@ from pipeline.compress.layer_prices import WINDOWS as PRICED_WINDOWS
 from pipeline.compress.request import CompressRequest
 from pipeline.compress.timed_layer import (
     Part,
-    Task,
     TimedLayer,
     linear_parameters,
     one_layer,
@@ -54,7 +53,7 @@ class Estimate:
         timed_width: widest input of the layer that was timed.
         widest: of the model.
         tasks: how many.
-        head_hours: of the head alone.
+        head_hours: of what the head computes itself.
         task_hours: of all tasks, one after another.
         hours: of both, as they run beside one another.
         worker_bytes: largest process of a worker.
@@ -209,17 +208,24 @@ def _stages(
     """The survey, the prices where the effort measures them, and the walk."""
     effort, width = request.resolved_effort, whole.numbers / linear_parameters(timed.layer)
     of_tasks, count = width**1.5 * whole.layers, max(1, workers)
-    windows = effort.windows_for(whole.widest)
-    surveyed = effort.survey_windows * effort.window_length
+    windows, surveyed = effort.windows_for(whole.widest), _text_of(whole, request)
     kept = wanted_costs(request, [whole.layer], surveyed).inputs
     read = windows * effort.window_length - (surveyed if kept else 0)
-    of_survey = whole.layers + _OF_OUTPUT * whole.output / whole.numbers
+    output = _OF_OUTPUT * whole.output / whole.numbers
+
+    def of_text(seconds: float, part: Part, tokens: float, layers: float) -> float:
+        return seconds * width * layers * tokens / part.tokens
 
     def head(part: Part, tokens: float, layers: float) -> float:
-        return part.head_seconds * width * layers * tokens / part.tokens
+        return of_text(part.head_seconds, part, tokens, layers)
 
     costs, fits = (of_tasks * part.task_seconds for part in (timed.survey, timed.walk))
-    stages = [_Stage(head(timed.survey, surveyed, of_survey), costs, costs / count, overlaps=True)]
+    survey = timed.survey
+    carried = of_text(survey.text_seconds, survey, surveyed, whole.layers)
+    own = head(survey, surveyed, whole.layers)
+    own += of_text(survey.text_seconds, survey, surveyed, output)
+    costs += carried
+    stages = [_Stage(own, costs, costs / count, overlaps=False)]
     if effort.prices:
         # Each layer is tried with all behind it.
         text = surveyed + PRICED_WINDOWS * effort.window_length * whole.layers / 2
@@ -238,7 +244,10 @@ def _scaled(
     width = whole.numbers / linear_parameters(timed.layer)
     stages = _stages(timed, whole, request, workers)
     tasks = timed.survey.tasks + timed.walk.tasks
-    moved = sum(task.given_bytes + task.returned_bytes for task in tasks)
+    text = _text_of(whole, request) / timed.survey.tokens
+    moved = width * sum(task.own_bytes for task in tasks if not task.of_text)
+    moved += width**0.5 * text * sum(task.own_bytes for task in tasks if task.of_text)
+    moved += width * timed.survey.weight_bytes
     own, others = sum(stage.head for stage in stages), sum(stage.tasks for stage in stages)
     layers = [whole.layer] * whole.layers
     return Estimate(
@@ -246,16 +255,18 @@ def _scaled(
         threads=threads,
         timed_width=widest_input(timed.layer),
         widest=whole.widest,
-        tasks=len(tasks) * whole.layers,
+        tasks=round(sum(text if t.weight_bytes else 1 for t in tasks)) * whole.layers,
         head_hours=own / 3600,
         task_hours=others / 3600,
         hours=(sum(stage.beside for stage in stages) if workers else own + others) / 3600,
-        worker_bytes=max(_process_bytes(task, width) for task in tasks),
-        moved_bytes=int(moved * width * whole.layers) if workers else 0,
+        worker_bytes=max(t.process_bytes(width**0.5, text) for t in tasks) + LIBRARIES_BYTES,
+        moved_bytes=int(moved * whole.layers) if workers else 0,
         disk_bytes=disk_bytes(request, layers, whole.parameters, torch.float16),
     )
 
 
-def _process_bytes(task: Task, width: float) -> int:
-    """Of a worker that computes a task of the whole model, with what it is given."""
-    return int(task.given_bytes * width) + task.needed_bytes_at(width**0.5) + LIBRARIES_BYTES
+def _text_of(whole: _Whole, request: CompressRequest) -> int:
+    """Tokens that the survey reads."""
+    effort = request.resolved_effort
+    windows = min(effort.survey_windows, effort.windows_for(whole.widest))
+    return windows * effort.window_length

@@ -13,6 +13,19 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from pipeline.calibrate.carried_layer import (
+    LayerCode,
+    attention_heads,
+    layer_bytes,
+    layer_gradients,
+    layer_output,
+)
+from pipeline.calibrate.seen_rows import (
+    mean_input_moment,
+    mean_output_moment,
+    mean_weighted_moment,
+    moment_bytes,
+)
 from pipeline.calibrate.text import TokenBatch
 from pipeline.compress.decoder import CalibratedDecoder, widest_group
 from pipeline.compress.factorize.whitened_svd import InputMoments
@@ -21,11 +34,11 @@ from pipeline.compress.fit_memory import fit_bytes
 from pipeline.compress.plan.layer_costs import LayerCosts
 from pipeline.compress.plan.make_plan import make_plan
 from pipeline.compress.plan.plan import GroupPlan, Members
-from pipeline.compress.plan.stack_costs import CostRequest, Member, cost_bytes, stack_costs
+from pipeline.compress.plan.stack_costs import CostRequest, cost_bytes, stack_costs
 from pipeline.compress.request import CompressRequest
 from pipeline.compress.walk import compress_
-from pipeline.model.structure import Layer, decoder_structure
-from pipeline.workers.workers import IN_PROCESS, Result, Value
+from pipeline.model.structure import Group, Layer, decoder_structure
+from pipeline.workers.workers import Done, InProcess, Result, Value, resolved
 
 _VOCABULARY = 256
 
@@ -93,6 +106,8 @@ class Task:
         given_bytes: what it was given.
         returned_bytes: and what it returned.
         needed_bytes_at: memory beside that, of matrices so many times as wide and as high.
+        of_text: whether it carries text, or sums over it.
+        weight_bytes: of what it was given, what all tasks of the same name are given.
     """
 
     where: str
@@ -100,12 +115,35 @@ class Task:
     given_bytes: int
     returned_bytes: int
     needed_bytes_at: Callable[[float], int]
+    of_text: bool = False
+    weight_bytes: int = 0
+
+    @property
+    def own_bytes(self) -> int:
+        """What it alone is given and returns."""
+        return self.given_bytes - self.weight_bytes + self.returned_bytes
+
+    def process_bytes(self, times: float, text: float) -> int:
+        """Memory of it and of what it is given, of a model so many times as wide.
+
+        Args:
+            times: as wide and as high.
+            text: so many times as much of it.
+        """
+        if not self.of_text:
+            given = self.given_bytes * times**2
+        elif self.weight_bytes:
+            given = self.weight_bytes * times**2 + (self.given_bytes - self.weight_bytes) * times
+        else:
+            given = self.given_bytes * times * text
+        return int(given) + self.needed_bytes_at(times)
 
 
-class Timing:
+class Timing(InProcess):
     """Computes each task as it is submitted, and takes its time (see `Workers`)."""
 
-    at_once = 0
+    # Others would compute them: layers are run by tasks.
+    at_once = 1
 
     def __init__(self) -> None:
         self.tasks: list[Task] = []
@@ -113,24 +151,44 @@ class Timing:
     def submit(
         self, where: str, function: Callable[..., Value], *arguments: Any, needed_bytes: int = 0
     ) -> Result[Value]:
-        started = time.perf_counter()
-        result = IN_PROCESS.submit(where, function, *arguments)
-        seconds = time.perf_counter() - started
-        given, returned = (sum(map(_bytes_of, a)) for a in (arguments, [result.get()]))
-        self.tasks.append(Task(where, seconds, given, returned, _NEEDED[function](*arguments)))
+        (result,) = self._timed(where, lambda *given: [function(*given)], function, arguments)
         return result
+
+    def submit_parts(
+        self,
+        where: str,
+        function: Callable[..., Sequence[Any]],
+        count: int,
+        *arguments: Any,
+        needed_bytes: int = 0,
+    ) -> list[Result[Any]]:
+        return self._timed(where, function, function, arguments)
+
+    def _timed(
+        self,
+        where: str,
+        compute: Callable[..., Sequence[Any]],
+        function: Callable[..., Any],
+        arguments: Sequence[Any],
+    ) -> list[Result[Any]]:
+        given = resolved(arguments)
+        started = time.perf_counter()
+        parts = compute(*given)
+        seconds = time.perf_counter() - started
+        told, returned = _bytes_of(given), _bytes_of(parts)
+        of_text, weight_bytes = function in _OF_TEXT, 0
+        if function in _OF_LAYERS:
+            weight_bytes = sum(_bytes_of(a) for a in given if isinstance(a, dict))
+        self.tasks.append(
+            Task(where, seconds, told, returned, _NEEDED[function](*given), of_text, weight_bytes)
+        )
+        return [Done(part) for part in parts]
 
     def part(self, started: float, tokens: int) -> Part:
         """What was done since `started`, with text of so many tokens; begins anew."""
         seconds, done = time.perf_counter() - started, self.tasks
         self.tasks = []
         return Part(done, seconds - sum(task.seconds for task in done), tokens)
-
-    def share(self, value: Value) -> Value:
-        return value
-
-    def describe(self) -> dict[str, Any]:
-        return {}
 
 
 def _bytes_of(value: Any) -> int:
@@ -145,10 +203,10 @@ def _bytes_of(value: Any) -> int:
 
 
 def _of_costs(
-    stack: Members, geometry: torch.Tensor, wanted: CostRequest, *members: Member
+    stack: Members, wanted: CostRequest, seen: torch.Tensor, _: torch.Tensor, *found: torch.Tensor
 ) -> Callable[[float], int]:
     """Of `stack_costs`, by its arguments, of which the sizes alone are kept."""
-    columns, heights = len(geometry), [len(weight) for weight, _ in members]
+    columns, heights = len(seen), [len(weight) for weight in found[: len(stack)]]
     return lambda times: cost_bytes(
         round(columns * times), [round(height * times) for height in heights], wanted
     )
@@ -173,10 +231,47 @@ def _of_fit(
     return needed_bytes_at
 
 
+def _of_layer(
+    code: LayerCode,
+    name: str,
+    groups: Sequence[Group],
+    numbers: Any,
+    keywords: Any,
+    hidden: torch.Tensor,
+    *gradient: torch.Tensor,
+) -> Callable[[float], int]:
+    """Of `layer_output` and `layer_gradients`, likewise: a batch is of as many tokens."""
+    heads, shape = attention_heads(code.empty()), hidden.shape
+
+    def needed_bytes_at(times: float) -> int:
+        wide = [
+            replace(
+                group,
+                in_features=round(group.in_features * times),
+                out_features=tuple(round(height * times) for height in group.out_features),
+            )
+            for group in groups
+        ]
+        batch = (shape[0], shape[1], round(shape[2] * times))
+        return layer_bytes(wide, batch, round(heads * times), back=bool(gradient))
+
+    return needed_bytes_at
+
+
+def _of_moment(*rows: torch.Tensor) -> Callable[[float], int]:
+    """Of the mean moments, likewise."""
+    tokens, width = max(map(len, rows)), rows[0].shape[1]
+    return lambda times: moment_bytes(round(width * times), tokens)
+
+
+_OF_LAYERS = (layer_output, layer_gradients)
+_OF_TEXT = (*_OF_LAYERS, mean_input_moment, mean_weighted_moment, mean_output_moment)
 # What the tasks of a compression declare at another width, by what each is given.
 _NEEDED: dict[Callable[..., Any], Callable[..., Callable[[float], int]]] = {
     stack_costs: _of_costs,
     fit_group: _of_fit,
+    **dict.fromkeys(_OF_LAYERS, _of_layer),
+    **dict.fromkeys(_OF_TEXT[len(_OF_LAYERS) :], _of_moment),
 }
 
 
@@ -195,8 +290,19 @@ class Part:
     tokens: int
 
     @property
+    def text_seconds(self) -> float:
+        """Of tasks that carry text, or sum over it."""
+        return sum(task.seconds for task in self.tasks if task.of_text)
+
+    @property
     def task_seconds(self) -> float:
-        return sum(task.seconds for task in self.tasks)
+        """Of all other tasks."""
+        return sum(task.seconds for task in self.tasks if not task.of_text)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of the layers that tasks are given, each counted once."""
+        return sum({task.where: task.weight_bytes for task in self.tasks}.values())
 
     def in_turn_seconds(self, layer: Layer) -> float:
         """Of tasks of which only those with one input may be computed at once."""

@@ -13,10 +13,10 @@ import os
 import platform
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -153,6 +153,7 @@ class _RayWorkers:
                 expected=f"at most {max(int(n.get(_CPU, 0)) for n in self._nodes.values())}",
             )
         self.at_once = _TASKS_A_WORKER * self.count
+        self._running: list[Any] = []
         self.tasks, self.largest_bytes, self.seconds = 0, 0, 0.0
         _carry_tensors_as_arrays()
 
@@ -167,8 +168,8 @@ class _RayWorkers:
         own, found = _Machine.here(), {}
         for node in self._nodes:
             there = NodeAffinitySchedulingStrategy(node, soft=False)
-            task = self._compute.options(num_cpus=0, scheduling_strategy=there)
-            reference = task.remote(self.threads, 0, _Machine.here)
+            task = self._compute.options(num_cpus=0, num_returns=2, scheduling_strategy=there)
+            reference, _ = task.remote(self.threads, 0, _Machine.here, None)
             name = f"{self._names[node]} (node {node[:8]})"
             found[name] = _RayResult(self, reference, name).get()
         for name, other in found.items():
@@ -193,16 +194,43 @@ class _RayWorkers:
     def submit(
         self, where: str, function: Callable[..., Value], *arguments: Any, needed_bytes: int = 0
     ) -> Result[Value]:
+        (result,) = self._begin(where, function, None, arguments, needed_bytes)
+        return result
+
+    def submit_parts(
+        self,
+        where: str,
+        function: Callable[..., Sequence[Any]],
+        count: int,
+        *arguments: Any,
+        needed_bytes: int = 0,
+    ) -> list[Result[Any]]:
+        return self._begin(where, function, count, arguments, needed_bytes)
+
+    def _begin(
+        self,
+        where: str,
+        function: Callable[..., Any],
+        count: int | None,
+        arguments: Sequence[Any],
+        needed_bytes: int,
+    ) -> list[Result[Any]]:
+        """Submit a task; `count` is of the parts that it returns, None for one whole value."""
         self._require_memory(where, needed_bytes)
         task = self._compute.options(
-            num_cpus=self.threads, memory=needed_bytes or None, max_retries=_TIMES_AGAIN
+            num_cpus=self.threads,
+            memory=needed_bytes or None,
+            max_retries=_TIMES_AGAIN,
+            num_returns=(count or 1) + 1,
         )
-        reference = task.remote(self.threads, needed_bytes, function, *arguments)
-        return _RayResult(self, reference, where, needed_bytes)
+        given = [a.reference if isinstance(a, _RayResult) else a for a in arguments]
+        *values, used = task.remote(self.threads, needed_bytes, function, count, *given)
+        self._count_finished()
+        self._running.append(used)
+        return [_RayResult(self, value, where, needed_bytes) for value in values]
 
-    def share(self, value: Value) -> Value:
-        reference: Any = self._ray.put(value)
-        return cast("Value", reference)
+    def share(self, value: Value) -> Result[Value]:
+        return _RayResult(self, self._ray.put(value), "what tasks share")
 
     def _require_memory(self, where: str, needed_bytes: int) -> None:
         """Refuse a task that would wait for ever."""
@@ -216,13 +244,22 @@ class _RayWorkers:
                 expected=_EXPECTED_MEMORY,
             )
 
-    def count_task(self, used_bytes: int, seconds: float) -> None:
-        """Take note of a task: its seconds, and the most memory that its process had."""
-        self.tasks += 1
-        self.seconds += seconds
-        self.largest_bytes = max(self.largest_bytes, used_bytes)
+    def _count_finished(self) -> None:
+        """Take note of tasks that ended: their seconds, and the most memory of their processes."""
+        if not self._running:
+            return
+        running = self._running
+        ended, self._running = self._ray.wait(running, num_returns=len(running), timeout=0)
+        for reference in ended:
+            # Of a task that was lost nothing is known; who waits for its result is told.
+            with contextlib.suppress(self._ray.exceptions.RayError):
+                used = self._ray.get(reference)
+                self.tasks += 1
+                self.seconds += used.seconds
+                self.largest_bytes = max(self.largest_bytes, used.most_bytes)
 
     def describe(self) -> dict[str, Any]:
+        self._count_finished()
         return {
             "workers": self.count,
             "machines": len(self._nodes),
@@ -252,7 +289,7 @@ class _RayResult:
     def get(self) -> Any:
         ray = self.workers._ray
         try:
-            value, used_bytes, seconds = ray.get(self.reference)
+            value = ray.get(self.reference)
         except ray.exceptions.OutOfMemoryError as error:
             raise ResourceError(
                 "A machine of the cluster had no memory left, and Ray ended a task, twice.",
@@ -278,7 +315,6 @@ class _RayResult:
             ) from error
         if isinstance(value, _Failed):
             raise self._told(value.error)
-        self.workers.count_task(used_bytes, seconds)
         return value
 
     def _told(self, error: Exception) -> Exception:
@@ -294,20 +330,38 @@ class _RayResult:
         )
 
 
+@dataclass(frozen=True)
+class _Used:
+    """What a task took: the most memory that its process had, and seconds."""
+
+    most_bytes: int
+    seconds: float
+
+
 def _compute(
-    threads: int, needed_bytes: int, function: Callable[..., Any], *arguments: Any
-) -> tuple[Any, int, float]:
-    """In a worker: what the function returns, the most memory the process had for it, seconds."""
+    threads: int,
+    needed_bytes: int,
+    function: Callable[..., Any],
+    count: int | None,
+    *arguments: Any,
+) -> tuple[Any, ...]:
+    """In a worker: what the function returns, in so many parts, and what it took."""
     _carry_tensors_as_arrays()
     with contextlib.suppress(OSError):
         forget_peak()
     started = time.monotonic()
+    # A task that another failed fails as that did.
+    failed = next((given for given in arguments if isinstance(given, _Failed)), None)
     with limited_threads(threads), _limited_memory(needed_bytes):
         try:
-            value = function(*arguments)
+            parts = (failed,) if failed else function(*arguments)
         except Exception as error:
-            value = _Failed(error.with_traceback(None))
-    return value, peak_bytes(), time.monotonic() - started
+            failed = _Failed(error.with_traceback(None))
+    if failed:
+        parts = (failed,) * (count or 1)
+    elif count is None:
+        parts = (parts,)
+    return (*parts, _Used(peak_bytes(), time.monotonic() - started))
 
 
 @contextlib.contextmanager

@@ -56,7 +56,8 @@ class Workers(Protocol):
         Args:
             where: what it is of, for messages.
             function: of a module.
-            arguments: that it is given; they must not change until the result is there.
+            arguments: that it is given; they must not change until the result is there. A result
+                of another task stands for what that returns, and is not moved through this process.
             needed_bytes: memory that it takes beside its arguments; 0 where nobody knows.
 
         Raises:
@@ -64,8 +65,22 @@ class Workers(Protocol):
         """
         ...
 
-    def share(self, value: Value) -> Value:
-        """What several tasks are given, moved once; of no use but as an argument of `submit`."""
+    def submit_parts(
+        self,
+        where: str,
+        function: Callable[..., Sequence[Any]],
+        count: int,
+        *arguments: Any,
+        needed_bytes: int = 0,
+    ) -> list[Result[Any]]:
+        """Let a task be computed that returns so many values, each of which goes its own way.
+
+        Args and errors as of `submit`.
+        """
+        ...
+
+    def share(self, value: Value) -> Result[Value]:
+        """What several tasks are given, moved once: an argument of `submit`."""
         ...
 
     def describe(self) -> dict[str, Any]:
@@ -74,14 +89,21 @@ class Workers(Protocol):
 
 
 @dataclass(frozen=True)
-class _Done(Generic[Value]):
+class Done(Generic[Value]):
+    """What was computed here (see `Result`)."""
+
     value: Value
 
     def get(self) -> Value:
         return self.value
 
 
-class _InProcess:
+def resolved(arguments: Sequence[Any]) -> list[Any]:
+    """Arguments of a task that is computed here."""
+    return [given.value if isinstance(given, Done) else given for given in arguments]
+
+
+class InProcess:
     """Computes each task as it is submitted."""
 
     at_once = 0
@@ -89,16 +111,26 @@ class _InProcess:
     def submit(
         self, where: str, function: Callable[..., Value], *arguments: Any, needed_bytes: int = 0
     ) -> Result[Value]:
-        return _Done(function(*arguments))
+        return Done(function(*resolved(arguments)))
 
-    def share(self, value: Value) -> Value:
-        return value
+    def submit_parts(
+        self,
+        where: str,
+        function: Callable[..., Sequence[Any]],
+        count: int,
+        *arguments: Any,
+        needed_bytes: int = 0,
+    ) -> list[Result[Any]]:
+        return [Done(part) for part in function(*resolved(arguments))]
+
+    def share(self, value: Value) -> Result[Value]:
+        return Done(value)
 
     def describe(self) -> dict[str, Any]:
         return {}
 
 
-IN_PROCESS: Workers = _InProcess()
+IN_PROCESS: Workers = InProcess()
 
 
 class InOrder(Generic[_Key, Value]):

@@ -15,7 +15,7 @@ from pipeline.compress.request import CompressRequest
 from pipeline.compress.run import compress_to_folder
 from pipeline.errors import InputError, UsageError
 from pipeline.runtime.sessions.torch_session import TorchSession
-from pipeline.workers.workers import IN_PROCESS, Result
+from pipeline.workers.workers import IN_PROCESS, InProcess, Result
 from tests.support.tiny_decoder import save_tiny_folder, tiny_llama
 from validate.evaluate import EvaluateRequest, evaluate
 from validate.subject import ModelPlace, Subject
@@ -86,7 +86,7 @@ def test_an_unknown_name_and_a_backend_that_cannot_read_it_are_refused(tmp_path:
         Subject.open(ModelPlace("smollm2-135m", "onnx"))
 
 
-class _Elsewhere:
+class _Elsewhere(InProcess):
     """Computes what is pickled and unpickled, as in another process."""
 
     at_once = 2
@@ -99,10 +99,7 @@ class _Elsewhere:
     ) -> Result[Any]:
         self.asked.append(where)
         sent = pickle.loads(pickle.dumps(arguments))
-        return IN_PROCESS.submit(where, function, *sent)
-
-    def share(self, value: Any) -> Any:
-        return value
+        return super().submit(where, function, *sent)
 
     def describe(self) -> dict[str, Any]:
         return {"workers": 2}

@@ -34,8 +34,8 @@ from dataclasses import dataclass
 
 import torch
 
+from pipeline.calibrate.moments import Balanced
 from pipeline.compress.factorize.second_moments import (
-    ROWS_AT_ONCE,
     cholesky,
     is_finite,
     is_zero,
@@ -191,16 +191,16 @@ def truncated(
 
 
 def truncation_losses(
-    weight: torch.Tensor, moment: torch.Tensor, sensitivities: Sequence[Sensitivity] = ()
+    weight: torch.Tensor, moment: torch.Tensor | Balanced, sensitivities: Sequence[Sensitivity] = ()
 ) -> torch.Tensor:
     """What is lost at each rank: tr(G (W - W_r) S (W - W_r)^T), float64 [min(m, n) + 1]."""
-    if is_zero(moment):
+    if isinstance(moment, torch.Tensor) and is_zero(moment):
         return torch.zeros(min(weight.shape) + 1, dtype=torch.float64)
     return _tails_of(_whitened_energies(weight, moment, sensitivities))
 
 
 def _whitened_energies(
-    weight: torch.Tensor, moment: torch.Tensor, sensitivities: Sequence[Sensitivity] = ()
+    weight: torch.Tensor, moment: torch.Tensor | Balanced, sensitivities: Sequence[Sensitivity] = ()
 ) -> torch.Tensor:
     """The energies of `Spectrum.of` alone, at a fraction of its cost: no vectors, no root.
 
@@ -212,14 +212,20 @@ def _whitened_energies(
         inner = _weighted(weight, [cholesky(block.double()).T for block in sensitivities])
         product = _quadratic(inner, moment)
     else:
-        root = cholesky(moment)
+        root = cholesky(moment.double())
         product = root.T @ weighted_gram(weight, sensitivities) @ root
     return torch.linalg.eigvalsh((product + product.T) / 2).flip(0).clamp_min(0)
 
 
-def _quadratic(matrix: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
-    """M S M^T, float64 [m, m], by a block of rows of M at a time."""
-    return torch.cat([part @ moment @ matrix.T for part in matrix.split(ROWS_AT_ONCE)])
+def _quadratic(matrix: torch.Tensor, moment: torch.Tensor | Balanced) -> torch.Tensor:
+    """M S M^T, float64 [m, m], by a block of rows of M at a time, and for each one of S."""
+    found = torch.empty(len(matrix), len(matrix), dtype=torch.float64)
+    for rows in row_blocks(len(matrix)):
+        multiplied = torch.zeros(matrix[rows].shape, dtype=torch.float64)
+        for others in row_blocks(len(moment)):
+            multiplied.addmm_(matrix[rows, others], moment[others].double())
+        torch.matmul(multiplied, matrix.T, out=found[rows])
+    return found
 
 
 def _product(weight: torch.Tensor, map: torch.Tensor) -> torch.Tensor:
@@ -266,15 +272,15 @@ def _falling_eigen(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _require_fit(
-    weight: torch.Tensor, moment: torch.Tensor, sensitivities: Sequence[Sensitivity]
+    weight: torch.Tensor, moment: torch.Tensor | Balanced, sensitivities: Sequence[Sensitivity]
 ) -> None:
     rows, columns = weight.shape
-    if moment.shape != (columns, columns):
-        raise ValueError(f"moment {tuple(moment.shape)} does not fit weight {(rows, columns)}")
+    if len(moment) != columns:
+        raise ValueError(f"a moment of {len(moment)} rows does not fit weight {(rows, columns)}")
     if sensitivities and sum(len(block) for block in sensitivities) != rows:
         heights = [len(block) for block in sensitivities]
         raise ValueError(f"sensitivities of {heights} rows do not fit weight {(rows, columns)}")
-    if not is_finite(moment):
+    if not all(is_finite(moment[rows]) for rows in row_blocks(columns)):
         raise ValueError("the second moment holds NaN or infinite values")
     for block in sensitivities:
         if not all(is_finite(block[rows]) for rows in row_blocks(len(block))):

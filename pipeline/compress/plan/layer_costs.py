@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from pipeline.calibrate.fisher import BackwardSweep
-from pipeline.calibrate.moments import DrawnMoments, GroupMoments, balanced
+from pipeline.calibrate.moments import DrawnMoments, SeenGroup
 from pipeline.compress.factorize.whitened_svd import truncation_losses
 from pipeline.compress.finished_layers import FinishedLayers, keep_values, kept_values
 from pipeline.compress.plan.plan import Curves, EmbeddingChoice, Members
@@ -145,33 +145,33 @@ class LayerCosts:
         """Measure the missing layers, the last one first."""
         rows = max(1, _TOKENS_AT_ONCE // tokens.shape[1])
         sweep = BackwardSweep(
-            model, layers, tokens, self.folder / "sweep", seed=wanted.seed, batch_size=rows
+            model,
+            layers,
+            tokens,
+            self.folder / "sweep",
+            seed=wanted.seed,
+            batch_size=rows,
+            workers=workers,
         )
 
         def finish(key: _Measured, costs: list[CostsOfStack]) -> None:
             if key.index in missing:
-                found = dict(zip(key.stacks, costs, strict=True))
-                self.finished.add(layers[key.index].name, key.kept | _curves_and_noise(found), [])
+                found = _curves_and_noise(dict(zip(key.costs, costs, strict=True)))
+                kept = {name: tensor.get() for name, tensor in key.kept.items()}
+                self.finished.add(layers[key.index].name, kept | found, [])
             sweep.forget(key.index)
 
         waiting = InOrder(workers, finish)
         for index in track(
             range(sweep.forward(missing[-1]), missing[0] - 1, -1), "sensitivity, backward"
         ):
-            moments = sweep.backward(index)
             here = _Measured(index)
-            results: list[Result[CostsOfStack]] = []
-            for group in layers[index].groups if index in missing else ():
-                found = moments[group.name]
-                statistics = _statistics_of(group, found)
-                here.kept |= _kept_statistics(group, statistics)
-                seen = found.inputs.mean()
-                if wanted.inputs:
-                    here.kept[f"inputs.{group.name}"] = seen.float()
-                submitted = _submitted(workers, model, group, seen, statistics, wanted)
-                here.stacks += submitted
-                results += submitted.values()
-            waiting.add(here, results)
+            groups = {group.name: group for group in layers[index].groups}
+            for name, seen in sweep.seen(index):
+                if index in missing:
+                    here.add(groups[name], seen, wanted)
+                    here.costs |= _submitted(workers, model, groups[name], seen, wanted)
+            waiting.add(here, list(here.costs.values()))
         waiting.finish()
         sweep.remove()
 
@@ -206,58 +206,46 @@ class _Measured:
 
     Attributes:
         index: of the layer.
-        stacks: that are computed, in their order.
-        kept: its statistics.
+        costs: of its stacks, in their order.
+        kept: its statistics, by the names that they are kept by.
     """
 
     index: int
-    stacks: list[Members] = field(default_factory=list)
-    kept: dict[str, torch.Tensor] = field(default_factory=dict)
+    costs: dict[Members, Result[CostsOfStack]] = field(default_factory=dict)
+    kept: dict[str, Result[torch.Tensor]] = field(default_factory=dict)
+
+    def add(self, group: Group, seen: SeenGroup, wanted: CostRequest) -> None:
+        """What is kept of a group's moments: sensitivities, and those of its inputs."""
+        outputs = zip(group.members, seen.outputs, strict=True)
+        self.kept |= {f"sensitivity.{member}": output for member, output in outputs}
+        self.kept[f"weighted.{group.name}"] = seen.weighted
+        if wanted.inputs:
+            self.kept[f"inputs.{group.name}"] = seen.inputs
 
 
 def _submitted(
-    workers: Workers,
-    model: PreTrainedModel,
-    group: Group,
-    moment: torch.Tensor,
-    statistics: OutputStatistics,
-    wanted: CostRequest,
+    workers: Workers, model: PreTrainedModel, group: Group, seen: SeenGroup, wanted: CostRequest
 ) -> dict[Members, Result[CostsOfStack]]:
     """Let the costs of a group's stacks be computed, those of the largest first."""
-    geometry = workers.share(balanced(moment, statistics.weighted))
-    weights = [model.get_submodule(member).weight.detach() for member in group.members]
-    members = {
-        member: workers.share((weight, output))
-        for member, weight, output in zip(group.members, weights, statistics.outputs, strict=True)
-    }
+    weights = {m: workers.share(model.get_submodule(m).weight.detach()) for m in group.members}
+    outputs = dict(zip(group.members, seen.outputs, strict=True))
     heights = dict(zip(group.members, group.out_features, strict=True))
     return {
         stack: workers.submit(
             f"costs of {', '.join(stack)}",
             stack_costs,
             stack,
-            geometry,
             wanted,
-            *(members[member] for member in stack),
+            seen.inputs,
+            seen.weighted,
+            *(weights[member] for member in stack),
+            *(outputs[member] for member in stack),
             needed_bytes=cost_bytes(group.in_features, [heights[m] for m in stack], wanted),
         )
         for stack in sorted(
             stacks_of(group, cat=wanted.cat), key=lambda s: -sum(heights[m] for m in s)
         )
     }
-
-
-def _statistics_of(group: Group, moments: GroupMoments) -> OutputStatistics:
-    # In bfloat16, as they are kept: it rounds away less than the shrinkage.
-    outputs = tuple(moments.outputs[member].mean().bfloat16() for member in group.members)
-    return OutputStatistics(moments.weighted.mean(), outputs)
-
-
-def _kept_statistics(group: Group, statistics: OutputStatistics) -> dict[str, torch.Tensor]:
-    """What is kept of a group's moments: sensitivities, and weighted ones of its inputs."""
-    outputs = zip(group.members, statistics.outputs, strict=True)
-    kept = {f"sensitivity.{member}": output for member, output in outputs}
-    return kept | {f"weighted.{group.name}": statistics.weighted.float()}
 
 
 def _curves_and_noise(costs: dict[Members, CostsOfStack]) -> dict[str, torch.Tensor]:
@@ -316,10 +304,17 @@ class WholeModelCosts:
         """
         waiting = InOrder(workers, self._keep)
         for group in dict.fromkeys(self.groups.values()):
-            moment, statistics = self.moment(group.members), self.of(group.members)
-            submitted = _submitted(workers, self.model, group, moment, statistics, wanted)
+            submitted = _submitted(workers, self.model, group, self._seen(group, workers), wanted)
             waiting.add(list(submitted), list(submitted.values()))
         waiting.finish()
+
+    def _seen(self, group: Group, workers: Workers) -> SeenGroup:
+        statistics = self.of(group.members)
+        return SeenGroup(
+            workers.share(self.moment(group.members)),
+            workers.share(statistics.weighted),
+            tuple(map(workers.share, statistics.outputs)),
+        )
 
     def _keep(self, stacks: list[Members], costs: list[CostsOfStack]) -> None:
         for stack, (curve, cost) in zip(stacks, costs, strict=True):

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from pipeline.calibrate.hooks import not_finite
-from pipeline.calibrate.moments import balanced
+from pipeline.calibrate.moments import Balanced
 from pipeline.compress.factorize.factors import Form
 from pipeline.compress.factorize.second_moments import ROWS_AT_ONCE, Shrunk, is_zero, regular
 from pipeline.compress.factorize.whitened_svd import truncation_losses
@@ -78,24 +78,27 @@ class OutputStatistics:
 
     def geometry(self, moment: torch.Tensor) -> torch.Tensor:
         """What errors are measured in, from S of the input, float64 [n, n]; float64 [n, n]."""
-        return regular(balanced(moment, self.weighted))
+        return regular(Balanced(moment, self.weighted).double())
 
 
-# W of a matrix and G of what it returns: float [m, n], float [m, m].
-Member = tuple[torch.Tensor, torch.Tensor]
 CostsOfStack = tuple[torch.Tensor, StackCost | None]
 
 
 def stack_costs(
-    stack: Members, geometry: torch.Tensor, wanted: CostRequest, *members: Member
+    stack: Members,
+    wanted: CostRequest,
+    seen: torch.Tensor,
+    weighted: torch.Tensor,
+    *matrices: torch.Tensor,
 ) -> CostsOfStack:
     """Of one stack of matrices with one input: what truncation costs at each rank, and rounding.
 
     Args:
         stack: names of the matrices.
-        geometry: S of the input, float64 [n, n], its tokens weighted (see `balanced`).
         wanted: which costs.
-        members: of the stack, as measured.
+        seen: S of the input, float [n, n].
+        weighted: the same, tokens weighted by their gradients.
+        matrices: W of each, float [m_i, n], and then G of what each returns, float [m_i, m_i].
 
     Returns:
         Nats at every rank from 0 to full, float64 [min(m, n) + 1]; nats of rounding, or None.
@@ -103,16 +106,17 @@ def stack_costs(
     Raises:
         InputError: moments that cannot be used; names the matrices.
     """
-    weights, outputs = [w for w, _ in members], [g for _, g in members]
+    weights, outputs = matrices[: len(stack)], matrices[len(stack) :]
     stacked = weights[0] if len(weights) == 1 else torch.cat(weights)
-    if is_zero(geometry) or all(map(is_zero, outputs)) or not stacked.any():
+    if is_zero(seen) or all(map(is_zero, outputs)) or not stacked.any():
         return _no_costs(stacked, wanted)
     try:
-        parts = _counting(outputs)
-        curve = truncation_losses(stacked, geometry, parts) / 2
+        parts, geometry = _counting(outputs), Balanced(seen, weighted)
         if not wanted.formats:
-            return curve, None
-        rounding = StackCost.measure(stacked, geometry, parts, wanted.formats, wanted.form)
+            return truncation_losses(stacked, geometry, parts) / 2, None
+        whole = geometry.double()
+        curve = truncation_losses(stacked, whole, parts) / 2
+        rounding = StackCost.measure(stacked, whole, parts, wanted.formats, wanted.form)
         return curve, rounding
     except ValueError as error:
         raise not_finite(", ".join(stack), error) from error
@@ -131,13 +135,14 @@ def cost_bytes(columns: int, heights: Sequence[int], wanted: CostRequest) -> int
     spectrum = full**2
     if wanted.formats:
         numbers = max(_OF_INPUTS * columns**2, _OF_OUTPUTS * max(heights) ** 2)
-        numbers += full * (rows + columns)
+        numbers += full * (rows + columns) + columns**2
     elif rows <= columns:
         numbers = _OF_WIDE * rows * columns + _OF_WIDE_SPECTRUM * spectrum
+        numbers += min(columns, ROWS_AT_ONCE) * columns
     else:
         tallest = max(heights)
         numbers = _OF_TALL * tallest * (columns + min(tallest, ROWS_AT_ONCE))
-        numbers += _OF_TALL_SPECTRUM * spectrum
+        numbers += _OF_TALL_SPECTRUM * spectrum + columns**2
     # Several are stacked, in float32.
     numbers += rows * columns / 2 if len(heights) > 1 else 0
     return int(8 * numbers) + _SMALL_BYTES

@@ -5,14 +5,14 @@ import torch
 
 from pipeline.calibrate import precision
 from pipeline.calibrate.moments import (
-    _BLOCK,
     _LARGEST_NORM,
+    BLOCK,
+    Balanced,
     GroupMoments,
     OutputMoments,
     SecondMoment,
     _gram,
     _OutputMoment,
-    balanced,
 )
 
 
@@ -78,7 +78,7 @@ def test_a_mean_of_no_tokens_is_refused() -> None:
         SecondMoment(4).mean()
 
 
-@pytest.mark.parametrize("width", [1, 7, _BLOCK - 1, _BLOCK, _BLOCK + 1, 2 * _BLOCK + 45])
+@pytest.mark.parametrize("width", [1, 7, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK + 45])
 def test_a_product_of_blocks_is_the_whole_product(width: int) -> None:
     # Small integers, of which float32 sums are exact.
     rows = torch.randint(-8, 9, (50, width), generator=torch.Generator().manual_seed(0)).float()
@@ -192,11 +192,11 @@ def test_the_weighted_moment_weights_each_token_by_its_squared_gradients(members
 def test_balanced_moments_have_the_trace_of_the_plain_one_and_half_of_each() -> None:
     rows, others = torch.randn(2, 20, 5, generator=torch.Generator().manual_seed(0)).double()
     plain, weighted = rows.T @ rows, 1e3 * others.T @ others
-    both = balanced(plain, weighted)
+    both = Balanced(plain, weighted).double()
     assert both.trace().item() == pytest.approx(plain.trace().item(), rel=1e-12)
     scaled = weighted * (plain.trace() / weighted.trace())
     torch.testing.assert_close(both, (plain + scaled) / 2, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(balanced(plain, 7 * plain), plain, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(Balanced(plain, 7 * plain).double(), plain, rtol=1e-12, atol=1e-12)
 
 
 def test_what_varies_little_about_a_large_mean_is_not_lost_in_it() -> None:

@@ -25,7 +25,9 @@ from pipeline.errors import InputError, UsageError
 from pipeline.model.structure import decoder_structure
 
 LAYERS = 3
-REQUEST = CompressRequest("of-this-form", keep_params=0.6, effort="fast", calibration="a.txt")
+REQUEST = CompressRequest(
+    "of-this-form", keep_params=0.6, effort="fast", calibration="a.txt", windows=8, window_length=64
+)
 
 
 def config(**changes: Any) -> LlamaConfig:
@@ -72,7 +74,9 @@ def test_tasks_and_bytes_are_those_of_a_model_that_was_compressed(
 ) -> None:
     """A layer as wide as the model's own is timed, so that they differ by its random numbers."""
     assert found.timed_width == found.widest == 256
-    moved = sum(task.given_bytes + task.returned_bytes for task in tasks.tasks)
+    moved = sum(task.own_bytes for task in tasks.tasks)
+    # A layer's weights, forward and back, however many batches of text go through it.
+    moved += sum({task.where: task.weight_bytes for task in tasks.tasks}.values())
     assert found.moved_bytes == pytest.approx(moved, rel=0.15)
     assert found.tasks == pytest.approx(len(tasks.tasks), rel=0.2)
 
@@ -80,14 +84,15 @@ def test_tasks_and_bytes_are_those_of_a_model_that_was_compressed(
 def test_the_largest_worker_holds_what_its_task_declares_and_what_it_is_given(
     tasks: Timing, found: Estimate
 ) -> None:
-    largest = max(task.given_bytes + task.needed_bytes_at(1) for task in tasks.tasks)
+    largest = max(task.process_bytes(1, 1) for task in tasks.tasks)
     assert found.worker_bytes == pytest.approx(largest + LIBRARIES_BYTES, rel=0.02)
 
 
 def test_disk_is_what_survey_layers_and_checkpoint_take(found: Estimate) -> None:
     model = AutoModelForCausalLM.from_config(config(), dtype=torch.float32)
     windows = REQUEST.resolved_effort.survey_windows
-    survey = LayerCosts.disk_bytes(decoder_structure(model.eval()), windows * 512, True)
+    tokens = windows * REQUEST.resolved_effort.window_length
+    survey = LayerCosts.disk_bytes(decoder_structure(model.eval()), tokens, True)
     assert found.disk_bytes == survey + 4 * sum(p.numel() for p in model.parameters())
 
 

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from pipeline.errors import UsageError
-from pipeline.workers.workers import IN_PROCESS, InOrder, Result, open_workers
+from pipeline.workers.workers import IN_PROCESS, InOrder, InProcess, Result, open_workers
 
 
-class Later:
+class Later(InProcess):
     """Workers that compute a task only when it is waited for, and write down when."""
 
     at_once = 2
@@ -31,12 +31,6 @@ class Later:
 
         return Waiting()
 
-    def share(self, value: Any) -> Any:
-        return value
-
-    def describe(self) -> dict[str, Any]:
-        return {}
-
 
 def test_without_workers_a_task_is_computed_as_it_is_submitted() -> None:
     with open_workers(None) as workers:
@@ -45,8 +39,14 @@ def test_without_workers_a_task_is_computed_as_it_is_submitted() -> None:
         result = workers.submit("here", seen.append, 3)
         assert seen == [3]
         assert result.get() is None
-        assert workers.share(seen) is seen
+        assert workers.share(seen).get() is seen
         assert workers.describe() == {}
+
+
+def test_a_task_is_given_what_another_returned_and_may_return_several_values() -> None:
+    parts = IN_PROCESS.submit_parts("parts", divmod, 2, IN_PROCESS.share(17), 5)
+    assert [part.get() for part in parts] == [3, 2]
+    assert IN_PROCESS.submit("sum", sum, IN_PROCESS.submit("list", list, (1, 2))).get() == 3
 
 
 def test_without_workers_nothing_of_ray_is_imported() -> None:

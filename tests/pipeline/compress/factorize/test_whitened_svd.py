@@ -96,7 +96,7 @@ def test_a_singular_moment_is_no_failure(rows: int, columns: int) -> None:
 
 
 def test_a_moment_of_another_size_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"\(3, 3\) does not fit"):
+    with pytest.raises(ValueError, match="3 rows does not fit"):
         Spectrum.of(torch.ones(2, 4), torch.eye(3, dtype=torch.float64))
 
 

@@ -8,7 +8,12 @@ import pytest
 import torch
 
 from pipeline.compress.factorize.second_moments import ROWS_AT_ONCE, Shrunk, shrunk, weighted_gram
-from pipeline.compress.plan.stack_costs import CostRequest, cost_bytes, stack_costs
+from pipeline.compress.plan.stack_costs import (
+    CostRequest,
+    CostsOfStack,
+    cost_bytes,
+    stack_costs,
+)
 from pipeline.errors import InputError
 from pipeline.memory import forget_peak, peak_bytes, return_free_memory
 from pipeline.quantize.formats import Format
@@ -29,10 +34,18 @@ def members_of(heights: list[int], columns: int) -> list[tuple[torch.Tensor, tor
     ]
 
 
+def costs_of(
+    members: list[tuple[torch.Tensor, torch.Tensor]], geometry: torch.Tensor, wanted: CostRequest
+) -> CostsOfStack:
+    """Where the gradients weigh all tokens alike."""
+    weights, outputs = zip(*members, strict=True)
+    return stack_costs(("a",) * len(members), wanted, geometry, geometry, *weights, *outputs)
+
+
 @pytest.mark.parametrize("heights", [[8], [24], [16, 16, 8]])
 def test_a_curve_is_half_the_tail_of_the_squared_singular_values(heights: list[int]) -> None:
     geometry, members = moment_of(20, 1), members_of(heights, 20)
-    curve, rounding = stack_costs(("a",) * len(heights), geometry, CostRequest(), *members)
+    curve, rounding = costs_of(members, geometry, CostRequest())
     roots = [torch.linalg.cholesky(shrunk(g, 0.1)).T for _, g in members]
     inner = torch.cat([root @ w.double() for root, (w, _) in zip(roots, members, strict=True)])
     values = torch.linalg.svdvals(inner @ torch.linalg.cholesky(geometry)).square()
@@ -64,7 +77,7 @@ def test_moments_that_are_no_numbers_are_refused_with_the_names_of_the_stack(pla
     bad = geometry if place == "geometry" else output
     bad[2, 3] = torch.nan
     with pytest.raises(InputError, match="q_proj"):
-        stack_costs(("q_proj",), geometry, CostRequest(), (weight, output))
+        stack_costs(("q_proj",), CostRequest(), geometry, geometry, weight, output)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of memory is reset by Linux alone")
@@ -75,12 +88,12 @@ def test_moments_that_are_no_numbers_are_refused_with_the_names_of_the_stack(pla
 def test_no_more_memory_is_taken_than_was_stated(
     heights: list[int], columns: int, formats: tuple[Format, ...]
 ) -> None:
-    geometry, members = torch.eye(columns).double(), []
+    geometry, members = torch.eye(columns), []
     for height in heights:
         members.append((torch.randn(height, columns), torch.eye(height).bfloat16()))
     wanted = CostRequest(formats=formats)
     return_free_memory()
     forget_peak()
     before = peak_bytes()
-    stack_costs(("a",) * len(heights), geometry, wanted, *members)
+    costs_of(members, geometry, wanted)
     assert peak_bytes() - before < 1.15 * cost_bytes(columns, heights, wanted)

@@ -1,0 +1,125 @@
+"""Layers that are run by workers give the bytes that this process gives."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from pipeline.calibrate.carried_layer import LayerCode
+from pipeline.calibrate.fisher import BackwardSweep
+from pipeline.calibrate.moments import SeenGroup
+from pipeline.errors import InputError
+from pipeline.model.structure import decoder_structure
+from pipeline.workers.workers import IN_PROCESS, InProcess, Result, Workers, resolved
+from tests.support.families import FAMILIES, tiny_model
+
+TOKENS = torch.randint(3, 60, (5, 12), generator=torch.Generator().manual_seed(1))
+
+
+class Elsewhere(InProcess):
+    """Computes what is pickled and unpickled, as in another process."""
+
+    at_once = 2
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def submit(
+        self, where: str, function: Callable[..., Any], *arguments: Any, needed_bytes: int = 0
+    ) -> Result[Any]:
+        self.asked.append(where)
+        return super().submit(where, function, *sent(arguments))
+
+    def submit_parts(
+        self,
+        where: str,
+        function: Callable[..., Sequence[Any]],
+        count: int,
+        *arguments: Any,
+        needed_bytes: int = 0,
+    ) -> list[Result[Any]]:
+        self.asked.append(where)
+        assert needed_bytes > 0
+        parts = super().submit_parts(where, function, count, *sent(arguments))
+        assert len(parts) == count
+        return parts
+
+
+def sent(arguments: Sequence[Any]) -> Any:
+    return pickle.loads(pickle.dumps(resolved(arguments)))
+
+
+def swept(
+    model: PreTrainedModel, folder: Path, workers: Workers
+) -> tuple[dict[str, SeenGroup], list[torch.Tensor]]:
+    """What was seen of all groups, and the gradient by the input of the first layer."""
+    layers = decoder_structure(model)
+    sweep = BackwardSweep(model, layers, TOKENS, folder, batch_size=2, workers=workers)
+    sweep.forward()
+    seen: dict[str, SeenGroup] = {}
+    for index in reversed(range(len(layers))):
+        seen |= dict(sweep.seen(index))
+    return seen, sweep._kept(0)[0]
+
+
+def same(found: SeenGroup, expected: SeenGroup) -> bool:
+    pairs = [
+        (found.inputs, expected.inputs),
+        (found.weighted, expected.weighted),
+        *zip(found.outputs, expected.outputs, strict=True),
+    ]
+    return all(torch.equal(a.get(), b.get()) and a.get().dtype == b.get().dtype for a, b in pairs)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_sweep_by_workers_sees_the_bytes_that_one_process_sees(
+    family: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    model, workers = tiny_model(family).to(dtype), Elsewhere()
+    own, own_inputs = swept(model, tmp_path / "own", IN_PROCESS)
+    found, inputs = swept(model, tmp_path / "others", workers)
+    assert found.keys() == own.keys()
+    assert all(same(found[name], own[name]) for name in own)
+    assert all(map(torch.equal, inputs, own_inputs))
+    first = decoder_structure(model)[0].name
+    assert workers.asked.count(f"{first}, forward") == workers.asked.count(f"{first}, back") == 3
+
+
+def test_what_is_wide_is_summed_block_by_block_to_the_same_bytes(tmp_path: Path) -> None:
+    model = tiny_model("llama", hidden_size=160, intermediate_size=400)
+    own, _ = swept(model, tmp_path / "own", IN_PROCESS)
+    found, _ = swept(model, tmp_path / "others", Elsewhere())
+    assert all(same(found[name], own[name]) for name in own)
+
+
+def test_layers_that_were_changed_are_run_by_this_process_and_it_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, workers = tiny_model("llama"), Elsewhere()
+    name = decoder_structure(model)[0].groups[0].members[0]
+    linear = model.get_submodule(name)
+    model.set_submodule(name, nn.Sequential(linear))
+    assert LayerCode.of(model, [layer.name for layer in decoder_structure(model)]) is None
+    swept(model, tmp_path, workers)
+    assert not any("forward" in where for where in workers.asked)
+    assert "this process alone carries the text" in capsys.readouterr().err
+
+
+def test_values_that_are_no_numbers_name_the_linear(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    linear = decoder_structure(model)[1].groups[0].members[0]
+    layers = decoder_structure(model)
+    sweep = BackwardSweep(model, layers, TOKENS, tmp_path, batch_size=2, workers=Elsewhere())
+    sweep.forward()
+    nn.init.constant_(model.get_submodule(linear).weight, torch.nan)
+    with pytest.raises(InputError, match="finite") as caught:
+        dict(sweep.seen(1))
+    assert caught.value.details["where"].startswith(linear.rsplit(".", 2)[0])
