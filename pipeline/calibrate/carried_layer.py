@@ -1,28 +1,33 @@
 """A decoder layer that is run where the model is not: tensors in, tensors out.
 
-A worker makes the layer of the model's class and config, without numbers, and is given those.
+A worker is given the layer without its numbers, a few kilobytes of its classes and settings, and
+the numbers beside it.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
-import json
+import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
-from pipeline.calibrate.hooks import seeing_gradients
+from pipeline.calibrate.hooks import not_finite, seeing_gradients, seeing_inputs, stopping_at
+from pipeline.calibrate.moments import finite_rows
 from pipeline.calibrate.precision import fast_products_of, quick_float32
 from pipeline.calibrate.seen_rows import SeenRows
 from pipeline.model.structure import Group, hidden_states_of
 
-_OF_TRANSFORMERS = "transformers."
+# Of what every worker can import.
+_EVERYWHERE = ("torch.", "transformers.", "pipeline.")
+# A layer without numbers is smaller: else it holds some that are neither parameters nor buffers.
+_MOST_BYTES = 1 << 20
 # Numbers that are held for each number that linears read or return: forward, and for the way back.
 _FORWARD, _BACK = 1.5, 4.0
 # Of libraries, and of a heap that keeps what is freed.
@@ -32,58 +37,74 @@ _CARRIED = (torch.Tensor, bool, int, float, str, type(None))
 
 @dataclass(frozen=True)
 class LayerCode:
-    """What a layer is made of but for its numbers.
+    """A layer without its numbers.
 
     Attributes:
-        architecture: class of the model, of transformers.
-        config: of the model, as JSON.
-        attention: how it computes attention.
+        name: of the layer in its model.
+        pickled: the layer; its parameters and buffers are on the meta device.
         dtype: that the model is held in.
+        heads: of its queries.
     """
 
-    architecture: type[PreTrainedModel]
-    config: str
-    attention: str
+    name: str
+    pickled: bytes
     dtype: torch.dtype
+    heads: int
 
     @classmethod
-    def of(cls, model: PreTrainedModel, names: Sequence[str]) -> LayerCode | None:
-        """Of a model's layers; None where class and config do not say all of them.
-
-        So it is with code that is not of transformers, and with layers that were changed.
-        """
-        config, own = model.config, type(model)
-        if not own.__module__.startswith(_OF_TRANSFORMERS) or model.device.type != "cpu":
+    def of(cls, model: PreTrainedModel, name: str) -> LayerCode | None:
+        """Of a layer as it is now; None where not every worker can make it."""
+        layer = model.get_submodule(name)
+        if model.device.type != "cpu" or not all(map(_is_everywhere, layer.modules())):
             return None
-        dtype = next(model.parameters()).dtype
-        code = cls(own, config.to_json_string(), config._attn_implementation, dtype)
-        same = all(
-            _described(model.get_submodule(n)) == _described(code.empty().get_submodule(n))
-            for n in names
-        )
-        return code if same else None
+        without = {id(t): _without_numbers(t) for t in (*layer.parameters(), *layer.buffers())}
+        try:
+            pickled = pickle.dumps(copy.deepcopy(layer, without))
+        except (pickle.PicklingError, AttributeError, TypeError):
+            # What was defined while the program ran, such as a forward that was exchanged.
+            return None
+        if len(pickled) > _MOST_BYTES:
+            return None
+        heads = model.config.get_text_config().num_attention_heads
+        return cls(name, pickled, next(model.parameters()).dtype, heads)
 
-    def empty(self) -> PreTrainedModel:
-        """The model without numbers."""
-        kind: Any = self.architecture
-        return _empty(kind, self.config, self.attention)
+    def model(self) -> nn.Module:
+        """A module that has the layer, without numbers, by its name."""
+        return _model(self.name, self.pickled)
+
+    def run(
+        self, numbers: dict[str, torch.Tensor], keywords: dict[str, Any], hidden: torch.Tensor
+    ) -> torch.Tensor:
+        """What the layer makes of hidden states, float [B, T, H].
+
+        Args:
+            numbers: its parameters and buffers.
+            keywords: what it is given beside the hidden states.
+            hidden: float32 [B, T, H].
+        """
+        layer = self.model().get_submodule(self.name)
+        with fast_products_of(self.dtype):
+            return hidden_states_of(functional_call(layer, numbers, (hidden,), keywords))
+
+
+def _is_everywhere(module: nn.Module) -> bool:
+    return type(module).__module__.startswith(_EVERYWHERE)
+
+
+def _without_numbers(tensor: torch.Tensor) -> torch.Tensor:
+    empty = torch.empty_like(tensor, device="meta")
+    return nn.Parameter(empty, False) if isinstance(tensor, nn.Parameter) else empty
 
 
 @functools.lru_cache(maxsize=1)
-def _empty(architecture: Any, config: str, attention: str) -> PreTrainedModel:
-    read = architecture.config_class.from_dict(json.loads(config))
-    read._attn_implementation = attention
-    with init_empty_weights():
-        model: PreTrainedModel = architecture(read).eval()
-    return model
-
-
-def _described(layer: nn.Module) -> list[Any]:
-    """What two layers that compute the same have in common."""
-    numbers = [(name, tensor.shape) for name, tensor in numbers_of(layer).items()]
-    modules = [(name, type(part)) for name, part in layer.named_modules()]
-    patched = [name for name, part in layer.named_modules() if "forward" in vars(part)]
-    return [numbers, modules, patched]
+def _model(name: str, pickled: bytes) -> nn.Module:
+    path, root = name.split("."), nn.Module()
+    holder = root
+    for part in path[:-1]:
+        holder.add_module(part, nn.Module())
+        holder = holder.get_submodule(part)
+    holder.add_module(path[-1], pickle.loads(pickled))
+    return root
 
 
 def numbers_of(layer: nn.Module) -> dict[str, torch.Tensor]:
@@ -99,12 +120,6 @@ def is_carried(value: Any) -> bool:
     return isinstance(value, _CARRIED) or (
         isinstance(value, (tuple, list)) and all(map(is_carried, value))
     )
-
-
-def attention_heads(model: PreTrainedModel) -> int:
-    """How many there are, of queries."""
-    heads: int = model.config.get_text_config().num_attention_heads
-    return heads
 
 
 def layer_bytes(
@@ -124,49 +139,73 @@ def layer_bytes(
     return int(4 * sequences * length * a_token) + _SMALL_BYTES
 
 
+# Of each task: the layer, its linears, its numbers, what it is given beside the hidden states, and
+# those, float32 [B, T, H].
+@torch.no_grad()
 def layer_output(
     code: LayerCode,
-    name: str,
     groups: Sequence[Group],
     numbers: dict[str, torch.Tensor],
     keywords: dict[str, Any],
     hidden: torch.Tensor,
 ) -> torch.Tensor:
-    """What a layer makes of a batch of hidden states, float32 [B, T, H].
+    """What a layer makes of a batch, float32 [B, T, H]."""
+    return code.run(numbers, keywords, hidden).to(hidden.dtype)
 
-    Args:
-        code: of the layer.
-        name: of it.
-        groups: its linears, of which nothing but their sizes is wanted, for what is declared.
-        numbers: its parameters and buffers.
-        keywords: what it is given beside the hidden states.
-        hidden: float32 [B, T, H].
+
+@torch.no_grad()
+def layer_inputs(
+    code: LayerCode,
+    groups: Sequence[Group],
+    numbers: dict[str, torch.Tensor],
+    keywords: dict[str, Any],
+    hidden: torch.Tensor,
+    dtype: torch.dtype,
+) -> list[torch.Tensor]:
+    """What a layer makes of a batch, and what each group reads, of this type [t, n].
+
+    Raises:
+        InputError: activations that are not finite; names the linear.
     """
-    layer = code.empty().get_submodule(name)
-    with torch.no_grad(), fast_products_of(code.dtype):
-        output = functional_call(layer, numbers, (hidden,), keywords)
-        return hidden_states_of(output).to(hidden.dtype)
+    seen = {g.name: SeenRows(g.in_features, {}) for g in groups}
+    takers = {name: rows.see_input for name, rows in seen.items()}
+    with seeing_inputs(code.model(), takers):
+        output = code.run(numbers, keywords, hidden).to(hidden.dtype)
+    return [output, *(rows.inputs().to(dtype) for rows in seen.values())]
+
+
+@torch.no_grad()
+def linear_input(
+    code: LayerCode,
+    groups: Sequence[Group],
+    numbers: dict[str, torch.Tensor],
+    keywords: dict[str, Any],
+    hidden: torch.Tensor,
+    linear: str,
+) -> torch.Tensor:
+    """What one linear reads of a batch, float32 [t, n]; nothing behind it is run.
+
+    Raises:
+        InputError: activations that are not finite; names the linear.
+    """
+    with stopping_at(code.model().get_submodule(linear)) as caught:
+        code.run(numbers, keywords, hidden)
+    (inputs,), _ = caught[0]
+    try:
+        return finite_rows(inputs)
+    except ValueError as error:
+        raise not_finite(linear, error) from error
 
 
 def layer_gradients(
     code: LayerCode,
-    name: str,
     groups: Sequence[Group],
     numbers: dict[str, torch.Tensor],
     keywords: dict[str, Any],
     hidden: torch.Tensor,
     gradient: torch.Tensor,
 ) -> list[torch.Tensor]:
-    """Carry a gradient from a layer's output to its input, and show what its linears saw.
-
-    Args:
-        code: of the layer.
-        name: of it.
-        groups: its linears.
-        numbers: its parameters and buffers.
-        keywords: what it is given beside the hidden states.
-        hidden: float32 [B, T, H].
-        gradient: by its output, float32 [B, T, H].
+    """Carry a gradient, float32 [B, T, H], from a layer's output to its input.
 
     Returns:
         The gradient by its input, and then what `SeenRows.parts` has of each group.
@@ -174,16 +213,14 @@ def layer_gradients(
     Raises:
         InputError: activations or gradients that are not finite; names the linear.
     """
-    model = code.empty()
     seen = {
         g.name: SeenRows(g.in_features, dict(zip(g.members, g.out_features, strict=True)))
         for g in groups
     }
     hidden = hidden.clone().requires_grad_()
-    with seeing_gradients(model, seen):
-        with torch.enable_grad(), fast_products_of(code.dtype):
-            found = functional_call(model.get_submodule(name), numbers, (hidden,), keywords)
-            output = hidden_states_of(found)
+    with seeing_gradients(code.model(), seen):
+        with torch.enable_grad():
+            output = code.run(numbers, keywords, hidden)
         with quick_float32():
             (before,) = torch.autograd.grad(output, hidden, gradient.to(output.dtype))
     return [before, *(part for rows in seen.values() for part in rows.parts())]

@@ -58,7 +58,7 @@ class BackwardSweep:
     ) -> None:
         self.model, self.layers, self.folder, self.seed = model, layers, folder, seed
         self.stream = LayerStream(model, layers, tokens, batch_size)
-        self._carrier = LayerCarrier.of(model, self.stream, workers)
+        self._carrier = LayerCarrier.of(self.stream, workers)
         folder.mkdir(parents=True, exist_ok=True)
 
     def forward(self, last: int | None = None) -> int:

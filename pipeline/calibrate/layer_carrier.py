@@ -2,83 +2,107 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from pipeline.calibrate.carried_layer import (
     LayerCode,
-    attention_heads,
     is_carried,
     layer_bytes,
     layer_gradients,
+    layer_inputs,
     layer_output,
+    linear_input,
     numbers_of,
 )
 from pipeline.calibrate.layer_stream import LayerStream
 from pipeline.calibrate.moments import SeenGroup
 from pipeline.calibrate.seen_rows import (
+    mean_drift,
     mean_input_moment,
     mean_output_moment,
     mean_weighted_moment,
     moment_bytes,
 )
-from pipeline.model.structure import Group, Layer
+from pipeline.errors import PipelineError
+from pipeline.model.structure import Group
 from pipeline.progress import note
 from pipeline.workers.workers import Result, Workers
 
+_Rows = Sequence[Result[torch.Tensor]]
+
 
 class LayerCarrier:
-    """Runs layers by workers, to the bytes of a `LayerStream`.
+    """Runs layers by workers, to the bytes of a `LayerStream` under `fast_products`.
 
     Args:
         stream: whose batches are carried, and what its layers are given beside them.
-        code: of the layers.
         workers: who runs them.
     """
 
-    def __init__(self, stream: LayerStream, code: LayerCode, workers: Workers) -> None:
+    def __init__(self, stream: LayerStream, workers: Workers) -> None:
         self.stream, self.workers = stream, workers
-        self._code = workers.share(code)
+        self._tokens = max(batch.numel() for batch in stream.batches)
 
     @classmethod
-    def of(
-        cls, model: PreTrainedModel, stream: LayerStream, workers: Workers
-    ) -> LayerCarrier | None:
+    def of(cls, stream: LayerStream, workers: Workers) -> LayerCarrier | None:
         """None where this process has to run the layers itself, which it says if others could."""
         if not workers.at_once:
             return None
-        code = LayerCode.of(model, [layer.name for layer in stream.layers])
-        if code is None or not is_carried(list(stream.keywords.values())):
+        codes = [LayerCode.of(stream.model, layer.name) for layer in stream.layers]
+        if None in codes or not is_carried(list(stream.keywords.values())):
             note(
-                "this process alone carries the text through the layers: class and config of "
-                f"{type(model).__name__} do not say all of them"
+                "this process alone carries the text through the layers: those of "
+                f"{type(stream.model).__name__} cannot be made by workers"
             )
             return None
-        return cls(stream, code, workers)
+        return cls(stream, workers)
 
     def advance(self, index: int) -> None:
-        """Run layer `index` on its inputs and keep its outputs in their place."""
-        layer, numbers, keywords = self._given(index)
-        heads = attention_heads(self.stream.model)
-        found = [
-            self.workers.submit(
-                f"{layer.name}, forward",
-                layer_output,
-                self._code,
-                layer.name,
-                layer.groups,
-                numbers,
-                keywords[len(hidden)],
-                hidden,
-                needed_bytes=layer_bytes(layer.groups, hidden.shape, heads),
+        """Run layer `index` on the stream's hidden states, in their place."""
+        self.run_(index, self.stream.hidden)
+
+    def run_(self, index: int, batches: Sequence[torch.Tensor]) -> None:
+        """Run layer `index` on batches of hidden states, in their place."""
+        tasks = self._each(index, "forward", layer_output, batches)
+        _take_(batches, [self.workers.submit(*task, needed_bytes=size) for task, size in tasks])
+
+    def advance_seeing(
+        self, index: int, groups: Sequence[Group], dtype: torch.dtype
+    ) -> dict[str, list[Result[torch.Tensor]]]:
+        """As `advance`; what groups of the layer read of each batch, of this type [t, n].
+
+        Raises:
+            InputError: activations that are not finite; names the linear.
+        """
+        hidden = self.stream.hidden
+        parts = [
+            self.workers.submit_parts(
+                *task[:2], 1 + len(groups), *task[2:], dtype, needed_bytes=size
             )
-            for hidden in self.stream.hidden
+            for task, size in self._each(index, "forward", layer_inputs, hidden, groups)
         ]
-        for hidden, output in zip(self.stream.hidden, found, strict=True):
-            hidden.copy_(output.get())
+        _take_(hidden, [batch[0] for batch in parts])
+        return {g.name: [batch[1 + at] for batch in parts] for at, g in enumerate(groups)}
+
+    def inputs_of(self, index: int, linear: str, batches: Sequence[torch.Tensor]) -> _Rows:
+        """What one linear of layer `index` reads of batches of hidden states, float32 [t, n]."""
+        tasks = self._each(index, "forward", linear_input, batches)
+        return [self.workers.submit(*task, linear, needed_bytes=size) for task, size in tasks]
+
+    def moments(
+        self, where: str, rows: _Rows, originals: _Rows
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """E[x' x'^T] and E[(x - x') x'^T] of batches of x' and of x, float32 [n, n]."""
+        width = next(g.in_features for g in self._groups() if g.name == where)
+        drift = self._sum(f"drift of {where}", mean_drift, width, *originals, *rows)
+        return self.input_moment(where, width, rows).get(), drift.get()
+
+    def input_moment(self, where: str, width: int, rows: _Rows) -> Result[torch.Tensor]:
+        """E[x x^T] of batches, float32 [n, n], being computed."""
+        return self._sum(f"inputs of {where}", mean_input_moment, width, *rows)
 
     def back(
         self, index: int, inputs: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor]
@@ -92,71 +116,73 @@ class LayerCarrier:
         Raises:
             InputError: activations or gradients that are not finite; names the linear.
         """
-        layer, numbers, keywords = self._given(index)
-        heads = attention_heads(self.stream.model)
-        count = 1 + sum(2 + len(group.members) for group in layer.groups)
+        groups = self.stream.layers[index].groups
+        count = 1 + sum(2 + len(group.members) for group in groups)
+        tasks = self._each(index, "back", layer_gradients, inputs, back=True)
         parts = [
-            self.workers.submit_parts(
-                f"{layer.name}, back",
-                layer_gradients,
-                count,
-                self._code,
-                layer.name,
-                layer.groups,
-                numbers,
-                keywords[len(hidden)],
-                hidden,
-                gradient,
-                needed_bytes=layer_bytes(layer.groups, hidden.shape, heads, back=True),
-            )
-            for hidden, gradient in zip(inputs, gradients, strict=True)
+            self.workers.submit_parts(*task[:2], count, *task[2:], gradient, needed_bytes=size)
+            for (task, size), gradient in zip(tasks, gradients, strict=True)
         ]
-        tokens = max(hidden.shape[0] * hidden.shape[1] for hidden in inputs)
         rows, start = {}, 1
-        for group in layer.groups:
+        for group in groups:
             stop = start + 2 + len(group.members)
             rows[group] = [batch[start:stop] for batch in parts]
             start = stop
         # The largest first: what is left at the end keeps nobody waiting for long.
         seen = {
-            group.name: self._summed(group, rows[group], tokens)
+            group.name: self._summed(group, rows[group])
             for group in sorted(rows, key=lambda g: -g.in_features - sum(g.out_features))
         }
         return [batch[0].get() for batch in parts], seen
 
-    def _summed(
-        self, group: Group, batches: Sequence[Sequence[Result[torch.Tensor]]], tokens: int
-    ) -> SeenGroup:
+    def _summed(self, group: Group, batches: Sequence[_Rows]) -> SeenGroup:
         """Sums over all batches of what was seen of a group, being computed."""
         rows, weights, *outputs = zip(*batches, strict=True)
         where, width = ", ".join(group.members), group.in_features
-        needed_bytes = moment_bytes(width, tokens)
+        members = zip(group.members, group.out_features, outputs, strict=True)
         return SeenGroup(
-            self.workers.submit(
-                f"inputs of {where}", mean_input_moment, *rows, needed_bytes=needed_bytes
-            ),
-            self.workers.submit(
-                f"weighted inputs of {where}",
-                mean_weighted_moment,
-                *rows,
-                *weights,
-                needed_bytes=needed_bytes,
-            ),
+            self.input_moment(where, width, rows),
+            self._sum(f"weighted inputs of {where}", mean_weighted_moment, width, *rows, *weights),
             tuple(
-                self.workers.submit(
-                    f"outputs of {member}",
-                    mean_output_moment,
-                    *found,
-                    needed_bytes=moment_bytes(height, tokens),
-                )
-                for member, height, found in zip(
-                    group.members, group.out_features, outputs, strict=True
-                )
+                self._sum(f"outputs of {member}", mean_output_moment, height, *found)
+                for member, height, found in members
             ),
         )
 
-    def _given(self, index: int) -> tuple[Layer, Result[Any], dict[int, Result[Any]]]:
-        """A layer, its numbers, and what it is given beside so many sequences; both shared."""
-        keywords = {n: self.workers.share(k[index]) for n, k in self.stream.keywords.items()}
+    def _sum(
+        self, where: str, function: Callable[..., torch.Tensor], width: int, *rows: Any
+    ) -> Result[torch.Tensor]:
+        needed_bytes = moment_bytes(width, self._tokens)
+        return self.workers.submit(where, function, *rows, needed_bytes=needed_bytes)
+
+    def _groups(self) -> Iterator[Group]:
+        return (group for layer in self.stream.layers for group in layer.groups)
+
+    def _each(
+        self,
+        index: int,
+        way: str,
+        function: Callable[..., Any],
+        batches: Sequence[torch.Tensor],
+        groups: Sequence[Group] | None = None,
+        *,
+        back: bool = False,
+    ) -> Iterator[tuple[tuple[Any, ...], int]]:
+        """Arguments of a task for each batch of what goes through a layer, and its memory."""
+        layer = self.stream.layers[index]
+        code = LayerCode.of(self.stream.model, layer.name)
+        if code is None:
+            raise PipelineError("A changed layer cannot be made by workers.", where=layer.name)
+        shared = self.workers.share(code)
         numbers = self.workers.share(numbers_of(self.stream.modules[index]))
-        return self.stream.layers[index], numbers, keywords
+        keywords = {n: self.workers.share(k[index]) for n, k in self.stream.keywords.items()}
+        groups = layer.groups if groups is None else tuple(groups)
+        for hidden in batches:
+            given = (shared, groups, numbers, keywords[len(hidden)], hidden)
+            size = layer_bytes(layer.groups, hidden.shape, code.heads, back=back)
+            yield (f"{layer.name}, {way}", function, *given), size
+
+
+def _take_(batches: Sequence[torch.Tensor], found: Sequence[Result[torch.Tensor]]) -> None:
+    for hidden, output in zip(batches, found, strict=True):
+        hidden.copy_(output.get())

@@ -121,6 +121,27 @@ def finite_rows(inputs: torch.Tensor) -> torch.Tensor:
     return rows
 
 
+class Drift(_Mean):
+    """Running sum over tokens of (x - x') x'^T, for two inputs of width n.
+
+    The distance is small beside x', so that its product may be taken in bfloat16.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, torch.float64)
+
+    @property
+    def total(self) -> torch.Tensor:
+        return self._upper
+
+    def add_(self, original: torch.Tensor, inputs: torch.Tensor) -> None:
+        """Add a batch of x, float [t, n], and of x', float32 [t, n]."""
+        distance, other = fast(original.float() - inputs), fast(inputs)
+        for start in range(0, len(self._upper), BLOCK):
+            self._upper[start : start + BLOCK] += distance[:, start : start + BLOCK].T @ other
+        self.tokens += len(inputs)
+
+
 def _rows_and_squares(gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients float32 [t, m] of a batch [..., m], and their squared lengths [t].
 

@@ -12,7 +12,9 @@ from functools import partial
 import torch
 
 from pipeline.calibrate.moments import BLOCK, cut_gradients, finite_rows
-from pipeline.calibrate.precision import quick_float32
+from pipeline.calibrate.precision import fast, quick_float32
+
+_NO_TOKENS = "no tokens were accumulated"
 
 
 class SeenRows:
@@ -92,6 +94,33 @@ def mean_weighted_moment(*rows_and_weights: torch.Tensor) -> torch.Tensor:
     return _mean_gram(rows, columns, torch.float64, torch.float32)
 
 
+def mean_drift(*originals_and_rows: torch.Tensor) -> torch.Tensor:
+    """E[(x - x') x'^T] of batches of x and then of x', float [t, n], float32 [n, n].
+
+    `Drift`'s, rounded.
+
+    Raises:
+        ValueError: no tokens.
+    """
+    half = len(originals_and_rows) // 2
+    originals, rows = originals_and_rows[:half], originals_and_rows[half:]
+    tokens, width = sum(map(len, rows)), rows[0].shape[1]
+    if tokens == 0:
+        raise ValueError(_NO_TOKENS)
+    room, others = torch.empty(max(map(len, rows)), width), [fast(x) for x in rows]
+    whole = torch.empty(width, width)
+    with quick_float32():
+        for start in range(0, width, BLOCK):
+            end = min(start + BLOCK, width)
+            part = torch.zeros(end - start, width, dtype=torch.float64)
+            for original, x, other in zip(originals, rows, others, strict=True):
+                distance = room[: len(x), start:end]
+                torch.sub(original[:, start:end].float(), x[:, start:end], out=distance)
+                part += fast(distance).T @ other
+            whole[start:end] = part.div_(tokens)
+    return whole
+
+
 def mean_output_moment(*rows: torch.Tensor) -> torch.Tensor:
     """G = E[g g^T] of batches [t, m], bfloat16 [m, m]: what `GroupMoments` finds, rounded.
 
@@ -126,7 +155,7 @@ def _mean_gram(
     """
     width, tokens = rows[0].shape[1], sum(len(batch) for batch in rows)
     if tokens == 0:
-        raise ValueError("no tokens were accumulated")
+        raise ValueError(_NO_TOKENS)
     whole = torch.empty(width, width, dtype=returned)
     with quick_float32():
         for start in range(0, width, BLOCK):

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from pipeline.calibrate.layer_stream import LayerStream, PairedStream
-from pipeline.calibrate.moments import SecondMoment
+from pipeline.calibrate.layer_stream import LayerStream
+from pipeline.calibrate.measured_stream import MeasuredStream
+from pipeline.calibrate.paired_stream import PairedStream
 from pipeline.calibrate.precision import fast_products
 from pipeline.calibrate.text import TokenBatch, load_tokens
 from pipeline.compress.cache.cache_plan import CachePlan
@@ -42,7 +43,7 @@ from pipeline.model.load import LoadedModel, load_model
 from pipeline.model.structure import Group, Layer, decoder_structure
 from pipeline.progress import note, track
 from pipeline.quantize.formats import Runtime
-from pipeline.workers.workers import IN_PROCESS, Workers
+from pipeline.workers.workers import IN_PROCESS, Result, Workers
 
 _SEQUENCES_AT_ONCE = 8
 
@@ -269,7 +270,9 @@ class CalibratedDecoder:
     def stream(self, fit: Fit) -> Stream:
         """Both models side by side, or the original alone where every layer is fitted once."""
         if fit.mix is not None:
-            return PairedStream(self.model, self.layers, self.batch.tokens, _SEQUENCES_AT_ONCE)
+            return PairedStream(
+                self.model, self.layers, self.batch.tokens, _SEQUENCES_AT_ONCE, self.workers
+            )
         # A survey that kept what it has seen of the inputs need not be repeated on its windows.
         first = self.layers[0]
         surveyed = self._surveyed or 0
@@ -279,7 +282,7 @@ class CalibratedDecoder:
         rest = self.batch.rest_of(surveyed)
         stream = None
         if len(rest):
-            stream = LayerStream(self.model, self.layers, rest, _SEQUENCES_AT_ONCE)
+            stream = MeasuredStream(self.model, self.layers, rest, self.workers, _SEQUENCES_AT_ONCE)
         return _OneShot(self.layers, stream, known, self.batch.tokens.numel() - rest.numel())
 
     def describe(self) -> dict[str, Any]:
@@ -297,15 +300,18 @@ class _OneShot:
     """
 
     def __init__(
-        self, layers: list[Layer], stream: LayerStream | None, known: LayerCosts | None, tokens: int
+        self,
+        layers: list[Layer],
+        stream: MeasuredStream | None,
+        known: LayerCosts | None,
+        tokens: int,
     ) -> None:
         self.layers, self.stream, self.known, self.tokens = layers, stream, known, tokens
-        self.moments: dict[str, SecondMoment] = {}
+        self.moments: dict[str, Result[torch.Tensor]] = {}
 
     def enter(self, index: int, *, measure: bool = True) -> None:
         if self.stream is not None:
-            with fast_products(self.stream.model):
-                self.moments = self.stream.advance(index, measure=measure)
+            self.moments = self.stream.advance(index, measure=measure)
 
     def measure(self, index: int, group: str) -> tuple[torch.Tensor, None]:
         seen = self.moments.get(group)
@@ -314,12 +320,13 @@ class _OneShot:
             known = self.known.inputs_of(self.layers[index].name, group)
         if known is None:
             assert seen is not None, "text that nothing has read is in the stream"
-            return seen.mean(), None
-        if seen is None:
-            return known.double(), None
+            return seen.get(), None
+        if seen is None or self.stream is None:
+            return known, None
         # Mean of all tokens, of the means of both parts of them.
-        mean = seen.mean().mul_(seen.tokens).add_(known, alpha=self.tokens)
-        return mean.div_(seen.tokens + self.tokens), None
+        tokens = self.stream.tokens
+        mean = seen.get().double().mul_(tokens).add_(known, alpha=self.tokens)
+        return mean.div_(tokens + self.tokens).float(), None
 
     def leave(self, index: int) -> None:
         self.moments = {}

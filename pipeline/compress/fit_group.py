@@ -18,6 +18,7 @@ from pipeline.compress.factorize.factors import (
     Rounding,
     relative_output_error,
 )
+from pipeline.compress.factorize.second_moments import Moment
 from pipeline.compress.factorize.whitened_svd import InputMoments
 from pipeline.compress.fit_memory import fit_bytes
 from pipeline.compress.methods import Fit
@@ -56,8 +57,8 @@ class _Problem:
     inputs: InputMoments
     statistics: OutputStatistics | None
 
-    def geometry(self) -> torch.Tensor:
-        """S in which errors count, float64 [n, n]; made anew, since the widest take gigabytes."""
+    def geometry(self) -> Moment:
+        """S in which errors count, float [n, n]."""
         seen = self.inputs.seen
         return seen if self.statistics is None else self.statistics.geometry(seen)
 
@@ -179,7 +180,7 @@ def _rounded(group: GroupPlan, problem: _Problem, fit: Fit) -> QuantizedFactors:
     return rounding.factors(
         _cut(group, problem, fit),
         problem.target,
-        problem.geometry(),
+        problem.geometry().double(),
         problem.sensitivities(),
         group.formats,
     )
@@ -202,7 +203,9 @@ def _quantized_dense(group: GroupPlan, problem: _Problem, fit: Fit) -> Fitted:
     """Matrices that stay dense, quantised."""
     rounding: Rounding = imported(fit.quantize)
     format = Format.parse(group.up_format or "")
-    rounded = rounding.matrix(problem.target, format, problem.geometry(), problem.sensitivities())
+    geometry = problem.geometry().double()
+    rounded = rounding.matrix(problem.target, format, geometry, problem.sensitivities())
+    del geometry
     error = relative_output_error(problem.target, rounded.values_of, problem.inputs.seen)
     report = group_report(group) | {"relative_error": 0.0, "rounded_relative_error": error}
     tensors = dense_tensors(group.members, problem.heights, rounded)

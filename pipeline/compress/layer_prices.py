@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from pipeline.calibrate.divergence import divergence, log_chances
 from pipeline.calibrate.layer_stream import LayerStream
-from pipeline.calibrate.moments import SecondMoment
+from pipeline.calibrate.measured_stream import MeasuredStream
 from pipeline.calibrate.precision import fast_products, quick_float32
 from pipeline.checkpoint.install import install_
 from pipeline.compress.factorize.second_moments import regular
@@ -36,7 +36,7 @@ from pipeline.compress.plan.plan import GroupPlan, RankPlan
 from pipeline.compress.walk import plan_entries
 from pipeline.model.structure import Layer
 from pipeline.progress import track
-from pipeline.workers.workers import Workers
+from pipeline.workers.workers import Result, Workers
 
 # Of text that nothing was fitted to: so many windows, whose logits are held meanwhile.
 WINDOWS, _WINDOW_LENGTH = 4, 512
@@ -84,13 +84,12 @@ def layer_prices(priced: PricedModel, plan: RankPlan, fit: Fit, folder: Path) ->
     path = folder / f"{_digest(plan)}.json"
     kept = kept_values(path) or {}
     fit = replace(fit, mix=None, learned_steps=0)
-    seen = LayerStream(priced.model, priced.layers, priced.tokens)
+    seen = MeasuredStream(priced.model, priced.layers, priced.tokens, priced.workers)
     judged = _Judged.of(priced)
     for index, layer in enumerate(track(priced.layers, "prices of the layers")):
         wanted = [group for group in plan.layers[layer.name] if not group.is_unchanged]
         measure = bool(wanted) and layer.name not in kept
-        with fast_products(priced.model):
-            moments = seen.advance(index, measure=measure)
+        moments = seen.advance(index, measure=measure)
         if measure:
             tensors = _fitted(priced, layer, wanted, moments, fit)
             with compressed_for_a_while(priced.model, wanted, tensors):
@@ -128,7 +127,7 @@ def _fitted(
     priced: PricedModel,
     layer: Layer,
     wanted: Sequence[GroupPlan],
-    moments: Mapping[str, SecondMoment],
+    moments: Mapping[str, Result[torch.Tensor]],
     fit: Fit,
 ) -> dict[str, torch.Tensor]:
     """What a checkpoint would store for the groups of a layer."""
@@ -137,7 +136,7 @@ def _fitted(
         groups = [group for group in wanted if group.members[0] in source.members]
         if not groups:
             continue
-        inputs = InputMoments(regular(moments[source.name].mean()))
+        inputs = InputMoments(regular(moments[source.name].get()))
         for group in groups:
             weights = [priced.model.get_submodule(m).weight.detach() for m in group.members]
             known = priced.statistics.of(group.members)

@@ -25,7 +25,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from pipeline.calibrate.hooks import frozen
-from pipeline.calibrate.layer_stream import PairedStream
+from pipeline.calibrate.paired_stream import PairedStream
 from pipeline.checkpoint.modeling_quantized import QuantizedWeight
 from pipeline.compress.plan.layer_costs import GroupStatistics
 from pipeline.quantize.groupwise import Blocks

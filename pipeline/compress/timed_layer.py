@@ -15,12 +15,14 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from pipeline.calibrate.carried_layer import (
     LayerCode,
-    attention_heads,
     layer_bytes,
     layer_gradients,
+    layer_inputs,
     layer_output,
+    linear_input,
 )
 from pipeline.calibrate.seen_rows import (
+    mean_drift,
     mean_input_moment,
     mean_output_moment,
     mean_weighted_moment,
@@ -233,15 +235,14 @@ def _of_fit(
 
 def _of_layer(
     code: LayerCode,
-    name: str,
     groups: Sequence[Group],
     numbers: Any,
     keywords: Any,
     hidden: torch.Tensor,
-    *gradient: torch.Tensor,
+    *more: Any,
 ) -> Callable[[float], int]:
-    """Of `layer_output` and `layer_gradients`, likewise: a batch is of as many tokens."""
-    heads, shape = attention_heads(code.empty()), hidden.shape
+    """Of tasks that run a layer, likewise: a batch is of as many tokens."""
+    back, shape = any(isinstance(one, torch.Tensor) for one in more), hidden.shape
 
     def needed_bytes_at(times: float) -> int:
         wide = [
@@ -253,7 +254,7 @@ def _of_layer(
             for group in groups
         ]
         batch = (shape[0], shape[1], round(shape[2] * times))
-        return layer_bytes(wide, batch, round(heads * times), back=bool(gradient))
+        return layer_bytes(wide, batch, round(code.heads * times), back=back)
 
     return needed_bytes_at
 
@@ -264,14 +265,15 @@ def _of_moment(*rows: torch.Tensor) -> Callable[[float], int]:
     return lambda times: moment_bytes(round(width * times), tokens)
 
 
-_OF_LAYERS = (layer_output, layer_gradients)
-_OF_TEXT = (*_OF_LAYERS, mean_input_moment, mean_weighted_moment, mean_output_moment)
+_OF_LAYERS = (layer_output, layer_inputs, linear_input, layer_gradients)
+_OF_SUMS = (mean_input_moment, mean_weighted_moment, mean_output_moment, mean_drift)
+_OF_TEXT = (*_OF_LAYERS, *_OF_SUMS)
 # What the tasks of a compression declare at another width, by what each is given.
 _NEEDED: dict[Callable[..., Any], Callable[..., Callable[[float], int]]] = {
     stack_costs: _of_costs,
     fit_group: _of_fit,
     **dict.fromkeys(_OF_LAYERS, _of_layer),
-    **dict.fromkeys(_OF_TEXT[len(_OF_LAYERS) :], _of_moment),
+    **dict.fromkeys(_OF_SUMS, _of_moment),
 }
 
 
@@ -308,7 +310,7 @@ class Part:
         """Of tasks of which only those with one input may be computed at once."""
         source_of = {m: group.name for group in layer.groups for m in group.members}
         longest: dict[str, float] = {}
-        for task in self.tasks:
+        for task in (task for task in self.tasks if not task.of_text):
             source = source_of[task.where.split(", ")[0]]
             longest[source] = max(longest.get(source, 0.0), task.seconds)
         return sum(longest.values())

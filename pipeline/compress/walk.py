@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from pipeline.calibrate.layer_stream import PairedStream
+from pipeline.calibrate.paired_stream import PairedStream
 from pipeline.checkpoint.install import group_entries, install_
 from pipeline.compress.calibrated import Calibrated
 from pipeline.compress.factorize.second_moments import regular

@@ -29,7 +29,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from pipeline.compress.factorize.second_moments import row_blocks, weighted_gram
+from pipeline.compress.factorize.second_moments import row_blocks, times_moment, weighted_gram
 from pipeline.quantize.formats import Format
 from pipeline.quantize.gptq import gptq
 from pipeline.quantize.groupwise import Blocks, quantize_blocks
@@ -74,7 +74,7 @@ class Factors:
             b: B, float64 [m, r]; overwritten, since the widest take gigabytes.
             a: A, float64 [r, n].
             stack: what it stands for, float [m, n].
-            moment: S of the input, float64 [n, n]; the error is measured in it.
+            moment: S of the input, float [n, n]; the error is measured in it.
             form: "low_rank" or "skip".
         """
         error = relative_output_error(stack, lambda rows: b[rows] @ a, moment)
@@ -113,7 +113,7 @@ class Factors:
 def relative_output_error(
     weight: torch.Tensor, approximation: Callable[[slice], torch.Tensor], moment: torch.Tensor
 ) -> float:
-    """E |W x - V x|^2 / E |W x|^2 for W and V [m, n] and S = E[x x^T], float64 [n, n].
+    """E |W x - V x|^2 / E |W x|^2 for W and V [m, n] and S = E[x x^T], float [n, n].
 
     Args:
         weight: W, float.
@@ -124,8 +124,8 @@ def relative_output_error(
     for rows in row_blocks(len(weight)):
         part = weight[rows].double()
         lost = part - approximation(rows)
-        whole += float((part @ moment).mul_(part).sum())
-        error += float((lost @ moment).mul_(lost).sum())
+        whole += float(times_moment(part, moment).mul_(part).sum())
+        error += float(times_moment(lost, moment).mul_(lost).sum())
     return max(error, 0.0) / whole if whole > 0 else 0.0
 
 

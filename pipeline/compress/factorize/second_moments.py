@@ -7,10 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
+from pipeline.calibrate.moments import Balanced
 from pipeline.quantize.sensitivity import Sensitivity
 from pipeline.quantize.slices import slices
 from pipeline.quantize.triangular import cholesky_
 
+# Second moments that are held whole, and those of which rows are made when they are asked for.
+Moment = torch.Tensor | Balanced
 # Of the trace.
 _RIDGE = 1e-9
 # Of the widest matrices, what is held in float64 besides the sums.
@@ -98,6 +101,14 @@ def cholesky(moment: torch.Tensor, relative_ridge: float = _RIDGE) -> torch.Tens
         if root is not None:
             return root
         relative_ridge *= 10
+
+
+def times_moment(matrix: torch.Tensor, moment: Moment) -> torch.Tensor:
+    """M S, float64 [k, n], by a block of rows of S, float [n, n], at a time."""
+    found = torch.zeros(matrix.shape, dtype=torch.float64)
+    for rows in row_blocks(len(moment)):
+        found.addmm_(matrix[:, rows], moment[rows].double())
+    return found
 
 
 def weighted_gram(weight: torch.Tensor, sensitivities: Sequence[Sensitivity]) -> torch.Tensor:

@@ -34,12 +34,13 @@ from dataclasses import dataclass
 
 import torch
 
-from pipeline.calibrate.moments import Balanced
 from pipeline.compress.factorize.second_moments import (
+    Moment,
     cholesky,
     is_finite,
     is_zero,
     row_blocks,
+    times_moment,
     weighted_gram,
 )
 from pipeline.quantize.sensitivity import Sensitivity
@@ -97,7 +98,7 @@ class Spectrum:
     def of(
         cls,
         weight: torch.Tensor,
-        moment: torch.Tensor,
+        moment: Moment,
         sensitivities: Sequence[Sensitivity] = (),
         roots: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] = _whitening_roots,
         rank: int | None = None,
@@ -106,7 +107,7 @@ class Spectrum:
 
         Args:
             weight: W, float [m, n]; perhaps a stack of matrices.
-            moment: S = E[x x^T], float64 [n, n].
+            moment: S = E[x x^T], float [n, n].
             sensitivities: G = E[g g^T] of each matrix of the stack, float64 [m_i, m_i], of full
                 rank (see `shrunk`); none for the one-sided truncation.
             roots: gives R and R^-1 of the moment, where they are needed.
@@ -123,7 +124,7 @@ class Spectrum:
             energies, vectors = _falling_eigen(_quadratic(inner, moment))
             vectors = vectors[:, :rank]
             return cls(energies, _unweighted(vectors, uppers), vectors.T @ inner)
-        root, inverse_root = roots(moment)
+        root, inverse_root = roots(moment.double())
         energies, vectors = _falling_eigen(root @ weighted_gram(weight, sensitivities) @ root)
         vectors = vectors[:, :rank]
         return cls(energies, _product(weight, root @ vectors), vectors.T @ inverse_root)
@@ -139,8 +140,8 @@ class InputMoments:
     """Second moments of what the linears of one group read, however they are stacked.
 
     Attributes:
-        seen: of the input the factors will be given, float64 [n, n].
-        drift: E[(x - x') x'^T], x' that input and x the original model's, float64 [n, n]; None when
+        seen: of the input the factors will be given, float [n, n].
+        drift: E[(x - x') x'^T], x' that input and x the original model's, float [n, n]; None when
             they are the same.
     """
 
@@ -174,7 +175,7 @@ def truncated(
     target: torch.Tensor,
     rank: int,
     inputs: InputMoments,
-    geometry: torch.Tensor,
+    geometry: Moment,
     sensitivities: Sequence[Sensitivity],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """B [m, r] and A [r, n] of the product that is nearest to the target.
@@ -184,14 +185,14 @@ def truncated(
         target: W*, float [m, n].
         rank: r.
         inputs: of the stack.
-        geometry: S, float64 [n, n].
+        geometry: S, float [n, n].
         sensitivities: as in `Spectrum.of`.
     """
     return Spectrum.of(target, geometry, sensitivities, inputs.roots, rank).factors(rank)
 
 
 def truncation_losses(
-    weight: torch.Tensor, moment: torch.Tensor | Balanced, sensitivities: Sequence[Sensitivity] = ()
+    weight: torch.Tensor, moment: Moment, sensitivities: Sequence[Sensitivity] = ()
 ) -> torch.Tensor:
     """What is lost at each rank: tr(G (W - W_r) S (W - W_r)^T), float64 [min(m, n) + 1]."""
     if isinstance(moment, torch.Tensor) and is_zero(moment):
@@ -200,7 +201,7 @@ def truncation_losses(
 
 
 def _whitened_energies(
-    weight: torch.Tensor, moment: torch.Tensor | Balanced, sensitivities: Sequence[Sensitivity] = ()
+    weight: torch.Tensor, moment: Moment, sensitivities: Sequence[Sensitivity] = ()
 ) -> torch.Tensor:
     """The energies of `Spectrum.of` alone, at a fraction of its cost: no vectors, no root.
 
@@ -217,14 +218,11 @@ def _whitened_energies(
     return torch.linalg.eigvalsh((product + product.T) / 2).flip(0).clamp_min(0)
 
 
-def _quadratic(matrix: torch.Tensor, moment: torch.Tensor | Balanced) -> torch.Tensor:
+def _quadratic(matrix: torch.Tensor, moment: Moment) -> torch.Tensor:
     """M S M^T, float64 [m, m], by a block of rows of M at a time, and for each one of S."""
     found = torch.empty(len(matrix), len(matrix), dtype=torch.float64)
     for rows in row_blocks(len(matrix)):
-        multiplied = torch.zeros(matrix[rows].shape, dtype=torch.float64)
-        for others in row_blocks(len(moment)):
-            multiplied.addmm_(matrix[rows, others], moment[others].double())
-        torch.matmul(multiplied, matrix.T, out=found[rows])
+        torch.matmul(times_moment(matrix[rows], moment), matrix.T, out=found[rows])
     return found
 
 
@@ -272,7 +270,7 @@ def _falling_eigen(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _require_fit(
-    weight: torch.Tensor, moment: torch.Tensor | Balanced, sensitivities: Sequence[Sensitivity]
+    weight: torch.Tensor, moment: Moment, sensitivities: Sequence[Sensitivity]
 ) -> None:
     rows, columns = weight.shape
     if len(moment) != columns:
@@ -310,11 +308,14 @@ def _propagated_target(
     if mix == 0:
         return weight.double()
     ridge = relative_ridge * seen.diagonal().mean()
-    regular = seen.clone()
+    regular = seen.to(torch.float64, copy=True)
     regular.diagonal().add_(ridge)
-    factored, found = torch.linalg.lu_factor(regular), weight.to(torch.float64, copy=True)
+    factored = torch.linalg.lu_factor(regular)
+    del regular
+    found = weight.to(torch.float64, copy=True)
     for rows in row_blocks(len(weight)):
-        found[rows] += mix * torch.linalg.lu_solve(*factored, drift.T @ found[rows].T).T
+        moved = times_moment(found[rows], drift)
+        found[rows] += mix * torch.linalg.lu_solve(*factored, moved.T).T
     return found
 
 
@@ -336,7 +337,7 @@ def reconstructed(
     target: torch.Tensor,
     rank: int,
     inputs: InputMoments,
-    geometry: torch.Tensor,
+    geometry: Moment,
     sensitivities: Sequence[Sensitivity],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """B [m, r] and A [r, n] of the matrix as it is, cut, and then fitted to the target in turn.
@@ -344,4 +345,4 @@ def reconstructed(
     Arguments as in `truncated`.
     """
     spectrum = Spectrum.of(stack, geometry, sensitivities, inputs.roots, rank)
-    return _reconstructed_factors(*spectrum.factors(rank), target.double(), inputs.seen)
+    return _reconstructed_factors(*spectrum.factors(rank), target.double(), inputs.seen.double())

@@ -15,7 +15,7 @@ import torch
 from pipeline.calibrate.hooks import not_finite
 from pipeline.calibrate.moments import Balanced
 from pipeline.compress.factorize.factors import Form
-from pipeline.compress.factorize.second_moments import ROWS_AT_ONCE, Shrunk, is_zero, regular
+from pipeline.compress.factorize.second_moments import ROWS_AT_ONCE, Shrunk, is_zero
 from pipeline.compress.factorize.whitened_svd import truncation_losses
 from pipeline.compress.plan.plan import Members
 from pipeline.compress.plan.quantization_costs import StackCost
@@ -76,9 +76,9 @@ class OutputStatistics:
         """Shrunk G of each output, [m_i, m_i], of full rank."""
         return list(_counting(self.outputs))
 
-    def geometry(self, moment: torch.Tensor) -> torch.Tensor:
-        """What errors are measured in, from S of the input, float64 [n, n]; float64 [n, n]."""
-        return regular(Balanced(moment, self.weighted).double())
+    def geometry(self, moment: torch.Tensor) -> Balanced:
+        """What errors are measured in, from S of the input, float [n, n]."""
+        return Balanced(moment, self.weighted)
 
 
 CostsOfStack = tuple[torch.Tensor, StackCost | None]

@@ -12,11 +12,18 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from pipeline.calibrate.carried_layer import LayerCode
 from pipeline.calibrate.fisher import BackwardSweep
+from pipeline.calibrate.measured_stream import MeasuredStream
 from pipeline.calibrate.moments import SeenGroup
+from pipeline.calibrate.paired_stream import PairedStream
+from pipeline.checkpoint.install import install_
+from pipeline.compress.factorize.whitened_svd import InputMoments
+from pipeline.compress.fit_group import fit_group
+from pipeline.compress.methods import ONE_SIDED
+from pipeline.compress.plan.plan import GroupPlan
+from pipeline.compress.walk import plan_entries
 from pipeline.errors import InputError
-from pipeline.model.structure import decoder_structure
+from pipeline.model.structure import Group, decoder_structure
 from pipeline.workers.workers import IN_PROCESS, InProcess, Result, Workers, resolved
 from tests.support.families import FAMILIES, tiny_model
 
@@ -101,13 +108,12 @@ def test_what_is_wide_is_summed_block_by_block_to_the_same_bytes(tmp_path: Path)
 
 
 def test_layers_that_were_changed_are_run_by_this_process_and_it_says_so(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, workers = tiny_model("llama"), Elsewhere()
     name = decoder_structure(model)[0].groups[0].members[0]
     linear = model.get_submodule(name)
-    model.set_submodule(name, nn.Sequential(linear))
-    assert LayerCode.of(model, [layer.name for layer in decoder_structure(model)]) is None
+    monkeypatch.setattr(linear, "forward", lambda x: nn.Linear.forward(linear, x))
     swept(model, tmp_path, workers)
     assert not any("forward" in where for where in workers.asked)
     assert "this process alone carries the text" in capsys.readouterr().err
@@ -123,3 +129,47 @@ def test_values_that_are_no_numbers_name_the_linear(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="finite") as caught:
         dict(sweep.seen(1))
     assert caught.value.details["where"].startswith(linear.rsplit(".", 2)[0])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_both_models_side_by_side_give_the_same_bytes_by_workers(family: str) -> None:
+    ways = [paired(family, IN_PROCESS), paired(family, Elsewhere())]
+    assert len(ways[0]) == len(ways[1]) > 0
+    assert all(map(torch.equal, *ways))
+
+
+def paired(family: str, workers: Workers) -> list[torch.Tensor]:
+    """Moments of every group while the groups become products, and the hidden states at the end."""
+    model = tiny_model(family)
+    layers, found = decoder_structure(model), list[torch.Tensor]()
+    stream = PairedStream(model, layers, TOKENS, 2, workers)
+    for index, layer in enumerate(layers):
+        stream.enter(index)
+        for group in layer.groups:
+            seen, drift = stream.measure(index, group.name)
+            found += [seen, drift]
+            replace_(model, group)
+        stream.leave(index)
+    return [*found, *stream.original.hidden, *stream.compressed]
+
+
+def replace_(model: PreTrainedModel, group: Group) -> None:
+    """Put block-skip factors that share a latent in the place of a group, B' in four bits."""
+    plan = GroupPlan(
+        group.members, sum(group.out_features), group.in_features, "skip", 5, None, None,
+        None, "int4-b16-asym",
+    )  # fmt: skip
+    weights = [model.get_submodule(member).weight.detach() for member in group.members]
+    inputs = InputMoments(torch.eye(group.in_features).double())
+    fitted = fit_group(plan, weights, inputs, None, ONE_SIDED, torch.float32)
+    install_(model, plan_entries((plan,)), fitted.tensors)
+
+
+def test_one_model_alone_gives_the_same_bytes_by_workers() -> None:
+    model = tiny_model("llama")
+    layers = decoder_structure(model)
+    ways = [MeasuredStream(model, layers, TOKENS, way, 2) for way in (IN_PROCESS, Elsewhere())]
+    for index, layer in enumerate(layers):
+        own, found = (way.advance(index) for way in ways)
+        assert own.keys() == found.keys() == {group.name for group in layer.groups}
+        assert all(torch.equal(own[name].get(), found[name].get()) for name in own)

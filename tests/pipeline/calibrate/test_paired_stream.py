@@ -10,7 +10,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from pipeline.calibrate import precision
-from pipeline.calibrate.layer_stream import LayerStream, PairedStream
+from pipeline.calibrate.layer_stream import LayerStream
+from pipeline.calibrate.paired_stream import PairedStream
 from pipeline.errors import InputError
 from pipeline.model.structure import decoder_structure
 from tests.support.families import FAMILIES, tiny_model
@@ -62,7 +63,7 @@ def test_as_long_as_no_layer_is_replaced_both_models_see_the_same(family: str) -
         paired.enter(index)
         for group in layer.groups:
             seen, drift = paired.measure(index, group.name)
-            assert torch.equal(seen, moments[group.name].mean())
+            assert torch.equal(seen, moments[group.name].mean().float())
             # What is left of x - x' is the rounding of x, which is kept in bfloat16: 2^-9 of it,
             # and of one sign as often as of the other.
             assert torch.linalg.norm(drift) < 2**-9 * torch.linalg.norm(seen)
@@ -106,7 +107,7 @@ def test_hidden_states_end_as_those_of_both_models() -> None:
     paired = PairedStream(model, layers, TOKENS, 2)
     for index, layer in enumerate(layers):
         paired.enter(index, measure=False)
-        assert paired.inputs == {}
+        assert paired._inputs == {}
         for place, group in enumerate(layer.groups):
             disturb_(model, group.members, seed=10 * index + place)
         paired.leave(index)
@@ -122,10 +123,10 @@ def test_what_a_group_reads_is_not_kept_once_it_has_been_measured() -> None:
     paired = PairedStream(model, layers, TOKENS, 2)
     paired.enter(0)
     names = [group.name for group in layers[0].groups]
-    assert list(paired.inputs) == names
-    assert {x.dtype for kept in paired.inputs.values() for x in kept} == {torch.bfloat16}
+    assert list(paired._inputs) == names
+    assert {x.get().dtype for kept in paired._inputs.values() for x in kept} == {torch.bfloat16}
     paired.measure(0, names[1])
-    assert list(paired.inputs) == [names[0], *names[2:]]
+    assert list(paired._inputs) == [names[0], *names[2:]]
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 

@@ -100,7 +100,7 @@ def test_the_reported_error_is_that_of_the_stored_product(fit: Fit, inputs: Inpu
 def test_two_sided_gives_up_output_error_for_what_the_model_minds(inputs: InputMoments) -> None:
     survey = surveyed("llama").survey
     inputs = InputMoments(inputs.seen)
-    geometry = survey.of(QKV).geometry(inputs.seen)
+    geometry = survey.of(QKV).geometry(inputs.seen).double()
     sensitivity = torch.block_diag(*(part.double() for part in survey.of(QKV).sensitivities()))
     minded, lost = {}, {}
     for fit in (ONE_SIDED, Fit()):

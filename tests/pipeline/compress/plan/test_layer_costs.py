@@ -219,7 +219,10 @@ def test_curves_are_the_tails_of_what_it_keeps() -> None:
     moments = LayerStream(tiny.model, tiny.layers, TOKENS).advance(0)[group.name].mean()
     weight = tiny.model.get_submodule(member).weight.double()
     (g,) = sensitivities(tiny.survey, (member,))
-    whole = torch.trace(g @ weight @ tiny.survey.of((member,)).geometry(moments) @ weight.T) / 2
+    whole = (
+        torch.trace(g @ weight @ tiny.survey.of((member,)).geometry(moments).double() @ weight.T)
+        / 2
+    )
     # What is kept has been rounded to bfloat16.
     assert tiny.survey.curves[(member,)][0] == pytest.approx(whole.item(), rel=1e-2)
     shrunk_least = _SENSITIVITY_SHRINKAGE * g.diagonal().mean() * (1 - 2**-7)
