@@ -13,12 +13,12 @@ goes on from it.
 from __future__ import annotations
 
 import copy
-import gc
 import json
 import sys
 import tempfile
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +30,19 @@ from benchmarks import RESULTS
 from benchmarks.command import run
 from benchmarks.quality.evaluation_texts import hash_of_text, tokens_of
 from benchmarks.quality.pareto_report import PLAIN, save_front, show_front
-from benchmarks.quality.quality import (
+from benchmarks.quality.rows import (
     Bench,
+    Opening,
     Settings,
     open_table,
     quality_fields,
     refuse_test_text,
+    require_shared_work,
+    rows_in_order,
 )
 from pipeline.artefact import write_json
-from pipeline.bench.measure import load_average
 from pipeline.checkpoint.folder import save_checkpoint
+from pipeline.cli import options
 from pipeline.compress.channel_scaling import scale_channels_
 from pipeline.compress.decoder import CalibratedDecoder
 from pipeline.compress.methods import ROTATIONS
@@ -53,6 +56,7 @@ from pipeline.lazy import imported
 from pipeline.model.structure import decoder_structure
 from pipeline.progress import note
 from pipeline.runtime.sessions.torch_session import TorchSession
+from pipeline.workers.workers import Workers, open_workers
 from validate.metrics import perplexity_with_error
 from validate.quality import measure_quality
 
@@ -86,6 +90,9 @@ class _Cell:
     balance: float = 0.0
     rotate: str = ROTATIONS[0]
     learn: bool = False
+
+    def __str__(self) -> str:
+        return self.name
 
     @property
     def name(self) -> str:
@@ -134,6 +141,7 @@ def _all_cells() -> list[_Cell]:
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--json", "result", type=click.Path(path_type=Path), default=_RESULT)
 @click.option("--resume", is_flag=True, help="Keep the rows that the JSON has already.")
+@options.workers
 def command(
     test: Path,
     calibration: str,
@@ -144,6 +152,7 @@ def command(
     seed: int,
     result: Path,
     resume: bool,
+    workers: str | None,
 ) -> None:
     """Measure perplexity against bytes for ours and for every plain quantiser."""
     settings = Settings(
@@ -159,11 +168,12 @@ def command(
         seed=seed,
     )
     refuse_test_text(settings)
+    require_shared_work(work, workers)
     table = open_table(settings, result, resume=resume)
     cells = [_parsed(text) for text in only.split(",")] if only else _all_cells()
-    with tempfile.TemporaryDirectory() as scratch:
-        bench = Bench(settings, test, calibration, None, work or Path(scratch))
-        _measure(bench, cells, table, result)
+    with tempfile.TemporaryDirectory() as scratch, open_workers(workers) as own:
+        opening = Opening.of(settings, test, calibration, None, work or Path(scratch))
+        _measure(opening, cells, table, result, own)
     table["low_rank"] = _low_rank_rows(settings)
     write_json(result, table)
     show_front(table)
@@ -194,19 +204,17 @@ def _parsed(text: str) -> _Cell:
         ) from error
 
 
-def _measure(bench: Bench, cells: list[_Cell], table: dict[str, Any], result: Path) -> None:
+def _measure(
+    opening: Opening, cells: list[_Cell], table: dict[str, Any], result: Path, workers: Workers
+) -> None:
     """Measure every row that `table` lacks, and write it as it is finished."""
     finished = {row["name"] for row in table["rows"]}
     if "dense" not in finished:
-        _add(table, result, _dense_row(bench))
+        _add(table, result, _dense_row(opening.open()))
     dense = next(row for row in table["rows"] if row["name"] == "dense")
-    for cell in cells:
-        if cell.name not in finished:
-            note(f"{cell.name} ...")
-            loads = [load_average()]
-            row = _measured_row(bench, cell, np.array(dense["window_nlls"]))
-            _add(table, result, row | {"load_average": [*loads, load_average()]})
-            gc.collect()  # a model is a web of cycles, and the next row needs its memory
+    missing = [(cell, cell.survey) for cell in cells if cell.name not in finished]
+    rows_in_order(workers, opening, _measured_row, dense, missing, partial(_add, table, result))
+    table["computed_by"] = workers.describe()
 
 
 def _add(table: dict[str, Any], result: Path, row: dict[str, Any]) -> None:
@@ -224,7 +232,7 @@ def _dense_row(bench: Bench) -> dict[str, Any]:
     return {"name": "dense", "stored_bytes": 2 * numbers, **quality_fields(quality, None)}
 
 
-def _measured_row(bench: Bench, cell: _Cell, dense_nlls: np.ndarray) -> dict[str, Any]:
+def _measured_row(bench: Bench, cell: _Cell, dense: dict[str, Any]) -> dict[str, Any]:
     """Compress a copy as the row asks, write it, and test it beside the dense model."""
     request = cell.request(bench.settings.model, bench.calibration, bench.settings.seed)
     request.check()
@@ -272,7 +280,7 @@ def _measured_row(bench: Bench, cell: _Cell, dense_nlls: np.ndarray) -> dict[str
         "expected_kl": sum(group.expected_kl or 0.0 for group in plan.groups),
         "forms": _forms_of(plan),
         "tables": plan.embeddings,
-        **quality_fields(quality, dense_nlls),
+        **quality_fields(quality, np.array(dense["window_nlls"])),
         "plan_seconds": round(plan_seconds, 1),
         "plan_cpu_seconds": round(plan_cpu, 1),
         "seconds": round(seconds, 1),

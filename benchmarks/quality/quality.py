@@ -13,13 +13,10 @@ every row, and `--resume` goes on from it.
 from __future__ import annotations
 
 import copy
-import gc
-import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,10 +29,20 @@ from benchmarks import RESULTS
 from benchmarks.command import run
 from benchmarks.quality.evaluation_texts import hash_of_text, tokens_of
 from benchmarks.quality.quality_report import DENSE, save_chart, show
-from benchmarks.quality.recorded_session import RecordedSession
+from benchmarks.quality.rows import (
+    Bench,
+    Opening,
+    Settings,
+    open_table,
+    quality_fields,
+    refuse_test_text,
+    require_shared_work,
+    rows_in_order,
+)
 from pipeline.artefact import write_json
-from pipeline.bench.measure import describe_machine, load_average
+from pipeline.bench.measure import load_average
 from pipeline.calibrate.text import TokenBatch
+from pipeline.cli import options
 from pipeline.compress.decoder import CalibratedDecoder
 from pipeline.compress.methods import DEFAULT_EFFORT, DEFAULT_METHOD, METHODS
 from pipeline.compress.plan.layer_costs import LayerCosts
@@ -45,18 +52,12 @@ from pipeline.compress.request import CompressRequest
 from pipeline.compress.run import parameter_count
 from pipeline.compress.walk import compress_
 from pipeline.errors import UsageError
-from pipeline.model.load import load_model
 from pipeline.model.structure import Layer, decoder_structure
 from pipeline.progress import note
-from pipeline.provenance import provenance
-from pipeline.runtime.sessions.session import Session
 from pipeline.runtime.sessions.torch_session import TorchSession
-from validate.harness import SessionLM
-from validate.harness_tasks import load_tasks, score_tasks, scores_of
-from validate.metrics import log_perplexity_change, perplexity_with_error
-from validate.quality import Quality, measure_quality
+from pipeline.workers.workers import Workers, open_workers
+from validate.quality import measure_quality
 
-_SCHEMA = 1
 _RESULT = RESULTS / "quality.json"
 _SWEEP = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 _TABLE = (0.8, 0.7)
@@ -71,6 +72,9 @@ class _Cell:
     method: str
     keep: float
     effort: str = DEFAULT_EFFORT
+
+    def __str__(self) -> str:
+        return f"{self.method} at {self.keep}, {self.effort}"
 
 
 def _is_asked(cell: _Cell) -> bool:
@@ -93,22 +97,6 @@ def _all_cells() -> list[_Cell]:
     return list(dict.fromkeys(cells))
 
 
-@dataclass(frozen=True)
-class Settings:
-    """All that the numbers depend on."""
-
-    model: str
-    test: str
-    test_sha256: str
-    test_windows: int
-    test_window_length: int
-    calibration: str
-    calibration_sha256: str
-    questions: str | None
-    limit: int | None
-    seed: int
-
-
 @click.command()
 @click.option("--test", type=click.Path(path_type=Path), required=True, help="Test text, UTF-8.")
 @click.option("--calibration", required=True, help="Calibration text, or 'self'.")
@@ -122,6 +110,7 @@ class Settings:
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--json", "result", type=click.Path(path_type=Path), default=_RESULT)
 @click.option("--resume", is_flag=True, help="Keep the rows that the JSON has already.")
+@options.workers
 def command(
     test: Path,
     calibration: str,
@@ -135,6 +124,7 @@ def command(
     seed: int,
     result: Path,
     resume: bool,
+    workers: str | None,
 ) -> None:
     """Measure perplexity and agreement of every method at every budget."""
     settings = Settings(
@@ -150,50 +140,14 @@ def command(
         seed=seed,
     )
     refuse_test_text(settings)
+    require_shared_work(work, workers)
     table = open_table(settings, result, resume=resume)
     cells = [_parsed_cell(text) for text in only.split(",")] if only else _all_cells()
-    with tempfile.TemporaryDirectory() as scratch:
-        bench = Bench(settings, test, calibration, questions, work or Path(scratch))
-        _measure_table(bench, cells, table, result)
+    with tempfile.TemporaryDirectory() as scratch, open_workers(workers) as own:
+        opening = Opening.of(settings, test, calibration, questions, work or Path(scratch))
+        _measure_table(opening, cells, table, result, own)
     show(table)
     save_chart(table["rows"], result.with_suffix(".svg"))
-
-
-def refuse_test_text(settings: Settings) -> None:
-    """Raise UsageError when the model would be calibrated on the text it is tested on."""
-    if settings.test_sha256 == settings.calibration_sha256:
-        raise UsageError(
-            "Calibration and test are the same text, so the perplexity would mean nothing.",
-            observed=settings.calibration,
-            change="calibrate on the validation split, or pass --calibration self",
-        )
-
-
-def open_table(settings: Settings, result: Path, *, resume: bool) -> dict[str, Any]:
-    """A new table, or the unfinished one of an earlier run with the same settings.
-
-    Raises:
-        UsageError: the earlier run had other settings.
-    """
-    fresh = {
-        "schema": _SCHEMA,
-        "settings": asdict(settings),
-        "machine": describe_machine() | {"threads": torch.get_num_threads()},
-        "provenance": provenance(),
-        "rows": [],
-    }
-    if not resume or not result.is_file():
-        return fresh
-    earlier: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
-    if earlier["settings"] != fresh["settings"]:
-        changed = [k for k, v in asdict(settings).items() if earlier["settings"].get(k) != v]
-        raise UsageError(
-            "The rows there were measured with other settings.",
-            where=result,
-            observed=f"differs in {', '.join(changed)}",
-            change="repeat those settings, pass another --json, or leave out --resume",
-        )
-    return earlier
 
 
 def _parsed_cell(text: str) -> _Cell:
@@ -212,69 +166,33 @@ def _parsed_cell(text: str) -> _Cell:
         ) from error
 
 
-class Bench:
-    """The model, the texts, and what several rows share."""
-
-    def __init__(
-        self,
-        settings: Settings,
-        test: Path,
-        calibration: str,
-        questions: Path | None,
-        work: Path,
-    ) -> None:
-        self.settings, self.calibration, self.work = settings, calibration, work
-        self.questions = questions
-        note(f"loading {settings.model}")
-        self.loaded = load_model(settings.model, dtype=torch.float32)
-        count, length = settings.test_windows, settings.test_window_length
-        self.tests = tokens_of(
-            str(test), self.loaded, count, length, settings.seed, sequential=True
-        )
-        self.reference = RecordedSession(TorchSession(self.loaded.model, DENSE), work / "logits")
-
-    def request(self, cell: _Cell) -> CompressRequest:
-        """What `skipcat compress` would be asked."""
-        request = CompressRequest(
-            self.settings.model,
-            cell.keep,
-            method=cell.method,
-            effort=cell.effort,
-            calibration=self.calibration,
-            seed=self.settings.seed,
-        )
-        request.check()
-        return request
-
-    def question_scores(self, session: Session) -> dict[str, Any] | None:
-        """Accuracy and its standard error on the questions; None without any."""
-        if self.questions is None:
-            return None
-        tasks = load_tasks([str(self.questions)])
-        model = SessionLM(session, self.loaded.tokenizer)
-        results = score_tasks(model, tasks, limit=self.settings.limit, num_fewshot=None)
-        return {score.metric: [score.value, score.standard_error] for score in scores_of(results)}
-
-
-def _measure_table(bench: Bench, cells: list[_Cell], table: dict[str, Any], result: Path) -> None:
+def _measure_table(
+    opening: Opening, cells: list[_Cell], table: dict[str, Any], result: Path, workers: Workers
+) -> None:
     """Measure every row that `table` lacks, and write it to `result` as it is finished."""
+    bench = opening.open()
     table["texts"] = {"test": bench.tests.describe()}
     finished = {(row["method"], row["keep"], row["effort"]) for row in table["rows"]}
     if (DENSE, 1.0, None) not in finished:
-        _add_row(table, result, lambda: _dense_row(bench))
+        loads = [load_average()]
+        _add_row(table, result, _dense_row(bench) | {"load_average": [*loads, load_average()]})
     dense = next(row for row in table["rows"] if row["method"] == DENSE)
-    for cell in cells:
-        if (cell.method, cell.keep, cell.effort) not in finished:
-            note(f"{cell.method} at {cell.keep}, {cell.effort} ...")
-            _add_row(table, result, partial(_compressed_row, bench, cell, dense))
-            gc.collect()  # a model is a web of cycles, and the next row needs its memory
+    missing = [c for c in cells if (c.method, c.keep, c.effort) not in finished]
+    rows_in_order(
+        workers,
+        opening,
+        _compressed_row,
+        dense,
+        [(cell, cell.effort) for cell in missing],
+        partial(_add_row, table, result),
+    )
+    table["computed_by"] = workers.describe()
+    write_json(result, table)
 
 
-def _add_row(table: dict[str, Any], result: Path, measure: Callable[[], dict[str, Any]]) -> None:
-    """Measure a row and write the table with it."""
-    loads = [load_average()]
-    row = measure()
-    table["rows"].append(row | {"load_average": [*loads, load_average()]})
+def _add_row(table: dict[str, Any], result: Path, row: dict[str, Any]) -> None:
+    """Write the table with another row."""
+    table["rows"].append(row)
     result.parent.mkdir(parents=True, exist_ok=True)
     write_json(result, table)
     note(f"{row['method']}: perplexity {row['perplexity']:.2f}")
@@ -300,9 +218,23 @@ def _dense_row(bench: Bench) -> dict[str, Any]:
     }
 
 
+def _request(bench: Bench, cell: _Cell) -> CompressRequest:
+    """What `skipcat compress` would be asked."""
+    request = CompressRequest(
+        bench.settings.model,
+        cell.keep,
+        method=cell.method,
+        effort=cell.effort,
+        calibration=bench.calibration,
+        seed=bench.settings.seed,
+    )
+    request.check()
+    return request
+
+
 def _compressed_row(bench: Bench, cell: _Cell, dense: dict[str, Any]) -> dict[str, Any]:
     """The row of one method: compress a copy, then test it beside the dense model."""
-    request = bench.request(cell)
+    request = _request(bench, cell)
     effort = request.resolved_effort
     tokens = tokens_of(
         bench.calibration, bench.loaded, effort.windows, effort.window_length, request.seed
@@ -355,23 +287,6 @@ def _planned(
     elif request.resolved_method.needs_costs:
         seconds += float(clock.read_text())
     return ready, plan, seconds
-
-
-def quality_fields(quality: Quality, dense_nlls: np.ndarray | None) -> dict[str, Any]:
-    """What the row says of a model's quality."""
-    nlls = np.array(quality.window_nlls)
-    perplexity, error = perplexity_with_error(nlls)
-    change, change_error = log_perplexity_change(nlls if dense_nlls is None else dense_nlls, nlls)
-    return {
-        "perplexity": perplexity,
-        "perplexity_standard_error": error,
-        "log_perplexity_change": change,
-        "log_perplexity_change_standard_error": change_error,
-        "kl_to_dense": 0.0 if quality.kl is None else quality.kl,
-        "top1_to_dense": 1.0 if quality.top1 is None else quality.top1,
-        "window_nlls": quality.window_nlls,
-        "measure_seconds": quality.seconds,
-    }
 
 
 if __name__ == "__main__":

@@ -112,11 +112,8 @@ def _declared_bytes(stack: _Stack, task: str, itemsize: int) -> int:
 
 
 def _given_bytes(stack: _Stack, task: str, itemsize: int) -> int:
-    """Weights, bfloat16 sensitivities, and moments of the inputs.
-
-    Costs are given two in float32; a fit one of them in float64, and what has drifted.
-    """
-    moments = 8 if task in _COSTS else 12 + 8 * _FITS[task].drifted
+    """Weights, bfloat16 sensitivities, and float32 moments: of a fit, of what has drifted, too."""
+    moments = 8 if task in _COSTS else 8 + 4 * _FITS[task].drifted
     weights = itemsize * stack.rows * stack.columns
     return weights + 2 * sum(h * h for h in stack.heights) + moments * stack.columns**2
 
@@ -133,13 +130,13 @@ def _task(stack: _Stack, task: str) -> Callable[[], Any]:
     generator = torch.Generator().manual_seed(0)
     weights = [torch.randn(h, stack.columns, generator=generator) / 50 for h in stack.heights]
     outputs = tuple(_moment(height, generator).bfloat16() for height in stack.heights)
-    seen = _moment(stack.columns, generator).double()
+    seen, weighted = (_moment(stack.columns, generator) for _ in range(2))
     if task in _COSTS:
-        names, wanted, weighted = ("matrix",) * len(weights), _wanted(task), seen.float()
-        return lambda: stack_costs(names, wanted, weighted, weighted, *weights, *outputs)
+        names, wanted = ("matrix",) * len(weights), _wanted(task)
+        return lambda: stack_costs(names, wanted, seen, weighted, *weights, *outputs)
     form, formats, drifted = _FITS[task]
-    drift = _moment(stack.columns, generator).double() / 100 if drifted else None
-    statistics = OutputStatistics(_moment(stack.columns, generator), outputs)
+    drift = _moment(stack.columns, generator) / 100 if drifted else None
+    statistics = OutputStatistics(weighted, outputs)
     inputs, fit = InputMoments(seen, drift), Fit(mix=0.5 if drifted else None)
     group = stack.group(form, formats)
     return lambda: fit_group(group, weights, inputs, statistics, fit, torch.float16)

@@ -1,33 +1,24 @@
 """A decoder layer that is run where the model is not: tensors in, tensors out.
 
-A worker is given the layer without its numbers, a few kilobytes of its classes and settings, and
-the numbers beside it.
+A worker is given the layer without its numbers (see `ModuleCode`), and those beside it.
 """
 
 from __future__ import annotations
 
-import copy
-import functools
-import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
-from torch.func import functional_call
 from transformers import PreTrainedModel
 
+from pipeline.calibrate.carried_module import ModuleCode
 from pipeline.calibrate.hooks import not_finite, seeing_gradients, seeing_inputs, stopping_at
 from pipeline.calibrate.moments import finite_rows
 from pipeline.calibrate.precision import fast_products_of, quick_float32
 from pipeline.calibrate.seen_rows import SeenRows
 from pipeline.model.structure import Group, hidden_states_of
 
-# Of what every worker can import.
-_EVERYWHERE = ("torch.", "transformers.", "pipeline.")
-# A layer without numbers is smaller: else it holds some that are neither parameters nor buffers.
-_MOST_BYTES = 1 << 20
 # Numbers that are held for each number that linears read or return: forward, and for the way back.
 _FORWARD, _BACK = 1.5, 4.0
 # Of libraries, and of a heap that keeps what is freed.
@@ -40,37 +31,22 @@ class LayerCode:
     """A layer without its numbers.
 
     Attributes:
-        name: of the layer in its model.
-        pickled: the layer; its parameters and buffers are on the meta device.
+        module: the layer.
         dtype: that the model is held in.
         heads: of its queries.
     """
 
-    name: str
-    pickled: bytes
+    module: ModuleCode
     dtype: torch.dtype
     heads: int
 
     @classmethod
     def of(cls, model: PreTrainedModel, name: str) -> LayerCode | None:
         """Of a layer as it is now; None where not every worker can make it."""
-        layer = model.get_submodule(name)
-        if model.device.type != "cpu" or not all(map(_is_everywhere, layer.modules())):
-            return None
-        without = {id(t): _without_numbers(t) for t in (*layer.parameters(), *layer.buffers())}
-        try:
-            pickled = pickle.dumps(copy.deepcopy(layer, without))
-        except (pickle.PicklingError, AttributeError, TypeError):
-            # What was defined while the program ran, such as a forward that was exchanged.
-            return None
-        if len(pickled) > _MOST_BYTES:
-            return None
+        module = ModuleCode.of(model, name)
         heads = model.config.get_text_config().num_attention_heads
-        return cls(name, pickled, next(model.parameters()).dtype, heads)
-
-    def model(self) -> nn.Module:
-        """A module that has the layer, without numbers, by its name."""
-        return _model(self.name, self.pickled)
+        dtype = next(model.parameters()).dtype
+        return None if module is None else cls(module, dtype, heads)
 
     def run(
         self, numbers: dict[str, torch.Tensor], keywords: dict[str, Any], hidden: torch.Tensor
@@ -82,35 +58,8 @@ class LayerCode:
             keywords: what it is given beside the hidden states.
             hidden: float32 [B, T, H].
         """
-        layer = self.model().get_submodule(self.name)
         with fast_products_of(self.dtype):
-            return hidden_states_of(functional_call(layer, numbers, (hidden,), keywords))
-
-
-def _is_everywhere(module: nn.Module) -> bool:
-    return type(module).__module__.startswith(_EVERYWHERE)
-
-
-def _without_numbers(tensor: torch.Tensor) -> torch.Tensor:
-    empty = torch.empty_like(tensor, device="meta")
-    return nn.Parameter(empty, False) if isinstance(tensor, nn.Parameter) else empty
-
-
-@functools.lru_cache(maxsize=1)
-def _model(name: str, pickled: bytes) -> nn.Module:
-    path, root = name.split("."), nn.Module()
-    holder = root
-    for part in path[:-1]:
-        holder.add_module(part, nn.Module())
-        holder = holder.get_submodule(part)
-    holder.add_module(path[-1], pickle.loads(pickled))
-    return root
-
-
-def numbers_of(layer: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and buffers, by name."""
-    named = [*layer.named_parameters(), *layer.named_buffers()]
-    return {name: tensor.detach() for name, tensor in named}
+            return hidden_states_of(self.module.call(numbers, hidden, **keywords))
 
 
 def is_carried(value: Any) -> bool:
@@ -169,7 +118,7 @@ def layer_inputs(
     """
     seen = {g.name: SeenRows(g.in_features, {}) for g in groups}
     takers = {name: rows.see_input for name, rows in seen.items()}
-    with seeing_inputs(code.model(), takers):
+    with seeing_inputs(code.module.model(), takers):
         output = code.run(numbers, keywords, hidden).to(hidden.dtype)
     return [output, *(rows.inputs().to(dtype) for rows in seen.values())]
 
@@ -188,7 +137,7 @@ def linear_input(
     Raises:
         InputError: activations that are not finite; names the linear.
     """
-    with stopping_at(code.model().get_submodule(linear)) as caught:
+    with stopping_at(code.module.model().get_submodule(linear)) as caught:
         code.run(numbers, keywords, hidden)
     (inputs,), _ = caught[0]
     try:
@@ -218,7 +167,7 @@ def layer_gradients(
         for g in groups
     }
     hidden = hidden.clone().requires_grad_()
-    with seeing_gradients(code.model(), seen):
+    with seeing_gradients(code.module.model(), seen):
         with torch.enable_grad():
             output = code.run(numbers, keywords, hidden)
         with quick_float32():

@@ -15,8 +15,8 @@ from pipeline.calibrate.carried_layer import (
     layer_inputs,
     layer_output,
     linear_input,
-    numbers_of,
 )
+from pipeline.calibrate.carried_module import numbers_of
 from pipeline.calibrate.layer_stream import LayerStream
 from pipeline.calibrate.moments import SeenGroup
 from pipeline.calibrate.seen_rows import (

@@ -40,7 +40,7 @@ def show_estimate(request: CompressRequest, workers: int, as_json: bool) -> None
         return
     by = f"{workers} workers of {threads} thread{'s' * (threads != 1)}" if workers else "no workers"
     click.echo(f"{request.model}, effort {request.effort}, {by}: about {_hours(found.hours)}")
-    click.echo(f"  text, through the layers and back, by this process: {_hours(found.head_hours)}")
+    click.echo(f"  what this process alone computes: {_hours(found.head_hours)}")
     click.echo(f"  {found.tasks:,} tasks, one after another: {_hours(found.task_hours)}")
     click.echo(
         f"  the largest task: {found.worker_bytes / 1e9:.1f} GB; moved: "

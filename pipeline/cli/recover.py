@@ -52,11 +52,18 @@ from pipeline.cli import options
 @options.seed
 @options.trust_remote_code
 @options.own_threads
+@options.workers
 @options.overwrite
 @options.resume
 @options.json_output
 def command(
-    checkpoint: Path, output: Path, overwrite: bool, resume: bool, as_json: bool, **settings: Any
+    checkpoint: Path,
+    output: Path,
+    workers: str | None,
+    overwrite: bool,
+    resume: bool,
+    as_json: bool,
+    **settings: Any,
 ) -> None:
     """Win back some of what compression cost, at the same size.
 
@@ -64,7 +71,7 @@ def command(
     compressed checkpoint. Rounded convolutions are trained as they are rounded, towards the outputs
     of the network that they were made from (--teacher), towards labels (--data), or both. A run
     that was interrupted continues with --resume and ends the same; one that diverged, with a
-    smaller --learning-rate as well.
+    smaller --learning-rate as well. With --workers others measure the held-out windows.
 
     \b
     skipcat recover small -o better --text train.txt --steps 500
@@ -80,9 +87,13 @@ def command(
 
     from pipeline.recover.recover import recover_to_folder
     from pipeline.recover.request import RecoverRequest
+    from pipeline.workers.workers import open_workers
 
     request = RecoverRequest(checkpoint, **settings)
-    recovery = recover_to_folder(request, output, overwrite=overwrite, resume=resume)
+    with open_workers(workers) as own:
+        recovery = recover_to_folder(
+            request, output, overwrite=overwrite, resume=resume, workers=own
+        )
     if as_json:
         click.echo(json.dumps(recovery, indent=2))
         return

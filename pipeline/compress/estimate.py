@@ -2,8 +2,8 @@
 
 One layer of the same form, narrower where the model is wide, is surveyed and fitted by what
 `skipcat compress` runs, and every task is timed. From there on it is arithmetic: with k times the
-width a task takes k^3 of the time and k^2 of the bytes, and the head, which carries the text
-through the layers, k^2 of the time for each token.
+width a task takes k^3 of the time and k^2 of the bytes; one that carries text through a layer, or
+sums over it, k^2 of the time for each token.
 """
 
 from __future__ import annotations
@@ -188,18 +188,11 @@ class _Stage(NamedTuple):
         head: of the head.
         tasks: of its tasks, one after another.
         at_once: of its tasks, as the workers compute them.
-        overlaps: whether the head goes on while tasks are computed.
     """
 
     head: float
     tasks: float
     at_once: float
-    overlaps: bool
-
-    @property
-    def beside(self) -> float:
-        """Of head and workers."""
-        return max(self.head, self.at_once) if self.overlaps else self.head + self.at_once
 
 
 def _stages(
@@ -211,30 +204,28 @@ def _stages(
     windows, surveyed = effort.windows_for(whole.widest), _text_of(whole, request)
     kept = wanted_costs(request, [whole.layer], surveyed).inputs
     read = windows * effort.window_length - (surveyed if kept else 0)
-    output = _OF_OUTPUT * whole.output / whole.numbers
 
-    def of_text(seconds: float, part: Part, tokens: float, layers: float) -> float:
-        return seconds * width * layers * tokens / part.tokens
-
-    def head(part: Part, tokens: float, layers: float) -> float:
-        return of_text(part.head_seconds, part, tokens, layers)
+    def of_text(seconds: float, part: Part, tokens: float) -> float:
+        return seconds * width * whole.layers * tokens / part.tokens
 
     costs, fits = (of_tasks * part.task_seconds for part in (timed.survey, timed.walk))
-    survey = timed.survey
-    carried = of_text(survey.text_seconds, survey, surveyed, whole.layers)
-    own = head(survey, surveyed, whole.layers)
-    own += of_text(survey.text_seconds, survey, surveyed, output)
-    costs += carried
-    stages = [_Stage(own, costs, costs / count, overlaps=False)]
+    survey, walk = timed.survey, timed.walk
+    costs += of_text(survey.text_seconds, survey, surveyed)
+    # The head has the LM head, which is worth so many layers.
+    output = _OF_OUTPUT * whole.output / whole.numbers / whole.layers
+    own = of_text(survey.head_seconds + output * survey.text_seconds, survey, surveyed)
+    stages = [_Stage(own, costs, costs / count)]
     if effort.prices:
-        # Each layer is tried with all behind it.
-        text = surveyed + PRICED_WINDOWS * effort.window_length * whole.layers / 2
-        own = head(timed.walk, text, whole.layers)
-        stages.append(_Stage(own, fits, fits / count, overlaps=False))
-    one_shot = effort.mix is None
-    in_turn = 0.0 if one_shot else of_tasks * timed.walk.in_turn_seconds(timed.layer)
-    walk = head(timed.walk, read, whole.layers)
-    return [*stages, _Stage(walk, fits, max(in_turn, fits / count), overlaps=one_shot)]
+        # Each layer is fitted to the text of the survey, and tried with all behind it.
+        carried = fits + of_text(walk.text_seconds, walk, surveyed)
+        tried = PRICED_WINDOWS * effort.window_length * whole.layers / 2
+        own = of_text(walk.head_seconds, walk, surveyed)
+        own += of_text(walk.head_seconds + walk.text_seconds, walk, tried)
+        stages.append(_Stage(own, carried, carried / count))
+    text = of_text(walk.text_seconds, walk, read)
+    in_turn = 0.0 if effort.mix is None else of_tasks * walk.in_turn_seconds(timed.layer)
+    at_once = text / count + max(in_turn, fits / count)
+    return [*stages, _Stage(of_text(walk.head_seconds, walk, read), fits + text, at_once)]
 
 
 def _scaled(
@@ -258,7 +249,7 @@ def _scaled(
         tasks=round(sum(text if t.weight_bytes else 1 for t in tasks)) * whole.layers,
         head_hours=own / 3600,
         task_hours=others / 3600,
-        hours=(sum(stage.beside for stage in stages) if workers else own + others) / 3600,
+        hours=(own + (sum(stage.at_once for stage in stages) if workers else others)) / 3600,
         worker_bytes=max(t.process_bytes(width**0.5, text) for t in tasks) + LIBRARIES_BYTES,
         moved_bytes=int(moved * whole.layers) if workers else 0,
         disk_bytes=disk_bytes(request, layers, whole.parameters, torch.float16),

@@ -7,8 +7,8 @@ h of its tallest member and rank r, k rows at a time,
 - throughout the stack of several members, in the weights' own type;
 - a product of a tall stack, m > n, with the geometry, n^2: its gram matrix, 2 n^2 + k h + 3 k n;
   the eigenproblem, 7 n^2; the factors and their error, 2 n^2 + r (m + n) + 6 k n;
-- of a wide one: the eigenproblem, with the geometry, m n + 7 m^2; the pivots, r m + 5 r n + 3 k n;
-- with the geometry again, rounding one factor, or the dense matrix, of width w: a copy of the
+- of a wide one: the eigenproblem, m n + 7 m^2 + 2 k n; the pivots, r m + 5 r n + 3 k n;
+- with the geometry, rounding one factor, or the dense matrix, of width w: a copy of the
   moment and its inverse, 2.5 w^2 (1.5 n^2 of the dense matrix, whose moment is the geometry); G of
   a member and a copy, 2 h^2, beside the inverse, w^2 / 2, codes and what they miss, and of a factor
   its values, too.
@@ -56,7 +56,7 @@ def _of_product(group: GroupPlan, heights: Sequence[int]) -> list[float]:
     rows, columns, rank = group.rows, group.columns, group.rank
     some = _some_rows(heights)
     if rows <= columns:
-        eigenproblem = columns**2 + rows * columns + 7 * rows**2
+        eigenproblem = rows * columns + 7 * rows**2 + 2 * some * columns
         return [eigenproblem, rank * (rows + 5 * columns) + 3 * some * columns]
     gram = 3 * columns**2 + some * (max(heights) + 3 * columns)
     factors = 3 * columns**2 + rank * (rows + columns) + 6 * some * columns

@@ -40,13 +40,19 @@ from pipeline.provenance import provenance, public_name
 from pipeline.recover.convolutions import rounded_entries, train_to_folder
 from pipeline.recover.request import Recoverable, RecoverRequest, held_out
 from pipeline.recover.train import Progress, fine_tune
+from pipeline.workers.workers import IN_PROCESS, Workers
 
 _SCHEMA = 1
 _WORK = "training"
 
 
 def recover_to_folder(
-    request: RecoverRequest, output: Path, *, overwrite: bool = False, resume: bool = False
+    request: RecoverRequest,
+    output: Path,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    workers: Workers = IN_PROCESS,
 ) -> dict[str, Any]:
     """Fine-tune the factors of a checkpoint and write the result as another.
 
@@ -57,6 +63,7 @@ def recover_to_folder(
         output: the folder to write.
         overwrite: replace it if it exists.
         resume: continue an unfinished run of the same request; the learning rate may differ.
+        workers: who measures the held-out windows, to the same bits.
 
     Returns:
         The `recovery` section of recipe.json.
@@ -66,6 +73,7 @@ def recover_to_folder(
     """
     request.check()
     if rounded_entries(request.checkpoint):
+        _require_no_workers(request, workers)
         return train_to_folder(request, output, overwrite=overwrite, resume=resume)
     if request.data is not None:
         raise UsageError(
@@ -87,13 +95,26 @@ def recover_to_folder(
         text = _recovery_windows(request, student, teacher, work / "tokens.safetensors")
         identity = _identity(request, text)
         _require_same_run(identity, work / "run.json")
-        model, measured, progress = fine_tune(request, subject, student, teacher, text, work)
+        model, measured, progress = fine_tune(
+            request, subject, student, teacher, text, work, workers
+        )
         recovery = _section(identity, subject, text, measured, progress)
         recovery["seconds"] = time.monotonic() - started
         _write(folder, request, subject, model, recovery)
         write_json(folder / "recovery.json", {"schema": _SCHEMA, "losses": progress.losses})
         discard(work)
     return recovery
+
+
+def _require_no_workers(request: RecoverRequest, workers: Workers) -> None:
+    """Refuse workers for rounded convolutions, which are measured on a few images."""
+    if workers is not IN_PROCESS:
+        raise UsageError(
+            "Rounded convolutions are trained and measured by this process alone.",
+            where="--workers",
+            observed=request.checkpoint,
+            change="leave --workers out",
+        )
 
 
 def _load(request: RecoverRequest, subject: Recoverable) -> tuple[LoadedModel, LoadedModel | None]:

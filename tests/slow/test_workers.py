@@ -97,6 +97,16 @@ def test_two_local_workers_give_the_bytes_of_one_process(
     assert bytes_of(tmp_path / "two") == alone[effort]
 
 
+@pytest.mark.parametrize("place", ["auto", "ray://127.0.0.1:1"])
+def test_where_no_cluster_answers_nothing_is_begun(place: str, model: Path, tmp_path: Path) -> None:
+    done = run(command(model, tmp_path / "two", "fast", "--workers", place))
+    assert done.returncode == 2, done.stderr
+    assert "No Ray cluster answers there." in done.stderr
+    assert f"--workers {place}" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
 def free_ports(count: int) -> list[int]:
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
@@ -205,13 +215,3 @@ def test_ctrl_c_leaves_nothing_running_and_says_how_to_go_on(
     done = run([*arguments, "--resume"])
     assert done.returncode == 0, done.stderr
     assert bytes_of(tmp_path / "two") == alone["fast"]
-
-
-@pytest.mark.parametrize("place", ["auto", "ray://127.0.0.1:1"])
-def test_where_no_cluster_answers_nothing_is_begun(place: str, model: Path, tmp_path: Path) -> None:
-    done = run(command(model, tmp_path / "two", "fast", "--workers", place))
-    assert done.returncode == 2, done.stderr
-    assert "No Ray cluster answers there." in done.stderr
-    assert f"--workers {place}" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert not list(tmp_path.iterdir())

@@ -1,11 +1,8 @@
 from __future__ import annotations
 
 import json
-import pickle
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +12,8 @@ from pipeline.compress.request import CompressRequest
 from pipeline.compress.run import compress_to_folder
 from pipeline.errors import InputError, UsageError
 from pipeline.runtime.sessions.torch_session import TorchSession
-from pipeline.workers.workers import IN_PROCESS, InProcess, Result
+from pipeline.workers.workers import IN_PROCESS
+from tests.support.elsewhere import Elsewhere
 from tests.support.tiny_decoder import save_tiny_folder, tiny_llama
 from validate.evaluate import EvaluateRequest, evaluate
 from validate.subject import ModelPlace, Subject
@@ -86,25 +84,6 @@ def test_an_unknown_name_and_a_backend_that_cannot_read_it_are_refused(tmp_path:
         Subject.open(ModelPlace("smollm2-135m", "onnx"))
 
 
-class _Elsewhere(InProcess):
-    """Computes what is pickled and unpickled, as in another process."""
-
-    at_once = 2
-
-    def __init__(self) -> None:
-        self.asked: list[str] = []
-
-    def submit(
-        self, where: str, function: Callable[..., Any], *arguments: Any, needed_bytes: int = 0
-    ) -> Result[Any]:
-        self.asked.append(where)
-        sent = pickle.loads(pickle.dumps(arguments))
-        return super().submit(where, function, *sent)
-
-    def describe(self) -> dict[str, Any]:
-        return {"workers": 2}
-
-
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
     path = tmp_path / "text.txt"
@@ -124,7 +103,7 @@ def test_windows_are_measured_by_workers_as_here(
     # A path that the user wrote is one of this process's own folder.
     monkeypatch.chdir(tmp_path)
     request = replace(request, model="model", reference="other")
-    elsewhere, told_there = _Elsewhere(), list[str]()
+    elsewhere, told_there = Elsewhere(), list[str]()
     there = evaluate(request, told_there.append, elsewhere)
     for record in (here, there):
         del record["perplexity"]["seconds"]
@@ -139,7 +118,7 @@ def test_windows_are_measured_by_workers_as_here(
 
 def test_a_model_that_workers_measure_is_not_opened_here(tmp_path: Path) -> None:
     model = save_tiny_folder(tmp_path / "model")
-    subject = Subject.open(ModelPlace(str(model)), _Elsewhere())
+    subject = Subject.open(ModelPlace(str(model)), Elsewhere())
     windows = np.arange(80).reshape(2, 40)
     subject.quality(None, windows, lambda message: None)
     assert "session" not in vars(subject)

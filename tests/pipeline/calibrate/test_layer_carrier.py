@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import pickle
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -24,43 +21,11 @@ from pipeline.compress.plan.plan import GroupPlan
 from pipeline.compress.walk import plan_entries
 from pipeline.errors import InputError
 from pipeline.model.structure import Group, decoder_structure
-from pipeline.workers.workers import IN_PROCESS, InProcess, Result, Workers, resolved
+from pipeline.workers.workers import IN_PROCESS, Workers
+from tests.support.elsewhere import Elsewhere
 from tests.support.families import FAMILIES, tiny_model
 
 TOKENS = torch.randint(3, 60, (5, 12), generator=torch.Generator().manual_seed(1))
-
-
-class Elsewhere(InProcess):
-    """Computes what is pickled and unpickled, as in another process."""
-
-    at_once = 2
-
-    def __init__(self) -> None:
-        self.asked: list[str] = []
-
-    def submit(
-        self, where: str, function: Callable[..., Any], *arguments: Any, needed_bytes: int = 0
-    ) -> Result[Any]:
-        self.asked.append(where)
-        return super().submit(where, function, *sent(arguments))
-
-    def submit_parts(
-        self,
-        where: str,
-        function: Callable[..., Sequence[Any]],
-        count: int,
-        *arguments: Any,
-        needed_bytes: int = 0,
-    ) -> list[Result[Any]]:
-        self.asked.append(where)
-        assert needed_bytes > 0
-        parts = super().submit_parts(where, function, count, *sent(arguments))
-        assert len(parts) == count
-        return parts
-
-
-def sent(arguments: Sequence[Any]) -> Any:
-    return pickle.loads(pickle.dumps(resolved(arguments)))
 
 
 def swept(

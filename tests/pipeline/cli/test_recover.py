@@ -16,7 +16,7 @@ from pipeline import training_state
 from pipeline.cli.main import main
 from pipeline.model import load
 from pipeline.output import partial_path
-from pipeline.recover import train
+from pipeline.recover import losses
 from tests.support.interrupted import broken_at
 from tests.support.tiny_recovery import save_small, write_train_text
 
@@ -67,7 +67,7 @@ def interrupted(
     """The output of a run that Ctrl-C stopped in its eighth step."""
     with monkeypatch.context() as patch:
         patch.setattr(training_state, "_SECONDS_BETWEEN_SAVES", 0.0)
-        patch.setattr(train, "_next_token_loss", broken_at(9, train._next_token_loss))
+        patch.setattr(losses, "_next_token_loss", broken_at(9, losses._next_token_loss))
         assert main(arguments) == 130
     assert "a recover" in capsys.readouterr().err
     assert not output.exists()

@@ -55,8 +55,8 @@ def test_no_more_memory_is_taken_than_is_declared(
     outputs = tuple(moment(height).bfloat16() for height in heights)
     statistics, drift = OutputStatistics(moment(columns), outputs), None
     if drifted:
-        drift = moment(columns).double() / 100
-    inputs = InputMoments(moment(columns).double(), drift)
+        drift = moment(columns) / 100
+    inputs = InputMoments(moment(columns), drift)
     return_free_memory()
     forget_peak()
     before = peak_bytes()

@@ -19,13 +19,13 @@ from pipeline.errors import InputError, PipelineError, ResourceError, UsageError
 from pipeline.model.load import load_model
 from pipeline.output import partial_path
 from pipeline.recover import recover
+from pipeline.recover.losses import _distillation_loss, _next_token_loss
 from pipeline.recover.recover import (
     _fine_tuning,
     _require_same_tensors,
     recover_to_folder,
 )
 from pipeline.recover.request import Recoverable
-from pipeline.recover.train import _distillation_loss, _next_token_loss
 from tests.support.families import FAMILIES, save_family, tiny_model
 from tests.support.tiny_decoder import byte_tokenizer
 from tests.support.tiny_recovery import save_small, tiny_request, write_train_text

@@ -15,15 +15,9 @@ from torch.nn import functional as F
 
 from pipeline import training_state
 from pipeline.errors import InputError
+from pipeline.recover.losses import Loss
 from pipeline.recover.request import Schedule, _windows_needed, held_out
-from pipeline.recover.train import (
-    Progress,
-    _distillation_loss,
-    _Loss,
-    _mean_loss,
-    _next_token_loss,
-    _train_,
-)
+from pipeline.recover.train import Progress, _train_
 
 SCHEDULE = Schedule(steps=12, batch_size=3, learning_rate=0.05, seed=3)
 WINDOWS = torch.randint(0, 7, (10, 6), generator=torch.Generator().manual_seed(0))
@@ -48,7 +42,7 @@ class Stop(Exception):
     """Stands for whatever ends a process."""
 
 
-def stopping(loss: _Loss, at: int) -> _Loss:
+def stopping(loss: Loss, at: int) -> Loss:
     """The loss until its `at`-th call, counted from 0, which never returns."""
     calls = iter(range(at))
 
@@ -72,9 +66,9 @@ def uninterrupted(folder: Path, schedule: Schedule = SCHEDULE) -> tuple[Bigrams,
 
 
 def test_training_lowers_the_loss_and_leaves_frozen_parameters(tmp_path: Path) -> None:
-    before = _mean_loss(Bigrams().loss, WINDOWS, 4)
+    before = Bigrams().loss(WINDOWS).item()
     model, progress = uninterrupted(tmp_path)
-    assert _mean_loss(model.loss, WINDOWS, 4) < before
+    assert model.loss(WINDOWS).item() < before
     assert torch.equal(model.frozen, torch.ones(7))
     assert progress.step == len(progress.losses) == 12
 
@@ -110,7 +104,7 @@ def test_between_saves_nothing_is_written(tmp_path: Path, monkeypatch: pytest.Mo
     assert list(tmp_path.iterdir()) == []
 
 
-def poisoned(loss: _Loss, at: int, value: float) -> _Loss:
+def poisoned(loss: Loss, at: int, value: float) -> Loss:
     """The loss, and at its `at`-th call one that is not finite, or has such a gradient."""
     calls = iter(range(at))
 
@@ -170,58 +164,6 @@ def test_a_broken_state_is_refused(content: bytes | None, tmp_path: Path) -> Non
     with pytest.raises(InputError, match="is damaged") as caught:
         _train_(Bigrams(), Bigrams().loss, WINDOWS, SCHEDULE, path)
     assert "without --resume" in caught.value.details["change"]
-
-
-def test_the_mean_loss_does_not_depend_on_the_batch_size() -> None:
-    model = Bigrams()
-    whole = model.loss(WINDOWS).item()
-    for batch_size in (1, 3, 10, 99):
-        # Means of ten float32 losses, in another order.
-        assert _mean_loss(model.loss, WINDOWS, batch_size) == pytest.approx(whole, abs=1e-5)
-
-
-# float32 sums of some tens of terms against float64 ones.
-TOLERANCE = 1e-5
-
-
-def random_logits(seed: int) -> torch.Tensor:
-    return 3 * torch.randn(2, 5, 11, generator=torch.Generator().manual_seed(seed))
-
-
-def probabilities(logits: torch.Tensor) -> np.ndarray:
-    exponentials = np.exp(logits.double().numpy())
-    return exponentials / exponentials.sum(-1, keepdims=True)
-
-
-def test_next_token_loss_scores_each_token_by_the_logits_before_it() -> None:
-    logits, tokens = random_logits(0), torch.randint(11, (2, 5))
-    p = probabilities(logits)
-    expected = -np.mean([np.log(p[b, t, tokens[b, t + 1]]) for b in range(2) for t in range(4)])
-    assert _next_token_loss(logits, tokens).item() == pytest.approx(expected, abs=TOLERANCE)
-
-
-def test_distillation_loss_is_the_divergence_from_teacher_to_student() -> None:
-    student, teacher = random_logits(1), random_logits(2)
-    q, p = probabilities(student), probabilities(teacher)
-    expected = (p * np.log(p / q)).sum(-1).mean()
-    swapped = (q * np.log(q / p)).sum(-1).mean()
-    loss = _distillation_loss(student, teacher).item()
-    assert loss == pytest.approx(expected, abs=TOLERANCE)
-    assert abs(loss - swapped) > 0.01  # the two directions differ, so the test tells them apart
-
-
-def test_distillation_loss_is_zero_for_logits_that_differ_by_a_constant() -> None:
-    logits = random_logits(3)
-    assert _distillation_loss(logits + 5, logits).item() == pytest.approx(0, abs=TOLERANCE)
-
-
-def test_losses_of_half_precision_logits_are_summed_in_float32() -> None:
-    logits = random_logits(4).bfloat16()
-    tokens = torch.randint(11, (2, 5))
-    assert (
-        _next_token_loss(logits, tokens).item() == _next_token_loss(logits.float(), tokens).item()
-    )
-    assert _distillation_loss(logits, random_logits(5)).dtype == torch.float32
 
 
 @given(batch=st.integers(1, 6), extra=st.integers(0, 20), seed=st.integers(0, 5))
