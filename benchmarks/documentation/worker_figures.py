@@ -24,7 +24,21 @@ def _task_memory_range(found: _Json) -> list[str]:
     return [f"{min(shares):.2f} to {max(shares):.2f}"]
 
 
+def _speed(found: _Json) -> list[str]:
+    """Of the last turn: by workers, by one process, and what the linear model says."""
+    row = found["rows"][-1]
+    by, alone = row["workers"]["seconds"], row["alone"]["seconds"]
+    off = "more" if row["linear_error"] > 0 else "less"
+    return [
+        f"{by:,.0f} s by {row['tasks']['workers']} workers of one thread and {alone:,.0f} s by one "
+        f"process of as many threads, {row['speed']:.2f} of its speed. Seconds of the tasks and of "
+        f"the head over the cores are {row['linear_seconds']:,.0f}, "
+        f"{abs(row['linear_error']):.0%} {off} than the wall clock"
+    ]
+
+
 WORKER_FIGURES = {
+    "workers/speed": Figure(("workers",), _speed),
     "task-memory": Figure(("task_memory",), _task_memory),
     "task-memory/range": Figure(("task_memory",), _task_memory_range),
 }

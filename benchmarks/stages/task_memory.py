@@ -4,7 +4,8 @@
 
 Each task runs in a process of its own, on random matrices and moments: the costs of a group's
 stack, with formats and without, and its fit: as factors, on inputs that have drifted, as rounded
-factors, and rounded whole. Behind them stands what is declared for the layers of a 70B model, whose
+factors, and rounded whole; and a batch of text, forward through a layer and back, and the sum over
+it. Behind them stands what is declared for the layers of a 70B model, whose
 weights are bfloat16, with what a task is given and what the libraries take.
 """
 
@@ -19,11 +20,16 @@ from typing import Any, NamedTuple
 
 import click
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import RESULTS
 from benchmarks.command import run
 from pipeline.artefact import write_json
 from pipeline.bench.measure import describe_machine
+from pipeline.calibrate.carried_layer import LayerCode, layer_bytes, layer_gradients, layer_output
+from pipeline.calibrate.carried_module import numbers_of
+from pipeline.calibrate.layer_stream import LayerStream
+from pipeline.calibrate.seen_rows import mean_weighted_moment, moment_bytes
 from pipeline.compress.estimate import LIBRARIES_BYTES
 from pipeline.compress.factorize.whitened_svd import InputMoments
 from pipeline.compress.fit_group import fit_group
@@ -37,6 +43,7 @@ from pipeline.compress.plan.stack_costs import (
     stack_costs,
 )
 from pipeline.memory import forget_peak, peak_bytes
+from pipeline.model.structure import Layer, decoder_structure
 from pipeline.progress import note
 from pipeline.provenance import provenance
 from pipeline.quantize.formats import Format
@@ -90,6 +97,10 @@ _WIDEST = {
     "gate and up": _Stack(8192, (28672, 28672), 0.78),
     "down": _Stack(28672, (8192,), 0.78),
 }
+# Layers as wide as the input, and as high as the stack, and tasks that a batch of text is given to.
+_LAYERS = [_Stack(1024, (2816, 2816)), _Stack(2048, (5632, 5632))]
+_TEXT = ("forward", "back", "sum")
+_SEQUENCES, _LENGTH, _HEAD = 2, 512, 64
 _COSTS: dict[str, tuple[str, ...]] = {"costs": (), "costs, with formats": (_FORMAT, "int8-b32-sym")}
 _FITS = {
     "fit": _Fit("skip"),
@@ -142,10 +153,40 @@ def _task(stack: _Stack, task: str) -> Callable[[], Any]:
     return lambda: fit_group(group, weights, inputs, statistics, fit, torch.float16)
 
 
+def _layer(stack: _Stack) -> tuple[LlamaForCausalLM, Layer]:
+    """A random layer as wide as a stack's input and as high as its highest member."""
+    width, height = stack.columns, max(stack.heights)
+    config = LlamaConfig(
+        vocab_size=8, hidden_size=width, intermediate_size=height, num_hidden_layers=1,
+        num_attention_heads=width // _HEAD, max_position_embeddings=_LENGTH,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    return model, decoder_structure(model)[0]
+
+
+def _text_task(stack: _Stack, task: str) -> tuple[Callable[[], Any], int]:
+    """A task that text is given to, with what it is given, and what it declares."""
+    tokens = _SEQUENCES * _LENGTH
+    if task == "sum":
+        rows, weights = torch.randn(tokens, stack.columns), torch.rand(tokens)
+        return lambda: mean_weighted_moment(rows, weights), moment_bytes(stack.columns, tokens)
+    model, layer = _layer(stack)
+    shape = (_SEQUENCES, _LENGTH, stack.columns)
+    stream = LayerStream(model, [layer], torch.zeros(shape[:2], dtype=torch.int64), _SEQUENCES)
+    code, numbers = LayerCode.of(model, layer.name), numbers_of(model.get_submodule(layer.name))
+    assert code is not None, "a Llama's layer can be carried"
+    given = (code, layer.groups, numbers, stream.keywords[_SEQUENCES][0], torch.randn(shape))
+    back, gradient = task == "back", torch.randn(shape)
+    declared = layer_bytes(layer.groups, shape, code.heads, back=back)
+    if back:
+        return lambda: layer_gradients(*given, gradient), declared
+    return lambda: layer_output(*given), declared
+
+
 def _taken_bytes(stack: _Stack, task: str) -> int:
     """What a task takes beside what it is given, in this process, which does nothing else."""
     torch.set_num_threads(1)
-    ready = _task(stack, task)
+    ready = _text_task(stack, task)[0] if task in _TEXT else _task(stack, task)
     forget_peak()
     before = peak_bytes()
     ready()
@@ -156,7 +197,8 @@ def _measured(stack: _Stack, task: str) -> dict[str, Any]:
     # A new process for each: a heap remembers what ran before.
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         taken = pool.apply(_taken_bytes, (stack, task))
-    declared = _declared_bytes(stack, task, itemsize=4)
+    text = task in _TEXT
+    declared = _text_task(stack, task)[1] if text else _declared_bytes(stack, task, itemsize=4)
     note(f"{stack.columns} -> {stack.heights}, {task}: {taken / declared:.2f} of what is declared")
     return asdict(stack) | {
         "task": task,
@@ -179,6 +221,7 @@ def _widest(name: str, stack: _Stack) -> dict[str, Any]:
 def command(result: Path) -> None:
     """Measure tasks at widths that run here, and compute those of a 70B."""
     rows = [_measured(stack, task) for stack in _STACKS for task in (*_COSTS, *_FITS)]
+    rows += [_measured(stack, task) for stack in _LAYERS for task in _TEXT]
     widest = [_widest(name, stack) for name, stack in _WIDEST.items()]
     found = {"rows": rows, "widest": widest, "machine": describe_machine()} | provenance()
     write_json(result, found)

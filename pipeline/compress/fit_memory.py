@@ -3,7 +3,7 @@
 All is counted in float64 numbers, beside what the fit is given: with n columns, m rows of a stack,
 h of its tallest member and rank r, k rows at a time,
 
-- the target, where inputs have drifted: the regular moment and its factors, 2 n^2, and m n;
+- the target, where inputs have drifted: the root of the moment, n^2, and m n;
 - throughout the stack of several members, in the weights' own type;
 - a product of a tall stack, m > n, with the geometry, n^2: its gram matrix, 2 n^2 + k h + 3 k n;
   the eigenproblem, 7 n^2; the factors and their error, 2 n^2 + r (m + n) + 6 k n;
@@ -43,7 +43,7 @@ def fit_bytes(
     held = stacked + (rows * columns if drifted else 0)
     stages = [held]
     if drifted:
-        stages.append(held + 2 * columns**2 + 3 * _some_rows(heights) * columns)
+        stages.append(held + columns**2 + 3 * _some_rows(heights) * columns)
     if group.form != "dense":
         stages += [held + stage for stage in _of_product(group, heights)]
         held += group.rank * (rows + columns) + (2 * columns**2 if rows > columns else 0)

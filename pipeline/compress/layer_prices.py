@@ -12,24 +12,21 @@ import contextlib
 import hashlib
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
-from unittest.mock import patch
 
 import torch
 from transformers import PreTrainedModel
 
-from pipeline.calibrate.divergence import divergence, log_chances
 from pipeline.calibrate.layer_stream import LayerStream
 from pipeline.calibrate.measured_stream import MeasuredStream
-from pipeline.calibrate.precision import fast_products, quick_float32
 from pipeline.checkpoint.install import install_
 from pipeline.compress.factorize.second_moments import regular
 from pipeline.compress.factorize.whitened_svd import InputMoments
 from pipeline.compress.finished_layers import keep_values, kept_values
 from pipeline.compress.fit_group import submit_fit
+from pipeline.compress.layer_trials import LayerTrials
 from pipeline.compress.methods import Fit
 from pipeline.compress.plan.layer_costs import GroupStatistics
 from pipeline.compress.plan.plan import GroupPlan, RankPlan
@@ -54,7 +51,7 @@ class PricedModel:
         statistics: what errors are expected to cost.
         tokens: text that the layers are fitted on, int64 [N, T].
         held_out: text that their costs are measured on, int64 [M, T].
-        workers: who fits.
+        workers: who fits them and tries them.
     """
 
     model: PreTrainedModel
@@ -85,7 +82,9 @@ def layer_prices(priced: PricedModel, plan: RankPlan, fit: Fit, folder: Path) ->
     kept = kept_values(path) or {}
     fit = replace(fit, mix=None, learned_steps=0)
     seen = MeasuredStream(priced.model, priced.layers, priced.tokens, priced.workers)
-    judged = _Judged.of(priced)
+    windows = priced.held_out[:, :_WINDOW_LENGTH]
+    stream = LayerStream(priced.model, priced.layers, windows, batch_size=1)
+    judged = LayerTrials(stream, priced.workers)
     for index, layer in enumerate(track(priced.layers, "prices of the layers")):
         wanted = [group for group in plan.layers[layer.name] if not group.is_unchanged]
         measure = bool(wanted) and layer.name not in kept
@@ -164,53 +163,3 @@ def compressed_for_a_while(
     finally:
         for name, module in before.items():
             model.set_submodule(name, module)
-
-
-class _Judged(NamedTuple):
-    """Text on its way through the original, and what that says of each of its windows.
-
-    Attributes:
-        stream: a window at a time, at the input of the layer that is looked at.
-        original: logarithms of chances of each window.
-    """
-
-    stream: LayerStream
-    original: list[torch.Tensor]
-
-    @classmethod
-    def of(cls, priced: PricedModel) -> _Judged:
-        windows = priced.held_out[:, :_WINDOW_LENGTH]
-        stream = LayerStream(priced.model, priced.layers, windows, batch_size=1)
-        with _products(priced.model):
-            logits = (priced.model(input_ids=w[None], use_cache=False).logits for w in windows)
-            return cls(stream, [log_chances(one).half() for one in logits])
-
-    def advance(self, index: int) -> None:
-        """Go through layer `index`, which is the original's."""
-        with _products(self.stream.model):
-            self.stream.advance(index, measure=False)
-
-    def divergence(self, index: int) -> float:
-        """KL of the model as it is now, nats a token; it differs from layer `index` on."""
-        found = [
-            divergence(before, self._logits(index, batch, hidden))
-            for batch, hidden, before in zip(
-                self.stream.batches, self.stream.hidden, self.original, strict=True
-            )
-        ]
-        return sum(found) / len(found)
-
-    def _logits(self, index: int, batch: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        """Of a window whose hidden states at the input of a layer are at hand."""
-        given = self.stream.as_output(hidden)
-        with contextlib.ExitStack() as patches, _products(self.stream.model):
-            for module in self.stream.modules[:index]:
-                patches.enter_context(patch.object(module, "forward", lambda *_, **__: given))
-            logits: torch.Tensor = self.stream.model(input_ids=batch, use_cache=False).logits
-        return logits
-
-
-def _products(model: PreTrainedModel) -> AbstractContextManager[None]:
-    """Products of a float32 model are not rounded: what is measured may be smaller than that."""
-    is_float32 = next(model.parameters()).dtype == torch.float32
-    return quick_float32() if is_float32 else fast_products(model)

@@ -84,18 +84,19 @@ class Shrunk:
 def cholesky(moment: torch.Tensor, relative_ridge: float = _RIDGE) -> torch.Tensor:
     """Lower-triangular C with C C^T = S, float64 [n, n], up to a ridge that lets a singular S pass.
 
-    The ridge is a fraction of the trace, raised tenfold until the factorisation exists.
+    The ridge is a fraction of the trace, raised tenfold until the factorisation exists. Beside S,
+    float [n, n], nothing is held but C.
 
     Raises:
         ValueError: the moment is not finite, or is zero.
     """
-    trace = float(moment.diagonal().sum())
+    trace = float(moment.diagonal().double().sum())
     if not is_finite(moment):
         raise ValueError("the second moment holds NaN or infinite values")
     if trace <= 0:
         raise ValueError("the second moment is zero: the calibration text never reaches this layer")
     while True:
-        ridged = moment.clone()
+        ridged = moment.to(torch.float64, copy=True)
         ridged.diagonal().add_(relative_ridge * trace)
         root = cholesky_(ridged)
         if root is not None:

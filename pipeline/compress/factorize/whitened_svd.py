@@ -307,15 +307,11 @@ def _propagated_target(
         raise ValueError("the second moment holds NaN or infinite values")
     if mix == 0:
         return weight.double()
-    ridge = relative_ridge * seen.diagonal().mean()
-    regular = seen.to(torch.float64, copy=True)
-    regular.diagonal().add_(ridge)
-    factored = torch.linalg.lu_factor(regular)
-    del regular
+    root = cholesky(seen, relative_ridge / len(seen))
     found = weight.to(torch.float64, copy=True)
     for rows in row_blocks(len(weight)):
         moved = times_moment(found[rows], drift)
-        found[rows] += mix * torch.linalg.lu_solve(*factored, moved.T).T
+        found[rows] += mix * torch.cholesky_solve(moved.T, root).T
     return found
 
 

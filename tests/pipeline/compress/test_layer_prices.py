@@ -24,6 +24,7 @@ from pipeline.compress.plan.stack_costs import CostRequest
 from pipeline.compress.request import CompressRequest
 from pipeline.compress.walk import compress_
 from pipeline.workers.workers import IN_PROCESS
+from tests.support.elsewhere import Elsewhere
 from tests.support.families import FAMILIES
 from tests.support.tiny_survey import TOKENS, Surveyed, calibrated, surveyed
 
@@ -66,6 +67,17 @@ def test_a_price_is_the_kl_of_the_model_with_that_layer_compressed_alone(
         compress_(ready, alone(tiny, plan, name), dtype=torch.float32, fit=Fit())
         expected = sum(group.expected_kl or 0.0 for group in plan.layers[name])
         assert price * expected == pytest.approx(divergence(tiny.model, model), rel=0.02)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_workers_find_the_prices_that_one_process_finds(family: str, tmp_path: Path) -> None:
+    tiny, workers = surveyed(family), Elsewhere()
+    plan = plan_of(tiny)
+    own = layer_prices(priced(tiny), plan, Fit(), tmp_path / "own")
+    there = replace(priced(tiny), workers=workers)
+    assert layer_prices(there, plan, Fit(), tmp_path / "there") == own
+    trials = [where for where in workers.asked if where.startswith("price of")]
+    assert len(trials) == len(tiny.layers) * len(HELD_OUT)
 
 
 def test_an_interrupted_measurement_goes_on_with_the_layers_that_are_missing(
