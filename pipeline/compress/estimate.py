@@ -16,6 +16,7 @@ from transformers import PretrainedConfig
 
 from pipeline.compress.decoder import disk_bytes, wanted_costs
 from pipeline.compress.layer_prices import WINDOWS as PRICED_WINDOWS
+from pipeline.compress.layer_trials import SHARED_BYTES
 from pipeline.compress.request import CompressRequest
 from pipeline.compress.timed_layer import (
     Part,
@@ -36,6 +37,7 @@ _WIDEST = 3072
 # Narrows any model to its smallest.
 _LEAST = 1 << 20
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_FLOAT32_BYTES = 4
 # What a process of Python and torch holds before it computes anything.
 LIBRARIES_BYTES = 350_000_000
 # What the output layer's matrix takes of the survey, over what a layer's do: forward and back, but
@@ -220,7 +222,11 @@ def _stages(
         carried = fits + of_text(walk.text_seconds, walk, surveyed)
         tried = PRICED_WINDOWS * effort.window_length * whole.layers / 2
         own = of_text(walk.head_seconds, walk, surveyed)
-        own += of_text(walk.head_seconds + walk.text_seconds, walk, tried)
+        trials = of_text(walk.head_seconds + walk.text_seconds, walk, tried)
+        if _FLOAT32_BYTES * whole.parameters <= SHARED_BYTES:
+            carried += trials
+        else:
+            own += trials
         stages.append(_Stage(own, carried, carried / count))
     text = of_text(walk.text_seconds, walk, read)
     in_turn = 0.0 if effort.mix is None else of_tasks * walk.in_turn_seconds(timed.layer)

@@ -23,7 +23,7 @@ from pipeline.calibrate.precision import fast_products_of, quick_float32
 from pipeline.workers.workers import Result, Workers
 
 # What all workers are given of a model; a larger one is tried by this process.
-_MOST_BYTES = 16 << 30
+SHARED_BYTES = 16 << 30
 # Logits, their logarithms of chances before and after, and what is made of them.
 _FLOATS_A_LOGIT = 6
 _SMALL_BYTES = 1 << 29
@@ -45,7 +45,7 @@ class LayerTrials:
             self.original = [log_chances(one).half() for one in logits]
         self._shared: tuple[Result[Any], list[Result[torch.Tensor]]] | None = None
         size = sum(tensor.nbytes for tensor in numbers_of(model).values())
-        if workers.at_once and size <= _MOST_BYTES and ModuleCode.of(model) is not None:
+        if workers.at_once and size <= SHARED_BYTES and ModuleCode.of(model) is not None:
             before = [workers.share(one) for one in self.original]
             self._shared = workers.share(numbers_of(model)), before
 
