@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from benchmarks.documentation.markdown import Figure, table
@@ -24,9 +25,9 @@ def _task_memory_range(found: _Json) -> list[str]:
     return [f"{min(shares):.2f} to {max(shares):.2f}"]
 
 
-def _speed(found: _Json) -> list[str]:
+def _speed(found: _Json, shape: str) -> list[str]:
     """Of the last turn: by workers, by one process, and what the linear model says."""
-    row = found["rows"][-1]
+    row = [row for row in found["rows"] if row["shape"] == shape][-1]
     by, alone = row["workers"]["seconds"], row["alone"]["seconds"]
     off = "more" if row["linear_error"] > 0 else "less"
     return [
@@ -38,7 +39,8 @@ def _speed(found: _Json) -> list[str]:
 
 
 WORKER_FIGURES = {
-    "workers/speed": Figure(("workers",), _speed),
+    "workers/whole": Figure(("workers",), partial(_speed, shape="4096x11008")),
+    "workers/half": Figure(("workers",), partial(_speed, shape="2048x5504")),
     "task-memory": Figure(("task_memory",), _task_memory),
     "task-memory/range": Figure(("task_memory",), _task_memory_range),
 }

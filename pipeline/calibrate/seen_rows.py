@@ -14,6 +14,8 @@ import torch
 from pipeline.calibrate.moments import BLOCK, cut_gradients, finite_rows
 from pipeline.calibrate.precision import fast, quick_float32
 
+# Of libraries, and of a heap that keeps what is freed.
+_SMALL_BYTES = 1 << 27
 _NO_TOKENS = "no tokens were accumulated"
 
 
@@ -136,7 +138,7 @@ def _columns(start: int, x: torch.Tensor) -> torch.Tensor:
 
 def moment_bytes(width: int, batch_tokens: int) -> int:
     """Memory that the mean moment of so many numbers takes beside the batches, about."""
-    return 4 * width**2 + 8 * BLOCK * width * 3 + 4 * width * batch_tokens
+    return 4 * width**2 + 8 * BLOCK * width * 3 + 4 * width * batch_tokens + _SMALL_BYTES
 
 
 def _mean_gram(
