@@ -64,6 +64,20 @@ def test_nothing_is_rounded_where_that_is_not_faster(monkeypatch: pytest.MonkeyP
     assert not rounded
 
 
+@pytest.mark.parametrize("shape", [(1, 160), (4, 1, 160), (33, 160)])
+def test_matrices_that_are_laid_out_once_multiply_as_they_did(
+    shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "_has_bfloat16_units", lambda: False)
+    layer, x = nn.Linear(160, 96), torch.randn(shape)
+    with torch.no_grad(), fast_steps(layer) as rounded:
+        found = layer(x)
+    expected = x.double() @ layer.weight.double().T + layer.bias.double()
+    assert not rounded
+    assert found.shape == expected.shape
+    assert (found.double() - expected).abs().max() < 1e-6 * expected.abs().max()
+
+
 @pytest.mark.parametrize("rows", [2, 7, 130])
 @pytest.mark.parametrize("amd", [True, False])
 def test_quick_products_of_float32_are_not_rounded(
