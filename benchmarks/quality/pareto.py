@@ -34,6 +34,7 @@ from benchmarks.quality.rows import (
     Bench,
     Opening,
     Settings,
+    by_workers,
     open_table,
     quality_fields,
     refuse_test_text,
@@ -42,7 +43,6 @@ from benchmarks.quality.rows import (
 )
 from pipeline.artefact import write_json
 from pipeline.checkpoint.folder import save_checkpoint
-from pipeline.cli import options
 from pipeline.compress.channel_scaling import scale_channels_
 from pipeline.compress.decoder import CalibratedDecoder
 from pipeline.compress.methods import ROTATIONS
@@ -141,7 +141,7 @@ def _all_cells() -> list[_Cell]:
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--json", "result", type=click.Path(path_type=Path), default=_RESULT)
 @click.option("--resume", is_flag=True, help="Keep the rows that the JSON has already.")
-@options.workers
+@by_workers
 def command(
     test: Path,
     calibration: str,

@@ -33,6 +33,7 @@ from benchmarks.quality.rows import (
     Bench,
     Opening,
     Settings,
+    by_workers,
     open_table,
     quality_fields,
     refuse_test_text,
@@ -42,7 +43,6 @@ from benchmarks.quality.rows import (
 from pipeline.artefact import write_json
 from pipeline.bench.measure import load_average
 from pipeline.calibrate.text import TokenBatch
-from pipeline.cli import options
 from pipeline.compress.decoder import CalibratedDecoder
 from pipeline.compress.methods import DEFAULT_EFFORT, DEFAULT_METHOD, METHODS
 from pipeline.compress.plan.layer_costs import LayerCosts
@@ -110,7 +110,7 @@ def _all_cells() -> list[_Cell]:
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--json", "result", type=click.Path(path_type=Path), default=_RESULT)
 @click.option("--resume", is_flag=True, help="Keep the rows that the JSON has already.")
-@options.workers
+@by_workers
 def command(
     test: Path,
     calibration: str,

@@ -10,6 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import torch
 
@@ -30,6 +31,9 @@ from validate.metrics import log_perplexity_change, perplexity_with_error
 from validate.quality import Quality
 
 _SCHEMA = 1
+by_workers = click.option(
+    "--workers", metavar="PLACE", help="Who measures rows, such as local:4 or ray://HOST:10001."
+)
 
 
 @dataclass(frozen=True)
