@@ -133,29 +133,27 @@ class Opening:
 
 @lru_cache(maxsize=1)
 def _opened(at: Opening) -> Bench:
-    return Bench(at.settings, at.test, at.calibration, at.questions, at.work)
+    return Bench(at)
 
 
 class Bench:
     """The model, the texts, and what several rows share."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        test: Path,
-        calibration: str,
-        questions: Path | None,
-        work: Path,
-    ) -> None:
-        self.settings, self.calibration, self.work = settings, calibration, work
-        self.questions = questions
-        note(f"loading {settings.model}")
-        self.loaded = load_model(settings.model, dtype=torch.float32)
-        count, length = settings.test_windows, settings.test_window_length
+    def __init__(self, at: Opening) -> None:
+        self.settings, self.calibration, self.work = at.settings, at.calibration, at.work
+        self.questions = at.questions
+        note(f"loading {self.settings.model}")
+        self.loaded = load_model(self.settings.model, dtype=torch.float32)
         self.tests = tokens_of(
-            str(test), self.loaded, count, length, settings.seed, sequential=True
+            str(at.test),
+            self.loaded,
+            self.settings.test_windows,
+            self.settings.test_window_length,
+            self.settings.seed,
+            sequential=True,
         )
-        self.reference = RecordedSession(TorchSession(self.loaded.model, DENSE), work / "logits")
+        session = TorchSession(self.loaded.model, DENSE)
+        self.reference = RecordedSession(session, self.work / "logits")
 
     def question_scores(self, session: Session) -> dict[str, Any] | None:
         """Accuracy and its standard error on the questions; None without any."""

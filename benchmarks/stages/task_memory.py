@@ -183,22 +183,23 @@ def _text_task(stack: _Stack, task: str) -> tuple[Callable[[], Any], int]:
     return lambda: layer_output(*given), declared
 
 
-def _taken_bytes(stack: _Stack, task: str) -> int:
+def _taken_and_declared(stack: _Stack, task: str) -> tuple[int, int]:
     """What a task takes beside what it is given, in this process, which does nothing else."""
     torch.set_num_threads(1)
-    ready = _text_task(stack, task)[0] if task in _TEXT else _task(stack, task)
+    if task in _TEXT:
+        ready, declared = _text_task(stack, task)
+    else:
+        ready, declared = _task(stack, task), _declared_bytes(stack, task, itemsize=4)
     forget_peak()
     before = peak_bytes()
     ready()
-    return peak_bytes() - before
+    return peak_bytes() - before, declared
 
 
 def _measured(stack: _Stack, task: str) -> dict[str, Any]:
     # A new process for each: a heap remembers what ran before.
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        taken = pool.apply(_taken_bytes, (stack, task))
-    text = task in _TEXT
-    declared = _text_task(stack, task)[1] if text else _declared_bytes(stack, task, itemsize=4)
+        taken, declared = pool.apply(_taken_and_declared, (stack, task))
     note(f"{stack.columns} -> {stack.heights}, {task}: {taken / declared:.2f} of what is declared")
     return asdict(stack) | {
         "task": task,

@@ -162,10 +162,7 @@ def layer_gradients(
     Raises:
         InputError: activations or gradients that are not finite; names the linear.
     """
-    seen = {
-        g.name: SeenRows(g.in_features, dict(zip(g.members, g.out_features, strict=True)))
-        for g in groups
-    }
+    seen = {g.name: SeenRows(g.in_features, g.heights) for g in groups}
     hidden = hidden.clone().requires_grad_()
     with seeing_gradients(code.module.model(), seen):
         with torch.enable_grad():

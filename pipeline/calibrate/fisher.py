@@ -128,10 +128,7 @@ class BackwardSweep:
         """
         layer = self.layers[index]
         moments = {
-            group.name: GroupMoments(
-                group.in_features, dict(zip(group.members, group.out_features, strict=True))
-            )
-            for group in layer.groups
+            group.name: GroupMoments(group.in_features, group.heights) for group in layer.groups
         }
         self.carry(index, seeing_gradients(self.model, moments))
         return moments

@@ -93,12 +93,16 @@ class LayerCarrier:
         return [self.workers.submit(*task, linear, needed_bytes=size) for task, size in tasks]
 
     def moments(
-        self, where: str, rows: _Rows, originals: _Rows
+        self, index: int, group: str, rows: _Rows, originals: _Rows
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """E[x' x'^T] and E[(x - x') x'^T] of batches of x' and of x, float32 [n, n]."""
-        width = next(g.in_features for g in self._groups() if g.name == where)
-        drift = self._sum(f"drift of {where}", mean_drift, width, *originals, *rows)
-        return self.input_moment(where, width, rows).get(), drift.get()
+        """E[x' x'^T] and E[(x - x') x'^T] of batches of x' and of x, float32 [n, n].
+
+        Of what a group of layer `index` reads.
+        """
+        groups = self.stream.layers[index].groups
+        width = next(g.in_features for g in groups if g.name == group)
+        drift = self._sum(f"drift of {group}", mean_drift, width, *originals, *rows)
+        return self.input_moment(group, width, rows).get(), drift.get()
 
     def input_moment(self, where: str, width: int, rows: _Rows) -> Result[torch.Tensor]:
         """E[x x^T] of batches, float32 [n, n], being computed."""
@@ -128,11 +132,8 @@ class LayerCarrier:
             stop = start + 2 + len(group.members)
             rows[group] = [batch[start:stop] for batch in parts]
             start = stop
-        # The largest first: what is left at the end keeps nobody waiting for long.
-        seen = {
-            group.name: self._summed(group, rows[group])
-            for group in sorted(rows, key=lambda g: -g.in_features - sum(g.out_features))
-        }
+        largest_first = self.stream.layers[index].largest_first
+        seen = {group.name: self._summed(group, rows[group]) for group in largest_first}
         return [batch[0].get() for batch in parts], seen
 
     def _summed(self, group: Group, batches: Sequence[_Rows]) -> SeenGroup:
@@ -154,9 +155,6 @@ class LayerCarrier:
     ) -> Result[torch.Tensor]:
         needed_bytes = moment_bytes(width, self._tokens)
         return self.workers.submit(where, function, *rows, needed_bytes=needed_bytes)
-
-    def _groups(self) -> Iterator[Group]:
-        return (group for layer in self.stream.layers for group in layer.groups)
 
     def _each(
         self,

@@ -7,6 +7,7 @@ with the depth of the model beyond its weights.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from typing import Any
 from unittest.mock import patch
 
@@ -64,15 +65,19 @@ class LayerStream:
         Raises:
             InputError: NaN or infinite activations; names the layer.
         """
-        layer, module = self.layers[index], self.modules[index]
-        moments = {group.name: SecondMoment(group.in_features) for group in layer.groups}
-        takers = {name: moment.add_ for name, moment in moments.items()} if measure else {}
-        with seeing_inputs(self.model, takers):
-            for hidden in self.hidden:
-                keywords = self.keywords[len(hidden)][index]
-                # In place: new tensors for every layer would scatter the heap, which then grows.
-                hidden.copy_(hidden_states_of(module(hidden, **keywords)))
-        return moments if measure else {}
+        groups = self.layers[index].groups if measure else ()
+        moments = {group.name: SecondMoment(group.in_features) for group in groups}
+        with seeing_inputs(self.model, {name: moment.add_ for name, moment in moments.items()}):
+            self.run_(index, self.hidden)
+        return moments
+
+    @torch.no_grad()
+    def run_(self, index: int, batches: Sequence[torch.Tensor]) -> None:
+        """Run layer `index`, as it is now, on batches of hidden states, in their place."""
+        for hidden in batches:
+            keywords = self.keywords[len(hidden)][index]
+            # In place: new tensors for every layer would scatter the heap, which then grows.
+            hidden.copy_(hidden_states_of(self.modules[index](hidden, **keywords)))
 
     def as_output(self, hidden: torch.Tensor) -> Any:
         """Hidden states in the form in which layers return them: alone, or first in a tuple."""

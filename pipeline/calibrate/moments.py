@@ -11,6 +11,7 @@ from pipeline.calibrate.precision import fast
 from pipeline.workers.workers import Done, Result
 
 _LARGEST_NORM = 10.0
+NO_TOKENS = "no tokens were accumulated"
 # Columns of a sum that are added to at once.
 BLOCK = 128
 
@@ -84,7 +85,7 @@ class _Mean:
             ValueError: no token was added.
         """
         if self.tokens == 0:
-            raise ValueError("no tokens were accumulated")
+            raise ValueError(NO_TOKENS)
         return self.total.div_(self.tokens)
 
 

@@ -81,7 +81,7 @@ class PairedStream:
         originals = self._inputs.pop(group)
         if self._carrier is not None:
             rows = self._carrier.inputs_of(index, group, self.compressed)
-            return self._carrier.moments(group, rows, originals)
+            return self._carrier.moments(index, group, rows, originals)
         width = originals[0].get().shape[-1]
         seen, drift = SecondMoment(width), Drift(width)
         for original, x in zip(originals, self._inputs_of(index, group), strict=True):
@@ -99,11 +99,8 @@ class PairedStream:
         if self._carrier is not None:
             self._carrier.run_(index, self.compressed)
             return
-        module = self.original.modules[index]
-        for hidden in self.compressed:
-            keywords = self.original.keywords[len(hidden)][index]
-            with fast_products(self.model):
-                hidden.copy_(hidden_states_of(module(hidden, **keywords)))
+        with fast_products(self.model):
+            self.original.run_(index, self.compressed)
 
     def through(self, index: int, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """What layer `index` makes of some sequences as it is now, and what the original makes.

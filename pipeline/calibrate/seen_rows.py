@@ -6,17 +6,16 @@ those of the sums that grow batch by batch, and no float64 matrix is held.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
 
-from pipeline.calibrate.moments import BLOCK, cut_gradients, finite_rows
+from pipeline.calibrate.moments import BLOCK, NO_TOKENS, cut_gradients, finite_rows
 from pipeline.calibrate.precision import fast, quick_float32
 
 # Of libraries, and of a heap that keeps what is freed.
 _SMALL_BYTES = 1 << 27
-_NO_TOKENS = "no tokens were accumulated"
 
 
 class SeenRows:
@@ -83,15 +82,14 @@ def mean_weighted_moment(*rows_and_weights: torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: no tokens.
     """
-    half = len(rows_and_weights) // 2
-    rows = rows_and_weights[:half]
-    roots = [weights.sqrt()[:, None] for weights in rows_and_weights[half:]]
+    rows, weights = _halves(rows_and_weights)
     # As wide as the whole: what a product rounds may depend on where its rows lie.
     room = torch.empty(max(map(len, rows)), rows[0].shape[1])
 
     def weighted(start: int, x: torch.Tensor, root: torch.Tensor) -> torch.Tensor:
         return torch.mul(x[:, start:], root, out=room[: len(x), start:])
 
+    roots = [one.sqrt()[:, None] for one in weights]
     columns = [partial(weighted, x=x, root=root) for x, root in zip(rows, roots, strict=True)]
     return _mean_gram(rows, columns, torch.float64, torch.float32)
 
@@ -104,22 +102,23 @@ def mean_drift(*originals_and_rows: torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: no tokens.
     """
-    half = len(originals_and_rows) // 2
-    originals, rows = originals_and_rows[:half], originals_and_rows[half:]
-    tokens, width = sum(map(len, rows)), rows[0].shape[1]
-    if tokens == 0:
-        raise ValueError(_NO_TOKENS)
-    room, others = torch.empty(max(map(len, rows)), width), [fast(x) for x in rows]
-    whole = torch.empty(width, width)
-    with quick_float32():
-        for start in range(0, width, BLOCK):
-            end = min(start + BLOCK, width)
-            part = torch.zeros(end - start, width, dtype=torch.float64)
-            for original, x, other in zip(originals, rows, others, strict=True):
-                distance = room[: len(x), start:end]
-                torch.sub(original[:, start:end].float(), x[:, start:end], out=distance)
-                part += fast(distance).T @ other
-            whole[start:end] = part.div_(tokens)
+    originals, rows = _halves(originals_and_rows)
+    width = rows[0].shape[1]
+    room, whole = torch.empty(max(map(len, rows)), width), torch.empty(width, width)
+
+    def product(
+        block: slice, original: torch.Tensor, x: torch.Tensor, other: torch.Tensor
+    ) -> torch.Tensor:
+        distance = room[: len(x), block]
+        torch.sub(original[:, block].float(), x[:, block], out=distance)
+        return fast(distance).T @ other
+
+    products = [
+        partial(product, original=original, x=x, other=fast(x))
+        for original, x in zip(originals, rows, strict=True)
+    ]
+    for block, mean in _block_means(rows, products, torch.float64):
+        whole[block] = mean
     return whole
 
 
@@ -132,13 +131,20 @@ def mean_output_moment(*rows: torch.Tensor) -> torch.Tensor:
     return _mean_gram(rows, [partial(_columns, x=g) for g in rows], torch.float32, torch.bfloat16)
 
 
-def _columns(start: int, x: torch.Tensor) -> torch.Tensor:
-    return x[:, start:]
-
-
 def moment_bytes(width: int, batch_tokens: int) -> int:
     """Memory that the mean moment of so many numbers takes beside the batches, about."""
     return 4 * width**2 + 8 * BLOCK * width * 3 + 4 * width * batch_tokens + _SMALL_BYTES
+
+
+def _halves(
+    tensors: Sequence[torch.Tensor],
+) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
+    half = len(tensors) // 2
+    return tensors[:half], tensors[half:]
+
+
+def _columns(start: int, x: torch.Tensor) -> torch.Tensor:
+    return x[:, start:]
 
 
 def _mean_gram(
@@ -155,18 +161,41 @@ def _mean_gram(
         summed: what is summed in.
         returned: the mean is rounded to this.
     """
-    width, tokens = rows[0].shape[1], sum(len(batch) for batch in rows)
-    if tokens == 0:
-        raise ValueError(_NO_TOKENS)
+
+    def product(block: slice, take: Callable[[int], torch.Tensor]) -> torch.Tensor:
+        batch = take(block.start)
+        return batch[:, : block.stop - block.start].T @ batch
+
+    width = rows[0].shape[1]
     whole = torch.empty(width, width, dtype=returned)
-    with quick_float32():
-        for start in range(0, width, BLOCK):
-            end = min(start + BLOCK, width)
-            part = torch.zeros(end - start, width - start, dtype=summed)
-            for take in columns:
-                batch = take(start)
-                part += batch[:, : end - start].T @ batch
-            rounded = part.div_(tokens).to(returned)
-            whole[start:end, start:] = rounded
-            whole[end:, start:end] = rounded[:, end - start :].T
+    products = [partial(product, take=take) for take in columns]
+    for block, mean in _block_means(rows, products, summed):
+        rounded = mean.to(returned)
+        whole[block, block.start :] = rounded
+        whole[block.stop :, block] = rounded[:, block.stop - block.start :].T
     return whole
+
+
+def _block_means(
+    rows: Sequence[torch.Tensor],
+    products: Sequence[Callable[[slice], torch.Tensor]],
+    summed: torch.dtype,
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Blocks of rows of a sum over all tokens, each divided by their number.
+
+    Args:
+        rows: batches [t, n].
+        products: give what each batch adds to a block.
+        summed: what is summed in.
+    """
+    width, tokens = rows[0].shape[1], sum(map(len, rows))
+    if tokens == 0:
+        raise ValueError(NO_TOKENS)
+    for start in range(0, width, BLOCK):
+        block = slice(start, min(start + BLOCK, width))
+        with quick_float32():
+            found = products[0](block)
+            part = torch.zeros(found.shape, dtype=summed).add_(found)
+            for product in products[1:]:
+                part += product(block)
+        yield block, part.div_(tokens)

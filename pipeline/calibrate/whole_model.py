@@ -58,10 +58,7 @@ def measure_whole(
         InputError: activations or gradients that are not finite.
     """
     groups = [group for layer in layers for group in layer.groups]
-    found = {
-        g.name: DrawnMoments(g.in_features, dict(zip(g.members, g.out_features, strict=True)))
-        for g in groups
-    }
+    found = {g.name: DrawnMoments(g.in_features, g.heights) for g in groups}
     generator = torch.Generator().manual_seed(seed)
     watching: AbstractContextManager[None] = (
         seeing_gradients(model, found)

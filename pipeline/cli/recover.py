@@ -97,6 +97,11 @@ def command(
     if as_json:
         click.echo(json.dumps(recovery, indent=2))
         return
+    _show(recovery, output)
+
+
+def _show(recovery: dict[str, Any], output: Path) -> None:
+    """Print the losses before and after, and what comes next."""
     names = {"next_token": "cross entropy of the next token", "distillation": "KL to the teacher"}
     of_images = {
         "output_error": "error of the outputs, in parts of their variance",

@@ -33,6 +33,7 @@ from pipeline.compress.factorize.whitened_svd import truncation_losses
 from pipeline.compress.layer_prices import WINDOWS as PRICED_WINDOWS
 from pipeline.compress.layer_prices import PricedModel, layer_prices
 from pipeline.compress.methods import Fit
+from pipeline.compress.one_shot import OneShotStream
 from pipeline.compress.plan.layer_costs import LayerCosts
 from pipeline.compress.plan.plan import Curves, EmbeddingChoice, RankPlan
 from pipeline.compress.plan.stack_costs import CostRequest
@@ -43,7 +44,7 @@ from pipeline.model.load import LoadedModel, load_model
 from pipeline.model.structure import Group, Layer, decoder_structure
 from pipeline.progress import note, track
 from pipeline.quantize.formats import Runtime
-from pipeline.workers.workers import IN_PROCESS, Result, Workers
+from pipeline.workers.workers import IN_PROCESS, Workers
 
 _SEQUENCES_AT_ONCE = 8
 
@@ -283,53 +284,10 @@ class CalibratedDecoder:
         stream = None
         if len(rest):
             stream = MeasuredStream(self.model, self.layers, rest, self.workers, _SEQUENCES_AT_ONCE)
-        return _OneShot(self.layers, stream, known, self.batch.tokens.numel() - rest.numel())
+        return OneShotStream(self.layers, stream, known, self.batch.tokens.numel() - rest.numel())
 
     def describe(self) -> dict[str, Any]:
         return self.batch.describe()
-
-
-class _OneShot:
-    """Moments of the original model: a layer's outputs are computed before it is replaced.
-
-    Args:
-        layers: of the model.
-        stream: the text that nothing else has read; None where there is none.
-        known: has the moments of the rest of it, if there is any.
-        tokens: of that rest.
-    """
-
-    def __init__(
-        self,
-        layers: list[Layer],
-        stream: MeasuredStream | None,
-        known: LayerCosts | None,
-        tokens: int,
-    ) -> None:
-        self.layers, self.stream, self.known, self.tokens = layers, stream, known, tokens
-        self.moments: dict[str, Result[torch.Tensor]] = {}
-
-    def enter(self, index: int, *, measure: bool = True) -> None:
-        if self.stream is not None:
-            self.moments = self.stream.advance(index, measure=measure)
-
-    def measure(self, index: int, group: str) -> tuple[torch.Tensor, None]:
-        seen = self.moments.get(group)
-        known = None
-        if self.known is not None:
-            known = self.known.inputs_of(self.layers[index].name, group)
-        if known is None:
-            assert seen is not None, "text that nothing has read is in the stream"
-            return seen.get(), None
-        if seen is None or self.stream is None:
-            return known, None
-        # Mean of all tokens, of the means of both parts of them.
-        tokens = self.stream.tokens
-        mean = seen.get().double().mul_(tokens).add_(known, alpha=self.tokens)
-        return mean.div_(tokens + self.tokens).float(), None
-
-    def leave(self, index: int) -> None:
-        self.moments = {}
 
 
 def disk_bytes(

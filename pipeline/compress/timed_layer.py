@@ -40,7 +40,7 @@ from pipeline.compress.plan.stack_costs import CostRequest, cost_bytes, stack_co
 from pipeline.compress.request import CompressRequest
 from pipeline.compress.walk import compress_
 from pipeline.model.structure import Group, Layer, decoder_structure
-from pipeline.workers.workers import Done, InProcess, Result, Value, resolved
+from pipeline.workers.workers import InProcess, Value
 
 _VOCABULARY = 256
 
@@ -150,44 +150,21 @@ class Timing(InProcess):
     def __init__(self) -> None:
         self.tasks: list[Task] = []
 
-    def submit(
-        self, where: str, function: Callable[..., Value], *arguments: Any, needed_bytes: int = 0
-    ) -> Result[Value]:
-        (result,) = self._timed(where, lambda *given: [function(*given)], function, arguments)
-        return result
-
-    def submit_parts(
-        self,
-        where: str,
-        function: Callable[..., Sequence[Any]],
-        count: int,
-        *arguments: Any,
-        needed_bytes: int = 0,
-    ) -> list[Result[Any]]:
-        return self._timed(where, function, function, arguments)
-
-    def _timed(
-        self,
-        where: str,
-        compute: Callable[..., Sequence[Any]],
-        function: Callable[..., Any],
-        arguments: Sequence[Any],
-    ) -> list[Result[Any]]:
-        given = resolved(arguments)
+    def compute(self, where: str, function: Callable[..., Value], *given: Any) -> Value:
         if function not in _NEEDED:
             # The trials of a price, which are of a whole model.
-            return [Done(part) for part in compute(*given)]
+            return function(*given)
         started = time.perf_counter()
-        parts = compute(*given)
+        found = function(*given)
         seconds = time.perf_counter() - started
-        told, returned = _bytes_of(given), _bytes_of(parts)
+        told, returned = _bytes_of(given), _bytes_of(found)
         of_text, weight_bytes = function in _OF_TEXT, 0
         if function in _OF_LAYERS:
             weight_bytes = sum(_bytes_of(a) for a in given if isinstance(a, dict))
         self.tasks.append(
             Task(where, seconds, told, returned, _NEEDED[function](*given), of_text, weight_bytes)
         )
-        return [Done(part) for part in parts]
+        return found
 
     def part(self, started: float, tokens: int) -> Part:
         """What was done since `started`, with text of so many tokens; begins anew."""

@@ -140,9 +140,9 @@ class _Walk:
             return
         self.stream.enter(here.index)
         if self.fit.mix is None:
-            # The largest first: what is left at the end keeps nobody waiting for long.
-            sources = sorted(here.layer.groups, key=lambda g: -g.in_features - sum(g.out_features))
-            results = [result for source in sources for result in self._fits(here, source)]
+            results = [
+                result for source in here.layer.largest_first for result in self._fits(here, source)
+            ]
             self.waiting.add(here, results)
             return
         fitted: list[Fitted] = []

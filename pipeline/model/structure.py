@@ -40,6 +40,11 @@ class Group:
         """The first member stands for the group."""
         return self.members[0]
 
+    @property
+    def heights(self) -> dict[str, int]:
+        """Member -> its height."""
+        return dict(zip(self.members, self.out_features, strict=True))
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -47,6 +52,11 @@ class Layer:
 
     name: str
     groups: tuple[Group, ...]
+
+    @property
+    def largest_first(self) -> list[Group]:
+        """The groups in an order in which what is left at the end keeps nobody waiting for long."""
+        return sorted(self.groups, key=lambda g: -g.in_features - sum(g.out_features))
 
 
 def decoder_structure(model: PreTrainedModel) -> list[Layer]:

@@ -111,21 +111,21 @@ def _submitted(
     workers: Workers,
 ) -> list[Result[dict[str, float]]]:
     """Losses of each batch, by workers where they can run both models."""
-    codes = [None if one is None else ModuleCode.of(one) for one in (model, teacher)]
-    elsewhere = codes[0] is not None and (teacher is None or codes[1] is not None)
-    if not workers.at_once or not elsewhere:
+    models = [model] if teacher is None else [model, teacher]
+    codes = [ModuleCode.of(one) for one in models] if workers.at_once else [None]
+    if None in codes:
         if workers.at_once:
             note("this process alone measures the losses: its models cannot be made by workers")
         return [Done(_losses_on(model, teacher, batch)) for batch in batches]
-    numbers = [None if one is None else numbers_of(one) for one in (model, teacher)]
-    shared = [workers.share(value) for value in (codes[0], numbers[0], codes[1], numbers[1])]
+    carried = [part for one in zip(codes, map(numbers_of, models), strict=True) for part in one]
+    shared = [workers.share(part) for part in carried]
     vocabulary = model.config.get_text_config().vocab_size
     return [
         workers.submit(
             f"held-out windows, batch {place + 1}",
             batch_losses,
-            *shared,
             batch,
+            *shared,
             needed_bytes=_FLOATS_A_LOGIT * 4 * batch.numel() * vocabulary + _SMALL_BYTES,
         )
         for place, batch in enumerate(batches)
@@ -133,24 +133,24 @@ def _submitted(
 
 
 def batch_losses(
+    batch: torch.Tensor,
     code: ModuleCode,
     numbers: dict[str, torch.Tensor],
-    teacher_code: ModuleCode | None,
-    teacher_numbers: dict[str, torch.Tensor] | None,
-    batch: torch.Tensor,
+    teacher_code: ModuleCode | None = None,
+    teacher_numbers: dict[str, torch.Tensor] | None = None,
 ) -> dict[str, float]:
     """Each loss of a model on a batch, int64 [B, T], from the model without its numbers, and those.
 
     Args:
+        batch: of windows.
         code: of the model.
         numbers: its parameters and buffers.
-        teacher_code: of the model to come near to.
+        teacher_code: of the model to come near to, if there is one.
         teacher_numbers: likewise.
-        batch: of windows.
     """
     teacher = None
-    if teacher_code is not None:
-        teacher = partial(teacher_code.call, teacher_numbers or {})
+    if teacher_code is not None and teacher_numbers is not None:
+        teacher = partial(teacher_code.call, teacher_numbers)
     return _losses_on(partial(code.call, numbers), teacher, batch)
 
 

@@ -12,7 +12,6 @@ import logging
 import os
 import platform
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +32,7 @@ from pipeline.errors import (
 from pipeline.machine import cpu_flags, limited_threads
 from pipeline.memory import forget_peak, peak_bytes
 from pipeline.progress import note
+from pipeline.workers.carried_tensors import carry_tensors_as_arrays
 from pipeline.workers.workers import Result, Value, Workers
 
 _LOCAL = "local"
@@ -155,7 +155,7 @@ class _RayWorkers:
         self.at_once = _TASKS_A_WORKER * self.count
         self._running: list[Any] = []
         self.tasks, self.largest_bytes, self.seconds = 0, 0, 0.0
-        _carry_tensors_as_arrays()
+        carry_tensors_as_arrays()
 
     def require_alike(self) -> None:
         """Refuse machines that have other versions; say so where processors differ.
@@ -346,7 +346,7 @@ def _compute(
     *arguments: Any,
 ) -> tuple[Any, ...]:
     """In a worker: what the function returns, in so many parts, and what it took."""
-    _carry_tensors_as_arrays()
+    carry_tensors_as_arrays()
     with contextlib.suppress(OSError):
         forget_peak()
     started = time.monotonic()
@@ -381,27 +381,3 @@ def _limited_memory(more_bytes: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
-
-
-def _carry_tensors_as_arrays() -> None:
-    """Let tensors go through the object store as arrays, which are not copied to be read."""
-    from ray.util.serialization import register_serializer
-
-    register_serializer(torch.Tensor, serializer=_array_of, deserializer=_tensor_of)
-
-
-def _array_of(tensor: torch.Tensor) -> tuple[np.ndarray, str]:
-    """An array of a tensor's bytes, and its type."""
-    whole = tensor.detach().contiguous()
-    name = str(whole.dtype).removeprefix("torch.")
-    if whole.dtype == torch.bfloat16:
-        whole = whole.view(torch.int16)
-    return whole.numpy(), name
-
-
-def _tensor_of(carried: tuple[np.ndarray, str]) -> torch.Tensor:
-    array, name = carried
-    with warnings.catch_warnings():
-        # Tasks change no argument; torch cannot know.
-        warnings.filterwarnings("ignore", message=".*not writable.*", category=UserWarning)
-        return torch.from_numpy(array).view(getattr(torch, name))

@@ -98,20 +98,19 @@ class Done(Generic[Value]):
         return self.value
 
 
-def resolved(arguments: Sequence[Any]) -> list[Any]:
-    """Arguments of a task that is computed here."""
-    return [given.value if isinstance(given, Done) else given for given in arguments]
-
-
 class InProcess:
-    """Computes each task as it is submitted."""
+    """Computes each task as it is submitted; what inherits may watch `compute`."""
 
     at_once = 0
+
+    def compute(self, where: str, function: Callable[..., Value], *given: Any) -> Value:
+        """What a task returns; nothing it is given is a result any more."""
+        return function(*given)
 
     def submit(
         self, where: str, function: Callable[..., Value], *arguments: Any, needed_bytes: int = 0
     ) -> Result[Value]:
-        return Done(function(*resolved(arguments)))
+        return Done(self._computed(where, function, arguments))
 
     def submit_parts(
         self,
@@ -121,13 +120,21 @@ class InProcess:
         *arguments: Any,
         needed_bytes: int = 0,
     ) -> list[Result[Any]]:
-        return [Done(part) for part in function(*resolved(arguments))]
+        parts = self._computed(where, function, arguments)
+        assert len(parts) == count, f"{where} returned {len(parts)} values, not {count}"
+        return [Done(part) for part in parts]
 
     def share(self, value: Value) -> Result[Value]:
         return Done(value)
 
     def describe(self) -> dict[str, Any]:
         return {}
+
+    def _computed(
+        self, where: str, function: Callable[..., Value], arguments: Sequence[Any]
+    ) -> Value:
+        given = (one.value if isinstance(one, Done) else one for one in arguments)
+        return self.compute(where, function, *given)
 
 
 IN_PROCESS: Workers = InProcess()

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-from pipeline.workers.workers import Done, InProcess, Result, resolved
+from pipeline.workers.workers import InProcess, Value
 
 
 class Elsewhere(InProcess):
@@ -21,24 +21,10 @@ class Elsewhere(InProcess):
     def __init__(self) -> None:
         self.asked: list[str] = []
 
-    def submit(
-        self, where: str, function: Callable[..., Any], *arguments: Any, needed_bytes: int = 0
-    ) -> Result[Any]:
+    def compute(self, where: str, function: Callable[..., Value], *given: Any) -> Value:
         self.asked.append(where)
-        return Done(_moved(function(*_moved(resolved(arguments)))))
-
-    def submit_parts(
-        self,
-        where: str,
-        function: Callable[..., Sequence[Any]],
-        count: int,
-        *arguments: Any,
-        needed_bytes: int = 0,
-    ) -> list[Result[Any]]:
-        self.asked.append(where)
-        parts = function(*_moved(resolved(arguments)))
-        assert len(parts) == count
-        return [Done(_moved(part)) for part in parts]
+        found: Value = _moved(function(*_moved(given)))
+        return found
 
     def describe(self) -> dict[str, Any]:
         return {"workers": 2}

@@ -229,7 +229,7 @@ def _submitted(
     """Let the costs of a group's stacks be computed, those of the largest first."""
     weights = {m: workers.share(model.get_submodule(m).weight.detach()) for m in group.members}
     outputs = dict(zip(group.members, seen.outputs, strict=True))
-    heights = dict(zip(group.members, group.out_features, strict=True))
+    heights = group.heights
     return {
         stack: workers.submit(
             f"costs of {', '.join(stack)}",

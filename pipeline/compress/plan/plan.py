@@ -242,7 +242,7 @@ def uniform_plan(
     for layer in layers:
         stacks = []
         for group in layer.groups:
-            heights = dict(zip(group.members, group.out_features, strict=True))
+            heights = group.heights
             parts = [group.members] if cat else [(member,) for member in group.members]
             stacks += [(part, sum(heights[m] for m in part), group.in_features) for part in parts]
         planned[layer.name] = tuple(

@@ -162,7 +162,7 @@ def _candidates_of(
     group: Group, cat: bool, of_stack: Callable[[Members, tuple[int, int]], list[_Candidate]]
 ) -> list[_Candidate]:
     """The candidates of one group, given those of a stack, that no other beats, smallest first."""
-    heights = dict(zip(group.members, group.out_features, strict=True))
+    heights = group.heights
     found: list[_Candidate] = []
     known: dict[Members, list[_Candidate]] = {}
     for partition in _partitions(group.members, cat=cat):

@@ -9,8 +9,9 @@ import torch
 
 from pipeline.calibrate.layer_stream import LayerStream
 from pipeline.calibrate.text import TokenBatch
-from pipeline.compress.decoder import CalibratedDecoder, _OneShot
+from pipeline.compress.decoder import CalibratedDecoder
 from pipeline.compress.methods import Fit
+from pipeline.compress.one_shot import OneShotStream
 from pipeline.compress.plan.layer_costs import LayerCosts
 from pipeline.compress.plan.stack_costs import CostRequest
 from pipeline.model.structure import decoder_structure
@@ -33,7 +34,7 @@ def test_moments_are_of_all_text_though_a_fit_reads_what_the_survey_did_not(
 ) -> None:
     ready = surveyed_on(count, tmp_path)
     stream = ready.stream(Fit())
-    assert isinstance(stream, _OneShot)
+    assert isinstance(stream, OneShotStream)
     read = 0 if stream.stream is None else stream.stream.tokens // TOKENS.shape[1]
     assert read == len(TOKENS) - count
     whole = LayerStream(ready.model, ready.layers, TOKENS)
@@ -52,7 +53,7 @@ def test_moments_are_of_all_text_though_a_fit_reads_what_the_survey_did_not(
 def test_a_survey_that_kept_no_inputs_leaves_all_text_to_the_fit(tmp_path: Path) -> None:
     ready = surveyed_on(8, tmp_path, inputs=False)
     stream = ready.stream(Fit())
-    assert isinstance(stream, _OneShot)
+    assert isinstance(stream, OneShotStream)
     assert stream.stream is not None
     assert torch.equal(torch.cat(stream.stream._stream.batches), TOKENS)
 
@@ -68,7 +69,7 @@ def test_a_finished_layer_is_gone_through_where_there_is_text_left(tmp_path: Pat
 
 
 def surveyed_group(stream: object) -> str:
-    assert isinstance(stream, _OneShot)
+    assert isinstance(stream, OneShotStream)
     return stream.layers[1].groups[0].name
 
 
